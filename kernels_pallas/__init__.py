@@ -1,0 +1,27 @@
+"""Linear-time sequence operators on arrays, forward and backward, on CPU, TPU and GPU.
+
+Three recurrences carry every mixer of `seqmodels`; two neighbours stand beside them:
+
+    linear_attention    S_t = diag(a_t) S_{t-1} + k_t v_t^T                 o_t = S_t^T q_t
+    delta_rule          S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T
+    diagonal_scan       h_t = a_t * h_{t-1} + x_t
+    softmax_attention   full, sliding window, grouped heads
+    causal_conv         short depthwise convolution
+
+Letters: B batch, T time, H (value) heads, G key heads, K key dim, V value dim, N chunks, C chunk length.
+"""
+
+from kernels_pallas.causal_conv.api import causal_conv
+from kernels_pallas.delta_rule.api import delta_rule, diagonal_plus_low_rank
+from kernels_pallas.diagonal_scan.api import diagonal_scan
+from kernels_pallas.linear_attention.api import linear_attention
+from kernels_pallas.softmax_attention.api import softmax_attention
+
+__all__ = [
+    "causal_conv",
+    "delta_rule",
+    "diagonal_plus_low_rank",
+    "diagonal_scan",
+    "linear_attention",
+    "softmax_attention",
+]

@@ -1,0 +1,1 @@
+"""The `causal_conv` operator: api.py is public, reference.py defines it, the rest are implementations."""

@@ -1,0 +1,1 @@
+"""The `delta_rule` operator: api.py is public, reference.py defines it, the rest are implementations."""

@@ -1,0 +1,1 @@
+"""The `diagonal_scan` operator: api.py is public, reference.py defines it, the rest are implementations."""

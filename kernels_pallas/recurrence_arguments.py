@@ -1,0 +1,64 @@
+"""What the two matrix recurrences ask of their arguments, checked once and brought to one form.
+
+Every implementation then sees: q scaled and float, heads of q and k dividing those of v, log_decay of rank 4 or
+None, and a float32 (or wider) initial state.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
+    """Raises ValueError where the shapes of q, k and v do not fit each other."""
+    shapes = f"q {q_BTGK.shape}, k {k_BTGK.shape}, v {v_BTHV.shape}"
+    if not q_BTGK.ndim == k_BTGK.ndim == v_BTHV.ndim == 4:
+        raise ValueError(f"{operator}: q, k and v must be (B, T, heads, dim); got {shapes}")
+    if not q_BTGK.shape[:2] == k_BTGK.shape[:2] == v_BTHV.shape[:2]:
+        raise ValueError(f"{operator}: q, k and v must share batch and time; got {shapes}")
+    if q_BTGK.shape[3] != k_BTGK.shape[3]:
+        raise ValueError(f"{operator}: q and k must share their last dimension K; got {shapes}")
+    if q_BTGK.shape[2] != k_BTGK.shape[2] or v_BTHV.shape[2] % k_BTGK.shape[2]:
+        raise ValueError(
+            f"{operator}: q and k must have the same number of heads G, and G must divide v's heads H; got {shapes}"
+        )
+    if v_BTHV.shape[1] == 0:
+        raise ValueError(f"{operator}: the sequence is empty (T = 0); got {shapes}")
+
+
+def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> None:
+    """Raises ValueError where `array` has none of the `expected` shapes."""
+    if array.shape not in expected:
+        choices = " or ".join(str(shape) for shape in expected)
+        raise ValueError(f"{operator}: {name} has shape {array.shape}; expected {choices}")
+
+
+def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
+    """Brings log_decay, None or (H,) or (B,T,H) or (B,T,H,K), to None or (B,T,H,1) or (B,T,H,K) in float32 or wider."""
+    if log_decay is None:
+        return None
+    B, T, H, _ = v_BTHV.shape
+    check_shape(operator, "log_decay", log_decay, (H,), (B, T, H), (B, T, H, q_BTGK.shape[3]))
+    log_decay = log_decay.astype(state_dtype(log_decay))
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay[None, None], (B, T, H))
+    return log_decay if log_decay.ndim == 4 else log_decay[..., None]
+
+
+def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV) -> jax.Array:
+    """Zeros where there is no initial state; float32 or wider."""
+    B, _, H, V = v_BTHV.shape
+    shape_BHKV = (B, H, q_BTGK.shape[3], V)
+    if initial_state is None:
+        return jnp.zeros(shape_BHKV, state_dtype(v_BTHV))
+    check_shape(operator, "initial_state", initial_state, shape_BHKV)
+    return initial_state.astype(state_dtype(initial_state))
+
+
+def state_dtype(array) -> jnp.dtype:
+    """float32, or float64 for float64 inputs: what states, gates and their sums are held in."""
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:
+    """Key head g serves value heads g*H/G ... (g+1)*H/G - 1."""
+    return jnp.repeat(x_BTGK, heads // x_BTGK.shape[2], axis=2)

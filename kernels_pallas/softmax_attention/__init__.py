@@ -1,0 +1,1 @@
+"""The `softmax_attention` operator: api.py is public, reference.py defines it, the rest are implementations."""
