@@ -1,0 +1,1 @@
+"""Linear-time sequence models in Flax: mixers, blocks, language models and their sharding."""
