@@ -11,7 +11,7 @@ def causal_conv(
     x_BTD: jax.Array,
     w_ID: jax.Array,
     *,
-    bias_D: jax.Array | None = None,
+    bias: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -30,6 +30,6 @@ def causal_conv(
             same_BT = jnp.pad(run_BT, ((0, 0), (lag, 0)))[:, :T] == run_BT
             tap_BTD = jnp.where(same_BT[..., None], tap_BTD, 0.0)
         y_BTD = y_BTD + tap_BTD * w_ID[width - 1 - lag][None, None]
-    if bias_D is not None:
-        y_BTD = y_BTD + bias_D[None, None]
+    if bias is not None:
+        y_BTD = y_BTD + bias[None, None]
     return y_BTD, extended[:, T:]

@@ -1,0 +1,18 @@
+"""Every dimension letter and array alias, once. Shapes live in names: `x_BTD`, `q_BTHK`, `S_BHKV`.
+
+    B  batch                 H  heads (value heads)      F  feed-forward width
+    T  time                  G  key/value groups         W  vocabulary
+    D  model width           K  key dim of a head        L  layers
+    I  convolution taps      V  value dim of a head      N, C  chunks and chunk length
+
+A name's letters are the array's axes in order, and the letters of einsum strings. No shape comments are needed.
+"""
+
+from typing import Any
+
+import jax
+
+Array = jax.Array
+DType = Any  # anything jnp.dtype() takes
+State = Any  # a pytree of arrays whose size does not depend on T
+LogicalAxes = tuple[str | None, ...]

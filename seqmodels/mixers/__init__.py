@@ -1,0 +1,46 @@
+"""Token mixers by name. A new one is a file here and a line below.
+
+Each is `Mixer(d_model=..., **options)`; see `base.Mixer` for the contract.
+"""
+
+import dataclasses
+import importlib
+
+from seqmodels.mixers.base import Layer, Mixer
+
+# name: (module, class). Modules are imported when asked for, so that one mixer's needs are not everyone's.
+_MIXERS = {
+    "attention": ("attention", "Attention"),
+    "gated_delta_net": ("gated_delta_net", "GatedDeltaNet"),
+}
+
+
+def names() -> list[str]:
+    """Every registered mixer."""
+    return sorted(_MIXERS)
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class called `name`. Raises ValueError, listing the choices, for a name that is not registered."""
+    if name not in _MIXERS:
+        raise ValueError(f"unknown mixer {name!r}; choose one of {', '.join(names())}")
+    module, attribute = _MIXERS[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+
+
+def options(name: str) -> dict[str, object]:
+    """The options of a mixer and their defaults, without those every module has."""
+    fields = dataclasses.fields(mixer_class(name))
+    return {f.name: f.default for f in fields if f.init and f.name not in ("parent", "name")}
+
+
+def make(name: str, **keywords) -> Mixer:
+    """The mixer `name` with the given options. An unknown option lists those there are."""
+    known = options(name)
+    unknown = sorted(set(keywords) - set(known) - {"name", "parent"})
+    if unknown:
+        raise ValueError(f"mixer {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    return mixer_class(name)(**keywords)
+
+
+__all__ = ["Layer", "Mixer", "make", "mixer_class", "names", "options"]

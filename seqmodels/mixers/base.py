@@ -1,0 +1,109 @@
+"""The contract of a token mixer, and the few things every mixer shares."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+
+from seqmodels.array_typing import Array, DType, LogicalAxes, State
+
+
+@flax.struct.dataclass
+class Layer:
+    """Where a mixer stands in a stack; given by the language model, None outside one.
+
+    index: 0-based, a traced scalar under scan over layers.
+    count: number of layers L.
+    lower_bound_D: the learned, layer-wise increasing forget-gate bound of HGRN and HGRN2, for mixers whose
+      class sets `uses_lower_bound`.
+    """
+
+    index: int | Array
+    count: int = flax.struct.field(pytree_node=False)
+    lower_bound_D: Array | None = None
+
+
+class Mixer(nn.Module):
+    """y_BTD, state = mixer(x_BTD, segment_ids_BT=None, state=None).
+
+    Training, prefill and decoding are this one call with different T. `state` is a pytree of fixed size in T;
+    None starts from nothing. Feeding a sequence in any pieces, each with the state the last one returned, gives
+    what feeding it whole gives. A state that is passed in belongs to the document of the first token.
+
+    d_model: width D of input and output.
+    dtype: of the matmuls and activations; states, gates and norms are float32 whatever it says.
+    param_dtype: of the parameters.
+    implementation: which form of the operator to use; None picks the best.
+    """
+
+    d_model: int
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+    implementation: str | None = None
+
+    # Set by mixers that read Layer.lower_bound_D, so that the language model makes the parameter.
+    uses_lower_bound = False
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        segment_ids_BT: Array | None = None,
+        state: State = None,
+        *,
+        layer: Layer | None = None,
+    ) -> tuple[Array, State]:
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first token. Pure: works on an unbound module."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_state")
+
+    def project(
+        self,
+        x: Array,
+        features: int,
+        name: str,
+        *,
+        axes: LogicalAxes = ("embed", "heads"),
+        use_bias: bool = False,
+        kernel_init: Callable = nn.initializers.lecun_normal(),
+        bias_init: Callable = nn.initializers.zeros,
+    ) -> Array:
+        """A Dense layer called `name` from x's last axis to `features`, in the mixer's dtypes."""
+        return dense(
+            features,
+            name,
+            axes=axes,
+            use_bias=use_bias,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )(x)
+
+    def project_heads(self, x: Array, heads: int, dim: int, name: str, **keywords) -> Array:
+        """`project` to heads * dim features, split into (B, T, heads, dim)."""
+        y = self.project(x, heads * dim, name, **keywords)
+        return y.reshape(*y.shape[:-1], heads, dim)
+
+    def merge_heads(self, o_BTHV: Array, name: str = "o", **keywords) -> Array:
+        """The output projection from all heads to D."""
+        o_BTE = o_BTHV.reshape(*o_BTHV.shape[:2], -1)
+        return self.project(o_BTE, self.d_model, name, axes=("heads", "embed"), **keywords)
+
+    def gate_param(self, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
+        """A small parameter of a gate (A_log, dt_bias, D, ...), kept and used in float32."""
+        axes = ("heads",) + (None,) * (len(shape) - 1)
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+def dense(features: int, name: str, *, axes: LogicalAxes, kernel_init=nn.initializers.lecun_normal(), bias_init=nn.initializers.zeros, **keywords) -> nn.Dense:
+    """nn.Dense whose kernel carries the logical axis names that `seqmodels.sharding` maps to the mesh."""
+    return nn.Dense(
+        features,
+        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+        bias_init=nn.with_logical_partitioning(bias_init, axes[-1:]),
+        name=name,
+        **keywords,
+    )

@@ -1,0 +1,53 @@
+"""Gates that several mixers share: how a decay is parametrised and where it starts."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels.array_typing import Array
+
+
+def inverse_softplus(y: Array) -> Array:
+    """x with softplus(x) = y, for y > 0: y + log(-expm1(-y))."""
+    return y + jnp.log(-jnp.expm1(-y))
+
+
+def log_uniform_dt_bias(dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4):
+    """Initializer: the inverse softplus of dt ~ LogU(dt_min, dt_max), not under dt_floor (Mamba, arXiv 2312.00752)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        log_dt = jax.random.uniform(key, shape, dtype, jnp.log(dt_min), jnp.log(dt_max))
+        return inverse_softplus(jnp.maximum(jnp.exp(log_dt), dt_floor))
+
+    return init
+
+
+def log_uniform_A(A_min: float, A_max: float):
+    """Initializer: log A with A ~ U(A_min, A_max). A_min = 0 draws from (0, A_max], so the log is finite."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jnp.log(A_max - jax.random.uniform(key, shape, dtype, 0.0, A_max - A_min))
+
+    return init
+
+
+class SoftplusDecay(nn.Module):
+    """log a_t = -exp(A_log) * softplus(x_t + dt_bias), one a head, float32 (Mamba-2, arXiv 2405.21060, section 7).
+
+    A_min, A_max: A ~ U(A_min, A_max) at the start; Mamba-2 takes (1, 16), Gated DeltaNet (0, 16).
+    """
+
+    A_min: float = 1.0
+    A_max: float = 16.0
+
+    @nn.compact
+    def __call__(self, x_BTH: Array) -> Array:
+        H = x_BTH.shape[-1]
+
+        def head_parameter(name, init):
+            return self.param(name, nn.with_logical_partitioning(init, ("heads",)), (H,), jnp.float32)
+
+        A_log_H = head_parameter("A_log", log_uniform_A(self.A_min, self.A_max))
+        dt_bias_H = head_parameter("dt_bias", log_uniform_dt_bias())
+        dt_BTH = jax.nn.softplus(x_BTH.astype(jnp.float32) + dt_bias_H[None, None])
+        return -jnp.exp(A_log_H)[None, None] * dt_BTH

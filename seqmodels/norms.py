@@ -1,0 +1,66 @@
+"""Normalisations, computed in float32 and returned in the input's dtype."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels.array_typing import Array, DType
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich, arXiv 1910.07467).
+
+    On heads, x_BTHV, the gain is (V,): one shared by all heads.
+    """
+
+    eps: float = 1e-5
+    use_scale: bool = True
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = srms_norm(x.astype(jnp.float32), self.eps)
+        if self.use_scale:
+            init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+            scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+            y = y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return y.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis (arXiv 1607.06450)."""
+
+    eps: float = 1e-5
+    use_bias: bool = True
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        norm = nn.LayerNorm(
+            epsilon=self.eps,
+            use_bias=self.use_bias,
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+            name="norm",
+        )
+        return norm(x).astype(x.dtype)
+
+
+def srms_norm(x: Array, eps: float = 1e-5) -> Array:
+    """Simple RMS norm, no gain: x / sqrt(mean(x^2) + eps) (TransNormerLLM, arXiv 2307.14995, section 3.1)."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def l2_norm(x: Array, eps: float = 1e-6) -> Array:
+    """x / sqrt(sum(x^2) + eps) over the last axis, in float32; keeps x's dtype."""
+    x_f32 = x.astype(jnp.float32)
+    return (x_f32 * jax.lax.rsqrt(jnp.sum(jnp.square(x_f32), -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+NORMS = {
+    "rms_norm": RMSNorm,
+    "layer_norm": LayerNorm,
+    "srms_norm": lambda **keywords: RMSNorm(use_scale=False, **keywords),
+}

@@ -1,0 +1,38 @@
+"""Positions of tokens within their documents, and the rotations that carry them."""
+
+import jax.numpy as jnp
+
+from kernels_pallas import segments
+from seqmodels.array_typing import Array
+
+
+def token_positions(
+    batch: int, length: int, segment_ids_BT: Array | None, offset_B: Array | None
+) -> Array:
+    """Index of every token in its document, (B, T) int32.
+
+    offset_B: how many tokens of the first token's document came before this call.
+    """
+    if offset_B is None:
+        offset_B = jnp.zeros((batch,), jnp.int32)
+    index_T = jnp.arange(length, dtype=jnp.int32)
+    if segment_ids_BT is None:
+        return offset_B[:, None] + index_T[None]
+    first_document_BT = segments.run_index(segment_ids_BT) == 0
+    return segments.positions(segment_ids_BT) + jnp.where(first_document_BT, offset_B[:, None], 0)
+
+
+def rope(x_BTHK: Array, position_BT: Array, base: float = 10_000.0) -> Array:
+    """Rotary embedding (RoFormer, arXiv 2104.09864, eq. 34), pairing channel i with i + K/2.
+
+    Channel pair i turns by position * base^(-2i/K). K must be even. Angles are float32.
+    """
+    K = x_BTHK.shape[-1]
+    if K % 2:
+        raise ValueError(f"rope: the head dimension must be even; got {K}")
+    frequency_K = base ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+    angle_BTK = position_BT.astype(jnp.float32)[..., None] * frequency_K[None, None]
+    cos_BT1K, sin_BT1K = jnp.cos(angle_BTK)[:, :, None], jnp.sin(angle_BTK)[:, :, None]
+    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos_BT1K - second * sin_BT1K, second * cos_BT1K + first * sin_BT1K]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTHK.dtype)

@@ -1,0 +1,61 @@
+"""The short causal convolution that stands before the recurrence of most modern mixers."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from kernels_pallas import causal_conv
+from seqmodels.array_typing import Array, DType
+
+
+def uniform_fan_in(width: int) -> Callable:
+    """U(-1/sqrt(width), 1/sqrt(width)): what the published depthwise convolutions start from (PyTorch's default)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        bound = width**-0.5
+        return nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
+
+    return init
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution of `width` taps, then an activation.
+
+    y_t = act(bias + sum_i w_i * x_{t-(width-1)+i}). The state is the last width-1 inputs, (B, width-1, D).
+    """
+
+    width: int = 4
+    use_bias: bool = False
+    activation: Callable[[Array], Array] | None = nn.silu
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, segment_ids_BT: Array | None = None, state: Array | None = None
+    ) -> tuple[Array, Array]:
+        D = x_BTD.shape[-1]
+        init = uniform_fan_in(self.width)
+        w_ID = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, (None, "heads")),
+            (self.width, D),
+            self.param_dtype,
+        )
+        bias_D = None
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(init, ("heads",))
+            bias_D = self.param("bias", bias_init, (D,), self.param_dtype).astype(self.dtype)
+        y_BTD, state = causal_conv(
+            x_BTD.astype(self.dtype),
+            w_ID.astype(self.dtype),
+            bias=bias_D,
+            initial_state=state,
+            segment_ids=segment_ids_BT,
+        )
+        return (y_BTD if self.activation is None else self.activation(y_BTD)), state
+
+    def init_state(self, batch: int, features: int) -> Array:
+        """No earlier inputs: zeros (B, width-1, D)."""
+        return jnp.zeros((batch, self.width - 1, features), self.dtype)
