@@ -56,7 +56,9 @@ def srms_norm(x: Array, eps: float = 1e-5) -> Array:
 def l2_norm(x: Array, eps: float = 1e-6) -> Array:
     """x / sqrt(sum(x^2) + eps) over the last axis, in float32; keeps x's dtype."""
     x_f32 = x.astype(jnp.float32)
-    return (x_f32 * jax.lax.rsqrt(jnp.sum(jnp.square(x_f32), -1, keepdims=True) + eps)).astype(x.dtype)
+    return (x_f32 * jax.lax.rsqrt(jnp.sum(jnp.square(x_f32), -1, keepdims=True) + eps)).astype(
+        x.dtype
+    )
 
 
 NORMS = {

@@ -39,7 +39,9 @@ def make(name: str, **keywords) -> Mixer:
     known = options(name)
     unknown = sorted(set(keywords) - set(known) - {"name", "parent"})
     if unknown:
-        raise ValueError(f"mixer {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        raise ValueError(
+            f"mixer {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
+        )
     return mixer_class(name)(**keywords)
 
 

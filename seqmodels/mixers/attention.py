@@ -56,7 +56,9 @@ class Attention(base.Mixer):
                 f"attention: num_heads {H} must divide d_model {self.d_model}, or set head_dim"
             )
         if self.window is not None and self.window < 1:
-            raise ValueError(f"attention: window must be at least 1 (the token itself); got {self.window}")
+            raise ValueError(
+                f"attention: window must be at least 1 (the token itself); got {self.window}"
+            )
         return H, G, self.head_dim or self.d_model // H
 
     @nn.compact

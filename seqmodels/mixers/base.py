@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
+from seqmodels import layers
 from seqmodels.array_typing import Array, DType, LogicalAxes, State
 
 
@@ -71,7 +72,7 @@ class Mixer(nn.Module):
         bias_init: Callable = nn.initializers.zeros,
     ) -> Array:
         """A Dense layer called `name` from x's last axis to `features`, in the mixer's dtypes."""
-        return dense(
+        return layers.dense(
             features,
             name,
             axes=axes,
@@ -91,19 +92,3 @@ class Mixer(nn.Module):
         """The output projection from all heads to D."""
         o_BTE = o_BTHV.reshape(*o_BTHV.shape[:2], -1)
         return self.project(o_BTE, self.d_model, name, axes=("heads", "embed"), **keywords)
-
-    def gate_param(self, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
-        """A small parameter of a gate (A_log, dt_bias, D, ...), kept and used in float32."""
-        axes = ("heads",) + (None,) * (len(shape) - 1)
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-
-
-def dense(features: int, name: str, *, axes: LogicalAxes, kernel_init=nn.initializers.lecun_normal(), bias_init=nn.initializers.zeros, **keywords) -> nn.Dense:
-    """nn.Dense whose kernel carries the logical axis names that `seqmodels.sharding` maps to the mesh."""
-    return nn.Dense(
-        features,
-        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-        bias_init=nn.with_logical_partitioning(bias_init, axes[-1:]),
-        name=name,
-        **keywords,
-    )

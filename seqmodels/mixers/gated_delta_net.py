@@ -60,9 +60,15 @@ class GatedDeltaNet(base.Mixer):
         B, T, _ = x_BTD.shape
         if state is None:
             state = self.init_state(B)
-        q, q_tail = self._conv("q_conv")(self.project(x_BTD, G * K, "q"), segment_ids_BT, state.q_tail)
-        k, k_tail = self._conv("k_conv")(self.project(x_BTD, G * K, "k"), segment_ids_BT, state.k_tail)
-        v, v_tail = self._conv("v_conv")(self.project(x_BTD, H * V, "v"), segment_ids_BT, state.v_tail)
+        q, q_tail = self._conv("q_conv")(
+            self.project(x_BTD, G * K, "q"), segment_ids_BT, state.q_tail
+        )
+        k, k_tail = self._conv("k_conv")(
+            self.project(x_BTD, G * K, "k"), segment_ids_BT, state.k_tail
+        )
+        v, v_tail = self._conv("v_conv")(
+            self.project(x_BTD, H * V, "v"), segment_ids_BT, state.v_tail
+        )
         beta_BTH = jax.nn.sigmoid(self.project(x_BTD, H, "b").astype(jnp.float32))
         log_decay_BTH = gates.SoftplusDecay(name="decay", A_min=0.0)(self.project(x_BTD, H, "a"))
         o_BTHV, S_BHKV = delta_rule(

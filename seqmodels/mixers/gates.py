@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from seqmodels import layers
 from seqmodels.array_typing import Array
 
 
@@ -43,11 +44,8 @@ class SoftplusDecay(nn.Module):
     @nn.compact
     def __call__(self, x_BTH: Array) -> Array:
         H = x_BTH.shape[-1]
-
-        def head_parameter(name, init):
-            return self.param(name, nn.with_logical_partitioning(init, ("heads",)), (H,), jnp.float32)
-
-        A_log_H = head_parameter("A_log", log_uniform_A(self.A_min, self.A_max))
-        dt_bias_H = head_parameter("dt_bias", log_uniform_dt_bias())
+        A_init = log_uniform_A(self.A_min, self.A_max)
+        A_log_H = layers.gate_parameter(self, "A_log", A_init, (H,))
+        dt_bias_H = layers.gate_parameter(self, "dt_bias", log_uniform_dt_bias(), (H,))
         dt_BTH = jax.nn.softplus(x_BTH.astype(jnp.float32) + dt_bias_H[None, None])
         return -jnp.exp(A_log_H)[None, None] * dt_BTH

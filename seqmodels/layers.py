@@ -1,0 +1,36 @@
+"""Parameters with logical axis names, which `seqmodels.sharding` maps to the mesh.
+
+Names in use: "embed" (D), "heads" (heads times head dim, or heads), "mlp" (F), "vocab" (W), "norm", "layers".
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from seqmodels.array_typing import Array, LogicalAxes
+
+
+def dense(
+    features: int,
+    name: str,
+    *,
+    axes: LogicalAxes,
+    kernel_init: Callable = nn.initializers.lecun_normal(),
+    bias_init: Callable = nn.initializers.zeros,
+    **keywords,
+) -> nn.Dense:
+    """nn.Dense whose kernel has the logical `axes` (input, output)."""
+    return nn.Dense(
+        features,
+        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+        bias_init=nn.with_logical_partitioning(bias_init, axes[-1:]),
+        name=name,
+        **keywords,
+    )
+
+
+def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
+    """A small parameter of a gate (A_log, dt_bias, D, ...): float32 whatever the model's dtype, first axis "heads"."""
+    axes = ("heads",) + (None,) * (len(shape) - 1)
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
