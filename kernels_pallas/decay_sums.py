@@ -1,0 +1,141 @@
+"""Sums of log decay inside a chunk, stable by construction.
+
+A chunked recurrence needs, for tokens j < i of one chunk, the decay between them, exp(g_{j+1} + ... + g_i) with
+every g <= 0. The usual difference of two cumulative sums loses all digits where the decay is strong, is inf - inf
+at a reset (g = -inf), and split into exp(cumsum_i) * exp(-cumsum_j) it overflows. Here nothing is ever subtracted.
+
+A chunk is halved again and again. Two tokens j < i part at exactly one level, j into the left half of a block and
+i into its right half, and there
+
+    g_{j+1} + ... + g_i  =  after_j  +  through_i,
+    after_j   = the sum over the tokens behind j, up to the middle of that block,
+    through_i = the sum from the middle up to i,
+
+two pure sums of non-positive numbers. Both exponentials are at most 1; -inf gives exp = 0 with derivative 0, no NaN.
+The sums of a level come from those of the level below by one addition, and those of the last level reach from the
+chunk's start and to its end: what enters and leaves the chunk. For a decay per channel each level's rectangle is one
+matrix product, (q exp(through)) (k exp(after))^T, so that no (C, C, K) array of pairs exists.
+
+The same sub-division in two levels (blocks of 16, pairs inside them one by one) is "secondary chunking" in GLA
+(arXiv 2312.06635, section 4.3). Arrays are (..., C, K) with K = 1 for one decay per head; C is a power of two.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import matmul
+
+
+class Level(NamedTuple):
+    """One halving: M blocks of two halves of U tokens each, U = 1, 2, 4, ..., C/2.
+
+    through_MUK: right halves, the sum from the middle up to and with token i.
+    before_MUK: right halves, the same without token i.
+    after_MUK: left halves, the sum over the tokens behind j up to the middle.
+    """
+
+    through_MUK: jax.Array
+    before_MUK: jax.Array
+    after_MUK: jax.Array
+
+
+class Sums(NamedTuple):
+    """The sums of one chunk.
+
+    through_CK: from the chunk's start up to and with token i: what the entering state has decayed by at i.
+    before_CK: the same without token i (for recurrences that read the state before it decays).
+    after_CK: over the tokens behind j, up to the chunk's end: what token j has decayed by in the leaving state.
+    total_K: over the whole chunk.
+    levels: smallest halves first.
+    """
+
+    through_CK: jax.Array
+    before_CK: jax.Array
+    after_CK: jax.Array
+    total_K: jax.Array
+    levels: tuple[Level, ...]
+
+
+def chunk_sums(log_decay_CK: jax.Array) -> Sums:
+    """All sums of a chunk's log decay (..., C, K), C a power of two. Every entry must be <= 0; -inf is a reset."""
+    *lead, C, K = log_decay_CK.shape
+    if C & (C - 1):
+        raise ValueError(f"chunk_sums: the chunk length must be a power of two; got {C}")
+    through = total = log_decay_CK.reshape(*lead, C, 1, K)
+    before = after = jnp.zeros_like(through)
+    right = jnp.array([False, True]).reshape(*[1] * len(lead), 1, 2, 1, 1)
+    levels = []
+    for level in range(C.bit_length() - 1):
+        blocks, half = C >> (level + 1), 1 << level
+        through, before, after = (
+            x.reshape(*lead, blocks, 2, half, K) for x in (through, before, after)
+        )
+        total = total.reshape(*lead, blocks, 2, 1, K)
+        levels.append(
+            Level(through[..., 1, :, :], before[..., 1, :, :], after[..., 0, :, :]),
+        )
+        left_total, right_total = total[..., :1, :, :], total[..., 1:, :, :]
+        from_left = jnp.where(right, left_total, 0.0)
+        through, before = through + from_left, before + from_left
+        after = after + jnp.where(right, 0.0, right_total)
+        total = left_total + right_total
+    whole = (x.reshape(*lead, C, K) for x in (through, before, after))
+    return Sums(*whole, total.reshape(*lead, K), tuple(levels))
+
+
+def pair_decay(sums: Sums, *, before: bool = False) -> jax.Array:
+    """D_ij = exp(g_{j+1} + ... + g_i) for j < i, 1 for j = i, 0 for j > i, from sums with K = 1: (..., C, C).
+
+    With `before`, the sum stops in front of i, and the diagonal is 0: D_ij = exp(g_{j+1} + ... + g_{i-1}) for j < i.
+    """
+    *lead, C, _ = sums.through_CK.shape
+    dtype = sums.through_CK.dtype
+    diagonal = jnp.full((*lead, C, 1, 1), 0.0 if before else 1.0, dtype)
+    rectangles = []
+    for level in sums.levels:
+        rows = level.before_MUK if before else level.through_MUK
+        rectangles.append(jnp.exp(rows) * jnp.exp(jnp.swapaxes(level.after_MUK, -1, -2)))
+    return _assemble(diagonal, rectangles)
+
+
+def decayed_scores(
+    q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, before: bool = False, dtype
+) -> jax.Array:
+    """A_ij = sum_K q_iK k_jK exp(g_{j+1} + ... + g_i)_K for j <= i, 0 for j > i: (..., C, C), float32 or wider.
+
+    With `before`, the sums stop in front of i, and the diagonal is 0. Products are made of operands rounded to `dtype`
+    after they have been decayed. q, k and the sums have the same shape (..., C, K), or K = 1 for the sums.
+    """
+    *lead, C, K = q_CK.shape
+    accumulate = jnp.promote_types(dtype, jnp.float32)
+    q_CK, k_CK = q_CK.astype(accumulate), k_CK.astype(accumulate)
+    diagonal = jnp.zeros((*lead, C), accumulate) if before else jnp.sum(q_CK * k_CK, axis=-1)
+    rectangles = []
+    for level in sums.levels:
+        half = level.after_MUK.shape[-2]
+        q_MUK = q_CK.reshape(*lead, -1, 2, half, K)[..., 1, :, :]
+        k_MUK = k_CK.reshape(*lead, -1, 2, half, K)[..., 0, :, :]
+        rows = level.before_MUK if before else level.through_MUK
+        rectangles.append(
+            matmul.einsum(
+                "...iK,...jK->...ij",
+                q_MUK * jnp.exp(rows),
+                k_MUK * jnp.exp(level.after_MUK),
+                dtype,
+            )
+        )
+    return _assemble(diagonal.reshape(*lead, C, 1, 1), rectangles)
+
+
+def _assemble(diagonal, rectangles) -> jax.Array:
+    """The lower triangle from its diagonal (..., C, 1, 1) and each level's rectangles (..., M, U, U)."""
+    blocks = diagonal
+    for rectangle in rectangles:
+        *lead, M, U, _ = rectangle.shape
+        blocks = blocks.reshape(*lead, M, 2, U, U)
+        top = jnp.concatenate([blocks[..., 0, :, :], jnp.zeros_like(rectangle)], axis=-1)
+        bottom = jnp.concatenate([rectangle, blocks[..., 1, :, :]], axis=-1)
+        blocks = jnp.concatenate([top, bottom], axis=-2)
+    return blocks[..., 0, :, :]
