@@ -1,0 +1,104 @@
+"""Learning-rate schedules by name: functions step -> learning rate, usable under jit.
+
+n is the update, from 0; N the updates of the run (`train.steps`); W `warmup_steps`; lr0 `learning_rate`; m `final_fraction`;
+s = (n - W) / (N - W) in [0, 1]. Up to W the rate grows linearly, by (n + 1) / W: the first update is not wasted on a rate of zero.
+After it come the formulas below.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Schedule = Callable[[int | jax.Array], jax.Array]
+
+
+def constant(s, config, steps):
+    """lr0."""
+    return jnp.ones_like(s)
+
+
+def linear(s, config, steps):
+    """lr0 (1 - (1 - m) s). With m = 0 the "straight to zero" of arXiv 2502.15938."""
+    return 1 - (1 - config.final_fraction) * s
+
+
+def warmup_cosine(s, config, steps):
+    """lr0 (m + (1 - m) (1 + cos(pi s)) / 2): SGDR (arXiv 1608.03983, eq. 5) without restarts."""
+    m = config.final_fraction
+    return m + (1 - m) * 0.5 * (1 + jnp.cos(jnp.pi * s))
+
+
+def wsd(s, config, steps):
+    """Warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4.2): lr0 until the last `decay_fraction` of the N updates,
+    then down to m lr0, linearly in n (arXiv 2405.18392 found that no worse than an exponential)."""
+    n = config.warmup_steps + s * (steps - config.warmup_steps)
+    return 1 - (1 - config.final_fraction) * _final_decay(n, config, steps)
+
+
+def rex(s, config, steps):
+    """lr0 (m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2)): the reflected exponential, REX (arXiv 2107.04197, section 4)."""
+    m = config.final_fraction
+    return m + (1 - m) * (1 - s) / (0.5 + 0.5 * (1 - s))
+
+
+_SHAPES = {f.__name__: f for f in (constant, linear, warmup_cosine, wsd, rex)}
+
+
+def power(config, learning_rate: float, steps: int, batch_size: int, length: int) -> Schedule:
+    """The Power scheduler (arXiv 2408.13359, eqs. 7 and 8), agnostic of batch size and number of tokens:
+
+      eta(t) = min(lr0, B a t^b),     t tokens seen so far, B sequences in a batch
+      lr = (t / t_W) eta(t_W) in the warmup; eta(t) after it; f eta(t_(N - d)) in the last d = `decay_fraction` N updates,
+
+    f falling linearly from 1 to m. The paper takes a = 4 (`power_a`), b = -0.51 (`power_b`) and lr0 = 0.02, under muP.
+    """
+
+    def schedule(step):
+        n = jnp.asarray(step, jnp.float32)
+        last_power_step = steps - config.decay_fraction * steps
+        held = jnp.minimum(jnp.maximum(n, config.warmup_steps - 1), last_power_step)
+        tokens = (held + 1) * (batch_size * length)
+        eta = jnp.minimum(learning_rate, batch_size * config.power_a * tokens**config.power_b)
+        f = 1 - (1 - config.final_fraction) * _final_decay(n, config, steps)
+        return _warmup(n, config) * f * eta
+
+    return schedule
+
+
+def make_schedule(
+    config, learning_rate: float, steps: int, batch_size: int = 1, length: int = 1
+) -> Schedule:
+    """The schedule `config.name` for a run of `steps` updates.
+
+    config: name, warmup_steps, final_fraction; decay_fraction (wsd, power); power_a, power_b (power).
+    batch_size, length: sequences in a batch and tokens in a sequence; only `power` looks at them.
+    Raises ValueError for an unknown name and for a warmup longer than the run.
+    """
+    names = sorted([*_SHAPES, "power"])
+    if config.name not in names:
+        raise ValueError(f"unknown schedule {config.name!r}; choose one of {', '.join(names)}")
+    if not 0 <= config.warmup_steps <= steps:
+        raise ValueError(
+            f"schedule.warmup_steps is {config.warmup_steps}; it must lie between 0 and train.steps = {steps}"
+        )
+    if config.name == "power":
+        return power(config, learning_rate, steps, batch_size, length)
+
+    def schedule(step):
+        n = jnp.asarray(step, jnp.float32)
+        after_warmup = max(steps - config.warmup_steps, 1)
+        s = jnp.minimum(jnp.maximum(n - config.warmup_steps, 0.0) / after_warmup, 1.0)
+        return _warmup(n, config) * learning_rate * _SHAPES[config.name](s, config, steps)
+
+    return schedule
+
+
+def _warmup(n, config):
+    return jnp.minimum((n + 1) / max(config.warmup_steps, 1), 1.0)
+
+
+def _final_decay(n, config, steps):
+    """0 until the last `decay_fraction` of the updates, then linearly up to 1 after the last."""
+    decay_steps = max(config.decay_fraction * steps, 1)
+    return jnp.minimum(jnp.maximum(n - (steps - decay_steps), 0.0) / decay_steps, 1.0)
