@@ -1,0 +1,43 @@
+"""Every registered mixer through the shared suite."""
+
+import pytest
+
+from seqmodels import mixers
+from tests.seqmodels import mixer_suite
+
+
+@pytest.mark.parametrize("case", mixer_suite.all_cases(), ids=str)
+def test_pieces_steps_and_packed_documents_agree(case):
+    mixer_suite.check_consistency(case)
+
+
+@pytest.mark.parametrize("case", mixer_suite.all_cases(), ids=str)
+def test_gradients_are_finite_and_causal(case):
+    mixer_suite.check_gradients(case)
+
+
+@pytest.mark.parametrize("case", mixer_suite.all_cases(), ids=str)
+def test_state_has_one_structure(case):
+    mixer_suite.check_state(case)
+
+
+@pytest.mark.parametrize("case", mixer_suite.first_cases(), ids=str)
+def test_scan_over_layers(case):
+    mixer_suite.check_layers(case)
+
+
+@pytest.mark.parametrize("case", mixer_suite.first_cases(), ids=str)
+def test_trains(case):
+    mixer_suite.check_trains(case)
+
+
+def test_unknown_mixer_lists_the_choices():
+    with pytest.raises(
+        ValueError, match="unknown mixer 'gated_deltanet'; choose one of .*gated_delta_net"
+    ):
+        mixers.make("gated_deltanet", d_model=8)
+
+
+def test_unknown_option_lists_those_there_are():
+    with pytest.raises(ValueError, match="'attention' has no option 'heads'; it has .*num_heads"):
+        mixers.make("attention", d_model=8, heads=2)
