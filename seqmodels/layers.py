@@ -10,13 +10,15 @@ import jax.numpy as jnp
 
 from seqmodels.array_typing import Array, LogicalAxes
 
+KERNEL_INIT = nn.initializers.lecun_normal()
+
 
 def dense(
     features: int,
     name: str,
     *,
     axes: LogicalAxes,
-    kernel_init: Callable = nn.initializers.lecun_normal(),
+    kernel_init: Callable = KERNEL_INIT,
     bias_init: Callable = nn.initializers.zeros,
     **keywords,
 ) -> nn.Dense:

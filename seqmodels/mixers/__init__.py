@@ -34,7 +34,7 @@ def options(name: str) -> dict[str, object]:
     return {f.name: f.default for f in fields if f.init and f.name not in ("parent", "name")}
 
 
-def make(name: str, **keywords) -> Mixer:
+def make(name: str, /, **keywords) -> Mixer:
     """The mixer `name` with the given options. An unknown option lists those there are."""
     known = options(name)
     unknown = sorted(set(keywords) - set(known) - {"name", "parent"})

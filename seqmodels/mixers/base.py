@@ -68,7 +68,7 @@ class Mixer(nn.Module):
         *,
         axes: LogicalAxes = ("embed", "heads"),
         use_bias: bool = False,
-        kernel_init: Callable = nn.initializers.lecun_normal(),
+        kernel_init: Callable = layers.KERNEL_INIT,
         bias_init: Callable = nn.initializers.zeros,
     ) -> Array:
         """A Dense layer called `name` from x's last axis to `features`, in the mixer's dtypes."""
