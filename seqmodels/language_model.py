@@ -1,0 +1,275 @@
+"""The language model: embedding, a stack of blocks by pattern, a norm, and logits."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from seqmodels import blocks, layers, mixers, pattern
+from seqmodels.array_typing import Array, DType, State
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@flax.struct.dataclass
+class ModelState:
+    """What decoding carries: one state a layer, and the document the last token belonged to."""
+
+    prefix: tuple[State, ...]
+    scanned: tuple[State, ...]
+    suffix: tuple[State, ...]
+    segment_id_B: Array
+
+
+class LanguageModel(nn.Module):
+    """logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
+
+    With state None nothing is carried and none is returned: training. To prefill or decode pass
+    `init_state(batch)` and then the state of the last call; any split of a sequence gives the same logits. A row
+    whose first token has another segment id than the row's last one starts from nothing.
+
+    mixers: one MixerSpec a layer (`from_config` makes them of a pattern such as
+      "3*gated_delta_net + attention(window=256)").
+    channel_mixer, d_ff, norm, norm_eps, norm_position: see `blocks.Block`.
+    tied_embeddings: the output matrix is the embedding. embedding_scale multiplies the embedded tokens.
+    logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
+    remat: what the backward pass recomputes: "none", "full" (every block from its input), "dots" (all but
+      projections).
+    scan_layers: compile a repeated group of blocks once and scan over it.
+    dtype, param_dtype: of activations and matmuls, and of parameters. Logits are float32.
+    """
+
+    vocab_size: int
+    d_model: int
+    mixers: tuple[pattern.MixerSpec, ...]
+    channel_mixer: str | None = "swiglu"
+    d_ff: int | None = None
+    norm: str = "rms_norm"
+    norm_eps: float = 1e-5
+    norm_position: str = "pre"
+    tied_embeddings: bool = True
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
+    remat: str = "none"
+    scan_layers: bool = True
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @property
+    def plan(self) -> pattern.ScanPlan:
+        """How the stack is cut into single blocks and a scanned group."""
+        if self.scan_layers:
+            return pattern.scan_plan(self.mixers)
+        return pattern.ScanPlan(self.mixers, (), 0, ())
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: Array,
+        segment_ids_BT: Array | None = None,
+        state: ModelState | None = None,
+    ) -> tuple[Array, ModelState | None]:
+        embed = nn.Embed(
+            self.vocab_size,
+            self.d_model,
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(self.d_model**-0.5), ("vocab", "embed")
+            ),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="embed",
+        )
+        x_BTD = embed(tokens_BT) * self.embedding_scale
+        x_BTD, state = self._stack(x_BTD, segment_ids_BT, state)
+        x_BTD = blocks.make_norm(self.norm, self.norm_eps, "final_norm")(x_BTD).astype(self.dtype)
+        if self.tied_embeddings:
+            logits_BTW = embed.attend(x_BTD)
+        else:
+            logits_BTW = layers.dense(
+                self.vocab_size,
+                "output",
+                axes=("embed", "vocab"),
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+            )(x_BTD)
+        logits_BTW = logits_BTW.astype(jnp.float32)
+        if self.logit_softcap is not None:
+            logits_BTW = self.logit_softcap * jnp.tanh(logits_BTW / self.logit_softcap)
+        return logits_BTW, state
+
+    def _stack(self, x_BTD, segment_ids_BT, state):
+        plan = self.plan
+        fresh_B = None
+        if state is not None and segment_ids_BT is not None:
+            fresh_B = segment_ids_BT[:, 0] != state.segment_id_B
+        lower_bound_LD = self._lower_bounds()
+        run = _BlockRun(segment_ids_BT, fresh_B, len(self.mixers), lower_bound_LD)
+
+        def single(x_BTD, specs, states, first_index):
+            new_states = []
+            for i, spec in enumerate(specs):
+                block = self._block_class()(
+                    spec, **self._block_options(), name=f"block_{first_index + i}"
+                )
+                layer_state = None if states is None else states[i]
+                x_BTD, layer_state = run(block, x_BTD, layer_state, first_index + i)
+                new_states.append(layer_state)
+            return x_BTD, tuple(new_states)
+
+        first_scanned = len(plan.prefix)
+        first_suffix = first_scanned + plan.repeats * len(plan.period)
+        x_BTD, prefix = single(x_BTD, plan.prefix, state and state.prefix, 0)
+        x_BTD, scanned = self._scan(x_BTD, plan, run, state and state.scanned, first_scanned)
+        x_BTD, suffix = single(x_BTD, plan.suffix, state and state.suffix, first_suffix)
+        if state is None:
+            return x_BTD, None
+        segment_id_B = state.segment_id_B if segment_ids_BT is None else segment_ids_BT[:, -1]
+        return x_BTD, ModelState(prefix, scanned, suffix, segment_id_B)
+
+    def _scan(self, x_BTD, plan, run, states, first_index):
+        if plan.repeats == 0:
+            return x_BTD, ()
+        group = _Group(
+            plan.period, self._block_class(in_scan=True), self._block_options(), name="blocks"
+        )
+
+        def one_repeat(group, x_BTD, inputs):
+            index, states = inputs
+            x_BTD, states = group(x_BTD, run, states, index)
+            return x_BTD, states
+
+        scan = nn.scan(
+            one_repeat,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=plan.repeats,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        index_N = first_index + len(plan.period) * jnp.arange(plan.repeats, dtype=jnp.int32)
+        return scan(group, x_BTD, (index_N, states))
+
+    def _block_class(self, in_scan: bool = False):
+        if self.remat == "none":
+            return blocks.Block
+        # Under scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed.
+        return nn.remat(blocks.Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_scan)
+
+    def _block_options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in _SHARED_FIELDS}
+
+    def _lower_bounds(self) -> Array | None:
+        """Forget-gate bounds that grow with depth: cumsum(softmax(p_LD, over layers)) less its first row
+        (HGRN, arXiv 2311.04823, section 3.3). Zeros at the start: layer l has l/L."""
+        L = len(self.mixers)
+        widths = {
+            self._mixer(spec).lower_bound_width()
+            for spec in self.mixers
+            if mixers.mixer_class(spec.name).uses_lower_bound
+        }
+        if not widths:
+            return None
+        if len(widths) > 1:
+            raise ValueError(
+                f"layers with a lower bound must share its width; got {sorted(widths)}"
+            )
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, "heads"))
+        p_LD = self.param("lower_bounds", init, (L, widths.pop()), jnp.float32)
+        bound_LD = jnp.cumsum(jax.nn.softmax(p_LD, axis=0), axis=0)
+        return bound_LD - bound_LD[:1]
+
+    @nn.nowrap
+    def _mixer(self, spec: pattern.MixerSpec) -> mixers.Mixer:
+        return blocks.Block(spec, **self._block_options(), parent=None).make_mixer(parent=None)
+
+    @nn.nowrap
+    def init_state(self, batch: int) -> ModelState:
+        """The state before the first token of `batch` sequences. Pure: works on an unbound module."""
+        plan = self.plan
+
+        def states(specs):
+            return tuple(self._mixer(spec).init_state(batch) for spec in specs)
+
+        def stack(leaf):
+            return jnp.broadcast_to(leaf[None], (plan.repeats, *leaf.shape))
+
+        scanned = jax.tree.map(stack, states(plan.period))
+        unknown_B = jnp.full((batch,), -1, jnp.int32)
+        return ModelState(states(plan.prefix), scanned, states(plan.suffix), unknown_B)
+
+
+_SHARED_FIELDS = [
+    f
+    for f in dataclasses.fields(blocks.Block)
+    if f.name in LanguageModel.__dataclass_fields__ and f.name not in ("parent", "name")
+]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _BlockRun:
+    """Calls a block with what all layers of one pass share."""
+
+    segment_ids_BT: Array | None
+    fresh_B: Array | None
+    count: int
+    lower_bound_LD: Array | None
+
+    def __call__(self, block, x_BTD, state, index):
+        bound_D = None if self.lower_bound_LD is None else self.lower_bound_LD[index]
+        layer = mixers.Layer(index, self.count, bound_D)
+        new_x_BTD, new_state = block(x_BTD, self.segment_ids_BT, state, self.fresh_B, layer)
+        return new_x_BTD, (None if state is None else new_state)
+
+
+class _Group(nn.Module):
+    """The blocks of one period, which the scan repeats."""
+
+    specs: tuple[pattern.MixerSpec, ...]
+    block_class: Any
+    block_options: dict[str, Any]
+
+    @nn.compact
+    def __call__(self, x_BTD, run, states, first_index):
+        new_states = []
+        for i, spec in enumerate(self.specs):
+            block = self.block_class(spec, **self.block_options, name=f"block_{i}")
+            state = None if states is None else states[i]
+            x_BTD, state = run(block, x_BTD, state, first_index + i)
+            new_states.append(state)
+        return x_BTD, tuple(new_states)
+
+
+def from_config(config) -> LanguageModel:
+    """The model a config's `model` section describes. Fields are LanguageModel's, with `pattern` and `num_layers`
+    in place of `mixers`; dtypes are names.
+
+    Raises:
+      ValueError: an unknown mixer, option, norm, remat or layout; the choices are listed.
+    """
+    fields = dict(config)
+    specs = pattern.layers(fields.pop("pattern"), fields.pop("num_layers"))
+    for name in ("dtype", "param_dtype"):
+        if name in fields:
+            fields[name] = jnp.dtype(fields[name])
+    known = {f.name for f in dataclasses.fields(LanguageModel)} - {"parent", "name", "mixers"}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(
+            f"config.model has no field {unknown[0]!r}; it has pattern, num_layers, {', '.join(sorted(known))}"
+        )
+    model = LanguageModel(mixers=specs, **fields)
+    _check_choice("remat", model.remat, REMAT_POLICIES)
+    _check_choice("norm_position", model.norm_position, blocks.NORM_POSITIONS)
+    jax.eval_shape(lambda: model.init_state(1))  # every mixer checks its own options here
+    return model
+
+
+def _check_choice(field: str, value: str, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"config.model.{field} is {value!r}; choose one of {', '.join(choices)}")

@@ -1,0 +1,85 @@
+"""Which mixer stands in which layer, written as one line: "3*gated_delta_net + attention(window=256)"."""
+
+import ast
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerSpec:
+    """A mixer's registered name and its options, hashable so that it can be a module's attribute."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def parse(pattern: str) -> tuple[MixerSpec, ...]:
+    """Reads a pattern: names joined by +, each with options in parentheses, repeated by `n*`; groups nest.
+
+    "2*(gla + attention(window=64, num_heads=8))" is gla, attention, gla, attention.
+
+    Raises:
+      ValueError: not of that form; the message shows the part that could not be read.
+    """
+    try:
+        tree = ast.parse(pattern.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"pattern {pattern!r} cannot be read: {error.msg}") from error
+    return _specs(tree, pattern)
+
+
+def layers(pattern: str, num_layers: int) -> tuple[MixerSpec, ...]:
+    """The pattern repeated to exactly `num_layers`; a last repetition may be cut short."""
+    specs = parse(pattern)
+    repeats = -(-num_layers // len(specs))
+    return (specs * repeats)[:num_layers]
+
+
+def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:
+    match node:
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _specs(left, pattern) + _specs(right, pattern)
+        case ast.BinOp(left=ast.Constant(value=int(count)), op=ast.Mult(), right=right) if (
+            count > 0
+        ):
+            return _specs(right, pattern) * count
+        case ast.Name(id=name):
+            return (MixerSpec(name),)
+        case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
+            try:
+                options = tuple((k.arg, ast.literal_eval(k.value)) for k in keywords)
+            except ValueError as error:
+                raise ValueError(
+                    f"pattern {pattern!r}: the options of {name!r} must be plain values, as in {name}(window=256)"
+                ) from error
+            return (MixerSpec(name, options),)
+    raise ValueError(
+        f"pattern {pattern!r}: cannot read {ast.unparse(node)!r}; write it like "
+        f"'3*gated_delta_net + attention(window=256)'"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanPlan:
+    """Layers as: prefix, one by one; `period`, `repeats` times over in one scan; suffix, one by one."""
+
+    prefix: tuple[MixerSpec, ...]
+    period: tuple[MixerSpec, ...]
+    repeats: int
+    suffix: tuple[MixerSpec, ...]
+
+
+def scan_plan(specs: tuple[MixerSpec, ...]) -> ScanPlan:
+    """Finds the repetition that leaves the fewest distinct blocks to compile; repeats is 0 if nothing repeats."""
+    best, best_cost = ScanPlan(specs, (), 0, ()), len(specs)
+    for start in range(len(specs)):
+        for length in range(1, (len(specs) - start) // 2 + 1):
+            period = specs[start : start + length]
+            repeats = 1
+            while specs[start + repeats * length : start + (repeats + 1) * length] == period:
+                repeats += 1
+            cost = len(specs) - (repeats - 1) * length
+            if repeats > 1 and cost < best_cost:
+                end = start + repeats * length
+                best, best_cost = ScanPlan(specs[:start], period, repeats, specs[end:]), cost
+    return best
