@@ -1,0 +1,188 @@
+"""Datasets: packed text and synthetic tasks, through Grain, resumable and sharded by process.
+
+    dataset = make_dataset(config.data, "train")     # "validation", "test": one pass
+    for batch in dataset: ...                        # see batches.Dataset
+
+`default_config(name)` gives the options of a dataset with these defaults; `make_dataset` takes a
+ConfigDict or a dict, fills in what is missing and rejects what it does not know.
+
+Every dataset
+  name             python_stdlib, text, tfds, or a task (below)
+  batch_size=16    rows of a global batch; must divide over the processes
+  eval_batch_size=0   the same for validation and test; 0 is batch_size
+  seed=0           order of the training documents, or the examples of a task
+  prefetch=2       batches read ahead on a thread; 0 reads in the caller's thread
+
+Text (python_stdlib, text, tfds)
+  seq_len=512      T: length of a packed row
+  tokenizer="bytes"   or the path of a Hugging Face tokenizer.json
+  document_token=""   with a file: its token that stands before each document; "" adds an id
+python_stdlib      the source of this Python's standard library (stdlib_corpus.py)
+  data_dir=""      where it is kept; "" is ~/.cache/seqmodels
+text               files of your own (text.py)
+  paths=""         files, folders, globs, with commas between them
+  paths_validation="", paths_test=""   held-out files; both empty: `paths` is split 90/5/5
+  documents="files"   or "lines": what counts as a document
+  document_bytes=0    longer documents are cut there; 0 is max(16384, 8 seq_len)
+tfds               any TFDS dataset stored as array_record (tfds_source.py)
+  tfds_name=""     such as "wiki40b/en"
+  text_key="text"  the feature that holds the text
+  data_dir=""      "" is TFDS's own
+  train_split="train", validation_split="validation", test_split="test"   in TFDS's notation
+
+Tasks (tasks/): mqar, parity, modular_arithmetic, word_problem, selective_copying
+  num_examples=0   training examples, gone over again and again; 0 never repeats one
+  eval_examples=1024   validation and test examples
+  and the fields of the task's dataclass; a field eval_x other than 0 replaces x outside of training
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.data import batches, packing, tasks, text
+from experiments.data.batches import SPLITS, Dataset
+from experiments.data.tokenizers import make_tokenizer
+
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "Dataset",
+    "default_config",
+    "documents",
+    "make_dataset",
+    "split_bytes",
+]
+
+_COMMON = {"batch_size": 16, "eval_batch_size": 0, "seed": 0, "prefetch": 2}
+_TEXT = {"seq_len": 512, "tokenizer": "bytes", "document_token": ""}
+_TEXTS = {
+    "python_stdlib": {"data_dir": ""},
+    "text": {
+        "paths": "",
+        "paths_validation": "",
+        "paths_test": "",
+        "documents": "files",
+        "document_bytes": 0,
+    },
+    "tfds": {
+        "tfds_name": "",
+        "text_key": "text",
+        "data_dir": "",
+        "train_split": "train",
+        "validation_split": "validation",
+        "test_split": "test",
+    },
+}
+_TASK = {"num_examples": 0, "eval_examples": 1024}
+
+DATASETS = (*_TEXTS, *tasks.TASKS)
+
+
+def default_config(name: str) -> ConfigDict:
+    """Every option of a dataset, with its default: the `data` section of a config."""
+    if name not in DATASETS:
+        raise ValueError(
+            f"Unknown dataset {name!r}{_hint(name, DATASETS)}; the choices are {', '.join(DATASETS)}."
+        )
+    own = _TEXT | _TEXTS[name] if name in _TEXTS else _TASK | tasks.options(name)
+    return ConfigDict({"name": name} | _COMMON | own)
+
+
+def make_dataset(
+    config: Mapping[str, Any], split: str, *, process_index: int = 0, process_count: int = 1
+) -> Dataset:
+    """One split of the dataset that `config` (a config's `data` section) describes.
+
+    Of every global batch this process gets the rows [process_index, process_index + 1) *
+    batch_size / process_count. The global batches do not depend on the number of processes.
+    """
+    config = _filled(config)
+    batches.check_split(split)
+    train = split == "train"
+    batch_size = config.batch_size if train else config.eval_batch_size or config.batch_size
+    rows = batches.process_rows(batch_size, process_index, process_count)
+    if config.name in tasks.TASKS:
+        given = {key: config[key] for key in tasks.options(config.name)}
+        task = tasks.make_task(config.name, split, **given)
+        pipeline = tasks.task_batches(
+            task,
+            split,
+            seed=config.seed,
+            num_examples=config.num_examples if train else config.eval_examples,
+            batch_size=batch_size,
+            rows=rows,
+        )
+        vocab_size, tokenizer, chance = task.vocab_size, None, task.chance
+    else:
+        tokenizer = make_tokenizer(config.tokenizer, config.document_token)
+        pipeline = packing.packed_batches(
+            documents(config, split),
+            tokenizer,
+            seq_len=config.seq_len,
+            batch_size=batch_size,
+            rows=rows,
+            train=train,
+            seed=config.seed,
+            what=f"the {split} split of {config.name}",
+        )
+        vocab_size, chance = tokenizer.vocab_size, None
+    return Dataset(vocab_size, tokenizer, batches.Prefetched(pipeline, config.prefetch), chance)
+
+
+def documents(config: Mapping[str, Any], split: str):
+    """The documents of a text dataset's split as bytes: `len` and `[i]`."""
+    config = _filled(config)
+    batches.check_split(split)
+    # TFDS takes seconds to import, and only two of the datasets need it.
+    if config.name == "python_stdlib":
+        from experiments.data import stdlib_corpus
+
+        return stdlib_corpus.stdlib_documents(split, config.data_dir)
+    if config.name == "tfds":
+        from experiments.data import tfds_source
+
+        return tfds_source.tfds_documents(
+            config.tfds_name,
+            config[f"{split}_split"],
+            text_key=config.text_key,
+            data_dir=config.data_dir,
+        )
+    if config.name == "text":
+        return text.text_documents(
+            config.paths,
+            split,
+            held_out_paths={"validation": config.paths_validation, "test": config.paths_test},
+            documents=config.documents,
+            document_bytes=config.document_bytes or max(1 << 14, 8 * config.seq_len),
+        )
+    raise ValueError(f"Dataset {config.name!r} is a synthetic task and has no documents.")
+
+
+def split_bytes(config: Mapping[str, Any], split: str) -> bytes:
+    """All the bytes of a text dataset's split, its documents one after the other."""
+    source = documents(config, split)
+    return b"".join(source[i] for i in range(len(source)))
+
+
+def _filled(config: Mapping[str, Any]) -> ConfigDict:
+    """`config` with the defaults of what it leaves out; options that do not exist raise."""
+    if "name" not in config:
+        raise ValueError(f"data.name is missing; the choices are {', '.join(DATASETS)}.")
+    filled = default_config(config["name"])
+    for key, value in config.items():
+        if key not in filled:
+            raise ValueError(
+                f"Dataset {config['name']!r} has no option {key!r}{_hint(key, filled)}; the choices "
+                f"are {', '.join(filled)}."
+            )
+        # Several paths may come as a list, from Python, or as one string, from a flag.
+        filled[key] = ",".join(value) if isinstance(value, (list, tuple)) else value
+    return filled
+
+
+def _hint(name: str, choices) -> str:
+    close = difflib.get_close_matches(name, list(choices), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

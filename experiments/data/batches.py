@@ -1,0 +1,109 @@
+"""What every dataset hands out, and which rows of a global batch belong to a process."""
+
+import atexit
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from experiments.data import tokenizers
+
+SPLITS = ("train", "validation", "test")
+
+State = dict[str, Any]  # of an iterator: a dict, ready for JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One split of one dataset, as this process sees it.
+
+    `iter(dataset)` starts a fresh Grain iterator: `next` gives a batch, `get_state` and `set_state`
+    (a small dict of ints, ready for JSON) save and restore the position exactly, and Orbax takes
+    the iterator itself as a checkpointable. The state is that of the last batch handed out,
+    whatever was read ahead. The train split never ends; the others end after one pass.
+
+    A batch is a dict of arrays of one shape (rows of this process, T):
+      inputs int32; targets int32 (0 where there is none); segment_ids int32 (documents of a row
+      count from 1, padding is 0); loss_mask float32 (0 where there is no target).
+    A row's length is `(segment_ids > 0).sum(-1)`.
+
+    vocab_size: ids lie in [0, vocab_size); a model takes its vocabulary from here.
+    tokenizer: None for the synthetic tasks.
+    chance: the accuracy of guessing, for the synthetic tasks; None for text.
+    """
+
+    vocab_size: int
+    tokenizer: tokenizers.Tokenizer | None
+    batches: grain.IterDataset
+    chance: float | None = None
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return iter(self.batches)
+
+
+def empty(rows: int, seq_len: int) -> dict[str, np.ndarray]:
+    """A batch of padding only, to be written into."""
+    return {
+        "inputs": np.zeros((rows, seq_len), np.int32),
+        "targets": np.zeros((rows, seq_len), np.int32),
+        "segment_ids": np.zeros((rows, seq_len), np.int32),
+        "loss_mask": np.zeros((rows, seq_len), np.float32),
+    }
+
+
+def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    """The rows of the global batch that one process supplies: equal, contiguous slices."""
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size counts the whole batch and is shared equally: {batch_size} does not divide "
+            f"over {process_count} processes; take a multiple of {process_count}."
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index {process_index} is not in [0, process_count={process_count})."
+        )
+    rows = batch_size // process_count
+    return range(process_index * rows, (process_index + 1) * rows)
+
+
+class Prefetched(grain.IterDataset):
+    """Reads up to `buffer_size` batches ahead on one thread; 0 reads in the caller's."""
+
+    def __init__(self, parent: grain.IterDataset, buffer_size: int):
+        super().__init__(parent)
+        if buffer_size < 0:
+            raise ValueError(f"prefetch must be 0 or more batches, got {buffer_size}.")
+        self.parent, self.buffer_size = parent, buffer_size
+
+    def __iter__(self):
+        iterator = _PrefetchIterator(self.parent.__iter__(), self.buffer_size)
+        _OPEN.add(iterator)
+        return iterator
+
+
+class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Grain's, closed once: its `__del__` closes again, and fails where Python is shutting down."""
+
+    _done = False
+
+    def close(self):
+        if not self._done:
+            self._done = True
+            super().close()
+
+
+_OPEN: weakref.WeakSet[_PrefetchIterator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+    for iterator in list(_OPEN):
+        iterator.close()
+
+
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"Unknown split {split!r}; the choices are {', '.join(SPLITS)}.")

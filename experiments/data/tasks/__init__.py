@@ -1,0 +1,95 @@
+"""Synthetic tasks that need no files: every example follows from (seed, split, number).
+
+A task is a frozen dataclass. Its fields are its options; a field `eval_x` other than 0 takes the
+place of `x` in the validation and test splits. It has
+  vocab_size, chance   as a Dataset has them
+  row_length           T: the length that its examples are padded to
+  example(rng)         (inputs, targets, loss_mask), one array each of the example's own length
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from experiments.data import batches
+from experiments.data.tasks.modular_arithmetic import ModularArithmetic
+from experiments.data.tasks.mqar import MQAR
+from experiments.data.tasks.parity import Parity
+from experiments.data.tasks.selective_copying import SelectiveCopying
+from experiments.data.tasks.word_problem import WordProblem
+
+
+class Task(Protocol):
+    vocab_size: int
+    chance: float
+    row_length: int
+
+    def example(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "mqar": MQAR,
+    "parity": Parity,
+    "modular_arithmetic": ModularArithmetic,
+    "word_problem": WordProblem,
+    "selective_copying": SelectiveCopying,
+}
+
+
+def options(name: str) -> dict[str, Any]:
+    """A task's options with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(TASKS[name])}
+
+
+def make_task(name: str, split: str, **given) -> Task:
+    """The task of a split: its `eval_` options come in outside of training."""
+    batches.check_split(split)
+    values = options(name) | given
+    if split != "train":
+        values |= {
+            key.removeprefix("eval_"): value
+            for key, value in values.items()
+            if key.startswith("eval_") and value
+        }
+    return TASKS[name](**values)
+
+
+def task_batches(
+    task: Task, split: str, *, seed: int, num_examples: int, batch_size: int, rows: range
+) -> grain.IterDataset:
+    """Batches of `rows` out of each global batch of examples.
+
+    num_examples: training goes over so many, in a new order each epoch; 0 never repeats one. The
+    other splits are one pass over them, and their last batch is filled up with padding.
+    """
+    # A random generator for every (seed, split) and, by the counter-based Philox, every number.
+    key = np.random.SeedSequence([seed, batches.SPLITS.index(split)]).generate_state(1, np.uint64)
+    train = split == "train"
+    if num_examples < 0 or not (train or num_examples):
+        raise ValueError(f"The {split} split needs a positive number of examples: {num_examples}.")
+    order = grain.MapDataset.range(num_examples or 2**62)
+    if train and num_examples:
+        order = order.seed(seed).shuffle().repeat()
+    count = 2**62 if train else num_examples
+
+    def make_batch(number: int):
+        batch = batches.empty(len(rows), task.row_length)
+        for row, r in enumerate(rows):
+            position = number * batch_size + r
+            if position < count:
+                philox = np.random.Philox(key=np.append(key, np.uint64(order[position])))
+                inputs, targets, mask = task.example(np.random.Generator(philox))
+                batch["inputs"][row, : len(inputs)] = inputs
+                batch["targets"][row, : len(inputs)] = np.where(mask, targets, 0)
+                batch["segment_ids"][row, : len(inputs)] = 1
+                batch["loss_mask"][row, : len(inputs)] = mask
+        return batch
+
+    numbers = grain.MapDataset.range(-(-count // batch_size))
+    # The thread around the whole pipeline reads ahead; grain's own pool would only add copies.
+    return numbers.map(make_batch).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )

@@ -1,0 +1,114 @@
+"""The value of an arithmetic expression modulo m.
+
+Source: arXiv 2411.12537, section 5.1 and Table 3 ("mod. arithmetic", without and with brackets;
+m = 5), after "Neural Networks and the Chomsky Hierarchy", arXiv 2207.02098. Trained on lengths
+3-40, tested on 40-256.
+
+Tokens: 0 ... m-1 are the numbers, then + - * ( ) = in this order. The last input is "=", its target
+the value. Lengths count every token, "=" too, and are uniform in [min_length, max_length].
+Without brackets numbers and operators alternate, "2+3*4-1=": every operator equally likely, and *
+binds closer than + and -. Such a length is even, so an odd draw is rounded down.
+With brackets the expression is a random tree: a number, -number, either in brackets, or
+(left op right), where the size of the left side is uniform. `multiply=False` leaves * out, as the
+generators of both papers do, unless told otherwise, where there are brackets.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.data.tasks import lengths
+
+OPERATORS = "+-*()="
+
+
+@dataclasses.dataclass(frozen=True)
+class ModularArithmetic:
+    """supervise: "last" (the paper) or, without brackets, "all": at every number, the value of the
+    expression so far. multiply: whether * is among the operators. Chance: 1/modulus.
+    """
+
+    modulus: int = 5
+    brackets: bool = False
+    multiply: bool = True
+    min_length: int = 3
+    max_length: int = 40
+    eval_min_length: int = 40
+    eval_max_length: int = 256
+    supervise: str = "last"
+
+    def __post_init__(self):
+        name = "modular_arithmetic"
+        lengths.check_lengths(name, self.min_length, self.max_length, least=2)
+        lengths.check_supervise(name, self.supervise)
+        lengths.check(name, self.modulus >= 2, f"modulus must be at least 2, got {self.modulus}.")
+        lengths.check(
+            name,
+            not (self.brackets and self.supervise == "all"),
+            "supervise='all' has no meaning inside brackets; take supervise='last'.",
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.modulus + len(OPERATORS)
+
+    @property
+    def chance(self) -> float:
+        return 1.0 / self.modulus
+
+    @property
+    def row_length(self) -> int:
+        return self.max_length
+
+    def example(self, rng: np.random.Generator):
+        length = int(rng.integers(self.min_length, self.max_length + 1))
+        if not self.brackets:
+            return self._chain(rng, length // 2)
+        tokens, value = self._tree(rng, length - 1, "+-*" if self.multiply else "+-")
+        inputs = np.asarray(tokens + [self._token("=")])
+        targets = np.full(len(inputs), value)
+        return inputs, targets, lengths.last_only(len(inputs))
+
+    def _token(self, operator: str) -> int:
+        return self.modulus + OPERATORS.index(operator)
+
+    def _chain(self, rng, count: int):
+        kinds = 3 if self.multiply else 2
+        numbers = rng.integers(0, self.modulus, count)
+        operators = rng.integers(0, kinds, count - 1)
+        values = np.empty(count, np.int64)
+        total, term = 0, int(numbers[0])  # the value so far is total + term
+        values[0] = term
+        for i, operator in enumerate(operators):
+            number = int(numbers[i + 1])
+            if operator == 2:
+                term = term * number % self.modulus
+            else:
+                total, term = total + term, number if operator == 0 else -number
+            values[i + 1] = (total + term) % self.modulus
+        inputs = np.empty(2 * count, np.int64)
+        inputs[0::2] = numbers
+        inputs[1:-1:2] = self.modulus + operators
+        inputs[-1] = self._token("=")
+        mask = lengths.last_only(2 * count)
+        if self.supervise == "all":
+            mask[0::2] = 1.0
+        return inputs, np.repeat(values, 2), mask
+
+    def _tree(self, rng, length: int, operators: str) -> tuple[list[int], int]:
+        """Tokens of an expression of exactly `length` tokens, and its value."""
+        token, number = self._token, int(rng.integers(0, self.modulus))
+        leaf = {
+            1: ([number], number),
+            2: ([token("-"), number], -number % self.modulus),
+            3: ([token("("), number, token(")")], number),
+            4: ([token("("), token("-"), number, token(")")], -number % self.modulus),
+        }
+        if length in leaf:
+            return leaf[length]
+        left_length = int(rng.integers(1, length - 3))
+        left, a = self._tree(rng, left_length, operators)
+        right, b = self._tree(rng, length - 3 - left_length, operators)
+        operator = operators[rng.integers(0, len(operators))]
+        value = {"+": a + b, "-": a - b, "*": a * b}[operator] % self.modulus
+        return [token("("), *left, token(operator), *right, token(")")], value

@@ -1,0 +1,78 @@
+"""Multi-query associative recall: how much a state of fixed size can look up.
+
+Source: "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv 2312.04927,
+section 3 and Figure 2, and its authors' generator (HazyResearch/zoology).
+
+The first 2D tokens are D pairs: key, value, key, value, ... Keys are drawn from [1, W/2) and values
+from [W/2, W), both without replacement. Each key comes once more, as a query, at position
+2D + 2 gap; the D gaps are drawn without replacement from 0 ... (N - 2D)/2 - 1 with weights
+(gap + 1)^(power_a - 1), so near queries are likelier. The target at a query is the key's value, and
+nothing else counts. All other positions hold random tokens of the whole vocabulary, or 0.
+
+Figure 2 takes (N, D) in (64, 4), (128, 8), (256, 16), (512, 64), 100k training examples and 3k for
+testing, vocabulary 8192.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.data.tasks import lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class MQAR:
+    """seq_len: N, even, at least 4 D.  num_pairs: D.  random_non_queries: fill with random tokens.
+    Chance: 1/vocab_size, or 2/vocab_size knowing that answers are values.
+    """
+
+    seq_len: int = 64
+    num_pairs: int = 4
+    eval_seq_len: int = 0
+    eval_num_pairs: int = 0
+    vocab_size: int = 8192
+    power_a: float = 0.01
+    random_non_queries: bool = True
+
+    def __post_init__(self):
+        n, d, w = self.seq_len, self.num_pairs, self.vocab_size
+        lengths.check(
+            "mqar",
+            d >= 1 and n % 2 == 0 and n >= 4 * d,
+            f"seq_len must be even and at least 4 num_pairs (pairs, then queries at every second "
+            f"place): got seq_len={n}, num_pairs={d}.",
+        )
+        lengths.check(
+            "mqar",
+            w % 2 == 0 and w // 2 > d,
+            f"vocab_size must be even and hold num_pairs={d} keys in [1, vocab_size/2), got {w}.",
+        )
+        gaps = np.arange(1, (n - 2 * d) // 2 + 1, dtype=np.float64)
+        object.__setattr__(self, "_weights", gaps ** (self.power_a - 1.0))
+
+    @property
+    def chance(self) -> float:
+        return 1.0 / self.vocab_size
+
+    @property
+    def row_length(self) -> int:
+        return self.seq_len
+
+    def example(self, rng: np.random.Generator):
+        half, d = self.vocab_size // 2, self.num_pairs
+        keys = 1 + rng.choice(half - 1, d, replace=False)
+        values = half + rng.choice(half, d, replace=False)
+        # The d first arrivals of exponential clocks: drawing without replacement by weight.
+        arrivals = rng.standard_exponential(len(self._weights)) / self._weights
+        queries = 2 * d + 2 * np.argsort(arrivals)[:d]
+        if self.random_non_queries:
+            inputs = rng.integers(0, self.vocab_size, self.seq_len)
+        else:
+            inputs = np.zeros(self.seq_len, np.int64)
+        inputs[0 : 2 * d : 2], inputs[1 : 2 * d : 2] = keys, values
+        inputs[queries] = keys
+        targets = np.zeros(self.seq_len, np.int64)
+        targets[queries] = values
+        mask = np.zeros(self.seq_len, np.float32)
+        mask[queries] = 1.0
+        return inputs, targets, mask

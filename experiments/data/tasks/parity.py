@@ -1,0 +1,45 @@
+"""Parity of a bit string: the smallest task that needs a negative eigenvalue.
+
+Source: "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", arXiv 2411.12537,
+section 5.1 (after arXiv 2207.02098): trained on lengths 3-40, tested on 40-256, the answer scored.
+A recurrence whose transition has no negative eigenvalue cannot solve it at every length (Theorem 1).
+
+Inputs are bits; the target at a position is the parity of the bits up to and with it. Lengths are
+uniform in [min_length, max_length], rows padded to max_length. (In the authors' data the length
+counts the answer too, so theirs have one bit fewer.)
+"""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.data.tasks import lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """supervise: "last" (the paper: only the answer counts) or "all" (the parity of every prefix,
+    a denser signal that trains in fewer steps). Chance: 1/2.
+    """
+
+    min_length: int = 3
+    max_length: int = 40
+    eval_min_length: int = 40
+    eval_max_length: int = 256
+    supervise: str = "last"
+
+    vocab_size = 2
+    chance = 0.5
+
+    def __post_init__(self):
+        lengths.check_lengths("parity", self.min_length, self.max_length)
+        lengths.check_supervise("parity", self.supervise)
+
+    @property
+    def row_length(self) -> int:
+        return self.max_length
+
+    def example(self, rng: np.random.Generator):
+        bits = rng.integers(0, 2, rng.integers(self.min_length, self.max_length + 1))
+        mask = np.ones(len(bits)) if self.supervise == "all" else lengths.last_only(len(bits))
+        return bits, np.bitwise_xor.accumulate(bits), mask

@@ -1,0 +1,61 @@
+"""Selective copying: remember the data tokens of a sequence, in order, among blanks.
+
+Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752, section
+4.1.1 (sequences of 4096, a vocabulary of 16, 16 tokens to remember), after the selective form of the
+copy task of arXiv 1901.07214.
+
+Tokens 0 ... W-3 are data, W-2 is the blank, W-1 the marker. Of seq_len inputs the last num_tokens are
+markers; the data tokens stand at random places before them, blanks at all others. The target at the
+i-th marker is the i-th data token, and nothing else counts. Whether the paper's 4096 counts the
+markers is not said there; here seq_len does.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.data.tasks import lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveCopying:
+    """Chance: 1/(vocab_size - 2)."""
+
+    seq_len: int = 256
+    num_tokens: int = 16
+    eval_seq_len: int = 0
+    vocab_size: int = 16
+
+    def __post_init__(self):
+        lengths.check(
+            "selective_copying",
+            1 <= self.num_tokens <= self.seq_len - self.num_tokens,
+            f"num_tokens={self.num_tokens} data tokens and as many markers do not fit into "
+            f"seq_len={self.seq_len}.",
+        )
+        lengths.check(
+            "selective_copying",
+            self.vocab_size >= 4,
+            f"vocab_size must be at least 4 (two data tokens, blank, marker), got {self.vocab_size}.",
+        )
+
+    @property
+    def chance(self) -> float:
+        return 1.0 / (self.vocab_size - 2)
+
+    @property
+    def row_length(self) -> int:
+        return self.seq_len
+
+    def example(self, rng: np.random.Generator):
+        start = self.seq_len - self.num_tokens
+        data = rng.integers(0, self.vocab_size - 2, self.num_tokens)
+        places = np.sort(rng.choice(start, self.num_tokens, replace=False))
+        inputs = np.full(self.seq_len, self.vocab_size - 2)
+        inputs[places] = data
+        inputs[start:] = self.vocab_size - 1
+        targets = np.zeros(self.seq_len, np.int64)
+        targets[start:] = data
+        mask = np.zeros(self.seq_len, np.float32)
+        mask[start:] = 1.0
+        return inputs, targets, mask

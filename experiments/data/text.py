@@ -1,0 +1,170 @@
+"""Text files of the user's own, as random-access documents.
+
+A file is a document, or each of its lines is (`documents="lines"`). A long document is cut, after a
+line's end where there is one, into documents of about `document_bytes`: no more than that is held in
+memory at once, and a corpus that is one big file still gives every row of a batch a place of its own.
+"""
+
+import glob
+import mmap
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.data import batches, splits
+
+MANY_FILES = 100  # from here on whole files go to a split; below, each file is cut by position
+DOCUMENTS = ("files", "lines")
+
+
+class TextFiles:
+    """Spans of files: `[i]` reads document i as bytes.
+
+    names: file names; file_N, start_N, stop_N: the file and the bytes of each document.
+    """
+
+    def __init__(self, names, file_N, start_N, stop_N):
+        self.names, self.file_N, self.start_N, self.stop_N = names, file_N, start_N, stop_N
+
+    def __len__(self):
+        return len(self.file_N)
+
+    def __getitem__(self, i):
+        name = self.names[self.file_N[i]]
+        start, stop = int(self.start_N[i]), int(self.stop_N[i])
+        with open(name, "rb") as file:
+            file.seek(start)
+            data = file.read(stop - start)
+        if len(data) < stop - start:
+            raise OSError(f"{name} was {stop} bytes long when the run began and is shorter now.")
+        return data
+
+
+def text_documents(
+    paths: str | Sequence[str],
+    split: str,
+    *,
+    held_out_paths: dict[str, str | Sequence[str]] | None = None,
+    documents: str = "files",
+    document_bytes: int = 1 << 14,
+) -> TextFiles:
+    """The documents of one split.
+
+    paths: files, folders (every file below, hidden ones left out) and globs; a sequence, or one
+      string with commas between them.
+    held_out_paths: paths of "validation" and "test" where they are files of their own. With any of
+      these given, all of `paths` is for training; a split with no paths then raises.
+    Without them 90 / 5 / 5 in a hundred go to train, validation and test: by a hash of the file's
+      name (relative to its folder) from 100 files on, else by cutting every file by position.
+    """
+    batches.check_split(split)
+    if documents not in DOCUMENTS:
+        raise ValueError(
+            f"Unknown documents={documents!r}; the choices are {', '.join(DOCUMENTS)}."
+        )
+    given = {"train": paths} | {s: p for s, p in (held_out_paths or {}).items() if p}
+    if len(given) > 1 and split not in given:
+        raise ValueError(
+            f"There is no {split} text: paths_{split} is empty while "
+            f"{', '.join('paths_' + s for s in given if s != 'train')} is given. Give paths_{split} "
+            "too, or neither, to have `paths` split 90/5/5."
+        )
+    files = find_files(given.get(split, paths))
+    share = (0.0, 1.0)
+    if len(given) == 1 and len(files) >= MANY_FILES:
+        files = [(path, name) for path, name in files if splits.split_of(name) == split]
+    elif len(given) == 1:
+        share = splits.share_of(split)
+    spans = [_spans(path, share, documents == "lines", document_bytes) for path, _ in files]
+    counts = [len(starts) for starts, _ in spans]
+    if not sum(counts):
+        raise ValueError(
+            f"Empty corpus: the {split} split of {_list(paths)} ({len(files)} files) has no text."
+        )
+    return TextFiles(
+        [path for path, _ in files],
+        np.repeat(np.arange(len(files), dtype=np.int32), counts),
+        np.concatenate([starts for starts, _ in spans]),
+        np.concatenate([stops for _, stops in spans]),
+    )
+
+
+def find_files(paths: str | Sequence[str]) -> list[tuple[str, str]]:
+    """(path, name) of every file that `paths` means, sorted; missing ones raise."""
+    patterns = _list(paths)
+    if not patterns:
+        raise ValueError("No text files: set config.data.paths to files, folders or globs.")
+    found = {}
+    for pattern in patterns:
+        path = os.path.expanduser(pattern)
+        if os.path.isdir(path):
+            root = pathlib.Path(path)
+            below = [f.relative_to(root) for f in root.rglob("*") if f.is_file()]
+            visible = [f for f in below if not any(part.startswith(".") for part in f.parts)]
+            matches = [(str(root / f), f.as_posix()) for f in visible]
+        elif os.path.isfile(path):
+            matches = [(path, os.path.basename(path))]
+        else:
+            hits = [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
+            matches = [(f, os.path.basename(f)) for f in hits]
+        if not matches:
+            raise FileNotFoundError(
+                f"config.data.paths: {pattern!r} is no file, and no folder or glob with files in it "
+                f"(looked from {os.getcwd()})."
+            )
+        found.update(matches)
+    return sorted(found.items())
+
+
+def _list(paths) -> list[str]:
+    parts = paths.split(",") if isinstance(paths, str) else paths
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _spans(path: str, share, lines: bool, document_bytes: int):
+    """Starts and stops of the documents in one file's share [from, to) of its length."""
+    size = os.path.getsize(path)
+    none = np.zeros(0, np.int64)
+    if size == 0:
+        return none, none
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        # The same two calls for the split before and after, so that nothing is lost between them.
+        first, last = (_cut(data, int(size * part), int(size * (part + 0.02))) for part in share)
+        if lines:
+            return _lines(data, first, last)
+        cuts = [first]
+        while last - cuts[-1] > document_bytes:
+            cuts.append(
+                min(_cut(data, cuts[-1] + document_bytes, cuts[-1] + 2 * document_bytes), last)
+            )
+        cuts = np.asarray(cuts + [last] * (last > cuts[-1]), np.int64)
+    return cuts[:-1], cuts[1:]
+
+
+_CHARACTER_START = re.compile(rb"[^\x80-\xbf]")  # in UTF-8
+_LINE_END = re.compile(rb"\r?\n")
+
+
+def _cut(data: mmap.mmap, at: int, limit: int) -> int:
+    """The first place from `at` on, and before `limit`, to cut: after a line, else a character."""
+    if at == 0 or at >= len(data):
+        return min(at, len(data))
+    newline = data.find(b"\n", at - 1, limit)
+    if newline >= 0:
+        return newline + 1
+    start = _CHARACTER_START.search(data, at, min(at + 4, len(data)))
+    return start.start() if start else at
+
+
+def _lines(data: mmap.mmap, first: int, last: int):
+    """Lines that hold anything, without their ends."""
+    starts, stops, start = [], [], first
+    for match in _LINE_END.finditer(data, first, last):
+        starts.append(start)
+        stops.append(match.start())
+        start = match.end()
+    starts, stops = np.asarray(starts + [start], np.int64), np.asarray(stops + [last], np.int64)
+    return starts[stops > starts], stops[stops > starts]

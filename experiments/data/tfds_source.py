@@ -1,0 +1,71 @@
+"""Any TensorFlow Datasets dataset of text, by name, through `tfds.data_source`: no TensorFlow.
+
+Only datasets stored as array_record can be read this way; TFDS writes that when the dataset is
+prepared with file_format="array_record", which is what happens here where it is not there yet.
+(Preparing some datasets needs TensorFlow, for their own parsing; reading them does not.)
+"""
+
+import contextlib
+import io
+
+import tensorflow_datasets as tfds
+
+
+class Texts:
+    """The bytes of one text feature of a `tfds` data source."""
+
+    def __init__(self, source, key: str):
+        self.source, self.key = source, key
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        return self.source[i][self.key]
+
+
+@contextlib.contextmanager
+def quiet():
+    """TFDS draws bars and prints while it prepares; a dataset that takes seconds should not."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+def tfds_documents(name: str, split: str, *, text_key: str = "text", data_dir: str = "") -> Texts:
+    """Documents of `name` ("imdb_reviews", "wiki40b/en:1.3.0") in a TFDS split ("train[:1%]").
+
+    text_key: the feature that holds the text.  data_dir: "" is TFDS's own default.
+    """
+    if not name:
+        raise ValueError("config.data.tfds_name is empty: give the name of a TFDS dataset.")
+    where = {"data_dir": data_dir} if data_dir else {}
+    try:
+        builder = tfds.builder(name, file_format="array_record", **where)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"Unknown TFDS dataset {name!r}: {error}") from error
+    features = builder.info.features
+    texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
+    if text_key not in texts:
+        raise ValueError(
+            f"TFDS dataset {name!r} has no text feature {text_key!r}; its text features are "
+            f"{', '.join(texts) or 'none'} (set config.data.text_key)."
+        )
+    if not builder.data_path.exists():
+        builder.download_and_prepare()
+    base = split.split("[")[0]
+    if base not in builder.info.splits:
+        raise ValueError(
+            f"TFDS dataset {name!r} has no split {base!r}; it has "
+            f"{', '.join(builder.info.splits)} (set config.data.train_split and its like, "
+            'for instance to "train[95%:]").'
+        )
+    try:
+        return Texts(builder.as_data_source(split=split), text_key)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"TFDS dataset {name!r} in {builder.data_path} is not stored as array_record: {error}"
+        ) from error
