@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 
-def starts(segment_ids_BT: jax.Array) -> jax.Array:
-    """True where a token begins a new document; column 0 is False, so an initial state enters."""
+def starts(segment_ids_BT: jax.Array, reverse: bool = False) -> jax.Array:
+    """True where a token begins a new document; column 0 is False, so an initial state enters.
+
+    reverse: seen from the end, where a document begins at its last token; then the last column is False.
+    """
     changed_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    return jnp.pad(changed_BT, ((0, 0), (1, 0)))
+    return jnp.pad(changed_BT, ((0, 0), (0, 1) if reverse else (1, 0)))
 
 
 def run_index(segment_ids_BT: jax.Array) -> jax.Array:

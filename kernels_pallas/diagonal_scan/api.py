@@ -5,9 +5,12 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch, segments
 from kernels_pallas import recurrence_arguments as arguments
-from kernels_pallas.diagonal_scan import reference
+from kernels_pallas.diagonal_scan import chunked, reference
 
-IMPLEMENTATIONS = (dispatch.Implementation("reference", reference.recurrent),)
+IMPLEMENTATIONS = (
+    dispatch.Implementation("chunked", chunked.chunked),
+    dispatch.Implementation("reference", reference.recurrent),
+)
 
 
 def diagonal_scan(
@@ -20,22 +23,59 @@ def diagonal_scan(
     reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """h_t = a_t * h_{t-1} + x_t, with a = decay_BTD (any value, complex too) or exp(log_decay)."""
+    """The diagonal linear recurrence, each channel on its own:
+
+        h_t = a_t * h_{t-1} + x_t        (reverse: h_t = a_t * h_{t+1} + x_t)
+
+    with a = decay_BTD or exp(log_decay). LRU (arXiv 2303.06349, eq. 2), RG-LRU (arXiv 2402.19427, eq. 4), S5 and
+    Mamba-1 (arXiv 2312.00752, eq. 2a) are this with their own a and x. Any T; runs as a chunked scan with its own
+    backward pass, which keeps a and h and nothing else.
+
+    Args:
+      x_BTD: (B, T, D), floating or complex.
+      decay_BTD: (B, T, D), or (D,) for one decay at all times. Any value: negative, above 1, complex.
+      log_decay: instead of decay_BTD, of the same shapes, real or complex, real part <= 0. -inf forgets all that came
+        before, and its gradient is 0.
+      initial_state: (B, D), the h before the first token (reverse: after the last); None is zero. It belongs to the
+        document of the token it meets first.
+      segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another.
+      reverse: run from the last token to the first.
+      implementation: 'chunked', 'reference', or None for the best here.
+
+    Returns:
+      h_BTD in x's dtype (complex where the decay or the initial state makes it so), and the final state (B, D): h at
+      the last token (reverse: the first) before it is rounded to that dtype. States are float32 or complex64 at
+      least, whatever x is.
+
+    Raises:
+      ValueError: not exactly one of decay_BTD and log_decay, shapes that do not fit, or an unknown implementation.
+    """
+    operator = "diagonal_scan"
     if (decay_BTD is None) == (log_decay is None):
-        raise ValueError("diagonal_scan: give exactly one of decay_BTD and log_decay")
-    decay_BTD = jnp.exp(log_decay) if decay_BTD is None else decay_BTD
-    dtype = jnp.promote_types(jnp.promote_types(x_BTD.dtype, decay_BTD.dtype), jnp.float32)
-    decay_BTD = jnp.broadcast_to(decay_BTD.astype(dtype), x_BTD.shape)
-    if segment_ids is not None:
-        if reverse:
-            segment_ids = segment_ids[:, ::-1]
-        start_BT = segments.starts(segment_ids)
-        start_BT = start_BT[:, ::-1] if reverse else start_BT
-        decay_BTD = jnp.where(start_BT[..., None], 0.0, decay_BTD)
+        raise ValueError(f"{operator}: give exactly one of decay_BTD and log_decay")
+    if x_BTD.ndim != 3 or x_BTD.shape[1] == 0:
+        raise ValueError(f"{operator}: x must be (B, T, D) with T > 0; got {x_BTD.shape}")
+    if not jnp.issubdtype(x_BTD.dtype, jnp.inexact):
+        raise ValueError(f"{operator}: x must be floating or complex; got {x_BTD.dtype}")
+    B, T, D = x_BTD.shape
+    given = "decay_BTD" if log_decay is None else "log_decay"
+    decay = decay_BTD if log_decay is None else log_decay
+    arguments.check_shape(operator, given, decay, (B, T, D), (D,))
     if initial_state is None:
-        initial_state = jnp.zeros((x_BTD.shape[0], x_BTD.shape[2]), dtype)
-    arguments.check_shape(
-        "diagonal_scan", "initial_state", initial_state, (x_BTD.shape[0], x_BTD.shape[2])
+        initial_state = jnp.zeros((B, D), x_BTD.dtype)
+    arguments.check_shape(operator, "initial_state", initial_state, (B, D))
+    chosen = dispatch.choose(operator, IMPLEMENTATIONS, implementation)
+
+    dtype = jnp.result_type(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
+    if log_decay is not None:
+        decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
+    decay = decay.astype(dtype)
+    decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
+    if segment_ids is not None:
+        arguments.check_shape(operator, "segment_ids", segment_ids, (B, T))
+        start_BT = segments.starts(segment_ids, reverse=reverse)
+        decay_BTD = jnp.where(start_BT[..., None], 0, decay_BTD)
+    h_BTD, final_BD = chosen.call(
+        x_BTD.astype(dtype), decay_BTD, initial_state.astype(dtype), reverse
     )
-    chosen = dispatch.choose("diagonal_scan", IMPLEMENTATIONS, implementation)
-    return chosen.call(x_BTD.astype(dtype), decay_BTD, initial_state.astype(dtype), reverse=reverse)
+    return h_BTD.astype(reference.output_dtype(x_BTD.dtype, dtype)), final_BD

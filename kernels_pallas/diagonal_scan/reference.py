@@ -5,9 +5,27 @@ import jax.numpy as jnp
 
 
 def step(x_BD, decay_BD, state_BD):
-    """One token: h <- decay * h + x. Returns (h, h): the output is the state."""
-    h_BD = decay_BD * state_BD + x_BD
-    return h_BD, h_BD
+    """One token of `diagonal_scan`: h = decay * state + x, for decoding.
+
+    Args:
+      x_BD: the token's input.
+      decay_BD: its decay, real or complex, (B, D) or (D,); `jnp.exp(log_decay)` where that is what is at hand.
+      state_BD: what `diagonal_scan` returned as the final state, or an earlier step did; float32 or wider.
+
+    Returns:
+      (h_BD in the dtype that `diagonal_scan` gives, the new state in the state's dtype).
+    """
+    decay_BD = decay_BD if decay_BD.ndim == 2 else decay_BD[None]
+    state_BD = decay_BD.astype(state_BD.dtype) * state_BD + x_BD.astype(state_BD.dtype)
+    return state_BD.astype(output_dtype(x_BD.dtype, state_BD.dtype)), state_BD
+
+
+def output_dtype(x_dtype, state_dtype):
+    """That of x, except that a complex state of a real x is given out complex."""
+    promoted = jnp.issubdtype(state_dtype, jnp.complexfloating) and not jnp.issubdtype(
+        x_dtype, jnp.complexfloating
+    )
+    return state_dtype if promoted else x_dtype
 
 
 def recurrent(x_BTD, decay_BTD, initial_state_BD, reverse=False):

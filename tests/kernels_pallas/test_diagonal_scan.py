@@ -1,0 +1,208 @@
+"""diagonal_scan: the conformance suite, the reverse direction, and what only this operator promises."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import diagonal_scan
+from kernels_pallas.diagonal_scan import step
+from kernels_pallas.diagonal_scan.shapes import SHAPES
+from tests.kernels_pallas.conformance import (
+    TOLERANCE,
+    OperatorCase,
+    Shape,
+    Suite,
+    assert_close,
+    documents,
+    everything,
+    inputs_of,
+    truth,
+)
+
+
+def _inputs(rng, shape: Shape, regime: str):
+    B, T, D = shape.B, shape.T, shape.K
+    kind = regime.removeprefix("complex ")
+    number = _complex_normal if regime.startswith("complex") else _normal
+    size = (D,) if kind in ("fixed", "log fixed") else (B, T, D)
+    uniform = rng.random(size)
+    match kind:
+        case "weak":
+            gate = 0.9 + 0.1 * uniform
+        case "fixed":
+            gate = np.linspace(-1.0, 0.999, D)
+        case "any sign":
+            gate = np.where(uniform < 0.1, 0.0, 2.2 * rng.random(size) - 1.1)
+        case "log fixed":
+            gate = -np.linspace(0.0, 0.5, D)
+        case "log":
+            gate = -np.choose(rng.integers(0, 4, size), [1e-3, 0.3, 4.0, 50.0]) * uniform
+        case "log strong":
+            gate = np.full(size, -50.0)
+        case "log resets":
+            gate = np.where(uniform < 0.05, -np.inf, -0.1 * uniform)
+    if regime.startswith("complex"):
+        phase = 2 * np.pi * rng.random(size)
+        gate = gate + 1j * phase if kind.startswith("log") else gate * np.exp(1j * phase)
+    name = "log_decay" if kind.startswith("log") else "decay"
+    dtype = np.complex64 if regime.startswith("complex") else np.float32
+    # Complex decay with a real x is the usual form of S4D and of the first layer of an LRU.
+    x = _normal(rng, (B, T, D)) if regime == "complex log fixed" else number(rng, (B, T, D))
+    return {"x": x, name: gate.astype(dtype), "initial_state": number(rng, (B, D))}
+
+
+def _normal(rng, size):
+    return rng.standard_normal(size).astype(np.float32)
+
+
+def _complex_normal(rng, size):
+    return (_normal(rng, size) + 1j * _normal(rng, size)).astype(np.complex64)
+
+
+def _call(inputs, **keywords):
+    inputs = dict(inputs)
+    return diagonal_scan(inputs.pop("x"), inputs.pop("decay", None), **inputs, **keywords)
+
+
+def _step(token, state):
+    decay = jnp.exp(token["log_decay"]) if "log_decay" in token else token["decay"]
+    return step(token["x"], decay, state)
+
+
+CASE = OperatorCase(
+    name="diagonal_scan",
+    implementations=("chunked",),
+    make_inputs=_inputs,
+    call=_call,
+    step=_step,
+    regimes=(
+        *("weak", "fixed", "any sign", "log fixed", "log", "log strong", "log resets"),
+        *(
+            "complex weak",
+            "complex any sign",
+            "complex log fixed",
+            "complex log",
+            "complex log resets",
+        ),
+    ),
+    typical=("weak", "complex weak"),
+    fast=(
+        *((1, "weak"), (100, "log resets"), (64, "any sign"), (100, "fixed"), (100, "log strong")),
+        *((100, "complex log resets"), (1000, "log")),
+    ),
+    rounded=("x",),
+    grouped=False,
+)
+
+
+class TestDiagonalScan(Suite):
+    case = CASE
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T, regime", [(1, "weak"), (300, "complex weak")])
+def test_reverse_is_forward_on_flipped_time(T, regime, packed):
+    inputs = inputs_of(CASE, Shape(T=T), regime)
+    ids = documents(2, T) if packed else None
+
+    def flipped(inputs, *, implementation, segment_ids):
+        inputs = {name: x[:, ::-1] if x.ndim == 3 else x for name, x in inputs.items()}
+        ids = None if segment_ids is None else segment_ids[:, ::-1]
+        h, final = _call(inputs, implementation=implementation, segment_ids=ids)
+        return h[:, ::-1], final
+
+    def reverse(inputs, **keywords):
+        return _call(inputs, reverse=True, **keywords)
+
+    expected = truth(dataclasses.replace(CASE, call=flipped), inputs, ids)
+    for name in ("chunked", "reference"):
+        got = everything(dataclasses.replace(CASE, call=reverse), name, inputs, ids)
+        assert_close(got, expected, TOLERANCE["float32"])
+
+
+def test_gradients_are_those_of_the_definition_by_finite_differences():
+    """Against no implementation at all, so a mistaken conjugation cannot hide in the reference."""
+    with jax.enable_x64(True):
+        inputs = inputs_of(CASE, Shape(T=5, K=2), "complex weak")
+        inputs = {name: jnp.asarray(x, jnp.complex128) for name, x in inputs.items()}
+
+        @jax.jit
+        def loss(inputs):
+            h, final = _call(inputs)
+            return jnp.sum(jnp.abs(h - 1j) ** 2) + jnp.sum(jnp.imag(final * (2 + 1j)) ** 2)
+
+        gradient = jax.grad(loss)(inputs)
+        for name, x in inputs.items():
+            index = (1,) * x.ndim
+            for direction in (1.0, 1j):
+                ends = [
+                    loss({**inputs, name: x.at[index].add(sign * 1e-6 * direction)})
+                    for sign in (1, -1)
+                ]
+                slope = (ends[0] - ends[1]) / 2e-6
+                # JAX: the directional derivative is Re(gradient * direction), with no conjugate.
+                expected = jnp.real(gradient[name][index] * direction)
+                np.testing.assert_allclose(slope, expected, rtol=1e-6, err_msg=name)
+
+
+def test_minus_infinity_has_no_gradient_and_forgets():
+    x = jnp.ones((1, 4, 2))
+    log_decay = jnp.full((1, 4, 2), -0.1).at[:, 2].set(-jnp.inf)
+
+    def loss(log_decay, x):
+        return diagonal_scan(x, log_decay=log_decay)[0][:, 2:].sum()
+
+    by_log_decay, by_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(log_decay, x)
+    assert (by_log_decay[:, :3] == 0).all()
+    assert (by_log_decay[:, 3] > 0).all()
+    assert (by_x[:, :2] == 0).all()
+
+
+def test_output_and_state_dtypes():
+    x = jnp.ones((1, 3, 2), jnp.bfloat16)
+    h, final = diagonal_scan(x, jnp.full((2,), 0.5, jnp.bfloat16))
+    assert (h.dtype, final.dtype) == (jnp.bfloat16, jnp.float32)
+    h, final = diagonal_scan(x, jnp.full((2,), 0.5j))
+    assert (h.dtype, final.dtype) == (jnp.complex64, jnp.complex64)
+    h, state = step(x[:, 0], jnp.full((2,), 0.5), jnp.zeros((1, 2)))
+    assert (h.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_the_backward_pass_keeps_the_decay_and_the_states_only():
+    """What stays for the backward pass of 1000 tokens: two arrays of (B, T, D), not log T of them."""
+    x = jax.ShapeDtypeStruct((2, 1000, 8), jnp.float32)
+    _, vjp = jax.eval_shape(lambda x, a: jax.vjp(diagonal_scan, x, a), x, x)
+    sizes = [leaf.size for leaf in jax.tree.leaves(vjp)]
+    assert sum(sizes) <= 2 * x.size + 2 * 8, sizes
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (lambda x: ((x,), {}), "exactly one of decay_BTD and log_decay"),
+        (lambda x: ((x, x), {"log_decay": x}), "exactly one of decay_BTD and log_decay"),
+        (lambda x: ((x[0], x), {}), r"x must be \(B, T, D\) with T > 0; got \(5, 3\)"),
+        (lambda x: ((x[:, :0], x), {}), r"T > 0; got \(2, 0, 3\)"),
+        (lambda x: ((x, x[:, :4]), {}), r"decay_BTD has shape \(2, 4, 3\); expected \(2, 5, 3\)"),
+        (lambda x: ((x,), {"log_decay": x[..., :1]}), r"log_decay has shape \(2, 5, 1\)"),
+        (lambda x: ((x, x), {"initial_state": x}), r"initial_state has shape .* expected \(2, 3\)"),
+        (lambda x: ((x, x), {"segment_ids": x}), r"segment_ids has shape .* expected \(2, 5\)"),
+        (lambda x: ((x, x), {"implementation": "fast"}), "'chunked', 'reference'"),
+        (lambda x: ((x.astype(int), x), {}), "x must be floating or complex; got int"),
+    ],
+)
+def test_errors_name_what_was_given(arguments, message):
+    positional, keywords = arguments(jnp.zeros((2, 5, 3)))
+    with pytest.raises(ValueError, match=message):
+        diagonal_scan(*positional, **keywords)
+
+
+def test_published_workloads_trace():
+    for shape in SHAPES.values():
+        dtype = jnp.complex64 if shape["complex"] else jnp.float32
+        x = jax.ShapeDtypeStruct((shape["B"], shape["T"], shape["D"]), dtype)
+        h, final = jax.eval_shape(diagonal_scan, x, x)
+        assert h.shape == x.shape and final.shape == (shape["B"], shape["D"])
