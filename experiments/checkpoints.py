@@ -5,6 +5,7 @@ the background. A step's directory appears by a rename once all of it is written
 checkpoints and at most one temporary directory, which the next training run removes.
 """
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -105,10 +106,8 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Raises SaveFailed if the running save has failed. Does not wait for it."""
-        try:
+        with contextlib.suppress(TimeoutError):
             self.wait(timeout=0)
-        except TimeoutError:
-            pass
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits for the running save. Raises SaveFailed if it failed."""

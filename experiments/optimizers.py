@@ -22,7 +22,7 @@ NEVER_DECAYED = re.compile(
     r"(^|/)(bias|scale|D|A_log|dt_bias|[^/]*_(log|bias)|lower_bounds?[^/]*|[^/]*norm[^/]*(/.*)?)$"
 )
 # Matrices by shape that are no linear maps between activations: Muon leaves them to Adam.
-NOT_MUON = re.compile(r"(^|/)[^/]*(embed|unembed|output|lm_head|logits|conv)[^/]*(/|$)")
+NOT_MUON = re.compile(r"(^|/)(embed|output|[^/]*conv[^/]*)(/|$)")
 
 
 def path_name(path) -> str:
@@ -147,26 +147,12 @@ def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:
 
 
 def evaluation_params(params, opt_state):
-    """The parameters to evaluate and sample with: Schedule-Free's average (arXiv 2405.15682, eq. 7), else `params`."""
-    is_average = lambda x: isinstance(x, contrib.ScheduleFreeState)
+    """The parameters to evaluate and sample with: Schedule-Free's average (arXiv 2405.15682), else `params`."""
+
+    def is_average(x):
+        return isinstance(x, contrib.ScheduleFreeState)
+
     for part in jax.tree.leaves(opt_state, is_leaf=is_average):
         if is_average(part):
             return contrib.schedule_free_eval_params(part, params)
     return params
-
-
-def state_shardings(abstract_opt_state, param_shardings, replicated):
-    """Shardings of an optimizer state: a leaf at a path that ends in a parameter's path is laid out as that parameter."""
-    by_path = {
-        path_name(path): s for path, s in jax.tree_util.tree_flatten_with_path(param_shardings)[0]
-    }
-
-    def sharding(path, leaf):
-        names = [path_name((key,)) for key in path]
-        for start in range(len(names)):
-            found = by_path.get("/".join(names[start:]))
-            if found is not None and leaf.ndim:
-                return found
-        return replicated
-
-    return jax.tree_util.tree_map_with_path(sharding, abstract_opt_state)

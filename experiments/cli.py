@@ -1,0 +1,182 @@
+"""What the programs share: config flags whose mistakes are explained, and exit codes.
+
+0    done
+2    a mistake of the user's: an unknown flag, field, name or file; one message, no traceback
+3    the loss was not finite           4    a checkpoint could not be written
+130, 143   stopped by Ctrl-C, SIGTERM, after saving
+"""
+
+import difflib
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments import run_record
+from experiments.checkpoints import SaveFailed, is_disk_full
+
+_ROOT = Path(__file__).resolve().parent.parent
+_OUR_CODE = tuple(
+    _ROOT / name for name in ("experiments", "seqmodels", "kernels_pallas", "configs", "tests")
+)
+
+
+class UserError(ValueError):
+    """A mistake whose message is all the user needs."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss, gradient or parameter that is not finite."""
+
+
+class Stopped(SystemExit):
+    """A signal ended the run, after saving; carries the exit code 128 + signal."""
+
+
+def run(main: Callable[[Sequence[str]], None], config_from: str = "file") -> None:
+    """absl's app.run(main) with the exit codes above.
+
+    config_from: "file": --config=path.py[:argument], a flag that the program defines; "workdir": the config in the folder that
+    --workdir names, of which a flag is made here. Either can be overridden by --config.x.y=value.
+    """
+
+    def parse(argv):
+        try:
+            if config_from == "file":
+                config = load_config(_flag_value(argv, "config") or "")
+            else:
+                config = run_record.load_config(_flag_value(argv, "workdir") or "")
+                config_flags.DEFINE_config_dict("config", config, "overrides of the run's config")
+            check_overrides(config, argv)
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            raise UserError(str(error)) from error
+
+    try:
+        app.run(
+            lambda argv: _explained(main, argv), flags_parser=lambda argv: _explained(parse, argv)
+        )
+    except UserError as error:
+        _exit(2, error)
+    except NonFiniteLoss as error:
+        _exit(3, error)
+    except SaveFailed as error:
+        _exit(4, error)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        _exit(4, error)
+
+
+def load_config(path_and_argument: str) -> ConfigDict:
+    """get_config(argument) of the file. Raises UserError for every way in which there is none."""
+    path, _, argument = path_and_argument.partition(":")
+    if not path:
+        raise UserError("give a config: --config=configs/quickstart.py")
+    if not Path(path).is_file():
+        raise UserError(_no_such_config(path))
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None:
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} is not a config: it has no function get_config(arg)")
+    config = module.get_config(*([argument] if argument else []))
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config() of {path} returned {type(config).__name__}, not an ml_collections.ConfigDict"
+        )
+    return config
+
+
+def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Raises UserError, with the dotted path and close matches, for an override of a field that is not there."""
+    for argument in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if not match:
+            continue
+        dotted, node, walked = match[1], config, "config"
+        for name in dotted.split("."):
+            name = re.sub(r"\[\d+\]$", "", name)
+            if not isinstance(node, ConfigDict) or name not in node:
+                raise UserError(_unknown_field(config, dotted, node, name, walked))
+            node, walked = node[name], f"{walked}.{name}"
+
+
+def _unknown_field(config, dotted: str, node, name: str, walked: str) -> str:
+    fields = list(node.keys()) if isinstance(node, ConfigDict) else []
+    paths = list(_paths(config))
+    same_name = [path for path in paths if path.split(".")[-1] == dotted.split(".")[-1]]
+    near = [f"{walked}.{match}" for match in difflib.get_close_matches(name, fields, cutoff=0.6)]
+    near += [
+        f"config.{p}" for p in same_name + difflib.get_close_matches(dotted, paths, cutoff=0.7)
+    ]
+    near = list(dict.fromkeys(near))[:4]
+    has = f"it has {', '.join(sorted(fields))}" if fields else "it is a value, not a section"
+    return f"unknown config field config.{dotted}: {walked} has no {name!r}; " + (
+        f"did you mean {' or '.join(near)}?" if near else has
+    )
+
+
+def _paths(config: ConfigDict, prefix: str = ""):
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _paths(value, f"{prefix}{name}.")
+
+
+def _no_such_config(path: str) -> str:
+    message = f"there is no config file {path} (looked from {Path.cwd()})."
+    if Path(path + ".py").is_file():
+        return f"{message} Did you mean {path}.py?"
+    if (_ROOT / path).is_file():
+        return f"{message} It is in {_ROOT}: change to that folder first (cd {_ROOT})."
+    if Path(path).is_dir():
+        return f"{message} That is a folder; the configs in it: {_configs_in(Path(path))}."
+    folder = Path(path).parent if Path(path).parent.is_dir() else _ROOT / "configs"
+    near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.py")])
+    if near:
+        return f"{message} Did you mean {' or '.join(str(folder / name) for name in near)}?"
+    return f"{message} Configs in {folder}: {_configs_in(folder)}."
+
+
+def _configs_in(folder: Path) -> str:
+    names = [p.name for p in folder.glob("*.py") if p.name not in ("__init__.py", "common.py")]
+    return ", ".join(sorted(names)) or "none"
+
+
+def _flag_value(argv: Sequence[str], name: str) -> str | None:
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            return value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
+    return None
+
+
+def _explained(function, argv):
+    """Calls function(argv). A ValueError or a missing file that our own code raised is a user's mistake; one from a library is
+    a defect, and keeps its traceback."""
+    try:
+        return function(argv)
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, UserError) or not _raised_by_us(error):
+            raise
+        raise UserError(str(error)) from error
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(
+        Path(frames[-1].filename).is_relative_to(code) for code in _OUR_CODE
+    )
+
+
+def _exit(code: int, error: BaseException) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,99 @@
+"""Scores of a model on one split: loss, accuracy, perplexity, bits per byte; over positions and over sequence lengths."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from experiments.steps import Program
+
+
+class Scores:
+    """Sums over the tokens that count, float64.
+
+    num_bytes_W: bytes of text behind each token id, for bits per byte; None for tasks that are not text.
+    """
+
+    def __init__(self, num_bytes_W: np.ndarray | None):
+        self._num_bytes_W = num_bytes_W
+        self._bytes = 0
+        # Rows: loss, correct, tokens. Columns: positions 0 to T-1, lengths 0 to T.
+        self._by_position = np.zeros((3, 0))
+        self._by_length = np.zeros((3, 0))
+
+    def add(self, batch: dict[str, np.ndarray], nll_BT: np.ndarray, correct_BT: np.ndarray) -> None:
+        if not self._by_position.size:
+            self._by_position, self._by_length = np.zeros((2, 3, nll_BT.shape[1] + 1))
+        counts = batch["loss_mask"] > 0
+        position_BT, length_BT = _places(batch["segment_ids"])
+        rows = np.stack([nll_BT[counts], correct_BT[counts], np.ones(counts.sum())])
+        for table, place_BT in ((self._by_position, position_BT), (self._by_length, length_BT)):
+            for sums, row in zip(table, rows):
+                sums += np.bincount(place_BT[counts], weights=row, minlength=sums.size)
+        if self._num_bytes_W is not None:
+            self._bytes += int(self._num_bytes_W[batch["targets"][counts]].sum())
+
+    def totals(self) -> dict[str, float]:
+        """loss (nats a token), perplexity, accuracy, tokens; for text bytes and bits_per_byte."""
+        nll, correct, tokens = self._by_position.sum(axis=1)
+        if not tokens:
+            raise ValueError("no token of this split counts in the loss: it is empty")
+        loss = nll / tokens
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        scores = {
+            "loss": loss,
+            "perplexity": perplexity,
+            "accuracy": correct / tokens,
+            "tokens": int(tokens),
+        }
+        if self._bytes:
+            scores |= {"bytes": self._bytes, "bits_per_byte": nll / math.log(2) / self._bytes}
+        return scores
+
+    def by_position(self, buckets: int = 16) -> list[dict]:
+        """Rows first, last, tokens, loss, accuracy over how many tokens of its document precede a prediction."""
+        return bucket_table(self._by_position, buckets)
+
+    def by_length(self, buckets: int = 16) -> list[dict]:
+        """The same over the length of the sequence a prediction is in."""
+        return bucket_table(self._by_length, buckets)
+
+
+def bucket_table(sums: np.ndarray, buckets: int) -> list[dict]:
+    """Cuts the occupied places into at most `buckets` stretches of equal width; empty ones are left out."""
+    used = np.flatnonzero(sums[2])
+    width = -(-(used[-1] - used[0] + 1) // buckets)
+    table = []
+    for first in range(used[0], used[-1] + 1, width):
+        nll, correct, tokens = sums[:, first : first + width].sum(axis=1)
+        if tokens:
+            last = min(first + width - 1, used[-1])
+            row = {"first": int(first), "last": int(last), "tokens": int(tokens)}
+            table.append(row | {"loss": nll / tokens, "accuracy": correct / tokens})
+    return table
+
+
+def evaluate(program: Program, params, dataset, max_batches: int | None = None) -> Scores:
+    """Scores of `params` on the dataset's first `max_batches` batches (None or 0: all of one pass)."""
+    tokenizer = dataset.tokenizer
+    scores = Scores(None if tokenizer is None else tokenizer.num_bytes_W)
+    for batch in itertools.islice(dataset, max_batches or None):
+        on_devices = program.put(batch)
+        results = (batch, *program.token_losses(params, on_devices))
+        if jax.process_count() > 1:
+            results = multihost_utils.process_allgather((on_devices, *results[1:]), tiled=True)
+        scores.add(*jax.device_get(results))
+    return scores
+
+
+def _places(segment_ids_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token: its position in its run of equal ids, and the run's length."""
+    B, T = segment_ids_BT.shape
+    starts_BT = np.ones((B, T), bool)
+    starts_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    start_N = np.flatnonzero(starts_BT)
+    length_N = np.diff(np.append(start_N, B * T))
+    position_BT = np.arange(B * T) - np.repeat(start_N, length_N)
+    return position_BT.reshape(B, T), np.repeat(length_N, length_N).reshape(B, T)

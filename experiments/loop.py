@@ -1,0 +1,190 @@
+"""The training loop: one function, read from top to bottom."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from experiments import evaluation, metrics, run_record, steps, summary
+from experiments.checkpoints import Checkpoints
+from experiments.cli import NonFiniteLoss, Stopped
+from experiments.data import make_dataset
+
+
+def train(config, workdir: str | Path) -> dict:
+    """Trains what `config` describes and returns what is in workdir/result.json.
+
+    A workdir that holds checkpoints is resumed from the latest. See configs/common.py for the fields.
+
+    Raises:
+      ValueError: something in the config is wrong, or the workdir's checkpoint is of another model; nothing was written.
+      NonFiniteLoss: a loss, gradient or parameter was not finite; the state that has it was not saved.
+      SaveFailed: a checkpoint could not be written; earlier ones are intact.
+      Stopped: SIGTERM or Ctrl-C; the state was saved.
+    """
+    workdir = Path(workdir)
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    # Everything a mistake in the config can break comes first, before anything is written.
+    train_set, validation_set, test_set = (
+        make_dataset(config.data, split, **processes) for split in ("train", "validation", "test")
+    )
+    seq_len = next(iter(train_set))["inputs"].shape[1]
+    config = resolve(config, train_set)
+    program = steps.build(config, seq_len)
+    batches = iter(train_set)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    start = checkpoints.latest_step() or 0
+    if start:
+        state = checkpoints.restore(start, program.abstract_state, batches)
+    else:
+        state = program.init(config.seed)
+    writer = metrics.MetricWriter(config, workdir, start)
+
+    progress = metrics.Progress(start, config.train.steps)
+    changes = run_record.save_config(workdir, config)
+    run_record.record_start(workdir, start, changes)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    progress.say(
+        f"{num_params:,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}, {workdir}"
+    )
+    if start:
+        progress.say(f"resuming from {checkpoints.path(start)}")
+    for change in changes:
+        progress.say(f"changed since this run was started: {change}")
+
+    tokens_a_step = config.data.batch_size * seq_len
+    clock = Clock()
+
+    def report(step: int, on_device: dict) -> None:
+        """Reads a step's metrics, and stops the run if they are not finite."""
+        values = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        if not all(map(math.isfinite, values.values())):
+            raise NonFiniteLoss(
+                summary.non_finite(step, values, checkpoints, program.schedule(step - 1))
+            )
+        progress.step(step)
+        if step == start + 1:
+            clock.start(step)
+        if step % config.train.log_every == 0 or step == config.train.steps:
+            speed = clock.steps_per_second(step) * tokens_a_step
+            rate = float(program.schedule(step - 1))
+            writer.write(step, **values, learning_rate=rate, tokens_per_second=speed)
+            progress.show(step, loss=values["loss"], tokens_per_second=speed)
+
+    def validate(step: int) -> None:
+        with clock.paused():
+            params = program.evaluation_params(state.params, state.opt_state)
+            scores = evaluation.evaluate(
+                program, params, validation_set, config.train.eval_batches
+            ).totals()
+            writer.write(step, **{f"validation_{name}": value for name, value in scores.items()})
+            progress.say(f"step {step}: validation loss {scores['loss']:.4f}")
+
+    pending = None  # the last step's metrics: read after the next step is on its way
+    with StopSignals() as stop, contextlib.closing(progress), contextlib.closing(writer):
+        with contextlib.closing(checkpoints):
+            for step in range(start + 1, config.train.steps + 1):
+                state, step_metrics = program.train_step(state, program.put(next(batches)))
+                if pending:
+                    report(*pending)
+                pending = (step, step_metrics)
+                checkpoints.poll()
+
+                last = step == config.train.steps
+                stopping = stop.requested(step)
+                saving = last or stopping or step % config.checkpoint.every == 0
+                validating = last or step % config.train.eval_every == 0
+                if saving or validating:
+                    report(*pending)  # a state is saved once it is known to be finite
+                    pending = None
+                if saving:
+                    checkpoints.save(state, batches)
+                if stopping:
+                    checkpoints.wait()
+                    progress.say(
+                        f"stopped by {stop.name} at step {step}; {checkpoints.path(step)} is saved"
+                    )
+                    raise Stopped(128 + stop.signal)
+                if validating:
+                    validate(step)
+
+        params = program.evaluation_params(state.params, state.opt_state)
+        scores = evaluation.evaluate(program, params, test_set, config.train.test_batches)
+        result = scores.totals() | {"steps": config.train.steps, "parameters": num_params}
+        writer.write(config.train.steps, **{f"test_{k}": v for k, v in scores.totals().items()})
+    return summary.finish(config, workdir, result, program.model, params, test_set.tokenizer)
+
+
+def resolve(config, dataset):
+    """A copy of the config in which nothing depends on the data any more: the vocabulary's size."""
+    config = config.copy_and_resolve_references()
+    size = config.model.get("vocab_size") or dataset.vocab_size
+    if size < dataset.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {size}, but the dataset has ids up to {dataset.vocab_size - 1}; "
+            f"set it to 0 (the dataset's {dataset.vocab_size}) or more than that"
+        )
+    with config.unlocked():
+        config.model.vocab_size = size
+    return config
+
+
+class Clock:
+    """Steps per second since the last question, without compilation and pauses."""
+
+    def __init__(self):
+        self._start = self._step = None
+
+    def start(self, step: int) -> None:
+        """Counts from here; called once the first step, which compiles, is done."""
+        self._start, self._step = time.perf_counter(), step
+
+    def steps_per_second(self, step: int) -> float:
+        now = time.perf_counter()
+        speed = (step - self._step) / max(now - self._start, 1e-9)
+        self._start, self._step = now, step
+        return speed
+
+    @contextlib.contextmanager
+    def paused(self):
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+
+class StopSignals:
+    """Notes SIGTERM and Ctrl-C instead of dying; a second one kills as usual. With several processes JAX passes SIGTERM on, so that
+    all stop at the same step."""
+
+    def __init__(self):
+        self.signal = None
+        self._restore = {}
+
+    def __enter__(self):
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._restore[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._restore.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def requested(self, step: int) -> bool:
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name

@@ -1,0 +1,62 @@
+"""Pictures of a run, written as PNG without a display."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def loss_curve(
+    rows: list[dict], path: Path, unit: str = "nats a token", scale: float = 1.0, baselines=None
+) -> None:
+    """Training loss (faint, and smoothed by a running mean) and validation loss over steps.
+
+    rows: of metrics.jsonl. scale: of nats to `unit`. baselines: name -> value in `unit`, drawn as level lines.
+    """
+    train = np.array([(r["step"], r["loss"]) for r in rows if "loss" in r]).reshape(-1, 2)
+    held_out = np.array([(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r])
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(train[:, 0], scale * train[:, 1], color="C0", alpha=0.25, linewidth=0.8)
+    axes.plot(train[:, 0], scale * _smooth(train[:, 1]), color="C0", label="training, smoothed")
+    if len(held_out):
+        axes.plot(*(held_out * [1, scale]).T, "o-", color="C1", markersize=3, label="validation")
+    for i, (name, value) in enumerate((baselines or {}).items()):
+        axes.axhline(
+            value, color=f"C{i + 2}", linestyle="--", linewidth=1, label=f"{name} {value:.2f}"
+        )
+    axes.set(xlabel="step", ylabel=f"loss, {unit}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def bucket_curve(table: list[dict], x: str, path: Path) -> None:
+    """Loss and accuracy over buckets, rows of `evaluate.bucket_table`."""
+    middle = [(row["first"] + row["last"]) / 2 for row in table]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(middle, [row["loss"] for row in table], "o-", label="loss, nats a token")
+    axes.plot(middle, [row["accuracy"] for row in table], "s-", label="accuracy")
+    axes.set(xlabel=x, ylim=(0, None))
+    if middle[-1] > 20 * max(middle[0], 1):
+        axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def _smooth(y):
+    """Mean over a centred window of a thirtieth of the curve, shorter at the ends."""
+    half = max(len(y) // 60, 1)
+    sums = np.concatenate([[0.0], np.cumsum(y)])
+    first = np.maximum(np.arange(len(y)) - half, 0)
+    last = np.minimum(np.arange(len(y)) + half + 1, len(y))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,103 @@
+"""What a run leaves in its workdir beside metrics and checkpoints: config.json, run.json and result.json."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def default_workdir(config_path: str) -> Path:
+    """A new folder runs/<config>-<time>; the config's argument is part of the name."""
+    path, _, argument = config_path.partition(":")
+    name = "-".join(filter(None, [Path(path).stem, argument.replace("/", "_")]))
+    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def save_config(workdir: Path, config: ConfigDict) -> list[str]:
+    """Writes the resolved config. Returns what differs from the one that was there, one "field: old -> new" a field."""
+    path = workdir / "config.json"
+    new = json.loads(json.dumps(config.to_dict()))
+    changes = _changes(json.loads(path.read_text()), new) if path.exists() else []
+    _write_json(path, new)
+    return changes
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config a run was trained with. Raises ValueError if the folder holds no run."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise ValueError(
+            f"{workdir} holds no run: there is no {path}. Give the --workdir of a training run"
+        )
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def record_start(workdir: Path, step: int, changes: list[str]) -> None:
+    """Adds to run.json, a list with an entry for each start of the run: versions, git commit, device, command."""
+    path = workdir / "run.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    device = jax.devices()[0]
+    starts.append(
+        {
+            "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "step": step,
+            "config_changes": changes,
+            "command": sys.argv,
+            "git": git_state(),
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+            "processes": jax.process_count(),
+        }
+    )
+    _write_json(path, starts)
+
+
+def git_state() -> dict | None:
+    """Commit and whether the tree has uncommitted changes; None where this code is not in a git checkout."""
+
+    def git(*arguments):
+        folder = Path(__file__).parent
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def save_result(workdir: Path, result: dict) -> None:
+    _write_json(workdir / "result.json", result)
+
+
+def _write_json(path: Path, value) -> None:
+    """By a rename, so that a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _changes(old, new, path: str = "config") -> list[str]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        here = f"{path}.{name}"
+        if name not in new:
+            changes.append(f"{here}: {old[name]!r} -> (no such field)")
+        elif name not in old:
+            changes.append(f"{here}: (no such field) -> {new[name]!r}")
+        else:
+            changes += _changes(old[name], new[name], here)
+    return changes

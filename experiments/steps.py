@@ -1,0 +1,163 @@
+"""The compiled parts of an experiment: initial state, training step, evaluation sums; and how they lie on the mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import optimizers, schedules
+from experiments.checkpoints import TrainState
+from seqmodels import language_model, sharding
+from seqmodels.array_typing import Array
+
+Batch = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a config means, ready to run.
+
+    abstract_state: shapes, dtypes and shardings of the TrainState, for restoring into.
+    init: seed -> TrainState.   train_step: (state, batch) -> (state, metrics); the state given is donated.
+    token_losses: (params, batch) -> nll_BT, correct_BT (float32), wherever the mask is.
+    evaluation_params: (params, opt_state) -> what to evaluate and sample with.
+    """
+
+    model: language_model.LanguageModel
+    schedule: schedules.Schedule
+    abstract_state: TrainState
+    init: Callable[[int], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+    token_losses: Callable[[Any, Batch], tuple[Array, Array]]
+    evaluation_params: Callable[[Any, Any], Any]
+    batch_sharding: jax.sharding.Sharding
+
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        """The global batch on the devices, of which each process has its rows."""
+        return {
+            name: jax.make_array_from_process_local_data(self.batch_sharding, rows)
+            for name, rows in batch.items()
+        }
+
+
+def build(config, seq_len: int) -> Program:
+    """The Program of a resolved config whose batches have `seq_len` tokens a row. Compiles nothing.
+
+    Raises ValueError for what does not fit together.
+    """
+    batch_size = config.data.batch_size
+    accumulate = config.train.accumulate
+    if accumulate < 1 or batch_size % accumulate:
+        raise ValueError(
+            f"train.accumulate is {accumulate}; it must divide data.batch_size, which is {batch_size}"
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, batch_size // accumulate, seq_len)
+    sharding.check_batch(mesh, config.data.get("eval_batch_size") or batch_size, seq_len)
+    model = language_model.from_config(config.model)
+    schedule = schedules.make_schedule(
+        config.schedule, config.optimizer.learning_rate, config.train.steps, batch_size, seq_len
+    )
+
+    def init_params(key):
+        tokens_BT = jnp.zeros((batch_size, min(seq_len, 8)), jnp.int32)
+        return model.init(key, tokens_BT)["params"]
+
+    boxed_params = jax.eval_shape(init_params, jax.random.key(0))
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule, boxed_params)
+
+    def boxed_init(seed):
+        params = init_params(jax.random.key(seed))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    boxed_state = jax.eval_shape(boxed_init, 0)
+    state_shardings = sharding.shardings(mesh, boxed_state)
+    batch_sharding = sharding.batch_sharding(mesh)
+    replicated = sharding.replicated(mesh)
+    return Program(
+        model=model,
+        schedule=schedule,
+        abstract_state=jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            nn.meta.unbox(boxed_state),
+            state_shardings,
+        ),
+        init=jax.jit(lambda seed: nn.meta.unbox(boxed_init(seed)), out_shardings=state_shardings),
+        train_step=jax.jit(
+            _train_step(model, optimizer, accumulate, config.train.z_loss),
+            donate_argnums=0,
+            in_shardings=(state_shardings, batch_sharding),
+            out_shardings=(state_shardings, replicated),
+        ),
+        token_losses=jax.jit(
+            lambda params, batch: _token_losses(model, params, batch)[:2],
+            in_shardings=(state_shardings.params, batch_sharding),
+            out_shardings=batch_sharding,
+        ),
+        evaluation_params=jax.jit(
+            optimizers.evaluation_params,
+            in_shardings=(state_shardings.params, state_shardings.opt_state),
+            out_shardings=state_shardings.params,
+        ),
+        batch_sharding=batch_sharding,
+    )
+
+
+def _token_losses(model, params, batch: Batch) -> tuple[Array, Array, Array]:
+    """Negative log-likelihood of each target, whether it is the most likely token, and log Z of the logits; float32."""
+    logits_BTW, _ = model.apply({"params": params}, batch["inputs"], batch["segment_ids"])
+    logits_BTW = logits_BTW.astype(jnp.float32)
+    targets_BT = batch["targets"]
+    log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
+    target_logit_BT1 = jnp.take_along_axis(logits_BTW, targets_BT[..., None], axis=-1)
+    correct_BT = (jnp.argmax(logits_BTW, axis=-1) == targets_BT).astype(jnp.float32)
+    return log_z_BT - target_logit_BT1[..., 0], correct_BT, log_z_BT
+
+
+def _train_step(model, optimizer, accumulate: int, z_loss: float):
+    """One update. The loss is the mean over all tokens that count, on all devices and in all microbatches, plus z_loss times the mean
+    of (log Z)^2 (PaLM, arXiv 2204.02311, section 5)."""
+
+    def loss_and_correct(params, batch, weight):
+        nll_BT, correct_BT, log_z_BT = _token_losses(model, params, batch)
+        mask_BT = batch["loss_mask"]
+        loss = jnp.sum(nll_BT * mask_BT) / weight
+        correct = jnp.sum(correct_BT * mask_BT) / weight
+        return loss + z_loss * jnp.sum(log_z_BT**2 * mask_BT) / weight, (loss, correct)
+
+    def microbatches(x_BT):
+        # Every `accumulate`-th row, so that each microbatch has rows from all devices.
+        return x_BT.reshape(-1, accumulate, x_BT.shape[1]).swapaxes(0, 1)
+
+    def train_step(state: TrainState, batch: Batch):
+        weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+        gradient = jax.grad(loss_and_correct, has_aux=True)
+        if accumulate == 1:
+            grads, (loss, correct) = gradient(state.params, batch, weight)
+        else:
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+
+            def add(total, microbatch):
+                part = gradient(state.params, microbatch, weight)
+                return jax.tree.map(jnp.add, total, part), None
+
+            total = (zeros, (jnp.zeros(()), jnp.zeros(())))
+            (grads, (loss, correct)), _ = jax.lax.scan(
+                add, total, jax.tree.map(microbatches, batch)
+            )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "accuracy": correct,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step

@@ -1,0 +1,47 @@
+"""Trains a model.
+
+    python -m experiments.train --config=configs/quickstart.py
+    python -m experiments.train --config=configs/quickstart.py:smoke --config.train.steps=20 --workdir=/tmp/run
+
+Everything lands in --workdir. The same command with the same --workdir goes on from its last checkpoint.
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import cli, loop, run_record, summary
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<name>.py[:argument]")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where everything goes; default: runs/<config>-<time>"
+)
+_RESUME = flags.DEFINE_bool(
+    "resume", False, "refuse to start anew: --workdir must hold a checkpoint"
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "one of several processes (TPU pods, SLURM, MPI)"
+)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise cli.UserError(f"unexpected argument {argv[1]!r}; flags start with --")
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    workdir = Path(_WORKDIR.value or run_record.default_workdir(_config_path()))
+    if _RESUME.value and not any((workdir / "checkpoints").glob("[0-9]*")):
+        raise cli.UserError(f"--resume: {workdir / 'checkpoints'} holds no checkpoint")
+    result = loop.train(_CONFIG.value, workdir)
+    if jax.process_index() == 0:
+        print(summary.text(result))
+
+
+def _config_path() -> str:
+    return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
+if __name__ == "__main__":
+    cli.run(main)
