@@ -11,7 +11,22 @@ from seqmodels.mixers.base import Layer, Mixer
 # name: (module, class). Modules are imported when asked for, so that one mixer's needs are not everyone's.
 _MIXERS = {
     "attention": ("attention", "Attention"),
+    "delta_net": ("delta_net", "DeltaNet"),
+    "delta_product": ("delta_product", "DeltaProduct"),
     "gated_delta_net": ("gated_delta_net", "GatedDeltaNet"),
+    "gla": ("gla", "GLA"),
+    "hgrn": ("hgrn", "HGRN"),
+    "hgrn2": ("hgrn2", "HGRN2"),
+    "linear_attention": ("linear_attention", "LinearAttention"),
+    "lru": ("lru", "LRU"),
+    "mamba": ("mamba", "Mamba"),
+    "mamba2": ("mamba2", "Mamba2"),
+    "mlstm": ("mlstm", "MLSTM"),
+    "retnet": ("retnet", "RetNet"),
+    "rg_lru": ("rg_lru", "RGLRU"),
+    "transnormer": ("transnormer", "TransNormer"),
+    "transnormer_llm": ("transnormer_llm", "TransNormerLLM"),
+    "transnormer_local": ("transnormer_local", "TransNormerLocal"),
 }
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from seqmodels import mixers
+from seqmodels import blocks, mixers
 
 # name: option sets. The first goes through every check, the others through those of `consistency` and
 # `gradients`. A mixer that is not here runs with its defaults.
@@ -28,6 +28,20 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     "mamba": ({"d_state": 4}, {"d_state": 3, "negative_eigenvalues": True}),
     "mamba2": ({"head_dim": 16, "d_state": 8, "num_groups": 2},),
     "lru": ({"d_state": 12},),
+    "hgrn2": ({"expand_ratio": 8},),
+    "linear_attention": (
+        {"output_norm": "rms_norm"},
+        {"q_map": "hedgehog_softmax", "features": 4, "rope_base": 100.0, "eps": 1e-12},
+        {"q_map": "silu", "k_map": "identity", "normalize": False, "output_norm": "rms_norm"},
+    ),
+    "mlstm": (
+        {"input_gate_bias": 0.0},
+        {"input_gate": "sigmoid"},
+        {"input_gate": "sigmoid", "normalize": False, "gate_soft_cap": None},
+    ),
+    "transnormer": ({}, {"variant": "t1", "lrpe": True, "norm": "gated_rms_norm"}),
+    "transnormer_llm": ({}, {"slopes": "alibi", "lrpe": True, "gate_activation": "sigmoid"}),
+    "transnormer_local": ({"block_size": 16}, {"block_size": 4, "variant": "t1"}),
 }
 
 B, T, D, LAYERS = 2, 20, 32, 2
@@ -57,7 +71,8 @@ class Case:
     def lower_bound_LD(self):
         if not mixers.mixer_class(self.name).uses_lower_bound:
             return None
-        return jnp.linspace(0.0, 0.6, LAYERS * D).reshape(LAYERS, D)
+        width = self.make().lower_bound_width()
+        return jnp.linspace(0.0, 0.6, LAYERS * width).reshape(LAYERS, width)
 
     def layer(self, index=1) -> mixers.Layer:
         bound_LD = self.lower_bound_LD()
@@ -111,17 +126,6 @@ def assert_close(actual, expected, limit, label):
         assert found < limit, f"{label}{jax.tree_util.keystr(path)}: {found:.1e}"
 
 
-def clear_rows(start_B, state, empty):
-    """`empty` in the rows where start_B is True. A leaf without a batch axis is kept."""
-
-    def clear(old, new):
-        if old.ndim == 0:
-            return old
-        return jnp.where(start_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
-
-    return jax.tree.map(clear, state, empty)
-
-
 def check_consistency(case: Case):
     """Whole == pieces == step by step, packed == separate, None == one segment; bfloat16 close to float32."""
     mixer, layer = case.make(), case.layer()
@@ -139,7 +143,7 @@ def check_consistency(case: Case):
 
         def step(state, inputs):
             x_B1D, start_B = inputs
-            y_B1D, state = apply(x_B1D, None, clear_rows(start_B, state, empty))
+            y_B1D, state = apply(x_B1D, None, blocks.clear_rows(state, empty, start_B))
             return state, y_B1D[:, 0]
 
         state, y_TBD = jax.lax.scan(
@@ -150,7 +154,7 @@ def check_consistency(case: Case):
         outputs, state, begin = [], empty, 0
         for length in PIECES:
             piece = slice(begin, begin + length)
-            state = clear_rows(start_BT[:, begin], state, empty)
+            state = blocks.clear_rows(state, empty, start_BT[:, begin])
             y_BTD, state = apply(x_BTD[:, piece], segment_ids_BT[:, piece], state)
             outputs.append(y_BTD)
             begin += length

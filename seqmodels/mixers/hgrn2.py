@@ -1,0 +1,71 @@
+"""HGRN2: gated linear attention whose key is one minus its forget gate."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import linear_attention
+from seqmodels import norms
+from seqmodels.array_typing import Array
+from seqmodels.mixers import base
+
+
+class HGRN2(base.Mixer):
+    """S_t = diag(g_t) S_{t-1} + (1 - g_t) v_t^T;  o_t = S_t^T q_t;  g = lb + (1 - lb) sigmoid(W_f x)
+    (Qin et al., arXiv 2404.07904, eq. 7 and section 3.3).
+
+    q = silu(W_q x), v = W_i x; y = W_o RMSNorm(o), the norm over all heads together, no output gate. lb is the
+    layer's `lower_bound_D`, 0 outside a stack. The state is S_BHKV.
+
+    expand_ratio: K and V; there are H = D / expand_ratio heads.
+    """
+
+    expand_ratio: int = 128
+
+    uses_lower_bound = True
+
+    def _sizes(self) -> tuple[int, int]:
+        K = self.expand_ratio
+        if self.d_model % K:
+            raise ValueError(f"hgrn2: expand_ratio {K} must divide d_model {self.d_model}")
+        return self.d_model // K, K
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        H, K = self._sizes()
+        lower_bound_D = None if layer is None else layer.lower_bound_D
+        if lower_bound_D is None:
+            lower_bound_D = jnp.zeros((self.d_model,), jnp.float32)
+        f_BTHK = self.project_heads(x_BTD, H, K, "f").astype(jnp.float32)
+        log_g_BTHK, k_BTHK = bounded_forget_gate(f_BTHK, lower_bound_D.reshape(1, 1, H, K))
+        o_BTHV, S_BHKV = linear_attention(
+            nn.silu(self.project_heads(x_BTD, H, K, "q")),
+            k_BTHK.astype(self.dtype),
+            self.project_heads(x_BTD, H, K, "i"),
+            log_g_BTHK,
+            scale=1.0,
+            initial_state=state,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        o_BTD = o_BTHV.reshape(x_BTD.shape)
+        return self.merge_heads(norms.RMSNorm(name="o_norm")(o_BTD)), S_BHKV
+
+    def init_state(self, batch):
+        H, K = self._sizes()
+        return jnp.zeros((batch, H, K, K), jnp.float32)
+
+
+def bounded_forget_gate(f: Array, lower_bound: Array) -> tuple[Array, Array]:
+    """log g and 1 - g of g = lb + (1 - lb) sigmoid(f), finite with finite gradients for every f and 0 <= lb < 1.
+
+    g = (e^f + lb) / (e^f + 1). Above and below are divided by e^max(f, 0), so that nothing large cancels.
+    """
+    # Where lb is 0 its logarithm is a constant -inf: log(lb) itself would have an infinite gradient there.
+    positive = lower_bound > 0
+    log_bound = jnp.where(positive, jnp.log(jnp.where(positive, lower_bound, 1.0)), -jnp.inf)
+    log_bound = jnp.broadcast_to(log_bound, f.shape)
+    above = jnp.logaddexp(jnp.minimum(f, 0.0), log_bound - jnp.maximum(f, 0.0))
+    # Rounding may leave it a hair above 0 where lb is nearly 1.
+    log_g = jnp.minimum(above - jnp.log1p(jnp.exp(-jnp.abs(f))), 0.0)
+    return log_g, (1.0 - lower_bound) * jax.nn.sigmoid(-f)

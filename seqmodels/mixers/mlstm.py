@@ -1,0 +1,171 @@
+"""mLSTM: a matrix memory with an exponential or a sigmoid input gate, on `linear_attention`."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import linear_attention, segments
+from seqmodels import norms
+from seqmodels.array_typing import Array
+from seqmodels.mixers import base
+
+INPUT_GATES = ("exp", "sigmoid")
+
+
+@flax.struct.dataclass
+class State:
+    """S_BHKV = [C || n] e^-m: the memory, its normaliser as a last column, and their log scale m_BH.
+
+    Without `normalize` there is no n; with a sigmoid gate no m.
+    """
+
+    S_BHKV: Array
+    m_BH: Array | None
+
+
+class MLSTM(base.Mixer):
+    """C_t = f_t C_{t-1} + i_t k_t v_t^T,  n_t = f_t n_{t-1} + i_t k_t,  q scaled by K^-1/2,
+    h_t = C_t^T q_t / max(|n_t . q_t|, 1)  (Beck et al., arXiv 2405.04517, eqs. 19-27; layer of arXiv 2503.13427).
+
+    f = sigmoid(W_f x), i = exp(W_i x) or sigmoid(W_i x) (arXiv 2503.14376), preactivations soft-capped to
+    c tanh(. / c); y = W_o (sigmoid(W_g x) * LayerNorm(h)), the norm on each head with a gain a channel. W_i and
+    W_f start at 0 with biases -10 and linspace(3, 6) over heads.
+
+    With the exponential gate everything is held times e^-m_t, m_t = max(log f_t + m_{t-1}, log i_t), which
+    `stabiliser` finds first, from the gates alone. Then f_t e^(m_{t-1} - m_t) <= 1 is an ordinary decay,
+    i_t e^-m_t <= 1 scales the key, n is a column of ones beside v, and the denominator reads
+    max(|n . q|, e^-m) + eps.
+
+    num_heads: H. qk_dim_factor, v_dim_factor: widths of all heads of q and k, and of v, in D.
+    input_gate: "exp" or "sigmoid". normalize: False, for the sigmoid gate only, has h = C^T q.
+    gate_soft_cap: c; None leaves the gates as they are. input_gate_bias: where b_i starts.
+    """
+
+    num_heads: int = 4
+    qk_dim_factor: float = 0.5
+    v_dim_factor: float = 1.0
+    input_gate: str = "exp"
+    normalize: bool = True
+    gate_soft_cap: float | None = 15.0
+    input_gate_bias: float = -10.0
+    eps: float = 1e-6
+    norm_eps: float = 1e-6
+
+    def _sizes(self) -> tuple[int, int, int]:
+        H = self.num_heads
+        widths = int(self.d_model * self.qk_dim_factor), int(self.d_model * self.v_dim_factor)
+        if widths[0] % H or widths[1] % H:
+            raise ValueError(
+                f"mlstm: num_heads {H} must divide the widths of q and k, {widths[0]}, and of v, {widths[1]}"
+            )
+        if self.input_gate not in INPUT_GATES:
+            raise ValueError(
+                f"mlstm: input_gate is {self.input_gate!r}; choose one of {', '.join(INPUT_GATES)}"
+            )
+        if self.input_gate == "exp" and not self.normalize:
+            raise ValueError(
+                "mlstm: the exponential input gate needs normalize=True; the sigmoid gate can do without"
+            )
+        return H, widths[0] // H, widths[1] // H
+
+    def _gate(self, x_BTD: Array, name: str, bias_init) -> Array:
+        """A gate's preactivation, (B, T, H) float32."""
+        gate_BTH = self.project(
+            x_BTD,
+            self.num_heads,
+            name,
+            use_bias=True,
+            kernel_init=nn.initializers.zeros,
+            bias_init=bias_init,
+        ).astype(jnp.float32)
+        if self.gate_soft_cap is None:
+            return gate_BTH
+        return self.gate_soft_cap * jnp.tanh(gate_BTH / self.gate_soft_cap)
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        H, K, V = self._sizes()
+        if state is None:
+            state = self.init_state(x_BTD.shape[0])
+        log_f_BTH = jax.nn.log_sigmoid(self._gate(x_BTD, "f", _linspace_3_6))
+        i_BTH = self._gate(x_BTD, "i", nn.initializers.constant(self.input_gate_bias))
+        m_BH, floor_BTH = None, 1.0
+        if self.input_gate == "exp":
+            # m only sets the scale numerator, denominator and state share: the output's derivative with respect
+            # to it is 0 but for the share eps / denominator of eps. It is a constant to the backward pass, in all
+            # places alike, so that no gradient meets e^-m (large) or a tie of the maximum.
+            m_BTH = jax.lax.stop_gradient(stabiliser(log_f_BTH, i_BTH, state.m_BH, segment_ids_BT))
+            previous_BTH = jnp.concatenate([state.m_BH[:, None], m_BTH[:, :-1]], axis=1)
+            log_decay_BTH = log_f_BTH + jax.lax.stop_gradient(previous_BTH) - m_BTH
+            # The scan's rounding may leave the decay a hair above 0; its gradient stays 1.
+            log_decay_BTH -= jax.lax.stop_gradient(jnp.maximum(log_decay_BTH, 0.0))
+            i_BTH, floor_BTH = jnp.exp(i_BTH - m_BTH), jnp.exp(-m_BTH)
+            m_BH = m_BTH[:, -1]
+        else:
+            i_BTH, log_decay_BTH = jax.nn.sigmoid(i_BTH), log_f_BTH
+        v_BTHV = self.project_heads(x_BTD, H, V, "v")
+        if self.normalize:
+            v_BTHV = jnp.concatenate([v_BTHV, jnp.ones_like(v_BTHV[..., :1])], axis=-1)
+        h_BTHV, S_BHKV = linear_attention(
+            self.project_heads(x_BTD, H, K, "q"),
+            self.project_heads(x_BTD, H, K, "k") * i_BTH[..., None].astype(self.dtype),
+            v_BTHV,
+            log_decay_BTH,
+            initial_state=state.S_BHKV,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        if self.normalize:
+            h_BTHV, weight_BTH = jnp.split(h_BTHV.astype(jnp.float32), [V], axis=-1)
+            weight_BTH = jnp.maximum(jnp.abs(weight_BTH[..., 0]), floor_BTH) + self.eps
+            h_BTHV = (h_BTHV / weight_BTH[..., None]).astype(self.dtype)
+        gate_BTHV = jax.nn.sigmoid(self.project_heads(x_BTD, H, V, "g"))
+        h_BTHV = HeadLayerNorm(self.norm_eps, name="h_norm")(h_BTHV)
+        return self.merge_heads(gate_BTHV * h_BTHV), State(S_BHKV, m_BH)
+
+    def init_state(self, batch):
+        H, K, V = self._sizes()
+        m_BH = jnp.zeros((batch, H), jnp.float32) if self.input_gate == "exp" else None
+        return State(jnp.zeros((batch, H, K, V + self.normalize), jnp.float32), m_BH)
+
+
+def stabiliser(
+    log_f_BTH: Array, i_BTH: Array, m_BH: Array, segment_ids_BT: Array | None = None
+) -> Array:
+    """m_t = max(log f_t + m_{t-1}, i_t) in float32, from m_BH at the first token and from 0 at a document's start.
+
+    Each token is the map m -> max(a + m, b), and such maps compose to such maps: (a', b') after (a, b) is
+    (a + a', max(b + a', b')). So all are found by an associative scan. A document's start ignores what enters:
+    a is -inf.
+    """
+    a_BTH, b_BTH = log_f_BTH, i_BTH
+    if segment_ids_BT is not None:
+        start_BT1 = segments.starts(segment_ids_BT)[..., None]
+        a_BTH = jnp.where(start_BT1, -jnp.inf, log_f_BTH)
+        b_BTH = jnp.where(start_BT1, jnp.maximum(log_f_BTH, i_BTH), i_BTH)
+
+    def compose(first, then):
+        return first[0] + then[0], jnp.maximum(first[1] + then[0], then[1])
+
+    a_BTH, b_BTH = jax.lax.associative_scan(compose, (a_BTH, b_BTH), axis=1)
+    return jnp.maximum(a_BTH + m_BH[:, None], b_BTH)
+
+
+def _linspace_3_6(key, shape, dtype=jnp.float32):
+    del key
+    return jnp.linspace(3.0, 6.0, *shape, dtype=dtype)
+
+
+class HeadLayerNorm(nn.Module):
+    """(h - mean) / sqrt(var + eps) on each head, times a gain (H, V); no bias. Float32 inside."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, h_BTHV: Array) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("heads", None))
+        scale_HV = self.param("scale", init, h_BTHV.shape[2:], jnp.float32)
+        h_f32 = h_BTHV.astype(jnp.float32)
+        h_f32 -= jnp.mean(h_f32, axis=-1, keepdims=True)
+        return (norms.srms_norm(h_f32, self.eps) * scale_HV[None, None]).astype(h_BTHV.dtype)

@@ -1,0 +1,70 @@
+"""RetNet: retention, linear attention with one fixed decay a head."""
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+
+from kernels_pallas import linear_attention
+from seqmodels import norms, positions
+from seqmodels.array_typing import Array
+from seqmodels.mixers import base
+
+
+@flax.struct.dataclass
+class State:
+    """S_BHKV, and the place of the next token in its document."""
+
+    S_BHKV: Array
+    next_position_B: Array
+
+
+class RetNet(base.Mixer):
+    """S_t = gamma_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t / sqrt(K);  gamma_h = 1 - 2^(-5-h)
+    (Sun et al., arXiv 2307.08621, eqs. 6 and 8).
+
+    q, k = rope(W x), v = W_v x; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. No parameter sets the
+    decay. Rotary positions without xPos' scaling and RMSNorm for GroupNorm, as in flash-linear-attention.
+
+    num_heads: H. Heads have K = D / H and V = expand_v * K.
+    """
+
+    num_heads: int = 4
+    expand_v: float = 2.0
+    rope_base: float = 10_000.0
+
+    def _sizes(self) -> tuple[int, int, int]:
+        H = self.num_heads
+        if self.d_model % H:
+            raise ValueError(f"retnet: num_heads {H} must divide d_model {self.d_model}")
+        K = self.d_model // H
+        return H, K, int(K * self.expand_v)
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        H, K, V = self._sizes()
+        B, T, _ = x_BTD.shape
+        if state is None:
+            state = self.init_state(B)
+        position_BT = positions.token_positions(B, T, segment_ids_BT, state.next_position_B)
+        o_BTHV, S_BHKV = linear_attention(
+            positions.rope(self.project_heads(x_BTD, H, K, "q"), position_BT, self.rope_base),
+            positions.rope(self.project_heads(x_BTD, H, K, "k"), position_BT, self.rope_base),
+            self.project_heads(x_BTD, H, V, "v"),
+            log_decay(H),
+            initial_state=state.S_BHKV,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        gate_BTHV = nn.silu(self.project_heads(x_BTD, H, V, "g"))
+        o_BTHV = norms.RMSNorm(name="o_norm")(o_BTHV) * gate_BTHV
+        return self.merge_heads(o_BTHV), State(S_BHKV, position_BT[:, -1] + 1)
+
+    def init_state(self, batch):
+        H, K, V = self._sizes()
+        S_BHKV = jnp.zeros((batch, H, K, V), jnp.float32)
+        return State(S_BHKV, jnp.zeros((batch,), jnp.int32))
+
+
+def log_decay(heads: int) -> Array:
+    """log gamma_H, gamma_h = 1 - 2^(-5-h)."""
+    return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=jnp.float32))))

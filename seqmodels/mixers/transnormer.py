@@ -1,0 +1,135 @@
+"""TransNormer's linear layers: no denominator, a norm over the whole width instead."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import linear_attention
+from seqmodels import feature_maps, norms, positions
+from seqmodels.array_typing import Array, DType
+from seqmodels.mixers import base
+
+# Xavier uniform with gain 1/sqrt(2), on q, k and v.
+QKV_INIT = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+OUTPUT_INIT = nn.initializers.xavier_uniform()
+MAPS = {"t1": "elu", "t2": "elu_plus_one"}
+
+
+@flax.struct.dataclass
+class State:
+    """S_BHKV, and the place of the next token in its document."""
+
+    S_BHKV: Array
+    next_position_B: Array
+
+
+class TransNormer(base.Mixer):
+    """o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s;  y = W_o Norm(o), the norm over all heads together
+    (NormAttention; Qin et al., arXiv 2210.10340, section 4.1).
+
+    q, k, v = W x + b. Neither a denominator nor a 1/sqrt(K). In the paper's stack these are the last half of
+    the layers, after as many of `transnormer_local`. The weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
+
+    num_heads: H; K = V = D / H.
+    variant: "t1" has phi = elu, so weights may be negative; "t2" has phi = elu + 1.
+    norm: of `norms.NORMS`, or "gated_rms_norm".
+    lrpe: adds relative positions, sum_i q_i k_i cos(theta_i (t - s)), which doubles K inside (see `LRPE`).
+    """
+
+    num_heads: int = 4
+    variant: str = "t2"
+    norm: str = "layer_norm"
+    lrpe: bool = False
+
+    def _sizes(self) -> tuple[int, int]:
+        H = self.num_heads
+        if self.d_model % H:
+            raise ValueError(f"transnormer: num_heads {H} must divide d_model {self.d_model}")
+        check_choice("variant", self.variant, MAPS)
+        check_choice("norm", self.norm, NORMS)
+        return H, self.d_model // H
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        H, K = self._sizes()
+        B, T, _ = x_BTD.shape
+        if state is None:
+            state = self.init_state(B)
+        q_BTHK, k_BTHK, v_BTHK = (
+            self.project_heads(x_BTD, H, K, name, use_bias=True, kernel_init=QKV_INIT)
+            for name in "qkv"
+        )
+        phi = feature_maps.FeatureMap(MAPS[self.variant], name="phi")
+        q_BTHK, k_BTHK = phi(q_BTHK), phi(k_BTHK)
+        position_BT = positions.token_positions(B, T, segment_ids_BT, state.next_position_B)
+        if self.lrpe:
+            rotate = LRPE(name="lrpe")
+            q_BTHK, k_BTHK = rotate(q_BTHK, position_BT), rotate(k_BTHK, position_BT)
+        o_BTHK, S_BHKV = linear_attention(
+            q_BTHK,
+            k_BTHK,
+            v_BTHK,
+            scale=1.0,
+            initial_state=state.S_BHKV,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        o_BTD = NORMS[self.norm](name="o_norm")(o_BTHK.reshape(x_BTD.shape))
+        y_BTD = self.merge_heads(o_BTD, use_bias=True, kernel_init=OUTPUT_INIT)
+        return y_BTD, State(S_BHKV, position_BT[:, -1] + 1)
+
+    def init_state(self, batch):
+        H, K = self._sizes()
+        S_BHKV = jnp.zeros((batch, H, 2 * K if self.lrpe else K, K), jnp.float32)
+        return State(S_BHKV, jnp.zeros((batch,), jnp.int32))
+
+
+class LRPE(nn.Module):
+    """x_t -> [x_t cos(theta t) || x_t sin(theta t)], so that q_t . k_s becomes sum_i q_i k_i cos(theta_i (t - s))
+    (linearized relative positional encoding, arXiv 2307.09270; TransNormerLLM, arXiv 2307.14995, section 3.1).
+
+    theta_HK is learned, from 10000^(-2 i / (H K)) with i counting the channels of all heads.
+    """
+
+    @nn.compact
+    def __call__(self, x_BTHK: Array, position_BT: Array) -> Array:
+        H, K = x_BTHK.shape[2:]
+
+        def init(key, shape, dtype):
+            del key
+            return (10_000.0 ** (-2.0 * jnp.arange(H * K, dtype=dtype) / (H * K))).reshape(shape)
+
+        init = nn.with_logical_partitioning(init, ("heads", None))
+        theta_HK = self.param("theta", init, (H, K), jnp.float32)
+        angle_BTHK = position_BT.astype(jnp.float32)[..., None, None] * theta_HK[None, None]
+        x_f32 = x_BTHK.astype(jnp.float32)
+        turned = [x_f32 * jnp.cos(angle_BTHK), x_f32 * jnp.sin(angle_BTHK)]
+        return jnp.concatenate(turned, axis=-1).astype(x_BTHK.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(x) * sigmoid(gate * x), gate_D from ones (ReLA, arXiv 2104.07012, section 3)."""
+
+    eps: float = 1e-5
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        gate = self.param("gate", init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        gate = jax.nn.sigmoid(gate.reshape((1,) * (x.ndim - 1) + (-1,)) * x.astype(jnp.float32))
+        return norms.RMSNorm(self.eps, param_dtype=self.param_dtype, name="rms")(x) * gate.astype(
+            x.dtype
+        )
+
+
+NORMS = norms.NORMS | {"gated_rms_norm": GatedRMSNorm}
+
+
+def check_choice(option: str, value: str, choices) -> None:
+    """Raises ValueError, listing the choices, where there is none called `value`."""
+    if value not in choices:
+        raise ValueError(
+            f"transnormer: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
+        )

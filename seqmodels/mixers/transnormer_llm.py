@@ -1,0 +1,130 @@
+"""TransNormerLLM: lightning attention, linear attention with fixed decays that weaken with depth."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import linear_attention
+from seqmodels import norms, positions
+from seqmodels.array_typing import Array
+from seqmodels.mixers import base
+from seqmodels.mixers.transnormer import LRPE
+
+
+@flax.struct.dataclass
+class State:
+    """S_BHKV, and the place of the next token in its document."""
+
+    S_BHKV: Array
+    next_position_B: Array
+
+
+class TransNormerLLM(base.Mixer):
+    """S_t = lambda_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t;  y = W_o (Norm(o) * u)
+    (Qin et al., arXiv 2307.14995, eqs. 3 and 7-9).
+
+    q, k = silu(W x), v = W_v x, u = W_u x; the norm, SRMSNorm, over all heads together; no 1/sqrt(K).
+    lambda_h = exp(-slope_h), fixed; it weakens from layer to layer (outside a stack: the first layer's).
+
+    num_heads: H; K = V = D / H.
+    slopes: "arithmetic", the paper's, or "alibi", that of its released code (see `decay_slopes`).
+    lrpe: relative positions with learned angles, doubling K inside; the paper's stack has them in its first
+      layer only: "transnormer_llm(lrpe=True) + 11*transnormer_llm".
+    value_activation, gate_activation: MiniMax-Text-01 (arXiv 2501.08313) takes "silu" and "sigmoid", with
+      norm "rms_norm" and "alibi" slopes.
+    """
+
+    num_heads: int = 4
+    slopes: str = "arithmetic"
+    lrpe: bool = False
+    value_activation: str = "identity"
+    gate_activation: str = "identity"
+    norm: str = "srms_norm"
+    norm_eps: float = 1e-6
+
+    def _sizes(self) -> tuple[int, int]:
+        H = self.num_heads
+        if self.d_model % H:
+            raise ValueError(f"transnormer_llm: num_heads {H} must divide d_model {self.d_model}")
+        for option, choices in (
+            ("slopes", SLOPES),
+            ("value_activation", ACTIVATIONS),
+            ("gate_activation", ACTIVATIONS),
+            ("norm", norms.NORMS),
+        ):
+            value = getattr(self, option)
+            if value not in choices:
+                raise ValueError(
+                    f"transnormer_llm: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
+                )
+        return H, self.d_model // H
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        H, K = self._sizes()
+        B, T, _ = x_BTD.shape
+        if state is None:
+            state = self.init_state(B)
+        q_BTHK, k_BTHK, v_BTHK = (self.project_heads(x_BTD, H, K, name) for name in "qkv")
+        q_BTHK, k_BTHK = nn.silu(q_BTHK), nn.silu(k_BTHK)
+        position_BT = positions.token_positions(B, T, segment_ids_BT, state.next_position_B)
+        if self.lrpe:
+            rotate = LRPE(name="lrpe")
+            q_BTHK, k_BTHK = rotate(q_BTHK, position_BT), rotate(k_BTHK, position_BT)
+        layer = layer or base.Layer(0, 1)
+        o_BTHK, S_BHKV = linear_attention(
+            q_BTHK,
+            k_BTHK,
+            ACTIVATIONS[self.value_activation](v_BTHK),
+            -decay_slopes(self.slopes, H, layer.index, layer.count),
+            scale=1.0,
+            initial_state=state.S_BHKV,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        norm = norms.NORMS[self.norm](eps=self.norm_eps, name="o_norm")
+        u_BTD = ACTIVATIONS[self.gate_activation](self.project(x_BTD, self.d_model, "u"))
+        y_BTD = self.merge_heads(norm(o_BTHK.reshape(x_BTD.shape)) * u_BTD)
+        return y_BTD, State(S_BHKV, position_BT[:, -1] + 1)
+
+    def init_state(self, batch):
+        H, K = self._sizes()
+        S_BHKV = jnp.zeros((batch, H, 2 * K if self.lrpe else K, K), jnp.float32)
+        return State(S_BHKV, jnp.zeros((batch,), jnp.int32))
+
+
+def _identity(x):
+    return x
+
+
+ACTIVATIONS = {"identity": _identity, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
+
+def _alibi(heads: int) -> list[float]:
+    """2^(-8 (h+1) / H) for H a power of two; else those of the power of two below, and every second one of the
+    next power's (ALiBi, arXiv 2108.12409)."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
+    return slopes if power == heads else slopes + _alibi(2 * power)[::2][: heads - power]
+
+
+def _arithmetic(heads: int) -> list[float]:
+    return [8.0 * h / heads for h in range(heads)]
+
+
+# name: (slopes of the first layer, how they weaken with depth)
+SLOPES = {
+    "alibi": (_alibi, lambda index, count: 1.0 - index / max(count - 1, 1) + 1e-5),
+    "arithmetic": (_arithmetic, lambda index, count: 1.0 - index / count),
+}
+
+
+def decay_slopes(rule: str, heads: int, index: int | Array, count: int) -> Array:
+    """slope_H of layer `index` (from 0) of `count`.
+
+    "arithmetic": 8 h/H (1 - l/L), as the paper states it; head 0 never forgets.
+    "alibi": 2^(-8 (h+1)/H) (1 - l/(L-1) + 1e-5), as the released code has it; the last layer hardly forgets.
+    """
+    slopes, depth = SLOPES[rule]
+    return jnp.asarray(slopes(heads), jnp.float32) * depth(index, count)

@@ -1,0 +1,129 @@
+"""TransNormer's local layers: attention inside blocks that do not overlap."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import segments
+from seqmodels import positions
+from seqmodels.array_typing import Array
+from seqmodels.mixers import base
+from seqmodels.mixers.transnormer import NORMS, OUTPUT_INIT, QKV_INIT, check_choice
+
+VARIANTS = ("t1", "t2")
+
+
+@flax.struct.dataclass
+class State:
+    """Keys and values of the last `block_size` tokens.
+
+    position_BS: a slot's place in its document; -1 marks a slot that no later token may see.
+    next_position_B: the place of the next token in its document.
+    """
+
+    k_BSHK: Array
+    v_BSHK: Array
+    position_BS: Array
+    next_position_B: Array
+
+
+class TransNormerLocal(base.Mixer):
+    """o_t = sum_s w_ts v_s over s <= t in t's block;  y = W_o Norm(o), the norm over all heads together
+    (DiagAttention; Qin et al., arXiv 2210.10340, section 4.2).
+
+    Blocks are tokens n w ... n w + w - 1 of a document, w = `block_size`; q, k, v = W x + b. The weights start
+    Xavier uniform, q, k, v with gain 1/sqrt(2).
+
+    variant: "t1" has w_ts = relu(q_t . k_s / sqrt(K)), not normalised; "t2" the softmax of the same.
+    norm: of `norms.NORMS`, or "gated_rms_norm".
+    """
+
+    num_heads: int = 4
+    block_size: int = 64
+    variant: str = "t2"
+    norm: str = "layer_norm"
+
+    def _sizes(self) -> tuple[int, int]:
+        H = self.num_heads
+        if self.d_model % H:
+            raise ValueError(f"transnormer_local: num_heads {H} must divide d_model {self.d_model}")
+        if self.block_size < 1:
+            raise ValueError(
+                f"transnormer_local: block_size must be at least 1; got {self.block_size}"
+            )
+        check_choice("variant", self.variant, VARIANTS)
+        check_choice("norm", self.norm, NORMS)
+        return H, self.d_model // H
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        H, K = self._sizes()
+        B, T, _ = x_BTD.shape
+        if state is None:
+            state = self.init_state(B)
+        q_BTHK, k_BTHK, v_BTHK = (
+            self.project_heads(x_BTD, H, K, name, use_bias=True, kernel_init=QKV_INIT)
+            for name in "qkv"
+        )
+        position_BT = positions.token_positions(B, T, segment_ids_BT, state.next_position_B)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.zeros((B, T), jnp.int32)
+        run_BT = segments.run_index(segment_ids_BT)
+        # The slots hold tokens of the first token's document: run 0.
+        old = (state.k_BSHK, state.v_BSHK, state.position_BS, jnp.zeros_like(state.position_BS))
+        new = (k_BTHK, v_BTHK, position_BT, run_BT)
+        slots = [jnp.concatenate([a, b], axis=1) for a, b in zip(old, new)]
+        o_BTHK = self._attend(q_BTHK, position_BT, run_BT, *slots)
+        o_BTD = NORMS[self.norm](name="o_norm")(o_BTHK.reshape(x_BTD.shape))
+        y_BTD = self.merge_heads(o_BTD, use_bias=True, kernel_init=OUTPUT_INIT)
+        k_BSHK, v_BSHK, position_BS, run_BS = (a[:, T:] for a in slots)
+        position_BS = jnp.where(run_BS == run_BT[:, -1:], position_BS, -1)
+        return y_BTD, State(k_BSHK, v_BSHK, position_BS, position_BT[:, -1] + 1)
+
+    def _attend(self, q_BTHK, position_BT, run_BT, k_BSHK, v_BSHK, position_BS, run_BS):
+        """Documents may start anywhere, so a document's blocks need not meet the chunks the work is cut into: C
+        queries look at their own C slots and the w before them, and a mask keeps those of the same block."""
+        B, T, H, K = q_BTHK.shape
+        w = self.block_size
+        C = min(w, T)
+        N = -(-T // C)
+
+        def pad(x_BT, fill=0):
+            widths = ((0, 0), (0, N * C - T)) + ((0, 0),) * (x_BT.ndim - 2)
+            return jnp.pad(x_BT, widths, constant_values=fill)
+
+        def chunks(x_BT):
+            return pad(x_BT).reshape(B, N, C, *x_BT.shape[2:])
+
+        slot_NS = C * jnp.arange(N)[:, None] + jnp.arange(w + C)[None]
+        k_BNSHK, v_BNSHK, run_BNS = (pad(x)[:, slot_NS] for x in (k_BSHK, v_BSHK, run_BS))
+        position_BNS = pad(position_BS, -1)[:, slot_NS]
+        position_BNC = chunks(position_BT)
+        same_BNCS = chunks(run_BT)[..., None] == run_BNS[:, :, None]
+        same_BNCS &= (position_BNC // w)[..., None] == (position_BNS // w)[:, :, None]
+        seen_BNCS = same_BNCS & (position_BNC[..., None] >= position_BNS[:, :, None])
+        logits_BNHCS = jnp.einsum(
+            "BNCHK,BNSHK->BNHCS",
+            chunks(q_BTHK) * K**-0.5,
+            k_BNSHK,
+            preferred_element_type=jnp.float32,
+        )
+        seen_BNHCS = seen_BNCS[:, :, None]
+        if self.variant == "t1":
+            weights_BNHCS = jnp.where(seen_BNHCS, jax.nn.relu(logits_BNHCS), 0.0)
+        else:
+            lowest = jnp.finfo(jnp.float32).min
+            weights_BNHCS = jax.nn.softmax(jnp.where(seen_BNHCS, logits_BNHCS, lowest), axis=-1)
+        o_BNCHK = jnp.einsum("BNHCS,BNSHK->BNCHK", weights_BNHCS.astype(self.dtype), v_BNSHK)
+        return o_BNCHK.reshape(B, N * C, H, K)[:, :T]
+
+    def init_state(self, batch):
+        H, K = self._sizes()
+        shape_BSHK = (batch, self.block_size, H, K)
+        return State(
+            k_BSHK=jnp.zeros(shape_BSHK, self.dtype),
+            v_BSHK=jnp.zeros(shape_BSHK, self.dtype),
+            position_BS=jnp.full(shape_BSHK[:2], -1, jnp.int32),
+            next_position_B=jnp.zeros((batch,), jnp.int32),
+        )
