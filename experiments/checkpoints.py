@@ -83,10 +83,13 @@ class Checkpoints:
         self._pending = None
         self._failed = False
 
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints there are, rising."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
     def latest_step(self) -> int | None:
-        """The step of the last whole checkpoint; None where there is none."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        """The last of `steps`; None where there is none."""
+        return max(self.steps(), default=None)
 
     def path(self, step: int) -> Path:
         return self.directory / str(step)
@@ -168,7 +171,7 @@ class Checkpoints:
     def _failure(self, error: Exception) -> SaveFailed:
         self._failed = True
         self._checkpointer.reload()
-        kept = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        kept = self.steps()
         reason = "no space left on device" if is_disk_full(error) else str(error)
         return SaveFailed(
             f"could not save a checkpoint in {self.directory}: {reason}. "

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import run_record
@@ -57,10 +57,15 @@ def run(main: Callable[[Sequence[str]], None], config_from: str = "file") -> Non
         except flags.Error as error:
             raise UserError(str(error)) from error
 
+    def quiet_main(argv):
+        if _flag_value(sys.argv, "verbosity") is None:  # absl's own default for programs is INFO
+            logging.set_verbosity(logging.WARNING)
+        # Orbax logs each failure of a save several times over, with tracebacks; it is raised, and said once, anyway.
+        logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
+        return _explained(main, argv)
+
     try:
-        app.run(
-            lambda argv: _explained(main, argv), flags_parser=lambda argv: _explained(parse, argv)
-        )
+        app.run(quiet_main, flags_parser=lambda argv: _explained(parse, argv))
     except UserError as error:
         _exit(2, error)
     except NonFiniteLoss as error:
@@ -73,6 +78,12 @@ def run(main: Callable[[Sequence[str]], None], config_from: str = "file") -> Non
         _exit(4, error)
 
 
+def no_arguments(argv: Sequence[str]) -> None:
+    """Refuses what is neither the program's name nor a flag."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: flags start with --")
+
+
 def load_config(path_and_argument: str) -> ConfigDict:
     """get_config(argument) of the file. Raises UserError for every way in which there is none."""
     path, _, argument = path_and_argument.partition(":")
@@ -81,12 +92,10 @@ def load_config(path_and_argument: str) -> ConfigDict:
     if not Path(path).is_file():
         raise UserError(_no_such_config(path))
     spec = importlib.util.spec_from_file_location("config", path)
-    if spec is None:
-        raise UserError(f"{path} is not a Python file")
+    if spec is None or "get_config" not in Path(path).read_text():
+        raise UserError(f"{path} is not a config: a Python file with a function get_config(arg)")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} is not a config: it has no function get_config(arg)")
     config = module.get_config(*([argument] if argument else []))
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -110,17 +119,13 @@ def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
 
 
 def _unknown_field(config, dotted: str, node, name: str, walked: str) -> str:
-    fields = list(node.keys()) if isinstance(node, ConfigDict) else []
-    paths = list(_paths(config))
-    same_name = [path for path in paths if path.split(".")[-1] == dotted.split(".")[-1]]
-    near = [f"{walked}.{match}" for match in difflib.get_close_matches(name, fields, cutoff=0.6)]
-    near += [
-        f"config.{p}" for p in same_name + difflib.get_close_matches(dotted, paths, cutoff=0.7)
-    ]
-    near = list(dict.fromkeys(near))[:4]
-    has = f"it has {', '.join(sorted(fields))}" if fields else "it is a value, not a section"
+    fields = sorted(node.keys()) if isinstance(node, ConfigDict) else []
+    near = [f"{walked}.{match}" for match in difflib.get_close_matches(name, fields, cutoff=0.7)]
+    last = dotted.split(".")[-1]
+    near += [f"config.{path}" for path in _paths(config) if path.split(".")[-1] == last]
+    has = f"it has {', '.join(fields)}" if fields else f"{walked} is a value, not a section"
     return f"unknown config field config.{dotted}: {walked} has no {name!r}; " + (
-        f"did you mean {' or '.join(near)}?" if near else has
+        f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else has
     )
 
 

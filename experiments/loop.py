@@ -72,10 +72,10 @@ def train(config, workdir: str | Path) -> dict:
         if step == start + 1:
             clock.start(step)
         if step % config.train.log_every == 0 or step == config.train.steps:
-            speed = clock.steps_per_second(step) * tokens_a_step
+            speed = clock.speed(step, tokens_a_step)
             rate = float(program.schedule(step - 1))
-            writer.write(step, **values, learning_rate=rate, tokens_per_second=speed)
-            progress.show(step, loss=values["loss"], tokens_per_second=speed)
+            writer.write(step, **values, learning_rate=rate, **speed)
+            progress.show(step, loss=values["loss"], **speed)
 
     def validate(step: int) -> None:
         with clock.paused():
@@ -136,7 +136,7 @@ def resolve(config, dataset):
 
 
 class Clock:
-    """Steps per second since the last question, without compilation and pauses."""
+    """Tokens per second since the last question, without compilation and pauses."""
 
     def __init__(self):
         self._start = self._step = None
@@ -145,11 +145,11 @@ class Clock:
         """Counts from here; called once the first step, which compiles, is done."""
         self._start, self._step = time.perf_counter(), step
 
-    def steps_per_second(self, step: int) -> float:
+    def speed(self, step: int, tokens_a_step: int) -> dict[str, float]:
         now = time.perf_counter()
-        speed = (step - self._step) / max(now - self._start, 1e-9)
+        steps, seconds = step - self._step, now - self._start
         self._start, self._step = now, step
-        return speed
+        return {"tokens_per_second": steps * tokens_a_step / seconds} if steps else {}
 
     @contextlib.contextmanager
     def paused(self):

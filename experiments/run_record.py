@@ -26,7 +26,7 @@ def save_config(workdir: Path, config: ConfigDict) -> list[str]:
     path = workdir / "config.json"
     new = json.loads(json.dumps(config.to_dict()))
     changes = _changes(json.loads(path.read_text()), new) if path.exists() else []
-    _write_json(path, new)
+    write_json(path, new)
     return changes
 
 
@@ -59,7 +59,7 @@ def record_start(workdir: Path, step: int, changes: list[str]) -> None:
             "processes": jax.process_count(),
         }
     )
-    _write_json(path, starts)
+    write_json(path, starts)
 
 
 def git_state() -> dict | None:
@@ -77,11 +77,7 @@ def git_state() -> dict | None:
         return None
 
 
-def save_result(workdir: Path, result: dict) -> None:
-    _write_json(workdir / "result.json", result)
-
-
-def _write_json(path: Path, value) -> None:
+def write_json(path: Path, value) -> None:
     """By a rename, so that a kill leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")

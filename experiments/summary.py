@@ -39,7 +39,7 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
     if jax.process_index() == 0:
         units = ("bits a byte", 1 / math.log(2)) if byte_level else ("nats a token", 1.0)
         plots.loss_curve(metrics.read_metrics(workdir), workdir / "loss.png", *units, lines)
-        run_record.save_result(workdir, result)
+        run_record.write_json(workdir / "result.json", result)
     return result
 
 

@@ -27,8 +27,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise cli.UserError(f"unexpected argument {argv[1]!r}; flags start with --")
+    cli.no_arguments(argv)
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     workdir = Path(_WORKDIR.value or run_record.default_workdir(_config_path()))
