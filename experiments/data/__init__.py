@@ -101,6 +101,8 @@ def make_dataset(
     """
     config = _filled(config)
     batches.check_split(split)
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {config.seed}.")
     train = split == "train"
     batch_size = config.batch_size if train else config.eval_batch_size or config.batch_size
     rows = batches.process_rows(batch_size, process_index, process_count)

@@ -2,8 +2,8 @@
 
 import atexit
 import dataclasses
+import functools
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -40,7 +40,7 @@ class Dataset:
     batches: grain.IterDataset
     chance: float | None = None
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         return iter(self.batches)
 
 
@@ -67,6 +67,42 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> ran
         )
     rows = batch_size // process_count
     return range(process_index * rows, (process_index + 1) * rows)
+
+
+class EpochOrder:
+    """An endless shuffle of 0 ... n-1 with random access: `[i]` lies in epoch i // n, and every epoch
+    has an order of its own.
+
+    A Feistel network is a bijection of the 4^h >= n numbers of 2h bits whatever its round function;
+    a place outside [0, n) is sent through again until it falls inside (cycle walking: Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No memory, however many documents.
+    Grain's own shuffle is of this kind, but takes 12 ms an element for n = 5, since it starts from
+    2^16 places, and (0.2.18) is no bijection for n = 4^k + 1.
+    """
+
+    ROUNDS = 6
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed = n, seed
+        self.half = max(1, ((n - 1).bit_length() + 1) // 2)
+        self.keys = functools.lru_cache(64)(self._keys)
+
+    def _keys(self, epoch: int) -> list[int]:
+        return np.random.SeedSequence([self.seed, epoch]).generate_state(self.ROUNDS, "u8").tolist()
+
+    def __getitem__(self, i: int) -> int:
+        epoch, place = divmod(i, self.n)
+        keys, half, ones = self.keys(epoch), self.half, (1 << self.half) - 1
+        while True:
+            left, right = place >> half, place & ones
+            for key in keys:
+                # Multiply, fold, multiply; the high bits of a product depend on all of the input.
+                mixed = (right ^ key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+                mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF
+                left, right = right, left ^ mixed >> (64 - half)
+            place = left << half | right
+            if place < self.n:
+                return place
 
 
 class Prefetched(grain.IterDataset):

@@ -43,30 +43,26 @@ def packed_batches(
         raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
     if len(documents) == 0:
         raise ValueError(f"Empty corpus: {what} has no documents.")
-    stream = grain.MapDataset.source(documents)
-    if train:
-        stream = stream.seed(seed).shuffle().repeat()
-    stream = stream.map(tokenizer.encode_document)
-    lanes = batch_size if train else 1
+    tokens = grain.MapDataset.source(documents).map(tokenizer.encode_document)
+    order = batches.EpochOrder(len(documents), seed) if train else None
     return PackIterDataset(
-        stream, seq_len=seq_len, batch_size=batch_size, lanes=lanes, rows=rows,
-        patience=len(documents), what=what,
-    )  # fmt: skip
+        tokens, order, seq_len=seq_len, batch_size=batch_size, rows=rows, what=what
+    )
 
 
 class PackIterDataset(grain.IterDataset):
-    """Packs the token arrays of a MapDataset; see the module's docstring."""
+    """Packs a MapDataset of token arrays; see the module's docstring.
 
-    def __init__(self, documents, *, seq_len, batch_size, lanes, rows, patience, what):
+    order: of the documents, without end, for training; None is one pass as they come.
+    """
+
+    def __init__(self, documents, order, *, seq_len, batch_size, rows, what):
         super().__init__(documents)
-        self.documents = documents
-        self.seq_len = seq_len
-        self.rows_a_lane = batch_size // lanes
-        self.num_lanes = lanes
-        self.rows = rows
+        self.documents, self.order, self.what = documents, order, what
+        self.seq_len, self.rows = seq_len, rows
+        self.num_lanes = 1 if order is None else batch_size
+        self.rows_a_lane = batch_size // self.num_lanes
         self.lanes = range(rows.start // self.rows_a_lane, (rows.stop - 1) // self.rows_a_lane + 1)
-        self.patience = patience  # this many documents in a row without a target: nothing to learn
-        self.what = what
 
     def __iter__(self):
         return _PackIterator(self)
@@ -76,27 +72,29 @@ class PackIterDataset(grain.IterDataset):
 
 
 class _Lane:
-    """A position in the stream: a document's number and how many of its tokens are used up."""
+    """A place in the stream: a document's number and how many of its tokens are used up."""
 
-    def __init__(self, documents, document, offset, step, patience, what):
-        self.documents, self.document, self.offset = documents, document, offset
-        self.step, self.patience, self.what = step, patience, what
+    def __init__(self, dataset: PackIterDataset, document: int, offset: int):
+        self.dataset, self.document, self.offset = dataset, document, offset
         self.tokens = None  # of the current document, read when first needed
 
     def current(self) -> np.ndarray | None:
         """The current document's tokens, empty documents passed over; None at the stream's end."""
-        skipped = 0
+        d, skipped = self.dataset, 0
+        # A lane meets documents at random, so only a long run of empty ones says that all of them are.
+        patience = len(d.documents) + (0 if d.order is None else 1000)
         while self.tokens is None:
-            if self.document >= len(self.documents):
+            if d.order is None and self.document >= len(d.documents):
                 return None
-            tokens = self.documents[self.document]
+            place = self.document if d.order is None else d.order[self.document]
+            tokens = d.documents[place]
             if len(tokens) > 1:
                 self.tokens = tokens
-            else:
-                self.document += self.step
-                skipped += 1
-                if skipped > self.patience:
-                    raise ValueError(f"Empty corpus: every document of {self.what} is empty.")
+                break
+            self.document += d.num_lanes
+            skipped += 1
+            if skipped >= patience:
+                raise ValueError(f"Empty corpus: every document of {d.what} is empty.")
         return self.tokens
 
     def fill(self, inputs_T, targets_T, segment_ids_T, loss_mask_T) -> bool:
@@ -115,7 +113,8 @@ class _Lane:
             filled = used.stop
             self.offset += targets + ends
             if ends:
-                self.document, self.offset, self.tokens = self.document + self.step, 0, None
+                self.document += self.dataset.num_lanes
+                self.offset, self.tokens = 0, None
         return segment > 0
 
 
@@ -126,11 +125,7 @@ class _PackIterator(grain.DatasetIterator):
         self._place([(lane, 0) for lane in dataset.lanes])
 
     def _place(self, positions):
-        d = self._dataset
-        self._lanes = [
-            _Lane(d.documents, document, offset, d.num_lanes, d.patience, d.what)
-            for document, offset in positions
-        ]
+        self._lanes = [_Lane(self._dataset, *position) for position in positions]
 
     def __next__(self):
         d = self._dataset

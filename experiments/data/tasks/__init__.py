@@ -70,9 +70,7 @@ def task_batches(
     train = split == "train"
     if num_examples < 0 or not (train or num_examples):
         raise ValueError(f"The {split} split needs a positive number of examples: {num_examples}.")
-    order = grain.MapDataset.range(num_examples or 2**62)
-    if train and num_examples:
-        order = order.seed(seed).shuffle().repeat()
+    order = batches.EpochOrder(num_examples, seed) if train and num_examples else None
     count = 2**62 if train else num_examples
 
     def make_batch(number: int):
@@ -80,7 +78,8 @@ def task_batches(
         for row, r in enumerate(rows):
             position = number * batch_size + r
             if position < count:
-                philox = np.random.Philox(key=np.append(key, np.uint64(order[position])))
+                example = position if order is None else order[position]
+                philox = np.random.Philox(key=np.append(key, np.uint64(example)))
                 inputs, targets, mask = task.example(np.random.Generator(philox))
                 batch["inputs"][row, : len(inputs)] = inputs
                 batch["targets"][row, : len(inputs)] = np.where(mask, targets, 0)

@@ -1,0 +1,190 @@
+"""Packing: nothing lost, nothing across a boundary, the same after a restart or on more processes."""
+
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from experiments.data import batches, make_dataset, packing, tokenizers
+from tests.experiments.data_helpers import assert_same, concatenated, segments, take
+
+BYTES = tokenizers.ByteTokenizer()
+
+
+def random_documents(count=23, longest=90, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.bytes(n) for n in rng.integers(1, longest, count)]
+
+
+def packed(documents, *, train=False, seq_len=16, batch_size=4, rows=None, seed=0):
+    return packing.packed_batches(
+        documents,
+        BYTES,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        rows=range(batch_size) if rows is None else rows,
+        train=train,
+        seed=seed,
+        what="a test",
+    )
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 16, 17, 200])
+def test_one_pass_holds_every_byte_once_in_order_as_input_and_as_target(seq_len):
+    documents = random_documents() + [
+        b"",
+        b"x" * (seq_len - 1),
+        b"y" * seq_len,
+        b"z" * (seq_len + 1),
+    ]
+    documents = [d for d in documents if d] + [b""]
+    inputs, targets = [], []
+    for batch in packed(documents, seq_len=seq_len):
+        assert batch["inputs"].shape == (4, seq_len)
+        inputs.append(batch["inputs"][batch["segment_ids"] > 0])
+        targets.append(batch["targets"][batch["loss_mask"] > 0])
+        padding = batch["segment_ids"] == 0
+        assert not any(batch[k][padding].any() for k in batch)
+        assert not batch["targets"][batch["loss_mask"] == 0].any()
+    expected = np.concatenate([BYTES.encode_document(d) for d in documents if d])
+    np.testing.assert_array_equal(np.concatenate(inputs), expected)
+    assert bytes(np.concatenate(targets).astype(np.uint8)) == b"".join(documents)
+
+
+def test_targets_follow_their_inputs_and_stop_at_a_documents_end():
+    documents = random_documents()
+    whole = [BYTES.encode_document(d) for d in documents]
+    ends = 0
+    for batch in packed(documents):
+        for inputs, targets, mask in segments(batch):
+            np.testing.assert_array_equal(targets[:-1], inputs[1:])
+            assert mask[:-1].all()
+            ends += mask[-1] == 0
+            assert 256 not in inputs[1:], "a segment holds one document"
+    assert ends == len(whole), "one token a document has no target"
+
+
+def test_only_the_end_of_a_pass_is_padded():
+    *full, last = packed(random_documents())
+    assert all((batch["segment_ids"] > 0).all() for batch in full)
+    flat = (last["segment_ids"] > 0).reshape(-1)
+    assert flat[: flat.sum()].all()
+
+
+def test_an_epoch_is_every_document_and_the_next_has_another_order():
+    documents = [bytes([i]) for i in range(40)]  # two tokens each: a row of 16 holds 8
+    rows = take(iter(packed(documents, train=True, batch_size=1)), 15)
+    seen = np.concatenate([b["targets"][b["loss_mask"] > 0] for b in rows]).reshape(3, 40)
+    for epoch in seen:
+        assert sorted(epoch) == list(range(40))
+    assert len({tuple(epoch) for epoch in seen}) == 3
+    assert not np.array_equal(seen[0], np.arange(40))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 50, 64, 65, 1000, (1 << 14) + 1])
+def test_every_epoch_of_a_shuffle_holds_everything_in_a_new_order(n):
+    order = batches.EpochOrder(n, seed=3)
+    first, second = ([order[i] for i in range(e * n, (e + 1) * n)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(n))
+    if n >= 50:
+        other = batches.EpochOrder(n, seed=4)
+        orders = first, second, [other[i] for i in range(n)], list(range(n))
+        for one, two in itertools.combinations(orders, 2):
+            # Independent orders agree in one place on average, and neighbours are no likelier.
+            assert np.equal(one, two).sum() < 8
+            assert np.equal(one, np.roll(two, 1)).sum() < 8
+
+
+@pytest.mark.parametrize("n", [3, 5, 16])
+def test_every_place_of_a_shuffle_is_equally_likely(n):
+    order, epochs = batches.EpochOrder(n, seed=0), 4000
+    drawn = np.asarray([order[i] for i in range(epochs * n)]).reshape(epochs, n)
+    counts = np.stack([(drawn == value).sum(0) for value in range(n)])
+    np.testing.assert_allclose(counts / epochs, 1 / n, atol=5 * np.sqrt(1 / n / epochs))
+
+
+def test_the_rows_of_a_batch_come_from_different_documents():
+    documents = [bytes([i]) * 500 for i in range(8)]
+    for batch in take(iter(packed(documents, train=True, batch_size=8)), 20):
+        assert len(set(batch["targets"][:, 0])) == 8
+
+
+@pytest.fixture
+def config(tmp_path):
+    for i, document in enumerate(random_documents(120, 300)):
+        (tmp_path / f"{i}.txt").write_bytes(document)
+    return {"name": "text", "paths": str(tmp_path), "seq_len": 32, "batch_size": 4}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_resume_is_exact(config, split, prefetch):
+    dataset = make_dataset(config | {"prefetch": prefetch, "batch_size": 2}, split)
+    whole = take(iter(dataset), 200)
+    for steps in (0, 1, 7):
+        iterator = iter(dataset)
+        take(iterator, steps)
+        state = json.loads(json.dumps(iterator.get_state()))
+        for other in (iter(dataset), iterator):  # a new object; and back in one that ran on
+            take(iterator, 3)
+            other.set_state(state)
+            assert_same(take(other, 200 - steps), whole[steps:])
+
+
+def test_the_iterator_goes_into_an_orbax_checkpoint(config, tmp_path):
+    dataset = make_dataset(config, "train")
+    iterator = iter(dataset)
+    take(iterator, 5)
+    ocp.save_checkpointables(tmp_path / "saved", {"data": iterator})
+    expected = take(iterator, 4)
+    restored = iter(dataset)
+    ocp.load_checkpointables(tmp_path / "saved", {"data": restored})
+    assert_same(take(restored, 4), expected)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_out_the_batch_of_one(config, split, processes):
+    one = take(iter(make_dataset(config, split)), 30)
+    parts = [
+        take(iter(make_dataset(config, split, process_index=i, process_count=processes)), 30)
+        for i in range(processes)
+    ]
+    assert all(b["inputs"].shape == (4 // processes, 32) for part in parts for b in part)
+    assert_same(concatenated(*parts), one)
+
+
+def test_the_seed_decides_the_order(config):
+    first, again, other = (
+        take(iter(make_dataset(config | {"seed": seed}, "train")), 5) for seed in (0, 0, 1)
+    )
+    assert_same(first, again)
+    assert not np.array_equal(first[0]["inputs"], other[0]["inputs"])
+
+
+def test_a_position_of_another_batch_size_is_refused(config):
+    state = iter(make_dataset(config, "train")).get_state()
+    with pytest.raises(ValueError, match="has 4 lanes, this dataset has 8"):
+        iter(make_dataset(config | {"batch_size": 8}, "train")).set_state(state)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_corpus_of_nothing(train):
+    with pytest.raises(ValueError, match="Empty corpus: a test has no documents"):
+        packed([], train=train)
+    with pytest.raises(ValueError, match="every document of a test is empty"):
+        next(iter(packed([b""] * 5, train=train)))
+    next(iter(packed([b""] * 5 + [b"some"], train=train)))
+
+
+def test_packing_keeps_up_with_training():
+    """200k tokens/s are asked for and some 50M/s seen; this catches a loop over tokens."""
+    documents = random_documents(200, 20_000)
+    iterator = iter(packed(documents, train=True, seq_len=512, batch_size=16))
+    next(iterator)
+    start = time.process_time()
+    take(iterator, 100)
+    assert 100 * 16 * 512 / (time.process_time() - start) > 1_000_000
