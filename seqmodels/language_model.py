@@ -1,6 +1,7 @@
 """The language model: embedding, a stack of blocks by pattern, a norm, and logits."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import blocks, layers, mixers, pattern
+from seqmodels import blocks, channel_mixers, layers, mixers, norms, pattern
 from seqmodels.array_typing import Array, DType, State
 
 REMAT_POLICIES = {
@@ -89,8 +90,11 @@ class LanguageModel(nn.Module):
         x_BTD = embed(tokens_BT) * self.embedding_scale
         x_BTD, state = self._stack(x_BTD, segment_ids_BT, state)
         x_BTD = blocks.make_norm(self.norm, self.norm_eps, "final_norm")(x_BTD).astype(self.dtype)
+        # The sum over D stays float32 when x and the matrix are bfloat16.
+        float32_sum = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
         if self.tied_embeddings:
-            logits_BTW = embed.attend(x_BTD)
+            E_WD = embed.embedding.astype(self.dtype)
+            logits_BTW = float32_sum(x_BTD, E_WD, (((2,), (1,)), ((), ())))
         else:
             logits_BTW = layers.dense(
                 self.vocab_size,
@@ -99,8 +103,8 @@ class LanguageModel(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
+                dot_general=float32_sum,
             )(x_BTD)
-        logits_BTW = logits_BTW.astype(jnp.float32)
         if self.logit_softcap is not None:
             logits_BTW = self.logit_softcap * jnp.tanh(logits_BTW / self.logit_softcap)
         return logits_BTW, state
@@ -265,11 +269,15 @@ def from_config(config) -> LanguageModel:
         )
     model = LanguageModel(mixers=specs, **fields)
     _check_choice("remat", model.remat, REMAT_POLICIES)
+    _check_choice("norm", model.norm, norms.NORMS)
+    _check_choice("channel_mixer", model.channel_mixer, (None, *channel_mixers.names()))
     _check_choice("norm_position", model.norm_position, blocks.NORM_POSITIONS)
     jax.eval_shape(lambda: model.init_state(1))  # every mixer checks its own options here
     return model
 
 
-def _check_choice(field: str, value: str, choices) -> None:
+def _check_choice(field: str, value: str | None, choices) -> None:
     if value not in choices:
-        raise ValueError(f"config.model.{field} is {value!r}; choose one of {', '.join(choices)}")
+        raise ValueError(
+            f"config.model.{field} is {value!r}; choose one of {', '.join(map(str, choices))}"
+        )

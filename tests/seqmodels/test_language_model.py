@@ -1,0 +1,140 @@
+"""The whole stack: pieces equal the whole, scanned equals unrolled, and a layout does what it says."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels import language_model
+
+PATTERN = "gated_delta_net(num_heads=2, head_dim=8) + attention(window=5)"
+BASE = {"vocab_size": 61, "d_model": 32, "num_layers": 5, "pattern": PATTERN}
+SEGMENTS = np.array([[1] * 5 + [2] * 9 + [3] * 2, [4] * 16, [5] * 12 + [0] * 4], np.int32)
+
+
+def make(**changes):
+    model = language_model.from_config(BASE | changes)
+    tokens_BT = jax.random.randint(jax.random.key(0), SEGMENTS.shape, 0, 61)
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(1), tokens_BT)["params"])
+    return model, params, tokens_BT
+
+
+def unstack(params, period, repeats):
+    """Parameters of a scanned stack as those of the same stack unrolled."""
+    unrolled = {k: v for k, v in params.items() if k != "blocks"}
+    for n in range(repeats):
+        for i in range(period):
+            block = jax.tree.map(lambda x, n=n: x[n], params["blocks"][f"block_{i}"])
+            unrolled[f"block_{n * period + i}"] = block
+    return unrolled
+
+
+def test_any_pieces_of_packed_documents_equal_the_whole():
+    model, params, tokens_BT = make()
+
+    @jax.jit
+    def whole_and_pieces(params):
+        whole_BTW, none = model.apply({"params": params}, tokens_BT, SEGMENTS)
+        assert none is None
+        state = model.init_state(len(tokens_BT))
+        pieces = []
+        for piece in (slice(0, 3), slice(3, 4), slice(4, 14), slice(14, 16)):
+            logits, state = model.apply(
+                {"params": params}, tokens_BT[:, piece], SEGMENTS[:, piece], state
+            )
+            pieces.append(logits)
+        return whole_BTW, jnp.concatenate(pieces, axis=1)
+
+    whole_BTW, pieces_BTW = whole_and_pieces(params)
+    np.testing.assert_allclose(pieces_BTW, whole_BTW, atol=3e-5)
+
+
+def test_a_packed_document_equals_itself_alone():
+    model, params, tokens_BT = make()
+    logits_BTW = jax.jit(model.apply)({"params": params}, tokens_BT, SEGMENTS)[0]
+    alone_BTW = jax.jit(model.apply)({"params": params}, tokens_BT[:1, 5:14])[0]
+    np.testing.assert_allclose(logits_BTW[:1, 5:14], alone_BTW, atol=3e-5)
+
+
+def test_scan_over_layers_and_remat_change_nothing():
+    model, params, tokens_BT = make()
+    plan = model.plan
+    assert (len(plan.period), plan.repeats, len(plan.suffix)) == (2, 2, 1)
+
+    def loss_and_grad(params, **changes):
+        model = language_model.from_config(BASE | changes)
+
+        def loss(params):
+            return jnp.mean(jnp.square(model.apply({"params": params}, tokens_BT, SEGMENTS)[0]))
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    want = loss_and_grad(params)
+    assert_same_tree(loss_and_grad(params, remat="full"), want)
+    flat_loss, flat_grad = loss_and_grad(unstack(params, 2, 2), scan_layers=False, remat="dots")
+    assert_same_tree((flat_loss, flat_grad), (want[0], unstack(want[1], 2, 2)))
+
+
+def assert_same_tree(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for got_leaf, want_leaf in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        atol = 2e-5 * float(jnp.abs(want_leaf).max()) + 1e-7
+        np.testing.assert_allclose(got_leaf, want_leaf, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_position": "post", "norm": "layer_norm"},
+        {"norm_position": "sandwich", "channel_mixer": "sglu", "norm": "srms_norm"},
+        {"channel_mixer": None, "tied_embeddings": False},
+        {"channel_mixer": "gelu", "d_ff": 48, "logit_softcap": 2.0},
+    ],
+)
+def test_layouts(changes):
+    model, params, tokens_BT = make(num_layers=1, **changes)
+    logits_BTW, _ = jax.jit(model.apply)({"params": params}, tokens_BT)
+    assert logits_BTW.dtype == jnp.float32
+    assert np.isfinite(logits_BTW).all()
+    block = params["block_0"]
+    kind = changes.get("channel_mixer", "swiglu")
+    assert ("channel_mixer" in block) == (kind is not None)
+    assert ("gate" in block.get("channel_mixer", {})) == (kind in ("swiglu", "sglu"))
+    assert ("output" in params) == (not changes.get("tied_embeddings", True))
+    if "d_ff" in changes:
+        assert block["channel_mixer"]["up"]["kernel"].shape == (32, 48)
+    if cap := changes.get("logit_softcap"):
+        assert np.abs(logits_BTW).max() < cap
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_logits():
+    model, params, tokens_BT = make(dtype="bfloat16", num_layers=2)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    logits_BTW = jax.jit(model.apply)({"params": params}, tokens_BT)[0]
+    full = language_model.from_config(BASE | {"num_layers": 2})
+    full_BTW = jax.jit(full.apply)({"params": params}, tokens_BT)[0]
+    assert logits_BTW.dtype == jnp.float32
+    error = jnp.sqrt(jnp.mean(jnp.square(logits_BTW - full_BTW)) / jnp.mean(jnp.square(full_BTW)))
+    assert error < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"pattern": "gated_deltanet"},
+            "unknown mixer 'gated_deltanet'; choose one of .*gated_delta_net",
+        ),
+        ({"pattern": "attention(heads=2)"}, "no option 'heads'; it has .*num_heads"),
+        ({"pattern": "attention(num_heads=5)"}, "num_heads 5 must divide d_model 32"),
+        ({"norm": "rmsnorm"}, "norm is 'rmsnorm'; choose one of .*rms_norm"),
+        ({"channel_mixer": "swish"}, "channel_mixer is 'swish'; choose one of .*swiglu"),
+        ({"remat": "all"}, "remat is 'all'; choose one of none, full, dots"),
+        ({"norm_position": "before"}, "choose one of pre, post, sandwich"),
+        ({"depth": 3}, "no field 'depth'"),
+    ],
+)
+def test_a_wrong_choice_lists_the_right_ones(changes, message):
+    with pytest.raises(ValueError, match=message):
+        language_model.from_config(BASE | changes)
