@@ -19,7 +19,12 @@ def starts(segment_ids_BT: jax.Array, reverse: bool = False) -> jax.Array:
 
 def run_index(segment_ids_BT: jax.Array) -> jax.Array:
     """Number of document starts up to and including each token: equal for two tokens iff one document holds both."""
-    return jnp.cumsum(starts(segment_ids_BT).astype(jnp.int32), axis=1)
+    return count_starts(starts(segment_ids_BT))
+
+
+def count_starts(start_BT: jax.Array) -> jax.Array:
+    """`run_index`, from what `starts` gave."""
+    return jnp.cumsum(start_BT.astype(jnp.int32), axis=1)
 
 
 def positions(segment_ids_BT: jax.Array) -> jax.Array:
