@@ -11,15 +11,18 @@ class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich, arXiv 1910.07467).
 
     On heads, x_BTHV, the gain is (V,): one shared by all heads.
+    groups: the mean is over each of so many equal parts of the last axis; the gain is for all of it.
     """
 
     eps: float = 1e-5
     use_scale: bool = True
+    groups: int = 1
     param_dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = srms_norm(x.astype(jnp.float32), self.eps)
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        y = srms_norm(grouped, self.eps).reshape(x.shape)
         if self.use_scale:
             init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
             scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)

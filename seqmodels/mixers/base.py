@@ -60,6 +60,10 @@ class Mixer(nn.Module):
         """The state before the first token. Pure: works on an unbound module."""
         raise NotImplementedError(f"{type(self).__name__} must define init_state")
 
+    def lower_bound_width(self) -> int:
+        """Width of `Layer.lower_bound_D`, where `uses_lower_bound`."""
+        return self.d_model
+
     def project(
         self,
         x: Array,

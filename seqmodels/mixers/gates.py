@@ -33,7 +33,9 @@ def log_uniform_A(A_min: float, A_max: float):
 
 
 class SoftplusDecay(nn.Module):
-    """log a_t = -exp(A_log) * softplus(x_t + dt_bias), one a head, float32 (Mamba-2, arXiv 2405.21060, section 7).
+    """log a_t = -exp(A_log) dt_t, dt_t = softplus(x_t + dt_bias), one a head (Mamba-2, arXiv 2405.21060, section 7).
+
+    Returns (log_decay_BTH, dt_BTH), float32.
 
     A_min, A_max: A ~ U(A_min, A_max) at the start; Mamba-2 takes (1, 16), Gated DeltaNet (0, 16).
     """
@@ -42,10 +44,10 @@ class SoftplusDecay(nn.Module):
     A_max: float = 16.0
 
     @nn.compact
-    def __call__(self, x_BTH: Array) -> Array:
+    def __call__(self, x_BTH: Array) -> tuple[Array, Array]:
         H = x_BTH.shape[-1]
         A_init = log_uniform_A(self.A_min, self.A_max)
         A_log_H = layers.gate_parameter(self, "A_log", A_init, (H,))
         dt_bias_H = layers.gate_parameter(self, "dt_bias", log_uniform_dt_bias(), (H,))
         dt_BTH = jax.nn.softplus(x_BTH.astype(jnp.float32) + dt_bias_H[None, None])
-        return -jnp.exp(A_log_H)[None, None] * dt_BTH
+        return -jnp.exp(A_log_H)[None, None] * dt_BTH, dt_BTH

@@ -27,7 +27,7 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     "gated_delta_net": ({"num_heads": 2, "num_v_heads": 4}, {"allow_neg_eigval": True}),
     "mamba": ({"d_state": 4}, {"d_state": 3, "negative_eigenvalues": True}),
     "mamba2": ({"head_dim": 16, "d_state": 8, "num_groups": 2},),
-    "lru": ({"d_state": 12},),
+    "lru": ({"d_state": 24, "r_min": 0.8},),
     "hgrn2": ({"expand_ratio": 8},),
     "linear_attention": (
         {"output_norm": "rms_norm"},

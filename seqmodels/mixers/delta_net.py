@@ -1,0 +1,140 @@
+"""DeltaNet, and the one form behind DeltaNet, Gated DeltaNet and DeltaProduct."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import delta_rule
+from seqmodels import norms, short_conv
+from seqmodels.array_typing import Array
+from seqmodels.mixers import base, gates
+
+
+@flax.struct.dataclass
+class State:
+    """S_BHKV and the last inputs of the convolutions on q, k and v (None without convolutions)."""
+
+    S_BHKV: Array
+    q_tail: Array | None
+    k_tail: Array | None
+    v_tail: Array | None
+
+
+class DeltaRuleMixer(base.Mixer):
+    """S_t = (I - beta_t,n k_t,n k_t,n^T) ... (I - beta_t,1 k_t,1 k_t,1^T) alpha_t S_{t-1} + what the n steps write.
+
+    q, k, v = silu(conv(W x)), q and k of unit length; beta = sigmoid(W_b x); alpha = exp(-exp(A_log)
+    softplus(W_a x + dt_bias)) a head, or 1; o_t = S_t^T q_t / sqrt(K); y = W_o RMSNorm(o), or
+    W_o (RMSNorm(o) * silu(W_g x)). Norm and gain are a head's.
+
+    num_heads: G heads of q and k. num_v_heads: H heads of v, beta and alpha; None is G.
+    head_dim: K; None is key_width D / G. expand_v: V / K.
+    conv_width: taps; None leaves the convolutions out (silu stays).
+    allow_neg_eigval: beta in [0, 2], so that I - beta k k^T may reflect (arXiv 2411.12537).
+
+    A subclass says what it is with the attributes below, as a constant or as an option.
+    """
+
+    num_heads: int = 4
+    num_v_heads: int | None = None
+    head_dim: int | None = None
+    expand_v: float = 1.0
+    conv_width: int | None = 4
+    allow_neg_eigval: bool = False
+
+    key_width = 1.0
+    num_householder = 1
+    use_forget_gate = False
+    use_gate = False
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        G, H = self.num_heads, self.num_v_heads or self.num_heads
+        name = type(self).__name__
+        if H % G:
+            raise ValueError(f"{name}: num_heads {G} must divide num_v_heads {H}")
+        K = self.head_dim or int(self.key_width * self.d_model) // G
+        V = K * self.expand_v
+        if K < 1 or int(V) != V or V < 1:
+            raise ValueError(
+                f"{name}: head_dim {K} and head_dim * expand_v = {V} must be whole and positive; with d_model "
+                f"{self.d_model} and num_heads {G}, set head_dim or expand_v"
+            )
+        if self.num_householder < 1:
+            raise ValueError(
+                f"{name}: num_householder must be at least 1; got {self.num_householder}"
+            )
+        return G, H, K, int(V)
+
+    def _tail_widths(self) -> tuple[int, int, int]:
+        """Features of the convolutions on q, k and v."""
+        G, H, K, V = self._sizes()
+        return G * K, self.num_householder * G * K, self.num_householder * H * V
+
+    @nn.nowrap
+    def _conv(self, **keywords) -> short_conv.ShortConv:
+        return short_conv.ShortConv(
+            self.conv_width, dtype=self.dtype, param_dtype=self.param_dtype, **keywords
+        )
+
+    def _project_conv(self, x_BTD, width: int, name: str, segment_ids_BT, tail):
+        z = self.project(x_BTD, width, name)
+        if self.conv_width is None:
+            return nn.silu(z), None
+        return self._conv(name=f"{name}_conv")(z, segment_ids_BT, tail)
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        (G, H, K, V), n = self._sizes(), self.num_householder
+        B, T, _ = x_BTD.shape
+        if state is None:
+            state = self.init_state(B)
+        (q, q_tail), (k, k_tail), (v, v_tail) = (
+            self._project_conv(x_BTD, width, name, segment_ids_BT, tail)
+            for width, name, tail in zip(
+                self._tail_widths(), "qkv", (state.q_tail, state.k_tail, state.v_tail)
+            )
+        )
+        beta = jax.nn.sigmoid(self.project(x_BTD, n * H, "b").astype(jnp.float32))
+        log_decay = None
+        if self.use_forget_gate:
+            log_decay, _ = gates.SoftplusDecay(name="decay", A_min=0.0)(self.project(x_BTD, H, "a"))
+        # A token is n steps in time. It decays once, on the first; it is read once, after the last.
+        o, S_BHKV = delta_rule(
+            norms.l2_norm(_on_step(q.reshape(B, T, G, K), n, last=True)),
+            norms.l2_norm(k.reshape(B, T * n, G, K)),
+            v.reshape(B, T * n, H, V),
+            beta.reshape(B, T * n, H) * (2.0 if self.allow_neg_eigval else 1.0),
+            None if log_decay is None else _on_step(log_decay, n, last=False),
+            initial_state=state.S_BHKV,
+            segment_ids=None if segment_ids_BT is None else jnp.repeat(segment_ids_BT, n, axis=1),
+            implementation=self.implementation,
+        )
+        o_BTHV = norms.RMSNorm(name="o_norm")(o[:, n - 1 :: n])
+        if self.use_gate:
+            o_BTHV = o_BTHV * nn.silu(self.project_heads(x_BTD, H, V, "g"))
+        return self.merge_heads(o_BTHV), State(S_BHKV, q_tail, k_tail, v_tail)
+
+    def init_state(self, batch):
+        _, H, K, V = self._sizes()
+        tails = (None, None, None)
+        if self.conv_width is not None:
+            tails = (self._conv(parent=None).init_state(batch, n) for n in self._tail_widths())
+        return State(jnp.zeros((batch, H, K, V), jnp.float32), *tails)
+
+
+def _on_step(x: Array, n: int, *, last: bool) -> Array:
+    """(B, T, ...) to (B, T n, ...): x on the first or last of each token's n steps, zeros on the others."""
+    before, after = (n - 1, 0) if last else (0, n - 1)
+    padded = jnp.pad(x[:, :, None], ((0, 0), (0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
+    return padded.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+class DeltaNet(DeltaRuleMixer):
+    """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;  o_t = S_t^T q_t / sqrt(K)
+    (Yang et al., arXiv 2406.06484, eq. 4 and section 3.3).
+
+    Projections, options and initial values: `DeltaRuleMixer`. use_gate: gate the normed output by silu(W_g x).
+    """
+
+    use_gate: bool = False

@@ -1,0 +1,55 @@
+"""HGRN: a gated linear recurrence whose forget gate has a lower bound that grows with depth."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import diagonal_scan
+from seqmodels import norms
+from seqmodels.array_typing import Array
+from seqmodels.mixers import base
+
+
+@flax.struct.dataclass
+class State:
+    """h_BD."""
+
+    h_BD: Array
+
+
+class HGRN(base.Mixer):
+    """h_t = f_t * h_{t-1} + (1 - f_t) * silu(W_i x_t);  f_t = lb + (1 - lb) sigmoid(W_f x_t)
+    (Qin, Yang & Zhong, arXiv 2311.04823, section 3, with a real state).
+
+    y = W_o (RMSNorm(h) * silu(W_g x)). lb is `layer.lower_bound_D`; zero outside a stack.
+    """
+
+    uses_lower_bound = True
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        D = self.d_model
+        if state is None:
+            state = self.init_state(x_BTD.shape[0])
+        bound_D = None if layer is None else layer.lower_bound_D
+        if bound_D is None:
+            bound_D = jnp.zeros((D,))
+        z_BTD = self.project(x_BTD, D, "f").astype(jnp.float32)
+        # 1 - f, without the cancellation.
+        write_BTD = (1.0 - bound_D)[None, None] * jax.nn.sigmoid(-z_BTD)
+        forget_BTD = bound_D[None, None] + (1.0 - bound_D)[None, None] * jax.nn.sigmoid(z_BTD)
+        h_BTD, h_BD = diagonal_scan(
+            write_BTD * nn.silu(self.project(x_BTD, D, "i")),
+            forget_BTD,
+            initial_state=state.h_BD,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        h_BTD = norms.RMSNorm(name="o_norm")(h_BTD).astype(self.dtype)
+        gate_BTD = nn.silu(self.project(x_BTD, D, "g"))
+        y_BTD = self.project(h_BTD * gate_BTD, D, "o", axes=("heads", "embed"))
+        return y_BTD, State(h_BD)
+
+    def init_state(self, batch):
+        return State(jnp.zeros((batch, self.d_model), jnp.float32))

@@ -1,0 +1,134 @@
+"""Mamba-1 (S6): a state space model with a decay for every channel and state."""
+
+import math
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import diagonal_scan, segments
+from seqmodels import layers, short_conv
+from seqmodels.array_typing import Array
+from seqmodels.mixers import base, gates
+
+
+@flax.struct.dataclass
+class State:
+    """h_BEK and the last inputs of the convolution."""
+
+    h_BEK: Array
+    x_tail: Array
+
+
+class Mamba(base.Mixer):
+    """h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t^T;  o_t = h_t C_t + D * x_t
+    (Gu & Dao, arXiv 2312.00752, section 3 and appendix C).
+
+    x = silu(conv(W_x u) + bias) of the input u; B, C = W_B x, W_C x; dt = softplus(W_dt W_r x + dt_bias) a channel;
+    y = W_o (o * silu(W_z u)). A = -exp(A_log) is (E, K).
+    A_log = log(1..K) in every channel, D = 1, dt ~ LogU(1e-3, 0.1), W_dt ~ U(-1, 1) / sqrt(R).
+
+    expand: E = expand D is the inner width. d_state: K. dt_rank: R; None is D / 16, rounded up.
+    negative_eigenvalues: the decay s becomes 2s - 1, in [-1, 1] (Grazzi et al., arXiv 2411.12537, section 4.1).
+    chunk_size: the (E, K) states of so many tokens exist at once, in both passes.
+    """
+
+    expand: int = 2
+    d_state: int = 16
+    dt_rank: int | None = None
+    conv_width: int = 4
+    negative_eigenvalues: bool = False
+    chunk_size: int = 64
+
+    @nn.nowrap
+    def _conv(self, **keywords) -> short_conv.ShortConv:
+        return short_conv.ShortConv(
+            self.conv_width,
+            use_bias=True,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            **keywords,
+        )
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        E, K, R = self.expand * self.d_model, self.d_state, self.dt_rank or -(-self.d_model // 16)
+        if state is None:
+            state = self.init_state(x_BTD.shape[0])
+        x_BTE, x_tail = self._conv(name="x_conv")(
+            self.project(x_BTD, E, "x"), segment_ids_BT, state.x_tail
+        )
+        B_BTK = self.project(x_BTE, K, "B", axes=("heads", None))
+        C_BTK = self.project(x_BTE, K, "C", axes=("heads", None))
+        dt_BTR = self.project(x_BTE, R, "dt_low_rank", axes=("heads", None))
+        dt_BTE = self.project(dt_BTR, E, "dt", axes=(None, "heads"), kernel_init=_uniform(R**-0.5))
+        dt_bias_E = layers.gate_parameter(self, "dt_bias", gates.log_uniform_dt_bias(), (E,))
+        A_log_EK = layers.gate_parameter(self, "A_log", _log_integers, (E, K))
+        D_E = layers.gate_parameter(self, "D", nn.initializers.ones, (E,))
+
+        dt_BTE = jax.nn.softplus(dt_BTE.astype(jnp.float32) + dt_bias_E[None, None])
+        o_BTE, h_BEK = self._scan(
+            x_BTE, dt_BTE, B_BTK, C_BTK, -jnp.exp(A_log_EK), state.h_BEK, segment_ids_BT
+        )
+        o_BTE = (o_BTE + x_BTE * D_E[None, None]).astype(self.dtype)
+        o_BTE = o_BTE * nn.silu(self.project(x_BTD, E, "z"))
+        y_BTD = self.project(o_BTE, self.d_model, "o", axes=("heads", "embed"))
+        return y_BTD, State(h_BEK, x_tail)
+
+    def _scan(self, x_BTE, dt_BTE, B_BTK, C_BTK, A_EK, h_BEK, segment_ids_BT):
+        """The recurrence, chunk after chunk. A chunk's states are recomputed for its gradient, not kept."""
+        B, T, E = x_BTE.shape
+        K = A_EK.shape[1]
+        start_BT = jnp.zeros((B, T), bool)
+        if segment_ids_BT is not None:
+            start_BT = segments.starts(segment_ids_BT)
+        C = min(self.chunk_size, T)
+        N = math.ceil(T / C)
+
+        def chunks(z):
+            # Tokens added at the end have dt = 0: they leave the state as it is.
+            padded = jnp.pad(z, ((0, 0), (0, N * C - T)) + ((0, 0),) * (z.ndim - 2))
+            return jnp.moveaxis(padded.reshape(B, N, C, *z.shape[2:]), 1, 0)
+
+        def one_chunk(h_BEK, inputs):
+            x_BCE, dt_BCE, B_BCK, C_BCK, start_BC = inputs
+            decay_BCEK = jnp.exp(dt_BCE[..., None] * A_EK[None, None])
+            if self.negative_eigenvalues:
+                decay_BCEK = 2.0 * decay_BCEK - 1.0
+            decay_BCEK = jnp.where(start_BC[..., None, None], 0.0, decay_BCEK)
+            write_BCEK = (dt_BCE * x_BCE)[..., None] * B_BCK.astype(jnp.float32)[:, :, None]
+            h_BCL, h_BL = diagonal_scan(
+                write_BCEK.reshape(B, C, E * K),
+                decay_BCEK.reshape(B, C, E * K),
+                initial_state=h_BEK.reshape(B, E * K),
+                implementation=self.implementation,
+            )
+            h_BCEK = h_BCL.reshape(B, C, E, K)
+            o_BCE = jnp.einsum("BCEK,BCK->BCE", h_BCEK, C_BCK.astype(jnp.float32))
+            return h_BL.reshape(B, E, K), o_BCE
+
+        one_chunk = jax.checkpoint(one_chunk, prevent_cse=False)
+        inputs = tuple(chunks(z) for z in (x_BTE, dt_BTE, B_BTK, C_BTK, start_BT))
+        h_BEK, o_NBCE = jax.lax.scan(one_chunk, h_BEK, inputs)
+        return jnp.moveaxis(o_NBCE, 0, 1).reshape(B, N * C, E)[:, :T], h_BEK
+
+    def init_state(self, batch):
+        E = self.expand * self.d_model
+        h_BEK = jnp.zeros((batch, E, self.d_state), jnp.float32)
+        return State(h_BEK, self._conv(parent=None).init_state(batch, E))
+
+
+def _uniform(bound: float):
+    """Initializer: U(-bound, bound)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def _log_integers(key, shape, dtype=jnp.float32):
+    """Initializer: log(1), log(2), ... along the last axis (S4D-Real)."""
+    del key
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype))[None], shape)

@@ -1,0 +1,95 @@
+"""Mamba-2 (SSD): a state space model whose decay is one scalar a head, hence linear attention."""
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+
+from kernels_pallas import linear_attention
+from seqmodels import layers, norms, short_conv
+from seqmodels.array_typing import Array
+from seqmodels.mixers import base, gates
+
+
+@flax.struct.dataclass
+class State:
+    """S_BHKV and the last inputs of the convolutions on x, B and C."""
+
+    S_BHKV: Array
+    x_tail: Array
+    B_tail: Array
+    C_tail: Array
+
+
+class Mamba2(base.Mixer):
+    """S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T;  o_t = S_t^T C_t + D x_t
+    (Dao & Gu, arXiv 2405.21060, eq. 16 and section 7).
+
+    x, B, C = silu(conv(W u) + bias) of the input u; dt = softplus(W_dt u + dt_bias), A = -exp(A_log) and D one a head;
+    y = W_o RMSNorm(o * silu(W_z u)), the mean square being over the heads of one group, the gain over all.
+    A ~ U(1, 16), dt ~ LogU(1e-3, 0.1), D = 1.
+
+    expand: E = expand D is the width of x and z. head_dim: V; there are H = E / V heads.
+    d_state: K, the width of B and C. num_groups: G; the H / G heads of a group share B and C.
+    """
+
+    expand: int = 2
+    head_dim: int = 64
+    d_state: int = 128
+    num_groups: int = 1
+    conv_width: int = 4
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        E, G, K, V = self.expand * self.d_model, self.num_groups, self.d_state, self.head_dim
+        if E % V:
+            raise ValueError(f"mamba2: head_dim {V} must divide expand * d_model = {E}")
+        if (E // V) % G:
+            raise ValueError(f"mamba2: num_groups {G} must divide the {E // V} heads")
+        return G, E // V, K, V
+
+    @nn.nowrap
+    def _conv(self, **keywords) -> short_conv.ShortConv:
+        return short_conv.ShortConv(
+            self.conv_width,
+            use_bias=True,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            **keywords,
+        )
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        G, H, K, V = self._sizes()
+        B, T, _ = x_BTD.shape
+        if state is None:
+            state = self.init_state(B)
+
+        def project_conv(heads, dim, name, tail):
+            z = self.project(x_BTD, heads * dim, name)
+            z, tail = self._conv(name=f"{name}_conv")(z, segment_ids_BT, tail)
+            return z.reshape(B, T, heads, dim), tail
+
+        x_BTHV, x_tail = project_conv(H, V, "x", state.x_tail)
+        B_BTGK, B_tail = project_conv(G, K, "B", state.B_tail)
+        C_BTGK, C_tail = project_conv(G, K, "C", state.C_tail)
+        log_decay_BTH, dt_BTH = gates.SoftplusDecay(name="decay")(self.project(x_BTD, H, "dt"))
+        o_BTHV, S_BHKV = linear_attention(
+            C_BTGK,
+            B_BTGK,
+            (x_BTHV * dt_BTH[..., None]).astype(self.dtype),
+            log_decay_BTH,
+            scale=1.0,
+            initial_state=state.S_BHKV,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        D_H = layers.gate_parameter(self, "D", nn.initializers.ones, (H,))
+        o_BTHV = o_BTHV + (x_BTHV * D_H[None, None, :, None]).astype(self.dtype)
+        o_BTHV = o_BTHV * nn.silu(self.project_heads(x_BTD, H, V, "z"))
+        o_BTGE = norms.RMSNorm(groups=G, name="o_norm")(o_BTHV.reshape(B, T, H * V))
+        return self.merge_heads(o_BTGE), State(S_BHKV, x_tail, B_tail, C_tail)
+
+    def init_state(self, batch):
+        G, H, K, V = self._sizes()
+        conv = self._conv(parent=None)
+        x_tail, B_tail, C_tail = (conv.init_state(batch, n) for n in (H * V, G * K, G * K))
+        return State(jnp.zeros((batch, H, K, V), jnp.float32), x_tail, B_tail, C_tail)
