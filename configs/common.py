@@ -14,6 +14,8 @@ A value is settled in this order, later wins: here; configs/<name>.py; its argum
     tensorboard, wandb   True, and a project's name, write there too (extras of the same names)
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 
@@ -80,4 +82,17 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.model.d_model = d_model
     config.model.num_layers = min(config.model.num_layers, 4)
     config.sample.length = min(config.sample.length, 8)
+    return config
+
+
+def with_argument(config: ConfigDict, argument: str, **variants: Callable[[ConfigDict], None]):
+    """Applies what stands behind the colon of --config=configs/x.py:a,b and returns the config.
+
+    Each of `variants` changes the config in place; "smoke" is one that every config has.
+    """
+    known = variants | {"smoke": smoke}
+    for name in filter(None, argument.split(",")):
+        if name not in known:
+            raise ValueError(f"unknown config argument {name!r}; choose one of {', '.join(known)}")
+        known[name](config)
     return config
