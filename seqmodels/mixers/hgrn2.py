@@ -57,15 +57,15 @@ class HGRN2(base.Mixer):
 
 
 def bounded_forget_gate(f: Array, lower_bound: Array) -> tuple[Array, Array]:
-    """log g and 1 - g of g = lb + (1 - lb) sigmoid(f), finite with finite gradients for every f and 0 <= lb < 1.
+    """log g and k = 1 - g of g = lb + (1 - lb) sigmoid(f), finite with finite gradients for every f and 0 <= lb < 1.
 
-    g = (e^f + lb) / (e^f + 1). Above and below are divided by e^max(f, 0), so that nothing large cancels.
+    log g is log1p(-k) where k is small. Elsewhere g = (e^f + lb) / (e^f + 1), whose logarithm needs no e^f.
     """
+    k = (1.0 - lower_bound) * jax.nn.sigmoid(-f)
+    small = k < 0.5
     # Where lb is 0 its logarithm is a constant -inf: log(lb) itself would have an infinite gradient there.
     positive = lower_bound > 0
     log_bound = jnp.where(positive, jnp.log(jnp.where(positive, lower_bound, 1.0)), -jnp.inf)
     log_bound = jnp.broadcast_to(log_bound, f.shape)
-    above = jnp.logaddexp(jnp.minimum(f, 0.0), log_bound - jnp.maximum(f, 0.0))
-    # Rounding may leave it a hair above 0 where lb is nearly 1.
-    log_g = jnp.minimum(above - jnp.log1p(jnp.exp(-jnp.abs(f))), 0.0)
-    return log_g, (1.0 - lower_bound) * jax.nn.sigmoid(-f)
+    log_g_of_small_g = jnp.logaddexp(f, log_bound) - jax.nn.softplus(f)
+    return jnp.where(small, jnp.log1p(-jnp.where(small, k, 0.0)), log_g_of_small_g), k
