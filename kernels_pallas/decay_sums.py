@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas import matmul
 
@@ -44,6 +45,7 @@ class Level(NamedTuple):
 class Sums(NamedTuple):
     """The sums of one chunk.
 
+    log_decay_CK: what was summed.
     through_CK: from the chunk's start up to and with token i: what the entering state has decayed by at i.
     before_CK: the same without token i (for recurrences that read the state before it decays).
     after_CK: over the tokens behind j, up to the chunk's end: what token j has decayed by in the leaving state.
@@ -51,6 +53,7 @@ class Sums(NamedTuple):
     levels: smallest halves first.
     """
 
+    log_decay_CK: jax.Array
     through_CK: jax.Array
     before_CK: jax.Array
     after_CK: jax.Array
@@ -58,11 +61,51 @@ class Sums(NamedTuple):
     levels: tuple[Level, ...]
 
 
+BLOCK = 16  # tokens whose sums are chained one by one; longer sums add the sums of whole blocks
+
+
 def chunk_sums(log_decay_CK: jax.Array) -> Sums:
     """All sums of a chunk's log decay (..., C, K), C a power of two. Every entry must be <= 0; -inf is a reset."""
     *lead, C, K = log_decay_CK.shape
     if C & (C - 1):
         raise ValueError(f"chunk_sums: the chunk length must be a power of two; got {C}")
+    U = min(C, BLOCK)
+    tokens = _halvings(log_decay_CK.reshape(*lead, C // U, U, K))
+    blocks = _halvings(tokens.total_K)
+
+    def whole(of_token, of_block):
+        return (of_token + of_block[..., None, :]).reshape(*lead, C, K)
+
+    levels = [
+        Level(*(x.reshape(*lead, -1, *x.shape[-2:]) for x in level)) for level in tokens.levels
+    ]
+    for level in blocks.levels:
+        M = level.before_MUK.shape[-3]
+
+        def half(of_token, of_block, right, M=M):
+            of_token = of_token.reshape(*lead, M, 2, -1, U, K)[..., right, :, :, :]
+            return (of_token + of_block[..., None, :]).reshape(*lead, M, -1, K)
+
+        levels.append(
+            Level(
+                half(tokens.through_CK, level.before_MUK, 1),
+                half(tokens.before_CK, level.before_MUK, 1),
+                half(tokens.after_CK, level.after_MUK, 0),
+            )
+        )
+    return Sums(
+        log_decay_CK,
+        whole(tokens.through_CK, blocks.before_CK),
+        whole(tokens.before_CK, blocks.before_CK),
+        whole(tokens.after_CK, blocks.after_CK),
+        blocks.total_K,
+        tuple(levels),
+    )
+
+
+def _halvings(log_decay_CK: jax.Array) -> Sums:
+    """The sums of `chunk_sums`, each level from the level below."""
+    *lead, C, K = log_decay_CK.shape
     through = total = log_decay_CK.reshape(*lead, C, 1, K)
     before = after = jnp.zeros_like(through)
     right = jnp.array([False, True]).reshape(*[1] * len(lead), 1, 2, 1, 1)
@@ -73,31 +116,67 @@ def chunk_sums(log_decay_CK: jax.Array) -> Sums:
             x.reshape(*lead, blocks, 2, half, K) for x in (through, before, after)
         )
         total = total.reshape(*lead, blocks, 2, 1, K)
-        levels.append(
-            Level(through[..., 1, :, :], before[..., 1, :, :], after[..., 0, :, :]),
-        )
+        levels.append(Level(through[..., 1, :, :], before[..., 1, :, :], after[..., 0, :, :]))
         left_total, right_total = total[..., :1, :, :], total[..., 1:, :, :]
         from_left = jnp.where(right, left_total, 0.0)
         through, before = through + from_left, before + from_left
         after = after + jnp.where(right, 0.0, right_total)
         total = left_total + right_total
     whole = (x.reshape(*lead, C, K) for x in (through, before, after))
-    return Sums(*whole, total.reshape(*lead, K), tuple(levels))
+    return Sums(log_decay_CK, *whole, total.reshape(*lead, K), tuple(levels))
 
 
 def pair_decay(sums: Sums, *, before: bool = False) -> jax.Array:
-    """D_ij = exp(g_{j+1} + ... + g_i) for j < i, 1 for j = i, 0 for j > i, from sums with K = 1: (..., C, C).
+    """D_ij = exp(g_{j+1} + ... + g_i) for j < i, 1 for j = i, 0 for j > i: (..., C, C), from sums with K = 1.
 
     With `before`, the sum stops in front of i, and the diagonal is 0: D_ij = exp(g_{j+1} + ... + g_{i-1}) for j < i.
+    For one decay per head there are few numbers and a direct way is the fastest: pairs in one block of 16 by their
+    own sums; the others by the product of three exponentials, from the start of i's block to i, over the whole blocks
+    between, and behind j to the end of j's block.
     """
-    *lead, C, _ = sums.through_CK.shape
-    dtype = sums.through_CK.dtype
-    diagonal = jnp.full((*lead, C, 1, 1), 0.0 if before else 1.0, dtype)
-    rectangles = []
-    for level in sums.levels:
-        rows = level.before_MUK if before else level.through_MUK
-        rectangles.append(jnp.exp(rows) * jnp.exp(jnp.swapaxes(level.after_MUK, -1, -2)))
-    return _assemble(diagonal, rectangles)
+    *lead, C, _ = sums.log_decay_CK.shape
+    U = min(C, BLOCK)
+    A = C // U
+    g_AU = sums.log_decay_CK.reshape(*lead, A, U)
+    same_AUU = jnp.where(_lower(U, -1 if before else 0), _sums_between(g_AU, before), -jnp.inf)
+    through_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if before else g_AU, axis=-1))
+    between_AA = jnp.exp(_sums_between(jnp.sum(g_AU, axis=-1), before=True))
+    after_AU = jnp.exp(jax.lax.cumsum(_advanced(g_AU), axis=g_AU.ndim - 1, reverse=True))
+    apart_AUAU = through_AU[..., None, None] * (
+        between_AA[..., :, None, :, None] * after_AU[..., None, None, :, :]
+    )
+    block = jnp.arange(A)
+    earlier, same = (
+        op(block[:, None, None, None], block[None, None, :, None])
+        for op in (jnp.greater, jnp.equal)
+    )
+    lead_ones = (1,) * len(lead)
+    apart_AUAU = jnp.where(earlier.reshape(*lead_ones, *earlier.shape), apart_AUAU, 0.0)
+    same_AUAU = jnp.exp(same_AUU)[..., :, :, None, :]
+    D_AUAU = jnp.where(same.reshape(*lead_ones, *same.shape), same_AUAU, apart_AUAU)
+    return D_AUAU.reshape(*lead, C, C)
+
+
+def _sums_between(g_U: jax.Array, before: bool) -> jax.Array:
+    """sum of g over j+1..i (with `before`: j+1..i-1), zero where that is empty: (..., U) to (..., U, U)."""
+    U = g_U.shape[-1]
+    terms_UU = jnp.where(_lower(U, -1), g_U[..., :, None], 0.0)
+    if before:
+        first = jnp.zeros_like(terms_UU[..., :1, :])
+        terms_UU = jnp.concatenate([first, terms_UU[..., :-1, :]], axis=-2)
+    return jnp.cumsum(terms_UU, axis=-2)
+
+
+def _lower(U: int, diagonal: int):
+    return np.tril(np.ones((U, U), bool), diagonal)
+
+
+def _delayed(g_U):
+    return jnp.concatenate([jnp.zeros_like(g_U[..., :1]), g_U[..., :-1]], axis=-1)
+
+
+def _advanced(g_U):
+    return jnp.concatenate([g_U[..., 1:], jnp.zeros_like(g_U[..., :1])], axis=-1)
 
 
 def decayed_scores(
