@@ -18,6 +18,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from experiments.data import default_config
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -71,7 +73,11 @@ def smoke(config: ConfigDict) -> ConfigDict:
     )
     config.schedule.warmup_steps = min(config.schedule.warmup_steps, 2)
     config.checkpoint.every = 2
+    if config.data.name in ("text", "tfds"):  # no files of the user's are asked for
+        config.data = default_config("python_stdlib")
+        config.model.vocab_size = 0
     config.data.batch_size = 8 * config.train.accumulate
+    config.data.eval_batch_size = 0
     if "seq_len" in config.data:
         config.data.seq_len = min(config.data.seq_len, 64)
     if "eval_examples" in config.data:

@@ -1,6 +1,6 @@
 """A small hybrid, byte by byte, on the source of the Python standard library.
 
-    python -m experiments.train --config=configs/quickstart.py
+python -m experiments.train --config=configs/quickstart.py
 """
 
 from configs import common

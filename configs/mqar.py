@@ -1,0 +1,38 @@
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): recall a value by its key, many times.
+
+    python -m experiments.train --config=configs/mqar.py:delta_net
+    python -m experiments.train --config=configs/mqar.py:linear_attention,pairs8
+
+Arguments: a mixer (attention, delta_net, gated_delta_net, linear_attention); pairs8 for 128 tokens and 8 pairs in place of
+64 and 4. RESULTS
+"""
+
+from configs import common
+from experiments.data import default_config
+
+VARIANTS = {
+    "attention": "attention(num_heads=1)",
+    "delta_net": "delta_net(num_heads=2, head_dim=32)",
+    "gated_delta_net": "gated_delta_net(num_heads=2, head_dim=32, expand_v=1.0)",
+    "linear_attention": "linear_attention(num_heads=2)",
+}
+
+
+def get_config(arg: str = "delta_net"):
+    config = common.get_config()
+    config.data = default_config("mqar")
+    config.data.update({"batch_size": 64, "eval_examples": 1024})
+    config.model.update({"d_model": 64, "num_layers": 2, "pattern": VARIANTS["delta_net"]})
+    config.optimizer.update({"learning_rate": 3e-3, "weight_decay": 0.1})
+    config.train.update({"steps": 2000, "log_every": 100, "eval_every": 500, "eval_batches": 4})
+    config.checkpoint.every = 500
+
+    def mixer(pattern):
+        return lambda config: config.model.update({"pattern": pattern})
+
+    variants = {name: mixer(pattern) for name, pattern in VARIANTS.items()}
+    return common.with_argument(config, arg, **variants, pairs8=_pairs8)
+
+
+def _pairs8(config):
+    config.data.update({"seq_len": 128, "num_pairs": 8})

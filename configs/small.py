@@ -1,0 +1,32 @@
+"""Any one mixer at a small size, on the quickstart's text: the same width, depth, data and steps for each.
+
+    python -m experiments.train --config=configs/small.py:gla
+    python -m experiments.train --config=configs/small.py:mamba2,smoke
+
+The argument is a mixer's registered name (`seqmodels.mixers.names()`). RESULTS
+"""
+
+from configs import common, quickstart
+
+# What makes a mixer about as wide as the others at D = 128; the rest runs with its defaults.
+OPTIONS = {
+    "attention": "num_heads=4",
+    "delta_net": "num_heads=4, head_dim=32",
+    "delta_product": "num_heads=4, head_dim=32",
+    "gated_delta_net": "num_heads=2, head_dim=32",
+    "hgrn2": "expand_ratio=32",
+    "mamba2": "head_dim=32, d_state=32",
+    "transnormer": "num_heads=4",
+}
+
+
+def get_config(arg: str = "gated_delta_net"):
+    mixer, _, argument = arg.partition(",")
+    config = quickstart.get_config()
+    config.model.pattern = f"{mixer}({OPTIONS.get(mixer, '')})"
+    if mixer.startswith(
+        "mamba"
+    ):  # published stacks of these have no channel mixer, and twice the layers
+        config.model.channel_mixer = None
+        config.model.num_layers *= 2
+    return common.with_argument(config, argument)
