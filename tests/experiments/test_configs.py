@@ -1,0 +1,78 @@
+"""Every config describes a model that can be built, and every `:smoke` trains."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import (
+    common,
+    delta_net_340m,
+    gated_delta_net_1300m,
+    mqar,
+    quickstart,
+    selective_copying,
+    small,
+    state_tracking,
+)
+from experiments import loop
+from experiments.data import make_dataset
+from seqmodels import language_model, mixers
+
+SMALL = [(small, name) for name in mixers.names()]
+OTHERS = [
+    (quickstart, ""),
+    (delta_net_340m, ""),
+    (gated_delta_net_1300m, ""),
+    (gated_delta_net_1300m, "hybrid"),
+    (selective_copying, ""),
+    *((mqar, name) for name in mqar.VARIANTS),
+    (mqar, "delta_net,pairs8"),
+    *((state_tracking, f"parity,{name}") for name in state_tracking.VARIANTS),
+    (state_tracking, "modular_arithmetic,delta_net_negative"),
+    (state_tracking, "word_problem,delta_product"),
+]
+
+
+def label(case):
+    return f"{case[0].__name__.split('.')[-1]}:{case[1]}"
+
+
+@pytest.mark.parametrize("case", SMALL + OTHERS, ids=label)
+def test_describes_a_model(case):
+    module, argument = case
+    config = module.get_config(*([argument] if argument else []))
+    fields = config.model.to_dict()
+    fields["vocab_size"] = fields["vocab_size"] or 257
+    model = language_model.from_config(fields)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    expected = {delta_net_340m: 340e6, gated_delta_net_1300m: 1.3e9, quickstart: 1e6}
+    if module in expected:
+        assert abs(parameters / expected[module] - 1) < 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SMALL + OTHERS, ids=label)
+def test_smoke_trains(case, tmp_path):
+    module, argument = case
+    config = module.get_config(
+        f"{argument},smoke" if argument else "smoke" if module is not small else ""
+    )
+    loop.train(config, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["steps"] == config.train.steps == 4
+    assert result["loss"] < 2 * jnp.log(config.model.vocab_size or 257)
+
+
+def test_unknown_argument_lists_the_choices():
+    with pytest.raises(ValueError, match="unknown config argument 'smok'; choose one of .*smoke"):
+        quickstart.get_config("smok")
+    with pytest.raises(ValueError, match="choose one of pairs8|choose one of attention"):
+        mqar.get_config("transformer")
+
+
+def test_smoke_asks_for_no_files():
+    config = common.smoke(delta_net_340m.get_config())
+    assert make_dataset(config.data, "train").vocab_size == 257
