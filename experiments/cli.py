@@ -38,15 +38,17 @@ class Stopped(SystemExit):
     """A signal ended the run, after saving; carries the exit code 128 + signal."""
 
 
-def run(main: Callable[[Sequence[str]], None], config_from: str = "file") -> None:
+def run(main: Callable[[Sequence[str]], int | None], config_from: str | None = "file") -> None:
     """absl's app.run(main) with the exit codes above.
 
     config_from: "file": --config=path.py[:argument], a flag that the program defines; "workdir": the config in the folder that
-    --workdir names, of which a flag is made here. Either can be overridden by --config.x.y=value.
+    --workdir names, of which a flag is made here. Either can be overridden by --config.x.y=value. None: no config.
     """
 
     def parse(argv):
         try:
+            if config_from is None:
+                return flags.FLAGS(argv)
             if config_from == "file":
                 config = load_config(_flag_value(argv, "config") or "")
             else:
@@ -92,7 +94,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
     if not Path(path).is_file():
         raise UserError(_no_such_config(path))
     spec = importlib.util.spec_from_file_location("config", path)
-    if spec is None or "get_config" not in Path(path).read_text():
+    if spec is None or not re.search(r"\bget_config\b", Path(path).read_text()):
         raise UserError(f"{path} is not a config: a Python file with a function get_config(arg)")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

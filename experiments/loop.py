@@ -16,10 +16,11 @@ from experiments.cli import NonFiniteLoss, Stopped
 from experiments.data import make_dataset
 
 
-def train(config, workdir: str | Path) -> dict:
+def train(config, workdir: str | Path, devices=None) -> dict:
     """Trains what `config` describes and returns what is in workdir/result.json.
 
     A workdir that holds checkpoints is resumed from the latest. See configs/common.py for the fields.
+    devices: to train on; None is all there are.
 
     Raises:
       ValueError: something in the config is wrong, or the workdir's checkpoint is of another model; nothing was written.
@@ -36,7 +37,7 @@ def train(config, workdir: str | Path) -> dict:
     )
     seq_len = next(iter(train_set))["inputs"].shape[1]
     config = resolve(config, train_set)
-    program = steps.build(config, seq_len)
+    program = steps.build(config, seq_len, devices)
     batches = iter(train_set)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     start = checkpoints.latest_step() or 0
@@ -51,7 +52,7 @@ def train(config, workdir: str | Path) -> dict:
     run_record.record_start(workdir, start, changes)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     progress.say(
-        f"{num_params:,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}, {workdir}"
+        f"{num_params:,} parameters, {program.num_devices} x {jax.devices()[0].device_kind}, {workdir}"
     )
     if start:
         progress.say(f"resuming from {checkpoints.path(start)}")
@@ -87,8 +88,8 @@ def train(config, workdir: str | Path) -> dict:
             progress.say(f"step {step}: validation loss {scores['loss']:.4f}")
 
     pending = None  # the last step's metrics: read after the next step is on its way
-    with StopSignals() as stop, contextlib.closing(progress), contextlib.closing(writer):
-        with contextlib.closing(checkpoints):
+    with contextlib.closing(progress), contextlib.closing(writer):
+        with StopSignals() as stop, contextlib.closing(checkpoints):
             for step in range(start + 1, config.train.steps + 1):
                 state, step_metrics = program.train_step(state, program.put(next(batches)))
                 if pending:
@@ -107,17 +108,16 @@ def train(config, workdir: str | Path) -> dict:
                     checkpoints.save(state, batches)
                 if stopping:
                     checkpoints.wait()
-                    progress.say(
-                        f"stopped by {stop.name} at step {step}; {checkpoints.path(step)} is saved"
-                    )
+                    progress.say(f"{stop.name}: step {step} is saved in {checkpoints.path(step)}")
                     raise Stopped(128 + stop.signal)
                 if validating:
                     validate(step)
 
         params = program.evaluation_params(state.params, state.opt_state)
-        scores = evaluation.evaluate(program, params, test_set, config.train.test_batches)
-        result = scores.totals() | {"steps": config.train.steps, "parameters": num_params}
-        writer.write(config.train.steps, **{f"test_{k}": v for k, v in scores.totals().items()})
+        scores = evaluation.evaluate(program, params, test_set, config.train.test_batches).totals()
+        step = max(start, config.train.steps)
+        writer.write(step, **{f"test_{name}": value for name, value in scores.items()})
+    result = scores | {"steps": step, "parameters": num_params}
     return summary.finish(config, workdir, result, program.model, params, test_set.tokenizer)
 
 

@@ -17,7 +17,8 @@ class MetricWriter:
     """Writes rows of named numbers, on process 0.
 
     config: `tensorboard` (bool) and `wandb` (a project's name, "" for none) turn those on; a missing package is a ValueError
-    that names the extra. start_step: rows after it, of a run that went on past its last checkpoint, are dropped.
+    that names the extra. start_step: rows after it, of a run that went on past its last checkpoint, are dropped, and so are the
+    scores of an earlier end.
     """
 
     def __init__(self, config, workdir: Path, start_step: int = 0):
@@ -27,7 +28,8 @@ class MetricWriter:
         tensorboardX = _import_extra("tensorboardX", "tensorboard") if config.tensorboard else None
         wandb = _import_extra("wandb", "wandb") if config.wandb else None
         path = workdir / FILE_NAME
-        kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+        rows = read_metrics(workdir)
+        kept = [row for row in rows if row["step"] <= start_step and "test_loss" not in row]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
         if tensorboardX:

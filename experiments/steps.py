@@ -37,6 +37,10 @@ class Program:
     evaluation_params: Callable[[Any, Any], Any]
     batch_sharding: jax.sharding.Sharding
 
+    @property
+    def num_devices(self) -> int:
+        return len(self.batch_sharding.device_set)
+
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """The global batch on the devices, of which each process has its rows."""
         return {
@@ -45,8 +49,8 @@ class Program:
         }
 
 
-def build(config, seq_len: int) -> Program:
-    """The Program of a resolved config whose batches have `seq_len` tokens a row. Compiles nothing.
+def build(config, seq_len: int, devices=None) -> Program:
+    """The Program of a resolved config whose batches have `seq_len` tokens a row, on `devices` (None: all). Compiles nothing.
 
     Raises ValueError for what does not fit together.
     """
@@ -56,7 +60,7 @@ def build(config, seq_len: int) -> Program:
         raise ValueError(
             f"train.accumulate is {accumulate}; it must divide data.batch_size, which is {batch_size}"
         )
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(mesh, batch_size // accumulate, seq_len)
     sharding.check_batch(mesh, config.data.get("eval_batch_size") or batch_size, seq_len)
     model = language_model.from_config(config.model)
@@ -155,8 +159,8 @@ def _train_step(model, optimizer, accumulate: int, z_loss: float):
         metrics = {
             "loss": loss,
             "accuracy": correct,
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -1,0 +1,19 @@
+"""Compiled programs are kept on disk for a session: resuming compiles the same ones again."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilation_cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield settings
+    for name, value in before.items():
+        jax.config.update(name, value)

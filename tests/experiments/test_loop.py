@@ -1,0 +1,300 @@
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import checkpoints, cli, evaluation, loop, metrics, steps
+from experiments.data import make_dataset
+from tests.experiments import tiny
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+ONE_DEVICE = slice(0, 1)
+
+
+def train(config, workdir, devices=ONE_DEVICE):
+    return loop.train(config, workdir, jax.devices()[devices])
+
+
+def steps_of(workdir):
+    return [row for row in metrics.read_metrics(workdir) if "loss" in row]
+
+
+def saved_params(config, workdir):
+    """The last checkpoint's arrays, as numpy, and the data position beside them."""
+    found = checkpoints.Checkpoints(workdir, training=False)
+    step = found.latest_step()
+    config = loop.resolve(config, make_dataset(config.data, "train"))
+    program = steps.build(config, config.data.seq_len, jax.devices()[ONE_DEVICE])
+    parts = found.restore_parts(step, program.abstract_state, ("params", "training"))
+    data = (found.path(step) / "data" / "process_0_of_1.json").read_text()
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(parts)], data
+
+
+def assert_same_end(config, workdir, other):
+    leaves, data = saved_params(config, workdir)
+    expected_leaves, expected_data = saved_params(config, other)
+    for leaf, expected in zip(leaves, expected_leaves, strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+    assert data == expected_data
+    exact = ("step", "loss", "accuracy", "grad_norm", "param_norm", "learning_rate")
+    for row, expected in zip(steps_of(workdir), steps_of(other), strict=True):
+        assert [row[name] for name in exact] == [expected[name] for name in exact]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, compilation_cache):
+    """A run of six steps, with a checkpoint at three; (config, workdir, result)."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = tiny.make_config(folder)
+    config.sample.update({"prompt": "12", "length": 5})
+    return config, folder / "run", train(config, folder / "run")
+
+
+def test_leaves_its_record(whole_run):
+    config, workdir, result = whole_run
+    rows = metrics.read_metrics(workdir)
+    assert [row["step"] for row in steps_of(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert steps_of(workdir)[-1]["loss"] < steps_of(workdir)[0]["loss"]
+    assert {"loss", "accuracy", "grad_norm", "learning_rate", "tokens_per_second"} <= rows[2].keys()
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert [row["step"] for row in rows if "test_loss" in row] == [6]
+
+    assert json.loads((workdir / "result.json").read_text()) == result
+    bytes_scored = result["bytes"]
+    assert bytes_scored == result["tokens"] > 0
+    np.testing.assert_allclose(result["bits_per_byte"], result["loss"] / np.log(2), rtol=1e-9)
+    assert set(result["baselines_bits_per_byte"]) == {"gzip -9", "byte bigram"}
+    assert result["sample"].startswith("12")
+    assert Path(result["checkpoint"]).is_dir()
+    assert Path(result["loss_curve"]).read_bytes().startswith(b"\x89PNG")
+
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["model"]["vocab_size"] == 257 and saved["train"]["steps"] == 6
+    (start,) = json.loads((workdir / "run.json").read_text())
+    assert start["versions"]["jax"] == jax.__version__
+    assert len(start["git"]["commit"]) == 40 and start["git"]["dirty"] in (True, False)
+
+
+def test_three_steps_and_three_more_are_six_bit_for_bit(whole_run, tmp_path, capfd):
+    config, whole, _ = whole_run
+
+    def stop_at_three(self, step):
+        self.signal = signal.SIGTERM
+        return step == 3
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(cli.Stopped) as stop:
+        patch.setattr(loop.StopSignals, "requested", stop_at_three)
+        train(config, tmp_path)
+    assert stop.value.code == 143
+    assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3]
+    with (tmp_path / metrics.FILE_NAME).open("a") as file:  # as if it had gone on, and was killed
+        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
+    train(config, tmp_path)
+    assert f"resuming from {tmp_path / 'checkpoints' / '3'}" in capfd.readouterr().err
+    assert_same_end(config, tmp_path, whole)
+
+
+def test_sigterm_saves_and_exits(whole_run, tmp_path):
+    config = whole_run[0].copy_and_resolve_references()
+    config.checkpoint.every = 100
+    write = metrics.MetricWriter.write
+
+    def kill_after_step_2(self, step, **values):
+        write(self, step, **values)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(cli.Stopped) as stop:
+        patch.setattr(metrics.MetricWriter, "write", kill_after_step_2)
+        train(config, tmp_path)
+    assert stop.value.code == 143
+    saved = checkpoints.Checkpoints(tmp_path, training=False).steps()
+    assert saved == [steps_of(tmp_path)[-1]["step"]] and saved[0] in (3, 4)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_changed_fields_are_named_on_resuming(whole_run, tmp_path, capfd):
+    config, whole, _ = whole_run
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    config = config.copy_and_resolve_references()
+    config.train.log_every = 2
+    train(config, tmp_path / "run")
+    errors = capfd.readouterr().err
+    assert "changed since this run was started: config.train.log_every: 1 -> 2\n" in errors
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 6]
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [start["step"] for start in starts] == [0, 3]
+    assert starts[1]["config_changes"] == ["config.train.log_every: 1 -> 2"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_stays(whole_run, tmp_path):
+    config, whole, _ = whole_run
+    shutil.copytree(whole, tmp_path / "run")
+    config = config.copy_and_resolve_references()
+    config.model.d_ff = 24
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"another model") as error:
+        train(config, tmp_path / "run")
+    assert "channel_mixer/up/kernel: checkpoint (16, 16), this config (16, 24)" in str(error.value)
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    assert checkpoints.Checkpoints(tmp_path / "run").steps() == [3, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(whole_run, tmp_path):
+    config = whole_run[0].copy_and_resolve_references()
+    config.checkpoint.every = 1
+    build = steps.build
+
+    def build_with_a_bad_third_step(*arguments):
+        program = build(*arguments)
+        good_step = program.train_step
+
+        def train_step(state, batch):
+            if int(state.step) == 2:
+                batch = batch | {"loss_mask": batch["loss_mask"] * np.nan}
+            return good_step(state, batch)
+
+        object.__setattr__(program, "train_step", train_step)
+        return program
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(cli.NonFiniteLoss) as error:
+        patch.setattr(steps, "build", build_with_a_bad_third_step)
+        train(config, tmp_path)
+    assert "step 3 is not finite" in str(error.value) and "learning_rate" in str(error.value)
+    assert str(tmp_path / "checkpoints" / "2") in str(error.value)
+    assert checkpoints.Checkpoints(tmp_path, training=False).steps() == [1, 2]
+    assert all(np.isfinite(leaf).all() for leaf in saved_params(config, tmp_path)[0])
+
+
+@pytest.mark.parametrize(
+    "change, devices",
+    [
+        ({"train.accumulate": 4}, ONE_DEVICE),
+        ({"mesh.data": 2, "mesh.fsdp": 4}, slice(8)),
+        pytest.param({"mesh.data": 8}, slice(8), marks=pytest.mark.slow),
+        pytest.param({"mesh.data": 2, "train.accumulate": 4}, slice(2), marks=pytest.mark.slow),
+    ],
+    ids=["accumulation", "data and fsdp", "data", "data and accumulation"],
+)
+def test_gives_the_losses_of_one_device_and_one_batch(whole_run, tmp_path, change, devices):
+    config, whole, result = whole_run
+    config = config.copy_and_resolve_references()
+    config.mesh.data = -1
+    config.update_from_flattened_dict(change)
+    other = train(config, tmp_path, devices)
+    for row, expected in zip(steps_of(tmp_path), steps_of(whole), strict=True):
+        for name in ("loss", "accuracy", "grad_norm", "param_norm"):
+            np.testing.assert_allclose(row[name], expected[name], rtol=2e-5, err_msg=name)
+    np.testing.assert_allclose(other["loss"], result["loss"], rtol=2e-5)
+
+
+def test_fsdp_splits_parameters_and_optimizer_state(tmp_path):
+    config = tiny.make_config(tmp_path)
+    config.mesh.update({"data": 2, "fsdp": 4})
+    config = loop.resolve(config, make_dataset(config.data, "train"))
+    state = steps.build(config, 32).abstract_state
+    embedding = state.params["embed"]["embedding"]
+    assert embedding.sharding.shard_shape(embedding.shape) == (257, 4)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (257, 16)]
+    assert len(moments) == 2
+    assert all(leaf.sharding.shard_shape(leaf.shape) == (257, 4) for leaf in moments)
+
+
+def test_mistakes_are_found_before_anything_is_written(tmp_path):
+    for change, message in [
+        ({"optimizer.name": "adma"}, "unknown optimizer 'adma'"),
+        ({"train.accumulate": 3}, "accumulate is 3; it must divide data.batch_size, which is 8"),
+        ({"mesh.fsdp": 3}, "does not fit"),
+        ({"model.pattern": "mamba99"}, "unknown mixer 'mamba99'"),
+        ({"model.vocab_size": 100}, "vocab_size is 100.*256"),
+        ({"checkpoint.keep": 0}, "checkpoint.keep is 0"),
+    ]:
+        config = tiny.make_config(tmp_path)
+        config.update_from_flattened_dict(change)
+        with pytest.raises(ValueError, match=message):
+            train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_schedule_free_trains_and_is_evaluated_by_its_average(tmp_path):
+    config = tiny.make_config(tmp_path)
+    config.optimizer.name, config.schedule.name = "schedule_free", "constant"
+    result = train(config, tmp_path / "run")
+    validation = metrics.read_metrics(tmp_path / "run")
+    assert np.isfinite(result["loss"])
+    config = loop.resolve(config, make_dataset(config.data, "train"))
+    program = steps.build(config, 32, jax.devices()[ONE_DEVICE])
+    found = checkpoints.Checkpoints(tmp_path / "run", training=False)
+    parts = found.restore_parts(6, program.abstract_state, ("params", "training"))
+    average = program.evaluation_params(parts["params"], parts["training"]["opt_state"])
+    dataset = make_dataset(config.data, "validation")
+    of_average, of_iterate = (
+        evaluation.evaluate(program, params, dataset, 1).totals()["loss"]
+        for params in (average, parts["params"])
+    )
+    assert of_average != of_iterate
+    last = [row["validation_loss"] for row in validation if "validation_loss" in row][-1]
+    np.testing.assert_allclose(last, of_average, rtol=1e-6)
+
+
+RUN = """
+import os, sys, jax
+jax.config.update("jax_num_cpu_devices", 1)
+for name, value in {settings!r}.items():
+    jax.config.update(name, value)
+from pathlib import Path
+from experiments import loop
+from tests.experiments import tiny
+config = tiny.make_config(Path({folder!r}))
+config.train.steps, config.checkpoint.every, config.checkpoint.keep = 40, 1, 3
+loop.train(config, {workdir!r})
+"""
+
+
+def run_in_a_process(folder, workdir, settings):
+    code = RUN.format(folder=str(folder), workdir=str(workdir), settings=settings)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, env=environment, stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, compilation_cache):
+    """kill -9 over and over, while saving too (a save is almost always under way), until the run is through."""
+    tiny.make_config(tmp_path)
+    assert run_in_a_process(tmp_path, tmp_path / "whole", compilation_cache).wait() == 0
+    seconds = itertools.count(1)
+    kills = unfinished = 0
+    while True:
+        process = run_in_a_process(tmp_path, tmp_path / "killed", compilation_cache)
+        folder = tmp_path / "killed" / "checkpoints"
+        seen = max((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), default=0)
+        while process.poll() is None:
+            done = max((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), default=0)
+            # Three steps on, and then at another moment each time; preferably with a save half done.
+            if done >= seen + 3:
+                time.sleep(0.007 * (next(seconds) % 13))
+                process.kill()
+                kills += 1
+            time.sleep(0.002)
+        unfinished += any(folder.glob("*.orbax-checkpoint-tmp*"))
+        if process.returncode == 0:
+            break
+    assert kills >= 5 and unfinished >= 1
+    config = tiny.make_config(tmp_path)
+    assert_same_end(config, tmp_path / "killed", tmp_path / "whole")
+    assert not any((tmp_path / "killed" / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
