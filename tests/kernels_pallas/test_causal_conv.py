@@ -125,12 +125,13 @@ def test_cut_inside_a_document_of_a_packed_row():
     x = jnp.asarray(rng.standard_normal((1, 12, 2)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((4, 2)), jnp.float32)
     ids = jnp.array([[1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 4, 4]])
-    whole, last = causal_conv(x, w, segment_ids=ids)
-    for cut in (1, 3, 4, 6, 9, 11):
-        _, tail = causal_conv(x[:, :cut], w, segment_ids=ids[:, :cut])
+    conv = jax.jit(causal_conv)
+    whole, last = conv(x, w, segment_ids=ids)
+    for cut in (1, 4, 6, 10):
+        _, tail = conv(x[:, :cut], w, segment_ids=ids[:, :cut])
         if ids[0, cut] != ids[0, cut - 1]:  # whoever cuts between documents starts without a tail
             tail = None
-        y, final = causal_conv(x[:, cut:], w, initial_state=tail, segment_ids=ids[:, cut:])
+        y, final = conv(x[:, cut:], w, initial_state=tail, segment_ids=ids[:, cut:])
         np.testing.assert_allclose(y, whole[:, cut:], atol=1e-6)
         np.testing.assert_array_equal(final, last)
 

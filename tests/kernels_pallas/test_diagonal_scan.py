@@ -88,7 +88,7 @@ CASE = OperatorCase(
             "complex log resets",
         ),
     ),
-    typical=("weak", "complex weak"),
+    typical=("complex weak",),
     fast=(
         *((1, "weak"), (100, "log resets"), (64, "any sign"), (100, "fixed"), (100, "log strong")),
         *((100, "complex log resets"), (1000, "log")),

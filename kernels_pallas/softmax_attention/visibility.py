@@ -1,0 +1,67 @@
+"""Which keys a query sees: one rule for training on packed documents and for decoding from a cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """Query t sees key s iff all of these hold:
+
+      s's slot is filled: kv_position >= 0;    causal: kv_position <= q_position;
+      window: |q_position - kv_position| < window;    segments: q_segment == kv_segment.
+
+    Positions are (B or 1, T) and (B or 1, S), segments too or None. `aligned` says that token t is at index t on both
+    sides, so that whole blocks can be left out knowing their indices alone.
+    """
+
+    q_position_BT: jax.Array
+    kv_position_BS: jax.Array
+    q_segment_BT: jax.Array | None
+    kv_segment_BS: jax.Array | None
+    causal: bool = dataclasses.field(metadata={"static": True})
+    window: int | None = dataclasses.field(metadata={"static": True})
+    aligned: bool = dataclasses.field(metadata={"static": True})
+
+    def mask(self) -> jax.Array:
+        """Booleans (B or 1, T, S)."""
+        age_BTS = self.q_position_BT[:, :, None] - self.kv_position_BS[:, None, :]
+        seen_BTS = jnp.broadcast_to(self.kv_position_BS[:, None, :] >= 0, age_BTS.shape)
+        if self.causal:
+            seen_BTS &= age_BTS >= 0
+        if self.window is not None:
+            seen_BTS &= jnp.abs(age_BTS) < self.window
+        if self.q_segment_BT is not None:
+            seen_BTS &= self.q_segment_BT[:, :, None] == self.kv_segment_BS[:, None, :]
+        return seen_BTS
+
+    def padded(self, queries: int, keys: int) -> "Visibility":
+        """With so many queries and keys more at the end, which are empty slots."""
+
+        def pad(x, count, value):
+            return None if x is None else jnp.pad(x, ((0, 0), (0, count)), constant_values=value)
+
+        return dataclasses.replace(
+            self,
+            q_position_BT=pad(self.q_position_BT, queries, 0),
+            kv_position_BS=pad(self.kv_position_BS, keys, -1),
+            q_segment_BT=pad(self.q_segment_BT, queries, 0),
+            kv_segment_BS=pad(self.kv_segment_BS, keys, 0),
+        )
+
+    def block(self, first_query, queries: int, first_key, keys: int) -> "Visibility":
+        """That of a block of queries and a block of keys; where they begin may be traced."""
+
+        def cut(x, start, size):
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+        return dataclasses.replace(
+            self,
+            q_position_BT=cut(self.q_position_BT, first_query, queries),
+            kv_position_BS=cut(self.kv_position_BS, first_key, keys),
+            q_segment_BT=cut(self.q_segment_BT, first_query, queries),
+            kv_segment_BS=cut(self.kv_segment_BS, first_key, keys),
+        )
