@@ -4,10 +4,32 @@ import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas import recurrence_arguments as arguments
-from kernels_pallas.delta_rule import reference
+from kernels_pallas.delta_rule import chunked, reference
 
 
-def _reference(
+def _not_one_token(platform, *, v_BTHV, **others):
+    T = v_BTHV.shape[1]
+    return None if T == 1 else f"it takes one token; got T = {T}"
+
+
+def _one_token(one_step, inputs, log_decay_BTHK, initial_state_BHKV):
+    *inputs_BHK, log_decay_BHK = jax.tree.map(lambda x: x[:, 0], (*inputs, log_decay_BTHK))
+    v_BHV = inputs_BHK[2]
+    inputs_BHK = (x.astype(initial_state_BHKV.dtype) for x in inputs_BHK)
+    o_BHV, state_BHKV = one_step(*inputs_BHK, log_decay_BHK, initial_state_BHKV)
+    return o_BHV[:, None].astype(v_BHV.dtype), state_BHKV
+
+
+def _delta_rule_one_token(
+    q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size
+):
+    del segment_ids_BT, chunk_size  # one token starts no document, so the state enters
+    q_BTHK, k_BTHK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
+    inputs = (q_BTHK, k_BTHK, v_BTHV, beta_BTH)
+    return _one_token(reference.step, inputs, log_decay_BTHK, initial_state_BHKV)
+
+
+def _delta_rule_reference(
     q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size
 ):
     del chunk_size
@@ -17,18 +39,29 @@ def _reference(
     )
 
 
-def _reference_diagonal_plus_low_rank(
-    q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size
+def _diagonal_plus_low_rank_one_token(
+    *, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, **inputs
 ):
+    del segment_ids_BT, chunk_size
+    inputs = tuple(inputs[name] for name in ("q_BTHK", "k_BTHK", "v_BTHV", "a_BTHK", "b_BTHK"))
+    step = reference.step_diagonal_plus_low_rank
+    return _one_token(step, inputs, log_decay_BTHK, initial_state_BHKV)
+
+
+def _diagonal_plus_low_rank_reference(*, chunk_size, **call):
     del chunk_size
-    return reference.recurrent_diagonal_plus_low_rank(
-        q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, initial_state_BHKV, segment_ids_BT
-    )
+    return reference.recurrent_diagonal_plus_low_rank(**call)
 
 
-IMPLEMENTATIONS = (dispatch.Implementation("reference", _reference),)
+IMPLEMENTATIONS = (
+    dispatch.Implementation("one_token", _delta_rule_one_token, _not_one_token),
+    dispatch.Implementation("chunked", chunked.chunked),
+    dispatch.Implementation("reference", _delta_rule_reference),
+)
 DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (
-    dispatch.Implementation("reference", _reference_diagonal_plus_low_rank),
+    dispatch.Implementation("one_token", _diagonal_plus_low_rank_one_token, _not_one_token),
+    dispatch.Implementation("chunked", chunked.chunked_diagonal_plus_low_rank),
+    dispatch.Implementation("reference", _diagonal_plus_low_rank_reference),
 )
 
 
@@ -45,13 +78,44 @@ def delta_rule(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T;  o_t = scale * S_t^T q_t."""
+    """The delta rule, with or without a decay: k's old value is read, and replaced by v as far as beta says.
+
+        S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
+
+    The state decays first, and k reads the decayed state. DeltaNet (arXiv 2406.06484, eq. 3) has no decay, Gated
+    DeltaNet (2412.06464, eq. 10) one per token and head, KDA of Kimi Linear (2510.26692, eq. 1) one per key channel.
+    beta in (1, 2] gives the negative eigenvalues that state tracking needs (2411.12537), and DeltaProduct (2502.10297) is
+    this operator on an unrolled time axis. Keys of norm 1 (or beta |k|^2 <= 2) keep the state bounded; nothing here
+    normalises them. Any T, K, V. Reverse mode only (a custom VJP), to any order.
+
+    Args:
+      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves value heads g*H/G ... (g+1)*H/G - 1.
+      k_BTHK: (B, T, G, K).
+      v_BTHV: (B, T, H, V).
+      beta_BTH: (B, T, H), floating; 0 leaves the decayed state as it is.
+      log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf forgets all that came before, and
+        its gradient is 0. Positive values are not checked unless `kernels_pallas.checks` is on.
+      scale: multiplies q; None is K**-0.5.
+      initial_state: (B, H, K, V), the state before the first token; None is zero. It belongs to the first token's
+        document.
+      segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another.
+      chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and rounding only.
+      implementation: 'chunked', 'one_token' (T = 1 only), 'reference', or None for the best here.
+
+    Returns:
+      o_BTHV in v's dtype, and the final state (B, H, K, V). States, gates, their sums and the inverse inside a chunk are
+      float32 (float64 where an input is); other products take operands in v's dtype and accumulate in float32.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.
+      NotImplementedError: the named implementation cannot run this call.
+    """
     name = "delta_rule"
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
-    B, T, H, _ = v_BTHV.shape
-    arguments.check_shape(name, "beta", beta_BTH, (B, T, H))
-    if segment_ids is not None:
-        arguments.check_shape(name, "segment_ids", segment_ids, (B, T))
+    arguments.check_shape(name, "beta", beta_BTH, v_BTHV.shape[:3])
+    arguments.check_float(name, "beta", beta_BTH)
+    arguments.check_segment_ids(name, segment_ids, v_BTHV)
+    arguments.check_chunk_size(name, chunk_size)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     call = {
         "q_BTGK": q_BTHK * scale,
@@ -80,14 +144,42 @@ def diagonal_plus_low_rank(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """S_t = (diag(exp(log_decay_t)) + a_t b_t^T) S_{t-1} + k_t v_t^T;  o_t = scale * S_t^T q_t."""
+    """The general recurrence of the delta rule's kind, a diagonal and a matrix of rank one:
+
+        S_t = (diag(exp(log_decay_t)) + a_t b_t^T) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+
+    b reads the state before it decays. RWKV-7 (arXiv 2503.14456), which writes its state as (V, K),
+    S_t = S_{t-1} (diag(w) - kk^T (eta * kk)) + v^T k and o = S r, is this with q = r, log_decay = log w, a = -(eta * kk),
+    b = kk, scale = 1 and the same k and v; eta is its in-context learning rate, kk its normalised removal key. The
+    delta rule is a = -beta k, b = exp(log_decay) * k, k = beta k; its own function is faster. The state stays bounded
+    where diag(exp(log_decay)) + a b^T does not stretch; nothing here enforces that. Any T, K, V. Reverse mode only (a
+    custom VJP), to any order.
+
+    Args:
+      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves value heads g*H/G ... (g+1)*H/G - 1.
+      k_BTHK: (B, T, G, K).
+      v_BTHV: (B, T, H, V).
+      a_BTHK: (B, T, H, K), floating: the direction in which what b read is written back.
+      b_BTHK: (B, T, H, K), floating: reads S_{t-1}.
+      log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf clears a channel of diag(exp(.)), and
+        its gradient is 0. Positive values are not checked unless `kernels_pallas.checks` is on.
+      scale, initial_state, segment_ids, chunk_size, implementation: as for `delta_rule`.
+
+    Returns:
+      o_BTHV in v's dtype, and the final state (B, H, K, V); precision as for `delta_rule`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.
+      NotImplementedError: the named implementation cannot run this call.
+    """
     name = "diagonal_plus_low_rank"
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
-    B, T, H, _ = v_BTHV.shape
+    H = v_BTHV.shape[2]
     for label, array in (("a", a_BTHK), ("b", b_BTHK)):
-        arguments.check_shape(name, label, array, (B, T, H, q_BTHK.shape[3]))
-    if segment_ids is not None:
-        arguments.check_shape(name, "segment_ids", segment_ids, (B, T))
+        arguments.check_shape(name, label, array, (*v_BTHV.shape[:3], q_BTHK.shape[3]))
+        arguments.check_float(name, label, array)
+    arguments.check_segment_ids(name, segment_ids, v_BTHV)
+    arguments.check_chunk_size(name, chunk_size)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     call = {
         "q_BTHK": arguments.repeat_heads(q_BTHK * scale, H),
@@ -102,3 +194,60 @@ def diagonal_plus_low_rank(
     }
     implementations = DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS
     return dispatch.choose(name, implementations, implementation, **call).call(**call)
+
+
+def step(
+    q_BHK: jax.Array,
+    k_BHK: jax.Array,
+    v_BHV: jax.Array,
+    beta_BH: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    state: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of `delta_rule`, for decoding: constant time and memory.
+
+    Args:
+      q_BHK: (B, G, K), floating; G divides H.
+      k_BHK: (B, G, K).
+      v_BHV: (B, H, V).
+      beta_BH: (B, H).
+      log_decay: None, (H,), (B, H) or (B, H, K), <= 0.
+      scale: multiplies q; None is K**-0.5.
+      state: (B, H, K, V), as `delta_rule` and `step` return it; None is zero.
+
+    Returns:
+      o_BHV in v's dtype, and the next state, in float32 or wider.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit. They are named as for `delta_rule`, with T = 1.
+    """
+    inputs_BTHK = (x[:, None] for x in (q_BHK, k_BHK, v_BHV, beta_BH))
+    o_BTHV, state_BHKV = delta_rule(
+        *inputs_BTHK, _one_token_decay(log_decay), scale=scale, initial_state=state
+    )
+    return o_BTHV[:, 0], state_BHKV
+
+
+def step_diagonal_plus_low_rank(
+    q_BHK: jax.Array,
+    k_BHK: jax.Array,
+    v_BHV: jax.Array,
+    a_BHK: jax.Array,
+    b_BHK: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    state: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of `diagonal_plus_low_rank`, for decoding: `step` with a_BHK and b_BHK (B, H, K) for beta."""
+    inputs_BTHK = (x[:, None] for x in (q_BHK, k_BHK, v_BHV, a_BHK, b_BHK))
+    o_BTHV, state_BHKV = diagonal_plus_low_rank(
+        *inputs_BTHK, _one_token_decay(log_decay), scale=scale, initial_state=state
+    )
+    return o_BTHV[:, 0], state_BHKV
+
+
+def _one_token_decay(log_decay):
+    return log_decay if log_decay is None or log_decay.ndim == 1 else log_decay[:, None]

@@ -1,0 +1,298 @@
+"""The delta rule and the general diagonal-plus-low-rank recurrence, chunk by chunk, in plain XLA.
+
+Inside a chunk of C tokens the vectors u_i that the erasing part writes depend on each other through a strictly lower
+triangular matrix, so one triangular solve (the WY or UT form: DeltaNet, arXiv 2406.06484, section 3.2; with decay, Gated
+DeltaNet, arXiv 2412.06464, section 3.3; per channel, Kimi Linear, arXiv 2510.26692, section 3) makes each chunk an
+affine map of the state that enters it. With sums of log decay from the chunk's start (through: with token i, before:
+without it), behind token j to the chunk's end (after), and between j and i (D, inside the products):
+
+    delta rule   (I + A) U = beta v - (beta k exp(through)) S     A_ij = beta_i (k_i . D_ij k_j),  j < i
+    general      (I - A) U = A' V + (b exp(before)) S             A_ij = b_i . D_i-1,j a_j,  A'_ij = b_i . D_i-1,j k_j
+    output       o = (q exp(through)) S + (q . D w) U [+ (q . D k) V]          w = k (delta rule), a (general)
+    next state   S' = exp(total) S + (w exp(after))^T U [+ (k exp(after))^T V]
+
+`Chunks` holds these maps, whichever of the two they came from; one pass over the chunks, forward and backward, serves
+both. A document's first token has log decay -inf, which is what a reset is (and its b reads nothing).
+
+The sequence is cut into spans of chunks, a scan goes over the spans, and the chunks of a span are treated at once but
+for the state between them. The backward pass keeps the inputs and each chunk's entering state, recomputes the
+maps of one span at a time, takes the derivative of the pass by hand and of the maps by `jax.vjp`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import decay_sums, matmul, segments, triangular_inverse
+
+CHUNK = 64
+# Chunks times heads treated at once.
+SPAN = 64
+
+
+class Chunks(NamedTuple):
+    """Chunks as affine maps of the state S_KV that enters: (chunks M, B, H, ...).
+
+    U = write_CV + read_CK S;   o = local_CV + q_CK S + scores_CC U;   S' = decay_K1 S + w_CK^T U + local_KV
+    """
+
+    read_CK: jax.Array
+    write_CV: jax.Array
+    q_CK: jax.Array
+    scores_CC: jax.Array
+    w_CK: jax.Array
+    decay_K1: jax.Array
+    local_CV: jax.Array | None = None
+    local_KV: jax.Array | None = None
+
+
+def chunked(
+    q_BTGK,
+    k_BTGK,
+    v_BTHV,
+    beta_BTH,
+    log_decay_BTHK,
+    initial_state_BHKV,
+    segment_ids_BT,
+    chunk_size=None,
+):
+    """The delta rule in chunks. Arguments are normalised by `api.py`."""
+    log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
+    inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
+    return _run(_delta_rule_chunks, *_sizes(v_BTHV, chunk_size), inputs, initial_state_BHKV)
+
+
+def chunked_diagonal_plus_low_rank(
+    q_BTHK,
+    k_BTHK,
+    v_BTHV,
+    a_BTHK,
+    b_BTHK,
+    log_decay_BTHK,
+    initial_state_BHKV,
+    segment_ids_BT,
+    chunk_size=None,
+):
+    """The general transition in chunks. Arguments are normalised by `api.py`."""
+    if segment_ids_BT is not None:
+        b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
+    log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
+    inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
+    return _run(
+        _diagonal_plus_low_rank_chunks, *_sizes(v_BTHV, chunk_size), inputs, initial_state_BHKV
+    )
+
+
+def _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, dtype):
+    if log_decay_BTHK is None:
+        log_decay_BTHK = jnp.zeros((*v_BTHV.shape[:2], 1, 1), dtype)
+    if segment_ids_BT is None:
+        return log_decay_BTHK
+    starts_BT = segments.starts(segment_ids_BT)
+    return jnp.where(starts_BT[:, :, None, None], -jnp.inf, log_decay_BTHK)
+
+
+def _sizes(v_BTHV, chunk_size) -> tuple[int, int]:
+    """Chunk length, a power of two, and chunks a span."""
+    B, T, H, _ = v_BTHV.shape
+    C = CHUNK if chunk_size is None else chunk_size
+    C = min(C, 1 << (T - 1).bit_length())
+    chunks = -(-T // C)
+    spans = -(-chunks // max(1, SPAN // (B * H)))
+    return C, -(-chunks // spans)
+
+
+def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK) -> Chunks:
+    dtype, wide, H = v_MBHCV.dtype, log_decay_MBHCK.dtype, v_MBHCV.shape[2]
+    beta_MBHC1 = beta_MBHC1.astype(wide)
+    sums = decay_sums.chunk_sums(log_decay_MBHCK)
+    products = _decayed_products(sums, H, dtype)
+    A_MBHCC = beta_MBHC1 * products(k_MBGCK, k_MBGCK)
+    q_MBHCK, k_MBHCK = (_repeat_heads(x, H).astype(wide) for x in (q_MBGCK, k_MBGCK))
+    through_MBHCK = jnp.exp(sums.through_CK)
+    read_MBHCK, write_MBHCV = triangular_inverse.solve(
+        A_MBHCC, (-beta_MBHC1 * through_MBHCK * k_MBHCK, beta_MBHC1 * v_MBHCV)
+    )
+    return Chunks(
+        read_CK=read_MBHCK,
+        write_CV=write_MBHCV,
+        q_CK=through_MBHCK * q_MBHCK,
+        scores_CC=products(q_MBGCK, k_MBGCK),
+        w_CK=jnp.exp(sums.after_CK) * k_MBHCK,
+        decay_K1=jnp.exp(sums.total_K)[..., None],
+    )
+
+
+def _diagonal_plus_low_rank_chunks(
+    q_MBHCK, k_MBHCK, v_MBHCV, a_MBHCK, b_MBHCK, log_decay_MBHCK
+) -> Chunks:
+    dtype, H = v_MBHCV.dtype, v_MBHCV.shape[2]
+    dot = functools.partial(matmul.einsum, dtype=dtype)
+    sums = decay_sums.chunk_sums(log_decay_MBHCK)
+    products = _decayed_products(sums, H, dtype)
+    products_before = _decayed_products(sums, H, dtype, before=True)
+    through_MBHCK, after_MBHCK = jnp.exp(sums.through_CK), jnp.exp(sums.after_CK)
+    read_MBHCK, write_MBHCV = triangular_inverse.solve(
+        -products_before(b_MBHCK, a_MBHCK),
+        (
+            jnp.exp(sums.before_CK) * b_MBHCK,
+            dot("MBHij,MBHjV->MBHiV", products_before(b_MBHCK, k_MBHCK), v_MBHCV),
+        ),
+    )
+    return Chunks(
+        read_CK=read_MBHCK,
+        write_CV=write_MBHCV,
+        q_CK=through_MBHCK * q_MBHCK,
+        scores_CC=products(q_MBHCK, a_MBHCK),
+        w_CK=after_MBHCK * a_MBHCK,
+        decay_K1=jnp.exp(sums.total_K)[..., None],
+        local_CV=dot("MBHij,MBHjV->MBHiV", products(q_MBHCK, k_MBHCK), v_MBHCV),
+        local_KV=dot("MBHCK,MBHCV->MBHKV", after_MBHCK * k_MBHCK, v_MBHCV),
+    )
+
+
+def _decayed_products(sums, H, dtype, *, before=False):
+    """A function of rows and columns: sum_K row_iK column_jK exp(g_{j+1} + ... + g_i)_K, zero for j > i.
+
+    With `before` the sum of decays stops in front of i, and the diagonal is zero. Where all channels decay alike, heads
+    that share rows and columns share their products.
+    """
+    if sums.total_K.shape[-1] > 1:
+
+        def per_channel(rows_MBGCK, columns_MBGCK):
+            rows_MBHCK, columns_MBHCK = (_repeat_heads(x, H) for x in (rows_MBGCK, columns_MBGCK))
+            return decay_sums.decayed_scores(
+                rows_MBHCK, columns_MBHCK, sums, before=before, dtype=dtype
+            )
+
+        return per_channel
+    D_MBHCC = decay_sums.pair_decay(sums, before=before)
+
+    def per_head(rows_MBGCK, columns_MBGCK):
+        scores_MBGCC = matmul.einsum("MBGiK,MBGjK->MBGij", rows_MBGCK, columns_MBGCK, dtype)
+        return _repeat_heads(scores_MBGCC, H) * D_MBHCC
+
+    return per_head
+
+
+def _repeat_heads(x_MBGCK, H):
+    G = x_MBGCK.shape[2]
+    return x_MBGCK if G == H else jnp.repeat(x_MBGCK, H // G, axis=2)
+
+
+def _pass(chunks: Chunks, S_BHKV, dtype):
+    """Through the chunks of a span: their outputs, the state that leaves and those that entered each."""
+    dot = functools.partial(matmul.einsum, dtype=dtype)
+
+    def one_chunk(S_BHKV, c: Chunks):
+        U_BHCV = c.write_CV + dot("BHCK,BHKV->BHCV", c.read_CK, S_BHKV)
+        S_next = c.decay_K1 * S_BHKV + dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
+        if c.local_KV is not None:
+            S_next = S_next + c.local_KV
+        return S_next, (S_BHKV, U_BHCV)
+
+    S_BHKV, (S_MBHKV, U_MBHCV) = jax.lax.scan(one_chunk, S_BHKV, chunks)
+    o_MBHCV = dot("MBHCK,MBHKV->MBHCV", chunks.q_CK, S_MBHKV)
+    o_MBHCV = o_MBHCV + dot("MBHij,MBHjV->MBHiV", chunks.scores_CC, U_MBHCV)
+    if chunks.local_CV is not None:
+        o_MBHCV = o_MBHCV + chunks.local_CV
+    return o_MBHCV, S_BHKV, S_MBHKV
+
+
+def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV, dtype):
+    """Cotangents of the maps and of the state that entered the span."""
+    dot = functools.partial(matmul.einsum, dtype=dtype)
+    U_MBHCV = c.write_CV + dot("MBHCK,MBHKV->MBHCV", c.read_CK, S_MBHKV)
+    dU_MBHCV = dot("MBHij,MBHiV->MBHjV", c.scores_CC, do_MBHCV)
+    dS_MBHKV = dot("MBHCK,MBHCV->MBHKV", c.q_CK, do_MBHCV)
+
+    def one_chunk(dS_next, inputs):
+        c, dU_BHCV, dS_BHKV = inputs
+        dU_BHCV = dU_BHCV + dot("BHCK,BHKV->BHCV", c.w_CK, dS_next)
+        dS_BHKV = dS_BHKV + c.decay_K1 * dS_next + dot("BHCK,BHCV->BHKV", c.read_CK, dU_BHCV)
+        return dS_BHKV, (dS_next, dU_BHCV)
+
+    dS_BHKV, (dS_next_MBHKV, dU_MBHCV) = jax.lax.scan(
+        one_chunk, dS_BHKV, (c, dU_MBHCV, dS_MBHKV), reverse=True
+    )
+    ddecay_MBHK1 = jnp.sum(dS_next_MBHKV * S_MBHKV, axis=-1, keepdims=True)
+    shared = [axis for axis in (2, 3) if c.decay_K1.shape[axis] == 1]
+    return Chunks(
+        read_CK=dot("MBHCV,MBHKV->MBHCK", dU_MBHCV, S_MBHKV),
+        write_CV=dU_MBHCV,
+        q_CK=dot("MBHCV,MBHKV->MBHCK", do_MBHCV, S_MBHKV),
+        scores_CC=dot("MBHiV,MBHjV->MBHij", do_MBHCV, U_MBHCV),
+        w_CK=dot("MBHCV,MBHKV->MBHCK", U_MBHCV, dS_next_MBHKV),
+        decay_K1=jnp.sum(ddecay_MBHK1, axis=shared, keepdims=True),
+        local_CV=None if c.local_CV is None else do_MBHCV,
+        local_KV=None if c.local_KV is None else dS_next_MBHKV,
+    ), dS_BHKV
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run(form, C: int, M: int, inputs, S_BHKV):
+    """form: from a span's inputs, each (M, B, heads, C, dim), to its Chunks. inputs: (B, T, heads, dim), v the third."""
+    return _run_forward(form, C, M, inputs, S_BHKV)[0]
+
+
+def _run_forward(form, C, M, inputs, S_BHKV):
+    T, dtype = inputs[2].shape[1], inputs[2].dtype
+
+    def one_span(S_BHKV, span):
+        o_MBHCV, S_BHKV, S_MBHKV = _pass(form(*_chunks(span, C)), S_BHKV, dtype)
+        return S_BHKV, (_tokens(o_MBHCV.astype(dtype)), S_MBHKV)
+
+    S_BHKV, (o_NBLHV, S_NMBHKV) = jax.lax.scan(one_span, S_BHKV, _spans(inputs, C * M))
+    return (_whole(o_NBLHV, T), S_BHKV), (inputs, S_NMBHKV)
+
+
+def _run_backward(form, C, M, residuals, cotangents):
+    inputs, S_NMBHKV = residuals
+    do_BTHV, dS_BHKV = cotangents
+    T, dtype, wide = inputs[2].shape[1], inputs[2].dtype, dS_BHKV.dtype
+
+    def one_span(dS_BHKV, xs):
+        span, do_BLHV, S_MBHKV = xs
+        chunks, form_vjp = jax.vjp(lambda *span: form(*_chunks(span, C)), *span)
+        (do_MBHCV,) = _chunks((do_BLHV.astype(wide),), C)
+        dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV, dtype)
+        return dS_BHKV, form_vjp(dchunks)
+
+    xs = (_spans(inputs, C * M), *_spans((do_BTHV,), C * M), S_NMBHKV)
+    dS_BHKV, dspans = jax.lax.scan(one_span, dS_BHKV, xs, reverse=True)
+    return tuple(_whole(dx, T) for dx in dspans), dS_BHKV
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _spans(arrays, L):
+    """(B, T, H, K) to (N, B, L, H, K), padded by tokens that neither decay nor write."""
+
+    def one(x_BTHK):
+        B, T, H, K = x_BTHK.shape
+        x_BTHK = jnp.pad(x_BTHK, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
+        return jnp.moveaxis(x_BTHK.reshape(B, -1, L, H, K), 1, 0)
+
+    return tuple(one(x) for x in arrays)
+
+
+def _chunks(arrays, C):
+    """(B, L, H, K) to (M, B, H, C, K)."""
+    return tuple(
+        x.reshape(x.shape[0], -1, C, *x.shape[2:]).transpose(1, 0, 3, 2, 4) for x in arrays
+    )
+
+
+def _tokens(x_MBHCV):
+    """(M, B, H, C, V) to (B, L, H, V)."""
+    M, B, H, C, V = x_MBHCV.shape
+    return x_MBHCV.transpose(1, 0, 3, 2, 4).reshape(B, M * C, H, V)
+
+
+def _whole(x_NBLHV, T):
+    """(N, B, L, H, V) to (B, T, H, V)."""
+    N, B, L, H, V = x_NBLHV.shape
+    return jnp.moveaxis(x_NBLHV, 0, 1).reshape(B, N * L, H, V)[:, :T]
