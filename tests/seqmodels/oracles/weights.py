@@ -26,3 +26,16 @@ def linear(module: torch.nn.Linear) -> dict[str, np.ndarray]:
 def scale(module: torch.nn.Module) -> dict[str, np.ndarray]:
     """A norm's gain."""
     return {"scale": array(module.weight)}
+
+
+def short_conv(module: torch.nn.Conv1d) -> dict[str, np.ndarray]:
+    """ShortConv of a depthwise nn.Conv1d, whose weight is (channels, 1, taps)."""
+    conv = {"kernel": array(module.weight)[:, 0].T}
+    return conv if module.bias is None else conv | {"bias": array(module.bias)}
+
+
+def split(dense: dict[str, np.ndarray], widths: dict[str, int]) -> dict[str, dict[str, np.ndarray]]:
+    """Consecutive output features of one projection or convolution, as several with the given names."""
+    ends = np.cumsum(list(widths.values()))
+    parts = {k: np.split(x, ends[:-1], axis=-1) for k, x in dense.items()}
+    return {name: {k: x[i] for k, x in parts.items()} for i, name in enumerate(widths)}
