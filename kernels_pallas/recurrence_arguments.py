@@ -7,9 +7,11 @@ None, and a float32 (or wider) initial state.
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import checks
+
 
 def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
-    """Raises ValueError where the shapes of q, k and v do not fit each other."""
+    """Raises ValueError where q, k and v do not fit each other, in shape or in kind."""
     shapes = f"q {q_BTGK.shape}, k {k_BTGK.shape}, v {v_BTHV.shape}"
     if not q_BTGK.ndim == k_BTGK.ndim == v_BTHV.ndim == 4:
         raise ValueError(f"{operator}: q, k and v must be (B, T, heads, dim); got {shapes}")
@@ -17,12 +19,43 @@ def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
         raise ValueError(f"{operator}: q, k and v must share batch and time; got {shapes}")
     if q_BTGK.shape[3] != k_BTGK.shape[3]:
         raise ValueError(f"{operator}: q and k must share their last dimension K; got {shapes}")
+    if 0 in (*q_BTGK.shape, *v_BTHV.shape):
+        raise ValueError(f"{operator}: every dimension must be at least 1; got {shapes}")
     if q_BTGK.shape[2] != k_BTGK.shape[2] or v_BTHV.shape[2] % k_BTGK.shape[2]:
         raise ValueError(
             f"{operator}: q and k must have the same number of heads G, and G must divide v's heads H; got {shapes}"
         )
-    if v_BTHV.shape[1] == 0:
-        raise ValueError(f"{operator}: the sequence is empty (T = 0); got {shapes}")
+    for name, array in (("q", q_BTGK), ("k", k_BTGK), ("v", v_BTHV)):
+        check_float(operator, name, array)
+
+
+def check_float(operator: str, name: str, array) -> None:
+    """Raises ValueError where `array` is not real floating point."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{operator}: {name} has dtype {array.dtype}; expected a floating dtype (float32, bfloat16, ...)"
+        )
+
+
+def check_segment_ids(operator: str, segment_ids, v_BTHV) -> None:
+    """Raises ValueError where segment ids are given and are not integers of shape (B, T)."""
+    if segment_ids is None:
+        return
+    check_shape(operator, "segment_ids", segment_ids, v_BTHV.shape[:2])
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"{operator}: segment_ids has dtype {segment_ids.dtype}; expected integers"
+        )
+
+
+def check_chunk_size(operator: str, chunk_size) -> None:
+    """Raises ValueError where a chunk size is given and is not a power of two of at least 16."""
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, int) or chunk_size < 16 or chunk_size & (chunk_size - 1):
+        raise ValueError(
+            f"{operator}: chunk_size is {chunk_size!r}; expected a power of two, 16 or more (or None)"
+        )
 
 
 def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> None:
@@ -38,6 +71,8 @@ def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
         return None
     B, T, H, _ = v_BTHV.shape
     check_shape(operator, "log_decay", log_decay, (H,), (B, T, H), (B, T, H, q_BTGK.shape[3]))
+    check_float(operator, "log_decay", log_decay)
+    checks.not_positive(operator, "log_decay", log_decay)
     log_decay = log_decay.astype(state_dtype(log_decay))
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay[None, None], (B, T, H))
@@ -45,18 +80,20 @@ def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
 
 
 def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV) -> jax.Array:
-    """Zeros where there is no initial state; float32 or wider."""
+    """Zeros where there is no initial state; in float32, or wider where an input is."""
     B, _, H, V = v_BTHV.shape
     shape_BHKV = (B, H, q_BTGK.shape[3], V)
+    dtype = state_dtype(q_BTGK, v_BTHV)
     if initial_state is None:
-        return jnp.zeros(shape_BHKV, state_dtype(v_BTHV))
+        return jnp.zeros(shape_BHKV, dtype)
     check_shape(operator, "initial_state", initial_state, shape_BHKV)
-    return initial_state.astype(state_dtype(initial_state))
+    check_float(operator, "initial_state", initial_state)
+    return initial_state.astype(jnp.promote_types(initial_state.dtype, dtype))
 
 
-def state_dtype(array) -> jnp.dtype:
-    """float32, or float64 for float64 inputs: what states, gates and their sums are held in."""
-    return jnp.promote_types(array.dtype, jnp.float32)
+def state_dtype(*arrays) -> jnp.dtype:
+    """float32, or float64 where an input is: what states, gates and their sums are held in."""
+    return jnp.result_type(*(array.dtype for array in arrays), jnp.float32)
 
 
 def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:

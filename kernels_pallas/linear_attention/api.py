@@ -1,13 +1,33 @@
-"""Linear attention with any decay: the public function."""
+"""Linear attention with any decay: the public functions."""
 
 import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas import recurrence_arguments as arguments
-from kernels_pallas.linear_attention import reference
+from kernels_pallas.linear_attention import chunked, reference
 
 
-def _reference(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size):
+def _one_token(
+    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size
+):
+    del segment_ids_BT, chunk_size  # one token starts no document, so the state enters
+    dtype, H = initial_state_BHKV.dtype, v_BTHV.shape[2]
+    q_BHK, k_BHK = (arguments.repeat_heads(x, H)[:, 0].astype(dtype) for x in (q_BTGK, k_BTGK))
+    log_decay_BHK = None if log_decay_BTHK is None else log_decay_BTHK[:, 0]
+    o_BHV, state_BHKV = reference.step(
+        q_BHK, k_BHK, v_BTHV[:, 0].astype(dtype), log_decay_BHK, initial_state_BHKV
+    )
+    return o_BHV[:, None].astype(v_BTHV.dtype), state_BHKV
+
+
+def _not_one_token(platform, *, v_BTHV, **arguments):
+    T = v_BTHV.shape[1]
+    return None if T == 1 else f"it takes one token; got T = {T}"
+
+
+def _reference(
+    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size
+):
     del chunk_size
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
     return reference.recurrent(
@@ -15,7 +35,11 @@ def _reference(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segme
     )
 
 
-IMPLEMENTATIONS = (dispatch.Implementation("reference", _reference),)
+IMPLEMENTATIONS = (
+    dispatch.Implementation("one_token", _one_token, _not_one_token),
+    dispatch.Implementation("chunked", chunked.chunked),
+    dispatch.Implementation("reference", _reference),
+)
 
 
 def linear_attention(
@@ -30,12 +54,40 @@ def linear_attention(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T;  o_t = scale * S_t^T q_t."""
+    """Linear attention with a decay, per head or per key channel:
+
+        S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+
+    No decay is linear attention (arXiv 2006.16236, eq. 9 without its normaliser); a fixed one per head is RetNet
+    (2307.08621) and Lightning Attention (2401.04658); one per token and head is Mamba-2's SSD (2405.21060, with
+    q, k, v = C, B, dt x) and mLSTM after its stabiliser (2405.04517); one per key channel is GLA (2312.06635, eq. 3),
+    HGRN2 (2404.07904) and RWKV-6. Any T, K, V. Reverse mode only (a custom VJP), to any order.
+
+    Args:
+      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves value heads g*H/G ... (g+1)*H/G - 1.
+      k_BTHK: (B, T, G, K).
+      v_BTHV: (B, T, H, V).
+      log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf forgets all that came before, and
+        its gradient is 0. Positive values are not checked unless `kernels_pallas.checks` is on.
+      scale: multiplies q; None is K**-0.5.
+      initial_state: (B, H, K, V), the state before the first token; None is zero. It belongs to the first token's
+        document.
+      segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another.
+      chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and rounding only.
+      implementation: 'chunked', 'one_token' (T = 1 only), 'reference', or None for the best here.
+
+    Returns:
+      o_BTHV in v's dtype, and the final state (B, H, K, V). States, gates and their sums are float32 (float64 where an
+      input is); matrix products take q, k and v in their own dtype and accumulate in float32.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.
+      NotImplementedError: the named implementation cannot run this call.
+    """
     name = "linear_attention"
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
-    B, T = v_BTHV.shape[:2]
-    if segment_ids is not None:
-        arguments.check_shape(name, "segment_ids", segment_ids, (B, T))
+    arguments.check_segment_ids(name, segment_ids, v_BTHV)
+    arguments.check_chunk_size(name, chunk_size)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     call = {
         "q_BTGK": q_BTHK * scale,
@@ -47,3 +99,36 @@ def linear_attention(
         "chunk_size": chunk_size,
     }
     return dispatch.choose(name, IMPLEMENTATIONS, implementation, **call).call(**call)
+
+
+def step(
+    q_BHK: jax.Array,
+    k_BHK: jax.Array,
+    v_BHV: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    state: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of `linear_attention`, for decoding: constant time and memory.
+
+    Args:
+      q_BHK: (B, G, K), floating; G divides H.
+      k_BHK: (B, G, K).
+      v_BHV: (B, H, V).
+      log_decay: None, (H,), (B, H) or (B, H, K), <= 0.
+      scale: multiplies q; None is K**-0.5.
+      state: (B, H, K, V), as `linear_attention` and `step` return it; None is zero.
+
+    Returns:
+      o_BHV in v's dtype, and the next state, in float32 or wider.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit. They are named as for `linear_attention`, with T = 1.
+    """
+    if log_decay is not None and log_decay.ndim > 1:
+        log_decay = log_decay[:, None]
+    o_BTHV, state_BHKV = linear_attention(
+        q_BHK[:, None], k_BHK[:, None], v_BHV[:, None], log_decay, scale=scale, initial_state=state
+    )
+    return o_BTHV[:, 0], state_BHKV

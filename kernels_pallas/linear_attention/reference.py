@@ -35,5 +35,7 @@ def recurrent(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segmen
     qkv = jax.tree.map(lambda x: time_first(x.astype(dtype)), (q_BTHK, k_BTHK, v_BTHV))
     log_decay_TBHK = None if log_decay_BTHK is None else time_first(log_decay_BTHK.astype(dtype))
     start_TB = None if segment_ids_BT is None else time_first(segments.starts(segment_ids_BT))
-    final_BHKV, o_TBHV = jax.lax.scan(scan_step, initial_state_BHKV, (qkv, log_decay_TBHK, start_TB))
+    final_BHKV, o_TBHV = jax.lax.scan(
+        scan_step, initial_state_BHKV, (qkv, log_decay_TBHK, start_TB)
+    )
     return jnp.moveaxis(o_TBHV, 0, 1).astype(v_BTHV.dtype), final_BHKV

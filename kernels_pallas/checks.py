@@ -1,0 +1,46 @@
+"""Checks of values, off unless asked for: shapes are always checked, values only where someone looks for a fault.
+
+On with the environment variable SEQMODELS_CHECKS=1, or inside `with checks.enabled():`. Read when a call is traced:
+a function compiled with the checks off stays without them.
+"""
+
+import contextlib
+import contextvars
+import os
+
+import jax
+import jax.numpy as jnp
+
+_ON = contextvars.ContextVar("checks", default=os.environ.get("SEQMODELS_CHECKS") == "1")
+
+
+@contextlib.contextmanager
+def enabled(on: bool = True):
+    """Turns the checks on (or off) for the calls made, or traced, inside the block."""
+    token = _ON.set(on)
+    try:
+        yield
+    finally:
+        _ON.reset(token)
+
+
+def not_positive(operator: str, name: str, array: jax.Array) -> None:
+    """With checks on: raises ValueError where a real array has an entry above 0, or NaN; -inf is legal.
+
+    On concrete arrays at once; under jit when the program runs, as JAX's runtime error with the same message in it.
+    """
+    if not _ON.get():
+        return
+
+    def raise_if_positive(largest):
+        if not (largest <= 0).all():
+            raise ValueError(
+                f"{operator}: {name} must be <= 0 everywhere, its largest value is {float(largest.max()):g}; "
+                "pass the logarithm of a decay in [0, 1], such as -softplus(x) or log_sigmoid(x)"
+            )
+
+    largest = jnp.max(array)
+    if isinstance(largest, jax.core.Tracer):
+        jax.debug.callback(raise_if_positive, largest)
+    else:
+        raise_if_positive(largest)
