@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch, segments
+from kernels_pallas import checks, dispatch, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.diagonal_scan import chunked, reference
 
@@ -35,7 +35,7 @@ def diagonal_scan(
       x_BTD: (B, T, D), floating or complex.
       decay_BTD: (B, T, D), or (D,) for one decay at all times. Any value: negative, above 1, complex.
       log_decay: instead of decay_BTD, of the same shapes, real or complex, real part <= 0. -inf forgets all that came
-        before, and its gradient is 0.
+        before, and its gradient is 0. Positive values are not checked unless `kernels_pallas.checks` is on.
       initial_state: (B, D), the h before the first token (reverse: after the last); None is zero. It belongs to the
         document of the token it meets first.
       segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another.
@@ -48,7 +48,8 @@ def diagonal_scan(
       least, whatever x is.
 
     Raises:
-      ValueError: not exactly one of decay_BTD and log_decay, shapes that do not fit, or an unknown implementation.
+      ValueError: not exactly one of decay_BTD and log_decay, shapes that do not fit, an unknown implementation, or (with checks on) a
+        positive log_decay.
     """
     operator = "diagonal_scan"
     if (decay_BTD is None) == (log_decay is None):
@@ -68,6 +69,7 @@ def diagonal_scan(
 
     dtype = jnp.result_type(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
     if log_decay is not None:
+        checks.not_positive(operator, "log_decay", jnp.real(log_decay))
         decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
     decay = decay.astype(dtype)
     decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)

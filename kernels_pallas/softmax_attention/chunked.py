@@ -3,7 +3,7 @@
 For every block of C queries the blocks of C keys it can see are visited in turn; running maximum m, sum l and output o
 are corrected as m grows (the online softmax of arXiv 1805.02867, in blocks as in FlashAttention, arXiv 2205.14135).
 Blocks that causality or the window rules out are not visited, so a window costs O(T * window). The backward pass keeps
-q, k, v, o and the log of each row's sum, and makes the probabilities of each block again (arXiv 2307.08691, section
+q, k, v, o (unrounded: dS is a difference) and the log of each row's sum, and makes the probabilities of each block again (arXiv 2307.08691, section
 3.1):
 
     P = exp(s - log_sum)    dS = P * (g v^T - rowsum(g * o))    dv += P^T g    dq += dS k    dk += dS^T q
@@ -30,7 +30,7 @@ def chunked(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     )
     visibility = visibility.padded(-T % C, -S % E)
     o_BGRTV = _attend(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, (C, E))[:, :, :, :T]
-    return o_BGRTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, V)
+    return o_BGRTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, V).astype(q_BTHK.dtype)
 
 
 def _key_blocks(i, count, visibility, C):
@@ -99,7 +99,7 @@ def _forward_blocks(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
         some_BGRC = l_BGRC > 0
         total_BGRC = jnp.where(some_BGRC, l_BGRC, 1)
         log_sum_BGRC = jnp.where(some_BGRC, m_BGRC + jnp.log(total_BGRC), 0)
-        return None, ((o_BGRCV / total_BGRC[..., None]).astype(q_BGRTK.dtype), log_sum_BGRC)
+        return None, (o_BGRCV / total_BGRC[..., None], log_sum_BGRC)
 
     def joined(z):  # blocks first -> the time axis
         z = jnp.moveaxis(z, 0, 3)
@@ -125,7 +125,7 @@ def _backward(scale, sizes, saved, g_BGRTV):
     count = k_BGSK.shape[2] // E
     dtype = q_BGRTK.dtype
     accumulate = jnp.promote_types(dtype, jnp.float32)
-    drop_BGRT = jnp.sum(g_BGRTV.astype(accumulate) * o_BGRTV.astype(accumulate), axis=-1)
+    drop_BGRT = jnp.sum(g_BGRTV * o_BGRTV, axis=-1)
 
     def query_block(carry, i):
         q_BGRCK, g_BGRCV = _cut(q_BGRTK, i, C), _cut(g_BGRTV, i, C)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import diagonal_scan
+from kernels_pallas import checks, diagonal_scan
 from kernels_pallas.diagonal_scan import step
 from kernels_pallas.diagonal_scan.shapes import SHAPES
 from tests.kernels_pallas.conformance import (
@@ -198,6 +198,15 @@ def test_errors_name_what_was_given(arguments, message):
     positional, keywords = arguments(jnp.zeros((2, 5, 3)))
     with pytest.raises(ValueError, match=message):
         diagonal_scan(*positional, **keywords)
+
+
+@pytest.mark.parametrize("log_decay", [0.5, 0.5 + 1j])
+def test_positive_log_decay_is_found_with_checks_on(log_decay):
+    x = jnp.zeros((2, 5, 3))
+    with checks.enabled(), pytest.raises(ValueError, match="log_decay must be <= 0"):
+        diagonal_scan(x, log_decay=jnp.full((3,), log_decay))
+    with checks.enabled():
+        diagonal_scan(x, log_decay=jnp.full((3,), -log_decay))
 
 
 def test_published_workloads_trace():

@@ -87,10 +87,26 @@ def test_float32(T, kind, packed):
 
 @pytest.mark.parametrize("implementation", ["chunked", pytest.param("xla", marks=pytest.mark.slow)])
 def test_bfloat16(implementation):
-    qkv, keywords = _inputs(300, "window", True, jnp.bfloat16)
+    """Where every key is seen by about as many queries."""
+    qkv, keywords = _inputs(300, "window both ways", False, jnp.bfloat16)
     got = _everything(qkv, keywords, implementation)
     assert got["output"].dtype == jnp.bfloat16
     assert_close(got, _truth(qkv, keywords), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("implementation", ["chunked", pytest.param("xla", marks=pytest.mark.slow)])
+def test_bfloat16_of_short_documents(implementation):
+    """The first tokens of documents have gradients several times the tensor's rms. There rounding the exact answer to
+    bfloat16 can by itself cost 2% of that rms, so the error counts against the position's own size where that is larger.
+    """
+    qkv, keywords = _inputs(300, "window", True, jnp.bfloat16)
+    got, expected = _everything(qkv, keywords, implementation), _truth(qkv, keywords)
+    for name, true in expected.items():
+        error = np.sqrt(np.mean((np.asarray(got[name], np.float64) - true) ** 2, axis=-1))
+        size = np.sqrt(np.mean(true**2, axis=-1))
+        assert (error / np.maximum(size, np.sqrt(np.mean(true**2)))).max() < TOLERANCE[
+            "bfloat16"
+        ], name
 
 
 def test_definition_by_numpy():
@@ -330,7 +346,10 @@ def test_what_cudnn_takes(monkeypatch, change, K, message):
         ({"segment_ids": jnp.zeros((2, 4))}, r"segment_ids has shape \(2, 4\); expected \(2, 5\)"),
         ({"kv_segment_ids_BS": jnp.zeros((2, 5))}, "needs segment_ids beside it"),
         ({"q_positions_BT": jnp.zeros((2, 5))}, "give both q_positions_BT and kv_positions_BS"),
-        ({"implementation": "flash"}, "unknown implementation 'flash'; choose one of 'splash', 'cudnn', "),
+        (
+            {"implementation": "flash"},
+            "unknown implementation 'flash'; choose one of 'splash', 'cudnn', ",
+        ),
     ],
 )
 def test_errors_name_what_was_given(change, message):
