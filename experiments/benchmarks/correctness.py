@@ -1,0 +1,64 @@
+"""The gate in front of the clock: an implementation that is wrong is reported, and not timed.
+
+Truth is the recurrent definition in float64, on the same rounded inputs and cotangents. The error at a position is the
+rms of the difference over the last axis (for arrays of rank below 4: of each entry), over the rms of the whole true
+tensor; the largest one counts, so that one wrong token cannot hide in an average.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.entries import Arrays, Entry, Problem, with_gradients
+
+# On accelerators a float32 product is rounded to TF32 or bfloat16 by default, so the wider tolerance holds there.
+TOLERANCE = {"float32": 5e-5, "bfloat16": 3e-2}
+
+
+def tolerance(dtype: str) -> float:
+    exact = dtype == "float32" and jax.default_backend() == "cpu"
+    return TOLERANCE["float32" if exact else "bfloat16"]
+
+
+def truth(definition, problem: Problem) -> Arrays:
+    """Outputs and gradients of `definition`, a function of inputs by name, in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(_widen, (problem.inputs, problem.cotangents))
+        return jax.tree.map(np.asarray, jax.jit(with_gradients(definition))(*wide))
+
+
+def errors(entry: Entry, problem: Problem, expected: Arrays) -> dict[str, float]:
+    """Largest error of each output (forward alone, and with backward) and of each gradient."""
+    forward = entry.prepare(problem, False).run()
+    both = entry.prepare(problem, True).run()
+    found = {f"{name} (forward)": position_error(x, expected[name]) for name, x in forward.items()}
+    return found | {name: position_error(x, expected[name]) for name, x in both.items()}
+
+
+def wrong(found: dict[str, float], limit: float) -> str | None:
+    """What is wrong, worst first, or None if every error is below the limit. NaN is wrong."""
+    bad = sorted(((name, e) for name, e in found.items() if not e < limit), key=lambda x: -x[1])
+    if not bad:
+        return None
+    return ", ".join(f"{name} off by {e:.1e}" for name, e in bad[:3])
+
+
+def position_error(got, expected) -> float:
+    """See the module's docstring; infinite where the shape differs, or a value is not finite."""
+    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
+    got = np.asarray(got)
+    if got.shape != expected.shape:
+        return np.inf
+    got = got.astype(wide)
+    if not np.isfinite(got).all():
+        return np.inf
+    square = np.abs(got - expected) ** 2
+    error = np.sqrt((square.mean(axis=-1) if square.ndim >= 4 else square).max())
+    scale = np.sqrt(np.mean(np.abs(expected) ** 2))
+    if scale == 0:
+        return 0.0 if error == 0 else np.inf
+    return float(error / scale)
+
+
+def _widen(x):
+    return jnp.asarray(np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64))

@@ -1,0 +1,64 @@
+"""The machine a figure belongs to."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+
+from experiments import run_record
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+
+
+def environment() -> dict:
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git": run_record.git_state(),
+        "device": f"{device.device_kind} ({device.platform})",
+        "devices": jax.device_count(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "load_average": list(os.getloadavg()),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def describe(environment: dict) -> str:
+    """The environment in one line, for people."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return (
+        f"{environment['date']} | {environment['device']} | {environment['cores']} cores of {environment['cpu']} "
+        f"(load {environment['load_average'][0]:.1f}) | python {environment['python']}, {versions}"
+    )
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux tells it, or what Python knows elsewhere."""
+    return _proc("cpuinfo").get("model name") or platform.processor() or platform.machine()
+
+
+def free_bytes() -> int | None:
+    """Memory that the default device still has to give; None where it does not say."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        kilobytes = _proc("meminfo").get("MemAvailable")
+        return kilobytes and 1024 * int(kilobytes.split()[0])
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
+
+def _proc(name: str) -> dict[str, str]:
+    """The "name: value" lines of /proc/<name>; empty on other systems than Linux."""
+    try:
+        lines = (Path("/proc") / name).read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -1,0 +1,225 @@
+"""Operators over length: every implementation is checked, and those that are right are timed in turn.
+
+A new kernel takes part by standing in its operator's IMPLEMENTATIONS; another library through `peers`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from experiments.benchmarks import correctness, machine, operators, pictures, timing
+from experiments.benchmarks.entries import Entry, Prepared
+from experiments.benchmarks.report import Row, Section, Target
+
+PASSES = ("forward", "forward_backward")
+MATRIX_RECURRENCES = ("linear_attention", "delta_rule")
+RECURRENCES = (*MATRIX_RECURRENCES, "diagonal_scan")
+_MEMORY_SHARE = 0.8
+_SECONDS = ("seconds", "seconds_lower", "seconds_upper")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """implementations: None is all that the operator has. rounds, seconds: see `timing.interleaved`.
+    check_length: of the problem they are checked on; the default is several chunks and a part of one.
+    """
+
+    shape: operators.Shape = operators.Shape()
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)
+    dtype: str = "float32"
+    implementations: tuple[str, ...] | None = None
+    passes: tuple[str, ...] = PASSES
+    rounds: int = 15
+    seconds: float = 2.0
+    check_length: int = 300
+
+
+def section(
+    case: operators.OperatorCase,
+    variants: Sequence[str],
+    settings: Settings,
+    folder: Path,
+    title: str,
+    peers: Sequence[Entry] = (),
+) -> Section:
+    """Measures each variant, and draws <operator>.png into the folder."""
+    rows, checks = [], []
+    for variant in variants:
+        more_rows, more_checks = run(case, variant, settings, peers)
+        rows, checks = rows + more_rows, checks + more_checks
+    if any("seconds" in row for row in rows):
+        pictures.time_a_token(rows, folder / f"{case.name}.png", title)
+    return Section(
+        case.name,
+        {"dtype": settings.dtype} | case.sizes(settings.shape),
+        rows,
+        [display(row) for row in rows],
+        targets(case.name, rows),
+        checks,
+        _notes(settings, checks),
+        any(check["wrong"] for check in checks),
+    )
+
+
+def run(
+    case: operators.OperatorCase,
+    variant: str,
+    settings: Settings,
+    peers: Sequence[Entry] = (),
+    log: Callable[[str], None] = print,
+) -> tuple[list[Row], list[Row]]:
+    """Checks every entry, and times those that are right. Returns (rows of timings, rows of checks)."""
+    names = case.implementations if settings.implementations is None else settings.implementations
+    entries = [case.entry(name, variant, settings.shape) for name in names]
+    checks, sound = _check(case, variant, settings, [*entries, *peers], log)
+    rows = []
+    for which in settings.passes:
+        rows += _time(case, variant, settings, sound, which, log)
+    return rows, checks
+
+
+def _check(case, variant, settings, entries, log) -> tuple[list[Row], list[Entry]]:
+    limit = correctness.tolerance(settings.dtype)
+    few_rows = dataclasses.replace(settings.shape, B=min(settings.shape.B, 2))
+    problem = operators.make_problem(case, few_rows, settings.check_length, variant, settings.dtype)
+    definition = case.function(operators.DEFINITION, variant, settings.shape)
+    expected = correctness.truth(definition, problem)
+    rows, sound = [], []
+    for entry in entries:
+        row = {"operator": case.name, "variant": variant, "implementation": entry.name}
+        row |= {"T": settings.check_length, "tolerance": limit}
+        try:
+            found = correctness.errors(entry, problem, expected)
+        except NotImplementedError as reason:
+            row |= {"errors": None, "wrong": None, "unsupported": str(reason)}
+        else:
+            row |= {"errors": found, "wrong": correctness.wrong(found, limit), "unsupported": None}
+        if row["errors"] and not row["wrong"]:
+            sound.append(entry)
+        rows.append(row)
+        log(f"{case.name} ({variant}), {entry.name}: {verdict(row)}")
+    return rows, sound
+
+
+def verdict(check: Row) -> str:
+    """What a check found, in words."""
+    if check["unsupported"]:
+        return f"not supported: {check['unsupported']}"
+    if check["wrong"]:
+        return f"WRONG, so not timed: {check['wrong']}"
+    return f"right, largest error {max(check['errors'].values()):.1e}"
+
+
+def _notes(settings: Settings, checks: list[Row]) -> list[str]:
+    return [
+        f"checked at T {settings.check_length}, outputs and gradients at every position, against the recurrence in "
+        f"float64; errors are relative to a tensor's rms, tolerance {correctness.tolerance(settings.dtype):.0e}",
+        *(f"{check['variant']}, {check['implementation']}: {verdict(check)}" for check in checks),
+        "temp MiB: what the compiled program plans for beside inputs and outputs, not a measurement",
+    ]
+
+
+def _time(case, variant, settings, entries, which, log) -> list[Row]:
+    prepared, notes = {}, {}
+    for T in settings.lengths:
+        problem = operators.make_problem(case, settings.shape, T, variant, settings.dtype)
+        for entry in entries:
+            try:
+                one = entry.prepare(problem, which == "forward_backward")
+                notes[T, entry.name] = _too_large(one)
+            except NotImplementedError as reason:
+                notes[T, entry.name] = f"not supported: {reason}"
+            if not notes[T, entry.name]:
+                prepared[T, entry.name] = one
+    log(f"{case.name}, {variant}, {which}: timing {len(prepared)} programs in turn")
+    calls = {key: one.run for key, one in prepared.items()}
+    timings = timing.interleaved(calls, settings.rounds, settings.seconds)
+    rows = []
+    for (T, name), note in notes.items():
+        row = {
+            "operator": case.name,
+            "variant": variant,
+            "pass": which,
+            "T": T,
+            "implementation": name,
+        }
+        if (T, name) in timings:
+            one, baseline = prepared[T, name], timings.get((T, operators.DEFINITION))
+            row |= _figures(timings[T, name], baseline, one, settings.shape.B * T)
+        rows.append(row | {"note": note})
+    return rows
+
+
+def _figures(
+    took: timing.Timing, baseline: timing.Timing | None, one: Prepared, tokens: int
+) -> Row:
+    return {
+        "seconds": took.median,
+        "seconds_lower": took.lower,
+        "seconds_upper": took.upper,
+        "rounds": took.rounds,
+        "token_us": 1e6 * took.median / tokens,
+        "speedup": baseline and baseline.median / took.median,
+        "temp_bytes": one.temp_bytes,
+        "compile_seconds": one.compile_seconds,
+    }
+
+
+def _too_large(prepared: Prepared) -> str | None:
+    """Why a program is better not started: some platforms kill a process that asks for too much."""
+    if prepared.total_bytes is None:
+        return None
+    free = machine.free_bytes()
+    if free is None or prepared.total_bytes < _MEMORY_SHARE * free:
+        return None
+    return f"not run: needs {prepared.total_bytes / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
+
+
+def display(row: Row) -> Row:
+    """The columns of a printed table."""
+    ms = {name: row.get(name) and 1e3 * row[name] for name in _SECONDS}
+    return {
+        "variant": row["variant"],
+        "pass": row["pass"].replace("_", "+"),
+        "T": row["T"],
+        "implementation": row["implementation"],
+        "median ms": ms["seconds"],
+        "q1": ms["seconds_lower"],
+        "q3": ms["seconds_upper"],
+        "us a token": row.get("token_us"),
+        "x reference": row.get("speedup"),
+        "temp MiB": row.get("temp_bytes") and row["temp_bytes"] / 2**20,
+        "compile s": row.get("compile_seconds"),
+        "note": row["note"] or "",
+    }
+
+
+def targets(operator: str, rows: list[Row]) -> list[Target]:
+    """Chunked against recurrent at T 2048, and time a token at T 16384 against 1024, where they are asked of it."""
+    at = {
+        (row["T"], row["variant"], row["pass"]): row
+        for row in rows
+        if row["implementation"] == "chunked" and "seconds" in row
+    }
+    found = []
+    if operator in MATRIX_RECURRENCES:
+        ratios = {key[1:]: row["speedup"] for key, row in at.items() if key[0] == 2048}
+        ratios = {key: ratio for key, ratio in ratios.items() if ratio}
+        claim = f"{operator}: chunked at least 4x as fast as recurrent at T 2048"
+        found.append(_target(claim, ratios, lambda x: x >= 4))
+    if operator in RECURRENCES:
+        ratios = {
+            key[1:]: row["token_us"] / at[1024, *key[1:]]["token_us"]
+            for key, row in at.items()
+            if key[0] == 16384 and (1024, *key[1:]) in at
+        }
+        claim = f"{operator}: chunked, time a token at T 16384 at most 1.15x that at 1024"
+        found.append(_target(claim, ratios, lambda x: x <= 1.15))
+    return found
+
+
+def _target(claim: str, ratios: dict, met: Callable[[float], bool]) -> Target:
+    if not ratios:
+        return Target(claim, "-", None)
+    listed = ", ".join(f"{x:.2f} ({variant}, {which})" for (variant, which), x in ratios.items())
+    return Target(claim, listed, all(map(met, ratios.values())))

@@ -1,0 +1,66 @@
+"""Round-robin timing: what else the machine does falls on everyone alike, so that ratios hold where figures do not."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MIN_ROUNDS = 3
+
+
+class Timing(NamedTuple):
+    """Seconds a call: median and quartiles over the rounds."""
+
+    median: float
+    lower: float
+    upper: float
+    rounds: int
+
+
+def interleaved(
+    calls: Mapping[Hashable, Callable[[], Any]],
+    rounds: int,
+    seconds: float,
+    block_seconds: float = 0.02,
+) -> dict[Hashable, Timing]:
+    """Times each call once a round, in an order that turns with the rounds, after warming up.
+
+    rounds: how many, but at least MIN_ROUNDS. seconds: a call that has used up so much leaves after MIN_ROUNDS, and one
+    that has used up four times as much leaves at once; its rounds are then fewer.
+    block_seconds: shorter calls are repeated until a measurement lasts this long; with 0 each is made at most 3 +
+    rounds times.
+    """
+    repeats = {key: _repeats(call, block_seconds) for key, call in calls.items()}
+    samples = {key: [] for key in calls}
+    keys = list(calls)
+    for i in range(max(rounds, MIN_ROUNDS)):
+        turn = i % len(keys) if keys else 0
+        for key in keys[turn:] + keys[:turn]:
+            spent = sum(samples[key]) * repeats[key]
+            if spent > (seconds if len(samples[key]) >= MIN_ROUNDS else 4 * seconds):
+                continue
+            samples[key].append(_seconds_a_call(calls[key], repeats[key]))
+    return {key: summary(x) for key, x in samples.items()}
+
+
+def summary(samples: list[float]) -> Timing:
+    lower, median, upper = np.percentile(samples, (25, 50, 75))
+    return Timing(float(median), float(lower), float(upper), len(samples))
+
+
+def _repeats(call, block_seconds: float) -> int:
+    """Warms up, up to three times, and says how many calls make one measurement."""
+    start = time.perf_counter()
+    for _ in range(3):
+        once = _seconds_a_call(call, 1)
+        if time.perf_counter() - start > block_seconds:
+            break
+    return max(1, int(block_seconds / max(once, 1e-9)))
+
+
+def _seconds_a_call(call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
