@@ -8,6 +8,7 @@ checkpoints and at most one temporary directory, which the next training run rem
 import contextlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import flax.struct
@@ -46,16 +47,16 @@ class DataPosition:
         return write()
 
     async def load(self, directory):
-        async def read():
-            path = Path(directory) / _process_file()
-            if not path.exists():
-                raise ValueError(
-                    f"{path} does not exist: this checkpoint was written by another number of processes. Data resumes "
-                    "only with as many as wrote it."
-                )
-            self.iterator.set_state(json.loads(path.read_text()))
+        raise NotImplementedError("`read` it: Orbax wraps the errors of what it loads into its own")
 
-        return read()
+    def read(self, directory: Path) -> None:
+        path = directory / _process_file()
+        if not path.exists():
+            raise ValueError(
+                f"{path} does not exist: this checkpoint was written by another number of processes. Data resumes "
+                "only with as many as wrote it."
+            )
+        self.iterator.set_state(json.loads(path.read_text()))
 
 
 def _process_file() -> str:
@@ -75,7 +76,7 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / "checkpoints"
         if training and jax.process_index() == 0:
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished)
+                _remove(unfinished)
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self.directory, preservation_policy=policies.LatestN(keep)
@@ -129,7 +130,7 @@ class Checkpoints:
         """The state of `step`, laid out as `abstract_state` says; sets the data iterator to where it stood."""
         abstract = _parts(abstract_state)
         self._check_same_trees(step, abstract)
-        abstract["data"] = DataPosition(data_iterator)
+        DataPosition(data_iterator).read(self.path(step) / "data")
         parts = self._checkpointer.load_checkpointables(step, abstract)
         return TrainState(params=parts["params"], **parts["training"])
 
@@ -142,8 +143,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the running save. Raises SaveFailed if it failed and nobody was told yet."""
         self.wait()
-        if not self._failed:  # Orbax would raise the same failure once more
+        try:
             self._checkpointer.close()
+        except (OSError, ValueError, RuntimeError):
+            if not self._failed:  # Orbax raises a failure once more
+                raise
 
     def _check_same_trees(self, step: int, abstract: dict) -> None:
         """Raises ValueError, listing the parameters that differ, if checkpoint `step` is of another model or optimizer."""
@@ -181,6 +185,16 @@ class Checkpoints:
                 else "There are none."
             )
         )
+
+
+def _remove(folder: Path) -> None:
+    """A save that failed in this very process may still be writing its other parts, so this tries for ten seconds."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+    shutil.rmtree(folder)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -1,0 +1,138 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import cli, run_record
+from tests.experiments import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def error_of(function, *arguments) -> str:
+    with pytest.raises(cli.UserError) as error:
+        function(*arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optimzer.learning_rate=1", "config has no 'optimzer'; did you mean config.optimizer or"),
+        ("optimizer.learning_rat=1", "did you mean config.optimizer.learning_rate?"),
+        ("learning_rate=1", "did you mean config.optimizer.learning_rate?"),
+        (
+            "schedule.wormup=1",
+            "config.schedule has no 'wormup'; it has decay_fraction, final_fraction",
+        ),
+        ("seed.x=1", "config.seed is a value, not a section"),
+    ],
+)
+def test_a_typo_is_named_with_its_path_and_close_matches(tmp_path, override, message):
+    config = tiny.make_config(tmp_path)
+    said = error_of(cli.check_overrides, config, ["train", f"--config.{override}"])
+    assert f"unknown config field config.{override.split('=')[0]}" in said and message in said
+
+
+def test_overrides_of_what_there_is_pass(tmp_path):
+    config = tiny.make_config(tmp_path)
+    arguments = ["--config.train.steps=3", "-config.seed", "4", "--noconfig.tensorboard", "--x.y=2"]
+    cli.check_overrides(config, ["train", *arguments])
+
+
+def test_a_config_that_is_not_there_is_explained(tmp_path, monkeypatch):
+    (tmp_path / "quick.py").write_text("def get_config(arg=''):\n    return arg\n")
+    (tmp_path / "other.py").write_text("get_configs = 1\n")
+    assert "give a config" in error_of(cli.load_config, "")
+    assert "Did you mean" in error_of(cli.load_config, str(tmp_path / "quikc.py"))
+    assert f"Did you mean {tmp_path}/quick.py?" in error_of(cli.load_config, f"{tmp_path}/quick")
+    assert "quick.py" in error_of(cli.load_config, str(tmp_path))
+    assert "is not a config" in error_of(cli.load_config, str(tmp_path / "other.py"))
+    assert "returned str, not an ml" in error_of(cli.load_config, f"{tmp_path}/quick.py:x")
+    monkeypatch.chdir(tmp_path)
+    said = error_of(cli.load_config, "configs/common.py")
+    assert f"looked from {tmp_path}" in said and f"cd {ROOT}" in said
+
+
+def test_a_config_and_its_argument_are_read(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\ndef get_config(a='1'):\n    return ConfigDict({'a': a})\n"
+    )
+    assert cli.load_config(str(path)).a == "1"
+    assert cli.load_config(f"{path}:x:y").a == "x:y"
+
+
+def test_our_value_errors_are_the_users_and_those_of_libraries_are_not():
+    def ours(argv):
+        raise ValueError("choose one of a, b")
+
+    def a_library(argv):
+        ConfigDict({"a": 1}).update_from_flattened_dict({"b.c": 1})
+        int("three")
+
+    assert error_of(cli._explained, ours, []) == "choose one of a, b"
+    with pytest.raises(Exception) as error:
+        cli._explained(a_library, [])
+    assert not isinstance(error.value, cli.UserError)
+
+
+def test_the_saved_config_comes_back(tmp_path):
+    config = tiny.make_config(tmp_path)
+    assert run_record.save_config(tmp_path, config) == []
+    assert run_record.load_config(tmp_path).to_dict() == config.to_dict()
+    config.train.steps = 9
+    assert run_record.save_config(tmp_path, config) == ["config.train.steps: 6 -> 9"]
+    with pytest.raises(ValueError, match="holds no run"):
+        run_record.load_config(tmp_path / "elsewhere")
+
+
+def python(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_a_typo_ends_the_program_with_code_2_and_no_traceback(tmp_path):
+    config = "--config=configs/quickstart.py:smoke"
+    done = python(
+        "experiments.train", config, "--config.optimzer.clip=1", f"--workdir={tmp_path}/run"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown config field config.optimzer.clip")
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_generate_as_a_user_calls_them(tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    (tmp_path / "config.py").write_text(
+        "from pathlib import Path\nfrom tests.experiments import tiny\n"
+        f"def get_config(arg=''):\n    return tiny.make_config(Path({str(tmp_path)!r}))\n"
+    )
+    train = ("experiments.train", f"--config={tmp_path / 'config.py'}", workdir)
+    refused = python(*train, "--resume")
+    assert refused.returncode == 2 and "holds no checkpoint" in refused.stderr
+    trained = python(*train, "--config.train.steps=4")
+    assert trained.returncode == 0, trained.stderr
+    assert "gzip -9" in trained.stdout and f"{tmp_path}/run/loss.png" in trained.stdout
+    assert "step 4/4: loss" in trained.stderr and "Traceback" not in trained.stderr
+    wrong = python(*train, "--config.optimizer.name=adma", "--config.train.steps=5")
+    assert wrong.returncode == 2 and "choose one of adamw" in wrong.stderr
+
+    scored = python(
+        "experiments.evaluate", workdir, "--split=validation", "--config.data.seq_len=48"
+    )
+    assert scored.returncode == 0, scored.stderr
+    assert "bits per byte" in scored.stdout and "45-47" in scored.stdout
+    assert (tmp_path / "run" / "evaluation_validation.png").exists()
+
+    generate = ("experiments.generate", workdir, "--prompt=12 squared")
+    generated = python(*generate, "--length=20", "--temperature=0")
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout.startswith("12 squared") and len(generated.stdout) > len("12 squared\n")
+    assert python(*generate, "--length=20", "--temperature=0").stdout == generated.stdout
+    bad = python(*generate, "--top_p=2")
+    assert bad.returncode == 2 and "top_p is 2.0" in bad.stderr

@@ -1,0 +1,120 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments import evaluation, metrics, plots
+
+
+@pytest.fixture
+def batch():
+    return {
+        # Documents of lengths 3 and 2, and padding; then one of 6.
+        "segment_ids": np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32),
+        "loss_mask": np.array([[1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0]], np.float32),
+        "targets": np.array([[0, 1, 0, 2, 0, 0], [1, 1, 1, 1, 2, 0]], np.int32),
+    }
+
+
+def score(batch, num_bytes_W=None):
+    nll_BT = np.arange(12, dtype=np.float32).reshape(2, 6)
+    correct_BT = (nll_BT % 2).astype(np.float32)
+    scores = evaluation.Scores(num_bytes_W)
+    scores.add(batch, nll_BT, correct_BT)
+    return scores
+
+
+def test_totals_are_means_over_the_tokens_that_count(batch):
+    totals = score(batch, np.array([1, 2, 5])).totals()
+    nll = [0, 1, 3, 6, 7, 8, 9, 10]
+    assert totals["tokens"] == 8
+    assert totals["loss"] == pytest.approx(np.mean(nll))
+    assert totals["perplexity"] == pytest.approx(math.exp(np.mean(nll)))
+    assert totals["accuracy"] == pytest.approx(4 / 8)
+    assert totals["bytes"] == 1 + 2 + 5 + 4 * 2 + 5
+    assert totals["bits_per_byte"] == pytest.approx(sum(nll) / math.log(2) / totals["bytes"])
+    assert "bytes" not in score(batch).totals()
+
+
+def test_batches_add_up(batch):
+    once, twice = score(batch), score(batch)
+    twice.add(batch, np.zeros((2, 6), np.float32), np.ones((2, 6), np.float32))
+    assert twice.totals()["tokens"] == 16
+    assert twice.totals()["loss"] == pytest.approx(once.totals()["loss"] / 2)
+
+
+def test_positions_start_anew_in_each_document(batch):
+    table = score(batch).by_position(buckets=6)
+    assert [(row["first"], row["last"], row["tokens"]) for row in table] == [
+        (0, 0, 3), (1, 1, 2), (2, 2, 1), (3, 3, 1), (4, 4, 1),
+    ]  # fmt: skip
+    assert [row["loss"] for row in table] == pytest.approx([(0 + 3 + 6) / 3, (1 + 7) / 2, 8, 9, 10])
+
+
+def test_lengths_are_those_of_the_documents(batch):
+    table = score(batch).by_length(buckets=6)
+    assert [(row["first"], row["tokens"], row["accuracy"]) for row in table] == [
+        (2, 1, 1.0), (3, 2, 0.5), (6, 5, pytest.approx(2 / 5)),
+    ]  # fmt: skip
+
+
+def test_buckets_hold_every_token_once(batch):
+    for buckets in (1, 2, 3):
+        table = score(batch).by_position(buckets)
+        assert len(table) <= buckets
+        assert sum(row["tokens"] for row in table) == 8
+        assert table[0]["first"] == 0 and table[-1]["last"] == 4
+
+
+def test_a_split_without_tokens_is_refused(batch):
+    batch["loss_mask"][:] = 0
+    with pytest.raises(ValueError, match="no token"):
+        score(batch).totals()
+
+
+def test_pictures_are_written(batch, tmp_path):
+    rows = [{"step": n, "loss": 5 / n} for n in range(1, 30)]
+    rows += [{"step": 10, "validation_loss": 0.6}, {"step": 29, "test_loss": 0.5}]
+    plots.loss_curve(rows, tmp_path / "loss.png", "bits a byte", 1.44, {"gzip": 2.0})
+    plots.loss_curve([], tmp_path / "empty.png")
+    plots.bucket_curve(score(batch).by_position(), "position", tmp_path / "position.png")
+    for name in ("loss", "empty", "position"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_smoothed_curve_keeps_constants_and_ends():
+    np.testing.assert_allclose(plots._smooth(np.full(200, 3.0)), 3.0)
+    line = np.arange(300.0)
+    np.testing.assert_allclose(plots._smooth(line)[50:-50], line[50:-50])
+
+
+class Extras:
+    tensorboard, wandb = False, ""
+
+
+def test_metrics_are_lines_of_json_and_rows_after_the_checkpoint_go(tmp_path):
+    writer = metrics.MetricWriter(Extras, tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, loss=1.0 / step)
+    writer.write(3, test_loss=0.1)
+    # Written as it happens, not at the end.
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {"step": 2, "loss": 0.5} and len(lines) == 4
+    writer.close()
+    resumed = metrics.MetricWriter(Extras, tmp_path, start_step=2)
+    resumed.write(3, loss=0.25)
+    resumed.close()
+    assert [row["loss"] for row in metrics.read_metrics(tmp_path)] == [1.0, 0.5, 0.25]
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(metrics.importlib, "import_module", missing)
+    for extra, value in (("tensorboard", True), ("wandb", "project")):
+        config = type("Config", (Extras,), {extra: value})
+        with pytest.raises(ValueError, match=rf"pip install '.\[{extra}\]'"):
+            metrics.MetricWriter(config, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
