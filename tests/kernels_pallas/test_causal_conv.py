@@ -109,7 +109,7 @@ def test_tail_of_few_tokens_holds_the_older_taps(implementation):
 )
 def test_tail_holds_the_last_document_only(implementation, ids, expected):
     x = 10 * jnp.arange(1.0, len(ids) + 1).reshape(1, -1, 1)
-    _, tail = causal_conv(
+    _, tail = jax.jit(causal_conv, static_argnames="implementation")(
         x,
         jnp.ones((4, 1)),
         initial_state=jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1),

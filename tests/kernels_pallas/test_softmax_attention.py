@@ -82,7 +82,12 @@ def test_float32(T, kind, packed):
     expected = _truth(qkv, keywords)
     for implementation in ("chunked", "xla"):
         got = _everything(qkv, keywords, implementation)
-        assert_close(got, expected, TOLERANCE["float32"])
+        if (
+            T == 1
+        ):  # one key has weight 1 whatever q and k are: their gradient is 0, and has no size to compare with
+            for name in ("gradient of q", "gradient of k"):
+                assert np.abs(got.pop(name)).max() < 1e-6
+        assert_close(got, {name: expected[name] for name in got}, TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("implementation", ["chunked", pytest.param("xla", marks=pytest.mark.slow)])
