@@ -7,7 +7,6 @@ from experiments import sampling
 from experiments.data.tokenizers import make_tokenizer
 from seqmodels import language_model
 
-
 SIZES = {"vocab_size": 13, "d_model": 16}
 
 
