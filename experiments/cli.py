@@ -77,7 +77,7 @@ def run(main: Callable[[Sequence[str]], int | None], config_from: str | None = "
     except OSError as error:
         if not is_disk_full(error):
             raise
-        _exit(4, error)
+        _exit(4, f"{error}. The run stopped; whole checkpoints are intact")
 
 
 def no_arguments(argv: Sequence[str]) -> None:
@@ -184,6 +184,6 @@ def _raised_by_us(error: BaseException) -> bool:
     )
 
 
-def _exit(code: int, error: BaseException) -> None:
+def _exit(code: int, error: BaseException | str) -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)

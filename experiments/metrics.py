@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from experiments import run_record
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -30,7 +32,7 @@ class MetricWriter:
         path = workdir / FILE_NAME
         rows = read_metrics(workdir)
         kept = [row for row in rows if row["step"] <= start_step and "test_loss" not in row]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        run_record.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
         if tensorboardX:
             self._tensorboard = tensorboardX.SummaryWriter(
