@@ -24,7 +24,8 @@ def interleaved(
     seconds: float,
     block_seconds: float = 0.02,
 ) -> dict[Hashable, Timing]:
-    """Times each call once a round, in an order that turns with the rounds, after warming up.
+    """Times each call once a round, after warming up. The order is drawn anew each round (the same draws every time), so
+    that no call always follows the one that left the caches at their worst.
 
     rounds: how many, but at least MIN_ROUNDS. seconds: a call that has used up so much leaves after MIN_ROUNDS, and one
     that has used up four times as much leaves at once; its rounds are then fewer.
@@ -34,9 +35,9 @@ def interleaved(
     repeats = {key: _repeats(call, block_seconds) for key, call in calls.items()}
     samples = {key: [] for key in calls}
     keys = list(calls)
-    for i in range(max(rounds, MIN_ROUNDS)):
-        turn = i % len(keys) if keys else 0
-        for key in keys[turn:] + keys[:turn]:
+    rng = np.random.default_rng(0)
+    for _ in range(max(rounds, MIN_ROUNDS)):
+        for key in (keys[i] for i in rng.permutation(len(keys))):
             spent = sum(samples[key]) * repeats[key]
             if spent > (seconds if len(samples[key]) >= MIN_ROUNDS else 4 * seconds):
                 continue

@@ -136,7 +136,8 @@ def test_timing_is_round_robin():
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     found = timing.interleaved(calls, rounds=6, seconds=float("inf"), block_seconds=0.0)
     turns = ["".join(order[i : i + 3]) for i in range(len(order) - 18, len(order), 3)]
-    assert turns == ["abc", "bca", "cab", "abc", "bca", "cab"]
+    assert {"".join(sorted(turn)) for turn in turns} == {"abc"}
+    assert len(set(turns)) > 1, "one call always follows the same other"
     assert len(order) <= 3 * (3 + 6)
     assert all(took.rounds == 6 for took in found.values())
 
@@ -282,13 +283,14 @@ def test_a_wrong_answer_is_the_exit_code(monkeypatch, tmp_path):
     assert _main(op=["causal_conv"], out=str(tmp_path)) == 1
 
 
-def test_published_shapes_are_problems():
-    for case in operators.CASES.values():
-        for name in case.shapes:
-            shape, length, variant = operators.published(case, name)
-            assert variant in case.variants
-            assert length >= 1
-            assert all(isinstance(size, int) for size in case.sizes(shape).values())
+@pytest.mark.parametrize("case", operators.CASES.values(), ids=lambda case: case.name)
+def test_published_shapes_are_problems(case):
+    assert case.shapes
+    for name in case.shapes:
+        shape, length, variant = operators.published(case, name)
+        assert variant in case.variants
+        assert length >= 1
+        assert all(isinstance(size, int) for size in case.sizes(shape).values())
 
 
 @pytest.mark.parametrize(
