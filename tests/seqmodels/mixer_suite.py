@@ -340,14 +340,11 @@ def check_layers(case: Case):
 
 def reads_layer(case: Case) -> bool:
     """Whether the mixer's program has the layer's index or bound among its inputs."""
-    mixer, layer = case.make(), case.layer()
+    mixer, params = case.make(), {"params": initial_params(case)}
 
     def apply(index, bound_D):
-        layer_traced = mixers.Layer(index, LAYERS, bound_D)
-        return mixer.apply(
-            {"params": initial_params(case)}, jnp.zeros((1, 2, D)), layer=layer_traced
-        )
+        return mixer.apply(params, jnp.zeros((1, 2, D)), layer=mixers.Layer(index, LAYERS, bound_D))
 
-    jaxpr = jax.make_jaxpr(apply)(1, layer.lower_bound_D).jaxpr
+    jaxpr = jax.make_jaxpr(apply)(1, case.layer().lower_bound_D).jaxpr
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     return any(id(v) in used for v in jaxpr.invars)
