@@ -9,18 +9,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import delta_net_340m
 from experiments import steps
 from experiments.benchmarks import timing
 from experiments.benchmarks.report import Row, Section, Target
-
-# The 340M shape of the papers.
-MODEL = {
-    "num_layers": 24,
-    "pattern": "gated_delta_net(num_heads=4)",
-    "d_model": 1024,
-    "vocab_size": 32_000,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +26,9 @@ class Settings:
 
 
 def step_config(num_layers: int, settings: Settings) -> ConfigDict:
-    """A whole training config, of which only shapes matter here."""
-    config = common.get_config()
-    config.model.update(MODEL | {"num_layers": num_layers})
+    """The published 340M, cut to `num_layers`; only shapes matter here."""
+    config = delta_net_340m.get_config()
+    config.model.num_layers = num_layers
     config.data.update({"batch_size": settings.batch, "seq_len": settings.length})
     return config
 
@@ -72,7 +64,9 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
     """Measures; a ratio needs no picture."""
     del folder, title
     rows = run(settings)
-    given = dataclasses.asdict(settings) | MODEL
+    given = (
+        dataclasses.asdict(settings) | step_config(max(settings.depths), settings).model.to_dict()
+    )
     return Section("compile", given, rows, [display(row) for row in rows], targets(rows))
 
 

@@ -219,12 +219,16 @@ def test_generation_measures_both_models(tmp_path):
     assert (tmp_path / "generation.png").stat().st_size > 1000
 
 
-def test_compile_time_of_a_tiny_model(monkeypatch):
-    monkeypatch.setitem(compile_time.MODEL, "d_model", 16)
+def test_compile_time_of_a_tiny_model():
     config = compile_time.step_config(1, compile_time.Settings(length=16))
     assert config.model.num_layers == 1
     config.model.update(
-        {"pattern": "attention(num_heads=2)", "vocab_size": 32, "channel_mixer": None}
+        {
+            "pattern": "attention(num_heads=2)",
+            "d_model": 16,
+            "vocab_size": 32,
+            "channel_mixer": None,
+        }
     )
     row = compile_time.compile_step(config)
     assert row["total"] >= row["compile"] > 0 and row["parameters"] > 0
