@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import decay_sums, matmul, segments, triangular_inverse
 
-CHUNK = 64
+CHUNK = 32
 # Chunks times heads treated at once.
 SPAN = 64
 
@@ -35,15 +35,21 @@ SPAN = 64
 class Chunks(NamedTuple):
     """Chunks as affine maps of the state S_KV that enters: (chunks M, B, H, ...).
 
-    U = write_CV + read_CK S;   o = local_CV + q_CK S + scores_CC U;   S' = decay_K1 S + w_CK^T U + local_KV
+    (I + A_CC) U = write_CV + read_CK S
+    o = local_CV + q_CK S + scores_CC U
+    S' = decay_K1 S + w_CK^T U + local_KV
+
+    lost_CC: what A_CC has lost to rounding, where that counts (see `_lost`); it has no gradient.
     """
 
+    A_CC: jax.Array
     read_CK: jax.Array
     write_CV: jax.Array
     q_CK: jax.Array
     scores_CC: jax.Array
     w_CK: jax.Array
     decay_K1: jax.Array
+    lost_CC: jax.Array | None = None
     local_CV: jax.Array | None = None
     local_KV: jax.Array | None = None
 
@@ -59,9 +65,11 @@ def chunked(
     chunk_size=None,
 ):
     """The delta rule in chunks. Arguments are normalised by `api.py`."""
+    exact = log_decay_BTHK is None and v_BTHV.dtype == jnp.float32
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
-    return _run(_delta_rule_chunks, *_sizes(v_BTHV, chunk_size), inputs, initial_state_BHKV)
+    sizes = _sizes(v_BTHV, chunk_size)
+    return _run(_delta_rule_chunks, exact, *sizes, inputs, initial_state_BHKV)
 
 
 def chunked_diagonal_plus_low_rank(
@@ -76,13 +84,13 @@ def chunked_diagonal_plus_low_rank(
     chunk_size=None,
 ):
     """The general transition in chunks. Arguments are normalised by `api.py`."""
+    exact = log_decay_BTHK is None and v_BTHV.dtype == jnp.float32
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
-    return _run(
-        _diagonal_plus_low_rank_chunks, *_sizes(v_BTHV, chunk_size), inputs, initial_state_BHKV
-    )
+    sizes = _sizes(v_BTHV, chunk_size)
+    return _run(_diagonal_plus_low_rank_chunks, exact, *sizes, inputs, initial_state_BHKV)
 
 
 def _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, dtype):
@@ -104,50 +112,45 @@ def _sizes(v_BTHV, chunk_size) -> tuple[int, int]:
     return C, -(-chunks // spans)
 
 
-def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK) -> Chunks:
+def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *, exact) -> Chunks:
     dtype, wide, H = v_MBHCV.dtype, log_decay_MBHCK.dtype, v_MBHCV.shape[2]
     beta_MBHC1 = beta_MBHC1.astype(wide)
     sums = decay_sums.chunk_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H, dtype)
-    A_MBHCC = beta_MBHC1 * products(k_MBGCK, k_MBGCK)
     q_MBHCK, k_MBHCK = (_repeat_heads(x, H).astype(wide) for x in (q_MBGCK, k_MBGCK))
     through_MBHCK = jnp.exp(sums.through_CK)
-    read_MBHCK, write_MBHCV = triangular_inverse.solve(
-        A_MBHCC, (-beta_MBHC1 * through_MBHCK * k_MBHCK, beta_MBHC1 * v_MBHCV)
-    )
     return Chunks(
-        read_CK=read_MBHCK,
-        write_CV=write_MBHCV,
+        A_CC=beta_MBHC1 * jnp.tril(products(k_MBGCK, k_MBGCK), -1),
+        read_CK=-beta_MBHC1 * through_MBHCK * k_MBHCK,
+        write_CV=beta_MBHC1 * v_MBHCV,
         q_CK=through_MBHCK * q_MBHCK,
         scores_CC=products(q_MBGCK, k_MBGCK),
         w_CK=jnp.exp(sums.after_CK) * k_MBHCK,
         decay_K1=jnp.exp(sums.total_K)[..., None],
+        lost_CC=beta_MBHC1 * _lost(k_MBHCK, k_MBHCK, sums) if exact else None,
     )
 
 
 def _diagonal_plus_low_rank_chunks(
-    q_MBHCK, k_MBHCK, v_MBHCV, a_MBHCK, b_MBHCK, log_decay_MBHCK
+    q_MBHCK, k_MBHCK, v_MBHCV, a_MBHCK, b_MBHCK, log_decay_MBHCK, *, exact
 ) -> Chunks:
-    dtype, H = v_MBHCV.dtype, v_MBHCV.shape[2]
+    dtype, wide, H = v_MBHCV.dtype, log_decay_MBHCK.dtype, v_MBHCV.shape[2]
     dot = functools.partial(matmul.einsum, dtype=dtype)
     sums = decay_sums.chunk_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H, dtype)
     products_before = _decayed_products(sums, H, dtype, before=True)
     through_MBHCK, after_MBHCK = jnp.exp(sums.through_CK), jnp.exp(sums.after_CK)
-    read_MBHCK, write_MBHCV = triangular_inverse.solve(
-        -products_before(b_MBHCK, a_MBHCK),
-        (
-            jnp.exp(sums.before_CK) * b_MBHCK,
-            dot("MBHij,MBHjV->MBHiV", products_before(b_MBHCK, k_MBHCK), v_MBHCV),
-        ),
-    )
     return Chunks(
-        read_CK=read_MBHCK,
-        write_CV=write_MBHCV,
+        A_CC=-products_before(b_MBHCK, a_MBHCK),
+        read_CK=jnp.exp(sums.before_CK) * b_MBHCK,
+        write_CV=dot("MBHij,MBHjV->MBHiV", products_before(b_MBHCK, k_MBHCK), v_MBHCV),
         q_CK=through_MBHCK * q_MBHCK,
         scores_CC=products(q_MBHCK, a_MBHCK),
         w_CK=after_MBHCK * a_MBHCK,
         decay_K1=jnp.exp(sums.total_K)[..., None],
+        lost_CC=-_lost(b_MBHCK.astype(wide), a_MBHCK.astype(wide), sums, before=True)
+        if exact
+        else None,
         local_CV=dot("MBHij,MBHjV->MBHiV", products(q_MBHCK, k_MBHCK), v_MBHCV),
         local_KV=dot("MBHCK,MBHCV->MBHKV", after_MBHCK * k_MBHCK, v_MBHCV),
     )
@@ -168,7 +171,7 @@ def _decayed_products(sums, H, dtype, *, before=False):
             )
 
         return per_channel
-    D_MBHCC = decay_sums.pair_decay(sums, before=before)
+    D_MBHCC = decay_sums.pair_decay(sums.log_decay_CK, before=before)
 
     def per_head(rows_MBGCK, columns_MBGCK):
         scores_MBGCC = matmul.einsum("MBGiK,MBGjK->MBGij", rows_MBGCK, columns_MBGCK, dtype)
@@ -177,23 +180,70 @@ def _decayed_products(sums, H, dtype, *, before=False):
     return per_head
 
 
+def _lost(rows_MBHCK, columns_MBHCK, sums, *, before=False):
+    """What float32 loses of the products rows columns^T below the diagonal.
+
+    With beta = 2 and no decay the transition is a reflection: nothing ever fades, and where one key comes again and
+    again the same rounding error of k.k acts at every token, in one direction, so that after T tokens it has grown to
+    T times itself. Heads of 12 bits have exact products and exact sums; with the small rest beside them, the error of the
+    rounded products is known to float32's precision, and `_solve` takes it back out of U.
+    """
+    rows_MBHCK, columns_MBHCK = jax.lax.stop_gradient((rows_MBHCK, columns_MBHCK))
+
+    def head(x_MBHCK):
+        _, exponent = jnp.frexp(jnp.sqrt(jnp.sum(x_MBHCK**2, axis=-1, keepdims=True)))
+        unit = jnp.ldexp(jnp.ones_like(x_MBHCK[..., :1]), jnp.maximum(exponent, -64) - 11)
+        return jnp.round(x_MBHCK / unit) * unit
+
+    row_head, column_head = head(rows_MBHCK), head(columns_MBHCK)
+    rest = _precise("...ik,...jk->...ij", rows_MBHCK - row_head, columns_MBHCK)
+    rest = rest + _precise("...ik,...jk->...ij", row_head, columns_MBHCK - column_head)
+    exact = _precise("...ik,...jk->...ij", row_head, column_head)
+    rounded = matmul.einsum("MBHiK,MBHjK->MBHij", rows_MBHCK, columns_MBHCK, rows_MBHCK.dtype)
+    D_MBHCC = jax.lax.stop_gradient(decay_sums.pair_decay(sums.log_decay_CK, before=before))
+    return jnp.tril(((exact - rounded) + rest) * D_MBHCC, -1)
+
+
 def _repeat_heads(x_MBGCK, H):
     G = x_MBGCK.shape[2]
     return x_MBGCK if G == H else jnp.repeat(x_MBGCK, H // G, axis=2)
+
+
+_precise = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def _solve(c: Chunks, X_CC, R_CV):
+    """U of (I + A) U = R, from the inverse; where A's rounding counts, with one correction by the residual."""
+    U_CV = _precise("...ij,...jV->...iV", X_CC, R_CV)
+    if c.lost_CC is None:
+        return U_CV
+    residual_CV = R_CV - U_CV - _precise("...ij,...jV->...iV", c.A_CC, U_CV)
+    residual_CV = residual_CV - _precise("...ij,...jV->...iV", c.lost_CC, U_CV)
+    return U_CV + _precise("...ij,...jV->...iV", X_CC, residual_CV)
+
+
+def _transposed(c: Chunks, X_CC) -> tuple[Chunks, jax.Array]:
+    """What `_solve` takes for (I + A)^T."""
+    lost_CC = None if c.lost_CC is None else jnp.swapaxes(c.lost_CC, -1, -2)
+    c = c._replace(A_CC=jnp.swapaxes(c.A_CC, -1, -2), lost_CC=lost_CC)
+    return c, jnp.swapaxes(X_CC, -1, -2)
 
 
 def _pass(chunks: Chunks, S_BHKV, dtype):
     """Through the chunks of a span: their outputs, the state that leaves and those that entered each."""
     dot = functools.partial(matmul.einsum, dtype=dtype)
 
-    def one_chunk(S_BHKV, c: Chunks):
-        U_BHCV = c.write_CV + dot("BHCK,BHKV->BHCV", c.read_CK, S_BHKV)
+    def one_chunk(S_BHKV, inputs):
+        c, X_BHCC = inputs
+        R_BHCV = c.write_CV + dot("BHCK,BHKV->BHCV", c.read_CK, S_BHKV)
+        U_BHCV = _solve(c, X_BHCC, R_BHCV)
         S_next = c.decay_K1 * S_BHKV + dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
         if c.local_KV is not None:
             S_next = S_next + c.local_KV
         return S_next, (S_BHKV, U_BHCV)
 
-    S_BHKV, (S_MBHKV, U_MBHCV) = jax.lax.scan(one_chunk, S_BHKV, chunks)
+    X_MBHCC = triangular_inverse.inverse(chunks.A_CC)
+    S_BHKV, (S_MBHKV, U_MBHCV) = jax.lax.scan(one_chunk, S_BHKV, (chunks, X_MBHCC))
     o_MBHCV = dot("MBHCK,MBHKV->MBHCV", chunks.q_CK, S_MBHKV)
     o_MBHCV = o_MBHCV + dot("MBHij,MBHjV->MBHiV", chunks.scores_CC, U_MBHCV)
     if chunks.local_CV is not None:
@@ -204,58 +254,64 @@ def _pass(chunks: Chunks, S_BHKV, dtype):
 def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV, dtype):
     """Cotangents of the maps and of the state that entered the span."""
     dot = functools.partial(matmul.einsum, dtype=dtype)
-    U_MBHCV = c.write_CV + dot("MBHCK,MBHKV->MBHCV", c.read_CK, S_MBHKV)
+    X_MBHCC = triangular_inverse.inverse(c.A_CC)
+    R_MBHCV = c.write_CV + dot("MBHCK,MBHKV->MBHCV", c.read_CK, S_MBHKV)
+    U_MBHCV = _solve(c, X_MBHCC, R_MBHCV)
     dU_MBHCV = dot("MBHij,MBHiV->MBHjV", c.scores_CC, do_MBHCV)
     dS_MBHKV = dot("MBHCK,MBHCV->MBHKV", c.q_CK, do_MBHCV)
 
     def one_chunk(dS_next, inputs):
-        c, dU_BHCV, dS_BHKV = inputs
+        c, X_BHCC, dU_BHCV, dS_BHKV = inputs
         dU_BHCV = dU_BHCV + dot("BHCK,BHKV->BHCV", c.w_CK, dS_next)
-        dS_BHKV = dS_BHKV + c.decay_K1 * dS_next + dot("BHCK,BHCV->BHKV", c.read_CK, dU_BHCV)
-        return dS_BHKV, (dS_next, dU_BHCV)
+        dR_BHCV = _solve(*_transposed(c, X_BHCC), dU_BHCV)
+        dS_BHKV = dS_BHKV + c.decay_K1 * dS_next + dot("BHCK,BHCV->BHKV", c.read_CK, dR_BHCV)
+        return dS_BHKV, (dS_next, dR_BHCV)
 
-    dS_BHKV, (dS_next_MBHKV, dU_MBHCV) = jax.lax.scan(
-        one_chunk, dS_BHKV, (c, dU_MBHCV, dS_MBHKV), reverse=True
+    dS_BHKV, (dS_next_MBHKV, dR_MBHCV) = jax.lax.scan(
+        one_chunk, dS_BHKV, (c, X_MBHCC, dU_MBHCV, dS_MBHKV), reverse=True
     )
     ddecay_MBHK1 = jnp.sum(dS_next_MBHKV * S_MBHKV, axis=-1, keepdims=True)
     shared = [axis for axis in (2, 3) if c.decay_K1.shape[axis] == 1]
-    return Chunks(
-        read_CK=dot("MBHCV,MBHKV->MBHCK", dU_MBHCV, S_MBHKV),
-        write_CV=dU_MBHCV,
+    dchunks = Chunks(
+        A_CC=-_precise("MBHiV,MBHjV->MBHij", dR_MBHCV, U_MBHCV),
+        read_CK=dot("MBHCV,MBHKV->MBHCK", dR_MBHCV, S_MBHKV),
+        write_CV=dR_MBHCV,
         q_CK=dot("MBHCV,MBHKV->MBHCK", do_MBHCV, S_MBHKV),
         scores_CC=dot("MBHiV,MBHjV->MBHij", do_MBHCV, U_MBHCV),
         w_CK=dot("MBHCV,MBHKV->MBHCK", U_MBHCV, dS_next_MBHKV),
         decay_K1=jnp.sum(ddecay_MBHK1, axis=shared, keepdims=True),
+        lost_CC=None if c.lost_CC is None else jnp.zeros_like(c.lost_CC),
         local_CV=None if c.local_CV is None else do_MBHCV,
         local_KV=None if c.local_KV is None else dS_next_MBHKV,
-    ), dS_BHKV
+    )
+    return dchunks, dS_BHKV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(form, C: int, M: int, inputs, S_BHKV):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _run(form, exact: bool, C: int, M: int, inputs, S_BHKV):
     """form: from a span's inputs, each (M, B, heads, C, dim), to its Chunks. inputs: (B, T, heads, dim), v the third."""
-    return _run_forward(form, C, M, inputs, S_BHKV)[0]
+    return _run_forward(form, exact, C, M, inputs, S_BHKV)[0]
 
 
-def _run_forward(form, C, M, inputs, S_BHKV):
+def _run_forward(form, exact, C, M, inputs, S_BHKV):
     T, dtype = inputs[2].shape[1], inputs[2].dtype
 
     def one_span(S_BHKV, span):
-        o_MBHCV, S_BHKV, S_MBHKV = _pass(form(*_chunks(span, C)), S_BHKV, dtype)
+        o_MBHCV, S_BHKV, S_MBHKV = _pass(form(*_chunks(span, C), exact=exact), S_BHKV, dtype)
         return S_BHKV, (_tokens(o_MBHCV.astype(dtype)), S_MBHKV)
 
     S_BHKV, (o_NBLHV, S_NMBHKV) = jax.lax.scan(one_span, S_BHKV, _spans(inputs, C * M))
     return (_whole(o_NBLHV, T), S_BHKV), (inputs, S_NMBHKV)
 
 
-def _run_backward(form, C, M, residuals, cotangents):
+def _run_backward(form, exact, C, M, residuals, cotangents):
     inputs, S_NMBHKV = residuals
     do_BTHV, dS_BHKV = cotangents
     T, dtype, wide = inputs[2].shape[1], inputs[2].dtype, dS_BHKV.dtype
 
     def one_span(dS_BHKV, xs):
         span, do_BLHV, S_MBHKV = xs
-        chunks, form_vjp = jax.vjp(lambda *span: form(*_chunks(span, C)), *span)
+        chunks, form_vjp = jax.vjp(lambda *span: form(*_chunks(span, C), exact=exact), *span)
         (do_MBHCV,) = _chunks((do_BLHV.astype(wide),), C)
         dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV, dtype)
         return dS_BHKV, form_vjp(dchunks)

@@ -103,7 +103,8 @@ def _diagonal_plus_low_rank_inputs(rng, shape: Shape, regime: str):
 def _caller(operator, names):
     def call(inputs, **keywords):
         inputs = dict(inputs)
-        return operator(*(inputs.pop(name) for name in names), **inputs, **keywords)
+        first = [inputs.pop(name) for name in names]
+        return operator(*first, **inputs, **keywords)
 
     return call
 
@@ -111,13 +112,16 @@ def _caller(operator, names):
 def _stepper(one_token, names):
     def call(token, state):
         token = dict(token)
-        return one_token(*(token.pop(name) for name in names), **token, state=state)
+        first = [token.pop(name) for name in names]
+        return one_token(*first, **token, state=state)
 
     return call
 
 
 DECAYS = tuple(
-    f"{axis} {kind}" for axis in ("head", "channel") for kind in ("weak", "strong", "mixed", "resets")
+    f"{axis} {kind}"
+    for axis in ("head", "channel")
+    for kind in ("weak", "strong", "mixed", "resets")
 )
 DELTA_RULE = OperatorCase(
     name="delta_rule",
