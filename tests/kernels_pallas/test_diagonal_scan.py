@@ -37,8 +37,8 @@ def _inputs(rng, shape: Shape, regime: str):
         case "any sign":
             gate = np.where(uniform < 0.1, 0.0, 2.2 * rng.random(size) - 1.1)
         case "log fixed":
-            # On the unit circle itself a phase of 1000 tokens has lost 1000 roundings of exp(log_decay), in any form.
-            gate = -np.linspace(0.02 if regime.startswith("complex") else 0.0, 0.5, D)
+            # A phase loses one rounding of exp(log_decay) for each token that it reaches back, in any form.
+            gate = -np.linspace(0.1 if regime.startswith("complex") else 0.0, 0.5, D)
         case "log":
             gate = -np.choose(rng.integers(0, 4, size), [1e-3, 0.3, 4.0, 50.0]) * uniform
         case "log strong":
