@@ -25,12 +25,14 @@ def get_config(arg: str = "parity,delta_net_negative"):
     task, _, argument = arg.partition(",")
     config = common.get_config()
     config.data = default_config(task)
-    config.data.update({"batch_size": 128, "eval_batch_size": 32, "eval_examples": 512})
+    config.data.update({"batch_size": 64, "eval_batch_size": 32, "eval_examples": 512})
+    if "supervise" in config.data:  # every prefix has an answer: a denser signal than the last one's
+        config.data.supervise = "all"
     config.model.update(
         {"d_model": 64, "num_layers": 2, "pattern": VARIANTS["delta_net_negative"], "d_ff": 128}
     )
-    config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.0})
-    config.train.update({"steps": 3000, "log_every": 100, "eval_every": 500, "eval_batches": 4})
+    config.optimizer.update({"learning_rate": 1e-2, "weight_decay": 0.0})
+    config.train.update({"steps": 1500, "log_every": 100, "eval_every": 250, "eval_batches": 4})
     config.checkpoint.every = 500
 
     def mixer(pattern):
