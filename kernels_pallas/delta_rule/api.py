@@ -103,8 +103,9 @@ def delta_rule(
       implementation: 'chunked', 'one_token' (T = 1 only), 'reference', or None for the best here.
 
     Returns:
-      o_BTHV in v's dtype, and the final state (B, H, K, V). States, gates, their sums and the inverse inside a chunk are
-      float32 (float64 where an input is); other products take operands in v's dtype and accumulate in float32.
+      o_BTHV in v's dtype, and the final state (B, H, K, V). Everything between is float32 (float64 where v is), for
+      narrower inputs too: what the tokens of a chunk write depends on each other, and rounding it to bfloat16 leaves
+      one digit. Products follow `jax_default_matmul_precision`; the inverse inside a chunk is at the highest.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.

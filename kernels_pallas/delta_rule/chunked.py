@@ -14,9 +14,12 @@ without it), behind token j to the chunk's end (after), and between j and i (D, 
 `Chunks` holds these maps, whichever of the two they came from; one pass over the chunks, forward and backward, serves
 both. A document's first token has log decay -inf, which is what a reset is (and its b reads nothing).
 
-The sequence is cut into spans of chunks, a scan goes over the spans, and the chunks of a span are treated at once but
-for the state between them. The backward pass keeps the inputs and each chunk's entering state, recomputes the
-maps of one span at a time, takes the derivative of the pass by hand and of the maps by `jax.vjp`.
+The sequence is cut into spans of chunks. A scan goes over the spans; the chunks of a span are treated at once but for
+the state, which goes from one to the next. The backward pass keeps the inputs and each chunk's entering state,
+recomputes the maps of one span at a time, and takes the derivative of the pass by hand, of the maps by `jax.vjp`.
+Chunks of 32: longer ones take more products and lose accuracy where beta is 2, shorter ones store more states.
+
+Without any decay, in float32, rounding is held down further (`_lost`): reflections forget no error.
 """
 
 import functools
@@ -25,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, matmul, segments, triangular_inverse
+from kernels_pallas import decay_sums, segments, triangular_inverse
 
 CHUNK = 32
 # Chunks times heads treated at once.
@@ -65,7 +68,7 @@ def chunked(
     chunk_size=None,
 ):
     """The delta rule in chunks. Arguments are normalised by `api.py`."""
-    exact = log_decay_BTHK is None and v_BTHV.dtype == jnp.float32
+    exact = log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     sizes = _sizes(v_BTHV, chunk_size)
@@ -84,7 +87,7 @@ def chunked_diagonal_plus_low_rank(
     chunk_size=None,
 ):
     """The general transition in chunks. Arguments are normalised by `api.py`."""
-    exact = log_decay_BTHK is None and v_BTHV.dtype == jnp.float32
+    exact = log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
@@ -113,11 +116,10 @@ def _sizes(v_BTHV, chunk_size) -> tuple[int, int]:
 
 
 def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *, exact) -> Chunks:
-    dtype, wide, H = v_MBHCV.dtype, log_decay_MBHCK.dtype, v_MBHCV.shape[2]
-    beta_MBHC1 = beta_MBHC1.astype(wide)
+    H = v_MBHCV.shape[2]
     sums = decay_sums.chunk_sums(log_decay_MBHCK)
-    products = _decayed_products(sums, H, dtype)
-    q_MBHCK, k_MBHCK = (_repeat_heads(x, H).astype(wide) for x in (q_MBGCK, k_MBGCK))
+    products = _decayed_products(sums, H)
+    q_MBHCK, k_MBHCK = (_repeat_heads(x, H) for x in (q_MBGCK, k_MBGCK))
     through_MBHCK = jnp.exp(sums.through_CK)
     return Chunks(
         A_CC=beta_MBHC1 * jnp.tril(products(k_MBGCK, k_MBGCK), -1),
@@ -134,29 +136,26 @@ def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *
 def _diagonal_plus_low_rank_chunks(
     q_MBHCK, k_MBHCK, v_MBHCV, a_MBHCK, b_MBHCK, log_decay_MBHCK, *, exact
 ) -> Chunks:
-    dtype, wide, H = v_MBHCV.dtype, log_decay_MBHCK.dtype, v_MBHCV.shape[2]
-    dot = functools.partial(matmul.einsum, dtype=dtype)
+    H = v_MBHCV.shape[2]
     sums = decay_sums.chunk_sums(log_decay_MBHCK)
-    products = _decayed_products(sums, H, dtype)
-    products_before = _decayed_products(sums, H, dtype, before=True)
+    products = _decayed_products(sums, H)
+    products_before = _decayed_products(sums, H, before=True)
     through_MBHCK, after_MBHCK = jnp.exp(sums.through_CK), jnp.exp(sums.after_CK)
     return Chunks(
         A_CC=-products_before(b_MBHCK, a_MBHCK),
         read_CK=jnp.exp(sums.before_CK) * b_MBHCK,
-        write_CV=dot("MBHij,MBHjV->MBHiV", products_before(b_MBHCK, k_MBHCK), v_MBHCV),
+        write_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products_before(b_MBHCK, k_MBHCK), v_MBHCV),
         q_CK=through_MBHCK * q_MBHCK,
         scores_CC=products(q_MBHCK, a_MBHCK),
         w_CK=after_MBHCK * a_MBHCK,
         decay_K1=jnp.exp(sums.total_K)[..., None],
-        lost_CC=-_lost(b_MBHCK.astype(wide), a_MBHCK.astype(wide), sums, before=True)
-        if exact
-        else None,
-        local_CV=dot("MBHij,MBHjV->MBHiV", products(q_MBHCK, k_MBHCK), v_MBHCV),
-        local_KV=dot("MBHCK,MBHCV->MBHKV", after_MBHCK * k_MBHCK, v_MBHCV),
+        lost_CC=-_lost(b_MBHCK, a_MBHCK, sums, before=True) if exact else None,
+        local_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products(q_MBHCK, k_MBHCK), v_MBHCV),
+        local_KV=jnp.einsum("MBHCK,MBHCV->MBHKV", after_MBHCK * k_MBHCK, v_MBHCV),
     )
 
 
-def _decayed_products(sums, H, dtype, *, before=False):
+def _decayed_products(sums, H, *, before=False):
     """A function of rows and columns: sum_K row_iK column_jK exp(g_{j+1} + ... + g_i)_K, zero for j > i.
 
     With `before` the sum of decays stops in front of i, and the diagonal is zero. Where all channels decay alike, heads
@@ -167,41 +166,55 @@ def _decayed_products(sums, H, dtype, *, before=False):
         def per_channel(rows_MBGCK, columns_MBGCK):
             rows_MBHCK, columns_MBHCK = (_repeat_heads(x, H) for x in (rows_MBGCK, columns_MBGCK))
             return decay_sums.decayed_scores(
-                rows_MBHCK, columns_MBHCK, sums, before=before, dtype=dtype
+                rows_MBHCK, columns_MBHCK, sums, before=before, dtype=columns_MBHCK.dtype
             )
 
         return per_channel
     D_MBHCC = decay_sums.pair_decay(sums.log_decay_CK, before=before)
 
     def per_head(rows_MBGCK, columns_MBGCK):
-        scores_MBGCC = matmul.einsum("MBGiK,MBGjK->MBGij", rows_MBGCK, columns_MBGCK, dtype)
+        scores_MBGCC = jnp.einsum("MBGiK,MBGjK->MBGij", rows_MBGCK, columns_MBGCK)
         return _repeat_heads(scores_MBGCC, H) * D_MBHCC
 
     return per_head
 
 
 def _lost(rows_MBHCK, columns_MBHCK, sums, *, before=False):
-    """What float32 loses of the products rows columns^T below the diagonal.
+    """What float32 loses of the products rows columns^T below the diagonal, decayed.
 
     With beta = 2 and no decay the transition is a reflection: nothing ever fades, and where one key comes again and
     again the same rounding error of k.k acts at every token, in one direction, so that after T tokens it has grown to
-    T times itself. Heads of 12 bits have exact products and exact sums; with the small rest beside them, the error of the
-    rounded products is known to float32's precision, and `_solve` takes it back out of U.
+    T times itself. What is lost is known to float32's precision, and `_solve` takes it back out of U.
     """
     rows_MBHCK, columns_MBHCK = jax.lax.stop_gradient((rows_MBHCK, columns_MBHCK))
-
-    def head(x_MBHCK):
-        _, exponent = jnp.frexp(jnp.sqrt(jnp.sum(x_MBHCK**2, axis=-1, keepdims=True)))
-        unit = jnp.ldexp(jnp.ones_like(x_MBHCK[..., :1]), jnp.maximum(exponent, -64) - 11)
-        return jnp.round(x_MBHCK / unit) * unit
-
-    row_head, column_head = head(rows_MBHCK), head(columns_MBHCK)
-    rest = _precise("...ik,...jk->...ij", rows_MBHCK - row_head, columns_MBHCK)
-    rest = rest + _precise("...ik,...jk->...ij", row_head, columns_MBHCK - column_head)
-    exact = _precise("...ik,...jk->...ij", row_head, column_head)
-    rounded = matmul.einsum("MBHiK,MBHjK->MBHij", rows_MBHCK, columns_MBHCK, rows_MBHCK.dtype)
+    products = "MBHiK,MBHjK->MBHij"
+    exact_MBHCC, rest_MBHCC = _split_product(products, rows_MBHCK, columns_MBHCK)
+    rounded_MBHCC = jnp.einsum(products, rows_MBHCK, columns_MBHCK)
     D_MBHCC = jax.lax.stop_gradient(decay_sums.pair_decay(sums.log_decay_CK, before=before))
-    return jnp.tril(((exact - rounded) + rest) * D_MBHCC, -1)
+    return jnp.tril(((exact_MBHCC - rounded_MBHCC) + rest_MBHCC) * D_MBHCC, -1)
+
+
+def _split_product(subscripts, x, y):
+    """x y in float32 as two terms: of heads of 11 bits, whose products and sums are exact, and the small rest."""
+    x_letters, y_letters = subscripts.split("->")[0].replace("...", "").split(",")
+    (summed,) = set(x_letters) & set(y_letters) - set(subscripts.split("->")[1])
+
+    def head(x, letters):
+        axis = letters.index(summed) - len(letters)
+        _, exponent = jnp.frexp(jnp.sqrt(jnp.sum(x**2, axis=axis, keepdims=True)))
+        unit = jnp.ldexp(jnp.ones((), x.dtype), jnp.maximum(exponent, -64) - 11)
+        return jnp.round(x / unit) * unit
+
+    x_head, y_head = head(x, x_letters), head(y, y_letters)
+    rest = _precise(subscripts, x - x_head, y) + _precise(subscripts, x_head, y - y_head)
+    return _precise(subscripts, x_head, y_head), rest
+
+
+def _state_product(c: Chunks):
+    """The products by which states become states: where rounding counts (see `_lost`), rounded once."""
+    if c.lost_CC is None:
+        return jnp.einsum
+    return lambda subscripts, x, y: sum(_split_product(subscripts, x, y))
 
 
 def _repeat_heads(x_MBGCK, H):
@@ -217,8 +230,9 @@ def _solve(c: Chunks, X_CC, R_CV):
     U_CV = _precise("...ij,...jV->...iV", X_CC, R_CV)
     if c.lost_CC is None:
         return U_CV
-    residual_CV = R_CV - U_CV - _precise("...ij,...jV->...iV", c.A_CC, U_CV)
-    residual_CV = residual_CV - _precise("...ij,...jV->...iV", c.lost_CC, U_CV)
+    exact_CV, rest_CV = _split_product("...ij,...jV->...iV", c.A_CC, U_CV)
+    rest_CV = rest_CV + _precise("...ij,...jV->...iV", c.lost_CC, U_CV)
+    residual_CV = R_CV - U_CV - exact_CV - rest_CV
     return U_CV + _precise("...ij,...jV->...iV", X_CC, residual_CV)
 
 
@@ -229,42 +243,42 @@ def _transposed(c: Chunks, X_CC) -> tuple[Chunks, jax.Array]:
     return c, jnp.swapaxes(X_CC, -1, -2)
 
 
-def _pass(chunks: Chunks, S_BHKV, dtype):
+def _pass(chunks: Chunks, S_BHKV):
     """Through the chunks of a span: their outputs, the state that leaves and those that entered each."""
-    dot = functools.partial(matmul.einsum, dtype=dtype)
+    state_dot = _state_product(chunks)
 
     def one_chunk(S_BHKV, inputs):
         c, X_BHCC = inputs
-        R_BHCV = c.write_CV + dot("BHCK,BHKV->BHCV", c.read_CK, S_BHKV)
+        R_BHCV = c.write_CV + state_dot("BHCK,BHKV->BHCV", c.read_CK, S_BHKV)
         U_BHCV = _solve(c, X_BHCC, R_BHCV)
-        S_next = c.decay_K1 * S_BHKV + dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
+        S_next = c.decay_K1 * S_BHKV + state_dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
         if c.local_KV is not None:
             S_next = S_next + c.local_KV
         return S_next, (S_BHKV, U_BHCV)
 
     X_MBHCC = triangular_inverse.inverse(chunks.A_CC)
     S_BHKV, (S_MBHKV, U_MBHCV) = jax.lax.scan(one_chunk, S_BHKV, (chunks, X_MBHCC))
-    o_MBHCV = dot("MBHCK,MBHKV->MBHCV", chunks.q_CK, S_MBHKV)
-    o_MBHCV = o_MBHCV + dot("MBHij,MBHjV->MBHiV", chunks.scores_CC, U_MBHCV)
+    o_MBHCV = jnp.einsum("MBHCK,MBHKV->MBHCV", chunks.q_CK, S_MBHKV)
+    o_MBHCV = o_MBHCV + jnp.einsum("MBHij,MBHjV->MBHiV", chunks.scores_CC, U_MBHCV)
     if chunks.local_CV is not None:
         o_MBHCV = o_MBHCV + chunks.local_CV
     return o_MBHCV, S_BHKV, S_MBHKV
 
 
-def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV, dtype):
+def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
     """Cotangents of the maps and of the state that entered the span."""
-    dot = functools.partial(matmul.einsum, dtype=dtype)
+    state_dot = _state_product(c)
     X_MBHCC = triangular_inverse.inverse(c.A_CC)
-    R_MBHCV = c.write_CV + dot("MBHCK,MBHKV->MBHCV", c.read_CK, S_MBHKV)
+    R_MBHCV = c.write_CV + state_dot("MBHCK,MBHKV->MBHCV", c.read_CK, S_MBHKV)
     U_MBHCV = _solve(c, X_MBHCC, R_MBHCV)
-    dU_MBHCV = dot("MBHij,MBHiV->MBHjV", c.scores_CC, do_MBHCV)
-    dS_MBHKV = dot("MBHCK,MBHCV->MBHKV", c.q_CK, do_MBHCV)
+    dU_MBHCV = jnp.einsum("MBHij,MBHiV->MBHjV", c.scores_CC, do_MBHCV)
+    dS_MBHKV = jnp.einsum("MBHCK,MBHCV->MBHKV", c.q_CK, do_MBHCV)
 
     def one_chunk(dS_next, inputs):
         c, X_BHCC, dU_BHCV, dS_BHKV = inputs
-        dU_BHCV = dU_BHCV + dot("BHCK,BHKV->BHCV", c.w_CK, dS_next)
+        dU_BHCV = dU_BHCV + state_dot("BHCK,BHKV->BHCV", c.w_CK, dS_next)
         dR_BHCV = _solve(*_transposed(c, X_BHCC), dU_BHCV)
-        dS_BHKV = dS_BHKV + c.decay_K1 * dS_next + dot("BHCK,BHCV->BHKV", c.read_CK, dR_BHCV)
+        dS_BHKV = dS_BHKV + c.decay_K1 * dS_next + state_dot("BHCK,BHCV->BHKV", c.read_CK, dR_BHCV)
         return dS_BHKV, (dS_next, dR_BHCV)
 
     dS_BHKV, (dS_next_MBHKV, dR_MBHCV) = jax.lax.scan(
@@ -274,11 +288,11 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV, dtype):
     shared = [axis for axis in (2, 3) if c.decay_K1.shape[axis] == 1]
     dchunks = Chunks(
         A_CC=-_precise("MBHiV,MBHjV->MBHij", dR_MBHCV, U_MBHCV),
-        read_CK=dot("MBHCV,MBHKV->MBHCK", dR_MBHCV, S_MBHKV),
+        read_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", dR_MBHCV, S_MBHKV),
         write_CV=dR_MBHCV,
-        q_CK=dot("MBHCV,MBHKV->MBHCK", do_MBHCV, S_MBHKV),
-        scores_CC=dot("MBHiV,MBHjV->MBHij", do_MBHCV, U_MBHCV),
-        w_CK=dot("MBHCV,MBHKV->MBHCK", U_MBHCV, dS_next_MBHKV),
+        q_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", do_MBHCV, S_MBHKV),
+        scores_CC=jnp.einsum("MBHiV,MBHjV->MBHij", do_MBHCV, U_MBHCV),
+        w_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", U_MBHCV, dS_next_MBHKV),
         decay_K1=jnp.sum(ddecay_MBHK1, axis=shared, keepdims=True),
         lost_CC=None if c.lost_CC is None else jnp.zeros_like(c.lost_CC),
         local_CV=None if c.local_CV is None else do_MBHCV,
@@ -297,7 +311,7 @@ def _run_forward(form, exact, C, M, inputs, S_BHKV):
     T, dtype = inputs[2].shape[1], inputs[2].dtype
 
     def one_span(S_BHKV, span):
-        o_MBHCV, S_BHKV, S_MBHKV = _pass(form(*_chunks(span, C), exact=exact), S_BHKV, dtype)
+        o_MBHCV, S_BHKV, S_MBHKV = _pass(form(*_chunks(span, C, S_BHKV.dtype), exact=exact), S_BHKV)
         return S_BHKV, (_tokens(o_MBHCV.astype(dtype)), S_MBHKV)
 
     S_BHKV, (o_NBLHV, S_NMBHKV) = jax.lax.scan(one_span, S_BHKV, _spans(inputs, C * M))
@@ -307,13 +321,13 @@ def _run_forward(form, exact, C, M, inputs, S_BHKV):
 def _run_backward(form, exact, C, M, residuals, cotangents):
     inputs, S_NMBHKV = residuals
     do_BTHV, dS_BHKV = cotangents
-    T, dtype, wide = inputs[2].shape[1], inputs[2].dtype, dS_BHKV.dtype
+    T, wide = inputs[2].shape[1], dS_BHKV.dtype
 
     def one_span(dS_BHKV, xs):
         span, do_BLHV, S_MBHKV = xs
-        chunks, form_vjp = jax.vjp(lambda *span: form(*_chunks(span, C), exact=exact), *span)
-        (do_MBHCV,) = _chunks((do_BLHV.astype(wide),), C)
-        dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV, dtype)
+        chunks, form_vjp = jax.vjp(lambda *span: form(*_chunks(span, C, wide), exact=exact), *span)
+        (do_MBHCV,) = _chunks((do_BLHV,), C, wide)
+        dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV)
         return dS_BHKV, form_vjp(dchunks)
 
     xs = (_spans(inputs, C * M), *_spans((do_BTHV,), C * M), S_NMBHKV)
@@ -335,11 +349,17 @@ def _spans(arrays, L):
     return tuple(one(x) for x in arrays)
 
 
-def _chunks(arrays, C):
-    """(B, L, H, K) to (M, B, H, C, K)."""
-    return tuple(
-        x.reshape(x.shape[0], -1, C, *x.shape[2:]).transpose(1, 0, 3, 2, 4) for x in arrays
-    )
+def _chunks(arrays, C, dtype):
+    """(B, L, H, K) to (M, B, H, C, K) in float32 or wider, which is what everything in a chunk is computed in.
+
+    U is a long alternating sum where beta is near 2; with bfloat16 operands it loses all but a digit.
+    """
+
+    def one(x_BLHK):
+        B, _, H, K = x_BLHK.shape
+        return x_BLHK.reshape(B, -1, C, H, K).transpose(1, 0, 3, 2, 4).astype(dtype)
+
+    return tuple(one(x) for x in arrays)
 
 
 def _tokens(x_MBHCV):

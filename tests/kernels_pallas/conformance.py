@@ -88,8 +88,19 @@ def assert_close(got: dict, truth: dict, tolerance: float) -> None:
     """Every tensor within tolerance at every position; all failures are listed."""
     assert got.keys() == truth.keys()
     errors = {name: position_error(got[name], truth[name]) for name in truth}
-    wrong = {name: f"{error:.2e}" for name, error in errors.items() if not error < tolerance}
+    wrong = {
+        name: f"{error:.2e}"
+        for name, error in errors.items()
+        if not error < tolerance + _own_rounding(got[name].dtype, truth[name])
+    }
     assert not wrong, f"error at a position above {tolerance:g} of the tensor's rms: {wrong}"
+
+
+def _own_rounding(dtype, truth) -> float:
+    """What writing the truth itself in bfloat16 costs: over 2e-2 where one position is 20 times the rms."""
+    if dtype != jnp.bfloat16:
+        return 0.0
+    return position_error(np.asarray(truth).astype(dtype), truth)
 
 
 def inputs_of(case: OperatorCase, shape: Shape, regime: str) -> dict[str, np.ndarray]:
@@ -181,7 +192,11 @@ class Suite:
         if "length_and_regime" in names:
             product = [(T, regime) for T in LENGTHS for regime in case.regimes]
             marked = [
-                pytest.param(pair, marks=() if pair in case.fast else pytest.mark.slow, id=f"T{pair[0]}-{pair[1]}")
+                pytest.param(
+                    pair,
+                    marks=() if pair in case.fast else pytest.mark.slow,
+                    id=f"T{pair[0]}-{pair[1]}",
+                )
                 for pair in product
             ]
             metafunc.parametrize("length_and_regime", marked)
@@ -279,7 +294,9 @@ class Suite:
             if name in ("final state", "gradient of initial_state") or x.ndim < 3:
                 continue
             here = np.asarray(x)[:, start:stop]
-            np.testing.assert_array_equal(here, np.asarray(second[name])[:, start:stop], err_msg=name)
+            np.testing.assert_array_equal(
+                here, np.asarray(second[name])[:, start:stop], err_msg=name
+            )
             assert np.abs(here).max() > 0, name
 
     def test_pieces_equal_whole(self, implementation, typical):

@@ -1,7 +1,5 @@
 """delta_rule and diagonal_plus_low_rank: the conformance suite, and what only these operators promise."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +142,8 @@ DIAGONAL_PLUS_LOW_RANK = OperatorCase(
     call=_caller(diagonal_plus_low_rank, ("q", "k", "v", "a", "b")),
     step=_stepper(step_diagonal_plus_low_rank, ("q", "k", "v", "a", "b")),
     regimes=("none", "twice", "fixed", *DECAYS),
-    typical=("channel weak",),
+    # What these tests look at is the pass over chunks, which is delta_rule's.
+    typical=(pytest.param("channel weak", marks=pytest.mark.slow),),
     fast=((100, "channel resets"),),
     rounded=("q", "k", "v", "a", "b"),
 )
@@ -156,3 +155,94 @@ class TestDeltaRule(Suite):
 
 class TestDiagonalPlusLowRank(Suite):
     case = DIAGONAL_PLUS_LOW_RANK
+
+
+def test_general_form_holds_the_delta_rule():
+    """a = -beta k, b = exp(g) k, k = beta k; and RWKV-7 is another of its cases, written here with its own (V, K) state."""
+    x = inputs_of(DELTA_RULE, Shape(), "channel weak")
+    q, k, v, beta, g, S = (x[n] for n in ("q", "k", "v", "beta", "log_decay", "initial_state"))
+    scaled = beta[..., None] * k
+    general = diagonal_plus_low_rank(q, scaled, v, -scaled, np.exp(g) * k, g, initial_state=S)
+    expected = delta_rule(q, k, v, beta, g, initial_state=S)
+    names = ("output", "final state")
+    assert_close(dict(zip(names, general)), dict(zip(names, expected)), 2e-5)
+
+
+def test_rwkv7():
+    """The recurrence as RWKV-7 writes it, S_t = S_{t-1} (diag(w) - kk^T (eta * kk)) + v^T k, against the docstring's map."""
+    rng = np.random.default_rng(0)
+    T, K, V = 20, 8, 12
+    r, k, kk = _normal(rng, T, K), _normal(rng, T, K), _unit(rng, T, K)
+    v, eta, w = _normal(rng, T, V), rng.random((T, K)), 0.5 + 0.5 * rng.random((T, K))
+    S_VK, outputs = np.zeros((V, K)), []
+    for t in range(T):
+        S_VK = S_VK @ (np.diag(w[t]) - np.outer(kk[t], eta[t] * kk[t])) + np.outer(v[t], k[t])
+        outputs.append(S_VK @ r[t])
+    arrays = (r, k, v, -(eta * kk), kk, np.log(w))
+    o, S = diagonal_plus_low_rank(
+        *(jnp.asarray(x, jnp.float32)[None, :, None] for x in arrays), scale=1.0
+    )
+    assert_close(
+        {"output": o, "final state": S},
+        {"output": np.array(outputs)[None, :, None], "final state": S_VK.T[None, None]},
+        2e-5,
+    )
+
+
+@pytest.mark.parametrize("decay", ["none", pytest.param("channel weak", marks=pytest.mark.slow)])
+def test_many_heads_and_tokens_in_spans(decay):
+    """More chunks than one span holds, and a last span that is not full."""
+    inputs = inputs_of(DELTA_RULE, Shape(B=1, T=300, H=16, G=16, K=4, V=4), decay)
+    got = everything(DELTA_RULE, "chunked", inputs)
+    assert_close(got, truth(DELTA_RULE, inputs), 2e-5)
+
+
+@pytest.mark.slow
+def test_second_derivative():
+    inputs = inputs_of(DELTA_RULE, Shape(B=1, T=20, K=4, V=4), "head weak")
+
+    def curvature(implementation):
+        def loss(v):
+            o, S = DELTA_RULE.call({**inputs, "v": v}, implementation=implementation)
+            return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(S))
+
+        return jax.jit(jax.grad(lambda v: jnp.sum(jax.grad(loss)(v) ** 2)))(inputs["v"])
+
+    assert_close({"v": curvature("chunked")}, {"v": curvature("reference")}, 2e-5)
+
+
+def test_wrong_arguments():
+    x = inputs_of(DELTA_RULE, Shape(T=5), "none")
+    call = {n: x[n] for n in ("q", "k", "v", "beta")}
+    for change, message in (
+        ({"beta": x["beta"][:, :4]}, r"beta has shape \(2, 4, 2\); expected \(2, 5, 2\)"),
+        ({"beta": x["beta"].astype(int)}, "beta has dtype int"),
+        ({"implementation": "fast"}, "unknown implementation 'fast'; choose one of .*'chunked'"),
+        ({"chunk_size": 24}, "chunk_size is 24; expected a power of two"),
+        ({"log_decay": x["beta"][0]}, "log_decay has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DELTA_RULE.call({**call, **change})
+    with pytest.raises(
+        NotImplementedError, match="'one_token' cannot run here: it takes one token; got T = 5"
+    ):
+        DELTA_RULE.call({**call, "implementation": "one_token"})
+    with pytest.raises(ValueError, match=r"a has shape \(2, 5, 2, 4\); expected \(2, 5, 2, 8\)"):
+        diagonal_plus_low_rank(x["q"], x["k"], x["v"], x["q"][..., :4], x["k"])
+
+
+def test_published_shapes_fit():
+    for name, shape in {
+        **SHAPES,
+        **{f"low rank {n}": s for n, s in DIAGONAL_PLUS_LOW_RANK_SHAPES.items()},
+    }.items():
+        B, T, G, H, K, V = (shape[n] for n in "BTGHKV")
+        decay = {None: None, "head": (B, T, H), "channel": (B, T, H, K)}[shape["decay"]]
+        sizes = [(B, T, G, K), (B, T, G, K), (B, T, H, V)]
+        low_rank = name.startswith("low rank")
+        sizes += [(B, T, H, K)] * 2 if low_rank else [(B, T, H)]
+        arrays = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
+        log_decay = None if decay is None else jax.ShapeDtypeStruct(decay, jnp.float32)
+        operator = diagonal_plus_low_rank if low_rank else delta_rule
+        o, S = jax.eval_shape(operator, *arrays, log_decay)
+        assert o.shape == (B, T, H, V) and S.shape == (B, H, K, V), name
