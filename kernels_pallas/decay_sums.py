@@ -126,18 +126,19 @@ def _halvings(log_decay_CK: jax.Array) -> Sums:
     return Sums(log_decay_CK, *whole, total.reshape(*lead, K), tuple(levels))
 
 
-def pair_decay(sums: Sums, *, before: bool = False) -> jax.Array:
-    """D_ij = exp(g_{j+1} + ... + g_i) for j < i, 1 for j = i, 0 for j > i: (..., C, C), from sums with K = 1.
+def pair_decay(log_decay_C1: jax.Array, *, before: bool = False) -> jax.Array:
+    """D_ij = exp(g_{j+1} + ... + g_i) for j < i, 1 for j = i, 0 for j > i: (..., C, 1) to (..., C, C).
 
     With `before`, the sum stops in front of i, and the diagonal is 0: D_ij = exp(g_{j+1} + ... + g_{i-1}) for j < i.
     For one decay per head there are few numbers and a direct way is the fastest: pairs in one block of 16 by their
     own sums; the others by the product of three exponentials, from the start of i's block to i, over the whole blocks
     between, and behind j to the end of j's block.
     """
-    *lead, C, _ = sums.log_decay_CK.shape
+    *lead, C, _ = log_decay_C1.shape
     U = min(C, BLOCK)
     A = C // U
-    g_AU = sums.log_decay_CK.reshape(*lead, A, U)
+    # One leading axis: XLA's CPU backend (jaxlib 0.10.2) writes out of bounds in the derivative at rank 7.
+    g_AU = log_decay_C1.reshape(-1, A, U)
     same_AUU = jnp.where(_lower(U, -1 if before else 0), _sums_between(g_AU, before), -jnp.inf)
     through_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if before else g_AU, axis=-1))
     between_AA = jnp.exp(_sums_between(jnp.sum(g_AU, axis=-1), before=True))
@@ -150,10 +151,9 @@ def pair_decay(sums: Sums, *, before: bool = False) -> jax.Array:
         op(block[:, None, None, None], block[None, None, :, None])
         for op in (jnp.greater, jnp.equal)
     )
-    lead_ones = (1,) * len(lead)
-    apart_AUAU = jnp.where(earlier.reshape(*lead_ones, *earlier.shape), apart_AUAU, 0.0)
+    apart_AUAU = jnp.where(earlier[None], apart_AUAU, 0.0)
     same_AUAU = jnp.exp(same_AUU)[..., :, :, None, :]
-    D_AUAU = jnp.where(same.reshape(*lead_ones, *same.shape), same_AUAU, apart_AUAU)
+    D_AUAU = jnp.where(same[None], same_AUAU, apart_AUAU)
     return D_AUAU.reshape(*lead, C, C)
 
 

@@ -16,9 +16,18 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
     (under `jax_default_matmul_precision`, as everywhere in JAX).
     """
     accumulate = jnp.promote_types(dtype, jnp.float32)
-    return jnp.einsum(
-        subscripts, x.astype(dtype), y.astype(dtype), preferred_element_type=accumulate
-    )
+    x, y = x.astype(dtype), y.astype(dtype)
+
+    def narrow(x, y):
+        return jnp.einsum(subscripts, x, y, preferred_element_type=accumulate)
+
+    def widened(x, y):
+        return jnp.einsum(subscripts, x.astype(accumulate), y.astype(accumulate))
+
+    if accumulate == dtype:
+        return narrow(x, y)
+    # XLA's CPU backend refuses some bfloat16 products with a float32 result; widening first gives the same numbers.
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=narrow)
 
 
 def _forward(subscripts, x, y, dtype):

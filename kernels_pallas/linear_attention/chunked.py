@@ -49,30 +49,28 @@ def chunked(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_
     M = -(-chunks // N)
     padding = N * M * C - T
 
-    def spans(x_BTGX):
-        """(B, T, G, ...) -> (N, M, E, C, ...), padded with zeros: neither written to the state nor decaying it."""
-        x = jnp.pad(x_BTGX, ((0, 0), (0, padding), *[(0, 0)] * (x_BTGX.ndim - 2)))
-        x = jnp.moveaxis(x.reshape(B, N, M, C, G, *x.shape[3:]), (0, 4), (2, 3))
-        return x.reshape(N, M, E, C, *x.shape[5:])
-
-    def grouped(x_BTHX):
-        return x_BTHX.reshape(B, T, G, R, *x_BTHX.shape[3:])
+    def spans(x_BTX, width):
+        """(B, T, ...) to (N, M, E, C, width), padded with zeros: neither written to the state nor decaying it."""
+        x_BTGX = x_BTX.reshape(B, T, G, width)
+        x_BTGX = jnp.pad(x_BTGX, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        x_NMBGCX = x_BTGX.reshape(B, N, M, C, G, width).transpose(1, 2, 0, 4, 3, 5)
+        return x_NMBGCX.reshape(N, M, E, C, width)
 
     log_decay = None
     if log_decay_BTHK is not None:
-        log_decay = spans(grouped(log_decay_BTHK if per_channel else log_decay_BTHK[..., 0]))
+        log_decay = spans(log_decay_BTHK, K if per_channel else R)
     runs = None
     if segment_ids_BT is not None:
         runs = _runs(segment_ids_BT, padding, G, (N, M, E, C))
     state_BGRKV = initial_state_BHKV.reshape(B, G, R, K, V)
-    state_EKRV = jnp.moveaxis(state_BGRKV, 2, 3).reshape(E, K, R, V)
-    inputs = spans(q_BTGK), spans(k_BTGK), spans(grouped(v_BTHV)), log_decay
+    state_EKW = jnp.moveaxis(state_BGRKV, 2, 3).reshape(E, K, R * V)
+    inputs = spans(q_BTGK, K), spans(k_BTGK, K), spans(v_BTHV, R * V), log_decay
 
-    o_NMECRV, final_EKRV = _over_spans(inputs, state_EKRV, runs)
+    o_NMECW, final_EKW = _over_spans(R, per_channel, inputs, state_EKW, runs)
 
-    o = jnp.moveaxis(o_NMECRV.reshape(N, M, B, G, C, R, V), (2, 3), (0, 4))
-    final_BGRKV = jnp.moveaxis(final_EKRV.reshape(B, G, K, R, V), 3, 2)
-    return o.reshape(B, T + padding, H, V)[:, :T], final_BGRKV.reshape(B, H, K, V)
+    o_BNMCGW = o_NMECW.reshape(N, M, B, G, C, R * V).transpose(2, 0, 1, 4, 3, 5)
+    final_BGRKV = jnp.moveaxis(final_EKW.reshape(B, G, K, R, V), 3, 2)
+    return o_BNMCGW.reshape(B, T + padding, H, V)[:, :T], final_BGRKV.reshape(B, H, K, V)
 
 
 def _runs(segment_ids_BT, padding, G, shape_NMEC):
@@ -85,110 +83,109 @@ def _runs(segment_ids_BT, padding, G, shape_NMEC):
     return jnp.repeat(run_NMBC, G, axis=2), jnp.repeat(before_NMB, G, axis=2)
 
 
-@jax.custom_vjp
-def _over_spans(inputs, state_EKRV, runs):
-    def body(state_EKRV, span):
-        o_MECRV, state_EKRV = _span(state_EKRV, *span)
-        return state_EKRV, o_MECRV
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _over_spans(R, per_channel, inputs, state_EKW, runs):
+    def body(state_EKW, span):
+        o_MECW, state_EKW = _span(R, per_channel, state_EKW, *span)
+        return state_EKW, o_MECW
 
-    final_EKRV, o_NMECRV = jax.lax.scan(body, state_EKRV, (inputs, runs))
-    return o_NMECRV, final_EKRV
-
-
-def _forward(inputs, state_EKRV, runs):
-    def body(state_EKRV, span):
-        o_MECRV, next_EKRV = _span(state_EKRV, *span)
-        return next_EKRV, (o_MECRV, state_EKRV)
-
-    final_EKRV, (o_NMECRV, state_NEKRV) = jax.lax.scan(body, state_EKRV, (inputs, runs))
-    return (o_NMECRV, final_EKRV), (inputs, state_NEKRV, runs)
+    final_EKW, o_NMECW = jax.lax.scan(body, state_EKW, (inputs, runs))
+    return o_NMECW, final_EKW
 
 
-def _backward(saved, cotangents):
-    d_o_NMECRV, d_final_EKRV = cotangents
+def _forward(R, per_channel, inputs, state_EKW, runs):
+    def body(state_EKW, span):
+        o_MECW, next_EKW = _span(R, per_channel, state_EKW, *span)
+        return next_EKW, (o_MECW, state_EKW)
 
-    def body(d_state_EKRV, span):
-        (inputs, state_EKRV, runs), d_o_MECRV = span
-        _, vjp = jax.vjp(lambda state, inputs: _span(state, inputs, runs), state_EKRV, inputs)
-        return vjp((d_o_MECRV, d_state_EKRV))
+    final_EKW, (o_NMECW, state_NEKW) = jax.lax.scan(body, state_EKW, (inputs, runs))
+    return (o_NMECW, final_EKW), (inputs, state_NEKW, runs)
 
-    d_state_EKRV, d_inputs = jax.lax.scan(body, d_final_EKRV, (saved, d_o_NMECRV), reverse=True)
-    return d_inputs, d_state_EKRV, None
+
+def _backward(R, per_channel, saved, cotangents):
+    d_o_NMECW, d_final_EKW = cotangents
+
+    def body(d_state_EKW, span):
+        (inputs, state_EKW, runs), d_o_MECW = span
+
+        def forward(state_EKW, inputs):
+            return _span(R, per_channel, state_EKW, inputs, runs)
+
+        _, vjp = jax.vjp(forward, state_EKW, inputs)
+        return vjp((d_o_MECW, d_state_EKW))
+
+    d_state_EKW, d_inputs = jax.lax.scan(body, d_final_EKW, (saved, d_o_NMECW), reverse=True)
+    return d_inputs, d_state_EKW, None
 
 
 _over_spans.defvjp(_forward, _backward)
 
 
-def _span(state_EKRV, inputs, runs):
-    """M chunks: their outputs, and the state behind the last. E rows (batch and group), R heads in each.
+def _span(R, per_channel, state_EKW, inputs, runs):
+    """M chunks: their outputs, and the state behind the last. E rows (batch and group); W is R heads of V each.
 
-    log_decay is None, (M, E, C, R) for one decay per head, or (M, E, C, 1, K) with R = 1 for one per channel.
+    log_decay is None, (M, E, C, R) for one decay per head, or (M, E, C, K) for one per channel, with R = 1.
     """
-    q_MECK, k_MECK, v_MECRV, log_decay = inputs
-    C = q_MECK.shape[2]
-    dtype = jnp.result_type(q_MECK, k_MECK, v_MECRV)
+    q_MECK, k_MECK, v_MECW, log_decay_MECX = inputs
+    M, E, C, W = v_MECW.shape
+    dtype = jnp.result_type(q_MECK, k_MECK, v_MECW)
     einsum = functools.partial(matmul.einsum, dtype=dtype)
     pairs_MECC, enters_MEC, leaves_MEC, stays_ME = _masks(runs)
 
-    through = after = total = None
-    if log_decay is not None:
-        per_channel = log_decay.ndim == 5
-        log_decay_MERCK = jnp.moveaxis(log_decay if per_channel else log_decay[..., None], 3, 2)
-        sums = decay_sums.chunk_sums(log_decay_MERCK)
-        through, after = (
-            x[:, :, 0] if per_channel else jnp.moveaxis(x[..., 0], 2, 3)
-            for x in (jnp.exp(sums.through_CK), jnp.exp(sums.after_CK))
-        )
-        total = jnp.exp(sums.total_K[:, :, 0] if per_channel else sums.total_K[..., 0])
-    through_MECX = _masked(enters_MEC, through)
-    after_MECX = _masked(leaves_MEC, after)
-    total_MEX = _masked(stays_ME, total)
+    def over_values(x_R):
+        """One number a head to one a value: (..., R) to (..., W)."""
+        return None if x_R is None else jnp.repeat(x_R, W // x_R.shape[-1], axis=-1)
 
-    if log_decay is not None and per_channel:
-        scores_MERCC = decay_sums.decayed_scores(
-            q_MECK[:, :, None], k_MECK[:, :, None], sums, dtype=dtype
-        )
-        q_in_MECK, k_out_MECK, v_out_MECRV = q_MECK * through_MECX, k_MECK * after_MECX, v_MECRV
-        keep_MEKR, read_scale_MECR = total_MEX[..., None], None
+    through = after = total = None
+    if log_decay_MECX is not None:
+        sums = decay_sums.chunk_sums(log_decay_MECX)
+        through, after, total = map(jnp.exp, (sums.through_CK, sums.after_CK, sums.total_K))
+    through = _masked(enters_MEC, through)
+    after = _masked(leaves_MEC, after)
+    total = _masked(stays_ME, total)
+
+    if per_channel:
+        scores_MERCC = decay_sums.decayed_scores(q_MECK, k_MECK, sums, dtype=dtype)[:, :, None]
+        q_in_MECK, k_out_MECK, v_out_MECW = q_MECK * through, k_MECK * after, v_MECW
+        keep_MEKW = total[..., None]
     else:
         scores_MERCC = einsum("MEiK,MEjK->MEij", q_MECK, k_MECK)[:, :, None]
-        if log_decay is None:
+        if log_decay_MECX is None:
             lower_CC = jnp.tril(jnp.ones((C, C), bool))[None, None, None]
             scores_MERCC = jnp.where(lower_CC, scores_MERCC, 0.0)
         else:
-            scores_MERCC = scores_MERCC * decay_sums.pair_decay(sums)
+            log_decay_MERC1 = jnp.moveaxis(log_decay_MECX, 3, 2)[..., None]
+            scores_MERCC = scores_MERCC * decay_sums.pair_decay(log_decay_MERC1)
         q_in_MECK, k_out_MECK = q_MECK, k_MECK
-        v_out_MECRV = v_MECRV if after_MECX is None else v_MECRV * after_MECX[..., None]
-        keep_MEKR = None if total_MEX is None else total_MEX[:, :, None]
-        read_scale_MECR = through_MECX
+        v_out_MECW = v_MECW if after is None else v_MECW * over_values(after)
+        keep_MEKW = None if total is None else over_values(total)[:, :, None]
     if pairs_MECC is not None:
         scores_MERCC = jnp.where(pairs_MECC[:, :, None], scores_MERCC, 0.0)
 
-    written_MEKRV = einsum("MEjK,MEjRV->MEKRV", k_out_MECK, v_out_MECRV)
-    state_MEKRV, final_EKRV = _through_chunks(state_EKRV, keep_MEKR, written_MEKRV)
-    o_MECRV = einsum("MEiK,MEKRV->MEiRV", q_in_MECK, state_MEKRV)
-    if read_scale_MECR is not None:
-        o_MECRV = o_MECRV * read_scale_MECR[..., None]
-    o_MERCV = einsum("MERij,MERjV->MERiV", *_per_head(scores_MERCC, jnp.moveaxis(v_MECRV, 3, 2)))
-    return (o_MECRV + jnp.moveaxis(o_MERCV, 2, 3)).astype(v_MECRV.dtype), final_EKRV
+    written_MEKW = einsum("MEjK,MEjW->MEKW", k_out_MECK, v_out_MECW)
+    state_MEKW, final_EKW = _through_chunks(state_EKW, keep_MEKW, written_MEKW)
+    o_MECW = einsum("MEiK,MEKW->MEiW", q_in_MECK, state_MEKW)
+    if not per_channel and through is not None:
+        o_MECW = o_MECW * over_values(through)
+    if scores_MERCC.shape[2] == 1:
+        o_MECW = o_MECW + einsum("MEij,MEjW->MEiW", scores_MERCC[:, :, 0], v_MECW)
+    else:
+        v_MECRV = v_MECW.reshape(M, E, C, R, W // R)
+        o_MERCV = einsum("MERij,MERjV->MERiV", scores_MERCC, jnp.moveaxis(v_MECRV, 3, 2))
+        o_MECW = o_MECW + jnp.moveaxis(o_MERCV, 2, 3).reshape(M, E, C, W)
+    return o_MECW.astype(v_MECW.dtype), final_EKW
 
 
-def _per_head(scores_MERCC, v_MERCV):
-    """Without a decay the R heads of a group have the same scores."""
-    M, E, R, C, _ = v_MERCV.shape
-    return jnp.broadcast_to(scores_MERCC, (M, E, R, C, C)), v_MERCV
-
-
-def _through_chunks(state_EKRV, keep_MEKR, written_MEKRV):
+def _through_chunks(state_EKW, keep_MEKW, written_MEKW):
     """The recurrence over a span's chunks: the state at the start of each, and behind the last."""
 
-    def body(state_EKRV, chunk):
-        keep_EKR, written_EKRV = chunk
-        kept_EKRV = state_EKRV if keep_EKR is None else state_EKRV * keep_EKR[..., None]
-        return kept_EKRV + written_EKRV, state_EKRV
+    def body(state_EKW, chunk):
+        keep_EKW, written_EKW = chunk
+        kept_EKW = state_EKW if keep_EKW is None else state_EKW * keep_EKW
+        return kept_EKW + written_EKW, state_EKW
 
-    final_EKRV, state_MEKRV = jax.lax.scan(body, state_EKRV, (keep_MEKR, written_MEKRV))
-    return state_MEKRV, final_EKRV
+    final_EKW, state_MEKW = jax.lax.scan(body, state_EKW, (keep_MEKW, written_MEKW))
+    return state_MEKW, final_EKW
 
 
 def _masks(runs):
