@@ -12,14 +12,15 @@ i into its right half, and there
     through_i = the sum from the middle up to i,
 
 two pure sums of non-positive numbers. Both exponentials are at most 1; -inf gives exp = 0 with derivative 0, no NaN.
-The sums of a level come from those of the level below by one addition, and those of the last level reach from the
-chunk's start and to its end: what enters and leaves the chunk. For a decay per channel each level's rectangle is one
-matrix product, (q exp(through)) (k exp(after))^T, so that no (C, C, K) array of pairs exists.
+The sums from the chunk's start and to its end, for what enters and leaves it, are of the same kind. For a decay per
+channel each level's rectangle is one matrix product, (q exp(through)) (k exp(after))^T, so that no (C, C, K) array of
+pairs exists.
 
 The same sub-division in two levels (blocks of 16, pairs inside them one by one) is "secondary chunking" in GLA
 (arXiv 2312.06635, section 4.3). Arrays are (..., C, K) with K = 1 for one decay per head; C is a power of two.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -61,7 +62,8 @@ class Sums(NamedTuple):
     levels: tuple[Level, ...]
 
 
-BLOCK = 16  # tokens whose sums are chained one by one; longer sums add the sums of whole blocks
+BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of whole blocks
+NEVER = -1e30  # a reset inside a sum: exp(NEVER) is 0 as exp(-inf) is, and 0 * NEVER is 0
 
 
 def chunk_sums(log_decay_CK: jax.Array) -> Sums:
@@ -70,7 +72,8 @@ def chunk_sums(log_decay_CK: jax.Array) -> Sums:
     if C & (C - 1):
         raise ValueError(f"chunk_sums: the chunk length must be a power of two; got {C}")
     U = min(C, BLOCK)
-    tokens = _halvings(log_decay_CK.reshape(*lead, C // U, U, K))
+    finite_CK = jnp.where(log_decay_CK == -jnp.inf, NEVER, log_decay_CK)
+    tokens = _halvings(finite_CK.reshape(*lead, C // U, U, K))
     blocks = _halvings(tokens.total_K)
 
     def whole(of_token, of_block):
@@ -104,26 +107,38 @@ def chunk_sums(log_decay_CK: jax.Array) -> Sums:
 
 
 def _halvings(log_decay_CK: jax.Array) -> Sums:
-    """The sums of `chunk_sums`, each level from the level below."""
+    """The sums of `chunk_sums` by matrix products with zeros and ones: no chain of additions for XLA to recompute."""
     *lead, C, K = log_decay_CK.shape
-    through = total = log_decay_CK.reshape(*lead, C, 1, K)
-    before = after = jnp.zeros_like(through)
-    right = jnp.array([False, True]).reshape(*[1] * len(lead), 1, 2, 1, 1)
+    through, before, after = (
+        jnp.einsum("XC,...CK->...XK", rows, log_decay_CK, precision=jax.lax.Precision.HIGHEST)
+        for rows in _summed_tokens(C, log_decay_CK.dtype)
+    )
     levels = []
     for level in range(C.bit_length() - 1):
-        blocks, half = C >> (level + 1), 1 << level
-        through, before, after = (
-            x.reshape(*lead, blocks, 2, half, K) for x in (through, before, after)
+        rows = slice(C + level * C // 2, C + (level + 1) * C // 2)
+        halves = (
+            x[..., rows, :].reshape(*lead, C >> (level + 1), 1 << level, K)
+            for x in (through, before, after)
         )
-        total = total.reshape(*lead, blocks, 2, 1, K)
-        levels.append(Level(through[..., 1, :, :], before[..., 1, :, :], after[..., 0, :, :]))
-        left_total, right_total = total[..., :1, :, :], total[..., 1:, :, :]
-        from_left = jnp.where(right, left_total, 0.0)
-        through, before = through + from_left, before + from_left
-        after = after + jnp.where(right, 0.0, right_total)
-        total = left_total + right_total
-    whole = (x.reshape(*lead, C, K) for x in (through, before, after))
-    return Sums(log_decay_CK, *whole, total.reshape(*lead, K), tuple(levels))
+        levels.append(Level(*halves))
+    total_K = through[..., C - 1, :]
+    whole = (x[..., :C, :] for x in (through, before, after))
+    return Sums(log_decay_CK, *whole, total_K, tuple(levels))
+
+
+@functools.cache
+def _summed_tokens(C: int, dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which tokens each through, before and after sums: C rows for the whole chunk, then C/2 for each level."""
+    token = np.arange(C)
+    i, s = token[:, None], token[None]
+    through, before, after = [s <= i], [s < i], [s > i]
+    for level in range(C.bit_length() - 1):
+        middle = (i >> (level + 1) << (level + 1)) + (1 << level)
+        right = token & (1 << level) > 0
+        through.append(((s >= middle) & (s <= i))[right])
+        before.append(((s >= middle) & (s < i))[right])
+        after.append(((s < middle) & (s > i))[~right])
+    return tuple(np.concatenate(rows).astype(dtype) for rows in (through, before, after))
 
 
 def pair_decay(log_decay_C1: jax.Array, *, before: bool = False) -> jax.Array:

@@ -98,4 +98,5 @@ def state_dtype(*arrays) -> jnp.dtype:
 
 def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:
     """Key head g serves value heads g*H/G ... (g+1)*H/G - 1."""
-    return jnp.repeat(x_BTGK, heads // x_BTGK.shape[2], axis=2)
+    copies = heads // x_BTGK.shape[2]
+    return x_BTGK if copies == 1 else jnp.repeat(x_BTGK, copies, axis=2)
