@@ -119,7 +119,7 @@ def delta_rule(
     arguments.check_chunk_size(name, chunk_size)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     call = {
-        "q_BTGK": q_BTHK * scale,
+        "q_BTGK": q_BTHK.astype(arguments.state_dtype(q_BTHK)) * scale,
         "k_BTGK": k_BTHK,
         "v_BTHV": v_BTHV,
         "beta_BTH": beta_BTH,
@@ -183,7 +183,7 @@ def diagonal_plus_low_rank(
     arguments.check_chunk_size(name, chunk_size)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     call = {
-        "q_BTHK": arguments.repeat_heads(q_BTHK * scale, H),
+        "q_BTHK": arguments.repeat_heads(q_BTHK.astype(arguments.state_dtype(q_BTHK)) * scale, H),
         "k_BTHK": arguments.repeat_heads(k_BTHK, H),
         "v_BTHV": v_BTHV,
         "a_BTHK": a_BTHK,
