@@ -363,7 +363,7 @@ class Suite:
             rows = {name: x for name, x in inputs.items() if name not in fixed}
             return jax.vmap(one_row, in_axes=(0, None))(rows, fixed)
 
-        assert_close(run(rematerialised), whole, 2e-6)
+        assert_close(run(rematerialised), whole, TOLERANCE["float32"])  # fused otherwise, so not to the bit
         assert_close(run(mapped), whole, TOLERANCE["float32"])
         output, final = case.call(inputs, implementation=implementation)
         eager = {"output": output, "final state": final}
