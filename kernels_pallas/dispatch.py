@@ -30,18 +30,27 @@ def choose(
 
     Raises:
       ValueError: the name is unknown (the choices are listed).
-      NotImplementedError: the named implementation does not support this call.
+      NotImplementedError: the named implementation does not support this call, or none does (with the reasons).
     """
     platform = jax.default_backend()
     if name is None:
+        reasons = []
         for implementation in implementations:
-            if implementation.unsupported(platform, **arguments) is None:
+            reason = implementation.unsupported(platform, **arguments)
+            if reason is None:
                 return implementation
-        raise NotImplementedError(f"{operator}: no implementation supports this call on {platform}")
+            reasons.append(f"{implementation.name}: {reason}")
+        raise NotImplementedError(
+            f"{operator}: no implementation supports this call on {platform} ({'; '.join(reasons)})"
+        )
     for implementation in implementations:
         if implementation.name == name:
             if reason := implementation.unsupported(platform, **arguments):
-                raise NotImplementedError(f"{operator}: implementation {name!r} cannot run here: {reason}")
+                raise NotImplementedError(
+                    f"{operator}: implementation {name!r} cannot run here: {reason}"
+                )
             return implementation
     choices = ", ".join(repr(implementation.name) for implementation in implementations)
-    raise ValueError(f"{operator}: unknown implementation {name!r}; choose one of {choices}, or None")
+    raise ValueError(
+        f"{operator}: unknown implementation {name!r}; choose one of {choices}, or None"
+    )

@@ -261,7 +261,7 @@ def published(case: OperatorCase, name: str) -> tuple[Shape, int, str]:
     length, variant = sizes.pop("T"), case.variants[0]
     if "decay" in sizes:
         decay = sizes.pop("decay")
-        variant = {None: "none", "head": "token"}.get(decay, decay)
+        variant = {None: "none", "fixed": "head", "head": "token"}.get(decay, decay)
     if sizes.pop("complex", False):
         variant = "complex"
     if sizes.get("window"):

@@ -29,7 +29,7 @@ from kernels_pallas import decay_sums, matmul, segments
 from kernels_pallas import recurrence_arguments as arguments
 
 CHUNK_SIZE = 64
-CPU_MATRICES = 64  # on CPU: how many (chunk, head) pairs make a span
+CPU_MATRICES = 32  # on CPU: how many (chunk, head) pairs make a span
 
 
 def chunked(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size):

@@ -12,7 +12,8 @@ gates and the like, each entry is a position of its own), divided by the rms of 
 all positions counts, so a single wrong token cannot hide in an average. The scale is each tensor's own: where a decay
 of -50 a token leaves a gradient of 1e-21, it is that gradient that must be right to five digits. Where truth is zero
 everywhere, the result must be zero exactly; where its rms lies below 1e-30, float32 (which ends at 1e-38) has no
-digits left to compare, and 1e-30 is the scale.
+digits left to compare, and 1e-30 is the scale. A tensor that comes back in bfloat16 is allowed, on top of the tolerance,
+what writing the truth itself in bfloat16 costs at its worst position.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class OperatorCase:
     regimes: names that make_inputs knows. Those of equal array shapes share one compiled program.
     typical: a regime in which every token reaches every later one (weak decay), for the structural tests.
     fast: (T, regime) pairs of the fast cut; the full product is marked slow.
-    rounded: the inputs that are bfloat16 in the bfloat16 tests; empty where the operator has no such form.
+    rounded: the inputs that are bfloat16 in the bfloat16 tests.
     grouped: whether G < H is a legal shape.
     """
 
@@ -65,7 +66,7 @@ class OperatorCase:
     regimes: tuple[str, ...]
     typical: tuple[str, ...]
     fast: tuple[tuple[int, str], ...]
-    rounded: tuple[str, ...] = ()
+    rounded: tuple[str, ...]
     grouped: bool = True
 
 
@@ -222,8 +223,6 @@ class Suite:
             name: x.astype(jnp.bfloat16) if name in self.case.rounded else x
             for name, x in inputs.items()
         }
-        if not self.case.rounded:
-            return
         shapes = jax.eval_shape(lambda x: self.case.call(x, implementation="reference"), inputs)
         cotangents = tuple(
             c.astype(shape.dtype).astype(np.float32)
@@ -234,9 +233,8 @@ class Suite:
         assert_close(got, expected, TOLERANCE["bfloat16"])
 
     def test_grouped_heads(self, implementation, typical):
-        if not self.case.grouped:
-            return
-        inputs = inputs_of(self.case, Shape(B=2, T=100, H=4, G=2), typical)
+        G = 2 if self.case.grouped else 4
+        inputs = inputs_of(self.case, Shape(B=2, T=100, H=4, G=G), typical)
         ids = documents(2, 100)
         got = everything(self.case, implementation, inputs, ids)
         assert_close(got, truth(self.case, inputs, ids), TOLERANCE["float32"])
@@ -278,7 +276,6 @@ class Suite:
         """Exactly: a document's outputs and gradients keep every bit when the documents around it change."""
         T, start, stop = 100, 37, 80
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
-        other = inputs_of(self.case, Shape(B=1, T=T), typical + "")
         inside = (np.arange(T) >= start) & (np.arange(T) < stop)
         ids = (1 + inside + 2 * (np.arange(T) >= stop)).astype(np.int32)[None]
 
@@ -363,7 +360,9 @@ class Suite:
             rows = {name: x for name, x in inputs.items() if name not in fixed}
             return jax.vmap(one_row, in_axes=(0, None))(rows, fixed)
 
-        assert_close(run(rematerialised), whole, TOLERANCE["float32"])  # fused otherwise, so not to the bit
+        assert_close(
+            run(rematerialised), whole, TOLERANCE["float32"]
+        )  # fused otherwise, so not to the bit
         assert_close(run(mapped), whole, TOLERANCE["float32"])
         output, final = case.call(inputs, implementation=implementation)
         eager = {"output": output, "final state": final}

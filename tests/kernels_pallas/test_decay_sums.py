@@ -1,0 +1,89 @@
+"""Decays between tokens of a chunk, against plain float64 loops; products that round their operands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import decay_sums, matmul
+
+
+def _log_decay(C, K, seed=0):
+    """Weak, strong, and (token 5 and one channel of token 9) resets."""
+    rng = np.random.default_rng(seed)
+    log_decay = -np.choose(rng.integers(0, 3, (C, K)), [1e-3, 0.5, 50.0]) * rng.random((C, K))
+    log_decay[5 % C] = -np.inf
+    log_decay[9 % C, 0] = -np.inf
+    return log_decay.astype(np.float32)
+
+
+def _between(log_decay_CK, before):
+    """exp of the sum over j+1..i (before: to i-1) for each pair, by slices: (C, C, K), float64."""
+    C, K = log_decay_CK.shape
+    D_CCK = np.zeros((C, C, K))
+    for i in range(C):
+        for j in range(i if before else i + 1):
+            stop = i if before else i + 1
+            D_CCK[i, j] = np.exp(log_decay_CK[j + 1 : stop].astype(np.float64).sum(axis=0))
+    return D_CCK
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("C", [1, 8, 16, 64])
+def test_decays_are_right_to_float32(C, before):
+    K = 3
+    log_decay_CK = _log_decay(C, K)
+    D_CCK = _between(log_decay_CK, before)
+    rng = np.random.default_rng(1)
+    q_CK, k_CK = rng.standard_normal((2, C, K)).astype(np.float32)
+    sums = decay_sums.chunk_sums(log_decay_CK)
+
+    D_CC = decay_sums.pair_decay(log_decay_CK[:, 1:2], before=before)
+    np.testing.assert_allclose(D_CC, D_CCK[:, :, 1], rtol=1e-5, atol=1e-35)
+    scores_CC = decay_sums.decayed_scores(q_CK, k_CK, sums, before=before, dtype=jnp.float32)
+    expected_CC = np.einsum("iK,jK,ijK->ij", q_CK, k_CK, D_CCK)
+    np.testing.assert_allclose(scores_CC, expected_CC, atol=1e-5)
+
+    exact = log_decay_CK.astype(np.float64)
+    for i in range(C):
+        expected = (exact[: i + 1], exact[:i], exact[i + 1 :])
+        got = (sums.through_CK, sums.before_CK, sums.after_CK)
+        for part, x in zip(expected, got):
+            np.testing.assert_allclose(np.exp(x[i]), np.exp(part.sum(0)), rtol=2e-5, atol=1e-35)
+    np.testing.assert_allclose(np.exp(sums.total_K), np.exp(exact.sum(0)), rtol=2e-5, atol=1e-35)
+
+
+def test_no_gradient_passes_a_reset_and_none_is_nan():
+    log_decay_CK = _log_decay(32, 3)
+
+    def total(log_decay_CK):
+        sums = decay_sums.chunk_sums(log_decay_CK)
+        ones_CK = jnp.ones((32, 3))
+        scores_CC = decay_sums.decayed_scores(ones_CK, ones_CK, sums, dtype=jnp.float32)
+        D_CC = decay_sums.pair_decay(log_decay_CK[:, :1])
+        return scores_CC.sum() + D_CC.sum() + jnp.exp(sums.total_K).sum()
+
+    gradient_CK = jax.grad(total)(log_decay_CK)
+    assert np.isfinite(gradient_CK).all() and np.abs(gradient_CK).max() > 0
+    np.testing.assert_array_equal(gradient_CK[~np.isfinite(log_decay_CK)], 0.0)
+
+
+def test_a_chunk_that_cannot_be_halved_is_refused():
+    with pytest.raises(ValueError, match="must be a power of two; got 48"):
+        decay_sums.chunk_sums(jnp.zeros((48, 1)))
+
+
+def test_products_round_operands_and_accumulate_in_float32():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 33, 17)).astype(np.float32)
+    narrow_x, narrow_y = (a.astype(jnp.bfloat16).astype(np.float64) for a in (x, y))
+
+    def product(x, y):
+        return matmul.einsum("ik,jk->ij", x, y, jnp.bfloat16)
+
+    out, vjp = jax.vjp(product, jnp.asarray(x), jnp.asarray(y, jnp.bfloat16))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, narrow_x @ narrow_y.T, atol=1e-5)
+    dx, dy = vjp(jnp.ones_like(out))
+    assert dx.dtype == jnp.float32 and dy.dtype == jnp.bfloat16
+    np.testing.assert_allclose(dx, np.broadcast_to(narrow_y.sum(0), dx.shape), rtol=1e-5, atol=1e-5)

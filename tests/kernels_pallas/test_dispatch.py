@@ -1,0 +1,40 @@
+"""Choosing an implementation: the named one or an error that says why, the first that can run for None."""
+
+import pytest
+
+from kernels_pallas import dispatch
+
+SMALL = dispatch.Implementation(
+    "small", lambda T: "small", lambda platform, T: None if T < 8 else f"T = {T} is not below 8"
+)
+ANY = dispatch.Implementation("any", lambda T: "any")
+
+
+def _chosen(implementations, name, T):
+    return dispatch.choose("operator", implementations, name, T=T).call(T)
+
+
+def test_none_takes_the_first_that_supports_the_call():
+    assert _chosen((SMALL, ANY), None, 4) == "small"
+    assert _chosen((SMALL, ANY), None, 9) == "any"
+
+
+def test_a_named_one_is_taken_though_another_comes_first():
+    assert _chosen((SMALL, ANY), "any", 4) == "any"
+
+
+def test_a_named_one_that_cannot_run_says_why_and_does_not_fall_back():
+    with pytest.raises(NotImplementedError, match="operator: .*'small' cannot run here: T = 9"):
+        _chosen((SMALL, ANY), "small", 9)
+
+
+def test_nothing_that_can_run_lists_the_reasons():
+    with pytest.raises(NotImplementedError, match="small: T = 9 is not below 8"):
+        _chosen((SMALL,), None, 9)
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(
+        ValueError, match="unknown implementation 'x'; choose one of 'small', 'any'"
+    ):
+        _chosen((SMALL, ANY), "x", 4)
