@@ -52,7 +52,8 @@ class OperatorCase:
     call: (inputs, implementation=..., segment_ids=None) -> (output, final state): the public operator.
     step: (inputs of one token, no time axis, without "initial_state"; state) -> (output, state).
     regimes: names that make_inputs knows. Those of equal array shapes share one compiled program.
-    typical: a regime in which every token reaches every later one (weak decay), for the structural tests.
+    typical: regimes in which every token reaches every later one (weak decay), for the structural tests; the first is in
+      the fast cut.
     fast: (T, regime) pairs of the fast cut; the full product is marked slow.
     rounded: the inputs that are bfloat16 in the bfloat16 tests.
     grouped: whether G < H is a legal shape.
@@ -202,7 +203,9 @@ class Suite:
             ]
             metafunc.parametrize("length_and_regime", marked)
         if "typical" in names:
-            metafunc.parametrize("typical", case.typical)
+            first, *others = case.typical
+            slow = [pytest.param(regime, marks=pytest.mark.slow) for regime in others]
+            metafunc.parametrize("typical", [first, *slow])
 
     def test_float32(self, implementation, length_and_regime):
         T, regime = length_and_regime

@@ -36,11 +36,15 @@ def test_decays_are_right_to_float32(C, before):
     D_CCK = _between(log_decay_CK, before)
     rng = np.random.default_rng(1)
     q_CK, k_CK = rng.standard_normal((2, C, K)).astype(np.float32)
-    sums = decay_sums.chunk_sums(log_decay_CK)
 
-    D_CC = decay_sums.pair_decay(log_decay_CK[:, 1:2], before=before)
+    @jax.jit
+    def compute(log_decay_CK):
+        sums = decay_sums.chunk_sums(log_decay_CK)
+        scores_CC = decay_sums.decayed_scores(q_CK, k_CK, sums, before=before, dtype=jnp.float32)
+        return sums, decay_sums.pair_decay(log_decay_CK[:, 1:2], before=before), scores_CC
+
+    sums, D_CC, scores_CC = compute(log_decay_CK)
     np.testing.assert_allclose(D_CC, D_CCK[:, :, 1], rtol=1e-5, atol=1e-35)
-    scores_CC = decay_sums.decayed_scores(q_CK, k_CK, sums, before=before, dtype=jnp.float32)
     expected_CC = np.einsum("iK,jK,ijK->ij", q_CK, k_CK, D_CCK)
     np.testing.assert_allclose(scores_CC, expected_CC, atol=1e-5)
 
@@ -63,7 +67,7 @@ def test_no_gradient_passes_a_reset_and_none_is_nan():
         D_CC = decay_sums.pair_decay(log_decay_CK[:, :1])
         return scores_CC.sum() + D_CC.sum() + jnp.exp(sums.total_K).sum()
 
-    gradient_CK = jax.grad(total)(log_decay_CK)
+    gradient_CK = jax.jit(jax.grad(total))(log_decay_CK)
     assert np.isfinite(gradient_CK).all() and np.abs(gradient_CK).max() > 0
     np.testing.assert_array_equal(gradient_CK[~np.isfinite(log_decay_CK)], 0.0)
 
