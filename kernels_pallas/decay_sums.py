@@ -195,15 +195,15 @@ def _advanced(g_U):
 
 
 def decayed_scores(
-    q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, before: bool = False, dtype
+    q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, before: bool = False
 ) -> jax.Array:
     """A_ij = sum_K q_iK k_jK exp(g_{j+1} + ... + g_i)_K for j <= i, 0 for j > i: (..., C, C), float32 or wider.
 
-    With `before`, the sums stop in front of i, and the diagonal is 0. Products are made of operands rounded to `dtype`
-    after they have been decayed. q, k and the sums have the same shape (..., C, K), or K = 1 for the sums.
+    With `before`, the sums stop in front of i, and the diagonal is 0. q, k and the sums have the same shape (..., C, K), or
+    K = 1 for the sums.
     """
     *lead, C, K = q_CK.shape
-    accumulate = jnp.promote_types(dtype, jnp.float32)
+    accumulate = jnp.result_type(q_CK, k_CK, sums.through_CK)
     q_CK, k_CK = q_CK.astype(accumulate), k_CK.astype(accumulate)
     diagonal = jnp.zeros((*lead, C), accumulate) if before else jnp.sum(q_CK * k_CK, axis=-1)
     rectangles = []
@@ -217,7 +217,6 @@ def decayed_scores(
                 "...iK,...jK->...ij",
                 q_MUK * jnp.exp(rows),
                 k_MUK * jnp.exp(level.after_MUK),
-                dtype,
             )
         )
     return _assemble(diagonal.reshape(*lead, C, 1, 1), rectangles)

@@ -1,4 +1,4 @@
-"""Matrix products in the input's dtype with float32 (or wider) accumulation, in the backward pass too."""
+"""Matrix products that keep narrow inputs narrow, and never round what was computed from them."""
 
 import functools
 
@@ -6,40 +6,40 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def einsum(subscripts: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
-    """Two-operand einsum: operands rounded to `dtype`, result in promote(dtype, float32).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Two-operand einsum with a float32 (or wider) result, in the backward pass too.
 
-    The rule autodiff would give multiplies a float32 cotangent with a bfloat16 operand, which no matrix unit does;
-    here the cotangent is rounded to `dtype` as well. Each letter of an operand must stand in the other or in the
-    result. Cotangents come back in the dtype of their operand. For float32 and float64 this is plain `jnp.einsum`
-    (under `jax_default_matmul_precision`, as everywhere in JAX).
+    Two bfloat16 operands, which are then a caller's inputs, go to the matrix unit as they are. If one is float32, a
+    decayed key, a score, a state or a cotangent, the product is a float32 one: rounding such an operand to bfloat16 costs
+    up to 3e-2 of the result's rms where its entries are heavy-tailed. How a device multiplies float32 is
+    `jax_default_matmul_precision`, as everywhere in JAX (TF32 on GPU, bfloat16 passes on TPU). Each letter of an operand
+    must stand in the other or in the result. Cotangents come back in the dtype of their operand.
     """
-    accumulate = jnp.promote_types(dtype, jnp.float32)
-    x, y = x.astype(dtype), y.astype(dtype)
+    accumulate = jnp.result_type(x.dtype, y.dtype, jnp.float32)
 
     def narrow(x, y):
         return jnp.einsum(subscripts, x, y, preferred_element_type=accumulate)
 
-    def widened(x, y):
+    def wide(x, y):
         return jnp.einsum(subscripts, x.astype(accumulate), y.astype(accumulate))
 
-    if accumulate == dtype:
-        return narrow(x, y)
-    # XLA's CPU backend refuses some bfloat16 products with a float32 result; widening first gives the same numbers.
-    return jax.lax.platform_dependent(x, y, cpu=widened, default=narrow)
+    if x.dtype != y.dtype or x.dtype == accumulate:
+        return wide(x, y)
+    # XLA's CPU backend refuses some bfloat16 products with a float32 result; widening gives the same numbers.
+    return jax.lax.platform_dependent(x, y, cpu=wide, default=narrow)
 
 
-def _forward(subscripts, x, y, dtype):
-    return einsum(subscripts, x, y, dtype), (x, y)
+def _forward(subscripts, x, y):
+    return einsum(subscripts, x, y), (x, y)
 
 
-def _backward(subscripts, dtype, operands, cotangent):
+def _backward(subscripts, operands, cotangent):
     x, y = operands
     inputs, output = subscripts.split("->")
     x_letters, y_letters = inputs.split(",")
-    dx = einsum(f"{output},{y_letters}->{x_letters}", cotangent, y, dtype)
-    dy = einsum(f"{output},{x_letters}->{y_letters}", cotangent, x, dtype)
+    dx = einsum(f"{output},{y_letters}->{x_letters}", cotangent, y)
+    dy = einsum(f"{output},{x_letters}->{y_letters}", cotangent, x)
     return dx.astype(x.dtype), dy.astype(y.dtype)
 
 

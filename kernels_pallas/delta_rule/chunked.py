@@ -165,9 +165,7 @@ def _decayed_products(sums, H, *, before=False):
 
         def per_channel(rows_MBGCK, columns_MBGCK):
             rows_MBHCK, columns_MBHCK = (_repeat_heads(x, H) for x in (rows_MBGCK, columns_MBGCK))
-            return decay_sums.decayed_scores(
-                rows_MBHCK, columns_MBHCK, sums, before=before, dtype=columns_MBHCK.dtype
-            )
+            return decay_sums.decayed_scores(rows_MBHCK, columns_MBHCK, sums, before=before)
 
         return per_channel
     D_MBHCC = decay_sums.pair_decay(sums.log_decay_CK, before=before)

@@ -1,5 +1,7 @@
 """Linear attention with any decay: the public functions."""
 
+import numbers
+
 import jax
 
 from kernels_pallas import dispatch
@@ -8,7 +10,7 @@ from kernels_pallas.linear_attention import chunked, reference
 
 
 def _one_token(
-    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size
+    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
     del segment_ids_BT, chunk_size  # one token starts no document, so the state enters
     dtype, H = initial_state_BHKV.dtype, v_BTHV.shape[2]
@@ -17,7 +19,7 @@ def _one_token(
     o_BHV, state_BHKV = reference.step(
         q_BHK, k_BHK, v_BTHV[:, 0].astype(dtype), log_decay_BHK, initial_state_BHKV
     )
-    return o_BHV[:, None].astype(v_BTHV.dtype), state_BHKV
+    return (scale * o_BHV)[:, None].astype(v_BTHV.dtype), state_BHKV
 
 
 def _not_one_token(platform, *, v_BTHV, **arguments):
@@ -26,12 +28,12 @@ def _not_one_token(platform, *, v_BTHV, **arguments):
 
 
 def _reference(
-    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size
+    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
     del chunk_size
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
     return reference.recurrent(
-        q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT
+        q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale
     )
 
 
@@ -69,7 +71,7 @@ def linear_attention(
       v_BTHV: (B, T, H, V).
       log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf forgets all that came before, and
         its gradient is 0. Positive values are not checked unless `kernels_pallas.checks` is on.
-      scale: multiplies q; None is K**-0.5.
+      scale: a number; None is K**-0.5. It multiplies the output while that is still float32.
       initial_state: (B, H, K, V), the state before the first token; None is zero. It belongs to the first token's
         document.
       segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another.
@@ -78,25 +80,30 @@ def linear_attention(
 
     Returns:
       o_BTHV in v's dtype, and the final state (B, H, K, V). States, gates and their sums are float32 (float64 where an
-      input is); matrix products take q, k and v in their own dtype and accumulate in float32.
+      input is); bfloat16 q, k and v multiply each other as they are, with float32 sums, and what comes of them stays float32.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.
+      ValueError: shapes or dtypes that do not fit, a bad chunk_size or scale, an unknown implementation, or (with checks
+        on) a positive log_decay.
       NotImplementedError: the named implementation cannot run this call.
     """
     name = "linear_attention"
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
     arguments.check_segment_ids(name, segment_ids, v_BTHV)
     arguments.check_chunk_size(name, chunk_size)
-    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    if not isinstance(scale, numbers.Real | None):
+        raise ValueError(
+            f"{name}: scale is {scale!r}; expected a number or None (multiply q by one that is learned)"
+        )
     call = {
-        "q_BTGK": q_BTHK * scale,
+        "q_BTGK": q_BTHK,
         "k_BTGK": k_BTHK,
         "v_BTHV": v_BTHV,
         "log_decay_BTHK": arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV),
         "initial_state_BHKV": arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV),
         "segment_ids_BT": segment_ids,
         "chunk_size": chunk_size,
+        "scale": q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale),
     }
     return dispatch.choose(name, IMPLEMENTATIONS, implementation, **call).call(**call)
 

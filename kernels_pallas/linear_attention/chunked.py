@@ -32,7 +32,9 @@ CHUNK_SIZE = 64
 CPU_MATRICES = 32  # on CPU: how many (chunk, head) pairs make a span
 
 
-def chunked(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size):
+def chunked(
+    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
+):
     """The chunked form. Arguments are normalised by `api.py`; chunk_size is a power of two, at least 16, or None."""
     per_channel = log_decay_BTHK is not None and log_decay_BTHK.shape[-1] > 1
     if per_channel:
@@ -66,7 +68,7 @@ def chunked(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_
     state_EKW = jnp.moveaxis(state_BGRKV, 2, 3).reshape(E, K, R * V)
     inputs = spans(q_BTGK, K), spans(k_BTGK, K), spans(v_BTHV, R * V), log_decay
 
-    o_NMECW, final_EKW = _over_spans(R, per_channel, inputs, state_EKW, runs)
+    o_NMECW, final_EKW = _over_spans(R, per_channel, scale, inputs, state_EKW, runs)
 
     o_BNMCGW = o_NMECW.reshape(N, M, B, G, C, R * V).transpose(2, 0, 1, 4, 3, 5)
     final_BGRKV = jnp.moveaxis(final_EKW.reshape(B, G, K, R, V), 3, 2)
@@ -83,33 +85,33 @@ def _runs(segment_ids_BT, padding, G, shape_NMEC):
     return jnp.repeat(run_NMBC, G, axis=2), jnp.repeat(before_NMB, G, axis=2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _over_spans(R, per_channel, inputs, state_EKW, runs):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _over_spans(R, per_channel, scale, inputs, state_EKW, runs):
     def body(state_EKW, span):
-        o_MECW, state_EKW = _span(R, per_channel, state_EKW, *span)
+        o_MECW, state_EKW = _span(R, per_channel, scale, state_EKW, *span)
         return state_EKW, o_MECW
 
     final_EKW, o_NMECW = jax.lax.scan(body, state_EKW, (inputs, runs))
     return o_NMECW, final_EKW
 
 
-def _forward(R, per_channel, inputs, state_EKW, runs):
+def _forward(R, per_channel, scale, inputs, state_EKW, runs):
     def body(state_EKW, span):
-        o_MECW, next_EKW = _span(R, per_channel, state_EKW, *span)
+        o_MECW, next_EKW = _span(R, per_channel, scale, state_EKW, *span)
         return next_EKW, (o_MECW, state_EKW)
 
     final_EKW, (o_NMECW, state_NEKW) = jax.lax.scan(body, state_EKW, (inputs, runs))
     return (o_NMECW, final_EKW), (inputs, state_NEKW, runs)
 
 
-def _backward(R, per_channel, saved, cotangents):
+def _backward(R, per_channel, scale, saved, cotangents):
     d_o_NMECW, d_final_EKW = cotangents
 
     def body(d_state_EKW, span):
         (inputs, state_EKW, runs), d_o_MECW = span
 
         def forward(state_EKW, inputs):
-            return _span(R, per_channel, state_EKW, inputs, runs)
+            return _span(R, per_channel, scale, state_EKW, inputs, runs)
 
         _, vjp = jax.vjp(forward, state_EKW, inputs)
         return vjp((d_o_MECW, d_state_EKW))
@@ -121,15 +123,13 @@ def _backward(R, per_channel, saved, cotangents):
 _over_spans.defvjp(_forward, _backward)
 
 
-def _span(R, per_channel, state_EKW, inputs, runs):
+def _span(R, per_channel, scale, state_EKW, inputs, runs):
     """M chunks: their outputs, and the state behind the last. E rows (batch and group); W is R heads of V each.
 
     log_decay is None, (M, E, C, R) for one decay per head, or (M, E, C, K) for one per channel, with R = 1.
     """
     q_MECK, k_MECK, v_MECW, log_decay_MECX = inputs
     M, E, C, W = v_MECW.shape
-    dtype = jnp.result_type(q_MECK, k_MECK, v_MECW)
-    einsum = functools.partial(matmul.einsum, dtype=dtype)
     pairs_MECC, enters_MEC, leaves_MEC, stays_ME = _masks(runs)
 
     def over_values(x_R):
@@ -145,11 +145,11 @@ def _span(R, per_channel, state_EKW, inputs, runs):
     total = _masked(stays_ME, total)
 
     if per_channel:
-        scores_MERCC = decay_sums.decayed_scores(q_MECK, k_MECK, sums, dtype=dtype)[:, :, None]
+        scores_MERCC = decay_sums.decayed_scores(q_MECK, k_MECK, sums)[:, :, None]
         q_in_MECK, k_out_MECK, v_out_MECW = q_MECK * through, k_MECK * after, v_MECW
         keep_MEKW = total[..., None]
     else:
-        scores_MERCC = einsum("MEiK,MEjK->MEij", q_MECK, k_MECK)[:, :, None]
+        scores_MERCC = matmul.einsum("MEiK,MEjK->MEij", q_MECK, k_MECK)[:, :, None]
         if log_decay_MECX is None:
             lower_CC = jnp.tril(jnp.ones((C, C), bool))[None, None, None]
             scores_MERCC = jnp.where(lower_CC, scores_MERCC, 0.0)
@@ -162,18 +162,18 @@ def _span(R, per_channel, state_EKW, inputs, runs):
     if pairs_MECC is not None:
         scores_MERCC = jnp.where(pairs_MECC[:, :, None], scores_MERCC, 0.0)
 
-    written_MEKW = einsum("MEjK,MEjW->MEKW", k_out_MECK, v_out_MECW)
+    written_MEKW = matmul.einsum("MEjK,MEjW->MEKW", k_out_MECK, v_out_MECW)
     state_MEKW, final_EKW = _through_chunks(state_EKW, keep_MEKW, written_MEKW)
-    o_MECW = einsum("MEiK,MEKW->MEiW", q_in_MECK, state_MEKW)
+    o_MECW = matmul.einsum("MEiK,MEKW->MEiW", q_in_MECK, state_MEKW)
     if not per_channel and through is not None:
         o_MECW = o_MECW * over_values(through)
     if scores_MERCC.shape[2] == 1:
-        o_MECW = o_MECW + einsum("MEij,MEjW->MEiW", scores_MERCC[:, :, 0], v_MECW)
+        o_MECW = o_MECW + matmul.einsum("MEij,MEjW->MEiW", scores_MERCC[:, :, 0], v_MECW)
     else:
         v_MECRV = v_MECW.reshape(M, E, C, R, W // R)
-        o_MERCV = einsum("MERij,MERjV->MERiV", scores_MERCC, jnp.moveaxis(v_MECRV, 3, 2))
+        o_MERCV = matmul.einsum("MERij,MERjV->MERiV", scores_MERCC, jnp.moveaxis(v_MECRV, 3, 2))
         o_MECW = o_MECW + jnp.moveaxis(o_MERCV, 2, 3).reshape(M, E, C, W)
-    return o_MECW.astype(v_MECW.dtype), final_EKW
+    return (scale * o_MECW).astype(v_MECW.dtype), final_EKW
 
 
 def _through_chunks(state_EKW, keep_MEKW, written_MEKW):

@@ -7,17 +7,19 @@ from kernels_pallas import segments
 
 
 def step(q_BHK, k_BHK, v_BHV, log_decay_BHK, state_BHKV):
-    """One token: S <- diag(exp g) S + k v^T; o = S^T q. `log_decay` is (B,H,K), (B,H,1) or None; q is already scaled."""
+    """One token: S <- diag(exp g) S + k v^T; o = S^T q. `log_decay` is (B,H,K), (B,H,1) or None; without scale."""
     if log_decay_BHK is not None:
         state_BHKV = jnp.exp(log_decay_BHK)[..., None] * state_BHKV
     state_BHKV = state_BHKV + k_BHK[..., :, None] * v_BHV[..., None, :]
     return jnp.einsum("BHK,BHKV->BHV", q_BHK, state_BHKV), state_BHKV
 
 
-def recurrent(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT):
+def recurrent(
+    q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale=1.0
+):
     """The recurrence as one `lax.scan` over time.
 
-    Arguments are normalised by `api.py`: q is scaled, q and k have as many heads as v, log_decay is
+    Arguments are normalised by `api.py`: q and k have as many heads as v, log_decay is
     (B,T,H,K), (B,T,H,1) or None, the initial state is never None. Arithmetic is in the state's dtype.
     """
     dtype = initial_state_BHKV.dtype
@@ -38,4 +40,4 @@ def recurrent(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segmen
     final_BHKV, o_TBHV = jax.lax.scan(
         scan_step, initial_state_BHKV, (qkv, log_decay_TBHK, start_TB)
     )
-    return jnp.moveaxis(o_TBHV, 0, 1).astype(v_BTHV.dtype), final_BHKV
+    return jnp.moveaxis(scale * o_TBHV, 0, 1).astype(v_BTHV.dtype), final_BHKV

@@ -40,7 +40,7 @@ def test_decays_are_right_to_float32(C, before):
     @jax.jit
     def compute(log_decay_CK):
         sums = decay_sums.chunk_sums(log_decay_CK)
-        scores_CC = decay_sums.decayed_scores(q_CK, k_CK, sums, before=before, dtype=jnp.float32)
+        scores_CC = decay_sums.decayed_scores(q_CK, k_CK, sums, before=before)
         return sums, decay_sums.pair_decay(log_decay_CK[:, 1:2], before=before), scores_CC
 
     sums, D_CC, scores_CC = compute(log_decay_CK)
@@ -63,7 +63,7 @@ def test_no_gradient_passes_a_reset_and_none_is_nan():
     def total(log_decay_CK):
         sums = decay_sums.chunk_sums(log_decay_CK)
         ones_CK = jnp.ones((32, 3))
-        scores_CC = decay_sums.decayed_scores(ones_CK, ones_CK, sums, dtype=jnp.float32)
+        scores_CC = decay_sums.decayed_scores(ones_CK, ones_CK, sums)
         D_CC = decay_sums.pair_decay(log_decay_CK[:, :1])
         return scores_CC.sum() + D_CC.sum() + jnp.exp(sums.total_K).sum()
 
@@ -77,17 +77,19 @@ def test_a_chunk_that_cannot_be_halved_is_refused():
         decay_sums.chunk_sums(jnp.zeros((48, 1)))
 
 
-def test_products_round_operands_and_accumulate_in_float32():
+def test_products_of_narrow_inputs_are_exact_to_float32_and_so_is_the_backward_pass():
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((2, 33, 17)).astype(np.float32)
-    narrow_x, narrow_y = (a.astype(jnp.bfloat16).astype(np.float64) for a in (x, y))
+    x, y = (jnp.asarray(a, jnp.bfloat16) for a in rng.standard_normal((2, 33, 17)))
+    exact_x, exact_y = (np.asarray(a, np.float64) for a in (x, y))
+    weights = rng.standard_normal((33, 33)).astype(np.float32)
 
-    def product(x, y):
-        return matmul.einsum("ik,jk->ij", x, y, jnp.bfloat16)
-
-    out, vjp = jax.vjp(product, jnp.asarray(x), jnp.asarray(y, jnp.bfloat16))
+    out, vjp = jax.vjp(lambda x, y: matmul.einsum("ik,jk->ij", x, y), x, y)
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, narrow_x @ narrow_y.T, atol=1e-5)
-    dx, dy = vjp(jnp.ones_like(out))
-    assert dx.dtype == jnp.float32 and dy.dtype == jnp.bfloat16
-    np.testing.assert_allclose(dx, np.broadcast_to(narrow_y.sum(0), dx.shape), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out, exact_x @ exact_y.T, atol=1e-5)
+    dx, dy = vjp(jnp.asarray(weights))
+    assert dx.dtype == dy.dtype == jnp.bfloat16
+    np.testing.assert_allclose(dx.astype(np.float32), weights @ exact_y, rtol=2**-8, atol=1e-5)
+
+    mixed, vjp = jax.vjp(lambda w: matmul.einsum("ij,jk->ik", w, y), jnp.asarray(weights))
+    np.testing.assert_allclose(mixed, weights @ exact_y, atol=1e-5)
+    np.testing.assert_allclose(vjp(mixed)[0], np.asarray(mixed) @ exact_y.T, rtol=1e-4, atol=1e-4)

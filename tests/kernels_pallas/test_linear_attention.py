@@ -112,6 +112,16 @@ def test_chunk_size_changes_rounding_only():
         assert_close(got, expected, TOLERANCE["float32"])
 
 
+def test_scale_multiplies_the_output():
+    x = _arrays(T=20)
+    plain, state = _call(x, scale=1)
+    scaled, same_state = _call(x, scale=0.3)
+    np.testing.assert_allclose(scaled, 0.3 * plain, rtol=1e-6)
+    np.testing.assert_array_equal(state, same_state)
+    default, _ = _call(x)
+    np.testing.assert_allclose(default, plain / np.sqrt(8), rtol=1e-6)
+
+
 def test_float64_stays_float64():
     with jax.enable_x64(True):
         inputs = {
@@ -178,6 +188,7 @@ def _renamed(x):
         ({"initial_state": np.zeros((2, 2, 4, 8))}, r"\(2, 2, 4, 8\); expected \(2, 2, 8, 4\)"),
         ({"segment_ids": np.zeros((5,), int)}, r"segment_ids has shape \(5,\); expected \(2, 5\)"),
         ({"segment_ids": np.zeros((2, 5))}, "segment_ids has dtype float64; expected integers"),
+        ({"scale": np.ones(2)}, "expected a number or None"),
         ({"chunk_size": 48}, "chunk_size is 48; expected a power of two, 16 or more"),
         ({"implementation": "fast"}, "choose one of 'one_token', 'chunked', 'reference', or None"),
     ],
