@@ -15,12 +15,14 @@ the backward pass walks the spans in reverse and differentiates each, recomputed
 memory is O(T K + (T/C) K V). The gradient of the gates comes from D, b and r themselves, sums of like terms; the known
 shortcut reverse_cumsum(q dq - k dk) is a difference of large numbers where the decay is strong.
 
-Spans: the chunks of a span are computed at once, the spans one after the other. On CPU a span is only as large as
-keeps the cores busy, so that what one matrix product writes is still in cache for the next (measured at B 2, H 8, K = V
-= 64: the whole sequence as one span is 2 to 4 times slower). On an accelerator the span is the whole sequence.
+Spans: the chunks of a span are computed at once, the spans one after the other, each cut from the inputs and put into
+the outputs in place. On CPU a span is only as large as keeps the cores busy, so that what one matrix product writes is
+still in cache for the next (two cores, B 2, H 8, K = V = 64, float32: the whole sequence as one span takes twice the
+time). On an accelerator the span is the whole sequence: there parallel work counts, and a loop costs launches.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,7 @@ def chunked(
         q_BTGK, k_BTGK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
     B, T, G, K = q_BTGK.shape
     H, V = v_BTHV.shape[2:]
-    E, R = B * G, H // G
+    R = H // G
     C = min(chunk_size or CHUNK_SIZE, max(16, 1 << (T - 1).bit_length()))
     chunks = -(-T // C)
     span = chunks
@@ -51,83 +53,118 @@ def chunked(
     M = -(-chunks // N)
     padding = N * M * C - T
 
-    def spans(x_BTX, width):
-        """(B, T, ...) to (N, M, E, C, width), padded with zeros: neither written to the state nor decaying it."""
-        x_BTGX = x_BTX.reshape(B, T, G, width)
-        x_BTGX = jnp.pad(x_BTGX, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        x_NMBGCX = x_BTGX.reshape(B, N, M, C, G, width).transpose(1, 2, 0, 4, 3, 5)
-        return x_NMBGCX.reshape(N, M, E, C, width)
+    def padded(x_BTX, width):
+        """(B, T, G, width), and zeros behind: neither written to the state nor decaying it."""
+        return jnp.pad(x_BTX.reshape(B, T, G, width), ((0, 0), (0, padding), (0, 0), (0, 0)))
 
     log_decay = None
     if log_decay_BTHK is not None:
-        log_decay = spans(log_decay_BTHK, K if per_channel else R)
+        log_decay = padded(log_decay_BTHK, K if per_channel else R)
     runs = None
     if segment_ids_BT is not None:
-        runs = _runs(segment_ids_BT, padding, G, (N, M, E, C))
+        run_BT = segments.run_index(segment_ids_BT)
+        run_BT = jnp.pad(run_BT, ((0, 0), (0, padding)), mode="edge")
+        runs = run_BT, jnp.pad(run_BT[:, :-1], ((0, 0), (1, 0)))  # and of the token before each
+    inputs = padded(q_BTGK, K), padded(k_BTGK, K), padded(v_BTHV, R * V), log_decay
     state_BGRKV = initial_state_BHKV.reshape(B, G, R, K, V)
-    state_EKW = jnp.moveaxis(state_BGRKV, 2, 3).reshape(E, K, R * V)
-    inputs = spans(q_BTGK, K), spans(k_BTGK, K), spans(v_BTHV, R * V), log_decay
+    state_BGKW = jnp.moveaxis(state_BGRKV, 2, 3).reshape(B, G, K, R * V)
 
-    o_NMECW, final_EKW = _over_spans(R, per_channel, scale, inputs, state_EKW, runs)
+    form = _Form(C, M * C, R, per_channel, scale)
+    o_BTGW, final_BGKW = _over_spans(form, inputs, state_BGKW, runs)
 
-    o_BNMCGW = o_NMECW.reshape(N, M, B, G, C, R * V).transpose(2, 0, 1, 4, 3, 5)
-    final_BGRKV = jnp.moveaxis(final_EKW.reshape(B, G, K, R, V), 3, 2)
-    return o_BNMCGW.reshape(B, T + padding, H, V)[:, :T], final_BGRKV.reshape(B, H, K, V)
-
-
-def _runs(segment_ids_BT, padding, G, shape_NMEC):
-    """The document's number of each token, and that of the state entering each chunk: of the token before it."""
-    N, M, E, C = shape_NMEC
-    run_BT = jnp.pad(segments.run_index(segment_ids_BT), ((0, 0), (0, padding)), mode="edge")
-    run_NMBC = jnp.moveaxis(run_BT.reshape(-1, N, M, C), 0, 2)
-    before_BT = jnp.pad(run_BT[:, :-1], ((0, 0), (1, 0)))
-    before_NMB = jnp.moveaxis(before_BT.reshape(-1, N, M, C)[..., 0], 0, 2)
-    return jnp.repeat(run_NMBC, G, axis=2), jnp.repeat(before_NMB, G, axis=2)
+    final_BGRKV = jnp.moveaxis(final_BGKW.reshape(B, G, K, R, V), 3, 2)
+    return o_BTGW.reshape(B, T + padding, H, V)[:, :T], final_BGRKV.reshape(B, H, K, V)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _over_spans(R, per_channel, scale, inputs, state_EKW, runs):
-    def body(state_EKW, span):
-        o_MECW, state_EKW = _span(R, per_channel, scale, state_EKW, *span)
-        return state_EKW, o_MECW
+class _Form(NamedTuple):
+    """What is fixed at tracing: chunk and span length, heads in a group, where the decay stands, the output's scale."""
 
-    final_EKW, o_NMECW = jax.lax.scan(body, state_EKW, (inputs, runs))
-    return o_NMECW, final_EKW
-
-
-def _forward(R, per_channel, scale, inputs, state_EKW, runs):
-    def body(state_EKW, span):
-        o_MECW, next_EKW = _span(R, per_channel, scale, state_EKW, *span)
-        return next_EKW, (o_MECW, state_EKW)
-
-    final_EKW, (o_NMECW, state_NEKW) = jax.lax.scan(body, state_EKW, (inputs, runs))
-    return (o_NMECW, final_EKW), (inputs, state_NEKW, runs)
+    C: int
+    L: int
+    R: int
+    per_channel: bool
+    scale: float
 
 
-def _backward(R, per_channel, scale, saved, cotangents):
-    d_o_NMECW, d_final_EKW = cotangents
+def _take(tree, n, L):
+    """Span n of arrays (B, T, ...). Cut where it is used: a transposed copy of the whole costs more than the rest."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, n * L, L, axis=1), tree)
 
-    def body(d_state_EKW, span):
-        (inputs, state_EKW, runs), d_o_MECW = span
 
-        def forward(state_EKW, inputs):
-            return _span(R, per_channel, scale, state_EKW, inputs, runs)
+def _put(tree, spans, n, L):
+    """The arrays with span n overwritten."""
+    return jax.tree.map(
+        lambda x, span: jax.lax.dynamic_update_slice_in_dim(x, span, n * L, axis=1), tree, spans
+    )
 
-        _, vjp = jax.vjp(forward, state_EKW, inputs)
-        return vjp((d_o_MECW, d_state_EKW))
 
-    d_state_EKW, d_inputs = jax.lax.scan(body, d_final_EKW, (saved, d_o_NMECW), reverse=True)
-    return d_inputs, d_state_EKW, None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_spans(form, inputs, state_BGKW, runs):
+    return _forward(form, inputs, state_BGKW, runs)[0]
+
+
+def _forward(form, inputs, state_BGKW, runs):
+    def body(carry, n):
+        state_BGKW, o_BTGW = carry
+        o_BLGW, next_BGKW = _span(form, state_BGKW, *_take((inputs, runs), n, form.L))
+        return (next_BGKW, _put(o_BTGW, o_BLGW, n, form.L)), state_BGKW
+
+    v_BTGW = inputs[2]
+    N = v_BTGW.shape[1] // form.L
+    start = state_BGKW, jnp.empty_like(v_BTGW)  # every span is written
+    (final_BGKW, o_BTGW), state_NBGKW = jax.lax.scan(body, start, jnp.arange(N))
+    return (o_BTGW, final_BGKW), (inputs, state_NBGKW, runs)
+
+
+def _backward(form, saved, cotangents):
+    inputs, state_NBGKW, runs = saved
+    d_o_BTGW, d_final_BGKW = cotangents
+
+    def body(carry, at):
+        d_state_BGKW, d_inputs = carry
+        n, state_BGKW = at
+        span, runs_BL, d_o_BLGW = _take((inputs, runs, d_o_BTGW), n, form.L)
+        _, vjp = jax.vjp(lambda state, span: _span(form, state, span, runs_BL), state_BGKW, span)
+        d_state_BGKW, d_span = vjp((d_o_BLGW, d_state_BGKW))
+        return (d_state_BGKW, _put(d_inputs, d_span, n, form.L)), None
+
+    start = d_final_BGKW, jax.tree.map(jnp.empty_like, inputs)
+    spans = jnp.arange(state_NBGKW.shape[0]), state_NBGKW
+    (d_state_BGKW, d_inputs), _ = jax.lax.scan(body, start, spans, reverse=True)
+    return d_inputs, d_state_BGKW, None
 
 
 _over_spans.defvjp(_forward, _backward)
 
 
-def _span(R, per_channel, scale, state_EKW, inputs, runs):
+def _span(form, state_BGKW, inputs, runs):
+    """One span of arrays (B, L, G, ...): its output, and the state behind it."""
+    B, L, G, W = inputs[2].shape
+    M, C, E = L // form.C, form.C, B * G
+
+    def by_chunk(x_BLGX):
+        x_BMCGX = x_BLGX.reshape(B, M, C, G, -1)
+        return x_BMCGX.transpose(1, 0, 3, 2, 4).reshape(M, E, C, -1)
+
+    if runs is not None:
+        run_MEC, before_MEC = (
+            by_chunk(jnp.broadcast_to(x[:, :, None, None], (B, L, G, 1)))[..., 0] for x in runs
+        )
+        runs = run_MEC, before_MEC[..., 0]
+    o_MECW, state_EKW = _chunks(
+        form, state_BGKW.reshape(E, -1, W), jax.tree.map(by_chunk, inputs), runs
+    )
+    o_BLGW = o_MECW.reshape(M, B, G, C, W).transpose(1, 0, 3, 2, 4).reshape(B, L, G, W)
+    return o_BLGW, state_EKW.reshape(state_BGKW.shape)
+
+
+def _chunks(form, state_EKW, inputs, runs):
     """M chunks: their outputs, and the state behind the last. E rows (batch and group); W is R heads of V each.
 
     log_decay is None, (M, E, C, R) for one decay per head, or (M, E, C, K) for one per channel, with R = 1.
+    runs: the number of each token's document, and of the one whose state enters the chunk, or None.
     """
+    per_channel, R = form.per_channel, form.R
     q_MECK, k_MECK, v_MECW, log_decay_MECX = inputs
     M, E, C, W = v_MECW.shape
     pairs_MECC, enters_MEC, leaves_MEC, stays_ME = _masks(runs)
@@ -173,7 +210,7 @@ def _span(R, per_channel, scale, state_EKW, inputs, runs):
         v_MECRV = v_MECW.reshape(M, E, C, R, W // R)
         o_MERCV = matmul.einsum("MERij,MERjV->MERiV", scores_MERCC, jnp.moveaxis(v_MECRV, 3, 2))
         o_MECW = o_MECW + jnp.moveaxis(o_MERCV, 2, 3).reshape(M, E, C, W)
-    return (scale * o_MECW).astype(v_MECW.dtype), final_EKW
+    return (form.scale * o_MECW).astype(v_MECW.dtype), final_EKW
 
 
 def _through_chunks(state_EKW, keep_MEKW, written_MEKW):
