@@ -24,9 +24,8 @@ def get_config(arg: str = "gated_delta_net"):
     mixer, _, argument = arg.partition(",")
     config = quickstart.get_config()
     config.model.pattern = f"{mixer}({OPTIONS.get(mixer, '')})"
-    if mixer.startswith(
-        "mamba"
-    ):  # published stacks of these have no channel mixer, and twice the layers
+    # Published stacks of Mamba have no channel mixer, and twice the layers.
+    if mixer.startswith("mamba"):
         config.model.channel_mixer = None
         config.model.num_layers *= 2
     return common.with_argument(config, argument)

@@ -26,10 +26,8 @@ def get_config(arg: str = "parity,delta_net_negative"):
     config = common.get_config()
     config.data = default_config(task)
     config.data.update({"batch_size": 64, "eval_batch_size": 32, "eval_examples": 512})
-    if (
-        "supervise" in config.data
-    ):  # every prefix has an answer: a denser signal than the last one's
-        config.data.supervise = "all"
+    if "supervise" in config.data:
+        config.data.supervise = "all"  # every prefix has an answer: a denser signal
     config.model.update(
         {"d_model": 64, "num_layers": 2, "pattern": VARIANTS["delta_net_negative"], "d_ff": 128}
     )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
+from kernels_pallas import targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,12 +13,21 @@ class Implementation:
 
     name: what a caller writes in `implementation=`.
     call: the function, with the operator's normalised arguments.
-    unsupported: given the platform and the call's keyword arguments, why it cannot run, or None if it can.
+    unsupported: given the call's keyword arguments, why it cannot run, or None if it can.
+    platform: the one it is a kernel for, 'tpu' or 'gpu'; None runs anywhere.
     """
 
     name: str
     call: Callable[..., Any]
-    unsupported: Callable[..., str | None] = lambda platform, **arguments: None
+    unsupported: Callable[..., str | None] = lambda **arguments: None
+    platform: str | None = None
+
+    def why_not(self, arguments) -> str | None:
+        """Why this call cannot run on the current target, or None."""
+        target = targets.current()
+        if self.platform not in (None, target.platform):
+            return f"it is a kernel for {self.platform}; this is {target.platform}"
+        return self.unsupported(**arguments)
 
 
 def choose(
@@ -32,20 +41,23 @@ def choose(
       ValueError: the name is unknown (the choices are listed).
       NotImplementedError: the named implementation does not support this call, or none does (with the reasons).
     """
-    platform = jax.default_backend()
     if name is None:
         reasons = []
         for implementation in implementations:
-            reason = implementation.unsupported(platform, **arguments)
+            reason = implementation.why_not(arguments)
             if reason is None:
                 return implementation
             reasons.append(f"{implementation.name}: {reason}")
         raise NotImplementedError(
-            f"{operator}: no implementation supports this call on {platform} ({'; '.join(reasons)})"
+            f"{operator}: no implementation supports this call ({'; '.join(reasons)})"
         )
     for implementation in implementations:
         if implementation.name == name:
-            if reason := implementation.unsupported(platform, **arguments):
+            if targets.interpreting():
+                reason = implementation.unsupported(**arguments)
+            else:
+                reason = implementation.why_not(arguments)
+            if reason:
                 raise NotImplementedError(
                     f"{operator}: implementation {name!r} cannot run here: {reason}"
                 )

@@ -7,7 +7,7 @@ from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.delta_rule import chunked, reference
 
 
-def _not_one_token(platform, *, v_BTHV, **others):
+def _not_one_token(*, v_BTHV, **others):
     T = v_BTHV.shape[1]
     return None if T == 1 else f"it takes one token; got T = {T}"
 

@@ -22,7 +22,7 @@ def _one_token(
     return (scale * o_BHV)[:, None].astype(v_BTHV.dtype), state_BHKV
 
 
-def _not_one_token(platform, *, v_BTHV, **arguments):
+def _not_one_token(*, v_BTHV, **arguments):
     T = v_BTHV.shape[1]
     return None if T == 1 else f"it takes one token; got T = {T}"
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, matmul, segments
+from kernels_pallas import decay_sums, matmul, segments, targets
 from kernels_pallas import recurrence_arguments as arguments
 
 CHUNK_SIZE = 64
@@ -47,7 +47,7 @@ def chunked(
     C = min(chunk_size or CHUNK_SIZE, max(16, 1 << (T - 1).bit_length()))
     chunks = -(-T // C)
     span = chunks
-    if jax.default_backend() == "cpu":
+    if targets.current().platform == "cpu":
         span = min(chunks, -(-CPU_MATRICES // (B * H)))
     N = -(-chunks // span)
     M = -(-chunks // N)

@@ -12,8 +12,8 @@ from kernels_pallas.softmax_attention.visibility import Visibility
 FEW_LOGITS = 128 * 128
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("splash", library.splash, library.no_splash),
-    dispatch.Implementation("cudnn", library.cudnn, library.no_cudnn),
+    dispatch.Implementation("splash", library.splash, library.no_splash, "tpu"),
+    dispatch.Implementation("cudnn", library.cudnn, library.no_cudnn, "gpu"),
     dispatch.Implementation("chunked", chunked.chunked),
     dispatch.Implementation("xla", library.xla),
     dispatch.Implementation("reference", reference.naive),

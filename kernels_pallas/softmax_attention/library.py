@@ -6,6 +6,8 @@ All want K == V: the narrower side is padded with zero columns, which change nei
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import targets
+
 
 def _same_width(q_BTHK, k_BSGK, v_BSGV):
     K, V = k_BSGK.shape[-1], v_BSGV.shape[-1]
@@ -42,13 +44,12 @@ def cudnn(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     return o_BTHV[..., :V]
 
 
-def no_cudnn(platform, *, q, v, visibility) -> str | None:
+def no_cudnn(*, q, v, visibility) -> str | None:
     """Why cuDNN cannot run this call, or None."""
     K = max(q.shape[3], v.shape[3])
-    if platform != "gpu":
-        return f"cuDNN runs on NVIDIA GPUs; this is {platform}"
-    if "NVIDIA" not in jax.devices()[0].device_kind.upper():
-        return f"cuDNN runs on NVIDIA GPUs; this is {jax.devices()[0].device_kind}"
+    kind = targets.current().kind
+    if "NVIDIA" not in kind.upper():
+        return f"cuDNN runs on NVIDIA GPUs; this is {kind}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 and float16; q is {q.dtype}"
     if not visibility.aligned and (visibility.causal or visibility.window is not None):
@@ -67,7 +68,7 @@ def _compute_capability() -> float:
     return float(getattr(jax.devices()[0], "compute_capability", 0))
 
 
-def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale, interpret=False):
+def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     """JAX's splash attention (Pallas, TPU), which skips the blocks that the mask rules out. Any T: padded to 128."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
@@ -95,7 +96,7 @@ def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale, interpret=False):
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        interpret=interpret,
+        interpret=targets.interpreting(),
     )
     segment_BT = visibility.q_segment_BT
     if segment_BT is None and S > T and not visibility.causal:
@@ -109,10 +110,8 @@ def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale, interpret=False):
     return o_BHTV.swapaxes(1, 2)[:, :T, :, :V].astype(dtype)
 
 
-def no_splash(platform, *, q, v, visibility) -> str | None:
+def no_splash(*, q, v, visibility) -> str | None:
     """Why splash attention cannot run this call, or None."""
-    if platform != "tpu":
-        return f"splash attention runs on TPUs; this is {platform}"
     if not visibility.aligned:
         return "splash attention masks by index: it takes no positions, and as many keys as queries"
     if q.dtype not in (jnp.bfloat16, jnp.float32):

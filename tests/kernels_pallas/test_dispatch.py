@@ -1,11 +1,12 @@
 """Choosing an implementation: the named one or an error that says why, the first that can run for None."""
 
+import jax
 import pytest
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, targets
 
 SMALL = dispatch.Implementation(
-    "small", lambda T: "small", lambda platform, T: None if T < 8 else f"T = {T} is not below 8"
+    "small", lambda T: "small", lambda T: None if T < 8 else f"T = {T} is not below 8"
 )
 ANY = dispatch.Implementation("any", lambda T: "any")
 
@@ -38,3 +39,22 @@ def test_an_unknown_name_lists_the_choices():
         ValueError, match="unknown implementation 'x'; choose one of 'small', 'any'"
     ):
         _chosen((SMALL, ANY), "x", 4)
+
+
+def test_a_kernel_for_another_platform_is_passed_over_and_named_only_where_it_can_run():
+    kernel = dispatch.Implementation("kernel", lambda T: "kernel", platform="tpu")
+    assert _chosen((kernel, ANY), None, 4) == "any"
+    with pytest.raises(NotImplementedError, match="it is a kernel for tpu; this is cpu"):
+        _chosen((kernel, ANY), "kernel", 4)
+    with targets.interpreted():
+        assert _chosen((kernel, ANY), "kernel", 4) == "kernel"
+        assert _chosen((kernel, ANY), None, 4) == "any"
+
+
+def test_the_abstract_device_in_scope_is_the_target():
+    device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    kernel = dispatch.Implementation("kernel", lambda T: "kernel", platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        assert targets.current() == ("tpu", "TPU v6 lite")
+        assert _chosen((kernel, ANY), None, 4) == "kernel"
+    assert targets.current().platform == "cpu"

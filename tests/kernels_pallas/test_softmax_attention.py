@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import softmax_attention
+from kernels_pallas import softmax_attention, targets
 from kernels_pallas.softmax_attention import api, library, step
 from kernels_pallas.softmax_attention.shapes import SHAPES
 from tests.kernels_pallas.conformance import (
@@ -277,17 +277,12 @@ def test_blocks_keep_memory_linear():
         pytest.param("window both ways", True, 130, marks=pytest.mark.slow),
     ],
 )
-def test_splash_interpreted(monkeypatch, kind, packed, T):
+def test_splash_interpreted(kind, packed, T):
     """TPU's kernel, by Pallas' interpreter: grouped heads, K != V, lengths that are padded."""
-    here = tuple(
-        api.dispatch.Implementation("splash", functools.partial(library.splash, interpret=True))
-        if each.name == "splash"
-        else each
-        for each in api.IMPLEMENTATIONS
-    )
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", here)
     qkv, keywords = _inputs(T, kind, packed, K=16, V=24)
-    assert_close(_everything(qkv, keywords, "splash"), _truth(qkv, keywords), TOLERANCE["float32"])
+    with targets.interpreted():
+        got = _everything(qkv, keywords, "splash")
+    assert_close(got, _truth(qkv, keywords), TOLERANCE["float32"])
 
 
 def test_choice_follows_the_size_of_the_logits():
@@ -301,7 +296,7 @@ def test_choice_follows_the_size_of_the_logits():
 
 @pytest.mark.parametrize(
     "name, message",
-    [("cudnn", "runs on NVIDIA GPUs; this is cpu"), ("splash", "runs on TPUs; this is cpu")],
+    [("cudnn", "a kernel for gpu; this is cpu"), ("splash", "a kernel for tpu; this is cpu")],
 )
 def test_accelerator_kernels_say_why_they_cannot_run(name, message):
     x = jnp.zeros((1, 8, 1, 8))
@@ -330,9 +325,9 @@ def test_what_cudnn_takes(monkeypatch, change, K, message):
     visibility = api._visibility(
         (1, 4), 4, ids, (None, None), change.get("causal", True), change.get("window")
     )
-    reason = library.no_cudnn("gpu", q=x, v=x, visibility=visibility)
+    reason = library.no_cudnn(q=x, v=x, visibility=visibility)
     assert reason is None if message is None else message in reason
-    float32 = library.no_cudnn("gpu", q=x.astype(jnp.float32), v=x, visibility=visibility)
+    float32 = library.no_cudnn(q=x.astype(jnp.float32), v=x, visibility=visibility)
     assert "q is float32" in float32
 
 

@@ -1,0 +1,46 @@
+"""What a call is being traced for, and whether kernels may run interpreted on a CPU.
+
+A kernel is written for one platform, 'tpu' or 'gpu'. It may be traced on a host that has neither: inside
+`jax.sharding.use_abstract_mesh` of a mesh with an abstract device, that device is the target. `with interpreted():` lets
+a kernel that is named in `implementation=` run on the CPU through its interpreter, far too slowly for anything but tests.
+"""
+
+import contextlib
+import contextvars
+from typing import NamedTuple
+
+import jax
+
+_INTERPRETED = contextvars.ContextVar("interpreted", default=False)
+
+
+class Target(NamedTuple):
+    """platform: 'cpu', 'tpu' or 'gpu'. kind: the device's own name, such as 'TPU v6 lite' or 'NVIDIA H200'."""
+
+    platform: str
+    kind: str
+
+
+def current() -> Target:
+    """The abstract device in scope, or the process's default device where there is none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+        return Target(platform, device.device_kind)
+    device = jax.devices()[0]
+    return Target(jax.default_backend(), device.device_kind)
+
+
+@contextlib.contextmanager
+def interpreted(on: bool = True):
+    """Kernels that are traced inside the block run interpreted, where the target is a CPU. Read at tracing."""
+    token = _INTERPRETED.set(on)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether a kernel that is traced now is to be interpreted."""
+    return _INTERPRETED.get() and current().platform == "cpu"
