@@ -4,7 +4,7 @@ import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas import recurrence_arguments as arguments
-from kernels_pallas.delta_rule import chunked, reference
+from kernels_pallas.delta_rule import chunked, pallas_tpu, reference
 
 
 def _not_one_token(*, v_BTHV, **others):
@@ -53,10 +53,21 @@ def _diagonal_plus_low_rank_reference(*, chunk_size, **call):
     return reference.recurrent_diagonal_plus_low_rank(**call)
 
 
+def _scaled(implementation):
+    """An implementation that takes q scaled already, in float32 (or wider): it is not rounded twice."""
+
+    def call(*, q_BTGK, scale, **others):
+        q_BTGK = q_BTGK.astype(arguments.state_dtype(q_BTGK)) * scale
+        return implementation(q_BTGK=q_BTGK, **others)
+
+    return call
+
+
 IMPLEMENTATIONS = (
-    dispatch.Implementation("one_token", _delta_rule_one_token, _not_one_token),
-    dispatch.Implementation("chunked", chunked.chunked),
-    dispatch.Implementation("reference", _delta_rule_reference),
+    dispatch.Implementation("one_token", _scaled(_delta_rule_one_token), _not_one_token),
+    dispatch.Implementation("pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, "tpu"),
+    dispatch.Implementation("chunked", _scaled(chunked.chunked)),
+    dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )
 DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _diagonal_plus_low_rank_one_token, _not_one_token),
@@ -119,13 +130,14 @@ def delta_rule(
     arguments.check_chunk_size(name, chunk_size)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     call = {
-        "q_BTGK": q_BTHK.astype(arguments.state_dtype(q_BTHK)) * scale,
+        "q_BTGK": q_BTHK,
         "k_BTGK": k_BTHK,
         "v_BTHV": v_BTHV,
         "beta_BTH": beta_BTH,
         "log_decay_BTHK": arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV),
         "initial_state_BHKV": arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV),
         "segment_ids_BT": segment_ids,
+        "scale": scale,
         "chunk_size": chunk_size,
     }
     return dispatch.choose(name, IMPLEMENTATIONS, implementation, **call).call(**call)
