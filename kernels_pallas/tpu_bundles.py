@@ -86,7 +86,7 @@ def measure(topology: str, function, *arguments) -> Program:
     for instruction, listing in compiled.listings.items():
         call = _call_of(instruction, calls)
         grid = call.params["grid_mapping"].grid
-        kernels.append(_kernel(instruction, grid, call, listing))
+        kernels.append(_kernel(str(call.params["name"]), grid, call, listing))
     kernels.sort(key=lambda kernel: kernel.name)
     trips = trip_counts(compiled.hlo)
     traffic = None
@@ -98,7 +98,7 @@ def measure(topology: str, function, *arguments) -> Program:
     return Program(compiled, kernels, xla_cycles(compiled.hlo), traffic, least)
 
 
-def _kernel(instruction: str, grid, call, listing: tpu_compile.Listing) -> Kernel:
+def _kernel(name: str, grid, call, listing: tpu_compile.Listing) -> Kernel:
     steps = math.prod(grid)
     loops = read_loops(listing.bundles, steps)
     capacity, used = read_utilization(listing.utilization)
@@ -108,7 +108,7 @@ def _kernel(instruction: str, grid, call, listing: tpu_compile.Listing) -> Kerne
     outside = int(np.where(loops.in_grid, 0, loops.times).sum())
     least, moved = _traffic(call)
     return Kernel(
-        name=re.sub(r"\.\d+$", "", instruction),
+        name=name,
         grid=tuple(grid),
         steps=steps,
         bundles=int(loops.in_grid.sum()),
@@ -195,8 +195,15 @@ def _pallas_calls(jaxpr):
 
 
 def _call_of(instruction: str, calls) -> Any:
-    name = re.sub(r"\.\d+$", "", instruction)
-    named = [call for call in calls if re.sub(r"\W", "_", str(call.params["name"])) == name]
+    """The pallas_call that became this instruction: 'name.1', or 'jvp_name_.1' under a transformation."""
+    name = re.sub(r"\.\d+$", "", instruction).rstrip("_")
+    named = [
+        call
+        for call in calls
+        if re.search(rf"(?:^|_){re.sub(r'\W', '_', str(call.params['name']))}$", name)
+    ]
+    longest = max((len(str(call.params["name"])) for call in named), default=0)
+    named = [call for call in named if len(str(call.params["name"])) == longest]
     shapes = {(call.params["grid_mapping"].grid, str(call.params["out_avals"])) for call in named}
     if len(shapes) != 1:
         known = sorted({str(call.params["name"]) for call in calls})

@@ -1,0 +1,233 @@
+"""Kernels as compiled for a TPU: what `experiments.tpu_report` measures, keeps and prints. Nothing is run."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import entries, operators, report
+from kernels_pallas import tpu_bundles, tpu_compile
+
+OPS = ("linear_attention", "delta_rule", "diagonal_scan")
+PASSES = ("forward", "forward+backward")
+IMPLEMENTATIONS = ("pallas_tpu", "chunked")
+# The size that the targets are set at, and Griffin's width for the scan.
+TARGET_SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128, "D": 2560}
+FOLDER = Path(__file__).resolve().parents[2] / "kernels_pallas" / "reports"
+# Most static cycles a token and head in kernels, on v6e at the target shape: forward, and with backward.
+TARGETS = {
+    ("linear_attention", "token"): (3, 9),
+    ("linear_attention", "channel"): (10, 30),
+    ("delta_rule", "none"): (15, 45),
+    ("delta_rule", "token"): (15, 45),
+    ("delta_rule", "channel"): (20, 60),
+}
+NOTE = (
+    "Compiled figures, not runs: VLIW bundles of the compiled kernels, one a cycle where nothing stalls, without any wait "
+    "for HBM. XLA's operations stand by the compiler's own estimates."
+)
+
+
+def workload(case: operators.OperatorCase, name: str) -> tuple[operators.Shape, int, tuple]:
+    """(sizes, T, variants) of a shape: 'target' in every variant, or a published one in its own.
+
+    Raises:
+      ValueError: no such shape; the choices are listed.
+    """
+    if name == "target":
+        sizes = {k: v for k, v in TARGET_SHAPE.items() if k in case.letters}
+        return operators.Shape(**sizes), TARGET_SHAPE["T"], case.variants
+    if name not in case.shapes:
+        raise ValueError(
+            f"{case.name} has no shape {name!r}; choose one of target, {', '.join(case.shapes)}"
+        )
+    shape, length, variant = operators.published(case, name)
+    return shape, length, (variant,)
+
+
+def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
+    """The inputs' shapes and dtypes, from inputs of two and of three tokens: the real ones may take gigabytes."""
+    short, longer = (
+        case.make_inputs(np.random.default_rng(0), shape, length, variant) for length in (2, 3)
+    )
+    inputs = {}
+    for name, x in short.items():
+        dims = tuple(T if i != j else i for i, j in zip(x.shape, longer[name].shape))
+        narrow = name in case.rounded and not np.iscomplexobj(x)
+        inputs[name] = jax.ShapeDtypeStruct(dims, jnp.dtype(dtype) if narrow else x.dtype)
+    return inputs
+
+
+def rows(op: str, shape_name: str, topology: str, dtype: str):
+    """A row for every variant, implementation and pass, as it is measured."""
+    case = operators.CASES[op]
+    shape, T, variants = workload(case, shape_name)
+    # Each channel of a scan stands alone; a register holds 128 of them.
+    heads = -(-shape.width // 128) if op == "diagonal_scan" else shape.H
+    for variant in variants:
+        inputs = abstract_inputs(case, shape, T, variant, dtype)
+        for implementation in IMPLEMENTATIONS:
+            if implementation not in case.implementations:
+                continue
+            call = case.function(implementation, variant, shape)
+            cotangents = jax.eval_shape(case.function("reference", variant, shape), inputs)
+            for name in PASSES:
+                row = {
+                    "op": op,
+                    "shape": shape_name,
+                    "decay" if case.variants == operators.DECAYS else "numbers": variant,
+                    "topology": topology,
+                    "pass": name,
+                    "implementation": implementation,
+                    "dtype": dtype,
+                    "sizes": case.sizes(shape) | {"T": T},
+                    "jax": jax.__version__,
+                    "libtpu": importlib.metadata.version("libtpu"),
+                }
+                if name == "forward":
+                    found = _measure(topology, shape.B * T * heads, call, inputs)
+                else:
+                    both = entries.with_gradients(call)
+                    found = _measure(topology, shape.B * T * heads, both, inputs, cotangents)
+                yield row | found
+
+
+def _measure(topology: str, tokens_and_heads: int, function, *arguments) -> dict:
+    try:
+        program = tpu_bundles.measure(topology, function, *arguments)
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        return {"error": str(error).strip().splitlines()[0][:300]}
+    in_kernels = sum(kernel.cycles for kernel in program.kernels)
+    ratio = None
+    if program.hbm_bytes is not None:
+        ratio = round(program.hbm_bytes / program.least_hbm_bytes, 3)
+    return {
+        "kernel_cycles": round(in_kernels / tokens_and_heads, 3),
+        "xla_cycles": round(program.xla_cycles / tokens_and_heads, 3),
+        "hbm_bytes": program.hbm_bytes,
+        "least_hbm_bytes": program.least_hbm_bytes,
+        "hbm_ratio": ratio,
+        "temp_bytes": program.compiled.memory.temp_size_in_bytes,
+        "kernels": [_rounded(kernel._asdict()) for kernel in program.kernels],
+    }
+
+
+def _rounded(row: dict) -> dict:
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def key(row: dict) -> tuple:
+    """What makes a row the same measurement as another."""
+    variant = row.get("decay", row.get("numbers"))
+    order = (row["op"], row["topology"], row["shape"], variant, row["dtype"])
+    return (*order, PASSES.index(row["pass"]), IMPLEMENTATIONS.index(row["implementation"]))
+
+
+def save(folder: Path, new: list[dict]) -> None:
+    """Puts rows into the folder's JSON files, one an operator and part, in place of older ones of the same key, and
+    writes all of them as tables.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted({_file(row) for row in new}):
+        path = folder / name
+        old = json.loads(path.read_text()) if path.exists() else []
+        kept = {key(row): row for row in [*old, *(row for row in new if _file(row) == name)]}
+        ordered = [kept[k] for k in sorted(kept)]
+        path.write_text(json.dumps(ordered, indent=1) + "\n")
+    parts = [
+        "# TPU kernels, as compiled",
+        NOTE,
+        "Written by `python -m experiments.tpu_report`. Cycles are a token and head (a scan: a token and 128 channels). HBM: "
+        "bytes that the program, or the kernel, moves against reading its inputs and writing its results once.",
+    ]
+    for path in sorted(folder.glob("*.json")):
+        saved = json.loads(path.read_text())
+        parts += [f"## {path.stem}", report.markdown_table([program_line(r) for r in saved])]
+        lines = [line for row in saved for line in kernel_lines(row)]
+        parts += ["Kernels:", report.markdown_table(lines)] if lines else []
+    (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _file(row: dict) -> str:
+    return f"{row['op']}_{row['topology'].split(':')[0]}.json"
+
+
+def program_line(row: dict) -> dict:
+    """A row of the table of programs."""
+    return {
+        "shape": row["shape"],
+        "variant": row.get("decay", row.get("numbers")),
+        "dtype": row["dtype"],
+        "topology": row["topology"],
+        "pass": row["pass"],
+        "implementation": row["implementation"],
+        "cycles in kernels": row.get("kernel_cycles"),
+        "in XLA": row.get("xla_cycles"),
+        "HBM moved/least": row.get("hbm_ratio"),
+        "temp MB": None if "error" in row else row["temp_bytes"] / 1e6,
+        "": row.get("error", ""),
+    }
+
+
+def kernel_lines(row: dict) -> list[dict]:
+    """Rows of the table of kernels."""
+    return [
+        {
+            "shape": row["shape"],
+            "variant": row.get("decay", row.get("numbers")),
+            "topology": row["topology"],
+            "pass": row["pass"],
+            "kernel": kernel["name"],
+            "grid": "x".join(map(str, kernel["grid"])),
+            "bundles": kernel["bundles"],
+            "cycles a step": kernel["step_cycles"],
+            "MXU %": 100 * kernel["mxu_share"],
+            "load slots %": 100 * kernel["load_share"],
+            "store slots %": 100 * kernel["store_share"],
+            "spills": kernel["spills"],
+            "fills": kernel["fills"],
+            "VMEM KB": kernel["vmem_bytes"] / 1024,
+            "HBM moved/least": None
+            if kernel["hbm_bytes"] is None
+            else kernel["hbm_bytes"] / kernel["least_hbm_bytes"],
+        }
+        for kernel in row.get("kernels", [])
+    ]
+
+
+def targets(found: list[dict]) -> list[report.Target]:
+    """The targets that these rows bear on: those of v6e at the target shape in bfloat16."""
+    verdicts = []
+    for row in found:
+        if (row["shape"], row["dtype"]) != ("target", "bfloat16"):
+            continue
+        if not row["topology"].startswith("v6e") or row["implementation"] != "pallas_tpu":
+            continue
+        variant = row.get("decay", row.get("numbers"))
+        name = f"{row['op']}, {variant}, {row['pass']}"
+        if "error" in row:
+            verdicts.append(report.Target(name, row["error"], False))
+            continue
+        if limits := TARGETS.get((row["op"], variant)):
+            limit = limits[PASSES.index(row["pass"])]
+            cycles = row["kernel_cycles"]
+            claim = f"{name}: at most {limit} static cycles a token and head in kernels"
+            text = f"{cycles:.2f} (XLA beside: {row['xla_cycles']:.2f})"
+            verdicts.append(report.Target(claim, text, cycles <= limit))
+        spilled = {k["name"]: k["spills"] for k in row["kernels"] if k["spills"]}
+        claim = f"{name}: no spills in the loop body"
+        verdicts.append(report.Target(claim, str(spilled or "none"), not spilled))
+        if row["pass"] == "forward" and row["hbm_ratio"] is not None:
+            claim = f"{name}: HBM traffic within 1.3x of inputs and outputs once"
+            verdicts.append(
+                report.Target(claim, f"{row['hbm_ratio']:.2f}", row["hbm_ratio"] <= 1.3)
+            )
+    return verdicts
+
+
+def check_topologies(names: list[str]) -> None:
+    """Raises ValueError (the choices are listed) or ImportError before anything is compiled."""
+    for name in names:
+        tpu_compile.devices(name)
