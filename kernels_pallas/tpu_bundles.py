@@ -197,11 +197,8 @@ def _pallas_calls(jaxpr):
 def _call_of(instruction: str, calls) -> Any:
     """The pallas_call that became this instruction: 'name.1', or 'jvp_name_.1' under a transformation."""
     name = re.sub(r"\.\d+$", "", instruction).rstrip("_")
-    named = [
-        call
-        for call in calls
-        if re.search(rf"(?:^|_){re.sub(r'\W', '_', str(call.params['name']))}$", name)
-    ]
+    endings = [re.sub(r"\W", "_", str(call.params["name"])) for call in calls]
+    named = [c for c, e in zip(calls, endings) if name == e or name.endswith(f"_{e}")]
     longest = max((len(str(call.params["name"])) for call in named), default=0)
     named = [call for call in named if len(str(call.params["name"])) == longest]
     shapes = {(call.params["grid_mapping"].grid, str(call.params["out_avals"])) for call in named}
