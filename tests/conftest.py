@@ -1,14 +1,25 @@
-"""One process, eight simulated devices, strict shapes: set before JAX starts."""
+"""Eight simulated devices in one process, strict shapes, quick compilation: set before JAX starts.
 
+Tests run small programs once, so compiling them is most of the work, and half of that is optimisation. It is off here;
+SEQMODELS_TESTS_OPTIMIZED=1 leaves it on, which `.ci/run` does on the newest JAX.
+"""
+
+import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+quick = os.environ.get("SEQMODELS_TESTS_OPTIMIZED") != "1"
+if quick and importlib.metadata.version("jax").startswith("0.10."):  # later ones have no choice
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if quick:
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True, scope="module")

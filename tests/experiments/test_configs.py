@@ -60,7 +60,7 @@ def test_smoke_trains(case, tmp_path):
     config = module.get_config(
         f"{argument},smoke" if argument else "smoke" if module is not small else ""
     )
-    loop.train(config, tmp_path)
+    loop.train(config, tmp_path, devices=jax.devices()[:1])  # several are test_loop's
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["steps"] == config.train.steps == 4
     assert result["loss"] < 2 * jnp.log(config.model.vocab_size or 257)

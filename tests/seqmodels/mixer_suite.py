@@ -48,11 +48,6 @@ MORE = 3  # tokens fed after the end, to see what a state does
 ERROR_FLOAT32 = 1e-4
 ERROR_BFLOAT16 = 5e-2
 TRAIN_STEPS = 80
-# XLA's own optimisations cost more here than they give: the programs are tiny and run once.
-COMPILE = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later lines have no such choice
-    COMPILE["xla_cpu_use_fusion_emitters"] = False
-jit = functools.partial(jax.jit, compiler_options=COMPILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +86,7 @@ def all_cases() -> list[Case]:
 @functools.cache
 def initial_params(case: Case):
     init = functools.partial(case.make().init, layer=case.layer())
-    return nn.unbox(jit(init)(jax.random.key(0), jnp.zeros((1, 2, D))))["params"]
+    return nn.unbox(jax.jit(init)(jax.random.key(0), jnp.zeros((1, 2, D))))["params"]
 
 
 def random_params(case: Case, seed=0):
@@ -142,7 +137,7 @@ def check_consistency(case: Case):
     time = np.concatenate([np.arange(T)] + 3 * [np.arange(T, T + MORE)])
     after_packed, after_pieces = T + MORE, T + 2 * MORE
 
-    @jit
+    @jax.jit
     def run(params, x_BTD):
         apply = functools.partial(mixer.apply, {"params": params}, layer=layer)
         packed, packed_state = apply(x_BTD[:, :T], segment_ids_BT)
@@ -219,7 +214,7 @@ def training_step(case: Case):
         mean = jnp.sum(losses_BT * mask_BT) / jnp.maximum(jnp.sum(mask_BT), 1.0)
         return mean + jnp.sum(y_BTD * cotangent_BTD)
 
-    @jit
+    @jax.jit
     def step(params, opt_state, *batch):
         value, (params_bar, x_bar) = jax.value_and_grad(loss, (0, 1))(params, *batch)
         updates, opt_state = optimizer.update(params_bar, opt_state)
@@ -334,7 +329,7 @@ def check_layers(case: Case):
     if not reads_layer(case):
         jax.eval_shape(scan, params, x_BTD)  # the values cannot differ
         return
-    scanned, looped = jit(lambda *z: (scan(*z), loop(*z)))(params, x_BTD)
+    scanned, looped = jax.jit(lambda *z: (scan(*z), loop(*z)))(params, x_BTD)
     assert_close(scanned, looped, ERROR_FLOAT32, "layers")
 
 

@@ -16,14 +16,12 @@ from seqmodels import mixers
 from seqmodels.mixers import hgrn2, mlstm, transnormer_llm
 
 B, T, D, H = 2, 11, 32, 4
-# The programs are small and run once: XLA's own optimisations cost more than they give.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(name, layer=None, **options):
     """The mixer, its first parameters, and the same plus noise in float64."""
     mixer = mixers.make(name, d_model=D, **options)
-    init = jit(functools.partial(mixer.init, layer=layer))
+    init = jax.jit(functools.partial(mixer.init, layer=layer))
     first = nn.unbox(init(jax.random.key(0), jnp.zeros((1, 2, D))))["params"]
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(lambda p: np.float64(p) + 0.1 * rng.standard_normal(p.shape), first)
@@ -32,7 +30,7 @@ def make(name, layer=None, **options):
 
 def apply(mixer, params, x, layer=None):
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-    y, _ = jit(functools.partial(mixer.apply, layer=layer))(
+    y, _ = jax.jit(functools.partial(mixer.apply, layer=layer))(
         {"params": params}, jnp.asarray(x, jnp.float32)
     )
     return np.asarray(y)
@@ -156,7 +154,7 @@ def test_linear_attention_refuses(options, message):
 
 def test_transnormer_starts_xavier_uniform():
     mixer = mixers.make("transnormer", d_model=400)
-    params = nn.unbox(jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 1, 400))))["params"]
+    params = nn.unbox(jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 1, 400))))["params"]
     for name in "qkvo":
         bound = np.sqrt(6 / 800) / (1 if name == "o" else np.sqrt(2))
         kernel = np.asarray(params[name]["kernel"])
@@ -310,7 +308,7 @@ def test_bounded_forget_gate_is_exact_and_finite():
     def log_g_of(f, lb):
         return hgrn2.bounded_forget_gate(f, lb)[0]
 
-    f_bar, lb_bar = jit(jax.vmap(jax.grad(log_g_of, argnums=(0, 1))))(f, lb)
+    f_bar, lb_bar = jax.jit(jax.vmap(jax.grad(log_g_of, argnums=(0, 1))))(f, lb)
     g_bar = 1 / (lb64 + (1 - lb64) * sigmoid(f64))
     f_exact = g_bar * (1 - lb64) * sigmoid(f64) * sigmoid(-f64)
     # where g is lb but for a little, the gradient is the difference of two numbers near 1
@@ -402,7 +400,7 @@ def test_stabiliser_equals_the_sequential_one(scale):
         expected = sequential_stabiliser(
             log_f, i, m, np.zeros_like(ids) if segment_ids is None else segment_ids
         )
-        actual = jit(mlstm.stabiliser)(
+        actual = jax.jit(mlstm.stabiliser)(
             *(jnp.asarray(a, jnp.float32) for a in (log_f, i, m)), segment_ids
         )
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * scale)
@@ -444,7 +442,7 @@ def test_mlstm_extreme_gates_leave_documents_apart_and_gradients_finite():
     x = jnp.asarray(inputs(), jnp.float32)
     ids = jnp.asarray([[1] * 5 + [2] * 6] * B, jnp.int32)
 
-    @jit
+    @jax.jit
     def run(x):
         def loss(params, x):
             y, _ = mixer.apply({"params": params}, x, ids)
@@ -471,7 +469,7 @@ def test_mlstm_gradient_is_that_of_the_form_without_stabiliser():
         y, _ = mixer.apply({"params": params}, jnp.asarray(x, jnp.float32))
         return jnp.sum(y * jnp.asarray(probe, jnp.float32))
 
-    actual = jit(jax.grad(loss))(params)
+    actual = jax.jit(jax.grad(loss))(params)
 
     def plain(p):
         heads = lambda name: (x @ p[name]["kernel"]).reshape(B, T, H, -1)  # noqa: E731
@@ -488,7 +486,7 @@ def test_mlstm_gradient_is_that_of_the_form_without_stabiliser():
         return jnp.sum((h.reshape(B, T, D) @ p["o"]["kernel"]) * probe)
 
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        expected = jit(jax.grad(plain))(p)
+        expected = jax.jit(jax.grad(plain))(p)
         expected = jax.tree.map(np.asarray, expected)
     for (path, b), a in zip(
         jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True
