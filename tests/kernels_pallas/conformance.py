@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import targets
+
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 LENGTHS = (1, 63, 64, 100, 128, 1000)
 SMALLEST_SCALE = 1e-30
@@ -185,6 +187,12 @@ class Suite:
     """Subclass as `class TestX(Suite): case = CASE`. Tests are made for each of the case's implementations."""
 
     case: OperatorCase
+
+    @pytest.fixture(autouse=True)
+    def _interpreted(self):
+        """Kernels, named by the tests, run interpreted: everything here is on a CPU."""
+        with targets.interpreted():
+            yield
 
     def pytest_generate_tests(self, metafunc):
         case = metafunc.cls.case
