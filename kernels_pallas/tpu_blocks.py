@@ -17,44 +17,36 @@ NEVER = -1e30  # a reset inside a sum: exp(NEVER) is 0 as exp(-inf) is, and 0 * 
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """Matrix products in a kernel, with the rounding said each time.
+    """Matrix products in a kernel, with the rounding said.
 
-    narrow: the inputs are bfloat16. Operands go to the matrix unit as sums of bfloat16 terms, one for `coarse`, two for
-      `fine` (what is left out of a product is 2^-16 of it). Otherwise operands are float32 and products at the highest
-      precision.
+    narrow: the inputs are bfloat16. They go to the matrix unit as they are; what was computed from them, in float32, goes
+      as a sum of two bfloat16 terms, and the product of the two smaller terms is left out (2^-16 of the whole). Rounding
+      it to one term costs up to twice the suite's 2e-2 at the worst position of a gradient.
+      Otherwise operands are float32 and products at the highest precision.
     exact: float32 without a decay, where rounding errors never fade: `state` rounds once (see `chunked._lost`).
-    axes: which axis of x and of y is summed over.
 
     The terms are cut explicitly, never left to a device's default precision, so an interpreted kernel rounds as a
-    compiled one does.
+    compiled one does. axes: which axis of x and of y is summed over.
     """
 
     narrow: bool
     exact: bool = False
 
-    def coarse(self, x, y, axes=(1, 0)):
-        return self._product(x, y, axes, 1)
-
-    def fine(self, x, y, axes=(1, 0)):
-        return self._product(x, y, axes, 2)
-
-    def state(self, x, y, axes=(1, 0)):
-        return sum(self.exact_product(x, y, axes)) if self.exact else self.fine(x, y, axes)
-
-    def sums(self, mask, g, axes=(1, 0)):
-        """A product with zeros and ones, `mask`: sums of g's entries, to float32's precision or to 16 bits."""
-        return self._product(mask, g, axes, 2)
-
-    def _product(self, x, y, axes, terms):
+    def dot(self, x, y, axes=(1, 0)):
+        """x y, in float32."""
         if not self.narrow:
             return _dot(x.astype(jnp.float32), y.astype(jnp.float32), axes)
-        pairs = [
-            _dot(a, b, axes)
-            for i, a in enumerate(_terms(x, terms))
-            for j, b in enumerate(_terms(y, terms))
-            if i + j < terms
-        ]
-        return sum(reversed(pairs[1:]), start=pairs[0]) if len(pairs) > 1 else pairs[0]
+        (x, *x_rest), (y, *y_rest) = _terms(x), _terms(y)
+        small = [_dot(x, rest, axes) for rest in y_rest] + [_dot(rest, y, axes) for rest in x_rest]
+        return sum(small, start=_dot(x, y, axes))
+
+    def state(self, x, y, axes=(1, 0)):
+        """A product by which states become states."""
+        return sum(self.exact_product(x, y, axes)) if self.exact else self.dot(x, y, axes)
+
+    def ones(self, where):
+        """True as 1 and False as 0, for sums by `dot`: exact in either dtype."""
+        return where.astype(jnp.bfloat16 if self.narrow else jnp.float32)
 
     def exact_product(self, x, y, axes):
         """A float32 product as two terms: of heads of 11 bits, whose products and sums are exact, and the small rest."""
@@ -63,16 +55,11 @@ class Products:
         return _dot(x_head, y_head, axes), rest
 
 
-def _terms(x, count):
-    """x as a sum of at most `count` bfloat16 arrays, largest first."""
+def _terms(x):
+    """x as a sum of bfloat16 arrays: itself, or two."""
     if x.dtype == jnp.bfloat16:
         return (x,)
-    terms = []
-    for left in reversed(range(count)):
-        terms.append(x.astype(jnp.bfloat16))
-        if left:
-            x = x - _rounded(x)
-    return tuple(terms)
+    return x.astype(jnp.bfloat16), (x - _rounded(x)).astype(jnp.bfloat16)
 
 
 def _rounded(x):
@@ -122,7 +109,7 @@ def inverse(products: Products, A_CC):
     """(I + A)^{-1} for A strictly lower triangular, in float32.
 
     Diagonal blocks of 32 by substitution on the vector unit, all of a chunk's side by side in the lanes; then neighbours
-    are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products a level, at `fine` precision.
+    are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products a level, as `Products.dot` rounds them.
     """
     C = A_CC.shape[0]
     U = min(C, BLOCK)
@@ -137,12 +124,12 @@ def _joined(products, A_CC, X_CC, U):
     C = A_CC.shape[0]
     if 2 * U == C:
         X1, X2 = X_CC[:U, :U], X_CC[U:, U:]
-        Y = -products.fine(X2, products.fine(A_CC[U:, :U], X1))
+        Y = -products.dot(X2, products.dot(A_CC[U:, :U], X1))
         top = jnp.concatenate([X1, jnp.zeros_like(Y)], axis=1)
         return jnp.concatenate([top, jnp.concatenate([Y, X2], axis=1)], axis=0)
     i, j = iota((C, C), 0) // U, iota((C, C), 1) // U
     below = (i == j + 1) & (i % 2 == 1)
-    return X_CC - products.fine(X_CC, products.fine(jnp.where(below, A_CC, 0.0), X_CC))
+    return X_CC - products.dot(X_CC, products.dot(jnp.where(below, A_CC, 0.0), X_CC))
 
 
 def _block_inverse(A_CC, U):
@@ -183,3 +170,94 @@ def _strip_inverse(A_CC, U):
             X_tiles[t] = X_tiles[t] - factor * row
     rows = [own(X_tiles[t], b) for b in range(C // U) for t in range(U // step)]
     return jnp.concatenate(rows, axis=0) if len(rows) > 1 else rows[0]
+
+
+def row_sums(x):
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def row_of(x_C1):
+    """A column as a row."""
+    C = x_C1.shape[0]
+    return jnp.sum(jnp.where(_diagonal(C), x_C1, 0.0), axis=0, keepdims=True)
+
+
+def column_of(x_1C):
+    """A row as a column."""
+    return row_sums(jnp.where(_diagonal(x_1C.shape[1]), x_1C, 0.0))
+
+
+def _diagonal(C):
+    return iota((C, C), 0) == iota((C, C), 1)
+
+
+def halving_sums(g_CK):
+    """Sums of log decay (C, K), C a power of two, as `decay_sums` has them, for a decay per channel.
+
+    Returns: from the chunk's start through each token; behind each token to the chunk's end; then for halves of U = 1,
+    2, 4, ..., C/2 tokens, in left halves the sum behind a token to the half's end, in right halves the sum from the
+    half's start through the token. A block's sums are those of its halves and the total of one half, so each is an
+    addition of non-positive numbers only.
+    """
+    C = g_CK.shape[0]
+    through_CK, after_CK, levels = g_CK, jnp.zeros_like(g_CK), []
+    U = 1
+    while U < C:
+        right = _in_right_half(g_CK, U)
+        levels.append(jnp.where(right, through_CK, after_CK))
+        sibling_CK = _sibling_last(through_CK, U)
+        through_CK = jnp.where(right, through_CK + sibling_CK, through_CK)
+        after_CK = jnp.where(right, after_CK, after_CK + sibling_CK)
+        U *= 2
+    return through_CK, after_CK, *levels
+
+
+def halving_sums_cotangent(dthrough_CK, dafter_CK, dlevels):
+    """The transpose of `halving_sums`: from the cotangents of what it gives to that of g."""
+    dg_CK = jnp.zeros_like(dthrough_CK)
+    U = dthrough_CK.shape[0]
+    for dlevel_CK in reversed(dlevels):
+        U //= 2
+        right = _in_right_half(dg_CK, U)
+        dg_CK = dg_CK + _sibling_total(jnp.where(right, dthrough_CK, dafter_CK), U)
+        dthrough_CK = jnp.where(right, dthrough_CK + dlevel_CK, dthrough_CK)
+        dafter_CK = jnp.where(right, dafter_CK, dafter_CK + dlevel_CK)
+    return dg_CK + dthrough_CK
+
+
+def _in_right_half(x_CK, U):
+    return iota(x_CK.shape, 0) & U > 0
+
+
+def _sibling_last(x_CK, U):
+    """For every token the last row of the block of U tokens beside its own, in the same pair of blocks."""
+    C, K = x_CK.shape
+    if U >= SUBLANES:
+        last = x_CK.reshape(C // (2 * U), 2, U, K)[:, :, U - 1 :]
+        swapped = jnp.concatenate([last[:, 1:], last[:, :1]], axis=1)
+        return jnp.broadcast_to(swapped, (C // (2 * U), 2, U, K)).reshape(C, K)
+    row = iota((SUBLANES, K), 0)
+    last = ((row // U) ^ 1) * U + U - 1
+    tiles = [x_CK[t : t + SUBLANES] for t in range(0, C, SUBLANES)]
+    tiles = [jnp.take_along_axis(x, last, axis=0, mode="promise_in_bounds") for x in tiles]
+    return jnp.concatenate(tiles, axis=0)
+
+
+def _sibling_total(x_CK, U):
+    """For every token the sum over the block of U tokens beside its own, in the same pair of blocks."""
+    C, K = x_CK.shape
+    if U >= SUBLANES:
+        total = jnp.sum(x_CK.reshape(C // (2 * U), 2, U, K), axis=2, keepdims=True)
+        swapped = jnp.concatenate([total[:, 1:], total[:, :1]], axis=1)
+        return jnp.broadcast_to(swapped, (C // (2 * U), 2, U, K)).reshape(C, K)
+    row = iota((SUBLANES, K), 0)
+    tiles = [x_CK[t : t + SUBLANES] for t in range(0, C, SUBLANES)]
+
+    def beside(x, distance):
+        return jnp.take_along_axis(x, row ^ distance, axis=0, mode="promise_in_bounds")
+
+    distance = 1
+    while distance < U:
+        tiles = [x + beside(x, distance) for x in tiles]
+        distance *= 2
+    return jnp.concatenate([beside(x, U) for x in tiles], axis=0)

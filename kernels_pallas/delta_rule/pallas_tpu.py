@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import segments, targets
-from kernels_pallas.delta_rule import tpu_head_decay
+from kernels_pallas.delta_rule import tpu_channel_decay, tpu_head_decay
 from kernels_pallas.tpu_blocks import Products
 
 
@@ -102,6 +102,7 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, scale, chunk
 
 
 HEADS = 4
+VMEM_LIMIT = 64 << 20
 
 
 def _heads_a_step(G, H, K, V):
@@ -149,14 +150,14 @@ def _run_forward(plan, q, k, v, gates, g, S_BHKV):
 
 def _run_backward(plan, residuals, cotangents):
     q, k, v, gates, g, states = residuals
-    dq, dk, dv, dgates, dS = _backward(plan, q, k, v, gates, g, states, *cotangents)
+    dq, dk, dv, dgates, dg, dS = _backward(plan, q, k, v, gates, g, states, *cotangents)
     if plan.shared > 1:
         lead = (*dq.shape[:2], plan.G, plan.shared, plan.K)
         dq, dk = (
             jnp.sum(x.reshape(lead), axis=3).reshape(y.shape).astype(y.dtype)
             for x, y in ((dq, q), (dk, k))
         )
-    return dq, dk, dv, dgates, None, dS
+    return dq, dk, dv, dgates, dg, dS
 
 
 _run.defvjp(_run_forward, _run_backward)
@@ -172,6 +173,7 @@ def _specs(plan: Plan, backward: bool):
         "key": pl.BlockSpec((1, C, keys * plan.K), lambda b, h, n: (b, at(n), h // plan.shared)),
         "own key": pl.BlockSpec((1, C, keys * plan.K), lambda b, h, n: (b, at(n), h)),
         "value": pl.BlockSpec((1, C, heads * plan.V), lambda b, h, n: (b, at(n), h)),
+        "decay": pl.BlockSpec((1, C, heads * plan.K), lambda b, h, n: (b, at(n), h)),
         "gates": pl.BlockSpec((1, 1, 1, rows, C), lambda b, h, n: (b, h, at(n), 0, 0)),
         "state": pl.BlockSpec((1, heads, plan.K, plan.V), lambda b, h, n: (b, h, 0, 0)),
         "states": pl.BlockSpec((1, 1, heads, plan.K, plan.V), lambda b, h, n: (b, at(n), h, 0, 0)),
@@ -196,60 +198,84 @@ def _call(plan: Plan, kernel, name, specs, ins, outs, out_shapes, operands):
 
 
 def _forward(plan: Plan, keep: bool, q, k, v, gates, g, S_BHKV):
-    B, N, H, K, V = plan.B, plan.chunks, plan.H, plan.K, plan.V
-    ins, outs = ["key", "key", "value", "gates", "state"], ["value", "state"]
-    operands = [q, k, v, gates, S_BHKV]
-    shapes = [
-        jax.ShapeDtypeStruct(v.shape, v.dtype),
-        jax.ShapeDtypeStruct(S_BHKV.shape, jnp.float32),
-    ]
+    """keep: also the state that enters each chunk."""
+    ins, operands = ["key", "key", "value", "gates", "state"], [q, k, v, gates, S_BHKV]
+    outs, shapes = ["value", "state"], [v, S_BHKV]
+    if plan.decay == "channel":
+        ins.append("decay")
+        operands.append(g)
     if keep:
         outs.append("states")
-        shapes.append(jax.ShapeDtypeStruct((B, N, H, K, V), jnp.float32))
-    kernel = functools.partial(_forward_kernel, plan, keep)
-    name = f"delta_rule_{plan.decay or 'no'}_decay_forward"
-    return tuple(_call(plan, kernel, name, _specs(plan, False), ins, outs, shapes, operands))
+        B, H, K, V = S_BHKV.shape
+        shapes.append(jax.ShapeDtypeStruct((B, plan.chunks, H, K, V), jnp.float32))
+    return tuple(_call(plan, _forward_kernel, ins, operands, outs, shapes))
 
 
 def _backward(plan: Plan, q, k, v, gates, g, states, do, dS_BHKV):
     ins = ["key", "key", "value", "gates", "states", "value", "state"]
-    outs = ["own key", "own key", "value", "gates", "state"]
+    operands = [q, k, v, gates, states, do, dS_BHKV]
     wide = jnp.float32 if plan.shared > 1 else q.dtype
     dq = jax.ShapeDtypeStruct((*q.shape[:2], plan.groups * plan.keys * plan.K), wide)
-    shapes = [dq, dq, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (v, gates, dS_BHKV))]
-    kernel = functools.partial(_backward_kernel, plan)
-    name = f"delta_rule_{plan.decay or 'no'}_decay_backward"
-    operands = [q, k, v, gates, states, do, dS_BHKV]
-    return _call(plan, kernel, name, _specs(plan, True), ins, outs, shapes, operands)
+    outs, shapes = ["own key", "own key", "value", "gates", "state"], [dq, dq, v, gates, dS_BHKV]
+    if plan.decay == "channel":
+        ins.append("decay")
+        operands.append(g)
+        outs.append("decay")
+        shapes.append(g)
+    *gradients, dS, dg = (*_call(plan, _backward_kernel, ins, operands, outs, shapes), None)[:6]
+    return (*gradients, dg, dS)
 
 
-def _forward_kernel(
-    plan: Plan, keep, q_ref, k_ref, v_ref, gates_ref, S0_ref, o_ref, final_ref, *rest
-):
-    S_ref = rest[-1]
+def _call(plan: Plan, kernel, ins, operands, outs, shapes):
+    specs = _specs(plan, kernel is _backward_kernel)
+    return pl.pallas_call(
+        functools.partial(kernel, plan),
+        grid=(plan.B, plan.groups, plan.chunks),
+        in_specs=[specs[kind] for kind in ins],
+        out_specs=[specs[kind] for kind in outs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+        scratch_shapes=[pltpu.VMEM((plan.heads, plan.K, plan.V), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+        ),
+        interpret=targets.interpreting(),
+        name=f"delta_rule_{plan.decay or 'no'}_decay{kernel.__name__.removesuffix('_kernel')}",
+    )(*operands)
+
+
+def _form(plan):
+    return tpu_channel_decay if plan.decay == "channel" else tpu_head_decay
+
+
+def _lanes(head, width):
+    return slice(head * width, (head + 1) * width)
+
+
+def _forward_kernel(plan: Plan, q_ref, k_ref, v_ref, gates_ref, initial_ref, *refs):
+    g_CHK = None
+    if plan.decay == "channel":
+        g_ref, *refs = refs
+        g_CHK = g_ref[0]
+    o_ref, final_ref, *states_ref, S_ref = refs
     n = pl.program_id(2)
 
     @pl.when(n == 0)
     def _():
-        S_ref[...] = S0_ref[0]
+        S_ref[...] = initial_ref[0]
 
-    p, K, V = plan.products, plan.K, plan.V
-    copies = plan.heads // plan.keys
-    gates = tpu_head_decay.gates_of(p, plan.heads, gates_ref[0, 0, 0])
-    for key in range(plan.keys):
-        q_CK, k_CK = (x[0, :, key * K : (key + 1) * K] for x in (q_ref, k_ref))
-        qk_CC, kk_CC = p.coarse(q_CK, k_CK, (1, 1)), p.coarse(k_CK, k_CK, (1, 1))
-        lost_CC = tpu_head_decay.lost_products(p, k_CK, kk_CC)
-        for h in range(key * copies, (key + 1) * copies):
-            v_CV, S_KV = v_ref[0, :, h * V : (h + 1) * V], S_ref[h]
-            c = tpu_head_decay.chunk(
-                p, gates[h], plan.scale, qk_CC, kk_CC, lost_CC, k_CK, v_CV, S_KV
-            )
-            o_CV = tpu_head_decay.output(p, gates[h], plan.scale, q_CK, c, S_KV)
-            o_ref[0, :, h * V : (h + 1) * V] = o_CV.astype(o_ref.dtype)
-            if keep:
-                rest[0][0, 0, h] = S_KV
-            S_ref[h] = tpu_head_decay.next_state(p, gates[h], k_CK, c, S_KV)
+    p, form, copies = plan.products, _form(plan), plan.heads // plan.keys
+    all_gates = form.gates_of(p, plan.heads, gates_ref[0, 0, 0], g_CHK)
+    for h, gates in enumerate(all_gates):
+        key_lanes, value_lanes = _lanes(h // copies, plan.K), _lanes(h, plan.V)
+        q_CK, k_CK, v_CV = q_ref[0, :, key_lanes], k_ref[0, :, key_lanes], v_ref[0, :, value_lanes]
+        S_KV = S_ref[h]
+        for ref in states_ref:
+            ref[0, 0, h] = S_KV
+        c = form.chunk(p, gates, plan.scale, q_CK, k_CK, v_CV, S_KV)
+        o_CV = form.output(p, gates, plan.scale, q_CK, c, S_KV)
+        o_ref[0, :, value_lanes] = o_CV.astype(o_ref.dtype)
+        S_ref[h] = form.next_state(p, gates, k_CK, c, S_KV)
 
     @pl.when(n == plan.chunks - 1)
     def _():
@@ -257,57 +283,40 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    plan: Plan,
-    q_ref,
-    k_ref,
-    v_ref,
-    gates_ref,
-    states_ref,
-    do_ref,
-    dfinal_ref,
-    dq_ref,
-    dk_ref,
-    dv_ref,
-    dgates_ref,
-    dinitial_ref,
-    dS_ref,
+    plan: Plan, q_ref, k_ref, v_ref, gates_ref, states_ref, do_ref, dfinal_ref, *refs
 ):
+    g_CHK = dg_ref = None
+    if plan.decay == "channel":
+        g_ref, *refs, dg_ref, dS_ref = refs
+        g_CHK, refs = g_ref[0], (*refs, dS_ref)
+    dq_ref, dk_ref, dv_ref, dgates_ref, dinitial_ref, dS_ref = refs
     n = pl.program_id(2)
 
     @pl.when(n == 0)
     def _():
         dS_ref[...] = dfinal_ref[0]
 
-    p, K, V = plan.products, plan.K, plan.V
-    copies = plan.heads // plan.keys
-    gates = tpu_head_decay.gates_of(p, plan.heads, gates_ref[0, 0, 0])
-    for key in range(plan.keys):
-        lanes = slice(key * K, (key + 1) * K)
-        q_CK, k_CK = q_ref[0, :, lanes], k_ref[0, :, lanes]
-        qk_CC, kk_CC = p.coarse(q_CK, k_CK, (1, 1)), p.coarse(k_CK, k_CK, (1, 1))
-        lost_CC = tpu_head_decay.lost_products(p, k_CK, kk_CC)
-        dqk_CC = dkk_CC = dq_CK = dk_CK = 0.0
-        for h in range(key * copies, (key + 1) * copies):
-            v_CV, do_CV = (x[0, :, h * V : (h + 1) * V] for x in (v_ref, do_ref))
-            S_KV = states_ref[0, 0, h]
-            c = tpu_head_decay.chunk(
-                p, gates[h], plan.scale, qk_CC, kk_CC, lost_CC, k_CK, v_CV, S_KV
-            )
-            d = tpu_head_decay.backward(
-                p, gates[h], plan.scale, qk_CC, kk_CC, c, q_CK, k_CK, S_KV, do_CV, dS_ref[h]
-            )
-            dS_ref[h] = d.dS_KV
-            dv_ref[0, :, h * V : (h + 1) * V] = d.dv_CV.astype(dv_ref.dtype)
-            dgates_ref[0, 0, 0, h : h + 1] = d.dbeta_1C
-            if d.dg_1C is not None:
-                dgates_ref[0, 0, 0, plan.heads + h : plan.heads + h + 1] = d.dg_1C
-            dqk_CC, dkk_CC = dqk_CC + d.dqk_CC, dkk_CC + d.dkk_CC
-            dq_CK, dk_CK = dq_CK + d.dq_CK, dk_CK + d.dk_CK
-        dq_CK = dq_CK + p.coarse(dqk_CC, k_CK)
-        dk_CK = dk_CK + p.coarse(dqk_CC, q_CK, (0, 0))
-        dk_CK = dk_CK + p.coarse(dkk_CC, k_CK) + p.coarse(dkk_CC, k_CK, (0, 0))
-        dq_ref[0, :, lanes] = dq_CK.astype(dq_ref.dtype)
-        dk_ref[0, :, lanes] = dk_CK.astype(dk_ref.dtype)
+    p, form, copies = plan.products, _form(plan), plan.heads // plan.keys
+    all_gates = form.gates_of(p, plan.heads, gates_ref[0, 0, 0], g_CHK)
+    dq_CK = dk_CK = 0.0
+    for h, gates in enumerate(all_gates):
+        key_lanes, value_lanes = _lanes(h // copies, plan.K), _lanes(h, plan.V)
+        q_CK, k_CK, v_CV = q_ref[0, :, key_lanes], k_ref[0, :, key_lanes], v_ref[0, :, value_lanes]
+        S_KV, do_CV = states_ref[0, 0, h], do_ref[0, :, value_lanes]
+        c = form.chunk(p, gates, plan.scale, q_CK, k_CK, v_CV, S_KV)
+        d = form.backward(p, gates, plan.scale, c, q_CK, k_CK, S_KV, do_CV, dS_ref[h])
+        dS_ref[h] = d.dS_KV
+        dv_ref[0, :, value_lanes] = d.dv_CV.astype(dv_ref.dtype)
+        dgates_ref[0, 0, 0, h : h + 1] = d.dbeta_1C
+        if plan.decay == "head":
+            dgates_ref[0, 0, 0, plan.heads + h : plan.heads + h + 1] = d.dg
+        if plan.decay == "channel":
+            dg_ref[0, :, _lanes(h, plan.K)] = d.dg
+        dq_CK, dk_CK = dq_CK + d.dq_CK, dk_CK + d.dk_CK
+        if (h + 1) % copies == 0 or h + 1 == plan.heads:  # the last value head of its key head
+            dq_ref[0, :, key_lanes] = dq_CK.astype(dq_ref.dtype)
+            dk_ref[0, :, key_lanes] = dk_CK.astype(dk_ref.dtype)
+            dq_CK = dk_CK = 0.0
 
     @pl.when(n == plan.chunks - 1)
     def _():
@@ -320,6 +329,4 @@ def unsupported(*, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV, **others) -> str 
         return (
             f"it computes in float32; the inputs ask for {initial_state_BHKV.dtype}: use 'chunked'"
         )
-    if others.get("log_decay_BTHK") is not None and others["log_decay_BTHK"].shape[-1] > 1:
-        return "no channel"
     return None

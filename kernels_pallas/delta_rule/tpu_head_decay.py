@@ -8,6 +8,7 @@ bfloat16 arrays, reach the matrix unit as they are.
     o = scale * through * q S + Z U        S' = total S + k^T (after * U)
 
 D_ij = exp(g_{j+1} + ... + g_i) is the exponential of a product with zeros and ones, in which nothing is subtracted.
+`tpu_channel_decay.py` has the same functions for a decay per channel.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from kernels_pallas import tpu_blocks
-from kernels_pallas.tpu_blocks import Products, iota, lower
+from kernels_pallas.tpu_blocks import Products, lower, row_of, row_sums
 
 
 class Gates(NamedTuple):
@@ -31,34 +32,11 @@ class Gates(NamedTuple):
     total_11: jnp.ndarray | None = None
 
 
-def gates_of(p: Products, heads: int, rows_RC) -> list[Gates]:
-    """rows: beta of each head, then log decay of each, where there is one."""
-    C = rows_RC.shape[1]
-    if rows_RC.shape[0] == heads:
-        columns_CR = rows_RC.T
-        return [Gates(columns_CR[:, h : h + 1]) for h in range(heads)]
-    beta_HC, g_HC = rows_RC[:heads], tpu_blocks.finite(rows_RC[heads:])
-    ones = jnp.bfloat16 if p.narrow else jnp.float32
-    up_to = lower(C).astype(ones)  # token s is in the sum up to i: s <= i, at (i, s)
-    behind = (~lower(C)).astype(ones)  # token s is behind j: s > j, at (j, s)
-    through_HC = jnp.exp(p.sums(g_HC, up_to, (1, 1)))
-    after_HC = jnp.exp(p.sums(g_HC, behind, (1, 1)))
-    columns_CR = jnp.concatenate([beta_HC, through_HC, after_HC], axis=0).T
-    gates = []
-    for h in range(heads):
-        between_CC = p.sums(jnp.where(lower(C), g_HC[h : h + 1], 0.0), behind, (1, 1))
-        beta_C1, through_C1, after_C1 = (
-            columns_CR[:, n : n + 1] for n in (h, heads + h, 2 * heads + h)
-        )
-        D_CC = jnp.where(lower(C), jnp.exp(between_CC), 0.0)
-        total_11 = through_HC[h : h + 1, C - 1 :]
-        gates.append(Gates(beta_C1, D_CC, through_C1, after_C1, total_11))
-    return gates
-
-
 class Chunk(NamedTuple):
-    """What the forward pass of one chunk has computed, for the backward pass."""
+    """What the forward pass of one chunk has computed. lost_CC: what A has lost to rounding, where that counts."""
 
+    qk_CC: jnp.ndarray
+    kk_CC: jnp.ndarray
     A_CC: jnp.ndarray
     lost_CC: jnp.ndarray | None
     X_CC: jnp.ndarray
@@ -68,44 +46,78 @@ class Chunk(NamedTuple):
     U_CV: jnp.ndarray
 
 
+class Cotangents(NamedTuple):
+    """Of one head's chunk; dg as the decay came in, or None."""
+
+    dq_CK: jnp.ndarray
+    dk_CK: jnp.ndarray
+    dv_CV: jnp.ndarray
+    dbeta_1C: jnp.ndarray
+    dg: jnp.ndarray | None
+    dS_KV: jnp.ndarray
+
+
+def gates_of(p: Products, heads: int, rows_RC, g_CHK=None) -> list[Gates]:
+    """rows: beta of each head, then log decay of each, where there is one."""
+    C = rows_RC.shape[1]
+    if rows_RC.shape[0] == heads:
+        columns_CR = rows_RC.T
+        return [Gates(columns_CR[:, h : h + 1]) for h in range(heads)]
+    beta_HC, g_HC = rows_RC[:heads], tpu_blocks.finite(rows_RC[heads:])
+    up_to, behind = p.ones(lower(C)), p.ones(~lower(C))  # at (i, s): s <= i, s > i
+    through_HC = jnp.exp(p.dot(g_HC, up_to, (1, 1)))
+    after_HC = jnp.exp(p.dot(g_HC, behind, (1, 1)))
+    columns_CR = jnp.concatenate([beta_HC, through_HC, after_HC], axis=0).T
+    gates = []
+    for h in range(heads):
+        between_CC = p.dot(jnp.where(lower(C), g_HC[h : h + 1], 0.0), behind, (1, 1))
+        beta_C1, through_C1, after_C1 = (
+            columns_CR[:, n : n + 1] for n in (h, heads + h, 2 * heads + h)
+        )
+        D_CC = jnp.where(lower(C), jnp.exp(between_CC), 0.0)
+        total_11 = through_HC[h : h + 1, C - 1 :]
+        gates.append(Gates(beta_C1, D_CC, through_C1, after_C1, total_11))
+    return gates
+
+
 def _times(x, factor):
     return x if factor is None else x * factor
 
 
-def chunk(p: Products, gates: Gates, scale, qk_CC, kk_CC, lost_CC, k_CK, v_CV, S_KV) -> Chunk:
+def chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
+    """The maps of a chunk, and what they make of the state that enters."""
     C = k_CK.shape[0]
-    A_CC = jnp.where(lower(C, -1), gates.beta_C1 * _times(kk_CC, gates.D_CC), 0.0)
-    if lost_CC is not None:
-        lost_CC = jnp.where(lower(C, -1), gates.beta_C1 * _times(lost_CC, gates.D_CC), 0.0)
-    Z_CC = scale * (jnp.where(lower(C), qk_CC, 0.0) if gates.D_CC is None else qk_CC * gates.D_CC)
+    qk_CC, kk_CC = p.dot(q_CK, k_CK, (1, 1)), p.dot(k_CK, k_CK, (1, 1))
+
+    def below(products_CC):
+        return jnp.where(lower(C, -1), gates.beta_C1 * _times(products_CC, gates.D_CC), 0.0)
+
+    lost_CC = None
+    if p.exact:
+        exact_CC, rest_CC = p.exact_product(k_CK, k_CK, (1, 1))
+        lost_CC = below((exact_CC - kk_CC) + rest_CC)
+    A_CC = below(kk_CC)
     X_CC = tpu_blocks.inverse(p, A_CC)
+    Z_CC = scale * (jnp.where(lower(C), qk_CC, 0.0) if gates.D_CC is None else qk_CC * gates.D_CC)
     kS_CV = _times(p.state(k_CK, S_KV), gates.through_C1)
     read_CV = v_CV.astype(jnp.float32) - kS_CV
     U_CV = _solve(p, A_CC, lost_CC, X_CC, gates.beta_C1 * read_CV, 1)
-    return Chunk(A_CC, lost_CC, X_CC, Z_CC, kS_CV, read_CV, U_CV)
-
-
-def lost_products(p: Products, k_CK, kk_CC):
-    """What float32 loses of k k^T, where that counts."""
-    if not p.exact:
-        return None
-    exact_CC, rest_CC = p.exact_product(k_CK, k_CK, (1, 1))
-    return (exact_CC - kk_CC) + rest_CC
+    return Chunk(qk_CC, kk_CC, A_CC, lost_CC, X_CC, Z_CC, kS_CV, read_CV, U_CV)
 
 
 def _solve(p, A_CC, lost_CC, X_CC, R_CV, axis):
     """(I + A)^{-1} R, or with axis 0 of the transposed, corrected by its residual where rounding counts."""
     axes = (axis, 0)
-    U_CV = p.fine(X_CC, R_CV, axes)
+    U_CV = p.dot(X_CC, R_CV, axes)
     if lost_CC is None:
         return U_CV
     exact_CV, rest_CV = p.exact_product(A_CC, U_CV, axes)
-    residual_CV = R_CV - U_CV - exact_CV - (rest_CV + p.fine(lost_CC, U_CV, axes))
-    return U_CV + p.fine(X_CC, residual_CV, axes)
+    residual_CV = R_CV - U_CV - exact_CV - (rest_CV + p.dot(lost_CC, U_CV, axes))
+    return U_CV + p.dot(X_CC, residual_CV, axes)
 
 
 def output(p: Products, gates: Gates, scale, q_CK, c: Chunk, S_KV):
-    return scale * _times(p.coarse(q_CK, S_KV), gates.through_C1) + p.coarse(c.Z_CC, c.U_CV)
+    return scale * _times(p.dot(q_CK, S_KV), gates.through_C1) + p.dot(c.Z_CC, c.U_CV)
 
 
 def next_state(p: Products, gates: Gates, k_CK, c: Chunk, S_KV):
@@ -113,66 +125,43 @@ def next_state(p: Products, gates: Gates, k_CK, c: Chunk, S_KV):
     return _times(S_KV, gates.total_11) + written_KV
 
 
-class Cotangents(NamedTuple):
-    """Of one head's chunk. dqk and dkk are those of q k^T and k k^T, which heads may share; dq and dk are the rest."""
-
-    dqk_CC: jnp.ndarray
-    dkk_CC: jnp.ndarray
-    dq_CK: jnp.ndarray
-    dk_CK: jnp.ndarray
-    dv_CV: jnp.ndarray
-    dbeta_1C: jnp.ndarray
-    dg_1C: jnp.ndarray | None
-    dS_KV: jnp.ndarray
-
-
 def backward(
-    p: Products, gates: Gates, scale, qk_CC, kk_CC, c: Chunk, q_CK, k_CK, S_KV, do_CV, dS_KV
+    p: Products, gates: Gates, scale, c: Chunk, q_CK, k_CK, S_KV, do_CV, dS_KV
 ) -> Cotangents:
     """From the cotangents of the output and of the state that leaves."""
     C = k_CK.shape[0]
-    beta_C1, D_CC, through_C1, after_C1, _ = gates
+    beta_C1, D_CC, through_C1, after_C1, total_11 = gates
     kdS_CV = p.state(k_CK, dS_KV)
-    dU_CV = p.coarse(c.Z_CC, do_CV, (0, 0)) + _times(kdS_CV, after_C1)
+    dU_CV = p.dot(c.Z_CC, do_CV, (0, 0)) + _times(kdS_CV, after_C1)
     dR_CV = _solve(p, c.A_CC, c.lost_CC, c.X_CC, dU_CV, 0)
     dv_CV = beta_C1 * dR_CV
-    dread_CV = _times(dv_CV, through_C1)  # of -k S
-    doS_CV = scale * _times(do_CV.astype(jnp.float32), through_C1)  # of q S
-    dA_CC = jnp.where(lower(C, -1), -p.coarse(dR_CV, c.U_CV, (1, 1)), 0.0)
-    dZ_CC = jnp.where(lower(C), p.coarse(do_CV, c.U_CV, (1, 1)), 0.0)
-    dq_CK = p.coarse(doS_CV, S_KV, (1, 1))
-    dk_CK = p.coarse(_times(c.U_CV, after_C1), dS_KV, (1, 1)) - p.coarse(dread_CV, S_KV, (1, 1))
+    dkS_CV = _times(dv_CV, through_C1)  # less than zero: of -k S
+    dqS_CV = scale * _times(do_CV.astype(jnp.float32), through_C1)
+    dA_CC = jnp.where(lower(C, -1), -p.dot(dR_CV, c.U_CV, (1, 1)), 0.0)
+    dZ_CC = jnp.where(lower(C), p.dot(do_CV, c.U_CV, (1, 1)), 0.0)
     dkk_CC, dqk_CC = _times(beta_C1 * dA_CC, D_CC), _times(scale * dZ_CC, D_CC)
-    dbeta_C1 = _row_sums(dR_CV * c.read_CV) + _row_sums(_times(dA_CC * kk_CC, D_CC))
+    dq_CK = p.dot(dqS_CV, S_KV, (1, 1)) + p.dot(dqk_CC, k_CK)
+    dk_CK = (
+        p.dot(_times(c.U_CV, after_C1), dS_KV, (1, 1))
+        - p.dot(dkS_CV, S_KV, (1, 1))
+        + p.dot(dqk_CC, q_CK, (0, 0))
+        + p.dot(dkk_CC, k_CK)
+        + p.dot(dkk_CC, k_CK, (0, 0))
+    )
+    dbeta_C1 = row_sums(dR_CV * c.read_CV) + row_sums(_times(dA_CC * c.kk_CC, D_CC))
     dg_1C = None
     if D_CC is not None:
-        qS_CV = p.coarse(q_CK, S_KV)
         pairs_CC = dA_CC * c.A_CC + dZ_CC * c.Z_CC
-        of_through_C1 = _row_sums(doS_CV * qS_CV - dv_CV * c.kS_CV)
-        of_after_C1 = _row_sums(c.U_CV * kdS_CV) * after_C1
-        of_total_11 = jnp.sum(_row_sums(dS_KV * S_KV), axis=0, keepdims=True) * gates.total_11
+        of_through_C1 = row_sums(dqS_CV * p.dot(q_CK, S_KV) - dv_CV * c.kS_CV)
+        of_after_C1 = row_sums(c.U_CV * kdS_CV) * after_C1
+        of_total_11 = jnp.sum(row_sums(dS_KV * S_KV), axis=0, keepdims=True) * total_11
         dg_1C = _decay_cotangent(p, pairs_CC, of_through_C1, of_after_C1) + of_total_11
-    dS_KV = (
-        _times(dS_KV, gates.total_11)
-        + p.state(q_CK, doS_CV, (0, 0))
-        - p.state(k_CK, dread_CV, (0, 0))
-    )
-    return Cotangents(dqk_CC, dkk_CC, dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_1C, dS_KV)
+    dS_KV = _times(dS_KV, total_11) + p.state(q_CK, dqS_CV, (0, 0)) - p.state(k_CK, dkS_CV, (0, 0))
+    return Cotangents(dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_1C, dS_KV)
 
 
 def _decay_cotangent(p, pairs_CC, through_C1, after_C1):
-    """Of g_s: the sum over all i >= s > j of what the decay between j and i has, and likewise from and to the chunk's ends."""
+    """Of g_s: the sum over i >= s > j of what the decay between j and i has, and likewise from and to the chunk's ends."""
     C = pairs_CC.shape[0]
-    behind = (~lower(C)).astype(jnp.bfloat16 if p.narrow else jnp.float32)
-    between_CC = p.sums(pairs_CC, behind) + through_C1
+    between_CC = p.dot(pairs_CC, p.ones(~lower(C))) + through_C1
     return jnp.sum(jnp.where(lower(C), between_CC, after_C1), axis=0, keepdims=True)
-
-
-def _row_sums(x):
-    return jnp.sum(x, axis=1, keepdims=True)
-
-
-def row_of(x_C1):
-    C = x_C1.shape[0]
-    diagonal = iota((C, C), 0) == iota((C, C), 1)
-    return jnp.sum(jnp.where(diagonal, x_C1, 0.0), axis=0, keepdims=True)
