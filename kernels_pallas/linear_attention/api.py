@@ -6,7 +6,7 @@ import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas import recurrence_arguments as arguments
-from kernels_pallas.linear_attention import chunked, reference
+from kernels_pallas.linear_attention import chunked, pallas_tpu, reference
 
 
 def _one_token(
@@ -39,6 +39,9 @@ def _reference(
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _one_token, _not_one_token),
+    dispatch.Implementation(
+        "pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, platform="tpu"
+    ),
     dispatch.Implementation("chunked", chunked.chunked),
     dispatch.Implementation("reference", _reference),
 )
@@ -76,7 +79,7 @@ def linear_attention(
         document.
       segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another.
       chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and rounding only.
-      implementation: 'chunked', 'one_token' (T = 1 only), 'reference', or None for the best here.
+      implementation: 'chunked', 'pallas_tpu', 'one_token' (T = 1 only), 'reference', or None for the best here.
 
     Returns:
       o_BTHV in v's dtype, and the final state (B, H, K, V). States, gates and their sums are float32 (float64 where an
