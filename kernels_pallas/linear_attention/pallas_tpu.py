@@ -134,7 +134,7 @@ def unsupported(*, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV, **others) -> str 
     if needs(given) <= VMEM_BYTES:
         return None
     K, V = q_BTGK.shape[3], v_BTHV.shape[3]
-    smaller = [C for C in (256, 128, 64, 32) if C < (given or CHUNK_SIZE)]
+    smaller = [C for C in (256, 128, 64, 32) if (given or CHUNK_SIZE) > C]
     fits = [C for C in smaller if needs(C) <= VMEM_BYTES]
     advice = f"give chunk_size={fits[0]}" if fits else "use 'chunked', or smaller or more heads"
     return (

@@ -19,11 +19,10 @@ Backward, each level has p_i = (the cotangent of log through_i) and e_j, that of
 sum back through the same tree, top down: sums of like terms.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.linear_attention.tpu_products import Gradients, dot
+from kernels_pallas.linear_attention.tpu_products import Gradients, dot, fine
 from kernels_pallas.tpu_blocks import SUBLANES, finite, iota
 
 SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
@@ -165,7 +164,7 @@ def backward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK, d_o_CV, d_S_VK
     A_CC = _scores(plan, level_CC, s_CC * plan.scale, levels)
     d_A_CC = dot(narrow, d_o_CV, v_CV, (1, 1))
     d_v_CV = dot(narrow, A_CC, d_o_CV, (0, 0)) + dot(narrow, k_out_CK, d_S_VK, (1, 1))
-    d_q_in_CK, d_k_out_CK = dot(narrow, d_o_CV, S_VK), dot(narrow, v_CV, d_S_VK)
+    d_q_in_CK, d_k_out_CK = dot(narrow, d_o_CV, S_VK), fine(narrow, v_CV, d_S_VK)
     total_1K = tree[-1][0][C - 1 :]
     kept_VK = d_S_VK * total_1K
     d_total_1K = jnp.sum(kept_VK * S_VK.astype(jnp.float32), axis=0, keepdims=True)
@@ -183,8 +182,8 @@ def backward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK, d_o_CV, d_S_VK
         d_g = _down(d_g, p_CK, e_CK, U)
         d_rows = jnp.where(_right(level_CC, U) == n, _right(d_A_CC, U), 0.0)
         ql = _right(ql_CK, U)
-        d_ql = dot(narrow, d_rows, kl_CK)
-        d_kl_CK = dot(narrow, d_rows, ql, (0, 0))
+        d_ql = fine(narrow, d_rows, kl_CK)
+        d_kl_CK = fine(narrow, d_rows, ql, (0, 0))
         d_q_CK = d_q_CK + _from_right(d_ql * _right(through_CK, U), U)
         d_k_CK = d_k_CK + d_kl_CK * behind_CK
         p_CK = p_CK + _from_right(d_ql * ql, U)

@@ -15,7 +15,7 @@ entering state as one more j (c_i) and the leaving state as one more i (e_j): ag
 
 import jax.numpy as jnp
 
-from kernels_pallas.linear_attention.tpu_products import Gradients, dot, operand, two_terms, wide
+from kernels_pallas.linear_attention.tpu_products import Gradients, dot, fine, operand, terms, wide
 from kernels_pallas.tpu_blocks import LANES, finite, iota
 
 
@@ -49,11 +49,16 @@ def _decays(plan, constants, g_1C):
     lower_CC, _ = _masks(C)
     if g_1C is None:
         return jnp.where(lower_CC, 1.0, 0.0), None, None, None
-    terms = jnp.where(lower_CC, finite(g_1C), 0.0)
-    sums = dot(plan.narrow, two_terms(plan.narrow, terms, 1), constants[0][...])
+    sums = _sums(plan, jnp.where(lower_CC, finite(g_1C), 0.0), constants[0][...])
     D_CC = jnp.where(lower_CC, jnp.exp(sums[:, :C]), 0.0)
     through = jnp.exp(sums[:, C:])
     return D_CC, through, D_CC[C - 1 : C], through[C - 1 : C]
+
+
+def _sums(plan, x_CC, zeros_and_ones):
+    """A product with zeros and ones (twice below each other, where x is two terms side by side)."""
+    x = jnp.concatenate(terms(plan.narrow, x_CC), axis=1)
+    return dot(plan.narrow, x, zeros_and_ones)
 
 
 def forward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_1C, S_KV):
@@ -98,7 +103,7 @@ def backward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_1C, S_KV, d_o_CV, d_S_KV
         lower_CC, strict_CC = _masks(C)
         behind = jnp.where(lower_CC, 0.0, finite(g_1C))
         ones = constants[0][:, C:]
-        after = jnp.exp(dot(narrow, two_terms(narrow, behind, 1), ones))
+        after = jnp.exp(_sums(plan, behind, ones))
         q_in_CK = q_in_CK * wide(through, K)
         d_q_in_CK = d_q_in_CK * wide(through, K)
         d_k_out_CK = d_k_out_CK * wide(after, K)
@@ -112,8 +117,11 @@ def backward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_1C, S_KV, d_o_CV, d_S_KV
     P_CC = jnp.where(strict_CC, d_s_CC * s_CC, 0.0)
     c_CK = q_CK.astype(jnp.float32) * d_q_in_CK
     e_CK = k_CK.astype(jnp.float32) * d_k_out_CK
-    across_CC = _two_products(plan, P_CC, constants[1][:C], c_CK, constants[1][C:])
-    leaving_CC = dot(narrow, e_CK, constants[1][C:])
+    across_CC = sum(
+        _two_products(plan, P, constants[1][:C], c, constants[1][C:])
+        for P, c in zip(terms(narrow, P_CC), terms(narrow, c_CK))
+    )
+    leaving_CC = fine(narrow, e_CK, constants[1][C:])
     kept_KV = d_S_KV * wide(total, plan.V)
     whole_11 = jnp.sum(
         jnp.sum(kept_KV * S_KV.astype(jnp.float32), axis=0, keepdims=True), axis=1, keepdims=True

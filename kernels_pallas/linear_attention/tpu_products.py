@@ -33,12 +33,10 @@ def operand(narrow, x):
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-def two_terms(narrow, x, axis):
-    """x for a product that must keep 16 bits of it: side by side along `axis` what bfloat16 holds, and the rest."""
+def terms(narrow, x):
+    """What a product must read to keep 16 bits of x (or all 24): what bfloat16 holds, and the rest."""
     head = operand(narrow, x)
-    if not narrow:
-        return head
-    return jnp.concatenate([head, operand(narrow, x - head.astype(jnp.float32))], axis=axis)
+    return (head, operand(narrow, x - head.astype(jnp.float32))) if narrow else (head,)
 
 
 def dot(narrow, x, y, axes=(1, 0)):
@@ -51,6 +49,18 @@ def dot(narrow, x, y, axes=(1, 0)):
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+
+
+def fine(narrow, x, y, axes=(1, 0)):
+    """The same, keeping 16 bits of a float32 operand: for gates' gradients, whose tails are heavy."""
+    x_terms, y_terms = ((z,) if z.dtype == jnp.bfloat16 else terms(narrow, z) for z in (x, y))
+    products = [
+        dot(narrow, a, b, axes)
+        for i, a in enumerate(x_terms)
+        for j, b in enumerate(y_terms)
+        if i + j < 2
+    ]
+    return sum(products[1:], start=products[0])
 
 
 def wide(x_X, width):
