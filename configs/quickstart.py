@@ -21,6 +21,6 @@ def get_config(arg: str = ""):
     )
     config.optimizer.learning_rate = 3e-3
     config.schedule.update({"name": "wsd", "warmup_steps": 20, "decay_fraction": 0.3})
-    config.train.update({"steps": 600, "log_every": 20, "eval_every": 200})
+    config.train.update({"steps": 500, "log_every": 20, "eval_every": 250})
     config.sample.prompt = "def "
     return common.with_argument(config, arg)
