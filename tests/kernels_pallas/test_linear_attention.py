@@ -68,7 +68,7 @@ def _step(token, state):
 
 CASE = OperatorCase(
     name="linear_attention",
-    implementations=("chunked",),
+    implementations=("chunked", "pallas_tpu"),
     make_inputs=_inputs,
     call=_call,
     step=_step,
