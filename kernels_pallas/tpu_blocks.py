@@ -102,6 +102,23 @@ def lower(C: int, diagonal: int = 0):
     return iota((C, C), 1) <= iota((C, C), 0) + diagonal
 
 
+def in_turns(generators):
+    """Runs generators in step, from `yield` to `yield`, and returns what each returns.
+
+    A head's products wait for one another; those of other heads fill the gaps, but only where the kernel's operations come
+    in that order: the compiler moves them little.
+    """
+    results, running = {}, dict(enumerate(generators))
+    while running:
+        for n, generator in list(running.items()):
+            try:
+                next(generator)
+            except StopIteration as stop:
+                results[n] = stop.value
+                del running[n]
+    return [results[n] for n in sorted(results)]
+
+
 BLOCK = 32
 
 
@@ -109,13 +126,14 @@ def inverse(products: Products, A_CC):
     """(I + A)^{-1} for A strictly lower triangular, in float32.
 
     Diagonal blocks of 32 by substitution on the vector unit, all of a chunk's side by side in the lanes; then neighbours
-    are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products a level, as `Products.dot` rounds them.
+    are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products a level, as `Products.dot` rounds them. A generator, for
+    `in_turns`.
     """
     C = A_CC.shape[0]
     U = min(C, BLOCK)
-    X_CC = _block_inverse(A_CC, U)
+    X_CC = yield from _block_inverse(A_CC, U)
     while U < C:
-        X_CC = _joined(products, A_CC, X_CC, U)
+        X_CC = yield from _joined(products, A_CC, X_CC, U)
         U *= 2
     return X_CC
 
@@ -124,12 +142,19 @@ def _joined(products, A_CC, X_CC, U):
     C = A_CC.shape[0]
     if 2 * U == C:
         X1, X2 = X_CC[:U, :U], X_CC[U:, U:]
-        Y = -products.dot(X2, products.dot(A_CC[U:, :U], X1))
+        Y = products.dot(A_CC[U:, :U], X1)
+        yield
+        Y = -products.dot(X2, Y)
+        yield
         top = jnp.concatenate([X1, jnp.zeros_like(Y)], axis=1)
         return jnp.concatenate([top, jnp.concatenate([Y, X2], axis=1)], axis=0)
     i, j = iota((C, C), 0) // U, iota((C, C), 1) // U
     below = (i == j + 1) & (i % 2 == 1)
-    return X_CC - products.dot(X_CC, products.dot(jnp.where(below, A_CC, 0.0), X_CC))
+    Y_CC = products.dot(jnp.where(below, A_CC, 0.0), X_CC)
+    yield
+    Y_CC = products.dot(X_CC, Y_CC)
+    yield
+    return X_CC - Y_CC
 
 
 def _block_inverse(A_CC, U):
@@ -138,7 +163,7 @@ def _block_inverse(A_CC, U):
     width = min(C, LANES)
     strips = []
     for first in range(0, C, width):
-        strip = _strip_inverse(A_CC[first : first + width, first : first + width], U)
+        strip = yield from _strip_inverse(A_CC[first : first + width, first : first + width], U)
         before = [jnp.zeros((width, first), jnp.float32)] if first else []
         behind = C - first - width
         after = [jnp.zeros((width, behind), jnp.float32)] if behind else []
@@ -168,6 +193,7 @@ def _strip_inverse(A_CC, U):
                 A_tiles[t], block * U + j, axis=1, mode="promise_in_bounds"
             )
             X_tiles[t] = X_tiles[t] - factor * row
+        yield
     rows = [own(X_tiles[t], b) for b in range(C // U) for t in range(U // step)]
     return jnp.concatenate(rows, axis=0) if len(rows) > 1 else rows[0]
 

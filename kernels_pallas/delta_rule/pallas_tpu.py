@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import segments, targets
+from kernels_pallas import segments, targets, tpu_blocks
 from kernels_pallas.delta_rule import tpu_channel_decay, tpu_head_decay
 from kernels_pallas.tpu_blocks import Products
 
@@ -42,6 +42,11 @@ class Plan(NamedTuple):
     @property
     def chunks(self):
         return -(-self.T // self.C)
+
+    @property
+    def copies(self):
+        """Value heads of a step that read one key head."""
+        return self.heads // self.keys
 
     @property
     def groups(self):
@@ -252,6 +257,11 @@ def _lanes(head, width):
     return slice(head * width, (head + 1) * width)
 
 
+def _inputs(plan, h, q_ref, k_ref, v_ref):
+    key_lanes = _lanes(h // plan.copies, plan.K)
+    return q_ref[0, :, key_lanes], k_ref[0, :, key_lanes], v_ref[0, :, _lanes(h, plan.V)]
+
+
 def _forward_kernel(plan: Plan, q_ref, k_ref, v_ref, gates_ref, initial_ref, *refs):
     g_CHK = None
     if plan.decay == "channel":
@@ -264,18 +274,18 @@ def _forward_kernel(plan: Plan, q_ref, k_ref, v_ref, gates_ref, initial_ref, *re
     def _():
         S_ref[...] = initial_ref[0]
 
-    p, form, copies = plan.products, _form(plan), plan.heads // plan.keys
-    all_gates = form.gates_of(p, plan.heads, gates_ref[0, 0, 0], g_CHK)
-    for h, gates in enumerate(all_gates):
-        key_lanes, value_lanes = _lanes(h // copies, plan.K), _lanes(h, plan.V)
-        q_CK, k_CK, v_CV = q_ref[0, :, key_lanes], k_ref[0, :, key_lanes], v_ref[0, :, value_lanes]
-        S_KV = S_ref[h]
+    p, form, heads = plan.products, _form(plan), range(plan.heads)
+    gates = form.gates_of(p, plan.heads, gates_ref[0, 0, 0], g_CHK)
+    for h in heads:
         for ref in states_ref:
-            ref[0, 0, h] = S_KV
-        c = form.chunk(p, gates, plan.scale, q_CK, k_CK, v_CV, S_KV)
-        o_CV = form.output(p, gates, plan.scale, q_CK, c, S_KV)
-        o_ref[0, :, value_lanes] = o_CV.astype(o_ref.dtype)
-        S_ref[h] = form.next_state(p, gates, k_CK, c, S_KV)
+            ref[0, 0, h] = S_ref[h]
+    done = tpu_blocks.in_turns(
+        form.forward(p, gates[h], plan.scale, *_inputs(plan, h, q_ref, k_ref, v_ref), S_ref[h])
+        for h in heads
+    )
+    for h, (o_CV, S_KV) in zip(heads, done):
+        o_ref[0, :, _lanes(h, plan.V)] = o_CV.astype(o_ref.dtype)
+        S_ref[h] = S_KV
 
     @pl.when(n == plan.chunks - 1)
     def _():
@@ -296,24 +306,27 @@ def _backward_kernel(
     def _():
         dS_ref[...] = dfinal_ref[0]
 
-    p, form, copies = plan.products, _form(plan), plan.heads // plan.keys
-    all_gates = form.gates_of(p, plan.heads, gates_ref[0, 0, 0], g_CHK)
+    p, form, heads = plan.products, _form(plan), range(plan.heads)
+    gates = form.gates_of(p, plan.heads, gates_ref[0, 0, 0], g_CHK)
+
+    def one_head(h):
+        inputs = _inputs(plan, h, q_ref, k_ref, v_ref)
+        do_CV = do_ref[0, :, _lanes(h, plan.V)]
+        S_KV, dS_KV = states_ref[0, 0, h], dS_ref[h]
+        return form.backward(p, gates[h], plan.scale, *inputs, S_KV, do_CV, dS_KV)
+
     dq_CK = dk_CK = 0.0
-    for h, gates in enumerate(all_gates):
-        key_lanes, value_lanes = _lanes(h // copies, plan.K), _lanes(h, plan.V)
-        q_CK, k_CK, v_CV = q_ref[0, :, key_lanes], k_ref[0, :, key_lanes], v_ref[0, :, value_lanes]
-        S_KV, do_CV = states_ref[0, 0, h], do_ref[0, :, value_lanes]
-        c = form.chunk(p, gates, plan.scale, q_CK, k_CK, v_CV, S_KV)
-        d = form.backward(p, gates, plan.scale, c, q_CK, k_CK, S_KV, do_CV, dS_ref[h])
+    for h, d in zip(heads, tpu_blocks.in_turns(one_head(h) for h in heads)):
         dS_ref[h] = d.dS_KV
-        dv_ref[0, :, value_lanes] = d.dv_CV.astype(dv_ref.dtype)
+        dv_ref[0, :, _lanes(h, plan.V)] = d.dv_CV.astype(dv_ref.dtype)
         dgates_ref[0, 0, 0, h : h + 1] = d.dbeta_1C
         if plan.decay == "head":
             dgates_ref[0, 0, 0, plan.heads + h : plan.heads + h + 1] = d.dg
         if plan.decay == "channel":
             dg_ref[0, :, _lanes(h, plan.K)] = d.dg
         dq_CK, dk_CK = dq_CK + d.dq_CK, dk_CK + d.dk_CK
-        if (h + 1) % copies == 0 or h + 1 == plan.heads:  # the last value head of its key head
+        if (h + 1) % plan.copies == 0 or h + 1 == plan.heads:  # the last of its key head
+            key_lanes = _lanes(h // plan.copies, plan.K)
             dq_ref[0, :, key_lanes] = dq_CK.astype(dq_ref.dtype)
             dk_ref[0, :, key_lanes] = dk_CK.astype(dk_ref.dtype)
             dq_CK = dk_CK = 0.0

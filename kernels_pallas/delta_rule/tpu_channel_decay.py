@@ -21,19 +21,19 @@ from kernels_pallas.tpu_blocks import Products, column_of, iota, lower, row_of, 
 
 
 class Gates(NamedTuple):
-    """Of one head: E_CK of each level, what the entering state has decayed by, and what a token has when it leaves."""
+    """Of one head: beta and the log decay, -inf as a finite number."""
 
     beta_C1: jnp.ndarray
-    levels: list[jnp.ndarray]
-    through_CK: jnp.ndarray
-    after_CK: jnp.ndarray
+    g_CK: jnp.ndarray
 
 
 class Chunk(NamedTuple):
-    q_CK: jnp.ndarray
-    k_CK: jnp.ndarray
+    """What the forward pass of one chunk has computed. levels: E_CK of each."""
+
+    levels: list[jnp.ndarray]
+    through_CK: jnp.ndarray
+    after_CK: jnp.ndarray
     kk_CC: jnp.ndarray
-    A_CC: jnp.ndarray
     X_CC: jnp.ndarray
     Z_CC: jnp.ndarray
     read_CV: jnp.ndarray
@@ -44,12 +44,8 @@ def gates_of(p: Products, heads: int, rows_RC, g_CHK) -> list[Gates]:
     """rows: beta of each head. g: the heads side by side."""
     columns_CR = rows_RC.T
     K = g_CHK.shape[1] // heads
-    gates = []
-    for h in range(heads):
-        sums = tpu_blocks.halving_sums(tpu_blocks.finite(g_CHK[:, h * K : (h + 1) * K]))
-        through_CK, after_CK, *levels = (jnp.exp(x) for x in sums)
-        gates.append(Gates(columns_CR[:, h : h + 1], levels, through_CK, after_CK))
-    return gates
+    g_CHK = tpu_blocks.finite(g_CHK)
+    return [Gates(columns_CR[:, h : h + 1], g_CHK[:, h * K : (h + 1) * K]) for h in range(heads)]
 
 
 def _parting(C):
@@ -57,81 +53,99 @@ def _parting(C):
     return iota((C, C), 0) ^ iota((C, C), 1)
 
 
-def chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
-    """The maps of a chunk, and what they make of the state that enters."""
+def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
     C = k_CK.shape[0]
-    q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
-    parting = _parting(C)
+    sums = tpu_blocks.halving_sums(gates.g_CK)
+    through_CK, after_CK, *levels = (jnp.exp(x) for x in sums)
+    yield
     qk_CC, kk_CC = row_sums(q_CK * k_CK), jnp.zeros((C, C), jnp.float32)
-    for level, E_CK in enumerate(gates.levels):
+    for level, E_CK in enumerate(levels):
         kE_CK = k_CK * E_CK
         both = p.dot(jnp.concatenate([q_CK * E_CK, kE_CK], axis=0), kE_CK, (1, 1))
-        here = parting >= 1 << level
+        here = _parting(C) >= 1 << level
         qk_CC, kk_CC = jnp.where(here, both[:C], qk_CC), jnp.where(here, both[C:], kk_CC)
+        yield
     A_CC = jnp.where(lower(C, -1), gates.beta_C1 * kk_CC, 0.0)
     Z_CC = jnp.where(lower(C), scale * qk_CC, 0.0)
-    X_CC = tpu_blocks.inverse(p, A_CC)
-    read_CV = v_CV.astype(jnp.float32) - p.dot(k_CK * gates.through_CK, S_KV)
+    X_CC = yield from tpu_blocks.inverse(p, A_CC)
+    read_CV = v_CV.astype(jnp.float32) - p.dot(k_CK * through_CK, S_KV)
+    yield
     U_CV = p.dot(X_CC, gates.beta_C1 * read_CV)
-    return Chunk(q_CK, k_CK, kk_CC, A_CC, X_CC, Z_CC, read_CV, U_CV)
+    yield
+    return Chunk(levels, through_CK, after_CK, kk_CC, X_CC, Z_CC, read_CV, U_CV)
 
 
-def output(p: Products, gates: Gates, scale, q_CK, c: Chunk, S_KV):
-    return scale * p.dot(c.q_CK * gates.through_CK, S_KV) + p.dot(c.Z_CC, c.U_CV)
-
-
-def next_state(p: Products, gates: Gates, k_CK, c: Chunk, S_KV):
+def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
+    """The output, and the state that leaves. A generator, for `tpu_blocks.in_turns`."""
+    q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
+    c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     C = k_CK.shape[0]
-    written_KV = p.dot(c.k_CK * gates.after_CK, c.U_CV, (0, 0))
-    return column_of(gates.through_CK[C - 1 :]) * S_KV + written_KV
+    written_KV = p.dot(k_CK * c.after_CK, c.U_CV, (0, 0))
+    S_next_KV = column_of(c.through_CK[C - 1 :]) * S_KV + written_KV
+    yield
+    o_CV = scale * p.dot(q_CK * c.through_CK, S_KV)
+    yield
+    o_CV = o_CV + p.dot(c.Z_CC, c.U_CV)
+    yield
+    return o_CV, S_next_KV
 
 
-def backward(
-    p: Products, gates: Gates, scale, c: Chunk, q_CK, k_CK, S_KV, do_CV, dS_KV
-) -> Cotangents:
-    """From the cotangents of the output and of the state that leaves."""
-    q_CK, k_CK = c.q_CK, c.k_CK
+def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS_KV):
+    """The Cotangents, from those of the output and of the state that leaves. A generator."""
+    q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
+    c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     C = k_CK.shape[0]
-    beta_C1, levels, through_CK, after_CK = gates
+    beta_C1, through_CK, after_CK = gates.beta_C1, c.through_CK, c.after_CK
     total_1K = through_CK[C - 1 :]
     q_through_CK, k_through_CK, k_after_CK = q_CK * through_CK, k_CK * through_CK, k_CK * after_CK
-    dU_CV = p.dot(c.Z_CC, do_CV, (0, 0)) + p.dot(k_after_CK, dS_KV)
+    dU_CV = p.dot(k_after_CK, dS_KV)
+    yield
+    dU_CV = dU_CV + p.dot(c.Z_CC, do_CV, (0, 0))
+    yield
     dR_CV = p.dot(c.X_CC, dU_CV, (0, 0))
     dv_CV = beta_C1 * dR_CV
+    yield
+    dS_next_KV = column_of(total_1K) * dS_KV - p.dot(k_through_CK, dv_CV, (0, 0))
+    yield
+    dS_next_KV = dS_next_KV + scale * p.dot(q_through_CK, do_CV, (0, 0))
+    yield
     dA_CC = jnp.where(lower(C, -1), -p.dot(dR_CV, c.U_CV, (1, 1)), 0.0)
+    yield
     dqk_CC = jnp.where(lower(C), scale * p.dot(do_CV, c.U_CV, (1, 1)), 0.0)
+    yield
     dkk_CC = beta_C1 * dA_CC
     dbeta_C1 = row_sums(dR_CV * c.read_CV) + row_sums(dA_CC * c.kk_CC)
 
     dq_through_CK = scale * p.dot(do_CV, S_KV, (1, 1))
+    yield
     dk_through_CK = -p.dot(dv_CV, S_KV, (1, 1))
+    yield
     dk_after_CK = p.dot(c.U_CV, dS_KV, (1, 1))
+    yield
     dtotal_1K = row_of(row_sums(dS_KV * S_KV))
     diagonal_C1 = row_sums(jnp.where(_parting(C) == 0, dqk_CC, 0.0))
     dq_CK = dq_through_CK * through_CK + diagonal_C1 * k_CK
     dk_CK = dk_through_CK * through_CK + dk_after_CK * after_CK + diagonal_C1 * q_CK
     dthrough_CK = dq_through_CK * q_through_CK + dk_through_CK * k_through_CK
     dafter_CK = dk_after_CK * k_after_CK
+    yield
 
-    parting, dlevels = _parting(C), []
+    dlevels = []
     dboth = jnp.concatenate([dqk_CC, dkk_CC], axis=0)
     dboth_T = jnp.concatenate([dqk_CC.T, dkk_CC.T], axis=1)
-    for level, E_CK in enumerate(levels):
-        here = (parting >= 1 << level) & (parting < 2 << level)
+    for level, E_CK in enumerate(c.levels):
+        here = (_parting(C) >= 1 << level) & (_parting(C) < 2 << level)
         qE_CK, kE_CK = q_CK * E_CK, k_CK * E_CK
         rows = p.dot(jnp.where(jnp.concatenate([here, here], axis=0), dboth, 0.0), kE_CK)
+        yield
         columns = p.dot(
             jnp.where(jnp.concatenate([here, here], axis=1), dboth_T, 0.0),
             jnp.concatenate([qE_CK, kE_CK], axis=0),
         )
+        yield
         dqE_CK, dkE_CK = rows[:C], rows[C:] + columns
         dq_CK, dk_CK = dq_CK + dqE_CK * E_CK, dk_CK + dkE_CK * E_CK
         dlevels.append(dqE_CK * qE_CK + dkE_CK * kE_CK)
     dg_CK = tpu_blocks.halving_sums_cotangent(dthrough_CK, dafter_CK, dlevels)
     dg_CK = dg_CK + dtotal_1K * total_1K
-    dS_KV = (
-        column_of(total_1K) * dS_KV
-        + p.dot(q_through_CK, scale * do_CV.astype(jnp.float32), (0, 0))
-        - p.dot(k_through_CK, dv_CV, (0, 0))
-    )
-    return Cotangents(dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_CK, dS_KV)
+    return Cotangents(dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_CK, dS_next_KV)

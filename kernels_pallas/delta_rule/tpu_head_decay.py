@@ -84,10 +84,10 @@ def _times(x, factor):
     return x if factor is None else x * factor
 
 
-def chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
-    """The maps of a chunk, and what they make of the state that enters."""
+def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
     C = k_CK.shape[0]
     qk_CC, kk_CC = p.dot(q_CK, k_CK, (1, 1)), p.dot(k_CK, k_CK, (1, 1))
+    yield
 
     def below(products_CC):
         return jnp.where(lower(C, -1), gates.beta_C1 * _times(products_CC, gates.D_CC), 0.0)
@@ -97,11 +97,13 @@ def chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
         exact_CC, rest_CC = p.exact_product(k_CK, k_CK, (1, 1))
         lost_CC = below((exact_CC - kk_CC) + rest_CC)
     A_CC = below(kk_CC)
-    X_CC = tpu_blocks.inverse(p, A_CC)
     Z_CC = scale * (jnp.where(lower(C), qk_CC, 0.0) if gates.D_CC is None else qk_CC * gates.D_CC)
+    X_CC = yield from tpu_blocks.inverse(p, A_CC)
     kS_CV = _times(p.state(k_CK, S_KV), gates.through_C1)
     read_CV = v_CV.astype(jnp.float32) - kS_CV
+    yield
     U_CV = _solve(p, A_CC, lost_CC, X_CC, gates.beta_C1 * read_CV, 1)
+    yield
     return Chunk(qk_CC, kk_CC, A_CC, lost_CC, X_CC, Z_CC, kS_CV, read_CV, U_CV)
 
 
@@ -116,48 +118,67 @@ def _solve(p, A_CC, lost_CC, X_CC, R_CV, axis):
     return U_CV + p.dot(X_CC, residual_CV, axes)
 
 
-def output(p: Products, gates: Gates, scale, q_CK, c: Chunk, S_KV):
-    return scale * _times(p.dot(q_CK, S_KV), gates.through_C1) + p.dot(c.Z_CC, c.U_CV)
-
-
-def next_state(p: Products, gates: Gates, k_CK, c: Chunk, S_KV):
+def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
+    """The output, and the state that leaves. A generator, for `tpu_blocks.in_turns`."""
+    c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     written_KV = p.state(k_CK, _times(c.U_CV, gates.after_C1), (0, 0))
-    return _times(S_KV, gates.total_11) + written_KV
+    S_next_KV = _times(S_KV, gates.total_11) + written_KV
+    yield
+    o_CV = scale * _times(p.dot(q_CK, S_KV), gates.through_C1)
+    yield
+    o_CV = o_CV + p.dot(c.Z_CC, c.U_CV)
+    yield
+    return o_CV, S_next_KV
 
 
-def backward(
-    p: Products, gates: Gates, scale, c: Chunk, q_CK, k_CK, S_KV, do_CV, dS_KV
-) -> Cotangents:
-    """From the cotangents of the output and of the state that leaves."""
+def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS_KV):
+    """The Cotangents, from those of the output and of the state that leaves. A generator."""
     C = k_CK.shape[0]
+    c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     beta_C1, D_CC, through_C1, after_C1, total_11 = gates
     kdS_CV = p.state(k_CK, dS_KV)
+    yield
     dU_CV = p.dot(c.Z_CC, do_CV, (0, 0)) + _times(kdS_CV, after_C1)
+    yield
     dR_CV = _solve(p, c.A_CC, c.lost_CC, c.X_CC, dU_CV, 0)
     dv_CV = beta_C1 * dR_CV
     dkS_CV = _times(dv_CV, through_C1)  # less than zero: of -k S
     dqS_CV = scale * _times(do_CV.astype(jnp.float32), through_C1)
+    yield
+    dS_next_KV = _times(dS_KV, total_11) - p.state(k_CK, dkS_CV, (0, 0))
+    yield
+    dS_next_KV = dS_next_KV + p.state(q_CK, dqS_CV, (0, 0))
+    yield
     dA_CC = jnp.where(lower(C, -1), -p.dot(dR_CV, c.U_CV, (1, 1)), 0.0)
+    yield
     dZ_CC = jnp.where(lower(C), p.dot(do_CV, c.U_CV, (1, 1)), 0.0)
+    yield
     dkk_CC, dqk_CC = _times(beta_C1 * dA_CC, D_CC), _times(scale * dZ_CC, D_CC)
-    dq_CK = p.dot(dqS_CV, S_KV, (1, 1)) + p.dot(dqk_CC, k_CK)
-    dk_CK = (
-        p.dot(_times(c.U_CV, after_C1), dS_KV, (1, 1))
-        - p.dot(dkS_CV, S_KV, (1, 1))
-        + p.dot(dqk_CC, q_CK, (0, 0))
-        + p.dot(dkk_CC, k_CK)
-        + p.dot(dkk_CC, k_CK, (0, 0))
-    )
     dbeta_C1 = row_sums(dR_CV * c.read_CV) + row_sums(_times(dA_CC * c.kk_CC, D_CC))
     dg_1C = None
     if D_CC is not None:
         pairs_CC = dA_CC * c.A_CC + dZ_CC * c.Z_CC
         of_through_C1 = row_sums(dqS_CV * p.dot(q_CK, S_KV) - dv_CV * c.kS_CV)
+        yield
         of_after_C1 = row_sums(c.U_CV * kdS_CV) * after_C1
         of_total_11 = jnp.sum(row_sums(dS_KV * S_KV), axis=0, keepdims=True) * total_11
         dg_1C = _decay_cotangent(p, pairs_CC, of_through_C1, of_after_C1) + of_total_11
-    dS_KV = _times(dS_KV, total_11) + p.state(q_CK, dqS_CV, (0, 0)) - p.state(k_CK, dkS_CV, (0, 0))
-    return Cotangents(dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_1C, dS_KV)
+        yield
+    dq_CK = p.dot(dqS_CV, S_KV, (1, 1))
+    yield
+    dq_CK = dq_CK + p.dot(dqk_CC, k_CK)
+    yield
+    dk_CK = p.dot(_times(c.U_CV, after_C1), dS_KV, (1, 1))
+    yield
+    dk_CK = dk_CK - p.dot(dkS_CV, S_KV, (1, 1))
+    yield
+    dk_CK = dk_CK + p.dot(dqk_CC, q_CK, (0, 0))
+    yield
+    dk_CK = dk_CK + p.dot(dkk_CC, k_CK)
+    yield
+    dk_CK = dk_CK + p.dot(dkk_CC, k_CK, (0, 0))
+    yield
+    return Cotangents(dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_1C, dS_next_KV)
 
 
 def _decay_cotangent(p, pairs_CC, through_C1, after_C1):
