@@ -5,9 +5,10 @@ import jax.numpy as jnp
 
 from kernels_pallas import checks, dispatch, segments
 from kernels_pallas import recurrence_arguments as arguments
-from kernels_pallas.diagonal_scan import chunked, reference
+from kernels_pallas.diagonal_scan import chunked, pallas_tpu, reference
 
 IMPLEMENTATIONS = (
+    dispatch.Implementation("pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, "tpu"),
     dispatch.Implementation("chunked", chunked.chunked),
     dispatch.Implementation("reference", reference.recurrent),
 )
@@ -40,7 +41,7 @@ def diagonal_scan(
         document of the token it meets first.
       segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another.
       reverse: run from the last token to the first.
-      implementation: 'chunked', 'reference', or None for the best here.
+      implementation: 'pallas_tpu', 'chunked', 'reference', or None for the best here.
 
     Returns:
       h_BTD in x's dtype (complex where the decay or the initial state makes it so), and the final state (B, D): h at
@@ -65,7 +66,6 @@ def diagonal_scan(
     if initial_state is None:
         initial_state = jnp.zeros((B, D), x_BTD.dtype)
     arguments.check_shape(operator, "initial_state", initial_state, (B, D))
-    chosen = dispatch.choose(operator, IMPLEMENTATIONS, implementation)
 
     dtype = jnp.result_type(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
     if log_decay is not None:
@@ -77,7 +77,10 @@ def diagonal_scan(
         arguments.check_shape(operator, "segment_ids", segment_ids, (B, T))
         start_BT = segments.starts(segment_ids, reverse=reverse)
         decay_BTD = jnp.where(start_BT[..., None], 0, decay_BTD)
-    h_BTD, final_BD = chosen.call(
-        x_BTD.astype(dtype), decay_BTD, initial_state.astype(dtype), reverse
-    )
-    return h_BTD.astype(reference.output_dtype(x_BTD.dtype, dtype)), final_BD
+    call = {
+        "x_BTD": x_BTD,
+        "decay_BTD": decay_BTD,
+        "initial_state_BD": initial_state.astype(dtype),
+        "reverse": reverse,
+    }
+    return dispatch.choose(operator, IMPLEMENTATIONS, implementation, **call).call(**call)

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.diagonal_scan import reference
+
 CHUNK_SIZE = 128
 
 
@@ -69,9 +71,15 @@ def _two_level(x_BTD, decay_BTD, initial_state_BD, reverse):
     return h_BTD, h_BTD[:, 0 if reverse else -1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def chunked(x_BTD, decay_BTD, initial_state_BD, reverse=False):
     """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
+    dtype = decay_BTD.dtype
+    h_BTD, final_BD = _scan(x_BTD.astype(dtype), decay_BTD, initial_state_BD, reverse)
+    return h_BTD.astype(reference.output_dtype(x_BTD.dtype, dtype)), final_BD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scan(x_BTD, decay_BTD, initial_state_BD, reverse):
     return _two_level(x_BTD, decay_BTD, initial_state_BD, reverse)
 
 
@@ -95,4 +103,4 @@ def _backward(reverse, saved, gradients):
     return dx_BTD, dx_BTD * previous_h_BTD, decay_BTD[:, first] * dx_BTD[:, first]
 
 
-chunked.defvjp(_forward, _backward)
+_scan.defvjp(_forward, _backward)

@@ -75,7 +75,7 @@ def _step(token, state):
 
 CASE = OperatorCase(
     name="diagonal_scan",
-    implementations=("chunked",),
+    implementations=("chunked", "pallas_tpu"),
     make_inputs=_inputs,
     call=_call,
     step=_step,
