@@ -25,9 +25,9 @@ from kernels_pallas import segments, targets
 from kernels_pallas.linear_attention import tpu_channel_decay, tpu_head_decay
 
 CHUNK_SIZE = 128
-HEADS = (
-    4  # value heads a grid step, where they fit: their chains of products fill each other's gaps
-)
+# Value heads a grid step, where they fit: one head's chain of products fills another's gaps. More help little and take longer
+# to compile; float32, whose products are six times as long, gets half.
+HEADS = {None: 4, "head": 4, "channel": 2}
 VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core or more
 
 
@@ -75,15 +75,20 @@ class Plan(NamedTuple):
 
     @property
     def vmem_bytes(self):
-        """What the backward kernel takes: blocks twice, for they are fetched ahead; states; about 16 (C, C) arrays."""
+        """What the backward kernel takes, a little more than less: blocks twice, for they are fetched ahead; the states;
+        and what of a chunk's arrays does not stay in registers."""
         item = jnp.dtype(self.dtype).itemsize
-        keys, values, state = self.keys * self.K, self.heads * self.V, self.K * self.V
+        lanes = max(self.K, 128), max(self.V, 128)
+        keys, values, state = self.keys * self.K, self.heads * self.V, lanes[0] * lanes[1]
         gates = self.heads * (self.K if self.decay == "channel" else 8)
         blocks = self.C * (item * (4 * keys + 3 * values) + 8 * gates)
         blocks += self.heads * state * (8 + item)
         held = 4 * self.shared * self.heads * state + 8 * self.C * keys
-        wide = max(self.C, self.K, self.V)
-        return 2 * blocks + held + 16 * 4 * wide * wide
+        if self.decay == "channel":
+            arrays = 32 * self.heads * self.C * max(self.C, lanes[0])
+        else:
+            arrays = 24 * self.C * max(self.C, *lanes)
+        return 2 * blocks + held + (4 if self.narrow else 8) * arrays
 
 
 def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale) -> Plan:
@@ -97,18 +102,18 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
     C = min(chunk_size or CHUNK_SIZE, max(16, 1 << (T - 1).bit_length()))
     for unit in (64, 128):
         K, V = (-(-x // unit) * unit for x in (K, V))
-        cuts = _cuts(G, H, K, V)
+        cuts = _cuts(G, H, K, V, HEADS[decay] if narrow else HEADS[decay] // 2)
         if cuts:
             break
     plans = [Plan(B, -(-T // C) * C, G, H, K, V, C, *cut, decay, narrow, scale) for cut in cuts]
     return next((plan for plan in plans if plan.vmem_bytes <= VMEM_BYTES), plans[-1])
 
 
-def _cuts(G, H, K, V):
+def _cuts(G, H, K, V, most):
     """(value heads, key heads) a grid step, most first: blocks must be whole lanes of 128, or all there are."""
     R = H // G
     cuts = []
-    for heads in range(min(H, HEADS), 0, -1):
+    for heads in range(min(H, most), 0, -1):
         keys = max(1, heads // R)
         whole = H % heads == 0 and (heads % R == 0 or R % heads == 0)
         lanes = (heads * V % 128 == 0 or heads == H) and (keys * K % 128 == 0 or keys == G)
