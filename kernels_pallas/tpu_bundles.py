@@ -55,8 +55,8 @@ class Kernel(NamedTuple):
 
 class Program(NamedTuple):
     """xla_cycles: the compiler's own estimates for the operations outside kernels, those in loops as often as they go
-    round. hbm_bytes: what the compiler counts that the program reads and writes in HBM (each kernel with its own count);
-    None where it has loops, whose bodies the compiler counts once. least_hbm_bytes: arguments and results once."""
+    round. hbm_bytes: blocks that kernels move, and operands and results of XLA's operations, as far as they lie in HBM;
+    None where there are loops. least_hbm_bytes: arguments and results of the program once."""
 
     compiled: tpu_compile.Compiled
     kernels: list[Kernel]
@@ -88,11 +88,9 @@ def measure(topology: str, function, *arguments) -> Program:
         grid = call.params["grid_mapping"].grid
         kernels.append(_kernel(str(call.params["name"]), grid, call, listing))
     kernels.sort(key=lambda kernel: kernel.name)
-    trips = trip_counts(compiled.hlo)
-    traffic = None
-    if not trips:
-        traffic = int(compiled.cost["bytes accessed"])
-        traffic += sum((k.hbm_bytes or k.least_hbm_bytes) - k.least_hbm_bytes for k in kernels)
+    traffic = xla_bytes(compiled.hlo)
+    if traffic is not None:
+        traffic += sum(kernel.hbm_bytes or kernel.least_hbm_bytes for kernel in kernels)
     memory = compiled.memory
     least = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return Program(compiled, kernels, xla_cycles(compiled.hlo), traffic, least)
@@ -239,14 +237,16 @@ _CALLED = re.compile(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)")
 
 
 def trip_counts(hlo: str) -> dict[str, int]:
-    """How often each `while` body of an optimised program runs; 1 where the compiler does not know."""
-    counts = {}
+    """How often each `while` body of an optimised program runs: to the constant that its condition compares with, from 0
+    by 1, as `lax.scan` and `fori_loop` count; once where there is none."""
+    limits, name = {}, None
     for line in hlo.splitlines():
-        if " while(" in line:
-            body = re.search(r"body=%?([\w.\-]+)", line)[1]
-            known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            counts[body] = int(known[1]) if known else 1
-    return counts
+        if header := _COMPUTATION.match(line):
+            name = header[1]
+        elif limit := re.search(r"= s32\[\]\S* constant\((\d+)\)", line):
+            limits[name] = int(limit[1])
+    loops = re.findall(r" while\([^\n]*condition=%?([\w.\-]+), body=%?([\w.\-]+)", hlo)
+    return {body: limits.get(condition, 1) for condition, body in loops}
 
 
 def xla_cycles(hlo: str) -> int:
@@ -270,3 +270,40 @@ def xla_cycles(hlo: str) -> int:
         return trips.get(name, 1) * (cycles[name] + sum(map(total, called[name])))
 
     return total(entry)
+
+
+_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # the others say their bits: f32, s8
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"^ *(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+
+
+def xla_bytes(hlo: str) -> int | None:
+    """What the operations outside kernels read and write in HBM, each operand and result whole; None with a loop."""
+    if trip_counts(hlo):
+        return None
+    entry = hlo[hlo.index("\nENTRY ") :]
+    found = [match.groups() for match in map(_INSTRUCTION.match, entry.splitlines()) if match]
+    shapes = {name: shape for name, shape, _, _ in found}
+    kernels = set(re.findall(r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", entry))
+    total = 0
+    for name, shape, operation, operands in found:
+        if operation in _FREE or operation.endswith("-done") or name in kernels:
+            continue
+        if operation.endswith(
+            "-start"
+        ):  # its result is a tuple: what it writes, and the operand again
+            shape = shape[: shape.index("}") + 1] if "}" in shape else shape
+        total += _hbm_bytes(shape)
+        total += sum(_hbm_bytes(shapes.get(x, "")) for x in re.findall(r"%([\w.\-]+)", operands))
+    return total
+
+
+def _hbm_bytes(shape: str) -> int:
+    total = 0
+    for dtype, dims, layout in _SHAPE.findall(shape):
+        if "S(" in layout:  # VMEM, or a semaphore
+            continue
+        size = _BYTES.get(dtype) or int(re.sub(r"\D", "", dtype) or 0) // 8
+        total += size * math.prod(int(d) for d in dims.split(",") if d)
+    return total

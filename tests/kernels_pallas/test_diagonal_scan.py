@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import checks, diagonal_scan
+from kernels_pallas import checks, diagonal_scan, targets, tpu_bundles, tpu_compile
 from kernels_pallas.diagonal_scan import step
 from kernels_pallas.diagonal_scan.shapes import SHAPES
 from tests.kernels_pallas.conformance import (
@@ -119,8 +119,9 @@ def test_reverse_is_forward_on_flipped_time(T, regime, packed):
         return _call(inputs, reverse=True, **keywords)
 
     expected = truth(dataclasses.replace(CASE, call=flipped), inputs, ids)
-    for name in ("chunked", "reference"):
-        got = everything(dataclasses.replace(CASE, call=reverse), name, inputs, ids)
+    for name in (*CASE.implementations, "reference"):
+        with targets.interpreted():
+            got = everything(dataclasses.replace(CASE, call=reverse), name, inputs, ids)
         assert_close(got, expected, TOLERANCE["float32"])
 
 
@@ -218,3 +219,33 @@ def test_published_workloads_trace():
         x = jax.ShapeDtypeStruct((shape["B"], shape["T"], shape["D"]), dtype)
         h, final = jax.eval_shape(diagonal_scan, x, x)
         assert h.shape == x.shape and final.shape == (shape["B"], shape["D"])
+
+
+@pytest.mark.parametrize("part", tpu_compile.PARTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in SHAPES if n != "small"] + ["small"]
+)
+def test_kernels_compile_for_tpus(name, part):
+    """Forward and backward, at published sizes, within the VMEM of the part, without spills, each array moved once."""
+    shape = SHAPES[name]
+    dtype = jnp.complex64 if shape["complex"] else jnp.float32
+    x = jax.ShapeDtypeStruct((shape["B"], shape["T"], shape["D"]), dtype)
+    state = jax.ShapeDtypeStruct((shape["B"], shape["D"]), dtype)
+
+    def both(x, decay, state, g, g_final):
+        def scan(*arguments):
+            x, decay, state = arguments
+            return diagonal_scan(x, decay, initial_state=state, implementation="pallas_tpu")
+
+        outputs, vjp = jax.vjp(scan, x, decay, state)
+        return outputs, vjp((g, g_final))
+
+    program = tpu_bundles.measure(part, both, x, x, state, x, state)
+    assert [kernel.name for kernel in program.kernels] == [
+        "diagonal_scan_backward",
+        "diagonal_scan_forward",
+    ]
+    for kernel in program.kernels:
+        assert 0 < kernel.vmem_bytes < tpu_compile.PARTS[part].vmem_bytes
+        assert kernel.spills == 0
+        assert kernel.hbm_bytes <= 1.3 * kernel.least_hbm_bytes
