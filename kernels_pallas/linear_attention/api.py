@@ -6,7 +6,7 @@ import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas import recurrence_arguments as arguments
-from kernels_pallas.linear_attention import chunked, pallas_tpu, reference
+from kernels_pallas.linear_attention import chunked, gpu_triton, pallas_tpu, reference
 
 
 def _one_token(
@@ -42,6 +42,7 @@ IMPLEMENTATIONS = (
     dispatch.Implementation(
         "pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, platform="tpu"
     ),
+    dispatch.Implementation("triton", gpu_triton.triton, gpu_triton.unsupported, platform="gpu"),
     dispatch.Implementation("chunked", chunked.chunked),
     dispatch.Implementation("reference", _reference),
 )
@@ -79,7 +80,7 @@ def linear_attention(
         document.
       segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another.
       chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and rounding only.
-      implementation: 'chunked', 'pallas_tpu', 'one_token' (T = 1 only), 'reference', or None for the best here.
+      implementation: 'chunked', 'pallas_tpu', 'triton', 'one_token' (T = 1 only), 'reference', or None for the best here.
 
     Returns:
       o_BTHV in v's dtype, and the final state (B, H, K, V). States, gates and their sums are float32 (float64 where an

@@ -1,0 +1,74 @@
+"""Linear attention as Triton kernels, forward and backward, for all four decays (sm80 and later).
+
+Forward: states at chunk boundaries (sequential in chunks, parallel in blocks of the state), then every chunk's output
+at once; with a decay per channel the chunk's scores come between. Backward: the states again, their cotangents the same
+way in reverse, then dv, dq, dk and the gates' gradient of every chunk at once. Between the passes only the inputs are
+kept. One reverse derivative; a second goes through 'chunked'.
+"""
+
+import functools
+
+import jax
+
+from kernels_pallas import triton_call
+from kernels_pallas import triton_recurrences as kernels
+
+CHUNK_SIZE = 64
+
+
+def unsupported(*, q_BTGK, v_BTHV, initial_state_BHKV, chunk_size, **others):
+    return kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size)
+
+
+def triton(
+    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
+):
+    """The Triton form. Arguments are normalised by `api.py`."""
+    B, T = q_BTGK.shape[:2]
+    operator = "linear_attention"
+    form = kernels.form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, CHUNK_SIZE)
+    g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
+    return _run(form, scale, q_BTGK, k_BTGK, v_BTHV, g_BTHK, initial_state_BHKV)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(form, scale, *arrays):
+    return _forward(form, scale, *arrays)[0]
+
+
+def _forward(form, scale, *arrays):
+    @triton_call.over_batch
+    def forward(arrays):
+        q_BTGK, k_BTGK, v_BTHV, g_BTHK, start_BHKV = arrays
+        scores = kernels.scores(form, q_BTGK, k_BTGK, g_BTHK) if form.GK > 1 else None
+        states_BHNKV, final_BHKV = kernels.states(form, k_BTGK, v_BTHV, g_BTHK, start_BHKV)
+        inputs = q_BTGK, k_BTGK, v_BTHV, g_BTHK, states_BHNKV, scores
+        return kernels.outputs(form, *inputs, scale=scale), final_BHKV
+
+    return forward(arrays), arrays
+
+
+def _backward(form, scale, arrays, cotangents):
+    @triton_call.over_batch
+    def backward(arrays):
+        (q_BTGK, k_BTGK, v_BTHV, g_BTHK, start_BHKV), (do_BTHV, dfinal_BHKV) = arrays
+        scores = kernels.scores(form, q_BTGK, k_BTGK, g_BTHK) if form.GK > 1 else None
+        states, _ = kernels.states(form, k_BTGK, v_BTHV, g_BTHK, start_BHKV)
+        dstates, dstart_BHKV = kernels.states(
+            form, q_BTGK, do_BTHV, g_BTHK, dfinal_BHKV, reverse=True, scale=scale
+        )
+        dv_BTHV = kernels.gradients_of_values(
+            *(form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, dstates, scores),
+            scale=scale,
+            dtype=v_BTHV.dtype,
+        )
+        dq_BTGK, dk_BTGK, dg_BTHK = kernels.gradients_of_keys(
+            form, q_BTGK, k_BTGK, v_BTHV, g_BTHK, do_BTHV, states, dstates, scale=scale
+        )
+        dq_BTGK, dk_BTGK = dq_BTGK.astype(q_BTGK.dtype), dk_BTGK.astype(k_BTGK.dtype)
+        return dq_BTGK, dk_BTGK, dv_BTHV, dg_BTHK, dstart_BHKV
+
+    return backward((arrays, cotangents))
+
+
+_run.defvjp(_forward, _backward)

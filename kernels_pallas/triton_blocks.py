@@ -1,0 +1,88 @@
+"""What goes on inside the Triton kernels: masked tiles, products with their rounding said, sums of log decay.
+
+Imported only by kernels' modules, which are imported only when one runs. A tile's rows are tokens, from `first`; rows
+behind T and columns behind the width load as 0, so a padded token neither writes nor decays the state. A decay per head
+is a tile of one column. -inf has been replaced by a number whose exponential is 0. Sums of log decay are of like,
+non-positive terms only, never differences (`decay_sums`).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(x, y, PRECISION: tl.constexpr):
+    """x y with float32 sums. "bf16", "tf32", "tf32x3" and "ieee" say how operands are rounded; "fp64" keeps float64.
+
+    "... rounded" gives on an interpreter, which rounds nothing, what "..." gives on a tensor core.
+    """
+    if PRECISION == "bf16":
+        out = tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
+    elif PRECISION == "fp64":
+        out = tl.dot(x.to(tl.float64), y.to(tl.float64), out_dtype=tl.float64)
+    elif PRECISION == "bf16 rounded":
+        x, y = x.to(tl.bfloat16).to(tl.float32), y.to(tl.bfloat16).to(tl.float32)
+        out = tl.dot(x, y, input_precision="ieee")
+    elif PRECISION == "tf32 rounded":
+        out = tl.dot(_tf32(x), _tf32(y), input_precision="ieee")
+    else:
+        out = tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def _tf32(x):
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_tile(x, stride, first, T, left, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows first ... of x, whose rows are `stride` apart, and columns left ...; zeros outside (T, width)."""
+    i = first + tl.arange(0, ROWS)[:, None]
+    c = left + tl.arange(0, COLUMNS)[None, :]
+    return tl.load(x + i.to(tl.int64) * stride + c, mask=(i < T) & (c < width), other=0.0)
+
+
+@triton.jit
+def store_tile(x, stride, first, T, left, width, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse of `load_tile`, in x's dtype; what is outside (T, width) is not written."""
+    i = first + tl.arange(0, ROWS)[:, None]
+    c = left + tl.arange(0, COLUMNS)[None, :]
+    at = x + i.to(tl.int64) * stride + c
+    tl.store(at, tile.to(x.dtype.element_ty), mask=(i < T) & (c < width))
+
+
+@triton.jit
+def load_through(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of log decay from the first of C tokens up to and with token i."""
+    return tl.cumsum(load_tile(g, stride, first, T, left, width, C, COLUMNS), axis=0)
+
+
+@triton.jit
+def load_after(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of log decay over the tokens behind j, up to the last of the C: token j + 1's own stands in row j."""
+    last = tl.minimum(T, first + C)
+    return tl.cumsum(
+        load_tile(g, stride, first + 1, last, left, width, C, COLUMNS), axis=0, reverse=True
+    )
+
+
+@triton.jit
+def load_total(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum over all C tokens, as a column (COLUMNS, 1)."""
+    return tl.sum(load_tile(g, stride, first, T, left, width, C, COLUMNS), axis=0)[:, None]
+
+
+@triton.jit
+def pair_decay(g, stride, first, T, C: tl.constexpr, STRICT: tl.constexpr):
+    """D_ij = exp(g_{j+1} + ... + g_i) for j <= i (STRICT: j < i), else 0; one decay a head."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    terms = tl.where(i > j, load_tile(g, stride, first, T, 0, 1, C, 1), 0.0)
+    D = tl.exp(tl.cumsum(terms, axis=0))
+    if STRICT:
+        D = tl.where(i > j, D, 0.0)
+    else:
+        D = tl.where(i >= j, D, 0.0)
+    return D

@@ -1,0 +1,182 @@
+"""Launching Triton kernels from JAX: on a GPU through jax_triton, on a CPU through Triton's interpreter.
+
+A kernel takes pointers, inputs before outputs, then constants by name; every size is a constant. `launch` is all that
+the operators use. Triton is imported inside functions: none of this is needed where no kernel runs.
+
+Under `targets.interpreted()` on a CPU a launch is a `jax.pure_callback` that runs the same kernel through Triton's
+interpreter, program by program, so that an operator's whole composition, its custom VJP included, runs as it would on a
+GPU. Outputs start as NaN there: an element that no program writes is seen. Triton decides when a kernel is decorated
+whether it is interpreted, hence once a process: `prepare`.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import targets
+
+EXTRA = "pip install -e '.[triton]'"
+TILES = pathlib.Path(__file__).with_name("triton_tiles.json")
+_INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder is global
+
+
+def why_not() -> str | None:
+    """Why Triton kernels cannot run in this process, or None."""
+    missing = [name for name in ("triton",) if importlib.util.find_spec(name) is None]
+    if not targets.interpreting() and importlib.util.find_spec("jax_triton") is None:
+        missing.append("jax_triton")
+    if missing:
+        return f"{' and '.join(missing)} cannot be imported; install the extra: {EXTRA}"
+    return None
+
+
+def prepare() -> None:
+    """Called before a kernel's module is imported: sets what Triton reads at decoration.
+
+    Raises:
+      RuntimeError: kernels are to be interpreted, and Triton was imported before for compiling.
+    """
+    if targets.interpreting():
+        if "triton" not in sys.modules:
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                "Triton kernels cannot be interpreted: triton was imported in this process for compiling; "
+                "set TRITON_INTERPRET=1 before that import"
+            )
+
+
+def precision(name: str) -> str:
+    """The name a kernel's dot takes: interpreted, what a tensor core would round is rounded explicitly."""
+    return f"{name} rounded" if targets.interpreting() and name in ("bf16", "tf32") else name
+
+
+def launch(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants):
+    """Runs `kernel` over `grid`: a list of arrays as `outputs` (shapes and dtypes) says.
+
+    Raises:
+      ImportError: jax_triton is missing or unusable on this machine; the message names the extra.
+    """
+    if targets.interpreting():
+        run = functools.partial(_interpret, kernel, outputs, grid, constants)
+        return jax.pure_callback(run, outputs, *inputs)
+    try:
+        import jax_triton  # raises on a host without a GPU, in some versions
+    except ImportError as error:
+        raise ImportError(
+            f"jax_triton cannot be imported ({error}); on a GPU machine: {EXTRA}"
+        ) from error
+    # jax_triton 0.4 calls out_shape out_type.
+    renamed = tuple(int(n) for n in jax_triton.__version__.split(".")[:2]) >= (0, 4)
+    keywords = {"out_type" if renamed else "out_shape": outputs}
+    return jax_triton.triton_call(
+        *inputs,
+        kernel=kernel,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **keywords,
+        **constants,
+    )
+
+
+class _Tensor:
+    """A numpy array with what Triton's interpreter asks of a torch tensor on the CPU."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, str(array.dtype)
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def new_empty(self, size, device):
+        return self
+
+    def storage_offset(self):
+        return 0
+
+    def size(self):
+        return self.array.shape
+
+    def stride(self):
+        return self.array.strides
+
+    def set_(self, *args):
+        return self
+
+    def copy_(self, other):
+        return self
+
+
+def _interpret(kernel, outputs, grid, constants, *inputs):
+    arrays = [np.ascontiguousarray(x) for x in inputs]
+    results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
+    with _INTERPRETER, np.errstate(all="ignore"):
+        kernel[grid](*(_Tensor(x) for x in (*arrays, *results)), **constants)
+    return results
+
+
+def over_batch(function):
+    """`function` of a pytree of arrays whose axis 0 is the batch, mappable by vmap: the new axis joins the batch.
+
+    A kernel launch has no batching rule of its own. Outputs have the batch in front, too.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(arrays):
+        return function(arrays)
+
+    @call.def_vmap
+    def rule(axis_size, in_batched, arrays):
+        def join(x, batched):
+            if not batched:
+                x = jnp.broadcast_to(x[None], (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        outputs = call(jax.tree.map(join, arrays, in_batched[0]))
+        apart = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), outputs)
+        return apart, jax.tree.map(lambda x: True, outputs)
+
+    return call
+
+
+@functools.cache
+def _tiles() -> dict:
+    return json.loads(TILES.read_text())
+
+
+def tiles(operator: str, part: str, dtype: str, K: int, V: int) -> dict:
+    """Block sizes, warps and stages of one kernel, from the table beside this file; never tuned at run time.
+
+    Keys are "operator/part/dtype/KxV", with K and V rounded up to powers of two; then the same without KxV; what the
+    table does not know at all takes "default". BK and BV are cut to the sizes at hand.
+    """
+    table = _tiles()
+    chosen = dict(table["default"])
+    for key in (
+        f"{operator}/{part}/{dtype}",
+        f"{operator}/{part}/{dtype}/{power_of_two(K)}x{power_of_two(V)}",
+    ):
+        chosen |= table.get(key, {})
+    chosen["BK"] = min(chosen["BK"], power_of_two(K))
+    chosen["BV"] = min(chosen["BV"], power_of_two(V))
+    return chosen
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that holds n, 16 at least: what a matrix unit takes."""
+    return max(16, 1 << (n - 1).bit_length())
