@@ -193,7 +193,9 @@ def _clear_dump() -> None:
 
 def _listings(hlo: str) -> dict[str, Listing]:
     names = re.findall(
-        r"%?(\S+) = [^\n]*custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"", hlo
+        r"^ *(?:ROOT )?%?(\S+) = [^\n]*custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"",
+        hlo,
+        re.MULTILINE,  # from a line's start: a kernel's own code is megabytes on one line
     )
     memory = {}
     for path in _DUMP.glob("*vmem_report.html"):
