@@ -47,9 +47,11 @@ class Form(NamedTuple):
     def N(self):
         return -(-self.T // self.C)
 
-    def tiles(self, part):
-        """The tile table's constants for one kernel."""
+    def tiles(self, part, whole_K=False):
+        """The tile table's constants for one kernel; whole_K: a block is all of K."""
         tiles = triton_call.tiles(self.operator, part, self.dtype, self.K, self.V)
+        if whole_K:
+            tiles["BK"] = triton_call.power_of_two(self.K)
         return tiles | {"BG": tiles["BK"] if self.GK > 1 else 1}
 
     def precisions(self):
@@ -99,11 +101,11 @@ def with_resets(log_decay_BTHK, segment_ids_BT, B, T):
     return jnp.where(log_decay_BTHK == -jnp.inf, NEVER, log_decay_BTHK)
 
 
-def _launch(form, part, kernel, inputs, outputs, grid, **constants):
-    """`kernel` over (grid, B * H), with the form's sizes and the table's tiles."""
+def launch(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
+    """`kernel` over (grid, B * H), with the form's sizes and the table's tiles. Outputs: (shape behind B, dtype)."""
     B = inputs[0].shape[0]
     outputs = [jax.ShapeDtypeStruct((B, *shape), dtype) for shape, dtype in outputs]
-    tiles = form.tiles(part)
+    tiles = form.tiles(part, whole_K)
     blocks = {"K": -(-form.K // tiles["BK"]), "V": -(-form.V // tiles["BV"]), "N": form.N}
     first = math.prod(blocks.get(axis, axis) for axis in grid)
     return triton_call.launch(
@@ -123,7 +125,7 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
     """States that enter each chunk (BHNKV) and the last one; reverse: cotangents of those that leave, and of the first."""
     chunks, _ = kernels()
     shape_HKV = form.H, form.K, form.V
-    return _launch(
+    return launch(
         form,
         "states",
         chunks.states,
@@ -139,7 +141,7 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
 def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
     """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i), per channel: (B, H, N, C, C)."""
     _, pairs = kernels()
-    (scores_BHNCC,) = _launch(
+    (scores_BHNCC,) = launch(
         form,
         "scores",
         pairs.scores,
@@ -158,7 +160,7 @@ def outputs(
 ):
     """scale ((q exp(through)) S + A y); the scores are None where one decay serves a head."""
     chunks, _ = kernels()
-    (o_BTHV,) = _launch(
+    (o_BTHV,) = launch(
         form,
         "outputs",
         chunks.outputs,
@@ -179,7 +181,7 @@ def gradients_of_values(
     chunks, _ = kernels()
     leaving = dstates is not None
     unread = g_BTHK  # an operand that the kernel does not touch
-    (dy_BTHV,) = _launch(
+    (dy_BTHV,) = launch(
         form,
         "gradients_of_values",
         chunks.gradients_of_values,
@@ -208,7 +210,7 @@ def gradients_of_keys(
     blocks = -(-form.K // form.tiles("gradients_of_keys")["BK"])
     dx = ((form.T, form.H, form.K), jnp.float32)
     dg = dx if per_channel else ((blocks, form.T, form.H), jnp.float32)
-    dq_BTHK, dk_BTHK, dg_BTHK = _launch(
+    dq_BTHK, dk_BTHK, dg_BTHK = launch(
         form,
         "gradients_of_keys",
         chunks.gradients_of_keys,
@@ -222,7 +224,7 @@ def gradients_of_keys(
         **form.precisions(),
     )
     if per_channel:
-        (dscores_BHNCC,) = _launch(
+        (dscores_BHNCC,) = launch(
             form,
             "gradients_of_scores",
             pairs.gradients_of_scores,
@@ -233,7 +235,7 @@ def gradients_of_keys(
             SCALE=scale,
             INPUTS=triton_call.precision(form.inputs),
         )
-        dq_BTHK, dk_BTHK, dg_BTHK = _launch(
+        dq_BTHK, dk_BTHK, dg_BTHK = launch(
             form,
             "gradients",
             pairs.gradients,

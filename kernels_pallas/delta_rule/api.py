@@ -4,7 +4,7 @@ import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas import recurrence_arguments as arguments
-from kernels_pallas.delta_rule import chunked, pallas_tpu, reference
+from kernels_pallas.delta_rule import chunked, gpu_triton, pallas_tpu, reference
 
 
 def _not_one_token(*, v_BTHV, **others):
@@ -66,6 +66,7 @@ def _scaled(implementation):
 IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _scaled(_delta_rule_one_token), _not_one_token),
     dispatch.Implementation("pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, "tpu"),
+    dispatch.Implementation("triton", gpu_triton.triton, gpu_triton.unsupported, "gpu"),
     dispatch.Implementation("chunked", _scaled(chunked.chunked)),
     dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )

@@ -1,0 +1,164 @@
+"""The delta rule as Triton kernels, forward and backward: no decay, one a head or one a channel (sm80 and later).
+
+Forward: each chunk's inverse, all at once; then what the tokens write, U, and the states, sequential in chunks; then linear
+attention's outputs with U for values. Backward: the same again, the states' cotangents in reverse, and linear attention's
+gradients twice, for what queries and for what keys read. Only the inputs are kept.
+
+float32 without a decay carries states, inverses and U in float64 from chunk to chunk: reflections forget no error
+(`chunked._lost`), and data-centre GPUs multiply float64 as fast as IEEE float32. One reverse derivative; a second goes
+through 'chunked'.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import triton_call
+from kernels_pallas import triton_recurrences as kernels
+
+CHUNK_SIZE = {"bfloat16": 64, "float32": 32}
+
+
+def unsupported(*, q_BTGK, v_BTHV, initial_state_BHKV, chunk_size, **others):
+    if chunk_size is not None and chunk_size > 64:
+        return f"chunk_size goes to 64; got {chunk_size}"
+    return kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size)
+
+
+def triton(
+    q_BTGK,
+    k_BTGK,
+    v_BTHV,
+    beta_BTH,
+    log_decay_BTHK,
+    initial_state_BHKV,
+    segment_ids_BT,
+    chunk_size,
+    scale,
+):
+    """The Triton form. Arguments are normalised by `api.py`."""
+    B, T = q_BTGK.shape[:2]
+    if not isinstance(scale, int | float):  # one that is learned
+        q_BTGK, scale = q_BTGK.astype(jnp.float32) * scale, 1.0
+    arrays = q_BTGK, k_BTGK, v_BTHV
+    form = kernels.form_of("delta_rule", *arrays, log_decay_BTHK, chunk_size, 64)
+    chunk_size = chunk_size or CHUNK_SIZE[form.dtype]
+    form = form._replace(C=min(chunk_size, form.C), inputs=form.mixed)
+    exact = log_decay_BTHK is None and form.dtype == "float32"
+    g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
+    beta_BTH = beta_BTH.astype(jnp.float32)
+    return _run(form, exact, float(scale), *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run(form, exact, scale, *arrays):
+    return _forward(form, exact, scale, *arrays)[0]
+
+
+def _forward(form, exact, scale, *arrays):
+    @triton_call.over_batch
+    def forward(arrays):
+        q_BTGK, k_BTGK, v_BTHV, _, g_BTHK, _ = arrays
+        _, _, u_BTHV, states_BHNKV, final_BHKV = _writes(form, exact, *arrays[1:])
+        scores = kernels.scores(form, q_BTGK, k_BTGK, g_BTHK) if form.GK > 1 else None
+        inputs = q_BTGK, k_BTGK, u_BTHV, g_BTHK, states_BHNKV, scores
+        return kernels.outputs(form, *inputs, scale=scale, dtype=v_BTHV.dtype), final_BHKV
+
+    return forward(arrays), arrays
+
+
+def _backward(form, exact, scale, arrays, cotangents):
+    @triton_call.over_batch
+    def backward(arrays):
+        (q_BTGK, k_BTGK, v_BTHV, beta_BTH, g_BTHK, _), (do_BTHV, dfinal_BHKV) = arrays
+        found, X, u_BTHV, states, _ = _writes(form, exact, *arrays[0][1:])
+        scores = kernels.scores(form, q_BTGK, k_BTGK, g_BTHK) if form.GK > 1 else None
+        du_BTHV = kernels.gradients_of_values(
+            form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, None, scores, scale=scale
+        )
+        dr_BTHV, dstates, dstart_BHKV = kernels.launch(
+            form,
+            "gradients_of_writes",
+            _kernels().gradients_of_writes,
+            (q_BTGK, k_BTGK, beta_BTH, g_BTHK, X, do_BTHV, du_BTHV, dfinal_BHKV),
+            [(u_BTHV.shape[1:], jnp.float32), *_states_of(form)],
+            ("V",),
+            whole_K=True,
+            SCALE=scale,
+            EXACT=exact,
+            MIXED=_precision(form, exact),
+        )
+        dq_BTGK, dk_BTGK, dg_BTHK = kernels.gradients_of_keys(
+            form, q_BTGK, k_BTGK, u_BTHV, g_BTHK, do_BTHV, states, dstates, scale=scale
+        )
+        # What keys read: pred, an output with q = k whose cotangent is -beta dR.
+        dread_BTHV = -beta_BTH[..., None] * dr_BTHV
+        rows, columns, dg_read_BTHK = kernels.gradients_of_keys(
+            *(form, k_BTGK, k_BTGK, u_BTHV, g_BTHK, dread_BTHV, states, None),
+            scale=1.0,
+            strict=True,
+        )
+        read_BTHV = kernels.outputs(
+            *(form, k_BTGK, k_BTGK, u_BTHV, g_BTHK, states, found),
+            scale=1.0,
+            strict=True,
+            dtype=jnp.float32,
+        )
+        dbeta_BTH = jnp.sum(dr_BTHV * (v_BTHV.astype(jnp.float32) - read_BTHV), axis=-1)
+        dk_BTGK = (dk_BTGK + rows + columns).astype(k_BTGK.dtype)
+        dv_BTHV = (-dread_BTHV).astype(v_BTHV.dtype)
+        dq_BTGK = dq_BTGK.astype(q_BTGK.dtype)
+        return dq_BTGK, dk_BTGK, dv_BTHV, dbeta_BTH, dg_BTHK + dg_read_BTHK, dstart_BHKV
+
+    return backward((arrays, cotangents))
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _kernels():
+    triton_call.prepare()
+    from kernels_pallas.delta_rule import triton_kernels
+
+    return triton_kernels
+
+
+def _precision(form, exact):
+    return "fp64" if exact else triton_call.precision(form.mixed)
+
+
+def _states_of(form):
+    """Shapes of the states at chunk boundaries, and of one."""
+    shape = form.K, form.V
+    return ((form.H, form.N, *shape), jnp.float32), ((form.H, *shape), jnp.float32)
+
+
+def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
+    """Scores of keys with keys (None where one decay serves a head), inverses, U, states and the last state."""
+    found = kernels.scores(form, k_BTGK, k_BTGK, g_BTHK, strict=True) if form.GK > 1 else None
+    parts = (2,) if exact else ()  # float64 as two float32 terms
+    (X_BHNCC,) = kernels.launch(
+        form,
+        "inverses",
+        _kernels().inverses,
+        (k_BTGK, beta_BTH, g_BTHK, beta_BTH if found is None else found),
+        [((form.H, form.N, *parts, form.C, form.C), jnp.float32)],
+        ("N",),
+        LEVELS=(form.C // 16).bit_length() - 1,
+        EXACT=exact,
+        MIXED=_precision(form, exact),
+        SUMS="fp64" if exact else form.sums,
+    )
+    u_BTHV, states_BHNKV, final_BHKV = kernels.launch(
+        form,
+        "writes",
+        _kernels().writes,
+        (k_BTGK, v_BTHV, beta_BTH, g_BTHK, X_BHNCC, start_BHKV),
+        [((form.T, form.H, form.V), jnp.float32), *_states_of(form)],
+        ("V",),
+        whole_K=True,
+        EXACT=exact,
+        MIXED=_precision(form, exact),
+    )
+    return found, X_BHNCC, u_BTHV, states_BHNKV, final_BHKV
