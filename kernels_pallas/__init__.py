@@ -8,6 +8,8 @@ Three recurrences carry every mixer of `seqmodels`; two neighbours stand beside 
     softmax_attention   full, sliding window, grouped heads
     causal_conv         short depthwise convolution
 
+and, at a model's end, `linear_cross_entropy` and `linear_kl_divergence`: losses without the logits.
+
 Letters: B batch, T time, H (value) heads, G key heads, K key dim, V value dim, N chunks, C chunk length.
 """
 
@@ -15,6 +17,7 @@ from kernels_pallas.causal_conv.api import causal_conv
 from kernels_pallas.delta_rule.api import delta_rule, diagonal_plus_low_rank
 from kernels_pallas.diagonal_scan.api import diagonal_scan
 from kernels_pallas.linear_attention.api import linear_attention
+from kernels_pallas.linear_cross_entropy.api import linear_cross_entropy, linear_kl_divergence
 from kernels_pallas.softmax_attention.api import softmax_attention
 
 __all__ = [
@@ -23,5 +26,7 @@ __all__ = [
     "diagonal_plus_low_rank",
     "diagonal_scan",
     "linear_attention",
+    "linear_cross_entropy",
+    "linear_kl_divergence",
     "softmax_attention",
 ]

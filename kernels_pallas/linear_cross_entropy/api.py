@@ -1,0 +1,181 @@
+"""Losses from hidden states and the output matrix, without holding the logits: the public functions."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import dispatch
+from kernels_pallas import recurrence_arguments as arguments
+from kernels_pallas.linear_cross_entropy import chunked, reference
+
+# No kernel: the work is matrix products, which XLA runs at the unit's own speed, and the pieces' logits are read and written
+# by what XLA fuses with them.
+IMPLEMENTATIONS = (
+    dispatch.Implementation("chunked", chunked.chunked),
+    dispatch.Implementation("reference", reference.whole),
+)
+LAYOUTS = ("WD", "DW")
+
+
+def linear_cross_entropy(
+    x_BTD: jax.Array,
+    matrix: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    layout: str = "WD",
+    bias_W: jax.Array | None = None,
+    mask_BT: jax.Array | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Cross-entropy of each token from hidden states, with logits made and used a piece of time at a time:
+
+        logits = x matrix^T + bias      (c tanh(logits / c) with a soft cap c: Gemma 2, arXiv 2408.00118)
+        log Z = logsumexp(logits)       loss = log Z - logits[target] + z_loss (log Z)^2     (PaLM, arXiv 2204.02311, section 5)
+
+    Memory beside arguments and results: a piece's logits and, backward, the gradients; never B x T x W numbers.
+
+    Args:
+      x_BTD: (B, T, D), the last norm's output. With a bfloat16 matrix too, products take them as they are, and sum in float32.
+      matrix: (W, D), as a tied embedding is held, or (D, W) with layout="DW", as a dense layer's kernel is.
+      targets_BT: int (B, T), each in 0 ... W-1 where the mask is not 0. What lies outside counts as a logit of 0.
+      bias_W: (W,) or None.
+      mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient. It is no weight.
+      chunk_size: tokens of each row whose logits are held at once; None picks by shape (`chunked.heuristic_chunk_size`).
+      implementation: 'chunked', 'reference' (all logits at once), or None for the best here.
+
+    Returns:
+      loss_BT, float32 (or wider). Gradients go to x, the matrix and the bias.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, an unknown layout or implementation.
+    """
+    operator = "linear_cross_entropy"
+    _check_product(operator, "x", "matrix", x_BTD, matrix, layout)
+    arguments.check_shape(operator, "targets_BT", targets_BT, x_BTD.shape[:2])
+    if not jnp.issubdtype(targets_BT.dtype, jnp.integer):
+        raise ValueError(f"{operator}: targets_BT has dtype {targets_BT.dtype}; expected integers")
+    loss = reference.CrossEntropy(_softcap(operator, "logit_softcap", logit_softcap), z_loss)
+    return _run(
+        operator, loss, layout, chunk_size, implementation,
+        x_BTD, matrix, bias_W, targets_BT, mask_BT, fixed=(),
+    )  # fmt: skip
+
+
+def linear_kl_divergence(
+    x_BTD: jax.Array,
+    matrix: jax.Array,
+    teacher_BTE: jax.Array,
+    teacher_matrix: jax.Array | None = None,
+    *,
+    layout: str = "WD",
+    bias_W: jax.Array | None = None,
+    teacher_layout: str = "WD",
+    teacher_bias_W: jax.Array | None = None,
+    mask_BT: jax.Array | None = None,
+    logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Divergence of each token's distribution from a teacher's, for distillation (Hinton et al., arXiv 1503.02531):
+
+        p = softmax(teacher's logits / temperature)      q = softmax(logits / temperature)      KL = sum_w p (log p - log q)
+
+    Without the factor temperature^2 that keeps its gradient's size. Logits, masks and memory as in `linear_cross_entropy`.
+
+    Args:
+      teacher_BTE: with teacher_matrix: the teacher's hidden states (B, T, E), whose logits are made a piece at a time as well.
+        Without: its logits (B, T, W).
+      teacher_matrix: (W, E), or (E, W) with teacher_layout="DW".
+
+    Returns:
+      kl_BT, float32 (or wider). Gradients go to x, the matrix and the bias; none to the teacher.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, a temperature that is not positive, an unknown layout or implementation.
+    """
+    operator = "linear_kl_divergence"
+    W = _check_product(operator, "x", "matrix", x_BTD, matrix, layout)
+    B, T, _ = x_BTD.shape
+    if teacher_matrix is None:
+        if teacher_bias_W is not None:
+            raise ValueError(
+                f"{operator}: teacher_bias_W without teacher_matrix; add it to the logits"
+            )
+        arguments.check_shape(operator, "teacher_BTE (its logits)", teacher_BTE, (B, T, W))
+        arguments.check_float(operator, "teacher_BTE", teacher_BTE)
+        fixed = ()
+    else:
+        teacher_W = _check_product(
+            operator, "teacher_BTE", "teacher_matrix", teacher_BTE, teacher_matrix, teacher_layout
+        )
+        if teacher_W != W or teacher_BTE.shape[:2] != (B, T):
+            raise ValueError(
+                f"{operator}: teacher and student must share batch, time and vocabulary; got {(B, T)} x {W} words and "
+                f"{teacher_BTE.shape[:2]} x {teacher_W}"
+            )
+        if teacher_bias_W is not None:
+            arguments.check_shape(operator, "teacher_bias_W", teacher_bias_W, (W,))
+        fixed = (teacher_matrix, teacher_bias_W)
+    if not temperature > 0:
+        raise ValueError(f"{operator}: temperature is {temperature!r}; expected a positive number")
+    loss = reference.Divergence(
+        _softcap(operator, "logit_softcap", logit_softcap),
+        _softcap(operator, "teacher_logit_softcap", teacher_logit_softcap),
+        temperature,
+        None if teacher_matrix is None else teacher_layout,
+    )
+    return _run(
+        operator, loss, layout, chunk_size, implementation,
+        x_BTD, matrix, bias_W, teacher_BTE, mask_BT, fixed,
+    )  # fmt: skip
+
+
+def _run(
+    operator, loss, layout, chunk_size, implementation, x_BTD, matrix, bias_W, given_BT, mask_BT, fixed
+):  # fmt: skip
+    B, T, _ = x_BTD.shape
+    W = matrix.shape[layout.index("W")]
+    if bias_W is not None:
+        arguments.check_shape(operator, "bias_W", bias_W, (W,))
+        arguments.check_float(operator, "bias_W", bias_W)
+    if mask_BT is not None:
+        arguments.check_shape(operator, "mask_BT", mask_BT, (B, T))
+        mask_BT = mask_BT != 0
+    if chunk_size is None:
+        chunk_size = chunked.heuristic_chunk_size(B, T, W)
+    elif not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(
+            f"{operator}: chunk_size is {chunk_size!r}; expected a positive integer (or None)"
+        )
+    chosen = dispatch.choose(operator, IMPLEMENTATIONS, implementation)
+    return chosen.call(
+        loss, layout, min(chunk_size, T), x_BTD, matrix, bias_W, (given_BT, mask_BT), fixed
+    )
+
+
+def _check_product(operator, name, matrix_name, x_BTD, matrix, layout) -> int:
+    """The size of the vocabulary. ValueError where x, the matrix and its layout do not fit."""
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"{operator}: unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}"
+        )
+    arguments.check_float(operator, name, x_BTD)
+    arguments.check_float(operator, matrix_name, matrix)
+    if x_BTD.ndim != 3 or 0 in x_BTD.shape:
+        raise ValueError(f"{operator}: {name} must be (B, T, D), none of them 0; got {x_BTD.shape}")
+    if matrix.ndim != 2 or matrix.shape[layout.index("D")] != x_BTD.shape[2]:
+        raise ValueError(
+            f"{operator}: {matrix_name} must be ({', '.join(layout)}) with {name}'s D = {x_BTD.shape[2]}; got {matrix.shape} "
+            "(layout= says which of its axes is the vocabulary)"
+        )
+    return matrix.shape[layout.index("W")]
+
+
+def _softcap(operator, name, softcap):
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{operator}: {name} is {softcap!r}; expected a positive number, or None")
+    return softcap

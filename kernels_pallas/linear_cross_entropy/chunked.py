@@ -1,0 +1,97 @@
+"""Losses of logits a piece of time at a time, with their own backward pass: B x T x W numbers are never held.
+
+Forward, a loop over pieces of c tokens of every row makes the piece's logits (B, c, W) and keeps its losses. Backward, it makes
+the logits once more, takes the loss's gradient with respect to them, and multiplies it out:
+
+    dlogits = d loss / d logits      dx = dlogits matrix      dmatrix += dlogits^T x      dbias += sum dlogits
+
+The sums over pieces are float32. Time is cut, not tokens in a row, so rows of a batch that are spread over devices stay there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas import matmul
+from kernels_pallas.linear_cross_entropy import reference
+
+LOGITS_OF_A_PIECE = 1 << 27  # half a gigabyte in float32
+TOKENS_OF_A_PIECE = (256, 4096)
+
+
+def heuristic_chunk_size(B: int, T: int, W: int) -> int:
+    """Tokens of each row in a piece.
+
+    Each piece reads and writes all of dmatrix, so that fewer than several hundred tokens would wait for memory; more than
+    a few thousand gain nothing. In between, the logits of a piece take up to half a gigabyte. Pieces of a row are equal.
+    """
+    low, high = TOKENS_OF_A_PIECE
+    tokens = max(low, min(high, LOGITS_OF_A_PIECE // W))
+    pieces = -(-T // max(1, tokens // B))
+    return -(-T // pieces)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
+    """`loss` of the logits, (B, T) in float32 or wider; gradients go to x, the matrix and the bias alone."""
+
+    def one_piece(loss_BT, start, size):
+        x_BcD, tokens = _cut((x_BTD, per_token), start, size)
+        logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
+        return _paste(loss_BT, loss(logits_BcW, tokens, fixed), start)
+
+    dtype = jnp.result_type(x_BTD.dtype, matrix.dtype, jnp.float32)
+    return _over_pieces(one_piece, jnp.zeros(x_BTD.shape[:2], dtype), chunk_size)
+
+
+def _forward(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
+    loss_BT = chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed)
+    return loss_BT, (x_BTD, matrix, bias_W, per_token, fixed)
+
+
+def _backward(loss, layout, chunk_size, saved, g_BT):
+    x_BTD, matrix, bias_W, per_token, fixed = saved
+
+    def one_piece(sums, start, size):
+        dx_BTD, dmatrix, dbias_W = sums
+        x_BcD, tokens, g_Bc = _cut((x_BTD, per_token, g_BT), start, size)
+        logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
+        _, vjp = jax.vjp(lambda logits_BcW: loss(logits_BcW, tokens, fixed), logits_BcW)
+        (dlogits_BcW,) = vjp(g_Bc)
+        letters = layout.lower()
+        dx_BcD = matmul.einsum(f"btw,{letters}->btd", dlogits_BcW, matrix)
+        dmatrix = dmatrix + matmul.einsum(f"btw,btd->{letters}", dlogits_BcW, x_BcD)
+        if dbias_W is not None:
+            dbias_W = dbias_W + jnp.sum(dlogits_BcW, axis=(0, 1))
+        return _paste(dx_BTD, dx_BcD.astype(x_BTD.dtype), start), dmatrix, dbias_W
+
+    zeros = (
+        jnp.zeros_like(x_BTD),
+        jnp.zeros(matrix.shape, g_BT.dtype),
+        None if bias_W is None else jnp.zeros(bias_W.shape, g_BT.dtype),
+    )
+    dx_BTD, dmatrix, dbias_W = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
+    dbias_W = None if bias_W is None else dbias_W.astype(bias_W.dtype)
+    return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None
+
+
+chunked.defvjp(_forward, _backward)
+
+
+def _over_pieces(one_piece, carry, chunk_size: int, T: int | None = None):
+    """carry = one_piece(carry, start, size) over the pieces of time; the last may be shorter."""
+    T = T or carry.shape[1]
+    full, rest = divmod(T, chunk_size)
+    if full:
+        carry = lax.fori_loop(0, full, lambda i, c: one_piece(c, i * chunk_size, chunk_size), carry)
+    return one_piece(carry, full * chunk_size, rest) if rest else carry
+
+
+def _cut(arrays, start, size: int):
+    return jax.tree.map(lambda z: lax.dynamic_slice_in_dim(z, start, size, axis=1), arrays)
+
+
+def _paste(whole, piece, start):
+    return lax.dynamic_update_slice_in_dim(whole, piece.astype(whole.dtype), start, axis=1)

@@ -1,0 +1,71 @@
+"""Losses of logits by their definitions, and with all logits at once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """(logits (B,T,W), (targets, mask) (B,T)) -> loss (B,T). Hashable: a static argument of the implementations."""
+
+    softcap: float | None
+    z_loss: float
+
+    def __call__(self, logits_BTW, per_token, fixed):
+        targets_BT, mask_BT = per_token
+        logits_BTW = capped(logits_BTW, self.softcap)
+        log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
+        # As a sum over W: a gather, and its gradient's scatter, are slow on accelerators.
+        word_W = jnp.arange(logits_BTW.shape[-1], dtype=targets_BT.dtype)
+        chosen_BTW = word_W[None, None] == targets_BT[..., None]
+        loss_BT = log_z_BT - jnp.sum(jnp.where(chosen_BTW, logits_BTW, 0), axis=-1)
+        return masked(loss_BT + self.z_loss * log_z_BT**2, mask_BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """(logits, (teacher's hidden states or logits, mask), (teacher's matrix, bias)) -> KL(teacher || student) (B,T)."""
+
+    softcap: float | None
+    teacher_softcap: float | None
+    temperature: float
+    teacher_layout: str | None
+
+    def __call__(self, logits_BTW, per_token, fixed):
+        teacher_BTW, mask_BT = per_token
+        if self.teacher_layout is not None:
+            teacher_BTW = all_logits(teacher_BTW, *fixed, self.teacher_layout)
+        teacher_BTW = capped(teacher_BTW.astype(logits_BTW.dtype), self.teacher_softcap)
+        log_p_BTW = jax.nn.log_softmax(teacher_BTW / self.temperature, axis=-1)
+        log_q_BTW = jax.nn.log_softmax(capped(logits_BTW, self.softcap) / self.temperature, axis=-1)
+        # p log p is 0 where p is: a teacher may have ruled a word out with a logit of -inf
+        p_BTW = jnp.exp(log_p_BTW)
+        difference_BTW = jnp.where(p_BTW > 0, log_p_BTW - log_q_BTW, 0)
+        return masked(jnp.sum(p_BTW * difference_BTW, axis=-1), mask_BT)
+
+
+def capped(logits, softcap):
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def masked(loss_BT, mask_BT):
+    return loss_BT if mask_BT is None else jnp.where(mask_BT, loss_BT, 0)
+
+
+def all_logits(x_BTD, matrix, bias_W, layout: str):
+    """x times the matrix, whose layout is "WD" or "DW"; float32 or wider."""
+    logits_BTW = matmul.einsum(f"btd,{layout.lower()}->btw", x_BTD, matrix)
+    return (
+        logits_BTW if bias_W is None else logits_BTW + bias_W[None, None].astype(logits_BTW.dtype)
+    )
+
+
+def whole(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
+    """`loss` of all logits at once."""
+    del chunk_size
+    per_token, fixed = jax.lax.stop_gradient((per_token, fixed))
+    return loss(all_logits(x_BTD, matrix, bias_W, layout), per_token, fixed)
