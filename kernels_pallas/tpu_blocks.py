@@ -32,13 +32,22 @@ class Products:
     narrow: bool
     exact: bool = False
 
-    def dot(self, x, y, axes=(1, 0)):
+    def dot(self, x, y, axes=(1, 0), terms=2):
         """x y, in float32."""
         if not self.narrow:
             return _dot(x.astype(jnp.float32), y.astype(jnp.float32), axes)
-        (x, *x_rest), (y, *y_rest) = _terms(x), _terms(y)
-        small = [_dot(x, rest, axes) for rest in y_rest] + [_dot(rest, y, axes) for rest in x_rest]
-        return sum(small, start=_dot(x, y, axes))
+        x, y = _terms(x, terms), _terms(y, terms)
+        products = [
+            _dot(x[i], y[n - i], axes)
+            for n in range(terms)
+            for i in range(n + 1)
+            if i < len(x) and n - i < len(y)
+        ]
+        return sum(reversed(products[:-1]), start=products[-1])
+
+    def precise(self, x, y, axes=(1, 0)):
+        """x y to 24 bits: of an inverse, whose errors are a hundred times those of its products at worst."""
+        return self.dot(x, y, axes, terms=3)
 
     def state(self, x, y, axes=(1, 0)):
         """A product by which states become states."""
@@ -55,23 +64,27 @@ class Products:
         return _dot(x_head, y_head, axes), rest
 
 
-def _terms(x):
-    """x as a sum of bfloat16 arrays: itself, or two."""
+def _terms(x, count):
+    """x as a sum of bfloat16 arrays, largest first: itself, or `count` of them.
+
+    Interpreted, they are float32 arrays of the same values: XLA on a CPU may refuse bfloat16 products, and drops a
+    conversion to bfloat16 and back.
+    """
+    interpreting = targets.interpreting()
     if x.dtype == jnp.bfloat16:
-        return (x,)
-    return x.astype(jnp.bfloat16), (x - _rounded(x)).astype(jnp.bfloat16)
-
-
-def _rounded(x):
-    """x to bfloat16 and back. XLA on a CPU drops such a pair of conversions, but not this operation."""
-    if targets.interpreting():
-        return jax.lax.reduce_precision(x, 8, 7)
-    return x.astype(jnp.bfloat16).astype(jnp.float32)
+        return [x.astype(jnp.float32) if interpreting else x]
+    terms = []
+    for _ in range(count):
+        if interpreting:
+            terms.append(jax.lax.reduce_precision(x, 8, 7))
+            x = x - terms[-1]
+        else:
+            terms.append(x.astype(jnp.bfloat16))
+            x = x - terms[-1].astype(jnp.float32)
+    return terms
 
 
 def _dot(x, y, axes):
-    if x.dtype == jnp.bfloat16 and targets.interpreting():  # which XLA's CPU backend may refuse
-        x, y = (z.astype(jnp.float32) for z in (x, y))
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(
@@ -126,7 +139,7 @@ def inverse(products: Products, A_CC):
     """(I + A)^{-1} for A strictly lower triangular, in float32.
 
     Diagonal blocks of 32 by substitution on the vector unit, all of a chunk's side by side in the lanes; then neighbours
-    are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products a level, as `Products.dot` rounds them. A generator, for
+    are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products a level, to 24 bits. A generator, for
     `in_turns`.
     """
     C = A_CC.shape[0]
@@ -142,17 +155,17 @@ def _joined(products, A_CC, X_CC, U):
     C = A_CC.shape[0]
     if 2 * U == C:
         X1, X2 = X_CC[:U, :U], X_CC[U:, U:]
-        Y = products.dot(A_CC[U:, :U], X1)
+        Y = products.precise(A_CC[U:, :U], X1)
         yield
-        Y = -products.dot(X2, Y)
+        Y = -products.precise(X2, Y)
         yield
         top = jnp.concatenate([X1, jnp.zeros_like(Y)], axis=1)
         return jnp.concatenate([top, jnp.concatenate([Y, X2], axis=1)], axis=0)
     i, j = iota((C, C), 0) // U, iota((C, C), 1) // U
     below = (i == j + 1) & (i % 2 == 1)
-    Y_CC = products.dot(jnp.where(below, A_CC, 0.0), X_CC)
+    Y_CC = products.precise(jnp.where(below, A_CC, 0.0), X_CC)
     yield
-    Y_CC = products.dot(X_CC, Y_CC)
+    Y_CC = products.precise(X_CC, Y_CC)
     yield
     return X_CC - Y_CC
 

@@ -70,7 +70,7 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
     X_CC = yield from tpu_blocks.inverse(p, A_CC)
     read_CV = v_CV.astype(jnp.float32) - p.dot(k_CK * through_CK, S_KV)
     yield
-    U_CV = p.dot(X_CC, gates.beta_C1 * read_CV)
+    U_CV = p.precise(X_CC, gates.beta_C1 * read_CV)
     yield
     return Chunk(levels, through_CK, after_CK, kk_CC, X_CC, Z_CC, read_CV, U_CV)
 
@@ -102,7 +102,7 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
     yield
     dU_CV = dU_CV + p.dot(c.Z_CC, do_CV, (0, 0))
     yield
-    dR_CV = p.dot(c.X_CC, dU_CV, (0, 0))
+    dR_CV = p.precise(c.X_CC, dU_CV, (0, 0))
     dv_CV = beta_C1 * dR_CV
     yield
     dS_next_KV = column_of(total_1K) * dS_KV - p.dot(k_through_CK, dv_CV, (0, 0))

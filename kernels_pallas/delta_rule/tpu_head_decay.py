@@ -110,7 +110,7 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
 def _solve(p, A_CC, lost_CC, X_CC, R_CV, axis):
     """(I + A)^{-1} R, or with axis 0 of the transposed, corrected by its residual where rounding counts."""
     axes = (axis, 0)
-    U_CV = p.dot(X_CC, R_CV, axes)
+    U_CV = p.precise(X_CC, R_CV, axes)
     if lost_CC is None:
         return U_CV
     exact_CV, rest_CV = p.exact_product(A_CC, U_CV, axes)
