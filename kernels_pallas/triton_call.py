@@ -56,7 +56,7 @@ def prepare() -> None:
 
 def precision(name: str) -> str:
     """The name a kernel's dot takes: interpreted, what a tensor core would round is rounded explicitly."""
-    return f"{name} rounded" if targets.interpreting() and name in ("bf16", "tf32") else name
+    return f"{name} rounded" if targets.interpreting() and name in ("bf16", "bf16x2") else name
 
 
 def launch(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants):

@@ -21,8 +21,8 @@ class Form(NamedTuple):
     """What is fixed at tracing. XH: heads of q and k. GH heads (1 or H) of GK channels (1 or K): the decay's.
 
     inputs, mixed, sums: precision of products of two inputs, of what was computed from them, of sums by products.
-    bfloat16 inputs multiply as they are, and what came of them as TF32, at 2^-11: rounding it to bfloat16 costs up to
-    3e-2 of a gradient's rms at its worst position. float32 is IEEE throughout.
+    bfloat16 inputs multiply as they are, and what came of them as two bfloat16 terms: rounding it to one costs up to
+    3e-2 of a gradient's rms at its worst position, and TF32 lets a delta rule with beta = 2 drift. float32 is IEEE.
     """
 
     operator: str
@@ -73,8 +73,8 @@ def form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, defaul
         "float32" if wide else "bfloat16",
         *(T, XH, H, K, V, GH, GK),
         C=min(chunk_size or default_chunk, triton_call.power_of_two(T)),
-        inputs="ieee" if wide else "bf16" if narrow else "tf32",
-        mixed="ieee" if wide else "tf32",
+        inputs="ieee" if wide else "bf16" if narrow else "bf16x2",
+        mixed="ieee" if wide else "bf16x2",
         sums="ieee" if wide else "tf32x3",
     )
 

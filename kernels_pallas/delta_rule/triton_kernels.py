@@ -148,16 +148,22 @@ def writes(
     for n in range(N):
         store_tile(out + (bh * N + n) * K * V, V, 0, K, v0, V, S, BK, BV)
         k_CK = load_tile(k, XH * K, n * C, T, 0, K, C, BK)
-        through = load_through(g, GH * GK, n * C, T, 0, GK, C, BG)
-        found = dot(k_CK * tl.exp(through), S, MIXED)
+        through = tl.exp(load_through(g, GH * GK, n * C, T, 0, GK, C, BG))
+        after = tl.exp(load_after(g, GH * GK, n * C, T, 0, GK, C, BG))
+        if GK > 1:
+            found = dot(k_CK * through, S, MIXED)
+        else:
+            found = through * dot(k_CK, S, MIXED)
         v_CV = load_tile(v, H * V, n * C, T, v0, V, C, BV)
         R_CV = load_tile(beta, H, n * C, T, 0, 1, C, 1) * (v_CV - found)
         X_CC = _load_inverse(X, bh * N + n, C, EXACT)
         U_CV = dot(X_CC, R_CV, MIXED)
         store_tile(u, H * V, n * C, T, v0, V, U_CV, C, BV)
-        k_CK = k_CK * tl.exp(load_after(g, GH * GK, n * C, T, 0, GK, C, BG))
-        total = load_total(g, GH * GK, n * C, T, 0, GK, C, BG)
-        S = S * tl.exp(total) + dot(tl.trans(k_CK), U_CV, MIXED)
+        S *= tl.exp(load_total(g, GH * GK, n * C, T, 0, GK, C, BG))
+        if GK > 1:
+            S += dot(tl.trans(k_CK * after), U_CV, MIXED)
+        else:
+            S += dot(tl.trans(k_CK), after * U_CV, MIXED)
     store_tile(final + bh * K * V, V, 0, K, v0, V, S, BK, BV)
 
 
@@ -209,18 +215,24 @@ def gradients_of_writes(
         n = N - 1 - step
         store_tile(out + (bh * N + n) * K * V, V, 0, K, v0, V, dS, BK, BV)
         k_CK = load_tile(k, XH * K, n * C, T, 0, K, C, BK)
-        after = load_after(g, GH * GK, n * C, T, 0, GK, C, BG)
+        after = tl.exp(load_after(g, GH * GK, n * C, T, 0, GK, C, BG))
         dU_CV = load_tile(du + at, H * V, n * C, T, v0, V, C, BV)
-        dU_CV += dot(k_CK * tl.exp(after), dS, MIXED)
+        if GK > 1:
+            dU_CV += dot(k_CK * after, dS, MIXED)
+        else:
+            dU_CV += after * dot(k_CK, dS, MIXED)
         X_CC = _load_inverse(X, bh * N + n, C, EXACT)
         dR_CV = dot(tl.trans(X_CC), dU_CV, MIXED)
         store_tile(dr + at, H * V, n * C, T, v0, V, dR_CV, C, BV)
         through = tl.exp(load_through(g, GH * GK, n * C, T, 0, GK, C, BG))
         dS *= tl.exp(load_total(g, GH * GK, n * C, T, 0, GK, C, BG))
-        q_CK = load_tile(q, XH * K, n * C, T, 0, K, C, BK) * through
+        q_CK = load_tile(q, XH * K, n * C, T, 0, K, C, BK)
         do_CV = load_tile(do + at, H * V, n * C, T, v0, V, C, BV)
-        dS += SCALE * dot(tl.trans(q_CK), do_CV, MIXED)
-        k_CK = k_CK * through
-        beta_C1 = load_tile(beta, H, n * C, T, 0, 1, C, 1)
-        dS -= dot(tl.trans(k_CK), beta_C1 * dR_CV, MIXED)
+        dR_CV *= load_tile(beta, H, n * C, T, 0, 1, C, 1)
+        if GK > 1:
+            dS += SCALE * dot(tl.trans(q_CK * through), do_CV, MIXED)
+            dS -= dot(tl.trans(k_CK * through), dR_CV, MIXED)
+        else:
+            dS += SCALE * dot(tl.trans(q_CK), through * do_CV, MIXED)
+            dS -= dot(tl.trans(k_CK), through * dR_CV, MIXED)
     store_tile(dstart + bh * K * V, V, 0, K, v0, V, dS, BK, BV)

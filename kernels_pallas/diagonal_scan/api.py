@@ -5,10 +5,11 @@ import jax.numpy as jnp
 
 from kernels_pallas import checks, dispatch, segments
 from kernels_pallas import recurrence_arguments as arguments
-from kernels_pallas.diagonal_scan import chunked, pallas_tpu, reference
+from kernels_pallas.diagonal_scan import chunked, gpu_triton, pallas_tpu, reference
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, "tpu"),
+    dispatch.Implementation("triton", gpu_triton.triton, gpu_triton.unsupported, "gpu"),
     dispatch.Implementation("chunked", chunked.chunked),
     dispatch.Implementation("reference", reference.recurrent),
 )
@@ -41,7 +42,7 @@ def diagonal_scan(
         document of the token it meets first.
       segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another.
       reverse: run from the last token to the first.
-      implementation: 'pallas_tpu', 'chunked', 'reference', or None for the best here.
+      implementation: 'pallas_tpu', 'triton' (real), 'chunked', 'reference', or None for the best here.
 
     Returns:
       h_BTD in x's dtype (complex where the decay or the initial state makes it so), and the final state (B, D): h at

@@ -1,0 +1,121 @@
+"""The real diagonal recurrence as Triton kernels, forward and backward, either direction (sm80 and later).
+
+Two levels, as in `chunked.py`: every chunk's map h -> A h + b at once; the states that enter each, by
+`jax.lax.associative_scan` over the maps; every state, all chunks at once. Backward, with carry c from token t+1 to t,
+
+    l_t = g_t + c_t      c_{t-1} = a_t l_t      dx_t = l_t      da_t = l_t h_{t-1}
+
+is the same in the other direction. Kept are the inputs and the states that enter each chunk, from which h is made again
+in float32: the one given out may be rounded. Only sums of x and decays that stand in front; nothing is divided.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import triton_call
+
+
+def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
+    for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('chunked' takes all)"
+    return triton_call.why_not()
+
+
+def triton(x_BTD, decay_BTD, initial_state_BD, reverse=False):
+    """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
+    h_BTD, final_BD = _scan(
+        reverse,
+        x_BTD,
+        decay_BTD.astype(jnp.float32),
+        initial_state_BD.astype(jnp.float32),
+    )
+    return h_BTD, final_BD.astype(initial_state_BD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(reverse, *arrays):
+    return _forward(reverse, *arrays)[0]
+
+
+def _forward(reverse, *arrays):
+    @triton_call.over_batch
+    def forward(arrays):
+        x_BTD, decay_BTD, initial_BD = arrays
+        entering_BND, final_BD = _entering(x_BTD, decay_BTD, initial_BD, reverse)
+        h_BTD = _states(x_BTD, decay_BTD, entering_BND, reverse, x_BTD.dtype)
+        return h_BTD, final_BD, entering_BND
+
+    h_BTD, final_BD, entering_BND = forward(arrays)
+    return (h_BTD, final_BD), (*arrays, entering_BND)
+
+
+def _backward(reverse, saved, cotangents):
+    @triton_call.over_batch
+    def backward(arrays):
+        (x_BTD, decay_BTD, initial_BD, entering_BND), (g_BTD, g_final_BD) = arrays
+        h_BTD = _states(x_BTD, decay_BTD, entering_BND, reverse, jnp.float32)
+        carry_BND, d_initial_BD = _entering(g_BTD, decay_BTD, g_final_BD, not reverse, adjoint=True)
+        dx_BTD, ddecay_BTD = _launch(
+            "gradients",
+            (g_BTD, decay_BTD, h_BTD, initial_BD, carry_BND),
+            [(x_BTD.shape, x_BTD.dtype), (x_BTD.shape, jnp.float32)],
+            REVERSE=reverse,
+        )
+        return dx_BTD, ddecay_BTD, d_initial_BD
+
+    return backward((saved, cotangents))
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _compose(first, second):
+    return second[0] * first[0], second[0] * first[1] + second[1]
+
+
+def _entering(x_BTD, decay_BTD, initial_BD, reverse, adjoint=False):
+    """The state that enters each chunk, and the one behind the last."""
+    B, T, D = x_BTD.shape
+    shape_BND = B, -(-T // _tiles(D)["C"]), D
+    product_BND, local_BND = _launch(
+        "maps",
+        (x_BTD, decay_BTD),
+        [(shape_BND, jnp.float32)] * 2,
+        REVERSE=reverse,
+        ADJOINT=adjoint,
+    )
+    maps = product_BND, local_BND
+    total_BND, local_BND = jax.lax.associative_scan(_compose, maps, reverse=reverse, axis=1)
+    after_BND = total_BND * initial_BD[:, None] + local_BND
+    if reverse:
+        entering_BND = jnp.concatenate([after_BND[:, 1:], initial_BD[:, None]], axis=1)
+        return entering_BND, after_BND[:, 0]
+    entering_BND = jnp.concatenate([initial_BD[:, None], after_BND[:, :-1]], axis=1)
+    return entering_BND, after_BND[:, -1]
+
+
+def _states(x_BTD, decay_BTD, entering_BND, reverse, dtype):
+    inputs = x_BTD, decay_BTD, entering_BND
+    (h_BTD,) = _launch("scan", inputs, [(x_BTD.shape, dtype)], REVERSE=reverse)
+    return h_BTD
+
+
+def _tiles(D):
+    tiles = triton_call.tiles("diagonal_scan", "scan", "float32", 1, 1)
+    tiles["BD"] = min(tiles["BD"], triton_call.power_of_two(D))
+    return {name: tiles[name] for name in ("C", "BD", "num_warps", "num_stages")}
+
+
+def _launch(part, inputs, outputs, **constants):
+    triton_call.prepare()
+    from kernels_pallas.diagonal_scan import triton_kernels
+
+    B, T, D = inputs[0].shape
+    tiles = _tiles(D)
+    grid = -(-T // tiles["C"]) * -(-D // tiles["BD"]), B
+    outputs = [jax.ShapeDtypeStruct(*output) for output in outputs]
+    kernel = getattr(triton_kernels, part)
+    return triton_call.launch(kernel, inputs, outputs, grid, T=T, D=D, **tiles, **constants)

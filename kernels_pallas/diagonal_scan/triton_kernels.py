@@ -1,0 +1,116 @@
+"""Triton kernels of the real diagonal recurrence: a chunk's map, its states from the one that enters, its gradients.
+
+A program walks the C tokens of one chunk for BD channels; the grid is (chunks times blocks of channels, batch), so
+all chunks run at once, and only their maps are composed in order, outside. REVERSE walks time from its end.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _program(T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
+    """This program's chunk (as a block), channels, their offsets at batch b's first token, and those among chunks."""
+    blocks = tl.cdiv(D, BD)
+    n = tl.program_id(0) // blocks + tl.full((BD,), 0, tl.int32)
+    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    b = tl.program_id(1).to(tl.int64)
+    return n, d, b * T * D + d, (b * tl.cdiv(T, C) + n) * D + d
+
+
+@triton.jit
+def maps(
+    x,
+    decay,
+    product,
+    local,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ADJOINT: tl.constexpr,
+):
+    """h -> product h + local over one chunk, where h' = a h + x; ADJOINT: where h' = a (h + x)."""
+    n, d, at, at_chunk = _program(T, D, C, BD)
+    A = tl.full((BD,), 1.0, tl.float32)
+    h = tl.full((BD,), 0.0, tl.float32)
+    for step in range(C):
+        t = n * C + step
+        if REVERSE:
+            t = n * C + C - 1 - step
+        inside = (d < D) & (t < T)
+        a = tl.load(decay + at + t.to(tl.int64) * D, mask=inside, other=1.0).to(tl.float32)
+        x_t = tl.load(x + at + t.to(tl.int64) * D, mask=inside, other=0.0).to(tl.float32)
+        A *= a
+        if ADJOINT:
+            h = a * (h + x_t)
+        else:
+            h = a * h + x_t
+    tl.store(product + at_chunk, A, mask=d < D)
+    tl.store(local + at_chunk, h, mask=d < D)
+
+
+@triton.jit
+def scan(
+    x,
+    decay,
+    entering,
+    out,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BD: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """h_t = a_t h_{t-1} + x_t over one chunk."""
+    n, d, at, at_chunk = _program(T, D, C, BD)
+    h = tl.load(entering + at_chunk, mask=d < D, other=0.0)
+    for step in range(C):
+        t = n * C + step
+        if REVERSE:
+            t = n * C + C - 1 - step
+        inside = (d < D) & (t < T)
+        a = tl.load(decay + at + t.to(tl.int64) * D, mask=inside, other=1.0).to(tl.float32)
+        x_t = tl.load(x + at + t.to(tl.int64) * D, mask=inside, other=0.0).to(tl.float32)
+        h = a * h + x_t
+        tl.store(out + at + t.to(tl.int64) * D, h.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradients(
+    g,
+    decay,
+    h,
+    initial,
+    entering,
+    dx,
+    ddecay,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BD: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """l_t = g_t + c_t, c of the token before = a_t l_t; dx_t = l_t, da_t = l_t h_{t-1}. REVERSE is that of h's scan."""
+    n, d, at, at_chunk = _program(T, D, C, BD)
+    b = tl.program_id(1).to(tl.int64)
+    c = tl.load(entering + at_chunk, mask=d < D, other=0.0)
+    first = tl.load(initial + b * D + d, mask=d < D, other=0.0)
+    for step in range(C):
+        if REVERSE:
+            t = n * C + step
+            earlier = t + 1
+        else:
+            t = n * C + C - 1 - step
+            earlier = t - 1
+        inside = (d < D) & (t < T)
+        has_earlier = inside & (earlier >= 0) & (earlier < T)
+        a = tl.load(decay + at + t.to(tl.int64) * D, mask=inside, other=1.0).to(tl.float32)
+        g_t = tl.load(g + at + t.to(tl.int64) * D, mask=inside, other=0.0).to(tl.float32)
+        h_t = tl.load(h + at + earlier.to(tl.int64) * D, mask=has_earlier, other=0.0)
+        h_t = tl.where(has_earlier, h_t, first)
+        l = g_t + c
+        c = a * l
+        tl.store(dx + at + t.to(tl.int64) * D, l.to(dx.dtype.element_ty), mask=inside)
+        tl.store(ddecay + at + t.to(tl.int64) * D, l * h_t, mask=inside)
