@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import segments, targets
-from kernels_pallas.linear_attention import tpu_channel_decay, tpu_head_decay
+from kernels_pallas.linear_attention import chunked, tpu_channel_decay, tpu_head_decay
 
 # Value heads a grid step, where they fit: one head's chain of products fills another's gaps. More help little and take longer
 # to compile; float32, whose products are six times as long, gets half.
@@ -210,20 +210,66 @@ def _flat(x_BTHK, plan, width):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(plan, q, k, v, gates, state):
-    return _forward(plan, False, q, k, v, gates, state)[:2]
+def _run(plan, *arrays):
+    return _forward(plan, False, *arrays)
 
 
-def _run_forward(plan, q, k, v, gates, state):
-    o, final, states = _forward(plan, True, q, k, v, gates, state)
-    return (o, final), (q, k, v, gates, states)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_keeping_states(plan, *arrays):
+    return _forward(plan, True, *arrays)
+
+
+def _run_forward(plan, *arrays):
+    o, final, states = _run_keeping_states(plan, *arrays)
+    return (o, final), (arrays, states)
+
+
+def _keeping_forward(plan, *arrays):
+    outputs = _run_keeping_states(plan, *arrays)
+    return outputs, (arrays, outputs[2])
 
 
 def _run_backward(plan, saved, cotangents):
-    return _backward(plan, *saved, *cotangents)
+    """The states' cotangent is dropped: whatever reads them (`_gradients`) differentiates from the inputs."""
+    return _gradients(plan, *saved, cotangents[:2])
 
 
 _run.defvjp(_run_forward, _run_backward)
+_run_keeping_states.defvjp(_keeping_forward, _run_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(plan, arrays, states, cotangents):
+    return _backward(plan, *arrays[:-1], states, *cotangents)
+
+
+def _gradients_forward(plan, arrays, states, cotangents):
+    return _gradients(plan, arrays, states, cotangents), (arrays, states, cotangents)
+
+
+def _gradients_backward(plan, saved, cotangents):
+    """Gradients of gradients, which are rare, are the chunked form's."""
+    arrays, states, first = saved
+
+    def gradients(arrays, first):
+        return jax.vjp(functools.partial(_chunked, plan), *arrays)[1](first)
+
+    d_arrays, d_first = jax.vjp(gradients, arrays, first)[1](cotangents)
+    return d_arrays, jnp.zeros_like(states), d_first
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+def _chunked(plan, q, k, v, gates, state):
+    B, T, G, H = plan.B, plan.T, plan.G, plan.H
+    if plan.decay == "head":
+        gates = gates.reshape(B, H, T).swapaxes(1, 2)[..., None]
+    elif plan.decay == "channel":
+        gates, state = gates.reshape(B, T, H, plan.K), state.swapaxes(2, 3)
+    q, k, v = (x.reshape(B, T, n, -1) for x, n in ((q, G), (k, G), (v, H)))
+    o, final = chunked.chunked(q, k, v, gates, state, None, None, plan.scale)
+    return o.reshape(B, T, -1), final.swapaxes(2, 3) if plan.decay == "channel" else final
 
 
 def _specs(plan: Plan, backward: bool) -> dict[str, pl.BlockSpec]:
