@@ -190,7 +190,10 @@ def _renamed(x):
         ({"segment_ids": np.zeros((2, 5))}, "segment_ids has dtype float64; expected integers"),
         ({"scale": np.ones(2)}, "expected a number or None"),
         ({"chunk_size": 48}, "chunk_size is 48; expected a power of two, 16 or more"),
-        ({"implementation": "fast"}, "choose one of 'one_token', 'chunked', 'reference', or None"),
+        (
+            {"implementation": "fast"},
+            "choose one of 'one_token', 'pallas_tpu', 'triton', 'chunked', 'reference', or None",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
