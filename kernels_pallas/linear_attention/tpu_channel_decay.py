@@ -42,16 +42,15 @@ def shared(plan, q_CK, k_CK):
 
 
 def _tree(g_CK):
-    """[(through, behind)] by level, smallest halves first, and at the end those of the whole chunk."""
+    """(through, behind) by level, smallest halves first, and at the end those of the whole chunk."""
     C, K = g_CK.shape
     through, behind = jnp.exp(finite(g_CK)), jnp.ones_like(g_CK)
-    levels = [(through, behind)]
     U = 1
+    yield through, behind
     while U < C:
         through, behind = (_small_step if U < SUBLANES else _large_step)(through, behind, U)
-        levels.append((through, behind))
+        yield through, behind
         U *= 2
-    return levels
 
 
 def _small_step(through_CK, behind_CK, U):
@@ -127,31 +126,29 @@ def _from_right(x, U):
     return _joined(jnp.zeros_like(x_MUK), x_MUK)
 
 
-def _scores(plan, level_CC, s_CC, levels):
-    """A_ij = sum_K q_i k_j (decay between them), 0 for j > i. levels: (q through, k behind) of each."""
-    A_CC = jnp.where(level_CC == SELF, s_CC, 0.0)
-    for n, (q_CK, k_CK) in enumerate(levels):
-        U = 1 << n
-        rows = dot(plan.narrow, _right(q_CK, U), k_CK, (1, 1))
-        if U < SUBLANES:
-            A_CC = jnp.where(level_CC == n, rows, A_CC)
-            continue
-        left, right = _halves(A_CC, U)
-        mask = _halves(level_CC, U)[1] == n
-        A_CC = _joined(left, jnp.where(mask, rows.reshape(right.shape), right))
-    return A_CC
+def _with_level(plan, n, level_CC, A_CC, q_CK, k_CK):
+    """A_ij = sum_K q_i k_j where i and j part at level n, for q and k decayed up to there."""
+    U = 1 << n
+    rows = dot(plan.narrow, _right(q_CK, U), k_CK, (1, 1))
+    if U < SUBLANES:
+        return jnp.where(level_CC == n, rows, A_CC)
+    left, right = _halves(A_CC, U)
+    mask = _halves(level_CC, U)[1] == n
+    return _joined(left, jnp.where(mask, rows.reshape(right.shape), right))
 
 
 def forward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK):
     """The chunk's output and the state behind it, float32."""
     narrow = plan.narrow
+    level_CC = constants[0][...]
     q_CK, k_CK = q_CK.astype(jnp.float32) * plan.scale, k_CK.astype(jnp.float32)
-    tree = _tree(g_CK)
-    *levels, (q_in_CK, k_out_CK) = [(q_CK * a, k_CK * b) for a, b in tree]
-    A_CC = _scores(plan, constants[0][...], s_CC * plan.scale, levels)
-    o_CV = dot(narrow, A_CC, v_CV) + dot(narrow, q_in_CK, S_VK, (1, 1))
-    total_1K = tree[-1][0][plan.C - 1 :]
-    return o_CV, S_VK * total_1K + dot(narrow, v_CV, k_out_CK, (0, 0))
+    A_CC = jnp.where(level_CC == SELF, s_CC * plan.scale, 0.0)
+    for n, (through, behind) in enumerate(_tree(g_CK)):
+        if 1 << n < plan.C:
+            A_CC = _with_level(plan, n, level_CC, A_CC, q_CK * through, k_CK * behind)
+    o_CV = dot(narrow, A_CC, v_CV) + dot(narrow, q_CK * through, S_VK, (1, 1))
+    total_1K = through[plan.C - 1 :]
+    return o_CV, S_VK * total_1K + dot(narrow, v_CV, k_CK * behind, (0, 0))
 
 
 def backward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK, d_o_CV, d_S_VK):
@@ -159,9 +156,11 @@ def backward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK, d_o_CV, d_S_VK
     narrow, C = plan.narrow, plan.C
     level_CC = constants[0][...]
     q_CK, k_CK = q_CK.astype(jnp.float32) * plan.scale, k_CK.astype(jnp.float32)
-    tree = _tree(g_CK)
+    tree = list(_tree(g_CK))
     *levels, (q_in_CK, k_out_CK) = [(q_CK * a, k_CK * b) for a, b in tree]
-    A_CC = _scores(plan, level_CC, s_CC * plan.scale, levels)
+    A_CC = jnp.where(level_CC == SELF, s_CC * plan.scale, 0.0)
+    for n, (ql_CK, kl_CK) in enumerate(levels):
+        A_CC = _with_level(plan, n, level_CC, A_CC, ql_CK, kl_CK)
     d_A_CC = dot(narrow, d_o_CV, v_CV, (1, 1))
     d_v_CV = dot(narrow, A_CC, d_o_CV, (0, 0)) + dot(narrow, k_out_CK, d_S_VK, (1, 1))
     d_q_in_CK, d_k_out_CK = dot(narrow, d_o_CV, S_VK), fine(narrow, v_CV, d_S_VK)
