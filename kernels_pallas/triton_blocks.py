@@ -12,27 +12,45 @@ import triton.language as tl
 
 @triton.jit
 def dot(x, y, PRECISION: tl.constexpr):
-    """x y with float32 sums, and the rounding said: "ieee", "tf32x3", "bf16", "bf16x2" or "fp64" (which stays float64).
+    """x y with float32 sums, and the rounding said: "ieee", "tf32x3", "bf16", "bf16x2", "bf16x3" or "fp64" (which stays).
 
     "bf16" rounds both to bfloat16. "bf16x2" takes what is bfloat16 as it is and anything else as a sum of two bfloat16
-    terms, without the product of the two smaller ones: 2^-16, on tensor cores at their fastest rate. "... rounded" gives
-    on an interpreter, which has no bfloat16 products, what "..." gives on a tensor core.
+    terms, without the product of the two smaller ones: 2^-16, on tensor cores at their fastest rate; "bf16x3" as a sum of
+    three, 2^-24. "... rounded" gives on an interpreter, which has no bfloat16 products, what "..." gives on a tensor core.
     """
     if PRECISION == "fp64":
         out = tl.dot(x.to(tl.float64), y.to(tl.float64), out_dtype=tl.float64)
     elif PRECISION == "bf16" or PRECISION == "bf16 rounded":
         out = _bf16_dot(x.to(tl.bfloat16), y.to(tl.bfloat16), PRECISION == "bf16 rounded")
     elif PRECISION == "bf16x2" or PRECISION == "bf16x2 rounded":
-        ROUNDED: tl.constexpr = PRECISION == "bf16x2 rounded"
-        x_high, y_high = x.to(tl.bfloat16), y.to(tl.bfloat16)
-        out = _bf16_dot(x_high, y_high, ROUNDED)
-        if x.dtype != tl.bfloat16:
-            out += _bf16_dot(_rest(x, x_high), y_high, ROUNDED)
-        if y.dtype != tl.bfloat16:
-            out += _bf16_dot(x_high, _rest(y, y_high), ROUNDED)
+        out = _terms_dot(x, y, 2, PRECISION == "bf16x2 rounded")
+    elif PRECISION == "bf16x3" or PRECISION == "bf16x3 rounded":
+        out = _terms_dot(x, y, 3, PRECISION == "bf16x3 rounded")
     else:
         out = tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=PRECISION)
     return out
+
+
+@triton.jit
+def _terms_dot(x, y, TERMS: tl.constexpr, ROUNDED: tl.constexpr):
+    """Small products first. An operand that is bfloat16 is its own first term."""
+    x0, y0 = x.to(tl.bfloat16), y.to(tl.bfloat16)
+    x1, y1 = _rest(x, x0), _rest(y, y0)
+    out = tl.full((x.shape[0], y.shape[1]), 0.0, tl.float32)
+    if TERMS == 3:
+        if x.dtype != tl.bfloat16:
+            x2 = (x - x0.to(tl.float32) - x1.to(tl.float32)).to(tl.bfloat16)
+            out += _bf16_dot(x2, y0, ROUNDED)
+        if y.dtype != tl.bfloat16:
+            y2 = (y - y0.to(tl.float32) - y1.to(tl.float32)).to(tl.bfloat16)
+            out += _bf16_dot(x0, y2, ROUNDED)
+        if x.dtype != tl.bfloat16 and y.dtype != tl.bfloat16:
+            out += _bf16_dot(x1, y1, ROUNDED)
+    if x.dtype != tl.bfloat16:
+        out += _bf16_dot(x1, y0, ROUNDED)
+    if y.dtype != tl.bfloat16:
+        out += _bf16_dot(x0, y1, ROUNDED)
+    return out + _bf16_dot(x0, y0, ROUNDED)
 
 
 @triton.jit

@@ -9,6 +9,8 @@ GPU. Outputs start as NaN there: an element that no program writes is seen. Trit
 whether it is interpreted, hence once a process: `prepare`.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 import json
@@ -16,6 +18,7 @@ import os
 import pathlib
 import sys
 import threading
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +28,38 @@ from kernels_pallas import targets
 
 EXTRA = "pip install -e '.[triton]'"
 TILES = pathlib.Path(__file__).with_name("triton_tiles.json")
+_RECORD = contextvars.ContextVar("record", default=None)
 _INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder is global
+
+
+class Launch(NamedTuple):
+    """One launch: what a compiler has to know, and what passes through memory."""
+
+    kernel: Any
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    grid: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    constants: dict[str, Any]
+
+
+@contextlib.contextmanager
+def recorded():
+    """Launches that are traced inside the block are collected in the list it gives, and none runs."""
+    launches = []
+    token = _RECORD.set(launches)
+    try:
+        yield launches
+    finally:
+        _RECORD.reset(token)
 
 
 def why_not() -> str | None:
     """Why Triton kernels cannot run in this process, or None."""
     missing = [name for name in ("triton",) if importlib.util.find_spec(name) is None]
-    if not targets.interpreting() and importlib.util.find_spec("jax_triton") is None:
+    compiled = not targets.interpreting() and _RECORD.get() is None
+    if compiled and importlib.util.find_spec("jax_triton") is None:
         missing.append("jax_triton")
     if missing:
         return f"{' and '.join(missing)} cannot be imported; install the extra: {EXTRA}"
@@ -56,7 +84,7 @@ def prepare() -> None:
 
 def precision(name: str) -> str:
     """The name a kernel's dot takes: interpreted, what a tensor core would round is rounded explicitly."""
-    return f"{name} rounded" if targets.interpreting() and name in ("bf16", "bf16x2") else name
+    return f"{name} rounded" if targets.interpreting() and name.startswith("bf16") else name
 
 
 def launch(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants):
@@ -65,6 +93,11 @@ def launch(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **consta
     Raises:
       ImportError: jax_triton is missing or unusable on this machine; the message names the extra.
     """
+    if _RECORD.get() is not None:
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
+        sizes = num_warps, num_stages
+        _RECORD.get().append(Launch(kernel, shapes, tuple(outputs), grid, *sizes, constants))
+        return [jnp.zeros(x.shape, x.dtype) for x in outputs]
     if targets.interpreting():
         run = functools.partial(_interpret, kernel, outputs, grid, constants)
         return jax.pure_callback(run, outputs, *inputs)
