@@ -18,11 +18,17 @@ from kernels_pallas import segments, targets, tpu_blocks
 from kernels_pallas.delta_rule import tpu_channel_decay, tpu_head_decay
 from kernels_pallas.tpu_blocks import Products
 
+CHUNK_SIZE = 128
+FLOAT32_CHUNK_SIZE = 32  # as `chunked`: where beta is 2, longer ones lose accuracy
+# Value heads a grid step, where they fit: they fill each other's gaps (`tpu_blocks.in_turns`).
+HEADS = {None: 8, "head": 8, "channel": 4}
+VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, or more
+
 
 class Plan(NamedTuple):
-    """Sizes of one call, and how it is cut: hashable, chosen before tracing.
+    """Sizes of one call, and how it is cut: hashable, chosen before tracing. K and V are whole 64s.
 
-    heads: value heads a grid step; keys: key heads a grid step. Several steps may read one key head: shared.
+    heads: value heads a grid step; keys: key heads a grid step.
     decay: None, "head" or "channel".
     """
 
@@ -57,6 +63,19 @@ class Plan(NamedTuple):
         """Grid steps that read the same key heads."""
         return self.groups * self.keys // self.G
 
+    @property
+    def vmem_bytes(self):
+        """What the backward kernel takes: blocks twice, for they are fetched ahead; states; what the algebra holds."""
+        item = 2 if self.products.narrow else 4
+        keys, values, state = self.keys * self.K, self.heads * self.V, self.K * self.V
+        blocks = self.C * item * (4 * keys + 3 * values) + 12 * self.heads * state
+        arrays = 24
+        if self.decay == "channel":
+            blocks += 8 * self.C * self.heads * self.K
+            arrays = 64
+        held = arrays * self.C * max(self.C, self.K, self.V) + 4 * state
+        return 2 * blocks + 4 * self.heads * held
+
 
 def pallas_tpu(
     q_BTGK,
@@ -69,66 +88,88 @@ def pallas_tpu(
     scale,
     chunk_size=None,
 ):
-    """The delta rule on a TPU. Arguments are normalised by `api.py`."""
-    plan = plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, scale, chunk_size)
-    dtype = jnp.bfloat16 if plan.products.narrow else jnp.float32
-    if plan.decay and log_decay_BTHK is None:
-        log_decay_BTHK = jnp.zeros((plan.B, plan.T, plan.H, 1), jnp.float32)
+    """The kernels. Arguments are normalised by `api.py`."""
+    plan = plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale)
     if segment_ids_BT is not None:
-        starts_BT = segments.starts(segment_ids_BT)
-        log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], -jnp.inf, log_decay_BTHK)
-    wide_BTHK = None if plan.decay != "channel" else log_decay_BTHK.astype(jnp.float32)
-    gates = (beta_BTH,) if plan.decay != "head" else (beta_BTH, log_decay_BTHK[..., 0])
-    o_BTHV, final_BHKV = _run(
-        plan,
-        *(_flat(x, plan, dtype) for x in (q_BTGK, k_BTGK, v_BTHV)),
-        _gate_rows(gates, plan),
-        None if wide_BTHK is None else _flat(wide_BTHK, plan, jnp.float32),
-        initial_state_BHKV,
-    )
-    o_BTHV = o_BTHV[:, : plan.T].reshape(v_BTHV.shape)
-    return o_BTHV.astype(v_BTHV.dtype), final_BHKV
+        starts_BT11 = segments.starts(segment_ids_BT)[:, :, None, None]
+        log_decay = jnp.zeros((1, 1, plan.H, 1)) if log_decay_BTHK is None else log_decay_BTHK
+        log_decay_BTHK = jnp.where(starts_BT11, -jnp.inf, log_decay)
+    dtype = jnp.bfloat16 if plan.products.narrow else jnp.float32
+    q, k = (_flat(x, plan, plan.K, dtype) for x in (q_BTGK, k_BTGK))
+    v, g, gates = _flat(v_BTHV, plan, plan.V, dtype), None, [beta_BTH]
+    if plan.decay == "channel":
+        g = _flat(log_decay_BTHK, plan, plan.K, jnp.float32)
+    if plan.decay == "head":
+        gates.append(log_decay_BTHK[..., 0])
+    K, V = initial_state_BHKV.shape[2:]
+    more = ((0, 0), (0, 0), (0, plan.K - K), (0, plan.V - V))
+    S_BHKV = jnp.pad(initial_state_BHKV.astype(jnp.float32), more)
+    o, final_BHKV = _run(plan, q, k, v, _gate_rows(gates, plan), g, S_BHKV)
+    o_BTHV = o.reshape(plan.B, -1, plan.H, plan.V)[:, : plan.T, :, :V]
+    return o_BTHV.astype(v_BTHV.dtype), final_BHKV[:, :, :K, :V]
 
 
-def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, scale, chunk_size=None) -> Plan:
-    """How a call is cut."""
+def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale) -> Plan:
+    """How a call is cut: as many heads a step as fit."""
     B, T, H, V = v_BTHV.shape
     G, K = k_BTGK.shape[2:]
     narrow = all(x.dtype == jnp.bfloat16 for x in (q_BTGK, k_BTGK, v_BTHV))
-    exact = not narrow and log_decay_BTHK is None
-    C = chunk_size or (128 if narrow else 32)
-    C = max(16, min(C, 1 << (T - 1).bit_length()))
-    if log_decay_BTHK is None:
-        decay = None if segment_ids_BT is None else "head"
-    else:
+    products = Products(narrow, exact=not narrow and log_decay_BTHK is None)
+    decay = None if segment_ids_BT is None else "head"
+    if log_decay_BTHK is not None:
         decay = "head" if log_decay_BTHK.shape[-1] == 1 else "channel"
-    heads, keys = _heads_a_step(G, H, K, V)
-    return Plan(B, T, G, H, K, V, C, heads, keys, decay, Products(narrow, exact), float(scale))
+    C = chunk_size or (CHUNK_SIZE if narrow else FLOAT32_CHUNK_SIZE)
+    C = min(C, max(16, 1 << (T - 1).bit_length()))
+    for unit in (64, 128):
+        K, V = (-(-x // unit) * unit for x in (K, V))
+        cuts = _cuts(G, H, K, V, HEADS[decay])
+        if cuts:
+            break
+    plans = [Plan(B, T, G, H, K, V, C, *cut, decay, products, float(scale)) for cut in cuts]
+    return next((plan for plan in plans if plan.vmem_bytes <= VMEM_BYTES), plans[-1])
 
 
-HEADS = 4
-VMEM_LIMIT = 64 << 20
-
-
-def _heads_a_step(G, H, K, V):
-    """Value and key heads a step: whole lanes of 128, or all there are."""
-    copies, best = H // G, None
-    for heads in range(1, H + 1):
+def _cuts(G, H, K, V, most):
+    """(value heads, key heads) a grid step, most first: blocks must be whole lanes of 128, or all there are."""
+    copies, cuts = H // G, []
+    for heads in range(min(H, most), 0, -1):
         keys = max(1, heads // copies)
-        if H % heads or (heads % copies and copies % heads):
-            continue
-        if (heads * V % 128 and heads < H) or (keys * K % 128 and keys < G):
-            continue
-        if best is None or heads <= HEADS:
-            best = heads, keys
-    return best
+        whole = H % heads == 0 and (heads % copies == 0 or copies % heads == 0)
+        lanes = (heads * V % 128 == 0 or heads == H) and (keys * K % 128 == 0 or keys == G)
+        if whole and lanes:
+            cuts.append((heads, keys))
+    return cuts
 
 
-def _flat(x_BTHK, plan, dtype):
-    """(B, T, H, K) to (B, chunks * C, H * K), padded by tokens that do nothing."""
-    B, T, H, K = x_BTHK.shape
-    x = x_BTHK.reshape(B, T, H * K).astype(dtype)
-    return jnp.pad(x, ((0, 0), (0, plan.chunks * plan.C - T), (0, 0)))
+def unsupported(
+    *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, initial_state_BHKV, chunk_size, **_
+) -> str | None:
+    """Why the kernels cannot run a call, and what comes nearest."""
+    named = {"q": q_BTGK, "k": k_BTGK, "v": v_BTHV, "initial_state": initial_state_BHKV}
+    for name, x in named.items():
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {x.dtype}; it takes float32 and bfloat16 ('chunked' takes any)"
+
+    def plan(chunk_size):
+        return plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 1.0)
+
+    wanted = plan(chunk_size)
+    if wanted.vmem_bytes <= VMEM_BYTES:
+        return None
+    smaller = [C for C in (256, 128, 64, 32, 16) if C < wanted.C]
+    fitting = [C for C in smaller if plan(C).vmem_bytes <= VMEM_BYTES]
+    advice = f"give chunk_size={fitting[0]}" if fitting else "use 'chunked', or smaller heads"
+    return (
+        f"K = {q_BTGK.shape[3]}, V = {v_BTHV.shape[3]} and chunks of {wanted.C} take about "
+        f"{wanted.vmem_bytes >> 20} MiB of VMEM, of {VMEM_BYTES >> 20}: {advice}"
+    )
+
+
+def _flat(x_BTHK, plan, K, dtype):
+    """(B, T, H, dim) to (B, chunks * C, H * K), padded by tokens, and by channels, that do nothing."""
+    B, T, H, dim = x_BTHK.shape
+    more = ((0, 0), (0, plan.chunks * plan.C - T), (0, 0), (0, K - dim))
+    return jnp.pad(x_BTHK.astype(dtype), more).reshape(B, -1, H * K)
 
 
 def _gate_rows(gates, plan):
@@ -185,23 +226,6 @@ def _specs(plan: Plan, backward: bool):
     }
 
 
-def _call(plan: Plan, kernel, name, specs, ins, outs, out_shapes, operands):
-    return pl.pallas_call(
-        kernel,
-        grid=(plan.B, plan.groups, plan.chunks),
-        in_specs=[specs[kind] for kind in ins],
-        out_specs=[specs[kind] for kind in outs],
-        out_shape=out_shapes,
-        scratch_shapes=[pltpu.VMEM((plan.heads, plan.K, plan.V), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=64 << 20,
-        ),
-        interpret=targets.interpreting(),
-        name=name,
-    )(*operands)
-
-
 def _forward(plan: Plan, keep: bool, q, k, v, gates, g, S_BHKV):
     """keep: also the state that enters each chunk."""
     ins, operands = ["key", "key", "value", "gates", "state"], [q, k, v, gates, S_BHKV]
@@ -242,7 +266,7 @@ def _call(plan: Plan, kernel, ins, operands, outs, shapes):
         scratch_shapes=[pltpu.VMEM((plan.heads, plan.K, plan.V), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT,
+            vmem_limit_bytes=VMEM_BYTES + (8 << 20),
         ),
         interpret=targets.interpreting(),
         name=f"delta_rule_{plan.decay or 'no'}_decay{kernel.__name__.removesuffix('_kernel')}",
@@ -334,12 +358,3 @@ def _backward_kernel(
     @pl.when(n == plan.chunks - 1)
     def _():
         dinitial_ref[0] = dS_ref[...]
-
-
-def unsupported(*, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV, **others) -> str | None:
-    """Why the kernels cannot run a call."""
-    if initial_state_BHKV.dtype != jnp.float32:
-        return (
-            f"it computes in float32; the inputs ask for {initial_state_BHKV.dtype}: use 'chunked'"
-        )
-    return None
