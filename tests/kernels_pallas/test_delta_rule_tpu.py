@@ -1,0 +1,226 @@
+"""delta_rule's TPU kernels: the conformance suite interpreted, sizes and cuts, and all parts, compiled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import delta_rule, targets, tpu_blocks, tpu_compile
+from kernels_pallas.delta_rule import pallas_tpu
+from kernels_pallas.delta_rule.shapes import SHAPES
+from tests.kernels_pallas.conformance import (
+    LENGTHS,
+    TOLERANCE,
+    Shape,
+    Suite,
+    assert_close,
+    documents,
+    everything,
+    inputs_of,
+    truth,
+)
+from tests.kernels_pallas.test_delta_rule import DELTA_RULE
+
+
+class TestPallasTPU(Suite):
+    """Every regime over eight chunks, every length with the regimes of one kind of decay, in turn.
+
+    A program a length and kind: tens of seconds of compiling each, where the regimes that share it take one.
+    """
+
+    case = dataclasses.replace(DELTA_RULE, implementations=("pallas_tpu",))
+    kind_at = {1: "head", 63: "channel", 64: "none", 100: "head", 128: "channel"}
+    fast = {
+        "test_float32_packed_documents": (100, "head resets"),
+        "test_bfloat16": (100, "head mixed"),
+    }
+
+    def pytest_generate_tests(self, metafunc):
+        names = metafunc.fixturenames
+        if "implementation" in names:
+            metafunc.parametrize("implementation", self.case.implementations)
+        if "length_and_regime" in names:
+            pairs = [
+                (T, regime)
+                for T in LENGTHS
+                for regime in self.case.regimes
+                if self.kind_at.get(T) in (None, _kind(regime))
+            ]
+            fast = self.fast.get(metafunc.function.__name__)
+            marked = [
+                pytest.param(
+                    pair,
+                    marks=() if pair == fast else pytest.mark.slow,
+                    id=f"T{pair[0]}-{pair[1]}",
+                )
+                for pair in pairs
+            ]
+            metafunc.parametrize("length_and_regime", marked)
+        if "typical" in names:
+            slow = [pytest.param(regime, marks=pytest.mark.slow) for regime in self.case.typical]
+            metafunc.parametrize("typical", slow)
+
+
+def _kind(regime):
+    words = regime.split()
+    return words[-2] if words[-2:-1] and words[-2] in ("head", "channel") else "none"
+
+
+def _check(shape, regime, segment_ids=None, dtype="float32", **keywords):
+    inputs = inputs_of(DELTA_RULE, shape, regime)
+    inputs = {
+        name: x.astype(dtype) if name in DELTA_RULE.rounded else x for name, x in inputs.items()
+    }
+
+    def call(inputs, **others):
+        return DELTA_RULE.call(inputs, **others, **keywords)
+
+    case = dataclasses.replace(DELTA_RULE, call=call)
+    with targets.interpreted():
+        got = everything(case, "pallas_tpu", inputs, segment_ids)
+    assert_close(got, truth(DELTA_RULE, inputs, segment_ids), TOLERANCE[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", ["none", "head mixed", "channel mixed"])
+@pytest.mark.parametrize("chunk_size", [16, 64, 256])
+def test_chunk_sizes(chunk_size, regime):
+    _check(Shape(B=1, T=300, H=1, G=1), regime, chunk_size=chunk_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", ["none", "head mixed", "channel mixed"])
+@pytest.mark.parametrize("K, V", [(64, 64), (128, 64), (100, 130), (256, 512)])
+def test_widths(K, V, regime):
+    """Whole lanes, half of them, and neither."""
+    _check(Shape(B=1, T=40, H=1, G=1, K=K, V=V), regime, chunk_size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "G, H, K, V",
+    [
+        (1, 10, 128, 64),  # a key head over several steps: their gradients are added
+        (2, 4, 64, 64),
+        (3, 3, 64, 64),
+        (5, 15, 64, 32),  # no whole lanes of 64: widened
+    ],
+)
+def test_heads(G, H, K, V):
+    for regime in ("none", "head mixed", "channel mixed"):
+        shape = Shape(B=1, T=40, H=H, G=G, K=K, V=V)
+        _check(shape, regime, documents(2, 40)[1:], chunk_size=16)
+
+
+def test_inverse_where_its_powers_explode():
+    """I + A with A of 2s: the inverse stays within 2, A's powers pass 1e30. In two ways of rounding, and C of all kinds."""
+    for C in (16, 64, 128, 256):
+        A = np.tril(np.full((C, C), 2.0, np.float32), -1)
+        expected = np.linalg.inv(np.eye(C) + A.astype(np.float64))
+        for narrow in (False, True):
+            with targets.interpreted():
+                inverse = tpu_blocks.inverse(tpu_blocks.Products(narrow), jnp.asarray(A))
+                (got,) = tpu_blocks.in_turns([inverse])
+            np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_halving_sums_and_their_transpose():
+    rng = np.random.default_rng(0)
+    g = -rng.random((32, 8)).astype(np.float32)
+    token = np.arange(32)
+    sums = tpu_blocks.halving_sums(jnp.asarray(g))
+    i, s = token[:, None], token[None]
+    masks = [s <= i, s > i]
+    for U in (1, 2, 4, 8, 16):
+        same, right = s // U == i // U, (i & U) > 0
+        masks.append(same & np.where(right, s <= i, s > i))
+    for got, mask in zip(sums, masks, strict=True):
+        np.testing.assert_allclose(got, mask.astype(np.float32) @ g, rtol=1e-5)
+    through, after, *levels = (rng.standard_normal(g.shape).astype(np.float32) for _ in masks)
+    got = tpu_blocks.halving_sums_cotangent(through, after, levels)
+    expected = sum(m.T.astype(np.float32) @ x for m, x in zip(masks, (through, after, *levels)))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def _published(name, T=256):
+    """A published shape's arrays with few tokens: time is the grid's length, and nothing else of the kernel."""
+    B, G, H, K, V = (SHAPES[name][n] for n in "BGHKV")
+    sizes = [(B, T, G, K), (B, T, G, K), (B, T, H, V)]
+    arrays = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
+    arrays.append(jax.ShapeDtypeStruct((B, T, H), jnp.float32))
+    decay = {None: None, "head": (B, T, H), "channel": (B, T, H, K)}[SHAPES[name]["decay"]]
+    if decay is not None:
+        arrays.append(jax.ShapeDtypeStruct(decay, jnp.float32))
+    return arrays
+
+
+def _forward_and_backward(*arrays, **keywords):
+    def call(*arrays):
+        return delta_rule(*arrays, implementation="pallas_tpu", **keywords)
+
+    outputs, vjp = jax.vjp(call, *arrays)
+    return outputs, vjp(outputs)
+
+
+PARTS = ["v6e", *(pytest.param(part, marks=pytest.mark.slow) for part in ("v5e", "v5p", "tpu7x"))]
+NAMES = [name if name == "small" else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles(name, part):
+    """For the part itself, forward and backward, in the VMEM that was predicted."""
+    arrays = _published(name)
+    compiled = tpu_compile.compile_for(part, _forward_and_backward, *arrays)
+    assert len(compiled.listings) == 2
+    plan = _plan(arrays)
+    for listing in compiled.listings.values():
+        assert 0 < listing.vmem_bytes <= plan.vmem_bytes <= pallas_tpu.VMEM_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", tpu_compile.PARTS)
+def test_float32_compiles(part):
+    for name in ("delta_net_1.3b", "small", "small_channel"):
+        arrays = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in _published(name)]
+        compiled = tpu_compile.compile_for(part, _forward_and_backward, *arrays)
+        for listing in compiled.listings.values():
+            assert 0 < listing.vmem_bytes <= _plan(arrays).vmem_bytes
+
+
+def _plan(arrays):
+    q, k, v, _, *log_decay = arrays
+    decay = None
+    if log_decay:
+        shape = log_decay[0].shape
+        decay = jax.ShapeDtypeStruct(shape if len(shape) == 4 else (*shape, 1), jnp.float32)
+    return pallas_tpu.plan_of(q, k, v, decay, None, None, 1.0)
+
+
+def test_unsupported():
+    """What cannot run says its limit and what would, before anything is compiled."""
+    wide = [jax.ShapeDtypeStruct((1, 64, 1, 2048), jnp.bfloat16)] * 3
+    beta = jax.ShapeDtypeStruct((1, 64, 1), jnp.float32)
+    with (
+        targets.interpreted(),
+        pytest.raises(NotImplementedError, match="MiB of VMEM, of 40: use 'chunked'"),
+    ):
+        jax.eval_shape(_forward_and_backward, *wide, beta)
+    narrower = [jax.ShapeDtypeStruct((1, 4096, 1, 256), jnp.bfloat16)] * 3
+    beta = jax.ShapeDtypeStruct((1, 4096, 1), jnp.float32)
+    with (
+        targets.interpreted(),
+        pytest.raises(NotImplementedError, match="chunks of 2048 .* give chunk_size="),
+    ):
+        jax.eval_shape(lambda *x: _forward_and_backward(*x, chunk_size=2048), *narrower, beta)
+    arrays = _published("small", T=8)
+    with pytest.raises(NotImplementedError, match="it is a kernel for tpu; this is cpu"):
+        jax.eval_shape(_forward_and_backward, *arrays)
+    half = [x if x.ndim == 3 else jax.ShapeDtypeStruct(x.shape, jnp.float16) for x in arrays]
+    with (
+        targets.interpreted(),
+        pytest.raises(NotImplementedError, match="q is float16; it takes float32 and bfloat16"),
+    ):
+        jax.eval_shape(_forward_and_backward, *half)
