@@ -25,8 +25,9 @@ from kernels_pallas import segments, targets
 from kernels_pallas.linear_attention import chunked, tpu_channel_decay, tpu_head_decay
 
 # Value heads a grid step, where they fit: one head's chain of products fills another's gaps. More help little and take longer
-# to compile; float32, whose products are six times as long, gets half.
+# to compile; float32, whose products are six times as long, gets half, and large states two.
 HEADS = {None: 4, "head": 4, "channel": 2}
+LARGE = 256 * 256  # K V from which a state counts as large
 VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core or more
 
 
@@ -93,8 +94,8 @@ class Plan(NamedTuple):
 def best_chunk_size(decay, narrow, K, V) -> int:
     """Fewest static cycles on v6e. A longer chunk touches the state less often and its own pairs more, which cost most where
     they decay: 256 pays without a decay (forward and backward 4.1 against 4.9 cycles a token and head at K = V = 128),
-    and with one a head where the state is large (12.3 against 14.4 at K = 256, V = 512; 8.4 against 7.9 at 128)."""
-    if narrow and (decay is None or (decay == "head" and K * V >= 256 * 256)):
+    and with one a head where the state is large (14.0 against 17.1 at K = 256, V = 512; 8.4 against 7.9 at 128)."""
+    if narrow and (decay is None or (decay == "head" and K * V >= LARGE)):
         return 256
     return 128
 
@@ -110,9 +111,12 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
     C = chunk_size or best_chunk_size(decay, narrow, K, V)
     C = min(C, max(16, 1 << (T - 1).bit_length()))
     sizes = [C] if chunk_size else [C >> n for n in range(C.bit_length() - 4)]
+    most = HEADS[decay] if narrow else HEADS[decay] // 2
+    if K * V >= LARGE:
+        most = min(most, 2)
     for unit in (64, 128):
         K, V = (-(-x // unit) * unit for x in (K, V))
-        cuts = _cuts(G, H, K, V, HEADS[decay] if narrow else HEADS[decay] // 2)
+        cuts = _cuts(G, H, K, V, most)
         if cuts:
             break
     plans = [

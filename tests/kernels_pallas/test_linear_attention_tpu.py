@@ -97,7 +97,7 @@ def test_how_a_call_is_cut():
     assert cut(1, 80, 128, 64) == (128, 64, 4, 1, 20)
     assert cut(8, 8, 64, 64) == (64, 64, 4, 4, 1)
     assert cut(5, 5, 64, 64) == (128, 128, 1, 1, 1)
-    assert cut(8, 8, 256, 513) == (256, 576, 4, 4, 1)
+    assert cut(8, 8, 256, 513) == (256, 576, 2, 2, 1)
 
 
 @pytest.mark.parametrize(
