@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import segments, targets, tpu_blocks
-from kernels_pallas.delta_rule import tpu_channel_decay, tpu_head_decay
+from kernels_pallas.delta_rule import chunked, tpu_channel_decay, tpu_head_decay
 from kernels_pallas.tpu_blocks import Products
 
 CHUNK_SIZE = 128
@@ -185,28 +185,77 @@ def _gate_rows(gates, plan):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(plan, q, k, v, gates, g, S_BHKV):
-    return _forward(plan, False, q, k, v, gates, g, S_BHKV)
+def _run(plan, *arrays):
+    """arrays: q, k, v, the gates' rows, log decay per channel or None, the state."""
+    return _forward(plan, False, *arrays)
 
 
-def _run_forward(plan, q, k, v, gates, g, S_BHKV):
-    o, final, states = _forward(plan, True, q, k, v, gates, g, S_BHKV)
-    return (o, final), (q, k, v, gates, g, states)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_keeping_states(plan, *arrays):
+    return _forward(plan, True, *arrays)
 
 
-def _run_backward(plan, residuals, cotangents):
-    q, k, v, gates, g, states = residuals
-    dq, dk, dv, dgates, dg, dS = _backward(plan, q, k, v, gates, g, states, *cotangents)
+def _run_forward(plan, *arrays):
+    o, final, states = _run_keeping_states(plan, *arrays)
+    return (o, final), (arrays, states)
+
+
+def _keeping_forward(plan, *arrays):
+    outputs = _run_keeping_states(plan, *arrays)
+    return outputs, (arrays, outputs[2])
+
+
+def _run_backward(plan, saved, cotangents):
+    """The states' cotangent is dropped: `_gradients`, which reads them, differentiates from the inputs."""
+    return _gradients(plan, *saved, cotangents[:2])
+
+
+_run.defvjp(_run_forward, _run_backward)
+_run_keeping_states.defvjp(_keeping_forward, _run_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(plan, arrays, states, cotangents):
+    q, k, v, gates, g, _ = arrays
+    dq, dk, *others = _backward(plan, q, k, v, gates, g, states, *cotangents)
     if plan.shared > 1:
         lead = (*dq.shape[:2], plan.G, plan.shared, plan.K)
         dq, dk = (
             jnp.sum(x.reshape(lead), axis=3).reshape(y.shape).astype(y.dtype)
             for x, y in ((dq, q), (dk, k))
         )
-    return dq, dk, dv, dgates, dg, dS
+    return dq, dk, *others
 
 
-_run.defvjp(_run_forward, _run_backward)
+def _gradients_forward(plan, arrays, states, cotangents):
+    return _gradients(plan, arrays, states, cotangents), (arrays, states, cotangents)
+
+
+def _gradients_backward(plan, saved, cotangents):
+    """Gradients of gradients, which are rare, are the chunked form's."""
+    arrays, states, first = saved
+
+    def gradients(arrays, first):
+        return jax.vjp(functools.partial(_chunked, plan), *arrays)[1](first)
+
+    d_arrays, d_first = jax.vjp(gradients, arrays, first)[1](cotangents)
+    return d_arrays, jnp.zeros_like(states), d_first
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+def _chunked(plan, q, k, v, gates, g, S_BHKV):
+    B, T, G, H = *v.shape[:2], plan.G, plan.H
+    rows = gates.reshape(B, plan.groups, plan.chunks, -1, plan.heads, plan.C)
+    beta_BTH, *log_decay = rows.transpose(3, 0, 2, 5, 1, 4).reshape(-1, B, T, H)
+    log_decay_BTHK = log_decay[0][..., None] if log_decay else None
+    if g is not None:
+        log_decay_BTHK = g.reshape(B, T, H, plan.K)
+    q = q.astype(jnp.float32) * plan.scale
+    q, k, v = (x.reshape(B, T, heads, -1) for x, heads in ((q, G), (k, G), (v, H)))
+    o_BTHV, final_BHKV = chunked.chunked(q, k, v, beta_BTH, log_decay_BTHK, S_BHKV, None)
+    return o_BTHV.reshape(B, T, -1), final_BHKV
 
 
 def _specs(plan: Plan, backward: bool):
