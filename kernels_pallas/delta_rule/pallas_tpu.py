@@ -7,7 +7,6 @@ again. Heads lie side by side in the lanes, as projections give them, so nothing
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,65 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import segments, targets, tpu_blocks
 from kernels_pallas.delta_rule import chunked, tpu_channel_decay, tpu_head_decay
-from kernels_pallas.tpu_blocks import Products
+from kernels_pallas.delta_rule.tpu_plan import VMEM_BYTES, Plan, plan_of, unsupported
 
-CHUNK_SIZE = 128
-FLOAT32_CHUNK_SIZE = 32  # as `chunked`: where beta is 2, longer ones lose accuracy
-# Value heads a grid step, where they fit: they fill each other's gaps (`tpu_blocks.in_turns`).
-HEADS = {None: 8, "head": 8, "channel": 4}
-VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, or more
-
-
-class Plan(NamedTuple):
-    """Sizes of one call, and how it is cut: hashable, chosen before tracing. K and V are whole 64s.
-
-    heads: value heads a grid step; keys: key heads a grid step.
-    decay: None, "head" or "channel".
-    """
-
-    B: int
-    T: int
-    G: int
-    H: int
-    K: int
-    V: int
-    C: int
-    heads: int
-    keys: int
-    decay: str | None
-    products: Products
-    scale: float
-
-    @property
-    def chunks(self):
-        return -(-self.T // self.C)
-
-    @property
-    def copies(self):
-        """Value heads of a step that read one key head."""
-        return self.heads // self.keys
-
-    @property
-    def groups(self):
-        return self.H // self.heads
-
-    @property
-    def shared(self):
-        """Grid steps that read the same key heads."""
-        return self.groups * self.keys // self.G
-
-    @property
-    def vmem_bytes(self):
-        """What the backward kernel takes: blocks twice, for they are fetched ahead; states; what the algebra holds."""
-        item = 2 if self.products.narrow else 4
-        keys, values, state = self.keys * self.K, self.heads * self.V, self.K * self.V
-        blocks = self.C * item * (4 * keys + 3 * values) + 12 * self.heads * state
-        arrays = 24
-        if self.decay == "channel":
-            blocks += 8 * self.C * self.heads * self.K
-            arrays = 64
-        held = arrays * self.C * max(self.C, self.K, self.V) + 4 * state
-        return 2 * blocks + 4 * self.heads * held
+__all__ = ["pallas_tpu", "unsupported"]
 
 
 def pallas_tpu(
@@ -107,62 +50,6 @@ def pallas_tpu(
     o, final_BHKV = _run(plan, q, k, v, _gate_rows(gates, plan), g, S_BHKV)
     o_BTHV = o.reshape(plan.B, -1, plan.H, plan.V)[:, : plan.T, :, :V]
     return o_BTHV.astype(v_BTHV.dtype), final_BHKV[:, :, :K, :V]
-
-
-def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale) -> Plan:
-    """How a call is cut: as many heads a step as fit."""
-    B, T, H, V = v_BTHV.shape
-    G, K = k_BTGK.shape[2:]
-    narrow = all(x.dtype == jnp.bfloat16 for x in (q_BTGK, k_BTGK, v_BTHV))
-    products = Products(narrow, exact=not narrow and log_decay_BTHK is None)
-    decay = None if segment_ids_BT is None else "head"
-    if log_decay_BTHK is not None:
-        decay = "head" if log_decay_BTHK.shape[-1] == 1 else "channel"
-    C = chunk_size or (CHUNK_SIZE if narrow else FLOAT32_CHUNK_SIZE)
-    C = min(C, max(16, 1 << (T - 1).bit_length()))
-    for unit in (64, 128):
-        K, V = (-(-x // unit) * unit for x in (K, V))
-        cuts = _cuts(G, H, K, V, HEADS[decay])
-        if cuts:
-            break
-    plans = [Plan(B, T, G, H, K, V, C, *cut, decay, products, float(scale)) for cut in cuts]
-    return next((plan for plan in plans if plan.vmem_bytes <= VMEM_BYTES), plans[-1])
-
-
-def _cuts(G, H, K, V, most):
-    """(value heads, key heads) a grid step, most first: blocks must be whole lanes of 128, or all there are."""
-    copies, cuts = H // G, []
-    for heads in range(min(H, most), 0, -1):
-        keys = max(1, heads // copies)
-        whole = H % heads == 0 and (heads % copies == 0 or copies % heads == 0)
-        lanes = (heads * V % 128 == 0 or heads == H) and (keys * K % 128 == 0 or keys == G)
-        if whole and lanes:
-            cuts.append((heads, keys))
-    return cuts
-
-
-def unsupported(
-    *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, initial_state_BHKV, chunk_size, **_
-) -> str | None:
-    """Why the kernels cannot run a call, and what comes nearest."""
-    named = {"q": q_BTGK, "k": k_BTGK, "v": v_BTHV, "initial_state": initial_state_BHKV}
-    for name, x in named.items():
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"{name} is {x.dtype}; it takes float32 and bfloat16 ('chunked' takes any)"
-
-    def plan(chunk_size):
-        return plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 1.0)
-
-    wanted = plan(chunk_size)
-    if wanted.vmem_bytes <= VMEM_BYTES:
-        return None
-    smaller = [C for C in (256, 128, 64, 32, 16) if C < wanted.C]
-    fitting = [C for C in smaller if plan(C).vmem_bytes <= VMEM_BYTES]
-    advice = f"give chunk_size={fitting[0]}" if fitting else "use 'chunked', or smaller heads"
-    return (
-        f"K = {q_BTGK.shape[3]}, V = {v_BTHV.shape[3]} and chunks of {wanted.C} take about "
-        f"{wanted.vmem_bytes >> 20} MiB of VMEM, of {VMEM_BYTES >> 20}: {advice}"
-    )
 
 
 def _flat(x_BTHK, plan, K, dtype):

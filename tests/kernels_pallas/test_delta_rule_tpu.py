@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import delta_rule, targets, tpu_blocks, tpu_compile
-from kernels_pallas.delta_rule import pallas_tpu
+from kernels_pallas.delta_rule import tpu_plan
 from kernels_pallas.delta_rule.shapes import SHAPES
 from tests.kernels_pallas.conformance import (
     LENGTHS,
@@ -197,7 +197,7 @@ def test_compiles(name, part):
     assert len(compiled.listings) == 2
     plan = _plan(arrays)
     for listing in compiled.listings.values():
-        assert 0 < listing.vmem_bytes <= plan.vmem_bytes <= pallas_tpu.VMEM_BYTES
+        assert 0 < listing.vmem_bytes <= plan.vmem_bytes <= tpu_plan.VMEM_BYTES
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def _plan(arrays):
     if log_decay:
         shape = log_decay[0].shape
         decay = jax.ShapeDtypeStruct(shape if len(shape) == 4 else (*shape, 1), jnp.float32)
-    return pallas_tpu.plan_of(q, k, v, decay, None, None, 1.0)
+    return tpu_plan.plan_of(q, k, v, decay, None, None, 1.0)
 
 
 def test_unsupported():
