@@ -279,7 +279,10 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
 def xla_bytes(hlo: str) -> int | None:
-    """What the operations outside kernels read and write in HBM, each operand and result whole; None with a loop."""
+    """What operations outside kernels read and write in HBM, each operand and result whole; None with a loop.
+
+    Less what kernels find in VMEM, or leave there, since their own count takes all operands to be in HBM.
+    """
     if trip_counts(hlo):
         return None
     entry = hlo[hlo.index("\nENTRY ") :]
@@ -288,22 +291,31 @@ def xla_bytes(hlo: str) -> int | None:
     kernels = set(re.findall(r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", entry))
     total = 0
     for name, shape, operation, operands in found:
-        if operation in _FREE or operation.endswith("-done") or name in kernels:
+        if operation in _FREE or operation.endswith("-done"):
             continue
-        if operation.endswith(
+        sources = [shapes.get(x, "") for x in re.findall(r"%([\w.\-]+)", operands)]
+        if name in kernels:
+            total -= sum(_bytes(x, in_hbm=False) for x in (shape, *sources))
+        elif operation.endswith(
             "-start"
-        ):  # its result is a tuple: what it writes, and the operand again
-            shape = shape[: shape.index("}") + 1] if "}" in shape else shape
-        total += _hbm_bytes(shape)
-        total += sum(_hbm_bytes(shapes.get(x, "")) for x in re.findall(r"%([\w.\-]+)", operands))
+        ):  # a copy of what it writes, all of the operand or a slice
+            written = re.sub(
+                r"^\(\(.*?\), ", "", shape
+            )  # a slice's result begins with its operands
+            written = _SHAPE.search(written)[0]
+            size = _bytes(written, in_hbm=True) or _bytes(written, in_hbm=False)
+            total += _bytes(written, in_hbm=True)
+            total += min(size, sum(_bytes(x, in_hbm=True) for x in sources))
+        else:
+            total += sum(_bytes(x, in_hbm=True) for x in (shape, *sources))
     return total
 
 
-def _hbm_bytes(shape: str) -> int:
+def _bytes(shape: str, in_hbm: bool) -> int:
+    """Of the arrays in a type that lie in HBM, or that lie in VMEM."""
     total = 0
     for dtype, dims, layout in _SHAPE.findall(shape):
-        if "S(" in layout:  # VMEM, or a semaphore
-            continue
-        size = _BYTES.get(dtype) or int(re.sub(r"\D", "", dtype) or 0) // 8
-        total += size * math.prod(int(d) for d in dims.split(",") if d)
+        if (not re.search(r"S\(\d", layout)) if in_hbm else "S(1)" in layout:
+            size = _BYTES.get(dtype) or int(re.sub(r"\D", "", dtype) or 0) // 8
+            total += size * math.prod(int(d) for d in dims.split(",") if d)
     return total

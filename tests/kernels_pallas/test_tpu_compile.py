@@ -187,3 +187,21 @@ def test_bytes_of_xla_are_operands_and_results():
     program = tpu_bundles.measure("v6e", lambda x: jnp.tanh(x) * 2, x)
     np.testing.assert_allclose(program.hbm_bytes, 2 * 4 * x.size, rtol=0.01)
     assert program.least_hbm_bytes == 2 * 4 * x.size
+
+
+def test_bytes_of_prefetches_are_those_of_their_slices():
+    """Half of x comes to VMEM as a slice, y whole; the kernel reads both there and writes its result to HBM."""
+    hlo = """
+ENTRY %main (x: f32[1024], y: f32[512]) -> f32[512] {
+  %x = f32[1024]{0:T(1024)} parameter(0)
+  %y = f32[512]{0:T(1024)} parameter(1)
+  %slice-start = ((f32[1024]{0:T(1024)}), f32[512]{0:T(1024)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:512]}
+  %slice-done = f32[512]{0:T(1024)S(1)} slice-done(%slice-start)
+  %copy-start = (f32[512]{0:T(1024)S(1)}, f32[512]{0:T(1024)}, u32[]{:S(2)}) copy-start(%y)
+  %copy-done = f32[512]{0:T(1024)S(1)} copy-done(%copy-start)
+  %k.1 = f32[512]{0:T(1024)} custom-call(%slice-done, %copy-done), custom_call_target="tpu_custom_call"
+  ROOT %neg = f32[512]{0:T(1024)} negate(%k.1)
+}
+"""
+    read_ahead, in_vmem, negated = 2 * 4 * 512, 2 * 4 * 512, 2 * 4 * 512
+    assert tpu_bundles.xla_bytes(hlo) == read_ahead - in_vmem + negated
