@@ -1,7 +1,7 @@
 """What each TPU kernel costs as compiled, on a machine without a TPU: compiled figures, not runs.
 
     python -m experiments.tpu_report                                        every kernel on v6e at the targets' shape
-    python -m experiments.tpu_report --op=delta_rule --topology=v5e,v6e:2x2,tpu7x
+    python -m experiments.tpu_report --op=delta_rule --topology=v5e,v6e:2x2,tpu7x --implementation=pallas_tpu
     python -m experiments.tpu_report --op=diagonal_scan --shape=rg_lru_2b,small --dtype=float32
 
 Compiles each operator's kernels and its chunked XLA form, forward and with backward, through libtpu (pip install -e '.[tpu]').
@@ -27,6 +27,12 @@ _SHAPE = flags.DEFINE_list(
     "shape", ["target"], "target, names from kernels_pallas/<op>/shapes.py, or all"
 )
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16"), "of the operators' inputs")
+_IMPLEMENTATIONS = flags.DEFINE_multi_enum(
+    "implementation",
+    list(static_cost.IMPLEMENTATIONS),
+    static_cost.IMPLEMENTATIONS,
+    "which forms; give it twice for both. The chunked form takes longest to compile",
+)
 _OUT = flags.DEFINE_string("out", str(static_cost.FOLDER), "folder for results")
 
 
@@ -36,7 +42,8 @@ def main(argv):
     print(static_cost.NOTE, flush=True)
     found = []
     for op, shape, topology in plans:
-        for row in static_cost.rows(op, shape, topology, _DTYPE.value):
+        forms = _IMPLEMENTATIONS.value
+        for row in static_cost.rows(op, shape, topology, _DTYPE.value, forms):
             found.append(row)
             print(report.text_table([{"op": op} | static_cost.program_line(row)]), flush=True)
             if lines := static_cost.kernel_lines(row):

@@ -61,7 +61,7 @@ def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
     return inputs
 
 
-def rows(op: str, shape_name: str, topology: str, dtype: str):
+def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IMPLEMENTATIONS):
     """A row for every variant, implementation and pass, as it is measured."""
     case = operators.CASES[op]
     shape, T, variants = workload(case, shape_name)
@@ -69,7 +69,7 @@ def rows(op: str, shape_name: str, topology: str, dtype: str):
     heads = -(-shape.width // 128) if op == "diagonal_scan" else shape.H
     for variant in variants:
         inputs = abstract_inputs(case, shape, T, variant, dtype)
-        for implementation in IMPLEMENTATIONS:
+        for implementation in implementations:
             if implementation not in case.implementations:
                 continue
             call = case.function(implementation, variant, shape)
@@ -140,7 +140,8 @@ def save(folder: Path, new: list[dict]) -> None:
         "# TPU kernels, as compiled",
         NOTE,
         "Written by `python -m experiments.tpu_report`. Cycles are a token and head (a scan: a token and 128 channels). HBM: "
-        "bytes that the program, or the kernel, moves against reading its inputs and writing its results once.",
+        "bytes that the program, or the kernel, moves against reading its inputs and writing its results once; the program's arguments "
+        "are (B, T, heads, dim) arrays in the compiler's own layout, and bringing them to a kernel's counts.",
     ]
     for path in sorted(folder.glob("*.json")):
         saved = json.loads(path.read_text())
