@@ -57,10 +57,9 @@ def recorded():
 
 def why_not() -> str | None:
     """Why Triton kernels cannot run in this process, or None."""
-    missing = [name for name in ("triton",) if importlib.util.find_spec(name) is None]
-    compiled = not targets.interpreting() and _RECORD.get() is None
-    if compiled and importlib.util.find_spec("jax_triton") is None:
-        missing.append("jax_triton")
+    runs = not targets.interpreting() and _RECORD.get() is None
+    needed = ("triton", "jax_triton") if runs else ("triton",)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} cannot be imported; install the extra: {EXTRA}"
     return None

@@ -35,7 +35,11 @@ class Figures(NamedTuple):
     bytes: int
 
 
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may ask for (CUDA guide, compute capabilities)
+SHARED = {
+    80: 166912,
+    90: 232448,
+    100: 232448,
+}  # bytes a program may ask for (CUDA guide, compute capabilities)
 
 
 def launches(function, *shapes) -> list[triton_call.Launch]:
@@ -63,7 +67,10 @@ def compile_launch(launch: triton_call.Launch, capability: int) -> Figures:
     signature |= dict.fromkeys(names[len(arrays) :], "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
     source = ASTSource(
-        launch.kernel, signature, {name: launch.constants[name] for name in names[len(arrays) :]}, aligned
+        launch.kernel,
+        signature,
+        {name: launch.constants[name] for name in names[len(arrays) :]},
+        aligned,
     )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -23,7 +23,6 @@ class Form(NamedTuple):
     inputs, mixed, sums: precision of products of two inputs, of what was computed from them, of sums by products.
     bfloat16 inputs multiply as they are, and what came of them as two bfloat16 terms: rounding it to one costs up to
     3e-2 of a gradient's rms at its worst position, and TF32 lets a delta rule with beta = 2 drift. float32 is IEEE.
-    states: of the products by which a delta rule's states become states.
     """
 
     operator: str
@@ -39,7 +38,6 @@ class Form(NamedTuple):
     inputs: str
     mixed: str
     sums: str
-    states: str = ""
 
     @property
     def sizes(self):

@@ -5,8 +5,8 @@ attention's outputs with U for values. Backward: the same again, the states' cot
 gradients twice, for what queries and for what keys read. Only the inputs are kept.
 
 float32 without a decay carries states, inverses and U in float64 from chunk to chunk: reflections forget no error
-(`chunked._lost`), and data-centre GPUs multiply float64 as fast as IEEE float32. bfloat16 without a decay multiplies
-states as three bfloat16 terms for the same reason, and as two with one. One reverse derivative; a second goes
+(`chunked._lost`), and data-centre GPUs multiply float64 as fast as IEEE float32. What comes of bfloat16
+inputs multiplies as three bfloat16 terms without a decay, for the same reason, and as two with one. One reverse derivative; a second goes
 through 'chunked'.
 """
 
@@ -45,12 +45,10 @@ def triton(
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = kernels.form_of("delta_rule", *arrays, log_decay_BTHK, chunk_size, 64)
     chunk_size = chunk_size or CHUNK_SIZE[form.dtype]
-    narrow = form.mixed != "ieee"
-    form = form._replace(
-        C=min(chunk_size, form.C),
-        inputs=form.mixed,
-        states="bf16x3" if narrow and log_decay_BTHK is None else form.mixed,
-    )
+    mixed = form.mixed
+    if log_decay_BTHK is None and mixed == "bf16x2":
+        mixed = "bf16x3"
+    form = form._replace(C=min(chunk_size, form.C), inputs=mixed, mixed=mixed)
     exact = log_decay_BTHK is None and form.dtype == "float32"
     g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
     beta_BTH = beta_BTH.astype(jnp.float32)
@@ -134,7 +132,7 @@ def _precision(form, exact):
     """Of products by which states become states."""
     if exact:
         return "fp64"
-    return triton_call.precision(form.states)
+    return triton_call.precision(form.mixed)
 
 
 def _states_of(form):

@@ -40,8 +40,8 @@ def _inverse(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     r = tl.arange(0, C)[:, None]
     c = tl.arange(0, C)[None, :]
     for level in tl.static_range(LEVELS):
-        U: tl.constexpr = 16 << level
-        below = (r // (2 * U) == c // (2 * U)) & (r // U > c // U)
+        pair = r // (32 << level) == c // (32 << level)
+        below = pair & (r // (16 << level) > c // (16 << level))
         S = tl.where(below, A, 0.0)
         X -= dot(dot(X, S, PRECISION), X, PRECISION)
     return X

@@ -1,0 +1,98 @@
+"""Triton kernels as compiled for GPUs: what `experiments.gpu_report` measures, keeps and prints. Nothing is run."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from experiments.benchmarks import entries, operators, report, static_cost
+from kernels_pallas import triton_compile
+
+OPS = static_cost.OPS
+FOLDER = static_cost.FOLDER
+NOTE = (
+    "Compiled figures, not runs: registers and stack a thread and shared memory a program, as Triton and ptxas leave them. "
+    "MB: each launch's arrays once; least: the call's inputs read and results written once."
+)
+_GPU = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
+
+
+def rows(op: str, shape_name: str, dtype: str, capabilities) -> list[dict]:
+    """One row a kernel of the pass with gradients, variant and capability; a kernel launched twice alike stands once."""
+    case = operators.CASES[op]
+    shape, T, variants = static_cost.workload(case, shape_name)
+    found = []
+    for variant in (v for v in variants if v != "complex"):
+        inputs = static_cost.abstract_inputs(case, shape, T, variant, dtype)
+        function = entries.with_gradients(case.function("triton", variant, shape))
+        outputs = jax.eval_shape(case.function("chunked", variant, shape), inputs)
+        with jax.sharding.use_abstract_mesh(_GPU):
+            launches = triton_compile.launches(function, inputs, outputs)
+        least = _megabytes((inputs, inputs, outputs, outputs))
+        moved = sum(_megabytes((x.inputs, x.outputs)) for x in launches)
+        for capability in capabilities:
+            seen = []
+            for launch in launches:
+                figures = triton_compile.compile_launch(launch, capability)
+                if figures in seen:
+                    continue
+                seen.append(figures)
+                found.append(
+                    {
+                        "op": op,
+                        "shape": shape_name,
+                        "variant": variant,
+                        "dtype": dtype,
+                        "target": f"sm_{capability}",
+                        **figures._asdict(),
+                        "launches": launches.count(launch),
+                        "program MB": round(moved, 1),
+                        "least MB": round(least, 1),
+                    }
+                )
+    return found
+
+
+def _megabytes(tree) -> float:
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)) / 1e6
+
+
+def key(row: dict) -> tuple:
+    """What makes rows one measurement: all of a program's kernels are replaced together."""
+    return tuple(row[name] for name in ("op", "shape", "variant", "dtype", "target"))
+
+
+def save(folder: Path, new: list[dict]) -> None:
+    """Puts rows into triton.json, in place of older ones of the same programs, and writes all of it as triton.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "triton.json"
+    saved = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    replaced = {key(row) for row in new}
+    kept = [row for row in saved["rows"] if key(row) not in replaced]
+    ordered = sorted([*kept, *new], key=key)  # stable: kernels keep their order
+    versions = {name: importlib.metadata.version(name) for name in ("triton", "jax")}
+    path.write_text(json.dumps({"versions": versions, "rows": ordered}, indent=1) + "\n")
+    parts = [
+        "# Triton kernels, as compiled",
+        NOTE,
+        f"Written by `python -m experiments.gpu_report` (Triton {versions['triton']}).",
+    ]
+    for op in OPS:
+        lines = [line(row) for row in ordered if row["op"] == op]
+        parts += [f"## {op}", report.markdown_table(lines)] if lines else []
+    (folder / "triton.md").write_text("\n\n".join(parts) + "\n")
+
+
+def line(row: dict) -> dict:
+    """A row of the table."""
+    names = ("shape", "variant", "dtype", "target", "kernel", "warps", "registers", "spilled")
+    return {name: row[name] for name in names} | {
+        "grid": "x".join(map(str, row["grid"])),
+        "shared KB": round(row["shared"] / 1024, 1),
+        "fits": row["shared"] <= row["limit"],
+        "MB": round(row["bytes"] / 1e6, 1),
+        "all/least": round(row["program MB"] / row["least MB"], 2),
+    }
