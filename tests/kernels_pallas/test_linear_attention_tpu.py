@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels_pallas import linear_attention, targets, tpu_compile
-from kernels_pallas.linear_attention import pallas_tpu
+from kernels_pallas.linear_attention import tpu_plan
 from kernels_pallas.linear_attention.shapes import SHAPES
 from tests.kernels_pallas.conformance import (
     TOLERANCE,
@@ -89,7 +89,7 @@ def test_how_a_call_is_cut():
     def cut(G, H, K, V, decay=None):
         q, v = (jnp.zeros((1, 8, n, w), jnp.bfloat16) for n, w in ((G, K), (H, V)))
         g = None if decay is None else jnp.zeros((1, 8, H, decay))
-        plan = pallas_tpu.plan_of(q, q, v, g, None, None, 1.0)
+        plan = tpu_plan.plan_of(q, q, v, g, None, None, 1.0)
         return plan.K, plan.V, plan.heads, plan.keys, plan.shared
 
     assert cut(16, 16, 128, 128) == (128, 128, 4, 4, 1)
@@ -154,7 +154,7 @@ def _plan(inputs):
         if log_decay.ndim == 1:
             log_decay = jnp.broadcast_to(log_decay[None, None], v.shape[:3])
         log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        plans.append(pallas_tpu.plan_of(q, k, v, log_decay, None, None, 1.0))
+        plans.append(tpu_plan.plan_of(q, k, v, log_decay, None, None, 1.0))
         return q
 
     plans = []
@@ -185,4 +185,4 @@ def test_compiles(part, name, dtype):
     assert len(compiled.listings) == 2
     predicted = _plan(inputs).vmem_bytes
     for listing in compiled.listings.values():
-        assert 0 < listing.vmem_bytes <= min(1.25 * predicted, pallas_tpu.VMEM_BYTES)
+        assert 0 < listing.vmem_bytes <= min(1.25 * predicted, tpu_plan.VMEM_BYTES)
