@@ -249,3 +249,13 @@ def test_kernels_compile_for_tpus(name, part):
         assert 0 < kernel.vmem_bytes < tpu_compile.PARTS[part].vmem_bytes
         assert kernel.spills == 0
         assert kernel.hbm_bytes <= 1.3 * kernel.least_hbm_bytes
+
+
+def test_the_tpu_kernel_says_what_it_does_not_take():
+    with jax.enable_x64(True), targets.interpreted():
+        x = jnp.zeros((1, 5, 3), jnp.float64)
+        with pytest.raises(NotImplementedError, match="x is float64; it takes float32, bfloat16"):
+            diagonal_scan(x, x, implementation="pallas_tpu")
+    x = jnp.zeros((1, 5, 3))
+    with pytest.raises(NotImplementedError, match="it is a kernel for tpu; this is cpu"):
+        diagonal_scan(x, x, implementation="pallas_tpu")
