@@ -1,0 +1,205 @@
+"""The Triton kernels: the conformance suite through Triton's interpreter, and compilation for GPUs that are not here."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks import static_triton
+from kernels_pallas import delta_rule, diagonal_scan, linear_attention, targets, triton_call
+from tests.kernels_pallas import test_delta_rule, test_diagonal_scan, test_linear_attention
+from tests.kernels_pallas.conformance import (
+    TOLERANCE,
+    OperatorCase,
+    Shape,
+    Suite,
+    assert_close,
+    documents,
+    everything,
+    inputs_of,
+    truth,
+)
+
+
+class Interpreted(Suite):
+    """The suite with implementation='triton', on a cut of lengths and regimes: a program takes milliseconds here.
+
+    The case's `fast` pairs are in the fast suite; `slow` ones, and the structural tests, are not.
+    """
+
+    slow: tuple[tuple[int, str], ...]
+
+    def pytest_generate_tests(self, metafunc):
+        cls, names = metafunc.cls, metafunc.fixturenames
+        if "implementation" in names:
+            metafunc.parametrize("implementation", cls.case.implementations)
+        if "length_and_regime" in names:
+            pairs = [pytest.param(pair, id=f"T{pair[0]}-{pair[1]}") for pair in cls.case.fast]
+            pairs += [
+                pytest.param(pair, id=f"T{pair[0]}-{pair[1]}", marks=pytest.mark.slow)
+                for pair in cls.slow
+            ]
+            metafunc.parametrize("length_and_regime", pairs)
+        if "typical" in names:
+            marked = [pytest.param(x, marks=pytest.mark.slow) for x in cls.case.typical]
+            metafunc.parametrize("typical", marked)
+
+
+def _triton(case: OperatorCase, typical: str, fast) -> OperatorCase:
+    return dataclasses.replace(case, implementations=("triton",), typical=(typical,), fast=fast)
+
+
+class TestLinearAttention(Interpreted):
+    case = _triton(test_linear_attention.CASE, "head weak", ((63, "head mixed"),))
+    slow = (
+        *((1, "head weak"), (64, "none"), (100, "fixed"), (128, "head strong")),
+        *((100, "head resets"), (100, "channel weak"), (128, "channel mixed")),
+        *((63, "channel strong"), (100, "channel resets"), (1000, "head mixed")),
+    )
+
+
+class TestDeltaRule(Interpreted):
+    case = _triton(test_delta_rule.DELTA_RULE, "head weak", ((63, "head mixed"),))
+    slow = (
+        *((1, "beta 1"), (64, "none"), (100, "one key, beta 2"), (100, "beta 2")),
+        *((100, "repeated keys, any beta"), (100, "long keys"), (128, "head strong")),
+        *((100, "head resets"), (100, "channel resets"), (64, "channel mixed")),
+        (1000, "one key, beta 2"),
+    )
+
+
+class TestDiagonalScan(Interpreted):
+    case = _triton(test_diagonal_scan.CASE, "weak", ((63, "log resets"),))
+    slow = ((1, "weak"), (64, "any sign"), (100, "fixed"), (128, "log"), (100, "log strong"))
+
+
+@pytest.mark.slow
+def test_reverse_scan():
+    case = dataclasses.replace(
+        TestDiagonalScan.case,
+        call=lambda x, **kw: test_diagonal_scan.CASE.call(x, reverse=True, **kw),
+    )
+    inputs, ids = inputs_of(case, Shape(T=100), "log resets"), documents(2, 100)
+    with targets.interpreted():
+        got = everything(case, "triton", inputs, ids)
+    assert_close(got, truth(case, inputs, ids), TOLERANCE["float32"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "operator, regime", [("linear_attention", "channel mixed"), ("delta_rule", "head mixed")]
+)
+@pytest.mark.parametrize("K, V", [(96, 40), (20, 144)])
+def test_widths_that_are_no_blocks(operator, regime, K, V):
+    """K and V of several blocks, and not whole ones."""
+    case = {"linear_attention": TestLinearAttention, "delta_rule": TestDeltaRule}[operator].case
+    inputs = inputs_of(case, Shape(B=1, T=70, H=2, G=1, K=K, V=V), regime)
+    with targets.interpreted():
+        got = everything(case, "triton", inputs)
+    assert_close(got, truth(case, inputs), TOLERANCE["float32"])
+
+
+def _qkv(K=16, V=16, dtype=jnp.float32):
+    return [jnp.ones((1, 4, 1, n), dtype) for n in (K, K, V)]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: linear_attention(*_qkv(K=512), implementation="triton"),
+            "K and V go to 256; got 512",
+        ),
+        (
+            lambda: linear_attention(*_qkv(), chunk_size=256, implementation="triton"),
+            "chunk_size goes to 128; got 256",
+        ),
+        (
+            lambda: delta_rule(
+                *_qkv(), jnp.ones((1, 4, 1)), chunk_size=128, implementation="triton"
+            ),
+            "chunk_size goes to 64; got 128",
+        ),
+        (
+            lambda: diagonal_scan(
+                jnp.ones((1, 4, 8), jnp.complex64), jnp.ones(8), implementation="triton"
+            ),
+            "x is complex64; it takes float32 and bfloat16",
+        ),
+    ],
+)
+def test_limits_are_named(call, message):
+    with targets.interpreted(), pytest.raises(NotImplementedError, match=message):
+        call()
+
+
+def test_a_cpu_does_not_choose_it():
+    with pytest.raises(NotImplementedError, match="it is a kernel for gpu; this is cpu"):
+        linear_attention(*_qkv(), implementation="triton")
+
+
+def test_missing_triton_names_the_extra(monkeypatch):
+    monkeypatch.setattr(triton_call.importlib.util, "find_spec", lambda name: None)
+    with (
+        targets.interpreted(),
+        pytest.raises(NotImplementedError, match=r"pip install -e '.\[triton\]'"),
+    ):
+        linear_attention(*_qkv(), implementation="triton")
+
+
+def test_tiles_from_general_to_special(monkeypatch):
+    table = {
+        "default": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+        "op/part/float32": {"BV": 32},
+        "op/part/float32/128x32": {"num_warps": 8},
+    }
+    monkeypatch.setattr(triton_call, "_tiles", lambda: table)
+    assert triton_call.tiles("op", "part", "float32", 100, 20) == {
+        "BK": 64,
+        "BV": 32,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
+    assert triton_call.tiles("op", "part", "bfloat16", 20, 8)["BV"] == 16
+    assert table["default"]["BV"] == 64
+
+
+def test_shared_key_heads_are_not_copied():
+    """No launch of the forward pass reads q or k once for every value head."""
+    B, T, G, H, K, V = 1, 128, 1, 6, 40, 24
+    shapes = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, G, K), (B, T, G, K), (B, T, H, V))
+    ]
+    with targets.interpreted(), triton_call.recorded() as launches:
+        jax.eval_shape(lambda *x: linear_attention(*x, implementation="triton"), *shapes)
+    sizes = {int(np.prod(x.shape)) for launch in launches for x in launch.inputs}
+    assert B * T * G * K in sizes and B * T * H * K not in sizes
+
+
+@pytest.mark.slow
+def test_compiles_for_every_target(tmp_path):
+    """In a process of its own: interpreting and compiling exclude each other."""
+    command = [sys.executable, "-m", "experiments.gpu_report", "--shape=small", f"--out={tmp_path}"]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=1200)
+    rows = json.loads((tmp_path / "triton.json").read_text())["rows"]
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {row["op"] for row in rows} == set(static_triton.OPS)
+    for row in rows:
+        assert 0 < row["registers"] <= 255 and row["shared"] <= row["limit"], row
+
+
+def test_the_kept_report_fits_every_target():
+    rows = json.loads((static_triton.FOLDER / "triton.json").read_text())["rows"]
+    assert rows == sorted(rows, key=static_triton.key)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert all(row["shared"] <= row["limit"] for row in rows)
