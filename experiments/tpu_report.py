@@ -6,7 +6,7 @@
 
 Compiles each operator's kernels and its chunked XLA form, forward and with backward, through libtpu (pip install -e '.[tpu]').
 Prints, for each kernel, grid, VLIW bundles in the loop body, static cycles, use of the matrix unit and of the load and store
-slots, spills, VMEM, and HBM bytes moved against the least possible. Results go to kernels_pallas/reports as JSON and a
+slots, spills, VMEM, and HBM bytes moved against the least possible. Results go to kernels_pallas/reports/tpu as JSON and a
 table, in place of older ones of the same kernels, so that a slower kernel shows in a diff.
 """
 
@@ -49,7 +49,7 @@ def main(argv):
             if lines := static_cost.kernel_lines(row):
                 print(report.text_table(lines), flush=True)
             print()
-    static_cost.save(Path(_OUT.value), found)
+        static_cost.save(Path(_OUT.value), found)
     print(report.targets_text(static_cost.targets(found)))
     print(f"results: {_OUT.value}")
 

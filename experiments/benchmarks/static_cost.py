@@ -16,7 +16,7 @@ PASSES = ("forward", "forward+backward")
 IMPLEMENTATIONS = ("pallas_tpu", "chunked")
 # The size that the targets are set at, and Griffin's width for the scan.
 TARGET_SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128, "D": 2560}
-FOLDER = Path(__file__).resolve().parents[2] / "kernels_pallas" / "reports"
+FOLDER = Path(__file__).resolve().parents[2] / "kernels_pallas" / "reports" / "tpu"
 # Most static cycles a token and head in kernels, on v6e at the target shape: forward, and with backward.
 TARGETS = {
     ("linear_attention", "token"): (3, 9),
