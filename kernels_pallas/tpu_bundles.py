@@ -55,12 +55,14 @@ class Kernel(NamedTuple):
 
 class Program(NamedTuple):
     """xla_cycles: the compiler's own estimates for the operations outside kernels, those in loops as often as they go
-    round. hbm_bytes: blocks that kernels move, and operands and results of XLA's operations, as far as they lie in HBM;
+    round. unestimated_bytes: what operations move for which it estimates nothing, such as a change of layout; they are not in
+    xla_cycles. hbm_bytes: blocks that kernels move, and operands and results of XLA's operations, as far as they lie in HBM;
     None where there are loops. least_hbm_bytes: arguments and results of the program once."""
 
     compiled: tpu_compile.Compiled
     kernels: list[Kernel]
     xla_cycles: int
+    unestimated_bytes: int
     hbm_bytes: int | None
     least_hbm_bytes: int
 
@@ -93,7 +95,14 @@ def measure(topology: str, function, *arguments) -> Program:
         traffic += sum(kernel.hbm_bytes or kernel.least_hbm_bytes for kernel in kernels)
     memory = compiled.memory
     least = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return Program(compiled, kernels, xla_cycles(compiled.hlo), traffic, least)
+    return Program(
+        compiled,
+        kernels,
+        xla_cycles(compiled.hlo),
+        unestimated_bytes(compiled.hlo),
+        traffic,
+        least,
+    )
 
 
 def _kernel(name: str, grid, call, listing: tpu_compile.Listing) -> Kernel:
@@ -285,16 +294,9 @@ def xla_bytes(hlo: str) -> int | None:
     """
     if trip_counts(hlo):
         return None
-    entry = hlo[hlo.index("\nENTRY ") :]
-    found = [match.groups() for match in map(_INSTRUCTION.match, entry.splitlines()) if match]
-    shapes = {name: shape for name, shape, _, _ in found}
-    kernels = set(re.findall(r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", entry))
     total = 0
-    for name, shape, operation, operands in found:
-        if operation in _FREE or operation.endswith("-done"):
-            continue
-        sources = [shapes.get(x, "") for x in re.findall(r"%([\w.\-]+)", operands)]
-        if name in kernels:
+    for shape, operation, sources, _ in _operations(hlo):
+        if operation == "kernel":
             total -= sum(_bytes(x, in_hbm=False) for x in (shape, *sources))
         elif operation.endswith(
             "-start"
@@ -309,6 +311,32 @@ def xla_bytes(hlo: str) -> int | None:
         else:
             total += sum(_bytes(x, in_hbm=True) for x in (shape, *sources))
     return total
+
+
+def unestimated_bytes(hlo: str) -> int:
+    """Operands and results, in HBM or VMEM, of the operations outside kernels, loops and prefetches without an estimate."""
+    total = 0
+    for shape, operation, sources, line in _operations(hlo):
+        if operation in ("kernel", "while") or operation.endswith("-start"):
+            continue
+        if '"estimated_cycles"' not in line:
+            both = (shape, *sources)
+            total += sum(_bytes(x, in_hbm=True) + _bytes(x, in_hbm=False) for x in both)
+    return total
+
+
+def _operations(hlo: str):
+    """(result, operation, operands, line) of what the program's entry does; a Pallas kernel is a "kernel"."""
+    entry = hlo[hlo.index("\nENTRY ") :].splitlines()
+    found = [(*match.groups(), line) for line in entry if (match := _INSTRUCTION.match(line))]
+    shapes = {name: shape for name, shape, *_ in found}
+    for _, shape, operation, operands, line in found:
+        if operation in _FREE or operation.endswith("-done"):
+            continue
+        if 'custom_call_target="tpu_custom_call"' in line:
+            operation = "kernel"
+        sources = [shapes.get(x, "") for x in re.findall(r"%([\w.\-]+)", operands)]
+        yield shape, operation, sources, line
 
 
 def _bytes(shape: str, in_hbm: bool) -> int:

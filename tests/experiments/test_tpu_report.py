@@ -32,7 +32,7 @@ def test_rows_and_files(tmp_path):
 def test_targets_are_judged_at_their_shape():
     row = {
         "op": "delta_rule", "decay": "token", "shape": "target", "dtype": "bfloat16", "topology": "v6e:2x2",
-        "implementation": "pallas_tpu", "pass": "forward", "kernel_cycles": 14.0, "xla_cycles": 1.0,
+        "implementation": "pallas_tpu", "pass": "forward", "kernel_cycles": 14.0, "xla_cycles": 1.0, "unestimated_bytes": 0,
         "hbm_ratio": 1.4, "kernels": [{"name": "k", "spills": 3}],
     }  # fmt: skip
     assert [target.met for target in static_cost.targets([row])] == [True, False, False]

@@ -205,3 +205,4 @@ ENTRY %main (x: f32[1024], y: f32[512]) -> f32[512] {
 """
     read_ahead, in_vmem, negated = 2 * 4 * 512, 2 * 4 * 512, 2 * 4 * 512
     assert tpu_bundles.xla_bytes(hlo) == read_ahead - in_vmem + negated
+    assert tpu_bundles.unestimated_bytes(hlo) == negated
