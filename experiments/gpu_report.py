@@ -6,7 +6,7 @@
 
 Compiles each operator's kernels, forward and backward, for sm_80, sm_90 and sm_100 (pip install -e '.[triton]'). Prints, for
 each, grid, warps, registers and spilled bytes a thread, shared memory a program, and bytes moved against the least possible.
-Results go to kernels_pallas/reports/triton.json and triton.md, in place of older ones of the same programs, so that a kernel
+Results go to kernels_pallas/reports/gpu/triton.json and triton.md, in place of older ones of the same programs, so that a kernel
 that begins to spill shows in a diff.
 """
 

@@ -12,7 +12,7 @@ from experiments.benchmarks import entries, operators, report, static_cost
 from kernels_pallas import triton_compile
 
 OPS = static_cost.OPS
-FOLDER = static_cost.FOLDER
+FOLDER = static_cost.FOLDER.parent / "gpu"
 NOTE = (
     "Compiled figures, not runs: registers and stack a thread and shared memory a program, as Triton and ptxas leave them. "
     "MB: each launch's arrays once; least: the call's inputs read and results written once."

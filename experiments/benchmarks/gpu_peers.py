@@ -1,0 +1,286 @@
+"""Our Triton kernels beside flash-linear-attention and mlstm_kernels: what `experiments.gpu_peers` measures.
+
+A peer is an Entry: numpy in, torch on the GPU, the same names out, so that the correctness gate and the clock are those of
+`experiments.bench`. Initial and final states take part. TFLA's mLSTM with sigmoid gates and no normaliser is linear
+attention with one decay a head: its forget gate's input is the logit of our decay, its input gate is open.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.benchmarks import correctness, machine, operators, report, timing
+from experiments.benchmarks.entries import Entry, Prepared, Problem
+
+TOKENS = 65536
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
+SHAPE = operators.Shape(H=16, K=128, V=128)
+OPEN = 30.0  # an input gate whose sigmoid is 1 in float32
+# NVIDIA's data sheets: dense bfloat16 FLOP/s, bytes/s.
+ROOFLINES = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
+CHUNK = 64  # of the FLOP count
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """op, variant: ours. package: the peer's module. call: (inputs as tensors) -> (output, final state).
+
+    limit: the most that our forward+backward may take, as a share of the peer's.
+    """
+
+    name: str
+    op: str
+    variant: str
+    package: str
+    call: Callable
+    limit: float = 0.67
+
+
+def _simple_gla(x):
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(**_qkv(x), g=x["log_decay"])
+
+
+def _gla(x):
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(**_qkv(x), g=x["log_decay"])
+
+
+def _delta_net(x):
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return chunk_delta_rule(**_qkv(x), beta=x["beta"].to(x["q"].dtype))
+
+
+def _gated_delta_net(x):
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(**_qkv(x), g=x["log_decay"], beta=x["beta"].to(x["q"].dtype))
+
+
+def _qkv(x):
+    states = {"initial_state": x["initial_state"], "output_final_state": True}
+    return {name: x[name] for name in "qkv"} | states
+
+
+def _mlstm(x):
+    import torch
+    from mlstm_kernels.torch import get_mlstm_kernel
+
+    kernel = get_mlstm_kernel("chunkwise--triton_xl_chunk_siging")
+    g_BHT = x["log_decay"].transpose(1, 2)
+    q, k, v = (x[name].transpose(1, 2).contiguous() for name in "qkv")
+    o_BHTV, (final_BHKV, *_) = kernel(
+        q=q,
+        k=k,
+        v=v,
+        i=torch.full_like(g_BHT, OPEN),
+        f=g_BHT - torch.log(-torch.expm1(g_BHT)),
+        c_initial=x["initial_state"],
+        n_initial=torch.zeros_like(x["initial_state"][..., 0]),
+        normalize=False,
+        return_last_states=True,
+    )
+    return o_BHTV.transpose(1, 2), final_BHKV
+
+
+COMPARISONS = (
+    Comparison("Mamba-2 SSD", "linear_attention", "token", "fla", _simple_gla),
+    Comparison("GLA", "linear_attention", "channel", "fla", _gla),
+    Comparison("DeltaNet", "delta_rule", "none", "fla", _delta_net),
+    Comparison("Gated DeltaNet", "delta_rule", "token", "fla", _gated_delta_net),
+    Comparison("mLSTM", "linear_attention", "token", "mlstm_kernels", _mlstm, 1.0),
+)
+
+
+def peer_entry(comparison: Comparison) -> Entry:
+    """The peer's call on the GPU; with backward, the gradient of every input by torch's autograd."""
+
+    def prepare(problem: Problem, backward: bool) -> Prepared:
+        if importlib.util.find_spec(comparison.package) is None:
+            raise NotImplementedError(f"{comparison.package}: pip install -e '.[peers]'")
+        import torch
+
+        def tensor(x):
+            narrow = x.dtype not in (np.float32, np.float64)
+            x = torch.from_numpy(np.array(x, np.float32)).cuda()
+            return x.to(torch.bfloat16) if narrow else x
+
+        inputs = {name: tensor(x).requires_grad_(backward) for name, x in problem.inputs.items()}
+        cotangents = {name: tensor(x) for name, x in problem.cotangents.items()}
+
+        def run():
+            outputs = dict(zip(("output", "final state"), comparison.call(inputs)))
+            results = dict(outputs)
+            if backward:
+                given = [cotangents[name].to(x.dtype) for name, x in outputs.items()]
+                gradients = torch.autograd.grad(
+                    list(outputs.values()), list(inputs.values()), given, allow_unused=True
+                )
+                results |= {f"gradient of {n}": g for n, g in zip(inputs, gradients)}
+            torch.cuda.synchronize()
+            return _Tensors(results)
+
+        return Prepared(run)
+
+    return Entry(comparison.package, prepare)
+
+
+class _Tensors(dict):
+    """Torch results by name, as float32 numpy arrays where one is looked at, not while the clock runs."""
+
+    def items(self):
+        for name, x in super().items():
+            yield name, np.float32(np.nan) if x is None else x.detach().float().cpu().numpy()
+
+
+def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[float, float]:
+    """(FLOPs, bytes) of chunks of CHUNK: matrix products; bfloat16 inputs read and results written once."""
+    K, V, tokens = SHAPE.K, SHAPE.V, B * T * SHAPE.H
+    flops = 2 * (2 * K * V + CHUNK / 2 * (K + V))
+    if op == "delta_rule":
+        flops += 2 * (K * V + CHUNK / 2 * (K + V))
+    gate = {"none": 0, "token": 4, "channel": 4 * K}[variant] + 4 * (op == "delta_rule")
+    moved = 2 * (2 * K + 2 * V) + gate
+    if backward:  # inputs and the output's cotangent read again, a gradient of each input written
+        moved += 2 * (2 * K + 2 * V) + gate + 2 * (2 * K + V) + gate
+        flops *= 3.5  # forward, states again, and two products for each one forward
+    return tokens * flops, tokens * moved
+
+
+def measure(comparison: Comparison, lengths, rounds: int, log=print) -> list[dict]:
+    """Checks ours and the peer at T 300, then times those that are right, in turn, in one run; cuDNN attention beside."""
+    case = operators.CASES[comparison.op]
+    ours = case.entry("triton", comparison.variant, SHAPE)
+    entries = [ours, peer_entry(comparison)]
+    problem = operators.make_problem(case, SHAPE, 300, comparison.variant, "bfloat16")
+    expected = correctness.truth(
+        case.function(operators.DEFINITION, comparison.variant, SHAPE), problem
+    )
+    notes = {}
+    for entry in entries:
+        try:
+            found = correctness.errors(entry, problem, expected)
+            wrong = correctness.wrong(found, correctness.tolerance("bfloat16"))
+            notes[entry.name] = f"WRONG, not timed: {wrong}" if wrong else None
+        except NotImplementedError as reason:
+            notes[entry.name] = f"not run: {reason}"
+        log(f"{comparison.name}, {entry.name}: {notes[entry.name] or 'right'}")
+    attention = operators.CASES["softmax_attention"].entry("cudnn", "full", SHAPE)
+    rows = []
+    for T in lengths:
+        shape = dataclasses.replace(SHAPE, B=max(1, TOKENS // T))
+        for backward in (False, True):
+            problem = operators.make_problem(case, shape, T, comparison.variant, "bfloat16")
+            calls = {
+                entry.name: entry.prepare(problem, backward).run
+                for entry in entries
+                if notes[entry.name] is None
+            }
+            softmax = operators.CASES["softmax_attention"]
+            problem = operators.make_problem(softmax, shape, T, "full", "bfloat16")
+            try:
+                calls["cudnn attention"] = attention.prepare(problem, backward).run
+            except NotImplementedError as reason:
+                notes["cudnn attention"] = f"not run: {reason}"
+            timings = timing.interleaved(calls, rounds, 10.0)
+            flops, moved = roofline(comparison.op, comparison.variant, shape.B, T, backward)
+            row = _row(comparison, T, backward) | {"flops": flops, "bytes": moved, "notes": notes}
+            row |= {"ms": {name: 1e3 * t.median for name, t in timings.items()}}
+            row |= {"quartiles": {n: (1e3 * t.lower, 1e3 * t.upper) for n, t in timings.items()}}
+            rows.append(row)
+            log(report.text_table([line(row)]))
+    return rows
+
+
+def _row(comparison: Comparison, T: int, backward: bool) -> dict:
+    return {
+        "comparison": comparison.name,
+        "peer": comparison.package,
+        "T": T,
+        "B": max(1, TOKENS // T),
+        "pass": "forward+backward" if backward else "forward",
+        "limit": comparison.limit if backward else None,
+    }
+
+
+def not_run(comparison: Comparison, lengths) -> list[dict]:
+    """The same rows, where there is no GPU."""
+    rows = []
+    for T in lengths:
+        for backward in (False, True):
+            flops, moved = roofline(
+                comparison.op, comparison.variant, max(1, TOKENS // T), T, backward
+            )
+            rows.append(_row(comparison, T, backward) | {"flops": flops, "bytes": moved})
+    return rows
+
+
+def line(row: dict) -> dict:
+    """A row of the table. bound: the share of the roofline's time, the larger of FLOPs and bytes, that ours reaches."""
+    ms = row.get("ms", {})
+    ours, peer = ms.get("triton"), ms.get(row["peer"])
+    compute, bandwidth = _peak()
+    bound = max(row["flops"] / compute, row["bytes"] / bandwidth) * 1e3 if compute else None
+    return {
+        "": row["comparison"],
+        "B": row["B"],
+        "T": row["T"],
+        "pass": row["pass"],
+        "ours ms": ours or "not run",
+        "peer ms": peer or "not run",
+        "cuDNN attention ms": ms.get("cudnn attention") or "not run",
+        "ours/peer": ours / peer if ours and peer else None,
+        "at most": row["limit"],
+        "GFLOP": row["flops"] / 1e9,
+        "MB": row["bytes"] / 1e6,
+        "of roofline": bound / ours if bound and ours else None,
+    }
+
+
+def _peak() -> tuple[float | None, float | None]:
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in ROOFLINES.items() if name in kind), (None, None))
+
+
+def crossings(rows: list[dict]) -> list[str]:
+    """From which length ours is faster than cuDNN attention, for each comparison and pass."""
+    found = []
+    for name, which in sorted({(row["comparison"], row["pass"]) for row in rows}):
+        faster = [
+            row["T"]
+            for row in rows
+            if (row["comparison"], row["pass"]) == (name, which)
+            and {"triton", "cudnn attention"} <= row.get("ms", {}).keys()
+            and row["ms"]["triton"] < row["ms"]["cudnn attention"]
+        ]
+        where = f"from T {min(faster)} on" if faster else "not measured, or at no length"
+        found.append(f"- {name}, {which}: faster than cuDNN attention {where}")
+    return found
+
+
+def save(folder: Path, rows: list[dict]) -> None:
+    """gpu_peers.json and gpu_peers.md, the hardware and the versions beside the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = machine.environment()
+    saved = {"environment": environment, "rows": rows}
+    (folder / "gpu_peers.json").write_text(json.dumps(saved, indent=1) + "\n")
+    where = f"On {jax.devices()[0].device_kind}: {machine.describe(environment)}"
+    if not any("ms" in row for row in rows):
+        where = "Not run: no GPU was at hand."
+    parts = [
+        "# Triton kernels against their peers",
+        where,
+        f"Written by `python -m experiments.gpu_peers`: {TOKENS} tokens in all, {SHAPE.H} heads, K = V = {SHAPE.K}, bfloat16; "
+        f"medians in one run. GFLOP counts chunks of {CHUNK}; MB reads inputs and writes results once.",
+        report.markdown_table([line(row) for row in rows]),
+        "\n".join(crossings(rows)),
+    ]
+    (folder / "gpu_peers.md").write_text("\n\n".join(parts) + "\n")
