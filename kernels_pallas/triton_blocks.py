@@ -21,7 +21,8 @@ def dot(x, y, PRECISION: tl.constexpr):
     if PRECISION == "fp64":
         out = tl.dot(x.to(tl.float64), y.to(tl.float64), out_dtype=tl.float64)
     elif PRECISION == "bf16" or PRECISION == "bf16 rounded":
-        out = _bf16_dot(x.to(tl.bfloat16), y.to(tl.bfloat16), PRECISION == "bf16 rounded")
+        ROUNDED: tl.constexpr = PRECISION == "bf16 rounded"
+        out = _bf16_dot(_to_bf16(x, ROUNDED), _to_bf16(y, ROUNDED), ROUNDED)
     elif PRECISION == "bf16x2" or PRECISION == "bf16x2 rounded":
         out = _terms_dot(x, y, 2, PRECISION == "bf16x2 rounded")
     elif PRECISION == "bf16x3" or PRECISION == "bf16x3 rounded":
@@ -34,15 +35,15 @@ def dot(x, y, PRECISION: tl.constexpr):
 @triton.jit
 def _terms_dot(x, y, TERMS: tl.constexpr, ROUNDED: tl.constexpr):
     """Small products first. An operand that is bfloat16 is its own first term."""
-    x0, y0 = x.to(tl.bfloat16), y.to(tl.bfloat16)
-    x1, y1 = _rest(x, x0), _rest(y, y0)
+    x0, y0 = _to_bf16(x, ROUNDED), _to_bf16(y, ROUNDED)
+    x1, y1 = _rest(x, x0, ROUNDED), _rest(y, y0, ROUNDED)
     out = tl.full((x.shape[0], y.shape[1]), 0.0, tl.float32)
     if TERMS == 3:
         if x.dtype != tl.bfloat16:
-            x2 = (x - x0.to(tl.float32) - x1.to(tl.float32)).to(tl.bfloat16)
+            x2 = _rest(x - x0.to(tl.float32), x1, ROUNDED)
             out += _bf16_dot(x2, y0, ROUNDED)
         if y.dtype != tl.bfloat16:
-            y2 = (y - y0.to(tl.float32) - y1.to(tl.float32)).to(tl.bfloat16)
+            y2 = _rest(y - y0.to(tl.float32), y1, ROUNDED)
             out += _bf16_dot(x0, y2, ROUNDED)
         if x.dtype != tl.bfloat16 and y.dtype != tl.bfloat16:
             out += _bf16_dot(x1, y1, ROUNDED)
@@ -54,8 +55,18 @@ def _terms_dot(x, y, TERMS: tl.constexpr, ROUNDED: tl.constexpr):
 
 
 @triton.jit
-def _rest(x, high):
-    return (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+def _rest(x, high, ROUNDED: tl.constexpr):
+    return _to_bf16(x.to(tl.float32) - high.to(tl.float32), ROUNDED)
+
+
+@triton.jit
+def _to_bf16(x, ROUNDED: tl.constexpr):
+    """To the nearest, as a GPU rounds; the interpreter cuts off, so there the bits are rounded first."""
+    if ROUNDED and x.dtype != tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
 
 
 @triton.jit

@@ -156,10 +156,11 @@ class _Tensor:
 
 def _interpret(kernel, outputs, grid, constants, *inputs):
     arrays = [np.ascontiguousarray(x) for x in inputs]
-    results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
+    # bfloat16 is rounded here: the interpreter would cut it off.
+    results = [np.full(x.shape, np.nan, np.promote_types(x.dtype, np.float32)) for x in outputs]
     with _INTERPRETER, np.errstate(all="ignore"):
         kernel[grid](*(_Tensor(x) for x in (*arrays, *results)), **constants)
-    return results
+    return [result.astype(x.dtype) for result, x in zip(results, outputs)]
 
 
 def over_batch(function):

@@ -4,9 +4,9 @@ Forward: each chunk's inverse, all at once; then what the tokens write, U, and t
 attention's outputs with U for values. Backward: the same again, the states' cotangents in reverse, and linear attention's
 gradients twice, for what queries and for what keys read. Only the inputs are kept.
 
-Without a decay, states, inverses and U go from chunk to chunk in float64, for bfloat16 inputs too: reflections forget no
-error (`chunked._lost`), and data-centre GPUs multiply float64 as fast as IEEE float32. What comes of bfloat16 inputs
-otherwise multiplies as two bfloat16 terms (three without a decay). One reverse derivative; a second goes
+float32 without a decay carries states, inverses and U in float64 from chunk to chunk: reflections forget no error
+(`chunked._lost`), and data-centre GPUs multiply float64 as fast as IEEE float32. What comes of bfloat16 inputs multiplies
+as two bfloat16 terms, and without a decay, for the same reason, as three. One reverse derivative; a second goes
 through 'chunked'.
 """
 
@@ -44,10 +44,10 @@ def triton(
         q_BTGK, scale = q_BTGK.astype(jnp.float32) * scale, 1.0
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = kernels.form_of("delta_rule", *arrays, log_decay_BTHK, chunk_size, 64)
-    exact = log_decay_BTHK is None
-    chunk_size = chunk_size or (32 if exact else CHUNK_SIZE[form.dtype])
+    exact = log_decay_BTHK is None and form.dtype == "float32"
+    chunk_size = chunk_size or CHUNK_SIZE[form.dtype]
     mixed = form.mixed
-    if exact and mixed == "bf16x2":
+    if log_decay_BTHK is None and mixed == "bf16x2":
         mixed = "bf16x3"
     form = form._replace(C=min(chunk_size, form.C), inputs=mixed, mixed=mixed)
     g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
