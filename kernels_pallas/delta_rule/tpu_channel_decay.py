@@ -48,9 +48,10 @@ def gates_of(p: Products, heads: int, rows_RC, g_CHK) -> list[Gates]:
     return [Gates(columns_CR[:, h : h + 1], g_CHK[:, h * K : (h + 1) * K]) for h in range(heads)]
 
 
-def _parting(C):
-    """i xor j, whose highest bit is the level at which tokens i and j part."""
-    return iota((C, C), 0) ^ iota((C, C), 1)
+def _parting(C, rows=1, columns=1):
+    """i xor j, whose highest bit is the level at which tokens i and j part; repeated down or along."""
+    shape = (rows * C, columns * C)
+    return (iota(shape, 0) % C) ^ (iota(shape, 1) % C)
 
 
 def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
@@ -134,12 +135,14 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
     dboth = jnp.concatenate([dqk_CC, dkk_CC], axis=0)
     dboth_T = jnp.concatenate([dqk_CC.T, dkk_CC.T], axis=1)
     for level, E_CK in enumerate(c.levels):
-        here = (_parting(C) >= 1 << level) & (_parting(C) < 2 << level)
+        here_rows, here_columns = (
+            (x >= 1 << level) & (x < 2 << level) for x in (_parting(C, 2, 1), _parting(C, 1, 2))
+        )
         qE_CK, kE_CK = q_CK * E_CK, k_CK * E_CK
-        rows = p.dot(jnp.where(jnp.concatenate([here, here], axis=0), dboth, 0.0), kE_CK)
+        rows = p.dot(jnp.where(here_rows, dboth, 0.0), kE_CK)
         yield
         columns = p.dot(
-            jnp.where(jnp.concatenate([here, here], axis=1), dboth_T, 0.0),
+            jnp.where(here_columns, dboth_T, 0.0),
             jnp.concatenate([qE_CK, kE_CK], axis=0),
         )
         yield

@@ -57,11 +57,13 @@ class Plan(NamedTuple):
         item = 2 if self.products.narrow else 4
         keys, values, state = self.keys * self.K, self.heads * self.V, self.K * self.V
         blocks = self.C * item * (4 * keys + 3 * values) + 12 * self.heads * state
-        arrays = 24
+        arrays = 32
         if self.decay == "channel":
             blocks += 8 * self.C * self.heads * self.K
-            arrays = 64
-        held = arrays * self.C * max(self.C, self.K, self.V) + 4 * state
+            arrays = 80
+        wide = max(self.C, self.K, self.V, 128)  # a narrower array fills its lanes all the same
+        states = 4 if self.products.narrow else 48 if self.products.exact else 24
+        held = arrays * self.C * wide + states * self.K * max(self.V, 128)
         return 2 * blocks + 4 * self.heads * held
 
 
