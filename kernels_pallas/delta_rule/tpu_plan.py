@@ -10,6 +10,7 @@ CHUNK_SIZE = 128
 FLOAT32_CHUNK_SIZE = 32  # as `chunked`: where beta is 2, longer ones lose accuracy
 # Value heads a grid step, where they fit: they fill each other's gaps (`tpu_blocks.in_turns`).
 HEADS = {None: 8, "head": 8, "channel": 4}
+FLOAT32_HEADS = 2  # six passes a product leave no gaps to fill
 VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, or more
 
 
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
             blocks += 8 * self.C * self.heads * self.K
             arrays = 80
         wide = max(self.C, self.K, self.V, 128)  # a narrower array fills its lanes all the same
-        states = 4 if self.products.narrow else 48 if self.products.exact else 24
+        states = 4 if self.products.narrow else 24
         held = arrays * self.C * wide + states * self.K * max(self.V, 128)
         return 2 * blocks + 4 * self.heads * held
 
@@ -80,7 +81,7 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
     C = min(C, max(16, 1 << (T - 1).bit_length()))
     for unit in (64, 128):
         K, V = (-(-x // unit) * unit for x in (K, V))
-        cuts = _cuts(G, H, K, V, HEADS[decay])
+        cuts = _cuts(G, H, K, V, HEADS[decay] if narrow else FLOAT32_HEADS)
         if cuts:
             break
     plans = [Plan(B, T, G, H, K, V, C, *cut, decay, products, float(scale)) for cut in cuts]

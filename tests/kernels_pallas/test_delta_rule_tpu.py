@@ -164,9 +164,9 @@ def test_halving_sums_and_their_transpose():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def _published(name, T=256):
-    """A published shape's arrays with few tokens: time is the grid's length, and nothing else of the kernel."""
-    B, G, H, K, V = (SHAPES[name][n] for n in "BGHKV")
+def _published(name):
+    """A published shape's arrays. With few tokens XLA would keep them in VMEM, and that would be counted."""
+    B, T, G, H, K, V = (SHAPES[name][n] for n in "BTGHKV")
     sizes = [(B, T, G, K), (B, T, G, K), (B, T, H, V)]
     arrays = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
     arrays.append(jax.ShapeDtypeStruct((B, T, H), jnp.float32))
@@ -235,7 +235,7 @@ def test_unsupported():
         pytest.raises(NotImplementedError, match="chunks of 2048 .* give chunk_size="),
     ):
         jax.eval_shape(lambda *x: _forward_and_backward(*x, chunk_size=2048), *narrower, beta)
-    arrays = _published("small", T=8)
+    arrays = _published("small")
     with pytest.raises(NotImplementedError, match="it is a kernel for tpu; this is cpu"):
         jax.eval_shape(_forward_and_backward, *arrays)
     half = [x if x.ndim == 3 else jax.ShapeDtypeStruct(x.shape, jnp.float16) for x in arrays]
