@@ -46,7 +46,7 @@ class Products:
         return sum(reversed(products[:-1]), start=products[-1])
 
     def precise(self, x, y, axes=(1, 0)):
-        """x y to 24 bits: of an inverse, whose errors are a hundred times those of its products at worst."""
+        """x y to 24 bits: of an inverse, whose errors may be hundreds of times those of its products."""
         return self.dot(x, y, axes, terms=3)
 
     def state(self, x, y, axes=(1, 0)):

@@ -112,12 +112,14 @@ def delta_rule(
         document.
       segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another.
       chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and rounding only.
-      implementation: 'chunked', 'one_token' (T = 1 only), 'reference', or None for the best here.
+      implementation: 'chunked', 'pallas_tpu', 'triton', 'one_token' (T = 1 only), 'reference', or None for the best
+        here.
 
     Returns:
       o_BTHV in v's dtype, and the final state (B, H, K, V). Everything between is float32 (float64 where v is), for
       narrower inputs too: what the tokens of a chunk write depends on each other, and rounding it to bfloat16 leaves
-      one digit. Products follow `jax_default_matmul_precision`; the inverse inside a chunk is at the highest.
+      one digit; kernels give such operands to the matrix unit in two bfloat16 terms or more. The chunked form's
+      products follow `jax_default_matmul_precision`; the inverse inside a chunk is at the highest.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.

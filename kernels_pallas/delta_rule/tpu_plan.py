@@ -10,7 +10,7 @@ CHUNK_SIZE = 128
 FLOAT32_CHUNK_SIZE = 32  # as `chunked`: where beta is 2, longer ones lose accuracy
 # Value heads a grid step, where they fit: they fill each other's gaps (`tpu_blocks.in_turns`).
 HEADS = {None: 8, "head": 8, "channel": 4}
-FLOAT32_HEADS = 2  # six passes a product leave no gaps to fill
+FLOAT32_HEADS = 2  # it is there to be exact: a smaller kernel compiles sooner
 VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, or more
 
 
