@@ -51,7 +51,7 @@ class Products:
 
     def state(self, x, y, axes=(1, 0)):
         """A product by which states become states."""
-        return sum(self.exact_product(x, y, axes)) if self.exact else self.dot(x, y, axes)
+        return sum(self.exact_product(x, y, axes)) if self.exact else self.precise(x, y, axes)
 
     def ones(self, where):
         """True as 1 and False as 0, for sums by `dot`: exact in either dtype."""
