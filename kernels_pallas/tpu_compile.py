@@ -66,7 +66,7 @@ PARTS = {
 
 
 class Listing(NamedTuple):
-    """What the compiler wrote about one Pallas kernel: its VLIW bundles, their use of the units, its VMEM."""
+    """What the compiler wrote about one Pallas kernel: its VLIW bundles, their use of the units, the VMEM it allocates."""
 
     bundles: str
     utilization: str
@@ -218,6 +218,7 @@ def _listings(hlo: str) -> dict[str, Listing]:
             )
         blocks = memory.get(name, {}).get("blocks", [])
         spills = sum(b["block_size"] for b in blocks if "SPILL" in b["block_type"].upper())
-        total = memory.get(name, {}).get("total_size", 0)
+        # Not the block's size: that begins where operands end which XLA chose to keep in VMEM around the kernel.
+        total = sum(a["size"] for b in blocks for a in b["allocations"])
         listings[name] = Listing(*texts, vmem_bytes=total, spill_bytes=spills)
     return listings
