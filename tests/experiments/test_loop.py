@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 import shutil
@@ -272,25 +271,30 @@ def run_in_a_process(folder, workdir, settings):
     )
 
 
+def newest_step(folder):
+    return max((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), default=0)
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, compilation_cache):
-    """kill -9 over and over, while saving too (a save is almost always under way), until the run is through."""
+    """kill -9 over and over, every other time in the middle of a save, until the run is through."""
     tiny.make_config(tmp_path)
     assert run_in_a_process(tmp_path, tmp_path / "whole", compilation_cache).wait() == 0
-    seconds = itertools.count(1)
+    folder = tmp_path / "killed" / "checkpoints"
     kills = unfinished = 0
     while True:
         process = run_in_a_process(tmp_path, tmp_path / "killed", compilation_cache)
-        folder = tmp_path / "killed" / "checkpoints"
-        seen = max((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), default=0)
+        seen = newest_step(folder)
         while process.poll() is None:
-            done = max((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), default=0)
-            # Three steps on, and then at another moment each time; preferably with a save half done.
-            if done >= seen + 3:
-                time.sleep(0.007 * (next(seconds) % 13))
+            saving = any(folder.glob("*.orbax-checkpoint-tmp*"))
+            if newest_step(folder) >= seen + 5 and (saving or kills % 2):
+                if not saving:
+                    time.sleep(0.013 * (kills % 7))  # each time at another moment
                 process.kill()
                 kills += 1
-            time.sleep(0.002)
+                break
+            time.sleep(0.001)
+        process.wait()
         unfinished += any(folder.glob("*.orbax-checkpoint-tmp*"))
         if process.returncode == 0:
             break
