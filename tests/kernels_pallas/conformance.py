@@ -29,6 +29,7 @@ import pytest
 
 from kernels_pallas import targets
 
+KERNELS = ("pallas_tpu", "triton")  # interpreted here: seconds of compiling for each program
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 LENGTHS = (1, 63, 64, 100, 128, 1000)
 SMALLEST_SCALE = 1e-30
@@ -57,6 +58,7 @@ class OperatorCase:
     typical: regimes in which every token reaches every later one (weak decay), for the structural tests; the first is in
       the fast cut.
     fast: (T, regime) pairs of the fast cut; the full product is marked slow.
+    fast_kernels: those for kernels, of whose structural tests one is fast.
     rounded: the inputs that are bfloat16 in the bfloat16 tests.
     grouped: whether G < H is a legal shape.
     """
@@ -71,6 +73,7 @@ class OperatorCase:
     fast: tuple[tuple[int, str], ...]
     rounded: tuple[str, ...]
     grouped: bool = True
+    fast_kernels: tuple[tuple[int, str], ...] = ()
 
 
 def position_error(got, truth) -> float:
@@ -195,25 +198,23 @@ class Suite:
             yield
 
     def pytest_generate_tests(self, metafunc):
-        case = metafunc.cls.case
-        names = metafunc.fixturenames
-        if "implementation" in names:
-            metafunc.parametrize("implementation", case.implementations)
-        if "length_and_regime" in names:
-            product = [(T, regime) for T in LENGTHS for regime in case.regimes]
-            marked = [
-                pytest.param(
-                    pair,
-                    marks=() if pair in case.fast else pytest.mark.slow,
-                    id=f"T{pair[0]}-{pair[1]}",
-                )
-                for pair in product
-            ]
-            metafunc.parametrize("length_and_regime", marked)
-        if "typical" in names:
-            first, *others = case.typical
-            slow = [pytest.param(regime, marks=pytest.mark.slow) for regime in others]
-            metafunc.parametrize("typical", [first, *slow])
+        case, names = metafunc.cls.case, metafunc.fixturenames
+        product = []
+        for implementation in case.implementations:
+            kernel = implementation in KERNELS
+            if "length_and_regime" in names:
+                fast = case.fast_kernels if kernel else case.fast
+                pairs = [(T, regime) for T in LENGTHS for regime in case.regimes]
+                cases = [(f"T{pair[0]}-{pair[1]}", pair, pair in fast) for pair in pairs]
+            else:
+                named = not kernel or metafunc.function.__name__ == "test_packed_equals_separate"
+                cases = [(x, x, named and x == case.typical[0]) for x in case.typical]
+            for name, value, fast in cases:
+                marks = () if fast else pytest.mark.slow
+                label = f"{implementation}-{name}"
+                product.append(pytest.param(implementation, value, marks=marks, id=label))
+        what = "length_and_regime" if "length_and_regime" in names else "typical"
+        metafunc.parametrize(f"implementation, {what}", product)
 
     def test_float32(self, implementation, length_and_regime):
         T, regime = length_and_regime

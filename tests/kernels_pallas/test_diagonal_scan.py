@@ -89,11 +89,12 @@ CASE = OperatorCase(
             "complex log resets",
         ),
     ),
-    typical=("complex weak",),
+    typical=("weak", "complex weak"),
     fast=(
         *((1, "weak"), (100, "log resets"), (64, "any sign"), (100, "fixed"), (100, "log strong")),
         *((100, "complex log resets"), (1000, "log")),
     ),
+    fast_kernels=((100, "log resets"), (100, "complex log resets")),
     rounded=("x",),
     grouped=False,
 )
@@ -104,7 +105,14 @@ class TestDiagonalScan(Suite):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("T, regime", [(1, "weak"), (300, "complex weak")])
+@pytest.mark.parametrize(
+    "T, regime",
+    [
+        (100, "weak"),
+        pytest.param(1, "weak", marks=pytest.mark.slow),
+        pytest.param(300, "complex weak", marks=pytest.mark.slow),
+    ],
+)
 def test_reverse_is_forward_on_flipped_time(T, regime, packed):
     inputs = inputs_of(CASE, Shape(T=T), regime)
     ids = documents(2, T) if packed else None

@@ -86,6 +86,7 @@ CASE = OperatorCase(
         *((1, "head weak"), (100, "none"), (100, "head strong"), (100, "head resets")),
         *((100, "channel mixed"), (100, "channel resets")),
     ),
+    fast_kernels=((100, "head resets"), (100, "channel mixed")),
     rounded=("q", "k", "v"),
 )
 

@@ -58,28 +58,33 @@ def test_a_packed_document_equals_itself_alone():
 
 
 def test_scan_over_layers_and_remat_change_nothing():
-    model, params, tokens_BT = make()
+    """In float64, where rounding neither fails nor hides anything; HGRN asks how deep in the stack it is."""
+    pattern = {"pattern": "hgrn + attention(window=5)"}
+    model, params, tokens_BT = make(**pattern)
     plan = model.plan
     assert (len(plan.period), plan.repeats, len(plan.suffix)) == (2, 2, 1)
+    wide = pattern | {"dtype": "float64", "param_dtype": "float64"}
 
     def loss_and_grad(params, **changes):
-        model = language_model.from_config(BASE | changes)
+        model = language_model.from_config(BASE | wide | changes)
 
         def loss(params):
             return jnp.mean(jnp.square(model.apply({"params": params}, tokens_BT, SEGMENTS)[0]))
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
-    want = loss_and_grad(params)
-    assert_same_tree(loss_and_grad(params, remat="full"), want)
-    flat_loss, flat_grad = loss_and_grad(unstack(params, 2, 2), scan_layers=False, remat="dots")
-    assert_same_tree((flat_loss, flat_grad), (want[0], unstack(want[1], 2, 2)))
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        want = loss_and_grad(params)
+        assert_same_tree(loss_and_grad(params, remat="full"), want)
+        flat = loss_and_grad(unstack(params, 2, 2), scan_layers=False, remat="dots")
+        assert_same_tree(flat, (want[0], unstack(want[1], 2, 2)))
 
 
 def assert_same_tree(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for got_leaf, want_leaf in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        atol = 2e-5 * float(jnp.abs(want_leaf).max()) + 1e-7
+        atol = 1e-6 * float(jnp.abs(want_leaf).max())
         np.testing.assert_allclose(got_leaf, want_leaf, atol=atol)
 
 

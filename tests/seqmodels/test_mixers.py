@@ -5,13 +5,19 @@ import pytest
 from seqmodels import mixers
 from tests.seqmodels import mixer_suite
 
+TRAIN_IN_THE_FAST_SUITE = ("gla", "gated_delta_net", "mamba")
+
+
+def slow(cases, fast):
+    return [c if fast(c) else pytest.param(c, marks=pytest.mark.slow) for c in cases]
+
 
 @pytest.mark.parametrize("case", mixer_suite.all_cases(), ids=str)
 def test_pieces_steps_and_packed_documents_agree(case):
     mixer_suite.check_consistency(case)
 
 
-@pytest.mark.parametrize("case", mixer_suite.all_cases(), ids=str)
+@pytest.mark.parametrize("case", slow(mixer_suite.all_cases(), lambda c: c.variant == 0), ids=str)
 def test_gradients_are_finite_and_causal(case):
     mixer_suite.check_gradients(case)
 
@@ -26,7 +32,11 @@ def test_scan_over_layers(case):
     mixer_suite.check_layers(case)
 
 
-@pytest.mark.parametrize("case", mixer_suite.first_cases(), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    slow(mixer_suite.first_cases(), lambda c: c.name in TRAIN_IN_THE_FAST_SUITE),
+    ids=str,
+)
 def test_trains(case):
     mixer_suite.check_trains(case)
 
