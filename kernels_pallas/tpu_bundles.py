@@ -32,7 +32,8 @@ class Kernel(NamedTuple):
     bundles: in the grid loop's body, each once. step_cycles: with inner loops gone round. cycles: of the whole grid, on one
       core (v5p has two, and splits parallel axes between them).
     mxu_share: of the cycles, those that issue to a matrix unit. load_share, store_share: of the vector load and store slots.
-    spills, fills: vector registers put to memory and taken back, a step.
+    spills, fills: vector registers put to memory and taken back, a step. spill_share: of the kernel's bundles, those that
+      go where the compiler packs it without them.
     hbm_bytes: blocks moved, a block again each time its index changes; None where the kernel moves data itself.
     least_hbm_bytes: every operand and result once.
     """
@@ -48,6 +49,7 @@ class Kernel(NamedTuple):
     store_share: float
     spills: int
     fills: int
+    spill_share: float
     vmem_bytes: int
     hbm_bytes: int | None
     least_hbm_bytes: int
@@ -126,6 +128,7 @@ def _kernel(name: str, grid, call, listing: tpu_compile.Listing) -> Kernel:
         store_share=count["VSTORE"] / (capacity["VSTORE"] * step_cycles),
         spills=count["VSTORE:SPILL"],
         fills=count["VLOAD:FILL"],
+        spill_share=listing.spill_bundles / len(loops.times),
         vmem_bytes=listing.vmem_bytes,
         hbm_bytes=moved,
         least_hbm_bytes=least,

@@ -66,12 +66,16 @@ PARTS = {
 
 
 class Listing(NamedTuple):
-    """What the compiler wrote about one Pallas kernel: its VLIW bundles, their use of the units, the VMEM it allocates."""
+    """What the compiler wrote about one Pallas kernel: its VLIW bundles, their use of the units, the VMEM it allocates.
+
+    spill_bundles: how many bundles fewer there are where the compiler packs the same without spills and fills.
+    """
 
     bundles: str
     utilization: str
     vmem_bytes: int
     spill_bytes: int
+    spill_bundles: int
 
 
 class Compiled(NamedTuple):
@@ -156,7 +160,7 @@ def compile_for(topology: str, function, *arguments) -> Compiled:
 
 _LOCK = threading.Lock()
 _DUMP: pathlib.Path | None = None
-_PASSES = "final_.*bundle.*"
+_PASSES = "(final_.*bundle|packed-bundles-(post-ra|no-spills-fills)).*"
 
 
 def _prepare_environment() -> None:
@@ -186,6 +190,14 @@ def _prepare_environment() -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump}".strip()
 
 
+_ENDINGS = (
+    "final_bundles",
+    "final_hlo-static-per-bundle-utilization",
+    "schedule-analysis_packed-bundles-post-ra",
+    "schedule-analysis_packed-bundles-no-spills-fills",
+)
+
+
 def _clear_dump() -> None:
     for path in _DUMP.iterdir():
         path.unlink()
@@ -204,14 +216,14 @@ def _listings(hlo: str) -> dict[str, Listing]:
     listings = {}
     for name in dict.fromkeys(names):
         texts = []
-        for ending in ("final_bundles", "final_hlo-static-per-bundle-utilization"):
+        for ending in _ENDINGS:
             paths = [
                 path
                 for path in _DUMP.glob(f"*{ending}.txt")
                 if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-{ending}\.txt", path.name)
             ]
             texts += [path.read_text() for path in paths[:1]]
-        if len(texts) < 2:
+        if len(texts) < len(_ENDINGS):
             raise RuntimeError(
                 f"the compiler left no listing of kernel {name!r}: libtpu was loaded before tpu_compile could ask for one, "
                 "or the program came from JAX's compilation cache"
@@ -220,5 +232,8 @@ def _listings(hlo: str) -> dict[str, Listing]:
         spills = sum(b["block_size"] for b in blocks if "SPILL" in b["block_type"].upper())
         # Not the block's size: that begins where operands end which XLA chose to keep in VMEM around the kernel.
         total = sum(a["size"] for b in blocks for a in b["allocations"])
-        listings[name] = Listing(*texts, vmem_bytes=total, spill_bytes=spills)
+        with_spills, without = (
+            int(re.search(r"non empty scheduled bundles: *(\d+)", text)[1]) for text in texts[2:]
+        )
+        listings[name] = Listing(*texts[:2], total, spills, with_spills - without)
     return listings

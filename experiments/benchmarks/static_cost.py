@@ -28,7 +28,8 @@ TARGETS = {
 NOTE = (
     "Compiled figures, not runs: VLIW bundles of the compiled kernels, one a cycle where nothing stalls, without any wait "
     "for HBM. XLA's operations stand by the compiler's own estimates; where it gives none, as for a change of layout, "
-    "by the bytes they move, and are not in the cycles."
+    "by the bytes they move, and are not in the cycles. What spills cost is the bundles that go where the compiler packs the "
+    "same kernel without them."
 )
 
 
@@ -73,8 +74,9 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
         for implementation in implementations:
             if implementation not in case.implementations:
                 continue
-            call = case.function(implementation, variant, shape)
-            cotangents = jax.eval_shape(case.function("reference", variant, shape), inputs)
+            call, arguments = as_models_call(case.function(implementation, variant, shape), inputs)
+            definition, _ = as_models_call(case.function("reference", variant, shape), inputs)
+            cotangents = jax.eval_shape(definition, arguments)
             for name in PASSES:
                 row = {
                     "op": op,
@@ -89,11 +91,33 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
                     "libtpu": importlib.metadata.version("libtpu"),
                 }
                 if name == "forward":
-                    found = _measure(topology, shape.B * T * heads, call, inputs)
+                    found = _measure(topology, shape.B * T * heads, call, arguments)
                 else:
                     both = entries.with_gradients(call)
-                    found = _measure(topology, shape.B * T * heads, both, inputs, cotangents)
+                    found = _measure(topology, shape.B * T * heads, both, arguments, cotangents)
                 yield row | found
+
+
+def as_models_call(call, inputs: dict):
+    """`call` from arrays as a model has them, and the shapes of those arrays: heads side by side, (B, T, H K), as a
+    projection gives them, and a complex array as the two real ones that it is computed from. Results likewise."""
+
+    def given(x, name):
+        if jnp.iscomplexobj(x):
+            return jnp.real(x), jnp.imag(x)
+        tokens_and_heads = x.ndim == 4 and "state" not in name
+        return x.reshape(*x.shape[:2], -1) if tokens_and_heads else x
+
+    def all_given(arrays):
+        return {name: given(x, name) for name, x in arrays.items()}
+
+    def taken(x, shape):
+        return jax.lax.complex(*x) if isinstance(x, tuple) else x.reshape(shape)
+
+    def flat_call(arrays):
+        return all_given(call({name: taken(x, inputs[name].shape) for name, x in arrays.items()}))
+
+    return flat_call, jax.eval_shape(all_given, inputs)
 
 
 def _measure(topology: str, tokens_and_heads: int, function, *arguments) -> dict:
@@ -142,14 +166,20 @@ def save(folder: Path, new: list[dict]) -> None:
         "# TPU kernels, as compiled",
         NOTE,
         "Written by `python -m experiments.tpu_report`. Cycles are a token and head (a scan: a token and 128 channels). HBM: "
-        "bytes that the program, or the kernel, moves against reading its inputs and writing its results once; the program's arguments "
-        "are (B, T, heads, dim) arrays in the compiler's own layout, and bringing them to a kernel's counts.",
+        "bytes that the program, or the kernel, moves against reading its inputs and writing its results once. The program's "
+        "arguments are as a model has them: heads side by side, (B, T, heads * dim), as a projection gives them, and complex "
+        "numbers as two planes, as they are computed. From (B, T, heads, dim) arrays that lie in memory as such, XLA "
+        "would copy each to that layout first.",
     ]
+    verdicts = []
     for path in sorted(folder.glob("*.json")):
         saved = json.loads(path.read_text())
+        verdicts += targets(saved)
         parts += [f"## {path.stem}", report.markdown_table([program_line(r) for r in saved])]
         lines = [line for row in saved for line in kernel_lines(row)]
         parts += ["Kernels:", report.markdown_table(lines)] if lines else []
+    if verdicts:
+        parts += ["## Targets", "```\n" + report.targets_text(verdicts) + "\n```"]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
 
 
@@ -192,6 +222,7 @@ def kernel_lines(row: dict) -> list[dict]:
             "store slots %": 100 * kernel["store_share"],
             "spills": kernel["spills"],
             "fills": kernel["fills"],
+            "spills cost %": 100 * kernel["spill_share"],
             "VMEM KB": kernel["vmem_bytes"] / 1024,
             "HBM moved/least": None
             if kernel["hbm_bytes"] is None
@@ -221,9 +252,13 @@ def targets(found: list[dict]) -> list[report.Target]:
             megabytes = row["unestimated_bytes"] / 1e6
             text = f"{cycles:.2f} (XLA beside: {row['xla_cycles']:.2f}, and {megabytes:.0f} MB moved without estimate)"
             verdicts.append(report.Target(claim, text, cycles <= limit))
-        spilled = {k["name"]: k["spills"] for k in row["kernels"] if k["spills"]}
+        spilled = [
+            f"{k['name']} {k['spills']}, which cost {100 * k['spill_share']:.1f}% of its bundles"
+            for k in row["kernels"]
+            if k["spills"]
+        ]
         claim = f"{name}: no spills in the loop body"
-        verdicts.append(report.Target(claim, str(spilled or "none"), not spilled))
+        verdicts.append(report.Target(claim, "; ".join(spilled) or "none", not spilled))
         if row["pass"] == "forward" and row["hbm_ratio"] is not None:
             claim = f"{name}: HBM traffic within 1.3x of inputs and outputs once"
             verdicts.append(

@@ -4,12 +4,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from kernels_pallas import targets
 from kernels_pallas.tpu_blocks import Products
 
 CHUNK_SIZE = 128
 FLOAT32_CHUNK_SIZE = 32  # as `chunked`: where beta is 2, longer ones lose accuracy
 # Value heads a grid step, where they fit: they fill each other's gaps (`tpu_blocks.in_turns`).
 HEADS = {None: 8, "head": 8, "channel": 4}
+# libtpu 0.0.42 packs a TPU7x's bundles in a time that grows much faster than their number: four heads with a decay per
+# channel took 77 s for one pass of the backward kernel, two take 13 s for everything.
+TPU7X_HEADS = {None: 4, "head": 4, "channel": 2}
 FLOAT32_HEADS = 2  # it is there to be exact: a smaller kernel compiles sooner
 VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, or more
 
@@ -79,9 +83,10 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
         decay = "head" if log_decay_BTHK.shape[-1] == 1 else "channel"
     C = chunk_size or (CHUNK_SIZE if narrow else FLOAT32_CHUNK_SIZE)
     C = min(C, max(16, 1 << (T - 1).bit_length()))
+    most = (TPU7X_HEADS if targets.current().kind == "TPU7x" else HEADS)[decay]
     for unit in (64, 128):
         K, V = (-(-x // unit) * unit for x in (K, V))
-        cuts = _cuts(G, H, K, V, HEADS[decay] if narrow else FLOAT32_HEADS)
+        cuts = _cuts(G, H, K, V, most if narrow else FLOAT32_HEADS)
         if cuts:
             break
     plans = [Plan(B, T, G, H, K, V, C, *cut, decay, products, float(scale)) for cut in cuts]

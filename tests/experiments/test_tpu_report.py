@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.benchmarks import operators, static_cost
@@ -33,11 +35,32 @@ def test_targets_are_judged_at_their_shape():
     row = {
         "op": "delta_rule", "decay": "token", "shape": "target", "dtype": "bfloat16", "topology": "v6e:2x2",
         "implementation": "pallas_tpu", "pass": "forward", "kernel_cycles": 14.0, "xla_cycles": 1.0, "unestimated_bytes": 0,
-        "hbm_ratio": 1.4, "kernels": [{"name": "k", "spills": 3}],
+        "hbm_ratio": 1.4, "kernels": [{"name": "k", "spills": 3, "spill_share": 0.02}],
     }  # fmt: skip
     assert [target.met for target in static_cost.targets([row])] == [True, False, False]
     assert [t.met for t in static_cost.targets([row | {"error": "no VMEM"}])] == [False]
     assert static_cost.targets([row | {"shape": "small"}]) == []
+
+
+@pytest.mark.parametrize("op, variant", [("delta_rule", "channel"), ("diagonal_scan", "complex")])
+def test_models_arrays_give_the_operators_results(op, variant):
+    case, shape = operators.CASES[op], operators.Shape(H=2, K=4, V=6, D=5)
+    inputs = operators.make_problem(case, shape, 5, variant, "float32").inputs
+    call = case.function("reference", variant, shape)
+    flat_call, arguments = static_cost.as_models_call(call, inputs)
+    leaves = jax.tree.leaves(arguments)
+    assert all(x.dtype != np.complex64 for x in leaves)
+    flat = {
+        name: (x.real, x.imag) if isinstance(arguments[name], tuple) else x.reshape(arguments[name].shape)
+        for name, x in inputs.items()
+    }  # fmt: skip
+    for name, expected in jax.jit(call)(inputs).items():
+        got = jax.jit(flat_call)(flat)[name]
+        if isinstance(got, tuple):
+            got = got[0] + 1j * got[1]
+        elif name == "output":
+            assert got.shape == (1, 5, 2 * 6)
+        np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("op", static_cost.OPS)

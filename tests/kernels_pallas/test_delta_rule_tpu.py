@@ -195,7 +195,7 @@ def test_compiles(name, part):
     arrays = _published(name)
     compiled = tpu_compile.compile_for(part, _forward_and_backward, *arrays)
     assert len(compiled.listings) == 2
-    plan = _plan(arrays)
+    plan = _plan(part, arrays)
     for listing in compiled.listings.values():
         assert 0 < listing.vmem_bytes <= plan.vmem_bytes <= tpu_plan.VMEM_BYTES
 
@@ -207,16 +207,17 @@ def test_float32_compiles(part):
         arrays = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in _published(name)]
         compiled = tpu_compile.compile_for(part, _forward_and_backward, *arrays)
         for listing in compiled.listings.values():
-            assert 0 < listing.vmem_bytes <= _plan(arrays).vmem_bytes
+            assert 0 < listing.vmem_bytes <= _plan(part, arrays).vmem_bytes
 
 
-def _plan(arrays):
+def _plan(part, arrays):
     q, k, v, _, *log_decay = arrays
     decay = None
     if log_decay:
         shape = log_decay[0].shape
         decay = jax.ShapeDtypeStruct(shape if len(shape) == 4 else (*shape, 1), jnp.float32)
-    return tpu_plan.plan_of(q, k, v, decay, None, None, 1.0)
+    with tpu_compile.tracing_for(part):
+        return tpu_plan.plan_of(q, k, v, decay, None, None, 1.0)
 
 
 def test_unsupported():

@@ -138,6 +138,7 @@ def test_measures_a_kernel():
     assert kernel.step_cycles > kernel.bundles > 60
     assert kernel.cycles >= 4 * kernel.step_cycles
     assert 0 < kernel.mxu_share < 1
+    assert kernel.spills == kernel.spill_share == 0
     # w comes once, x and the result by the step
     assert kernel.hbm_bytes == kernel.least_hbm_bytes == 2 * (2 * X.size + W.size)
     assert program.cycles > kernel.cycles
