@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kernels_pallas import targets
+from kernels_pallas import first_use, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ def choose(
 ) -> Implementation:
     """Returns the implementation called `name`, or for None the first of the list that supports the call.
 
-    A named implementation that cannot run raises and says why; nothing is swapped in silence.
+    A named implementation that cannot run raises and says why; nothing is swapped in silence. For None, a kernel serves
+    once it has passed its check on this kind of device (`first_use`); a named one is not checked.
 
     Raises:
       ValueError: the name is unknown (the choices are listed).
@@ -45,6 +46,8 @@ def choose(
         reasons = []
         for implementation in implementations:
             reason = implementation.why_not(arguments)
+            if reason is None and implementation.platform is not None:
+                reason = first_use.why_not(operator, implementation.name, arguments)
             if reason is None:
                 return implementation
             reasons.append(f"{implementation.name}: {reason}")

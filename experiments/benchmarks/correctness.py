@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.entries import Arrays, Entry, Problem, with_gradients
+from kernels_pallas.selfcheck import position_error
 
 # On accelerators a float32 product is rounded to TF32 or bfloat16 by default, so the wider tolerance holds there.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 3e-2}
@@ -41,23 +42,6 @@ def wrong(found: dict[str, float], limit: float) -> str | None:
     if not bad:
         return None
     return ", ".join(f"{name} off by {e:.1e}" for name, e in bad[:3])
-
-
-def position_error(got, expected) -> float:
-    """See the module's docstring; infinite where the shape differs, or a value is not finite."""
-    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
-    got = np.asarray(got)
-    if got.shape != expected.shape:
-        return np.inf
-    got = got.astype(wide)
-    if not np.isfinite(got).all():
-        return np.inf
-    square = np.abs(got - expected) ** 2
-    error = np.sqrt((square.mean(axis=-1) if square.ndim >= 4 else square).max())
-    scale = np.sqrt(np.mean(np.abs(expected) ** 2))
-    if scale == 0:
-        return 0.0 if error == 0 else np.inf
-    return float(error / scale)
 
 
 def _widen(x):
