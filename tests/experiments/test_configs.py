@@ -27,11 +27,14 @@ OTHERS = [
     (gated_delta_net_1300m, ""),
     (gated_delta_net_1300m, "hybrid"),
     (selective_copying, ""),
-    *((mqar, name) for name in mqar.VARIANTS),
     (mqar, "delta_net,pairs8"),
-    *((state_tracking, f"parity,{name}") for name in state_tracking.VARIANTS),
-    (state_tracking, "modular_arithmetic,delta_net_negative"),
+    (state_tracking, "parity,delta_net_negative"),
+    (state_tracking, "modular_arithmetic,mlstm"),
     (state_tracking, "word_problem,delta_product"),
+]
+VARIANTS = [
+    *((mqar, name) for name in mqar.VARIANTS),
+    *((state_tracking, f"parity,{name}") for name in state_tracking.VARIANTS),
 ]
 
 
@@ -39,7 +42,7 @@ def label(case):
     return f"{case[0].__name__.split('.')[-1]}:{case[1]}"
 
 
-@pytest.mark.parametrize("case", SMALL + OTHERS, ids=label)
+@pytest.mark.parametrize("case", SMALL + OTHERS + VARIANTS, ids=label)
 def test_describes_a_model(case):
     module, argument = case
     config = module.get_config(*([argument] if argument else []))

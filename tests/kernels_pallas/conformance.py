@@ -59,6 +59,7 @@ class OperatorCase:
       the fast cut.
     fast: (T, regime) pairs of the fast cut; the full product is marked slow.
     fast_kernels: those for kernels, of whose structural tests one is fast.
+    kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no time for.
     rounded: the inputs that are bfloat16 in the bfloat16 tests.
     grouped: whether G < H is a legal shape.
     """
@@ -74,6 +75,7 @@ class OperatorCase:
     rounded: tuple[str, ...]
     grouped: bool = True
     fast_kernels: tuple[tuple[int, str], ...] = ()
+    kernels_skip: Callable[[int, str], bool] = lambda T, regime: False
 
 
 def position_error(got, truth) -> float:
@@ -206,11 +208,14 @@ class Suite:
                 fast = case.fast_kernels if kernel else case.fast
                 pairs = [(T, regime) for T in LENGTHS for regime in case.regimes]
                 cases = [(f"T{pair[0]}-{pair[1]}", pair, pair in fast) for pair in pairs]
+                skipped = {pair for pair in pairs if kernel and case.kernels_skip(*pair)}
             else:
                 named = not kernel or metafunc.function.__name__ == "test_packed_equals_separate"
                 cases = [(x, x, named and x == case.typical[0]) for x in case.typical]
+                skipped = set()
             for name, value, fast in cases:
-                marks = () if fast else pytest.mark.slow
+                marks = [] if fast else [pytest.mark.slow]
+                marks += [pytest.mark.exhaustive] if value in skipped else []
                 label = f"{implementation}-{name}"
                 product.append(pytest.param(implementation, value, marks=marks, id=label))
         what = "length_and_regime" if "length_and_regime" in names else "typical"

@@ -1,6 +1,7 @@
 """delta_rule's TPU kernels: the conformance suite interpreted, sizes and cuts, and all parts, compiled."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from tests.kernels_pallas.test_delta_rule import DELTA_RULE
 
 
 class TestPallasTPU(Suite):
-    """Every regime over eight chunks, every length with the regimes of one kind of decay, in turn.
+    """Every regime over eight chunks, every length with the regimes of one kind of decay, in turn; the rest is exhaustive.
 
     A program a length and kind: tens of seconds of compiling each, where the regimes that share it take one.
     """
@@ -42,21 +43,13 @@ class TestPallasTPU(Suite):
         if "implementation" in names:
             metafunc.parametrize("implementation", self.case.implementations)
         if "length_and_regime" in names:
-            pairs = [
-                (T, regime)
-                for T in LENGTHS
-                for regime in self.case.regimes
-                if self.kind_at.get(T) in (None, _kind(regime))
-            ]
             fast = self.fast.get(metafunc.function.__name__)
-            marked = [
-                pytest.param(
-                    pair,
-                    marks=() if pair == fast else pytest.mark.slow,
-                    id=f"T{pair[0]}-{pair[1]}",
-                )
-                for pair in pairs
-            ]
+            marked = []
+            for T, regime in itertools.product(LENGTHS, self.case.regimes):
+                marks = [] if (T, regime) == fast else [pytest.mark.slow]
+                if self.kind_at.get(T) not in (None, _kind(regime)):
+                    marks.append(pytest.mark.exhaustive)
+                marked.append(pytest.param((T, regime), marks=marks, id=f"T{T}-{regime}"))
             metafunc.parametrize("length_and_regime", marked)
         if "typical" in names:
             slow = [pytest.param(regime, marks=pytest.mark.slow) for regime in self.case.typical]

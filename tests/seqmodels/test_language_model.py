@@ -8,7 +8,7 @@ import pytest
 
 from seqmodels import language_model
 
-PATTERN = "gated_delta_net(num_heads=2, head_dim=8) + attention(window=5)"
+PATTERN = "rg_lru + attention(window=5)"
 BASE = {"vocab_size": 61, "d_model": 32, "num_layers": 5, "pattern": PATTERN}
 SEGMENTS = np.array([[1] * 5 + [2] * 9 + [3] * 2, [4] * 16, [5] * 12 + [0] * 4], np.int32)
 
