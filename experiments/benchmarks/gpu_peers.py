@@ -1,21 +1,18 @@
 """Our Triton kernels beside flash-linear-attention and mlstm_kernels: what `experiments.gpu_peers` measures.
 
-A peer is an Entry: numpy in, torch on the GPU, the same names out, so that the correctness gate and the clock are those of
-`experiments.bench`. Initial and final states take part. TFLA's mLSTM with sigmoid gates and no normaliser is linear
-attention with one decay a head: its forget gate's input is the logit of our decay, its input gate is open.
+TFLA's mLSTM with sigmoid gates and no normaliser is linear attention with one decay a head: its forget gate's input is the
+logit of our decay, its input gate is open.
 """
 
 import dataclasses
-import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from experiments.benchmarks import correctness, machine, operators, report, timing
-from experiments.benchmarks.entries import Entry, Prepared, Problem
+from experiments.benchmarks.entries import Entry
+from experiments.benchmarks.peers import Comparison, torch_entry
 
 TOKENS = 65536
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
@@ -24,21 +21,7 @@ OPEN = 30.0  # an input gate whose sigmoid is 1 in float32
 # NVIDIA's data sheets: dense bfloat16 FLOP/s, bytes/s.
 ROOFLINES = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
 CHUNK = 64  # of the FLOP count
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """op, variant: ours. package: the peer's module. call: (inputs as tensors) -> (output, final state).
-
-    limit: the most that our forward+backward may take, as a share of the peer's.
-    """
-
-    name: str
-    op: str
-    variant: str
-    package: str
-    call: Callable
-    limit: float = 0.67
+LIMIT = 0.67  # the most that our forward+backward may take, as a share of the peer's
 
 
 def _simple_gla(x):
@@ -92,53 +75,17 @@ def _mlstm(x):
 
 
 COMPARISONS = (
-    Comparison("Mamba-2 SSD", "linear_attention", "token", "fla", _simple_gla),
-    Comparison("GLA", "linear_attention", "channel", "fla", _gla),
-    Comparison("DeltaNet", "delta_rule", "none", "fla", _delta_net),
-    Comparison("Gated DeltaNet", "delta_rule", "token", "fla", _gated_delta_net),
+    Comparison("Mamba-2 SSD", "linear_attention", "token", "fla", _simple_gla, LIMIT),
+    Comparison("GLA", "linear_attention", "channel", "fla", _gla, LIMIT),
+    Comparison("DeltaNet", "delta_rule", "none", "fla", _delta_net, LIMIT),
+    Comparison("Gated DeltaNet", "delta_rule", "token", "fla", _gated_delta_net, LIMIT),
     Comparison("mLSTM", "linear_attention", "token", "mlstm_kernels", _mlstm, 1.0),
 )
 
 
 def peer_entry(comparison: Comparison) -> Entry:
-    """The peer's call on the GPU; with backward, the gradient of every input by torch's autograd."""
-
-    def prepare(problem: Problem, backward: bool) -> Prepared:
-        if importlib.util.find_spec(comparison.package) is None:
-            raise NotImplementedError(f"{comparison.package}: pip install -e '.[peers]'")
-        import torch
-
-        def tensor(x):
-            narrow = x.dtype not in (np.float32, np.float64)
-            x = torch.from_numpy(np.array(x, np.float32)).cuda()
-            return x.to(torch.bfloat16) if narrow else x
-
-        inputs = {name: tensor(x).requires_grad_(backward) for name, x in problem.inputs.items()}
-        cotangents = {name: tensor(x) for name, x in problem.cotangents.items()}
-
-        def run():
-            outputs = dict(zip(("output", "final state"), comparison.call(inputs)))
-            results = dict(outputs)
-            if backward:
-                given = [cotangents[name].to(x.dtype) for name, x in outputs.items()]
-                gradients = torch.autograd.grad(
-                    list(outputs.values()), list(inputs.values()), given, allow_unused=True
-                )
-                results |= {f"gradient of {n}": g for n, g in zip(inputs, gradients)}
-            torch.cuda.synchronize()
-            return _Tensors(results)
-
-        return Prepared(run)
-
-    return Entry(comparison.package, prepare)
-
-
-class _Tensors(dict):
-    """Torch results by name, as float32 numpy arrays where one is looked at, not while the clock runs."""
-
-    def items(self):
-        for name, x in super().items():
-            yield name, np.float32(np.nan) if x is None else x.detach().float().cpu().numpy()
+    """The peer's call on the GPU."""
+    return torch_entry(comparison, "cuda", "pip install -e '.[peers]'")
 
 
 def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[float, float]:

@@ -1,0 +1,239 @@
+"""Our chunked forms beside transformers' and jax-linear-attention's on the CPU: what `experiments.cpu_peers` measures.
+
+jax-linear-attention pins another JAX than the oracles' Python can have, so a run compares with the peers that its
+interpreter has; each peer's figures are kept in <peer>.json with ours of the same run, and one table shows them all.
+"""
+
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.benchmarks import machine, operators, peak_memory, report, static_cost, sweep
+from experiments.benchmarks.entries import Entry, Prepared
+from experiments.benchmarks.peers import Comparison, jax_peer_entry, torch_entry
+
+OURS = "chunked"
+LIMIT = 0.6
+FOLDER = static_cost.FOLDER.parent / "cpu"
+SHAPE = operators.Shape(B=2, H=8, K=64, V=64)
+LENGTH = 2048
+MEMORY_LENGTH = 65536  # with one sequence
+INSTALL = {
+    "transformers": "pip install -e '.[oracles]'",
+    "jla": "pip install jax-linear-attention==0.1, on Python 3.12 or later",
+}
+_DISTRIBUTIONS = {"transformers": ("transformers", "torch"), "jla": ("jax-linear-attention",)}
+
+
+def _transformers(x):
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    # Unwrapped: with flash-linear-attention installed, the name stands for its kernel.
+    chunked = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+    states = {"initial_state": x["initial_state"], "output_final_state": True}
+    return chunked(x["q"], x["k"], x["v"], x["log_decay"], x["beta"], **states)
+
+
+def _jla(kind: str):
+    def call(x):
+        from jla.ops import linear_attention
+
+        gates = {"g": x.get("log_decay"), "beta": x.get("beta")}
+        states = {"initial_state": x["initial_state"], "output_final_state": True}
+        return linear_attention(kind, x["q"], x["k"], x["v"], impl="chunked", **gates, **states)
+
+    return call
+
+
+COMPARISONS = (
+    Comparison("Gated DeltaNet", "delta_rule", "token", "transformers", _transformers, LIMIT),
+    Comparison("Gated DeltaNet", "delta_rule", "token", "jla", _jla("gated_deltanet"), LIMIT),
+    Comparison("KDA", "delta_rule", "channel", "jla", _jla("kda"), LIMIT),
+    Comparison("DeltaNet", "delta_rule", "none", "jla", _jla("deltanet"), LIMIT),
+    Comparison("Mamba-2 SSD", "linear_attention", "token", "jla", _jla("simple_gla"), LIMIT),
+    Comparison("GLA", "linear_attention", "channel", "jla", _jla("gla"), LIMIT),
+)
+NAMES = tuple(dict.fromkeys(comparison.name for comparison in COMPARISONS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """length: of the comparison. memory_length: of the memory, with B 1."""
+
+    shape: operators.Shape = SHAPE
+    length: int = LENGTH
+    memory_length: int = MEMORY_LENGTH
+    dtype: str = "float32"
+    rounds: int = 15
+    seconds: float = 12.0
+
+
+def peer_entry(comparison: Comparison) -> Entry:
+    install = INSTALL[comparison.package]
+    if comparison.package == "jla":
+        return jax_peer_entry(comparison, install)
+    return torch_entry(comparison, "cpu", install)
+
+
+def compare(name: str, settings: Settings, log=print) -> list[dict]:
+    """Ours and the peers that are here, checked against the recurrence in float64, then timed in turn; a row a peer and
+    pass. `note` says why a figure is missing."""
+    chosen = [c for c in COMPARISONS if c.name == name]
+    sweeping = sweep.Settings(
+        shape=settings.shape,
+        lengths=(settings.length,),
+        dtype=settings.dtype,
+        implementations=(OURS,),
+        rounds=settings.rounds,
+        seconds=settings.seconds,
+    )
+    case, variant = operators.CASES[chosen[0].op], chosen[0].variant
+    peers = [peer_entry(c) for c in chosen]
+    timings, checks = sweep.run(case, variant, sweeping, peers, log)
+    verdicts = {check["implementation"]: sweep.verdict(check) for check in checks}
+    found = {(row["implementation"], row["pass"]): row for row in timings if "seconds" in row}
+    rows = []
+    for comparison in chosen:
+        for which in sweep.PASSES:
+            ours, peer = (found.get((x, which)) for x in (OURS, comparison.package))
+            rows.append(
+                {
+                    "comparison": name,
+                    "peer": comparison.package,
+                    "sizes": case.sizes(settings.shape) | {"T": settings.length},
+                    "dtype": settings.dtype,
+                    "pass": which,
+                    "ours": ours and _figures(ours),
+                    "theirs": peer and _figures(peer),
+                    "ratio": ours["seconds"] / peer["seconds"] if ours and peer else None,
+                    "limit": comparison.limit if which == "forward_backward" else None,
+                    "verdicts": {x: verdicts[x] for x in (OURS, comparison.package)},
+                }
+            )
+    return rows
+
+
+def _figures(row: dict) -> dict:
+    return {name: row[name] for name in ("seconds", "seconds_lower", "seconds_upper", "rounds")}
+
+
+def memory(name: str, settings: Settings, log=print) -> list[dict]:
+    """Peak memory of forward+backward of ours and of each peer, one sequence, each in a process of its own."""
+    rows = []
+    for comparison in (c for c in COMPARISONS if c.name == name):
+        for which in (OURS, comparison.package):
+            row = {"comparison": name, "peer": comparison.package, "implementation": which}
+            row |= {"T": settings.memory_length, "dtype": settings.dtype, "note": None}
+            try:
+                found = peak_memory.measure(_prepare_long, comparison, which, settings)
+            except NotImplementedError as reason:
+                found = {"peak_bytes": None, "planned_bytes": None, "note": str(reason)}
+            rows.append(row | found)
+            log(report.text_table([memory_line(rows[-1])]))
+    return rows
+
+
+def _prepare_long(comparison: Comparison, which: str, settings: Settings) -> Prepared:
+    case, shape = operators.CASES[comparison.op], dataclasses.replace(settings.shape, B=1)
+    problem = operators.make_problem(
+        case, shape, settings.memory_length, comparison.variant, settings.dtype
+    )
+    if which == OURS:
+        return case.entry(OURS, comparison.variant, shape).prepare(problem, True)
+    return peer_entry(comparison).prepare(problem, True)
+
+
+def line(row: dict) -> dict:
+    """A row of the table."""
+    ours, theirs = row["ours"], row["theirs"]
+    figures = {}
+    for name, found in (("ours", ours), ("peer", theirs)):
+        figures[f"{name} ms"] = 1e3 * found["seconds"] if found else "not run"
+        quartiles = found and (found["seconds_lower"], found["seconds_upper"])
+        figures[f"{name} q1-q3"] = "-".join(f"{1e3 * x:.0f}" for x in quartiles or ()) or "-"
+    return {
+        "": row["comparison"],
+        "peer": row["peer"],
+        "pass": row["pass"].replace("_", "+"),
+        **figures,
+        "ours/peer": row["ratio"],
+        "at most": row["limit"],
+    }
+
+
+def memory_line(row: dict) -> dict:
+    mib = {name: row[name] and row[name] / 2**20 for name in ("peak_bytes", "planned_bytes")}
+    return {
+        "": row["comparison"],
+        "implementation": row["implementation"],
+        "T": row["T"],
+        "peak MiB": mib["peak_bytes"],
+        "planned temp MiB": mib["planned_bytes"],
+        "note": row["note"] or "",
+    }
+
+
+def targets(rows: Sequence[dict]) -> list[report.Target]:
+    found = []
+    for row in (row for row in rows if row["limit"] is not None):
+        claim = f"{row['comparison']}: forward+backward at most {row['limit']}x of {row['peer']}"
+        if row["ratio"] is None:
+            why = row["verdicts"][row["peer"]] if row["ours"] else row["verdicts"][OURS]
+            found.append(report.Target(claim, why, None))
+        else:
+            found.append(report.Target(claim, f"{row['ratio']:.2f}", row["ratio"] <= row["limit"]))
+    return found
+
+
+def save(folder: Path, parts: dict[str, list[dict]]) -> None:
+    """Puts rows ("timing", "memory") into <peer>.json, each part whole in place of the older one, and writes tables.md
+    from all peers' files. What was not measured because the peer is not here replaces nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = machine.environment()
+    for package, distributions in _DISTRIBUTIONS.items():
+        path = folder / f"{package}.json"
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        for part, rows in parts.items():
+            rows = [row for row in rows if row["peer"] == package]
+            if not any(row.get("theirs") or row.get("peak_bytes") for row in rows):
+                continue
+            versions = {name: importlib.metadata.version(name) for name in distributions}
+            here = environment | {"versions": environment["versions"] | versions}
+            saved[part] = {"environment": here, "rows": rows}
+        if saved:
+            path.write_text(json.dumps(saved, indent=1) + "\n")
+    (folder / "tables.md").write_text("\n\n".join(_tables(folder)) + "\n")
+
+
+def _tables(folder: Path) -> list[str]:
+    saved = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = ["# Chunked forms against their peers on CPU"]
+    found.append(
+        "Written by `python -m experiments.cpu_peers`. Ours and the peer are checked against the recurrence in float64, then "
+        "timed in turn in one run: medians and quartiles; only ratios hold from run to run."
+    )
+    rows = []
+    for part in (x["timing"] for x in saved if "timing" in x):
+        rows += part["rows"]
+        first = part["rows"][0]
+        sizes = ", ".join(f"{name} {value}" for name, value in first["sizes"].items())
+        found.append(
+            f"- {first['peer']}: {sizes}, {first['dtype']}; {machine.describe(part['environment'])}"
+        )
+    if rows:
+        found.append(report.markdown_table([line(row) for row in rows]))
+        found.append("```\n" + report.targets_text(targets(rows)) + "\n```")
+    memory_parts = [x["memory"] for x in saved if "memory" in x]
+    if memory_parts:
+        found.append("## Memory of forward+backward, one sequence")
+        found.append(
+            "Peak: what one call adds to a fresh process, outputs and gradients with it, inputs and cotangents without (VmHWM). "
+            "Planned: what the compiler reserves beside inputs and results."
+        )
+        found += [f"- {machine.describe(part['environment'])}" for part in memory_parts]
+        lines = [memory_line(row) for part in memory_parts for row in part["rows"]]
+        found.append(report.markdown_table(lines))
+    return found

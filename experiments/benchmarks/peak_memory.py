@@ -1,0 +1,32 @@
+"""Peak memory of one call on a CPU, in a process of its own: measured, beside the compiler's plan. Linux only."""
+
+import concurrent.futures
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.benchmarks.entries import Prepared
+
+
+def measure(prepare: Callable[[], Prepared], *arguments) -> dict:
+    """What prepare(*arguments).run() adds at its peak to the process's memory, results with it, inputs without.
+
+    prepare: a function of a module, for it goes to a fresh process. Bytes; `planned` is the compiler's temp_bytes.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(_measure_here, prepare, arguments).result()
+
+
+def _measure_here(prepare, arguments) -> dict:
+    prepared = prepare(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is set to what is held now
+    before = _status("VmRSS")
+    prepared.run()
+    return {"peak_bytes": _status("VmHWM") - before, "planned_bytes": prepared.temp_bytes}
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
