@@ -31,7 +31,7 @@ from kernels_pallas import decay_sums, matmul, segments, targets
 from kernels_pallas import recurrence_arguments as arguments
 
 CHUNK_SIZE = 64
-CPU_MATRICES = 32  # on CPU: how many (chunk, head) pairs make a span
+CPU_MATRICES = 16  # on CPU: how many (chunk, head) pairs make a span
 
 
 def chunked(
