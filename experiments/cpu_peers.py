@@ -63,9 +63,10 @@ def main(argv):
     )
     found = {}
     for part in _WHICH.value:
-        measure = _PARTS[part]
-        found[part] = [row for name in _ONLY.value for row in measure(name, settings)]
-        cpu_peers.save(Path(_OUT.value), found)
+        found[part] = []
+        for name in _ONLY.value:
+            found[part] += _PARTS[part](name, settings)
+            cpu_peers.save(Path(_OUT.value), found)  # what is cut short keeps what it has
     timed = found.get("timing", [])
     if timed:
         print(report.text_table([cpu_peers.line(row) for row in timed]))
