@@ -4,9 +4,14 @@
     python -m experiments.bench --op=linear_attention --lengths=1024,4096 --decay=channel --dtype=bfloat16
     python -m experiments.bench --op=diagonal_scan --shape=rg_lru_2b
     python -m experiments.bench --op=generation,compile
+    python -m experiments.bench --tune --op=delta_rule --topology=v6e --shape=target,qwen3_next_80b
 
 Prints tables and whether the targets are met; writes result.json, tables.md and a picture each into --out. Exit code 1
 if an implementation was wrong. Memory is the compiler's plan beside inputs and outputs, not a measurement.
+
+--tune looks for chunk and block sizes instead (`benchmarks/tune.py`), by static cycles on TPU topologies, which needs no TPU
+(pip install -e '.[tpu]'), or by time on the device at hand, and writes them into the table that the operators read,
+kernels_pallas/tuned.json.
 """
 
 import dataclasses
@@ -15,6 +20,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from experiments import cli
@@ -24,7 +30,9 @@ from experiments.benchmarks import (
     machine,
     operators,
     report,
+    static_cost,
     sweep,
+    tune,
 )
 
 OPS = (*operators.CASES, "generation", "compile")
@@ -39,23 +47,41 @@ _DECAY = flags.DEFINE_list(
     ["none", "token", "channel"],
     f"of the matrix recurrences: any of {', '.join(operators.DECAYS)}",
 )
-_SHAPE = flags.DEFINE_string("shape", None, "a published shape, from kernels_pallas/<op>/shapes.py")
+_SHAPE = flags.DEFINE_string(
+    "shape",
+    None,
+    "a published shape, from kernels_pallas/<op>/shapes.py; for --tune several, and target; default there: all",
+)
 _SIZES = {
     letter: flags.DEFINE_integer(name, None, f"in place of the shape's {letter}", lower_bound=1)
     for letter, name in {"B": "batch", "H": "heads", "K": "key_dim", "V": "value_dim"}.items()
 }
-_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "of the operators' inputs")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, DTYPES, "of the operators' inputs; default: float32, for --tune bfloat16"
+)
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", None, "by name; default: all there are")
 _PASSES = flags.DEFINE_list("passes", list(sweep.PASSES), f"any of {', '.join(sweep.PASSES)}")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "measurements of each program", lower_bound=1)
 _SECONDS = flags.DEFINE_float(
     "seconds", 2.0, "a program that took so long is not measured again", lower_bound=0.0
 )
-_OUT = flags.DEFINE_string("out", None, "folder for results; default: runs/bench/<op>-<time>")
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "folder for results; default: runs/bench/<op>-<time>, for --tune kernels_pallas",
+)
+_TUNE = flags.DEFINE_bool("tune", False, "look for chunk and block sizes, and write them down")
+_TOPOLOGY = flags.DEFINE_list(
+    "topology", None, "for --tune: TPU parts (v5e, v5p, v6e, tpu7x) or slices; default: time here"
+)
 
 
 def main(argv):
     cli.no_arguments(argv)
+    if _TUNE.value:
+        return _tune()
+    if _TOPOLOGY.value:
+        raise cli.UserError("--topology: only --tune compiles for one; for costs see tpu_report")
     ops = OPS if _OP.value == ["all"] else _chosen("op", _OP.value, (*OPS, "all"))
     plans = [_plan(op) for op in ops]  # all mistakes are found before the first clock starts
     name = f"{'-'.join(_OP.value)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -74,6 +100,34 @@ def main(argv):
     return 1 if any(section.wrong for section in sections) else 0
 
 
+def _tune() -> None:
+    ops = tune.OPS if _OP.value == ["all"] else _chosen("op", _OP.value, (*tune.OPS, "all"))
+    shapes = _SHAPE.value and tuple(_SHAPE.value.split(","))
+    known = {op: ("target", *operators.CASES[op].shapes) for op in ops}
+    for shape in shapes or ():
+        if not any(shape in names for names in known.values()):
+            choices = "; ".join(f"{op}: {', '.join(names)}" for op, names in known.items())
+            raise cli.UserError(f"--shape: unknown {shape!r}; choose of {choices}")
+    if _TOPOLOGY.value:
+        jax.config.update("jax_platforms", "cpu")  # libtpu compiles; nothing runs on a TPU
+        try:
+            static_cost.check_topologies(_TOPOLOGY.value)
+        except ImportError as error:
+            raise cli.UserError(str(error)) from error
+    implementations = tune.PLATFORMS["tpu" if _TOPOLOGY.value else jax.default_backend()]
+    if _IMPLEMENTATIONS.value:
+        implementations = _chosen("implementations", _IMPLEMENTATIONS.value, implementations)
+    dtype, topologies = _DTYPE.value or "bfloat16", _TOPOLOGY.value or (None,)
+    jobs = tune.jobs(ops, shapes, dtype, implementations, topologies)
+    out = Path(_OUT.value or tune.FOLDER)
+    found = 0
+    for each in tune.run(jobs, _ROUNDS.value, _SECONDS.value):
+        found += 1
+        print(f"{each.key}\n{report.text_table(tune.lines(each))}\n", flush=True)
+        tune.save(out, [each])
+    print(f"{found} entries: {out}")
+
+
 def _plan(op: str) -> Callable[[Path, str], report.Section]:
     """What is to be measured, as a function of the folder and the pictures' title. Raises UserError for bad flags."""
     lengths = _LENGTHS.value and tuple(_length(text) for text in _LENGTHS.value)
@@ -86,7 +140,7 @@ def _plan(op: str) -> Callable[[Path, str], report.Section]:
         return functools.partial(generation.section, settings)
     case = operators.CASES[op]
     settings = sweep.Settings(
-        dtype=_DTYPE.value,
+        dtype=_DTYPE.value or "float32",
         implementations=_implementations(op),
         passes=_chosen("passes", _PASSES.value, sweep.PASSES),
         rounds=_ROUNDS.value,

@@ -13,9 +13,7 @@ import contextlib
 import contextvars
 import functools
 import importlib.util
-import json
 import os
-import pathlib
 import sys
 import threading
 from typing import Any, NamedTuple
@@ -24,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import targets
+from kernels_pallas import targets, tuning
 
 EXTRA = "pip install -e '.[triton]'"
-TILES = pathlib.Path(__file__).with_name("triton_tiles.json")
+TILES = {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}
 _RECORD = contextvars.ContextVar("record", default=None)
 _INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder is global
 
@@ -187,27 +185,12 @@ def over_batch(function):
     return call
 
 
-@functools.cache
-def _tiles() -> dict:
-    return json.loads(TILES.read_text())
-
-
 def tiles(operator: str, part: str, dtype: str, K: int, V: int) -> dict:
-    """Block sizes, warps and stages of one kernel, from the table beside this file; never tuned at run time.
-
-    Keys are "operator/part/dtype/KxV", with K and V rounded up to powers of two; then the same without KxV; what the
-    table does not know at all takes "default". BK and BV are cut to the sizes at hand.
-    """
-    table = _tiles()
-    chosen = dict(table["default"])
-    for key in (
-        f"{operator}/{part}/{dtype}",
-        f"{operator}/{part}/{dtype}/{power_of_two(K)}x{power_of_two(V)}",
-    ):
-        chosen |= table.get(key, {})
-    chosen["BK"] = min(chosen["BK"], power_of_two(K))
-    chosen["BV"] = min(chosen["BV"], power_of_two(V))
-    return chosen
+    """Block sizes, warps and stages of one kernel: `TILES`, or what `tuning`'s table says of operator/triton/part/dtype
+    and of K x V, rounded up to powers of two. BK and BV are cut to the sizes at hand."""
+    K, V = power_of_two(K), power_of_two(V)
+    chosen = tuning.lookup(TILES, operator, "triton", part, dtype, f"{K}x{V}")
+    return chosen | {"BK": min(chosen["BK"], K), "BV": min(chosen["BV"], V)}
 
 
 def power_of_two(n: int) -> int:

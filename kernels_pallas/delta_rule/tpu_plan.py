@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from kernels_pallas import targets
+from kernels_pallas import targets, tuning
 from kernels_pallas.tpu_blocks import Products
 
 CHUNK_SIZE = 128
 FLOAT32_CHUNK_SIZE = 32  # as `chunked`: where beta is 2, longer ones lose accuracy
-# Value heads a grid step, where they fit: they fill each other's gaps (`tpu_blocks.in_turns`).
+# Value heads a grid step, where they fit and `tuned.json` says nothing else: they fill each other's gaps
+# (`tpu_blocks.in_turns`).
 HEADS = {None: 8, "head": 8, "channel": 4}
 # libtpu 0.0.42 packs a TPU7x's bundles in a time that grows much faster than their number: four heads with a decay per
 # channel took 77 s for one pass of the backward kernel, two take 13 s for everything.
@@ -72,6 +73,16 @@ class Plan(NamedTuple):
         return 2 * blocks + 4 * self.heads * held
 
 
+def best_sizes(decay, narrow, K, V) -> dict[str, int]:
+    """Chunk size and most heads a grid step, for a call that gives no chunk size."""
+    heuristic = {"chunk_size": FLOAT32_CHUNK_SIZE, "heads": FLOAT32_HEADS}
+    if narrow:
+        heads = (TPU7X_HEADS if targets.current().kind == "TPU7x" else HEADS)[decay]
+        heuristic = {"chunk_size": CHUNK_SIZE, "heads": heads}
+    dtype, shape = "bfloat16" if narrow else "float32", f"{K}x{V} {decay or 'none'}"
+    return tuning.lookup(heuristic, "delta_rule", "pallas_tpu", dtype, shape)
+
+
 def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale) -> Plan:
     """How a call is cut: as many heads a step as fit."""
     B, T, H, V = v_BTHV.shape
@@ -81,12 +92,11 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
     decay = None if segment_ids_BT is None else "head"
     if log_decay_BTHK is not None:
         decay = "head" if log_decay_BTHK.shape[-1] == 1 else "channel"
-    C = chunk_size or (CHUNK_SIZE if narrow else FLOAT32_CHUNK_SIZE)
-    C = min(C, max(16, 1 << (T - 1).bit_length()))
-    most = (TPU7X_HEADS if targets.current().kind == "TPU7x" else HEADS)[decay]
+    best = best_sizes(decay, narrow, K, V)
+    C = min(chunk_size or best["chunk_size"], max(16, 1 << (T - 1).bit_length()))
     for unit in (64, 128):
         K, V = (-(-x // unit) * unit for x in (K, V))
-        cuts = _cuts(G, H, K, V, most if narrow else FLOAT32_HEADS)
+        cuts = _cuts(G, H, K, V, best["heads"])
         if cuts:
             break
     plans = [Plan(B, T, G, H, K, V, C, *cut, decay, products, float(scale)) for cut in cuts]

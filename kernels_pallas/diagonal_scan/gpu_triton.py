@@ -14,7 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import triton_call
+from kernels_pallas import triton_call, tuning
+
+TILES = {"C": 64, "BD": 128, "num_warps": 4, "num_stages": 2}
 
 
 def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
@@ -104,9 +106,9 @@ def _states(x_BTD, decay_BTD, entering_BND, reverse, dtype):
 
 
 def _tiles(D):
-    tiles = triton_call.tiles("diagonal_scan", "scan", "float32", 1, 1)
-    tiles["BD"] = min(tiles["BD"], triton_call.power_of_two(D))
-    return {name: tiles[name] for name in ("C", "BD", "num_warps", "num_stages")}
+    """Chunk, channels a program, warps, stages: the same for all three kernels, which meet at the chunks."""
+    tiles = tuning.lookup(TILES, "diagonal_scan", "triton", str(D))
+    return tiles | {"BD": min(tiles["BD"], triton_call.power_of_two(D))}
 
 
 def _launch(part, inputs, outputs, **constants):

@@ -31,11 +31,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import targets
+from kernels_pallas import targets, tuning
 
 LANES, RUNS = 128, 8
-CHUNK_SIZE = 256
-WIDTH = 8  # registers side by side: enough independent work to hide the latency of a step
+# Where `tuned.json` says nothing else. width: registers side by side, enough independent work to hide a step's latency
+SIZES = {"chunk_size": 256, "width": 8}
 UNROLL = 8
 GAP = 4  # rows between runs
 
@@ -65,7 +65,7 @@ def _scan(x, decay, initial, reverse):
 
 
 def _forward(x, decay, initial, reverse):
-    plan = _Plan.of(x[0].shape, len(x), reverse)
+    plan = _Plan.of(x, reverse)
     P, states = plan.planes, [z[:, None, None] for z in initial]
     outputs = _call(
         plan,
@@ -81,7 +81,7 @@ def _forward(x, decay, initial, reverse):
 def _backward(reverse, saved, gradients):
     x, decay, entering = saved
     g, g_final = gradients
-    plan = _Plan.of(x[0].shape, len(x), reverse)
+    plan = _Plan.of(x, reverse)
     P, states = plan.planes, [z[:, None, None] for z in g_final]
     kinds = ((g, "t"), (decay, "t"), (x, "t"), (entering, "n"), (states, "s"))
     outputs = _call(
@@ -111,17 +111,19 @@ class _Plan:
     d: int
 
     @classmethod
-    def of(cls, shape, planes, reverse):
-        """Blocks of up to WIDTH registers: of channels, as many as waste least; then of rows of the batch."""
-        B, T, D = shape
-        tiles, most = pl.cdiv(D, LANES), WIDTH // planes
+    def of(cls, x, reverse):
+        """Blocks of up to `width` registers: of channels, as many as waste least; then of rows of the batch."""
+        (B, T, D), planes = x[0].shape, len(x)
+        kind = f"{D} {'real' if planes == 1 else 'complex'}"
+        sizes = tuning.lookup(SIZES, "diagonal_scan", "pallas_tpu", str(x[0].dtype), kind)
+        tiles, most = pl.cdiv(D, LANES), sizes["width"] // planes
         width = min(
             range(min(tiles, most), 0, -1),
             key=lambda w: pl.cdiv(tiles, w) * max(w, most // 2),
         )
         rows = max(n for n in range(1, most // width + 1) if B % n == 0)
         # a run is a multiple of 8 rows, so that it begins with a register, and a chunk with a tile of bfloat16
-        C = min(CHUNK_SIZE, pl.cdiv(T, 8 * RUNS) * 8 * RUNS)
+        C = min(sizes["chunk_size"], pl.cdiv(T, 8 * RUNS) * 8 * RUNS)
         return cls(B, T, D, planes, reverse, rows, C, width * LANES)
 
     @property

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, matmul, segments, targets
+from kernels_pallas import decay_sums, matmul, segments, targets, tuning
 from kernels_pallas import recurrence_arguments as arguments
 
 CHUNK_SIZE = 64
@@ -44,7 +44,10 @@ def chunked(
     B, T, G, K = q_BTGK.shape
     H, V = v_BTHV.shape[2:]
     R = H // G
-    C = min(chunk_size or CHUNK_SIZE, max(16, 1 << (T - 1).bit_length()))
+    decay = "none" if log_decay_BTHK is None else "channel" if per_channel else "head"
+    key = ("linear_attention", "chunked", str(v_BTHV.dtype), f"{K}x{V} {decay}")
+    C = chunk_size or tuning.lookup({"chunk_size": CHUNK_SIZE}, *key)["chunk_size"]
+    C = min(C, max(16, 1 << (T - 1).bit_length()))
     chunks = -(-T // C)
     span = chunks
     if targets.current().platform == "cpu":

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from kernels_pallas import tuning
 from kernels_pallas.linear_attention import tpu_channel_decay, tpu_head_decay
 
-# Value heads a grid step, where they fit: one head's chain of products fills another's gaps. More help little and take longer
+# Value heads a grid step, where they fit and `tuned.json` says nothing else: one head's chain of products fills another's gaps. More help little and take longer
 # to compile; float32, whose products are six times as long, gets half, and large states two.
 HEADS = {None: 4, "head": 4, "channel": 2}
 LARGE = 256 * 256  # K V from which a state counts as large
@@ -82,6 +83,16 @@ def best_chunk_size(decay, narrow, K, V) -> int:
     return 128
 
 
+def best_sizes(decay, narrow, K, V) -> dict[str, int]:
+    """Chunk size and most heads a grid step, for a call that gives no chunk size."""
+    most = HEADS[decay] if narrow else HEADS[decay] // 2
+    if K * V >= LARGE:
+        most = min(most, 2)
+    heuristic = {"chunk_size": best_chunk_size(decay, narrow, K, V), "heads": most}
+    dtype, shape = "bfloat16" if narrow else "float32", f"{K}x{V} {decay or 'none'}"
+    return tuning.lookup(heuristic, "linear_attention", "pallas_tpu", dtype, shape)
+
+
 def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale) -> Plan:
     """How a call is cut: the first choice that fits VMEM, or the last."""
     B, T, H, V = v_BTHV.shape
@@ -90,15 +101,12 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
     if log_decay_BTHK is not None:
         decay = "channel" if log_decay_BTHK.shape[-1] > 1 else "head"
     narrow = all(x.dtype == jnp.bfloat16 for x in (q_BTGK, k_BTGK, v_BTHV))
-    C = chunk_size or best_chunk_size(decay, narrow, K, V)
-    C = min(C, max(16, 1 << (T - 1).bit_length()))
+    best = best_sizes(decay, narrow, K, V)
+    C = min(chunk_size or best["chunk_size"], max(16, 1 << (T - 1).bit_length()))
     sizes = [C] if chunk_size else [C >> n for n in range(C.bit_length() - 4)]
-    most = HEADS[decay] if narrow else HEADS[decay] // 2
-    if K * V >= LARGE:
-        most = min(most, 2)
     for unit in (64, 128):
         K, V = (-(-x // unit) * unit for x in (K, V))
-        cuts = _cuts(G, H, K, V, most)
+        cuts = _cuts(G, H, K, V, best["heads"])
         if cuts:
             break
     plans = [

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import static_triton
-from kernels_pallas import delta_rule, diagonal_scan, linear_attention, targets, triton_call
+from kernels_pallas import delta_rule, diagonal_scan, linear_attention, targets, triton_call, tuning
 from tests.kernels_pallas import test_delta_rule, test_diagonal_scan, test_linear_attention
 from tests.kernels_pallas.conformance import (
     TOLERANCE,
@@ -30,7 +30,8 @@ from tests.kernels_pallas.conformance import (
 class Interpreted(Suite):
     """The suite with implementation='triton', on a cut of lengths and regimes: a program takes milliseconds here.
 
-    The case's `fast` pairs are in the fast suite; `slow` ones, and the structural tests, are not.
+    The case's `fast` pairs are in the fast suite; `slow` ones, and the structural tests, are not. Most of those run packed
+    and in bfloat16 only: one row of the packed ones is one document.
     """
 
     slow: tuple[tuple[int, str], ...]
@@ -41,10 +42,11 @@ class Interpreted(Suite):
             metafunc.parametrize("implementation", cls.case.implementations)
         if "length_and_regime" in names:
             pairs = [pytest.param(pair, id=f"T{pair[0]}-{pair[1]}") for pair in cls.case.fast]
-            pairs += [
-                pytest.param(pair, id=f"T{pair[0]}-{pair[1]}", marks=pytest.mark.slow)
-                for pair in cls.slow
-            ]
+            for n, pair in enumerate(cls.slow):
+                marks = [pytest.mark.slow]
+                if n >= 3 and metafunc.function.__name__ == "test_float32":
+                    marks.append(pytest.mark.exhaustive)
+                pairs.append(pytest.param(pair, id=f"T{pair[0]}-{pair[1]}", marks=marks))
             metafunc.parametrize("length_and_regime", pairs)
         if "typical" in names:
             marked = [pytest.param(x, marks=pytest.mark.slow) for x in cls.case.typical]
@@ -154,11 +156,10 @@ def test_missing_triton_names_the_extra(monkeypatch):
 
 def test_tiles_from_general_to_special(monkeypatch):
     table = {
-        "default": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-        "op/part/float32": {"BV": 32},
-        "op/part/float32/128x32": {"num_warps": 8},
+        "op/triton/part/float32": {"BV": 32},
+        "op/triton/part/float32/128x32": {"num_warps": 8},
     }
-    monkeypatch.setattr(triton_call, "_tiles", lambda: table)
+    monkeypatch.setattr(tuning, "_table", lambda: table)
     assert triton_call.tiles("op", "part", "float32", 100, 20) == {
         "BK": 64,
         "BV": 32,
@@ -166,7 +167,7 @@ def test_tiles_from_general_to_special(monkeypatch):
         "num_stages": 2,
     }
     assert triton_call.tiles("op", "part", "bfloat16", 20, 8)["BV"] == 16
-    assert table["default"]["BV"] == 64
+    assert triton_call.TILES["BV"] == 64
 
 
 def test_shared_key_heads_are_not_copied():
