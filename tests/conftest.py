@@ -6,8 +6,13 @@ SEQMODELS_TESTS_OPTIMIZED=1 leaves it on, which `.ci/run` does for the operators
 
 import importlib.metadata
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# On a GPU or a TPU, tests neither trust nor write a user's records of checked kernels.
+os.environ["SEQMODELS_CACHE"] = os.path.join(
+    tempfile.gettempdir(), f"seqmodels-tests-{os.getpid()}"
+)
 quick = os.environ.get("SEQMODELS_TESTS_OPTIMIZED") != "1"
 if quick and importlib.metadata.version("jax").startswith("0.10."):  # later ones have no choice
     flags = os.environ.get("XLA_FLAGS", "")
