@@ -3,7 +3,7 @@
     python -m experiments.train --config=configs/small.py:gla
     python -m experiments.train --config=configs/small.py:mamba2,smoke
 
-The argument is a mixer's registered name (`seqmodels.mixers.names()`). RESULTS
+The argument is a mixer's registered name (`seqmodels.mixers.names()`).
 """
 
 from configs import common, quickstart

@@ -9,7 +9,7 @@ Time is cut into N chunks of C tokens. A run of tokens is the affine map h -> A 
 
 x and the decay are read twice and h is written once. `associative_scan` over all tokens instead makes about
 2 log2(T) arrays whose sizes add up to several times that, slice by strided slice; so does one inside each chunk.
-On two CPU cores this form was 2 to 5 times faster than either (float32, B * D 64 to 2048, T 1024 to 16384), and C between
+On two CPU cores this form was 2 to 10 times faster than either (float32, B * D 64 to 2048, T 1024 to 16384), and C between
 64 and 256 made no difference beyond the noise: 128.
 
 Backward. With the incoming gradient g_t (that of the final state is added by letting it enter the scan):
