@@ -44,7 +44,7 @@ class Interpreted(Suite):
             pairs = [pytest.param(pair, id=f"T{pair[0]}-{pair[1]}") for pair in cls.case.fast]
             for n, pair in enumerate(cls.slow):
                 marks = [pytest.mark.slow]
-                if n >= 3 and metafunc.function.__name__ == "test_float32":
+                if n >= (3 if metafunc.function.__name__ == "test_float32" else 6):
                     marks.append(pytest.mark.exhaustive)
                 pairs.append(pytest.param(pair, id=f"T{pair[0]}-{pair[1]}", marks=marks))
             metafunc.parametrize("length_and_regime", pairs)
