@@ -58,7 +58,7 @@ class OperatorCase:
     typical: regimes in which every token reaches every later one (weak decay), for the structural tests; the first is in
       the fast cut.
     fast: (T, regime) pairs of the fast cut; the full product is marked slow.
-    fast_kernels: those for kernels, of whose structural tests one is fast.
+    fast_kernels: those for kernels, of whose structural tests one is fast, and those of other typical regimes exhaustive.
     kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no time for.
     rounded: the inputs that are bfloat16 in the bfloat16 tests.
     grouped: whether G < H is a legal shape.
@@ -212,7 +212,7 @@ class Suite:
             else:
                 named = not kernel or metafunc.function.__name__ == "test_packed_equals_separate"
                 cases = [(x, x, named and x == case.typical[0]) for x in case.typical]
-                skipped = set()
+                skipped = set(case.typical[1:]) if kernel else set()
             for name, value, fast in cases:
                 marks = [] if fast else [pytest.mark.slow]
                 marks += [pytest.mark.exhaustive] if value in skipped else []

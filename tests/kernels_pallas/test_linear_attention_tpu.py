@@ -187,6 +187,7 @@ def test_compiles(part, name, dtype):
     inputs, cotangents = _abstract(name, dtype)
     compiled = tpu_compile.compile_for(part, _with_gradients, inputs, cotangents)
     assert len(compiled.listings) == 2
-    predicted = _plan(inputs).vmem_bytes
+    with tpu_compile.tracing_for(part):
+        predicted = _plan(inputs).vmem_bytes
     for listing in compiled.listings.values():
         assert 0 < listing.vmem_bytes <= min(1.25 * predicted, tpu_plan.VMEM_BYTES)
