@@ -76,7 +76,6 @@ def smoke(config: ConfigDict) -> ConfigDict:
     if config.data.name in ("text", "tfds"):  # no files of the user's are asked for
         config.data = default_config("python_stdlib")
         config.model.vocab_size = 0
-    config.train.accumulate = min(config.train.accumulate, 2)
     config.data.batch_size = 8 * config.train.accumulate
     config.data.eval_batch_size = 0
     if "seq_len" in config.data:

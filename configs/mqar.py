@@ -4,7 +4,7 @@
     python -m experiments.train --config=configs/mqar.py:linear_attention,pairs8
 
 Arguments: a mixer (attention, delta_net, gated_delta_net, linear_attention); pairs8 for 128 tokens and 8 pairs in place of
-64 and 4; full_vocabulary for the paper's 8192 tokens (here 512, which two cores can do in minutes). RESULTS
+64 and 4; full_vocabulary for the paper's 8192 tokens (here 512, which two cores can do in minutes).
 """
 
 from configs import common
