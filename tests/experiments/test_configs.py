@@ -24,7 +24,6 @@ SMALL = [(small, name) for name in mixers.names()]
 OTHERS = [
     (quickstart, ""),
     (delta_net_340m, ""),
-    (gated_delta_net_1300m, ""),
     (gated_delta_net_1300m, "hybrid"),
     (selective_copying, ""),
     (mqar, "delta_net,pairs8"),
@@ -33,6 +32,7 @@ OTHERS = [
     (state_tracking, "word_problem,delta_product"),
 ]
 VARIANTS = [
+    (gated_delta_net_1300m, ""),
     *((mqar, name) for name in mqar.VARIANTS),
     *((state_tracking, f"parity,{name}") for name in state_tracking.VARIANTS),
 ]
