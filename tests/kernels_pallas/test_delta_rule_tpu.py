@@ -32,7 +32,7 @@ class TestPallasTPU(Suite):
     """
 
     case = dataclasses.replace(DELTA_RULE, implementations=("pallas_tpu",))
-    kind_at = {1: "head", 63: "channel", 64: "none", 100: "head", 128: "channel"}
+    kind_at = {1: "head", 63: "channel", 64: "none", 100: "head", 128: "head"}
     fast = {
         "test_float32_packed_documents": (100, "head resets"),
         "test_bfloat16": (100, "head mixed"),
@@ -79,7 +79,7 @@ def _check(shape, regime, segment_ids=None, dtype="float32", **keywords):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "chunk_size, regime",
-    [(16, "head mixed"), (64, "channel mixed"), (256, "none"), (256, "channel mixed")],
+    [(16, "head mixed"), (64, "channel mixed"), (256, "none")],
 )
 def test_chunk_sizes(chunk_size, regime):
     _check(Shape(B=1, T=300, H=1, G=1), regime, chunk_size=chunk_size)
@@ -89,7 +89,6 @@ def test_chunk_sizes(chunk_size, regime):
 @pytest.mark.parametrize(
     "K, V, regime",
     [
-        (64, 64, "none"),
         (64, 64, "channel mixed"),
         (128, 64, "head mixed"),
         (100, 130, "none"),
@@ -119,7 +118,7 @@ def test_heads(G, H, K, V):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regime", ["none", "head mixed", "channel mixed"])
+@pytest.mark.parametrize("regime", ["head mixed"])
 def test_gradients_of_gradients(regime):
     inputs = inputs_of(DELTA_RULE, Shape(B=1, T=20, H=2, G=1, K=4, V=4), regime)
 

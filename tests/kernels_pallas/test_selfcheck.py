@@ -371,7 +371,11 @@ def test_every_kernel_passes_interpreted(operator):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "operator, variant", [("linear_attention", "head"), ("delta_rule", "head")]
+    "operator, variant",
+    [
+        ("linear_attention", "head"),
+        pytest.param("delta_rule", "head", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_check_at_its_real_size(operator, variant):
     """More than one chunk, the last one not whole, as on a device."""

@@ -44,12 +44,18 @@ class Interpreted(Suite):
             pairs = [pytest.param(pair, id=f"T{pair[0]}-{pair[1]}") for pair in cls.case.fast]
             for n, pair in enumerate(cls.slow):
                 marks = [pytest.mark.slow]
-                if n >= (3 if metafunc.function.__name__ == "test_float32" else 6):
+                if n >= (1 if metafunc.function.__name__ == "test_float32" else 3):
                     marks.append(pytest.mark.exhaustive)
                 pairs.append(pytest.param(pair, id=f"T{pair[0]}-{pair[1]}", marks=marks))
             metafunc.parametrize("length_and_regime", pairs)
         if "typical" in names:
-            marked = [pytest.param(x, marks=pytest.mark.slow) for x in cls.case.typical]
+            marks = [pytest.mark.slow]
+            if metafunc.function.__name__ not in (
+                "test_packed_equals_separate",
+                "test_grouped_heads",
+            ):
+                marks.append(pytest.mark.exhaustive)
+            marked = [pytest.param(x, marks=marks) for x in cls.case.typical]
             metafunc.parametrize("typical", marked)
 
 
