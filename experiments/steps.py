@@ -12,6 +12,7 @@ import optax
 
 from experiments import optimizers, schedules
 from experiments.checkpoints import TrainState
+from kernels_pallas import TokenDetails, linear_cross_entropy
 from seqmodels import language_model, sharding
 from seqmodels.array_typing import Array
 
@@ -99,7 +100,7 @@ def build(config, seq_len: int, devices=None) -> Program:
             out_shardings=(state_shardings, replicated),
         ),
         token_losses=jax.jit(
-            lambda params, batch: _token_losses(model, params, batch)[:2],
+            lambda params, batch: _nll_and_correct(model, params, batch),
             in_shardings=(state_shardings.params, batch_sharding),
             out_shardings=batch_sharding,
         ),
@@ -112,15 +113,22 @@ def build(config, seq_len: int, devices=None) -> Program:
     )
 
 
-def _token_losses(model, params, batch: Batch) -> tuple[Array, Array, Array]:
-    """Negative log-likelihood of each target, whether it is the most likely token, and log Z of the logits; float32."""
-    logits_BTW, _ = model.apply({"params": params}, batch["inputs"], batch["segment_ids"])
-    logits_BTW = logits_BTW.astype(jnp.float32)
-    targets_BT = batch["targets"]
-    log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
-    target_logit_BT1 = jnp.take_along_axis(logits_BTW, targets_BT[..., None], axis=-1)
-    correct_BT = (jnp.argmax(logits_BTW, axis=-1) == targets_BT).astype(jnp.float32)
-    return log_z_BT - target_logit_BT1[..., 0], correct_BT, log_z_BT
+def _token_losses(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Array, TokenDetails]:
+    """The loss of each target, and its details, with only a piece of the logits held at once."""
+
+    def head(x_BTD, matrix, layout):
+        return linear_cross_entropy(
+            x_BTD, matrix, batch["targets"],
+            layout=layout, logit_softcap=model.logit_softcap, z_loss=z_loss, details=True,
+        )  # fmt: skip
+
+    losses, _ = model.apply({"params": params}, batch["inputs"], batch["segment_ids"], head=head)
+    return losses
+
+
+def _nll_and_correct(model, params, batch: Batch) -> tuple[Array, Array]:
+    _, details = _token_losses(model, params, batch)
+    return details.nll_BT, details.correct_BT
 
 
 def _train_step(model, optimizer, accumulate: int, z_loss: float):
@@ -128,11 +136,12 @@ def _train_step(model, optimizer, accumulate: int, z_loss: float):
     of (log Z)^2 (PaLM, arXiv 2204.02311, section 5)."""
 
     def loss_and_correct(params, batch, weight):
-        nll_BT, correct_BT, log_z_BT = _token_losses(model, params, batch)
-        mask_BT = batch["loss_mask"]
-        loss = jnp.sum(nll_BT * mask_BT) / weight
-        correct = jnp.sum(correct_BT * mask_BT) / weight
-        return loss + z_loss * jnp.sum(log_z_BT**2 * mask_BT) / weight, (loss, correct)
+        loss_BT, details = _token_losses(model, params, batch, z_loss)
+
+        def mean(x_BT):
+            return jnp.sum(x_BT * batch["loss_mask"]) / weight
+
+        return mean(loss_BT), (mean(details.nll_BT), mean(details.correct_BT))
 
     def microbatches(x_BT):
         # Every `accumulate`-th row, so that each microbatch has rows from all devices.

@@ -17,10 +17,15 @@ from kernels_pallas.causal_conv.api import causal_conv
 from kernels_pallas.delta_rule.api import delta_rule, diagonal_plus_low_rank
 from kernels_pallas.diagonal_scan.api import diagonal_scan
 from kernels_pallas.linear_attention.api import linear_attention
-from kernels_pallas.linear_cross_entropy.api import linear_cross_entropy, linear_kl_divergence
+from kernels_pallas.linear_cross_entropy.api import (
+    TokenDetails,
+    linear_cross_entropy,
+    linear_kl_divergence,
+)
 from kernels_pallas.softmax_attention.api import softmax_attention
 
 __all__ = [
+    "TokenDetails",
     "causal_conv",
     "delta_rule",
     "diagonal_plus_low_rank",

@@ -1,7 +1,7 @@
 """The language model: embedding, a stack of blocks by pattern, a norm, and logits."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +36,8 @@ class LanguageModel(nn.Module):
     `init_state(batch)` and then the state of the last call; any split of a sequence gives the same logits. A row
     whose first token has another segment id than the row's last one starts from nothing.
 
+    head: (x_BTD, matrix, layout) -> what is returned in place of the logits, from the last hidden states and the output
+      matrix, "WD" or "DW" by its layout: a loss that never holds all logits (`kernels_pallas.linear_cross_entropy`).
     mixers: one MixerSpec a layer (`from_config` makes them of a pattern such as
       "3*gated_delta_net + attention(window=256)").
     channel_mixer, d_ff, norm, norm_eps, norm_position: see `blocks.Block`.
@@ -76,7 +78,9 @@ class LanguageModel(nn.Module):
         tokens_BT: Array,
         segment_ids_BT: Array | None = None,
         state: ModelState | None = None,
-    ) -> tuple[Array, ModelState | None]:
+        *,
+        head: Callable[[Array, Array, str], Any] | None = None,
+    ) -> tuple[Any, ModelState | None]:
         embed = nn.Embed(
             self.vocab_size,
             self.d_model,
@@ -90,24 +94,24 @@ class LanguageModel(nn.Module):
         x_BTD = embed(tokens_BT) * self.embedding_scale
         x_BTD, state = self._stack(x_BTD, segment_ids_BT, state)
         x_BTD = blocks.make_norm(self.norm, self.norm_eps, "final_norm")(x_BTD).astype(self.dtype)
-        # The sum over D stays float32 when x and the matrix are bfloat16.
-        float32_sum = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
         if self.tied_embeddings:
-            E_WD = embed.embedding.astype(self.dtype)
-            logits_BTW = float32_sum(x_BTD, E_WD, (((2,), (1,)), ((), ())))
+            matrix, layout = embed.embedding, "WD"
         else:
-            logits_BTW = layers.dense(
-                self.vocab_size,
-                "output",
-                axes=("embed", "vocab"),
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                dot_general=float32_sum,
-            )(x_BTD)
+            output = layers.Matrix(
+                self.vocab_size, ("embed", "vocab"), self.param_dtype, name="output"
+            )
+            matrix, layout = output(self.d_model), "DW"
+        return (head or self.logits)(x_BTD, matrix.astype(self.dtype), layout), state
+
+    @nn.nowrap
+    def logits(self, x_BTD: Array, matrix: Array, layout: str) -> Array:
+        """Of the last hidden states; the sum over D is float32 whatever the dtype."""
+        logits_BTW = jnp.einsum(
+            f"btd,{layout.lower()}->btw", x_BTD, matrix, preferred_element_type=jnp.float32
+        )
         if self.logit_softcap is not None:
             logits_BTW = self.logit_softcap * jnp.tanh(logits_BTW / self.logit_softcap)
-        return logits_BTW, state
+        return logits_BTW
 
     def _stack(self, x_BTD, segment_ids_BT, state):
         plan = self.plan

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from seqmodels.array_typing import Array, LogicalAxes
+from seqmodels.array_typing import Array, DType, LogicalAxes
 
 KERNEL_INIT = nn.initializers.lecun_normal()
 
@@ -36,3 +36,16 @@ def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[in
     """A small parameter of a gate (A_log, dt_bias, D, ...): float32 whatever the model's dtype, first axis "heads"."""
     axes = ("heads",) + (None,) * (len(shape) - 1)
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+class Matrix(nn.Module):
+    """The kernel of a dense layer without a bias, where the product is another's: kernel (D, features)."""
+
+    features: int
+    axes: LogicalAxes
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, input_features: int) -> Array:
+        init = nn.with_logical_partitioning(KERNEL_INIT, self.axes)
+        return self.param("kernel", init, (input_features, self.features), self.param_dtype)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.linear_cross_entropy import chunked, reference
+from kernels_pallas.linear_cross_entropy.reference import TokenDetails
 
 # No kernel. By XLA's estimates for v6e (three shapes of shapes.py, bfloat16), pieces cost 8 to 11 % more cycles than all logits at
 # once forward, where one would not pay; with backward 2.0 to 2.4 times as many, of which making the logits again is a third:
@@ -28,8 +29,9 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     z_loss: float = 0.0,
     chunk_size: int | None = None,
+    details: bool = False,
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, TokenDetails]:
     """Cross-entropy of each token from hidden states, with logits made and used a piece of time at a time:
 
         logits = x matrix^T + bias      (c tanh(logits / c) with a soft cap c: Gemma 2, arXiv 2408.00118)
@@ -44,10 +46,12 @@ def linear_cross_entropy(
       bias_W: (W,) or None.
       mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient. It is no weight.
       chunk_size: tokens of each row whose logits are held at once; None picks by shape (`chunked.heuristic_chunk_size`).
+      details: also return what else is known of each token: -log p, log Z, whether the target is the likeliest.
       implementation: 'chunked', 'reference' (all logits at once), or None for the best here.
 
     Returns:
-      loss_BT, float32 (or wider). Gradients go to x, the matrix and the bias.
+      loss_BT, float32 (or wider). Gradients go to x, the matrix and the bias. With details=True also TokenDetails, which
+      have no gradient.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown layout or implementation.
@@ -58,10 +62,11 @@ def linear_cross_entropy(
     if not jnp.issubdtype(targets_BT.dtype, jnp.integer):
         raise ValueError(f"{operator}: targets_BT has dtype {targets_BT.dtype}; expected integers")
     loss = reference.CrossEntropy(_softcap(operator, "logit_softcap", logit_softcap), z_loss)
-    return _run(
+    loss_BT, token_details = _run(
         operator, loss, layout, chunk_size, implementation,
         x_BTD, matrix, bias_W, targets_BT, mask_BT, fixed=(),
     )  # fmt: skip
+    return (loss_BT, token_details) if details else loss_BT
 
 
 def linear_kl_divergence(
@@ -129,10 +134,11 @@ def linear_kl_divergence(
         temperature,
         None if teacher_matrix is None else teacher_layout,
     )
-    return _run(
+    kl_BT, _ = _run(
         operator, loss, layout, chunk_size, implementation,
         x_BTD, matrix, bias_W, teacher_BTE, mask_BT, fixed,
     )  # fmt: skip
+    return kl_BT
 
 
 def _run(

@@ -35,30 +35,36 @@ def heuristic_chunk_size(B: int, T: int, W: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
-    """`loss` of the logits, (B, T) in float32 or wider; gradients go to x, the matrix and the bias alone."""
+    """`loss` of the logits and its details, (B, T) in float32 or wider; gradients go to x, the matrix and the bias alone."""
 
-    def one_piece(loss_BT, start, size):
+    def piece_results(start, size):
         x_BcD, tokens = _cut((x_BTD, per_token), start, size)
         logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
-        return _paste(loss_BT, loss(logits_BcW, tokens, fixed), start)
+        return loss(logits_BcW, tokens, fixed)
 
-    dtype = jnp.result_type(x_BTD.dtype, matrix.dtype, jnp.float32)
-    return _over_pieces(one_piece, jnp.zeros(x_BTD.shape[:2], dtype), chunk_size)
+    def one_piece(results, start, size):
+        return _paste(results, piece_results(start, size), start)
+
+    B, T, _ = x_BTD.shape
+    a_piece = jax.eval_shape(lambda: piece_results(0, chunk_size))
+    results = jax.tree.map(lambda z: jnp.zeros((B, T), z.dtype), a_piece)
+    return _over_pieces(one_piece, results, chunk_size, T)
 
 
 def _forward(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
-    loss_BT = chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed)
-    return loss_BT, (x_BTD, matrix, bias_W, per_token, fixed)
+    results = chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed)
+    return results, (x_BTD, matrix, bias_W, per_token, fixed)
 
 
-def _backward(loss, layout, chunk_size, saved, g_BT):
+def _backward(loss, layout, chunk_size, saved, cotangents):
     x_BTD, matrix, bias_W, per_token, fixed = saved
+    g_BT, _ = cotangents
 
     def one_piece(sums, start, size):
         dx_BTD, dmatrix, dbias_W = sums
         x_BcD, tokens, g_Bc = _cut((x_BTD, per_token, g_BT), start, size)
         logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
-        _, vjp = jax.vjp(lambda logits_BcW: loss(logits_BcW, tokens, fixed), logits_BcW)
+        _, vjp = jax.vjp(lambda logits_BcW: loss(logits_BcW, tokens, fixed)[0], logits_BcW)
         (dlogits_BcW,) = vjp(g_Bc)
         letters = layout.lower()
         dx_BcD = matmul.einsum(f"btw,{letters}->btd", dlogits_BcW, matrix)
@@ -80,9 +86,8 @@ def _backward(loss, layout, chunk_size, saved, g_BT):
 chunked.defvjp(_forward, _backward)
 
 
-def _over_pieces(one_piece, carry, chunk_size: int, T: int | None = None):
+def _over_pieces(one_piece, carry, chunk_size: int, T: int):
     """carry = one_piece(carry, start, size) over the pieces of time; the last may be shorter."""
-    T = T or carry.shape[1]
     full, rest = divmod(T, chunk_size)
     if full:
         carry = lax.fori_loop(0, full, lambda i, c: one_piece(c, i * chunk_size, chunk_size), carry)
@@ -93,5 +98,9 @@ def _cut(arrays, start, size: int):
     return jax.tree.map(lambda z: lax.dynamic_slice_in_dim(z, start, size, axis=1), arrays)
 
 
-def _paste(whole, piece, start):
-    return lax.dynamic_update_slice_in_dim(whole, piece.astype(whole.dtype), start, axis=1)
+def _paste(wholes, pieces, start):
+    return jax.tree.map(
+        lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, start, axis=1),
+        wholes,
+        pieces,
+    )

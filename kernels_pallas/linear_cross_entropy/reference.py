@@ -1,16 +1,29 @@
 """Losses of logits by their definitions, and with all logits at once."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import matmul
 
+# A loss is (logits (B,T,W), per_token, fixed) -> loss (B,T), details: what else is known of each token, without a gradient.
+# It is hashable, a static argument of the implementations.
+
+
+class TokenDetails(NamedTuple):
+    """nll_BT: -log p(target). log_z_BT: of the logits. correct_BT: 1 where no word is likelier than the target, or 0.
+    float32 or wider, whatever the mask says."""
+
+    nll_BT: jax.Array
+    log_z_BT: jax.Array
+    correct_BT: jax.Array
+
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """(logits (B,T,W), (targets, mask) (B,T)) -> loss (B,T). Hashable: a static argument of the implementations."""
+    """per_token: targets and mask (B, T). details: TokenDetails."""
 
     softcap: float | None
     z_loss: float
@@ -22,13 +35,16 @@ class CrossEntropy:
         # As a sum over W: a gather, and its gradient's scatter, are slow on accelerators.
         word_W = jnp.arange(logits_BTW.shape[-1], dtype=targets_BT.dtype)
         chosen_BTW = word_W[None, None] == targets_BT[..., None]
-        loss_BT = log_z_BT - jnp.sum(jnp.where(chosen_BTW, logits_BTW, 0), axis=-1)
-        return masked(loss_BT + self.z_loss * log_z_BT**2, mask_BT)
+        target_logit_BT = jnp.sum(jnp.where(chosen_BTW, logits_BTW, 0), axis=-1)
+        nll_BT = log_z_BT - target_logit_BT
+        correct_BT = (target_logit_BT >= jnp.max(logits_BTW, axis=-1)).astype(nll_BT.dtype)
+        details = jax.lax.stop_gradient(TokenDetails(nll_BT, log_z_BT, correct_BT))
+        return masked(nll_BT + self.z_loss * log_z_BT**2, mask_BT), details
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """(logits, (teacher's hidden states or logits, mask), (teacher's matrix, bias)) -> KL(teacher || student) (B,T)."""
+    """KL(teacher || student). per_token: the teacher's hidden states or logits, and mask; fixed: its matrix and bias. No details."""
 
     softcap: float | None
     teacher_softcap: float | None
@@ -45,7 +61,7 @@ class Divergence:
         # p log p is 0 where p is: a teacher may have ruled a word out with a logit of -inf
         p_BTW = jnp.exp(log_p_BTW)
         difference_BTW = jnp.where(p_BTW > 0, log_p_BTW - log_q_BTW, 0)
-        return masked(jnp.sum(p_BTW * difference_BTW, axis=-1), mask_BT)
+        return masked(jnp.sum(p_BTW * difference_BTW, axis=-1), mask_BT), ()
 
 
 def capped(logits, softcap):
@@ -65,7 +81,7 @@ def all_logits(x_BTD, matrix, bias_W, layout: str):
 
 
 def whole(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
-    """`loss` of all logits at once."""
+    """`loss` of all logits at once, with its details."""
     del chunk_size
     per_token, fixed = jax.lax.stop_gradient((per_token, fixed))
     return loss(all_logits(x_BTD, matrix, bias_W, layout), per_token, fixed)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -208,6 +209,20 @@ def test_fsdp_splits_parameters_and_optimizer_state(tmp_path):
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (257, 16)]
     assert len(moments) == 2
     assert all(leaf.sharding.shard_shape(leaf.shape) == (257, 4) for leaf in moments)
+
+
+def test_the_logits_are_never_held(tmp_path):
+    """As compiled: a step on 65536 tokens of 8192 words takes less than half of their logits."""
+    config = tiny.make_config(tmp_path, vocab_size=8192, pattern="linear_attention(num_heads=2)")
+    config.data.batch_size = 1
+    B, T = 1, 65536
+    program = steps.build(config, T, jax.devices()[:1])
+    int_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    batch = {"inputs": int_BT, "targets": int_BT, "segment_ids": int_BT}
+    batch["loss_mask"] = jax.ShapeDtypeStruct((B, T), jnp.float32)
+    step = program.train_step.lower(program.abstract_state, batch).compile()
+    temporary = step.memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * B * T * 8192 / 2
 
 
 def test_mistakes_are_found_before_anything_is_written(tmp_path):

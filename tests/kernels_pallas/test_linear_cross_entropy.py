@@ -137,6 +137,37 @@ def test_loss_is_that_of_its_definition():
     np.testing.assert_allclose(kl, (t * np.log(t / p)).sum(-1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_details_are_those_of_the_logits(implementation):
+    rng = np.random.default_rng(3)
+    inputs, given = _inputs(rng), _given(rng, "targets")
+    logits = 5 * np.tanh((inputs["x"] @ inputs["matrix"].T) / 5)
+    log_z = np.log(np.exp(logits).sum(-1))
+    targets = rng.integers(0, W, (B, T))
+    targets[0] = logits[0].argmax(-1)
+    chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+    def total(x):
+        loss_BT, details = linear_cross_entropy(
+            x, inputs["matrix"], targets, logit_softcap=5.0, z_loss=0.1, details=True,
+            mask_BT=given["mask_BT"], chunk_size=16, implementation=implementation,
+        )  # fmt: skip
+        return loss_BT.sum() + sum(z.sum() for z in details), (loss_BT, details)
+
+    gradient, (loss_BT, details) = jax.grad(total, has_aux=True)(inputs["x"])
+    np.testing.assert_allclose(details.nll_BT, log_z - chosen, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(details.log_z_BT, log_z, rtol=1e-5)
+    np.testing.assert_array_equal(details.correct_BT, logits.argmax(-1) == targets)
+    seen = given["mask_BT"] != 0
+    np.testing.assert_allclose(
+        loss_BT[seen], (details.nll_BT + 0.1 * details.log_z_BT**2)[seen], rtol=1e-6
+    )
+    assert (np.asarray(gradient)[~seen] == 0).all(), (
+        "details have no gradient, and hidden tokens none"
+    )
+    assert (np.asarray(gradient)[seen] != 0).any()
+
+
 @pytest.mark.parametrize("form", ["targets", "teacher"])
 def test_memory_does_not_grow_with_the_logits(form):
     """Forward and backward, as compiled: eight times the tokens take no more than what x and its gradient grow by."""
