@@ -22,7 +22,8 @@ def test_parity(supervise):
         assert set(bits) <= {0, 1}
         for t in range(len(bits)):
             assert targets[t] == sum(bits[: t + 1]) % 2
-        assert mask.tolist() == [supervise == "all" or t == len(bits) - 1 for t in range(len(bits))]
+        counts = [supervise == "all" and t >= 2 or t == len(bits) - 1 for t in range(len(bits))]
+        assert mask.tolist() == counts, "prefixes of 3 bits and more"
     found = [len(bits) for bits, _, _ in drawn]
     assert min(found) == 3 and max(found) == 40 == task.row_length
     assert 0.4 < np.mean([targets[-1] for _, targets, _ in drawn]) < 0.6
@@ -226,6 +227,13 @@ def test_held_out_splits_take_their_own_lengths():
     held_out = next(iter(make_dataset(config, "validation")))["segment_ids"]
     assert train.max() <= 40 and held_out.shape == (32, 60)
     assert (held_out > 0).sum(1).min() >= 50
+
+
+@pytest.mark.parametrize("task,first", [("parity", 49), ("modular_arithmetic", 48)])
+def test_held_out_prefixes_count_from_the_shortest_length(task, first):
+    config = {"name": task, "eval_min_length": 50, "eval_max_length": 60, "supervise": "all"}
+    batch = next(iter(make_dataset(config | {"batch_size": 8}, "test")))
+    assert np.nonzero(batch["loss_mask"].any(axis=0))[0].min() == first
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ OPERATORS = "+-*()="
 
 @dataclasses.dataclass(frozen=True)
 class ModularArithmetic:
-    """supervise: "last" (the paper) or, without brackets, "all": at every number, the value of the
-    expression so far. multiply: whether * is among the operators. Chance: 1/modulus.
+    """supervise: "last" (the paper) or, without brackets, "all": also at every number, the value of the
+    expression so far, if that has min_length or more. multiply: whether * is among the operators. Chance: 1/modulus.
     """
 
     modulus: int = 5
@@ -92,7 +92,7 @@ class ModularArithmetic:
         inputs[-1] = self._token("=")
         mask = lengths.last_only(2 * count)
         if self.supervise == "all":
-            mask[0::2] = 1.0
+            mask[0::2][self.min_length // 2 - 1 :] = 1.0
         return inputs, np.repeat(values, 2), mask
 
     def _tree(self, rng, length: int, operators: str) -> tuple[list[int], int]:

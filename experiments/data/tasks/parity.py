@@ -18,8 +18,8 @@ from experiments.data.tasks import lengths
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """supervise: "last" (the paper: only the answer counts) or "all" (the parity of every prefix,
-    a denser signal that trains in fewer steps). Chance: 1/2.
+    """supervise: "last" (the paper: only the answer counts) or "all" (every prefix of min_length or
+    more counts, being an example itself: a denser signal that trains in fewer steps). Chance: 1/2.
     """
 
     min_length: int = 3
@@ -41,5 +41,7 @@ class Parity:
 
     def example(self, rng: np.random.Generator):
         bits = rng.integers(0, 2, rng.integers(self.min_length, self.max_length + 1))
-        mask = np.ones(len(bits)) if self.supervise == "all" else lengths.last_only(len(bits))
+        mask = lengths.last_only(len(bits))
+        if self.supervise == "all":
+            mask[self.min_length - 1 :] = 1.0
         return bits, np.bitwise_xor.accumulate(bits), mask
