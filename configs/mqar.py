@@ -24,7 +24,7 @@ def get_config(arg: str = "delta_net"):
     config.data.update({"batch_size": 64, "eval_examples": 1024, "vocab_size": 512})
     config.model.update({"d_model": 64, "num_layers": 2, "pattern": VARIANTS["delta_net"]})
     config.optimizer.update({"learning_rate": 3e-3, "weight_decay": 0.1})
-    config.train.update({"steps": 2000, "log_every": 100, "eval_every": 500, "eval_batches": 4})
+    config.train.update({"steps": 1000, "log_every": 100, "eval_every": 250, "eval_batches": 4})
     config.checkpoint.every = 500
 
     def mixer(pattern):
