@@ -23,8 +23,8 @@ def get_config(arg: str = "delta_net"):
     config.data = default_config("mqar")
     config.data.update({"batch_size": 64, "eval_examples": 1024, "vocab_size": 512})
     config.model.update({"d_model": 64, "num_layers": 2, "pattern": VARIANTS["delta_net"]})
-    config.optimizer.update({"learning_rate": 3e-3, "weight_decay": 0.1})
-    config.train.update({"steps": 1000, "log_every": 100, "eval_every": 250, "eval_batches": 4})
+    config.optimizer.update({"learning_rate": 1e-2, "weight_decay": 0.1})
+    config.train.update({"steps": 1500, "log_every": 100, "eval_every": 250, "eval_batches": 4})
     config.checkpoint.every = 500
 
     def mixer(pattern):
@@ -37,7 +37,8 @@ def get_config(arg: str = "delta_net"):
 
 
 def _pairs8(config):
-    config.data.update({"seq_len": 128, "num_pairs": 8})
+    # As many answers a step as 64 rows of 4 pairs give.
+    config.data.update({"seq_len": 128, "num_pairs": 8, "batch_size": 32})
 
 
 def _full_vocabulary(config):
