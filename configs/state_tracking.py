@@ -6,7 +6,8 @@
 The first argument is the task, then variants: delta_net, delta_net_negative (eigenvalues in [-1, 1]), mamba, mamba_negative,
 delta_product (two Householder factors a token), mlstm, attention.
 
-Parity, trained on lengths 3 to 40 and tested on 40 to 256 (two CPU cores): delta_net_negative 0.9992 of the prefixes right.
+Parity, trained on lengths 3 to 40 and tested on prefixes of 40 to 256 (two CPU cores, ten minutes on one of them; 54,841 predictions,
+seed 0): delta_net_negative 1.0000, mamba_negative 1.0000; with eigenvalues in [0, 1], near chance: delta_net 0.537, mamba 0.548.
 """
 
 from configs import common
