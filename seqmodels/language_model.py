@@ -9,7 +9,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import blocks, channel_mixers, layers, mixers, norms, pattern
+from seqmodels import (
+    blocks,
+    channel_mixers,
+    layers,
+    mixers,
+    norms,
+    operators,
+    pattern,
+    pipeline,
+    sharding,
+)
 from seqmodels.array_typing import Array, DType, State
 
 REMAT_POLICIES = {
@@ -91,7 +101,8 @@ class LanguageModel(nn.Module):
             param_dtype=self.param_dtype,
             name="embed",
         )
-        x_BTD = embed(tokens_BT) * self.embedding_scale
+        x_BTD = operators.embedding(embed.embedding.astype(self.dtype), tokens_BT)
+        x_BTD = sharding.constrain(x_BTD * self.embedding_scale)
         x_BTD, state = self._stack(x_BTD, segment_ids_BT, state)
         x_BTD = blocks.make_norm(self.norm, self.norm_eps, "final_norm")(x_BTD).astype(self.dtype)
         if self.tied_embeddings:
@@ -162,7 +173,21 @@ class LanguageModel(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         index_N = first_index + len(plan.period) * jnp.arange(plan.repeats, dtype=jnp.int32)
+        if sharding.stages() > 1 and states is None and not self.is_initializing():
+            return self._pipeline(group, index_N, x_BTD, run), (None,) * len(plan.period)
         return scan(group, x_BTD, (index_N, states))
+
+    def _pipeline(self, group, index_N, x_BTD, run):
+        group = group.clone(parent=None)
+
+        def layer(params, index, x_BTD, segment_ids_BT, lower_bound_LD):
+            part = dataclasses.replace(
+                run, segment_ids_BT=segment_ids_BT, lower_bound_LD=lower_bound_LD
+            )
+            return group.apply({"params": params}, x_BTD, part, None, index)[0]
+
+        params_N = self.variables["params"][group.name]
+        return pipeline.run(layer, params_N, index_N, x_BTD, run.segment_ids_BT, run.lower_bound_LD)
 
     def _block_class(self, in_scan: bool = False):
         if self.remat == "none":
