@@ -1,0 +1,199 @@
+"""One plan: the training step of a config, compiled for a slice and read."""
+
+import importlib.metadata
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import steps
+from experiments.planning import collectives, estimate, hlo, parts
+from kernels_pallas import tpu_bundles, tpu_compile
+
+Row = dict[str, object]
+GIB = 2**30
+_BATCH = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.float32}
+_TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+
+
+class Case(NamedTuple):
+    """program: what `train` would run on the slice; it has been built, and nothing was compiled."""
+
+    config: ConfigDict
+    where: parts.Slice
+    program: steps.Program
+
+    @property
+    def state_bytes(self) -> Row:
+        """Of parameters and optimizer state on one device."""
+        state = self.program.abstract_state
+        return {
+            "parameters": bytes_a_device(state.params),
+            "optimizer": bytes_a_device(state.opt_state),
+        }
+
+
+def plan(case: Case) -> Row:
+    """Compiles the training step, and reads what it needs and does. A step that needs more HBM than there is makes a row too:
+    with `needed_bytes`, and without what a compiled program tells."""
+    config, where, program = case
+    mesh = program.batch_sharding.mesh
+    row = described(case)
+    shape = (config.data.batch_size, config.data.seq_len)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
+        for name, dtype in _BATCH.items()
+    }
+    start = time.perf_counter(), time.process_time()
+    with tpu_compile.tracing_for(where.topology):
+        traced = program.train_step.trace(program.abstract_state, batch)
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        kernels = kernel_flops(traced.jaxpr.jaxpr)
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not (found := _TOO_MUCH.search(str(error))):
+            raise
+        used, limit = (
+            float(n) * 1024 ** " KMGT".index(unit or " ")
+            for n, unit in zip(found.groups()[::2], found.groups()[1::2])
+        )
+        return row | _took(start) | {"needed_bytes": int(used), "usable_bytes": int(limit)}
+    row |= _took(start)
+    row |= memory(executable.memory_analysis())
+    counted = executable.cost_analysis()
+    row["xla"] = {"flops": counted.get("flops"), "bytes": counted.get("bytes accessed")}
+    text = hlo.Program(executable.as_text())
+    return row | read(text, estimate.Machine(where, mesh, kernels), row)
+
+
+def described(case: Case) -> Row:
+    """What was asked for, and what is known before compiling."""
+    config, where, program = case
+    mesh = program.batch_sharding.mesh
+    params = program.abstract_state.params
+    embedding = math.prod(params["embed"]["embedding"].shape) if "embed" in params else 0
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    tied = config.model.get("tied_embeddings", True)
+    parallel = config.get("parallel", {})
+    return {
+        "topology": where.topology,
+        "devices": len(where.devices),
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "exchange": parallel.get("exchange") if mesh.shape.get("seq", 1) > 1 else None,
+        "zero": parallel.get("zero", 0),
+        "pattern": config.model.pattern,
+        "remat": config.model.get("remat"),
+        "batch_size": config.data.batch_size,
+        "seq_len": config.data.seq_len,
+        "accumulate": config.train.accumulate,
+        "parameters": parameters,
+        "multiplied_parameters": parameters - (0 if tied else embedding),
+        "state_bytes": case.state_bytes,
+        "hbm_bytes_a_device": where.part.hbm_bytes,
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+
+
+def bytes_a_device(tree) -> int:
+    """Of arrays that say how they are split; what lies in the host's memory is not counted."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if "host" not in (leaf.sharding.memory_kind or "")
+    )
+
+
+def memory(analysis) -> Row:
+    """XLA's buffers of one device. Results take the place of the state, which is donated."""
+    arguments = analysis.argument_size_in_bytes
+    temporaries = analysis.temp_size_in_bytes
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    peak = getattr(analysis, "peak_memory_in_bytes", 0)
+    return {
+        "memory": {
+            "arguments": arguments,
+            "temporaries": temporaries,
+            "results": new,
+            "code": analysis.generated_code_size_in_bytes,
+            "peak": max(peak, arguments),
+        },
+        "needed_bytes": arguments + temporaries + new + analysis.generated_code_size_in_bytes,
+    }
+
+
+def read(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
+    """Costs, collectives and the estimate of a compiled step."""
+    where = machine.where
+    talk = [c for v in text.visits() if (c := collectives.of(v, text, machine.mesh, where))]
+    cost = estimate.cost(text, machine)
+    tokens = row["batch_size"] * row["seq_len"]
+    peak = where.part.bf16_flops_per_second * row["devices"]
+    useful = 6 * row["multiplied_parameters"] * tokens
+    cycles = cost.compiler_cycles / where.part.clock_hz if where.part.clock_hz else None
+    return {
+        "flops": cost.flops,
+        "kernel_flops": cost.kernel_flops,
+        "hbm_bytes": cost.hbm_bytes,
+        "model_flops": useful,
+        "collectives": collectives.grouped(talk),
+        "estimate": {
+            "seconds": cost.seconds,
+            "compute_seconds": cost.compute_seconds,
+            "communication_seconds": cost.communication_seconds,
+            "waiting_seconds": cost.waiting_seconds,
+            "floor_seconds": max(
+                cost.flops * row["devices"] / peak,
+                cost.hbm_bytes / where.part.hbm_bytes_per_second,
+                cost.communication_seconds,
+            ),
+            "compiler_seconds": cycles,
+            "tokens_per_second": tokens / cost.seconds,
+            "mfu": useful / peak / cost.seconds,
+        },
+    }
+
+
+def kernel_flops(jaxpr) -> Mapping[str, float]:
+    """FLOPs of the dots of every Pallas kernel, over its grid, by the name it was given. On one device's arrays."""
+    found = {}
+    for call in tpu_bundles.pallas_calls(jaxpr):
+        steps_of_grid = math.prod(call.params["grid_mapping"].grid)
+        name = re.sub(r"\W", "_", str(call.params["name"]))
+        found[name] = steps_of_grid * _dots(call.params["jaxpr"])
+    return found
+
+
+def _dots(jaxpr) -> float:
+    """Of a kernel's body: loops as often as they go round, a branch as if taken."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            left = equation.invars[0].aval.shape
+            summed = params["dimension_numbers"][0][0]
+            total += (
+                2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in summed)
+            )
+            continue
+        inner = [
+            getattr(value, "jaxpr", value)
+            for value in jax.tree.leaves(
+                list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            )
+        ]
+        total += params.get("length", 1) * sum(_dots(j) for j in inner if hasattr(j, "eqns"))
+    return total
+
+
+def _took(start: tuple[float, float]) -> Row:
+    return {
+        "compile_seconds": time.perf_counter() - start[0],
+        "compile_cpu_seconds": time.process_time() - start[1],
+    }
