@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -44,26 +46,26 @@ class Launcher:
         processes: int,
         *,
         devices: int = 1,
-        only=None,
-        binary="train",
-        hook=None,
-    ):
-        """Process 0 to processes - 1, or those in `only`. hook: a function of this module and the process that calls it at every
-        step with (step, workdir)."""
-        port = _free_port()
+        only: Sequence[int] | None = None,
+        port: int | None = None,
+        binary: str = "train",
+        hook: tuple[str, int] | None = None,
+    ) -> "Processes":
+        """Process 0 to processes - 1, or those in `only`. hook: the name of a function here, and the process that calls it at
+        every step with (step, workdir)."""
+        logs.mkdir(parents=True, exist_ok=True)
+        settings = self._settings | {"jax_num_cpu_devices": devices}
+        arguments = [
+            *arguments,
+            f"--coordinator=localhost:{port or _free_port()}",
+            f"--num_processes={processes}",
+        ]
         started = {}
         for i in range(processes) if only is None else only:
-            place = [
-                f"--coordinator=localhost:{port}",
-                f"--num_processes={processes}",
-                f"--process_id={i}",
-            ]
-            log = logs / f"{i}.log"
-            logs.mkdir(parents=True, exist_ok=True)
-            settings = self._settings | {"jax_num_cpu_devices": devices}
             mine = hook[0] if hook and hook[1] == i else None
+            log = logs / f"{i}.log"
             target = self._context.Process(
-                target=_run, args=(binary, arguments + place, log, settings, mine)
+                target=_run, args=(binary, [*arguments, f"--process_id={i}"], log, settings, mine)
             )
             target.start()
             started[i] = target
@@ -132,12 +134,13 @@ def _run(binary, arguments, log, settings, hook):
 
         loop.StopSignals.requested = hooked
     sys.argv = [f"experiments/{binary}.py", *arguments]
-    runpy.run_module(f"experiments.{binary}", run_name="__main__")
+    try:
+        runpy.run_module(f"experiments.{binary}", run_name="__main__")
+    finally:
+        print("CPU", time.process_time(), flush=True)
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
