@@ -178,14 +178,13 @@ class LanguageModel(nn.Module):
         return scan(group, x_BTD, (index_N, states))
 
     def _pipeline(self, group, index_N, x_BTD, run):
-        group = group.clone(parent=None)
-
-        def layer(params, index, x_BTD, segment_ids_BT, lower_bound_LD):
+        def call(apply, index, x_BTD, segment_ids_BT, lower_bound_LD):
             part = dataclasses.replace(
                 run, segment_ids_BT=segment_ids_BT, lower_bound_LD=lower_bound_LD
             )
-            return group.apply({"params": params}, x_BTD, part, None, index)[0]
+            return apply(x_BTD, part, None, index)[0]
 
+        layer = pipeline.Layer(group.clone(parent=None), call)
         params_N = self.variables["params"][group.name]
         return pipeline.run(layer, params_N, index_N, x_BTD, run.segment_ids_BT, run.lower_bound_LD)
 

@@ -67,16 +67,17 @@ def _axes(arrays) -> dict[str, Any] | None:
     return {letter: names for letter, names in axes.items() if names} | single
 
 
-def _operator(name: str, arrays, results, *, exchanges=sharding.EXCHANGES, **keywords):
-    """The operator `name`, or its sequence-parallel form where time is split."""
+def _operator(name: str, arrays, results, *, choices=sharding.EXCHANGES, **keywords):
+    """The operator `name`, or its sequence-parallel form where time is split; `choices` are the exchanges it knows."""
 
     def local(axis_name, **values):
         if axis_name is None:
             return getattr(kernels_pallas, name)(**values, **keywords)
-        exchange = sharding.options().exchange
-        if exchanges:
-            keywords["exchange"] = exchange if exchange in exchanges else exchanges[0]
-        return getattr(sequence_parallel, name)(**values, **keywords, axis_name=axis_name)
+        how = {"axis_name": axis_name}
+        if choices:
+            exchange = sharding.options().exchange
+            how["exchange"] = exchange if exchange in choices else choices[0]
+        return getattr(sequence_parallel, name)(**values, **keywords, **how)
 
     return on_parts(local, arrays, results)
 
@@ -142,6 +143,32 @@ def delta_rule(
     return _operator("delta_rule", arrays, ("BTHV", "BHKV"), **keywords)
 
 
+def diagonal_plus_low_rank(
+    q_BTHK: Array,
+    k_BTHK: Array,
+    v_BTHV: Array,
+    a_BTHK: Array,
+    b_BTHK: Array,
+    log_decay: Array | None = None,
+    *,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+    **keywords,
+) -> tuple[Array, Array]:
+    """`kernels_pallas.diagonal_plus_low_rank`; keywords are its scale, chunk_size and implementation."""
+    arrays = {
+        "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
+        "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
+        "v_BTHV": (v_BTHV, "BTHV"),
+        "a_BTHK": (a_BTHK, "BTHK"),
+        "b_BTHK": (b_BTHK, "BTHK"),
+        "log_decay": _log_decay(log_decay),
+        "initial_state": (initial_state, "BHKV"),
+        "segment_ids": (segment_ids, "BT"),
+    }
+    return _operator("diagonal_plus_low_rank", arrays, ("BTHV", "BHKV"), **keywords)
+
+
 def diagonal_scan(
     x_BTD: Array,
     decay_BTD: Array | None = None,
@@ -183,7 +210,7 @@ def causal_conv(
         "initial_state": (initial_state, "BID"),
         "segment_ids": (segment_ids, "BT"),
     }
-    return _operator("causal_conv", arrays, ("BTD", "BID"), exchanges=(), **keywords)
+    return _operator("causal_conv", arrays, ("BTD", "BID"), choices=(), **keywords)
 
 
 def softmax_attention(
@@ -218,7 +245,7 @@ def softmax_attention(
         "softmax_attention",
         arrays if by_index else arrays | cache,
         f"B{time}HV",
-        exchanges=("all_gather", "ring"),
+        choices=("all_gather", "ring"),
         **keywords,
     )
 
@@ -226,33 +253,18 @@ def softmax_attention(
 def associative_scan(compose: Callable, elements: Any, letters: str) -> Any:
     """`lax.associative_scan` over time: what each token's element and all before it compose to.
 
-    compose: (first, then) -> both, on pytrees of arrays; broadcasts. elements: a pytree of arrays, each with `letters`.
-    Between parts of time one element a row is gathered.
+    elements: a pytree of arrays, each with `letters`. compose: (first, then) -> both, on such pytrees; it broadcasts.
     """
-
-    def local(axis_name, elements):
-        composed = lax.associative_scan(compose, elements, axis=1)
-        if axis_name is None:
-            return composed
-        last = jax.tree.map(lambda x: lax.all_gather(x[:, -1], axis_name), composed)
-        last = lax.associative_scan(compose, last, axis=0)
-        rank = lax.axis_index(axis_name)
-        entering = jax.tree.map(lambda x: x[jnp.maximum(rank - 1, 0)][:, None], last)
-        both = compose(
-            jax.tree.map(lambda e, c: jnp.broadcast_to(e, c.shape), entering, composed), composed
-        )
-        return jax.tree.map(lambda a, b: jnp.where(rank == 0, a, b), composed, both)
-
     leaves, structure = jax.tree.flatten(elements)
-    arrays = {str(i): (leaf, letters) for i, leaf in enumerate(leaves)}
-    results = on_parts(
-        lambda axis_name, **leaves: tuple(
-            jax.tree.leaves(local(axis_name, jax.tree.unflatten(structure, leaves.values())))
-        ),
-        arrays,
-        (letters,) * len(leaves),
-    )
-    return jax.tree.unflatten(structure, results)
+
+    def local(axis_name, **leaves):
+        elements = jax.tree.unflatten(structure, [leaves[name] for name in arrays])
+        if axis_name is None:
+            return lax.associative_scan(compose, elements, axis=1)
+        return sequence_parallel.associative_scan(compose, elements, axis_name=axis_name)
+
+    arrays = {f"leaf_{i}": (leaf, letters) for i, leaf in enumerate(leaves)}
+    return on_parts(local, arrays, jax.tree.unflatten(structure, [letters] * len(leaves)))
 
 
 def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> Array:
@@ -260,11 +272,9 @@ def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> 
 
     def local(axis_name, x_BT, first_B):
         first_B1 = x_BT[:, :1] if first_B is None else first_B[:, None]
-        if axis_name is not None:
-            to_next = [(i, i + 1) for i in range(lax.axis_size(axis_name) - 1)]
-            before_B1 = lax.ppermute(x_BT[:, -1:], axis_name, to_next)
-            first_B1 = jnp.where(lax.axis_index(axis_name) == 0, first_B1, before_B1)
-        return jnp.concatenate([first_B1, x_BT[:, :-1]], axis=1)
+        if axis_name is None:
+            return jnp.concatenate([first_B1, x_BT[:, :-1]], axis=1)
+        return sequence_parallel.shift(x_BT, initial_state=first_B1, axis_name=axis_name)
 
     arrays = {"x_BT": (x_BT, letters), "first_B": (first_B, letters.replace("T", ""))}
     return on_parts(local, arrays, letters)
