@@ -44,7 +44,7 @@ _BATCH = flags.DEFINE_list("batch_size", [], "rows of the global batch; the conf
 _TOKENS = flags.DEFINE_integer(
     "tokens_per_device",
     None,
-    "plan one sequence of that many tokens for each device",
+    "make rows so many, and so long, that each device has that many tokens of one",
     lower_bound=1,
 )
 _SWEEP = flags.DEFINE_bool(
@@ -88,7 +88,7 @@ def _cases() -> tuple[list[cases.Case], list[str]]:
             "--sweep chooses the meshes itself: leave --mesh, --exchange and --tokens_per_device out"
         )
     if _TOKENS.value and _BATCH.value:
-        raise cli.UserError("--tokens_per_device plans one row: leave --batch_size out")
+        raise cli.UserError("--tokens_per_device says how many rows there are: leave --batch_size out")
     meshes = [cases.parse_mesh(text) for text in _MESH.value] or [None]
     batches = [_positive(text) for text in _BATCH.value] or [None]
     config = cases.resolve(_CONFIG.value)

@@ -50,7 +50,7 @@ def make(
 ) -> Case:
     """One case; what is None is the config's.
 
-    tokens_per_device: makes one sequence of a length that all devices share.
+    tokens_per_device: as many rows as the mesh has parts of a batch, each as long as the parts of time have tokens together.
 
     Raises:
       ValueError: sizes that do not fit together; says which.
@@ -64,7 +64,9 @@ def make(
         if batch_size is not None:
             config.data.batch_size = batch_size
         if tokens_per_device is not None:
-            config.data.update({"batch_size": 1, "seq_len": tokens_per_device * len(where.devices)})
+            ways = sharding.make_mesh(config.mesh, where.devices).shape["seq"]
+            config.data.batch_size = len(where.devices) // ways
+            config.data.seq_len = tokens_per_device * ways
             config.train.accumulate = 1
         config.data.eval_batch_size = 0
     return Case(config, where, steps.build(config, config.data.seq_len, where.devices))

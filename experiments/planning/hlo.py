@@ -141,9 +141,8 @@ def _instruction(name: str, text: str) -> Instruction:
     operation, closing = rest[:opening], _closing(rest, opening)
     inside = rest[opening + 1 : closing]
     attributes = inside if operation in ("constant", "parameter") else rest[closing + 1 :]
-    return Instruction(
-        name, result, operation, tuple(re.findall(r"%([\w.\-]+)", inside)), attributes
-    )
+    operands = re.findall(r"%([\w.\-]+)", inside) or re.findall(r"([A-Za-z_][\w.\-]*)(?:,|$)", inside)
+    return Instruction(name, result, operation, tuple(operands), attributes)
 
 
 def _closing(text: str, opening: int) -> int:
