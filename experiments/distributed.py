@@ -37,7 +37,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from experiments.rendezvous import EXIT_CODE, Hub, Member
+from experiments.rendezvous import EXIT_CODE, Hub, Member, some
 
 _TPU_PORT = 8482  # free on TPU VMs: the runtime uses others
 _ENVIRONMENT = {
@@ -141,6 +141,15 @@ def end(code: int) -> None:
 def label() -> str:
     """ "process 1 of 4: " at the start of this process's messages; "" where it is alone."""
     return f"{_member.label}: " if _member else ""
+
+
+def agree(value: int, what: str) -> int:
+    """`value`, which must be the same on all processes; ValueError on all of them if it is not."""
+    if jax.process_count() > 1:
+        values = np.ravel(multihost_utils.process_allgather(np.int32(value)))
+        if len(set(values.tolist())) > 1:
+            raise ValueError(f"processes differ in {what}: {some(list(map(str, values)))}")
+    return value
 
 
 def check_shared(folder: Path) -> None:

@@ -45,7 +45,7 @@ def train(config, workdir: str | Path, devices=None) -> dict:
     batches = iter(train_set)
     distributed.check_shared(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, share=share)
-    start = checkpoints.latest_step() or 0
+    start = distributed.agree(checkpoints.latest_step() or 0, "the latest checkpoint they see")
     if start:
         state = checkpoints.restore(start, program.abstract_state, batches)
     else:

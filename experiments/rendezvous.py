@@ -131,7 +131,7 @@ class Hub:
         here = [f"{process} ({name})" for process, name in sorted(self._names.items())]
         missing = [str(p) for p in range(self._count) if p not in self._names]
         return (
-            f"waited {waited:.0f} s for {self._count} processes; missing: {_some(missing)}. Here: {_some(here)}. "
+            f"waited {waited:.0f} s for {self._count} processes; missing: {some(missing)}. Here: {some(here)}. "
             "Look at the logs of the missing ones; --distributed_timeout=SECONDS waits longer"
         )
 
@@ -240,6 +240,7 @@ def _encode(message: dict) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first 16 of them."""
     more = f" and {len(names) - 16} more" if len(names) > 16 else ""
     return ", ".join(names[:16]) + more

@@ -93,10 +93,10 @@ class Processes:
         return (self._logs / f"{i}.log").read_text()
 
 
-def kill_at_step_5(step, workdir):
-    """kill -9, once the checkpoint of step 3 is there."""
-    if step == 5:
-        while not (workdir / "checkpoints" / "3").exists():
+def kill_at_step_8(step, workdir):
+    """kill -9, once the checkpoint of step 6 is there."""
+    if step == 8:
+        while not (workdir / "checkpoints" / "6").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
