@@ -72,7 +72,10 @@ def build(config, seq_len: int, devices=None) -> Program:
         return model.init(key, tokens_BT)["params"]
 
     boxed_params = jax.eval_shape(init_params, jax.random.key(0))
-    optimizer = optimizers.make_optimizer(config.optimizer, schedule, boxed_params)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule, boxed_params, options.offload)
+
+    def clip(grads):
+        return optimizers.clip(config.optimizer, grads) if options.offload else grads
 
     def boxed_init(seed):
         params = init_params(jax.random.key(seed))
@@ -85,7 +88,7 @@ def build(config, seq_len: int, devices=None) -> Program:
     )
     batch_sharding = sharding.batch_sharding(mesh)
     replicated = sharding.replicated(mesh)
-    return Program(
+    program = Program(
         model=model,
         schedule=schedule,
         abstract_state=jax.tree.map(
@@ -95,7 +98,7 @@ def build(config, seq_len: int, devices=None) -> Program:
         ),
         init=jax.jit(lambda seed: nn.meta.unbox(boxed_init(seed)), out_shardings=state_shardings),
         train_step=jax.jit(
-            _train_step(model, optimizer, placement, accumulate, config.train.z_loss),
+            _train_step(model, optimizer, clip, placement, accumulate, config.train.z_loss),
             donate_argnums=0,
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=(state_shardings, replicated),
@@ -114,6 +117,14 @@ def build(config, seq_len: int, devices=None) -> Program:
         ),
         batch_sharding=batch_sharding,
     )
+    if any(mesh.shape[axis] > 1 for axis in sharding.MODEL_AXES):
+        # Heads and layers that do not divide are found by tracing; nothing is compiled.
+        ids = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32)
+        names = "inputs", "targets", "segment_ids", "loss_mask"
+        jax.eval_shape(
+            program.token_losses, program.abstract_state.params, dict.fromkeys(names, ids)
+        )
+    return program
 
 
 def _token_losses(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Array, TokenDetails]:
@@ -135,7 +146,7 @@ def _nll_and_correct(model, placement, params, batch: Batch) -> tuple[Array, Arr
     return details.nll_BT, details.correct_BT
 
 
-def _train_step(model, optimizer, placement, accumulate: int, z_loss: float):
+def _train_step(model, optimizer, clip, placement, accumulate: int, z_loss: float):
     """One update. The loss is the mean over all tokens that count, on all devices and in all microbatches, plus z_loss times the mean
     of (log Z)^2 (PaLM, arXiv 2204.02311, section 5)."""
 
@@ -174,7 +185,7 @@ def _train_step(model, optimizer, placement, accumulate: int, z_loss: float):
                 add, total, jax.tree.map(microbatches, batch)
             )
         updates, opt_state = placement.update(
-            optimizer.update, grads, state.opt_state, state.params
+            optimizer.update, clip(grads), state.opt_state, state.params
         )
         params = optax.apply_updates(state.params, updates)
         metrics = {

@@ -31,6 +31,7 @@ TIME_AXIS = "seq"
 HEAD_AXIS = "tensor"
 STAGE_AXIS = "pipe"
 MESH_AXES = (STAGE_AXIS, *BATCH_AXES, TIME_AXIS, HEAD_AXIS)
+MODEL_AXES = (STAGE_AXIS, HEAD_AXIS)  # what the model itself must divide over
 COPY_AXES = ("data", TIME_AXIS)  # what holds copies of the parameters, unless ZeRO splits them
 
 RULES = (
@@ -241,15 +242,15 @@ class Placement:
             return update(grads, opt_state, params)
         grads, params = (jax.device_put(tree, self._host_params) for tree in (grads, params))
         updates, opt_state = _on_host(update)(grads, opt_state, params)
-        return jax.device_put(updates, self.params), opt_state
+        on_devices = jax.tree.map(lambda s: s.with_memory_kind("device"), self.params)
+        return jax.device_put(updates, on_devices), opt_state
 
     def on_devices(self, opt_state: Any, boxed_opt_state: Any) -> Any:
         """The optimizer's state in the devices' memory."""
         if self._host is None:
             return opt_state
-        return jax.device_put(
-            opt_state, shardings(self.mesh, boxed_opt_state, self.options.zero >= 1)
-        )
+        zero = self.options.zero >= 1
+        return jax.device_put(opt_state, shardings(self.mesh, boxed_opt_state, zero, "device"))
 
 
 def _on_host(function: Callable) -> Callable:
