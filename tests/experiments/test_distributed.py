@@ -1,7 +1,6 @@
 import json
 import socket
 import threading
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -179,6 +178,14 @@ def test_time_is_cut_on_the_devices(tmp_path):
     np.testing.assert_array_equal(distributed.global_batch(sharding, {"x": x_BT})["x"], x_BT)
 
 
+def test_processes_agree_or_are_told(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda x: [x, 300, 300])
+    assert distributed.agree(300, "steps") == 300
+    with pytest.raises(ValueError, match="processes differ in steps: 200, 300, 300"):
+        distributed.agree(200, "steps")
+
+
 # ---- real processes ----
 
 
@@ -192,32 +199,35 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("distributed")
 
 
+TWO = {"processes": 2, "devices": 2}
+MESH = {"data": 2, "fsdp": 2}
+CONFIG = {"train.steps": STEPS, "train.eval_every": 100, "checkpoint.every": 6}
+
+
 def arguments(folder, workdir, **mesh):
+    options = CONFIG | {f"mesh.{axis}": size for axis, size in mesh.items()}
     return [
         f"--config={processes.config_file(folder)}",
         f"--workdir={workdir}",
-        f"--config.train.steps={STEPS}",
-        "--config.train.eval_every=100",
-        "--config.checkpoint.every=6",
-        *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
+        *(f"--config.{name}={value}" for name, value in options.items()),
     ]
 
 
-TWO = {"processes": 2, "devices": 2}
-MESH = {"data": 2, "fsdp": 2}
-
-
 @pytest.fixture(scope="module")
-def whole_run(launcher, folder):
-    """A run of two processes with two devices each."""
-    workdir = folder / "whole"
-    run = launcher.start(folder / "logs", arguments(folder, workdir, **MESH), **TWO)
-    assert run.wait(240) == {0: 0, 1: 0}
-    return workdir, run
+def alone(folder):
+    """The run of one process with one device."""
+    config = tiny.make_config(folder)
+    config.update_from_flattened_dict(CONFIG)
+    loop.train(config, folder / "alone", jax.devices()[:1])
+    return folder / "alone"
 
 
 def step_rows(workdir):
     return [row for row in metrics.read_metrics(workdir) if "loss" in row]
+
+
+def result_of(workdir):
+    return json.loads((workdir / "result.json").read_text())
 
 
 def data_position(workdir):
@@ -225,46 +235,46 @@ def data_position(workdir):
     return batches.join_states([json.loads(path.read_text()) for path in found])
 
 
-@pytest.fixture(scope="module")
-def restored(folder):
-    """workdir -> the parameters and optimizer state at the end, in this one process, on one device."""
+def final_arrays(folder, workdir):
+    """Parameters and optimizer state, restored in this one process, on one device."""
     config = tiny.make_config(folder)
     config = loop.resolve(config, make_dataset(config.data, "train"))
     program = steps.build(config, config.data.seq_len, jax.devices()[:1])
-
-    def restore(workdir):
-        found = Checkpoints(workdir, training=False)
-        parts = found.restore_parts(STEPS, program.abstract_state, ("params", "training"))
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(parts)]
-
-    return restore
+    found = Checkpoints(workdir, training=False)
+    parts = found.restore_parts(STEPS, program.abstract_state, ("params", "training"))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(parts)]
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(whole_run, folder):
-    workdir, run = whole_run
-    config = tiny.make_config(folder)
-    config.train.update({"steps": STEPS, "eval_every": 100})
-    config.checkpoint.every = 6
-    result = loop.train(config, folder / "alone", jax.devices()[:1])
-    for row, expected in zip(step_rows(workdir), step_rows(folder / "alone"), strict=True):
+def assert_close_runs(workdir, other):
+    for row, expected in zip(step_rows(workdir), step_rows(other), strict=True):
         for name in EXACT:
             np.testing.assert_allclose(row[name], expected[name], rtol=2e-5, err_msg=name)
-    of_two = json.loads((workdir / "result.json").read_text())
-    np.testing.assert_allclose(of_two["loss"], result["loss"], rtol=2e-5)
-    assert data_position(workdir) == data_position(folder / "alone")
-
-    (start,) = json.loads((workdir / "run.json").read_text())
-    assert start["processes"] == 2 and start["devices"].startswith("4 x ")
-    assert " process 0 of 2: step 12/12: loss" in run.log(0)
-    assert " process 1 of 2: " in run.log(1) and "2 of 4 devices" in run.log(1)
-    assert "step 12/12" not in run.log(1) and "test loss" not in run.log(1)
+    np.testing.assert_allclose(result_of(workdir)["loss"], result_of(other)["loss"], rtol=2e-5)
+    assert data_position(workdir) == data_position(other)
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_bit_for_bit_the_same(
-    whole_run, launcher, folder, restored
-):
+def test_many_processes_train_die_and_go_on(launcher, folder, alone):
+    """One test, so that its runs happen once however tests are spread over workers."""
+    whole = two_processes_train_as_one(launcher, folder, alone)
+    killed_and_started_again_they_end_bit_for_bit_the_same(launcher, folder, whole)
+    sigterm_to_one_saves_for_all_and_four_go_on(launcher, folder, whole)
+
+
+def two_processes_train_as_one(launcher, folder, alone):
+    workdir = folder / "whole"
+    run = launcher.start(folder / "logs", arguments(folder, workdir, **MESH), **TWO)
+    assert run.wait(240) == {0: 0, 1: 0}
+    assert_close_runs(workdir, alone)
+    (start,) = json.loads((workdir / "run.json").read_text())
+    assert start["processes"] == 2 and start["devices"].startswith("4 x ")
+    assert " process 0 of 2: step 12/12: loss" in run.log(0) and "test loss" in run.log(0)
+    assert " process 1 of 2: " in run.log(1) and "2 of 4 devices" in run.log(1)
+    assert "step 12/12" not in run.log(1) and "test loss" not in run.log(1)
+    return workdir
+
+
+def killed_and_started_again_they_end_bit_for_bit_the_same(launcher, folder, whole):
     workdir, logs = folder / "killed", folder / "killed_logs"
     go = arguments(folder, workdir, **MESH)
     run = launcher.start(logs, go, **TWO, hook=("kill_at_step_8", 1))
@@ -277,15 +287,16 @@ def test_killed_and_started_again_it_ends_bit_for_bit_the_same(
     run = launcher.start(logs, go, **TWO)
     assert run.wait(240) == {0: 0, 1: 0}
     assert f"resuming from {workdir / 'checkpoints' / '6'}" in run.log(0)
-    for leaf, expected in zip(restored(workdir), restored(whole_run[0]), strict=True):
+    for leaf, expected in zip(
+        final_arrays(folder, workdir), final_arrays(folder, whole), strict=True
+    ):
         np.testing.assert_array_equal(leaf, expected)
-    assert data_position(workdir) == data_position(whole_run[0])
-    for row, expected in zip(step_rows(workdir), step_rows(whole_run[0]), strict=True):
+    assert data_position(workdir) == data_position(whole)
+    for row, expected in zip(step_rows(workdir), step_rows(whole), strict=True):
         assert [row[name] for name in EXACT] == [expected[name] for name in EXACT]
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_saves_for_all_and_four_processes_go_on(whole_run, launcher, folder):
+def sigterm_to_one_saves_for_all_and_four_go_on(launcher, folder, whole):
     """From (data 2, fsdp 2) on two processes to data 4 on four, in the middle of the data."""
     workdir = folder / "stopped"
     go = arguments(folder, workdir, **MESH)
@@ -294,14 +305,12 @@ def test_sigterm_to_one_saves_for_all_and_four_processes_go_on(whole_run, launch
     stopped_at = step_rows(workdir)[-1]["step"]
     assert f"SIGTERM: step {stopped_at} is saved in" in run.log(0) and 2 < stopped_at < STEPS
 
-    go = arguments(folder, workdir, data=4, fsdp=1)
-    run = launcher.start(folder / "four_logs", go, processes=4)
+    run = launcher.start(
+        folder / "four_logs", arguments(folder, workdir, data=4, fsdp=1), processes=4
+    )
     assert run.wait(240) == {i: 0 for i in range(4)}
     assert f"resuming from {workdir / 'checkpoints' / str(stopped_at)}" in run.log(0)
-    for row, expected in zip(step_rows(workdir), step_rows(whole_run[0]), strict=True):
-        for name in EXACT:
-            np.testing.assert_allclose(row[name], expected[name], rtol=2e-5, err_msg=name)
-    assert data_position(workdir) == data_position(whole_run[0])
+    assert_close_runs(workdir, whole)
 
 
 @pytest.mark.exhaustive
@@ -314,13 +323,24 @@ def test_the_reason_of_one_is_the_reason_of_all(launcher, folder):
 
 
 @pytest.mark.exhaustive
+def test_process_0_killed(launcher, folder):
+    """With it JAX's service dies, whose clients abort the process, with a reason of their own: whoever is first."""
+    go = arguments(folder, folder / "headless", **MESH)
+    run = launcher.start(folder / "headless_logs", go, **TWO, hook=("kill_at_step_8", 0))
+    run.started[0].join(240)
+    codes = run.wait(20)
+    assert codes[0] == -9 and codes[1] in (rendezvous.EXIT_CODE, -6)
+    ours = "process 0 of 2 ended without a word: killed" in run.log(1)
+    assert ours or "the leader task was preempted/died" in run.log(1).lower()
+
+
+@pytest.mark.exhaustive
 def test_a_folder_that_is_not_shared_is_refused(launcher, folder):
     """Two processes with a workdir each, as on two hosts without a common disk."""
     port = free_port()
     runs = []
     for i in range(2):
-        own = Path(f"{folder}/own{i}")
-        go = arguments(folder, own, **MESH)
+        go = arguments(folder, folder / f"own{i}", **MESH)
         runs.append(launcher.start(folder / f"own_logs{i}", go, **TWO, only=[i], port=port))
     for i, run in enumerate(runs):
         assert run.wait(240) == {i: 2}
@@ -329,24 +349,20 @@ def test_a_folder_that_is_not_shared_is_refused(launcher, folder):
 
 
 @pytest.mark.exhaustive
-def test_processes_with_parts_of_the_time_and_a_sample(whole_run, launcher, folder):
-    """Both read all rows, each holds half of the time; then both score and generate."""
+def test_processes_with_parts_of_the_time(launcher, folder, alone):
+    """Both read all rows, each holds half of the time; then both generate and score."""
     workdir = folder / "time"
     go = [*arguments(folder, workdir, data=1, seq=4), "--config.sample.length=3"]
     assert launcher.start(folder / "time_logs", go, **TWO).wait(240) == {0: 0, 1: 0}
-    for row, expected in zip(step_rows(workdir), step_rows(whole_run[0]), strict=True):
-        for name in EXACT:
-            np.testing.assert_allclose(row[name], expected[name], rtol=2e-5, err_msg=name)
-    assert data_position(workdir) == data_position(whole_run[0])
+    assert_close_runs(workdir, alone)
     names = [p.name for p in (workdir / "checkpoints" / str(STEPS) / "data").glob("*.json")]
     assert names == ["share_0_of_1.json"]
-    assert "sample" in json.loads((workdir / "result.json").read_text())
+    assert "sample" in result_of(workdir)
 
     go = [f"--workdir={workdir}", "--max_batches=1"]
     run = launcher.start(folder / "scores_logs", go, **TWO, binary="evaluate")
     assert run.wait(240) == {0: 0, 1: 0}
     scores = json.loads((workdir / "evaluation_test.json").read_text())
-    result = json.loads((workdir / "result.json").read_text())
-    np.testing.assert_allclose(scores["loss"], result["loss"], rtol=1e-6)
-    assert scores["tokens"] == result["tokens"]
+    np.testing.assert_allclose(scores["loss"], result_of(workdir)["loss"], rtol=1e-6)
+    assert scores["tokens"] == result_of(workdir)["tokens"]
     assert "written:" in run.log(0) and "written:" not in run.log(1)
