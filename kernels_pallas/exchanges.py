@@ -356,3 +356,22 @@ def before(
     entered = jnp.concatenate([initial.astype(x_BTX.dtype), jnp.zeros_like(tokens)], axis=1)
     start = jnp.minimum(ranks.index * T, count)
     return tokens + lax.dynamic_slice_in_dim(entered, start, count, axis=1)
+
+
+def tokens_before(ranks, x_BTX, count, initial, segment_ids_BT):
+    """The `count` tokens before the stretch, zero where they are not of its first token's document."""
+    if count == 0 or segment_ids_BT is None:
+        return before(ranks, x_BTX, count, initial)
+    B, T = segment_ids_BT.shape
+    travelling = x_BTX, segment_ids_BT
+    if initial is not None:
+        initial = initial.astype(x_BTX.dtype)
+        initial = pack((initial, jnp.zeros_like(segment_ids_BT, shape=(B, count))), lead=2)
+    packed = before(ranks, pack(travelling, lead=2), count, initial)
+    tokens, ids_BN = unpack(packed, travelling, lead=2)
+    ids_BM = jnp.concatenate([ids_BN, segment_ids_BT[:, :1]], axis=1)
+    # What stood before the sequence is of the first token's document, whatever that is.
+    initial_N = ranks.index * T + jnp.arange(count) < count
+    same_BN = (ids_BM[:, 1:] == ids_BM[:, :-1]) | initial_N[None]
+    kept_BN = jax.lax.cumprod(same_BN.astype(jnp.int32), axis=1, reverse=True) == 1
+    return jnp.where(kept_BN.reshape(B, count, *[1] * (x_BTX.ndim - 2)), tokens, 0)

@@ -27,14 +27,14 @@ do not divide, and what the plain operator raises.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas
-from kernels_pallas import checks, exchanges, matmul, ring_attention, segments
+from kernels_pallas import checks, exchanges, ring_attention, segments, stretch_maps
 from kernels_pallas import recurrence_arguments as arguments
 
 
@@ -76,9 +76,11 @@ def linear_attention(
     )
     log_decay_BTHX = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
     dtype = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV).dtype
-    run_BT, first_B, last_B = _documents(segment_ids)
+    run_BT, first_B, last_B = stretch_maps.documents(segment_ids)
     # Checkpoints: what they hold is made again from inputs that are kept in any case.
-    local_BHKV, decay_BHX1 = jax.checkpoint(_written)(k_BTHK, v_BTHV, log_decay_BTHX, run_BT)
+    local_BHKV, decay_BHX1 = jax.checkpoint(stretch_maps.written)(
+        k_BTHK, v_BTHV, log_decay_BTHX, run_BT
+    )
     state_BHKV, final_BHKV = exchanges.entering(
         form, local_BHKV, decay_BHX1, first_B, last_B, initial_state
     )
@@ -93,7 +95,7 @@ def linear_attention(
         chunk_size=chunk_size,
         implementation=implementation,
     )
-    read_BTHV = jax.checkpoint(_read)(q_BTHK, state_BHKV, log_decay_BTHX, run_BT)
+    read_BTHV = jax.checkpoint(stretch_maps.read)(q_BTHK, state_BHKV, log_decay_BTHX, run_BT)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     o_BTHV = (o_BTHV.astype(read_BTHV.dtype) + scale * read_BTHV).astype(o_BTHV.dtype)
     return o_BTHV, final_BHKV.astype(dtype)
@@ -150,7 +152,7 @@ def delta_rule(
         )
 
     form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
-    return _by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
+    return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
 
 
 def diagonal_plus_low_rank(
@@ -193,7 +195,7 @@ def diagonal_plus_low_rank(
         )
 
     form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
-    return _by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
+    return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
 
 
 def diagonal_scan(
@@ -246,9 +248,13 @@ def diagonal_scan(
         start_BT = segments.starts(segment_ids, reverse=reverse)
         decay_BTD = jnp.where(start_BT[..., None], 0, decay_BTD)
         ends = segment_ids[:, 0], segment_ids[:, -1]
-    run = _Scan(form, reverse, implementation)
-    h_BTD, leaving_BD = _scan(
-        run, x_BTD, decay_BTD, initial_state.astype(final_BD.dtype), ends[::-1] if reverse else ends
+    call = stretch_maps.ScanCall(form, reverse, implementation)
+    h_BTD, leaving_BD = stretch_maps.scan(
+        call,
+        x_BTD,
+        decay_BTD,
+        initial_state.astype(final_BD.dtype),
+        ends[::-1] if reverse else ends,
     )
     return h_BTD, form.ranks.of_last(leaving_BD)
 
@@ -341,7 +347,9 @@ def causal_conv(
     )
     call = {"bias": bias, "initial_state": initial_state, "segment_ids": segment_ids}
     _as_on_one_device(kernels_pallas.causal_conv, x_BTD, w, **call)
-    call["initial_state"] = _tokens_before(ranks, x_BTD, w.shape[0] - 1, initial_state, segment_ids)
+    call["initial_state"] = exchanges.tokens_before(
+        ranks, x_BTD, w.shape[0] - 1, initial_state, segment_ids
+    )
     y_BTD, tail = kernels_pallas.causal_conv(x_BTD, w, **call, implementation=implementation)
     return y_BTD, ranks.of_last(tail)
 
@@ -368,7 +376,7 @@ def shift(
     B, T = x_BTX.shape[:2]
     if initial_state is not None:
         arguments.check_shape("shift", "initial_state", initial_state, (B, count, *x_BTX.shape[2:]))
-    tokens = _tokens_before(ranks, x_BTX, count, initial_state, segment_ids)
+    tokens = exchanges.tokens_before(ranks, x_BTX, count, initial_state, segment_ids)
     y_BTX = jnp.concatenate([tokens, x_BTX], axis=1)[:, :T]
     if segment_ids is None:
         return y_BTX
@@ -433,169 +441,6 @@ def _form(name, axis_name, exchange, blocks, columns, *, reverse=False, matrix=F
     ranks = exchanges.ranks(name, axis_name, reverse)
     blocks = exchanges.check_blocks(name, exchange, blocks, columns)
     return exchanges.Form(exchange, ranks, blocks, matrix)
-
-
-def _documents(segment_ids_BT):
-    """Each token's document, counted from the stretch's first; ids of the first and the last one. None without ids."""
-    if segment_ids_BT is None:
-        return None, None, None
-    return segments.run_index(segment_ids_BT), segment_ids_BT[:, 0], segment_ids_BT[:, -1]
-
-
-def _written(k_BTGK, v_BTHV, log_decay_BTHX, run_BT):
-    """What a stretch leaves of its own, (B, H, K, V), and what remains of a state that entered, (B, H, X, 1)."""
-    B, T, H, V = v_BTHV.shape
-    after, total = None, jnp.ones_like(v_BTHV, arguments.state_dtype(v_BTHV), (B, 1, 1))
-    if log_decay_BTHX is not None:
-        later = jnp.concatenate(
-            [log_decay_BTHX[:, 1:], jnp.zeros_like(log_decay_BTHX[:, :1])], axis=1
-        )
-        after = jnp.exp(jax.lax.cumsum(later, axis=1, reverse=True))
-        total = jnp.exp(jnp.sum(log_decay_BTHX, axis=1))
-    if run_BT is not None:
-        leaves_BT11 = (run_BT == run_BT[:, -1:])[:, :, None, None]
-        after = jnp.where(leaves_BT11, 1.0 if after is None else after, 0.0)
-        total = jnp.where((run_BT[:, -1] == 0)[:, None, None], total, 0.0)
-    if after is not None and after.shape[-1] > 1:
-        k_BTGK = arguments.repeat_heads(k_BTGK, H) * after
-    elif after is not None:
-        v_BTHV = v_BTHV * after
-    local_BGKW = matmul.einsum("BTGK,BTGW->BGKW", k_BTGK, _by_group(v_BTHV, k_BTGK.shape[2]))
-    return _by_head(local_BGKW, H), total[..., None]
-
-
-def _read(q_BTGK, state_BHKV, log_decay_BTHX, run_BT):
-    """What each token reads of the state that entered: (B, T, H, V), float32 or wider."""
-    H = state_BHKV.shape[1]
-    through = None
-    if log_decay_BTHX is not None:
-        through = jnp.exp(jnp.cumsum(log_decay_BTHX, axis=1))
-    if run_BT is not None:
-        enters_BT11 = (run_BT == 0)[:, :, None, None]
-        through = jnp.where(enters_BT11, 1.0 if through is None else through, 0.0)
-    if through is not None and through.shape[-1] > 1:
-        q_BTGK, through = arguments.repeat_heads(q_BTGK, H) * through, None
-    B, T, G, K = q_BTGK.shape
-    state_BGKW = jnp.moveaxis(state_BHKV.reshape(B, G, H // G, K, -1), 2, 3).reshape(B, G, K, -1)
-    o_BTHV = matmul.einsum("BTGK,BGKW->BTGW", q_BTGK, state_BGKW).reshape(B, T, H, -1)
-    return o_BTHV if through is None else o_BTHV * through
-
-
-def _by_group(v_BTHV, G):
-    return v_BTHV.reshape(*v_BTHV.shape[:2], G, -1)
-
-
-def _by_head(state_BGKW, H):
-    B, G, K, _ = state_BGKW.shape
-    return jnp.moveaxis(state_BGKW.reshape(B, G, K, H // G, -1), 3, 2).reshape(B, H, K, -1)
-
-
-def _by_map(name, form, operator, q_BTGK, v_BTHV, initial_state, segment_ids_BT):
-    """A recurrence whose stretch maps a state S to M S + L, run once for both with K columns more."""
-    arguments.check_segment_ids(name, segment_ids_BT, v_BTHV)
-    (B, T, H, V), K = v_BTHV.shape, q_BTGK.shape[-1]
-    zero_BHKV = arguments.normal_initial_state(name, None, q_BTGK, v_BTHV)
-    dtype = arguments.normal_initial_state(name, initial_state, q_BTGK, v_BTHV).dtype
-    identity_BHKK = jnp.broadcast_to(jnp.eye(K, dtype=zero_BHKV.dtype)[None, None], (B, H, K, K))
-    values_BTHX = jnp.concatenate([v_BTHV, jnp.zeros_like(v_BTHV, shape=(B, T, H, K))], axis=-1)
-    (start_BHKX,) = exchanges.varying(
-        form.ranks.axis_name, jnp.concatenate([zero_BHKV, identity_BHKK], axis=-1)
-    )
-    o_BTHX, final_BHKX = operator(values_BTHX, start_BHKX)
-    _, first_B, last_B = _documents(segment_ids_BT)
-    state_BHKV, final_BHKV = exchanges.entering(
-        form, final_BHKX[..., :V], final_BHKX[..., V:], first_B, last_B, initial_state
-    )
-    read_BTHV = matmul.einsum("BTHK,BHKV->BTHV", o_BTHX[..., V:], state_BHKV)
-    o_BTHV = (o_BTHX[..., :V].astype(read_BTHV.dtype) + read_BTHV).astype(v_BTHV.dtype)
-    return o_BTHV, final_BHKV.astype(dtype)
-
-
-class _Scan(NamedTuple):
-    form: exchanges.Form
-    reverse: bool
-    implementation: str | None
-
-    def run(self, x_BTD, decay_BTD, state_BD):
-        return kernels_pallas.diagonal_scan(
-            x_BTD,
-            decay_BTD,
-            initial_state=state_BD,
-            reverse=self.reverse,
-            implementation=self.implementation,
-        )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(scan, x_BTD, decay_BTD, initial_BD, ends):
-    """The stretch's h, and the state it leaves."""
-    return _scan_forward(scan, x_BTD, decay_BTD, initial_BD, ends)[0]
-
-
-def _scan_forward(scan, x_BTD, decay_BTD, initial_BD, ends):
-    total_BD, local_BD = _composed(decay_BTD, x_BTD.astype(decay_BTD.dtype), scan.reverse)
-    entered_BD = jnp.where(scan.form.ranks.index == 0, initial_BD, 0)
-    local_BD = local_BD + total_BD * entered_BD
-    state_BD, joined_B = exchanges.exchange(scan.form, local_BD, total_BD, ends)
-    results, vjp = jax.vjp(scan.run, x_BTD, decay_BTD, entered_BD + state_BD)
-    return results, (vjp, decay_BTD, total_BD, joined_B)
-
-
-def _scan_backward(scan, saved, cotangents):
-    vjp, decay_BTD, total_BD, joined_B = saved
-    g_BTD, g_leaving_BD = cotangents
-    # Of the entering state's cotangent, what does not come from later ranks: g_t goes back through a_t to a_1.
-    back_BTD = decay_BTD * g_BTD.astype(decay_BTD.dtype)
-    _, g_BD = _composed(decay_BTD, back_BTD, not scan.reverse)
-    g_BD = g_BD + total_BD * g_leaving_BD
-    from_later_BD = exchanges.exchange_back(scan.form, g_BD, total_BD, joined_B)
-    d_x_BTD, d_decay_BTD, d_state_BD = vjp((g_BTD, g_leaving_BD + from_later_BD))
-    d_initial_BD = jnp.where(scan.form.ranks.index == 0, d_state_BD, 0)
-    return d_x_BTD, d_decay_BTD, d_initial_BD, (None, None)
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
-def _composed(decay_BTD, x_BTD, reverse):
-    """All tokens' maps h -> a h + x, one after the other, as one: its decay and its addend, (B, D).
-
-    Eight maps at a time are one fused pass over what they read.
-    """
-    while (T := x_BTD.shape[1]) > 1:
-        C = min(8, T)
-        padding = ((0, 0), (0, -T % C), (0, 0))
-        decay_BNCD, x_BNCD = (
-            jnp.pad(z, padding, constant_values=fill).reshape(z.shape[0], -1, C, z.shape[2])
-            for z, fill in ((decay_BTD, 1), (x_BTD, 0))
-        )
-        first, *others = range(C)[::-1] if reverse else range(C)
-        decay_BTD, x_BTD = decay_BNCD[:, :, first], x_BNCD[:, :, first]
-        for i in others:
-            x_BTD = decay_BNCD[:, :, i] * x_BTD + x_BNCD[:, :, i]
-            decay_BTD = decay_BNCD[:, :, i] * decay_BTD
-    return decay_BTD[:, 0], x_BTD[:, 0]
-
-
-def _tokens_before(ranks, x_BTX, count, initial, segment_ids_BT):
-    """The `count` tokens before the stretch, zero where they are not of its first token's document."""
-    if count == 0 or segment_ids_BT is None:
-        return exchanges.before(ranks, x_BTX, count, initial)
-    B, T = segment_ids_BT.shape
-    travelling = x_BTX, segment_ids_BT
-    if initial is not None:
-        initial = initial.astype(x_BTX.dtype)
-        initial = exchanges.pack(
-            (initial, jnp.zeros_like(segment_ids_BT, shape=(B, count))), lead=2
-        )
-    packed = exchanges.before(ranks, exchanges.pack(travelling, lead=2), count, initial)
-    tokens, ids_BN = exchanges.unpack(packed, travelling, lead=2)
-    ids_BM = jnp.concatenate([ids_BN, segment_ids_BT[:, :1]], axis=1)
-    # What stood before the sequence is of the first token's document, whatever that is.
-    initial_N = ranks.index * T + jnp.arange(count) < count
-    same_BN = (ids_BM[:, 1:] == ids_BM[:, :-1]) | initial_N[None]
-    kept_BN = jax.lax.cumprod(same_BN.astype(jnp.int32), axis=1, reverse=True) == 1
-    return jnp.where(kept_BN.reshape(B, count, *[1] * (x_BTX.ndim - 2)), tokens, 0)
 
 
 def _as_on_one_device(operator, *arrays, **keywords):
