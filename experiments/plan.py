@@ -8,7 +8,7 @@
 Compiles the program that train runs, for every combination of --topology, --mesh, --exchange and --batch_size, through libtpu
 (pip install -e '.[tpu]'); nothing is run, and no accelerator is needed. A compilation takes about a minute or more of one
 core, whatever the slice. Prints each plan, then all of them, the fastest first, and writes plan.json, tables.md and pictures into
---out. Fields of the config are overridden as in train: --config.data.seq_len=131072.
+--out, beside what other calls have put there. Fields of the config are overridden as in train: --config.data.seq_len=131072.
 """
 
 import os
@@ -88,7 +88,9 @@ def _cases() -> tuple[list[cases.Case], list[str]]:
             "--sweep chooses the meshes itself: leave --mesh, --exchange and --tokens_per_device out"
         )
     if _TOKENS.value and _BATCH.value:
-        raise cli.UserError("--tokens_per_device says how many rows there are: leave --batch_size out")
+        raise cli.UserError(
+            "--tokens_per_device says how many rows there are: leave --batch_size out"
+        )
     meshes = [cases.parse_mesh(text) for text in _MESH.value] or [None]
     batches = [_positive(text) for text in _BATCH.value] or [None]
     config = cases.resolve(_CONFIG.value)

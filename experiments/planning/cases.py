@@ -69,7 +69,17 @@ def make(
             config.data.seq_len = tokens_per_device * ways
             config.train.accumulate = 1
         config.data.eval_batch_size = 0
-    return Case(config, where, steps.build(config, config.data.seq_len, where.devices))
+    try:
+        program = steps.build(config, config.data.seq_len, where.devices)
+    except (
+        NotImplementedError
+    ) as error:  # of JAX, which lays mesh axes along the dimensions of the torus
+        shape = " x ".join(map(str, where.shape))
+        raise ValueError(
+            f"mesh {_named(config.mesh)} cannot be laid on {where.topology}: the size of every axis must be a product of some of "
+            f"the slice's dimensions {shape}"
+        ) from error
+    return Case(config, where, program)
 
 
 def sweep(

@@ -38,12 +38,27 @@ class Case(NamedTuple):
         }
 
 
+class Compiled(NamedTuple):
+    """text: of the optimised program; None where it needs more HBM than there is. memory: XLA's buffers of one device, in bytes;
+    results take the place of the state, which is donated. xla: what XLA counts. kernels: FLOPs of Pallas kernels, by name."""
+
+    text: str | None
+    memory: Row
+    xla: Row
+    kernels: Mapping[str, float]
+    seconds: float
+    processor_seconds: float
+
+
 def plan(case: Case) -> Row:
     """Compiles the training step, and reads what it needs and does. A step that needs more HBM than there is makes a row too:
     with `needed_bytes`, and without what a compiled program tells."""
+    return read(case, compile_step(case))
+
+
+def compile_step(case: Case) -> Compiled:
+    """The training step of the case, from tracing to machine code."""
     config, where, program = case
-    mesh = program.batch_sharding.mesh
-    row = described(case)
     shape = (config.data.batch_size, config.data.seq_len)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
@@ -59,17 +74,46 @@ def plan(case: Case) -> Row:
     except jax.errors.JaxRuntimeError as error:
         if not (found := _TOO_MUCH.search(str(error))):
             raise
-        used, limit = (
-            float(n) * 1024 ** " KMGT".index(unit or " ")
-            for n, unit in zip(found.groups()[::2], found.groups()[1::2])
-        )
-        return row | _took(start) | {"needed_bytes": int(used), "usable_bytes": int(limit)}
-    row |= _took(start)
-    row |= memory(executable.memory_analysis())
-    counted = executable.cost_analysis()
-    row["xla"] = {"flops": counted.get("flops"), "bytes": counted.get("bytes accessed")}
-    text = hlo.Program(executable.as_text())
-    return row | read(text, estimate.Machine(where, mesh, kernels), row)
+        executable, text = None, None
+        used, used_unit, limit, limit_unit = found.groups()
+        memory = {"needed": _bytes(used, used_unit), "usable": _bytes(limit, limit_unit)}
+        xla = {}
+    else:
+        text = executable.as_text()
+        memory = _memory(executable.memory_analysis())
+        counted = executable.cost_analysis()
+        xla = {"flops": counted.get("flops"), "bytes": counted.get("bytes accessed")}
+    took = time.perf_counter() - start[0], time.process_time() - start[1]
+    return Compiled(text, memory, xla, kernels, *took)
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
+def _memory(analysis) -> Row:
+    found = {
+        "arguments": analysis.argument_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
+    }
+    peak = getattr(analysis, "peak_memory_in_bytes", None)
+    return found | {"peak": peak, "needed": sum(found.values())}
+
+
+def read(case: Case, step: Compiled) -> Row:
+    """The row of a case: what was asked for, memory, and what the program does."""
+    row = described(case) | {
+        "memory": step.memory,
+        "needed_bytes": step.memory["needed"],
+        "compile_seconds": step.seconds,
+        "compile_cpu_seconds": step.processor_seconds,
+    }
+    if step.text is None:
+        return row | {"usable_bytes": step.memory["usable"]}
+    machine = estimate.Machine(case.where, case.program.batch_sharding.mesh, step.kernels)
+    return row | {"xla": step.xla} | costs(hlo.Program(step.text), machine, row)
 
 
 def described(case: Case) -> Row:
@@ -110,25 +154,7 @@ def bytes_a_device(tree) -> int:
     )
 
 
-def memory(analysis) -> Row:
-    """XLA's buffers of one device. Results take the place of the state, which is donated."""
-    arguments = analysis.argument_size_in_bytes
-    temporaries = analysis.temp_size_in_bytes
-    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    peak = getattr(analysis, "peak_memory_in_bytes", 0)
-    return {
-        "memory": {
-            "arguments": arguments,
-            "temporaries": temporaries,
-            "results": new,
-            "code": analysis.generated_code_size_in_bytes,
-            "peak": max(peak, arguments),
-        },
-        "needed_bytes": arguments + temporaries + new + analysis.generated_code_size_in_bytes,
-    }
-
-
-def read(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
+def costs(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
     """Costs, collectives and the estimate of a compiled step."""
     where = machine.where
     talk = [c for v in text.visits() if (c := collectives.of(v, text, machine.mesh, where))]
@@ -190,10 +216,3 @@ def _dots(jaxpr) -> float:
         ]
         total += params.get("length", 1) * sum(_dots(j) for j in inner if hasattr(j, "eqns"))
     return total
-
-
-def _took(start: tuple[float, float]) -> Row:
-    return {
-        "compile_seconds": time.perf_counter() - start[0],
-        "compile_cpu_seconds": time.process_time() - start[1],
-    }

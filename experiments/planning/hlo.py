@@ -141,7 +141,9 @@ def _instruction(name: str, text: str) -> Instruction:
     operation, closing = rest[:opening], _closing(rest, opening)
     inside = rest[opening + 1 : closing]
     attributes = inside if operation in ("constant", "parameter") else rest[closing + 1 :]
-    operands = re.findall(r"%([\w.\-]+)", inside) or re.findall(r"([A-Za-z_][\w.\-]*)(?:,|$)", inside)
+    operands = re.findall(r"%([\w.\-]+)", inside) or re.findall(
+        r"([A-Za-z_][\w.\-]*)(?:,|$)", inside
+    )
     return Instruction(name, result, operation, tuple(operands), attributes)
 
 

@@ -93,7 +93,9 @@ def text(row: Row) -> str:
         f"({row['compile_cpu_seconds']:.0f} s of processor time).",
         "GiB a device: "
         + ", ".join(
-            f"{k} {v / compiled.GIB:.2f}" for k, v in (row["state_bytes"] | memory).items()
+            f"{k} {v / compiled.GIB:.2f}"
+            for k, v in (row["state_bytes"] | memory).items()
+            if v is not None
         ),
     ]
     if estimate:
@@ -116,24 +118,36 @@ def text(row: Row) -> str:
     return "\n".join([*parts, cases.verdict(row)])
 
 
-def save(folder: Path, command: str, rows: list[Row], left_out: list[str]) -> None:
-    """Writes plan.json, tables.md, memory.png and, of several plans, scaling.png."""
+def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> None:
+    """Puts plans into the folder's plan.json, in place of older ones of the same case, and writes all of them as tables.md,
+    memory.png and, of several numbers of devices, scaling.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(
-        json.dumps({"command": command, "plans": rows, "left_out": left_out}, indent=1) + "\n"
-    )
-    parts = ["# Plan", f"`{command}`", NOTE, markdown_table([line(row) for row in rows])]
+    path = folder / "plan.json"
+    old = json.loads(path.read_text())["plans"] if path.exists() else []
+    kept = {_key(row): row for row in old} | {_key(row): row | {"command": command} for row in new}
+    rows = sorted(kept.values(), key=_order)
+    path.write_text(json.dumps({"plans": rows, "left_out": left_out}, indent=1) + "\n")
+    parts = ["# Plan", NOTE, markdown_table([line(row) for row in rows])]
     parts += ["Not compiled:\n\n" + "\n".join(f"- {why}" for why in left_out)] if left_out else []
     for row in rows:
-        parts += [
-            f"## {row['topology']}, {name(row)}, batch {row['batch_size']} x {row['seq_len']}"
-        ]
-        parts += [cases.verdict(row)]
-        parts += [markdown_table(collective_lines(row))] if row.get("collectives") else []
+        title = f"## {row['topology']}, {name(row)}, batch {row['batch_size']} x {row['seq_len']}"
+        parts += [title, f"`{row['command']}`", f"```\n{text(row)}\n```"]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
     memory_bars(rows, folder / "memory.png")
     if len({row["devices"] for row in rows if "estimate" in row}) > 1:
         scaling(rows, folder / "scaling.png")
+
+
+_CASE = ("devices", "topology", "seq_len", "batch_size", "mesh", "exchange", "zero", "pattern", "remat", "accumulate")  # fmt: skip
+
+
+def _key(row: Row) -> str:
+    """What makes a plan the same as another."""
+    return json.dumps([row[field] for field in _CASE])
+
+
+def _order(row: Row) -> tuple:
+    return row["devices"], row["seq_len"], row["batch_size"], _key(row)
 
 
 def memory_bars(rows: list[Row], path: Path) -> None:

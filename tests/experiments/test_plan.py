@@ -7,14 +7,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from configs import gated_delta_net_1300m
 from experiments.planning import cases, collectives, compiled, estimate, hlo, parts, report
-from kernels_pallas import tpu_compile
 from seqmodels import sharding
 
 
@@ -39,7 +37,11 @@ def test_collectives_and_dots_of_a_compiled_program_with_loops():
 
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "seq": 2})
     both = jax.shard_map(
-        local, mesh=mesh, in_specs=(P(None, "fsdp"), P("data", "seq")), out_specs=P(), check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=(P(None, "fsdp"), P("data", "seq")),
+        out_specs=P(),
+        check_vma=False,
     )
     shapes = (
         jax.ShapeDtypeStruct((5, 64, 64), jnp.float32),
@@ -47,7 +49,9 @@ def test_collectives_and_dots_of_a_compiled_program_with_loops():
     )
     text = jax.jit(both).lower(*shapes).compile().as_text()
     program, where = hlo.Program(text), slice_of("v6e:2x4")
-    planned = mesh_of(where, data=2, fsdp=2, seq=2)  # the same positions, of devices that have places
+    planned = mesh_of(
+        where, data=2, fsdp=2, seq=2
+    )  # the same positions, of devices that have places
     found = [
         c for v in program.visits() if (c := collectives.of(v, program, planned, where)) is not None
     ]
@@ -160,6 +164,16 @@ def test_the_estimates_arithmetic():
     assert cost.compute_seconds == pytest.approx(operations)
     assert cost.seconds == pytest.approx(operations + 3 * waits)
 
+    # Where the part's clock is known, the compiler's cycles count: here of the fusion, a million more than anything else.
+    cycles = HLO.replace(
+        "calls=%fused", 'calls=%fused, backend_config={"estimated_cycles":"1000000"}'
+    )
+    where = slice_of("v5p:2x2x1")
+    machine = estimate.Machine(where, mesh_of(where, fsdp=2, data=2), {})
+    without, cost = (estimate.cost(hlo.Program(text), machine) for text in (HLO, cycles))
+    assert cost.compiler_cycles == 1e6
+    assert cost.seconds - without.seconds == pytest.approx(1e6 / 1.75e9 - sliced / 2765e9)
+
 
 def test_links_of_a_group():
     link = 90e9
@@ -173,7 +187,10 @@ def test_links_of_a_group():
     assert group(line, *((i, 0) for i in range(4))) == (link, 3)
     assert group(ring, *((i, 0) for i in range(16))) == (2 * link, 8)
     assert group(ring, *((i, 0) for i in range(4))) == (link, 3)  # part of a ring is a line
-    assert group(ring, *((4 * i, 0) for i in range(4))) == (2 * link / 4, 8)  # shared with three more
+    assert group(ring, *((4 * i, 0) for i in range(4))) == (
+        2 * link / 4,
+        8,
+    )  # shared with three more
     assert group(line, *((i, j) for i in range(4) for j in range(4))) == (2 * link, 6)
     assert group(line, (0, 0), (1, 1)) == (link, 2)  # no box
     cube = slice_of("v5p:4x4x8")
@@ -196,7 +213,9 @@ def test_kernels_count_their_own_dots():
         body, grid=(4,), in_specs=[spec, whole], out_specs=spec, name="my_kernel",
         out_shape=jax.ShapeDtypeStruct((32, 8), jnp.float32), interpret=True,
     )  # fmt: skip
-    jaxpr = jax.make_jaxpr(jax.vmap(call, in_axes=(0, None)))(jnp.ones((2, 32, 8)), jnp.ones((8, 8)))
+    jaxpr = jax.make_jaxpr(jax.vmap(call, in_axes=(0, None)))(
+        jnp.ones((2, 32, 8)), jnp.ones((8, 8))
+    )
     assert compiled.kernel_flops(jaxpr.jaxpr) == {"my_kernel": 2 * 4 * 3 * 2 * 8**3}
     assert estimate.kernel_flops("jvp_my_kernel_.12", {"kernel": 1.0, "my_kernel": 2.0}) == 2.0
     assert estimate.kernel_flops("other.1", {"kernel": 1.0}) == 0.0
@@ -206,7 +225,7 @@ ROW = {
     "topology": "v6e:2x2", "devices": 4, "mesh": {"data": 4}, "exchange": None, "zero": 0, "remat": "none",
     "batch_size": 64, "seq_len": 128, "accumulate": 1, "hbm_bytes_a_device": 32 << 30,
     "state_bytes": {"parameters": 8 << 30, "optimizer": 16 << 30}, "needed_bytes": 40 << 30,
-    "parameters": 10, "compile_seconds": 1.0, "compile_cpu_seconds": 1.0,
+    "pattern": "gla", "parameters": 10, "compile_seconds": 1.0, "compile_cpu_seconds": 1.0,
 }  # fmt: skip
 
 
@@ -215,6 +234,14 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(tmp_path):
     assert said.startswith("does not fit: 40.0 GiB, 9.0 more than a device has")
     assert "remat=full" in said and "accumulate=4" in said and "parallel.zero=3" in said
     assert "does not fit" in report.text(ROW)
+    report.save(tmp_path, "python -m experiments.plan", [ROW], [])
+    report.save(tmp_path, "again", [ROW, ROW | {"batch_size": 32}], ["fsdp=4: too large"])
+    kept = json.loads((tmp_path / "plan.json").read_text())
+    assert [(r["batch_size"], r["command"]) for r in kept["plans"]] == [
+        (32, "again"),
+        (64, "again"),
+    ]
+    assert "DOES NOT FIT" in (tmp_path / "tables.md").read_text()
     long = ROW | {"batch_size": 4, "remat": "full", "state_bytes": {"parameters": 1 << 30}}
     assert cases.advice(long)[0].startswith("a larger seq axis")
     fits = ROW | {"needed_bytes": 30 << 30, "estimate": {"tokens_per_second": 1.0}}
@@ -234,6 +261,8 @@ def test_mistakes_are_found_before_compiling():
         cases.make(config, where, cases.parse_mesh("fsdp=8"))
     with pytest.raises(ValueError, match="not divisible by 4"):
         cases.make(config, where, cases.parse_mesh("fsdp=-1"), batch_size=6)
+    with pytest.raises(ValueError, match="a product of some of the slice's dimensions 2 x 4 x 4"):
+        cases.make(config, slice_of("v5p:2x4x4"), cases.parse_mesh("data=2,fsdp=8,seq=2"))
     long = cases.make(config, where, cases.parse_mesh("fsdp=2,seq=2"), "ring", None, 1024)
     assert (long.config.data.batch_size, long.config.data.seq_len) == (2, 2048)
     row = compiled.described(long)
@@ -268,4 +297,6 @@ def test_a_small_config_from_end_to_end(tmp_path):
     by_axis = {(c["kind"], c["axes"]): c for c in row["collectives"]}
     assert by_axis["all-gather", "fsdp"]["times a step"] >= 4
     assert any("seq" in axes for _, axes in by_axis)
-    assert (out / "memory.png").stat().st_size > 1000 and "| topology |" in (out / "tables.md").read_text()
+    assert (out / "memory.png").stat().st_size > 1000 and "| topology |" in (
+        out / "tables.md"
+    ).read_text()
