@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import kept
 from seqmodels import (
     blocks,
     channel_mixers,
@@ -25,6 +26,7 @@ from seqmodels.array_typing import Array, DType, State
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "operators": jax.checkpoint_policies.save_only_these_names(kept.NAME),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -53,8 +55,8 @@ class LanguageModel(nn.Module):
     channel_mixer, d_ff, norm, norm_eps, norm_position: see `blocks.Block`.
     tied_embeddings: the output matrix is the embedding. embedding_scale multiplies the embedded tokens.
     logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
-    remat: what the backward pass recomputes: "none", "full" (every block from its input), "dots" (all but
-      projections).
+    remat: what the backward pass recomputes: "none", "full" (every block from its input), "operators" (all but operators'
+      results and the states between their chunks), "dots" (all but projections).
     scan_layers: compile a repeated group of blocks once and scan over it.
     dtype, param_dtype: of activations and matmuls, and of parameters. Logits are float32.
     """

@@ -113,8 +113,8 @@ def _through(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
     return _turns(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)[0]
 
 
-def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
-    """All microbatches after all stages; and of each turn, what went into the stages."""
+def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep: bool = False):
+    """All microbatches after all stages; and, to keep, what went into the stages in each turn."""
 
     def stage(params_N, index_N, x_BTD, rows):
         def one(x_BTD, inputs):
@@ -126,7 +126,7 @@ def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
         x_SBTD, rows_S = jax.tree.map(_hand_on, held_S, arriving)
         x_SBTD = sharding.constrain_stages(x_SBTD)
         y_SBTD = _all_stages(stage)(params_SN, index_SN, x_SBTD, rows_S)
-        return (y_SBTD, rows_S), (y_SBTD[-1], (x_SBTD, rows_S))
+        return (y_SBTD, rows_S), (y_SBTD, (x_SBTD, rows_S) if keep else None)
 
     # What is worked on and not read is a real microbatch, for which every layer is finite.
     P = pipe.stages
@@ -135,17 +135,26 @@ def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
     arriving = jax.tree.map(
         lambda leaf_M: jnp.concatenate([leaf_M, jnp.repeat(leaf_M[-1:], P - 1, axis=0)]), inputs_M
     )
-    _, (x_MBTD, entered) = jax.lax.scan(turn, held_S, arriving)
-    return x_MBTD[P - 1 :], entered
+    _, (left_SBTD, entered) = jax.lax.scan(turn, held_S, arriving)
+    # Of all turns and stages: the last stage's are brought to all devices at once, not turn by turn.
+    return left_SBTD[P - 1 :, -1], entered
 
 
 def _all_stages(stage):
     return jax.vmap(stage, spmd_axis_name=sharding.STAGE_AXIS)
 
 
-def _hand_on(held_S: Array, arriving: Array) -> Array:
-    """Each stage's array to the next stage, and what arrives to the first."""
-    return jnp.concatenate([arriving[None], held_S[:-1]])
+def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
+    """Each stage's array to the next stage, and what arrives to the first; or back, from the last one on.
+
+    A shift by padding, not by concatenation: the partitioner makes that a message to the neighbour, and gathers for this.
+    """
+    ends = [(0, 0)] * (held_S.ndim - 1)
+    handed_S = (
+        jnp.pad(held_S[1:], [(0, 1), *ends]) if back else jnp.pad(held_S[:-1], [(1, 0), *ends])
+    )
+    stage_S = jnp.arange(len(held_S)).reshape(-1, *[1] * (held_S.ndim - 1))
+    return jnp.where(stage_S == (len(held_S) - 1 if back else 0), arriving[None], handed_S)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -155,7 +164,7 @@ def _split(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
 
 
 def _split_forward(pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
-    x_MBTD, entered = _turns(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
+    x_MBTD, entered = _turns(pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep=True)
     return x_MBTD, (params_SN, shared, index_SN, entered)
 
 
@@ -182,7 +191,7 @@ def _split_backward(pipe, saved, dy_MBTD):
         sums, dx_SBTD = carry
         (x_SBTD, rows_S), dy_BTD = of_turn
         # What a stage handed on went into the next one, a turn later.
-        dy_SBTD = sharding.constrain_stages(jnp.concatenate([dx_SBTD[1:], dy_BTD[None]]))
+        dy_SBTD = sharding.constrain_stages(_hand_on(dx_SBTD, dy_BTD, back=True))
         d_others_SN, d_shared_S, dx_SBTD, dense_SN = _all_stages(stage_gradients)(
             kernels_SN, others_SN, index_SN, x_SBTD, rows_S, dy_SBTD
         )

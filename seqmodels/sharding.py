@@ -31,7 +31,6 @@ TIME_AXIS = "seq"
 HEAD_AXIS = "tensor"
 STAGE_AXIS = "pipe"
 MESH_AXES = (STAGE_AXIS, *BATCH_AXES, TIME_AXIS, HEAD_AXIS)
-MODEL_AXES = (STAGE_AXIS, HEAD_AXIS)  # what the model itself must divide over
 COPY_AXES = ("data", TIME_AXIS)  # what holds copies of the parameters, unless ZeRO splits them
 
 RULES = (

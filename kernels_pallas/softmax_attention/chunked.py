@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.kept import kept
+
 BLOCK_SIZE = 128
 
 
@@ -200,7 +202,7 @@ def _attend(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
 def _forward(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
     running = nothing_seen(q_BGRTK, v_BGSV)
     running = see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes)
-    o_BGRTV, log_sum_BGRT = output(running)
+    o_BGRTV, log_sum_BGRT = kept(output(running))
     return o_BGRTV, (q_BGRTK, k_BGSK, v_BGSV, visibility, o_BGRTV, log_sum_BGRT)
 
 
