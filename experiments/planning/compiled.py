@@ -168,6 +168,14 @@ def costs(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
         "kernel_flops": cost.kernel_flops,
         "hbm_bytes": cost.hbm_bytes,
         "model_flops": useful,
+        "loops_once": {
+            "flops": sum(hlo.flops(text, visit) for visit in text.visits()),
+            "bytes": sum(
+                estimate.hbm_bytes(text, visit.computation, visit.instruction)
+                for visit in text.visits()
+                if not visit.fused
+            ),
+        },
         "collectives": collectives.grouped(talk),
         "estimate": {
             "seconds": cost.seconds,

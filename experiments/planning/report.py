@@ -14,12 +14,12 @@ from experiments.planning import cases, compiled
 
 Row = compiled.Row
 NOTE = (
-    "Compiled programs, read; nothing was run. Bytes are XLA's own, of one device. FLOPs (of matrix products), HBM bytes and "
+    "Compiled programs, read; nothing was run. Memory is XLA's own, of one device. FLOPs (of matrix products), HBM bytes and "
     "collectives are counted in the compiled program, loops as often as they run; XLA's own count takes a loop's body once and "
-    "nothing of a Pallas kernel. Time is a model (experiments/planning/estimate.py): every operation at peak or at HBM "
-    "bandwidth, collectives at 0.9 of the links' published rate, hidden only where the compiler made them asynchronous. It is "
-    "a figure to order meshes by, and too low by all that stalls. MFU counts 6 FLOPs a parameter and token, without the "
-    "embedding's and the recurrence's."
+    "nothing of a Pallas kernel. Time is a model (experiments/planning/estimate.py): operations one after the other, each at "
+    "peak, at HBM bandwidth or as the compiler estimates it; Pallas kernels at half of peak; collectives at 0.9 of the links' "
+    "published rate, hidden only where the compiler made them asynchronous. It orders meshes, and is too low by all that "
+    "stalls. MFU counts 6 FLOPs a parameter and token, without the embedding's and the recurrence's."
 )
 
 
@@ -99,11 +99,11 @@ def text(row: Row) -> str:
         ),
     ]
     if estimate:
-        xla = row["xla"]
+        once, xla = row["loops_once"], row["xla"]
         parts += [
             f"TFLOP a device and step: {row['flops'] / 1e12:.2f}, of which in Pallas kernels {row['kernel_flops'] / 1e12:.2f} "
-            f"(XLA, loops once: {xla['flops'] / 1e12:.2f}). HBM GB: {row['hbm_bytes'] / 1e9:.1f} "
-            f"(XLA, loops once: {xla['bytes'] / 1e9:.1f}).",
+            f"(loops once, without kernels: {once['flops'] / 1e12:.2f}; XLA, with element by element: {xla['flops'] / 1e12:.2f}). "
+            f"HBM GB: {row['hbm_bytes'] / 1e9:.1f} (loops once: {once['bytes'] / 1e9:.1f}; XLA: {xla['bytes'] / 1e9:.1f}).",
             text_table(collective_lines(row)) if row["collectives"] else "no collectives",
             f"step {estimate['seconds']:.3g} s: {estimate['compute_seconds']:.3g} s of operations, "
             f"{estimate['communication_seconds']:.3g} s of collectives, {estimate['waiting_seconds']:.3g} s of them waited for; "
@@ -152,7 +152,7 @@ def _order(row: Row) -> tuple:
 
 def memory_bars(rows: list[Row], path: Path) -> None:
     """What of a device's HBM goes where, a bar a plan."""
-    figure, axes = plt.subplots(figsize=(2.5 + 0.9 * len(rows), 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(3.5 + 0.7 * len(rows), 4.5), layout="constrained")
     bottom = [0.0] * len(rows)
     for what in ("parameters", "optimizer", "other"):
         heights = []
@@ -178,26 +178,31 @@ def memory_bars(rows: list[Row], path: Path) -> None:
 
 
 def scaling(rows: list[Row], path: Path) -> None:
-    """Estimated time a token and device, and the share that waits for collectives, over devices; a curve for each exchange."""
+    """Estimated time a token and device, and the collectives' share of it, over devices; a curve for each exchange."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    rows = sorted((row for row in rows if "estimate" in row), key=lambda row: row["devices"])
-    for exchange in dict.fromkeys(row["exchange"] for row in rows):
+    rows = [row for row in rows if "estimate" in row]
+    for i, exchange in enumerate(dict.fromkeys(row["exchange"] for row in rows)):
         here = [row for row in rows if row["exchange"] == exchange]
         x = [row["devices"] for row in here]
+        look = {"color": f"C{i}", "marker": "o", "markersize": 4}
         label = exchange or "no seq axis"
-        left.plot(x, [line(row)["ns a token and device"] for row in here], "o-", label=label)
-        share = [
-            100 * row["estimate"]["waiting_seconds"] / row["estimate"]["seconds"] for row in here
-        ]
-        right.plot(x, share, "o-", label=label)
+        left.plot(x, [line(row)["ns a token and device"] for row in here], label=label, **look)
+        for what, style in (("waiting", "-"), ("communication", ":")):
+            shares = [
+                100 * r["estimate"][f"{what}_seconds"] / r["estimate"]["seconds"] for r in here
+            ]
+            right.plot(x, shares, style, label=f"{label}, {_WORDS[what]}", **look)
     left.set(ylabel="estimated ns a token and device", ylim=(0, None))
-    right.set(ylabel="% of the step that waits for collectives", ylim=(0, None))
+    right.set(ylabel="collectives, % of the step", ylim=(0, None))
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set(xlabel="devices")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     _save(figure, path)
+
+
+_WORDS = {"waiting": "waited for", "communication": "all, hidden or not"}
 
 
 def _save(figure, path: Path) -> None:

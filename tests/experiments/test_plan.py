@@ -195,6 +195,8 @@ def test_links_of_a_group():
     assert group(line, (0, 0), (1, 1)) == (link, 2)  # no box
     cube = slice_of("v5p:4x4x8")
     assert all(map(cube.closes, range(3))) and not slice_of("v5p:2x4x4").closes(1)
+    halves = slice_of("tpu7x:2x2x1")  # two devices a chip, which share its links
+    assert parts.group_bandwidth(halves, halves.devices[:2]) == (6 * link / 2, 1)
     assert parts.hops(ring, ring.devices[0], ring.devices[-1]) == 2
 
 
