@@ -157,6 +157,11 @@ class LanguageModel(nn.Module):
 
     def _scan(self, x_BTD, plan, run, states, first_index):
         if plan.repeats == 0:
+            if sharding.stages() > 1:
+                raise ValueError(
+                    f"mesh axis {sharding.STAGE_AXIS!r} splits the repeats of a pattern, and this model scans over none: "
+                    "set scan_layers=True and more layers than the pattern has, or the axis to 1"
+                )
             return x_BTD, ()
         group = _Group(
             plan.period, self._block_class(in_scan=True), self._block_options(), name="blocks"

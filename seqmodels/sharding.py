@@ -133,8 +133,10 @@ def sizes() -> dict[str, int]:
 
 
 def axes_of(letter: str, size: int) -> tuple[str, ...]:
-    """The mesh axes in scope over which a dimension of activations is split, by its letter: B, T, H and G for
-    heads, D for their channels, W; t is time where tokens do not meet: after the pipeline its stages share the work. None where the size does not divide: then every device has all of it.
+    """The mesh axes in scope over which a dimension of activations is split, by its letter: B, T, H and G for heads, D for their
+    channels, W for words; t is time where tokens do not meet, of which the pipeline's stages each take a part.
+
+    None where the size does not divide: then every device has all of it.
     """
     candidates = {
         "B": BATCH_AXES,
