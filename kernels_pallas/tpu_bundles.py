@@ -85,7 +85,7 @@ def measure(topology: str, function, *arguments) -> Program:
     """Compiles `function(*arguments)` as `tpu_compile.compile_for` and reads what the compiler left."""
     compiled = tpu_compile.compile_for(topology, function, *arguments)
     with tpu_compile.tracing_for(topology):
-        calls = list(_pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr))
+        calls = list(pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr))
     kernels = []
     for instruction, listing in compiled.listings.items():
         call = _call_of(instruction, calls)
@@ -191,7 +191,8 @@ def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
     return capacity, {name: rows[:, i] for i, name in enumerate(names)}
 
 
-def _pallas_calls(jaxpr):
+def pallas_calls(jaxpr):
+    """The equations of a jaxpr, and of those inside it, that are Pallas kernels."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation
@@ -201,7 +202,7 @@ def _pallas_calls(jaxpr):
         ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from _pallas_calls(inner)
+                yield from pallas_calls(inner)
 
 
 def _call_of(instruction: str, calls) -> Any:

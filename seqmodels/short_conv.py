@@ -5,8 +5,8 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from kernels_pallas import causal_conv
 from seqmodels.array_typing import Array, DType
+from seqmodels.operators import causal_conv
 
 
 def uniform_fan_in(width: int) -> Callable:

@@ -5,10 +5,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import delta_rule
 from seqmodels import norms, short_conv
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
+from seqmodels.operators import delta_rule
 
 
 @flax.struct.dataclass
@@ -110,7 +110,7 @@ class DeltaRuleMixer(base.Mixer):
             segment_ids=None if segment_ids_BT is None else jnp.repeat(segment_ids_BT, n, axis=1),
             implementation=self.implementation,
         )
-        o_BTHV = norms.RMSNorm(name="o_norm")(o[:, n - 1 :: n])
+        o_BTHV = norms.RMSNorm(name="o_norm")(o.reshape(B, T, n, H, V)[:, :, n - 1])
         if self.use_gate:
             o_BTHV = o_BTHV * nn.silu(self.project_heads(x_BTD, H, V, "g"))
         return self.merge_heads(o_BTHV), State(S_BHKV, q_tail, k_tail, v_tail)
