@@ -264,9 +264,10 @@ def _call(plan: _Plan, kernel, inputs, outputs, columns):
 
 def _forward_kernel(plan, x, before, initial, w, *refs):
     age, (y, seen, *held) = (refs[0] if plan.packed else None), refs[plan.packed :]
+    chunk, block = pl.program_id(1), pl.program_id(2)
 
     def group(column):
-        at = _Group(plan, pl.program_id(1), column, w, seen, age)
+        at = _Group(plan, chunk, block, column, w, seen, age)
         at.take(x, before, initial)
 
         def sums(row, _):
@@ -295,17 +296,17 @@ def _backward_kernel(plan, x, before, initial, w, *refs):
     marks, refs = refs[: 2 * plan.packed], refs[2 * plan.packed :]
     age, room = marks or (None, None)
     g, dx, dw, first, seen, dz, *held, later = refs
-    b, t, k = (pl.program_id(axis) for axis in range(3))
+    b, t, block = (pl.program_id(axis) for axis in range(3))
     chunk = plan.chunks - 1 - t
 
-    @pl.when((b == 0) & (t == 0) & (k == 0))
+    @pl.when((b == 0) & (t == 0) & (block == 0))
     def _():
         dw[...] = jnp.zeros(dw.shape, jnp.float32)
 
     def group(column):
-        at = _Group(plan, chunk, column, w, seen, age)
+        at = _Group(plan, chunk, block, column, w, seen, age)
         at.take(x, before, initial)
-        nth = k * (plan.d // LANES) + column * plan.group
+        nth = block * (plan.d // LANES) + column
         for c in range(plan.group):
             dz[:, c, plan.rows :] = jnp.where(t == 0, 0.0, later[nth + c])
 
@@ -383,8 +384,9 @@ def _times(slope, g):
 class _Group:
     """`group` columns of a block, and what is done to them. Values are lists over parts, and columns within."""
 
-    def __init__(self, plan, chunk, column, w, seen, age):
-        self.plan, self.chunk, self.column, self.seen, self.age = plan, chunk, column, seen, age
+    def __init__(self, plan, chunk, block, column, w, seen, age):
+        self.plan, self.chunk, self.block, self.column = plan, chunk, block, column
+        self.seen, self.age = seen, age
         rows = range(w.shape[0])
         self.w = [
             [jnp.broadcast_to(w[i : i + 1, self.lanes(c)], (ROWS, LANES)) for i in rows]
@@ -429,7 +431,7 @@ class _Group:
             token = (row + tpu_blocks.iota(z.shape, 0)) * plan.p + q
             inside = token < plan.T - self.chunk * plan.C
         if plan.K is not None and plan.D % (plan.group * LANES):
-            channel = pl.program_id(2) * plan.d + (self.column + c) * LANES
+            channel = self.block * plan.d + (self.column + c) * LANES
             own = tpu_blocks.iota(z.shape, 1) < plan.D - channel
             inside = own if inside is None else inside & own
         return z if inside is None else jnp.where(inside, z, 0.0)

@@ -26,6 +26,19 @@ class Finish(NamedTuple):
         return z
 
 
+def finish_of(x, activation, heads, eps) -> Finish:
+    """Raises ValueError where (..., D) inputs cannot be finished so."""
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv: activation is {activation!r}; expected None or 'silu'")
+    if heads is not None and (heads < 1 or x.shape[-1] % heads):
+        raise ValueError(
+            f"causal_conv: l2_norm_heads is {heads}; it must divide x's D = {x.shape[-1]}"
+        )
+    if heads is not None and jnp.iscomplexobj(x):
+        raise ValueError(f"causal_conv: l2_norm_heads needs a real x; got {x.dtype}")
+    return Finish(activation, heads, eps)
+
+
 def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1e-6):
     """One token of `causal_conv`, for decoding: z = bias + w[-1] x + sum_{i<I-1} w[i] tail[i], finished as there.
 
@@ -39,7 +52,8 @@ def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1
     Returns:
       (y_BD, the new tail), both in x's dtype; sums are float32 or wider.
     """
-    return _step(x_BD, w, tail, bias, Finish(activation, l2_norm_heads, eps))
+    finish = finish_of(x_BD, activation, l2_norm_heads, eps)
+    return _step(x_BD, w, tail, bias, finish)
 
 
 def _step(x_BD, w, tail, bias, finish):
