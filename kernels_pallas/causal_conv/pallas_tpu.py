@@ -47,7 +47,7 @@ def unsupported(x_BTD, w, bias, initial_state, start_BT, finish) -> str | None:
             return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('shifted' takes all)"
     if w.shape[0] > HALO + 1:
         return f"the width is {w.shape[0]}; it takes up to {HALO + 1} ('shifted' takes any)"
-    plan = _Plan.of(x_BTD, w, bias, start_BT, finish)
+    plan = Plan.of(x_BTD, w, bias, start_BT, finish)
     if plan.group * LANES > WIDEST:
         return (
             f"heads of {plan.K} channels fill registers of {LANES} only in groups of {plan.group * LANES} channels; it takes "
@@ -62,7 +62,7 @@ def unsupported(x_BTD, w, bias, initial_state, start_BT, finish) -> str | None:
 
 def pallas_tpu(x_BTD, w, bias, initial_state, start_BT, finish):
     """Same contract as `reference.recurrent`."""
-    plan = _Plan.of(x_BTD, w, bias, start_BT, finish)
+    plan = Plan.of(x_BTD, w, bias, start_BT, finish)
     if bias is not None:
         w = jnp.concatenate([w.astype(jnp.float32), bias.astype(jnp.float32)[None]])
     w = w.astype(jnp.float32) * (0.5 if plan.silu else 1.0)
@@ -157,7 +157,7 @@ def _initial_gradient(plan, dz_BSD, w, start_BT):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Sizes. A block is C tokens of d channels. p tokens share a word of 32 bits. `group` columns of LANES channels hold
     whole heads of K, and are worked on together."""
 
@@ -239,7 +239,7 @@ class _Plan:
         return pl.BlockSpec(shape, index)
 
 
-def _call(plan: _Plan, kernel, inputs, outputs, columns):
+def _call(plan: Plan, kernel, inputs, outputs, columns):
     """One pass of `kernel` over `inputs`, (array, kind) each; outputs likewise. columns: how many rows each has."""
     backward = kernel is _backward_kernel
     scratch = [pltpu.VMEM((plan.p, plan.group, rows, LANES), jnp.float32) for rows in columns]
@@ -437,13 +437,14 @@ class _Group:
         return z if inside is None else jnp.where(inside, z, 0.0)
 
     def write(self, ref, c, row, parts) -> None:
-        rows = parts[0].shape[0]
-        if self.plan.p == 1:
-            ref[0, pl.ds(_aligned(row, ROWS), rows), self.lanes(c)] = parts[0]
-        else:
-            words = pltpu.pack_elementwise(parts, packed_dtype=jnp.bfloat16)
-            words_ref = ref.bitcast(jnp.uint32)
-            words_ref[0, pl.ds(_aligned(row, ROWS), rows), self.lanes(c)] = words
+        p, rows, z = self.plan.p, parts[0].shape[0], parts[0]
+        if p == 2:
+            z = pltpu.pack_elementwise(parts, packed_dtype=jnp.bfloat16)
+            if targets.interpreting():  # which knows no reference to words
+                z, row, rows = pltpu.bitcast(z, jnp.bfloat16), row * p, rows * p
+            else:  # a store of words takes them as they are; one of bfloat16 splits them first
+                ref = ref.bitcast(jnp.uint32)
+        ref[0, pl.ds(_aligned(row, ROWS), rows), self.lanes(c)] = z
 
     def hold(self, ref, c, row, parts) -> None:
         for q, z in enumerate(parts):
