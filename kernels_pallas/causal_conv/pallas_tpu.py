@@ -439,10 +439,11 @@ class _Group:
     def write(self, ref, c, row, parts) -> None:
         p, rows, z = self.plan.p, parts[0].shape[0], parts[0]
         if p == 2:
-            z = pltpu.pack_elementwise(parts, packed_dtype=jnp.bfloat16)
-            if targets.interpreting():  # which knows no reference to words
-                z, row, rows = pltpu.bitcast(z, jnp.bfloat16), row * p, rows * p
+            if targets.interpreting():  # which knows neither of the two below
+                z, row, rows = jnp.stack(parts, axis=1), row * p, rows * p
+                z = z.reshape(rows, LANES).astype(jnp.bfloat16)
             else:  # a store of words takes them as they are; one of bfloat16 splits them first
+                z = pltpu.pack_elementwise(parts, packed_dtype=jnp.bfloat16)
                 ref = ref.bitcast(jnp.uint32)
         ref[0, pl.ds(_aligned(row, ROWS), rows), self.lanes(c)] = z
 
