@@ -38,6 +38,7 @@ from kernels_pallas.softmax_attention import api as softmax_attention_api
 # Wide enough for a device's own exp and for two roundings of bfloat16; a kernel that is wrong is off by more than 0.1.
 BOUND = {"float32": 1e-3, "bfloat16": 4e-2}
 
+
 class Sizes(NamedTuple):
     B: int = 1
     T: int = 300  # two chunks even of 256, three of 128

@@ -321,7 +321,9 @@ def _moved(shape, operation, sources) -> tuple[str, ...]:
     """The arrays that an operation reads and writes."""
     if operation == "slice":
         return shape, shape
-    if operation == "dynamic-update-slice":  # XLA copies first, as an operation of its own, where it cannot be in place
+    if (
+        operation == "dynamic-update-slice"
+    ):  # XLA copies first, as an operation of its own, where it cannot be in place
         return sources[1], sources[1]
     return shape, *sources
 

@@ -22,7 +22,6 @@ from tests.kernels_pallas.conformance import (
     truth,
 )
 
-
 # What is done to the sums, by what the name of w says: to the suite, options are part of the inputs' structure.
 OPTIONS = {
     "w": {},
@@ -120,7 +119,11 @@ def test_against_numpy_convolution():
 def test_what_follows_the_sums_against_numpy():
     """silu(z) = z / (1 + exp(-z)), then each head over sqrt(sum of squares + eps)."""
     rng = np.random.default_rng(2)
-    x, w, bias = rng.standard_normal((1, 20, 6)), rng.standard_normal((1, 6)), rng.standard_normal(6)
+    x, w, bias = (
+        rng.standard_normal((1, 20, 6)),
+        rng.standard_normal((1, 6)),
+        rng.standard_normal(6),
+    )
     z = x * w[None] + bias[None, None]
     a = z / (1 + np.exp(-z))
     heads = a.reshape(1, 20, 2, 3)
@@ -168,7 +171,10 @@ def test_heads_and_registers(D, heads, dtype):
 def test_kernels_compile_for_tpus(part):
     """Forward and backward, within the VMEM that was predicted, each array moved once."""
     x = jax.ShapeDtypeStruct((1, 2048, 2048), jnp.bfloat16)
-    w, ids = jax.ShapeDtypeStruct((4, 2048), jnp.float32), jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+    w, ids = (
+        jax.ShapeDtypeStruct((4, 2048), jnp.float32),
+        jax.ShapeDtypeStruct((1, 2048), jnp.int32),
+    )
 
     def both(x, w, ids, g):
         def conv(x, w):
@@ -206,7 +212,10 @@ def test_a_kernel_serves_where_it_can_and_decoding_needs_none():
     [
         ({"x_BTD": jnp.zeros((2, 5, 600), jnp.float16)}, "x is float16; it takes float32 and bfl"),
         ({"w": jnp.zeros((18, 600))}, "the width is 18; it takes up to 17"),
-        ({"l2_norm_heads": 6}, "heads of 100 channels fill registers of 128 only in groups of 3200"),
+        (
+            {"l2_norm_heads": 6},
+            "heads of 100 channels fill registers of 128 only in groups of 3200",
+        ),
         (
             {"x_BTD": jnp.zeros((1, 5, 1 << 18)), "w": jnp.zeros((4, 1 << 18))},
             "262144 channels take .* MiB of VMEM, of 40",

@@ -326,7 +326,9 @@ def test_other_kinds(monkeypatch):
         with pytest.raises(_Stop):
             kernels_pallas.causal_conv(x, jnp.ones((4, 2)), **options)
         kind = selfcheck.CASES["causal_conv"].kind(**seen.pop())
-        assert kind == (expected, "bfloat16") and expected in selfcheck.CASES["causal_conv"].variants
+        assert (
+            kind == (expected, "bfloat16") and expected in selfcheck.CASES["causal_conv"].variants
+        )
     q = x[..., None]
     for options, expected in (
         ({}, "causal"),
