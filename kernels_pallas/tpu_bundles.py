@@ -292,7 +292,8 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
 def xla_bytes(hlo: str) -> int | None:
-    """What operations outside kernels read and write in HBM, each operand and result whole; None with a loop.
+    """What operations outside kernels read and write in HBM, each operand and result whole; None with a loop. Of a slice
+    it is what is taken, and of an update in place what is put.
 
     Less what kernels find in VMEM, or leave there, since their own count takes all operands to be in HBM.
     """
@@ -313,8 +314,19 @@ def xla_bytes(hlo: str) -> int | None:
             total += _bytes(written, in_hbm=True)
             total += min(size, sum(_bytes(x, in_hbm=True) for x in sources))
         else:
-            total += sum(_bytes(x, in_hbm=True) for x in (shape, *sources))
+            total += sum(_bytes(x, in_hbm=True) for x in _moved(shape, operation, sources))
     return total
+
+
+def _moved(shape, operation, sources) -> tuple[str, ...]:
+    """The arrays that an operation reads and writes."""
+    if operation == "slice":
+        return shape, shape
+    if (
+        operation == "dynamic-update-slice"
+    ):  # XLA copies first, as an operation of its own, where it cannot be in place
+        return sources[1], sources[1]
+    return shape, *sources
 
 
 def unestimated_bytes(hlo: str) -> int:
@@ -324,7 +336,7 @@ def unestimated_bytes(hlo: str) -> int:
         if operation in ("kernel", "while") or operation.endswith("-start"):
             continue
         if '"estimated_cycles"' not in line:
-            both = (shape, *sources)
+            both = _moved(shape, operation, sources)
             total += sum(_bytes(x, in_hbm=True) + _bytes(x, in_hbm=False) for x in both)
     return total
 
