@@ -331,6 +331,9 @@ def causal_conv(
     *,
     axis_name: str,
     bias: jax.Array | None = None,
+    activation: str | None = None,
+    l2_norm_heads: int | None = None,
+    eps: float = 1e-6,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
@@ -346,6 +349,7 @@ def causal_conv(
         axis_name, x_BTD, w, bias, initial_state, segment_ids
     )
     call = {"bias": bias, "initial_state": initial_state, "segment_ids": segment_ids}
+    call |= {"activation": activation, "l2_norm_heads": l2_norm_heads, "eps": eps}
     _as_on_one_device(kernels_pallas.causal_conv, x_BTD, w, **call)
     call["initial_state"] = exchanges.tokens_before(
         ranks, x_BTD, w.shape[0] - 1, initial_state, segment_ids

@@ -56,15 +56,21 @@ def _axes(arrays) -> dict[str, Any] | None:
         if value is not None:
             lengths |= zip(letters, value.shape)
     axes = {letter: sharding.axes_of(letter, length) for letter, length in lengths.items()}
-    ways = sharding.sizes()[sharding.HEAD_AXIS]
     for letter, what in (("H", "heads"), ("D", "channels")):
-        if ways > 1 and letter in lengths and not axes[letter]:
-            raise ValueError(
-                f"{lengths[letter]} {what} cannot be split over mesh axis {sharding.HEAD_AXIS!r}: "
-                f"{lengths[letter]} is not divisible by {ways}"
-            )
+        if letter in lengths:
+            _split_heads(lengths[letter], what)
     single = {letter: names[0] for letter, names in axes.items() if len(names) == 1}
     return {letter: names for letter, names in axes.items() if names} | single
+
+
+def _split_heads(heads: int, what: str = "heads") -> int:
+    """How many of them a device has. Raises ValueError where they do not divide."""
+    ways = sharding.sizes().get(sharding.HEAD_AXIS, 1)
+    if heads % ways:
+        raise ValueError(
+            f"{heads} {what} cannot be split over mesh axis {sharding.HEAD_AXIS!r}: {heads} is not divisible by {ways}"
+        )
+    return heads // ways
 
 
 def _operator(name: str, arrays, results, *, choices=sharding.EXCHANGES, **keywords):
@@ -198,11 +204,12 @@ def causal_conv(
     w: Array,
     *,
     bias: Array | None = None,
+    l2_norm_heads: int | None = None,
     initial_state: Array | None = None,
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """`kernels_pallas.causal_conv`; keywords are its implementation."""
+    """`kernels_pallas.causal_conv`; keywords are its activation, eps and implementation."""
     arrays = {
         "x_BTD": (x_BTD, "BTD"),
         "w": (w, "ID"),
@@ -210,7 +217,11 @@ def causal_conv(
         "initial_state": (initial_state, "BID"),
         "segment_ids": (segment_ids, "BT"),
     }
-    return _operator("causal_conv", arrays, ("BTD", "BID"), choices=(), **keywords)
+    if l2_norm_heads is not None:  # each device has whole heads
+        l2_norm_heads = _split_heads(l2_norm_heads)
+    return _operator(
+        "causal_conv", arrays, ("BTD", "BID"), choices=(), l2_norm_heads=l2_norm_heads, **keywords
+    )
 
 
 def softmax_attention(
