@@ -133,6 +133,7 @@ def delta_rule(
     """
     name = "delta_rule"
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
+    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
     q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids = exchanges.varying(
         axis_name, q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids
     )
@@ -151,7 +152,6 @@ def delta_rule(
             implementation=implementation,
         )
 
-    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
     return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
 
 
@@ -175,6 +175,7 @@ def diagonal_plus_low_rank(
     """`kernels_pallas.diagonal_plus_low_rank` with time split over `axis_name`: as `delta_rule` here, with its costs."""
     name = "diagonal_plus_low_rank"
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
+    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids)
     inputs = exchanges.varying(axis_name, *inputs)
     q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids = inputs
@@ -194,7 +195,6 @@ def diagonal_plus_low_rank(
             implementation=implementation,
         )
 
-    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
     return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
 
 
