@@ -412,6 +412,32 @@ def test_what_is_sent(operator, exchange):
         assert received[1].tolist() == [4 * B * state] * (W - 1) + [0]
 
 
+@pytest.mark.slow
+def test_what_softmax_attention_sends():
+    """Keys and values, once, and their gradients back; with a window the tokens before the stretch alone."""
+    W, L, G, K, V = 8, 4, 1, 8, 12
+    sizes = {"q": (1, W * L, 2, K), "k": (1, W * L, G, K), "v": (1, W * L, G, V)}
+    qkv = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes.values()]
+
+    def sent(**keywords):
+        attend = functools.partial(
+            sequence_parallel.softmax_attention, axis_name="seq", implementation="xla", **keywords
+        )
+        over_ranks = jax.shard_map(
+            attend, mesh=_mesh(W), in_specs=TIME, out_specs=TIME, check_vma=False
+        )
+        loss = jax.grad(lambda *qkv: jnp.sum(over_ranks(*qkv) ** 2), argnums=(0, 1, 2))
+        return _collectives(jax.jit(loss).lower(*qkv).compile().as_text(), W)
+
+    kinds, received = sent(exchange="all_gather")
+    assert kinds == (["all-gather"], ["reduce-scatter"])
+    assert (received == 4 * (W - 1) * L * G * (K + V)).all()
+    kinds, received = sent(window=3)
+    assert kinds == (["collective-permute"],) * 2
+    tokens = 4 * 2 * G * (K + V)
+    assert received.tolist() == [[0] + [tokens] * (W - 1), [tokens] * (W - 1) + [0]]
+
+
 def test_errors():
     """All before anything is compiled, and each with what to do."""
     x = jnp.ones((1, 8, 2, 6))
