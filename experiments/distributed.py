@@ -66,6 +66,12 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "distributed_timeout", 300, "seconds to wait for all processes at the start", lower_bound=0
     )
+    flags.DEFINE_integer(
+        "distributed_heartbeat",
+        100,
+        "seconds of silence after which a process that is there, but frozen, ends all; more where jobs are suspended",
+        lower_bound=10,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +115,7 @@ def session(options: flags.FlagValues) -> Iterator[None]:
     if job is None:
         yield
         return
-    _start(job, options.distributed_timeout)
+    _start(job, options.distributed_timeout, options.distributed_heartbeat)
     try:
         yield
     except SystemExit:  # asked to stop, as all were
@@ -232,7 +238,7 @@ def _job(options: flags.FlagValues) -> Job | None:
     return job if job and job.num_processes > 1 else None
 
 
-def _start(job: Job, timeout: float) -> None:
+def _start(job: Job, timeout: float, heartbeat: int) -> None:
     global _member
     started = time.monotonic()
     hub, me = None, f"process {job.process_id} of {job.num_processes}"
@@ -247,6 +253,7 @@ def _start(job: Job, timeout: float) -> None:
         local_device_ids=None if job.local_device is None else [job.local_device],
         cluster_detection_method="deactivate",
         initialization_timeout=max(60, int(timeout)),
+        heartbeat_timeout_seconds=heartbeat,
     )
     waited = time.monotonic() - started
     _say(

@@ -22,7 +22,7 @@ Signatures are those of `kernels_pallas`, and so are results and all gradients, 
 All ranks have stretches of one length, any length. Operators run through the public functions, so that every implementation
 serves. A stretch's document borders and its ranks' are handled here; nothing else crosses from one rank to another. Every
 function raises ValueError, before anything is compiled, for an unknown exchange, an axis that is not mapped, or blocks that
-do not divide, and what the plain operator raises.
+do not divide, and what the plain operator raises (NotImplementedError, too, for an implementation that cannot run).
 """
 
 import functools
@@ -55,11 +55,11 @@ def linear_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels_pallas.linear_attention` with time split over `axis_name`.
 
-    What a stretch leaves, L = sum_t (k_t decayed to its end) v_t^T, is one matrix product, made first. Its exchange then
-    runs beside the operator, which starts from no state; what entered is added behind it, o_t += (q_t decayed from the
-    start) S. The backward pass is the same: the cotangent of S is one matrix product of q and o's cotangent, and its
-    exchange runs beside the operator's own backward pass. Nothing runs over the sequence twice; the work that one device
-    would not have is 2 T K V multiply-adds a head forward and 4 T K V backward.
+    What a stretch leaves, L = sum_t (k_t decayed to its end) v_t^T, is one matrix product, made first. The operator starts
+    from no state, so that it needs nothing of the exchange of L and both can run at once; what entered is added behind
+    them, o_t += (q_t decayed from the start) S. The backward pass is the same: the cotangent of S is one matrix product of
+    q and o's cotangent, and the operator's own backward pass needs nothing of its exchange. Nothing runs over the sequence
+    twice; what one device would not have is 2 T K V multiply-adds a head forward and 4 backward (5 with a decay a head).
 
     Received by a rank, forward, in numbers of 4 bytes: all_gather (W-1) B H (K V + X), X the width of the decay (K a channel,
     1 a head) and 8 more a row for segment ids; all_scan and ring B H K V and 4 more a row and block for ids. Backward the same
@@ -133,6 +133,7 @@ def delta_rule(
     """
     name = "delta_rule"
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
+    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
     q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids = exchanges.varying(
         axis_name, q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids
     )
@@ -151,7 +152,6 @@ def delta_rule(
             implementation=implementation,
         )
 
-    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
     return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
 
 
@@ -175,6 +175,7 @@ def diagonal_plus_low_rank(
     """`kernels_pallas.diagonal_plus_low_rank` with time split over `axis_name`: as `delta_rule` here, with its costs."""
     name = "diagonal_plus_low_rank"
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
+    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids)
     inputs = exchanges.varying(axis_name, *inputs)
     q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids = inputs
@@ -194,7 +195,6 @@ def diagonal_plus_low_rank(
             implementation=implementation,
         )
 
-    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
     return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
 
 

@@ -167,6 +167,7 @@ def costs(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
         "flops": cost.flops,
         "kernel_flops": cost.kernel_flops,
         "hbm_bytes": cost.hbm_bytes,
+        "loops_counted_once": text.unknown_loops,
         "model_flops": useful,
         "loops_once": {
             "flops": sum(hlo.flops(text, visit) for visit in text.visits()),

@@ -85,7 +85,7 @@ def _stretch(program: hlo.Program, computation: str, machine: Machine) -> Cost:
         if operation in ("while", "call", "conditional"):
             inner = [_stretch(program, name, machine) for name in instruction.called]
             part = max(inner, key=lambda c: c.seconds, default=Cost())
-            times = program.trips(instruction) if operation == "while" else 1
+            times = program.trips(instruction, computation) if operation == "while" else 1
             total.add(part, times)
             clock += times * part.seconds
             continue
@@ -172,7 +172,8 @@ def hbm_bytes(program: hlo.Program, computation: str, instruction: hlo.Instructi
     if operation != "fusion":
         return result + sum(a.bytes for o in operands for a in o.arrays if a.in_hbm)
     body = program.computations[instruction.called[0]]
-    total = _written(body, instruction)
+    root = program.by_name[instruction.called[0]][program.roots[instruction.called[0]]]
+    total = _written(body, root, instruction)
     for index, operand in enumerate(operands):
         if all(a.in_hbm for a in operand.arrays):
             total += min(_read(body, index), sum(a.bytes for a in operand.arrays))
@@ -197,10 +198,9 @@ def _read(body: list[hlo.Instruction], index: int) -> float:
     return total
 
 
-def _written(body: list[hlo.Instruction], fusion: hlo.Instruction) -> int:
+def _written(body: list[hlo.Instruction], root: hlo.Instruction, fusion: hlo.Instruction) -> int:
     """Bytes of a fusion's results in HBM, of an update in place only the new part."""
     by_name = {i.name: i for i in body}
-    root = body[-1]
     ends = [by_name[n] for n in root.operands] if root.operation == "tuple" else [root]
     total = 0
     for end, array in zip(ends, fusion.arrays):

@@ -1,7 +1,7 @@
 """Reading a compiled program's text: what runs how often, what it multiplies and moves, and what devices tell each other.
 
 XLA's own `cost_analysis` counts the body of a loop once, and nothing of a Pallas kernel. Here a loop's body counts as often as it
-runs: to the compiler's `known_trip_count`, or to the constant that its condition compares with.
+runs: the compiler's `known_trip_count`, or what going round with the counter alone gives (`planning.loops`).
 """
 
 import functools
@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.planning import loops
+
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}  # the others say theirs: f32, s8, c64
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
-_HEAD = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_HEAD = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
@@ -80,14 +82,19 @@ class Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
+        self.roots: dict[str, str] = {}
+        self._trips: dict[str, int | None] = {}
         current: list[Instruction] = []
         for line in text.splitlines():
             if header := _COMPUTATION.match(line):
-                current = self.computations[header[2]] = []
+                name = header[2]
+                current = self.computations[name] = []
                 if header[1]:
-                    self.entry = header[2]
+                    self.entry = name
             elif head := _HEAD.match(line):
-                current.append(_instruction(head[1], line[head.end() :]))
+                current.append(_instruction(head[2], line[head.end() :]))
+                if head[1]:
+                    self.roots[name] = head[2]
 
     @functools.cached_property
     def by_name(self) -> dict[str, dict[str, Instruction]]:
@@ -96,16 +103,18 @@ class Program:
             for name, body in self.computations.items()
         }
 
-    def trips(self, loop: Instruction) -> int:
-        """How often the body of a `while` runs; once where the text does not say."""
+    def trips(self, loop: Instruction, computation: str) -> int:
+        """How often the body of a `while` runs; once, and it is noted in `unknown_loops`, where the text does not say."""
         if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
             return int(known[1])
-        condition = self.computations.get((loop.attribute("condition") or "").lstrip("%"), [])
-        limits = [
-            int(i.attributes) for i in condition
-            if i.operation == "constant" and i.result.startswith("s32[]") and i.attributes.isdigit()
-        ]  # fmt: skip
-        return limits[0] if len(limits) == 1 else 1
+        if loop.name not in self._trips:
+            self._trips[loop.name] = loops.trips(self, loop, computation)
+        return self._trips[loop.name] or 1
+
+    @property
+    def unknown_loops(self) -> list[str]:
+        """Of those that were asked for."""
+        return [name for name, trips in self._trips.items() if trips is None]
 
     def visits(self) -> Iterator[Visit]:
         """Everything that runs, inside out of every loop, call, branch (all of them) and fusion."""
@@ -120,7 +129,8 @@ class Program:
             yield Visit(instruction, computation, times, fused)
             if instruction.operation in _NOT_ENTERED:
                 continue
-            inner = times * (self.trips(instruction) if instruction.operation == "while" else 1)
+            loop = instruction.operation == "while"
+            inner = times * (self.trips(instruction, computation) if loop else 1)
             for name in instruction.called:
                 within = fused or instruction.operation == "fusion"
                 yield from self._visits(name, inner, within)

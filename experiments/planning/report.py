@@ -115,6 +115,9 @@ def text(row: Row) -> str:
                 else ""
             ),
         ]
+        if row["loops_counted_once"]:
+            names = ", ".join(row["loops_counted_once"])
+            parts.append(f"Too low: the program does not say how often these loops run: {names}.")
     return "\n".join([*parts, cases.verdict(row)])
 
 

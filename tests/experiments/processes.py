@@ -59,6 +59,7 @@ class Launcher:
             *arguments,
             f"--coordinator=localhost:{port or _free_port()}",
             f"--num_processes={processes}",
+            "--distributed_heartbeat=3600",  # a loaded machine is no dead one
         ]
         started = {}
         for i in range(processes) if only is None else only:

@@ -11,10 +11,12 @@ from configs import common
 from experiments import steps
 
 ROWS, TIME, WORDS = 8, 32, 48
-# Two mixers a period, four periods: one for each stage of a pipeline.
+# Three mixers a period, four periods: one for each stage of a pipeline. None of them norms what it reads from its state: that
+# may be tiny, at a document's start, and a norm's gradient then turns rounding into more.
 MODEL = {
-    "pattern": "gated_delta_net(num_heads=2) + attention(num_heads=2, num_kv_heads=1, window=9)",
-    "num_layers": 8,
+    "pattern": "rg_lru(num_heads=2) + linear_attention(num_heads=2) + "
+    "attention(num_heads=2, num_kv_heads=1, window=9)",
+    "num_layers": 12,
     "d_model": 16,
     "d_ff": 32,
     "vocab_size": WORDS,
