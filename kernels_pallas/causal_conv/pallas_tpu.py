@@ -207,12 +207,13 @@ class Plan:
 
     @property
     def vmem_bytes(self):
-        """What the backward kernel takes: blocks twice, for they are fetched ahead; columns; what stays for all time."""
+        """What the backward kernel takes: blocks twice, for they are fetched ahead; columns; what stays for all time; registers that
+        are put away for a while."""
         item = 4 // self.p
         blocks = item * (3 * self.C * self.d + 2 * HALO * self.d + 2 * self.C * LANES)
         blocks += 4 * self.all_channels * (HALO + pl.cdiv(self.width + 1, ROWS) * ROWS)
         columns = 4 * LANES * self.group * (self.C + HALO) * (4 if self.K else 2)
-        return 2 * blocks + columns + 4 * HALO * self.all_channels
+        return 2 * blocks + columns + 4 * HALO * self.all_channels + (1 << 20)
 
     def spec(self, kind: str, array, backward: bool):
         """The window of a block on an array. backward: the grid begins at the last chunk."""
