@@ -100,10 +100,13 @@ def _backward(plan, saved, gradients):
         [plan.halo + plan.rows, plan.rows + plan.halo, *([plan.rows] * 2 if plan.K else [])],
     )
     dz_BSD = jnp.moveaxis(dz, 1, 2).reshape(plan.B, HALO, -1)[..., : plan.D]
-    _, tail_vjp = jax.vjp(lambda x, z: reference.tail(x, z, start_BT), x_BTD, initial_state)
+    last = max(plan.T - (plan.width - 1), 0)  # the tail has none of the inputs before it
+    start_last = None if start_BT is None else start_BT[:, last:]
+    _, tail_vjp = jax.vjp(
+        lambda x, z: reference.tail(x, z, start_last), x_BTD[:, last:], initial_state
+    )
     dx_tail, d_initial = tail_vjp(g_tail)
-    last = max(plan.T - (plan.width - 1), 0)  # none before it
-    dx_BTD = dx_BTD.at[:, last:].add(dx_tail[:, last:])
+    dx_BTD = dx_BTD.at[:, last:].add(dx_tail)
     d_initial = d_initial + _initial_gradient(plan, dz_BSD, w, start_BT).astype(d_initial.dtype)
     return dx_BTD, dw, d_initial, None
 
