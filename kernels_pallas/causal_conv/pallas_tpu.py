@@ -100,10 +100,13 @@ def _backward(plan, saved, gradients):
         [plan.halo + plan.rows, plan.rows + plan.halo, *([plan.rows] * 2 if plan.K else [])],
     )
     dz_BSD = jnp.moveaxis(dz, 1, 2).reshape(plan.B, HALO, -1)[..., : plan.D]
-    _, tail_vjp = jax.vjp(lambda x, z: reference.tail(x, z, start_BT), x_BTD, initial_state)
+    last = max(plan.T - (plan.width - 1), 0)  # the tail has none of the inputs before it
+    start_last = None if start_BT is None else start_BT[:, last:]
+    _, tail_vjp = jax.vjp(
+        lambda x, z: reference.tail(x, z, start_last), x_BTD[:, last:], initial_state
+    )
     dx_tail, d_initial = tail_vjp(g_tail)
-    last = max(plan.T - (plan.width - 1), 0)  # none before it
-    dx_BTD = dx_BTD.at[:, last:].add(dx_tail[:, last:])
+    dx_BTD = dx_BTD.at[:, last:].add(dx_tail)
     d_initial = d_initial + _initial_gradient(plan, dz_BSD, w, start_BT).astype(d_initial.dtype)
     return dx_BTD, dw, d_initial, None
 
@@ -207,12 +210,13 @@ class Plan:
 
     @property
     def vmem_bytes(self):
-        """What the backward kernel takes: blocks twice, for they are fetched ahead; columns; what stays for all time."""
+        """What the backward kernel takes: blocks twice, for they are fetched ahead; columns; what stays for all time; registers that
+        are put away for a while."""
         item = 4 // self.p
         blocks = item * (3 * self.C * self.d + 2 * HALO * self.d + 2 * self.C * LANES)
         blocks += 4 * self.all_channels * (HALO + pl.cdiv(self.width + 1, ROWS) * ROWS)
         columns = 4 * LANES * self.group * (self.C + HALO) * (4 if self.K else 2)
-        return 2 * blocks + columns + 4 * HALO * self.all_channels
+        return 2 * blocks + columns + 4 * HALO * self.all_channels + (1 << 20)
 
     def spec(self, kind: str, array, backward: bool):
         """The window of a block on an array. backward: the grid begins at the last chunk."""
