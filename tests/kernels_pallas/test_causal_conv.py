@@ -143,9 +143,9 @@ def test_what_follows_the_sums_against_numpy():
 @pytest.mark.parametrize(
     "D, heads, dtype",
     [
-        (384, 3, "bfloat16"),  # heads of one register
+        pytest.param(384, 3, "bfloat16", marks=pytest.mark.exhaustive),  # heads of one register
         (256, 1, "float32"),  # of two
-        (384, 2, "float32"),  # two in three
+        pytest.param(384, 2, "float32", marks=pytest.mark.exhaustive),  # two in three
         (600, 25, "bfloat16"),  # 16 in three, and channels missing from the last group
     ],
 )
