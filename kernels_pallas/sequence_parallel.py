@@ -348,13 +348,15 @@ def causal_conv(
     x_BTD, w, bias, initial_state, segment_ids = exchanges.varying(
         axis_name, x_BTD, w, bias, initial_state, segment_ids
     )
+    operator = functools.partial(
+        kernels_pallas.causal_conv, activation=activation, l2_norm_heads=l2_norm_heads, eps=eps
+    )
     call = {"bias": bias, "initial_state": initial_state, "segment_ids": segment_ids}
-    call |= {"activation": activation, "l2_norm_heads": l2_norm_heads, "eps": eps}
-    _as_on_one_device(kernels_pallas.causal_conv, x_BTD, w, **call)
+    _as_on_one_device(operator, x_BTD, w, **call)
     call["initial_state"] = exchanges.tokens_before(
         ranks, x_BTD, w.shape[0] - 1, initial_state, segment_ids
     )
-    y_BTD, tail = kernels_pallas.causal_conv(x_BTD, w, **call, implementation=implementation)
+    y_BTD, tail = operator(x_BTD, w, **call, implementation=implementation)
     return y_BTD, ranks.of_last(tail)
 
 
