@@ -65,7 +65,7 @@ def expected():
 
 
 def check(mesh, **keywords):
-    np.testing.assert_allclose(curve(config(mesh, **keywords)), expected(), rtol=3e-5)
+    np.testing.assert_allclose(curve(config(mesh, **keywords)), expected(), rtol=1e-5)
 
 
 def test_a_product_of_axes():
