@@ -29,6 +29,7 @@ import pytest
 
 from kernels_pallas import targets
 
+KERNELS_LENGTH = 100
 KERNELS = ("pallas_tpu", "triton")  # interpreted here: seconds of compiling for each program
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 LENGTHS = (1, 63, 64, 100, 128, 1000)
@@ -59,7 +60,8 @@ class OperatorCase:
       the fast cut.
     fast: (T, regime) pairs of the fast cut; the full product is marked slow.
     fast_kernels: those for kernels, of whose structural tests one is fast, and those of other typical regimes exhaustive.
-    kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no time for.
+    kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no time for. So are, at all
+      lengths but KERNELS_LENGTH, its tests without documents and in bfloat16: one program a length and form is left.
     rounded: the inputs that are bfloat16 in the bfloat16 tests.
     grouped: whether G < H is a legal shape.
     """
@@ -208,7 +210,12 @@ class Suite:
                 fast = case.fast_kernels if kernel else case.fast
                 pairs = [(T, regime) for T in LENGTHS for regime in case.regimes]
                 cases = [(f"T{pair[0]}-{pair[1]}", pair, pair in fast) for pair in pairs]
-                skipped = {pair for pair in pairs if kernel and case.kernels_skip(*pair)}
+                once = metafunc.function.__name__ != "test_float32_packed_documents"
+                skipped = {
+                    (T, regime)
+                    for T, regime in pairs
+                    if kernel and (case.kernels_skip(T, regime) or once and T != KERNELS_LENGTH)
+                }
             else:
                 named = not kernel or metafunc.function.__name__ == "test_packed_equals_separate"
                 cases = [(x, x, named and x == case.typical[0]) for x in case.typical]
