@@ -1,5 +1,6 @@
 """What devices tell each other in a compiled program: kind, mesh axes, bytes, how often, how long."""
 
+import collections
 import itertools
 import re
 from typing import NamedTuple
@@ -21,6 +22,7 @@ class Collective(NamedTuple):
     axes: the mesh axes along which its groups lie, such as "fsdp" or "data+fsdp".
     size: devices of a group. times: in a step. received: bytes that the device gets from others each time, the least there can
       be: of an all-gather (n-1)/n of the result, of a reduce-scatter (n-1)/n of the operand, of an all-reduce both.
+    receivers: positions in the mesh of the devices that a permute sends to; None is all.
     seconds: each time, alone on the links of its axes.
     """
 
@@ -31,6 +33,7 @@ class Collective(NamedTuple):
     times: int
     received: int
     seconds: float
+    receivers: frozenset[int] | None = None
 
 
 def of(visit: hlo.Visit, program: hlo.Program, mesh: Mesh, where: parts.Slice) -> Collective | None:
@@ -58,12 +61,16 @@ def of(visit: hlo.Visit, program: hlo.Program, mesh: Mesh, where: parts.Slice) -
     }.get(kind, given)
     if size < 2:
         return None
-    axes = _axes(groups, mesh)
+    permute = kind == "collective-permute"
+    axes = _axes(groups, mesh, permute)
     seconds = max(
         _seconds(kind, given, received, [mesh.devices.flat[i] for i in group], where)
-        for group in (groups[:1] if kind != "collective-permute" else groups)
+        for group in (groups if permute else groups[:1])
     )
-    return Collective(instruction.name, kind, axes, size, visit.times, int(received), seconds)
+    receivers = frozenset(target for _, target in groups) if permute else None
+    return Collective(
+        instruction.name, kind, axes, size, visit.times, int(received), seconds, receivers
+    )
 
 
 def _seconds(kind: str, given: int, received: float, group: list, where: parts.Slice) -> float:
@@ -71,9 +78,8 @@ def _seconds(kind: str, given: int, received: float, group: list, where: parts.S
 
     An all-to-all sends each byte over half the way round, on average: a quarter of the group's chips.
     """
-    if (
-        kind == "collective-permute"
-    ):  # a message of every device over each link that one of them takes
+    if kind == "collective-permute":
+        # Each link carries the messages of as many devices as one message takes links.
         hops = max(parts.hops(where, *group), 1)
         return hops * max(given / where.links.bytes_per_second, parts.HOP_SECONDS)
     bandwidth, hops = parts.group_bandwidth(where, group)
@@ -137,8 +143,8 @@ def _along(ids: np.ndarray, names: list[str], along: str) -> list[tuple[int, ...
     return [tuple(map(int, group)) for group in ids.reshape(-1, size)]
 
 
-def _axes(groups: list[tuple[int, ...]], mesh: Mesh) -> str:
-    """Mesh axes whose index varies within a group; "part of" them where a group is not all of it."""
+def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
+    """Mesh axes whose index varies within a group; "part of" them where a group that is no pair is not all of it."""
     shape = mesh.devices.shape
     varying, sizes = set(), set()
     for group in groups:
@@ -147,12 +153,11 @@ def _axes(groups: list[tuple[int, ...]], mesh: Mesh) -> str:
         sizes.add(len(group))
     names = "+".join(mesh.axis_names[i] for i in sorted(varying))
     whole = np.prod([shape[i] for i in sorted(varying)], initial=1)
-    pairs = len(next(iter(groups))) == 2 and len(groups) > 1
-    return names if sizes == {int(whole)} or pairs else f"part of {names}"
+    return names if pairs or sizes == {int(whole)} else f"part of {names}"
 
 
 def grouped(found: list[Collective]) -> list[dict]:
-    """A row for every kind and axes: how many a step, bytes received in a step, seconds."""
+    """A row for every kind and axes: how many a step, what the device that receives most gets in a step, seconds."""
     rows = []
 
     def key(c):
@@ -167,8 +172,16 @@ def grouped(found: list[Collective]) -> list[dict]:
                 "devices": size,
                 "instructions": len(same),
                 "times a step": sum(c.times for c in same),
-                "bytes received": sum(c.times * c.received for c in same),
+                "bytes received": _most_received(same),
                 "seconds": sum(c.times * c.seconds for c in same),
             }
         )
     return rows
+
+
+def _most_received(found: list[Collective]) -> int:
+    by_device = collections.Counter({None: 0})
+    for c in found:
+        for device in c.receivers or (None,):
+            by_device[device] += c.times * c.received
+    return by_device.pop(None) + max(by_device.values(), default=0)

@@ -31,8 +31,8 @@ def test_collectives_and_dots_of_a_compiled_program_with_loops():
             return jnp.tanh(x @ lax.all_gather(w, "fsdp", tiled=True)), None
 
         x, _ = lax.scan(layer, x, w)
-        for _ in range(2):  # two collectives outside of the loop
-            x = lax.ppermute(x * 2, "seq", [(0, 1)])
+        for pair in ((0, 1), (1, 0)):  # two messages, of which each device receives one
+            x = x + lax.ppermute(x * 2, "seq", [pair])
         return lax.psum(x, ("data", "seq"))
 
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "seq": 2})
@@ -62,7 +62,7 @@ def test_collectives_and_dots_of_a_compiled_program_with_loops():
     matrix, x = 64 * 64 * 4, 8 * 1 * 64 * 4
     assert rows == {
         ("all-gather", "fsdp"): (2, 5, 5 * matrix // 2),
-        ("collective-permute", "seq"): (2, 2, 2 * x),
+        ("collective-permute", "seq"): (2, 2, x),
         ("all-reduce", "data+seq"): (4, 1, 2 * x * 3 // 4),
     }
     assert sum(v.times * hlo.flops(program, v) for v in program.visits()) == 5 * 2 * 8 * 64 * 64
