@@ -210,11 +210,12 @@ class Suite:
                 fast = case.fast_kernels if kernel else case.fast
                 pairs = [(T, regime) for T in LENGTHS for regime in case.regimes]
                 cases = [(f"T{pair[0]}-{pair[1]}", pair, pair in fast) for pair in pairs]
-                once = metafunc.function.__name__ != "test_float32_packed_documents"
+                one_length = metafunc.function.__name__ != "test_float32_packed_documents"
                 skipped = {
                     (T, regime)
                     for T, regime in pairs
-                    if kernel and (case.kernels_skip(T, regime) or once and T != KERNELS_LENGTH)
+                    if kernel
+                    and (case.kernels_skip(T, regime) or one_length and T != KERNELS_LENGTH)
                 }
             else:
                 named = not kernel or metafunc.function.__name__ == "test_packed_equals_separate"

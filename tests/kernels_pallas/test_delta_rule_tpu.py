@@ -79,7 +79,10 @@ def _check(shape, regime, segment_ids=None, dtype="float32", **keywords):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "chunk_size, regime",
-    [(16, "head mixed"), (64, "channel mixed"), (256, "none")],
+    [
+        *((16, "head mixed"), (64, "channel mixed"), (256, "none")),
+        pytest.param(256, "channel mixed", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_chunk_sizes(chunk_size, regime):
     _check(Shape(B=1, T=300, H=1, G=1), regime, chunk_size=chunk_size)
@@ -89,6 +92,7 @@ def test_chunk_sizes(chunk_size, regime):
 @pytest.mark.parametrize(
     "K, V, regime",
     [
+        pytest.param(64, 64, "none", marks=pytest.mark.exhaustive),
         (64, 64, "channel mixed"),
         (128, 64, "head mixed"),
         (100, 130, "none"),
@@ -118,7 +122,13 @@ def test_heads(G, H, K, V):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regime", ["head mixed"])
+@pytest.mark.parametrize(
+    "regime",
+    [
+        "head mixed",
+        *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("none", "channel mixed")),
+    ],
+)
 def test_gradients_of_gradients(regime):
     inputs = inputs_of(DELTA_RULE, Shape(B=1, T=20, H=2, G=1, K=4, V=4), regime)
 
