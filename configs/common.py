@@ -9,16 +9,20 @@ A value is settled in this order, later wins: here; configs/<name>.py; its argum
     train       steps; every how many steps metrics are logged and the validation split is scored, and on how many
                 batches of it (0: all); test_batches likewise at the end; accumulate: microbatches a step
     checkpoint  every how many steps, and how many of the latest stay
-    mesh        seqmodels.sharding: sizes of data, fsdp, seq, tensor; -1 is what is left
+    mesh        seqmodels.sharding: sizes of pipe, data, fsdp, seq, tensor; -1 is what is left
+    parallel    how they are used: exchange of states along seq, zero, offload, and the pipeline's microbatches and
+                split_backward; see seqmodels.sharding.Options
     sample      what to generate at the end of a text run; length 0: nothing
     tensorboard, wandb   True, and a project's name, write there too (extras of the same names)
 """
 
+import dataclasses
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from experiments.data import default_config
+from seqmodels import sharding
 
 
 def get_config() -> ConfigDict:
@@ -59,7 +63,8 @@ def get_config() -> ConfigDict:
         }
     )
     config.checkpoint = ConfigDict({"every": 200, "keep": 2})
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "seq": 1, "tensor": 1})
+    config.mesh = ConfigDict({"pipe": 1, "data": -1, "fsdp": 1, "seq": 1, "tensor": 1})
+    config.parallel = ConfigDict(dataclasses.asdict(sharding.Options()))
     config.sample = ConfigDict({"prompt": "", "length": 300, "temperature": 0.8})
     config.tensorboard = False
     config.wandb = ""

@@ -1,12 +1,14 @@
 """Checkpoints of a run: training state and data position, in `workdir/checkpoints/<step>`, by Orbax.
 
-A checkpoint holds three parts: "params", "training" (step and optimizer state) and "data" (one JSON file a process). Saving runs in
-the background. A step's directory appears by a rename once all of it is written, so a process killed at any moment leaves whole
+A checkpoint holds three parts: "params", "training" (step and optimizer state) and "data" (a JSON file for each share of the batch that
+a process reads). All processes write it and read it, in one folder; it can be restored on another mesh and by another number of
+processes, data position included. Saving runs in the background. A step's directory appears by a rename once all of it is written, so a process killed at any moment leaves whole
 checkpoints and at most one temporary directory, which the next training run removes.
 """
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +18,8 @@ import jax
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from experiments.data import batches
+from experiments.distributed import DataShare
 from experiments.optimizers import path_name
 from seqmodels.array_typing import Array
 
@@ -32,17 +36,23 @@ class SaveFailed(RuntimeError):
 
 
 class DataPosition:
-    """A data iterator as a part of a checkpoint: its `get_state()` as JSON, one file a process."""
+    """A data iterator as a part of a checkpoint: its `get_state()` as JSON, one file for each share of the batch.
 
-    def __init__(self, iterator):
-        self.iterator = iterator
+    Reading puts the shares together and cuts them anew (`batches.join_states`, `cut_state`), so the next batches are those the
+    run that wrote it would have seen, whatever the number of processes: no example is repeated or skipped.
+    """
+
+    def __init__(self, iterator, share: DataShare = DataShare()):  # noqa: B008, frozen
+        self.iterator, self.share = iterator, share
 
     async def save(self, directory):
         text = json.dumps(self.iterator.get_state())
 
         async def write():
             path = Path(await directory.await_creation())
-            (path / _process_file()).write_text(text)
+            if self.share.first:
+                name = f"share_{self.share.index}_of_{self.share.count}.json"
+                (path / name).write_text(text)
 
         return write()
 
@@ -50,27 +60,29 @@ class DataPosition:
         raise NotImplementedError("`read` it: Orbax wraps the errors of what it loads into its own")
 
     def read(self, directory: Path) -> None:
-        path = directory / _process_file()
-        if not path.exists():
-            raise ValueError(
-                f"{path} does not exist: this checkpoint was written by another number of processes. Data resumes "
-                "only with as many as wrote it."
-            )
-        self.iterator.set_state(json.loads(path.read_text()))
-
-
-def _process_file() -> str:
-    return f"process_{jax.process_index()}_of_{jax.process_count()}.json"
+        found = sorted(directory.glob("share_*_of_*.json"))
+        count = int(re.search(r"_of_(\d+)", found[0].name)[1]) if found else 1
+        paths = [directory / f"share_{i}_of_{count}.json" for i in range(count)]
+        if missing := [path.name for path in paths if not path.exists()]:
+            raise ValueError(f"{directory} is not whole: it lacks {', '.join(missing)}")
+        whole = batches.join_states([json.loads(path.read_text()) for path in paths])
+        self.iterator.set_state(batches.cut_state(whole, self.share.index, self.share.count))
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     workdir: the run's folder. keep: how many of the latest checkpoints stay. training: whether this run writes: then
-    what an interrupted save left behind is removed.
+    what an interrupted save left behind is removed. share: of the batch, that this process reads.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 2, training: bool = True):
+    def __init__(
+        self,
+        workdir: str | Path,
+        keep: int = 2,
+        training: bool = True,
+        share: DataShare = DataShare(),  # noqa: B008, frozen
+    ):
         if keep < 1:
             raise ValueError(f"checkpoint.keep is {keep}; at least the latest one has to stay")
         self.directory = Path(workdir).absolute() / "checkpoints"
@@ -81,6 +93,7 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             self.directory, preservation_policy=policies.LatestN(keep)
         )
+        self._share = share
         self._pending = None
         self._failed = False
 
@@ -102,7 +115,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step():
             return
-        parts = _parts(state) | {"data": DataPosition(data_iterator)}
+        parts = _parts(state) | {"data": DataPosition(data_iterator, self._share)}
         try:
             self._pending = self._checkpointer.save_checkpointables_async(step, parts, force=True)
         except (OSError, ValueError, RuntimeError) as error:
@@ -130,7 +143,7 @@ class Checkpoints:
         """The state of `step`, laid out as `abstract_state` says; sets the data iterator to where it stood."""
         abstract = _parts(abstract_state)
         self._check_same_trees(step, abstract)
-        DataPosition(data_iterator).read(self.path(step) / "data")
+        DataPosition(data_iterator, self._share).read(self.path(step) / "data")
         parts = self._checkpointer.load_checkpointables(step, abstract)
         return TrainState(params=parts["params"], **parts["training"])
 

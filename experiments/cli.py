@@ -3,7 +3,8 @@
 0    done
 2    a mistake of the user's: an unknown flag, field, name or file; one message, no traceback
 3    the loss was not finite           4    a checkpoint could not be written
-130, 143   stopped by Ctrl-C, SIGTERM, after saving
+5    another process of the run failed; its reason is printed
+130, 143   stopped by Ctrl-C, SIGTERM, after saving (with several processes always 143)
 """
 
 import difflib
@@ -17,7 +18,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import run_record
+from experiments import distributed, run_record
 from experiments.checkpoints import SaveFailed, is_disk_full
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -38,12 +39,19 @@ class Stopped(SystemExit):
     """A signal ended the run, after saving; carries the exit code 128 + signal."""
 
 
-def run(main: Callable[[Sequence[str]], int | None], config_from: str | None = "file") -> None:
+def run(
+    main: Callable[[Sequence[str]], int | None],
+    config_from: str | None = "file",
+    many_hosts: bool = False,
+) -> None:
     """absl's app.run(main) with the exit codes above.
 
     config_from: "file": --config=path.py[:argument], a flag that the program defines; "workdir": the config in the folder that
     --workdir names, of which a flag is made here. Either can be overridden by --config.x.y=value. None: no config.
+    many_hosts: the program can be one of several processes, as `distributed` says; it has the flags for it.
     """
+    if many_hosts:
+        distributed.define_flags()
 
     def parse(argv):
         try:
@@ -64,20 +72,24 @@ def run(main: Callable[[Sequence[str]], int | None], config_from: str | None = "
             logging.set_verbosity(logging.WARNING)
         # Orbax logs each failure of a save several times over, with tracebacks; it is raised, and said once, anyway.
         logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
-        return _explained(main, argv)
+        return _explained(main_of_all if many_hosts else main, argv)
+
+    def main_of_all(argv):
+        with distributed.session(flags.FLAGS):
+            return main(argv)
 
     try:
         app.run(quiet_main, flags_parser=lambda argv: _explained(parse, argv))
-    except UserError as error:
-        _exit(2, error)
-    except NonFiniteLoss as error:
-        _exit(3, error)
-    except SaveFailed as error:
-        _exit(4, error)
-    except OSError as error:
-        if not is_disk_full(error):
+    except (Exception, KeyboardInterrupt) as error:
+        distributed.fail(error)
+        code, message = _exit_code(error)
+        if message is None and not distributed.label():
             raise
-        _exit(4, f"{error}. The run stopped; whole checkpoints are intact")
+        if message is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {distributed.label()}{message}", file=sys.stderr)
+        distributed.end(code)
 
 
 def no_arguments(argv: Sequence[str]) -> None:
@@ -184,6 +196,11 @@ def _raised_by_us(error: BaseException) -> bool:
     )
 
 
-def _exit(code: int, error: BaseException | str) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
+def _exit_code(error: BaseException) -> tuple[int, str | None]:
+    """The exit code, and what to tell: None is a traceback."""
+    for kind, code in ((UserError, 2), (NonFiniteLoss, 3), (SaveFailed, 4)):
+        if isinstance(error, kind):
+            return code, str(error)
+    if isinstance(error, OSError) and is_disk_full(error):
+        return 4, f"{error}. The run stopped; whole checkpoints are intact"
+    return (130 if isinstance(error, KeyboardInterrupt) else 1), None

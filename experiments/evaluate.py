@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli, evaluation, plots, restore, run_record, steps
+from experiments import cli, distributed, evaluation, plots, restore, run_record, steps
 from experiments.data import make_dataset
+from seqmodels import sharding
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "what to score")
@@ -27,13 +28,19 @@ def main(argv):
     config, workdir = flags.FLAGS.config, Path(_WORKDIR.value)
     if _SPLIT.value == "train" and not _MAX_BATCHES.value:
         raise cli.UserError("the training split has no end: give --max_batches")
-    rows = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    dataset = make_dataset(config.data, _SPLIT.value, **rows)
+    share = distributed.data_share(sharding.batch_sharding(sharding.make_mesh(config.mesh)))
+    dataset = make_dataset(
+        config.data, _SPLIT.value, process_index=share.index, process_count=share.count
+    )
     seq_len = next(iter(dataset))["inputs"].shape[1]
     program = steps.build(config, seq_len)
     step, params = restore.evaluation_params(program, config, workdir, _STEP.value)
     scores = evaluation.evaluate(program, params, dataset, _MAX_BATCHES.value)
+    if jax.process_index() == 0:
+        _tell(scores, dataset, workdir, step)
 
+
+def _tell(scores: evaluation.Scores, dataset, workdir: Path, step: int) -> None:
     result = scores.totals() | {"split": _SPLIT.value, "step": step}
     what = "position" if dataset.tokenizer else "length"
     table = (scores.by_position if dataset.tokenizer else scores.by_length)(_BUCKETS.value)
@@ -56,4 +63,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, config_from="workdir")
+    cli.run(main, config_from="workdir", many_hosts=True)

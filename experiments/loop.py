@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -10,10 +11,11 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from experiments import evaluation, metrics, run_record, steps, summary
+from experiments import distributed, evaluation, metrics, run_record, steps, summary
 from experiments.checkpoints import Checkpoints
 from experiments.cli import NonFiniteLoss, Stopped
 from experiments.data import make_dataset
+from seqmodels import sharding
 
 
 def train(config, workdir: str | Path, devices=None) -> dict:
@@ -29,18 +31,21 @@ def train(config, workdir: str | Path, devices=None) -> dict:
       Stopped: SIGTERM or Ctrl-C; the state was saved.
     """
     workdir = Path(workdir)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     # Everything a mistake in the config can break comes first, before anything is written.
+    mesh = sharding.make_mesh(config.mesh, devices)
+    share = distributed.data_share(sharding.batch_sharding(mesh))
     train_set, validation_set, test_set = (
-        make_dataset(config.data, split, **processes) for split in ("train", "validation", "test")
+        make_dataset(config.data, split, process_index=share.index, process_count=share.count)
+        for split in ("train", "validation", "test")
     )
     seq_len = next(iter(train_set))["inputs"].shape[1]
     config = resolve(config, train_set)
     program = steps.build(config, seq_len, devices)
     batches = iter(train_set)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    start = checkpoints.latest_step() or 0
+    distributed.check_shared(workdir)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep, share=share)
+    start = distributed.agree(checkpoints.latest_step() or 0, "the latest checkpoint they see")
     if start:
         state = checkpoints.restore(start, program.abstract_state, batches)
     else:
@@ -48,8 +53,10 @@ def train(config, workdir: str | Path, devices=None) -> dict:
     writer = metrics.MetricWriter(config, workdir, start)
 
     progress = metrics.Progress(start, config.train.steps)
-    changes = run_record.save_config(workdir, config)
-    run_record.record_start(workdir, start, changes)
+    changes = []
+    if jax.process_index() == 0:
+        changes = run_record.save_config(workdir, config)
+        run_record.record_start(workdir, start, changes)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     progress.say(
         f"{num_params:,} parameters, {program.num_devices} x {jax.devices()[0].device_kind}, {workdir}"
@@ -159,25 +166,33 @@ class Clock:
 
 
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C instead of dying; a second one kills as usual. With several processes JAX passes SIGTERM on, so that
-    all stop at the same step."""
+    """Notes SIGTERM and Ctrl-C instead of dying; a second one kills as usual. With several processes JAX listens for SIGTERM to any of
+    them and agrees on a step at which all stop; Ctrl-C is passed on as SIGTERM."""
 
     def __init__(self):
         self.signal = None
         self._restore = {}
 
     def __enter__(self):
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._restore[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            alone = jax.process_count() == 1
+            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
+                handler = self._note if alone else self._pass_on
+                self._restore[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *error):
         for number, handler in self._restore.items():
             signal.signal(number, handler)
+        if self._restore and jax.process_count() > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved: nothing to agree on
 
     def _note(self, number, frame):
         self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def _pass_on(self, number, frame):
+        os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(number, signal.SIG_DFL)
 
     def requested(self, step: int) -> bool:

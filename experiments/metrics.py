@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from experiments import run_record
+from experiments import distributed, run_record
 
 FILE_NAME = "metrics.jsonl"
 
@@ -117,7 +117,11 @@ class Progress:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} {distributed.label()}{text}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         if self._bar is not None:

@@ -108,19 +108,34 @@ _DIRECTIONS = {
 }
 
 
-def make_optimizer(config, schedule: Schedule, boxed_params) -> optax.GradientTransformation:
+# Each element of a parameter is updated by itself, which a host can do for its devices' parts.
+ELEMENTWISE = ("adamw", "lion", "schedule_free", "sgd")
+
+
+def make_optimizer(
+    config, schedule: Schedule, boxed_params, offload: bool = False
+) -> optax.GradientTransformation:
     """The optimizer `config.name`: adamw, lamb, lion, muon, schedule_free or sgd.
 
     config: name, b1, b2, eps, weight_decay, clip (maximum global norm of the gradient; None or 0 for none).
     boxed_params: see `ranks`; only shapes and names are read.
-    Raises ValueError for an unknown name.
+    offload: the update runs on the host, after `clip` has run on the devices, where the norm of all parts is known. The state
+      is of the same form.
+
+    Raises ValueError for an unknown name, or one that cannot be offloaded.
     """
     if config.name not in _DIRECTIONS:
         raise ValueError(
             f"unknown optimizer {config.name!r}; choose one of {', '.join(sorted(_DIRECTIONS))}"
         )
+    if offload and config.name not in ELEMENTWISE:
+        raise ValueError(
+            f"optimizer {config.name!r} reads whole matrices, so it cannot be offloaded to a host that holds parts of them; "
+            f"set parallel.offload=False, or take one of {', '.join(ELEMENTWISE)}"
+        )
     rank_tree = ranks(boxed_params)
-    chain = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    clip_by_norm = optax.identity() if offload else optax.clip_by_global_norm(config.clip)
+    chain = [clip_by_norm] if config.clip else []
     chain.append(_DIRECTIONS[config.name](config, rank_tree))
     chain.append(optax.add_decayed_weights(config.weight_decay, decay_mask(rank_tree)))
     if config.name == "lamb":
@@ -129,6 +144,13 @@ def make_optimizer(config, schedule: Schedule, boxed_params) -> optax.GradientTr
     if config.name == "schedule_free":
         optimizer = contrib.schedule_free(optimizer, schedule, b1=config.b1)
     return optimizer
+
+
+def clip(config, grads):
+    """The gradients, their global norm at most `config.clip`; for updates that are offloaded."""
+    if not config.clip:
+        return grads
+    return optax.clip_by_global_norm(config.clip).update(grads, optax.EmptyState())[0]
 
 
 def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqmodels import mixers
 from seqmodels.array_typing import Array
@@ -44,7 +45,8 @@ def sample_token(
 @functools.partial(
     jax.jit, static_argnames=("model", "temperature", "top_k", "top_p"), donate_argnames="state"
 )
-def _next_token(model, params, state, tokens_BT, key, *, temperature, top_k, top_p):
+def _next_token(model, params, state, tokens_BT, key_data, i, *, temperature, top_k, top_p):
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), i)
     logits_BTW, state = model.apply({"params": params}, tokens_BT, state=state)
     token_B = sample_token(key, logits_BTW[:, -1], temperature, top_k, top_p)
     return token_B[:, None], state
@@ -76,13 +78,14 @@ def stream_tokens(
         raise ValueError("the prompt has no tokens; start with the tokenizer's document_id")
     check_length(model, len(prompt), length)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    key = jax.random.key(seed)
+    key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
     state = _initial_state(model, 1)
-    tokens_BT = jnp.asarray(prompt, jnp.int32)[None]
+    if jax.process_count() > 1:  # NumPy arrays go to all devices, those of one process do not
+        state = jax.device_get(state)
+    tokens_BT = np.asarray(prompt, np.int32)[None]
     for i in range(length):
-        token_key = jax.random.fold_in(key, i)
-        tokens_BT, state = _next_token(model, params, state, tokens_BT, token_key, **options)
-        token = int(tokens_BT[0, 0])
+        tokens_BT, state = _next_token(model, params, state, tokens_BT, key_data, i, **options)
+        token = int(np.asarray(tokens_BT)[0, 0])
         if token == stop_token:
             return
         yield token

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import optimizers, schedules
+from experiments import distributed, optimizers, schedules
 from experiments.checkpoints import TrainState
-from kernels_pallas import TokenDetails, linear_cross_entropy
-from seqmodels import language_model, sharding
+from kernels_pallas import TokenDetails
+from seqmodels import language_model, operators, sharding
 from seqmodels.array_typing import Array
 
 Batch = dict[str, Array]
@@ -44,10 +44,7 @@ class Program:
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """The global batch on the devices, of which each process has its rows."""
-        return {
-            name: jax.make_array_from_process_local_data(self.batch_sharding, rows)
-            for name, rows in batch.items()
-        }
+        return distributed.global_batch(self.batch_sharding, batch)
 
 
 def build(config, seq_len: int, devices=None) -> Program:
@@ -62,26 +59,35 @@ def build(config, seq_len: int, devices=None) -> Program:
             f"train.accumulate is {accumulate}; it must divide data.batch_size, which is {batch_size}"
         )
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch(mesh, batch_size // accumulate, seq_len)
-    sharding.check_batch(mesh, config.data.get("eval_batch_size") or batch_size, seq_len)
+    options = sharding.Options(**config.get("parallel", {}))
+    sharding.check_batch(mesh, batch_size, seq_len, options, accumulate)
+    sharding.check_batch(mesh, config.data.get("eval_batch_size") or batch_size, seq_len, options)
     model = language_model.from_config(config.model)
     schedule = schedules.make_schedule(
         config.schedule, config.optimizer.learning_rate, config.train.steps, batch_size, seq_len
     )
 
     def init_params(key):
-        tokens_BT = jnp.zeros((batch_size, min(seq_len, 8)), jnp.int32)
-        return model.init(key, tokens_BT)["params"]
+        # Seven tokens: hardly a mesh divides them, so that nothing is sent for values that nobody reads.
+        tokens_BT = jnp.zeros((1, min(seq_len, 7)), jnp.int32)
+        with sharding.scope(mesh, options):
+            return model.init(key, tokens_BT)["params"]
 
     boxed_params = jax.eval_shape(init_params, jax.random.key(0))
-    optimizer = optimizers.make_optimizer(config.optimizer, schedule, boxed_params)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule, boxed_params, options.offload)
+
+    def clip(grads):
+        return optimizers.clip(config.optimizer, grads) if options.offload else grads
 
     def boxed_init(seed):
         params = init_params(jax.random.key(seed))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     boxed_state = jax.eval_shape(boxed_init, 0)
-    state_shardings = sharding.shardings(mesh, boxed_state)
+    placement = sharding.Placement(mesh, options, boxed_params)
+    state_shardings = TrainState(
+        sharding.replicated(mesh), placement.params, placement.optimizer(boxed_state.opt_state)
+    )
     batch_sharding = sharding.batch_sharding(mesh)
     replicated = sharding.replicated(mesh)
     return Program(
@@ -94,18 +100,20 @@ def build(config, seq_len: int, devices=None) -> Program:
         ),
         init=jax.jit(lambda seed: nn.meta.unbox(boxed_init(seed)), out_shardings=state_shardings),
         train_step=jax.jit(
-            _train_step(model, optimizer, accumulate, config.train.z_loss),
+            _train_step(model, optimizer, clip, placement, accumulate, config.train.z_loss),
             donate_argnums=0,
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=(state_shardings, replicated),
         ),
         token_losses=jax.jit(
-            lambda params, batch: _nll_and_correct(model, params, batch),
+            lambda params, batch: _nll_and_correct(model, placement, params, batch),
             in_shardings=(state_shardings.params, batch_sharding),
             out_shardings=batch_sharding,
         ),
         evaluation_params=jax.jit(
-            optimizers.evaluation_params,
+            lambda params, opt_state: optimizers.evaluation_params(
+                params, placement.on_devices(opt_state, boxed_state.opt_state)
+            ),
             in_shardings=(state_shardings.params, state_shardings.opt_state),
             out_shardings=state_shardings.params,
         ),
@@ -117,21 +125,22 @@ def _token_losses(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Arr
     """The loss of each target, and its details, with only a piece of the logits held at once."""
 
     def head(x_BTD, matrix, layout):
-        return linear_cross_entropy(
+        return operators.linear_cross_entropy(
             x_BTD, matrix, batch["targets"],
-            layout=layout, logit_softcap=model.logit_softcap, z_loss=z_loss, details=True,
+            layout=layout, logit_softcap=model.logit_softcap, z_loss=z_loss,
         )  # fmt: skip
 
     losses, _ = model.apply({"params": params}, batch["inputs"], batch["segment_ids"], head=head)
     return losses
 
 
-def _nll_and_correct(model, params, batch: Batch) -> tuple[Array, Array]:
-    _, details = _token_losses(model, params, batch)
+def _nll_and_correct(model, placement, params, batch: Batch) -> tuple[Array, Array]:
+    with placement.scope():
+        _, details = _token_losses(model, params, batch)
     return details.nll_BT, details.correct_BT
 
 
-def _train_step(model, optimizer, accumulate: int, z_loss: float):
+def _train_step(model, optimizer, clip, placement, accumulate: int, z_loss: float):
     """One update. The loss is the mean over all tokens that count, on all devices and in all microbatches, plus z_loss times the mean
     of (log Z)^2 (PaLM, arXiv 2204.02311, section 5)."""
 
@@ -149,11 +158,17 @@ def _train_step(model, optimizer, accumulate: int, z_loss: float):
 
     def train_step(state: TrainState, batch: Batch):
         weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
-        gradient = jax.grad(loss_and_correct, has_aux=True)
+
+        def gradient(*arguments):
+            with placement.scope():
+                grads, aux = jax.grad(loss_and_correct, has_aux=True)(*arguments)
+            return placement.reduce(grads), aux
+
         if accumulate == 1:
             grads, (loss, correct) = gradient(state.params, batch, weight)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+            zeros = placement.reduce(zeros)
 
             def add(total, microbatch):
                 part = gradient(state.params, microbatch, weight)
@@ -163,7 +178,9 @@ def _train_step(model, optimizer, accumulate: int, z_loss: float):
             (grads, (loss, correct)), _ = jax.lax.scan(
                 add, total, jax.tree.map(microbatches, batch)
             )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = placement.update(
+            optimizer.update, clip(grads), state.opt_state, state.params
+        )
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,

@@ -13,15 +13,8 @@ _BIGRAM_TRAINING_BYTES = 64 << 20
 
 
 def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dict:
-    """Adds baselines, sample and file names to the scores of the test split; writes result.json and loss.png."""
-    byte_level = config.data.get("tokenizer") == "bytes"
-    lines = {}
-    if byte_level:
-        held_out = list(first_bytes(data.documents(config.data, "test"), result["bytes"]))
-        train = first_bytes(data.documents(config.data, "train"), _BIGRAM_TRAINING_BYTES)
-        lines["gzip -9"] = baselines.gzip_bits_per_byte(b"".join(held_out))
-        lines["byte bigram"] = baselines.bigram_bits_per_byte(train, held_out)
-        result["baselines_bits_per_byte"] = lines
+    """Adds a sample to the scores of the test split; on process 0 baselines and file names too, and writes result.json and
+    loss.png."""
     if tokenizer is not None and config.sample.length:
         tokens = sampling.stream_tokens(
             model,
@@ -33,13 +26,22 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
             stop_token=tokenizer.document_id,
         )
         result["sample"] = config.sample.prompt + "".join(sampling.stream_text(tokens, tokenizer))
+    if jax.process_index():
+        return result
+    byte_level = config.data.get("tokenizer") == "bytes"
+    lines = {}
+    if byte_level:
+        held_out = list(first_bytes(data.documents(config.data, "test"), result["bytes"]))
+        train = first_bytes(data.documents(config.data, "train"), _BIGRAM_TRAINING_BYTES)
+        lines["gzip -9"] = baselines.gzip_bits_per_byte(b"".join(held_out))
+        lines["byte bigram"] = baselines.bigram_bits_per_byte(train, held_out)
+        result["baselines_bits_per_byte"] = lines
     result["workdir"] = str(workdir)
     result["checkpoint"] = str(workdir / "checkpoints" / str(result["steps"]))
     result["loss_curve"] = str(workdir / "loss.png")
-    if jax.process_index() == 0:
-        units = ("bits a byte", 1 / math.log(2)) if byte_level else ("nats a token", 1.0)
-        plots.loss_curve(metrics.read_metrics(workdir), workdir / "loss.png", *units, lines)
-        run_record.write_json(workdir / "result.json", result)
+    units = ("bits a byte", 1 / math.log(2)) if byte_level else ("nats a token", 1.0)
+    plots.loss_curve(metrics.read_metrics(workdir), workdir / "loss.png", *units, lines)
+    run_record.write_json(workdir / "result.json", result)
     return result
 
 

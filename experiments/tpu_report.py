@@ -31,7 +31,7 @@ _IMPLEMENTATIONS = flags.DEFINE_multi_enum(
     "implementation",
     list(static_cost.IMPLEMENTATIONS),
     static_cost.IMPLEMENTATIONS,
-    "which forms; give it twice for both. The chunked form takes longest to compile",
+    "which forms; may be given several times. XLA's, chunked and shifted, take longest to compile",
 )
 _OUT = flags.DEFINE_string("out", str(static_cost.FOLDER), "folder for results")
 

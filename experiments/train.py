@@ -3,7 +3,8 @@
     python -m experiments.train --config=configs/quickstart.py
     python -m experiments.train --config=configs/quickstart.py:smoke --config.train.steps=20 --workdir=/tmp/run
 
-Everything lands in --workdir. The same command with the same --workdir goes on from its last checkpoint.
+Everything lands in --workdir. The same command with the same --workdir goes on from its last checkpoint. On many hosts it is the same
+command on each, with a --workdir that all share: LAUNCH.md.
 """
 
 from pathlib import Path
@@ -21,15 +22,12 @@ _WORKDIR = flags.DEFINE_string(
 _RESUME = flags.DEFINE_bool(
     "resume", False, "refuse to start anew: --workdir must hold a checkpoint"
 )
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "one of several processes (TPU pods, SLURM, MPI)"
-)
 
 
 def main(argv):
     cli.no_arguments(argv)
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+    if jax.process_count() > 1 and not _WORKDIR.value:
+        raise cli.UserError("several processes need one --workdir, in a folder that all share")
     workdir = Path(_WORKDIR.value or run_record.default_workdir(_config_path()))
     if _RESUME.value and not any((workdir / "checkpoints").glob("[0-9]*")):
         raise cli.UserError(f"--resume: {workdir / 'checkpoints'} holds no checkpoint")
@@ -43,4 +41,4 @@ def _config_path() -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, many_hosts=True)

@@ -9,7 +9,7 @@ no implementation was named; what is found here is recorded for it.
 
 Compared are the output and the final state, as computed for inference and for training, and the gradients of all inputs,
 under random cotangents. Sizes are those that models use: heads of 128 in groups, more than one chunk, the last one not
-whole, an initial state, documents that end inside chunks. The chunked form gets the same (rounded) inputs in float32, and
+whole, an initial state, documents that end inside chunks. The chunked form (of a convolution the shifted one) gets the same (rounded) inputs in float32, and
 products at the highest precision. The error is the suite's: at each position the rms of the difference over the last axis
 (arrays of rank below 4: of each entry) over the rms of the whole tensor; the largest counts.
 """
@@ -29,6 +29,7 @@ import numpy as np
 
 import kernels_pallas
 from kernels_pallas import dispatch, first_use, targets
+from kernels_pallas.causal_conv import api as causal_conv_api
 from kernels_pallas.delta_rule import api as delta_rule_api
 from kernels_pallas.diagonal_scan import api as diagonal_scan_api
 from kernels_pallas.linear_attention import api as linear_attention_api
@@ -36,7 +37,6 @@ from kernels_pallas.softmax_attention import api as softmax_attention_api
 
 # Wide enough for a device's own exp and for two roundings of bfloat16; a kernel that is wrong is off by more than 0.1.
 BOUND = {"float32": 1e-3, "bfloat16": 4e-2}
-TRUTH = "chunked"
 
 
 class Sizes(NamedTuple):
@@ -62,6 +62,7 @@ class Case:
     inputs: (rng, sizes, variant, dtype) -> what is differentiated, by name.
     call: (inputs, variant, segment ids, implementation) -> the outputs, by name.
     packed: whether a variant is called with segment ids.
+    truth: the implementation to compare with.
     """
 
     implementations: tuple[dispatch.Implementation, ...]
@@ -70,6 +71,7 @@ class Case:
     inputs: Callable[[np.random.Generator, Sizes, str, str], dict]
     call: Callable[[dict, str, Any, str], dict]
     packed: Callable[[str], bool] = lambda variant: False
+    truth: str = "chunked"
 
 
 class Result(NamedTuple):
@@ -131,10 +133,10 @@ def _errors(operator, implementation, variant, dtype, sizes) -> tuple[dict, dict
 
             return jax.jit(run)
 
-        shapes = jax.eval_shape(lambda x: case.call(x, variant, ids_BT, TRUTH), wide)
+        shapes = jax.eval_shape(lambda x: case.call(x, variant, ids_BT, case.truth), wide)
         cotangents = {name: _normal(rng, x.shape, x.dtype) for name, x in shapes.items()}
         with jax.default_matmul_precision("highest"):
-            true, _, true_gradients = everything(TRUTH)(wide, cotangents, ids_BT)
+            true, _, true_gradients = everything(case.truth)(wide, cotangents, ids_BT)
         inference, training, gradients = everything(implementation)(inputs, cotangents, ids_BT)
         forward = {
             name: max(position_error(x[name], true[name]) for x in (inference, training))
@@ -283,6 +285,34 @@ def _attention(x, variant, ids_BT, implementation):
     return {"output": output}
 
 
+def _conv_inputs(rng, sizes, variant, dtype):
+    B, T, D = sizes.B, sizes.T, sizes.D
+    shapes = {"x": (B, T, D), "w": (4, D), "bias": (D,), "initial state": (B, 3, D)}
+    return {name: _normal(rng, shape).astype(jnp.dtype(dtype)) for name, shape in shapes.items()}
+
+
+def _conv_kind(*, x_BTD, start_BT, finish, **others):
+    kinds = [finish.activation, finish.heads and "norm", None if start_BT is None else "packed"]
+    narrow = x_BTD.dtype == jnp.bfloat16
+    return " ".join(filter(None, kinds)) or "sums", "bfloat16" if narrow else "float32"
+
+
+def _conv(x, variant, ids_BT, implementation):
+    """With a norm, heads of 128 channels and of 64: their sums are taken in different ways."""
+    outputs = {}
+    for way, heads in (("", 2), (" of narrow heads", 4)) if "norm" in variant else (("", None),):
+        outputs[f"output{way}"], outputs[f"final state{way}"] = kernels_pallas.causal_conv(
+            *(x["x"], x["w"]),
+            bias=x["bias"],
+            activation="silu" if "silu" in variant else None,
+            l2_norm_heads=heads,
+            initial_state=x["initial state"],
+            segment_ids=ids_BT,
+            implementation=implementation,
+        )
+    return outputs
+
+
 _DECAYS = ("none", "head", "channel")
 CASES = {
     "linear_attention": Case(
@@ -306,6 +336,16 @@ CASES = {
         ),
         *(_attention_kind, _attention_inputs, _attention),
         packed=lambda variant: variant.endswith("packed"),
+    ),
+    "causal_conv": Case(
+        causal_conv_api.IMPLEMENTATIONS,
+        (
+            *("sums", "silu", "norm", "silu norm"),
+            *("packed", "silu packed", "norm packed", "silu norm packed"),
+        ),
+        *(_conv_kind, _conv_inputs, _conv),
+        packed=lambda variant: variant.endswith("packed"),
+        truth="shifted",
     ),
 }
 

@@ -85,7 +85,7 @@ def measure(topology: str, function, *arguments) -> Program:
     """Compiles `function(*arguments)` as `tpu_compile.compile_for` and reads what the compiler left."""
     compiled = tpu_compile.compile_for(topology, function, *arguments)
     with tpu_compile.tracing_for(topology):
-        calls = list(_pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr))
+        calls = list(pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr))
     kernels = []
     for instruction, listing in compiled.listings.items():
         call = _call_of(instruction, calls)
@@ -191,7 +191,8 @@ def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
     return capacity, {name: rows[:, i] for i, name in enumerate(names)}
 
 
-def _pallas_calls(jaxpr):
+def pallas_calls(jaxpr):
+    """The equations of a jaxpr, and of those inside it, that are Pallas kernels."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation
@@ -201,7 +202,7 @@ def _pallas_calls(jaxpr):
         ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from _pallas_calls(inner)
+                yield from pallas_calls(inner)
 
 
 def _call_of(instruction: str, calls) -> Any:
@@ -291,7 +292,8 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
 def xla_bytes(hlo: str) -> int | None:
-    """What operations outside kernels read and write in HBM, each operand and result whole; None with a loop.
+    """What operations outside kernels read and write in HBM, each operand and result whole; None with a loop. Of a slice
+    it is what is taken, and of an update in place what is put.
 
     Less what kernels find in VMEM, or leave there, since their own count takes all operands to be in HBM.
     """
@@ -312,8 +314,19 @@ def xla_bytes(hlo: str) -> int | None:
             total += _bytes(written, in_hbm=True)
             total += min(size, sum(_bytes(x, in_hbm=True) for x in sources))
         else:
-            total += sum(_bytes(x, in_hbm=True) for x in (shape, *sources))
+            total += sum(_bytes(x, in_hbm=True) for x in _moved(shape, operation, sources))
     return total
+
+
+def _moved(shape, operation, sources) -> tuple[str, ...]:
+    """The arrays that an operation reads and writes."""
+    if operation == "slice":
+        return shape, shape
+    if (
+        operation == "dynamic-update-slice"
+    ):  # XLA copies first, as an operation of its own, where it cannot be in place
+        return sources[1], sources[1]
+    return shape, *sources
 
 
 def unestimated_bytes(hlo: str) -> int:
@@ -323,7 +336,7 @@ def unestimated_bytes(hlo: str) -> int:
         if operation in ("kernel", "while") or operation.endswith("-start"):
             continue
         if '"estimated_cycles"' not in line:
-            both = (shape, *sources)
+            both = _moved(shape, operation, sources)
             total += sum(_bytes(x, in_hbm=True) + _bytes(x, in_hbm=False) for x in both)
     return total
 

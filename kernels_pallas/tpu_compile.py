@@ -158,12 +158,18 @@ def compile_for(topology: str, function, *arguments) -> Compiled:
     )
 
 
+def without_listings() -> None:
+    """For a process that reads no kernel's listing: the compiler then writes none, which for a large program takes longer than
+    compiling it. Call it before anything else here; `compile_for` then has nothing to read, and raises."""
+    _prepare_environment(listings=False)
+
+
 _LOCK = threading.Lock()
 _DUMP: pathlib.Path | None = None
 _PASSES = "(final_.*bundle|packed-bundles-(post-ra|no-spills-fills)).*"
 
 
-def _prepare_environment() -> None:
+def _prepare_environment(listings: bool = True) -> None:
     """What libtpu must find when it is loaded; does nothing the second time."""
     global _DUMP
     if _DUMP is not None:
@@ -182,6 +188,8 @@ def _prepare_environment() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    if not listings:
+        return
     # The listing of the last passes only: all seventy of a kernel would double the time.
     dump = (
         f"--xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true "

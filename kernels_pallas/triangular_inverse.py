@@ -32,7 +32,9 @@ def inverse(A_CC: jax.Array) -> jax.Array:
         new_MU = known_MU - jnp.sum(row_MU[..., :, None] * X_MUU, axis=-2)
         return jax.lax.dynamic_update_index_in_dim(X_MUU, new_MU, i, axis=-2)
 
+    # zeros_like: of A's type inside shard_map too, whose loops ask that a carry keep its type
     eye_MUU = jnp.broadcast_to(jnp.eye(U, dtype=A_CC.dtype), diagonal_MUU.shape)
+    eye_MUU = jnp.zeros_like(diagonal_MUU) + eye_MUU
     X_MUU = jax.lax.fori_loop(1, U, substitute, eye_MUU)
     while U < C:
         first, second = X_MUU[..., 0::2, :, :], X_MUU[..., 1::2, :, :]

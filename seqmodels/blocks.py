@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels import channel_mixers, mixers, norms
+from seqmodels import channel_mixers, mixers, norms, sharding
 from seqmodels.array_typing import Array, DType, State
 from seqmodels.pattern import MixerSpec
 
@@ -71,7 +71,7 @@ class Block(nn.Module):
         y_BTD, state = f(norm("", x_BTD).astype(self.dtype) if before else x_BTD.astype(self.dtype))
         if self.norm_position == "sandwich":
             y_BTD = norm("_after", y_BTD)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = sharding.constrain(x_BTD + y_BTD)
         return (norm("", x_BTD) if self.norm_position == "post" else x_BTD), state
 
 

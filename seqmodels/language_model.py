@@ -9,12 +9,24 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import blocks, channel_mixers, layers, mixers, norms, pattern
+from kernels_pallas import kept
+from seqmodels import (
+    blocks,
+    channel_mixers,
+    layers,
+    mixers,
+    norms,
+    operators,
+    pattern,
+    pipeline,
+    sharding,
+)
 from seqmodels.array_typing import Array, DType, State
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "operators": jax.checkpoint_policies.save_only_these_names(kept.NAME),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -43,8 +55,8 @@ class LanguageModel(nn.Module):
     channel_mixer, d_ff, norm, norm_eps, norm_position: see `blocks.Block`.
     tied_embeddings: the output matrix is the embedding. embedding_scale multiplies the embedded tokens.
     logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
-    remat: what the backward pass recomputes: "none", "full" (every block from its input), "dots" (all but
-      projections).
+    remat: what the backward pass recomputes: "none", "full" (every block from its input), "operators" (all but operators'
+      results and the states between their chunks), "dots" (all but projections).
     scan_layers: compile a repeated group of blocks once and scan over it.
     dtype, param_dtype: of activations and matmuls, and of parameters. Logits are float32.
     """
@@ -91,7 +103,8 @@ class LanguageModel(nn.Module):
             param_dtype=self.param_dtype,
             name="embed",
         )
-        x_BTD = embed(tokens_BT) * self.embedding_scale
+        x_BTD = operators.embedding(embed.embedding.astype(self.dtype), tokens_BT)
+        x_BTD = sharding.constrain(x_BTD * self.embedding_scale)
         x_BTD, state = self._stack(x_BTD, segment_ids_BT, state)
         x_BTD = blocks.make_norm(self.norm, self.norm_eps, "final_norm")(x_BTD).astype(self.dtype)
         if self.tied_embeddings:
@@ -144,6 +157,11 @@ class LanguageModel(nn.Module):
 
     def _scan(self, x_BTD, plan, run, states, first_index):
         if plan.repeats == 0:
+            if sharding.stages() > 1:
+                raise ValueError(
+                    f"mesh axis {sharding.STAGE_AXIS!r} splits the repeats of a pattern, and this model scans over none: "
+                    "set scan_layers=True and more layers than the pattern has, or the axis to 1"
+                )
             return x_BTD, ()
         group = _Group(
             plan.period, self._block_class(in_scan=True), self._block_options(), name="blocks"
@@ -162,7 +180,20 @@ class LanguageModel(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         index_N = first_index + len(plan.period) * jnp.arange(plan.repeats, dtype=jnp.int32)
+        if sharding.stages() > 1 and states is None and not self.is_initializing():
+            return self._pipeline(group, index_N, x_BTD, run), (None,) * len(plan.period)
         return scan(group, x_BTD, (index_N, states))
+
+    def _pipeline(self, group, index_N, x_BTD, run):
+        def call(apply, index, x_BTD, segment_ids_BT, lower_bound_LD):
+            part = dataclasses.replace(
+                run, segment_ids_BT=segment_ids_BT, lower_bound_LD=lower_bound_LD
+            )
+            return apply(x_BTD, part, None, index)[0]
+
+        layer = pipeline.Layer(group.clone(parent=None), call)
+        params_N = self.variables["params"][group.name]
+        return pipeline.run(layer, params_N, index_N, x_BTD, run.segment_ids_BT, run.lower_bound_LD)
 
     def _block_class(self, in_scan: bool = False):
         if self.remat == "none":

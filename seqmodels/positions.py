@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from kernels_pallas import segments
+from seqmodels import operators
 from seqmodels.array_typing import Array
 
 
@@ -18,8 +18,8 @@ def token_positions(
     index_T = jnp.arange(length, dtype=jnp.int32)
     if segment_ids_BT is None:
         return offset_B[:, None] + index_T[None]
-    first_document_BT = segments.run_index(segment_ids_BT) == 0
-    return segments.positions(segment_ids_BT) + jnp.where(first_document_BT, offset_B[:, None], 0)
+    first_document_BT = operators.run_index(segment_ids_BT) == 0
+    return operators.positions(segment_ids_BT) + jnp.where(first_document_BT, offset_B[:, None], 0)
 
 
 def rope(x_BTHK: Array, position_BT: Array, base: float = 10_000.0) -> Array:

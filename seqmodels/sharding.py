@@ -1,33 +1,83 @@
 """The only file that names mesh axes: which devices hold which part of what.
 
-Mesh axes:      data    copies of the model, each with its part of the batch
+Mesh axes:      pipe    groups of consecutive layers (`pipeline`)
+                data    copies of the model, each with its part of the batch
                 fsdp    parts of the batch too, with parameters and optimizer state split among them (ZeRO-3)
                 seq     parts of the sequence
-                tensor  heads and feed-forward channels
-Logical axes (see `layers`) are mapped to them by RULES. `data` and `fsdp` work; `seq` and `tensor` are named so
-that configs can be written, and refused until they do.
+                tensor  heads, feed-forward channels and words
+Any product of them is one line of a config, `config.mesh = {"data": 2, "seq": 4}`. Logical axes of parameters (see
+`layers`) are mapped to them by RULES; axes of activations, by the letters of their names, by `split`.
+
+A program is traced inside `scope(mesh, ...)`: operators (`seqmodels.operators`) then run on each device's part, and
+everything else is partitioned by the compiler.
 """
 
+import contextlib
+import contextvars
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import compute_on
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "seq", "tensor")
+from seqmodels.array_typing import Array
+
+BATCH_AXES = ("data", "fsdp")
+TIME_AXIS = "seq"
+HEAD_AXIS = "tensor"
+STAGE_AXIS = "pipe"
+MESH_AXES = (STAGE_AXIS, *BATCH_AXES, TIME_AXIS, HEAD_AXIS)
+COPY_AXES = ("data", TIME_AXIS)  # what holds copies of the parameters, unless ZeRO splits them
 
 RULES = (
     ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("mlp", "tensor"),
-    ("vocab", "tensor"),
+    ("heads", HEAD_AXIS),
+    ("mlp", HEAD_AXIS),
+    ("vocab", HEAD_AXIS),
     ("norm", None),
-    ("layers", None),
+    ("layers", STAGE_AXIS),
 )
 
-BATCH_SPEC = PartitionSpec(("data", "fsdp"), "seq")
+BATCH_SPEC = PartitionSpec(BATCH_AXES, TIME_AXIS)
+EXCHANGES = ("all_gather", "all_scan", "ring")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a mesh is used; `config.parallel` has these fields.
+
+    exchange: how states pass along `seq`: "all_gather" (LASP-2, arXiv 2502.07563), "all_scan" (ZeCO, arXiv 2507.01004) or
+      "ring" (LASP-1, arXiv 2404.02882). Softmax attention gathers, or with "ring" goes round one.
+    zero: what ZeRO (arXiv 1910.02054) splits over `data` and `seq`, whose devices otherwise hold copies: 0 nothing, 1 the
+      optimizer state, 2 gradients too, 3 parameters too. The axis `fsdp` always splits all three.
+    offload: the optimizer state lies in the host's pinned memory, and is updated there (ZeRO-Offload, arXiv 2101.06840).
+    microbatches: of the pipeline, where `pipe` > 1; 0 is as many as stages.
+    split_backward: the pipeline's backward pass first finds the gradients of inputs, then those of weights (2BP,
+      arXiv 2405.18047).
+    """
+
+    exchange: str = "all_gather"
+    zero: int = 0
+    offload: bool = False
+    microbatches: int = 0
+    split_backward: bool = False
+
+    def __post_init__(self):
+        if self.exchange not in EXCHANGES:
+            raise ValueError(
+                f"parallel.exchange is {self.exchange!r}; choose one of {', '.join(EXCHANGES)}"
+            )
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(
+                f"parallel.zero is {self.zero!r}; expected 0 (copies), 1 (the optimizer state is split), "
+                "2 (gradients too) or 3 (parameters too)"
+            )
+        if self.microbatches < 0:
+            raise ValueError(f"parallel.microbatches is {self.microbatches}; expected 0 or more")
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
@@ -43,9 +93,6 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh sizes must be positive, or -1 for one of them; got {given}")
-    for axis in ("seq", "tensor"):
-        if sizes[axis] != 1:
-            raise ValueError(f"mesh axis {axis!r} must have size 1 in this version; got {given}")
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1 or len(devices) % fixed or (not open_axes and fixed != len(devices)):
@@ -58,14 +105,85 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def shardings(mesh: Mesh, boxed_tree: Any) -> Any:
+_OPTIONS = contextvars.ContextVar("options")
+
+
+@contextlib.contextmanager
+def scope(mesh: Mesh, options: Options | None = None):
+    """What is traced inside runs on `mesh`. Enter it inside the function that is given to jit, whose shardings name the devices."""
+    token = _OPTIONS.set(options or Options())
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _OPTIONS.reset(token)
+
+
+def options() -> Options:
+    """Those of the scope."""
+    return _OPTIONS.get(Options())
+
+
+def sizes() -> dict[str, int]:
+    """Of the mesh axes in scope that the compiler partitions over; {} where there are none, or all have size 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto} or mesh.size == 1:
+        return {}
+    return {axis: mesh.shape.get(axis, 1) for axis in MESH_AXES}
+
+
+def axes_of(letter: str, size: int) -> tuple[str, ...]:
+    """The mesh axes in scope over which a dimension of activations is split, by its letter: B, T, H and G for heads, D for their
+    channels, W for words; t is time where tokens do not meet, of which the pipeline's stages each take a part.
+
+    None where the size does not divide: then every device has all of it.
+    """
+    candidates = {
+        "B": BATCH_AXES,
+        "T": (TIME_AXIS,),
+        "t": (TIME_AXIS, STAGE_AXIS),
+        "W": (HEAD_AXIS,),
+    }
+    candidates |= dict.fromkeys("HGD", (HEAD_AXIS,))
+    axes = tuple(axis for axis in candidates.get(letter, ()) if sizes().get(axis, 1) > 1)
+    return axes if size % math.prod(sizes()[axis] for axis in axes) == 0 else ()
+
+
+def constrain(x_BTD: Array) -> Array:
+    """Between layers, activations are split by rows and by time, and never by channels."""
+    if not sizes():
+        return x_BTD
+    rows, time = axes_of("B", x_BTD.shape[0]), axes_of("T", x_BTD.shape[1])
+    spec = PartitionSpec(rows or None, time or None)
+    return jax.lax.with_sharding_constraint(x_BTD, spec)
+
+
+def constrain_stages(x_SBTD: Array) -> Array:
+    """`constrain` for the activations of all pipeline stages, one each."""
+    rows, time = axes_of("B", x_SBTD.shape[1]), axes_of("T", x_SBTD.shape[2])
+    spec = PartitionSpec(STAGE_AXIS, rows or None, time or None)
+    return jax.lax.with_sharding_constraint(x_SBTD, spec)
+
+
+def stages() -> int:
+    """Of the pipeline, on the mesh in scope."""
+    return sizes().get(STAGE_AXIS, 1)
+
+
+def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None) -> Any:
     """A NamedSharding for every leaf of a tree whose arrays carry logical axis names (as `Module.init` gives it,
     or an optimizer state made of such). Arrays without names are replicated.
+
+    zero: D is split over COPY_AXES too.
 
     Raises:
       ValueError: a dimension is not divisible by the axes it is split over; names the leaf and the numbers.
     """
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed_tree), RULES)
+    rules = RULES
+    if zero:
+        copies = tuple(axis for axis in COPY_AXES if mesh.shape[axis] > 1)
+        rules = (("embed", ("fsdp", *copies)), *RULES)
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed_tree), rules)
     leaves = nn.meta.unbox(boxed_tree)
 
     def sharding(path, leaf, spec):
@@ -74,15 +192,15 @@ def shardings(mesh: Mesh, boxed_tree: Any) -> Any:
             if dimension % ways:
                 raise ValueError(
                     f"parameter {jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be split: "
-                    f"{dimension} is not divisible by {ways} ({axes}={ways} in the mesh)"
+                    f"{dimension} is not divisible by {ways} ({_named_ways(mesh, axes)} in the mesh)"
                 )
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, spec, memory_kind=memory_kind)
 
     return jax.tree_util.tree_map_with_path(sharding, leaves, specs)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches (B, T): rows over data and fsdp."""
+    """Batches (B, T): rows over data and fsdp, time over seq."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 
@@ -91,17 +209,92 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(mesh: Mesh, batch_size: int, seq_len: int) -> None:
-    """Raises ValueError, with the numbers, where a batch does not divide over the mesh."""
+class Placement:
+    """Where the parameters of a training run, their gradients and the optimizer's state lie, and how a step keeps them there.
+
+    params, grads: a NamedSharding for each leaf.
+
+    Raises:
+      ValueError: as `shardings`; or `options.offload` where the devices have no pinned host memory.
+    """
+
+    def __init__(self, mesh: Mesh, options: Options, boxed_params: Any):
+        self.mesh, self.options = mesh, options
+        self.params = shardings(mesh, boxed_params, zero=options.zero >= 3)
+        self.grads = shardings(mesh, boxed_params, zero=options.zero >= 2)
+        self._host = _pinned_host(mesh) if options.offload else None
+        self._host_params = shardings(mesh, boxed_params, options.zero >= 1, self._host)
+
+    def scope(self):
+        """See `scope`."""
+        return scope(self.mesh, self.options)
+
+    def optimizer(self, boxed_opt_state: Any) -> Any:
+        """A NamedSharding for each leaf of the optimizer's state."""
+        return shardings(self.mesh, boxed_opt_state, self.options.zero >= 1, self._host)
+
+    def reduce(self, grads: Any) -> Any:
+        """Gradients summed over devices, each device keeping what `zero` gives it."""
+        return jax.lax.with_sharding_constraint(grads, self.grads)
+
+    def update(self, update: Callable, grads, opt_state, params) -> tuple[Any, Any]:
+        """`update(grads, opt_state, params)`, on the devices or, with `offload`, on the host. Returns updates and state."""
+        if self._host is None:
+            return update(grads, opt_state, params)
+        grads, params = (jax.device_put(tree, self._host_params) for tree in (grads, params))
+        updates, opt_state = _on_host(update)(grads, opt_state, params)
+        on_devices = jax.tree.map(lambda s: s.with_memory_kind("device"), self.params)
+        return jax.device_put(updates, on_devices), opt_state
+
+    def on_devices(self, opt_state: Any, boxed_opt_state: Any) -> Any:
+        """The optimizer's state in the devices' memory."""
+        if self._host is None:
+            return opt_state
+        zero = self.options.zero >= 1
+        return jax.device_put(opt_state, shardings(self.mesh, boxed_opt_state, zero, "device"))
+
+
+def _on_host(function: Callable) -> Callable:
+    # compute_on2 of JAX 0.10 is compute_on of 0.12.
+    compute = getattr(compute_on, "compute_on2", compute_on.compute_on)
+    return compute(function, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
+
+
+def check_batch(
+    mesh: Mesh, batch_size: int, seq_len: int, options: Options | None = None, accumulate: int = 1
+) -> None:
+    """Raises ValueError, with the numbers, where a batch does not divide over microbatches and the mesh."""
+    stages = mesh.shape[STAGE_AXIS]
+    pieces = ((options and options.microbatches) or stages) if stages > 1 else 1
+    for name, count in (("train.accumulate", accumulate), ("parallel.microbatches", pieces)):
+        if batch_size % count:
+            raise ValueError(f"{batch_size} rows are not divisible by {name}, which is {count}")
+        batch_size //= count
     for size, axes, what in zip((batch_size, seq_len), BATCH_SPEC, ("batch_size", "seq_len")):
         ways = _ways(mesh, axes)
         if size % ways:
             raise ValueError(
-                f"{what} {size} is not divisible by {ways}, the size of mesh axes {axes}: "
+                f"{what} {size} is not divisible by {ways} ({_named_ways(mesh, axes)} in the mesh): "
                 f"use a multiple of {ways} or a smaller mesh"
             )
 
 
+def _pinned_host(mesh: Mesh) -> str:
+    kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
+    if "pinned_host" not in kinds:
+        raise ValueError(
+            f"parallel.offload needs memory of kind 'pinned_host'; {mesh.devices.flat[0].device_kind} has {', '.join(kinds)}"
+        )
+    return "pinned_host"
+
+
 def _ways(mesh: Mesh, axes) -> int:
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[axis] for axis in axes)
+    return math.prod(mesh.shape[axis] for axis in _tuple(axes))
+
+
+def _named_ways(mesh: Mesh, axes) -> str:
+    return " * ".join(f"{axis}={mesh.shape[axis]}" for axis in _tuple(axes))
+
+
+def _tuple(axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())

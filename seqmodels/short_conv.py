@@ -5,8 +5,8 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from kernels_pallas import causal_conv
 from seqmodels.array_typing import Array, DType
+from seqmodels.operators import causal_conv
 
 
 def uniform_fan_in(width: int) -> Callable:
@@ -20,14 +20,19 @@ def uniform_fan_in(width: int) -> Callable:
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution of `width` taps, then an activation.
+    """Depthwise causal convolution of `width` taps, then an activation, then the L2 norm of each head's channels.
 
-    y_t = act(bias + sum_i w_i * x_{t-(width-1)+i}). The state is the last width-1 inputs, (B, width-1, D).
+    y_t = act(bias + sum_i w_i * x_{t-(width-1)+i}), / sqrt(sum y_t^2 + eps). The state is the last width-1 inputs,
+    (B, width-1, D).
+
+    activation: silu is computed with the convolution, any other after it.
+    l2_norm_heads: heads of D / l2_norm_heads channels each; None: no norm.
     """
 
     width: int = 4
     use_bias: bool = False
     activation: Callable[[Array], Array] | None = nn.silu
+    l2_norm_heads: int | None = None
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
 
@@ -36,6 +41,9 @@ class ShortConv(nn.Module):
         self, x_BTD: Array, segment_ids_BT: Array | None = None, state: Array | None = None
     ) -> tuple[Array, Array]:
         D = x_BTD.shape[-1]
+        fused = self.activation is None or self.activation is nn.silu
+        if not fused and self.l2_norm_heads is not None:
+            raise ValueError("ShortConv: l2_norm_heads goes with activation=nn.silu or None")
         init = uniform_fan_in(self.width)
         w_ID = self.param(
             "kernel",
@@ -51,10 +59,12 @@ class ShortConv(nn.Module):
             x_BTD.astype(self.dtype),
             w_ID.astype(self.dtype),
             bias=bias_D,
+            activation="silu" if self.activation is nn.silu else None,
+            l2_norm_heads=self.l2_norm_heads,
             initial_state=state,
             segment_ids=segment_ids_BT,
         )
-        return (y_BTD if self.activation is None else self.activation(y_BTD)), state
+        return (y_BTD if fused else self.activation(y_BTD)), state
 
     def init_state(self, batch: int, features: int) -> Array:
         """No earlier inputs: zeros (B, width-1, D)."""

@@ -193,12 +193,18 @@ def _softmax_attention(x, implementation, variant, shape):
 
 
 def _causal_conv(x, implementation, variant, shape):
+    """Documents are 1000 tokens long, heads shape.V channels wide."""
+    B, T, _ = x["x"].shape
+    ids_BT = jnp.broadcast_to(jnp.arange(T)[None] // 1000, (B, T)) if "packed" in variant else None
     return _outputs(
         kernels_pallas.causal_conv(
             x["x"],
             x["w"],
             bias=x["bias"],
+            activation="silu" if "silu" in variant else None,
+            l2_norm_heads=shape.width // shape.V if "norm" in variant else None,
             initial_state=x["initial_state"],
+            segment_ids=ids_BT,
             implementation=implementation,
         )
     )
@@ -241,11 +247,11 @@ CASES = {
         ),
         OperatorCase(
             name="causal_conv",
-            variants=("short",),
+            variants=("short", "silu", "silu norm", "silu norm packed"),
             make_inputs=_causal_conv_inputs,
             call=_causal_conv,
             rounded=("x", "w", "bias", "initial_state"),
-            letters="BDI",
+            letters="BDVI",
         ),
     )
 }

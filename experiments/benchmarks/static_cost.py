@@ -11,11 +11,13 @@ import numpy as np
 from experiments.benchmarks import entries, operators, report
 from kernels_pallas import tpu_bundles, tpu_compile
 
-OPS = ("linear_attention", "delta_rule", "diagonal_scan")
+OPS = ("linear_attention", "delta_rule", "diagonal_scan", "causal_conv")
 PASSES = ("forward", "forward+backward")
-IMPLEMENTATIONS = ("pallas_tpu", "chunked")
-# The size that the targets are set at, and Griffin's width for the scan.
-TARGET_SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128, "D": 2560}
+IMPLEMENTATIONS = ("pallas_tpu", "chunked", "shifted")  # the last two are XLA's
+# The size that the targets are set at, Griffin's width for the scan, and that of q and k for the convolution.
+TARGET_SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128, "I": 4}
+TARGET_WIDTH = {"diagonal_scan": 2560, "causal_conv": 2048}
+BY_CHANNEL = tuple(TARGET_WIDTH)
 FOLDER = Path(__file__).resolve().parents[2] / "kernels_pallas" / "reports" / "tpu"
 # Most static cycles a token and head in kernels, on v6e at the target shape: forward, and with backward.
 TARGETS = {
@@ -41,6 +43,8 @@ def workload(case: operators.OperatorCase, name: str) -> tuple[operators.Shape, 
     """
     if name == "target":
         sizes = {k: v for k, v in TARGET_SHAPE.items() if k in case.letters}
+        if case.name in TARGET_WIDTH:
+            sizes["D"] = TARGET_WIDTH[case.name]
         return operators.Shape(**sizes), TARGET_SHAPE["T"], case.variants
     if name not in case.shapes:
         raise ValueError(
@@ -67,8 +71,9 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
     """A row for every variant, implementation and pass, as it is measured."""
     case = operators.CASES[op]
     shape, T, variants = workload(case, shape_name)
-    # Each channel of a scan stands alone; a register holds 128 of them.
-    heads = -(-shape.width // 128) if op == "diagonal_scan" else shape.H
+    # Where each channel stands alone: a register holds 128 of them.
+    heads = -(-shape.width // 128) if op in BY_CHANNEL else shape.H
+    label = {"diagonal_scan": "numbers", "causal_conv": "form"}.get(op, "decay")
     for variant in variants:
         inputs = abstract_inputs(case, shape, T, variant, dtype)
         for implementation in implementations:
@@ -81,7 +86,7 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
                 row = {
                     "op": op,
                     "shape": shape_name,
-                    "decay" if case.variants == operators.DECAYS else "numbers": variant,
+                    label: variant,
                     "topology": topology,
                     "pass": name,
                     "implementation": implementation,
@@ -145,10 +150,13 @@ def _rounded(row: dict) -> dict:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
+def variant_of(row: dict) -> str:
+    return next(row[name] for name in ("decay", "numbers", "form") if name in row)
+
+
 def key(row: dict) -> tuple:
     """What makes a row the same measurement as another."""
-    variant = row.get("decay", row.get("numbers"))
-    order = (row["op"], row["topology"], row["shape"], variant, row["dtype"])
+    order = (row["op"], row["topology"], row["shape"], variant_of(row), row["dtype"])
     return (*order, PASSES.index(row["pass"]), IMPLEMENTATIONS.index(row["implementation"]))
 
 
@@ -165,7 +173,7 @@ def save(folder: Path, new: list[dict]) -> None:
     parts = [
         "# TPU kernels, as compiled",
         NOTE,
-        "Written by `python -m experiments.tpu_report`. Cycles are a token and head (a scan: a token and 128 channels). HBM: "
+        "Written by `python -m experiments.tpu_report`. Cycles are a token and head (a scan or convolution: a token and 128 channels). HBM: "
         "bytes that the program, or the kernel, moves against reading its inputs and writing its results once. The program's "
         "arguments are as a model has them: heads side by side, (B, T, heads * dim), as a projection gives them, and complex "
         "numbers as two planes, as they are computed. From (B, T, heads, dim) arrays that lie in memory as such, XLA "
@@ -191,7 +199,7 @@ def program_line(row: dict) -> dict:
     """A row of the table of programs."""
     return {
         "shape": row["shape"],
-        "variant": row.get("decay", row.get("numbers")),
+        "variant": variant_of(row),
         "dtype": row["dtype"],
         "topology": row["topology"],
         "pass": row["pass"],
@@ -210,7 +218,7 @@ def kernel_lines(row: dict) -> list[dict]:
     return [
         {
             "shape": row["shape"],
-            "variant": row.get("decay", row.get("numbers")),
+            "variant": variant_of(row),
             "topology": row["topology"],
             "pass": row["pass"],
             "kernel": kernel["name"],
@@ -240,7 +248,7 @@ def targets(found: list[dict]) -> list[report.Target]:
             continue
         if not row["topology"].startswith("v6e") or row["implementation"] != "pallas_tpu":
             continue
-        variant = row.get("decay", row.get("numbers"))
+        variant = variant_of(row)
         name = f"{row['op']}, {variant}, {row['pass']}"
         if "error" in row:
             verdicts.append(report.Target(name, row["error"], False))

@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from experiments.benchmarks import entries, operators, report, static_cost
 from kernels_pallas import triton_compile
 
-OPS = static_cost.OPS
+OPS = ("linear_attention", "delta_rule", "diagonal_scan")
 FOLDER = static_cost.FOLDER.parent / "gpu"
 NOTE = (
     "Compiled figures, not runs: registers and stack a thread and shared memory a program, as Triton and ptxas leave them. "

@@ -19,7 +19,7 @@ import jax
 from experiments.benchmarks import entries, operators, static_cost, timing
 from kernels_pallas import tpu_bundles, tpu_compile, tuning
 
-OPS = static_cost.OPS
+OPS = ("linear_attention", "delta_rule", "diagonal_scan")
 # By implementation and the sizes' names, going up: of candidates that come to the same the smallest is taken.
 CANDIDATES = {
     "pallas_tpu": {"chunk_size": (64, 128, 256), "heads": (2, 4, 8), "width": (4, 8, 16)},

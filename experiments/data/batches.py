@@ -69,6 +69,37 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> ran
     return range(process_index * rows, (process_index + 1) * rows)
 
 
+def join_states(states: list[State]) -> State:
+    """The position of a whole dataset from those of its shares, in their order: lists, which have an entry for each
+    row, one after the other; all else is the same in all shares."""
+    joined = {}
+    for key, value in states[0].items():
+        values = [state[key] for state in states]
+        if isinstance(value, dict):
+            joined[key] = join_states(values)
+        elif isinstance(value, list):
+            joined[key] = sum(values, [])
+        elif any(other != value for other in values):
+            raise ValueError(f"the shares of a data position disagree on {key!r}: {values}")
+        else:
+            joined[key] = value
+    return joined
+
+
+def cut_state(state: State, index: int, count: int) -> State:
+    """The `index`-th of `count` equal shares of what `join_states` gave."""
+    cut = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            cut[key] = cut_state(value, index, count)
+        elif isinstance(value, list):
+            rows = process_rows(len(value), index, count)
+            cut[key] = value[rows.start : rows.stop]
+        else:
+            cut[key] = value
+    return cut
+
+
 class EpochOrder:
     """An endless shuffle of 0 ... n-1 with random access: `[i]` lies in epoch i // n, and every epoch
     has an order of its own.

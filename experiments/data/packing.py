@@ -152,6 +152,6 @@ class _PackIterator(grain.DatasetIterator):
             raise ValueError(
                 f"The saved data position has {len(documents)} lanes, this dataset has "
                 f"{len(self._lanes)} (rows of the batch on this process): resume with the "
-                "batch_size and the number of processes of the run that saved it."
+                "batch_size of the run that saved it."
             )
         self._place(zip(documents, offsets))

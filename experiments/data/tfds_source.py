@@ -6,7 +6,9 @@ prepared with file_format="array_record", which is what happens here where it is
 """
 
 import contextlib
+import fcntl
 import io
+import pathlib
 
 import tensorflow_datasets as tfds
 
@@ -35,6 +37,22 @@ def quiet():
         tfds.enable_progress_bar()
 
 
+def prepare(builder) -> None:
+    """Downloads and writes the dataset if it is not there. Of several processes, on one host or with a disk in common, one
+    does and the others wait; into a bucket (gs://) all write the same."""
+    if builder.data_path.exists():
+        return
+    if "://" in str(builder.data_path):
+        builder.download_and_prepare()
+        return
+    folder = pathlib.Path(builder.data_path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".preparing").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not builder.data_path.exists():
+            builder.download_and_prepare()
+
+
 def tfds_documents(name: str, split: str, *, text_key: str = "text", data_dir: str = "") -> Texts:
     """Documents of `name` ("imdb_reviews", "wiki40b/en:1.3.0") in a TFDS split ("train[:1%]").
 
@@ -54,8 +72,7 @@ def tfds_documents(name: str, split: str, *, text_key: str = "text", data_dir: s
             f"TFDS dataset {name!r} has no text feature {text_key!r}; its text features are "
             f"{', '.join(texts) or 'none'} (set config.data.text_key)."
         )
-    if not builder.data_path.exists():
-        builder.download_and_prepare()
+    prepare(builder)
     base = split.split("[")[0]
     if base not in builder.info.splits:
         raise ValueError(

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import decay_sums, segments, triangular_inverse
+from kernels_pallas.kept import kept
 
 CHUNK = 32
 # Chunks times heads treated at once.
@@ -313,7 +314,8 @@ def _run_forward(form, exact, C, M, inputs, S_BHKV):
         return S_BHKV, (_tokens(o_MBHCV.astype(dtype)), S_MBHKV)
 
     S_BHKV, (o_NBLHV, S_NMBHKV) = jax.lax.scan(one_span, S_BHKV, _spans(inputs, C * M))
-    return (_whole(o_NBLHV, T), S_BHKV), (inputs, S_NMBHKV)
+    o_BTHV, S_NMBHKV = kept((_whole(o_NBLHV, T), S_NMBHKV))
+    return (o_BTHV, S_BHKV), (inputs, S_NMBHKV)
 
 
 def _run_backward(form, exact, C, M, residuals, cotangents):

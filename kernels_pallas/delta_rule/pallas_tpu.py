@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import segments, targets, tpu_blocks
 from kernels_pallas.delta_rule import chunked, tpu_channel_decay, tpu_head_decay
 from kernels_pallas.delta_rule.tpu_plan import VMEM_BYTES, Plan, plan_of, unsupported
+from kernels_pallas.kept import kept
 
 __all__ = ["pallas_tpu", "unsupported"]
 
@@ -83,7 +84,7 @@ def _run_keeping_states(plan, *arrays):
 
 
 def _run_forward(plan, *arrays):
-    o, final, states = _run_keeping_states(plan, *arrays)
+    o, final, states = kept(_run_keeping_states(plan, *arrays))
     return (o, final), (arrays, states)
 
 

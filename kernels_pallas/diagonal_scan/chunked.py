@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.diagonal_scan import reference
+from kernels_pallas.kept import kept
 
 CHUNK_SIZE = 128
 
@@ -84,7 +85,7 @@ def _scan(x_BTD, decay_BTD, initial_state_BD, reverse):
 
 
 def _forward(x_BTD, decay_BTD, initial_state_BD, reverse):
-    h_BTD, final_BD = _two_level(x_BTD, decay_BTD, initial_state_BD, reverse)
+    h_BTD, final_BD = kept(_two_level(x_BTD, decay_BTD, initial_state_BD, reverse))
     return (h_BTD, final_BD), (decay_BTD, h_BTD, initial_state_BD)
 
 

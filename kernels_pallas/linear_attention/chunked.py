@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import decay_sums, matmul, segments, targets, tuning
 from kernels_pallas import recurrence_arguments as arguments
+from kernels_pallas.kept import kept
 
 CHUNK_SIZE = 64
 CPU_MATRICES = 16  # on CPU: how many (chunk, head) pairs make a span
@@ -116,6 +117,7 @@ def _forward(form, inputs, state_BGKW, runs):
     N = v_BTGW.shape[1] // form.L
     start = state_BGKW, jnp.empty_like(v_BTGW)  # every span is written
     (final_BGKW, o_BTGW), state_NBGKW = jax.lax.scan(body, start, jnp.arange(N))
+    o_BTGW, state_NBGKW = kept((o_BTGW, state_NBGKW))
     return (o_BTGW, final_BGKW), (inputs, state_NBGKW, runs)
 
 

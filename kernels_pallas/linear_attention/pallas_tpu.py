@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import segments, targets
+from kernels_pallas.kept import kept
 from kernels_pallas.linear_attention import chunked
 from kernels_pallas.linear_attention.tpu_plan import VMEM_BYTES, Plan, plan_of, unsupported
 
@@ -86,7 +87,7 @@ def _run_keeping_states(plan, *arrays):
 
 
 def _run_forward(plan, *arrays):
-    o, final, states = _run_keeping_states(plan, *arrays)
+    o, final, states = kept(_run_keeping_states(plan, *arrays))
     return (o, final), (arrays, states)
 
 

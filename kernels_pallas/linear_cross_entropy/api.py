@@ -29,6 +29,7 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     z_loss: float = 0.0,
     chunk_size: int | None = None,
+    words_axis: str | None = None,
     details: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, TokenDetails]:
@@ -46,6 +47,8 @@ def linear_cross_entropy(
       bias_W: (W,) or None.
       mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient. It is no weight.
       chunk_size: tokens of each row whose logits are held at once; None picks by shape (`chunked.heuristic_chunk_size`).
+      words_axis: inside `jax.shard_map`, a mesh axis over which the words are split: the matrix and the bias are this rank's
+        words, in the order of ranks, and targets count all. Logits stay where they are; three numbers a token are summed.
       details: also return what else is known of each token: -log p, log Z, whether the target is the likeliest.
       implementation: 'chunked', 'reference' (all logits at once), or None for the best here.
 
@@ -61,7 +64,8 @@ def linear_cross_entropy(
     arguments.check_shape(operator, "targets_BT", targets_BT, x_BTD.shape[:2])
     if not jnp.issubdtype(targets_BT.dtype, jnp.integer):
         raise ValueError(f"{operator}: targets_BT has dtype {targets_BT.dtype}; expected integers")
-    loss = reference.CrossEntropy(_softcap(operator, "logit_softcap", logit_softcap), z_loss)
+    softcap = _softcap(operator, "logit_softcap", logit_softcap)
+    loss = reference.CrossEntropy(softcap, z_loss, words_axis)
     loss_BT, token_details = _run(
         operator, loss, layout, chunk_size, implementation,
         x_BTD, matrix, bias_W, targets_BT, mask_BT, fixed=(),

@@ -23,23 +23,37 @@ class TokenDetails(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """per_token: targets and mask (B, T). details: TokenDetails."""
+    """per_token: targets and mask (B, T). details: TokenDetails. words_axis: the mesh axis that words are split over."""
 
     softcap: float | None
     z_loss: float
+    words_axis: str | None = None
 
     def __call__(self, logits_BTW, per_token, fixed):
         targets_BT, mask_BT = per_token
         logits_BTW = capped(logits_BTW, self.softcap)
-        log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
+        largest_BT = jax.lax.stop_gradient(jnp.max(logits_BTW, axis=-1))
+        first_word = 0
+        if self.words_axis is None:
+            log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
+        else:
+            first_word = jax.lax.axis_index(self.words_axis) * logits_BTW.shape[-1]
+            largest_BT = jax.lax.pmax(largest_BT, self.words_axis)
+            z_BT = self._sum(jnp.exp(logits_BTW - largest_BT[..., None]))
+            log_z_BT = largest_BT + jnp.log(z_BT)
         # As a sum over W: a gather, and its gradient's scatter, are slow on accelerators.
-        word_W = jnp.arange(logits_BTW.shape[-1], dtype=targets_BT.dtype)
+        word_W = first_word + jnp.arange(logits_BTW.shape[-1], dtype=targets_BT.dtype)
         chosen_BTW = word_W[None, None] == targets_BT[..., None]
-        target_logit_BT = jnp.sum(jnp.where(chosen_BTW, logits_BTW, 0), axis=-1)
+        target_logit_BT = self._sum(jnp.where(chosen_BTW, logits_BTW, 0))
         nll_BT = log_z_BT - target_logit_BT
-        correct_BT = (target_logit_BT >= jnp.max(logits_BTW, axis=-1)).astype(nll_BT.dtype)
+        correct_BT = (target_logit_BT >= largest_BT).astype(nll_BT.dtype)
         details = jax.lax.stop_gradient(TokenDetails(nll_BT, log_z_BT, correct_BT))
         return masked(nll_BT + self.z_loss * log_z_BT**2, mask_BT), details
+
+    def _sum(self, x_BTW):
+        """Over all words."""
+        x_BT = jnp.sum(x_BTW, axis=-1)
+        return x_BT if self.words_axis is None else jax.lax.psum(x_BT, self.words_axis)
 
 
 @dataclasses.dataclass(frozen=True)

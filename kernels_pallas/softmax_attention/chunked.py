@@ -2,7 +2,8 @@
 
 For every block of C queries the blocks of C keys it can see are visited in turn; running maximum m, sum l and output o
 are corrected as m grows (the online softmax of arXiv 1805.02867, in blocks as in FlashAttention, arXiv 2205.14135).
-Blocks that causality or the window rules out are not visited, so a window costs O(T * window). The backward pass keeps
+Blocks that nobody sees are not visited, so a window costs O(T * window): by index which those are is known from the block's place,
+by positions from the range of positions and documents in it. The backward pass keeps
 q, k, v, o (unrounded: dS is a difference) and the log of each row's sum, and makes the probabilities of each block again (arXiv 2307.08691, section
 3.1):
 
@@ -15,22 +16,43 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.kept import kept
+
 BLOCK_SIZE = 128
 
 
 def chunked(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     """Same contract as `reference.naive`."""
-    B, T, H, K = q_BTHK.shape
-    S, G, V = v_BSGV.shape[1:]
-    C, E = min(BLOCK_SIZE, T), min(BLOCK_SIZE, S)
-    q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    q_BGRTK = jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, -T % C), (0, 0)))
-    k_BGSK, v_BGSV = (
-        jnp.pad(z.swapaxes(1, 2), ((0, 0), (0, 0), (0, -S % E), (0, 0))) for z in (k_BSGK, v_BSGV)
-    )
+    T, S, G = q_BTHK.shape[1], *v_BSGV.shape[1:3]
+    C, E = block_sizes(T, S)
+    k_BGSK, v_BGSV = (keys_first(z, E) for z in (k_BSGK, v_BSGV))
     visibility = visibility.padded(-T % C, -S % E)
-    o_BGRTV = _attend(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, (C, E))[:, :, :, :T]
-    return o_BGRTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, V).astype(q_BTHK.dtype)
+    o_BGRTV = _attend(queries_first(q_BTHK, G, C), k_BGSK, v_BGSV, visibility, scale, (C, E))
+    return time_first(o_BGRTV, T).astype(q_BTHK.dtype)
+
+
+def block_sizes(T: int, S: int) -> tuple[int, int]:
+    """C queries and E keys."""
+    return min(BLOCK_SIZE, T), min(BLOCK_SIZE, S)
+
+
+def queries_first(q_BTHK, G, C):
+    """(B, G, R, T, K), T padded to whole blocks."""
+    B, T, H, K = q_BTHK.shape
+    q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, -T % C), (0, 0)))
+
+
+def keys_first(z_BSGX, E):
+    """(B, G, S, X), S padded to whole blocks."""
+    S = z_BSGX.shape[1]
+    return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, -S % E), (0, 0)))
+
+
+def time_first(o_BGRTV, T):
+    """(B, T, H, V), without the padding."""
+    B, G, R, _, V = o_BGRTV.shape
+    return o_BGRTV[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, V)
 
 
 def _key_blocks(i, count, visibility, C):
@@ -69,17 +91,26 @@ def _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes):
     return jnp.where(seen_BCE[:, None, None], logits_BGRCE, -jnp.inf)
 
 
-def _forward_blocks(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
+def nothing_seen(q_BGRTK, v_BGSV):
+    """The running m, l and o of every query before it has met a key."""
+    accumulate = jnp.promote_types(q_BGRTK.dtype, jnp.float32)
+    l_BGRT = jnp.zeros_like(q_BGRTK[..., 0], accumulate)
+    o_BGRTV = jnp.zeros_like(q_BGRTK, accumulate, (*l_BGRT.shape, v_BGSV.shape[3]))
+    return jnp.full_like(l_BGRT, -jnp.inf), l_BGRT, o_BGRTV
+
+
+def see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
+    """The running m, l and o after the queries have met these keys, or such of them as they see."""
     C, E = sizes
     count = k_BGSK.shape[2] // E
-    accumulate = jnp.promote_types(q_BGRTK.dtype, jnp.float32)
-    rows = (*q_BGRTK.shape[:3], C)
+    seen_NM = visibility.blocks_seen(C, E)
 
-    def query_block(_, i):
+    def query_block(_, block):
+        i, running = block
         q_BGRCK = _cut(q_BGRTK, i, C)
 
-        def key_block(j, carry):
-            m_BGRC, l_BGRC, o_BGRCV = carry
+        def key_block(j, running):
+            m_BGRC, l_BGRC, o_BGRCV = running
             logits_BGRCE = _logits(q_BGRCK, _cut(k_BGSK, j, E), visibility, i, j, scale, sizes)
             new_m_BGRC = jnp.maximum(m_BGRC, jnp.max(logits_BGRCE, axis=-1))
             shift_BGRC = jnp.where(new_m_BGRC == -jnp.inf, 0, new_m_BGRC)  # nothing seen so far
@@ -89,45 +120,43 @@ def _forward_blocks(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
             l_BGRC = l_BGRC * keep_BGRC + jnp.sum(p_BGRCE, axis=-1)
             return new_m_BGRC, l_BGRC, o_BGRCV * keep_BGRC[..., None] + added_BGRCV
 
-        empty = (
-            jnp.full(rows, -jnp.inf, accumulate),
-            jnp.zeros(rows, accumulate),
-            jnp.zeros((*rows, v_BGSV.shape[3]), accumulate),
-        )
         first, last = _key_blocks(i, count, visibility, C)
-        m_BGRC, l_BGRC, o_BGRCV = lax.fori_loop(first, last, key_block, empty)
-        some_BGRC = l_BGRC > 0
-        total_BGRC = jnp.where(some_BGRC, l_BGRC, 1)
-        log_sum_BGRC = jnp.where(some_BGRC, m_BGRC + jnp.log(total_BGRC), 0)
-        return None, (o_BGRCV / total_BGRC[..., None], log_sum_BGRC)
+        return None, lax.fori_loop(first, last, _where_seen(seen_NM, i, key_block), running)
 
-    def joined(z):  # blocks first -> the time axis
+    def by_block(z):  # the time axis -> blocks first
+        z = z.reshape(*z.shape[:3], -1, C, *z.shape[4:])
+        return jnp.moveaxis(z, 3, 0)
+
+    def joined(z):
         z = jnp.moveaxis(z, 0, 3)
         return z.reshape(*z.shape[:3], -1, *z.shape[5:])
 
-    _, blocks = lax.scan(query_block, None, jnp.arange(q_BGRTK.shape[3] // C))
-    return jax.tree.map(joined, blocks)
+    blocks = jnp.arange(q_BGRTK.shape[3] // C), jax.tree.map(by_block, running)
+    return jax.tree.map(joined, lax.scan(query_block, None, blocks)[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
-    return _forward_blocks(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes)[0]
+def output(running):
+    """o, and the log of each row's sum; 0 both where a query has seen nothing."""
+    m_BGRT, l_BGRT, o_BGRTV = running
+    some_BGRT = l_BGRT > 0
+    total_BGRT = jnp.where(some_BGRT, l_BGRT, 1)
+    log_sum_BGRT = jnp.where(some_BGRT, m_BGRT + jnp.log(total_BGRT), 0)
+    return o_BGRTV / total_BGRT[..., None], log_sum_BGRT
 
 
-def _forward(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
-    o_BGRTV, log_sum_BGRT = _forward_blocks(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes)
-    return o_BGRTV, (q_BGRTK, k_BGSK, v_BGSV, visibility, o_BGRTV, log_sum_BGRT)
+def see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
+    """Adds to dq what these keys give it, in float32 or wider, and returns theirs: (dq, dk, dv).
 
-
-def _backward(scale, sizes, saved, g_BGRTV):
-    q_BGRTK, k_BGSK, v_BGSV, visibility, o_BGRTV, log_sum_BGRT = saved
+    saved: q, the cotangent of o, each row's log_sum over all its keys, and rowsum(g * o).
+    """
+    q_BGRTK, g_BGRTV, log_sum_BGRT, drop_BGRT = saved
     C, E = sizes
     count = k_BGSK.shape[2] // E
     dtype = q_BGRTK.dtype
-    accumulate = jnp.promote_types(dtype, jnp.float32)
-    drop_BGRT = jnp.sum(g_BGRTV * o_BGRTV, axis=-1)
+    seen_NM = visibility.blocks_seen(C, E)
 
     def query_block(carry, i):
+        *carry, dq_BGRTK = carry
         q_BGRCK, g_BGRCV = _cut(q_BGRTK, i, C), _cut(g_BGRTV, i, C)
         log_sum_BGRC1 = _cut(log_sum_BGRT[..., None], i, C)
         drop_BGRC1 = _cut(drop_BGRT[..., None], i, C)
@@ -145,14 +174,45 @@ def _backward(scale, sizes, saved, g_BGRTV):
             return _add(dk_BGSK, dk_BGEK, j, E), _add(dv_BGSV, dv_BGEV, j, E), dq_BGRCK
 
         first, last = _key_blocks(i, count, visibility, C)
-        nothing_BGRCK = jnp.zeros(q_BGRCK.shape, accumulate)
-        *carry, dq_BGRCK = lax.fori_loop(first, last, key_block, (*carry, nothing_BGRCK))
-        return tuple(carry), dq_BGRCK
+        carry = (*carry, _cut(dq_BGRTK, i, C))
+        *carry, dq_BGRCK = lax.fori_loop(first, last, _where_seen(seen_NM, i, key_block), carry)
+        dq_BGRTK = lax.dynamic_update_slice_in_dim(dq_BGRTK, dq_BGRCK, i * C, axis=3)
+        return (*carry, dq_BGRTK), None
 
-    zeros = tuple(jnp.zeros(z.shape, accumulate) for z in (k_BGSK, v_BGSV))
-    (dk_BGSK, dv_BGSV), dq_NBGRCK = lax.scan(query_block, zeros, jnp.arange(q_BGRTK.shape[3] // C))
-    dq_BGRTK = jnp.moveaxis(dq_NBGRCK, 0, 3).reshape(q_BGRTK.shape)
-    return dq_BGRTK.astype(dtype), dk_BGSK.astype(dtype), dv_BGSV.astype(dtype), None
+    zeros = (jnp.zeros_like(z, dq_BGRTK.dtype) for z in (k_BGSK, v_BGSV))
+    start = (*zeros, dq_BGRTK)
+    (dk_BGSK, dv_BGSV, dq_BGRTK), _ = lax.scan(
+        query_block, start, jnp.arange(q_BGRTK.shape[3] // C)
+    )
+    return dq_BGRTK, dk_BGSK, dv_BGSV
+
+
+def _where_seen(seen_NM, i, key_block):
+    """key_block, left out where no query of block i sees any key."""
+    if seen_NM is None:
+        return key_block
+    return lambda j, carry: lax.cond(seen_NM[i, j], key_block, lambda j, carry: carry, j, carry)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
+    return _forward(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes)[0]
+
+
+def _forward(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
+    running = nothing_seen(q_BGRTK, v_BGSV)
+    running = see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes)
+    o_BGRTV, log_sum_BGRT = kept(output(running))
+    return o_BGRTV, (q_BGRTK, k_BGSK, v_BGSV, visibility, o_BGRTV, log_sum_BGRT)
+
+
+def _backward(scale, sizes, saved, g_BGRTV):
+    q_BGRTK, k_BGSK, v_BGSV, visibility, o_BGRTV, log_sum_BGRT = saved
+    dtype = q_BGRTK.dtype
+    dq_BGRTK = jnp.zeros_like(q_BGRTK, jnp.promote_types(dtype, jnp.float32))
+    saved = q_BGRTK, g_BGRTV, log_sum_BGRT, jnp.sum(g_BGRTV * o_BGRTV, axis=-1)
+    gradients = see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes)
+    return *(z.astype(dtype) for z in gradients), None
 
 
 _attend.defvjp(_forward, _backward)

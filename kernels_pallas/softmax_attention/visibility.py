@@ -65,3 +65,34 @@ class Visibility:
             q_segment_BT=cut(self.q_segment_BT, first_query, queries),
             kv_segment_BS=cut(self.kv_segment_BS, first_key, keys),
         )
+
+    def blocks_seen(self, queries: int, keys: int) -> jax.Array | None:
+        """Which blocks of so many queries and keys hold a pair that may see each other, (N, M); None where `aligned`.
+
+        From ranges of positions and of documents, so a block that is called seen may hold none.
+        """
+        if self.aligned:
+            return None
+
+        def ranges(x_BT, size, counts=True):
+            x_BNC = x_BT.reshape(x_BT.shape[0], -1, size)
+            most = jnp.iinfo(x_BT.dtype).max
+            low_BN = jnp.min(jnp.where(counts, x_BNC, most), axis=-1)
+            return low_BN, jnp.max(jnp.where(counts, x_BNC, -1 - most), axis=-1)
+
+        filled_BMC = self.kv_position_BS.reshape(self.kv_position_BS.shape[0], -1, keys) >= 0
+        (q_low, q_high) = ranges(self.q_position_BT, queries)
+        (kv_low, kv_high) = ranges(self.kv_position_BS, keys, filled_BMC)
+        seen = jnp.any(filled_BMC, axis=-1)[:, None, :]
+        if self.causal:
+            seen &= kv_low[:, None, :] <= q_high[:, :, None]
+        if self.window is not None:
+            # as sums: a difference with the range of an empty block would overflow
+            seen &= q_low[:, :, None] < jnp.maximum(kv_high, -1)[:, None, :] + self.window
+            seen &= kv_low[:, None, :] - self.window < q_high[:, :, None]
+        if self.q_segment_BT is not None:
+            (q_first, q_last) = ranges(self.q_segment_BT, queries)
+            (kv_first, kv_last) = ranges(self.kv_segment_BS, keys, filled_BMC)
+            seen &= q_first[:, :, None] <= kv_last[:, None, :]
+            seen &= kv_first[:, None, :] <= q_last[:, :, None]
+        return jnp.any(seen, axis=0)

@@ -5,8 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import segments, softmax_attention
-from seqmodels import norms, positions
+from seqmodels import norms, operators, positions
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 
@@ -83,7 +82,7 @@ class Attention(base.Mixer):
         else:
             seen, state = self._extend(state, *new)
             seen["q_positions_BT"] = position_BT
-        o_BTHK = softmax_attention(
+        o_BTHK = operators.softmax_attention(
             q_BTHK, **seen, window=self.window, implementation=self.implementation
         )
         return self.merge_heads(o_BTHK, use_bias=self.use_bias), state
@@ -94,7 +93,7 @@ class Attention(base.Mixer):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.zeros((B, T), jnp.int32)
         # Slots hold tokens of the first token's document only: it has run index 0.
-        run_BT = segments.run_index(segment_ids_BT)
+        run_BT = operators.run_index(segment_ids_BT)
         run_BS = jnp.zeros_like(cache.position_BS)
         old = (cache.k_BSGK, cache.v_BSGK, cache.position_BS, run_BS)
         new = (k_BTGK.astype(self.dtype), v_BTGK.astype(self.dtype), position_BT, run_BT)

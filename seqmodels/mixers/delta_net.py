@@ -5,10 +5,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import delta_rule
 from seqmodels import norms, short_conv
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
+from seqmodels.operators import delta_rule
 
 
 @flax.struct.dataclass
@@ -77,11 +77,16 @@ class DeltaRuleMixer(base.Mixer):
             self.conv_width, dtype=self.dtype, param_dtype=self.param_dtype, **keywords
         )
 
-    def _project_conv(self, x_BTD, width: int, name: str, segment_ids_BT, tail):
+    def _project_conv(self, x_BTD, width: int, name: str, unit_heads, segment_ids_BT, tail):
+        """unit_heads: heads brought to length 1, or None."""
         z = self.project(x_BTD, width, name)
-        if self.conv_width is None:
-            return nn.silu(z), None
-        return self._conv(name=f"{name}_conv")(z, segment_ids_BT, tail)
+        if self.conv_width is not None:
+            conv = self._conv(l2_norm_heads=unit_heads, name=f"{name}_conv")
+            return conv(z, segment_ids_BT, tail)
+        z = nn.silu(z)
+        if unit_heads is not None:
+            z = norms.l2_norm(z.reshape(*z.shape[:-1], unit_heads, -1)).reshape(z.shape)
+        return z, None
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -90,9 +95,12 @@ class DeltaRuleMixer(base.Mixer):
         if state is None:
             state = self.init_state(B)
         (q, q_tail), (k, k_tail), (v, v_tail) = (
-            self._project_conv(x_BTD, width, name, segment_ids_BT, tail)
-            for width, name, tail in zip(
-                self._tail_widths(), "qkv", (state.q_tail, state.k_tail, state.v_tail)
+            self._project_conv(x_BTD, width, name, unit_heads, segment_ids_BT, tail)
+            for width, name, unit_heads, tail in zip(
+                self._tail_widths(),
+                "qkv",
+                (G, n * G, None),
+                (state.q_tail, state.k_tail, state.v_tail),
             )
         )
         beta = jax.nn.sigmoid(self.project(x_BTD, n * H, "b").astype(jnp.float32))
@@ -101,8 +109,8 @@ class DeltaRuleMixer(base.Mixer):
             log_decay, _ = gates.SoftplusDecay(name="decay", A_min=0.0)(self.project(x_BTD, H, "a"))
         # A token is n steps in time. It decays once, on the first; it is read once, after the last.
         o, S_BHKV = delta_rule(
-            norms.l2_norm(_on_step(q.reshape(B, T, G, K), n, last=True)),
-            norms.l2_norm(k.reshape(B, T * n, G, K)),
+            _on_step(q.reshape(B, T, G, K), n, last=True),
+            k.reshape(B, T * n, G, K),
             v.reshape(B, T * n, H, V),
             beta.reshape(B, T * n, H) * (2.0 if self.allow_neg_eigval else 1.0),
             None if log_decay is None else _on_step(log_decay, n, last=False),
@@ -110,7 +118,7 @@ class DeltaRuleMixer(base.Mixer):
             segment_ids=None if segment_ids_BT is None else jnp.repeat(segment_ids_BT, n, axis=1),
             implementation=self.implementation,
         )
-        o_BTHV = norms.RMSNorm(name="o_norm")(o[:, n - 1 :: n])
+        o_BTHV = norms.RMSNorm(name="o_norm")(o.reshape(B, T, n, H, V)[:, :, n - 1])
         if self.use_gate:
             o_BTHV = o_BTHV * nn.silu(self.project_heads(x_BTD, H, V, "g"))
         return self.merge_heads(o_BTHV), State(S_BHKV, q_tail, k_tail, v_tail)

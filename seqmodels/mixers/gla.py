@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import linear_attention
 from seqmodels import norms
 from seqmodels.mixers import base
+from seqmodels.operators import linear_attention
 
 
 class GLA(base.Mixer):

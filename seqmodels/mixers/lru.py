@@ -5,10 +5,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import diagonal_scan
 from seqmodels import layers
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
+from seqmodels.operators import diagonal_scan
 
 
 @flax.struct.dataclass

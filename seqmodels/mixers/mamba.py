@@ -7,8 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import diagonal_scan, segments
-from seqmodels import layers, short_conv
+from seqmodels import layers, operators, short_conv
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
 
@@ -68,21 +67,32 @@ class Mamba(base.Mixer):
         D_E = layers.gate_parameter(self, "D", nn.initializers.ones, (E,))
 
         dt_BTE = jax.nn.softplus(dt_BTE.astype(jnp.float32) + dt_bias_E[None, None])
-        o_BTE, h_BEK = self._scan(
-            x_BTE, dt_BTE, B_BTK, C_BTK, -jnp.exp(A_log_EK), state.h_BEK, segment_ids_BT
-        )
+        start_BT = jnp.zeros(x_BTD.shape[:2], bool)
+        if segment_ids_BT is not None:
+            start_BT = operators.starts(segment_ids_BT)
+        arrays = {
+            "x_BTE": (x_BTE, "BTD"),
+            "dt_BTE": (dt_BTE, "BTD"),
+            "B_BTK": (B_BTK, "BTK"),
+            "C_BTK": (C_BTK, "BTK"),
+            "A_EK": (-jnp.exp(A_log_EK), "DK"),
+            "start_BT": (start_BT, "BT"),
+            "h_BEK": (state.h_BEK, "BDK"),
+        }
+        o_BTE, h_BEK = operators.on_parts(self._scan, arrays, ("BTD", "BDK"))
         o_BTE = (o_BTE + x_BTE * D_E[None, None]).astype(self.dtype)
         o_BTE = o_BTE * nn.silu(self.project(x_BTD, E, "z"))
         y_BTD = self.project(o_BTE, self.d_model, "o", axes=("heads", "embed"))
         return y_BTD, State(h_BEK, x_tail)
 
-    def _scan(self, x_BTE, dt_BTE, B_BTK, C_BTK, A_EK, h_BEK, segment_ids_BT):
-        """The recurrence, chunk after chunk. A chunk's states are recomputed for its gradient, not kept."""
+    @nn.nowrap
+    def _scan(self, axis_name, x_BTE, dt_BTE, B_BTK, C_BTK, A_EK, start_BT, h_BEK):
+        """The recurrence, chunk after chunk. A chunk's states are recomputed for its gradient, not kept.
+
+        A part of time that others come before is gone through twice: first for its decay and its own state, without outputs.
+        """
         B, T, E = x_BTE.shape
         K = A_EK.shape[1]
-        start_BT = jnp.zeros((B, T), bool)
-        if segment_ids_BT is not None:
-            start_BT = segments.starts(segment_ids_BT)
         C = min(self.chunk_size, T)
         N = math.ceil(T / C)
 
@@ -91,27 +101,42 @@ class Mamba(base.Mixer):
             padded = jnp.pad(z, ((0, 0), (0, N * C - T)) + ((0, 0),) * (z.ndim - 2))
             return jnp.moveaxis(padded.reshape(B, N, C, *z.shape[2:]), 1, 0)
 
-        def one_chunk(h_BEK, inputs):
-            x_BCE, dt_BCE, B_BCK, C_BCK, start_BC = inputs
+        def states(h_BEK, inputs):
+            x_BCE, dt_BCE, B_BCK, _, start_BC = inputs
             decay_BCEK = jnp.exp(dt_BCE[..., None] * A_EK[None, None])
             if self.negative_eigenvalues:
                 decay_BCEK = 2.0 * decay_BCEK - 1.0
             decay_BCEK = jnp.where(start_BC[..., None, None], 0.0, decay_BCEK)
             write_BCEK = (dt_BCE * x_BCE)[..., None] * B_BCK.astype(jnp.float32)[:, :, None]
-            h_BCL, h_BL = diagonal_scan(
+            h_BCL, h_BL = operators.diagonal_scan(
                 write_BCEK.reshape(B, C, E * K),
                 decay_BCEK.reshape(B, C, E * K),
                 initial_state=h_BEK.reshape(B, E * K),
                 implementation=self.implementation,
             )
-            h_BCEK = h_BCL.reshape(B, C, E, K)
-            o_BCE = jnp.einsum("BCEK,BCK->BCE", h_BCEK, C_BCK.astype(jnp.float32))
-            return h_BL.reshape(B, E, K), o_BCE
+            return h_BCL.reshape(B, C, E, K), h_BL.reshape(B, E, K), decay_BCEK
 
-        one_chunk = jax.checkpoint(one_chunk, prevent_cse=False)
+        def without_outputs(carry, inputs):
+            h_BEK, decay_BEK = carry
+            _, h_BEK, decay_BCEK = states(h_BEK, inputs)
+            return (h_BEK, decay_BEK * jnp.prod(decay_BCEK, axis=1)), None
+
+        def one_chunk(h_BEK, inputs):
+            h_BCEK, h_BEK, _ = states(h_BEK, inputs)
+            return h_BEK, jnp.einsum("BCEK,BCK->BCE", h_BCEK, inputs[3].astype(jnp.float32))
+
+        def over_chunks(f, carry):
+            return jax.lax.scan(jax.checkpoint(f, prevent_cse=False), carry, inputs)
+
         inputs = tuple(chunks(z) for z in (x_BTE, dt_BTE, B_BTK, C_BTK, start_BT))
-        h_BEK, o_NBCE = jax.lax.scan(one_chunk, h_BEK, inputs)
-        return jnp.moveaxis(o_NBCE, 0, 1).reshape(B, N * C, E)[:, :T], h_BEK
+        final_BEK = None
+        if axis_name is not None:
+            part = (jnp.zeros_like(h_BEK), jnp.ones_like(h_BEK))
+            (part_BEK, decay_BEK), _ = over_chunks(without_outputs, part)
+            h_BEK, final_BEK = operators.entering_state(axis_name, part_BEK, decay_BEK, h_BEK)
+        last_BEK, o_NBCE = over_chunks(one_chunk, h_BEK)
+        o_BTE = jnp.moveaxis(o_NBCE, 0, 1).reshape(B, N * C, E)[:, :T]
+        return o_BTE, last_BEK if final_BEK is None else final_BEK
 
     def init_state(self, batch):
         E = self.expand * self.d_model

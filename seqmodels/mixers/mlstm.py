@@ -5,8 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import linear_attention, segments
-from seqmodels import norms
+from seqmodels import norms, operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 
@@ -96,7 +95,7 @@ class MLSTM(base.Mixer):
             # to it is 0 but for the share eps / denominator of eps. It is a constant to the backward pass, in all
             # places alike, so that no gradient meets e^-m (large) or a tie of the maximum.
             m_BTH = jax.lax.stop_gradient(stabiliser(log_f_BTH, i_BTH, state.m_BH, segment_ids_BT))
-            previous_BTH = jnp.concatenate([state.m_BH[:, None], m_BTH[:, :-1]], axis=1)
+            previous_BTH = operators.previous(m_BTH, state.m_BH, "BTH")
             log_decay_BTH = log_f_BTH + jax.lax.stop_gradient(previous_BTH) - m_BTH
             # The scan's rounding may leave the decay a hair above 0; its gradient stays 1.
             log_decay_BTH -= jax.lax.stop_gradient(jnp.maximum(log_decay_BTH, 0.0))
@@ -107,7 +106,7 @@ class MLSTM(base.Mixer):
         v_BTHV = self.project_heads(x_BTD, H, V, "v")
         if self.normalize:
             v_BTHV = jnp.concatenate([v_BTHV, jnp.ones_like(v_BTHV[..., :1])], axis=-1)
-        h_BTHV, S_BHKV = linear_attention(
+        h_BTHV, S_BHKV = operators.linear_attention(
             self.project_heads(x_BTD, H, K, "q"),
             self.project_heads(x_BTD, H, K, "k") * i_BTH[..., None].astype(self.dtype),
             v_BTHV,
@@ -141,14 +140,14 @@ def stabiliser(
     """
     a_BTH, b_BTH = log_f_BTH, i_BTH
     if segment_ids_BT is not None:
-        start_BT1 = segments.starts(segment_ids_BT)[..., None]
+        start_BT1 = operators.starts(segment_ids_BT)[..., None]
         a_BTH = jnp.where(start_BT1, -jnp.inf, log_f_BTH)
         b_BTH = jnp.where(start_BT1, jnp.maximum(log_f_BTH, i_BTH), i_BTH)
 
     def compose(first, then):
         return first[0] + then[0], jnp.maximum(first[1] + then[0], then[1])
 
-    a_BTH, b_BTH = jax.lax.associative_scan(compose, (a_BTH, b_BTH), axis=1)
+    a_BTH, b_BTH = operators.associative_scan(compose, (a_BTH, b_BTH), "BTH")
     return jnp.maximum(a_BTH + m_BH[:, None], b_BTH)
 
 

@@ -4,10 +4,10 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from kernels_pallas import linear_attention
 from seqmodels import norms, positions
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
+from seqmodels.operators import linear_attention
 
 
 @flax.struct.dataclass

@@ -5,8 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import diagonal_scan, segments
-from seqmodels import layers, short_conv
+from seqmodels import layers, operators, short_conv
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
 
@@ -68,14 +67,12 @@ class RGLRU(base.Mixer):
         Lambda_E = layers.gate_parameter(self, "Lambda", _decay_init, (E,))
         log_a_BTE = -DECAY_POWER * jax.nn.softplus(Lambda_E)[None, None] * r_BTE
 
-        if segment_ids_BT is None:
-            first_BT = jnp.zeros(x_BTD.shape[:2], bool)
-        else:
-            first_BT = segments.starts(segment_ids_BT)
-        first_BT = first_BT.at[:, 0].set(~state.begun_B)
+        first_BT = (jnp.arange(x_BTD.shape[1]) == 0)[None] & ~state.begun_B[:, None]
+        if segment_ids_BT is not None:
+            first_BT |= operators.starts(segment_ids_BT)
         scale_BTE = sqrt_bounded_gradient(-jnp.expm1(2.0 * log_a_BTE))
         scale_BTE = jnp.where(first_BT[..., None], 1.0, scale_BTE)
-        h_BTE, h_BE = diagonal_scan(
+        h_BTE, h_BE = operators.diagonal_scan(
             scale_BTE * i_BTE * x_BTE,
             log_decay=log_a_BTE,
             initial_state=state.h_BE,

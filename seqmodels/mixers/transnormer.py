@@ -5,10 +5,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import linear_attention
 from seqmodels import feature_maps, norms, positions
 from seqmodels.array_typing import Array, DType
 from seqmodels.mixers import base
+from seqmodels.operators import linear_attention
 
 # Xavier uniform with gain 1/sqrt(2), on q, k and v.
 QKV_INIT = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")

@@ -5,11 +5,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import linear_attention
 from seqmodels import norms, positions
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 from seqmodels.mixers.transnormer import LRPE
+from seqmodels.operators import linear_attention
 
 
 @flax.struct.dataclass

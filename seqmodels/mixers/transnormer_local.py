@@ -5,8 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import segments
-from seqmodels import positions
+from seqmodels import operators, positions
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 from seqmodels.mixers.transnormer import NORMS, OUTPUT_INIT, QKV_INIT, check_choice
@@ -69,23 +68,34 @@ class TransNormerLocal(base.Mixer):
         position_BT = positions.token_positions(B, T, segment_ids_BT, state.next_position_B)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.zeros((B, T), jnp.int32)
-        run_BT = segments.run_index(segment_ids_BT)
+        run_BT = operators.run_index(segment_ids_BT)
         # The slots hold tokens of the first token's document: run 0.
         old = (state.k_BSHK, state.v_BSHK, state.position_BS, jnp.zeros_like(state.position_BS))
         new = (k_BTHK, v_BTHK, position_BT, run_BT)
-        slots = [jnp.concatenate([a, b], axis=1) for a, b in zip(old, new)]
-        o_BTHK = self._attend(q_BTHK, position_BT, run_BT, *slots)
+        arrays = {"q_BTHK": (q_BTHK, "BTHK")}
+        for name, a, b in zip(("k", "v", "position", "run"), old, new):
+            letters = "HK"[: 2 * (a.ndim > 2)]
+            arrays[f"{name}_BS"] = (a, f"BS{letters}")
+            arrays[f"{name}_BT"] = (b, f"BT{letters}")
+        o_BTHK = operators.on_parts(self._attend, arrays, "BTHK")
         o_BTD = NORMS[self.norm](name="o_norm")(o_BTHK.reshape(x_BTD.shape))
         y_BTD = self.merge_heads(o_BTD, use_bias=True, kernel_init=OUTPUT_INIT)
-        k_BSHK, v_BSHK, position_BS, run_BS = (a[:, T:] for a in slots)
+        slots = (jnp.concatenate([a, b], axis=1)[:, T:] for a, b in zip(old, new))
+        k_BSHK, v_BSHK, position_BS, run_BS = slots
         position_BS = jnp.where(run_BS == run_BT[:, -1:], position_BS, -1)
         return y_BTD, State(k_BSHK, v_BSHK, position_BS, position_BT[:, -1] + 1)
 
-    def _attend(self, q_BTHK, position_BT, run_BT, k_BSHK, v_BSHK, position_BS, run_BS):
-        """Documents may start anywhere, so a document's blocks need not meet the chunks the work is cut into: C
+    @nn.nowrap
+    def _attend(self, axis_name, q_BTHK, **slots):
+        """What every token sees, of the slots from before this part of time (*_BS) and of its own (*_BT). Documents may start anywhere, so a document's blocks need not meet the chunks the work is cut into: C
         queries look at their own C slots and the w before them, and a mask keeps those of the same block."""
         B, T, H, K = q_BTHK.shape
         w = self.block_size
+        k_BSHK, v_BSHK, position_BS, run_BS = (
+            operators.with_earlier(axis_name, slots[f"{name}_BS"], slots[f"{name}_BT"])
+            for name in ("k", "v", "position", "run")
+        )
+        position_BT, run_BT = position_BS[:, w:], run_BS[:, w:]
         C = min(w, T)
         N = -(-T // C)
 

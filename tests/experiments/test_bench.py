@@ -303,7 +303,10 @@ def test_published_shapes_are_problems(case):
         ({"op": ["gated"]}, "choose from linear_attention, delta_rule"),
         ({"op": ["delta_rule"], "lengths": ["1k"]}, "'1k' is not a positive integer"),
         ({"op": ["delta_rule"], "lengths": ["0"]}, "'0' is not a positive integer"),
-        ({"op": ["causal_conv"], "implementations": ["cudnnn"]}, "choose from shifted, reference"),
+        (
+            {"op": ["causal_conv"], "implementations": ["cudnnn"]},
+            "choose from pallas_tpu, shifted, reference",
+        ),
         ({"op": ["causal_conv"], "implementations": ["chunked"]}, "has none of chunked"),
         ({"op": ["delta_rule"], "decay": ["scalar"]}, "none, head, token, channel"),
         ({"op": ["delta_rule"], "passes": ["backward"]}, "forward, forward_backward"),

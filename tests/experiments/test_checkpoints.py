@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.checkpoints import Checkpoints, DataPosition, SaveFailed, TrainState
+from experiments.distributed import DataShare
 
 
 class Counter:
@@ -145,12 +146,48 @@ def test_another_model_is_refused_with_the_differing_paths(tmp_path):
     ]
 
 
-def test_a_checkpoint_of_other_processes_says_so(tmp_path):
-    written = Checkpoints(tmp_path)
-    written.save(make_state(1), Counter())
+class Rows(Counter):
+    """A data iterator with an entry for each of its rows, as that of packed text."""
+
+    def __init__(self, rows=()):
+        self.rows = list(rows)
+
+    def get_state(self):
+        return {"step": 7, "row": {"place": self.rows}}
+
+    def set_state(self, state):
+        assert state["step"] == 7
+        self.rows = state["row"]["place"]
+
+
+def test_the_data_position_is_cut_anew_for_another_number_of_processes(tmp_path):
+    """As two processes write it, and one, two or three read it."""
+    shares = [DataShare(i, 2) for i in range(2)]
+    written = Checkpoints(tmp_path, share=shares[0])
+    written.save(make_state(1), Rows([10, 11, 12]))
     written.close()
-    file = tmp_path / "checkpoints" / "1" / "data" / "process_0_of_1.json"
-    assert json.loads(file.read_text()) == {"count": 0}
-    file.rename(file.with_name("process_0_of_2.json"))
-    with pytest.raises(ValueError, match="another number of processes"):
-        Checkpoints(tmp_path).restore(1, abstract_state(), Counter())
+    folder = tmp_path / "checkpoints" / "1" / "data"
+    assert [path.name for path in folder.glob("*.json")] == ["share_0_of_2.json"]
+    with pytest.raises(ValueError, match=r"is not whole: it lacks share_1_of_2\.json"):
+        Checkpoints(tmp_path).restore(1, abstract_state(), Rows())
+    (folder / "share_1_of_2.json").write_text(json.dumps(Rows([13, 14, 15]).get_state()))
+    for count in (1, 2, 3):
+        rows = []
+        for i in range(count):
+            data = Rows()
+            Checkpoints(tmp_path, share=DataShare(i, count)).restore(1, abstract_state(), data)
+            assert len(data.rows) == 6 // count
+            rows += data.rows
+        assert rows == [10, 11, 12, 13, 14, 15]
+    with pytest.raises(ValueError, match="6 does not divide over 4 processes"):
+        Checkpoints(tmp_path, share=DataShare(0, 4)).restore(1, abstract_state(), Rows())
+    (folder / "share_1_of_2.json").write_text(json.dumps({"step": 8, "row": {"place": []}}))
+    with pytest.raises(ValueError, match="disagree on 'step'"):
+        Checkpoints(tmp_path).restore(1, abstract_state(), Rows())
+
+
+def test_processes_that_share_rows_write_their_position_once(tmp_path):
+    written = Checkpoints(tmp_path, share=DataShare(0, 1, first=False))
+    written.save(make_state(1), Counter(1))
+    written.close()
+    assert not any((tmp_path / "checkpoints" / "1" / "data").glob("share*"))

@@ -35,7 +35,7 @@ def saved_params(config, workdir):
     config = loop.resolve(config, make_dataset(config.data, "train"))
     program = steps.build(config, config.data.seq_len, jax.devices()[ONE_DEVICE])
     parts = found.restore_parts(step, program.abstract_state, ("params", "training"))
-    data = (found.path(step) / "data" / "process_0_of_1.json").read_text()
+    data = (found.path(step) / "data" / "share_0_of_1.json").read_text()
     return [np.asarray(leaf) for leaf in jax.tree.leaves(parts)], data
 
 

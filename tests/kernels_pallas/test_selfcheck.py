@@ -318,6 +318,17 @@ def test_other_kinds(monkeypatch):
         with pytest.raises(_Stop):
             kernels_pallas.diagonal_scan(x, jnp.full((2,), decay))
         assert selfcheck.CASES["diagonal_scan"].kind(**seen.pop()) == expected
+    for options, expected in (
+        ({}, "sums"),
+        ({"activation": "silu", "segment_ids": ids}, "silu packed"),
+        ({"activation": "silu", "l2_norm_heads": 1, "segment_ids": ids}, "silu norm packed"),
+    ):
+        with pytest.raises(_Stop):
+            kernels_pallas.causal_conv(x, jnp.ones((4, 2)), **options)
+        kind = selfcheck.CASES["causal_conv"].kind(**seen.pop())
+        assert (
+            kind == (expected, "bfloat16") and expected in selfcheck.CASES["causal_conv"].variants
+        )
     q = x[..., None]
     for options, expected in (
         ({}, "causal"),
@@ -358,7 +369,7 @@ def test_the_programs_table_and_exit_code(kind, capsys):
         "diagonal_scan",  # minutes of compiling for the others
         *(
             pytest.param(x, marks=pytest.mark.exhaustive)
-            for x in ("linear_attention", "delta_rule")
+            for x in ("linear_attention", "delta_rule", "causal_conv")
         ),
     ],
 )
@@ -374,6 +385,7 @@ def test_every_kernel_passes_interpreted(operator):
     "operator, variant",
     [
         ("linear_attention", "head"),
+        ("causal_conv", "silu norm packed"),
         pytest.param("delta_rule", "head", marks=pytest.mark.exhaustive),
     ],
 )

@@ -207,3 +207,16 @@ ENTRY %main (x: f32[1024], y: f32[512]) -> f32[512] {
     read_ahead, in_vmem, negated = 2 * 4 * 512, 2 * 4 * 512, 2 * 4 * 512
     assert tpu_bundles.xla_bytes(hlo) == read_ahead - in_vmem + negated
     assert tpu_bundles.unestimated_bytes(hlo) == negated
+
+
+def test_a_slice_and_an_update_in_place_move_what_they_touch():
+    hlo = """
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0:T(1024)} parameter(0)
+  %zero = s32[] constant(0)
+  %neg = f32[1024]{0:T(1024)} negate(%x)
+  %slice = f32[8]{0:T(1024)} slice(%x), slice={[0:8]}
+  ROOT %update = f32[1024]{0:T(1024)} dynamic-update-slice(%neg, %slice, %zero)
+}
+"""
+    assert tpu_bundles.xla_bytes(hlo) == 2 * 4 * 1024 + 2 * 4 * 8 + 2 * 4 * 8

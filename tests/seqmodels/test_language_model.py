@@ -77,7 +77,7 @@ def test_scan_over_layers_and_remat_change_nothing():
         params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
         want = loss_and_grad(params)
         assert_same_tree(loss_and_grad(params, remat="full"), want)
-        flat = loss_and_grad(unstack(params, 2, 2), scan_layers=False, remat="dots")
+        flat = loss_and_grad(unstack(params, 2, 2), scan_layers=False, remat="operators")
         assert_same_tree(flat, (want[0], unstack(want[1], 2, 2)))
 
 
@@ -135,7 +135,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
         ({"pattern": "attention(num_heads=5)"}, "num_heads 5 must divide d_model 32"),
         ({"norm": "rmsnorm"}, "norm is 'rmsnorm'; choose one of .*rms_norm"),
         ({"channel_mixer": "swish"}, "channel_mixer is 'swish'; choose one of .*swiglu"),
-        ({"remat": "all"}, "remat is 'all'; choose one of none, full, dots"),
+        ({"remat": "all"}, "remat is 'all'; choose one of none, full, operators, dots"),
         ({"norm_position": "before"}, "choose one of pre, post, sandwich"),
         ({"depth": 3}, "no field 'depth'"),
     ],

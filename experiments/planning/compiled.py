@@ -1,0 +1,227 @@
+"""One plan: the training step of a config, compiled for a slice and read."""
+
+import importlib.metadata
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import steps
+from experiments.planning import collectives, estimate, hlo, parts
+from kernels_pallas import tpu_bundles, tpu_compile
+
+Row = dict[str, object]
+GIB = 2**30
+_BATCH = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.float32}
+_TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+
+
+class Case(NamedTuple):
+    """program: what `train` would run on the slice; it has been built, and nothing was compiled."""
+
+    config: ConfigDict
+    where: parts.Slice
+    program: steps.Program
+
+    @property
+    def state_bytes(self) -> Row:
+        """Of parameters and optimizer state on one device."""
+        state = self.program.abstract_state
+        return {
+            "parameters": bytes_a_device(state.params),
+            "optimizer": bytes_a_device(state.opt_state),
+        }
+
+
+class Compiled(NamedTuple):
+    """text: of the optimised program; None where it needs more HBM than there is. memory: XLA's buffers of one device, in bytes;
+    results take the place of the state, which is donated. xla: what XLA counts. kernels: FLOPs of Pallas kernels, by name."""
+
+    text: str | None
+    memory: Row
+    xla: Row
+    kernels: Mapping[str, float]
+    seconds: float
+    processor_seconds: float
+
+
+def plan(case: Case) -> Row:
+    """Compiles the training step, and reads what it needs and does. A step that needs more HBM than there is makes a row too:
+    with `needed_bytes`, and without what a compiled program tells."""
+    return read(case, compile_step(case))
+
+
+def compile_step(case: Case) -> Compiled:
+    """The training step of the case, from tracing to machine code."""
+    config, where, program = case
+    shape = (config.data.batch_size, config.data.seq_len)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
+        for name, dtype in _BATCH.items()
+    }
+    start = time.perf_counter(), time.process_time()
+    with tpu_compile.tracing_for(where.topology):
+        traced = program.train_step.trace(program.abstract_state, batch)
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        kernels = kernel_flops(traced.jaxpr.jaxpr)
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not (found := _TOO_MUCH.search(str(error))):
+            raise
+        executable, text = None, None
+        used, used_unit, limit, limit_unit = found.groups()
+        memory = {"needed": _bytes(used, used_unit), "usable": _bytes(limit, limit_unit)}
+        xla = {}
+    else:
+        text = executable.as_text()
+        memory = _memory(executable.memory_analysis())
+        counted = executable.cost_analysis()
+        xla = {"flops": counted.get("flops"), "bytes": counted.get("bytes accessed")}
+    took = time.perf_counter() - start[0], time.process_time() - start[1]
+    return Compiled(text, memory, xla, kernels, *took)
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
+def _memory(analysis) -> Row:
+    found = {
+        "arguments": analysis.argument_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
+    }
+    peak = getattr(analysis, "peak_memory_in_bytes", None)
+    return found | {"peak": peak, "needed": sum(found.values())}
+
+
+def read(case: Case, step: Compiled) -> Row:
+    """The row of a case: what was asked for, memory, and what the program does."""
+    row = described(case) | {
+        "memory": step.memory,
+        "needed_bytes": step.memory["needed"],
+        "compile_seconds": step.seconds,
+        "compile_cpu_seconds": step.processor_seconds,
+    }
+    if step.text is None:
+        return row | {"usable_bytes": step.memory["usable"]}
+    machine = estimate.Machine(case.where, case.program.batch_sharding.mesh, step.kernels)
+    return row | {"xla": step.xla} | costs(hlo.Program(step.text), machine, row)
+
+
+def described(case: Case) -> Row:
+    """What was asked for, and what is known before compiling."""
+    config, where, program = case
+    mesh = program.batch_sharding.mesh
+    params = program.abstract_state.params
+    embedding = math.prod(params["embed"]["embedding"].shape) if "embed" in params else 0
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    tied = config.model.get("tied_embeddings", True)
+    parallel = config.get("parallel", {})
+    return {
+        "topology": where.topology,
+        "devices": len(where.devices),
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "exchange": parallel.get("exchange") if mesh.shape.get("seq", 1) > 1 else None,
+        "zero": parallel.get("zero", 0),
+        "pattern": config.model.pattern,
+        "remat": config.model.get("remat"),
+        "batch_size": config.data.batch_size,
+        "seq_len": config.data.seq_len,
+        "accumulate": config.train.accumulate,
+        "parameters": parameters,
+        "multiplied_parameters": parameters - (0 if tied else embedding),
+        "state_bytes": case.state_bytes,
+        "hbm_bytes_a_device": where.part.hbm_bytes,
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+
+
+def bytes_a_device(tree) -> int:
+    """Of arrays that say how they are split; what lies in the host's memory is not counted."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if "host" not in (leaf.sharding.memory_kind or "")
+    )
+
+
+def costs(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
+    """Costs, collectives and the estimate of a compiled step."""
+    where = machine.where
+    talk = [c for v in text.visits() if (c := collectives.of(v, text, machine.mesh, where))]
+    cost = estimate.cost(text, machine)
+    tokens = row["batch_size"] * row["seq_len"]
+    peak = where.part.bf16_flops_per_second * row["devices"]
+    useful = 6 * row["multiplied_parameters"] * tokens
+    cycles = cost.compiler_cycles / where.part.clock_hz if where.part.clock_hz else None
+    return {
+        "flops": cost.flops,
+        "kernel_flops": cost.kernel_flops,
+        "hbm_bytes": cost.hbm_bytes,
+        "loops_counted_once": text.unknown_loops,
+        "model_flops": useful,
+        "loops_once": {
+            "flops": sum(hlo.flops(text, visit) for visit in text.visits()),
+            "bytes": sum(
+                estimate.hbm_bytes(text, visit.computation, visit.instruction)
+                for visit in text.visits()
+                if not visit.fused
+            ),
+        },
+        "collectives": collectives.grouped(talk),
+        "estimate": {
+            "seconds": cost.seconds,
+            "compute_seconds": cost.compute_seconds,
+            "communication_seconds": cost.communication_seconds,
+            "waiting_seconds": cost.waiting_seconds,
+            "floor_seconds": max(
+                cost.flops * row["devices"] / peak,
+                cost.hbm_bytes / where.part.hbm_bytes_per_second,
+                cost.communication_seconds,
+            ),
+            "compiler_seconds": cycles,
+            "tokens_per_second": tokens / cost.seconds,
+            "mfu": useful / peak / cost.seconds,
+        },
+    }
+
+
+def kernel_flops(jaxpr) -> Mapping[str, float]:
+    """FLOPs of the dots of every Pallas kernel, over its grid, by the name it was given. On one device's arrays."""
+    found = {}
+    for call in tpu_bundles.pallas_calls(jaxpr):
+        steps_of_grid = math.prod(call.params["grid_mapping"].grid)
+        name = re.sub(r"\W", "_", str(call.params["name"]))
+        found[name] = steps_of_grid * _dots(call.params["jaxpr"])
+    return found
+
+
+def _dots(jaxpr) -> float:
+    """Of a kernel's body: loops as often as they go round, a branch as if taken."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            left = equation.invars[0].aval.shape
+            summed = params["dimension_numbers"][0][0]
+            total += (
+                2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in summed)
+            )
+            continue
+        inner = [
+            getattr(value, "jaxpr", value)
+            for value in jax.tree.leaves(
+                list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            )
+        ]
+        total += params.get("length", 1) * sum(_dots(j) for j in inner if hasattr(j, "eqns"))
+    return total

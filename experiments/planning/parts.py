@@ -1,0 +1,133 @@
+"""What a plan takes TPU slices to be: peak, memory and links of each part, with where each number is from.
+
+A device is what JAX calls one: a chip, and on tpu7x half of one. `tpu_compile.PARTS` has its HBM, HBM bandwidth and peak.
+
+Links (ICI): every chip has two a dimension of its torus. Google publishes the bytes a second that all of a chip's links move
+in both directions together:
+
+    v5e     400 GB/s, 2D   https://docs.cloud.google.com/tpu/docs/v5e
+    v6e     800 GB/s, 2D   https://docs.cloud.google.com/tpu/docs/v6e  (3200 Gbps one way; 800 GB/s in tpu7x's table)
+    v5p    1200 GB/s, 3D   https://docs.cloud.google.com/tpu/docs/v5p
+    tpu7x  1200 GB/s, 3D   https://docs.cloud.google.com/tpu/docs/tpu7x
+
+which is 50, 100, 100 and 100 GB/s a link and direction. "How to Scale Your Model" (https://jax-ml.github.io/scaling-book/tpus,
+chapter 2) plans with 45, 90 and 90 of these for v5e, v5p and v6e, about 1 microsecond a hop, and no ring in a dimension that does
+not close: on v5e and v6e one of fewer than 16 chips, on v5p (and, we take it, tpu7x) any of a slice whose shape is not made of
+cubes of 4 x 4 x 4. So do we.
+"""
+
+import math
+from typing import NamedTuple
+
+from kernels_pallas import tpu_compile
+
+LINK_EFFICIENCY = 0.9
+HOP_SECONDS = 1e-6
+# Slices to name where one is unknown. libtpu takes more shapes than Google rents out; these are rented out.
+KNOWN = {
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
+    "tpu7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+}
+
+
+class Links(NamedTuple):
+    """chip_bytes_per_second: of all of a chip's links, both ways. devices: of a chip, that share them."""
+
+    chip_bytes_per_second: float
+    dimensions: int
+    devices: int = 1
+
+    @property
+    def bytes_per_second(self) -> float:
+        """One way, over one link, of each of the chip's devices."""
+        return LINK_EFFICIENCY * self.chip_bytes_per_second / (4 * self.dimensions * self.devices)
+
+
+LINKS = {
+    "v5e": Links(400e9, 2),
+    "v6e": Links(800e9, 2),
+    "v5p": Links(1200e9, 3),
+    "tpu7x": Links(1200e9, 3, devices=2),
+}
+
+
+class Slice(NamedTuple):
+    """A slice's devices, in the order that libtpu lists them, and their places."""
+
+    topology: str
+    devices: list
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return tpu_compile.part_of(self.topology)
+
+    @property
+    def part(self) -> tpu_compile.Part:
+        return tpu_compile.PARTS[self.name]
+
+    @property
+    def links(self) -> Links:
+        return LINKS[self.name]
+
+    def closes(self, dimension: int) -> bool:
+        """Whether the chips along a dimension of the torus form a ring."""
+        if self.links.dimensions == 2:
+            return self.shape[dimension] == 16
+        return all(size % 4 == 0 for size in self.shape)
+
+
+def find(topology: str) -> Slice:
+    """The slice called so, such as 'v5p:4x4x8'.
+
+    Raises:
+      ValueError: libtpu has no such slice; the usual ones are listed.
+      ImportError: libtpu is not installed.
+    """
+    part = tpu_compile.part_of(topology)
+    try:
+        devices = tpu_compile.devices(topology)
+    except ValueError as error:
+        raise ValueError(
+            f"libtpu has no slice {topology!r}; {part} comes in {', '.join(KNOWN[part])}"
+        ) from error
+    coordinates = [device.coords for device in devices]
+    shape = tuple(1 + max(c) - min(c) for c in zip(*coordinates))[: LINKS[part].dimensions]
+    return Slice(topology, devices, shape)
+
+
+def hops(where: Slice, a, b) -> int:
+    """Links between two devices, the shorter way round where a dimension closes."""
+    apart = 0
+    for dimension, size in enumerate(where.shape):
+        steps = abs(a.coords[dimension] - b.coords[dimension])
+        apart += min(steps, size - steps) if where.closes(dimension) else steps
+    return apart
+
+
+def group_bandwidth(where: Slice, group: list) -> tuple[float, int]:
+    """(bytes a second that a device of the group receives from the others, hops to the farthest), when all groups of a mesh axis
+    are at it at once.
+
+    group: devices. In every dimension of the torus in which the group extends, it has one link, or two where it is the whole
+    of a ring; with other groups' chips between its own they share the links. A group that is no box of chips gets one link.
+    """
+    link = where.links.bytes_per_second
+    places = sorted({tuple(device.coords) for device in group})
+    if len(places) == 1:  # devices of one chip, whose connection is faster than any link
+        return link * 2 * where.links.dimensions, 1
+    links, far, box = 0.0, 0, 1
+    for dimension, size in enumerate(where.shape):
+        along = sorted({place[dimension] for place in places})
+        box *= len(along)
+        if len(along) == 1:
+            continue
+        stride = math.gcd(*(b - a for a, b in zip(along, along[1:])))
+        ring = where.closes(dimension) and stride * len(along) == size
+        links += (2 if ring else 1) / stride
+        far += (len(along) * stride) // 2 if ring else along[-1] - along[0]
+    if box != len(places):
+        links = min(links, 1.0)
+    return link * links, far

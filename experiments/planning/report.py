@@ -1,0 +1,213 @@
+"""A plan for people: tables, JSON, and pictures."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from experiments.benchmarks.report import markdown_table, text_table
+from experiments.planning import cases, compiled
+
+Row = compiled.Row
+NOTE = (
+    "Compiled programs, read; nothing was run. Memory is XLA's own, of one device. FLOPs (of matrix products), HBM bytes and "
+    "collectives are counted in the compiled program, loops as often as they run; XLA's own count takes a loop's body once and "
+    "nothing of a Pallas kernel. Time is a model (experiments/planning/estimate.py): operations one after the other, each at "
+    "peak, at HBM bandwidth or as the compiler estimates it; Pallas kernels at half of peak; collectives at 0.9 of the links' "
+    "published rate, hidden only where the compiler made them asynchronous. It orders meshes, and is too low by all that "
+    "stalls. MFU counts 6 FLOPs a parameter and token, without the embedding's and the recurrence's."
+)
+
+
+def name(row: Row) -> str:
+    """Of a case, short enough for a table or an axis."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items()) or "1 device"
+    return f"{mesh} {row['exchange']}" if row["exchange"] else mesh
+
+
+def line(row: Row) -> Row:
+    """A row of the table of plans."""
+    estimate, state = row.get("estimate", {}), row["state_bytes"]
+    tokens = row["batch_size"] * row["seq_len"]
+
+    def scaled(value, by):
+        return None if value is None else value / by
+
+    return {
+        "topology": row["topology"],
+        "mesh": name(row),
+        "batch": row["batch_size"],
+        "T": row["seq_len"],
+        "state GiB": sum(state.values()) / compiled.GIB,
+        "needed GiB": row["needed_bytes"] / compiled.GIB,
+        "of": f"{cases.usable_bytes(row) / compiled.GIB:.0f}",
+        "TFLOP": scaled(row.get("flops"), 1e12),
+        "HBM GB": scaled(row.get("hbm_bytes"), 1e9),
+        "received GB": scaled(received(row), 1e9),
+        "step s": estimate.get("seconds"),
+        "compute": estimate.get("compute_seconds"),
+        "collectives": estimate.get("communication_seconds"),
+        "waits": estimate.get("waiting_seconds"),
+        "ns a token and device": scaled(estimate.get("seconds"), 1e-9 * tokens / row["devices"]),
+        "MFU %": scaled(estimate.get("mfu"), 0.01),
+        "": "fits" if not cases.advice(row) else "DOES NOT FIT",
+    }
+
+
+def rank(row: Row) -> tuple:
+    """For sorting: what fits, the most tokens a second first."""
+    return bool(cases.advice(row)), -row.get("estimate", {}).get("tokens_per_second", 0.0)
+
+
+def received(row: Row) -> float | None:
+    """Bytes a device gets from others in a step."""
+    if "collectives" not in row:
+        return None
+    return sum(c["bytes received"] for c in row["collectives"])
+
+
+def collective_lines(row: Row) -> list[Row]:
+    return [
+        {
+            "kind": c["kind"],
+            "axes": c["axes"],
+            "devices": c["devices"],
+            "times a step": c["times a step"],
+            "MB received": c["bytes received"] / 1e6,
+            "ms": 1e3 * c["seconds"],
+        }
+        for c in row.get("collectives", [])
+    ]
+
+
+def text(row: Row) -> str:
+    """One plan, for the terminal."""
+    memory, estimate = row.get("memory", {}), row.get("estimate")
+    head = f"{row['topology']} ({row['devices']} devices), {name(row)}, batch {row['batch_size']} x {row['seq_len']}"
+    parts = [
+        f"{head}: {row['parameters']:,} parameters. Compiled in {row['compile_seconds']:.0f} s "
+        f"({row['compile_cpu_seconds']:.0f} s of processor time).",
+        "GiB a device: "
+        + ", ".join(
+            f"{k} {v / compiled.GIB:.2f}"
+            for k, v in (row["state_bytes"] | memory).items()
+            if v is not None
+        ),
+    ]
+    if estimate:
+        once, xla = row["loops_once"], row["xla"]
+        parts += [
+            f"TFLOP a device and step: {row['flops'] / 1e12:.2f}, of which in Pallas kernels {row['kernel_flops'] / 1e12:.2f} "
+            f"(loops once, without kernels: {once['flops'] / 1e12:.2f}; XLA, with element by element: {xla['flops'] / 1e12:.2f}). "
+            f"HBM GB: {row['hbm_bytes'] / 1e9:.1f} (loops once: {once['bytes'] / 1e9:.1f}; XLA: {xla['bytes'] / 1e9:.1f}).",
+            text_table(collective_lines(row)) if row["collectives"] else "no collectives",
+            f"step {estimate['seconds']:.3g} s: {estimate['compute_seconds']:.3g} s of operations, "
+            f"{estimate['communication_seconds']:.3g} s of collectives, {estimate['waiting_seconds']:.3g} s of them waited for; "
+            f"not under {estimate['floor_seconds']:.3g} s. {estimate['tokens_per_second']:,.0f} tokens a second, "
+            f"MFU {100 * estimate['mfu']:.0f}%."
+            + (
+                f" The compiler's own cycles for operations outside kernels: {estimate['compiler_seconds']:.3g} s."
+                if estimate["compiler_seconds"]
+                else ""
+            ),
+        ]
+        if row["loops_counted_once"]:
+            names = ", ".join(row["loops_counted_once"])
+            parts.append(f"Too low: the program does not say how often these loops run: {names}.")
+    return "\n".join([*parts, cases.verdict(row)])
+
+
+def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> None:
+    """Puts plans into the folder's plan.json, in place of older ones of the same case, and writes all of them as tables.md,
+    memory.png and, of several numbers of devices, scaling.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "plan.json"
+    old = json.loads(path.read_text())["plans"] if path.exists() else []
+    kept = {_key(row): row for row in old} | {_key(row): row | {"command": command} for row in new}
+    rows = sorted(kept.values(), key=_order)
+    path.write_text(json.dumps({"plans": rows, "left_out": left_out}, indent=1) + "\n")
+    parts = ["# Plan", NOTE, markdown_table([line(row) for row in rows])]
+    parts += ["Not compiled:\n\n" + "\n".join(f"- {why}" for why in left_out)] if left_out else []
+    for row in rows:
+        title = f"## {row['topology']}, {name(row)}, batch {row['batch_size']} x {row['seq_len']}"
+        parts += [title, f"`{row['command']}`", f"```\n{text(row)}\n```"]
+    (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
+    memory_bars(rows, folder / "memory.png")
+    if len({row["devices"] for row in rows if "estimate" in row}) > 1:
+        scaling(rows, folder / "scaling.png")
+
+
+_CASE = ("devices", "topology", "seq_len", "batch_size", "mesh", "exchange", "zero", "pattern", "remat", "accumulate")  # fmt: skip
+
+
+def _key(row: Row) -> str:
+    """What makes a plan the same as another."""
+    return json.dumps([row[field] for field in _CASE])
+
+
+def _order(row: Row) -> tuple:
+    return row["devices"], row["seq_len"], row["batch_size"], _key(row)
+
+
+def memory_bars(rows: list[Row], path: Path) -> None:
+    """What of a device's HBM goes where, a bar a plan."""
+    figure, axes = plt.subplots(figsize=(3.5 + 0.7 * len(rows), 4.5), layout="constrained")
+    bottom = [0.0] * len(rows)
+    for what in ("parameters", "optimizer", "other"):
+        heights = []
+        for row in rows:
+            state = row["state_bytes"]
+            other = row["needed_bytes"] - sum(state.values())
+            heights.append((state | {"other": other})[what] / compiled.GIB)
+        label = "activations, gradients, batch" if what == "other" else what
+        axes.bar(range(len(rows)), heights, bottom=bottom, label=label)
+        bottom = [a + b for a, b in zip(bottom, heights)]
+    for i, row in enumerate(rows):
+        limit = cases.usable_bytes(row) / compiled.GIB
+        axes.plot(
+            [i - 0.45, i + 0.45], [limit, limit], color="black", label="HBM" if i == 0 else None
+        )
+    labels = [
+        f"{row['topology']}\n{name(row)}\n{row['batch_size']} x {row['seq_len']}" for row in rows
+    ]
+    axes.set_xticks(range(len(rows)), labels, fontsize=6, rotation=45, ha="right")
+    axes.set(ylabel="GiB a device")
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def scaling(rows: list[Row], path: Path) -> None:
+    """Estimated time a token and device, and the collectives' share of it, over devices; a curve for each exchange."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    rows = [row for row in rows if "estimate" in row]
+    for i, exchange in enumerate(dict.fromkeys(row["exchange"] for row in rows)):
+        here = [row for row in rows if row["exchange"] == exchange]
+        x = [row["devices"] for row in here]
+        look = {"color": f"C{i}", "marker": "o", "markersize": 4}
+        label = exchange or "no seq axis"
+        left.plot(x, [line(row)["ns a token and device"] for row in here], label=label, **look)
+        for what, style in (("waiting", "-"), ("communication", ":")):
+            shares = [
+                100 * r["estimate"][f"{what}_seconds"] / r["estimate"]["seconds"] for r in here
+            ]
+            right.plot(x, shares, style, label=f"{label}, {_WORDS[what]}", **look)
+    left.set(ylabel="estimated ns a token and device", ylim=(0, None))
+    right.set(ylabel="collectives, % of the step", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="devices")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+_WORDS = {"waiting": "waited for", "communication": "all, hidden or not"}
+
+
+def _save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

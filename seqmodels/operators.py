@@ -1,0 +1,369 @@
+"""The operators of `kernels_pallas` on whatever mesh is in scope, with their names and signatures, and what else moves along time.
+
+Without a mesh they are the plain ones. Inside `sharding.scope` each runs under `jax.shard_map` on its device's rows, time and
+heads: the compiler cannot partition a kernel, and would gather a sequence to scan it. Where time is split, the parts exchange
+states as `sharding.Options.exchange` says (`kernels_pallas.sequence_parallel`). A size that its mesh axes do not divide, such
+as one row or one token in decoding, stays whole on every device; heads must divide.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+import kernels_pallas
+from kernels_pallas import exchanges, sequence_parallel
+from seqmodels import sharding
+from seqmodels.array_typing import Array
+
+
+def on_parts(function: Callable, arrays: dict[str, tuple[Any, str]], results: Any) -> Any:
+    """function(axis_name, **arrays) on each device's part of the arrays; the plain call, with axis_name None, without a mesh.
+
+    arrays: by name, each with a letter an axis: B, T, H (heads) and D (channels of heads) are split, the others are not. A
+      letter stands for one size. Arrays may be None.
+    results: the letters of what is returned, a pytree of strings. A result that has no T is the same on all parts of time.
+    axis_name: the mesh axis that time is split over, or None.
+    """
+    values = {name: value for name, (value, _) in arrays.items()}
+    axes = _axes(arrays)
+    if axes is None:
+        return function(None, **values)
+
+    def spec(letters):
+        return PartitionSpec(*(axes.get(letter) for letter in letters))
+
+    local = functools.partial(function, axes.get("T"))
+    return jax.shard_map(
+        lambda values: local(**values),
+        in_specs=({name: spec(letters) for name, (_, letters) in arrays.items()},),
+        out_specs=jax.tree.map(spec, results),
+        check_vma=False,
+    )(values)
+
+
+def _axes(arrays) -> dict[str, Any] | None:
+    """Which mesh axes split each letter; None where there is no mesh."""
+    if not sharding.sizes():
+        return None
+    lengths = {}
+    for value, letters in arrays.values():
+        if value is not None:
+            lengths |= zip(letters, value.shape)
+    axes = {letter: sharding.axes_of(letter, length) for letter, length in lengths.items()}
+    for letter, what in (("H", "heads"), ("D", "channels")):
+        if letter in lengths:
+            _split_heads(lengths[letter], what)
+    single = {letter: names[0] for letter, names in axes.items() if len(names) == 1}
+    return {letter: names for letter, names in axes.items() if names} | single
+
+
+def _split_heads(heads: int, what: str = "heads") -> int:
+    """How many of them a device has. Raises ValueError where they do not divide."""
+    ways = sharding.sizes().get(sharding.HEAD_AXIS, 1)
+    if heads % ways:
+        raise ValueError(
+            f"{heads} {what} cannot be split over mesh axis {sharding.HEAD_AXIS!r}: {heads} is not divisible by {ways}"
+        )
+    return heads // ways
+
+
+def _operator(name: str, arrays, results, *, choices=sharding.EXCHANGES, **keywords):
+    """The operator `name`, or its sequence-parallel form where time is split; `choices` are the exchanges it knows."""
+
+    def local(axis_name, **values):
+        if axis_name is None:
+            return getattr(kernels_pallas, name)(**values, **keywords)
+        how = {"axis_name": axis_name}
+        if choices:
+            exchange = sharding.options().exchange
+            how["exchange"] = exchange if exchange in choices else choices[0]
+        return getattr(sequence_parallel, name)(**values, **keywords, **how)
+
+    return on_parts(local, arrays, results)
+
+
+def _log_decay(log_decay: Array | None) -> tuple[Array | None, str]:
+    if log_decay is None:
+        return None, ""
+    return log_decay, "H" if log_decay.ndim == 1 else "BTHK"[: log_decay.ndim]
+
+
+def _key_heads(x_BTGK: Array, v_BTHV: Array) -> Array:
+    """Heads that several of v's share, copied where that lets them be split as v's are."""
+    G, H = x_BTGK.shape[2], v_BTHV.shape[2]
+    ways = math.lcm(G, sharding.sizes().get(sharding.HEAD_AXIS, 1))
+    if ways > G and H % ways == 0:
+        x_BTGK = jnp.repeat(x_BTGK, ways // G, axis=2)
+    return x_BTGK
+
+
+def linear_attention(
+    q_BTHK: Array,
+    k_BTHK: Array,
+    v_BTHV: Array,
+    log_decay: Array | None = None,
+    *,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+    **keywords,
+) -> tuple[Array, Array]:
+    """`kernels_pallas.linear_attention`; keywords are its scale, chunk_size and implementation."""
+    arrays = {
+        "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
+        "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
+        "v_BTHV": (v_BTHV, "BTHV"),
+        "log_decay": _log_decay(log_decay),
+        "initial_state": (initial_state, "BHKV"),
+        "segment_ids": (segment_ids, "BT"),
+    }
+    return _operator("linear_attention", arrays, ("BTHV", "BHKV"), **keywords)
+
+
+def delta_rule(
+    q_BTHK: Array,
+    k_BTHK: Array,
+    v_BTHV: Array,
+    beta_BTH: Array,
+    log_decay: Array | None = None,
+    *,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+    **keywords,
+) -> tuple[Array, Array]:
+    """`kernels_pallas.delta_rule`; keywords are its scale, chunk_size and implementation."""
+    arrays = {
+        "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
+        "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
+        "v_BTHV": (v_BTHV, "BTHV"),
+        "beta_BTH": (beta_BTH, "BTH"),
+        "log_decay": _log_decay(log_decay),
+        "initial_state": (initial_state, "BHKV"),
+        "segment_ids": (segment_ids, "BT"),
+    }
+    return _operator("delta_rule", arrays, ("BTHV", "BHKV"), **keywords)
+
+
+def diagonal_plus_low_rank(
+    q_BTHK: Array,
+    k_BTHK: Array,
+    v_BTHV: Array,
+    a_BTHK: Array,
+    b_BTHK: Array,
+    log_decay: Array | None = None,
+    *,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+    **keywords,
+) -> tuple[Array, Array]:
+    """`kernels_pallas.diagonal_plus_low_rank`; keywords are its scale, chunk_size and implementation."""
+    arrays = {
+        "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
+        "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
+        "v_BTHV": (v_BTHV, "BTHV"),
+        "a_BTHK": (a_BTHK, "BTHK"),
+        "b_BTHK": (b_BTHK, "BTHK"),
+        "log_decay": _log_decay(log_decay),
+        "initial_state": (initial_state, "BHKV"),
+        "segment_ids": (segment_ids, "BT"),
+    }
+    return _operator("diagonal_plus_low_rank", arrays, ("BTHV", "BHKV"), **keywords)
+
+
+def diagonal_scan(
+    x_BTD: Array,
+    decay_BTD: Array | None = None,
+    *,
+    log_decay: Array | None = None,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+    **keywords,
+) -> tuple[Array, Array]:
+    """`kernels_pallas.diagonal_scan`; keywords are its reverse and implementation."""
+
+    def letters(decay):
+        return "D" if decay is not None and decay.ndim == 1 else "BTD"
+
+    arrays = {
+        "x_BTD": (x_BTD, "BTD"),
+        "decay_BTD": (decay_BTD, letters(decay_BTD)),
+        "log_decay": (log_decay, letters(log_decay)),
+        "initial_state": (initial_state, "BD"),
+        "segment_ids": (segment_ids, "BT"),
+    }
+    return _operator("diagonal_scan", arrays, ("BTD", "BD"), **keywords)
+
+
+def causal_conv(
+    x_BTD: Array,
+    w: Array,
+    *,
+    bias: Array | None = None,
+    l2_norm_heads: int | None = None,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+    **keywords,
+) -> tuple[Array, Array]:
+    """`kernels_pallas.causal_conv`; keywords are its activation, eps and implementation."""
+    arrays = {
+        "x_BTD": (x_BTD, "BTD"),
+        "w": (w, "ID"),
+        "bias": (bias, "D"),
+        "initial_state": (initial_state, "BID"),
+        "segment_ids": (segment_ids, "BT"),
+    }
+    if l2_norm_heads is not None:  # each device has whole heads
+        l2_norm_heads = _split_heads(l2_norm_heads)
+    return _operator(
+        "causal_conv", arrays, ("BTD", "BID"), choices=(), l2_norm_heads=l2_norm_heads, **keywords
+    )
+
+
+def softmax_attention(
+    q_BTHK: Array,
+    k_BTGK: Array,
+    v_BTGV: Array,
+    *,
+    segment_ids: Array | None = None,
+    kv_segment_ids_BS: Array | None = None,
+    q_positions_BT: Array | None = None,
+    kv_positions_BS: Array | None = None,
+    **keywords,
+) -> Array:
+    """`kernels_pallas.softmax_attention`; keywords are its window, causal, scale and implementation.
+
+    Where positions are given, keys are slots of a cache, of which every part of time has all.
+    """
+    cache = {
+        "kv_segment_ids_BS": (kv_segment_ids_BS, "BS"),
+        "q_positions_BT": (q_positions_BT, "BQ"),
+        "kv_positions_BS": (kv_positions_BS, "BS"),
+    }
+    by_index = not any(value is not None for value, _ in cache.values())
+    time, slots = ("T", "T") if by_index and q_BTHK.shape[1] == k_BTGK.shape[1] else ("Q", "S")
+    arrays = {
+        "q_BTHK": (q_BTHK, f"B{time}HK"),
+        "k_BTGK": (_key_heads(k_BTGK, q_BTHK), f"B{slots}GK"),
+        "v_BTGV": (_key_heads(v_BTGV, q_BTHK), f"B{slots}GV"),
+        "segment_ids": (segment_ids, f"B{time}"),
+    }
+    return _operator(
+        "softmax_attention",
+        arrays if by_index else arrays | cache,
+        f"B{time}HV",
+        choices=("all_gather", "ring"),
+        **keywords,
+    )
+
+
+def associative_scan(compose: Callable, elements: Any, letters: str) -> Any:
+    """`lax.associative_scan` over time: what each token's element and all before it compose to.
+
+    elements: a pytree of arrays, each with `letters`. compose: (first, then) -> both, on such pytrees; it broadcasts.
+    """
+    leaves, structure = jax.tree.flatten(elements)
+
+    def local(axis_name, **leaves):
+        elements = jax.tree.unflatten(structure, [leaves[name] for name in arrays])
+        if axis_name is None:
+            return lax.associative_scan(compose, elements, axis=1)
+        return sequence_parallel.associative_scan(compose, elements, axis_name=axis_name)
+
+    arrays = {f"leaf_{i}": (leaf, letters) for i, leaf in enumerate(leaves)}
+    return on_parts(local, arrays, jax.tree.unflatten(structure, [letters] * len(leaves)))
+
+
+def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> Array:
+    """x_{t-1} of every token, and `first_B` (None: x itself) of the first."""
+
+    def local(axis_name, x_BT, first_B):
+        first_B1 = x_BT[:, :1] if first_B is None else first_B[:, None]
+        if axis_name is None:
+            return jnp.concatenate([first_B1, x_BT[:, :-1]], axis=1)
+        return sequence_parallel.shift(x_BT, initial_state=first_B1, axis_name=axis_name)
+
+    arrays = {"x_BT": (x_BT, letters), "first_B": (first_B, letters.replace("T", ""))}
+    return on_parts(local, arrays, letters)
+
+
+def starts(segment_ids_BT: Array) -> Array:
+    """`kernels_pallas.segments.starts`: True where a token begins a new document; the first token does not."""
+    return segment_ids_BT != previous(segment_ids_BT)
+
+
+def run_index(segment_ids_BT: Array) -> Array:
+    """`kernels_pallas.segments.run_index`: equal for two tokens iff one document holds both."""
+    return associative_scan(jnp.add, starts(segment_ids_BT).astype(jnp.int32), "BT")
+
+
+def positions(segment_ids_BT: Array) -> Array:
+    """`kernels_pallas.segments.positions`: index of each token within its document, the row's first from 0."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    start_index_BT = jnp.where(starts(segment_ids_BT), index_T[None], 0)
+    return index_T[None] - associative_scan(jnp.maximum, start_index_BT, "BT")
+
+
+def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
+    """Inside `on_parts`, elementwise: the state that enters this part of time, and the one after the last part.
+
+    A part makes decay * S + state of what enters it; `initial` enters the first. All are (B, ..., V).
+    """
+    exchange = sharding.options().exchange
+    blocks = exchanges.check_blocks("entering_state", exchange, None, state.shape[-1])
+    form = exchanges.Form(exchange, exchanges.Ranks(axis_name), blocks)
+    return exchanges.entering(form, state, decay, initial=initial)
+
+
+def with_earlier(axis_name, old_BS, x_BT) -> Array:
+    """Inside `on_parts`: [the S tokens before this part of time, x_BT]. `old_BS` come before the first part."""
+    if axis_name is not None:
+        old_BS = exchanges.before(exchanges.Ranks(axis_name), x_BT, old_BS.shape[1], old_BS)
+    return jnp.concatenate([old_BS, x_BT], axis=1)
+
+
+def embedding(table_WD: Array, tokens_BT: Array) -> Array:
+    """The rows of the table, (B, T, D); words are split, and each device looks up its own."""
+    words = sharding.axes_of("W", table_WD.shape[0])
+
+    def local(_, table_WE, tokens_BT):
+        if not words:
+            return jnp.take(table_WE, tokens_BT, axis=0)
+        W = table_WE.shape[0]
+        row_BT = tokens_BT - W * lax.axis_index(words)
+        here_BT = (row_BT >= 0) & (row_BT < W)
+        x_BTE = jnp.take(table_WE, jnp.where(here_BT, row_BT, 0), axis=0)
+        return lax.psum(jnp.where(here_BT[..., None], x_BTE, 0), words)
+
+    arrays = {"table_WE": (table_WD, "WE"), "tokens_BT": (tokens_BT, "BT")}
+    return on_parts(local, arrays, "BTE")
+
+
+def linear_cross_entropy(
+    x_BTD: Array, matrix: Array, targets_BT: Array, *, layout: str = "WD", **keywords
+) -> tuple[Array, kernels_pallas.TokenDetails]:
+    """`kernels_pallas.linear_cross_entropy` with details; tokens and words are split, and no logits or sums of them gathered."""
+    time = "t" if sharding.axes_of("t", x_BTD.shape[1]) else "T"
+    arrays = {
+        "x_BTD": (x_BTD, f"B{time}E"),
+        "matrix": (matrix, layout.replace("D", "E")),
+        "targets_BT": (targets_BT, f"B{time}"),
+    }
+    words = sharding.axes_of("W", matrix.shape[layout.index("W")])
+
+    def local(_, **arrays):
+        return kernels_pallas.linear_cross_entropy(
+            **arrays,
+            layout=layout,
+            words_axis=words[0] if words else None,
+            details=True,
+            **keywords,
+        )
+
+    token = f"B{time}"
+    details = kernels_pallas.TokenDetails(*[token] * len(kernels_pallas.TokenDetails._fields))
+    return on_parts(local, arrays, (token, details))

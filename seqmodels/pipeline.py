@@ -1,0 +1,260 @@
+"""A pipeline over the mesh axis `pipe`: each of its devices holds consecutive layers, and microbatches pass through them.
+
+GPipe (arXiv 1811.06965): with P stages and M microbatches, the program is one loop of M + P - 1 turns. In each turn all stages
+run at once, each on another microbatch, and then hand their results on. A stage is idle, that is, works on what nobody will
+read, in P - 1 of the turns. Differentiating the loop gives the backward schedule, with as many turns and twice the work a turn.
+
+With `split_backward` a turn of the backward pass finds gradients of activations alone, and keeps what went into every dense
+layer and the gradient of what came out. The weights' gradients are made of these when all turns are over, for all microbatches
+at once and with no stage idle (2BP, arXiv 2405.18047): (M + P - 1) p1 + M p2 in place of (M + P - 1) (p1 + p2). It holds these
+activations of all microbatches for that; of the layers themselves only a stage's inputs are kept, and the rest is recomputed.
+
+Stages are a leading axis of arrays, split over `pipe`; the compiler makes handing on a collective-permute.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from seqmodels import sharding
+from seqmodels.array_typing import Array
+
+
+class Layer(NamedTuple):
+    """x_BTD after one layer is call(module, params, index, x_BTD, rows, shared), where `module` is unbound.
+
+    call: (apply, index, x_BTD, rows, shared) -> x_BTD, where apply(*arguments) applies the module.
+    """
+
+    module: nn.Module
+    call: Any
+
+    def __call__(self, params, index, x_BTD, rows, shared) -> Array:
+        apply = functools.partial(self.module.apply, {"params": params})
+        return self.call(apply, index, x_BTD, rows, shared)
+
+    def observed(self, params, taps, index, x_BTD, rows, shared) -> tuple[Array, dict]:
+        """With `taps` added to what its dense layers return. Returns x_BTD and what went into them."""
+        inputs = {}
+
+        def apply(*arguments):
+            variables = {"params": params, "taps": taps}
+            with nn.intercept_methods(_observe):
+                result, seen = self.module.apply(variables, *arguments, mutable=["inputs"])
+            inputs.update(seen["inputs"])
+            return result
+
+        return self.call(apply, index, x_BTD, rows, shared), inputs
+
+
+def _observe(next_function, arguments, keywords, context):
+    y = next_function(*arguments, **keywords)
+    module = context.module
+    if isinstance(module, nn.Dense) and context.method_name == "__call__":
+        module.put_variable("inputs", "x", arguments[0])
+        if module.has_variable("taps", "y"):
+            y = y + module.get_variable("taps", "y")
+        else:
+            module.put_variable("inputs", "y", y)
+    return y
+
+
+class _Pipe(NamedTuple):
+    """layer, and how many stages and microbatches."""
+
+    layer: Layer
+    stages: int
+    count: int
+
+    @property
+    def turns(self) -> int:
+        return self.count + self.stages - 1
+
+
+def run(layer: Layer, params_L, index_L: Array, x_BTD: Array, rows: Any, shared: Any) -> Array:
+    """x_BTD after `layer(params, index, x_BTD, rows, shared)` for each of L stacked layers, in the pipeline of the mesh in scope.
+
+    rows: a pytree of arrays (B, ...) that go with x_BTD. shared: a pytree of arrays that all layers read.
+
+    Raises:
+      ValueError: L is not divisible by the stages, or the batch by the microbatches.
+    """
+    options, stages = sharding.options(), sharding.stages()
+    pipe = _Pipe(layer, stages, options.microbatches or stages)
+    (L,), B = index_L.shape, x_BTD.shape[0]
+    if L % stages:
+        raise ValueError(
+            f"{L} repeats of the scanned blocks cannot be split over mesh axis {sharding.STAGE_AXIS!r} of size {stages}"
+        )
+    if B % pipe.count:
+        raise ValueError(
+            f"a batch of {B} rows cannot be split into {pipe.count} microbatches: set parallel.microbatches to a divisor"
+        )
+
+    def by_stage(leaf_L):
+        return leaf_L.reshape(stages, L // stages, *leaf_L.shape[1:])
+
+    def microbatches(leaf_B):
+        # Every `count`-th row, so that each microbatch has rows from all devices.
+        return leaf_B.reshape(B // pipe.count, pipe.count, *leaf_B.shape[1:]).swapaxes(0, 1)
+
+    params_SN, index_SN = jax.tree.map(by_stage, (params_L, index_L))
+    x_MBTD, rows_M = jax.tree.map(microbatches, (x_BTD, rows))
+    through = _split if options.split_backward else _through
+    x_MBTD = through(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
+    return x_MBTD.swapaxes(0, 1).reshape(x_BTD.shape)
+
+
+def _through(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
+    return _turns(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)[0]
+
+
+def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep: bool = False):
+    """All microbatches after all stages; and, to keep, what went into the stages in each turn."""
+
+    def stage(params_N, index_N, x_BTD, rows):
+        def one(x_BTD, inputs):
+            return pipe.layer(*inputs, x_BTD, rows, shared), None
+
+        return jax.lax.scan(one, x_BTD, (params_N, index_N))[0]
+
+    def turn(held_S, arriving):
+        x_SBTD, rows_S = jax.tree.map(_hand_on, held_S, arriving)
+        x_SBTD = sharding.constrain_stages(x_SBTD)
+        y_SBTD = _all_stages(stage)(params_SN, index_SN, x_SBTD, rows_S)
+        return (y_SBTD, rows_S), (y_SBTD, (x_SBTD, rows_S) if keep else None)
+
+    # What is worked on and not read is a real microbatch, for which every layer is finite.
+    P = pipe.stages
+    inputs_M = x_MBTD, rows_M
+    held_S = jax.tree.map(lambda leaf_M: jnp.repeat(leaf_M[:1], P, axis=0), inputs_M)
+    arriving = jax.tree.map(
+        lambda leaf_M: jnp.concatenate([leaf_M, jnp.repeat(leaf_M[-1:], P - 1, axis=0)]), inputs_M
+    )
+    _, (left_SBTD, entered) = jax.lax.scan(turn, held_S, arriving)
+    # Of all turns and stages: the last stage's are brought to all devices at once, not turn by turn.
+    return left_SBTD[P - 1 :, -1], entered
+
+
+def _all_stages(stage):
+    return jax.vmap(stage, spmd_axis_name=sharding.STAGE_AXIS)
+
+
+def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
+    """Each stage's array to the next stage, and what arrives to the first; or back, from the last one on.
+
+    A shift by padding, not by concatenation: the partitioner makes that a message to the neighbour, and gathers for this.
+    """
+    ends = [(0, 0)] * (held_S.ndim - 1)
+    handed_S = (
+        jnp.pad(held_S[1:], [(0, 1), *ends]) if back else jnp.pad(held_S[:-1], [(1, 0), *ends])
+    )
+    stage_S = jnp.arange(len(held_S)).reshape(-1, *[1] * (held_S.ndim - 1))
+    return jnp.where(stage_S == (len(held_S) - 1 if back else 0), arriving[None], handed_S)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _split(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
+    """`_through`, with a backward pass in two."""
+    return _through(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
+
+
+def _split_forward(pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
+    x_MBTD, entered = _turns(pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep=True)
+    return x_MBTD, (params_SN, shared, index_SN, entered)
+
+
+def _split_backward(pipe, saved, dy_MBTD):
+    params_SN, shared, index_SN, entered = saved
+    kernels_SN, others_SN, taps_N = _dense_layers(pipe, params_SN, shared, index_SN, entered)
+
+    def stage_gradients(kernels_N, others_N, index_N, x_BTD, rows, dy_BTD):
+        def stage(others_N, shared, x_BTD, taps_N):
+            def one(x_BTD, inputs):
+                kernels, others, taps, index = inputs
+                return pipe.layer.observed(
+                    _merge(kernels, others), taps, index, x_BTD, rows, shared
+                )
+
+            return jax.lax.scan(one, x_BTD, (kernels_N, others_N, taps_N, index_N))
+
+        zeros_N = jax.tree.map(lambda tap: jnp.zeros(tap.shape, tap.dtype), taps_N)
+        _, vjp, inputs_N = jax.vjp(stage, others_N, shared, x_BTD, zeros_N, has_aux=True)
+        *gradients, outputs_N = vjp(dy_BTD)
+        return *gradients, (inputs_N, outputs_N)
+
+    def turn(carry, of_turn):
+        sums, dx_SBTD = carry
+        (x_SBTD, rows_S), dy_BTD = of_turn
+        # What a stage handed on went into the next one, a turn later.
+        dy_SBTD = sharding.constrain_stages(_hand_on(dx_SBTD, dy_BTD, back=True))
+        d_others_SN, d_shared_S, dx_SBTD, dense_SN = _all_stages(stage_gradients)(
+            kernels_SN, others_SN, index_SN, x_SBTD, rows_S, dy_SBTD
+        )
+        sums = jax.tree.map(jnp.add, sums, (d_others_SN, d_shared_S))
+        return (sums, dx_SBTD), (dx_SBTD[0], dense_SN)
+
+    S, M = pipe.stages, pipe.count
+    unread = jnp.zeros((S - 1, *dy_MBTD.shape[1:]), dy_MBTD.dtype)
+    dy = jnp.concatenate([unread, dy_MBTD])
+    sums = (others_SN, jax.tree.map(lambda leaf: jnp.repeat(leaf[None], S, axis=0), shared))
+    start = jax.tree.map(jnp.zeros_like, (sums, entered[0][0]))
+    ((d_others_SN, d_shared_S), _), (dx, dense) = jax.lax.scan(
+        turn, start, (entered, dy), reverse=True
+    )
+
+    def of_microbatches(leaf, stage):  # stage s works on microbatch m in turn s + m
+        return jax.lax.dynamic_slice_in_dim(leaf, stage, M)
+
+    def kernel_gradient(x, dy, kernel):
+        x, dy = (
+            jax.vmap(of_microbatches, (1, 0), spmd_axis_name=sharding.STAGE_AXIS)(
+                leaf, jnp.arange(S)
+            )
+            for leaf in (x, dy)
+        )
+        d_kernel = jnp.einsum("SMNBTD,SMNBTF->SNDF", x, dy, preferred_element_type=jnp.float32)
+        return d_kernel.astype(kernel.dtype)
+
+    inputs, outputs = map(traverse_util.flatten_dict, dense)
+    d_kernels_SN = {
+        path: kernel_gradient(inputs[path[:-1] + ("x",)], outputs[path[:-1] + ("y",)], kernel)
+        for path, kernel in traverse_util.flatten_dict(kernels_SN).items()
+    }
+    d_params_SN = _merge(traverse_util.unflatten_dict(d_kernels_SN), d_others_SN)
+    d_shared = jax.tree.map(lambda leaf_S: jnp.sum(leaf_S, axis=0), d_shared_S)
+    return d_params_SN, d_shared, dx[:M], None, None
+
+
+_split.defvjp(_split_forward, _split_backward)
+
+
+def _dense_layers(pipe, params_SN, shared, index_SN, entered):
+    """Parameters that are kernels of dense layers, and the others; and what a stage's dense layers return, as shapes."""
+    first = functools.partial(jax.tree.map, lambda leaf: leaf[0, 0])
+    x_SBTD, rows_S = entered
+    _, seen = jax.eval_shape(
+        lambda *arguments: pipe.layer.observed(first(params_SN), {}, *arguments, shared),
+        first(index_SN), first(x_SBTD), first(rows_S),
+    )  # fmt: skip
+    seen = traverse_util.flatten_dict(seen)
+    N = index_SN.shape[1]
+    taps_N = {
+        path: jax.ShapeDtypeStruct((N, *y.shape), y.dtype)
+        for path, y in seen.items()
+        if path[-1] == "y"
+    }
+    kernels = {path[:-1] + ("kernel",) for path in taps_N}
+    flat = traverse_util.flatten_dict(params_SN)
+    kernels_SN = {path: leaf for path, leaf in flat.items() if path in kernels}
+    others_SN = {path: leaf for path, leaf in flat.items() if path not in kernels}
+    return tuple(map(traverse_util.unflatten_dict, (kernels_SN, others_SN, taps_N)))
+
+
+def _merge(kernels, others):
+    flat = traverse_util.flatten_dict(kernels) | traverse_util.flatten_dict(others)
+    return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,147 @@
+"""Several processes of a binary on this machine, forked from one that has imported everything: starting one costs no imports."""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+# What is slow to import, and starts no thread and no JAX backend.
+import matplotlib.pyplot  # noqa: F401
+
+from experiments import cli, loop, plots, run_record  # noqa: F401
+from experiments.data import tokenizers  # noqa: F401
+from tests.experiments import tiny  # noqa: F401
+
+_CONFIG = """
+from pathlib import Path
+from tests.experiments import tiny
+
+def get_config():
+    return tiny.make_config(Path({folder!r}))
+"""
+
+
+class Launcher:
+    """Starts processes of `python -m experiments.<binary>` on loopback.
+
+    settings: of jax.config, beside the number of devices a process has.
+    """
+
+    def __init__(self, settings: dict):
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+        self._settings = settings
+
+    def start(
+        self,
+        logs: Path,
+        arguments: list[str],
+        processes: int,
+        *,
+        devices: int = 1,
+        only: Sequence[int] | None = None,
+        port: int | None = None,
+        binary: str = "train",
+        hook: tuple[str, int] | None = None,
+    ) -> "Processes":
+        """Process 0 to processes - 1, or those in `only`. hook: the name of a function here, and the process that calls it at
+        every step with (step, workdir)."""
+        logs.mkdir(parents=True, exist_ok=True)
+        settings = self._settings | {"jax_num_cpu_devices": devices}
+        arguments = [
+            *arguments,
+            f"--coordinator=localhost:{port or _free_port()}",
+            f"--num_processes={processes}",
+            "--distributed_heartbeat=3600",  # a loaded machine is no dead one
+        ]
+        started = {}
+        for i in range(processes) if only is None else only:
+            mine = hook[0] if hook and hook[1] == i else None
+            log = logs / f"{i}.log"
+            target = self._context.Process(
+                target=_run, args=(binary, [*arguments, f"--process_id={i}"], log, settings, mine)
+            )
+            target.start()
+            started[i] = target
+        return Processes(started, logs)
+
+
+class Processes:
+    def __init__(self, started, logs: Path):
+        self.started, self._logs = started, logs
+
+    def wait(self, seconds: float) -> dict[int, int]:
+        """Exit codes by process; fails, and kills, where one is still running after so many seconds."""
+        deadline = time.monotonic() + seconds
+        for process in self.started.values():
+            process.join(max(0, deadline - time.monotonic()))
+        stuck = [i for i, process in self.started.items() if process.is_alive()]
+        for i in stuck:
+            self.started[i].kill()
+        assert not stuck, f"processes {stuck} still ran after {seconds} s:\n" + "\n".join(
+            map(self.log, self.started)
+        )
+        return {i: process.exitcode for i, process in self.started.items()}
+
+    def log(self, i: int) -> str:
+        return (self._logs / f"{i}.log").read_text()
+
+
+def kill_at_step_8(step, workdir):
+    """kill -9, once the checkpoint of step 6 is there."""
+    if step == 8:
+        while not (workdir / "checkpoints" / "6").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sigterm_at_step_2(step, workdir):
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)  # JAX looks for the signal once a second
+
+
+def fail_at_step_2(step, workdir):
+    if step == 2:
+        raise KeyError("no such document")
+
+
+def config_file(folder: Path) -> Path:
+    path = folder / "config.py"
+    path.write_text(_CONFIG.format(folder=str(folder)))
+    return path
+
+
+def _run(binary, arguments, log, settings, hook):
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    if hook:
+        workdir = Path(next(a.split("=", 1)[1] for a in arguments if a.startswith("--workdir=")))
+        requested = loop.StopSignals.requested
+
+        def hooked(self, step):
+            globals()[hook](step, workdir)
+            return requested(self, step)
+
+        loop.StopSignals.requested = hooked
+    sys.argv = [f"experiments/{binary}.py", *arguments]
+    try:
+        runpy.run_module(f"experiments.{binary}", run_name="__main__")
+    finally:
+        print("CPU", time.process_time(), flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
