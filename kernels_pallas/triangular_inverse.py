@@ -7,8 +7,8 @@ inverted row by row, by substitution, and neighbours are joined by block substit
     [I + A11     0   ]^-1     [X1  0 ]
     [  A21    I + A22]     =  [Y   X2]          Y = -X2 A21 X1,
 
-two matrix products a level. On two CPU cores, for 512 matrices of 64 x 64, this takes a fourth of the CPU time of
-`jax.lax.linalg.triangular_solve` for the whole, and is as exact.
+two matrix products a level. On two CPU cores, for 512 matrices of 64 x 64, this takes half the time of
+`jax.lax.linalg.triangular_solve` for the whole (jaxlib 0.10.2), and is as exact.
 """
 
 import jax
@@ -22,27 +22,27 @@ def inverse(A_CC: jax.Array) -> jax.Array:
 
     The derivative belongs to whoever solves with it: of U = (I + A)^{-1} R it is dR = (I + A)^{-T} dU, dA = -dR U^T.
     """
-    C = A_CC.shape[-1]
+    *lead, C, _ = A_CC.shape
+    A_MCC = A_CC.reshape(-1, C, C)
     U = min(C, BLOCK)
-    diagonal_MUU = _blocks(A_CC, U, 0, U)
+    diagonal_MUU = _blocks(A_MCC, U, 0, U)
 
     def substitute(i, X_MUU):
-        row_MU = jax.lax.dynamic_index_in_dim(diagonal_MUU, i, axis=-2, keepdims=False)
-        known_MU = jax.lax.dynamic_index_in_dim(X_MUU, i, axis=-2, keepdims=False)
-        new_MU = known_MU - jnp.sum(row_MU[..., :, None] * X_MUU, axis=-2)
-        return jax.lax.dynamic_update_index_in_dim(X_MUU, new_MU, i, axis=-2)
+        row_M1U = jax.lax.dynamic_slice_in_dim(diagonal_MUU, i, 1, axis=-2)
+        known_M1U = jax.lax.dynamic_slice_in_dim(X_MUU, i, 1, axis=-2)
+        # As a product: XLA's CPU backend (jaxlib 0.10.2) takes 20 times as long for the sum over rows.
+        new_M1U = known_M1U - _dot(row_M1U, X_MUU)
+        return jax.lax.dynamic_update_slice_in_dim(X_MUU, new_M1U, i, axis=-2)
 
-    # zeros_like: of A's type inside shard_map too, whose loops ask that a carry keep its type
     eye_MUU = jnp.broadcast_to(jnp.eye(U, dtype=A_CC.dtype), diagonal_MUU.shape)
-    eye_MUU = jnp.zeros_like(diagonal_MUU) + eye_MUU
     X_MUU = jax.lax.fori_loop(1, U, substitute, eye_MUU)
     while U < C:
         first, second = X_MUU[..., 0::2, :, :], X_MUU[..., 1::2, :, :]
-        below = -_dot(_dot(second, _blocks(A_CC, U, U, 2 * U)), first)
+        below = -_dot(_dot(second, _blocks(A_MCC, U, U, 2 * U)), first)
         top = jnp.concatenate([first, jnp.zeros_like(below)], axis=-1)
         X_MUU = jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
         U *= 2
-    return X_MUU[..., 0, :, :]
+    return X_MUU.reshape(*lead, C, C)
 
 
 def _blocks(A_CC, U, down, stride):

@@ -26,7 +26,8 @@ from tests.kernels_pallas.test_delta_rule import DELTA_RULE
 
 
 class TestPallasTPU(Suite):
-    """Every regime over eight chunks, every length with the regimes of one kind of decay, in turn; the rest is exhaustive.
+    """Every regime over eight chunks; every other length with documents and the regimes of one kind of decay, in turn; the rest
+    is exhaustive.
 
     A program a length and kind: tens of seconds of compiling each, where the regimes that share it take one.
     """
@@ -43,11 +44,13 @@ class TestPallasTPU(Suite):
         if "implementation" in names:
             metafunc.parametrize("implementation", self.case.implementations)
         if "length_and_regime" in names:
-            fast = self.fast.get(metafunc.function.__name__)
+            test = metafunc.function.__name__
+            fast = self.fast.get(test)
             marked = []
             for T, regime in itertools.product(LENGTHS, self.case.regimes):
                 marks = [] if (T, regime) == fast else [pytest.mark.slow]
-                if self.kind_at.get(T) not in (None, _kind(regime)):
+                other_test = test != "test_float32_packed_documents" and (T, regime) != fast
+                if T in self.kind_at and (other_test or self.kind_at[T] != _kind(regime)):
                     marks.append(pytest.mark.exhaustive)
                 marked.append(pytest.param((T, regime), marks=marks, id=f"T{T}-{regime}"))
             metafunc.parametrize("length_and_regime", marked)
@@ -220,7 +223,13 @@ def test_compiles(name, part):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", tpu_compile.PARTS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("v6e", "tpu7x"),
+        *(pytest.param(part, marks=pytest.mark.exhaustive) for part in ("v5e", "v5p")),
+    ],
+)
 def test_float32_compiles(part):
     for name in ("delta_net_1.3b", "small", "small_channel"):
         arrays = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in _published(name)]
