@@ -28,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, segments, triangular_inverse
+from kernels_pallas import decay_sums, segments, spans, triangular_inverse
 from kernels_pallas.kept import kept
 
 CHUNK = 32
@@ -112,8 +112,8 @@ def _sizes(v_BTHV, chunk_size) -> tuple[int, int]:
     C = CHUNK if chunk_size is None else chunk_size
     C = min(C, 1 << (T - 1).bit_length())
     chunks = -(-T // C)
-    spans = -(-chunks // max(1, SPAN // (B * H)))
-    return C, -(-chunks // spans)
+    count = -(-chunks // max(1, SPAN // (B * H)))
+    return C, -(-chunks // count)
 
 
 def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *, exact) -> Chunks:
@@ -308,45 +308,50 @@ def _run(form, exact: bool, C: int, M: int, inputs, S_BHKV):
 
 def _run_forward(form, exact, C, M, inputs, S_BHKV):
     T, dtype = inputs[2].shape[1], inputs[2].dtype
+    wholes = _padded(inputs, C * M)
 
-    def one_span(S_BHKV, span):
-        o_MBHCV, S_BHKV, S_MBHKV = _pass(form(*_chunks(span, C, S_BHKV.dtype), exact=exact), S_BHKV)
-        return S_BHKV, (_tokens(o_MBHCV.astype(dtype)), S_MBHKV)
+    def one_span(carry, n):
+        S_BHKV, o_BTHV = carry
+        span = spans.take(wholes, n, C * M)
+        chunks = form(*_chunks(span, C, S_BHKV.dtype), exact=exact)
+        o_MBHCV, S_BHKV, S_MBHKV = _pass(chunks, S_BHKV)
+        return (S_BHKV, spans.put(o_BTHV, _tokens(o_MBHCV.astype(dtype)), n, C * M)), S_MBHKV
 
-    S_BHKV, (o_NBLHV, S_NMBHKV) = jax.lax.scan(one_span, S_BHKV, _spans(inputs, C * M))
-    o_BTHV, S_NMBHKV = kept((_whole(o_NBLHV, T), S_NMBHKV))
+    v_BTHV = wholes[2]
+    start = S_BHKV, jnp.empty_like(v_BTHV)  # every span is written
+    N = v_BTHV.shape[1] // (C * M)
+    (S_BHKV, o_BTHV), S_NMBHKV = jax.lax.scan(one_span, start, jnp.arange(N))
+    o_BTHV, S_NMBHKV = kept((o_BTHV[:, :T], S_NMBHKV))
     return (o_BTHV, S_BHKV), (inputs, S_NMBHKV)
 
 
 def _run_backward(form, exact, C, M, residuals, cotangents):
     inputs, S_NMBHKV = residuals
     do_BTHV, dS_BHKV = cotangents
-    T, wide = inputs[2].shape[1], dS_BHKV.dtype
+    T, wide = do_BTHV.shape[1], dS_BHKV.dtype
+    wholes, (do_BTHV,) = _padded(inputs, C * M), _padded((do_BTHV,), C * M)
 
-    def one_span(dS_BHKV, xs):
-        span, do_BLHV, S_MBHKV = xs
+    def one_span(carry, at):
+        dS_BHKV, dinputs = carry
+        n, S_MBHKV = at
+        span, do_BLHV = spans.take((wholes, do_BTHV), n, C * M)
         chunks, form_vjp = jax.vjp(lambda *span: form(*_chunks(span, C, wide), exact=exact), *span)
         (do_MBHCV,) = _chunks((do_BLHV,), C, wide)
         dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV)
-        return dS_BHKV, form_vjp(dchunks)
+        return (dS_BHKV, spans.put(dinputs, form_vjp(dchunks), n, C * M)), None
 
-    xs = (_spans(inputs, C * M), *_spans((do_BTHV,), C * M), S_NMBHKV)
-    dS_BHKV, dspans = jax.lax.scan(one_span, dS_BHKV, xs, reverse=True)
-    return tuple(_whole(dx, T) for dx in dspans), dS_BHKV
+    start = dS_BHKV, jax.tree.map(jnp.empty_like, wholes)
+    numbered = jnp.arange(len(S_NMBHKV)), S_NMBHKV
+    (dS_BHKV, dinputs), _ = jax.lax.scan(one_span, start, numbered, reverse=True)
+    return tuple(dx[:, :T] for dx in dinputs), dS_BHKV
 
 
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _spans(arrays, L):
-    """(B, T, H, K) to (N, B, L, H, K), padded by tokens that neither decay nor write."""
-
-    def one(x_BTHK):
-        B, T, H, K = x_BTHK.shape
-        x_BTHK = jnp.pad(x_BTHK, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
-        return jnp.moveaxis(x_BTHK.reshape(B, -1, L, H, K), 1, 0)
-
-    return tuple(one(x) for x in arrays)
+def _padded(arrays, L):
+    """(B, T, H, K) to a multiple of L tokens, by some that neither decay nor write."""
+    return tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % L), (0, 0), (0, 0))) for x in arrays)
 
 
 def _chunks(arrays, C, dtype):
@@ -366,9 +371,3 @@ def _tokens(x_MBHCV):
     """(M, B, H, C, V) to (B, L, H, V)."""
     M, B, H, C, V = x_MBHCV.shape
     return x_MBHCV.transpose(1, 0, 3, 2, 4).reshape(B, M * C, H, V)
-
-
-def _whole(x_NBLHV, T):
-    """(N, B, L, H, V) to (B, T, H, V)."""
-    N, B, L, H, V = x_NBLHV.shape
-    return jnp.moveaxis(x_NBLHV, 0, 1).reshape(B, N * L, H, V)[:, :T]

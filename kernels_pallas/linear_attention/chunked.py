@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, matmul, segments, targets, tuning
+from kernels_pallas import decay_sums, matmul, segments, spans, targets, tuning
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.kept import kept
 
@@ -90,18 +90,6 @@ class _Form(NamedTuple):
     scale: float
 
 
-def _take(tree, n, L):
-    """Span n of arrays (B, T, ...). Cut where it is used: a transposed copy of the whole costs more than the rest."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, n * L, L, axis=1), tree)
-
-
-def _put(tree, spans, n, L):
-    """The arrays with span n overwritten."""
-    return jax.tree.map(
-        lambda x, span: jax.lax.dynamic_update_slice_in_dim(x, span, n * L, axis=1), tree, spans
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _over_spans(form, inputs, state_BGKW, runs):
     return _forward(form, inputs, state_BGKW, runs)[0]
@@ -110,8 +98,8 @@ def _over_spans(form, inputs, state_BGKW, runs):
 def _forward(form, inputs, state_BGKW, runs):
     def body(carry, n):
         state_BGKW, o_BTGW = carry
-        o_BLGW, next_BGKW = _span(form, state_BGKW, *_take((inputs, runs), n, form.L))
-        return (next_BGKW, _put(o_BTGW, o_BLGW, n, form.L)), state_BGKW
+        o_BLGW, next_BGKW = _span(form, state_BGKW, *spans.take((inputs, runs), n, form.L))
+        return (next_BGKW, spans.put(o_BTGW, o_BLGW, n, form.L)), state_BGKW
 
     v_BTGW = inputs[2]
     N = v_BTGW.shape[1] // form.L
@@ -128,14 +116,14 @@ def _backward(form, saved, cotangents):
     def body(carry, at):
         d_state_BGKW, d_inputs = carry
         n, state_BGKW = at
-        span, runs_BL, d_o_BLGW = _take((inputs, runs, d_o_BTGW), n, form.L)
+        span, runs_BL, d_o_BLGW = spans.take((inputs, runs, d_o_BTGW), n, form.L)
         _, vjp = jax.vjp(lambda state, span: _span(form, state, span, runs_BL), state_BGKW, span)
         d_state_BGKW, d_span = vjp((d_o_BLGW, d_state_BGKW))
-        return (d_state_BGKW, _put(d_inputs, d_span, n, form.L)), None
+        return (d_state_BGKW, spans.put(d_inputs, d_span, n, form.L)), None
 
     start = d_final_BGKW, jax.tree.map(jnp.empty_like, inputs)
-    spans = jnp.arange(state_NBGKW.shape[0]), state_NBGKW
-    (d_state_BGKW, d_inputs), _ = jax.lax.scan(body, start, spans, reverse=True)
+    numbered = jnp.arange(state_NBGKW.shape[0]), state_NBGKW
+    (d_state_BGKW, d_inputs), _ = jax.lax.scan(body, start, numbered, reverse=True)
     return d_inputs, d_state_BGKW, None
 
 
