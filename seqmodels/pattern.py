@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -33,6 +35,20 @@ def layers(pattern: str, num_layers: int) -> tuple[MixerSpec, ...]:
     specs = parse(pattern)
     repeats = -(-num_layers // len(specs))
     return (specs * repeats)[:num_layers]
+
+
+def to_text(specs: Sequence[MixerSpec]) -> str:
+    """A short pattern that `layers(pattern, len(specs))` reads as `specs`."""
+    specs = tuple(specs)
+    L = len(specs)
+    period = next(n for n in range(1, L + 1) if all(specs[i] == specs[i % n] for i in range(L)))
+    runs = itertools.groupby(specs[:period])
+    return " + ".join(_run_text(spec, len(list(run))) for spec, run in runs)
+
+
+def _run_text(spec: MixerSpec, count: int) -> str:
+    options = ", ".join(f"{name}={value!r}" for name, value in spec.options)
+    return (f"{count}*" if count > 1 else "") + spec.name + (f"({options})" if options else "")
 
 
 def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:

@@ -1,0 +1,5 @@
+"""Pretrained weights in and out: Hugging Face folders (safetensors + config.json), GGUF files, and our own layout."""
+
+from seqmodels.checkpoints_io.pretrained import Pretrained, load_pretrained, save_pretrained
+
+__all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
