@@ -58,7 +58,10 @@ def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
     rules = list(rules)
     named = [path for rule in rules for path in rule.paths]
     if set(named) != set(slots.paths) or len(set(named)) < len(named):
-        unnamed, unknown = sorted(set(slots.paths) - set(named)), sorted(set(named) - set(slots.paths))
+        unnamed, unknown = (
+            sorted(set(slots.paths) - set(named)),
+            sorted(set(named) - set(slots.paths)),
+        )
         raise ValueError(
             "this architecture's table and the model differ: "
             f"parameters without a tensor: {_listed(unnamed)}; tensors without a parameter: {_listed(unknown)}"
@@ -83,13 +86,13 @@ def expected_entries(rules: Sequence[Rule], slots: Slots, dtype=None) -> dict[st
     return entries
 
 
-def check_source(
-    source: Source, expected: Mapping[str, Entry], ignored: Sequence[str]
-) -> None:
+def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequence[str]) -> None:
     """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra or misshapen."""
     found = source.entries
     patterns = [re.compile(pattern) for pattern in ignored]
-    wrong = [f"missing: {name} {list(e.shape)}" for name, e in expected.items() if name not in found]
+    wrong = [
+        f"missing: {name} {list(e.shape)}" for name, e in expected.items() if name not in found
+    ]
     wrong += [
         f"extra: {name} {list(entry.shape)}"
         for name, entry in found.items()
@@ -152,7 +155,9 @@ def tensor_reader(
             for path in sorted(found.keys() | expected.keys())
             if found.get(path) != expected.get(path)
         ]
-        raise ValueError("the parameters are not those of the model config:\n" + _listed(wrong, "\n"))
+        raise ValueError(
+            "the parameters are not those of the model config:\n" + _listed(wrong, "\n")
+        )
     rule_of = {name: (rule, i) for rule in rules for i, name in enumerate(rule.names)}
 
     def ours(path):

@@ -22,7 +22,12 @@ def _model_config(config: HFConfig) -> dict[str, Any]:
     model = config.section("model").fields
     if not model:
         raise ValueError(f"{config.name} lacks 'model', the config.model of a seqmodels model")
-    for field, kind in (("pattern", str), ("num_layers", int), ("vocab_size", int), ("d_model", int)):
+    for field, kind in (
+        ("pattern", str),
+        ("num_layers", int),
+        ("vocab_size", int),
+        ("d_model", int),
+    ):
         if type(model.get(field)) is not kind:
             raise ValueError(
                 f"{config.name}: model.{field} is {model.get(field)!r}; it must be {kind.__name__}"

@@ -10,14 +10,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from seqmodels import language_model, mixers
+from seqmodels import language_model, mixers, pattern
 from seqmodels.checkpoints_io import architectures, conversion, files, own_layout
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig
 
 GGUF_PREFIX = "gguf:"
 TOKENIZER_FILE = "tokenizer.json"
 # Copied beside the weights, where a folder has them, so that other programs find what they need.
-_COMPANIONS = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+_COMPANIONS = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 # They say how a model is computed, not which one it is.
 _HOW = ("dtype", "param_dtype", "remat", "scan_layers", "parent", "name")
 _HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "max_length")
@@ -142,15 +148,33 @@ def _what(model) -> dict[str, Any]:
     what = {k: v for k, v in fields.items() if k not in (*_HOW, "mixers")}
     for i, spec in enumerate(model.mixers):
         options = mixers.options(spec.name) | {"d_model": model.d_model} | dict(spec.options)
+        if spec.name == "attention":
+            options = _as_computed(options)
         options = {k: v for k, v in options.items() if k not in _HOW_OF_MIXERS}
         what |= {f"layer {i}, mixer": spec.name}
         what |= {f"layer {i}, {spec.name}, {k}": v for k, v in options.items()}
     return what
 
 
+def _as_computed(options: dict[str, Any]) -> dict[str, Any]:
+    """Attention's options with what None stands for, and without those that have no effect."""
+    H, qk_norm = options["num_heads"], options["qk_norm"]
+    filled = {
+        "num_kv_heads": options["num_kv_heads"] or H,
+        "head_dim": options["head_dim"] or options["d_model"] // H,
+        "o_bias": options["use_bias"] if options["o_bias"] is None else options["o_bias"],
+        "qk_norm": "rms_norm" if qk_norm is True else qk_norm,
+        "norm_eps": options["norm_eps"] if qk_norm else None,
+        "rope_scaling": options["rope_scaling"] if options["rope_base"] else None,
+    }
+    return options | filled
+
+
 def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[str, Any]:
     config = target.hf_config(model_config, model.mixers)
-    context = [c["max_position_embeddings"] for c in (kept, config) if "max_position_embeddings" in c]
+    context = [
+        c["max_position_embeddings"] for c in (kept, config) if "max_position_embeddings" in c
+    ]
     if kept.get("model_type") != target.model_type:
         kept = {k: v for k, v in kept.items() if k.endswith("_token_id")}
     config = kept | config
@@ -188,7 +212,9 @@ def _open(source: str):
 
 def _from_hub(name: str) -> Path:
     """The local copy of a hub model, downloaded where the machine is online."""
-    kinds = "a folder with config.json and safetensors, gguf:<file>, or a hub name such as org/model"
+    kinds = (
+        "a folder with config.json and safetensors, gguf:<file>, or a hub name such as org/model"
+    )
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise ValueError(f"there is no folder {name!r}; give {kinds}")
     try:
@@ -200,7 +226,9 @@ def _from_hub(name: str) -> Path:
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # no network, no such model, no permission: the library has a class for each
+    except (
+        Exception
+    ) as error:  # no network, no such model, no permission: the library has a class for each
         reason = str(error).splitlines()[0]
         raise ValueError(f"there is no folder {name!r}, and the hub gave none: {reason}") from error
 
@@ -241,8 +269,6 @@ def _with_max_len(model_config: dict, max_len: int | None, name: str) -> dict:
             raise ValueError(f"max_len is {max_len}; the context of {name} is {context} tokens")
         own = dict(spec.options) | {"max_length": max_len}
         limited.append(dataclasses.replace(spec, options=tuple(own.items())))
-    from seqmodels import pattern
-
     return model_config | {"pattern": pattern.to_text(limited)}
 
 

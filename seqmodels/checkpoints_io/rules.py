@@ -58,17 +58,21 @@ def conv1d(name: str, path: str, bias: bool = False) -> Iterator[Rule]:
         yield same(f"{name}.bias", f"{path}/bias")
 
 
-def split(name: str, paths: Sequence[str], widths: Sequence[int], transpose: bool = True) -> Rule:
-    """One tensor whose first axis is cut into consecutive parts of these widths, each (transposed) a parameter of ours."""
-    ends = np.cumsum(widths)
+def split(
+    name: str,
+    paths: Sequence[str],
+    widths: Sequence[int],
+    transpose: bool = True,
+    axis: int = 0,
+) -> Rule:
+    """One tensor whose `axis` is cut into consecutive parts of these widths, each (transposed) a parameter of ours."""
+    ends = np.cumsum(widths)[:-1]
 
     def into(x):
-        if x.shape[:1] != (ends[-1],):
-            raise ValueError(f"its first axis must have {ends[-1]} rows")
-        return [part.T if transpose else part for part in np.split(x, ends[:-1])]
+        return [part.T if transpose else part for part in np.split(x, ends, axis)]
 
     def out(*parts):
-        return (np.concatenate([part.T if transpose else part for part in parts]),)
+        return (np.concatenate([part.T if transpose else part for part in parts], axis),)
 
     return Rule((name,), tuple(paths), into, out)
 

@@ -43,7 +43,9 @@ class HFConfig:
 
     def integer(self, field: str, default: int | None = None) -> int:
         """A positive integer."""
-        return self._checked(field, default, lambda v: type(v) is int and v > 0, "a positive integer")
+        return self._checked(
+            field, default, lambda v: type(v) is int and v > 0, "a positive integer"
+        )
 
     def number(self, field: str, default: float | None = None) -> float:
         value = self._checked(

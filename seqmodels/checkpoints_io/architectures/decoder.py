@@ -65,7 +65,9 @@ def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
     default = ["sliding_attention" if window else "full_attention"] * L
     types = config.strings("layer_types", L, default)
     if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
-        raise ValueError(f"{config.name}: layer_types has {unknown[0]!r}, which is no softmax layer")
+        raise ValueError(
+            f"{config.name}: layer_types has {unknown[0]!r}, which is no softmax layer"
+        )
     if "sliding_attention" in types and not window:
         raise ValueError(f"{config.name}: layer_types has sliding_attention without sliding_window")
     windowed = {"sliding_attention": {"window": window}, "full_attention": {}}
@@ -94,7 +96,9 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec], **fields) -> di
     options = option_values(specs[0])
     activation = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}.get(model["channel_mixer"])
     if activation is None or not model.get("d_ff"):
-        raise ValueError("this layout takes a gated channel mixer (swiglu, geglu) with a given d_ff")
+        raise ValueError(
+            "this layout takes a gated channel mixer (swiglu, geglu) with a given d_ff"
+        )
     H = options["num_heads"]
     head_dim = options["head_dim"] or model["d_model"] // H
     windows = {option_values(s)["window"] for s in specs} - {None}
