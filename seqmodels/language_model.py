@@ -83,6 +83,8 @@ class LanguageModel(nn.Module):
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
 
+    block = blocks.Block  # what a layer is
+
     @property
     def plan(self) -> pattern.ScanPlan:
         """How the stack is cut into single blocks and a scanned group."""
@@ -205,7 +207,7 @@ class LanguageModel(nn.Module):
 
         scan = nn.scan(
             one_repeat,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=plan.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -228,9 +230,9 @@ class LanguageModel(nn.Module):
 
     def _block_class(self, in_scan: bool = False):
         if self.remat == "none":
-            return blocks.Block
+            return self.block
         # Under scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed.
-        return nn.remat(blocks.Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_scan)
+        return nn.remat(self.block, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_scan)
 
     def _block_options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in _SHARED_FIELDS}

@@ -99,13 +99,15 @@ class Attention(base.Mixer):
     def _rotate(self, x_BTHK, position_BT):
         if self.rope_base is None:
             return x_BTHK
-        return positions.rope(x_BTHK, position_BT, self.rope_base, self.rope_fraction, self.rope_scaling)
+        return positions.rope(
+            x_BTHK, position_BT, self.rope_base, self.rope_fraction, self.rope_scaling
+        )
 
     def _attend(self, q_BTHK, k_BTGK, v_BTGK, position_BT, segment_ids_BT, state):
         """Softmax attention over these tokens and those in the cache, and the cache after them."""
         new = (k_BTGK, v_BTGK, position_BT, segment_ids_BT)
         if state is None:
-            _, state = self._extend(self.init_state(position_BT.shape[0]), *new)
+            _, state = self._extend(Attention.init_state(self, position_BT.shape[0]), *new)
             seen = {"k_BTGK": k_BTGK, "v_BTGV": v_BTGK, "segment_ids": segment_ids_BT}
         else:
             seen, state = self._extend(state, *new)
