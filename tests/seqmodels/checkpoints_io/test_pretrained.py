@@ -1,0 +1,198 @@
+"""Our own layout, and what is said of files that do not fit; the published layouts are in tests/seqmodels/oracles."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels import checkpoints_io, language_model
+from seqmodels.checkpoints_io import architectures, files, pretrained
+
+HYBRID = {
+    "vocab_size": 61,
+    "d_model": 16,
+    "num_layers": 5,
+    "pattern": "gla(num_heads=2) + gated_delta_net(num_heads=2) + attention(num_heads=2, window=4)",
+    "d_ff": 24,
+    "tied_embeddings": False,
+}
+LLAMA = {
+    "vocab_size": 61,
+    "d_model": 16,
+    "num_layers": 3,
+    "pattern": "attention(num_heads=2, max_length=32)",
+    "d_ff": 24,
+}
+
+
+def random_params(config, seed=0):
+    """Random values in the model's shapes, without compiling its initialisation."""
+    random = np.random.default_rng(seed)
+    leaves = pretrained.conversion.abstract_params(language_model.from_config(config))
+    params = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split("/")
+        node = params
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = jnp.asarray(random.normal(size=leaf.shape) * 0.3, leaf.dtype)
+    return params
+
+
+def check_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hybrid")
+    params = random_params(HYBRID)
+    checkpoints_io.save_pretrained(folder, HYBRID, params, max_shard_bytes=4000)
+    return folder, params
+
+
+def test_any_model_of_ours_comes_back(hybrid):
+    folder, params = hybrid
+    loaded = checkpoints_io.load_pretrained(folder)
+    check_same(params, loaded.params)
+    assert not checkpoints_io.pretrained.same_model(HYBRID, loaded.model_config)
+    assert len(list(folder.glob("model-*"))) > 3
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "seqmodels" and config["model"]["pattern"] == HYBRID["pattern"]
+
+
+def test_the_file_does_not_know_whether_layers_are_scanned(hybrid):
+    folder, params = hybrid
+    config = HYBRID | {"num_layers": 6}  # three kinds twice: scanned
+    params = random_params(config)
+    checkpoints_io.save_pretrained(folder / "scanned", config, params)
+    loaded = checkpoints_io.load_pretrained(folder / "scanned", overrides={"scan_layers": False})
+    assert "block_4" in loaded.params and "blocks" in params
+    np.testing.assert_array_equal(
+        loaded.params["block_4"]["mixer"]["q"]["kernel"],
+        params["blocks"]["block_1"]["mixer"]["q"]["kernel"][1],
+    )
+    checkpoints_io.save_pretrained(folder / "single", loaded.model_config, loaded.params)
+    name = files.SINGLE_FILE
+    assert (folder / "scanned" / name).read_bytes() == (folder / "single" / name).read_bytes()
+
+
+def test_parameters_are_handed_over_one_by_one(hybrid):
+    folder, params = hybrid
+    seen = []
+
+    def put(path, array):
+        seen.append(path)
+        assert isinstance(array, np.ndarray)
+        return path
+
+    loaded = checkpoints_io.load_pretrained(folder, put=put)
+    assert sorted(seen) == sorted(jax.tree.leaves(loaded.params))
+    assert len(seen) == len(jax.tree.leaves(params))
+
+
+def test_dtypes(hybrid, tmp_path):
+    """Gates stay float32 in a bfloat16 model; out, one dtype serves all."""
+    folder, params = hybrid
+    loaded = checkpoints_io.load_pretrained(folder, dtype="bfloat16")
+    mixer = loaded.params["block_1"]["mixer"]
+    assert mixer["q"]["kernel"].dtype == jnp.bfloat16 and mixer["A_log"].dtype == jnp.float32
+    assert loaded.model.dtype == loaded.model.param_dtype == jnp.bfloat16
+    checkpoints_io.save_pretrained(tmp_path, HYBRID, params, dtype="bfloat16")
+    source = files.open_folder(tmp_path)
+    assert {entry.dtype for entry in source.entries.values()} == {np.dtype(jnp.bfloat16)}
+    assert checkpoints_io.load_pretrained(tmp_path).model_config["dtype"] == "bfloat16"
+
+
+def rewrite(folder, change, **fields):
+    """A copy of LLAMA's folder with other tensors and other fields in config.json."""
+    checkpoints_io.save_pretrained(folder, LLAMA, random_params(LLAMA), architecture="llama")
+    source = files.open_folder(folder)
+    arrays = {name: source.read(name) for name in source.entries}
+    change(arrays)
+    entries = {name: files.Entry(a.shape, a.dtype) for name, a in arrays.items()}
+    files.write(folder, entries, arrays.__getitem__)
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path):
+    def change(arrays):
+        del arrays["model.layers.1.self_attn.q_proj.weight"]
+        arrays["surplus.weight"] = np.zeros((3, 2), np.float32)
+        arrays["model.norm.weight"] = np.zeros((17,), np.float32)
+        arrays["model.layers.0.mlp.up_proj.weight"] = np.zeros((24, 16), np.int32)
+        arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros((4,), np.float32)
+
+    with pytest.raises(ValueError) as error:
+        checkpoints_io.load_pretrained(rewrite(tmp_path, change))
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: model.layers.1.self_attn.q_proj.weight [16, 16]",
+        "  extra: surplus.weight [3, 2]",
+        "  not of a floating dtype: model.layers.0.mlp.up_proj.weight is int32",
+        "  misshapen: model.norm.weight should be [16], is [17]",
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"model_type": "gpt_oss"}, "unknown architecture 'gpt_oss'; supported are .*llama, "),
+        ({"model_type": ["llama"]}, "unknown architecture"),
+        ({"hidden_size": "16"}, "hidden_size is '16'; it must be a positive integer"),
+        ({"hidden_size": -16}, "hidden_size is -16"),
+        ({"num_hidden_layers": None}, "lacks 'num_hidden_layers'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; it must be silu or"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn' is not supported"),
+        ({"rms_norm_eps": "nan"}, "rms_norm_eps is 'nan'"),
+        ({"num_attention_heads": 3}, "num_kv_heads 2 must divide num_heads 3"),
+    ],
+)
+def test_configs_that_cannot_be_used(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        checkpoints_io.load_pretrained(rewrite(tmp_path, lambda arrays: None, **fields))
+
+
+def test_a_context_longer_than_the_models(tmp_path):
+    folder = rewrite(tmp_path, lambda arrays: None)
+    with pytest.raises(ValueError, match="max_len is 33; the context of .* is 32 tokens"):
+        checkpoints_io.load_pretrained(folder, max_len=33)
+    loaded = checkpoints_io.load_pretrained(folder, max_len=8)
+    assert dict(loaded.model.mixers[0].options)["max_length"] == 8
+    out = tmp_path / "out"
+    checkpoints_io.save_pretrained(
+        out, loaded.model_config, loaded.params, architecture="llama", hf_config=loaded.hf_config
+    )
+    assert files.read_json(out / "config.json")["max_position_embeddings"] == 32
+
+
+def test_a_model_that_a_layout_has_no_place_for(tmp_path):
+    params = random_params(LLAMA)
+    with pytest.raises(ValueError, match="no place for this model.*logit_softcap: 30.0, None"):
+        checkpoints_io.save_pretrained(
+            tmp_path, LLAMA | {"logit_softcap": 30.0}, params, architecture="llama"
+        )
+    with pytest.raises(ValueError, match="only softmax attention has a place.* gated_delta_net"):
+        checkpoints_io.save_pretrained(tmp_path, HYBRID, params, architecture="llama")
+    with pytest.raises(ValueError, match="the parameters are not those of the model config"):
+        checkpoints_io.save_pretrained(tmp_path, LLAMA | {"d_ff": 32}, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sources_that_are_not_there(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder '.*nowhere'; give a folder with"):
+        checkpoints_io.load_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="there is no file .*config.json"):
+        checkpoints_io.load_pretrained(tmp_path)
+
+
+def test_every_registered_architecture_is_whole():
+    for name in architectures.names():
+        architecture = architectures.get(name)
+        assert architecture.model_type == name and architecture.class_name
