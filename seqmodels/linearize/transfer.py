@@ -88,9 +88,7 @@ def make_model(
         for f in dataclasses.fields(language_model.LanguageModel)
         if f.name not in ("parent", "name")
     }
-    return TransferModel(
-        **fields | {"mixers": tuple(map(Pair, teacher.mixers, student.mixers))}
-    )
+    return TransferModel(**fields | {"mixers": tuple(map(Pair, teacher.mixers, student.mixers))})
 
 
 def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class LAWCAT(attention.Attention):
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
-        (H, G, K), F = self._sizes(), self._features()
+        H, G, _ = self._sizes()
         B, T, _ = x_BTD.shape
         if state is None:
             state = self.init_state(B)
@@ -95,7 +95,7 @@ class LAWCAT(attention.Attention):
         if self.gate_rank is not None:
             low_rank = self.project(x_BTD, self.gate_rank, "gk_down", axes=("embed", None))
             gate_BTHF = self.project_heads(
-                low_rank, H, F, "gk_up", axes=(None, "heads"), use_bias=True,
+                low_rank, H, self._features(), "gk_up", axes=(None, "heads"), use_bias=True,
                 kernel_init=nn.initializers.zeros,
                 bias_init=nn.initializers.constant(self.gate_bias),
             )  # fmt: skip
@@ -113,9 +113,7 @@ class LAWCAT(attention.Attention):
             implementation=self.implementation,
         )
         o_BTHV = sums_BTHV[..., :-1] / (sums_BTHV[..., -1:] + self.eps)
-        return self._output(x_BTD, o_BTHV), State(
-            S_BHFV, q_tail, k_tail, position_BT[:, -1] + 1
-        )
+        return self._output(x_BTD, o_BTHV), State(S_BHFV, q_tail, k_tail, position_BT[:, -1] + 1)
 
     def init_state(self, batch):
         H, G, K = self._sizes()
