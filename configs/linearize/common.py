@@ -83,12 +83,22 @@ def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
 def with_argument(config: ConfigDict, argument: str, **variants):
     """As configs.common's. Every method has
 
-    smollm   SmolLM2-135M-Instruct as the teacher, rows of 512, on two CPU cores
+    smollm   SmolLM2-135M-Instruct as the teacher, two rows of 512 and a fifth of the steps: minutes on two CPU cores
     gpu      longer: 1024 tokens a row, 16 rows, bfloat16 products, ten times the steps
-    hybrid   every fourth layer stays softmax
+    hybrid   every fourth layer stays softmax; half: every second
+    small    for configs/linearize_teacher.py: 8 rows of 256, windows of 16
     tiny     four steps a stage on short rows: seconds
     """
-    known = variants | {"smollm": _smollm, "gpu": _gpu, "hybrid": _hybrid, "tiny": tiny}
+    known = variants | {
+        "smollm": _smollm,
+        "gpu": _gpu,
+        "hybrid": _hybrid,
+        "half": _half,
+        "small": _small,
+        "half": _half,
+        "small": _small,
+        "tiny": tiny,
+    }
     for name in filter(None, argument.split(",")):
         if name not in known:
             raise ValueError(f"unknown config argument {name!r}; choose one of {', '.join(known)}")
@@ -99,7 +109,11 @@ def with_argument(config: ConfigDict, argument: str, **variants):
 def _smollm(config):
     config.linearize.teacher = "gguf:smollm2"
     config.data.update({"seq_len": 512, "batch_size": 2})
-    config.train.update({"eval_batches": 4, "test_batches": 16})
+    config.train.update({"log_every": 2, "eval_batches": 2, "test_batches": 8})
+    config.checkpoint.every = 10
+    config.schedule.warmup_steps = 4
+    for stage in config.linearize.stages.values():
+        stage.steps = max(stage.steps // 5, 4)
 
 
 def _gpu(config):
@@ -111,6 +125,15 @@ def _gpu(config):
 
 def _hybrid(config):
     config.linearize.keep_every = 4
+
+
+def _half(config):
+    config.linearize.keep_every = 2
+
+
+def _small(config):
+    config.data.update({"seq_len": 256, "batch_size": 8})
+    config.linearize.student = config.linearize.student.replace("window=64", "window=16")
 
 
 def tiny(config: ConfigDict) -> ConfigDict:

@@ -20,19 +20,19 @@ from seqmodels.linearize import layer_trees, students
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a config means: for each stage its name and the mixers of its student."""
+    """What a config means: for each stage its name and the mixers of its student; and those of the last student."""
 
     stages: tuple[str, ...]
     specs: tuple[tuple[pattern.MixerSpec, ...], ...]
+    converted: tuple[pattern.MixerSpec, ...]
 
 
 def make_plan(config, teacher: language_model.LanguageModel) -> Plan:
-    """Raises ValueError for layers or options that are not there, or a config without stages."""
+    """Raises ValueError for layers or options that are not there."""
     fields = config.linearize
     layers = students.choose_layers(teacher.mixers, fields.layers, fields.keep_every, fields.keep)
     names = tuple(sorted(fields.stages, key=lambda name: (len(name), name)))
-    if not names:
-        raise ValueError("linearize.stages is empty: there is nothing to do")
+    converted = students.student_specs(teacher, fields.student, layers)
     specs = []
     for name in names:
         up_to_here = layers
@@ -43,14 +43,9 @@ def make_plan(config, teacher: language_model.LanguageModel) -> Plan:
                     f"linearize.stages.{name}.layers has {wrong}, which linearize.layers does not convert: {list(layers)}"
                 )
             up_to_here = named
-        student = students.student_specs(teacher, fields.student, layers)
-        specs.append(
-            tuple(
-                new if i in up_to_here else old
-                for i, (old, new) in enumerate(zip(teacher.mixers, student))
-            )
-        )
-    return Plan(names, tuple(specs))
+        pairs = enumerate(zip(teacher.mixers, converted))
+        specs.append(tuple(new if i in up_to_here else old for i, (old, new) in pairs))
+    return Plan(names, tuple(specs), converted)
 
 
 def stage_config(config, name: str, model_config: dict[str, Any], last: bool) -> ConfigDict:
@@ -88,16 +83,23 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
 
     own = tasks.Model(teacher.model, teacher.params)
     student, results = own, {}
-    for number, (name, specs) in enumerate(zip(plan.stages, plan.specs)):
+
+    def grow(specs, number):
+        """The student with these mixers: new ones are seeded, the others stay as they are."""
+        if specs == student.model.mixers:
+            return student
         model_config = students.student_config(teacher.model_config, specs)
         model = language_model.from_config(model_config)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        params = students.seed_params(
-            key, student.model, student.params, model, config.linearize.seed
-        )
-        student = tasks.Model(model, params)
-        run_config = stage_config(config, name, model_config, number == len(plan.stages) - 1)
+        source = student.model, student.params
+        return tasks.Model(model, students.seed_params(key, *source, model, config.linearize.seed))
+
+    for number, (name, specs) in enumerate(zip(plan.stages, plan.specs)):
+        student = grow(specs, number)
+        model_config = students.student_config(teacher.model_config, specs)
+        run_config = stage_config(config, name, model_config, last=name == plan.stages[-1])
         student, results[name] = _run_stage(run_config, name, own, student, workdir, devices)
+    student = grow(plan.converted, len(plan.stages))
     chosen, mix = student, {}
     if any(spec.name == "selective" for spec in student.model.mixers):
         chosen, mix = _chosen(teacher, student)
@@ -113,9 +115,8 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
         "pattern": chosen_config["pattern"],
         "parameters": teachers.num_params(chosen.params),
         "stages": results,
-        "trained_parameters": max(r["parameters"] for r in results.values()),
+        "trained_parameters": max((r["parameters"] for r in results.values()), default=0),
         "tokens": sum(r["trained_tokens"] for r in results.values()),
-        **{k: results[plan.stages[-1]][k] for k in ("loss", "perplexity", "accuracy")},
     }
     if mix:
         result["mix"] = {str(i): r for i, r in mix.items()}
