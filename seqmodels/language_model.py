@@ -339,8 +339,13 @@ def from_config(config) -> LanguageModel:
     model = LanguageModel(mixers=specs, **fields)
     _check_choice("remat", model.remat, REMAT_POLICIES)
     _check_choice("norm", model.norm, norms.NORMS)
-    _check_choice("channel_mixer", model.channel_mixer, (None, *channel_mixers.names()))
     _check_choice("norm_position", model.norm_position, blocks.NORM_POSITIONS)
+    channels = {dict(s.options).get("channel_mixer", model.channel_mixer) for s in specs}
+    for text in channels - {None}:
+        try:
+            channel_mixers.make(text, parent=None)
+        except ValueError as error:
+            raise ValueError(f"config.model: {error}") from error
     jax.eval_shape(lambda: model.init_state(1))  # every mixer checks its own options here
     return model
 
