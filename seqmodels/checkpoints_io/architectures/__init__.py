@@ -26,12 +26,24 @@ from seqmodels.pattern import MixerSpec
 
 # model_type: module. Several model types may share one.
 _MODULES = {
+    "bamba": "bamba",
+    "delta_net": "delta_net",
+    "gated_deltanet": "gated_deltanet",
+    "gla": "gla",
     "gpt2": "gpt2",
+    "hgrn2": "hgrn2",
     "llama": "llama",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
+    "minimax": "minimax",
     "mistral": "mistral",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_next": "qwen3_next",
+    "recurrent_gemma": "recurrent_gemma",
+    "retnet": "retnet",
     "smollm3": "smollm3",
+    "xlstm": "xlstm",
 }
 
 
