@@ -16,7 +16,8 @@
         select_weight, select_target, select_power    the penalty that chooses layers, of mixers `selective`
         layers         "" or those converted up to this stage, of linearize.layers: progressive replacement
 
-`data`, `schedule`, `checkpoint`, ... are those of configs/common.py; data.tokenizer "teacher" is the teacher's own.
+`data`, `schedule`, `checkpoint`, ... are those of configs/common.py; data.tokenizer "teacher" is the teacher's own. Of `model` only
+remat and dtype (of activations) are read: the rest is the teacher's.
 """
 
 from ml_collections import ConfigDict
@@ -55,7 +56,7 @@ def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
     config = common.get_config()
     config.data = default_config("python_stdlib")
     config.data.update({"tokenizer": "teacher", "seq_len": 512, "batch_size": 8})
-    config.model.update({"remat": "none"})
+    config.model.update({"remat": "none", "dtype": "float32"})
     config.linearize = ConfigDict(
         {
             "teacher": "",
@@ -95,8 +96,6 @@ def with_argument(config: ConfigDict, argument: str, **variants):
         "hybrid": _hybrid,
         "half": _half,
         "small": _small,
-        "half": _half,
-        "small": _small,
         "tiny": tiny,
     }
     for name in filter(None, argument.split(",")):
@@ -118,7 +117,7 @@ def _smollm(config):
 
 def _gpu(config):
     config.data.update({"seq_len": 1024, "batch_size": 16})
-    config.model.update({"remat": "full"})
+    config.model.update({"remat": "full", "dtype": "bfloat16"})
     for stage in config.linearize.stages.values():
         stage.steps *= 10
 

