@@ -28,6 +28,7 @@ class Loaded:
 
     @property
     def params(self):
+        """As `found` has them."""
         return self.found.params
 
     @property
@@ -36,6 +37,13 @@ class Loaded:
         eos = self.found.hf_config.get("eos_token_id")
         ends = eos if isinstance(eos, list) else [eos]
         return {self.tokenizer.document_id} | {i for i in ends if type(i) is int}
+
+    def with_max_len(self, max_len: int) -> "Loaded":
+        """The same with full-attention layers that hold `max_len` tokens; ValueError beyond the model's context."""
+        found = self.found
+        config = checkpoints_io.with_max_len(found.model_config, max_len, found.source)
+        found = dataclasses.replace(found, model_config=config)
+        return dataclasses.replace(self, found=found, model=found.model)
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """The ids of a prompt, with the special tokens that the tokenizer's own file puts there; one at least."""

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,7 +117,7 @@ class ShardedFiles:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f'{index}: "weight_map" must map tensor names to file names')
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
                 raise ValueError(
                     f"{index}: the file of tensor {name!r} is {shard!r}; it must be a file name in the same folder"
                 )
@@ -210,7 +211,7 @@ def write_file(path: Path, entries: Mapping[str, Entry], read: Callable) -> Path
         with temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in order:
-                array = np.ascontiguousarray(read(name))
+                array = np.asarray(read(name), order="C")
                 if array.shape != entries[name].shape or array.dtype != entries[name].dtype:
                     raise ValueError(
                         f"tensor {name!r} is {array.dtype}{list(array.shape)}, announced as {entries[name]}"

@@ -76,12 +76,13 @@ def load_pretrained(
     else:
         architecture = architectures.get(hf_config.fields.get("model_type"))
     model_config = architecture.model_config(hf_config) | dict(overrides or {})
-    model_config = _with_max_len(model_config, max_len, hf_config.name)
+    model_config = with_max_len(model_config, max_len, hf_config.name)
     stored = _main_dtype(tensors)
     model_config |= {"dtype": dtype or stored, "param_dtype": dtype or stored}
     model = language_model.from_config(model_config)
     slots = conversion.Slots(model)
-    rules = conversion.check_rules(architecture.rules(model_config, model.mixers), slots)
+    filled = _with_defaults(model_config, model)
+    rules = conversion.check_rules(architecture.rules(filled, model.mixers), slots)
     expected = conversion.expected_entries(rules, slots)
     tensors = _with_prefix(tensors, expected, architecture.base_prefix)
     conversion.check_source(tensors, expected, architecture.ignored)
@@ -123,9 +124,10 @@ def save_pretrained(
     target = own_layout.ARCHITECTURE
     if architecture != own_layout.MODEL_TYPE:
         target = architectures.get(architecture)
-    config = _hf_config(target, model_config, model, dict(hf_config or {}))
+    filled = _with_defaults(model_config, model)
+    config = _hf_config(target, filled, model, dict(hf_config or {}))
     slots = conversion.Slots(model)
-    rules = conversion.check_rules(target.rules(model_config, model.mixers), slots)
+    rules = conversion.check_rules(target.rules(filled, model.mixers), slots)
     entries, read = conversion.tensor_reader(dict(params), rules, slots, dtype)
     counts: dict[str, int] = {}
     for entry in entries.values():
@@ -141,6 +143,14 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What differs between the models of two configs, "field: a, b" each; nothing where they compute the same."""
     a, b = (_what(language_model.from_config(dict(config))) for config in (a, b))
     return [f"{k}: {a.get(k)!r}, {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+
+
+def _with_defaults(model_config: Mapping[str, Any], model) -> dict[str, Any]:
+    """config.model with every field that a LanguageModel has."""
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    return {k: v for k, v in fields.items() if k not in ("mixers", "parent", "name")} | dict(
+        model_config
+    )
 
 
 def _what(model) -> dict[str, Any]:
@@ -254,7 +264,12 @@ def _copy_tokenizer(tokenizer_path, folder: Path) -> list[Path]:
     return copied
 
 
-def _with_max_len(model_config: dict, max_len: int | None, name: str) -> dict:
+def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str) -> dict[str, Any]:
+    """config.model whose full-attention layers hold `max_len` tokens when decoding (None: as many as they do).
+
+    Raises ValueError, naming the model by `name`, for more than they do now.
+    """
+    model_config = dict(model_config)
     if max_len is None:
         return model_config
     specs = language_model.from_config(model_config).mixers
@@ -301,6 +316,3 @@ def _with_prefix(tensors, expected, prefix: str):
     if not any(prefix + name in expected for name in tensors.entries):
         return tensors
     return _Renamed(tensors, prefix, set(expected))
-
-
-__all__ = ["Pretrained", "load_pretrained", "save_pretrained", "same_model"]

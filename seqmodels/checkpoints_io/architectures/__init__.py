@@ -6,7 +6,7 @@ To add one, write `<family>.py` with an `ARCHITECTURE`, four things that all say
   `HFConfig` (`integer`, `number`, `flag`, `choice`), which refuses a hostile value by name; refuse with ValueError
   what we cannot compute. Per-layer differences go into the pattern: `pattern.to_text` writes one of a list of MixerSpec.
 - `hf_config(model, specs)`: the inverse, as far as the family can express it. It need not check: the framework reads its
-  result back with `model_config` and refuses to export where that is another model.
+  result back with `model_config` and refuses to export where that is another model. `model` has every field, defaults too.
 - `rules(model, specs)`: every tensor, as `rules.Rule`s; see `checkpoints_io.rules` for the usual ones (linear, conv1d, split, joined,
   constant) and `moved` for any other exact move. Layers are "block_{i}" for all i, scanned or not.
 - `ignored`: regular expressions (full match) of tensors in files that carry nothing: buffers, tied copies.

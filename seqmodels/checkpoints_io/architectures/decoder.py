@@ -95,7 +95,7 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec], **fields) -> di
         )
     options = option_values(specs[0])
     activation = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}.get(model["channel_mixer"])
-    if activation is None or not model.get("d_ff"):
+    if activation is None or not model["d_ff"]:
         raise ValueError(
             "this layout takes a gated channel mixer (swiglu, geglu) with a given d_ff"
         )
@@ -120,8 +120,8 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec], **fields) -> di
         "head_dim": head_dim,
         "hidden_act": activation,
         "max_position_embeddings": max(option_values(s)["max_length"] for s in specs),
-        "rms_norm_eps": model.get("norm_eps", 1e-5),
-        "tie_word_embeddings": model.get("tied_embeddings", True),
+        "rms_norm_eps": model["norm_eps"],
+        "tie_word_embeddings": model["tied_embeddings"],
         "rope_parameters": rope,
         # What programs older than rope_parameters read.
         "rope_theta": float(base),
@@ -143,14 +143,14 @@ def tensors(model: dict[str, Any], specs: Sequence[MixerSpec]) -> Iterator[rules
     """The table of names."""
     yield rules.same("model.embed_tokens.weight", "embed/embedding")
     yield rules.same("model.norm.weight", "final_norm/scale")
-    if not model.get("tied_embeddings", True):
+    if not model["tied_embeddings"]:
         yield rules.transposed("lm_head.weight", "output/kernel")
     for i, layer in enumerate(specs):
         theirs, ours = f"model.layers.{i}", f"block_{i}"
         yield rules.same(f"{theirs}.input_layernorm.weight", f"{ours}/mixer_norm/scale")
         yield rules.same(f"{theirs}.post_attention_layernorm.weight", f"{ours}/channel_norm/scale")
         yield from attention(layer, f"{theirs}.self_attn", f"{ours}/mixer")
-        bias = model.get("channel_bias", False)
+        bias = model["channel_bias"]
         for name in ("gate", "up", "down"):
             path = f"{ours}/channel_mixer/{name}"
             yield from rules.linear(f"{theirs}.mlp.{name}_proj", path, bias)

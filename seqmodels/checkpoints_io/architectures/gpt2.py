@@ -41,11 +41,11 @@ def _hf_config(model, specs):
         "n_embd": model["d_model"],
         "n_layer": model["num_layers"],
         "n_head": decoder.option_values(specs[0])["num_heads"],
-        "n_positions": model.get("learned_positions") or 0,
-        "n_inner": model.get("d_ff"),
+        "n_positions": model["learned_positions"] or 0,
+        "n_inner": model["d_ff"],
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": model.get("norm_eps", 1e-5),
-        "tie_word_embeddings": model.get("tied_embeddings", True),
+        "layer_norm_epsilon": model["norm_eps"],
+        "tie_word_embeddings": model["tied_embeddings"],
     }
 
 

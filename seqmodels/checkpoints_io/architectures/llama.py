@@ -16,7 +16,7 @@ def _hf_config(model, specs):
     del fields["sliding_window"]
     return fields | {
         "attention_bias": decoder.option_values(specs[0])["use_bias"],
-        "mlp_bias": model.get("channel_bias", False),
+        "mlp_bias": model["channel_bias"],
     }
 
 

@@ -37,7 +37,7 @@ def _hf_config(model, specs):
     rope = decoder.hf_config(model, [first])
     return hf_config(model, specs) | {
         "attention_bias": decoder.option_values(specs[0])["use_bias"],
-        "mlp_bias": model.get("channel_bias", False),
+        "mlp_bias": model["channel_bias"],
         "no_rope_layers": rotated,
         "rope_parameters": rope["rope_parameters"],
         "rope_scaling": rope["rope_scaling"],

@@ -43,7 +43,7 @@ def test_what_is_written_is_read(tmp_path):
 def test_shards_and_their_index(tmp_path):
     write(tmp_path)
     paths = write(tmp_path, max_shard_bytes=24)
-    assert [p.name for p in paths[:2]] == [f"model-0000{i}-of-00005.safetensors" for i in (1, 2)]
+    assert [p.name for p in paths[:2]] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2)]
     assert not (tmp_path / files.SINGLE_FILE).exists()
     index = json.loads((tmp_path / files.INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in ARRAYS.values())
@@ -103,7 +103,9 @@ def test_hostile_files(message, tmp_path):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("shard", ["../w.safetensors", "/etc/passwd", "a/b", "..", "", 7, "a\\b"])
+@pytest.mark.parametrize(
+    "shard", ["../w.safetensors", "/etc/passwd", "a/b", "..", "", 7, "a\\b", "w.safetensors\n"]
+)
 def test_an_index_cannot_leave_its_folder(shard, tmp_path):
     (tmp_path / files.INDEX_FILE).write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(ValueError, match="a file name in the same folder"):
@@ -115,10 +117,10 @@ def test_a_missing_shard_and_a_tensor_that_is_not_in_its_shard(tmp_path):
     index = json.loads((tmp_path / files.INDEX_FILE).read_text())
     index["weight_map"]["elsewhere"] = paths[0].name
     (tmp_path / files.INDEX_FILE).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="no tensor 'elsewhere' in .*00001-of-00005"):
+    with pytest.raises(ValueError, match="no tensor 'elsewhere' in .*00001-of-00003"):
         files.open_folder(tmp_path)
     paths[1].unlink()
-    with pytest.raises(ValueError, match="names model-00002-of-00005.safetensors, which is not"):
+    with pytest.raises(ValueError, match="names model-00002-of-00003.safetensors, which is not"):
         files.open_folder(tmp_path)
 
 
