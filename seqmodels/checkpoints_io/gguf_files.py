@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from seqmodels import positions
 from seqmodels.checkpoints_io import gguf_header, gguf_tokenizer
 from seqmodels.checkpoints_io.architectures import HFConfig
 from seqmodels.checkpoints_io.files import Entry
@@ -35,7 +36,13 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_IGNORED = r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight"
+_ROPE_FREQS = "rope_freqs.weight"
+_IGNORED = rf"{_ROPE_FREQS}|blk\.\d+\.attn_rot_embd\.weight"
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def open_model(path: Path):
@@ -87,11 +94,7 @@ class GGUFTensors:
     def read(self, name: str) -> np.ndarray:
         info, dtype = self.infos[name], self.entries[name].dtype
         types = self._quants.GGMLQuantizationType
-        with self._path.open("rb") as file:
-            file.seek(info.begin)
-            data = np.frombuffer(file.read(info.num_bytes), np.uint8)
-        if data.size != info.num_bytes:
-            raise ValueError(f"{self.name}: tensor {name!r} is cut off")
+        data = _bytes(self._path, info)
         if info.kind in (types.F32, types.F16, types.BF16):
             array = data.view(dtype).reshape(info.shape)
         else:
@@ -130,6 +133,7 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
             raise ValueError(f"{path}: blk.0.attn_{which}.weight does not fit {count} heads")
     width = metadata.integer(f"{name}.embedding_length")
     rotated = metadata.integer(f"{name}.rope.dimension_count", width // heads)
+    base = _shortest(metadata.number(f"{name}.rope.freq_base", 10_000.0))
     fields: dict[str, Any] = {
         "model_type": _ARCHITECTURES[name],
         "vocab_size": embedding.shape[0],
@@ -141,8 +145,8 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
         "head_dim": metadata.integer(f"{name}.attention.key_length", rotated),
         "max_position_embeddings": metadata.integer(f"{name}.context_length"),
         "rms_norm_eps": _shortest(metadata.number(f"{name}.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(metadata.number(f"{name}.rope.freq_base", 10_000.0)),
-        "rope_scaling": _rope_scaling(metadata, name, header),
+        "rope_theta": base,
+        "rope_scaling": _rope_scaling(metadata, name, base, header),
         "tie_word_embeddings": "lm_head.weight" not in tensors.entries,
     }
     metadata.require(f"{name}.rope.dimension_count", fields["head_dim"])
@@ -156,15 +160,35 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
     return HFConfig(fields, path)
 
 
-def _rope_scaling(metadata: HFConfig, name: str, header: gguf_header.Header):
+def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_header.Header):
     kind = metadata.get(f"{name}.rope.scaling.type", "none")
-    if kind not in ("none", "linear") or "rope_freqs.weight" in header.tensors:
-        raise ValueError(
-            f"{metadata.name}: rope scaling by {kind!r} or rope_freqs is not supported"
-        )
-    if kind == "none":
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{metadata.name}: rope scaling by {kind!r} is not supported; linear is")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": metadata.number(f"{name}.rope.scaling.factor")}
+    if _ROPE_FREQS not in header.tensors:
         return None
-    return {"rope_type": "linear", "factor": metadata.number(f"{name}.rope.scaling.factor")}
+    # Llama 3.1 stores what its scaling divides each frequency by, the whole factor last, and not the parameters.
+    info = header.tensors[_ROPE_FREQS]
+    if info.num_bytes != 4 * info.shape[-1]:
+        raise ValueError(f"{metadata.name}: {_ROPE_FREQS} must be a row of float32")
+    divisor_K = _bytes(Path(metadata.name), info).view(np.float32)
+    scaling = {"rope_type": "llama3", "factor": float(divisor_K[-1])} | _LLAMA3
+    exponent_K = np.arange(divisor_K.size, dtype=np.float32) / divisor_K.size
+    frequency_K = np.float32(base) ** -exponent_K
+    scaled_K = positions.scale_frequencies(frequency_K, tuple(scaling.values()))
+    if not np.allclose(frequency_K / divisor_K, scaled_K, rtol=1e-4):
+        raise ValueError(f"{metadata.name}: {_ROPE_FREQS} is not Llama 3's scaling")
+    return scaling
+
+
+def _bytes(path: Path, info: gguf_header.TensorInfo) -> np.ndarray:
+    with path.open("rb") as file:
+        file.seek(info.begin)
+        data = np.frombuffer(file.read(info.num_bytes), np.uint8)
+    if data.size != info.num_bytes:
+        raise ValueError(f"{path} is cut off")
+    return data
 
 
 def _shortest(value: float) -> float:

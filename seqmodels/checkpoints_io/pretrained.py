@@ -295,7 +295,8 @@ def _main_dtype(tensors: files.Source) -> str:
             counts[entry.dtype.name] = counts.get(entry.dtype.name, 0) + entry.num_bytes
     if not counts:
         raise ValueError(f"{tensors.name} holds no tensor of a floating dtype")
-    return max(counts, key=counts.get)
+    main = max(counts, key=counts.get)
+    return "float32" if main == "float64" else main
 
 
 class _Renamed:

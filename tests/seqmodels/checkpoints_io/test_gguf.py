@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from seqmodels import checkpoints_io
+from seqmodels import checkpoints_io, positions
 from seqmodels.checkpoints_io import gguf_files, gguf_header, gguf_tokenizer
 
 D, F, H, G, L, W = 64, 96, 4, 2, 2, 300
@@ -56,7 +56,7 @@ def tensors(seed=0):
     return arrays
 
 
-def write(path, arrays, kind=TYPES.F32, **metadata):
+def write(path, arrays, kind=TYPES.F32, rope_freqs=None):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(32)
     writer.add_embedding_length(D)
@@ -75,10 +75,8 @@ def write(path, arrays, kind=TYPES.F32, **metadata):
     writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
-    for key, value in metadata.items():
-        key = key.replace("__", ".")
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(key, value)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, L)
     for name, array in arrays.items():
         if "q_proj" in name or "k_proj" in name:
@@ -111,6 +109,19 @@ def test_float32_is_what_went_in(whole):
     weight = tensors()["model.layers.1.self_attn.q_proj.weight"]
     np.testing.assert_array_equal(q_LDE[1], weight.T)
     assert loaded.model.mixers[0].name == "attention"
+
+
+def test_llama_3s_scaling_is_read_off_its_frequencies(tmp_path):
+    frequency_K = 10_000.0 ** (-np.arange(K // 2, dtype=np.float32) / (K // 2))
+    scaled_K = positions.scale_frequencies(frequency_K, ("llama3", 8.0, 1.0, 4.0, 8192))
+    divisor_K = np.asarray(frequency_K / scaled_K, np.float32)
+    assert divisor_K[0] == 1.0 and divisor_K[-1] == 8.0
+    path = write(tmp_path / "scaled.gguf", tensors(), rope_freqs=divisor_K)
+    config, _, _, _ = gguf_files.open_model(path)
+    assert config.fields["rope_scaling"]["factor"] == 8.0
+    path = write(tmp_path / "other.gguf", tensors(), rope_freqs=divisor_K + 0.5)
+    with pytest.raises(ValueError, match="is not Llama 3's scaling"):
+        gguf_files.open_model(path)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
     assert str(error.value).splitlines()[1:] == [
         "  missing: model.layers.1.self_attn.q_proj.weight [16, 16]",
         "  extra: surplus.weight [3, 2]",
-        "  not of a floating dtype: model.layers.0.mlp.up_proj.weight is int32",
+        "  of no weights' dtype: model.layers.0.mlp.up_proj.weight is int32",
         "  misshapen: model.norm.weight should be [16], is [17]",
     ]
 
