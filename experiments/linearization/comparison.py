@@ -27,7 +27,7 @@ def compare(
     contexts: tuple[int, ...] = (1024, 8192, 32768),
     transfer_batches: int = 2,
     change=lambda config: None,
-    say=print,
+    devices=None,
 ) -> dict[str, dict]:
     """A row a method, and the teacher's first, as workdir/table.json has them; see `experiments.compare_linearizations`.
 
@@ -46,11 +46,11 @@ def compare(
             change(config)
             folder.mkdir(parents=True, exist_ok=True)
             if name == TEACHER:
-                rows[name] = _teacher_row(config, contexts)
+                rows[name] = _teacher_row(config, contexts, devices)
             else:
-                rows[name] = _student_row(config, folder, contexts, transfer_batches)
+                rows[name] = _student_row(config, folder, contexts, transfer_batches, devices)
             run_record.write_json(path, rows[name])
-        say(f"{name}: perplexity {rows[name]['perplexity']:.3f}")
+        print(f"{name}: perplexity {rows[name]['perplexity']:.3f}", flush=True)
     run_record.write_json(workdir / "table.json", rows)
     run_record.write_text(workdir / "table.md", table(rows, contexts))
     decoding.picture({n: row["decoding"] for n, row in rows.items()}, workdir / "decoding.png")
@@ -63,17 +63,17 @@ def _config(name: str, argument: str):
     return cli.load_config(f"{_CONFIGS / method}.py" + (arguments and f":{arguments}"))
 
 
-def _teacher_row(config, contexts):
+def _teacher_row(config, contexts, devices):
     teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
-    return _scores(teachers.with_data(config, teacher), teacher, contexts)
+    return _scores(teachers.with_data(config, teacher), teacher, contexts, devices)
 
 
-def _student_row(config, folder, contexts, transfer_batches):
-    result = run.linearize(config, folder)
+def _student_row(config, folder, contexts, transfer_batches, devices):
+    result = run.linearize(config, folder, devices)
     student = teachers.load(result["student"], {})
     teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
     config = teachers.with_data(config, teacher)
-    return _scores(config, student, contexts) | {
+    return _scores(config, student, contexts, devices) | {
         **transfer_errors(config, teacher, student, transfer_batches),
         "trained": result["trained_parameters"],
         "tokens": result["tokens"],
@@ -81,12 +81,12 @@ def _student_row(config, folder, contexts, transfer_batches):
     }
 
 
-def _scores(config, found: teachers.Teacher, contexts) -> dict:
+def _scores(config, found: teachers.Teacher, contexts, devices) -> dict:
     """Perplexity on the test split, and what decoding costs."""
     with config.unlocked():
         config.model = type(config)(found.model_config)
     test_set = make_dataset(config.data, "test")
-    program = steps.build(loop.resolve(config, test_set), config.data.seq_len)
+    program = steps.build(loop.resolve(config, test_set), config.data.seq_len, devices)
     scores = evaluation.evaluate(program, found.params, test_set, config.train.test_batches)
     return {
         "perplexity": scores.totals()["perplexity"],

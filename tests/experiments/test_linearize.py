@@ -34,6 +34,15 @@ TEACHER = {
     "d_ff": 16,
     "vocab_size": 257,
 }
+FAST = ["liger:gla", "lolcats:"]
+EXHAUSTIVE = [
+    "liger:scalar",
+    "lolcats:no_transfer",
+    "hedgehog:elu_plus_one",
+    "mmmamba:scratch",
+    "mmmamba:mamba_in_llama",
+    "gated_delta_net:all",
+]
 METHODS = [
     *((liger, v) for v in ("gla", "hgrn2,hybrid", "scalar")),
     *((lolcats, v) for v in ("", "no_transfer")),
@@ -48,7 +57,13 @@ def label(case):
     return f"{case[0].__name__.split('.')[-1]}:{case[1]}"
 
 
-@pytest.mark.parametrize("case", METHODS, ids=label)
+def marks(case):
+    if label(case) in EXHAUSTIVE:
+        return [pytest.mark.exhaustive]
+    return [] if label(case) in FAST else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=marks(c)) for c in METHODS], ids=label)
 def test_every_stage_fits_the_teacher(case):
     """Traced, not compiled: patterns match, losses and their gradients have the shapes of what is trained."""
     module, argument = case
@@ -125,6 +140,7 @@ def student_of(folder):
     return program.model, restore.evaluation_params(program, config, folder)[1]
 
 
+@pytest.mark.slow
 def test_the_student_is_a_run_that_others_can_load(whole, teacher_run):
     workdir, result = whole
     assert json.loads((workdir / "result.json").read_text()) == result
@@ -137,6 +153,7 @@ def test_the_student_is_a_run_that_others_can_load(whole, teacher_run):
     assert result["stages"]["stage_1"]["loss"] > 0
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_what_is_trained_alone(whole):
     workdir, result = whole
     found = {}
@@ -152,6 +169,7 @@ def test_checkpoints_hold_what_is_trained_alone(whole):
     assert all(path.split("/")[-1] in (lora.A, lora.B) for path in found["stage_2"])
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_student(teacher_run, whole, tmp_path, monkeypatch):
     build = steps.build
 

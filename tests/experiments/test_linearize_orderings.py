@@ -50,6 +50,7 @@ def rows(tmp_path_factory):
         argument="small",
         contexts=(1024,),
         change=one_device,
+        devices=jax.devices()[:1],
     )
 
 

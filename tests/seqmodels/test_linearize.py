@@ -196,7 +196,7 @@ def test_layers_are_split_and_joined(text):
     again = layer_trees.join(model, shared, layers)
     assert jax.tree.structure(again) == jax.tree.structure(boxed)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape), nn.unbox(boxed))
+    params = jax.tree.map(lambda x: rng.random(x.shape, np.float32), nn.unbox(boxed))
     jax.tree.map(
         np.testing.assert_array_equal,
         layer_trees.join(model, *layer_trees.split(model, params)),
