@@ -1,7 +1,6 @@
 """The compiled parts of an experiment: initial state, training step, evaluation sums; and how they lie on the mesh."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -145,8 +144,12 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
     def compiled(function, in_shardings, **options):
         """jit of function(*arguments, frozen), given the frozen parameters."""
         if not with_frozen:
-            without = functools.wraps(function)(lambda *arguments: function(*arguments, frozen))
-            return jax.jit(without, in_shardings=in_shardings, **options)
+
+            def alone(*arguments):
+                return function(*arguments, frozen)
+
+            alone.__name__ = function.__name__
+            return jax.jit(alone, in_shardings=in_shardings, **options)
         jitted = jax.jit(function, in_shardings=(*in_shardings, frozen_shardings), **options)
         return lambda *arguments: jitted(*arguments, frozen)
 
