@@ -1,5 +1,6 @@
 """A source of tensors, through an architecture's rules, to parameters and back; one tensor (or what a rule joins) at a time."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ _WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MOST_LISTED = 20
 
 
+@functools.lru_cache(maxsize=16)
 def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"). Compiles nothing."""
     tokens_BT = jax.ShapeDtypeStruct((1, 7), jnp.int32)

@@ -1,7 +1,10 @@
 """Softmax families in and out: llama, mistral, qwen2, qwen3, smollm3, gpt2."""
 
+import jax
+import numpy as np
 import transformers
 
+from seqmodels import checkpoints_io
 from tests.seqmodels.checkpoints_io import oracle_suite
 
 SIZES = {
@@ -73,3 +76,17 @@ def test_gpt2(tmp_path):
         eos_token_id=1,
     )
     oracle_suite.check(transformers.GPT2LMHeadModel(config), tmp_path)
+
+
+def test_shards_that_transformers_wrote_and_names_without_the_head(tmp_path):
+    oracle = make("Llama", tie_word_embeddings=True)
+    oracle.save_pretrained(tmp_path / "sharded", max_shard_size="9KB")
+    oracle.model.save_pretrained(tmp_path / "headless")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    sharded, headless = (
+        checkpoints_io.load_pretrained(tmp_path / name) for name in ("sharded", "headless")
+    )
+    np.testing.assert_array_equal(
+        sharded.params["embed"]["embedding"], oracle.lm_head.weight.detach().numpy()
+    )
+    jax.tree.map(np.testing.assert_array_equal, sharded.params, headless.params)
