@@ -20,6 +20,7 @@ import numpy as np
 
 from seqmodels import mixers
 from seqmodels.array_typing import Array
+from seqmodels.mixers.attention import KeyValueCache
 
 MAX_PIECE = 512
 _CONTEXT_TOKENS = 8  # how far back a tokenizer's spelling of a token may look
@@ -324,10 +325,17 @@ def check_ids(model, tokens: Sequence[int]) -> None:
 
 def context_limit(model) -> tuple[int, str] | None:
     """The tokens that the shortest full-attention cache holds, and its mixer's name; None where no layer has such a limit."""
+
+    def is_cache(x):
+        return isinstance(x, KeyValueCache)
+
+    state = jax.eval_shape(lambda: model.init_state(1))
+    caches = filter(is_cache, jax.tree.leaves(state, is_leaf=is_cache))
+    slots = {cache.position_BS.shape[-1] for cache in caches}
     limits = []
     for spec in model.mixers:
         options = mixers.options(spec.name) | dict(spec.options)
-        if options.get("max_length") and options.get("window") is None:
+        if options.get("max_length") in slots and options.get("window") is None:
             limits.append((options["max_length"], spec.name))
     return min(limits, default=None)
 
