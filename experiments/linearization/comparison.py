@@ -87,7 +87,12 @@ def _scores(config, found: teachers.Teacher, contexts, devices) -> dict:
         config.model = type(config)(found.model_config)
     test_set = make_dataset(config.data, "test")
     program = steps.build(loop.resolve(config, test_set), config.data.seq_len, devices)
-    scores = evaluation.evaluate(program, found.params, test_set, config.train.test_batches)
+    params = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding),
+        found.params,
+        program.abstract_state.params,
+    )
+    scores = evaluation.evaluate(program, params, test_set, config.train.test_batches)
     return {
         "perplexity": scores.totals()["perplexity"],
         "decoding": decoding.measure(found.model_config, found.params, contexts),

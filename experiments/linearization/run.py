@@ -74,8 +74,11 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     workdir = Path(workdir)
     teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
     config = teachers.with_data(config, teacher)
-    if "seq_len" in config.data:
-        teachers.check_context(teacher.model_config, config.data.seq_len)
+    if "tokenizer" not in config.data:
+        raise ValueError(
+            f"a linearization reads text; data.name is {config.data.name!r}: take python_stdlib, text or tfds"
+        )
+    teachers.check_context(teacher.model_config, config.data.seq_len)
     plan = make_plan(config, teacher.model)
     workdir.mkdir(parents=True, exist_ok=True)
     run_record.save_config(workdir, config)
@@ -136,8 +139,7 @@ def _run_stage(config, name, teacher, student, workdir, devices):
     config = loop.resolve(config, make_dataset(config.data, "validation"))
     program = steps.build(config, config.data.seq_len, devices, task)
     _, trained = restore.evaluation_params(program, config, folder)
-    params = jax.jit(task.model_params)(trained, task.frozen)
-    return tasks.Model(student.model, params), result
+    return tasks.Model(student.model, program.model_params(trained)), result
 
 
 def _chosen(teacher, student):
@@ -160,6 +162,7 @@ def _save_student(config, model_config, params, folder: Path) -> None:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model = ConfigDict(model_config)
+    config.optimizer.name = "adamw"  # there is no optimizer's state to evaluate with
     run_record.save_config(folder, config)
     checkpoints = Checkpoints(folder, keep=1)
     if checkpoints.latest_step() is None:
