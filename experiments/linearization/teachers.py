@@ -49,6 +49,7 @@ def load(source: str, overrides: dict[str, Any]) -> Teacher:
         )
     if (Path(source) / "checkpoints").is_dir():
         config = run_record.load_config(Path(source))
+        config.mesh.update({axis: 1 for axis in config.mesh})
         _, params = restore.evaluation_params(
             steps.build(config, config.data.get("seq_len", 64), jax.devices()[:1]),
             config,
@@ -77,27 +78,29 @@ def _smollm2_file() -> Path:
     return files[0]
 
 
-def _document_token(path: Path) -> str:
+def _document_token(path: Path) -> str | None:
     added = {t["content"] for t in json.loads(path.read_text()).get("added_tokens", [])}
-    token = next((token for token in _DOCUMENT_TOKENS if token in added), None)
-    if token is None:
-        raise ValueError(
-            f"{path} has none of {', '.join(_DOCUMENT_TOKENS)}; set --config.data.document_token to its token before documents"
-        )
-    return token
+    return next((token for token in _DOCUMENT_TOKENS if token in added), None)
 
 
 def with_data(config: ConfigDict, teacher: Teacher) -> ConfigDict:
     """A copy of the config whose data is in the teacher's tokens; what the config says itself stays.
 
-    Raises ValueError for a tokenizer with more ids than the teacher has.
+    Raises ValueError where neither says what the tokens are.
     """
     config = config.copy_and_resolve_references()
-    for name, value in teacher.data.items():
-        if config.data.get(name) in ("", "teacher"):
-            config.data[name] = value
-    if config.data.get("tokenizer") == "teacher":
-        raise ValueError("the teacher brings no tokenizer: set --config.data.tokenizer")
+    data = config.data
+    if data.get("tokenizer") == "teacher":
+        if "tokenizer" not in teacher.data:
+            raise ValueError("the teacher brings no tokenizer: set --config.data.tokenizer")
+        data.tokenizer = teacher.data["tokenizer"]
+        token = data.document_token or teacher.data["document_token"]
+        if token is None:
+            raise ValueError(
+                f"{data.tokenizer} has none of {', '.join(_DOCUMENT_TOKENS)}; set --config.data.document_token to its token "
+                "before documents"
+            )
+        data.document_token = token
     return config
 
 
