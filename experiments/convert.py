@@ -16,15 +16,12 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli, pretrained, restore, run_record, steps
-from experiments.data import tokenizers
-from seqmodels import checkpoints_io
-from seqmodels.checkpoints_io import architectures, files, own_layout
+from experiments import cli, pretrained
+from seqmodels.checkpoints_io import files, own_layout
 
-_LAYOUTS = ["workdir", own_layout.MODEL_TYPE, *architectures.names()]
 _SOURCE = flags.DEFINE_string("source", None, "where the weights come from", required=True)
 _OUT = flags.DEFINE_string("out", None, "the folder to write", required=True)
-_TO = flags.DEFINE_enum("to", own_layout.MODEL_TYPE, _LAYOUTS, "the layout to write")
+_TO = flags.DEFINE_enum("to", own_layout.MODEL_TYPE, pretrained.layouts(), "the layout to write")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "of the weights; default: the source's"
 )
@@ -42,55 +39,23 @@ _SHARD_BYTES = flags.DEFINE_integer(
 def main(argv):
     cli.no_arguments(argv)
     started = time.perf_counter()
-    found = _find(_SOURCE.value)
+    found = pretrained.find(_SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value)
     leaves = jax.tree.leaves(found.params)
-    print(f"{_SOURCE.value}: {sum(leaf.size for leaf in leaves):,} parameters, {_dtypes(leaves)}")
+    dtypes = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
+    print(f"{_SOURCE.value}: {sum(leaf.size for leaf in leaves):,} parameters, {dtypes}")
     print(f"  {found.model_config['num_layers']} layers: {found.model_config['pattern']}")
-    out = Path(_OUT.value)
-    if _TO.value == "workdir":
-        loaded = pretrained.with_tokenizer(found, _TOKENIZER.value)
-        written = [pretrained.write_workdir(out, loaded), out / "config.json"]
-    else:
-        written = checkpoints_io.save_pretrained(
-            out,
-            found.model_config,
-            found.params,
-            architecture=_TO.value,
-            dtype=_DTYPE.value,
-            hf_config=found.hf_config,
-            tokenizer_path=_TOKENIZER.value or found.tokenizer_path,
-            max_shard_bytes=_SHARD_BYTES.value,
-        )
+    written = pretrained.write(
+        found,
+        _TO.value,
+        Path(_OUT.value),
+        dtype=_DTYPE.value,
+        tokenizer=_TOKENIZER.value,
+        max_shard_bytes=_SHARD_BYTES.value,
+    )
     for path in written:
         print(f"  wrote {path}, {_size(path):,} bytes")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"  {time.perf_counter() - started:.1f} s, {peak:.2f} GiB of memory at most")
-
-
-def _find(source: str) -> checkpoints_io.Pretrained:
-    if (Path(source) / "checkpoints").is_dir():
-        return _of_run(Path(source))
-    return checkpoints_io.load_pretrained(source, dtype=_DTYPE.value, max_len=_MAX_LEN.value)
-
-
-def _of_run(workdir: Path) -> checkpoints_io.Pretrained:
-    """What a run's latest checkpoint holds."""
-    config = run_record.load_config(workdir)
-    program = steps.build(config, config.data.get("seq_len", 8))
-    _, params = restore.evaluation_params(program, config, workdir)
-    tokenizer = config.data.get("tokenizer")
-    is_file = tokenizer not in (None, tokenizers.BYTES)
-    kept = {"model_type": own_layout.MODEL_TYPE}
-    if tokenizer is not None:
-        kept |= {"document_token": config.data.document_token}
-        kept |= {} if is_file else {"tokenizer": tokenizer}
-    return checkpoints_io.Pretrained(
-        config.model.to_dict(), params, kept, str(workdir), Path(tokenizer) if is_file else None
-    )
-
-
-def _dtypes(leaves) -> str:
-    return " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
 
 
 def _size(path: Path) -> int:

@@ -47,9 +47,14 @@ def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
     batches = iter(train_set)
     distributed.check_shared(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, share=share)
-    start = distributed.agree(checkpoints.latest_step() or 0, "the latest checkpoint they see")
-    if start:
+    saved = checkpoints.latest_step()
+    saved = distributed.agree(-1 if saved is None else saved, "the latest checkpoint they see")
+    start = max(saved, 0)
+    if saved > 0:
         state = checkpoints.restore(start, program.abstract_state, batches)
+    elif saved == 0:  # `convert` made it: weights alone, for any data and optimizer
+        parts = checkpoints.restore_parts(0, program.abstract_state, ("params",))
+        state = program.init(config.seed, parts["params"])
     else:
         state = program.init(config.seed)
     writer = metrics.MetricWriter(config, workdir, start)
@@ -63,8 +68,8 @@ def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
     progress.say(
         f"{num_params:,} parameters, {program.num_devices} x {jax.devices()[0].device_kind}, {workdir}"
     )
-    if start:
-        progress.say(f"resuming from {checkpoints.path(start)}")
+    if saved >= 0:
+        progress.say(f"{'resuming' if start else 'starting'} from {checkpoints.path(start)}")
     for change in changes:
         progress.say(f"changed since this run was started: {change}")
 

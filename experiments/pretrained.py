@@ -1,6 +1,7 @@
 """A pretrained model with its tokenizer, as programs need it: to generate, to score, or to go on from as a run."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import run_record, steps
+from configs import common
+from experiments import restore, run_record, steps
 from experiments.checkpoints import Checkpoints, TrainState
-from experiments.data import default_config, make_dataset, tokenizers
+from experiments.data import default_config, tokenizers
 from seqmodels import checkpoints_io, language_model
+from seqmodels.checkpoints_io import architectures, files, own_layout
 
+WORKDIR = "workdir"
 _WHOLE_TEXT = "<|endoftext|>"  # what separates documents in pretraining, where a vocabulary has it
 
 
@@ -88,22 +92,25 @@ def with_tokenizer(found: checkpoints_io.Pretrained, tokenizer: str = "") -> Loa
         raise ValueError(
             f"{found.source} has no tokenizer.json; give the path of one with --tokenizer, or 'bytes'"
         )
+    if name != tokenizers.BYTES:
+        size = _open(name).get_vocab_size(with_added_tokens=True)
+        check_vocabulary(size, name, found.model_config["vocab_size"], found.source)
     token = found.hf_config.get("document_token")
     if token is None:
         token = "" if name == tokenizers.BYTES else _document_token(name, found.hf_config)
     text = tokenizers.make_tokenizer(name, token)
-    check_vocabulary(text, name, found.model_config["vocab_size"], found.source)
+    check_vocabulary(text.vocab_size, name, found.model_config["vocab_size"], found.source)
     return Loaded(found, found.model, text, name, token)
 
 
-def check_vocabulary(tokenizer, name: str, vocab_size: int, source: str) -> None:
-    """Raises ValueError if a tokenizer has ids that the model has not, or so few that it must be another's.
+def check_vocabulary(size: int, name: str, vocab_size: int, source: str) -> None:
+    """Raises ValueError if a tokenizer of `size` ids has some that the model has not, or so few that it must be another's.
 
     Models round their vocabularies up, a few hundred ids at most.
     """
-    if not 0.9 * vocab_size <= tokenizer.vocab_size <= vocab_size:
+    if not 0.9 * vocab_size <= size <= vocab_size:
         raise ValueError(
-            f"the tokenizer {name} has {tokenizer.vocab_size} ids and the model {source} {vocab_size}: "
+            f"the tokenizer {name} has {size} ids and the model {source} {vocab_size}: "
             "it is another model's"
         )
 
@@ -131,45 +138,88 @@ def render_chat(template: str, messages: Sequence[dict[str, str]], special: dict
         raise ValueError(f"the model's chat template cannot be rendered: {error}") from error
 
 
-def write_workdir(workdir: Path, loaded: Loaded, data: dict[str, Any] | None = None) -> Path:
+def layouts() -> list[str]:
+    """What `write` can write."""
+    return [WORKDIR, own_layout.MODEL_TYPE, *architectures.names()]
+
+
+def find(source: str, **options) -> checkpoints_io.Pretrained:
+    """What `source` holds: as `load_pretrained` takes it, with its options, or the workdir of a run: its latest checkpoint."""
+    if not (Path(source) / "checkpoints").is_dir():
+        return checkpoints_io.load_pretrained(source, **options)
+    config = run_record.load_config(Path(source))
+    config.mesh = dict.fromkeys(config.mesh, 1)  # one device holds it here, wherever it was trained
+    program = steps.build(config, config.data.get("seq_len", 8), jax.devices()[:1])
+    _, params = restore.evaluation_params(program, config, Path(source))
+    name = config.data.get("tokenizer")
+    is_file = name not in (None, tokenizers.BYTES)
+    kept = {"model_type": own_layout.MODEL_TYPE}
+    if name is not None:
+        kept |= {"document_token": config.data.document_token}
+        kept |= {} if is_file else {"tokenizer": name}
+    path = Path(name) if is_file else None
+    return checkpoints_io.Pretrained(config.model.to_dict(), params, kept, source, path)
+
+
+def write(
+    found: checkpoints_io.Pretrained,
+    layout: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: str = "",
+    max_shard_bytes: int = files.MAX_SHARD_BYTES,
+) -> list[Path]:
+    """Writes a model to the folder `out` in one of `layouts`; returns what was written.
+
+    dtype: of the tensors; None is what they had. tokenizer: the path of a file, where the model came without one.
+    """
+    if layout == WORKDIR:
+        return [write_workdir(out, with_tokenizer(found, tokenizer)), out / "config.json"]
+    return checkpoints_io.save_pretrained(
+        out,
+        found.model_config,
+        found.params,
+        architecture=layout,
+        dtype=dtype or found.dtypes,
+        hf_config=found.hf_config,
+        tokenizer_path=tokenizer or found.tokenizer_path,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write_workdir(workdir: Path, loaded: Loaded) -> Path:
     """A run at step 0 with these weights: what train, evaluate and generate take. Returns the checkpoint's folder.
 
-    data: options of `python_stdlib`'s that differ, or another dataset's, with its name.
+    Its config has this model and tokenizer, AdamW at 1e-5, and python_stdlib as data; every field can be overridden.
     """
-    from configs import common
-
     if (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already; give another folder")
     workdir.mkdir(parents=True, exist_ok=True)
     config = common.get_config()
     config.model = dict(loaded.found.model_config)
-    config.data = default_config((data or {}).get("name", "python_stdlib"))
-    config.data.update({"tokenizer": loaded.tokenizer_name} | dict(data or {}))
-    config.data.document_token = loaded.document_token
+    config.data = default_config("python_stdlib")
+    config.data.update(
+        {"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token}
+    )
     if loaded.tokenizer_name != tokenizers.BYTES:
         own = workdir.absolute() / "tokenizer.json"
         own.write_bytes(Path(loaded.tokenizer_name).read_bytes())
         config.data.tokenizer = str(own)
     config.optimizer.learning_rate = 1e-5
-    program = steps.build(config, config.data.seq_len)
-    state = _start(program, loaded.params)
+    steps.build(config, config.data.seq_len)  # raises for what cannot be run
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(state, iter(make_dataset(config.data, "train")))
+    checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()), _NothingRead())
     checkpoints.close()
     run_record.save_config(workdir, config)
     return checkpoints.path(0)
 
 
-def _start(program: steps.Program, params) -> TrainState:
-    """The state before the first step, with these parameters; AdamW's own starts at zero."""
-    abstract = program.abstract_state
-    placed = jax.tree.map(
-        lambda p, a: jax.device_put(p.astype(a.dtype), a.sharding), params, abstract.params
-    )
-    zeros = jax.tree.map(
-        lambda a: jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding), abstract.opt_state
-    )
-    return TrainState(jnp.zeros((), jnp.int32), placed, zeros)
+class _NothingRead:
+    """The data position of a run that has not begun, whatever its data will be."""
+
+    def get_state(self):
+        return {}
 
 
 def _document_token(path: str, hf_config: dict[str, Any]) -> str:
@@ -185,6 +235,7 @@ def _document_token(path: str, hf_config: dict[str, Any]) -> str:
     raise ValueError(f"{path}: no token is known to separate documents; config.json names none")
 
 
+@functools.lru_cache(maxsize=2)
 def _open(path: str):
     import tokenizers as library
 

@@ -44,11 +44,13 @@ class Task:
 
 
 def language_modelling(config, seq_len: int) -> Task:
-    """The Task of a config by itself: its model, from random values, by cross-entropy plus train.z_loss times the mean of
+    """The Task of a config by itself: its model, from random values or given parameters, by cross-entropy plus train.z_loss times the mean of
     (log Z)^2 (PaLM, arXiv 2204.02311, section 5)."""
     model = language_model.from_config(config.model)
 
     def init(key, start=()):
+        if start:
+            return start
         # Seven tokens: hardly a mesh divides them, so that nothing is sent for values that nobody reads.
         return model.init(key, jnp.zeros((1, min(seq_len, 7)), jnp.int32))["params"]
 
@@ -68,7 +70,7 @@ class Program:
     """What a config means, ready to run.
 
     abstract_state: shapes, dtypes and shardings of the TrainState, for restoring into.
-    init: seed -> TrainState.   train_step: (state, batch) -> (state, metrics); the state given is donated.
+    init: (seed, start=the task's) -> TrainState.   train_step: (state, batch) -> (state, metrics); the state given is donated.
     token_losses: (params, batch) -> nll_BT, correct_BT (float32), wherever the mask is.
     evaluation_params: (params, opt_state) -> what to evaluate with.   model_params: of that -> the parameters of `model`.
     """
@@ -76,7 +78,7 @@ class Program:
     model: language_model.LanguageModel
     schedule: schedules.Schedule
     abstract_state: TrainState
-    init: Callable[[int], TrainState]
+    init: Callable[..., TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     token_losses: Callable[[Any, Batch], tuple[Array, Array]]
     evaluation_params: Callable[[Any, Any], Any]
@@ -165,10 +167,10 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
             nn.meta.unbox(boxed_state),
             state_shardings,
         ),
-        init=lambda seed: jax.jit(
+        init=lambda seed, start=task.start: jax.jit(
             lambda seed, start: nn.meta.unbox(boxed_init(seed, start)),
             out_shardings=state_shardings,
-        )(seed, task.start),
+        )(seed, start),
         train_step=compiled(
             _train_step(task.loss, optimizer, clip, placement, accumulate),
             (state_shardings, batch_sharding),

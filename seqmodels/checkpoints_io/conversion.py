@@ -73,11 +73,8 @@ def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
     return sorted(rules, key=lambda rule: min(place[slots.paths[p][0]] for p in rule.paths))
 
 
-def expected_entries(rules: Sequence[Rule], slots: Slots, dtype=None) -> dict[str, Entry]:
-    """Name, shape and dtype of every tensor that the rules make of the model's parameters.
-
-    dtype: of all tensors; None is each parameter's own.
-    """
+def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, Entry]:
+    """Name, shape and dtype of every tensor that the rules make of the model's parameters."""
     entries = {}
     for rule in rules:
         # A single stored byte behind each array: most rules only change its view.
@@ -85,7 +82,7 @@ def expected_entries(rules: Sequence[Rule], slots: Slots, dtype=None) -> dict[st
         if not rule.names:
             continue
         for name, array in zip(rule.names, rule.out(*stands_for), strict=True):
-            entries[name] = Entry(array.shape, np.dtype(dtype or slots.dtype(rule.paths[0])))
+            entries[name] = Entry(array.shape, np.dtype(slots.dtype(rule.paths[0])))
     return entries
 
 
@@ -146,10 +143,13 @@ def read_params(
 
 
 def tensor_reader(
-    params: Params, rules: Sequence[Rule], slots: Slots, dtype=None
+    params: Params,
+    rules: Sequence[Rule],
+    slots: Slots,
+    dtype: str | Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Entry], Callable[[str], np.ndarray]]:
     """What `files.write` takes: the entries of all tensors, and a function that makes one of the parameters."""
-    leaves = dict(_walk(params))
+    leaves = dict(_walk(nn.meta.unbox(params)))
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     expected = {path: tuple(leaf.shape) for path, leaf in slots.leaves.items()}
     if found != expected:
@@ -175,7 +175,8 @@ def tensor_reader(
     entries = {}
     for name, entry in expected_entries(rules, slots).items():
         own = np.dtype(leaves[slots.paths[rule_of[name][0].paths[0]][0]].dtype)
-        entries[name] = Entry(entry.shape, np.dtype(dtype) if dtype is not None else own)
+        chosen = dtype.get(name, own) if isinstance(dtype, Mapping) else dtype or own
+        entries[name] = Entry(entry.shape, np.dtype(chosen))
 
     def read(name):
         rule, i = rule_of[name]

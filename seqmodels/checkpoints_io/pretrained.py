@@ -35,6 +35,7 @@ class Pretrained:
 
     model_config: what `language_model.from_config` takes. params: JAX arrays (or what `put` made of them).
     hf_config: config.json as it was. tokenizer_path: a `tokenizers` file, if there is one. chat_template: Jinja, if any.
+    dtypes: of the tensors as they lay in the files, by name: given to `save_pretrained`, a file comes out as it went in.
     """
 
     model_config: dict[str, Any]
@@ -43,6 +44,7 @@ class Pretrained:
     source: str
     tokenizer_path: Path | None = None
     chat_template: str | None = None
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> language_model.LanguageModel:
@@ -93,8 +95,9 @@ def load_pretrained(
 
     put = put or (lambda _, array: jnp.asarray(array))
     params = conversion.read_params(tensors, rules, slots, dtype_of, put)
+    dtypes = {name: tensors.entries[name].dtype.name for name in expected}
     return Pretrained(
-        model_config, params, hf_config.fields, str(source), tokenizer_path, chat_template
+        model_config, params, hf_config.fields, str(source), tokenizer_path, chat_template, dtypes
     )
 
 
@@ -104,7 +107,7 @@ def save_pretrained(
     params: Mapping[str, Any],
     *,
     architecture: str = own_layout.MODEL_TYPE,
-    dtype: str | None = None,
+    dtype: str | Mapping[str, str] | None = None,
     hf_config: Mapping[str, Any] | None = None,
     tokenizer_path: str | Path | None = None,
     max_shard_bytes: int = files.MAX_SHARD_BYTES,
@@ -112,7 +115,7 @@ def save_pretrained(
     """Writes safetensors and config.json to `folder`; returns the files' paths.
 
     architecture: "seqmodels", our own layout, which holds any config.model, or a model_type of the registry, for other programs.
-    dtype: of all tensors; None is each parameter's own.
+    dtype: of all tensors, or by name; None, and what has no name, is each parameter's own.
     hf_config: fields that config.json keeps where the model does not say otherwise, such as `bos_token_id`.
     tokenizer_path: a tokenizer.json to copy, with what describes it in its folder.
 

@@ -90,3 +90,18 @@ def test_shards_that_transformers_wrote_and_names_without_the_head(tmp_path):
         sharded.params["embed"]["embedding"], oracle.lm_head.weight.detach().numpy()
     )
     jax.tree.map(np.testing.assert_array_equal, sharded.params, headless.params)
+
+
+def test_bfloat16_comes_out_as_it_went_in(tmp_path):
+    make("Qwen3", head_dim=16).bfloat16().save_pretrained(tmp_path / "theirs")
+    loaded = checkpoints_io.load_pretrained(tmp_path / "theirs")
+    assert loaded.model_config["dtype"] == "bfloat16"
+    checkpoints_io.save_pretrained(
+        tmp_path / "ours",
+        loaded.model_config,
+        loaded.params,
+        architecture="qwen3",
+        dtype=loaded.dtypes,
+    )
+    theirs, ours = ((tmp_path / n / "model.safetensors") for n in ("theirs", "ours"))
+    assert ours.read_bytes() == theirs.read_bytes()
