@@ -37,7 +37,7 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
     Raises:
       ValueError: an unknown channel mixer or option; the choices are listed.
     """
-    specs = pattern.parse(text)
+    specs = pattern.parse(text) if isinstance(text, str) else [pattern.MixerSpec("")]
     name, options = specs[0].name, dict(specs[0].options)
     if len(specs) != 1 or name not in names():
         raise ValueError(f"channel_mixer is {text!r}; choose one of {', '.join(names())}")

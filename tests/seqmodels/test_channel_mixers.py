@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from seqmodels import channel_mixers, language_model, sharding
 
@@ -61,11 +62,16 @@ def test_experts_and_gradients(normalize):
         with sharding.scope(mesh, sharding.Options()):
             return ours(params, x_BTD)
 
-    def gradients(f):
-        return jax.jit(jax.grad(functools.partial(loss, f), argnums=(0, 1), has_aux=True))
+    def gradients(f, **shardings):
+        gradient = jax.grad(functools.partial(loss, f), argnums=(0, 1), has_aux=True)
+        return jax.jit(gradient, **shardings)(params, x_BTD)
 
-    expected, *found = (gradients(f)(params, x_BTD) for f in (theirs, ours, on_devices))
-    for actual in found:
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    expected = gradients(theirs)
+    for actual in (
+        gradients(ours),
+        gradients(on_devices, in_shardings=everywhere, out_shardings=everywhere),
+    ):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), actual, expected
         )

@@ -23,11 +23,11 @@ def _options(config):
 
 
 def _fields(options, d_model):
-    key = options["num_heads"] * parts.given(options, "head_dim")
+    H, K = options["num_heads"], parts.given(options, "head_dim")
     return {
-        "num_heads": options["num_heads"],
-        "expand_k": key / d_model,
-        "expand_v": options["expand_v"] * key / d_model,
+        "num_heads": H,
+        "expand_k": H * K / d_model,
+        "expand_v": H * round(K * options["expand_v"]) / d_model,
         "conv_size": options["conv_width"],
         "allow_neg_eigval": options["allow_neg_eigval"],
         "use_gate": options["use_gate"],

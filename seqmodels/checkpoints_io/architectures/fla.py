@@ -38,14 +38,14 @@ def architecture(
         D, L = config.integer("hidden_size", 2048), config.integer("num_hidden_layers", 24)
         softmax = _softmax_layers(config, D, L)
         own = parts.spec(mixer, **options(config))
-        F = config.get("intermediate_size") and config.integer("intermediate_size")
         ratio = config.number("hidden_ratio", hidden_ratio)
+        F = config.integer("intermediate_size", max(-(-int(D * ratio * 2 / 3) // 256) * 256, 256))
         return {
             "vocab_size": config.integer("vocab_size", 32_000),
             "d_model": D,
             "num_layers": L,
             "pattern": to_text([softmax.get(i, own) for i in range(L)]),
-            "d_ff": F or -(-int(D * ratio * 2 / 3) // 256) * 256,
+            "d_ff": F,
             "norm_eps": config.number("norm_eps", 1e-6),
             "tied_embeddings": config.flag("tie_word_embeddings", False),
         }

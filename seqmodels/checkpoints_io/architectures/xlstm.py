@@ -24,6 +24,8 @@ def _model_config(config):
     )
     factor = config.number("ffn_proj_factor", _FFN[0])
     multiple = config.integer("ffn_round_up_to_multiple_of", _FFN[1])
+    if factor <= 0:
+        raise ValueError(f"{config.name}: ffn_proj_factor is {factor}; it must be positive")
     return {
         "vocab_size": config.integer("vocab_size", 50_304),
         "d_model": D,

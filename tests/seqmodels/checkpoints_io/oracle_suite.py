@@ -50,7 +50,9 @@ def check(
     round_trip.check_tensors(theirs, ours)
     with torch.no_grad():
         again = type(oracle).from_pretrained(ours, dtype=torch.float32).eval()
-    np.testing.assert_array_equal(logits_of(again, tokens_BT), expected_BTW)
+    # The same weights; where they lie in memory decides how torch's matrix products sum.
+    atol = 1e-5 * expected_BTW.std()
+    np.testing.assert_allclose(logits_of(again, tokens_BT), expected_BTW, atol=atol, rtol=0)
     return loaded
 
 

@@ -108,8 +108,8 @@ def minimax():
 def recurrent_gemma():
     config = transformers.RecurrentGemmaConfig(
         **COMMON,
-        hidden_size=40,  # whose root is no bfloat16
-        lru_width=48,
+        hidden_size=48,  # whose root is no bfloat16
+        lru_width=56,
         intermediate_size=80,
         num_attention_heads=4,
         num_key_value_heads=1,
