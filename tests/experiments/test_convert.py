@@ -75,6 +75,7 @@ def on_a_little_text(config, folder):
     return config
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_run_that_is_trained_on_and_exported(folder, tmp_path):
     workdir = tmp_path / "run"
     assert convert(folder, "workdir", workdir)[0] == workdir / "checkpoints" / "0"

@@ -139,12 +139,12 @@ def test_any_cut_and_any_flipped_byte_of_the_header_is_noticed_or_harmless(tmp_p
     whole = path.read_bytes()
     header_end = 8 + struct.unpack("<Q", whole[:8])[0]
     random = np.random.default_rng(0)
-    for cut in range(0, len(whole), 3):
+    for cut in range(0, len(whole), 7):
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="w.safetensors"):
             files.SafetensorsFile(path)
     rejected = 0
-    for _ in range(600):
+    for _ in range(300):
         changed = bytearray(whole)
         for place in random.integers(0, header_end, random.integers(1, 4)):
             changed[place] = random.integers(0, 256)
@@ -156,4 +156,4 @@ def test_any_cut_and_any_flipped_byte_of_the_header_is_noticed_or_harmless(tmp_p
             rejected += 1
             continue
         assert all(source.read(name).shape == e.shape for name, e in source.entries.items())
-    assert rejected > 300
+    assert rejected > 150

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels import checkpoints_io, language_model
+from seqmodels import checkpoints_io, language_model, mixers, pattern
 from seqmodels.checkpoints_io import architectures, files, pretrained
+from tests.seqmodels import mixer_suite
 
 HYBRID = {
     "vocab_size": 61,
@@ -64,6 +65,20 @@ def test_any_model_of_ours_comes_back(hybrid):
     assert len(list(folder.glob("model-*"))) > 3
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "seqmodels" and config["model"]["pattern"] == HYBRID["pattern"]
+
+
+@pytest.mark.slow
+def test_every_mixer_has_a_place_in_our_layout(tmp_path):
+    specs = [
+        pattern.MixerSpec(name, tuple(mixer_suite.SMALL_OPTIONS.get(name, ({},))[0].items()))
+        for name in mixers.names()
+    ]
+    config = LLAMA | {"d_model": 32, "num_layers": len(specs), "pattern": pattern.to_text(specs)}
+    params = random_params(config)
+    checkpoints_io.save_pretrained(tmp_path, config, params)
+    loaded = checkpoints_io.load_pretrained(tmp_path)
+    check_same(params, loaded.params)
+    assert loaded.model.mixers == tuple(specs)
 
 
 def test_the_file_does_not_know_whether_layers_are_scanned(hybrid):
