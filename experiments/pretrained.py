@@ -184,6 +184,7 @@ def write(
         dtype=dtype or found.dtypes,
         hf_config=found.hf_config,
         tokenizer_path=tokenizer or found.tokenizer_path,
+        chat_template=found.chat_template,
         max_shard_bytes=max_shard_bytes,
     )
 

@@ -16,12 +16,14 @@ from seqmodels.checkpoints_io.architectures import Architecture, HFConfig
 
 GGUF_PREFIX = "gguf:"
 TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TEMPLATE_FILE = "chat_template.jinja"
 # Copied beside the weights, where a folder has them, so that other programs find what they need.
 _COMPANIONS = (
     TOKENIZER_FILE,
-    "tokenizer_config.json",
+    _TOKENIZER_CONFIG,
     "special_tokens_map.json",
-    "chat_template.jinja",
+    _TEMPLATE_FILE,
     "generation_config.json",
 )
 # They say how a model is computed, not which one it is.
@@ -110,6 +112,7 @@ def save_pretrained(
     dtype: str | Mapping[str, str] | None = None,
     hf_config: Mapping[str, Any] | None = None,
     tokenizer_path: str | Path | None = None,
+    chat_template: str | None = None,
     max_shard_bytes: int = files.MAX_SHARD_BYTES,
 ) -> list[Path]:
     """Writes safetensors and config.json to `folder`; returns the files' paths.
@@ -117,7 +120,8 @@ def save_pretrained(
     architecture: "seqmodels", our own layout, which holds any config.model, or a model_type of the registry, for other programs.
     dtype: of all tensors, or by name; None, and what has no name, is each parameter's own.
     hf_config: fields that config.json keeps where the model does not say otherwise, such as `bos_token_id`.
-    tokenizer_path: a tokenizer.json to copy, with what describes it in its folder.
+    tokenizer_path: a tokenizer.json to copy, with what describes it in its folder; where nothing does, that is written, with
+      `chat_template` and the tokens that the config's `bos_token_id` and `eos_token_id` are.
 
     Raises:
       ValueError: a model that this architecture cannot express, with what differs; parameters of another model.
@@ -139,7 +143,10 @@ def save_pretrained(
     paths = files.write(folder, entries, read, max_shard_bytes)
     config_path = Path(folder) / "config.json"
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return [*paths, config_path, *_copy_tokenizer(tokenizer_path, Path(folder))]
+    copied = _copy_tokenizer(tokenizer_path, Path(folder))
+    if tokenizer_path is not None and Path(folder) / _TOKENIZER_CONFIG not in copied:
+        copied += _describe_tokenizer(Path(folder), config, chat_template)
+    return [*paths, config_path, *copied]
 
 
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -247,11 +254,11 @@ def _from_hub(name: str) -> Path:
 
 
 def _chat_template(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text()
-    if not (folder / "tokenizer_config.json").is_file():
+    if (folder / _TEMPLATE_FILE).is_file():
+        return (folder / _TEMPLATE_FILE).read_text()
+    if not (folder / _TOKENIZER_CONFIG).is_file():
         return None
-    template = files.read_json(folder / "tokenizer_config.json").get("chat_template")
+    template = files.read_json(folder / _TOKENIZER_CONFIG).get("chat_template")
     return template if isinstance(template, str) else None
 
 
@@ -265,6 +272,24 @@ def _copy_tokenizer(tokenizer_path, folder: Path) -> list[Path]:
         if found.is_file() and found.resolve() != (folder / name).resolve():
             copied.append(Path(shutil.copyfile(found, folder / name)))
     return copied
+
+
+def _describe_tokenizer(folder: Path, config: dict, chat_template: str | None) -> list[Path]:
+    """tokenizer_config.json, which transformers asks for, and the template beside it."""
+    added = files.read_json(folder / TOKENIZER_FILE).get("added_tokens", [])
+    token = {entry["id"]: entry["content"] for entry in added}
+    special = {name: token.get(config.get(f"{name}_id")) for name in ("bos_token", "eos_token")}
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    described |= {name: content for name, content in special.items() if content}
+    paths = [folder / _TOKENIZER_CONFIG]
+    paths[0].write_text(json.dumps(described, indent=2) + "\n")
+    if chat_template:
+        paths.append(folder / _TEMPLATE_FILE)
+        paths[1].write_text(chat_template)
+    return paths
 
 
 def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str) -> dict[str, Any]:

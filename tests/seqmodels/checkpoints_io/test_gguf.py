@@ -1,5 +1,6 @@
 """GGUF files written by the gguf package, small; hostile ones made of them."""
 
+import json
 import struct
 
 import gguf
@@ -8,7 +9,7 @@ import pytest
 import tokenizers
 
 from seqmodels import checkpoints_io, positions
-from seqmodels.checkpoints_io import gguf_files, gguf_header, gguf_tokenizer
+from seqmodels.checkpoints_io import files, gguf_files, gguf_header, gguf_tokenizer
 
 D, F, H, G, L, W = 64, 96, 4, 2, 2, 300
 K = D // H
@@ -144,6 +145,27 @@ TEXTS = [
     "<|im_start|>user\nhi<|endoftext|>",
     "",
 ]
+
+
+def test_what_is_written_of_one_is_a_whole_folder(whole, tmp_path):
+    loaded = checkpoints_io.load_pretrained(f"gguf:{whole}")
+    checkpoints_io.save_pretrained(
+        tmp_path,
+        loaded.model_config,
+        loaded.params,
+        architecture="llama",
+        hf_config=loaded.hf_config,
+        tokenizer_path=loaded.tokenizer_path,
+        chat_template="{{ messages }}",
+    )
+    again = checkpoints_io.load_pretrained(tmp_path)
+    assert again.chat_template == "{{ messages }}"
+    assert not checkpoints_io.same_model(again.model_config, loaded.model_config)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (described["bos_token"], described["eos_token"]) == ("<|im_start|>", "<|endoftext|>")
+    source = files.open_folder(tmp_path)
+    for name, array in tensors().items():
+        np.testing.assert_array_equal(source.read(name), array)
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])

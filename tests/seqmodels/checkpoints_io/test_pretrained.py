@@ -1,7 +1,9 @@
 """Our own layout, and what is said of files that do not fit; the published layouts are in tests/seqmodels/oracles."""
 
 import json
+import sys
 import tracemalloc
+import types
 
 import jax
 import jax.numpy as jnp
@@ -226,6 +228,27 @@ def test_sources_that_are_not_there(tmp_path):
         checkpoints_io.load_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="there is no file .*config.json"):
         checkpoints_io.load_pretrained(tmp_path)
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    checkpoints_io.save_pretrained(tmp_path, LLAMA, random_params(LLAMA))
+
+    def download(name, allow_patterns):
+        assert not any(".bin" in p or ".py" in p for p in allow_patterns)
+        if name != "org/model":
+            raise OSError("no network\nand more")
+        return str(tmp_path)
+
+    hub = types.SimpleNamespace(snapshot_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert checkpoints_io.load_pretrained("org/model").source == "org/model"
+    with pytest.raises(
+        ValueError, match="no folder 'org/other', and the hub gave none: no network$"
+    ):
+        checkpoints_io.load_pretrained("org/other")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="a hub name needs huggingface_hub"):
+        checkpoints_io.load_pretrained("org/model")
 
 
 def test_every_registered_architecture_is_whole():
