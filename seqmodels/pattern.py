@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+_MOST_LAYERS = 100_000
+
 
 @dataclasses.dataclass(frozen=True)
 class MixerSpec:
@@ -58,7 +60,10 @@ def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:
         case ast.BinOp(left=ast.Constant(value=int(count)), op=ast.Mult(), right=right) if (
             count > 0
         ):
-            return _specs(right, pattern) * count
+            specs = _specs(right, pattern)
+            if len(specs) * count > _MOST_LAYERS:
+                raise ValueError(f"pattern {pattern[:80]!r} has more than {_MOST_LAYERS} layers")
+            return specs * count
         case ast.Name(id=name):
             return (MixerSpec(name),)
         case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):

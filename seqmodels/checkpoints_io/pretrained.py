@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,14 +80,22 @@ def load_pretrained(
         architecture = own_layout.ARCHITECTURE
     else:
         architecture = architectures.get(hf_config.fields.get("model_type"))
-    model_config = architecture.model_config(hf_config) | dict(overrides or {})
-    model_config = with_max_len(model_config, max_len, hf_config.name)
     stored = _main_dtype(tensors)
-    model_config |= {"dtype": dtype or stored, "param_dtype": dtype or stored}
-    model = language_model.from_config(model_config)
-    slots = conversion.Slots(model)
-    filled = _with_defaults(model_config, model)
-    rules = conversion.check_rules(architecture.rules(filled, model.mixers), slots)
+    how = dict(overrides or {}) | {"dtype": dtype or stored, "param_dtype": dtype or stored}
+    try:
+        model_config = architecture.model_config(hf_config) | how
+        model_config = with_max_len(model_config, max_len, hf_config.name)
+        slots, rules = _table(architecture, model_config)
+    except (TypeError, OverflowError, ArithmeticError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"{hf_config.name} describes no model that can be built: {error}"
+        ) from error
+    stored_numbers = sum(math.prod(entry.shape) for entry in tensors.entries.values())
+    if conversion.num_parameters(slots) > 100 * (stored_numbers + 10_000):
+        raise ValueError(
+            f"{hf_config.name} describes {conversion.num_parameters(slots):,} parameters, "
+            f"and {tensors.name} holds {stored_numbers:,}"
+        )
     expected = conversion.expected_entries(rules, slots)
     tensors = _with_prefix(tensors, expected, architecture.base_prefix)
     conversion.check_source(tensors, expected, architecture.ignored)
@@ -133,8 +142,7 @@ def save_pretrained(
         target = architectures.get(architecture)
     filled = _with_defaults(model_config, model)
     config = _hf_config(target, filled, model, dict(hf_config or {}))
-    slots = conversion.Slots(model)
-    rules = conversion.check_rules(target.rules(filled, model.mixers), slots)
+    slots, rules = _table(target, model_config)
     entries, read = conversion.tensor_reader(dict(params), rules, slots, dtype)
     counts: dict[str, int] = {}
     for entry in entries.values():
@@ -153,6 +161,14 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What differs between the models of two configs, "field: a, b" each; nothing where they compute the same."""
     a, b = (_what(language_model.from_config(dict(config))) for config in (a, b))
     return [f"{k}: {a.get(k)!r}, {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+
+
+def _table(architecture: Architecture, model_config: Mapping[str, Any]):
+    """Where the model's parameters lie, and the rules that make them."""
+    model = language_model.from_config(dict(model_config))
+    slots = conversion.Slots(model)
+    filled = _with_defaults(model_config, model)
+    return slots, conversion.check_rules(architecture.rules(filled, model.mixers), slots)
 
 
 def _with_defaults(model_config: Mapping[str, Any], model) -> dict[str, Any]:

@@ -47,6 +47,9 @@ _MODULES = {
 }
 
 
+_MOST_LAYERS, _LARGEST = 10_000, 2**31
+
+
 class HFConfig:
     """A config.json whose fields are read with a check of what they are. `name` is the file, for messages."""
 
@@ -54,9 +57,13 @@ class HFConfig:
         self.fields, self.name = fields, name
 
     def integer(self, field: str, default: int | None = None) -> int:
-        """A positive integer."""
+        """A positive integer, of a size that a model can have."""
+        most = _MOST_LAYERS if "layer" in field or "block" in field else _LARGEST
         return self._checked(
-            field, default, lambda v: type(v) is int and v > 0, "a positive integer"
+            field,
+            default,
+            lambda v: type(v) is int and 0 < v <= most,
+            f"a positive integer up to {most}",
         )
 
     def number(self, field: str, default: float | None = None) -> float:

@@ -197,6 +197,51 @@ def test_configs_that_cannot_be_used(fields, message, tmp_path):
         checkpoints_io.load_pretrained(rewrite(tmp_path, lambda arrays: None, **fields))
 
 
+WEIRD = [
+    None,
+    -1,
+    0,
+    7,
+    1.5,
+    10**9,
+    10**30,
+    "x",
+    "99999*gla",
+    "gla(",
+    [],
+    ["x"],
+    {},
+    True,
+    float("inf"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "seqmodels"])
+def test_a_config_with_anything_in_it_loads_or_is_refused(architecture, tmp_path):
+    config = LLAMA | {"pattern": "attention(num_heads=2, qk_norm=True, norm_eps=1e-5)"}
+    config |= {"pattern": LLAMA["pattern"]} if architecture == "llama" else {}
+    params = random_params(config)
+    checkpoints_io.save_pretrained(tmp_path, config, params, architecture=architecture)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        changed = json.loads(json.dumps(whole))
+        node = changed
+        name = random.choice(sorted(node))
+        while isinstance(node[name], dict) and node[name]:
+            node, name = node[name], random.choice(sorted(node[name]))
+        node[name] = WEIRD[random.integers(len(WEIRD))]
+        path.write_text(json.dumps(changed))
+        try:
+            checkpoints_io.load_pretrained(tmp_path, put=lambda path, array: None)
+        except ValueError:
+            refused += 1
+    assert refused > 15
+
+
 def test_a_context_longer_than_the_models(tmp_path):
     folder = rewrite(tmp_path, lambda arrays: None)
     with pytest.raises(ValueError, match="max_len is 33; the context of .* is 32 tokens"):
