@@ -154,7 +154,7 @@ class LanguageModel(nn.Module):
         return positions.token_positions(*shape[:2], segment_ids_BT, offset_B)
 
     def _position_embedding(self, position_BT):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         shape = (self.learned_positions, self.d_model)
         table_PD = self.param("position_embedding", init, shape, self.param_dtype)
         return operators.embedding(table_PD.astype(self.dtype), position_BT)
