@@ -87,7 +87,9 @@ def load(source: str, tokenizer: str = "", **options) -> Loaded:
 
 def with_tokenizer(found: checkpoints_io.Pretrained, tokenizer: str = "") -> Loaded:
     """`load`, of what is loaded already."""
-    name = tokenizer or str(found.tokenizer_path or found.hf_config.get("tokenizer") or "")
+    name = tokenizer or str(found.tokenizer_path or "")
+    if not name and found.hf_config.get("tokenizer") == tokenizers.BYTES:
+        name = tokenizers.BYTES
     if not name:
         raise ValueError(
             f"{found.source} has no tokenizer.json; give the path of one with --tokenizer, or 'bytes'"
@@ -96,7 +98,7 @@ def with_tokenizer(found: checkpoints_io.Pretrained, tokenizer: str = "") -> Loa
         size = _open(name).get_vocab_size(with_added_tokens=True)
         check_vocabulary(size, name, found.model_config["vocab_size"], found.source)
     token = found.hf_config.get("document_token")
-    if token is None:
+    if not isinstance(token, str):
         token = "" if name == tokenizers.BYTES else _document_token(name, found.hf_config)
     text = tokenizers.make_tokenizer(name, token)
     check_vocabulary(text.vocab_size, name, found.model_config["vocab_size"], found.source)
@@ -106,9 +108,9 @@ def with_tokenizer(found: checkpoints_io.Pretrained, tokenizer: str = "") -> Loa
 def check_vocabulary(size: int, name: str, vocab_size: int, source: str) -> None:
     """Raises ValueError if a tokenizer of `size` ids has some that the model has not, or so few that it must be another's.
 
-    Models round their vocabularies up, a few hundred ids at most.
+    Models round their vocabularies up: a tenth, or 256 ids, is allowed for.
     """
-    if not 0.9 * vocab_size <= size <= vocab_size:
+    if not vocab_size - max(vocab_size // 10, 256) <= size <= vocab_size:
         raise ValueError(
             f"the tokenizer {name} has {size} ids and the model {source} {vocab_size}: "
             "it is another model's"
@@ -240,4 +242,7 @@ def _document_token(path: str, hf_config: dict[str, Any]) -> str:
 def _open(path: str):
     import tokenizers as library
 
-    return library.Tokenizer.from_file(path)
+    try:
+        return library.Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path!r} is no tokenizers file (tokenizer.json): {error}") from error

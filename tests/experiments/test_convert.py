@@ -94,6 +94,21 @@ def test_a_folder_becomes_a_run_that_is_trained_on_and_exported(folder, tmp_path
     assert exported.document_token == "<|endoftext|>"
 
 
+def test_a_model_of_bytes_keeps_its_tokenizer(tmp_path):
+    config = MODEL | {"vocab_size": 320}  # rounded up
+    model = language_model.from_config(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    kept = {"model_type": "seqmodels", "tokenizer": "bytes", "document_token": ""}
+    checkpoints_io.save_pretrained(tmp_path, config, params, hf_config=kept)
+    loaded = pretrained.load(str(tmp_path))
+    assert loaded.prompt_tokens("ab") == [256, 97, 98]
+    with pytest.raises(ValueError, match="has no chat template"):
+        loaded.chat_tokens([])
+    checkpoints_io.save_pretrained(tmp_path, config, params)
+    with pytest.raises(ValueError, match="has no tokenizer.json; give the path of one"):
+        pretrained.load(str(tmp_path))
+
+
 def test_layouts_there_and_back(folder, tmp_path):
     own, back = tmp_path / "own", tmp_path / "back"
     convert(folder, "seqmodels", own, dtype="bfloat16")
@@ -148,3 +163,5 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
     tokenizer.save(str(tmp_path / "other" / "tokenizer.json"))
     with pytest.raises(ValueError, match="has 2 ids and the model .* it is another model's"):
         pretrained.load(str(folder), str(tmp_path / "other" / "tokenizer.json"))
+    with pytest.raises(ValueError, match="nowhere.json' is no tokenizers file"):
+        pretrained.load(str(folder), str(tmp_path / "nowhere.json"))
