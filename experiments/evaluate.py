@@ -59,8 +59,10 @@ _MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "score so many batches; 0:
 _BUCKETS = flags.DEFINE_integer("buckets", 16, "rows of the table", lower_bound=1)
 _CONTEXT_LENGTHS = flags.DEFINE_list("context_lengths", [], "lengths of rows to score again in")
 _RETRIEVAL = flags.DEFINE_list("retrieval", [], f"some of {', '.join(needles.FORMS)}")
-_LENGTHS = flags.DEFINE_list("lengths", retrieval.LENGTHS, "of retrieval, in tokens")
-_DEPTHS = flags.DEFINE_list("depths", retrieval.DEPTHS, "of retrieval, 0 to 1")
+_LENGTHS = flags.DEFINE_list(
+    "lengths", list(map(str, retrieval.LENGTHS)), "of retrieval, in tokens"
+)
+_DEPTHS = flags.DEFINE_list("depths", list(map(str, retrieval.DEPTHS)), "of retrieval, 0 to 1")
 _EXAMPLES = flags.DEFINE_integer(
     "examples", 10, "of retrieval, for each length and depth", lower_bound=1
 )
