@@ -93,7 +93,7 @@ class HarnessModel(TemplateLM):
         )
         answers = []
         for (texts, _, continuation), (nll_N, correct_N) in zip(requests, scores):
-            counted = slice(len(nll_N) - len(continuation), None)
+            counted = slice(max(len(nll_N) - len(continuation), 0), None)
             answer = (-float(nll_N[counted].sum(dtype="float64")), bool(correct_N[counted].all()))
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -198,10 +198,6 @@ def run(
         num_fewshot=num_fewshot,
         bootstrap_iters=0,
         log_samples=False,
-        random_seed=0,
-        numpy_random_seed=0,
-        torch_random_seed=0,
-        fewshot_random_seed=0,
     )
     return {key: results[key] for key in ("results", "n-samples", "versions") if key in results}
 

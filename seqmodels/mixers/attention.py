@@ -107,7 +107,8 @@ class Attention(base.Mixer):
         """Softmax attention over these tokens and those in the cache, and the cache after them."""
         new = (k_BTGK, v_BTGK, position_BT, segment_ids_BT)
         if state is None:
-            _, state = self._extend(Attention.init_state(self, position_BT.shape[0]), *new)
+            # Without a state the tokens may be more than a cache holds: it is as long as they are then.
+            _, state = self._extend(self._empty(*position_BT.shape), *new)
             seen = {"k_BTGK": k_BTGK, "v_BTGV": v_BTGK, "segment_ids": segment_ids_BT}
         else:
             seen, state = self._extend(state, *new)
@@ -154,8 +155,11 @@ class Attention(base.Mixer):
         return seen, cache
 
     def init_state(self, batch):
+        return Attention._empty(self, batch)
+
+    def _empty(self, batch, tokens=0):
         _, G, K = self._sizes()
-        slots = self.max_length if self.window is None else self.window - 1
+        slots = max(self.max_length, tokens) if self.window is None else self.window - 1
         return KeyValueCache(
             k_BSGK=jnp.zeros((batch, slots, G, K), self.dtype),
             v_BSGK=jnp.zeros((batch, slots, G, K), self.dtype),

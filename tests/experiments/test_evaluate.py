@@ -159,7 +159,7 @@ def test_packed_sequences_score_as_they_do_alone():
 def test_every_length_of_context_scores_the_same_targets(tmp_path):
     config = tiny.make_config(tmp_path)
     config.data.document_bytes = 4000  # longer than any row
-    config.data.eval_batch_size = 4
+    config.data.eval_batch_size = config.mesh.data = 8
     config.model.vocab_size = 257
     program = steps.build(config, 32)
     params = program.init(0).params

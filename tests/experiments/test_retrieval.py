@@ -102,7 +102,7 @@ def test_accuracy_is_counted_by_length_and_depth(monkeypatch):
 
     monkeypatch.setattr(sampling, "generate", generate)
     rows = retrieval.evaluate(
-        Model, None, BYTES, ["passkey", "s_niah_2"], [1000, 2000], [0.0, 1.0], examples=4
+        Model(), None, BYTES, ["passkey", "s_niah_2"], [1000, 2000], [0.0, 1.0], examples=4
     )
     assert len(rows) == 8
     assert {(row["depth"], row["accuracy"]) for row in rows} == {(0.0, 0.0), (1.0, 1.0)}
