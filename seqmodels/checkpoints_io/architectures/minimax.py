@@ -58,7 +58,7 @@ def _model_config(config):
         )
     experts = parts.spec(
         "moe",
-        num_experts=config.integer("num_local_experts", 8),
+        num_experts=parts.expert_count(config, "num_local_experts", 8),
         experts_per_token=config.integer("num_experts_per_tok", 2),
         d_ff=config.integer("intermediate_size", 14_336),
     )

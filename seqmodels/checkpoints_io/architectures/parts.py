@@ -10,6 +10,8 @@ from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import HFConfig
 from seqmodels.pattern import MixerSpec
 
+_MOST_EXPERTS = 4096
+
 
 def spec(name: str, **options) -> MixerSpec:
     """A layer of a pattern; an option that is None is left out."""
@@ -51,6 +53,16 @@ def listed(config: HFConfig, field: str, kind: type, default: Sequence[Any] = ()
             f"{config.name}: {field} is {value!r}; it must be a list of {kind.__name__}"
         )
     return value
+
+
+def expert_count(config: HFConfig, field: str, default: int) -> int:
+    """Experts of a layer: each has tensors of its own, so a number beyond reason is refused before they are named."""
+    count = config.integer(field, default)
+    if count > _MOST_EXPERTS:
+        raise ValueError(
+            f"{config.name}: {field} is {count}; at most {_MOST_EXPERTS} are supported"
+        )
+    return count
 
 
 def no_time_step_limit(config: HFConfig) -> None:

@@ -69,7 +69,7 @@ def _dense_layers(config, L):
 def _experts_text(config):
     layer = parts.spec(
         "moe",
-        num_experts=config.integer("num_experts", 512),
+        num_experts=parts.expert_count(config, "num_experts", 512),
         experts_per_token=config.integer("num_experts_per_tok", 10),
         d_ff=config.integer("moe_intermediate_size", 512),
         normalize=config.flag("norm_topk_prob", True),
