@@ -120,9 +120,10 @@ class GGUFTensors:
 
 
 def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFConfig:
-    metadata = HFConfig(header.metadata, path)
+    fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in header.metadata.items()}
+    metadata = HFConfig(fields, path)
     name = metadata.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise ValueError(
             f"{path}: unknown architecture {name!r}; supported in GGUF are {', '.join(_ARCHITECTURES)}"
         )
@@ -139,7 +140,7 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
     width = metadata.integer(f"{name}.embedding_length")
     rotated = metadata.integer(f"{name}.rope.dimension_count", width // heads)
     base = _shortest(metadata.number(f"{name}.rope.freq_base", 10_000.0))
-    fields: dict[str, Any] = {
+    config: dict[str, Any] = {
         "model_type": _ARCHITECTURES[name],
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
@@ -154,15 +155,15 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
         "rope_scaling": _rope_scaling(metadata, name, base, header),
         "tie_word_embeddings": "lm_head.weight" not in tensors.entries,
     }
-    metadata.require(f"{name}.rope.dimension_count", fields["head_dim"])
+    metadata.require(f"{name}.rope.dimension_count", config["head_dim"])
     if window := metadata.get(f"{name}.attention.sliding_window"):
         if name != "llama":
             raise ValueError(f"{path}: {name} with a sliding window is not supported in GGUF")
-        fields |= {"model_type": "mistral", "sliding_window": window}
+        config |= {"model_type": "mistral", "sliding_window": window}
     for token in ("bos", "eos"):
         if (number := metadata.get(f"tokenizer.ggml.{token}_token_id")) is not None:
-            fields[f"{token}_token_id"] = number
-    return HFConfig(fields, path)
+            config[f"{token}_token_id"] = number
+    return HFConfig(config, path)
 
 
 def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_header.Header):

@@ -6,8 +6,11 @@ tokenizer.ggml.pre; those known here are in `_PRE`.
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _GPT2 = None  # the ByteLevel pre-tokenizer's own pattern
@@ -27,11 +30,23 @@ _PRE = {
 }
 
 
+class Unsupported(ValueError):
+    """A kind of tokenizer that is not known here."""
+
+
 def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
-    """Writes the tokenizer to $SEQMODELS_CACHE (~/.cache/seqmodels) and returns its path; None where the file has none."""
+    """Writes the tokenizer to $SEQMODELS_CACHE (~/.cache/seqmodels) and returns its path.
+
+    None where the file has none, and, with a warning, where it is of a kind that is not supported: the weights are of use
+    with a tokenizer from elsewhere.
+    """
     if "tokenizer.ggml.model" not in metadata:
         return None
-    text = make(metadata, name).to_str()
+    try:
+        text = make(metadata, name).to_str()
+    except Unsupported as error:
+        warnings.warn(f"{error}; give another tokenizer", stacklevel=2)
+        return None
     cache = Path(os.environ.get("SEQMODELS_CACHE") or Path.home() / ".cache" / "seqmodels")
     folder = cache / "tokenizers" / hashlib.sha256(text.encode()).hexdigest()[:16]
     path = folder / "tokenizer.json"
@@ -52,14 +67,17 @@ def make(metadata: dict[str, Any], name: str):
     from tokenizers import pre_tokenizers as pre
 
     kind, cut = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or cut not in _PRE:
-        raise ValueError(
+    named = isinstance(kind, str) and isinstance(cut, str)
+    if not named or kind != "gpt2" or cut not in _PRE:
+        raise Unsupported(
             f"{name}: a tokenizer of kind {kind!r} with pre-tokenizer {cut!r} is not supported; "
             f"kind 'gpt2' (byte-level BPE) with {', '.join(_PRE)} is"
         )
     tokens = _strings(metadata, "tokenizer.ggml.tokens", name)
     merges = [m.split(" ", 1) for m in _strings(metadata, "tokenizer.ggml.merges", name)]
-    types = [int(t) for t in metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))]
+    types = metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), _NORMAL))
+    if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu":
+        raise ValueError(f"{name}: tokenizer.ggml.token_type must be a list of integers")
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(
             f"{name}: {len(tokens)} tokens, {len(set(tokens))} different, and {len(types)} token types"
@@ -83,7 +101,7 @@ def make(metadata: dict[str, Any], name: str):
             tokenizer.add_special_tokens([added])
         elif token_type == _USER_DEFINED:
             tokenizer.add_tokens([added])
-    if metadata.get("tokenizer.ggml.add_bos_token", False):
+    if metadata.get("tokenizer.ggml.add_bos_token") is True:
         _start_with(tokenizer, tokens, metadata.get("tokenizer.ggml.bos_token_id"), name)
     return tokenizer
 

@@ -188,10 +188,13 @@ def test_the_tokenizer_splits_and_joins(pre, whole):
     assert gguf_tokenizer.make(start, "tiny.gguf").encode("the").ids[0] == 1
 
 
-def patched(whole, old, new, count=1):
-    data = whole.read_bytes()
-    assert data.count(old) >= count
-    return data.replace(old, new, count)
+def test_weights_are_of_use_without_the_tokenizer(whole):
+    metadata = gguf_header.read(whole, SIZES).metadata
+    with pytest.warns(UserWarning, match="'tekken' is not supported; .*; give another tokenizer"):
+        other = metadata | {"tokenizer.ggml.pre": "tekken"}
+        assert gguf_tokenizer.tokenizer_file(other, "tiny.gguf") is None
+    del metadata["tokenizer.ggml.model"]
+    assert gguf_tokenizer.tokenizer_file(metadata, "tiny.gguf") is None
 
 
 def string(text):
@@ -253,6 +256,38 @@ def test_any_cut_and_any_flipped_byte_of_the_header_is_noticed_or_harmless(whole
         opened += 1
         assert all(source.read(name).shape == e.shape for name, e in source.entries.items())
     assert 0 < opened < 200
+
+
+WEIRD = [
+    -1,
+    0,
+    3,
+    1.5,
+    float("nan"),
+    "x",
+    True,
+    [],
+    ["x"],
+    [[1]],
+    np.arange(3),
+    np.ones(2, np.float32),
+]
+
+
+def test_metadata_with_anything_in_it_is_used_or_refused(whole):
+    header = gguf_header.read(whole, SIZES)
+    source = gguf_files.GGUFTensors(whole, header, gguf)
+    refused = 0
+    for key in header.metadata:
+        for value in WEIRD:
+            changed = gguf_header.Header(header.metadata | {key: value}, header.tensors)
+            try:
+                gguf_files._config(changed, source, "tiny.gguf")
+                gguf_tokenizer.make(changed.metadata, "tiny.gguf")
+            except ValueError as error:
+                assert "tiny.gguf" in str(error)
+                refused += 1
+    assert refused > 5 * len(header.metadata)
 
 
 @pytest.mark.parametrize(
