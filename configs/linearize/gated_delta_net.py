@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
             "steps": 120,
         },
         {
-            "train": "mixer/",
+            "train": "/mixer/",
             "ce": 0.0,
             "kl": 1.0,
             "temperature": 2.0,

@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
         LAYER | {"train": NEW, "learning_rate": 1e-3, "steps": 80},
         LAYER | {"train": rf"{NEW}|student/mixer/[qkv]/", "learning_rate": 5e-4, "steps": 80},
         {
-            "train": r"mixer/",
+            "train": "/mixer/",
             "ce": 0.0,
             "kl": 1.0,
             "learning_rate": 5e-5,
