@@ -36,6 +36,7 @@ _ARGUMENT = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string("workdir", "runs/linearizations", "where everything goes")
 _CONTEXTS = flags.DEFINE_list("contexts", ["1024", "8192", "32768"], "tokens of context, rising")
 _BATCHES = flags.DEFINE_integer("transfer_batches", 2, "for the column transfer", lower_bound=1)
+_SCALE = flags.DEFINE_float("steps_scale", 1.0, "of the configs' steps", lower_bound=0.0)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "tokens a row; 0: the configs' own")
 
 
@@ -48,6 +49,8 @@ def main(argv):
     def change(config):
         if _SEQ_LEN.value:
             config.data.seq_len = _SEQ_LEN.value
+        for stage in config.linearize.stages.values():
+            stage.steps = max(1, round(stage.steps * _SCALE.value))
 
     rows = comparison.compare(
         _TEACHER.value,
