@@ -344,20 +344,20 @@ def _main_dtype(tensors: files.Source) -> str:
 
 
 class _Renamed:
-    """A source whose names lack a prefix."""
+    """A source in which names that the table knows lack a prefix."""
 
-    def __init__(self, source: files.Source, prefix: str, whole: set[str]):
+    def __init__(self, source: files.Source, prefix: str, expected: Mapping[str, files.Entry]):
         self.name, self._source = source.name, source
-        self._theirs = {n if n in whole else prefix + n: n for n in source.entries}
+        self._theirs = {
+            prefix + name if prefix + name in expected else name: name for name in source.entries
+        }
         self.entries = {ours: source.entries[theirs] for ours, theirs in self._theirs.items()}
 
     def read(self, name: str) -> np.ndarray:
         return self._source.read(self._theirs[name])
 
 
-def _with_prefix(tensors, expected, prefix: str):
+def _with_prefix(tensors: files.Source, expected: Mapping[str, files.Entry], prefix: str):
     if not prefix or any(name.startswith(prefix) for name in tensors.entries):
         return tensors
-    if not any(prefix + name in expected for name in tensors.entries):
-        return tensors
-    return _Renamed(tensors, prefix, set(expected))
+    return _Renamed(tensors, prefix, expected)

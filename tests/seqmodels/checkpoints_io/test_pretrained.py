@@ -255,6 +255,28 @@ def test_a_context_longer_than_the_models(tmp_path):
     assert files.read_json(out / "config.json")["max_position_embeddings"] == 32
 
 
+GPT2 = LLAMA | {
+    "pattern": "attention(num_heads=2, rope_base=None, use_bias=True, max_length=32)",
+    "channel_mixer": "gelu",
+    "channel_bias": True,
+    "norm": "layer_norm",
+    "learned_positions": 32,
+}
+
+
+def test_gpt2_as_the_hub_has_it(tmp_path):
+    """Names without a prefix, buffers, and a copy of the tied matrix."""
+    params = random_params(GPT2)
+    checkpoints_io.save_pretrained(tmp_path, GPT2, params, architecture="gpt2")
+    source = files.open_folder(tmp_path)
+    arrays = {n.removeprefix("transformer."): source.read(n) for n in source.entries}
+    arrays |= {f"h.{i}.attn.bias": np.ones((1, 1, 32, 32), bool) for i in range(3)}
+    arrays["lm_head.weight"] = arrays["wte.weight"]
+    entries = {name: files.Entry(a.shape, a.dtype) for name, a in arrays.items()}
+    files.write(tmp_path, entries, arrays.__getitem__)
+    check_same(checkpoints_io.load_pretrained(tmp_path).params, params)
+
+
 def test_a_model_that_a_layout_has_no_place_for(tmp_path):
     params = random_params(LLAMA)
     with pytest.raises(ValueError, match="no place for this model.*logit_softcap: 30.0, None"):
