@@ -41,13 +41,14 @@ class Stopped(SystemExit):
 
 def run(
     main: Callable[[Sequence[str]], int | None],
-    config_from: str | None = "file",
+    config_from: str | Callable[[Callable[[str], str | None]], ConfigDict] | None = "file",
     many_hosts: bool = False,
 ) -> None:
     """absl's app.run(main) with the exit codes above.
 
     config_from: "file": --config=path.py[:argument], a flag that the program defines; "workdir": the config in the folder that
-    --workdir names, of which a flag is made here. Either can be overridden by --config.x.y=value. None: no config.
+    --workdir names, of which a flag is made here; or a function that makes it, given what says a flag's text or None. All can be
+    overridden by --config.x.y=value. None: no config.
     many_hosts: the program can be one of several processes, as `distributed` says; it has the flags for it.
     """
     if many_hosts:
@@ -60,7 +61,10 @@ def run(
             if config_from == "file":
                 config = load_config(_flag_value(argv, "config") or "")
             else:
-                config = run_record.load_config(_flag_value(argv, "workdir") or "")
+                if config_from == "workdir":
+                    config = run_record.load_config(_flag_value(argv, "workdir") or "")
+                else:
+                    config = config_from(lambda name: _flag_value(argv, name))
                 config_flags.DEFINE_config_dict("config", config, "overrides of the run's config")
             check_overrides(config, argv)
             return flags.FLAGS(argv)

@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from experiments import steps
 from experiments.steps import Program
+from seqmodels import sharding
 
 
 class Scores:
@@ -41,10 +44,9 @@ class Scores:
         if not tokens:
             raise ValueError("no token of this split counts in the loss: it is empty")
         loss = nll / tokens
-        perplexity = math.exp(loss) if loss < 700 else math.inf
         scores = {
             "loss": loss,
-            "perplexity": perplexity,
+            "perplexity": perplexity(loss),
             "accuracy": correct / tokens,
             "tokens": int(tokens),
         }
@@ -53,8 +55,13 @@ class Scores:
         return scores
 
     def by_position(self, buckets: int = 16) -> list[dict]:
-        """Rows first, last, tokens, loss, accuracy over how many tokens of its document precede a prediction."""
+        """Rows first, last, tokens, loss, perplexity, accuracy over how many tokens of its document precede a prediction."""
         return bucket_table(self._by_position, buckets)
+
+    def late_loss(self) -> float:
+        """The loss of predictions with at least three quarters of the longest context before them."""
+        nll, _, tokens = self._by_position[:, np.flatnonzero(self._by_position[2])[-1] * 3 // 4 :]
+        return nll.sum() / tokens.sum()
 
     def by_length(self, buckets: int = 16) -> list[dict]:
         """The same over the length of the sequence a prediction is in."""
@@ -71,8 +78,14 @@ def bucket_table(sums: np.ndarray, buckets: int) -> list[dict]:
         if tokens:
             last = min(first + width - 1, used[-1])
             row = {"first": int(first), "last": int(last), "tokens": int(tokens)}
-            table.append(row | {"loss": nll / tokens, "accuracy": correct / tokens})
+            row |= {"loss": nll / tokens, "perplexity": perplexity(nll / tokens)}
+            table.append(row | {"accuracy": correct / tokens})
     return table
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), of nats a token; inf where that is too large."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def evaluate(program: Program, params, dataset, max_batches: int | None = None) -> Scores:
@@ -85,6 +98,28 @@ def evaluate(program: Program, params, dataset, max_batches: int | None = None) 
         if jax.process_count() > 1:
             results = multihost_utils.process_allgather((on_devices, *results[1:]), tiled=True)
         scores.add(*jax.device_get(results))
+    return scores
+
+
+def by_context(
+    config, params, make_dataset, lengths: Sequence[int], max_batches: int | None = None
+) -> dict[int, Scores]:
+    """Scores of the same text cut into rows of each length: every target counts once, and sees at most so many tokens.
+
+    params: as `steps.build(config, ...)` has them.   make_dataset: config -> the split.   max_batches: of config's own size; for
+    the other lengths, as many tokens.
+    """
+    scores = {}
+    num_devices = sharding.make_mesh(config.mesh).size
+    tokens = (config.data.eval_batch_size or config.data.batch_size) * config.data.get("seq_len", 0)
+    for length in lengths:
+        rows = -(-max(tokens // length, 1) // num_devices) * num_devices
+        changed = config.copy_and_resolve_references()
+        changed.data.update({"seq_len": length, "batch_size": rows, "eval_batch_size": 0})
+        changed.train.accumulate = 1
+        batches = -(-max_batches * tokens // (rows * length)) if max_batches else None
+        program = steps.build(changed, length)
+        scores[length] = evaluate(program, params, make_dataset(changed), batches)
     return scores
 
 

@@ -1,33 +1,54 @@
-"""Continues a prompt with the latest checkpoint of a run, as a stream.
+"""Continues prompts with the latest checkpoint of a run, or a pretrained model: one as a stream, several together.
 
     python -m experiments.generate --workdir=runs/quickstart-20261121-120000 --prompt="def " --length=300 --temperature=0.8
+    python -m experiments.generate --workdir=... --prompt="def " --prompt="class A" --stop=";" --temperature=0
+    python -m experiments.generate --model=gguf:smollm2 --chat --prompt="What is a state space?"
 
-The prompt is read in one call; then each token costs the same time and the same memory, however much was read, in stacks of recurrent
-and windowed layers. An empty prompt starts a new document. Generation ends early where the model starts another document.
+The prompt is read first; then each token costs the same time and the same memory, however much was read, in stacks of recurrent
+and windowed layers. An empty prompt starts a new document. Generation ends early where the model starts another document, or
+before a stop string. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra [smollm]),
+or a hub name; --chat puts the prompt into the model's chat template.
 """
 
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
-from experiments import cli, restore, sampling, steps
+from experiments import cli, pretrained, restore, run_record, sampling, steps
 from experiments.data.tokenizers import make_tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
+_MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "with --model: a tokenizer.json, if it has none")
+_CHAT = flags.DEFINE_bool("chat", False, "with --model: prompts are questions to an assistant")
+_DTYPE = flags.DEFINE_string("dtype", None, "with --model: float32, bfloat16; default: the file's")
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
-_PROMPT = flags.DEFINE_string("prompt", "", "text to continue")
+_PROMPT = flags.DEFINE_multi_string("prompt", [""], "text to continue; can be given several times")
 _LENGTH = flags.DEFINE_integer("length", 300, "tokens to generate at most", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token")
 _TOP_K = flags.DEFINE_integer("top_k", None, "sample among the k most likely tokens only")
 _TOP_P = flags.DEFINE_float(
     "top_p", None, "sample among the fewest tokens of this probability only"
 )
+_STOP = flags.DEFINE_multi_string("stop", [], "text to end before; can be given several times")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "prompts continued together", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "another seed, another text")
 
 
 def main(argv):
     cli.no_arguments(argv)
+    if bool(_MODEL.value) == bool(_WORKDIR.value):
+        raise cli.UserError("give one of --workdir, of a training run, and --model")
+    if _MODEL.value:
+        loaded = pretrained.load(_MODEL.value, _TOKENIZER.value, dtype=_DTYPE.value)
+        prompts = _prompts(loaded)
+        loaded = loaded.with_max_len(max(map(len, prompts)) + _LENGTH.value)
+        _tell(loaded.model, loaded.params, loaded.tokenizer, prompts, loaded.stop_tokens)
+        return
     config = flags.FLAGS.config
+    if _CHAT.value or _TOKENIZER.value or _DTYPE.value:
+        raise cli.UserError("--chat, --tokenizer and --dtype go with --model")
     if "tokenizer" not in config.data:
         raise cli.UserError(
             f"the run's data, {config.data.name!r}, is not text: there is nothing to generate"
@@ -35,22 +56,49 @@ def main(argv):
     tokenizer = make_tokenizer(config.data.tokenizer, config.data.document_token)
     program = steps.build(config, config.data.seq_len)
     _, params = restore.evaluation_params(program, config, Path(_WORKDIR.value), _STEP.value)
-    tokens = sampling.stream_tokens(
-        program.model,
+    prompts = [sampling.prompt_tokens(prompt, tokenizer) for prompt in _PROMPT.value]
+    _tell(program.model, params, tokenizer, prompts, {tokenizer.document_id})
+
+
+def _prompts(loaded: pretrained.Loaded) -> list[list[int]]:
+    if not _CHAT.value:
+        return [loaded.prompt_tokens(prompt) for prompt in _PROMPT.value]
+    return [loaded.chat_tokens([{"role": "user", "content": p}]) for p in _PROMPT.value]
+
+
+def _tell(model, params, tokenizer, prompts, stop_tokens) -> None:
+    options = {
+        "temperature": _TEMPERATURE.value,
+        "top_k": _TOP_K.value,
+        "top_p": _TOP_P.value,
+        "seed": _SEED.value,
+    }
+    shown = ["" if _CHAT.value else prompt for prompt in _PROMPT.value]
+    if len(prompts) == 1:
+        tokens = sampling.stream_batch(model, params, prompts, _LENGTH.value, **options)
+        print(shown[0], end="", flush=True)
+        for _, text in sampling.stream_texts(tokens, tokenizer, 1, _STOP.value, stop_tokens):
+            print(text, end="", flush=True)
+        print()
+        return
+    texts = sampling.generate(
+        model,
         params,
-        sampling.prompt_tokens(_PROMPT.value, tokenizer),
+        tokenizer,
+        prompts,
         _LENGTH.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        seed=_SEED.value,
-        stop_token=tokenizer.document_id,
+        batch_size=_BATCH_SIZE.value,
+        stop=_STOP.value,
+        stop_tokens=stop_tokens,
+        **options,
     )
-    print(_PROMPT.value, end="", flush=True)
-    for text in sampling.stream_text(tokens, tokenizer):
-        print(text, end="", flush=True)
-    print()
+    for number, (prompt, text) in enumerate(zip(shown, texts), start=1):
+        print(f"{number} {'-' * 78}\n{prompt}{text}")
+
+
+def _config(flag) -> ConfigDict:
+    return ConfigDict() if flag("model") else run_record.load_config(flag("workdir") or "")
 
 
 if __name__ == "__main__":
-    cli.run(main, config_from="workdir")
+    cli.run(main, config_from=_config)

@@ -18,11 +18,12 @@ from experiments.data import make_dataset
 from seqmodels import sharding
 
 
-def train(config, workdir: str | Path, devices=None) -> dict:
+def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
     """Trains what `config` describes and returns what is in workdir/result.json.
 
     A workdir that holds checkpoints is resumed from the latest. See configs/common.py for the fields.
     devices: to train on; None is all there are.
+    make_task: (resolved config, seq_len) -> steps.Task, where it is not the config's language model that is trained whole.
 
     Raises:
       ValueError: something in the config is wrong, or the workdir's checkpoint is of another model; nothing was written.
@@ -41,13 +42,19 @@ def train(config, workdir: str | Path, devices=None) -> dict:
     )
     seq_len = next(iter(train_set))["inputs"].shape[1]
     config = resolve(config, train_set)
-    program = steps.build(config, seq_len, devices)
+    task = None if make_task is None else make_task(config, seq_len)
+    program = steps.build(config, seq_len, devices, task)
     batches = iter(train_set)
     distributed.check_shared(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, share=share)
-    start = distributed.agree(checkpoints.latest_step() or 0, "the latest checkpoint they see")
-    if start:
+    saved = checkpoints.latest_step()
+    saved = distributed.agree(-1 if saved is None else saved, "the latest checkpoint they see")
+    start = max(saved, 0)
+    if saved > 0:
         state = checkpoints.restore(start, program.abstract_state, batches)
+    elif saved == 0:  # `convert` made it: weights alone, for any data and optimizer
+        parts = checkpoints.restore_parts(0, program.abstract_state, ("params",))
+        state = program.init(config.seed, parts["params"])
     else:
         state = program.init(config.seed)
     writer = metrics.MetricWriter(config, workdir, start)
@@ -61,8 +68,8 @@ def train(config, workdir: str | Path, devices=None) -> dict:
     progress.say(
         f"{num_params:,} parameters, {program.num_devices} x {jax.devices()[0].device_kind}, {workdir}"
     )
-    if start:
-        progress.say(f"resuming from {checkpoints.path(start)}")
+    if saved >= 0:
+        progress.say(f"{'resuming' if start else 'starting'} from {checkpoints.path(start)}")
     for change in changes:
         progress.say(f"changed since this run was started: {change}")
 
@@ -125,6 +132,7 @@ def train(config, workdir: str | Path, devices=None) -> dict:
         step = max(start, config.train.steps)
         writer.write(step, **{f"test_{name}": value for name, value in scores.items()})
     result = scores | {"steps": step, "parameters": num_params}
+    params = program.model_params(params)
     return summary.finish(config, workdir, result, program.model, params, test_set.tokenizer)
 
 

@@ -48,6 +48,19 @@ def bucket_curve(table: list[dict], x: str, path: Path) -> None:
     _save(figure, path)
 
 
+def loss_by_position(tables: dict[str, list[dict]], path: Path) -> None:
+    """A line a table (rows of `evaluation.bucket_table`), by the length of context it is of."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, table in tables.items():
+        middle = [(row["first"] + row["last"]) / 2 for row in table]
+        axes.plot(middle, [row["loss"] for row in table], "o-", markersize=3, label=name)
+    axes.set(xlabel="tokens before the prediction", ylabel="loss, nats a token")
+    axes.set_xscale("symlog", linthresh=16)
+    axes.grid(alpha=0.3)
+    axes.legend(title="context")
+    _save(figure, path)
+
+
 def _smooth(y):
     """Mean over a centred window of a thirtieth of the curve, shorter at the ends."""
     half = max(len(y) // 60, 1)
@@ -60,3 +73,17 @@ def _smooth(y):
 def _save(figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def lines(panels: dict[str, dict[str, list[tuple]]], x: str, path: Path) -> None:
+    """Panels side by side: of each its y axis, and its lines' points by name. Both axes are logarithmic."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained"
+    )
+    for axis, (y, points) in zip(np.atleast_1d(axes), panels.items()):
+        for name, line in points.items():
+            axis.plot(*zip(*line), "o-", markersize=3, label=name)
+        axis.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)

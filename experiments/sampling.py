@@ -1,8 +1,18 @@
-"""Sampling tokens from a language model: prefill in one call, then one token a call with a state of constant size."""
+"""Text from a language model: prompts of different lengths read together, then one token a call with a state of constant size.
+
+How prompts are read. A packed row leaves one state, that of its last document, so several prompts in a row would lose all
+states but the last. Here every prompt has a row, and the padding that makes rows equal stands before it, as a document of its
+own. Documents never touch, whatever the mixer: a prompt starts from nothing wherever in its row it starts, and the state that
+leaves the row is the one it has alone. All rows end together, so all decode together, and a full-attention cache holds
+no more tokens than the longest prompt has. What padding costs is kept small by sorting: prompts of one batch are of similar length.
+
+Rows are fed in pieces whose lengths are powers of two, of which the longest prompt's length is a sum. So prompts of all
+lengths need log2(MAX_PIECE) + 1 compiled programs at most, and memory is that of one piece, however long they are.
+"""
 
 import codecs
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +20,11 @@ import numpy as np
 
 from seqmodels import mixers
 from seqmodels.array_typing import Array
+from seqmodels.mixers.attention import KeyValueCache
 
+MAX_PIECE = 512
 _CONTEXT_TOKENS = 8  # how far back a tokenizer's spelling of a token may look
+_PADDING, _PROMPT = 0, 1  # segment ids
 
 
 def sample_token(
@@ -42,14 +55,33 @@ def sample_token(
     return jax.random.categorical(key, logits_BW).astype(jnp.int32)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "temperature", "top_k", "top_p"), donate_argnames="state"
-)
-def _next_token(model, params, state, tokens_BT, key_data, i, *, temperature, top_k, top_p):
-    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), i)
-    logits_BTW, state = model.apply({"params": params}, tokens_BT, state=state)
-    token_B = sample_token(key, logits_BTW[:, -1], temperature, top_k, top_p)
-    return token_B[:, None], state
+def _draw(logits_BW, key_data_BK, i, options):
+    """Each row by a key of its own, so that what it gets does not depend on the others."""
+
+    def row(key_data, logits_W):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_data), i)
+        return sample_token(key, logits_W[None], *options)[0]
+
+    return jax.vmap(row)(key_data_BK, logits_BW)
+
+
+_draw_first = jax.jit(_draw, static_argnames="options")
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _read(model, params, state, tokens_BT, segment_ids_BT=None):
+    """logits_BW of the last tokens alone, and the state after them."""
+
+    def last(x_BTD, matrix, layout):
+        return model.logits(x_BTD[:, -1:], matrix, layout)[:, 0]
+
+    return model.apply({"params": params}, tokens_BT, segment_ids_BT, state, head=last)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "options"), donate_argnames="state")
+def _next_token(model, params, state, token_B, key_data_BK, i, *, options):
+    logits_BW, state = _read(model, params, state, token_B[:, None])
+    return _draw(logits_BW, key_data_BK, i, options), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -57,38 +89,208 @@ def _initial_state(model, batch):
     return model.init_state(batch)
 
 
-def stream_tokens(
+def _keys(seed: int, numbers: Sequence[int]) -> np.ndarray:
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return np.asarray(jax.random.key_data(fold(jax.random.key(seed), np.asarray(numbers))))
+
+
+def stream_batch(
     model,
     params,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     length: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    stop_token: int | None = None,
-) -> Iterator[int]:
-    """Yields up to `length` tokens that continue `prompt` (at least one id); ends before `stop_token`.
+    numbers: Sequence[int] | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields token_B, the next token of every prompt, `length` times; whoever has enough stops asking.
 
-    Raises ValueError for an empty prompt, options out of range, and where a full-attention layer's cache is too short.
+    prompts: token ids, at least one each, of any lengths. Each goes on as it does alone.
+    numbers: with `seed` they fix what is drawn, one a prompt; None counts from 0.
+    Raises ValueError for an empty prompt, ids outside the vocabulary, options out of range, and where a full-attention layer's
+    cache is too short.
     """
     check_options(temperature, top_k, top_p)
-    if len(prompt) == 0:
-        raise ValueError("the prompt has no tokens; start with the tokenizer's document_id")
-    check_length(model, len(prompt), length)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
-    state = _initial_state(model, 1)
+    _check_prompts(model, prompts)
+    prompt_length = max(map(len, prompts))
+    check_length(model, prompt_length, length)
+    B, options = len(prompts), (temperature, top_k, top_p)
+    state = _initial_state(model, B)
     if jax.process_count() > 1:  # NumPy arrays go to all devices, those of one process do not
         state = jax.device_get(state)
-    tokens_BT = np.asarray(prompt, np.int32)[None]
-    for i in range(length):
-        tokens_BT, state = _next_token(model, params, state, tokens_BT, key_data, i, **options)
-        token = int(np.asarray(tokens_BT)[0, 0])
-        if token == stop_token:
+    tokens_BT = np.zeros((B, prompt_length), np.int32)
+    segment_ids_BT = np.full((B, prompt_length), _PADDING, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, prompt_length - len(prompt) :] = prompt
+        segment_ids_BT[row, prompt_length - len(prompt) :] = _PROMPT
+    start = 0
+    for T in pieces(prompt_length):
+        piece = slice(start, start + T)
+        logits_BW, state = _read(
+            model, params, state, tokens_BT[:, piece], segment_ids_BT[:, piece]
+        )
+        start += T
+    key_data_BK = _keys(seed, range(B) if numbers is None else numbers)
+    token_B = _draw_first(logits_BW, key_data_BK, 0, options=options)
+    for i in range(1, length):
+        yield np.asarray(token_B)
+        token_B, state = _next_token(model, params, state, token_B, key_data_BK, i, options=options)
+    yield np.asarray(token_B)
+
+
+def pieces(length: int) -> list[int]:
+    """Powers of two up to MAX_PIECE, the largest first, that add up to `length`."""
+    rest = length % MAX_PIECE
+    powers = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+    return [MAX_PIECE] * (length // MAX_PIECE) + powers
+
+
+def stream_tokens(
+    model, params, prompt: Sequence[int], length: int, *, stop_token: int | None = None, **options
+) -> Iterator[int]:
+    """Yields up to `length` tokens that continue one prompt; ends before `stop_token`. Options as `stream_batch` has them."""
+    for token_B in stream_batch(model, params, [prompt], length, **options):
+        if token_B[0] == stop_token:
             return
-        yield token
+        yield int(token_B[0])
+
+
+def generate(
+    model,
+    params,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    *,
+    batch_size: int = 8,
+    stop: Sequence[str] = (),
+    stop_tokens: Collection[int] | None = None,
+    **options,
+) -> list[str]:
+    """The text that follows each prompt (token ids): up to `length` tokens, or to the first stop string or token, left out.
+
+    batch_size: prompts that are read and continued together, sorted by length; the last batch is filled up, so that all
+      have one shape. A batch ends when all its rows have.
+    stop_tokens: None is the tokenizer's document_id.   options: as `stream_batch` has them, without numbers.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    batch_size = min(batch_size, len(prompts))
+    for start in range(0, len(order), batch_size or 1):
+        numbers = order[start : start + batch_size]
+        filled = numbers + numbers[-1:] * (batch_size - len(numbers))
+        stream = stream_batch(
+            model, params, [prompts[i] for i in filled], length, numbers=filled, **options
+        )
+        for row, text in stream_texts(stream, tokenizer, len(numbers), stop, stop_tokens):
+            texts[numbers[row]] += text
+    return texts
+
+
+def stream_texts(
+    tokens: Iterator[np.ndarray],
+    tokenizer,
+    rows: int,
+    stop: Sequence[str] = (),
+    stop_tokens: Collection[int] | None = None,
+) -> Iterator[tuple[int, str]]:
+    """(row, text) of the first `rows` of `stream_batch`'s rows as it comes, each up to its first stop string or token; ends
+    when all have."""
+    stop_tokens = [tokenizer.document_id] if stop_tokens is None else stop_tokens
+    texts = [TextStream(tokenizer, stop) for _ in range(rows)]
+    for token_B in tokens:
+        for row, text in enumerate(texts):
+            if not text.ended:
+                token = int(token_B[row])
+                shown = text.end() if token in stop_tokens else text.add(token)
+                if shown:
+                    yield row, shown
+        if all(text.ended for text in texts):
+            return
+    for row, text in enumerate(texts):
+        if not text.ended and (shown := text.end()):
+            yield row, shown
+
+
+class TextStream:
+    """Text as tokens come: never half a character, nothing from the first stop string on, nor what may be its beginning.
+
+    What `add` and `end` return, joined, is `tokenizer.decode` of all tokens, cut before the first stop string.
+    """
+
+    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+        if "" in stop:
+            raise ValueError("a stop string is empty: it would stop every text before it starts")
+        self.ended = False
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._held = ""  # text that a stop string may begin with
+        self._window, self._shown = [], ""
+        self._bytes = None
+        if hasattr(tokenizer, "decode_bytes"):
+            self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """Text that is certain with this token."""
+        return self._pass(self._decode(token))
+
+    def end(self) -> str:
+        """What is left after the last token."""
+        if self._bytes is not None:
+            rest = self._bytes.decode(b"", final=True)
+        else:
+            rest = self._tokenizer.decode(self._window)[len(self._shown) :]
+        text = self._pass(rest)
+        if self.ended:
+            return text
+        self.ended = True
+        return text + self._held
+
+    def _decode(self, token: int) -> str:
+        if self._bytes is not None:
+            return self._bytes.decode(self._tokenizer.decode_bytes([token]))
+        # The last tokens are decoded together: what a token spells may depend on those before it.
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        new = text[len(self._shown) :]
+        self._window = self._window[-_CONTEXT_TOKENS:]
+        self._shown = self._tokenizer.decode(self._window)
+        return new
+
+    def _pass(self, text: str) -> str:
+        self._held += text
+        found = [place for s in self._stop if (place := self._held.find(s)) >= 0]
+        if found:
+            self.ended = True
+            return self._held[: min(found)]
+        may_begin = (
+            n
+            for s in self._stop
+            for n in range(1, min(len(s), len(self._held) + 1))
+            if self._held.endswith(s[:n])
+        )
+        safe = len(self._held) - max(may_begin, default=0)
+        shown, self._held = self._held[:safe], self._held[safe:]
+        return shown
+
+
+def stream_text(tokens: Iterator[int], tokenizer) -> Iterator[str]:
+    """Text as the tokens come, never half a character. Joined, it is `tokenizer.decode` of all of them."""
+    stream = TextStream(tokenizer)
+    for token in tokens:
+        yield stream.add(token)
+    yield stream.end()
+
+
+def prompt_tokens(prompt: str, tokenizer) -> list[int]:
+    """The ids of a prompt as the start of a document; an empty one is the document's start alone."""
+    return [tokenizer.document_id, *map(int, tokenizer.encode(prompt))]
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -100,39 +302,50 @@ def check_options(temperature: float, top_k: int | None, top_p: float | None) ->
         raise ValueError(f"top_p is {top_p}; it must lie in (0, 1], or be left out")
 
 
-def check_length(model, prompt_tokens: int, length: int) -> None:
-    """Raises ValueError if a full-attention layer's cache cannot hold the prompt and what is generated."""
+def _check_prompts(model, prompts: Sequence[Sequence[int]]) -> None:
+    if not len(prompts):
+        raise ValueError("there are no prompts; give at least one")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(
+                f"the prompt has no tokens (number {i} of {len(prompts)}); start with the tokenizer's document_id"
+            )
+        check_ids(model, prompt)
+
+
+def check_ids(model, tokens: Sequence[int]) -> None:
+    """Raises ValueError where a token id lies outside the model's vocabulary."""
+    if not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
+        outside = next(t for t in tokens if not 0 <= t < model.vocab_size)
+        raise ValueError(
+            f"token id {outside} is not in the model's vocabulary of {model.vocab_size}: use the tokenizer that the model "
+            "was trained with"
+        )
+
+
+def context_limit(model) -> tuple[int, str] | None:
+    """The tokens that the shortest full-attention cache holds, and its mixer's name; None where no layer has such a limit."""
+
+    def is_cache(x):
+        return isinstance(x, KeyValueCache)
+
+    state = jax.eval_shape(lambda: model.init_state(1))
+    caches = filter(is_cache, jax.tree.leaves(state, is_leaf=is_cache))
+    slots = {cache.position_BS.shape[-1] for cache in caches}
+    limits = []
     for spec in model.mixers:
         options = mixers.options(spec.name) | dict(spec.options)
-        limit = options.get("max_length")
-        # The last token sampled is never fed back.
-        if limit and options.get("window") is None and prompt_tokens + length - 1 > limit:
-            raise ValueError(
-                f"{prompt_tokens} prompt tokens and {length} more do not fit into the cache of {spec.name} "
-                f"layers, max_length={limit}. Generate less, or set max_length in config.model.pattern"
-            )
+        if options.get("max_length") in slots and options.get("window") is None:
+            limits.append((options["max_length"], spec.name))
+    return min(limits, default=None)
 
 
-def stream_text(tokens: Iterator[int], tokenizer) -> Iterator[str]:
-    """Text as the tokens come, never half a character. Joined, it is `tokenizer.decode` of all of them."""
-    if hasattr(tokenizer, "decode_bytes"):
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens:
-            yield decoder.decode(tokenizer.decode_bytes([token]))
-        yield decoder.decode(b"", final=True)
-        return
-    # The last tokens are decoded together: what a token spells may depend on those before it.
-    window, shown = [], ""
-    for token in tokens:
-        window.append(token)
-        text = tokenizer.decode(window)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue
-        yield text[len(shown) :]
-        window, shown = window[-_CONTEXT_TOKENS:], tokenizer.decode(window[-_CONTEXT_TOKENS:])
-    yield tokenizer.decode(window)[len(shown) :]
-
-
-def prompt_tokens(prompt: str, tokenizer) -> list[int]:
-    """The ids of a prompt as the start of a document; an empty one is the document's start alone."""
-    return [tokenizer.document_id, *map(int, tokenizer.encode(prompt))]
+def check_length(model, prompt_tokens: int, length: int) -> None:
+    """Raises ValueError if a full-attention layer's cache cannot hold the prompt and what is generated."""
+    limit, name = context_limit(model) or (None, None)
+    # The last token sampled is never fed back.
+    if limit and prompt_tokens + length - 1 > limit:
+        raise ValueError(
+            f"{prompt_tokens} prompt tokens and {length} more do not fit into the cache of {name} "
+            f"layers, max_length={limit}. Generate less, or set max_length in config.model.pattern"
+        )

@@ -19,6 +19,7 @@ from seqmodels import (
     operators,
     pattern,
     pipeline,
+    positions,
     sharding,
 )
 from seqmodels.array_typing import Array, DType, State
@@ -33,12 +34,14 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class ModelState:
-    """What decoding carries: one state a layer, and the document the last token belonged to."""
+    """What decoding carries: one state a layer, the document the last token belonged to, and, for learned positions, the place
+    of the next token in it."""
 
     prefix: tuple[State, ...]
     scanned: tuple[State, ...]
     suffix: tuple[State, ...]
     segment_id_B: Array
+    next_position_B: Array | None = None
 
 
 class LanguageModel(nn.Module):
@@ -52,8 +55,9 @@ class LanguageModel(nn.Module):
       matrix, "WD" or "DW" by its layout: a loss that never holds all logits (`kernels_pallas.linear_cross_entropy`).
     mixers: one MixerSpec a layer (`from_config` makes them of a pattern such as
       "3*gated_delta_net + attention(window=256)").
-    channel_mixer, d_ff, norm, norm_eps, norm_position: see `blocks.Block`.
+    channel_mixer, d_ff, channel_bias, norm, norm_eps, norm_position: see `blocks.Block`.
     tied_embeddings: the output matrix is the embedding. embedding_scale multiplies the embedded tokens.
+    learned_positions: how many places in a document have a learned vector, added to the token's (GPT-2); None: there are none.
     logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
     remat: what the backward pass recomputes: "none", "full" (every block from its input), "operators" (all but operators'
       results and the states between their chunks), "dots" (all but projections).
@@ -66,16 +70,20 @@ class LanguageModel(nn.Module):
     mixers: tuple[pattern.MixerSpec, ...]
     channel_mixer: str | None = "swiglu"
     d_ff: int | None = None
+    channel_bias: bool = False
     norm: str = "rms_norm"
     norm_eps: float = 1e-5
     norm_position: str = "pre"
     tied_embeddings: bool = True
     embedding_scale: float = 1.0
+    learned_positions: int | None = None
     logit_softcap: float | None = None
     remat: str = "none"
     scan_layers: bool = True
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+
+    block = blocks.Block  # what a layer is
 
     @property
     def plan(self) -> pattern.ScanPlan:
@@ -104,8 +112,15 @@ class LanguageModel(nn.Module):
             name="embed",
         )
         x_BTD = operators.embedding(embed.embedding.astype(self.dtype), tokens_BT)
-        x_BTD = sharding.constrain(x_BTD * self.embedding_scale)
-        x_BTD, state = self._stack(x_BTD, segment_ids_BT, state)
+        x_BTD = x_BTD * self.embedding_scale
+        next_position_B = None
+        if self.learned_positions is not None:
+            position_BT = self._positions(x_BTD.shape, segment_ids_BT, state)
+            x_BTD = x_BTD + self._position_embedding(position_BT)
+            next_position_B = position_BT[:, -1] + 1
+        x_BTD, state = self._stack(sharding.constrain(x_BTD), segment_ids_BT, state)
+        if state is not None:
+            state = state.replace(next_position_B=next_position_B)
         x_BTD = blocks.make_norm(self.norm, self.norm_eps, "final_norm")(x_BTD).astype(self.dtype)
         if self.tied_embeddings:
             matrix, layout = embed.embedding, "WD"
@@ -125,6 +140,24 @@ class LanguageModel(nn.Module):
         if self.logit_softcap is not None:
             logits_BTW = self.logit_softcap * jnp.tanh(logits_BTW / self.logit_softcap)
         return logits_BTW
+
+    def _positions(self, shape, segment_ids_BT, state):
+        if segment_ids_BT is None and shape[1] > self.learned_positions:
+            raise ValueError(
+                f"{shape[1]} tokens, and the model has learned {self.learned_positions} positions"
+            )
+        offset_B = None
+        if state is not None:
+            offset_B = state.next_position_B
+            if segment_ids_BT is not None:
+                offset_B = jnp.where(segment_ids_BT[:, 0] == state.segment_id_B, offset_B, 0)
+        return positions.token_positions(*shape[:2], segment_ids_BT, offset_B)
+
+    def _position_embedding(self, position_BT):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        shape = (self.learned_positions, self.d_model)
+        table_PD = self.param("position_embedding", init, shape, self.param_dtype)
+        return operators.embedding(table_PD.astype(self.dtype), position_BT)
 
     def _stack(self, x_BTD, segment_ids_BT, state):
         plan = self.plan
@@ -174,7 +207,7 @@ class LanguageModel(nn.Module):
 
         scan = nn.scan(
             one_repeat,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=plan.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -197,9 +230,9 @@ class LanguageModel(nn.Module):
 
     def _block_class(self, in_scan: bool = False):
         if self.remat == "none":
-            return blocks.Block
+            return self.block
         # Under scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed.
-        return nn.remat(blocks.Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_scan)
+        return nn.remat(self.block, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_scan)
 
     def _block_options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in _SHARED_FIELDS}
@@ -241,7 +274,8 @@ class LanguageModel(nn.Module):
 
         scanned = jax.tree.map(stack, states(plan.period))
         unknown_B = jnp.full((batch,), -1, jnp.int32)
-        return ModelState(states(plan.prefix), scanned, states(plan.suffix), unknown_B)
+        start_B = None if self.learned_positions is None else jnp.zeros((batch,), jnp.int32)
+        return ModelState(states(plan.prefix), scanned, states(plan.suffix), unknown_B, start_B)
 
 
 _SHARED_FIELDS = [
@@ -305,8 +339,13 @@ def from_config(config) -> LanguageModel:
     model = LanguageModel(mixers=specs, **fields)
     _check_choice("remat", model.remat, REMAT_POLICIES)
     _check_choice("norm", model.norm, norms.NORMS)
-    _check_choice("channel_mixer", model.channel_mixer, (None, *channel_mixers.names()))
     _check_choice("norm_position", model.norm_position, blocks.NORM_POSITIONS)
+    channels = {dict(s.options).get("channel_mixer", model.channel_mixer) for s in specs}
+    for text in channels - {None}:
+        try:
+            channel_mixers.make(text, parent=None)
+        except ValueError as error:
+            raise ValueError(f"config.model: {error}") from error
     jax.eval_shape(lambda: model.init_state(1))  # every mixer checks its own options here
     return model
 

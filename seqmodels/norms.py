@@ -12,11 +12,13 @@ class RMSNorm(nn.Module):
 
     On heads, x_BTHV, the gain is (V,): one shared by all heads.
     groups: the mean is over each of so many equal parts of the last axis; the gain is for all of it.
+    zero_centred: the gain is 1 + scale, and scale starts at 0 (Gemma, arXiv 2403.08295), so that weight decay pulls it to 1.
     """
 
     eps: float = 1e-5
     use_scale: bool = True
     groups: int = 1
+    zero_centred: bool = False
     param_dtype: DType = jnp.float32
 
     @nn.compact
@@ -24,9 +26,11 @@ class RMSNorm(nn.Module):
         grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
         y = srms_norm(grouped, self.eps).reshape(x.shape)
         if self.use_scale:
-            init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+            start = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
+            init = nn.with_logical_partitioning(start, ("norm",))
             scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-            y = y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+            gain = scale.astype(jnp.float32) + float(self.zero_centred)
+            y = y * gain.reshape((1,) * (x.ndim - 1) + (-1,))
         return y.astype(x.dtype)
 
 
@@ -68,4 +72,5 @@ NORMS = {
     "rms_norm": RMSNorm,
     "layer_norm": LayerNorm,
     "srms_norm": lambda **keywords: RMSNorm(use_scale=False, **keywords),
+    "zero_centred_rms_norm": lambda **keywords: RMSNorm(zero_centred=True, **keywords),
 }

@@ -2,7 +2,11 @@
 
 import ast
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
+
+_MOST_LAYERS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,20 @@ def layers(pattern: str, num_layers: int) -> tuple[MixerSpec, ...]:
     return (specs * repeats)[:num_layers]
 
 
+def to_text(specs: Sequence[MixerSpec]) -> str:
+    """A short pattern that `layers(pattern, len(specs))` reads as `specs`."""
+    specs = tuple(specs)
+    L = len(specs)
+    period = next(n for n in range(1, L + 1) if all(specs[i] == specs[i % n] for i in range(L)))
+    runs = itertools.groupby(specs[:period])
+    return " + ".join(_run_text(spec, len(list(run))) for spec, run in runs)
+
+
+def _run_text(spec: MixerSpec, count: int) -> str:
+    options = ", ".join(f"{name}={value!r}" for name, value in spec.options)
+    return (f"{count}*" if count > 1 else "") + spec.name + (f"({options})" if options else "")
+
+
 def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:
     match node:
         case ast.BinOp(left=left, op=ast.Add(), right=right):
@@ -42,7 +60,10 @@ def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:
         case ast.BinOp(left=ast.Constant(value=int(count)), op=ast.Mult(), right=right) if (
             count > 0
         ):
-            return _specs(right, pattern) * count
+            specs = _specs(right, pattern)
+            if len(specs) * count > _MOST_LAYERS:
+                raise ValueError(f"pattern {pattern[:80]!r} has more than {_MOST_LAYERS} layers")
+            return specs * count
         case ast.Name(id=name):
             return (MixerSpec(name),)
         case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):

@@ -19,6 +19,11 @@ def uniform_fan_in(width: int) -> Callable:
     return init
 
 
+def identity_taps(key, shape, dtype=jnp.float32):
+    """Initializer: y_t = x_t. The last tap is the token's own."""
+    return jnp.zeros(shape, dtype).at[-1].set(1.0)
+
+
 class ShortConv(nn.Module):
     """Depthwise causal convolution of `width` taps, then an activation, then the L2 norm of each head's channels.
 
@@ -27,12 +32,14 @@ class ShortConv(nn.Module):
 
     activation: silu is computed with the convolution, any other after it.
     l2_norm_heads: heads of D / l2_norm_heads channels each; None: no norm.
+    kernel_init: None is `uniform_fan_in`, for kernel and bias; with another one the bias starts at 0.
     """
 
     width: int = 4
     use_bias: bool = False
     activation: Callable[[Array], Array] | None = nn.silu
     l2_norm_heads: int | None = None
+    kernel_init: Callable | None = None
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
 
@@ -44,7 +51,7 @@ class ShortConv(nn.Module):
         fused = self.activation is None or self.activation is nn.silu
         if not fused and self.l2_norm_heads is not None:
             raise ValueError("ShortConv: l2_norm_heads goes with activation=nn.silu or None")
-        init = uniform_fan_in(self.width)
+        init = self.kernel_init or uniform_fan_in(self.width)
         w_ID = self.param(
             "kernel",
             nn.with_logical_partitioning(init, (None, "heads")),
@@ -53,7 +60,8 @@ class ShortConv(nn.Module):
         )
         bias_D = None
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(init, ("heads",))
+            bias_init = nn.initializers.zeros if self.kernel_init else init
+            bias_init = nn.with_logical_partitioning(bias_init, ("heads",))
             bias_D = self.param("bias", bias_init, (D,), self.param_dtype).astype(self.dtype)
         y_BTD, state = causal_conv(
             x_BTD.astype(self.dtype),

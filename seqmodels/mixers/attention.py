@@ -33,8 +33,11 @@ class Attention(base.Mixer):
     head_dim: K; None is D / H.
     window: a token sees itself and window-1 tokens before it; None sees all, and then the cache holds
       `max_length` tokens: decoding past it is the caller's error (`experiments.generate` checks).
-    rope_base: None leaves positions out.
-    qk_norm: RMS norm on each head's q and k before the rotation.
+    rope_base: None leaves positions out. rope_fraction: the part of each head's channels that is rotated.
+      rope_scaling: for long contexts, see `positions.scale_frequencies`.
+    qk_norm: RMS norm on each head's q and k before the rotation; a name of `norms.NORMS` takes that one. norm_eps: theirs.
+    use_bias: of the projections; o_bias of the output's, None the same.
+    output_gate: y = W_o (o * sigmoid(W_g x)) (arXiv 2505.06708).
     """
 
     num_heads: int = 4
@@ -43,8 +46,13 @@ class Attention(base.Mixer):
     window: int | None = None
     max_length: int = 2048
     rope_base: float | None = 10_000.0
-    qk_norm: bool = False
+    rope_fraction: float = 1.0
+    rope_scaling: tuple | None = None
+    qk_norm: bool | str = False
+    norm_eps: float = 1e-5
     use_bias: bool = False
+    o_bias: bool | None = None
+    output_gate: bool = False
 
     def _sizes(self) -> tuple[int, int, int]:
         H, G = self.num_heads, self.num_kv_heads or self.num_heads
@@ -58,26 +66,49 @@ class Attention(base.Mixer):
             raise ValueError(
                 f"attention: window must be at least 1 (the token itself); got {self.window}"
             )
+        if self.qk_norm not in (False, True, *norms.NORMS):
+            raise ValueError(
+                f"attention: qk_norm is {self.qk_norm!r}; choose True, False or one of {', '.join(norms.NORMS)}"
+            )
         return H, G, self.head_dim or self.d_model // H
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
-        H, G, K = self._sizes()
         B, T, _ = x_BTD.shape
+        q_BTHK, k_BTGK, v_BTGK = self._queries_keys_values(x_BTD)
+        offset_B = None if state is None else state.next_position_B
+        position_BT = positions.token_positions(B, T, segment_ids_BT, offset_B)
+        q_BTHK, k_BTGK = (self._rotate(x, position_BT) for x in (q_BTHK, k_BTGK))
+        o_BTHK, state = self._attend(q_BTHK, k_BTGK, v_BTGK, position_BT, segment_ids_BT, state)
+        return self._output(x_BTD, o_BTHK), state
+
+    # Linearized students (liger, lolcats, ...) are subclasses: the same projections around another way to mix.
+
+    def _queries_keys_values(self, x_BTD):
+        """Before the rotation."""
+        H, G, K = self._sizes()
         q_BTHK = self.project_heads(x_BTD, H, K, "q", use_bias=self.use_bias)
         k_BTGK = self.project_heads(x_BTD, G, K, "k", use_bias=self.use_bias)
         v_BTGK = self.project_heads(x_BTD, G, K, "v", use_bias=self.use_bias)
         if self.qk_norm:
-            q_BTHK = norms.RMSNorm(name="q_norm")(q_BTHK)
-            k_BTGK = norms.RMSNorm(name="k_norm")(k_BTGK)
-        offset_B = None if state is None else state.next_position_B
-        position_BT = positions.token_positions(B, T, segment_ids_BT, offset_B)
-        if self.rope_base is not None:
-            q_BTHK = positions.rope(q_BTHK, position_BT, self.rope_base)
-            k_BTGK = positions.rope(k_BTGK, position_BT, self.rope_base)
+            norm = norms.NORMS["rms_norm" if self.qk_norm is True else self.qk_norm]
+            q_BTHK = norm(eps=self.norm_eps, name="q_norm")(q_BTHK)
+            k_BTGK = norm(eps=self.norm_eps, name="k_norm")(k_BTGK)
+        return q_BTHK, k_BTGK, v_BTGK
+
+    def _rotate(self, x_BTHK, position_BT):
+        if self.rope_base is None:
+            return x_BTHK
+        return positions.rope(
+            x_BTHK, position_BT, self.rope_base, self.rope_fraction, self.rope_scaling
+        )
+
+    def _attend(self, q_BTHK, k_BTGK, v_BTGK, position_BT, segment_ids_BT, state):
+        """Softmax attention over these tokens and those in the cache, and the cache after them."""
         new = (k_BTGK, v_BTGK, position_BT, segment_ids_BT)
         if state is None:
-            _, state = self._extend(self.init_state(B), *new)
+            # Without a state the tokens may be more than a cache holds: it is as long as they are then.
+            _, state = self._extend(self._empty(*position_BT.shape), *new)
             seen = {"k_BTGK": k_BTGK, "v_BTGV": v_BTGK, "segment_ids": segment_ids_BT}
         else:
             seen, state = self._extend(state, *new)
@@ -85,7 +116,15 @@ class Attention(base.Mixer):
         o_BTHK = operators.softmax_attention(
             q_BTHK, **seen, window=self.window, implementation=self.implementation
         )
-        return self.merge_heads(o_BTHK, use_bias=self.use_bias), state
+        return o_BTHK, state
+
+    def _output(self, x_BTD, o_BTHK):
+        if self.output_gate:
+            _, H, K = o_BTHK.shape[1:]
+            g_BTHK = self.project_heads(x_BTD, H, K, "g", use_bias=self.use_bias)
+            o_BTHK = o_BTHK * jax.nn.sigmoid(g_BTHK)
+        o_bias = self.use_bias if self.o_bias is None else self.o_bias
+        return self.merge_heads(o_BTHK, use_bias=o_bias)
 
     def _extend(self, cache: KeyValueCache, k_BTGK, v_BTGK, position_BT, segment_ids_BT):
         """Adds new tokens to the cache. Returns what these tokens may look at, and the cache after them."""
@@ -116,8 +155,11 @@ class Attention(base.Mixer):
         return seen, cache
 
     def init_state(self, batch):
+        return Attention._empty(self, batch)
+
+    def _empty(self, batch, tokens=0):
         _, G, K = self._sizes()
-        slots = self.max_length if self.window is None else self.window - 1
+        slots = max(self.max_length, tokens) if self.window is None else self.window - 1
         return KeyValueCache(
             k_BSGK=jnp.zeros((batch, slots, G, K), self.dtype),
             v_BSGK=jnp.zeros((batch, slots, G, K), self.dtype),

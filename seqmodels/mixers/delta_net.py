@@ -1,5 +1,7 @@
 """DeltaNet, and the one form behind DeltaNet, Gated DeltaNet and DeltaProduct."""
 
+import math
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -42,6 +44,7 @@ class DeltaRuleMixer(base.Mixer):
     expand_v: float = 1.0
     conv_width: int | None = 4
     allow_neg_eigval: bool = False
+    norm_eps: float = 1e-5
 
     key_width = 1.0
     num_householder = 1
@@ -55,7 +58,7 @@ class DeltaRuleMixer(base.Mixer):
             raise ValueError(f"{name}: num_heads {G} must divide num_v_heads {H}")
         K = self.head_dim or int(self.key_width * self.d_model) // G
         V = K * self.expand_v
-        if K < 1 or int(V) != V or V < 1:
+        if K < 1 or V < 1 or not math.isclose(V, round(V)):
             raise ValueError(
                 f"{name}: head_dim {K} and head_dim * expand_v = {V} must be whole and positive; with d_model "
                 f"{self.d_model} and num_heads {G}, set head_dim or expand_v"
@@ -64,7 +67,7 @@ class DeltaRuleMixer(base.Mixer):
             raise ValueError(
                 f"{name}: num_householder must be at least 1; got {self.num_householder}"
             )
-        return G, H, K, int(V)
+        return G, H, K, round(V)
 
     def _tail_widths(self) -> tuple[int, int, int]:
         """Features of the convolutions on q, k and v."""
@@ -118,7 +121,7 @@ class DeltaRuleMixer(base.Mixer):
             segment_ids=None if segment_ids_BT is None else jnp.repeat(segment_ids_BT, n, axis=1),
             implementation=self.implementation,
         )
-        o_BTHV = norms.RMSNorm(name="o_norm")(o.reshape(B, T, n, H, V)[:, :, n - 1])
+        o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o.reshape(B, T, n, H, V)[:, :, n - 1])
         if self.use_gate:
             o_BTHV = o_BTHV * nn.silu(self.project_heads(x_BTD, H, V, "g"))
         return self.merge_heads(o_BTHV), State(S_BHKV, q_tail, k_tail, v_tail)

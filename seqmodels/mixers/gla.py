@@ -25,6 +25,7 @@ class GLA(base.Mixer):
     expand_v: float = 1.0
     gate_rank: int = 16
     gate_temperature: float = 16.0
+    norm_eps: float = 1e-5
 
     def _sizes(self) -> tuple[int, int, int]:
         H = self.num_heads
@@ -50,7 +51,8 @@ class GLA(base.Mixer):
             implementation=self.implementation,
         )
         gate_BTHV = nn.silu(self.project_heads(x_BTD, H, V, "g"))
-        return self.merge_heads(norms.RMSNorm(name="o_norm")(o_BTHV) * gate_BTHV), S_BHKV
+        o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTHV) * gate_BTHV
+        return self.merge_heads(o_BTHV), S_BHKV
 
     def init_state(self, batch):
         H, K, V = self._sizes()

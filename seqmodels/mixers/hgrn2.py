@@ -21,6 +21,7 @@ class HGRN2(base.Mixer):
     """
 
     expand_ratio: int = 128
+    norm_eps: float = 1e-5
 
     uses_lower_bound = True
 
@@ -49,7 +50,7 @@ class HGRN2(base.Mixer):
             implementation=self.implementation,
         )
         o_BTD = o_BTHV.reshape(x_BTD.shape)
-        return self.merge_heads(norms.RMSNorm(name="o_norm")(o_BTD)), S_BHKV
+        return self.merge_heads(norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTD)), S_BHKV
 
     def init_state(self, batch):
         H, K = self._sizes()

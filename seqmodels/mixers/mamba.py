@@ -30,6 +30,7 @@ class Mamba(base.Mixer):
 
     expand: E = expand D is the inner width. d_state: K. dt_rank: R; None is D / 16, rounded up.
     negative_eigenvalues: the decay s becomes 2s - 1, in [-1, 1] (Grazzi et al., arXiv 2411.12537, section 4.1).
+    use_bias: of W_x, W_z and W_o. conv_bias: of the convolution.
     chunk_size: the (E, K) states of so many tokens exist at once, in both passes.
     """
 
@@ -38,13 +39,15 @@ class Mamba(base.Mixer):
     dt_rank: int | None = None
     conv_width: int = 4
     negative_eigenvalues: bool = False
+    use_bias: bool = False
+    conv_bias: bool = True
     chunk_size: int = 64
 
     @nn.nowrap
     def _conv(self, **keywords) -> short_conv.ShortConv:
         return short_conv.ShortConv(
             self.conv_width,
-            use_bias=True,
+            use_bias=self.conv_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             **keywords,
@@ -56,7 +59,7 @@ class Mamba(base.Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0])
         x_BTE, x_tail = self._conv(name="x_conv")(
-            self.project(x_BTD, E, "x"), segment_ids_BT, state.x_tail
+            self.project(x_BTD, E, "x", use_bias=self.use_bias), segment_ids_BT, state.x_tail
         )
         B_BTK = self.project(x_BTE, K, "B", axes=("heads", None))
         C_BTK = self.project(x_BTE, K, "C", axes=("heads", None))
@@ -81,8 +84,10 @@ class Mamba(base.Mixer):
         }
         o_BTE, h_BEK = operators.on_parts(self._scan, arrays, ("BTD", "BDK"))
         o_BTE = (o_BTE + x_BTE * D_E[None, None]).astype(self.dtype)
-        o_BTE = o_BTE * nn.silu(self.project(x_BTD, E, "z"))
-        y_BTD = self.project(o_BTE, self.d_model, "o", axes=("heads", "embed"))
+        o_BTE = o_BTE * nn.silu(self.project(x_BTD, E, "z", use_bias=self.use_bias))
+        y_BTD = self.project(
+            o_BTE, self.d_model, "o", axes=("heads", "embed"), use_bias=self.use_bias
+        )
         return y_BTD, State(h_BEK, x_tail)
 
     @nn.nowrap

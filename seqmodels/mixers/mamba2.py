@@ -30,6 +30,7 @@ class Mamba2(base.Mixer):
 
     expand: E = expand D is the width of x and z. head_dim: V; there are H = E / V heads.
     d_state: K, the width of B and C. num_groups: G; the H / G heads of a group share B and C.
+    use_bias: of the projections. conv_bias: of the convolutions.
     """
 
     expand: int = 2
@@ -37,6 +38,9 @@ class Mamba2(base.Mixer):
     d_state: int = 128
     num_groups: int = 1
     conv_width: int = 4
+    use_bias: bool = False
+    conv_bias: bool = True
+    norm_eps: float = 1e-5
 
     def _sizes(self) -> tuple[int, int, int, int]:
         E, G, K, V = self.expand * self.d_model, self.num_groups, self.d_state, self.head_dim
@@ -50,7 +54,7 @@ class Mamba2(base.Mixer):
     def _conv(self, **keywords) -> short_conv.ShortConv:
         return short_conv.ShortConv(
             self.conv_width,
-            use_bias=True,
+            use_bias=self.conv_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             **keywords,
@@ -64,14 +68,15 @@ class Mamba2(base.Mixer):
             state = self.init_state(B)
 
         def project_conv(heads, dim, name, tail):
-            z = self.project(x_BTD, heads * dim, name)
+            z = self.project(x_BTD, heads * dim, name, use_bias=self.use_bias)
             z, tail = self._conv(name=f"{name}_conv")(z, segment_ids_BT, tail)
             return z.reshape(B, T, heads, dim), tail
 
         x_BTHV, x_tail = project_conv(H, V, "x", state.x_tail)
         B_BTGK, B_tail = project_conv(G, K, "B", state.B_tail)
         C_BTGK, C_tail = project_conv(G, K, "C", state.C_tail)
-        log_decay_BTH, dt_BTH = gates.SoftplusDecay(name="decay")(self.project(x_BTD, H, "dt"))
+        dt_BTH = self.project(x_BTD, H, "dt", use_bias=self.use_bias)
+        log_decay_BTH, dt_BTH = gates.SoftplusDecay(name="decay")(dt_BTH)
         o_BTHV, S_BHKV = linear_attention(
             C_BTGK,
             B_BTGK,
@@ -84,9 +89,11 @@ class Mamba2(base.Mixer):
         )
         D_H = layers.gate_parameter(self, "D", nn.initializers.ones, (H,))
         o_BTHV = o_BTHV + (x_BTHV * D_H[None, None, :, None]).astype(self.dtype)
-        o_BTHV = o_BTHV * nn.silu(self.project_heads(x_BTD, H, V, "z"))
-        o_BTGE = norms.RMSNorm(groups=G, name="o_norm")(o_BTHV.reshape(B, T, H * V))
-        return self.merge_heads(o_BTGE), State(S_BHKV, x_tail, B_tail, C_tail)
+        o_BTHV = o_BTHV * nn.silu(self.project_heads(x_BTD, H, V, "z", use_bias=self.use_bias))
+        norm = norms.RMSNorm(self.norm_eps, groups=G, name="o_norm")
+        o_BTGE = norm(o_BTHV.reshape(B, T, H * V))
+        y_BTD = self.merge_heads(o_BTGE, use_bias=self.use_bias)
+        return y_BTD, State(S_BHKV, x_tail, B_tail, C_tail)
 
     def init_state(self, batch):
         G, H, K, V = self._sizes()

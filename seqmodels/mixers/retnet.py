@@ -25,19 +25,23 @@ class RetNet(base.Mixer):
     q, k = rope(W x), v = W_v x; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. No parameter sets the
     decay. Rotary positions without xPos' scaling and RMSNorm for GroupNorm, as in flash-linear-attention.
 
-    num_heads: H. Heads have K = D / H and V = expand_v * K.
+    num_heads: H. expand_k, expand_v: widths of all heads of k and of v, in D.
     """
 
     num_heads: int = 4
+    expand_k: float = 1.0
     expand_v: float = 2.0
     rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
 
     def _sizes(self) -> tuple[int, int, int]:
         H = self.num_heads
-        if self.d_model % H:
-            raise ValueError(f"retnet: num_heads {H} must divide d_model {self.d_model}")
-        K = self.d_model // H
-        return H, K, int(K * self.expand_v)
+        widths = int(self.d_model * self.expand_k), int(self.d_model * self.expand_v)
+        if widths[0] % H or widths[1] % H:
+            raise ValueError(
+                f"retnet: num_heads {H} must divide the key width {widths[0]} and the value width {widths[1]}"
+            )
+        return H, widths[0] // H, widths[1] // H
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -56,7 +60,7 @@ class RetNet(base.Mixer):
             implementation=self.implementation,
         )
         gate_BTHV = nn.silu(self.project_heads(x_BTD, H, V, "g"))
-        o_BTHV = norms.RMSNorm(name="o_norm")(o_BTHV) * gate_BTHV
+        o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTHV) * gate_BTHV
         return self.merge_heads(o_BTHV), State(S_BHKV, position_BT[:, -1] + 1)
 
     def init_state(self, batch):

@@ -27,15 +27,16 @@ class TransNormerLLM(base.Mixer):
     q, k = silu(W x), v = W_v x, u = W_u x; the norm, SRMSNorm, over all heads together; no 1/sqrt(K).
     lambda_h = exp(-slope_h), fixed; it weakens from layer to layer (outside a stack: the first layer's).
 
-    num_heads: H; K = V = D / H.
-    slopes: "arithmetic", the paper's, or "alibi", that of its released code (see `decay_slopes`).
+    num_heads: H. head_dim: K = V; None is D / H.
+    slopes: "arithmetic", the paper's, "alibi", that of its released code, or "minimax" (see `decay_slopes`).
     lrpe: relative positions with learned angles, doubling K inside; the paper's stack has them in its first
       layer only: "transnormer_llm(lrpe=True) + 11*transnormer_llm".
     value_activation, gate_activation: MiniMax-Text-01 (arXiv 2501.08313) takes "silu" and "sigmoid", with
-      norm "rms_norm" and "alibi" slopes.
+      norm "rms_norm" and "alibi" or "minimax" slopes.
     """
 
     num_heads: int = 4
+    head_dim: int | None = None
     slopes: str = "arithmetic"
     lrpe: bool = False
     value_activation: str = "identity"
@@ -45,8 +46,10 @@ class TransNormerLLM(base.Mixer):
 
     def _sizes(self) -> tuple[int, int]:
         H = self.num_heads
-        if self.d_model % H:
-            raise ValueError(f"transnormer_llm: num_heads {H} must divide d_model {self.d_model}")
+        if self.head_dim is None and self.d_model % H:
+            raise ValueError(
+                f"transnormer_llm: num_heads {H} must divide d_model {self.d_model}, or set head_dim"
+            )
         for option, choices in (
             ("slopes", SLOPES),
             ("value_activation", ACTIVATIONS),
@@ -58,7 +61,7 @@ class TransNormerLLM(base.Mixer):
                 raise ValueError(
                     f"transnormer_llm: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
                 )
-        return H, self.d_model // H
+        return H, self.head_dim or self.d_model // H
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -84,8 +87,8 @@ class TransNormerLLM(base.Mixer):
             implementation=self.implementation,
         )
         norm = norms.NORMS[self.norm](eps=self.norm_eps, name="o_norm")
-        u_BTD = ACTIVATIONS[self.gate_activation](self.project(x_BTD, self.d_model, "u"))
-        y_BTD = self.merge_heads(norm(o_BTHK.reshape(x_BTD.shape)) * u_BTD)
+        u_BTE = ACTIVATIONS[self.gate_activation](self.project(x_BTD, H * K, "u"))
+        y_BTD = self.merge_heads(norm(o_BTHK.reshape(u_BTE.shape)) * u_BTE)
         return y_BTD, State(S_BHKV, position_BT[:, -1] + 1)
 
     def init_state(self, batch):
@@ -109,6 +112,10 @@ def _alibi(heads: int) -> list[float]:
     return slopes if power == heads else slopes + _alibi(2 * power)[::2][: heads - power]
 
 
+def _geometric(heads: int) -> list[float]:
+    return [2.0 ** (-8.0 * (h + 1) / heads) for h in range(heads)]
+
+
 def _arithmetic(heads: int) -> list[float]:
     return [8.0 * h / heads for h in range(heads)]
 
@@ -117,6 +124,7 @@ def _arithmetic(heads: int) -> list[float]:
 SLOPES = {
     "alibi": (_alibi, lambda index, count: 1.0 - index / max(count - 1, 1) + 1e-5),
     "arithmetic": (_arithmetic, lambda index, count: 1.0 - index / count),
+    "minimax": (_geometric, lambda index, count: 1.0 - index / (count - 1 + 1e-5) + 1e-5),
 }
 
 
@@ -125,6 +133,7 @@ def decay_slopes(rule: str, heads: int, index: int | Array, count: int) -> Array
 
     "arithmetic": 8 h/H (1 - l/L), as the paper states it; head 0 never forgets.
     "alibi": 2^(-8 (h+1)/H) (1 - l/(L-1) + 1e-5), as the released code has it; the last layer hardly forgets.
+    "minimax": 2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), as transformers' MiniMax has it, for every H.
     """
     slopes, depth = SLOPES[rule]
     return jnp.asarray(slopes(heads), jnp.float32) * depth(index, count)

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -123,11 +124,35 @@ def test_train_evaluate_and_generate_as_a_user_calls_them(tmp_path):
     assert wrong.returncode == 2 and "choose one of adamw" in wrong.stderr
 
     scored = python(
-        "experiments.evaluate", workdir, "--split=validation", "--config.data.seq_len=48"
+        "experiments.evaluate",
+        workdir,
+        "--split=validation",
+        "--config.data.seq_len=48",
+        "--context_lengths=16",
     )
     assert scored.returncode == 0, scored.stderr
     assert "bits per byte" in scored.stdout and "45-47" in scored.stdout
+    assert "last quarter's loss\n            16 " in scored.stdout
     assert (tmp_path / "run" / "evaluation_validation.png").exists()
+    searched = python(
+        "experiments.evaluate",
+        workdir,
+        "--retrieval=passkey",
+        "--lengths=300,400",
+        "--depths=0,1",
+        "--examples=2",
+    )
+    assert searched.returncode == 0, searched.stderr
+    assert "depth   0.00   1.00" in searched.stdout
+    rows = json.loads((tmp_path / "run" / "evaluation_retrieval.json").read_text())["rows"]
+    assert [(row["length"], row["depth"]) for row in rows] == [
+        (300, 0),
+        (300, 1),
+        (400, 0),
+        (400, 1),
+    ]
+    missing = python("experiments.evaluate", workdir, "--retrieval=haystack")
+    assert missing.returncode == 2 and "choose one of passkey, s_niah_1" in missing.stderr
 
     generate = ("experiments.generate", workdir, "--prompt=12 squared")
     generated = python(*generate, "--length=20", "--temperature=0")

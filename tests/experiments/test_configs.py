@@ -56,8 +56,16 @@ def test_describes_a_model(case):
         assert abs(parameters / expected[module] - 1) < 0.25
 
 
+# Students of linearizations are not trained from nothing but in tests.
+STUDENTS = ("lawcat", "liger", "lolcats", "mmmamba", "selective")
+TRAINED = [
+    pytest.param(case, marks=[pytest.mark.exhaustive] if case[1] in STUDENTS else [])
+    for case in SMALL + OTHERS
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SMALL + OTHERS, ids=label)
+@pytest.mark.parametrize("case", TRAINED, ids=label)
 def test_smoke_trains(case, tmp_path):
     module, argument = case
     config = module.get_config(

@@ -1,10 +1,14 @@
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evaluation, metrics, plots
+from experiments import data, evaluation, metrics, plots, scoring, steps
+from seqmodels import language_model
+from tests.experiments import tiny
 
 
 @pytest.fixture
@@ -118,3 +122,59 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=rf"pip install '.\[{extra}\]'"):
             metrics.MetricWriter(config, tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_packed_sequences_score_as_they_do_alone():
+    model = language_model.from_config(
+        {"vocab_size": 11, "d_model": 16, "num_layers": 2, "pattern": "gated_delta_net(num_heads=2) + attention(num_heads=2)"}
+    )  # fmt: skip
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p, params)
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 11, n).tolist() for n in (30, 2, 17, 40, 9, 25, 3, 12)]
+    found = scoring.score(model, params, sequences, tokens_a_batch=128)
+
+    @jax.jit
+    def alone(tokens_BT):
+        return jax.nn.log_softmax(model.apply({"params": params}, tokens_BT)[0])
+
+    for sequence, (nll_N, correct_N) in zip(sequences, found):
+        padded = np.zeros((1, 40), np.int32)
+        padded[0, : len(sequence)] = sequence
+        logp_NW = np.asarray(alone(padded))[0, : len(sequence) - 1]
+        np.testing.assert_allclose(
+            nll_N, -logp_NW[np.arange(len(sequence) - 1), sequence[1:]], atol=1e-4
+        )
+        np.testing.assert_array_equal(correct_N, logp_NW.argmax(1) == sequence[1:])
+    assert scoring._nll_and_correct._cache_size() == 1
+    assert scoring.score(model, params, []) == []
+    for bad, message in (
+        ([[1, 2], [3]], "sequence 1 of 2 has 1 tokens"),
+        ([[1, 11]], "token id 11"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scoring.score(model, params, bad)
+
+
+def test_every_length_of_context_scores_the_same_targets(tmp_path):
+    config = tiny.make_config(tmp_path)
+    config.data.document_bytes = 4000  # longer than any row
+    config.data.eval_batch_size = config.mesh.data = 8
+    config.model.vocab_size = 257
+    program = steps.build(config, 32)
+    params = program.init(0).params
+    scores = evaluation.by_context(
+        config, params, lambda c: data.make_dataset(c.data, "test"), [8, 64], max_batches=0
+    )
+    short, long = scores[8].totals(), scores[64].totals()
+    assert short["tokens"] == long["tokens"] and short["bytes"] == long["bytes"] > 1000
+    assert scores[8].by_position(99)[-1]["last"] == 7
+    assert scores[64].by_position(99)[-1]["last"] == 63
+    row = scores[64].by_position(1)[0]
+    assert row["perplexity"] == pytest.approx(math.exp(row["loss"])) and scores[64].late_loss() > 0
+    few = evaluation.by_context(
+        config, params, lambda c: data.make_dataset(c.data, "test"), [8, 64], max_batches=2
+    )
+    assert few[8].totals()["tokens"] == pytest.approx(few[64].totals()["tokens"], rel=0.05)
+    plots.loss_by_position({"8": scores[8].by_position()}, tmp_path / "context.png")
+    assert (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")

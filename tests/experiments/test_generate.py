@@ -33,6 +33,137 @@ def test_a_greedy_stream_is_the_teacher_forced_argmax(hybrid):
     assert list(stopped) == generated[: generated.index(stop)]
 
 
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4, 6, 2]]
+
+
+@pytest.fixture(scope="module")
+def many_states():
+    """Matrix states with convolutions, a diagonal one, a window's ring, a whole cache."""
+    pattern = (
+        "gated_delta_net(num_heads=2) + mamba(d_state=4) + attention(num_heads=2, window=4) + "
+        "attention(num_heads=2, max_length=18)"
+    )
+    model = language_model.from_config(SIZES | {"pattern": pattern, "num_layers": 4})
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    return model, jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p, params)
+
+
+def rows(model, params, prompts, length=6, **options):
+    """(prompt, step) tokens."""
+    return np.stack(list(sampling.stream_batch(model, params, prompts, length, **options)), axis=1)
+
+
+def test_prompts_of_different_lengths_go_on_together_as_they_do_alone(many_states):
+    # What is drawn does not depend on the other rows, either; one token each, since sampling compiles anew.
+    for options in ({"temperature": 0}, {"temperature": 2.0, "top_k": 9, "length": 1}):
+        together = rows(*many_states, PROMPTS, **options)
+        for number, prompt in enumerate(PROMPTS):
+            alone = rows(*many_states, [prompt], numbers=[number], **options)[0]
+            assert alone.tolist() == together[number].tolist()
+        assert len(set(together.ravel())) > 2
+
+
+def test_the_state_of_a_padded_prompt_is_its_own(many_states):
+    model, params = many_states
+
+    @jax.jit
+    def read(tokens_BT, segment_ids_BT):
+        state = model.init_state(1)
+        return model.apply({"params": params}, tokens_BT, segment_ids_BT, state)[1]
+
+    prompt, pad = np.array(PROMPTS[:1]), np.array([[7, 2, 7]])
+    tokens, ids = np.append(pad, prompt, axis=1), np.array([[0] * 3 + [1] * 5])
+    padded, alone = read(tokens, ids), read(prompt, ids[:, 3:])
+    states, own = (s.prefix + s.scanned + s.suffix for s in (padded, alone))
+    full, own_full = states[-1], own[-1]
+    visible = np.flatnonzero(full.position_BS[0] >= 0)
+    np.testing.assert_array_equal(full.position_BS[0][visible], np.arange(5))
+    np.testing.assert_allclose(full.k_BSGK[0][visible], own_full.k_BSGK[0][:5], atol=1e-4)
+    for leaf, own_leaf in zip(*map(jax.tree.leaves, (states[:-1], own[:-1])), strict=True):
+        if leaf.ndim:  # of slots that were written, the padding's count
+            np.testing.assert_allclose(leaf, own_leaf, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 511, 512, 513, 1791])
+def test_pieces_are_powers_of_two_that_add_up(length):
+    found = sampling.pieces(length)
+    assert sum(found) == length and max(found) <= sampling.MAX_PIECE
+    assert all(n & (n - 1) == 0 for n in found)
+
+
+def test_lengths_of_prompts_compile_no_more_than_their_powers_of_two(hybrid):
+    model, params = hybrid
+    before = sampling._read._cache_size(), sampling._next_token._cache_size()
+    for length in range(1, 21):
+        list(sampling.stream_batch(model, params, [[1] * length, [2], [3]], 2, temperature=0))
+    assert sampling._read._cache_size() - before[0] == 5  # 1, 2, 4, 8, 16
+    assert sampling._next_token._cache_size() - before[1] == 1
+
+
+class Letters:
+    """A letter an id."""
+
+    document_id = 12
+
+    def decode(self, ids):
+        return "".join("abcdefghijkl"[i] for i in ids if i != self.document_id)
+
+
+def test_texts_of_many_prompts_end_at_stop_strings(hybrid):
+    model, params = hybrid
+    whole = sampling.generate(
+        model, params, Letters(), PROMPTS, 12, temperature=0, batch_size=3, stop_tokens=()
+    )
+    ids = rows(model, params, PROMPTS, 12, temperature=0)
+    assert whole == [Letters().decode(row) for row in ids]
+    stop = (whole[0][4:7], whole[2][3:5])
+    cut = sampling.generate(
+        model, params, Letters(), PROMPTS, 12, temperature=0, stop=stop, stop_tokens=()
+    )
+    for before, after in zip(whole, cut):
+        places = [before.find(s) for s in stop if s in before]
+        assert after == (before[: min(places)] if places else before)
+    assert len(cut[0]) <= 4 and len(cut[2]) <= 3
+    ended = sampling.generate(
+        model, params, Letters(), PROMPTS, 12, temperature=0, stop_tokens=[ids[1, 2]]
+    )
+    assert ended[1] == Letters().decode(ids[1, : ids[1].tolist().index(ids[1, 2])])
+
+
+def streamed(text, stop, tokenizer=None):
+    tokenizer = tokenizer or make_tokenizer("bytes")
+    stream, parts = sampling.TextStream(tokenizer, stop), []
+    for token in tokenizer.encode(text):
+        parts.append(stream.add(int(token)))
+        if stream.ended:
+            return parts
+    return [*parts, stream.end()]
+
+
+def test_what_may_be_a_stop_string_is_held_back_until_it_is_not():
+    assert streamed("abcd", ["cde"]) == ["a", "b", "", "", "cd"]
+    assert streamed("abcdef", ["cde"]) == ["a", "b", "", "", ""]
+    assert streamed("aab", ["ab"]) == ["", "a", ""]
+    assert streamed("abcd", ["cd", "bc"]) == ["a", "", ""]
+    assert "".join(streamed("é😀!", ["😀"])) == "é"
+    assert "".join(streamed("anything", [])) == "anything"
+    with pytest.raises(ValueError, match="stop string is empty"):
+        sampling.TextStream(None, ["a", ""])
+
+
+def test_bad_prompts_are_told(hybrid):
+    for prompts, message in (
+        ([], "no prompts"),
+        ([[1], []], "number 1 of 2.*document_id"),
+        ([[1], [13]], "token id 13 .* vocabulary of 13"),
+        ([[1], [1] * 20], "20 prompt tokens and 6 more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(sampling.stream_batch(*hybrid, prompts, 6))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        sampling.generate(*hybrid, Letters(), [[1]], 2, batch_size=0)
+
+
 def test_a_seed_fixes_the_text_and_another_changes_it(hybrid):
     texts = [
         list(sampling.stream_tokens(*hybrid, [1], 12, temperature=2.0, seed=s)) for s in (0, 0, 1)
@@ -135,3 +266,5 @@ def test_subwords_stream_as_they_decode(tmp_path):
     parts = list(sampling.stream_text(iter(ids), tokenizer))
     assert "".join(parts) == text + "€😀"
     assert sum(map(bool, parts)) > 20 and not any("\ufffd" in part for part in parts)
+    # The stop string begins and ends inside tokens.
+    assert "".join(streamed(text, ["t and the 😀 c"], tokenizer)) == text[: text.index("t and")]

@@ -30,8 +30,12 @@ def unstack(params, period, repeats):
     return unrolled
 
 
-def test_any_pieces_of_packed_documents_equal_the_whole():
-    model, params, tokens_BT = make()
+LEARNED = {"pattern": "attention(window=5, rope_base=None)", "learned_positions": 16}
+
+
+@pytest.mark.parametrize("changes", [{}, LEARNED], ids=["rotary", "learned positions"])
+def test_any_pieces_of_packed_documents_equal_the_whole(changes):
+    model, params, tokens_BT = make(**changes)
 
     @jax.jit
     def whole_and_pieces(params):
@@ -55,6 +59,12 @@ def test_a_packed_document_equals_itself_alone():
     logits_BTW = jax.jit(model.apply)({"params": params}, tokens_BT, SEGMENTS)[0]
     alone_BTW = jax.jit(model.apply)({"params": params}, tokens_BT[:1, 5:14])[0]
     np.testing.assert_allclose(logits_BTW[:1, 5:14], alone_BTW, atol=3e-5)
+
+
+def test_more_tokens_than_learned_positions():
+    model, params, tokens_BT = make(**LEARNED, num_layers=1)
+    with pytest.raises(ValueError, match="17 tokens, and the model has learned 16 positions"):
+        model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))
 
 
 def test_scan_over_layers_and_remat_change_nothing():

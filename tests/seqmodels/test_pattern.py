@@ -30,6 +30,17 @@ def test_what_cannot_be_read_is_shown(bad):
 
 
 @pytest.mark.parametrize(
+    "text, num_layers",
+    [("a(x=1)", 6), ("3*a + b(x='y', z=(1, 2.5, None))", 11), ("a + b", 1), ("2*a + b", 4)],
+)
+def test_layers_as_text_are_read_as_they_were(text, num_layers):
+    specs = pattern.layers(text, num_layers)
+    written = pattern.to_text(specs)
+    assert pattern.layers(written, num_layers) == specs
+    assert written == text or num_layers == 1
+
+
+@pytest.mark.parametrize(
     ("text", "num_layers", "prefix", "period", "repeats", "suffix"),
     [
         ("a", 6, 0, 1, 6, 0),

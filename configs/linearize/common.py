@@ -1,0 +1,146 @@
+"""The fields every linearization has, and their defaults. A method's file says what differs.
+
+    linearize.teacher      a run's folder, a Hugging Face folder, gguf:<file> (gguf:smollm2 with the extra [smollm]), a hub name
+    linearize.student      the pattern of converted layers: a mixer, or several in turn; options are the teacher's where it has them
+    linearize.layers       "all" softmax layers of the teacher, or indices and ranges: "0-7,12"
+    linearize.keep_every   of so many of them one stays softmax; 0: none.   linearize.keep: the "last" or the "first" of them
+    linearize.seed         what new mixers take over: "auto", "none" (seqmodels.linearize.students.seed_params)
+    linearize.export       also write the student as safetensors + config.json into workdir/pretrained
+    linearize.stages       stage_1, stage_2, ... in turn; each has
+
+        objective      "transfer": layer by layer on the teacher's hidden states; "distill": end to end
+        train, lora    regular expressions of the parameters' paths: trained whole; with adapters of lora_rank and lora_alpha
+        steps, learning_rate, weight_decay, clip
+        heads, mixer, block, attention_map    weights of a transfer's distances (seqmodels.linearize.transfer)
+        ce, kl, temperature                   of a distillation
+        select_weight, select_target, select_power    the penalty that chooses layers, of mixers `selective`
+        layers         "" or those converted up to this stage, of linearize.layers: progressive replacement
+
+`data`, `schedule`, `checkpoint`, ... are those of configs/common.py; data.tokenizer "teacher" is the teacher's own. Of `model` only
+remat and dtype (of activations) are read: the rest is the teacher's.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from experiments.data import default_config
+
+STAGE = {
+    "objective": "distill",
+    "train": "",
+    "lora": "",
+    "lora_rank": 8,
+    "lora_alpha": 8.0,
+    "steps": 100,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "clip": 1.0,
+    "heads": 0.0,
+    "mixer": 0.0,
+    "block": 0.0,
+    "attention_map": 0.0,
+    "ce": 1.0,
+    "kl": 0.0,
+    "temperature": 1.0,
+    "select_weight": 0.0,
+    "select_target": 0,
+    "select_power": 2.0,
+    "layers": "",
+}
+LORA_QKV = r"mixer/[qkv]/kernel$"
+LORA_QKVO = r"mixer/[qkvo]/kernel$"
+
+
+def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
+    """A config of these stages; each says what differs from STAGE."""
+    config = common.get_config()
+    config.data = default_config("python_stdlib")
+    config.data.update({"tokenizer": "teacher", "seq_len": 512, "batch_size": 8})
+    config.model.update({"remat": "none", "dtype": "float32"})
+    config.linearize = ConfigDict(
+        {
+            "teacher": "",
+            "student": student,
+            "layers": "all",
+            "keep_every": 0,
+            "keep": "last",
+            "seed": "auto",
+            "export": False,
+            "stages": {},
+        }
+        | linearize
+    )
+    config.linearize.stages = ConfigDict(
+        {f"stage_{i}": STAGE | stage for i, stage in enumerate(stages, start=1)}
+    )
+    config.schedule.update({"name": "warmup_cosine", "warmup_steps": 10, "final_fraction": 0.1})
+    config.optimizer.update({"b1": 0.9, "b2": 0.95})
+    config.train.update({"log_every": 10, "eval_every": 100, "eval_batches": 8})
+    config.train.test_batches = 32
+    config.checkpoint.update({"every": 50, "keep": 1})
+    return config
+
+
+def with_argument(config: ConfigDict, argument: str, **variants):
+    """As configs.common's. Every method has
+
+    smollm   SmolLM2-135M-Instruct as the teacher, two rows of 512 and a fifth of the steps: minutes on two CPU cores
+    gpu      longer: 1024 tokens a row, 16 rows, bfloat16 products, ten times the steps
+    hybrid   every fourth layer stays softmax; half: every second
+    small    for configs/linearize_teacher.py: 8 rows of 256, windows of 16
+    tiny     four steps a stage on short rows: seconds
+    """
+    known = variants | {
+        "smollm": _smollm,
+        "gpu": _gpu,
+        "hybrid": _hybrid,
+        "half": _half,
+        "small": _small,
+        "tiny": tiny,
+    }
+    for name in filter(None, argument.split(",")):
+        if name not in known:
+            raise ValueError(f"unknown config argument {name!r}; choose one of {', '.join(known)}")
+        known[name](config)
+    return config
+
+
+def _smollm(config):
+    config.linearize.teacher = "gguf:smollm2"
+    config.data.update({"seq_len": 512, "batch_size": 2})
+    config.train.update({"log_every": 2, "eval_batches": 2, "test_batches": 8})
+    config.checkpoint.every = 10
+    config.schedule.warmup_steps = 4
+    for stage in config.linearize.stages.values():
+        stage.steps = max(stage.steps // 5, 4)
+
+
+def _gpu(config):
+    config.data.update({"seq_len": 1024, "batch_size": 16})
+    config.model.update({"remat": "full", "dtype": "bfloat16"})
+    for stage in config.linearize.stages.values():
+        stage.steps *= 10
+
+
+def _hybrid(config):
+    config.linearize.keep_every = 4
+
+
+def _half(config):
+    config.linearize.keep_every = 2
+
+
+def _small(config):
+    config.data.update({"seq_len": 256, "batch_size": 8})
+    config.linearize.student = config.linearize.student.replace("window=64", "window=16")
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+    config.data.update({"seq_len": 64, "batch_size": 4})
+    config.train.update({"log_every": 1, "eval_every": 4, "eval_batches": 1, "test_batches": 2})
+    config.checkpoint.every = 2
+    config.schedule.warmup_steps = 1
+    config.sample.length = 8
+    for stage in config.linearize.stages.values():
+        stage.steps = 4
+    return config

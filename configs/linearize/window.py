@@ -1,0 +1,13 @@
+"""The baseline of every linearization with a window: softmax within 64 tokens and nothing before, adapted with LoRA.
+
+    python -m experiments.linearize --config=configs/linearize/window.py:smollm
+
+Arguments: hybrid, smollm, gpu, tiny: configs/linearize/common.py.
+"""
+
+from configs.linearize import common
+
+
+def get_config(arg: str = ""):
+    config = common.get_config("attention(window=64)", {"lora": common.LORA_QKV, "steps": 200})
+    return common.with_argument(config, arg)

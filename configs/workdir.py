@@ -1,0 +1,10 @@
+"""The config that lies in a workdir: to train on from `experiments.convert --to=workdir`, or to run a run again elsewhere.
+
+python -m experiments.train --config=configs/workdir.py:runs/smollm2 --workdir=runs/smollm2
+"""
+
+from experiments import run_record
+
+
+def get_config(workdir: str):
+    return run_record.load_config(workdir)

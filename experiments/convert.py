@@ -1,0 +1,69 @@
+"""Weights from any source to a folder that other programs read, to our own layout, or to a run to go on from.
+
+    python -m experiments.convert --source=gguf:smollm2 --to=workdir --out=runs/smollm2
+    python -m experiments.convert --source=folder_or_hub_name --to=seqmodels --out=exported --dtype=bfloat16
+    python -m experiments.convert --source=runs/quickstart-20261121-120000 --to=llama --out=exported
+
+Sources: a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra [smollm]), a hub name such as
+HuggingFaceTB/SmolLM2-135M, or the workdir of a run (its latest checkpoint). Layouts: "workdir", with which train
+(--config=configs/workdir.py:runs/smollm2), evaluate and generate go on; "seqmodels", which holds every model of ours; or a
+model_type such as llama, where that layout can say what the model is.
+"""
+
+import resource
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from experiments import cli, pretrained
+from seqmodels.checkpoints_io import files, own_layout
+
+_SOURCE = flags.DEFINE_string("source", None, "where the weights come from", required=True)
+_OUT = flags.DEFINE_string("out", None, "the folder to write", required=True)
+_TO = flags.DEFINE_enum("to", own_layout.MODEL_TYPE, pretrained.layouts(), "the layout to write")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "of the weights; default: the source's"
+)
+_MAX_LEN = flags.DEFINE_integer(
+    "max_len",
+    None,
+    "tokens that full-attention layers can hold when decoding; default: the model's context",
+)
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer.json, where the source has none")
+_SHARD_BYTES = flags.DEFINE_integer(
+    "shard_bytes", files.MAX_SHARD_BYTES, "a file's size at most", lower_bound=1
+)
+
+
+def main(argv):
+    cli.no_arguments(argv)
+    started = time.perf_counter()
+    found = pretrained.find(_SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value)
+    leaves = jax.tree.leaves(found.params)
+    dtypes = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
+    print(f"{_SOURCE.value}: {sum(leaf.size for leaf in leaves):,} parameters, {dtypes}")
+    print(f"  {found.model_config['num_layers']} layers: {found.model_config['pattern']}")
+    written = pretrained.write(
+        found,
+        _TO.value,
+        Path(_OUT.value),
+        dtype=_DTYPE.value,
+        tokenizer=_TOKENIZER.value,
+        max_shard_bytes=_SHARD_BYTES.value,
+    )
+    for path in written:
+        print(f"  wrote {path}, {_size(path):,} bytes")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"  {time.perf_counter() - started:.1f} s, {peak:.2f} GiB of memory at most")
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size
+
+
+if __name__ == "__main__":
+    cli.run(main, config_from=None)

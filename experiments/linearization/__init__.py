@@ -1,0 +1,1 @@
+"""What `python -m experiments.linearize` runs: teachers, the stages' tasks, the table and the picture."""

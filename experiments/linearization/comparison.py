@@ -1,0 +1,139 @@
+"""Linearizations of one teacher side by side: each run into a folder of its own, scored alike, and printed as a table."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments import cli, evaluation, loop, run_record, steps
+from experiments.data import make_dataset
+from experiments.linearization import decoding, run, teachers
+from seqmodels.linearize import transfer
+
+TEACHER = "teacher"
+_COLUMNS = {"relative": "transfer", "attention_map_kl": "map_kl"}
+_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "linearize"
+
+
+def compare(
+    teacher: str,
+    methods: list[str],
+    workdir: Path,
+    *,
+    argument: str = "",
+    contexts: tuple[int, ...] = (1024, 8192, 32768),
+    transfer_batches: int = 2,
+    change=lambda config: None,
+    devices=None,
+) -> dict[str, dict]:
+    """A row a method, and the teacher's first, as workdir/table.json has them; see `experiments.compare_linearizations`.
+
+    change: applied to each method's config. A row that is there is read; a run that was stopped goes on.
+    """
+    rows = {}
+    for name in (TEACHER, *methods):
+        folder = workdir / name.replace(":", "-").replace(",", "-")
+        path = folder / "row.json"
+        if path.exists():
+            rows[name] = json.loads(path.read_text())
+        else:
+            config = _config(methods[0] if name == TEACHER else name, argument)
+            config.linearize.teacher = teacher
+            config.sample.length = 0
+            change(config)
+            folder.mkdir(parents=True, exist_ok=True)
+            if name == TEACHER:
+                rows[name] = _teacher_row(config, contexts, devices)
+            else:
+                rows[name] = _student_row(config, folder, contexts, transfer_batches, devices)
+            run_record.write_json(path, rows[name])
+        print(f"{name}: perplexity {rows[name]['perplexity']:.3f}", flush=True)
+    run_record.write_json(workdir / "table.json", rows)
+    run_record.write_text(workdir / "table.md", table(rows, contexts))
+    decoding.picture({n: row["decoding"] for n, row in rows.items()}, workdir / "decoding.png")
+    return rows
+
+
+def _config(name: str, argument: str):
+    method, _, own = name.partition(":")
+    arguments = ",".join(filter(None, [own, argument]))
+    return cli.load_config(f"{_CONFIGS / method}.py" + (arguments and f":{arguments}"))
+
+
+def _teacher_row(config, contexts, devices):
+    teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
+    return _scores(teachers.with_data(config, teacher), teacher, contexts, devices)
+
+
+def _student_row(config, folder, contexts, transfer_batches, devices):
+    result = run.linearize(config, folder, devices)
+    student = teachers.load(result["student"], {})
+    teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
+    config = teachers.with_data(config, teacher)
+    return _scores(config, student, contexts, devices) | {
+        **transfer_errors(config, teacher, student, transfer_batches),
+        "trained": result["trained_parameters"],
+        "tokens": result["tokens"],
+        "pattern": result["pattern"],
+    }
+
+
+def _scores(config, found: teachers.Teacher, contexts, devices) -> dict:
+    """Perplexity on the test split, and what decoding costs."""
+    with config.unlocked():
+        config.model = type(config)(found.model_config)
+    test_set = make_dataset(config.data, "test")
+    program = steps.build(loop.resolve(config, test_set), config.data.seq_len, devices)
+    params = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding),
+        found.params,
+        program.abstract_state.params,
+    )
+    scores = evaluation.evaluate(program, params, test_set, config.train.test_batches)
+    return {
+        "perplexity": scores.totals()["perplexity"],
+        "decoding": decoding.measure(found.model_config, found.params, contexts),
+    }
+
+
+def transfer_errors(config, teacher, student, num_batches: int) -> dict[str, float]:
+    """The columns `transfer` and `map KL`, over the first batches of the test split."""
+    model = transfer.make_model(teacher.model, student.model)
+    both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
+
+    @jax.jit
+    def sums(params, batch):
+        found = transfer.losses(model, params, batch["inputs"], batch["segment_ids"])
+        kept = {to: found[name] for name, to in _COLUMNS.items() if name in found}
+        kept["tokens"] = jnp.ones(batch["inputs"].shape)
+        return {name: jnp.sum(x_BT * batch["loss_mask"]) for name, x_BT in kept.items()}
+
+    batches = itertools.islice(make_dataset(config.data, "test"), num_batches)
+    totals = [jax.device_get(sums(both, batch)) for batch in batches]
+    total = {name: sum(float(t[name]) for t in totals) for name in totals[0]}
+    tokens = total.pop("tokens")
+    return {name: value / tokens for name, value in total.items()}
+
+
+def table(rows: dict[str, dict], contexts: tuple[int, ...]) -> str:
+    """Markdown."""
+    at = [f"{context // 1024}k" if context >= 1024 else str(context) for context in contexts]
+    head = ["", "perplexity", "transfer", "map KL", "trained", "tokens"]
+    head += [f"tokens/s {c}" for c in at] + [f"state {c}" for c in at]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for name, row in rows.items():
+        cells = [name, f"{row['perplexity']:.3f}"]
+        cells += [f"{row[key]:.4f}" if key in row else "" for key in ("transfer", "map_kl")]
+        cells += [f"{row[key]:,}" if key in row else "" for key in ("trained", "tokens")]
+        cells += [f"{1 / r['seconds_a_token']:.1f}" for r in row["decoding"]]
+        cells += [_bytes(r["state_bytes"]) for r in row["decoding"]]
+        lines.append(cells)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def _bytes(count: int) -> str:
+    power = min(int(math.log(max(count, 1), 1000)), 3)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

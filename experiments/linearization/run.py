@@ -1,0 +1,170 @@
+"""A linearization from the teacher to the student: its stages, one after the other, each a run of `experiments.loop`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import loop, restore, run_record, steps
+from experiments.checkpoints import Checkpoints, TrainState
+from experiments.data import make_dataset
+from experiments.linearization import tasks, teachers
+from seqmodels import language_model, pattern
+from seqmodels.checkpoints_io import pretrained
+from seqmodels.linearize import layer_trees, students
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config means: for each stage its name and the mixers of its student; and those of the last student."""
+
+    stages: tuple[str, ...]
+    specs: tuple[tuple[pattern.MixerSpec, ...], ...]
+    converted: tuple[pattern.MixerSpec, ...]
+
+
+def make_plan(config, teacher: language_model.LanguageModel) -> Plan:
+    """Raises ValueError for layers or options that are not there."""
+    fields = config.linearize
+    layers = students.choose_layers(teacher.mixers, fields.layers, fields.keep_every, fields.keep)
+    names = tuple(sorted(fields.stages, key=lambda name: (len(name), name)))
+    converted = students.student_specs(teacher, fields.student, layers)
+    specs = []
+    for name in names:
+        up_to_here = layers
+        if subset := fields.stages[name].layers:
+            named = students.choose_layers(teacher.mixers, subset)
+            if wrong := sorted(set(named) - set(layers)):
+                raise ValueError(
+                    f"linearize.stages.{name}.layers has {wrong}, which linearize.layers does not convert: {list(layers)}"
+                )
+            up_to_here = named
+        pairs = enumerate(zip(teacher.mixers, converted))
+        specs.append(tuple(new if i in up_to_here else old for i, (old, new) in pairs))
+    return Plan(names, tuple(specs), converted)
+
+
+def stage_config(config, name: str, model_config: dict[str, Any], last: bool) -> ConfigDict:
+    """The config of a stage's run: the linearization's with the stage's student and its training."""
+    stage = config.linearize.stages[name]
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model = ConfigDict(model_config)
+    config.train.steps = stage.steps
+    config.optimizer.update({k: stage[k] for k in ("learning_rate", "weight_decay", "clip")})
+    config.schedule.warmup_steps = min(config.schedule.warmup_steps, max(1, stage.steps // 2))
+    if not last:
+        config.sample.length = 0
+    return config
+
+
+def linearize(config, workdir: str | Path, devices=None) -> dict:
+    """Runs all stages and returns what is in workdir/result.json; workdir/student is a run's folder of the student's, for
+    `experiments.evaluate` and `experiments.generate`.
+
+    Every stage lies in a folder of its own. A workdir in which some are done goes on after them, and within a stage from its
+    last checkpoint. Checkpoints hold what a stage trains; all else is the teacher's, or comes from the stages before.
+
+    Raises: as `loop.train`; ValueError for what does not fit the teacher.
+    """
+    workdir = Path(workdir)
+    teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
+    config = teachers.with_data(config, teacher)
+    if "tokenizer" not in config.data:
+        raise ValueError(
+            f"a linearization reads text; data.name is {config.data.name!r}: take python_stdlib, text or tfds"
+        )
+    teachers.check_context(teacher.model_config, config.data.seq_len)
+    plan = make_plan(config, teacher.model)
+    workdir.mkdir(parents=True, exist_ok=True)
+    run_record.save_config(workdir, config)
+
+    own = tasks.Model(teacher.model, teacher.params)
+    student, results = own, {}
+
+    def grow(specs, number):
+        """The student with these mixers: new ones are seeded, the others stay as they are."""
+        if specs == student.model.mixers:
+            return student
+        model_config = students.student_config(teacher.model_config, specs)
+        model = language_model.from_config(model_config)
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        source = student.model, student.params
+        return tasks.Model(model, students.seed_params(key, *source, model, config.linearize.seed))
+
+    for number, (name, specs) in enumerate(zip(plan.stages, plan.specs)):
+        student = grow(specs, number)
+        model_config = students.student_config(teacher.model_config, specs)
+        run_config = stage_config(config, name, model_config, last=name == plan.stages[-1])
+        student, results[name] = _run_stage(run_config, name, own, student, workdir, devices)
+    student = grow(plan.converted, len(plan.stages))
+    chosen, mix = student, {}
+    if any(spec.name == "selective" for spec in student.model.mixers):
+        chosen, mix = _chosen(teacher, student)
+    chosen_config = students.student_config(teacher.model_config, chosen.model.mixers)
+    _save_student(config, chosen_config, chosen.params, workdir / "student")
+    if config.linearize.export:
+        pretrained.save_pretrained(
+            workdir / "pretrained", chosen_config, chosen.params,
+            tokenizer_path=None if config.data.tokenizer == "bytes" else config.data.tokenizer,
+        )  # fmt: skip
+    result = {
+        "student": str(workdir / "student"),
+        "pattern": chosen_config["pattern"],
+        "parameters": teachers.num_params(chosen.params),
+        "stages": results,
+        "trained_parameters": max((r["parameters"] for r in results.values()), default=0),
+        "tokens": sum(r["trained_tokens"] for r in results.values()),
+    }
+    if mix:
+        result["mix"] = {str(i): r for i, r in mix.items()}
+    run_record.write_json(workdir / "result.json", result)
+    return result
+
+
+def _run_stage(config, name, teacher, student, workdir, devices):
+    """The student after a stage, and the stage's result; a stage that is done is only read."""
+    stage, folder = config.linearize.stages[name], workdir / name
+    done = folder / "result.json"
+    task = tasks.make_task(stage, teacher, student)
+    if done.exists():
+        result = json.loads(done.read_text())
+    else:
+        result = loop.train(config, folder, devices, lambda *_: task)
+    result["trained_tokens"] = stage.steps * config.data.batch_size * config.data.seq_len
+    config = loop.resolve(config, make_dataset(config.data, "validation"))
+    program = steps.build(config, config.data.seq_len, devices, task)
+    _, trained = restore.evaluation_params(program, config, folder)
+    return tasks.Model(student.model, program.model_params(trained)), result
+
+
+def _chosen(teacher, student):
+    found = students.chosen(student.model, student.params)
+    model_config = students.student_config(teacher.model_config, found.specs)
+    model = language_model.from_config(model_config)
+    return tasks.Model(model, layer_trees.join(model, found.shared, found.layers)), found.mix
+
+
+class _NoData:
+    """A data position for a run that was not trained on any."""
+
+    def get_state(self):
+        return {}
+
+
+def _save_student(config, model_config, params, folder: Path) -> None:
+    """As a run's folder, with one checkpoint of step 0 that has parameters alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model = ConfigDict(model_config)
+    config.optimizer.name = "adamw"  # there is no optimizer's state to evaluate with
+    run_record.save_config(folder, config)
+    checkpoints = Checkpoints(folder, keep=1)
+    if checkpoints.latest_step() is None:
+        checkpoints.save(TrainState(np.zeros((), np.int32), params, ()), _NoData())
+    checkpoints.close()

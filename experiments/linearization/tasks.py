@@ -1,0 +1,149 @@
+"""A stage of a linearization as what `experiments.steps` trains."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import steps
+from seqmodels import language_model
+from seqmodels.linearize import lora, objectives, partition, transfer
+
+OBJECTIVES = ("transfer", "distill")
+STUDENT_ONLY = f"/{transfer.STUDENT}/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model and its parameters."""
+
+    model: language_model.LanguageModel
+    params: dict[str, Any]
+
+
+def make_task(stage, teacher: Model, student: Model) -> steps.Task:
+    """The Task of `config.linearize.stages.<stage>` (configs/linearize/common.py): of the student's parameters, those that
+    `train` matches are trained, those that `lora` matches get adapters, and all others are frozen.
+
+    With objective "transfer" the tree is a `transfer.TransferModel`'s, and only its student's layers can be trained; with "distill" it
+    is the student's, and the teacher's is beside it.
+
+    Raises ValueError for an unknown objective, a pattern that matches nothing, or a stage that trains nothing.
+    """
+    if stage.objective not in OBJECTIVES:
+        raise ValueError(
+            f"unknown objective {stage.objective!r}; choose one of {', '.join(OBJECTIVES)}"
+        )
+    if not stage.train and not stage.lora:
+        raise ValueError("the stage trains nothing: give `train` or `lora`, patterns of parameters")
+    if stage.objective == "transfer":
+        return _transfer_task(stage, teacher, student)
+    return _distill_task(stage, teacher, student)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """A tree of parameters as what is trained, and what stays."""
+
+    start: dict[str, Any]
+    frozen: dict[str, Any]
+    boxed_trained: dict[str, Any]
+    boxed_frozen: dict[str, Any]
+    boxed_lora: dict[str, Any]
+    rank: int
+    alpha: float
+    pattern: str
+
+    def init(self, key, start):
+        trained = {"trained": start} if start else {}
+        if self.boxed_lora:
+            trained["lora"] = lora.init(key, self.boxed_lora, self.pattern, self.rank)
+        return trained
+
+    @property
+    def boxed_params(self):
+        adapters = jax.eval_shape(lambda key: self.init(key, {}), jax.random.key(0))
+        return adapters | ({"trained": self.boxed_trained} if self.start else {})
+
+    def whole(self, params, frozen):
+        tree = partition.merge(frozen, params.get("trained", {}))
+        if "lora" in params:
+            tree = lora.merge(tree, params["lora"], self.alpha)
+        return tree
+
+
+def _parts(stage, params, boxed, allowed=lambda path: True) -> _Parts:
+    eligible, _ = partition.split(params, allowed)
+    partition.require(eligible, stage.train, "train")
+    partition.require(eligible, stage.lora, "lora")
+    chosen = partition.matches(stage.train)
+    start, frozen = partition.split(params, lambda p: allowed(p) and chosen(p))
+    boxed_start, boxed_frozen = partition.split(boxed, lambda p: allowed(p) and chosen(p))
+    boxed_lora = partition.split(boxed, allowed)[0] if stage.lora else {}
+    return _Parts(
+        start, frozen, boxed_start, boxed_frozen, boxed_lora,
+        stage.lora_rank, stage.lora_alpha, stage.lora,
+    )  # fmt: skip
+
+
+def _boxed(model):
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
+
+
+def _nll_and_correct(model, params, batch):
+    _, details = steps.cross_entropy(model, params, batch)
+    return details.nll_BT, details.correct_BT
+
+
+def _transfer_task(stage, teacher, student):
+    model = transfer.make_model(teacher.model, student.model)
+    both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
+    parts = _parts(stage, both, _boxed(model), lambda path: STUDENT_ONLY in path)
+    weights = {name: stage[name] for name in (*transfer.DISTANCES, "attention_map")}
+
+    def loss(params, frozen, batch):
+        return objectives.transfer_loss(model, parts.whole(params, frozen), batch, weights)
+
+    def model_params(params, frozen):
+        return transfer.student_params(model, student.model, parts.whole(params, frozen))
+
+    def token_losses(params, frozen, batch):
+        return _nll_and_correct(student.model, model_params(params, frozen), batch)
+
+    return steps.Task(
+        student.model, parts.boxed_params, parts.init, loss, token_losses, model_params,
+        parts.start, parts.frozen, parts.boxed_frozen,
+    )  # fmt: skip
+
+
+def _distill_task(stage, teacher, student):
+    parts = _parts(stage, student.params, _boxed(student.model))
+    frozen, boxed_frozen = {"student": parts.frozen}, {"student": parts.boxed_frozen}
+    if stage.kl:
+        frozen["teacher"], boxed_frozen["teacher"] = teacher.params, _boxed(teacher.model)
+
+    def model_params(params, frozen):
+        return parts.whole(params, frozen["student"])
+
+    def loss(params, frozen, batch):
+        whole = model_params(params, frozen)
+        other = (teacher.model, frozen["teacher"]) if stage.kl else None
+        loss_BT, metrics = objectives.distillation(
+            (student.model, whole), other, batch,
+            ce=stage.ce, kl=stage.kl, temperature=stage.temperature,
+        )  # fmt: skip
+        if stage.select_weight:
+            penalty = objectives.selection_penalty(whole, stage.select_target, stage.select_power)
+            loss_BT = loss_BT + stage.select_weight * penalty
+            metrics["selection_penalty"] = jnp.broadcast_to(penalty, loss_BT.shape)
+        return loss_BT, metrics
+
+    def token_losses(params, frozen, batch):
+        return _nll_and_correct(student.model, model_params(params, frozen), batch)
+
+    return steps.Task(
+        student.model, parts.boxed_params, parts.init, loss, token_losses, model_params,
+        parts.start, frozen, boxed_frozen,
+    )  # fmt: skip

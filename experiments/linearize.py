@@ -1,0 +1,42 @@
+"""Turns a softmax transformer into a linear-time model.
+
+    python -m experiments.linearize --config=configs/linearize/liger.py:smollm --workdir=/tmp/liger
+    python -m experiments.linearize --config=configs/linearize/lolcats.py --config.linearize.teacher=runs/teacher
+
+Everything lands in --workdir: a folder a stage, and `student`, which `experiments.evaluate` and `experiments.generate` take as their
+--workdir. The same command with the same --workdir goes on from its last checkpoint.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import cli, run_record
+from experiments.linearization import run
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configs/linearize/<method>.py[:argument]"
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where everything goes; default: runs/<config>-<time>"
+)
+
+
+def main(argv):
+    cli.no_arguments(argv)
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    if "linearize" not in _CONFIG.value:
+        raise cli.UserError(f"{path} is no linearization: it has no section `linearize`")
+    workdir = Path(_WORKDIR.value or run_record.default_workdir(path))
+    result = run.linearize(_CONFIG.value, workdir)
+    for name, stage in result["stages"].items():
+        print(
+            f"{name}: {stage['steps']} steps, {stage['parameters']:,} parameters trained, "
+            f"test loss {stage['loss']:.4f}, perplexity {stage['perplexity']:.3f}"
+        )
+    print(f"student     {result['pattern']}\n            {result['student']}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

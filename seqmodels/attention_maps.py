@@ -1,0 +1,76 @@
+"""How far linear attention's weights are from softmax's, without holding all of either."""
+
+import jax
+import jax.numpy as jnp
+
+from seqmodels import operators
+from seqmodels.array_typing import Array
+
+
+def cross_entropy(
+    q_BTHK: Array,
+    k_BTGK: Array,
+    phi_q_BTHF: Array,
+    phi_k_BTHF: Array,
+    segment_ids_BT: Array | None = None,
+    *,
+    window: int | None = None,
+    factor_H: Array | None = None,
+    eps: float = 1e-12,
+    chunk_size: int = 64,
+) -> tuple[Array, Array]:
+    """Of each query and head: -sum_n P_mn log Q_mn, and P's own entropy (their difference is the KL divergence).
+
+        P_mn = softmax_n(q_m . k_n / sqrt(K))          Q_mn = phi(q_m) . phi(k_n) / sum_n' phi(q_m) . phi(k_n')
+
+    over n <= m of the same document (Hedgehog, arXiv 2402.04347, eq. 5). With a window Q is LoLCATs' (arXiv 2410.10254, eq. 7):
+    factor exp(q_m . k_n / sqrt(K) - c_m) for the `window` latest n, the above for those before, under one denominator.
+    q and k are those that softmax attention takes: rotated.
+
+    Queries are taken `chunk_size` at a time, and again in the backward pass: B x H x chunk_size x T weights are the most that is
+    held. Returns two arrays (B, T, H), float32.
+    """
+    B, T, H, K = q_BTHK.shape
+    N = -(-T // chunk_size)
+    run_BT = jnp.zeros((B, T), jnp.int32)
+    if segment_ids_BT is not None:
+        run_BT = operators.run_index(segment_ids_BT)
+    k_BTHK = jnp.repeat(k_BTGK, H // k_BTGK.shape[2], axis=2).astype(jnp.float32)
+    phi_k_BTHF = phi_k_BTHF.astype(jnp.float32)
+
+    def pieces(x):
+        x = jnp.pad(x, ((0, 0), (0, N * chunk_size - T)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, N, chunk_size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def piece(_, inputs):
+        index_C, run_BC, q_BCHK, phi_q_BCHF = inputs
+        behind_CT = index_C[:, None] - jnp.arange(T)[None]
+        # Queries that pad the last piece see themselves' place, so that no row is empty.
+        seen_BCT = (behind_CT >= 0)[None] & (run_BC[:, :, None] == run_BT[:, None])
+        seen_B1CT = (seen_BCT | (behind_CT >= T)[None] | (index_C >= T)[None, :, None])[:, None]
+        logits_BHCT = jnp.einsum("bchk,bthk->bhct", q_BCHK.astype(jnp.float32), k_BTHK) * K**-0.5
+        logits_BHCT = jnp.where(seen_B1CT, logits_BHCT, -jnp.inf)
+        log_P_BHCT = jax.nn.log_softmax(logits_BHCT)
+        P_BHCT = jnp.exp(log_P_BHCT)
+        weight_BHCT = jnp.einsum("bchf,bthf->bhct", phi_q_BCHF.astype(jnp.float32), phi_k_BTHF)
+        weight_BHCT = jnp.where(seen_B1CT, weight_BHCT, 0.0)
+        if window is not None:
+            near_11CT = (behind_CT < window)[None, None]
+            near_BHCT = jnp.where(near_11CT, logits_BHCT, -jnp.inf)
+            highest_BHC1 = jnp.max(near_BHCT, axis=-1, keepdims=True)
+            near_BHCT = factor_H[None, :, None, None] * jnp.exp(near_BHCT - highest_BHC1)
+            weight_BHCT = jnp.where(near_11CT, near_BHCT, weight_BHCT)
+        total_BHC = jnp.log(jnp.sum(weight_BHCT, axis=-1) + eps)
+        log_Q_BHCT = jnp.log(jnp.maximum(weight_BHCT, eps)) - total_BHC[..., None]
+        cross_BHC = -jnp.sum(P_BHCT * jnp.where(seen_B1CT, log_Q_BHCT, 0.0), axis=-1)
+        own_BHC = -jnp.sum(P_BHCT * jnp.where(seen_B1CT, log_P_BHCT, 0.0), axis=-1)
+        return None, (cross_BHC, own_BHC)
+
+    index_NC = jnp.arange(N * chunk_size).reshape(N, chunk_size)
+    _, found = jax.lax.scan(piece, None, (index_NC, *map(pieces, (run_BT, q_BTHK, phi_q_BTHF))))
+
+    def whole(x_NBHC):
+        return jnp.moveaxis(x_NBHC, (1, 2), (0, 3)).reshape(B, -1, H)[:, :T]
+
+    return whole(found[0]), whole(found[1])

@@ -1,0 +1,56 @@
+"""DeltaNet (arXiv 2406.06484), as flash-linear-attention's DeltaNetForCausalLM has it."""
+
+from seqmodels.checkpoints_io.architectures import fla, parts
+
+
+def _options(config):
+    D, H = config.integer("hidden_size", 2048), config.integer("num_heads", 16)
+    key = int(D * config.number("expand_k", 1.0))
+    value = int(D * config.number("expand_v", 1.0))
+    if key < H or key % H or value % H:
+        raise ValueError(
+            f"{config.name}: num_heads {H} must divide the key width {key} and the value width {value}"
+        )
+    return {
+        "num_heads": H,
+        "head_dim": key // H,
+        "expand_v": value / key,
+        "conv_width": config.integer("conv_size", 4),
+        "allow_neg_eigval": config.flag("allow_neg_eigval", False),
+        "use_gate": config.flag("use_gate", False),
+        "norm_eps": config.number("norm_eps", 1e-6),
+    }
+
+
+def _fields(options, d_model):
+    H, K = options["num_heads"], parts.given(options, "head_dim")
+    return {
+        "num_heads": H,
+        "expand_k": H * K / d_model,
+        "expand_v": H * round(K * options["expand_v"]) / d_model,
+        "conv_size": options["conv_width"],
+        "allow_neg_eigval": options["allow_neg_eigval"],
+        "use_gate": options["use_gate"],
+    }
+
+
+def _tensors(options, theirs, ours):
+    yield from fla.projections(theirs, ours, "qkvbo" + "g" * options["use_gate"])
+    yield from fla.short_convs(theirs, ours)
+    yield parts.norm(f"{theirs}.o_norm", f"{ours}/o_norm")
+
+
+ARCHITECTURE = fla.architecture(
+    "delta_net",
+    "DeltaNetForCausalLM",
+    "delta_net",
+    _options,
+    _fields,
+    _tensors,
+    refused={
+        "use_short_conv": True,
+        "use_beta": True,
+        "qk_norm": "l2",
+        "qk_activation": "silu",
+    },
+)

@@ -1,0 +1,36 @@
+"""HGRN2 (arXiv 2404.07904), as flash-linear-attention's HGRN2ForCausalLM has it."""
+
+from seqmodels.checkpoints_io import rules
+from seqmodels.checkpoints_io.architectures import fla, parts
+
+# Its output norm takes this one, whatever norm_eps says.
+_NORM_EPS = 1e-5
+
+
+def _options(config):
+    D = config.integer("hidden_size", 2048)
+    heads = config.get("num_heads") and config.integer("num_heads")
+    ratio = config.integer("expand_ratio", D // heads if heads else 128)
+    return {"expand_ratio": ratio, "norm_eps": _NORM_EPS}
+
+
+def _fields(options, d_model):
+    ratio = options["expand_ratio"]
+    return {"expand_ratio": ratio, "num_heads": d_model // ratio}
+
+
+def _tensors(options, theirs, ours):
+    yield from fla.projections(theirs, ours, "qfio")
+    yield parts.norm(f"{theirs}.g_norm", f"{ours}/o_norm")
+
+
+ARCHITECTURE = fla.architecture(
+    "hgrn2",
+    "HGRN2ForCausalLM",
+    "hgrn2",
+    _options,
+    _fields,
+    _tensors,
+    refused={"use_short_conv": False, "use_lower_bound": True, "elementwise_affine": True},
+    extra=lambda: [rules.same("model.lower_bounds", "lower_bounds")],
+)

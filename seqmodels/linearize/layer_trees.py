@@ -1,0 +1,73 @@
+"""A language model's parameters as a list of layers, whatever way the model stacks them.
+
+A `LanguageModel` holds repeated layers stacked along a first axis and the others by themselves, as `LanguageModel.plan` says. Two
+models with other patterns stack the same layers in another way: a teacher's parameters go to its student through this list.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+SCANNED = "blocks"
+
+
+def split(model, params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(what is not in a layer, such as the embedding; one tree a layer).
+
+    Leaves may be boxed with logical axis names and abstract; "layers" goes off the names.
+    """
+    plan, params = model.plan, dict(params)
+    period, first = len(plan.period), len(plan.prefix)
+    scanned = params.pop(SCANNED, {})
+    layers = []
+    for index in range(len(model.mixers)):
+        repeat, place = divmod(index - first, period) if period else (-1, 0)
+        if 0 <= repeat < plan.repeats:
+            group = scanned[f"block_{place}"]
+            layers.append(_map(lambda leaf, i=repeat: _at(leaf, i), group))
+        else:
+            layers.append(params.pop(f"block_{index}"))
+    return params, layers
+
+
+def join(model, shared: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parameters of `model` with these layers: the inverse of `split`, for a model of any stacking."""
+    plan, params = model.plan, dict(shared)
+    period, first = len(plan.period), len(plan.prefix)
+    end = first + plan.repeats * period
+    params |= {f"block_{i}": layers[i] for i in range(len(layers)) if not first <= i < end}
+    if plan.repeats:
+        params[SCANNED] = {
+            f"block_{place}": _map(_stack, *layers[first + place : end : period])
+            for place in range(period)
+        }
+    return params
+
+
+def _boxed(leaf) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def _map(function, *trees):
+    return jax.tree.map(function, *trees, is_leaf=_boxed)
+
+
+def _at(leaf, index):
+    if _boxed(leaf):
+        value = _at(leaf.unbox(), index)
+        return leaf.replace(value=value, names=leaf.names[1:])
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return leaf[index]
+
+
+def _stack(*leaves):
+    if _boxed(leaves[0]):
+        value = _stack(*(leaf.unbox() for leaf in leaves))
+        return leaves[0].replace(value=value, names=("layers", *leaves[0].names))
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    return jnp.stack(leaves)

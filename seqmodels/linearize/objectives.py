@@ -1,0 +1,105 @@
+"""The losses of a linearization's stages, one number a token."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import linear_kl_divergence
+from seqmodels import language_model, operators
+from seqmodels.array_typing import Array
+from seqmodels.linearize import partition, transfer
+
+
+def transfer_loss(
+    model: transfer.TransferModel,
+    params: dict[str, Any],
+    batch: dict[str, Array],
+    weights: dict[str, float],
+) -> tuple[Array, dict[str, Array]]:
+    """(sum of weights[name] times `transfer.losses`, every loss by its name), (B, T) each.
+
+    Raises:
+      ValueError: a weight of what no layer gives.
+    """
+    found = transfer.losses(model, params, batch["inputs"], batch["segment_ids"])
+    used = {name: weight for name, weight in weights.items() if weight}
+    if missing := sorted(set(used) - set(found)):
+        raise ValueError(
+            f"transfer: no converted layer gives {missing[0]!r}; they give {', '.join(sorted(found)) or 'nothing'}"
+        )
+    loss_BT = sum(weight * found[name] for name, weight in used.items())
+    reported = {name: found[name] for name in {*used, "relative"}}
+    return loss_BT, {"loss": loss_BT} | reported
+
+
+def distillation(
+    student: tuple[language_model.LanguageModel, dict[str, Any]],
+    teacher: tuple[language_model.LanguageModel, dict[str, Any]] | None,
+    batch: dict[str, Array],
+    *,
+    ce: float = 1.0,
+    kl: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[Array, dict[str, Array]]:
+    """ce * cross-entropy + kl * temperature^2 * KL(teacher || student), both at the temperature in the KL, from hidden states: no
+    logits are held. student, teacher: (model, parameters); the teacher is read only where kl is not 0."""
+    model, params = student
+    x_BTD, matrix, layout = _hidden(model, params, batch)
+    loss_BT, metrics = jnp.zeros(batch["inputs"].shape, jnp.float32), {}
+    ce_BT, details = operators.linear_cross_entropy(
+        x_BTD, matrix, batch["targets"], layout=layout, logit_softcap=model.logit_softcap
+    )
+    if ce:
+        loss_BT = loss_BT + ce * ce_BT
+    if kl:
+        other, other_params = teacher
+        theirs_BTE, their_matrix, their_layout = _hidden(
+            other, jax.lax.stop_gradient(other_params), batch
+        )
+        kl_BT = linear_kl_divergence(
+            x_BTD, matrix, theirs_BTE, their_matrix, layout=layout, teacher_layout=their_layout,
+            logit_softcap=model.logit_softcap, teacher_logit_softcap=other.logit_softcap,
+            temperature=temperature,
+        )  # fmt: skip
+        loss_BT = loss_BT + kl * temperature**2 * kl_BT
+        metrics["kl"] = kl_BT
+    metrics |= {"loss": loss_BT, "nll": details.nll_BT, "accuracy": details.correct_BT}
+    return loss_BT, metrics
+
+
+def _hidden(model, params, batch):
+    """The last hidden states, the output matrix and its layout."""
+    kept = []
+
+    def head(x_BTD, matrix, layout):
+        kept.append(layout)
+        return x_BTD, matrix
+
+    inputs = batch["inputs"], batch["segment_ids"]
+    (x_BTD, matrix), _ = model.apply({"params": params}, *inputs, head=head)
+    return x_BTD, matrix, kept[0]
+
+
+def selection_penalty(params: dict[str, Any], target: int, power: float = 2.0) -> Array:
+    """(sum_l round(r_l) - target)^2 + sum_l (1 - |2 r_l - 1|^power) over the selective layers (LinVideo, arXiv 2510.08318,
+    eqs. 4-5). round has the gradient of the identity. LinVideo lowers `power` during training: here a stage has one.
+
+    Raises:
+      ValueError: no selective layer, or a target that is not among their numbers.
+    """
+    logits = [
+        leaf.reshape(-1)
+        for path, leaf in partition.flatten(params).items()
+        if path.endswith("mixer/mix_logit")
+    ]
+    count = sum(leaf.size for leaf in logits)
+    if not 0 <= target <= count or not count:
+        raise ValueError(
+            f"select_target is {target}, and the student has {count} selective layers to choose it from"
+        )
+    r_L = jax.nn.sigmoid(jnp.concatenate(logits))
+    rounded_L = r_L + jax.lax.stop_gradient(jnp.round(r_L) - r_L)
+    # The absolute value from below by a hair: its power's gradient at 0 is infinite for a power under 1.
+    polar = jnp.sum(1.0 - (jnp.abs(2.0 * r_L - 1.0) + 1e-6) ** power)
+    return jnp.square(jnp.sum(rounded_L) - target) + polar

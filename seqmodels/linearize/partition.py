@@ -1,0 +1,58 @@
+"""Which parameters are trained: trees cut in two by patterns on their paths, and put together again."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+from flax import traverse_util
+
+SEPARATOR = "/"
+
+
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """{"blocks/block_0/mixer/q/kernel": leaf}; boxed leaves stay boxed."""
+    return traverse_util.flatten_dict(
+        tree, sep=SEPARATOR, is_leaf=lambda _, leaf: isinstance(leaf, nn.meta.AxisMetadata)
+    )
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(flat, sep=SEPARATOR)
+
+
+def matches(pattern: str) -> Callable[[str], bool]:
+    """Whether a path has a part that the regular expression matches; an empty pattern matches nothing.
+
+    Raises ValueError for what is no regular expression.
+    """
+    if not pattern:
+        return lambda path: False
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+    return lambda path: compiled.search(path) is not None
+
+
+def split(tree: dict[str, Any], chosen: Callable[[str], bool]) -> tuple[dict, dict]:
+    """(the leaves whose path is chosen, the others), each a tree without empty branches."""
+    flat = flatten(tree)
+    parts = ({p: x for p, x in flat.items() if chosen(p) is yes} for yes in (True, False))
+    return tuple(map(unflatten, parts))
+
+
+def merge(*trees: dict[str, Any]) -> dict[str, Any]:
+    """One tree of several; where two have a leaf, the later one's."""
+    flat = {}
+    for tree in trees:
+        flat |= flatten(tree)
+    return unflatten(flat)
+
+
+def require(tree: dict[str, Any], pattern: str, what: str) -> None:
+    """Raises ValueError, with some of the paths there are, where a pattern that is not empty matches none."""
+    paths = sorted(flatten(tree))
+    if pattern and not any(map(matches(pattern), paths)):
+        some = ", ".join(paths[:: max(1, len(paths) // 8)][:8])
+        raise ValueError(f"{what}: pattern {pattern!r} matches no parameter; there are {some}, ...")

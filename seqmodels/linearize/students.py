@@ -1,0 +1,203 @@
+"""A teacher's student: which layers become which mixer, and what its parameters start from."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels import blocks, language_model, mixers, pattern
+from seqmodels.linearize import layer_trees, partition
+from seqmodels.mixers import attention
+
+CONVERTIBLE = "attention"
+SEEDS = ("auto", "none")
+
+
+def choose_layers(
+    specs: Sequence[pattern.MixerSpec],
+    layers: str = "all",
+    keep_every: int = 0,
+    keep: str = "last",
+) -> tuple[int, ...]:
+    """The indices of the layers to convert.
+
+    layers: "all" softmax layers, or indices and ranges such as "0-7,12".
+    keep_every: of every so many layers among them one stays softmax; 0 keeps none. keep: which, the "last" (Liger-H keeps one after
+      seven, arXiv 2503.01496) or the "first" (mmMamba, arXiv 2502.13145).
+
+    Raises:
+      ValueError: layers that are not there, or are no softmax layers; an unknown `keep`; nothing left to convert.
+    """
+    softmax = [i for i, spec in enumerate(specs) if spec.name == CONVERTIBLE]
+    named = softmax if layers == "all" else _indices(layers, len(specs))
+    if wrong := [i for i in named if i not in softmax]:
+        raise ValueError(
+            f"layers {wrong} are not softmax attention but {', '.join(sorted({specs[i].name for i in wrong}))}; the teacher's "
+            f"softmax layers are {softmax}"
+        )
+    if keep not in ("first", "last") or keep_every < 0:
+        raise ValueError(
+            f"keep is {keep!r} and keep_every {keep_every}; expected 'first' or 'last', and 0 or more"
+        )
+    if keep_every:
+        kept = 0 if keep == "first" else keep_every - 1
+        named = [layer for place, layer in enumerate(named) if place % keep_every != kept]
+    if not named:
+        raise ValueError(
+            f"no layer to convert: layers={layers!r}, keep_every={keep_every} of {len(softmax)} softmax layers"
+        )
+    return tuple(named)
+
+
+def _indices(text: str, count: int) -> list[int]:
+    found = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(
+                f"layers {text!r} cannot be read at {part!r}; write 'all', or indices and ranges like '0-7,12'"
+            )
+        found |= set(range(int(first), int(last or first) + 1))
+    if outside := sorted(i for i in found if i >= count):
+        raise ValueError(
+            f"layers {outside} are not there: the teacher has {count}, 0 to {count - 1}"
+        )
+    return sorted(found)
+
+
+def student_specs(
+    teacher: language_model.LanguageModel, student: str, layers: Sequence[int]
+) -> tuple[pattern.MixerSpec, ...]:
+    """The teacher's mixers with those of `layers` replaced by the pattern `student`, gone over again and again.
+
+    A mixer that is softmax attention with another way to mix (`mixers.attention`) takes every option of the teacher's layer
+    that its class does not define anew; others take heads and head dimension. What the pattern says wins.
+    """
+    try:
+        choices = pattern.parse(student)
+    except ValueError as error:
+        raise ValueError(f"student pattern: {error}") from error
+    specs = list(teacher.mixers)
+    for place, layer in enumerate(layers):
+        choice = choices[place % len(choices)]
+        options = inherited(specs[layer], choice.name, teacher.d_model) | dict(choice.options)
+        specs[layer] = pattern.MixerSpec(choice.name, tuple(sorted(options.items())))
+    return tuple(specs)
+
+
+def inherited(teacher: pattern.MixerSpec, name: str, d_model: int) -> dict[str, Any]:
+    """Options of the mixer `name` in the place of the teacher's layer."""
+    theirs = mixers.options(CONVERTIBLE) | dict(teacher.options)
+    own = {key: value for key, value in teacher.options if key in blocks.LAYER_OPTIONS}
+    known = mixers.options(name)
+    if issubclass(mixers.mixer_class(name), attention.Attention):
+        default = mixers.options(CONVERTIBLE)
+        same = {key for key in default if known[key] == default[key]} - {"window", "d_model"}
+        return own | {key: value for key, value in teacher.options if key in same}
+    H = theirs["num_heads"]
+    K = theirs["head_dim"] or d_model // H
+    if name == "mamba2":
+        if H * K % d_model:
+            raise ValueError(
+                f"mamba2 in the place of {H} heads of {K} needs a width that d_model {d_model} divides; take mmmamba"
+            )
+        return own | {"expand": H * K // d_model, "head_dim": K, "d_state": K, "num_groups": H}
+    offered = {"num_heads": H, "head_dim": K}
+    return own | {key: value for key, value in offered.items() if key in known}
+
+
+def student_config(
+    model_config: Mapping[str, Any], specs: Sequence[pattern.MixerSpec]
+) -> dict[str, Any]:
+    """The teacher's `config.model` with these mixers."""
+    return dict(model_config) | {"pattern": pattern.to_text(specs), "num_layers": len(specs)}
+
+
+def seed_params(
+    key,
+    source: language_model.LanguageModel,
+    params: dict[str, Any],
+    student: language_model.LanguageModel,
+    seed: str = "auto",
+) -> dict[str, Any]:
+    """The student's first parameters: of every layer whose mixer stays, and of all outside of mixers, the source's; new mixers
+    are initialised, and then, with seed "auto", take what fits:
+
+    mixers on softmax attention's projections   each parameter of the same name and shape
+    mamba2                                      x, B, C, o from v, k, q, o, heads repeated (Mamba-in-the-Llama, arXiv 2408.15237)
+    others                                      nothing (gated delta nets: InfiniteVL, arXiv 2512.08829)
+    """
+    if seed not in SEEDS:
+        raise ValueError(f"unknown seed {seed!r}; choose one of {', '.join(SEEDS)}")
+    initial = jax.jit(lambda key: nn.unbox(student.init(key, jnp.zeros((1, 2), jnp.int32))))(key)
+    fresh_shared, fresh = layer_trees.split(student, initial["params"])
+    shared, layers = layer_trees.split(source, params)
+    shared = fresh_shared | shared
+    pairs = zip(source.mixers, student.mixers, strict=True)
+    for i, (old, new) in enumerate(pairs):
+        if old == new:
+            continue
+        mixer = fresh[i]["mixer"]
+        if seed == "auto":
+            mixer = _taken_over(old, new, layers[i]["mixer"], mixer)
+        layers[i] = layers[i] | {"mixer": mixer}
+    return layer_trees.join(student, shared, layers)
+
+
+def _taken_over(old, new, source, mixer):
+    if issubclass(mixers.mixer_class(new.name), attention.Attention):
+        theirs, own = partition.flatten(source), partition.flatten(mixer)
+        fitting = {p: x for p, x in theirs.items() if p in own and own[p].shape == x.shape}
+        return partition.merge(mixer, partition.unflatten(fitting))
+    if new.name == "mamba2":
+        K, G = dict(new.options)["head_dim"], dict(new.options)["num_groups"]
+        seeds = {"x": "v", "B": "k", "C": "q", "o": "o"}
+        copied = {name: {"kernel": source[old]["kernel"]} for name, old in seeds.items()}
+        for name in ("x", "B"):
+            W = copied[name]["kernel"]
+            W_DGK = W.reshape(W.shape[0], -1, K)
+            W_DHK = jnp.repeat(W_DGK, G // W_DGK.shape[1], axis=1)
+            copied[name] = {"kernel": W_DHK.reshape(W.shape[0], -1)}
+        return partition.merge(mixer, copied)
+    return mixer
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What `chosen` found: the layers' mixers, r of each selective layer by its index, and the parameters."""
+
+    specs: tuple[pattern.MixerSpec, ...]
+    mix: dict[int, float]
+    layers: list[dict[str, Any]]
+    shared: dict[str, Any]
+
+
+def chosen(
+    model: language_model.LanguageModel, params: dict[str, Any], target: int | None = None
+) -> Chosen:
+    """Every selective layer as the one of softmax attention and LoLCATs' linear part that it chose: r >= 1/2 stays softmax.
+
+    target: keep the so many with the largest r instead.
+    """
+    shared, layers = layer_trees.split(model, params)
+    mix = {
+        i: float(jax.nn.sigmoid(layers[i]["mixer"]["mix_logit"][0]))
+        for i, spec in enumerate(model.mixers)
+        if spec.name == "selective"
+    }
+    kept = {i for i, r in mix.items() if r >= 0.5}
+    if target is not None:
+        kept = set(sorted(mix, key=mix.get, reverse=True)[:target])
+    specs = list(model.mixers)
+    for i in mix:
+        name = CONVERTIBLE if i in kept else "lolcats"
+        known = mixers.options(name).keys() | set(blocks.LAYER_OPTIONS)
+        options = {k: v for k, v in specs[i].options if k in known} | {"window": None}
+        specs[i] = pattern.MixerSpec(name, tuple(sorted(options.items())))
+        left_out = r"^mix_logit$" + ("" if name == "lolcats" else "|^[qk]_map/")
+        _, mixer = partition.split(layers[i]["mixer"], partition.matches(left_out))
+        layers[i] = layers[i] | {"mixer": mixer}
+    return Chosen(tuple(specs), mix, layers, shared)

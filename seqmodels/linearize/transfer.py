@@ -1,0 +1,151 @@
+"""Teacher-forced transfer, layer by layer: every student layer sees what the teacher's layer sees, all in one pass.
+
+A `TransferModel` is a language model whose layers are pairs. The teacher's layer carries the hidden states on; the student's reads
+them, and how far it is off is sown. Nothing is kept between layers but the hidden states, so layers are scanned over and recomputed
+like any model's.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels import blocks, language_model, mixers, pattern
+from seqmodels.array_typing import Array
+from seqmodels.linearize import layer_trees, partition
+
+TEACHER, STUDENT = "teacher", "student"
+# What can be compared, each the mean square over channels of student less teacher: "heads" what the output projection reads, "mixer"
+# what it gives, "block" what the layer gives. "relative" is "mixer" over the teacher's mean square: for reports. Feature maps sow more:
+# "attention_map", "attention_map_kl".
+DISTANCES = ("heads", "mixer", "block")
+TERMS = (*DISTANCES, "attention_map", "attention_map_kl", "relative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A layer of a `TransferModel`; the teacher's spec stands for the pair where only one can."""
+
+    teacher: pattern.MixerSpec
+    student: pattern.MixerSpec
+
+    @property
+    def name(self) -> str:
+        return self.teacher.name
+
+    @property
+    def options(self):
+        return self.teacher.options
+
+
+class PairBlock(blocks.Block):
+    """Both layers of a `Pair` (`spec`) on the same input; the teacher's output goes on. Where they are the same there is one."""
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT, state, fresh_B, layer):
+        def run(spec, name, x_BTD):
+            options = {field: getattr(self, field) for field in _FIELDS}
+            block = blocks.Block(spec, **options, name=name)
+            return _watched(block, x_BTD, segment_ids_BT, layer)
+
+        out_BTD, theirs = run(self.spec.teacher, TEACHER, x_BTD)
+        if self.spec.student != self.spec.teacher:
+            y_BTD, own = run(self.spec.student, STUDENT, jax.lax.stop_gradient(x_BTD))
+            pairs = {name: (own[name], theirs[name]) for name in ("heads", "mixer")}
+            pairs["block"] = y_BTD, out_BTD
+            for name, (a, b) in pairs.items():
+                if a.shape == b.shape:  # a student's heads may be wider than the teacher's
+                    self.sow("intermediates", name, _mean_square(a - b))
+            power_BT = _mean_square(theirs["mixer"])
+            error_BT = _mean_square(own["mixer"] - theirs["mixer"])
+            self.sow("intermediates", "relative", error_BT / (power_BT + 1e-12))
+        return out_BTD, None
+
+
+_FIELDS = [
+    f.name for f in dataclasses.fields(blocks.Block) if f.name not in ("spec", "parent", "name")
+]
+
+
+class TransferModel(language_model.LanguageModel):
+    """A `LanguageModel` of `Pair`s; its parameters are `params`' result. `losses` runs it."""
+
+    block = PairBlock
+
+
+def make_model(
+    teacher: language_model.LanguageModel, student: language_model.LanguageModel
+) -> TransferModel:
+    """The pairs of two models of as many layers."""
+    if len(teacher.mixers) != len(student.mixers):
+        raise ValueError(
+            f"teacher and student must have as many layers; got {len(teacher.mixers)} and {len(student.mixers)}"
+        )
+    fields = {
+        f.name: getattr(student, f.name)
+        for f in dataclasses.fields(language_model.LanguageModel)
+        if f.name not in ("parent", "name")
+    }
+    return TransferModel(**fields | {"mixers": tuple(map(Pair, teacher.mixers, student.mixers))})
+
+
+def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, Any]:
+    """A TransferModel's parameters of (model, parameters) of both. Leaves may be boxed and abstract."""
+    _, theirs = layer_trees.split(*teacher)
+    shared, own = layer_trees.split(*student)
+    layers = [
+        {TEACHER: a} if pair.student == pair.teacher else {TEACHER: a, STUDENT: b}
+        for pair, a, b in zip(model.mixers, theirs, own)
+    ]
+    return layer_trees.join(model, shared, layers)
+
+
+def student_params(model: TransferModel, student, params: dict[str, Any]) -> dict[str, Any]:
+    """The student's parameters out of a TransferModel's: the inverse of `params`."""
+    shared, layers = layer_trees.split(model, params)
+    return layer_trees.join(student, shared, [x.get(STUDENT, x[TEACHER]) for x in layers])
+
+
+def losses(
+    model: TransferModel, params: dict[str, Any], tokens_BT: Array, segment_ids_BT: Array | None
+) -> dict[str, Array]:
+    """Of each of `TERMS` that the layers sow, its mean over the converted layers, (B, T)."""
+    _, sown = model.apply(
+        {"params": params},
+        tokens_BT,
+        segment_ids_BT,
+        head=lambda x_BTD, matrix, layout: (),
+        mutable=["intermediates"],
+    )
+    found = {}
+    for path, leaf in partition.flatten(sown.get("intermediates", {})).items():
+        name = path.rpartition(partition.SEPARATOR)[2]
+        for x_NBT in leaf:
+            found.setdefault(name, []).append(x_NBT.reshape(-1, *tokens_BT.shape))
+    return {name: jnp.mean(jnp.concatenate(xs), axis=0) for name, xs in found.items()}
+
+
+def _mean_square(x: Array) -> Array:
+    x = x.astype(jnp.float32)
+    return jnp.mean(jnp.square(x), axis=tuple(range(2, x.ndim)))
+
+
+def _watched(block, x_BTD, segment_ids_BT, layer):
+    """The block's output, and what its mixer's output projection reads ("heads") and gives ("mixer")."""
+    seen = {}
+
+    def watch(call, arguments, keywords, context):
+        result = call(*arguments, **keywords)
+        if isinstance(context.module, mixers.Mixer):
+            if context.method_name == "merge_heads":
+                o = arguments[0]
+                seen["heads"] = o.reshape(*o.shape[:2], -1)
+            elif context.method_name == "__call__":
+                seen["mixer"] = result[0]
+        return result
+
+    with nn.intercept_methods(watch):
+        y_BTD, _ = block(x_BTD, segment_ids_BT, None, None, layer)
+    return y_BTD, seen

@@ -1,0 +1,124 @@
+"""LAWCAT: a softmax layer's projections, short convolutions on q and k, and normalised gated linear attention."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from seqmodels import feature_maps, operators, positions, short_conv
+from seqmodels.array_typing import Array
+from seqmodels.mixers import attention
+
+
+@flax.struct.dataclass
+class State:
+    """S_BHFV, its last column the sum of weights; the last inputs of the convolutions; the next token's place."""
+
+    S_BHFV: Array
+    q_tail: Array | None
+    k_tail: Array | None
+    next_position_B: Array
+
+
+class LAWCAT(attention.Attention):
+    """S_t = diag(a_t) S_{t-1} + phi(k_t) [v_t, 1]^T;  [n_t, d_t] = S_t^T phi(q_t);  y = W_o n_t / (d_t + eps)
+    (LAWCAT, arXiv 2509.18467; the paper's code is not public, so the normaliser's form and the gate are inferred).
+
+    q, k, v, W_o and every option of theirs are `Attention`'s. q and k pass causal depthwise convolutions that start as the
+    identity, are rotated, and go through a learned map. log a = logsigmoid(W_up W_down x + b) / gate_temperature, a feature of a
+    head; W_up starts at 0 and b at `gate_bias`, so that at first every feature is forgotten alike, and slowly.
+
+    conv_width: taps; None: no convolutions. feature_map, features: `feature_maps`, never negative. gate_rank: of W_down; None: a = 1.
+    """
+
+    window: None = None
+    conv_width: int | None = 4
+    feature_map: str = "hedgehog_softmax"
+    features: int | None = 32
+    gate_rank: int | None = 16
+    gate_temperature: float = 16.0
+    gate_bias: float = 4.0
+    eps: float = 1e-12
+
+    def _sizes(self):
+        if self.window is not None:
+            raise ValueError(f"lawcat: it has no window; got window={self.window}")
+        if not feature_maps.is_nonnegative(self.feature_map):
+            raise ValueError(
+                f"lawcat: feature map {self.feature_map!r} takes both signs, so the sum of weights may be zero; take one "
+                "that is never negative"
+            )
+        return super()._sizes()
+
+    def _features(self) -> int:
+        return feature_maps.output_dim(self.feature_map, self._sizes()[2], self.features)
+
+    @nn.nowrap
+    def _conv(self, **keywords) -> short_conv.ShortConv:
+        return short_conv.ShortConv(
+            self.conv_width,
+            activation=None,
+            kernel_init=short_conv.identity_taps,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            **keywords,
+        )
+
+    def _convolved(self, name, x_BTHK, segment_ids_BT, tail):
+        x_BTE = x_BTHK.reshape(*x_BTHK.shape[:2], -1)
+        y_BTE, tail = self._conv(name=f"{name}_conv")(x_BTE, segment_ids_BT, tail)
+        return y_BTE.reshape(x_BTHK.shape), tail
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        H, G, _ = self._sizes()
+        B, T, _ = x_BTD.shape
+        if state is None:
+            state = self.init_state(B)
+        q_BTHK, k_BTGK, v_BTGV = self._queries_keys_values(x_BTD)
+        q_tail, k_tail = state.q_tail, state.k_tail
+        if self.conv_width is not None:
+            q_BTHK, q_tail = self._convolved("q", q_BTHK, segment_ids_BT, q_tail)
+            k_BTGK, k_tail = self._convolved("k", k_BTGK, segment_ids_BT, k_tail)
+        position_BT = positions.token_positions(B, T, segment_ids_BT, state.next_position_B)
+        q_BTHK, k_BTGK = (self._rotate(x, position_BT) for x in (q_BTHK, k_BTGK))
+
+        def of_all_heads(x):
+            return jnp.repeat(x, H // G, axis=2)
+
+        def mapped(name, x_BTHK):
+            return feature_maps.FeatureMap(
+                self.feature_map, self.features, self.param_dtype, name=f"{name}_map"
+            )(x_BTHK)
+
+        log_decay_BTHF = None
+        if self.gate_rank is not None:
+            low_rank = self.project(x_BTD, self.gate_rank, "gk_down", axes=("embed", None))
+            gate_BTHF = self.project_heads(
+                low_rank, H, self._features(), "gk_up", axes=(None, "heads"), use_bias=True,
+                kernel_init=nn.initializers.zeros,
+                bias_init=nn.initializers.constant(self.gate_bias),
+            )  # fmt: skip
+            log_decay_BTHF = jax.nn.log_sigmoid(gate_BTHF.astype(jnp.float32))
+            log_decay_BTHF = log_decay_BTHF / self.gate_temperature
+        v_BTHV = of_all_heads(v_BTGV)
+        sums_BTHV, S_BHFV = operators.linear_attention(
+            mapped("q", q_BTHK),
+            mapped("k", of_all_heads(k_BTGK)),
+            jnp.concatenate([v_BTHV, jnp.ones_like(v_BTHV[..., :1])], axis=-1),
+            log_decay_BTHF,
+            scale=1.0,
+            initial_state=state.S_BHFV,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        o_BTHV = sums_BTHV[..., :-1] / (sums_BTHV[..., -1:] + self.eps)
+        return self._output(x_BTD, o_BTHV), State(S_BHFV, q_tail, k_tail, position_BT[:, -1] + 1)
+
+    def init_state(self, batch):
+        H, G, K = self._sizes()
+        tails = (None, None)
+        if self.conv_width is not None:
+            tails = (self._conv(parent=None).init_state(batch, n * K) for n in (H, G))
+        S_BHFV = jnp.zeros((batch, H, self._features(), K + 1), jnp.float32)
+        return State(S_BHFV, *tails, jnp.zeros((batch,), jnp.int32))

@@ -1,0 +1,120 @@
+"""Liger Attention: a softmax layer's own projections as gated linear attention, beside a short softmax window."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from seqmodels import feature_maps, operators, positions
+from seqmodels.array_typing import Array
+from seqmodels.mixers import attention
+
+GATES = ("gla", "hgrn2", "scalar", "none")
+GATE_SOURCES = ("keys", "projection")
+
+
+@flax.struct.dataclass
+class State:
+    """S_BHFV of the linear part, and the window's ring buffer (None without a window)."""
+
+    S_BHFV: Array
+    cache: attention.KeyValueCache | None
+
+
+class Liger(attention.Attention):
+    """y = W_o (mix S_t^T phi(q_t) + (1 - mix) o_window),  S_t = diag(a_t) S_{t-1} + phi(k_t) v_t^T
+    (Liger, Lan et al., arXiv 2503.01496, eqs. 5-9 and table 1).
+
+    q, k, v, W_o and every option of theirs are `Attention`'s, so that a softmax layer's weights fit as they are; there are no
+    new parameters. phi is a softmax over a head's channels, of q and k before the rotation. o_window is softmax attention with
+    the rotation. The gate is made of the keys z = k before the rotation, in float32:
+
+        gla      log a = logsigmoid(z) / gate_temperature, a channel
+        hgrn2    log a = logsigmoid(z) a channel, and 1 - sigmoid(z) in the place of phi(k)
+        scalar   log a = logsigmoid(mean of a head's z) / gate_temperature
+        none     a = 1
+
+    The paper's pooling of the keys is over windows of one in the released code: the gate's logits are the raw keys.
+
+    window: None leaves the softmax part out, and then mix is 1. gate_source: "keys", or "projection" for a new W_g x, random at
+    first: the paper's ablation. feature_map, features: of phi; a learned one is another of its ablations.
+    """
+
+    window: int | None = 64
+    mix: float = 0.5
+    gate: str = "gla"
+    gate_source: str = "keys"
+    gate_temperature: float = 16.0
+    feature_map: str = "softmax"
+    features: int | None = None
+
+    def _sizes(self):
+        for option, choices in (("gate", GATES), ("gate_source", GATE_SOURCES)):
+            if getattr(self, option) not in choices:
+                raise ValueError(
+                    f"liger: unknown {option} {getattr(self, option)!r}; choose one of {', '.join(choices)}"
+                )
+        if self.gate in ("gla", "hgrn2") and self.feature_map != "softmax":
+            raise ValueError(
+                f"liger: gate {self.gate!r} is one number a key channel, so feature_map must be 'softmax'; got "
+                f"{self.feature_map!r}. Take gate 'scalar' or 'none' with it"
+            )
+        return super()._sizes()
+
+    def _log_decay(self, z_BTGK):
+        z_BTGK = z_BTGK.astype(jnp.float32)
+        if self.gate == "none":
+            return None
+        if self.gate == "scalar":
+            return jax.nn.log_sigmoid(jnp.mean(z_BTGK, axis=-1)) / self.gate_temperature
+        return jax.nn.log_sigmoid(z_BTGK) / (1.0 if self.gate == "hgrn2" else self.gate_temperature)
+
+    def _map(self, name: str) -> feature_maps.FeatureMap:
+        return feature_maps.FeatureMap(
+            self.feature_map, self.features, self.param_dtype, name=f"{name}_map"
+        )
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        H, G, K = self._sizes()
+        B, T, _ = x_BTD.shape
+        q_BTHK, k_BTGK, v_BTGV = self._queries_keys_values(x_BTD)
+        z_BTGK = k_BTGK
+        if self.gate_source == "projection" and self.gate != "none":
+            z_BTGK = self.project_heads(x_BTD, G, K, "gate")
+
+        def of_all_heads(x):
+            return None if x is None else jnp.repeat(x, H // G, axis=2)
+
+        if self.gate == "hgrn2":
+            phi_k_BTHF = of_all_heads(jax.nn.sigmoid(-z_BTGK.astype(jnp.float32)))
+            phi_k_BTHF = phi_k_BTHF.astype(self.dtype)
+        else:
+            phi_k_BTHF = self._map("k")(of_all_heads(k_BTGK))
+        o_BTHV, S_BHFV = operators.linear_attention(
+            self._map("q")(q_BTHK),
+            phi_k_BTHF,
+            of_all_heads(v_BTGV),
+            of_all_heads(self._log_decay(z_BTGK)),
+            scale=1.0,
+            initial_state=None if state is None else state.S_BHFV,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        cache = None
+        if self.window is not None:
+            cache = None if state is None else state.cache
+            offset_B = None if cache is None else cache.next_position_B
+            position_BT = positions.token_positions(B, T, segment_ids_BT, offset_B)
+            q_BTHK, k_BTGK = (self._rotate(x, position_BT) for x in (q_BTHK, k_BTGK))
+            window_BTHV, cache = self._attend(
+                q_BTHK, k_BTGK, v_BTGV, position_BT, segment_ids_BT, cache
+            )
+            o_BTHV = self.mix * o_BTHV + (1.0 - self.mix) * window_BTHV
+        return self._output(x_BTD, o_BTHV), State(S_BHFV, cache)
+
+    def init_state(self, batch):
+        H, _, K = self._sizes()
+        F = feature_maps.output_dim(self.feature_map, K, self.features)
+        S_BHFV = jnp.zeros((batch, H, F, K), jnp.float32)
+        return State(S_BHFV, None if self.window is None else super().init_state(batch))

@@ -1,0 +1,100 @@
+"""mmMamba's mixer: Mamba-2's recurrence on the projections of a softmax layer."""
+
+import math
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+
+from seqmodels import norms, operators, short_conv
+from seqmodels.array_typing import Array
+from seqmodels.mixers import attention, gates
+
+SEEDS = ("mimic", "scratch")
+
+
+@flax.struct.dataclass
+class State:
+    """S_BHKV and the last inputs of the convolutions on q, k and v."""
+
+    S_BHKV: Array
+    q_tail: Array
+    k_tail: Array
+    v_tail: Array
+
+
+class MMMamba(attention.Attention):
+    """S_t = gamma_t S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t;  y = W_o (RMSNorm(o) * silu(W_g x))
+    (mmMamba, Liao et al., arXiv 2502.13145, eqs. 6-10).
+
+    q, k, v = silu(conv(W x) + bias), W and W_o a softmax layer's, whose options these are; no rotation, no norm of q and k. gamma =
+    exp(-exp(A_log) softplus(W_dt x + dt_bias)), one a head. The norm is a head's. W_g starts Xavier uniform with gain 2^-2.5.
+
+    seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A = e, so that little is
+      forgotten, and convolutions that pass their last input (silu after them still changes it). "scratch": dt_bias = 0 in effect
+      drawn like Mamba-2's, A ~ U(1, 16), random convolutions and W_dt.
+    """
+
+    rope_base: float | None = None
+    conv_width: int = 2
+    seed: str = "mimic"
+
+    def _sizes(self):
+        if self.seed not in SEEDS:
+            raise ValueError(
+                f"mmmamba: unknown seed {self.seed!r}; choose one of {', '.join(SEEDS)}"
+            )
+        return super()._sizes()
+
+    @nn.nowrap
+    def _conv(self, **keywords) -> short_conv.ShortConv:
+        return short_conv.ShortConv(
+            self.conv_width,
+            use_bias=True,
+            kernel_init=short_conv.identity_taps if self.seed == "mimic" else None,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            **keywords,
+        )
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        H, G, K = self._sizes()
+        B, T, _ = x_BTD.shape
+        if state is None:
+            state = self.init_state(B)
+        mimic = self.seed == "mimic"
+
+        def project_conv(name, heads, tail):
+            z = self.project(x_BTD, heads * K, name, use_bias=self.use_bias)
+            z, tail = self._conv(name=f"{name}_conv")(z, segment_ids_BT, tail)
+            return jnp.repeat(z.reshape(B, T, heads, K), H // heads, axis=2), tail
+
+        q_BTHK, q_tail = project_conv("q", H, state.q_tail)
+        k_BTHK, k_tail = project_conv("k", G, state.k_tail)
+        v_BTHV, v_tail = project_conv("v", G, state.v_tail)
+        init = {"kernel_init": nn.initializers.zeros} if mimic else {}
+        decay = gates.SoftplusDecay(*((math.e, math.e) if mimic else (1.0, 16.0)), name="decay")
+        log_decay_BTH, _ = decay(self.project(x_BTD, H, "dt", **init))
+        o_BTHV, S_BHKV = operators.linear_attention(
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            log_decay_BTH,
+            scale=1.0,
+            initial_state=state.S_BHKV,
+            segment_ids=segment_ids_BT,
+            implementation=self.implementation,
+        )
+        # Xavier's variance is the mean of fans'; the gain squared is 2^-5.
+        init = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
+        gate_BTHV = nn.silu(self.project_heads(x_BTD, H, K, "g", kernel_init=init))
+        o_BTHV = norms.RMSNorm(name="o_norm")(o_BTHV) * gate_BTHV
+        state = State(S_BHKV, q_tail, k_tail, v_tail)
+        o_bias = self.use_bias if self.o_bias is None else self.o_bias
+        return self.merge_heads(o_BTHV, use_bias=o_bias), state
+
+    def init_state(self, batch):
+        H, G, K = self._sizes()
+        tails = (self._conv(parent=None).init_state(batch, n * K) for n in (H, G, G))
+        return State(jnp.zeros((batch, H, K, K), jnp.float32), *tails)
