@@ -79,8 +79,6 @@ def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, Entry]:
     for rule in rules:
         # A single stored byte behind each array: most rules only change its view.
         stands_for = [np.broadcast_to(np.int8(0), slots.shape(path)) for path in rule.paths]
-        if not rule.names:
-            continue
         for name, array in zip(rule.names, rule.out(*stands_for), strict=True):
             entries[name] = Entry(array.shape, np.dtype(slots.dtype(rule.paths[0])))
     return entries
@@ -167,10 +165,6 @@ def tensor_reader(
         leaf, row = slots.paths[path]
         array = leaves[leaf] if row is None else leaves[leaf][row]
         return np.asarray(jax.device_get(array))
-
-    for rule in rules:
-        if not rule.names:
-            rule.out(*map(ours, rule.paths))  # raises where the layout cannot hold them
 
     entries = {}
     for name, entry in expected_entries(rules, slots).items():

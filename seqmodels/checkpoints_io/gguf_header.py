@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata, and where each tensor lies. Everything is checked against the file's size.
 
-The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Counts and lengths in a file
-are claims: nothing is read, allocated or repeated before what they claim is known to fit.
+The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Counts and lengths in
+a file are claims: nothing is read, allocated or repeated before what they claim is known to fit.
 """
 
 import dataclasses

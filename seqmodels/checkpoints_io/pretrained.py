@@ -102,7 +102,7 @@ def load_pretrained(
 
     def dtype_of(leaf, found):
         own = slots.leaves[leaf].dtype
-        return own if dtype or not found else np.dtype(jnp.result_type(own, *found))
+        return own if dtype else np.dtype(jnp.result_type(own, *found))
 
     put = put or (lambda _, array: jnp.asarray(array))
     params = conversion.read_params(tensors, rules, slots, dtype_of, put)

@@ -75,27 +75,3 @@ def split(
         return (np.concatenate([part.T if transpose else part for part in parts], axis),)
 
     return Rule((name,), tuple(paths), into, out)
-
-
-def joined(names: Sequence[str], path: str, widths: Sequence[int], transpose: bool = True) -> Rule:
-    """Several tensors, which below one another, and transposed, are one parameter of ours."""
-    other = split(path, names, widths, transpose=False)
-
-    def into(*parts):
-        whole = np.concatenate(parts)
-        return (whole.T if transpose else whole,)
-
-    return Rule(
-        tuple(names), (path,), into, lambda whole: other.into(whole.T if transpose else whole)
-    )
-
-
-def constant(path: str, value: np.ndarray) -> Rule:
-    """A parameter of ours that the layout does not have, because there it always is `value`."""
-
-    def out(x):
-        if not np.array_equal(x, value):
-            raise ValueError(f"this layout has no place for {path}, which is not {value.flat[0]}")
-        return ()
-
-    return Rule((), (path,), lambda: (value,), out)

@@ -134,6 +134,7 @@ def test_scores_are_those_of_transformers_request_by_request(ours, theirs):
     assert texts == theirs.generate_until(prompts) and len(set(texts)) > 2
 
 
+@pytest.mark.slow
 def test_tasks_of_our_own_score_as_with_transformers(ours, theirs, folder, monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     path = str(folder / "tasks")

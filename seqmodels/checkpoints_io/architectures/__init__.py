@@ -7,8 +7,8 @@ To add one, write `<family>.py` with an `ARCHITECTURE`, four things that all say
   what we cannot compute. Per-layer differences go into the pattern: `pattern.to_text` writes one of a list of MixerSpec.
 - `hf_config(model, specs)`: the inverse, as far as the family can express it. It need not check: the framework reads its
   result back with `model_config` and refuses to export where that is another model. `model` has every field, defaults too.
-- `rules(model, specs)`: every tensor, as `rules.Rule`s; see `checkpoints_io.rules` for the usual ones (linear, conv1d, split, joined,
-  constant) and `moved` for any other exact move. Layers are "block_{i}" for all i, scanned or not.
+- `rules(model, specs)`: every tensor, as `rules.Rule`s; see `checkpoints_io.rules` for the usual ones (linear, conv1d, split), `moved`
+  for any other exact move of one tensor and `Rule` for several. Layers are "block_{i}" for all i, scanned or not.
 - `ignored`: regular expressions (full match) of tensors in files that carry nothing: buffers, tied copies.
 
 The framework streams tensors through the rules both ways, stacks scanned layers, finds missing, extra and misshapen

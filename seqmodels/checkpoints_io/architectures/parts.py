@@ -33,9 +33,9 @@ def only(specs: Sequence[MixerSpec], *names: str) -> None:
 
 
 def given(model: Mapping[str, Any], field: str) -> Any:
-    """A field of config.model that a layout has to spell out."""
+    """A field of config.model, or an option of a layer, that a layout has to spell out."""
     if model.get(field) is None:
-        raise ValueError(f"this layout needs config.model.{field}; set it")
+        raise ValueError(f"this layout needs {field}; set it in config.model or in its pattern")
     return model[field]
 
 
