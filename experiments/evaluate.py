@@ -75,7 +75,7 @@ _FEWSHOT = flags.DEFINE_integer("lm_eval_fewshot", None, "solved examples shown 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is scored. params lie as `program` has them. found: as a pretrained model's files have it, None of a run."""
+    """What is scored. params lie as `program` has them. step: of a run. found: as a pretrained model's files have it."""
 
     name: str
     config: ConfigDict
@@ -83,6 +83,7 @@ class Subject:
     params: Any
     tokenizer: Any
     dataset: Any
+    step: int | None = None
     found: pretrained.Loaded | None = None
 
 
@@ -111,7 +112,7 @@ def _of_run() -> Subject:
     program = steps.build(config, seq_len)
     step, params = restore.evaluation_params(program, config, Path(_WORKDIR.value), _STEP.value)
     name = f"{_WORKDIR.value}, step {step}"
-    return Subject(name, config, program, params, _tokenizer(config), dataset)
+    return Subject(name, config, program, params, _tokenizer(config), dataset, step)
 
 
 def _pretrained() -> Subject:
@@ -133,7 +134,7 @@ def _pretrained() -> Subject:
         loaded.params,
         program.abstract_state.params,
     )
-    return Subject(_MODEL.value, config, program, params, loaded.tokenizer, dataset, loaded)
+    return Subject(_MODEL.value, config, program, params, loaded.tokenizer, dataset, found=loaded)
 
 
 def _config(flag) -> ConfigDict:
@@ -187,7 +188,8 @@ def _score_split(subject: Subject, lengths, out: Path, first: bool) -> None:
     )
     if not first:
         return
-    result = scores.totals() | {"model": subject.name, "split": _SPLIT.value}
+    what_of = {"model": subject.name, "step": subject.step, "split": _SPLIT.value}
+    result = scores.totals() | what_of
     what = "position" if subject.tokenizer else "length"
     table = (scores.by_position if subject.tokenizer else scores.by_length)(_BUCKETS.value)
     result[f"by_{what}"] = table

@@ -205,6 +205,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(teacher_run, whole, tmp_
     )
 
 
+@pytest.mark.slow
 def test_progressive_replacement(teacher_run):
     config = make_config(teacher_run)
     config.linearize.stages.stage_1.layers = "1"
@@ -216,6 +217,7 @@ def test_progressive_replacement(teacher_run):
         run.make_plan(config, teachers.load(config.linearize.teacher, {}).model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -231,6 +233,7 @@ def test_what_does_not_fit_the_teacher(teacher_run, tmp_path, change, message):
         run.linearize(config, tmp_path / "none", jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_a_context_longer_than_the_teachers(teacher_run, tmp_path):
     config = make_config(teacher_run)
     config.data.seq_len = 64
