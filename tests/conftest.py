@@ -6,12 +6,7 @@ SEQMODELS_TESTS_OPTIMIZED=1 leaves it on, which `.ci/run` does for the operators
 
 import importlib.metadata
 import os
-import sys
 import tempfile
-from pathlib import Path
-
-LINUX = sys.platform == "linux"
-MEMORY = 4 << 30  # of a process, before compiled programs are dropped
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # On a GPU or a TPU, tests neither trust nor write a user's records of checked kernels.
@@ -34,12 +29,9 @@ if quick:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """A test file's compiled programs are of little use to the next; dropping them keeps memory flat. But what every file uses, such
-    as single operations, would be compiled again, so it is done only where much has been kept."""
+    """A test file's compiled programs are of no use to the next; dropping them keeps memory flat."""
     yield
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if LINUX else 0
-    if not LINUX or pages * os.sysconf("SC_PAGE_SIZE") > MEMORY:
-        jax.clear_caches()
+    jax.clear_caches()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -132,6 +132,7 @@ def test_packed_sequences_score_as_they_do_alone():
     params = jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p, params)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 11, n).tolist() for n in (30, 2, 17, 40, 9, 25, 3, 12)]
+    jax.clear_caches()
     found = scoring.score(model, params, sequences, tokens_a_batch=128)
 
     @jax.jit
