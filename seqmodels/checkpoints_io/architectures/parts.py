@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from seqmodels import mixers
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import HFConfig
+from seqmodels.checkpoints_io.architectures import HFConfig, decoder
 from seqmodels.pattern import MixerSpec
 
 _MOST_EXPERTS = 4096
@@ -22,7 +21,7 @@ def options_of(specs: Sequence[MixerSpec], name: str) -> dict[str, Any]:
     """The options, defaults too, of the first layer whose mixer is `name`. The framework finds out where others differ."""
     for layer in specs:
         if layer.name == name:
-            return mixers.options(name) | dict(layer.options)
+            return decoder.option_values(layer)
     raise ValueError(f"this layout needs a layer of {name}; the model has none")
 
 
@@ -190,7 +189,7 @@ def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterato
 
 def mamba2(layer: MixerSpec, d_model: int, theirs: str, ours: str) -> Iterator[rules.Rule]:
     """The tensors of a Mamba-2 mixer, the same wherever transformers has one."""
-    options = mixers.options("mamba2") | dict(layer.options)
+    options = decoder.option_values(layer)
     E, V = options["expand"] * d_model, options["head_dim"]
     width = options["num_groups"] * options["d_state"]
     bias = options["use_bias"]
