@@ -4,6 +4,7 @@ Tests run small programs once, so compiling them is most of the work, and half o
 SEQMODELS_TESTS_OPTIMIZED=1 leaves it on, which `.ci/run` does for the operators on the newest JAX.
 """
 
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -14,12 +15,17 @@ os.environ["SEQMODELS_CACHE"] = os.path.join(
     tempfile.gettempdir(), f"seqmodels-tests-{os.getpid()}"
 )
 quick = os.environ.get("SEQMODELS_TESTS_OPTIMIZED") != "1"
+flags = [os.environ.get("XLA_FLAGS", "")]
+# Pytest's workers fill the cores; a program compiled in parts is compiled a third longer.
+flags.append("--xla_cpu_parallel_codegen_split_count=1")
 if quick and importlib.metadata.version("jax").startswith("0.10."):  # later ones have no choice
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+gc.set_threshold(100_000, 20, 20)  # tracing makes many objects and few cycles
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -37,30 +37,31 @@ def packed_batches(
     """Batches of `rows` out of each global batch of packed documents.
 
     documents: random access to bytes (`len`, `[i]`).  what: names the corpus in errors.
-    train=True repeats for ever in a new order each epoch; False is one pass in the given order.
+    train=True repeats for ever in a new order each epoch; False is one pass, in an order that does not
+    depend on seed: an evaluation's first batches are a sample, not the corpus's first files.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
     if len(documents) == 0:
         raise ValueError(f"Empty corpus: {what} has no documents.")
     tokens = grain.MapDataset.source(documents).map(tokenizer.encode_document)
-    order = batches.EpochOrder(len(documents), seed) if train else None
+    order = batches.EpochOrder(len(documents), seed if train else 0)
     return PackIterDataset(
-        tokens, order, seq_len=seq_len, batch_size=batch_size, rows=rows, what=what
+        tokens, order, train, seq_len=seq_len, batch_size=batch_size, rows=rows, what=what
     )
 
 
 class PackIterDataset(grain.IterDataset):
     """Packs a MapDataset of token arrays; see the module's docstring.
 
-    order: of the documents, without end, for training; None is one pass as they come.
+    order: of the documents.  endless: epoch after epoch, in lanes; else its first epoch, in one lane.
     """
 
-    def __init__(self, documents, order, *, seq_len, batch_size, rows, what):
+    def __init__(self, documents, order, endless, *, seq_len, batch_size, rows, what):
         super().__init__(documents)
-        self.documents, self.order, self.what = documents, order, what
+        self.documents, self.order, self.endless, self.what = documents, order, endless, what
         self.seq_len, self.rows = seq_len, rows
-        self.num_lanes = 1 if order is None else batch_size
+        self.num_lanes = batch_size if endless else 1
         self.rows_a_lane = batch_size // self.num_lanes
         self.lanes = range(rows.start // self.rows_a_lane, (rows.stop - 1) // self.rows_a_lane + 1)
 
@@ -82,12 +83,11 @@ class _Lane:
         """The current document's tokens, empty documents passed over; None at the stream's end."""
         d, skipped = self.dataset, 0
         # A lane meets documents at random, so only a long run of empty ones says that all of them are.
-        patience = len(d.documents) + (0 if d.order is None else 1000)
+        patience = len(d.documents) + (1000 if d.endless else 0)
         while self.tokens is None:
-            if d.order is None and self.document >= len(d.documents):
+            if not d.endless and self.document >= len(d.documents):
                 return None
-            place = self.document if d.order is None else d.order[self.document]
-            tokens = d.documents[place]
+            tokens = d.documents[d.order[self.document]]
             if len(tokens) > 1:
                 self.tokens = tokens
                 break

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from experiments.data import batches, splits, tfds_source
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+GENERATED = "_sysconfigdata"  # how this Python was built: no source, and of this machine
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
@@ -65,7 +66,8 @@ def source_files(root: pathlib.Path) -> list[str]:
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
-        found += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+        sources = [name for name in names if name.endswith(".py") and GENERATED not in name]
+        found += [os.path.join(folder, name) for name in sources]
     paths = [pathlib.Path(name) for name in found if os.path.getsize(name)]
     return sorted(path.relative_to(root).as_posix() for path in paths)
 

@@ -33,7 +33,7 @@ def packed(documents, *, train=False, seq_len=16, batch_size=4, rows=None, seed=
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 16, 17, 200])
-def test_one_pass_holds_every_byte_once_in_order_as_input_and_as_target(seq_len):
+def test_one_pass_holds_every_byte_once_as_input_and_as_target(seq_len):
     documents = random_documents() + [
         b"",
         b"x" * (seq_len - 1),
@@ -49,9 +49,20 @@ def test_one_pass_holds_every_byte_once_in_order_as_input_and_as_target(seq_len)
         padding = batch["segment_ids"] == 0
         assert not any(batch[k][padding].any() for k in batch)
         assert not batch["targets"][batch["loss_mask"] == 0].any()
+    order = batches.EpochOrder(len(documents), 0)
+    documents = [documents[order[i]] for i in range(len(documents))]
     expected = np.concatenate([BYTES.encode_document(d) for d in documents if d])
     np.testing.assert_array_equal(np.concatenate(inputs), expected)
     assert bytes(np.concatenate(targets).astype(np.uint8)) == b"".join(documents)
+
+
+def test_the_start_of_one_pass_is_a_sample():
+    """Not the corpus's first files, and the same whatever seed training has."""
+    documents = [bytes([i]) for i in range(200)]
+    (first, *_), (other, *_) = (list(packed(documents, seed=seed)) for seed in (0, 1))
+    assert_same([first], [other])
+    seen = first["targets"][first["loss_mask"] > 0]
+    assert 60 < seen.mean() < 140 and seen.max() > 150
 
 
 def test_targets_follow_their_inputs_and_stop_at_a_documents_end():

@@ -31,6 +31,7 @@ def library(tmp_path_factory):
     (root / "package0" / "latin.py").write_bytes(b"# -*- coding: latin-1 -*- \xe9\n")
     (root / "package0" / "empty.py").write_text("")
     (root / "package0" / "notes.txt").write_text("no")
+    (root / "_sysconfigdata__linux_x86_64-linux-gnu.py").write_text("no = 1")
     for left_out in ("site-packages/numpy", "test", "package1/tests"):
         (root / left_out).mkdir(parents=True)
         (root / left_out / "no.py").write_text("no = 1")
@@ -111,7 +112,7 @@ def test_batches_of_it(config):
     assert dataset.vocab_size == 257
     batches = list(dataset)
     data = b"".join(bytes(b["targets"][b["loss_mask"] > 0].astype(np.uint8)) for b in batches)
-    assert data == split_bytes(config, "validation")
+    assert sorted(data.splitlines()) == sorted(split_bytes(config, "validation").splitlines())
 
 
 def test_a_tfds_dataset_by_name(config, library, tmp_path):

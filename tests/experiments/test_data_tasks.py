@@ -88,6 +88,19 @@ def test_mqar(seq_len, num_pairs):
         assert len(set(fillers)) > 1000 and max(fillers) > 8000
 
 
+def test_mqar_of_mixed_sizes_trains_on_halves_and_tests_on_the_whole():
+    options = {"seq_len": 64, "num_pairs": 8, "min_pairs": 2}
+    task, drawn = examples("mqar", 300, **options)
+    sizes = [(len(inputs), int(mask.sum())) for inputs, _, mask in drawn]
+    assert set(sizes) == {(64, 8), (32, 4), (16, 2)} and task.row_length == 64
+    assert min(sizes.count(size) for size in set(sizes)) > 70
+    for inputs, targets, mask in drawn:
+        pairs = dict(zip(inputs[0 : 2 * int(mask.sum()) : 2], inputs[1 : 2 * int(mask.sum()) : 2]))
+        assert all(targets[q] == pairs[inputs[q]] for q in np.flatnonzero(mask))
+    _, held_out = examples("mqar", 50, split="test", **options)
+    assert {(len(inputs), int(mask.sum())) for inputs, _, mask in held_out} == {(64, 8)}
+
+
 def test_mqar_gaps_follow_the_power_law():
     """The first of one pair's gap is drawn with weight (gap + 1)^-0.99."""
     task = tasks.make_task("mqar", "train", seq_len=18, num_pairs=1)

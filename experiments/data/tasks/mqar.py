@@ -10,7 +10,7 @@ from [W/2, W), both without replacement. Each key comes once more, as a query, a
 nothing else counts. All other positions hold random tokens of the whole vocabulary, or 0.
 
 Figure 2 takes (N, D) in (64, 4), (128, 8), (256, 16), (512, 64), 100k training examples and 3k for
-testing, vocabulary 8192.
+testing, vocabulary 8192. The authors' later configs train on a mixture of them and test on each.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ from experiments.data.tasks import lengths
 @dataclasses.dataclass(frozen=True)
 class MQAR:
     """seq_len: N, even, at least 4 D.  num_pairs: D.  random_non_queries: fill with random tokens.
+    min_pairs: a training example has N and D, or both halved as often as leaves at least so many pairs, each as likely;
+    0: N and D alone, which is what the other splits have unless eval_min_pairs is given.
     Chance: 1/vocab_size, or 2/vocab_size knowing that answers are values.
     """
 
@@ -30,6 +32,8 @@ class MQAR:
     num_pairs: int = 4
     eval_seq_len: int = 0
     eval_num_pairs: int = 0
+    min_pairs: int = 0
+    eval_min_pairs: int = -1
     vocab_size: int = 8192
     power_a: float = 0.01
     random_non_queries: bool = True
@@ -47,8 +51,11 @@ class MQAR:
             w % 2 == 0 and w // 2 > d,
             f"vocab_size must be even and hold num_pairs={d} keys in [1, vocab_size/2), got {w}.",
         )
-        gaps = np.arange(1, (n - 2 * d) // 2 + 1, dtype=np.float64)
-        object.__setattr__(self, "_weights", gaps ** (self.power_a - 1.0))
+        sizes = [(n, d)]
+        while self.min_pairs > 0 and d // 2 >= self.min_pairs and n % 4 == d % 2 == 0:
+            n, d = n // 2, d // 2
+            sizes.append((n, d))
+        object.__setattr__(self, "_sizes", sizes)
 
     @property
     def chance(self) -> float:
@@ -59,20 +66,22 @@ class MQAR:
         return self.seq_len
 
     def example(self, rng: np.random.Generator):
-        half, d = self.vocab_size // 2, self.num_pairs
+        n, d = self._sizes[rng.integers(len(self._sizes))] if self.min_pairs > 0 else self._sizes[0]
+        half = self.vocab_size // 2
         keys = 1 + rng.choice(half - 1, d, replace=False)
         values = half + rng.choice(half, d, replace=False)
         # The d first arrivals of exponential clocks: drawing without replacement by weight.
-        arrivals = rng.standard_exponential(len(self._weights)) / self._weights
+        weights = np.arange(1.0, (n - 2 * d) // 2 + 1) ** (self.power_a - 1.0)
+        arrivals = rng.standard_exponential(len(weights)) / weights
         queries = 2 * d + 2 * np.argsort(arrivals)[:d]
         if self.random_non_queries:
-            inputs = rng.integers(0, self.vocab_size, self.seq_len)
+            inputs = rng.integers(0, self.vocab_size, n)
         else:
-            inputs = np.zeros(self.seq_len, np.int64)
+            inputs = np.zeros(n, np.int64)
         inputs[0 : 2 * d : 2], inputs[1 : 2 * d : 2] = keys, values
         inputs[queries] = keys
-        targets = np.zeros(self.seq_len, np.int64)
+        targets = np.zeros(n, np.int64)
         targets[queries] = values
-        mask = np.zeros(self.seq_len, np.float32)
+        mask = np.zeros(n, np.float32)
         mask[queries] = 1.0
         return inputs, targets, mask
