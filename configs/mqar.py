@@ -41,8 +41,8 @@ def get_config(arg: str = "delta_net"):
 
 
 def _pairs8(config):
-    # As many answers a step as 64 rows of 4 pairs give.
-    config.data.update({"seq_len": 128, "num_pairs": 8, "batch_size": 32})
+    # Easier examples among them, as the paper's authors train: softmax finds its two heads on those.
+    config.data.update({"seq_len": 128, "num_pairs": 8, "min_pairs": 1})
 
 
 def _full_vocabulary(config):

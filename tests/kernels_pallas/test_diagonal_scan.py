@@ -242,10 +242,17 @@ def test_published_workloads_trace():
         assert h.shape == x.shape and final.shape == (shape["B"], shape["D"])
 
 
-@pytest.mark.parametrize("part", tpu_compile.PARTS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) for n in SHAPES if n != "small"] + ["small"]
-)
+def _compiled():
+    """One in the fast suite; in CI every shape on one part, and the kernels on every part."""
+    for name in SHAPES:
+        for part in tpu_compile.PARTS:
+            marks = [] if (name, part) == ("small", "v6e") else [pytest.mark.slow]
+            if name != "small" and part != "v6e":
+                marks.append(pytest.mark.exhaustive)
+            yield pytest.param(name, part, marks=marks, id=f"{name}-{part}")
+
+
+@pytest.mark.parametrize("name, part", list(_compiled()))
 def test_kernels_compile_for_tpus(name, part):
     """Forward and backward, at published sizes, within the VMEM of the part, without spills, each array moved once."""
     shape = SHAPES[name]

@@ -171,8 +171,9 @@ def _marks(part, name, dtype):
     """In CI every shape on one part, and every kernel on every part."""
     if (part, name, dtype) in FAST:
         return []
-    everywhere = name in ("retnet_1.3b", "gla_1.3b") or part == "v6e" or dtype == jnp.float32
-    return [pytest.mark.slow] if everywhere else [pytest.mark.slow, pytest.mark.exhaustive]
+    everywhere = name in ("retnet_1.3b", "gla_1.3b") or part == "v6e"
+    in_ci = everywhere and dtype == jnp.bfloat16 or name == "mlstm_7b" and dtype == jnp.float32
+    return [pytest.mark.slow] if in_ci else [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 @pytest.mark.parametrize(

@@ -291,16 +291,19 @@ def check_trains(case: Case):
 
 def check_state(case: Case):
     """`init_state` is pure and has the structure, shapes and dtypes of every state returned, for any T."""
-    params = initial_params(case)
+    params = jax.eval_shape(lambda: initial_params(case))
     for dtype in (jnp.float32, jnp.bfloat16):
         mixer = case.make(dtype=dtype)
-        apply = functools.partial(mixer.apply, {"params": params}, layer=case.layer())
+
+        def apply(params, *arguments, mixer=mixer):
+            return mixer.apply({"params": params}, *arguments, layer=case.layer())
+
         empty = jax.eval_shape(lambda mixer=mixer: mixer.init_state(B))
         describe = functools.partial(jax.tree.map, lambda s: (s.shape, s.dtype))
         for length in (1, T):
             x_BTD = jax.ShapeDtypeStruct((B, length, D), dtype)
-            _, first = jax.eval_shape(apply, x_BTD)
-            _, next = jax.eval_shape(apply, x_BTD, None, empty)
+            _, first = jax.eval_shape(apply, params, x_BTD)
+            _, next = jax.eval_shape(apply, params, x_BTD, None, empty)
             assert describe(first) == describe(empty), f"T = {length}, {dtype.__name__}"
             assert describe(next) == describe(empty), f"T = {length}, {dtype.__name__}"
 
