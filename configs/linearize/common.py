@@ -84,7 +84,7 @@ def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
 def with_argument(config: ConfigDict, argument: str, **variants):
     """As configs.common's. Every method has
 
-    smollm   SmolLM2-135M-Instruct as the teacher, two rows of 512 and a fifth of the steps: minutes on two CPU cores
+    smollm   SmolLM2-135M-Instruct as the teacher, two rows of 512, a fifth of the steps and larger ones: minutes on two CPU cores
     gpu      longer: 1024 tokens a row, 16 rows, bfloat16 products, ten times the steps
     hybrid   every fourth layer stays softmax; half: every second
     small    for configs/linearize_teacher.py: 8 rows of 256, windows of 4, three times the steps
@@ -113,6 +113,7 @@ def _smollm(config):
     config.schedule.warmup_steps = 4
     for stage in config.linearize.stages.values():
         stage.steps = max(stage.steps // 5, 4)
+        stage.learning_rate = min(3 * stage.learning_rate, 1e-2)
 
 
 def _gpu(config):

@@ -2,7 +2,8 @@
 
     python -m experiments.linearize --config=configs/linearize/window.py:smollm
 
-Arguments: hybrid, smollm, gpu, tiny: configs/linearize/common.py.
+Arguments: softmax has no window either: the teacher with adapters, what training on this text is worth by itself; hybrid, smollm, gpu,
+tiny: configs/linearize/common.py.
 """
 
 from configs.linearize import common
@@ -10,4 +11,8 @@ from configs.linearize import common
 
 def get_config(arg: str = ""):
     config = common.get_config("attention(window=64)", {"lora": common.LORA_QKV, "steps": 200})
-    return common.with_argument(config, arg)
+
+    def softmax(config):
+        config.linearize.student = "attention"
+
+    return common.with_argument(config, arg, softmax=softmax)
