@@ -1,10 +1,6 @@
-"""The published orderings, on a small teacher trained here: about a quarter of an hour on two cores.
+"""The published orderings, on a small teacher trained here: about half an hour of one core.
 
-The same table by hand:
-
-    python -m experiments.train --config=configs/linearize_teacher.py --workdir=runs/teacher
-    python -m experiments.compare_linearizations --teacher=runs/teacher --argument=small --contexts=1024 --workdir=runs/orderings \\
-        --methods=liger,liger:ungated,window,liger:no_window,liger:feature_map,...
+The same table by hand: experiments/reports/linearize/make.sh, which also kept it there.
 """
 
 import jax
