@@ -53,7 +53,8 @@ def compare(
         print(f"{name}: perplexity {rows[name]['perplexity']:.3f}", flush=True)
     run_record.write_json(workdir / "table.json", rows)
     run_record.write_text(workdir / "table.md", table(rows, contexts))
-    decoding.picture({n: row["decoding"] for n, row in rows.items()}, workdir / "decoding.png")
+    if len(contexts) > 1:
+        decoding.picture({n: row["decoding"] for n, row in rows.items()}, workdir / "decoding.png")
     return rows
 
 

@@ -11,5 +11,6 @@ python -m experiments.compare_linearizations --teacher=runs/teacher --argument=s
     --methods=liger,window,liger:ungated,liger:no_window,liger:feature_map,liger:hybrid,liger:half,window:softmax,lolcats,lolcats:no_transfer,hedgehog:map,hedgehog:t2r+map,hedgehog:elu_plus_one+map
 for name in smollm small; do
     mkdir -p $kept/$name
-    cp runs/$name/table.md runs/$name/table.json runs/$name/decoding.png $kept/$name/
+    cp runs/$name/table.md runs/$name/table.json $kept/$name/
 done
+cp runs/smollm/decoding.png $kept/smollm/
