@@ -12,7 +12,7 @@ is done is read again, and a run that was stopped goes on. The table, table.md a
     trained           parameters of the largest stage;   tokens: read in all stages
     tokens/s, state   decoding one sequence after 1k, 8k and 32k tokens of context, and its state's bytes
 
-decoding.png has time and memory against the context.
+decoding.png has time and memory against the context, where there are several.
 """
 
 from pathlib import Path
