@@ -348,9 +348,8 @@ def before(
         tail = x_BTX[:, T - min(count - (hop - 1) * T, T) :]
         parts.append(ranks.send(tail, [(place, place + hop) for place in range(W - hop)]))
     missing = count - sum(part.shape[1] for part in parts)
-    if missing:
-        parts.insert(0, jnp.zeros_like(x_BTX, shape=(x_BTX.shape[0], missing, *x_BTX.shape[2:])))
-    tokens = jnp.concatenate(parts, axis=1)
+    nothing = jnp.zeros_like(x_BTX, shape=(x_BTX.shape[0], missing, *x_BTX.shape[2:]))
+    tokens = jnp.concatenate([nothing, *parts], axis=1)
     if initial is None:
         return tokens
     entered = jnp.concatenate([initial.astype(x_BTX.dtype), jnp.zeros_like(tokens)], axis=1)

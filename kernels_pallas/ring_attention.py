@@ -53,12 +53,10 @@ def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
     reach = min(window - 1, (W - 1) * T)
     payload = *kv, segment_ids_BT
     packed = exchanges.pack(payload, lead=2)
-    parts = [packed]
-    if reach:
-        parts.insert(0, exchanges.before(ranks, packed, reach))
-        if not causal:
-            behind = exchanges.before(ranks.backwards(), packed[:, ::-1], reach)
-            parts.append(behind[:, ::-1])
+    parts = [exchanges.before(ranks, packed, reach), packed]
+    if not causal:
+        behind = exchanges.before(ranks.backwards(), packed[:, ::-1], reach)
+        parts.append(behind[:, ::-1])
     k_BSGK, v_BSGV, segment_BS = exchanges.unpack(jnp.concatenate(parts, axis=1), payload, lead=2)
     S = k_BSGK.shape[1]
     position_S = ranks.index * T - reach + jnp.arange(S, dtype=jnp.int32)

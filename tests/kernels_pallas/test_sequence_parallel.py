@@ -181,6 +181,15 @@ def test_causal_conv(width, T):
         assert_close(got, truth(CASES["causal_conv"], inputs, ids), TOLERANCE["float32"])
 
 
+def test_a_convolution_of_width_one_needs_no_tokens_before():
+    x, w = np.arange(32, dtype=np.float32).reshape(2, 8, 2), np.array([[2.0, -1.0]], np.float32)
+    ids, nothing = _documents(8, "packed"), np.zeros((2, 0, 2), np.float32)
+    inputs = {"x": x, "w": w, "initial_state": nothing}
+    y, tail = jax.jit(_over_ranks("causal_conv", 2, None).call)(inputs, segment_ids=ids)
+    np.testing.assert_array_equal(y, x * w)
+    assert tail.shape == nothing.shape
+
+
 def _attention(attend, inputs, **keywords):
     """As a recurrence, for the suite: a softmax layer has no state."""
     qkv = (inputs[name] for name in "qkv")
