@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import socket
 import threading
@@ -125,7 +126,9 @@ def test_processes_meet():
 def test_missing_processes_are_named():
     for text in meet([(0, 4), (2, 4)], timeout=1.0):
         assert "waited 1 s for 4 processes; missing: 1, 3. Here: 0 (" in text and "2 (" in text
-    with pytest.raises(ValueError, match=r"process 1 waited 1 s for process 0 at localhost:\d+"):
+    with pytest.raises(
+        rendezvous.Incomplete, match=r"process 1 waited 1 s for process 0 at lo\w+:\d+"
+    ):
         rendezvous.Member(("localhost", free_port()), 1, 2, 1.0, None)
 
 
@@ -134,6 +137,32 @@ def test_processes_that_disagree_are_told():
     assert all("both are process 0" in text for text in meet([(0, 3), (0, 3)]))
     with socket.create_server(("", 0)) as taken, pytest.raises(ValueError, match="cannot listen"):
         rendezvous.Hub(taken.getsockname()[1], 2, 1.0, lambda: "")
+
+
+def test_a_failure_that_would_come_again_is_everybodys_exit_code(monkeypatch):
+    """A scheduler that sees a 5 beside a 2 would start them all again, for ever."""
+    monkeypatch.setattr(rendezvous, "_SETTLE", 0.1)
+    monkeypatch.setattr(rendezvous, "_GRACE", 0.1)
+    for code, followed in ((2, 2), (3, 3), (4, 5), (1, 5)):
+        ended, members, port = [], {}, free_port()
+        monkeypatch.setattr(rendezvous.os, "_exit", ended.append)
+        hub = rendezvous.Hub(port, 3, 20.0, lambda: "here:1")
+
+        def join(i, members=members, hub=hub, port=port):
+            mine = hub if i == 0 else None
+            members[i] = rendezvous.Member(("localhost", port), i, 3, 20.0, mine)
+
+        threads = [threading.Thread(target=join, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            echo = pool.submit(members[2].fail, "Gloo: gone", 1, True)
+            assert members[1].fail("the cause", code, False) is None
+        reason, exit_code = echo.result()
+        assert "the cause" in reason and exit_code == followed
+        assert members[0]._heard.wait(60) and ended == [followed]
 
 
 class Device:
