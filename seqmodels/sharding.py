@@ -84,7 +84,8 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     """A mesh with the given size for each of MESH_AXES; one of them may be -1: whatever devices are left.
 
     Raises:
-      ValueError: an unknown axis, or sizes whose product is not the number of devices; the numbers are given.
+      ValueError: an unknown axis, sizes whose product is not the number of devices, or axes that JAX cannot lay along the torus
+        that the devices form; the numbers are given.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: 1 for axis in MESH_AXES} | dict(sizes)
@@ -102,7 +103,15 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
         )
     shape = [len(devices) // fixed if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES]
     # Linen's logical constraints need Auto axes; jax.make_mesh defaults to Explicit ones.
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
+    except NotImplementedError as error:
+        torus = " x ".join(str(len(set(at))) for at in zip(*(d.coords for d in devices)))
+        raise ValueError(
+            f"mesh {given} cannot be laid on these devices: the size of every axis must be a product of some of the slice's "
+            f"dimensions {torus}"
+        ) from error
 
 
 _OPTIONS = contextvars.ContextVar("options")
@@ -136,7 +145,7 @@ def axes_of(letter: str, size: int) -> tuple[str, ...]:
     """The mesh axes in scope over which a dimension of activations is split, by its letter: B, T, H and G for heads, D for their
     channels, W for words; t is time where tokens do not meet, of which the pipeline's stages each take a part.
 
-    None where the size does not divide: then every device has all of it.
+    () where the size does not divide: then every device has all of it.
     """
     candidates = {
         "B": BATCH_AXES,
