@@ -131,28 +131,9 @@ def delta_rule(
 
     In bfloat16 the output is rounded once more than on one device.
     """
-    name = "delta_rule"
-    arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
-    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
-    q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids = exchanges.varying(
-        axis_name, q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids
-    )
-
-    def operator(v_BTHX, start_BHKX):
-        return kernels_pallas.delta_rule(
-            q_BTHK,
-            k_BTHK,
-            v_BTHX,
-            beta_BTH,
-            log_decay,
-            scale=scale,
-            initial_state=start_BHKX,
-            segment_ids=segment_ids,
-            chunk_size=chunk_size,
-            implementation=implementation,
-        )
-
-    return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
+    inputs = q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids
+    keywords = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
+    return _by_map(kernels_pallas.delta_rule, inputs, (axis_name, exchange, blocks), keywords)
 
 
 def diagonal_plus_low_rank(
@@ -173,29 +154,10 @@ def diagonal_plus_low_rank(
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels_pallas.diagonal_plus_low_rank` with time split over `axis_name`: as `delta_rule` here, with its costs."""
-    name = "diagonal_plus_low_rank"
-    arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
-    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
-    inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids)
-    inputs = exchanges.varying(axis_name, *inputs)
-    q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids = inputs
-
-    def operator(v_BTHX, start_BHKX):
-        return kernels_pallas.diagonal_plus_low_rank(
-            q_BTHK,
-            k_BTHK,
-            v_BTHX,
-            a_BTHK,
-            b_BTHK,
-            log_decay,
-            scale=scale,
-            initial_state=start_BHKX,
-            segment_ids=segment_ids,
-            chunk_size=chunk_size,
-            implementation=implementation,
-        )
-
-    return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
+    inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids
+    keywords = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
+    operator = kernels_pallas.diagonal_plus_low_rank
+    return _by_map(operator, inputs, (axis_name, exchange, blocks), keywords)
 
 
 def diagonal_scan(
@@ -440,6 +402,22 @@ def zigzag_order(ranks: int, length: int) -> np.ndarray:
         )
     parts = np.arange(length).reshape(2 * ranks, -1)
     return np.concatenate([parts[[r, 2 * ranks - 1 - r]].reshape(-1) for r in range(ranks)])
+
+
+def _by_map(operator, inputs, how, keywords):
+    """A recurrence whose stretch maps a state by a matrix. inputs: q, k, v, the operator's own, initial_state, segment_ids."""
+    name = operator.__name__
+    arguments.check_qkv(name, *inputs[:3])
+    form = _form(name, *how, columns=inputs[2].shape[-1], matrix=True)
+    q_BTHK, k_BTHK, v_BTHV, *others, initial_state, segment_ids = exchanges.varying(
+        form.ranks.axis_name, *inputs
+    )
+
+    def run(v_BTHX, start_BHKX):
+        state = {"initial_state": start_BHKX, "segment_ids": segment_ids}
+        return operator(q_BTHK, k_BTHK, v_BTHX, *others, **state, **keywords)
+
+    return stretch_maps.by_map(name, form, run, q_BTHK, v_BTHV, initial_state, segment_ids)
 
 
 def _form(name, axis_name, exchange, blocks, columns, *, reverse=False, matrix=False):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import kept
+from kernels_pallas.linear_cross_entropy.reference import all_logits, capped
 from seqmodels import (
     blocks,
     channel_mixers,
@@ -133,13 +134,8 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def logits(self, x_BTD: Array, matrix: Array, layout: str) -> Array:
-        """Of the last hidden states; the sum over D is float32 whatever the dtype."""
-        logits_BTW = jnp.einsum(
-            f"btd,{layout.lower()}->btw", x_BTD, matrix, preferred_element_type=jnp.float32
-        )
-        if self.logit_softcap is not None:
-            logits_BTW = self.logit_softcap * jnp.tanh(logits_BTW / self.logit_softcap)
-        return logits_BTW
+        """Of the last hidden states; float32 whatever the dtype."""
+        return capped(all_logits(x_BTD, matrix, None, layout), self.logit_softcap)
 
     def _positions(self, shape, segment_ids_BT, state):
         if segment_ids_BT is None and shape[1] > self.learned_positions:
