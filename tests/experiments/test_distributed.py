@@ -352,6 +352,21 @@ def test_the_reason_of_one_is_the_reason_of_all(launcher, folder):
 
 
 @pytest.mark.exhaustive
+def test_killed_in_the_middle_of_a_save(launcher, folder):
+    """What is half written is no checkpoint, is removed, and its step is saved again."""
+    workdir, logs = folder / "half", folder / "half_logs"
+    go = arguments(folder, workdir, **MESH)
+    run = launcher.start(logs, go, **TWO, hook=("kill_in_the_save_of_step_12", 1))
+    assert run.wait(240) == {0: rendezvous.EXIT_CODE, 1: -9}
+    assert any((workdir / "checkpoints").glob("12.*tmp*"))
+    assert Checkpoints(workdir, training=False).steps() == [6]
+
+    assert launcher.start(logs, go, **TWO).wait(240) == {0: 0, 1: 0}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"6", "12"}
+    assert (workdir / "result.json").exists()
+
+
+@pytest.mark.exhaustive
 def test_process_0_killed(launcher, folder):
     """With it JAX's service dies, whose clients abort the process, with a reason of their own: whoever is first."""
     go = arguments(folder, folder / "headless", **MESH)
