@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.kept import kept
+
 EXCHANGES = ("all_gather", "all_scan", "ring")
 MOST_BLOCKS = 8  # of all_scan, where the caller does not say
 
@@ -217,8 +219,11 @@ def _entering(form, local, decay, ids):
 
 
 def exchange(form: Form, local, decay, ids):
-    """The state that enters, and whether (a flag a row, or None: yes) it is of the document of the rank before."""
-    return (_gather if form.exchange == "all_gather" else _scan)(form, local, decay, ids)
+    """The state that enters, and whether (a flag a row, or None: yes) it is of the document of the rank before.
+
+    Both are `kept`: where the rest of a layer is recomputed, nothing is sent a second time.
+    """
+    return kept((_gather if form.exchange == "all_gather" else _scan)(form, local, decay, ids))
 
 
 def exchange_back(form: Form, g, decay, joined_B):

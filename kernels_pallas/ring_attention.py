@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import exchanges, segments
+from kernels_pallas.kept import kept
 from kernels_pallas.softmax_attention import chunked
 from kernels_pallas.softmax_attention.visibility import Visibility
 
@@ -131,7 +132,7 @@ def _forward(static, q_BGRTK, k_BSGK, v_BSGV, visibility):
     running = chunked.nothing_seen(q_BGRTK, v_BSGV)
     carry = running, exchanges.pack(payload, lead=2)
     (running, packed), _ = lax.scan(hop, carry, length=ranks.count - 1)
-    o_BGRTV, log_sum_BGRT = chunked.output(see(running, packed))
+    o_BGRTV, log_sum_BGRT = kept(chunked.output(see(running, packed)))
     return o_BGRTV, (q_BGRTK, k_BSGK, v_BSGV, visibility, o_BGRTV, log_sum_BGRT)
 
 

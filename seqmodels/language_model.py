@@ -61,7 +61,7 @@ class LanguageModel(nn.Module):
     learned_positions: how many places in a document have a learned vector, added to the token's (GPT-2); None: there are none.
     logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
     remat: what the backward pass recomputes: "none", "full" (every block from its input), "operators" (all but operators'
-      results and the states between their chunks), "dots" (all but projections).
+      results and the states between their chunks and between the mesh's parts of time), "dots" (all but projections).
     scan_layers: compile a repeated group of blocks once and scan over it.
     dtype, param_dtype: of activations and matmuls, and of parameters. Logits are float32.
     """
