@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-EXIT_CODE = 5  # of a process that stops because another one failed
+EXIT_CODE = 5  # of a process that stops because another one failed or is missing
 FINAL = (
     2,
     3,
-)  # exit codes of what starting again would meet again: then all exit with them, and no scheduler tries
+)  # codes of what a new start would meet again: all exit with them, so that no scheduler tries
 _SETTLE = 1.0  # seconds from the first failure heard of to the verdict: what failed and what followed from it
 _GRACE = 5.0  # seconds for the verdict to reach everybody
 
