@@ -61,6 +61,7 @@ class Hub:
                 "Give --coordinator another port"
             ) from error
         self._writers, self._names, self._done, self._failures = {}, {}, set(), []
+        self._started = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
 
@@ -78,6 +79,7 @@ class Hub:
                 waited = time.monotonic() - started
                 self._failures.append(_Failure(None, self._missing(waited), EXIT_CODE))
             if not self._failures:
+                self._started = True
                 self._tell({"start": self._jax_address()})
                 await self._until(lambda: len(self._done) == self._count)
             if self._failures:
@@ -128,6 +130,10 @@ class Hub:
             who = json.loads(line)
             process, count, name = who["process"], who["count"], who["name"]
         except (ValueError, TypeError, KeyError):
+            return None
+        if self._started:
+            reason = f"the run on this port has all its processes and takes no {name}: give --coordinator another port, or wait"
+            writer.write(_encode({"stop": reason, "of": [None], "code": EXIT_CODE}))
             return None
         if count != self._count:
             reason = f"{name} counts {count} processes, process 0 counts {self._count}"

@@ -2,6 +2,7 @@ import concurrent.futures
 import json
 import socket
 import threading
+import time
 
 import jax
 import numpy as np
@@ -139,30 +140,44 @@ def test_processes_that_disagree_are_told():
         rendezvous.Hub(taken.getsockname()[1], 2, 1.0, lambda: "")
 
 
-def test_a_failure_that_would_come_again_is_everybodys_exit_code(monkeypatch):
+def together(count):
+    """The port of a hub, and its members once all have come."""
+    port = free_port()
+    hub = rendezvous.Hub(port, count, 20.0, lambda: "here:1")
+
+    def join(i):
+        mine = hub if i == 0 else None
+        return rendezvous.Member(("localhost", port), i, count, 20.0, mine)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return port, list(pool.map(join, range(count)))
+
+
+def test_a_process_of_another_run_does_not_end_one_that_is_under_way():
+    port, members = together(2)
+    for process, count in ((1, 2), (2, 3)):
+        with pytest.raises(rendezvous.Incomplete, match="has all its processes and takes no "):
+            rendezvous.Member(("localhost", port), process, count, 20.0, None)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(rendezvous.Member.leave, members))
+    assert not any(member._verdict for member in members)
+
+
+@pytest.mark.parametrize("code, followed", [(2, 2), (3, 3), (4, 5), (1, 5)])
+def test_a_failure_that_would_come_again_is_everybodys_exit_code(monkeypatch, code, followed):
     """A scheduler that sees a 5 beside a 2 would start them all again, for ever."""
+    ended = []
+    monkeypatch.setattr(rendezvous.os, "_exit", ended.append)
     monkeypatch.setattr(rendezvous, "_SETTLE", 0.1)
     monkeypatch.setattr(rendezvous, "_GRACE", 0.1)
-    for code, followed in ((2, 2), (3, 3), (4, 5), (1, 5)):
-        ended, members, port = [], {}, free_port()
-        monkeypatch.setattr(rendezvous.os, "_exit", ended.append)
-        hub = rendezvous.Hub(port, 3, 20.0, lambda: "here:1")
-
-        def join(i, members=members, hub=hub, port=port):
-            mine = hub if i == 0 else None
-            members[i] = rendezvous.Member(("localhost", port), i, 3, 20.0, mine)
-
-        threads = [threading.Thread(target=join, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            echo = pool.submit(members[2].fail, "Gloo: gone", 1, True)
-            assert members[1].fail("the cause", code, False) is None
-        reason, exit_code = echo.result()
-        assert "the cause" in reason and exit_code == followed
-        assert members[0]._heard.wait(60) and ended == [followed]
+    _, (other, failing, following) = together(3)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        cause = pool.submit(failing.fail, "the cause", code, False)
+        while not other._hub._failures:
+            time.sleep(0.01)
+        reason, exit_code = following.fail("Gloo: gone", 1, True)
+    assert "the cause" in reason and exit_code == followed and cause.result() is None
+    assert other._heard.wait(60) and set(ended) == {followed}
 
 
 class Device:
