@@ -2,8 +2,9 @@
 
 A checkpoint holds three parts: "params", "training" (step and optimizer state) and "data" (a JSON file for each share of the batch that
 a process reads). All processes write it and read it, in one folder; it can be restored on another mesh and by another number of
-processes, data position included. Saving runs in the background. A step's directory appears by a rename once all of it is written, so a process killed at any moment leaves whole
-checkpoints and at most one temporary directory, which the next training run removes.
+processes, data position included. Saving runs in the background. A step's directory appears by a rename once all of it is
+written, so a process killed at any moment leaves whole checkpoints and at most one temporary directory, which the next training
+run removes.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 0    done
 2    a mistake of the user's: an unknown flag, field, name or file; one message, no traceback
 3    the loss was not finite           4    a checkpoint could not be written
-5    another process of the run failed; its reason is printed
+5    another process of the run failed, or is missing; its reason is printed. Where its own code is 2 or 3, so is everybody's
 130, 143   stopped by Ctrl-C, SIGTERM, after saving (with several processes always 143)
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import distributed, run_record
+from experiments import distributed, rendezvous, run_record
 from experiments.checkpoints import SaveFailed, is_disk_full
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -85,8 +85,8 @@ def run(
     try:
         app.run(quiet_main, flags_parser=lambda argv: _explained(parse, argv))
     except (Exception, KeyboardInterrupt) as error:
-        distributed.fail(error)
         code, message = _exit_code(error)
+        distributed.fail(error, code)
         if message is None and not distributed.label():
             raise
         if message is None:
@@ -188,7 +188,7 @@ def _explained(function, argv):
     try:
         return function(argv)
     except (ValueError, FileNotFoundError) as error:
-        if isinstance(error, UserError) or not _raised_by_us(error):
+        if isinstance(error, (UserError, rendezvous.Incomplete)) or not _raised_by_us(error):
             raise
         raise UserError(str(error)) from error
 
@@ -202,7 +202,13 @@ def _raised_by_us(error: BaseException) -> bool:
 
 def _exit_code(error: BaseException) -> tuple[int, str | None]:
     """The exit code, and what to tell: None is a traceback."""
-    for kind, code in ((UserError, 2), (NonFiniteLoss, 3), (SaveFailed, 4)):
+    codes = {
+        UserError: 2,
+        NonFiniteLoss: 3,
+        SaveFailed: 4,
+        rendezvous.Incomplete: rendezvous.EXIT_CODE,
+    }
+    for kind, code in codes.items():
         if isinstance(error, kind):
             return code, str(error)
     if isinstance(error, OSError) and is_disk_full(error):

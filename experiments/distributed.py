@@ -37,7 +37,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from experiments.rendezvous import EXIT_CODE, Hub, Member, some
+from experiments.rendezvous import Hub, Member, some
 
 _TPU_PORT = 8482  # free on TPU VMs: the runtime uses others
 _ENVIRONMENT = {
@@ -109,7 +109,8 @@ def detect(given: Mapping[str, str | int | None], environment: Mapping[str, str]
 def session(options: flags.FlagValues) -> Iterator[None]:
     """Between all processes' start and the end of the last of them, if there are several; before any other use of JAX.
 
-    An exception tells all others, which then end with exit code 5 and its reason, wherever they are.
+    An exception tells all others, which then end with its reason, wherever they are: with its exit code where starting again would
+    not help (2 and 3), else with 5.
     """
     job = _job(options)
     if job is None:
@@ -124,15 +125,19 @@ def session(options: flags.FlagValues) -> Iterator[None]:
     _end()
 
 
-def fail(error: BaseException) -> None:
-    """Where there are several processes: tells the others, and ends this one if it fails only because of another."""
+def fail(error: BaseException, code: int) -> None:
+    """Where there are several processes: tells the others, and ends this one if it fails only because of another.
+
+    code: with which this one is about to exit.
+    """
     if _member is None:
         return
     echo = isinstance(error, jax.errors.JaxRuntimeError)
-    reason = _member.fail(f"{type(error).__name__}: {error}"[:2000], echo)
-    if reason and echo:
+    others = _member.fail(f"{type(error).__name__}: {error}"[:2000], code, echo)
+    if others and echo:
+        reason, code = others
         print(f"error: {_member.label} stops: {reason}", file=sys.stderr, flush=True)
-        os._exit(EXIT_CODE)
+        os._exit(code)
 
 
 def end(code: int) -> None:

@@ -44,7 +44,7 @@ _BATCH = flags.DEFINE_list("batch_size", [], "rows of the global batch; the conf
 _TOKENS = flags.DEFINE_integer(
     "tokens_per_device",
     None,
-    "make rows so many, and so long, that each device has that many tokens of one",
+    "make rows so many, and so long, that each device has that many tokens of the batch",
     lower_bound=1,
 )
 _SWEEP = flags.DEFINE_bool(

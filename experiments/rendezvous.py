@@ -4,8 +4,9 @@ Process 0 keeps a hub; every process, 0 included, connects to it and stays conne
 needs this company: where a process is missing it aborts without saying which, and a killed one it notices by heartbeats that
 stay away, a minute or two later, and without a reason. A connection that closes is noticed at once.
 
-Messages are JSON, one a line. To the hub: who one is; then {"failed": reason, "echo": whether it may follow from another's failure}
-or {"done": true}. From the hub: {"start": the address for JAX's service}; then {"stop": reasons, "of": whose} or {"finish": true}.
+Messages are JSON, one a line. To the hub: who one is; then {"failed": reason, "code": own exit code, "echo": whether it may follow
+from another's failure} or {"done": true}. From the hub: {"start": the address for JAX's service}; then {"stop": reasons, "of": whose,
+"code": with which to exit} or {"finish": true}.
 """
 
 import asyncio
@@ -17,10 +18,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-EXIT_CODE = 5  # of a process that stops because another one failed
+EXIT_CODE = 5  # of a process that stops because another one failed or is missing
+FINAL = (
+    2,
+    3,
+)  # codes of what a new start would meet again: all exit with them, so that no scheduler tries
 _SETTLE = 1.0  # seconds from the first failure heard of to the verdict: what failed and what followed from it
 _GRACE = 5.0  # seconds for the verdict to reach everybody
+
+
+class Incomplete(ValueError):
+    """Not all processes came, or not all stayed until the start; starting again may help."""
+
+
+class _Failure(NamedTuple):
+    """process: None where it is nobody's in particular. code: of its exit."""
+
+    process: int | None
+    text: str
+    code: int
+    echo: bool = False
 
 
 class Hub:
@@ -42,6 +61,7 @@ class Hub:
                 "Give --coordinator another port"
             ) from error
         self._writers, self._names, self._done, self._failures = {}, {}, set(), []
+        self._started = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
 
@@ -56,16 +76,18 @@ class Hub:
             started = time.monotonic()
             await self._until(lambda: len(self._writers) == self._count, self._timeout)
             if not self._failures and len(self._writers) < self._count:
-                self._failures.append((None, self._missing(time.monotonic() - started), False))
+                waited = time.monotonic() - started
+                self._failures.append(_Failure(None, self._missing(waited), EXIT_CODE))
             if not self._failures:
+                self._started = True
                 self._tell({"start": self._jax_address()})
                 await self._until(lambda: len(self._done) == self._count)
             if self._failures:
                 await asyncio.sleep(_SETTLE)
-                causes = [failure for failure in self._failures if not failure[2]]
-                causes = causes or self._failures
-                reasons = "\n".join(dict.fromkeys(reason for _, reason, _ in causes))
-                self._tell({"stop": reasons, "of": [process for process, _, _ in causes]})
+                causes = [f for f in self._failures if not f.echo] or self._failures
+                reasons = "\n".join(dict.fromkeys(f.text for f in causes))
+                code = min((f.code for f in causes if f.code in FINAL), default=EXIT_CODE)
+                self._tell({"stop": reasons, "of": [f.process for f in causes], "code": code})
             else:
                 self._tell({"finish": True})
             await self._until(lambda: not self._writers, _GRACE, despite_failures=True)
@@ -91,14 +113,14 @@ class Hub:
             while process is not None and (line := await reader.readline()):
                 message = json.loads(line)
                 if "failed" in message:
-                    self._fail(process, message["failed"], message["echo"])
+                    self._fail(process, message["failed"], message["code"], message["echo"])
                 else:
                     self._done.add(process)
                     self._changed.set()
         if process is not None:
             del self._writers[process]
-            if process not in self._done and process not in {who for who, _, _ in self._failures}:
-                self._fail(process, "ended without a word: killed, or its host is gone", False)
+            if process not in self._done and process not in {f.process for f in self._failures}:
+                self._fail(process, "ended without a word: killed, or its host is gone", EXIT_CODE)
             self._changed.set()
         writer.close()
 
@@ -109,6 +131,10 @@ class Hub:
             process, count, name = who["process"], who["count"], who["name"]
         except (ValueError, TypeError, KeyError):
             return None
+        if self._started:
+            reason = f"the run on this port has all its processes and takes no {name}: give --coordinator another port, or wait"
+            writer.write(_encode({"stop": reason, "of": [None], "code": EXIT_CODE}))
+            return None
         if count != self._count:
             reason = f"{name} counts {count} processes, process 0 counts {self._count}"
         elif process in self._names:
@@ -117,14 +143,14 @@ class Hub:
             self._names[process], self._writers[process] = name, writer
             self._changed.set()
             return process
-        self._failures.append((None, reason, False))
+        self._failures.append(_Failure(None, reason, 2))
         self._changed.set()
-        writer.write(_encode({"stop": reason, "of": [None]}))
+        writer.write(_encode({"stop": reason, "of": [None], "code": 2}))
         return None
 
-    def _fail(self, process: int, reason: str, echo: bool):
+    def _fail(self, process: int, reason: str, code: int, echo: bool = False):
         text = f"process {process} of {self._count} ({self._names[process]}): {reason}"
-        self._failures.append((process, text, echo))
+        self._failures.append(_Failure(process, text, code, echo))
         self._changed.set()
 
     def _missing(self, waited: float) -> str:
@@ -139,7 +165,8 @@ class Hub:
 class Member:
     """A process's connection to the hub. `start_at` is where JAX's service is to be.
 
-    Raises ValueError where process 0 does not answer, or where processes are missing.
+    Raises Incomplete where process 0 does not answer or processes are missing, ValueError where they disagree on how many they are or
+    which they are.
     """
 
     def __init__(
@@ -157,7 +184,7 @@ class Member:
         message = self._receive()
         if "start" not in message:
             self._wait_for_hub()
-            raise ValueError(message["stop"])
+            raise (ValueError if message["code"] in FINAL else Incomplete)(message["stop"])
         self.start_at = message["start"]
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -171,16 +198,19 @@ class Member:
         self._heard.wait()
         self._state = "leaving"
 
-    def fail(self, reason: str, echo: bool) -> str | None:
-        """Tells all others that this process fails. echo: perhaps only because another one did; then that one's reason is
-        returned, if there is one."""
+    def fail(self, reason: str, code: int, echo: bool) -> tuple[str, int] | None:
+        """Tells all others that this process fails, and will exit with `code`. echo: perhaps only because another one did.
+
+        Returns the reason of the others and the exit code that follows from it, where it was not this one that failed first.
+        """
         self._state = "failing"
         with contextlib.suppress(OSError):
-            self._send({"failed": reason, "echo": echo})
+            self._send({"failed": reason, "code": code, "echo": echo})
         self._heard.wait(_SETTLE + _GRACE)
         self._wait_for_hub()
-        others = self._verdict is not None and self.process not in self._verdict["of"]
-        return self._verdict["stop"] if others else None
+        if self._verdict is None or self.process in self._verdict["of"]:
+            return None
+        return self._verdict["stop"], self._verdict["code"]
 
     def _listen(self):
         message = self._receive()
@@ -189,9 +219,8 @@ class Member:
             if self._state == "running":
                 self._wait_for_hub()
                 print(f"error: {self.label} stops: {message['stop']}", file=sys.stderr, flush=True)
-                os._exit(
-                    EXIT_CODE
-                )  # the main thread may hang in a collective that nobody else joins
+                # The main thread may hang in a collective that nobody else joins.
+                os._exit(message["code"])
         self._heard.set()
 
     def _receive(self) -> dict:
@@ -199,7 +228,7 @@ class Member:
             if line := self._lines.readline():
                 return json.loads(line)
         gone = f"process 0 of {self.count} ended without a word: killed, or its host is gone"
-        return {"stop": gone, "of": [0]}
+        return {"stop": gone, "of": [0], "code": EXIT_CODE}
 
     def _send(self, message: dict):
         self._socket.sendall(_encode(message))
@@ -221,7 +250,7 @@ def _connect(address: tuple[str, int], process: int, timeout: float) -> socket.s
         except OSError as error:  # not there yet, or its name not known yet
             waited = time.monotonic() - started
             if waited > timeout:
-                raise ValueError(
+                raise Incomplete(
                     f"process {process} waited {waited:.0f} s for process 0 at {address[0]}:{address[1]}: {error}. Process 0 is "
                     "missing, or the address is not its own; --distributed_timeout=SECONDS waits longer"
                 ) from error

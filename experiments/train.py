@@ -29,8 +29,9 @@ def main(argv):
     if jax.process_count() > 1 and not _WORKDIR.value:
         raise cli.UserError("several processes need one --workdir, in a folder that all share")
     workdir = Path(_WORKDIR.value or run_record.default_workdir(_config_path()))
-    if _RESUME.value and not any((workdir / "checkpoints").glob("[0-9]*")):
-        raise cli.UserError(f"--resume: {workdir / 'checkpoints'} holds no checkpoint")
+    saved = workdir / "checkpoints"
+    if _RESUME.value and not any(path.name.isdigit() for path in saved.glob("*")):
+        raise cli.UserError(f"--resume: {saved} holds no checkpoint")
     result = loop.train(_CONFIG.value, workdir)
     if jax.process_index() == 0:
         print(summary.text(result))

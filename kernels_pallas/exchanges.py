@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.kept import kept
+
 EXCHANGES = ("all_gather", "all_scan", "ring")
 MOST_BLOCKS = 8  # of all_scan, where the caller does not say
 
@@ -217,8 +219,11 @@ def _entering(form, local, decay, ids):
 
 
 def exchange(form: Form, local, decay, ids):
-    """The state that enters, and whether (a flag a row, or None: yes) it is of the document of the rank before."""
-    return (_gather if form.exchange == "all_gather" else _scan)(form, local, decay, ids)
+    """The state that enters, and whether (a flag a row, or None: yes) it is of the document of the rank before.
+
+    Both are `kept`: where the rest of a layer is recomputed, nothing is sent a second time.
+    """
+    return kept((_gather if form.exchange == "all_gather" else _scan)(form, local, decay, ids))
 
 
 def exchange_back(form: Form, g, decay, joined_B):
@@ -348,9 +353,8 @@ def before(
         tail = x_BTX[:, T - min(count - (hop - 1) * T, T) :]
         parts.append(ranks.send(tail, [(place, place + hop) for place in range(W - hop)]))
     missing = count - sum(part.shape[1] for part in parts)
-    if missing:
-        parts.insert(0, jnp.zeros_like(x_BTX, shape=(x_BTX.shape[0], missing, *x_BTX.shape[2:])))
-    tokens = jnp.concatenate(parts, axis=1)
+    nothing = jnp.zeros_like(x_BTX, shape=(x_BTX.shape[0], missing, *x_BTX.shape[2:]))
+    tokens = jnp.concatenate([nothing, *parts], axis=1)
     if initial is None:
         return tokens
     entered = jnp.concatenate([initial.astype(x_BTX.dtype), jnp.zeros_like(tokens)], axis=1)

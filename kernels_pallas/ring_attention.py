@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import exchanges, segments
+from kernels_pallas.kept import kept
 from kernels_pallas.softmax_attention import chunked
 from kernels_pallas.softmax_attention.visibility import Visibility
 
@@ -53,12 +54,10 @@ def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
     reach = min(window - 1, (W - 1) * T)
     payload = *kv, segment_ids_BT
     packed = exchanges.pack(payload, lead=2)
-    parts = [packed]
-    if reach:
-        parts.insert(0, exchanges.before(ranks, packed, reach))
-        if not causal:
-            behind = exchanges.before(ranks.backwards(), packed[:, ::-1], reach)
-            parts.append(behind[:, ::-1])
+    parts = [exchanges.before(ranks, packed, reach), packed]
+    if not causal:
+        behind = exchanges.before(ranks.backwards(), packed[:, ::-1], reach)
+        parts.append(behind[:, ::-1])
     k_BSGK, v_BSGV, segment_BS = exchanges.unpack(jnp.concatenate(parts, axis=1), payload, lead=2)
     S = k_BSGK.shape[1]
     position_S = ranks.index * T - reach + jnp.arange(S, dtype=jnp.int32)
@@ -133,7 +132,7 @@ def _forward(static, q_BGRTK, k_BSGK, v_BSGV, visibility):
     running = chunked.nothing_seen(q_BGRTK, v_BSGV)
     carry = running, exchanges.pack(payload, lead=2)
     (running, packed), _ = lax.scan(hop, carry, length=ranks.count - 1)
-    o_BGRTV, log_sum_BGRT = chunked.output(see(running, packed))
+    o_BGRTV, log_sum_BGRT = kept(chunked.output(see(running, packed)))
     return o_BGRTV, (q_BGRTK, k_BSGK, v_BSGV, visibility, o_BGRTV, log_sum_BGRT)
 
 

@@ -19,6 +19,9 @@ Signatures are those of `kernels_pallas`, and so are results and all gradients, 
                  sequence, the same on all ranks, from one all-reduce that is left out where it is not used.
   segment_ids    this rank's; documents may span any number of ranks. Ids of 32 bits.
 
+Under `jax.checkpoint` the backward pass would repeat an exchange. A policy that saves what has the name `kept.NAME` keeps the
+states that entered and a ring's output, and sends them once; gathered keys, of which there are W times as many, it gathers again.
+
 All ranks have stretches of one length, any length. Operators run through the public functions, so that every implementation
 serves. A stretch's document borders and its ranks' are handled here; nothing else crosses from one rank to another. Every
 function raises ValueError, before anything is compiled, for an unknown exchange, an axis that is not mapped, or blocks that
@@ -131,28 +134,9 @@ def delta_rule(
 
     In bfloat16 the output is rounded once more than on one device.
     """
-    name = "delta_rule"
-    arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
-    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
-    q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids = exchanges.varying(
-        axis_name, q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids
-    )
-
-    def operator(v_BTHX, start_BHKX):
-        return kernels_pallas.delta_rule(
-            q_BTHK,
-            k_BTHK,
-            v_BTHX,
-            beta_BTH,
-            log_decay,
-            scale=scale,
-            initial_state=start_BHKX,
-            segment_ids=segment_ids,
-            chunk_size=chunk_size,
-            implementation=implementation,
-        )
-
-    return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
+    inputs = q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids
+    keywords = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
+    return _by_map(kernels_pallas.delta_rule, inputs, (axis_name, exchange, blocks), keywords)
 
 
 def diagonal_plus_low_rank(
@@ -173,29 +157,10 @@ def diagonal_plus_low_rank(
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels_pallas.diagonal_plus_low_rank` with time split over `axis_name`: as `delta_rule` here, with its costs."""
-    name = "diagonal_plus_low_rank"
-    arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
-    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1], matrix=True)
-    inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids)
-    inputs = exchanges.varying(axis_name, *inputs)
-    q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids = inputs
-
-    def operator(v_BTHX, start_BHKX):
-        return kernels_pallas.diagonal_plus_low_rank(
-            q_BTHK,
-            k_BTHK,
-            v_BTHX,
-            a_BTHK,
-            b_BTHK,
-            log_decay,
-            scale=scale,
-            initial_state=start_BHKX,
-            segment_ids=segment_ids,
-            chunk_size=chunk_size,
-            implementation=implementation,
-        )
-
-    return stretch_maps.by_map(name, form, operator, q_BTHK, v_BTHV, initial_state, segment_ids)
+    inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids
+    keywords = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
+    operator = kernels_pallas.diagonal_plus_low_rank
+    return _by_map(operator, inputs, (axis_name, exchange, blocks), keywords)
 
 
 def diagonal_scan(
@@ -440,6 +405,22 @@ def zigzag_order(ranks: int, length: int) -> np.ndarray:
         )
     parts = np.arange(length).reshape(2 * ranks, -1)
     return np.concatenate([parts[[r, 2 * ranks - 1 - r]].reshape(-1) for r in range(ranks)])
+
+
+def _by_map(operator, inputs, how, keywords):
+    """A recurrence whose stretch maps a state by a matrix. inputs: q, k, v, the operator's own, initial_state, segment_ids."""
+    name = operator.__name__
+    arguments.check_qkv(name, *inputs[:3])
+    form = _form(name, *how, columns=inputs[2].shape[-1], matrix=True)
+    q_BTHK, k_BTHK, v_BTHV, *others, initial_state, segment_ids = exchanges.varying(
+        form.ranks.axis_name, *inputs
+    )
+
+    def run(v_BTHX, start_BHKX):
+        state = {"initial_state": start_BHKX, "segment_ids": segment_ids}
+        return operator(q_BTHK, k_BTHK, v_BTHX, *others, **state, **keywords)
+
+    return stretch_maps.by_map(name, form, run, q_BTHK, v_BTHV, initial_state, segment_ids)
 
 
 def _form(name, axis_name, exchange, blocks, columns, *, reverse=False, matrix=False):

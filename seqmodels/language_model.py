@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import kept
+from kernels_pallas.linear_cross_entropy.reference import all_logits, capped
 from seqmodels import (
     blocks,
     channel_mixers,
@@ -60,7 +61,7 @@ class LanguageModel(nn.Module):
     learned_positions: how many places in a document have a learned vector, added to the token's (GPT-2); None: there are none.
     logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
     remat: what the backward pass recomputes: "none", "full" (every block from its input), "operators" (all but operators'
-      results and the states between their chunks), "dots" (all but projections).
+      results and the states between their chunks and between the mesh's parts of time), "dots" (all but projections).
     scan_layers: compile a repeated group of blocks once and scan over it.
     dtype, param_dtype: of activations and matmuls, and of parameters. Logits are float32.
     """
@@ -133,13 +134,8 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def logits(self, x_BTD: Array, matrix: Array, layout: str) -> Array:
-        """Of the last hidden states; the sum over D is float32 whatever the dtype."""
-        logits_BTW = jnp.einsum(
-            f"btd,{layout.lower()}->btw", x_BTD, matrix, preferred_element_type=jnp.float32
-        )
-        if self.logit_softcap is not None:
-            logits_BTW = self.logit_softcap * jnp.tanh(logits_BTW / self.logit_softcap)
-        return logits_BTW
+        """Of the last hidden states; float32 whatever the dtype."""
+        return capped(all_logits(x_BTD, matrix, None, layout), self.logit_softcap)
 
     def _positions(self, shape, segment_ids_BT, state):
         if segment_ids_BT is None and shape[1] > self.learned_positions:

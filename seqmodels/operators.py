@@ -103,26 +103,35 @@ def _key_heads(x_BTGK: Array, v_BTHV: Array) -> Array:
     return x_BTGK
 
 
-def linear_attention(
+def _matrix_recurrence(
+    name: str,
     q_BTHK: Array,
     k_BTHK: Array,
     v_BTHV: Array,
-    log_decay: Array | None = None,
-    *,
+    others: dict[str, tuple[Array, str]],
+    log_decay: Array | None,
     initial_state: Array | None = None,
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """`kernels_pallas.linear_attention`; keywords are its scale, chunk_size and implementation."""
+    """Of the operators whose state is (B, H, K, V); `others` are the arrays that only one of them has."""
     arrays = {
         "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
         "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
         "v_BTHV": (v_BTHV, "BTHV"),
+        **others,
         "log_decay": _log_decay(log_decay),
         "initial_state": (initial_state, "BHKV"),
         "segment_ids": (segment_ids, "BT"),
     }
-    return _operator("linear_attention", arrays, ("BTHV", "BHKV"), **keywords)
+    return _operator(name, arrays, ("BTHV", "BHKV"), **keywords)
+
+
+def linear_attention(
+    q_BTHK: Array, k_BTHK: Array, v_BTHV: Array, log_decay: Array | None = None, **keywords
+) -> tuple[Array, Array]:
+    """`kernels_pallas.linear_attention`, with its keywords."""
+    return _matrix_recurrence("linear_attention", q_BTHK, k_BTHK, v_BTHV, {}, log_decay, **keywords)
 
 
 def delta_rule(
@@ -131,22 +140,11 @@ def delta_rule(
     v_BTHV: Array,
     beta_BTH: Array,
     log_decay: Array | None = None,
-    *,
-    initial_state: Array | None = None,
-    segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """`kernels_pallas.delta_rule`; keywords are its scale, chunk_size and implementation."""
-    arrays = {
-        "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
-        "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
-        "v_BTHV": (v_BTHV, "BTHV"),
-        "beta_BTH": (beta_BTH, "BTH"),
-        "log_decay": _log_decay(log_decay),
-        "initial_state": (initial_state, "BHKV"),
-        "segment_ids": (segment_ids, "BT"),
-    }
-    return _operator("delta_rule", arrays, ("BTHV", "BHKV"), **keywords)
+    """`kernels_pallas.delta_rule`, with its keywords."""
+    others = {"beta_BTH": (beta_BTH, "BTH")}
+    return _matrix_recurrence("delta_rule", q_BTHK, k_BTHK, v_BTHV, others, log_decay, **keywords)
 
 
 def diagonal_plus_low_rank(
@@ -156,23 +154,13 @@ def diagonal_plus_low_rank(
     a_BTHK: Array,
     b_BTHK: Array,
     log_decay: Array | None = None,
-    *,
-    initial_state: Array | None = None,
-    segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """`kernels_pallas.diagonal_plus_low_rank`; keywords are its scale, chunk_size and implementation."""
-    arrays = {
-        "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
-        "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
-        "v_BTHV": (v_BTHV, "BTHV"),
-        "a_BTHK": (a_BTHK, "BTHK"),
-        "b_BTHK": (b_BTHK, "BTHK"),
-        "log_decay": _log_decay(log_decay),
-        "initial_state": (initial_state, "BHKV"),
-        "segment_ids": (segment_ids, "BT"),
-    }
-    return _operator("diagonal_plus_low_rank", arrays, ("BTHV", "BHKV"), **keywords)
+    """`kernels_pallas.diagonal_plus_low_rank`, with its keywords."""
+    others = {"a_BTHK": (a_BTHK, "BTHK"), "b_BTHK": (b_BTHK, "BTHK")}
+    return _matrix_recurrence(
+        "diagonal_plus_low_rank", q_BTHK, k_BTHK, v_BTHV, others, log_decay, **keywords
+    )
 
 
 def diagonal_scan(

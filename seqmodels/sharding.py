@@ -21,6 +21,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.experimental import compute_on
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -31,6 +32,13 @@ TIME_AXIS = "seq"
 HEAD_AXIS = "tensor"
 STAGE_AXIS = "pipe"
 MESH_AXES = (STAGE_AXIS, *BATCH_AXES, TIME_AXIS, HEAD_AXIS)
+QUIETEST_FIRST = (
+    "data",
+    STAGE_AXIS,
+    "fsdp",
+    TIME_AXIS,
+    HEAD_AXIS,
+)  # by how much their devices tell each other
 COPY_AXES = ("data", TIME_AXIS)  # what holds copies of the parameters, unless ZeRO splits them
 
 RULES = (
@@ -83,8 +91,11 @@ class Options:
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     """A mesh with the given size for each of MESH_AXES; one of them may be -1: whatever devices are left.
 
+    Several TPU slices, or several hosts with GPUs, share an outer part of `data` where that divides, else of the next axes.
+
     Raises:
-      ValueError: an unknown axis, or sizes whose product is not the number of devices; the numbers are given.
+      ValueError: an unknown axis, sizes whose product is not the number of devices, or axes that cannot be laid along the torus of
+        a slice; the numbers are given.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: 1 for axis in MESH_AXES} | dict(sizes)
@@ -102,7 +113,45 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
         )
     shape = [len(devices) // fixed if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES]
     # Linen's logical constraints need Auto axes; jax.make_mesh defaults to Explicit ones.
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = _slices(devices)
+    between = _between_slices(shape, len(slices))
+    within = [size // ways for size, ways in zip(shape, between)]
+    try:
+        parts = [jax.make_mesh(within, MESH_AXES, types, devices=part).devices for part in slices]
+    except NotImplementedError as error:
+        torus = " x ".join(str(len(set(at))) for at in zip(*(d.coords for d in slices[0])))
+        raise ValueError(
+            f"mesh {given} cannot be laid on these devices: the size of every axis must be a product of some of the slice's "
+            f"dimensions {torus}"
+            + (f", times a divisor of {len(slices)} slices" if slices[1:] else "")
+        ) from error
+    laid = np.stack(parts).reshape(*between, *within)
+    pairs = [axis for i in range(len(shape)) for axis in (i, len(shape) + i)]
+    return Mesh(laid.transpose(pairs).reshape(shape), MESH_AXES, axis_types=types)
+
+
+def _slices(devices) -> list[list]:
+    """Devices that fast links join: a TPU slice's, or a host's GPUs. jax.make_mesh takes those of one at a time."""
+    slices = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(set(map(len, slices.values()))) > 1:
+        counts = ", ".join(f"{index}: {len(part)}" for index, part in sorted(slices.items()))
+        raise ValueError(
+            f"the slices (of GPUs: hosts) have different numbers of devices ({counts}), over which no mesh can be laid: use as many "
+            "of each"
+        )
+    return [slices[index] for index in sorted(slices)]
+
+
+def _between_slices(shape: list[int], slices: int) -> list[int]:
+    """Of each mesh axis, how many parts lie in slices of their own; the quietest axes come first."""
+    between = [1] * len(shape)
+    for axis in map(MESH_AXES.index, QUIETEST_FIRST):
+        between[axis] = math.gcd(shape[axis], slices)
+        slices //= between[axis]
+    return between
 
 
 _OPTIONS = contextvars.ContextVar("options")
@@ -136,7 +185,7 @@ def axes_of(letter: str, size: int) -> tuple[str, ...]:
     """The mesh axes in scope over which a dimension of activations is split, by its letter: B, T, H and G for heads, D for their
     channels, W for words; t is time where tokens do not meet, of which the pipeline's stages each take a part.
 
-    None where the size does not divide: then every device has all of it.
+    () where the size does not divide: then every device has all of it.
     """
     candidates = {
         "B": BATCH_AXES,

@@ -1,6 +1,7 @@
 """Which programs a plan compiles: a config on slices, meshes, exchanges and batch sizes; and what is wrong before any is."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -29,15 +30,16 @@ def parse_mesh(text: str) -> dict[str, int]:
     Raises:
       ValueError: not of that form, or no such axis; says which there are.
     """
-    sizes = dict.fromkeys(sharding.MESH_AXES, 1)
+    sizes = {}
     for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in sizes or not size.lstrip("-").isdigit():
+        found = re.fullmatch(r"(\w+)=(-?[0-9]+)", part)
+        if not found or found[1] not in sharding.MESH_AXES or found[1] in sizes:
             raise ValueError(
-                f"mesh {text!r}: expected axes and sizes, such as data=8,fsdp=16; the axes are {', '.join(sizes)}"
+                f"mesh {text!r}: expected axes and sizes, each axis once, such as data=8,fsdp=16; the axes are "
+                f"{', '.join(sharding.MESH_AXES)}"
             )
-        sizes[axis] = int(size)
-    return sizes
+        sizes[found[1]] = int(found[2])
+    return dict.fromkeys(sharding.MESH_AXES, 1) | sizes
 
 
 def make(
@@ -50,7 +52,7 @@ def make(
 ) -> Case:
     """One case; what is None is the config's.
 
-    tokens_per_device: as many rows as the mesh has parts of a batch, each as long as the parts of time have tokens together.
+    tokens_per_device: of the batch, in rows of that many tokens for each part of time.
 
     Raises:
       ValueError: sizes that do not fit together; says which.
@@ -69,17 +71,7 @@ def make(
             config.data.seq_len = tokens_per_device * ways
             config.train.accumulate = 1
         config.data.eval_batch_size = 0
-    try:
-        program = steps.build(config, config.data.seq_len, where.devices)
-    except (
-        NotImplementedError
-    ) as error:  # of JAX, which lays mesh axes along the dimensions of the torus
-        shape = " x ".join(map(str, where.shape))
-        raise ValueError(
-            f"mesh {_named(config.mesh)} cannot be laid on {where.topology}: the size of every axis must be a product of some of "
-            f"the slice's dimensions {shape}"
-        ) from error
-    return Case(config, where, program)
+    return Case(config, where, steps.build(config, config.data.seq_len, where.devices))
 
 
 def sweep(
@@ -133,8 +125,9 @@ def advice(row: Row) -> list[str]:
     if free > 0 and row["remat"] != "full":
         ways.append("config.model.remat=full, which recomputes layers in the backward pass")
     if free > 0 and rows > row["accumulate"]:
-        times = row["accumulate"] * 2 ** math.ceil(math.log2(max(rest / free, 2)))
-        ways.append(f"config.train.accumulate={min(times, rows)}: the same batch in smaller pieces")
+        times = row["accumulate"] * max(rest / free, 2)
+        pieces = next(n for n in range(1, rows + 1) if rows % n == 0 and n >= min(times, rows))
+        ways.append(f"config.train.accumulate={pieces}: the same batch in smaller pieces")
     elif free > 0:
         ways.append("a larger seq axis, since a device has one row already")
     if state > limit / 2 and row["zero"] < 3 and mesh.get("data", 1) * mesh.get("seq", 1) > 1:

@@ -141,7 +141,10 @@ def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> Non
         scaling(rows, folder / "scaling.png")
 
 
-_CASE = ("devices", "topology", "seq_len", "batch_size", "mesh", "exchange", "zero", "pattern", "remat", "accumulate")  # fmt: skip
+_CASE = (
+    "devices", "topology", "seq_len", "batch_size", "mesh", "exchange", "zero", "pattern", "remat", "accumulate", "parameters",
+    "state_bytes",
+)  # fmt: skip
 
 
 def _key(row: Row) -> str:

@@ -15,7 +15,7 @@ import jax
 # What is slow to import, and starts no thread and no JAX backend.
 import matplotlib.pyplot  # noqa: F401
 
-from experiments import cli, loop, plots, run_record  # noqa: F401
+from experiments import checkpoints, cli, loop, plots, run_record  # noqa: F401
 from experiments.data import tokenizers  # noqa: F401
 from tests.experiments import tiny  # noqa: F401
 
@@ -100,6 +100,20 @@ def kill_at_step_8(step, workdir):
         while not (workdir / "checkpoints" / "6").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_the_save_of_step_12(step, workdir):
+    """kill -9, once the checkpoint's temporary folder is there."""
+
+    async def save(self, directory):
+        async def write():
+            await directory.await_creation()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return write()
+
+    if step == 12:
+        checkpoints.DataPosition.save = save
 
 
 def sigterm_at_step_2(step, workdir):

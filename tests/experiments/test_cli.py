@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import cli, run_record
+from experiments import cli, rendezvous, run_record
 from tests.experiments import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +101,17 @@ def python(*arguments):
     )
 
 
+def test_a_process_that_is_missing_is_no_mistake_of_the_programs():
+    """Its exit code asks for another start; all is told without a traceback."""
+
+    def start(argv):
+        raise rendezvous.Incomplete("waited 300 s for 4 processes; missing: 2")
+
+    with pytest.raises(rendezvous.Incomplete) as error:
+        cli._explained(start, [])
+    assert cli._exit_code(error.value) == (5, "waited 300 s for 4 processes; missing: 2")
+
+
 def test_a_typo_ends_the_program_with_code_2_and_no_traceback(tmp_path):
     config = "--config=configs/quickstart.py:smoke"
     done = python(
@@ -119,6 +130,7 @@ def test_train_evaluate_and_generate_as_a_user_calls_them(tmp_path):
         f"def get_config(arg=''):\n    return tiny.make_config(Path({str(tmp_path)!r}))\n"
     )
     train = ("experiments.train", f"--config={tmp_path / 'config.py'}", workdir)
+    (tmp_path / "run" / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
     refused = python(*train, "--resume")
     assert refused.returncode == 2 and "holds no checkpoint" in refused.stderr
     trained = python(*train, "--config.train.steps=4")

@@ -1,6 +1,8 @@
+import concurrent.futures
 import json
 import socket
 import threading
+import time
 
 import jax
 import numpy as np
@@ -125,7 +127,9 @@ def test_processes_meet():
 def test_missing_processes_are_named():
     for text in meet([(0, 4), (2, 4)], timeout=1.0):
         assert "waited 1 s for 4 processes; missing: 1, 3. Here: 0 (" in text and "2 (" in text
-    with pytest.raises(ValueError, match=r"process 1 waited 1 s for process 0 at localhost:\d+"):
+    with pytest.raises(
+        rendezvous.Incomplete, match=r"process 1 waited 1 s for process 0 at lo\w+:\d+"
+    ):
         rendezvous.Member(("localhost", free_port()), 1, 2, 1.0, None)
 
 
@@ -134,6 +138,46 @@ def test_processes_that_disagree_are_told():
     assert all("both are process 0" in text for text in meet([(0, 3), (0, 3)]))
     with socket.create_server(("", 0)) as taken, pytest.raises(ValueError, match="cannot listen"):
         rendezvous.Hub(taken.getsockname()[1], 2, 1.0, lambda: "")
+
+
+def together(count):
+    """The port of a hub, and its members once all have come."""
+    port = free_port()
+    hub = rendezvous.Hub(port, count, 20.0, lambda: "here:1")
+
+    def join(i):
+        mine = hub if i == 0 else None
+        return rendezvous.Member(("localhost", port), i, count, 20.0, mine)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return port, list(pool.map(join, range(count)))
+
+
+def test_a_process_of_another_run_does_not_end_one_that_is_under_way():
+    port, members = together(2)
+    for process, count in ((1, 2), (2, 3)):
+        with pytest.raises(rendezvous.Incomplete, match="has all its processes and takes no "):
+            rendezvous.Member(("localhost", port), process, count, 20.0, None)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(rendezvous.Member.leave, members))
+    assert not any(member._verdict for member in members)
+
+
+@pytest.mark.parametrize("code, followed", [(2, 2), (3, 3), (4, 5), (1, 5)])
+def test_a_failure_that_would_come_again_is_everybodys_exit_code(monkeypatch, code, followed):
+    """A scheduler that sees a 5 beside a 2 would start them all again, for ever."""
+    ended = []
+    monkeypatch.setattr(rendezvous.os, "_exit", ended.append)
+    monkeypatch.setattr(rendezvous, "_SETTLE", 0.1)
+    monkeypatch.setattr(rendezvous, "_GRACE", 0.1)
+    _, (other, failing, following) = together(3)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        cause = pool.submit(failing.fail, "the cause", code, False)
+        while not other._hub._failures:
+            time.sleep(0.01)
+        reason, exit_code = following.fail("Gloo: gone", 1, True)
+    assert "the cause" in reason and exit_code == followed and cause.result() is None
+    assert other._heard.wait(60) and set(ended) == {followed}
 
 
 class Device:
@@ -320,6 +364,21 @@ def test_the_reason_of_one_is_the_reason_of_all(launcher, folder):
     assert run.wait(240) == {0: rendezvous.EXIT_CODE, 1: 1}
     assert "KeyError: 'no such document'" in run.log(0) and "stops: process 1 of 2 (" in run.log(0)
     assert "Traceback" in run.log(1) and "no such document" in run.log(1)
+
+
+@pytest.mark.exhaustive
+def test_killed_in_the_middle_of_a_save(launcher, folder):
+    """What is half written is no checkpoint, is removed, and its step is saved again."""
+    workdir, logs = folder / "half", folder / "half_logs"
+    go = arguments(folder, workdir, **MESH)
+    run = launcher.start(logs, go, **TWO, hook=("kill_in_the_save_of_step_12", 1))
+    assert run.wait(240) == {0: rendezvous.EXIT_CODE, 1: -9}
+    assert any((workdir / "checkpoints").glob("12.*tmp*"))
+    assert Checkpoints(workdir, training=False).steps() == [6]
+
+    assert launcher.start(logs, go, **TWO).wait(240) == {0: 0, 1: 0}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"6", "12"}
+    assert (workdir / "result.json").exists()
 
 
 @pytest.mark.exhaustive

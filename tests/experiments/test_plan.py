@@ -247,13 +247,19 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(tmp_path):
     assert "remat=full" in said and "accumulate=4" in said and "parallel.zero=3" in said
     assert "does not fit" in report.text(ROW)
     report.save(tmp_path, "python -m experiments.plan", [ROW], [])
-    report.save(tmp_path, "again", [ROW, ROW | {"batch_size": 32}], ["fsdp=4: too large"])
+    larger = ROW | {"batch_size": 32, "parameters": 20}  # another model of the same pattern
+    new = [ROW, ROW | {"batch_size": 32}, larger]
+    report.save(tmp_path, "again", new, ["fsdp=4: too large"])
     kept = json.loads((tmp_path / "plan.json").read_text())
-    assert [(r["batch_size"], r["command"]) for r in kept["plans"]] == [
-        (32, "again"),
-        (64, "again"),
+    assert [(r["batch_size"], r["parameters"], r["command"]) for r in kept["plans"]] == [
+        (32, 10, "again"),
+        (32, 20, "again"),
+        (64, 10, "again"),
     ]
     assert "DOES NOT FIT" in (tmp_path / "tables.md").read_text()
+    # Six rows a device; 31 GiB where there is room for 8: four pieces, but 4 does not divide 6.
+    few = ROW | {"batch_size": 24, "needed_bytes": 55 << 30}
+    assert "accumulate=6:" in cases.verdict(few)
     long = ROW | {"batch_size": 4, "remat": "full", "state_bytes": {"parameters": 1 << 30}}
     assert cases.advice(long)[0].startswith("a larger seq axis")
     fits = ROW | {"needed_bytes": 30 << 30, "estimate": {"tokens_per_second": 1.0}}
@@ -267,14 +273,19 @@ def test_mistakes_are_found_before_compiling():
         parts.find("v6e:3x3")
     with pytest.raises(ValueError, match="give one of v5e, v5p"):
         parts.find("h100:2x2")
-    with pytest.raises(ValueError, match="such as data=8,fsdp=16; the axes are pipe, data"):
-        cases.parse_mesh("dta=8")
+    for text in ("dta=8", "data", "data=--8", "data=2,data=2", "data=\N{SUPERSCRIPT TWO}"):
+        with pytest.raises(ValueError, match="such as data=8,fsdp=16; the axes are pipe, data"):
+            cases.parse_mesh(text)
+    assert cases.parse_mesh("fsdp=-1,seq=2") == dict(pipe=1, data=1, fsdp=-1, seq=2, tensor=1)
     with pytest.raises(ValueError, match="does not fit 4 devices"):
         cases.make(config, where, cases.parse_mesh("fsdp=8"))
     with pytest.raises(ValueError, match="not divisible by 4"):
         cases.make(config, where, cases.parse_mesh("fsdp=-1"), batch_size=6)
     with pytest.raises(ValueError, match="a product of some of the slice's dimensions 2 x 4 x 4"):
         cases.make(config, slice_of("v5p:2x4x4"), cases.parse_mesh("data=2,fsdp=8,seq=2"))
+    with pytest.raises(ValueError, match="a product of some of the slice's dimensions 2 x 4 x 4"):
+        mesh = cases.parse_mesh("data=2,fsdp=8,seq=2")
+        cases.make(config, slice_of("v5p:2x4x4"), mesh, tokens_per_device=1024)
     long = cases.make(config, where, cases.parse_mesh("fsdp=2,seq=2"), "ring", None, 1024)
     assert (long.config.data.batch_size, long.config.data.seq_len) == (2, 2048)
     row = compiled.described(long)

@@ -1,5 +1,6 @@
 """Operators over a mesh axis against the definition on one device, in float64; and what the compiled programs send."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from kernels_pallas import causal_conv, sequence_parallel, softmax_attention, targets
+from kernels_pallas import causal_conv, kept, sequence_parallel, softmax_attention, targets
 from tests.kernels_pallas import test_delta_rule, test_diagonal_scan, test_linear_attention
 from tests.kernels_pallas.conformance import (
     TOLERANCE,
@@ -179,6 +180,15 @@ def test_causal_conv(width, T):
         ids = _documents(T, kind)
         got = everything(_over_ranks("causal_conv", 8, None), None, inputs, ids)
         assert_close(got, truth(CASES["causal_conv"], inputs, ids), TOLERANCE["float32"])
+
+
+def test_a_convolution_of_width_one_needs_no_tokens_before():
+    x, w = np.arange(32, dtype=np.float32).reshape(2, 8, 2), np.array([[2.0, -1.0]], np.float32)
+    ids, nothing = _documents(8, "packed"), np.zeros((2, 0, 2), np.float32)
+    inputs = {"x": x, "w": w, "initial_state": nothing}
+    y, tail = jax.jit(_over_ranks("causal_conv", 2, None).call)(inputs, segment_ids=ids)
+    np.testing.assert_array_equal(y, x * w)
+    assert tail.shape == nothing.shape
 
 
 def _attention(attend, inputs, **keywords):
@@ -410,6 +420,38 @@ def test_what_is_sent(operator, exchange):
         assert kinds == (["collective-permute"] * (W + N - 2),) * 2
         assert received[0].tolist() == [0] + [4 * B * (state + 4 * N)] * (W - 1)
         assert received[1].tolist() == [4 * B * state] * (W - 1) + [0]
+
+
+@pytest.mark.parametrize(
+    "operator, exchange, sent",
+    [
+        ("linear_attention", "all_gather", {"all_gather": 2}),
+        ("delta_rule", "ring", {"collective_permute": 2 * 3}),
+        ("diagonal_scan", "all_gather", {"all_gather": 2}),
+        # A loop of one hop forward and of two backward, then home; two messages each to zigzag, to zigzag once more, from it, and
+        # for the gradients of both. The documents' ids at stretches' ends are gathered again.
+        ("softmax_attention", "ring", {"collective_permute": 1 + 3 + 5 * 2, "all_gather": 2}),
+    ],
+)
+def test_what_is_recomputed_is_not_sent_again(operator, exchange, sent):
+    """A backward pass that keeps operators' results and states has as many collectives as one that keeps everything."""
+    sizes = {name: (1, 32, 2, 4) for name in "qkv"} | {"beta": (1, 32, 2), "x": (1, 32, 6)}
+    names = NAMES | {"softmax_attention": "qkv", "diagonal_scan": "xx"}
+    inputs = [jax.ShapeDtypeStruct(sizes[name], jnp.float32) for name in names[operator]]
+
+    def call(ids, *inputs):
+        results = getattr(sequence_parallel, operator)(
+            *inputs, axis_name="seq", exchange=exchange, segment_ids=ids, implementation="chunked"
+        )
+        return results if operator == "softmax_attention" else results[0]
+
+    over_ranks = jax.shard_map(call, mesh=_mesh(4), in_specs=TIME, out_specs=TIME, check_vma=False)
+    policy = jax.checkpoint_policies.save_only_these_names(kept.NAME)
+    recomputed = jax.checkpoint(over_ranks, policy=policy)
+    gradients = jax.grad(lambda inputs, ids: jnp.sum(jnp.sin(recomputed(ids, *inputs))))
+    text = jax.jit(gradients).lower(inputs, _documents(32, "whole")[:1]).as_text()
+    kinds = re.findall(r'stablehlo\.(all_gather|collective_permute)"?\(', text)
+    assert collections.Counter(kinds) == sent
 
 
 @pytest.mark.slow

@@ -4,15 +4,36 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from configs import common
 from experiments import steps
 from kernels_pallas import tpu_compile
+from seqmodels import sharding
 
 ROWS, TIME = 8, 512
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+
+
+def test_a_mesh_over_several_slices():
+    """The axes whose devices talk least span them. GPUs of several hosts look the same to JAX."""
+    tpu_compile.devices("v6e:2x2")  # prepares the environment
+    two = topologies.get_topology_desc("v6e:2x2", platform="tpu", num_slices=2).devices
+
+    def slices(devices=two, **sizes):
+        mesh = sharding.make_mesh(sizes, devices)
+        assert len(set(mesh.devices.flat)) == mesh.size == len(devices)
+        return np.vectorize(lambda d: d.slice_index)(mesh.devices).squeeze().tolist()
+
+    assert slices(data=2, fsdp=4) == slices(fsdp=2, seq=4) == [[0] * 4, [1] * 4]
+    assert slices(pipe=4, data=2) == [[0, 1]] * 4
+    assert slices(fsdp=8) == [0] * 4 + [1] * 4
+    assert slices(two[4:], fsdp=2, tensor=2) == [[1, 1], [1, 1]]
+    with pytest.raises(ValueError, match=r"different numbers of devices \(0: 4, 1: 2\)"):
+        slices(two[:6], data=6)
 
 
 def compiled(mesh, **parallel):
