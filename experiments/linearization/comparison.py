@@ -39,6 +39,11 @@ def compare(
         path = folder / "row.json"
         if path.exists():
             rows[name] = json.loads(path.read_text())
+            measured = tuple(row["context"] for row in rows[name]["decoding"])
+            if measured != tuple(contexts):
+                raise ValueError(
+                    f"{path} was measured at contexts {measured}, not {tuple(contexts)}: remove it, or take another --workdir"
+                )
         else:
             config = _config(methods[0] if name == TEACHER else name, argument)
             config.linearize.teacher = teacher
