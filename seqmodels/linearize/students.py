@@ -146,22 +146,27 @@ def seed_params(
     """
     if seed not in SEEDS:
         raise ValueError(f"unknown seed {seed!r}; choose one of {', '.join(SEEDS)}")
-    initial = jax.jit(lambda key: nn.unbox(student.init(key, jnp.zeros((1, 2), jnp.int32))))(key)
-    fresh_shared, fresh = layer_trees.split(student, initial["params"])
     shared, layers = layer_trees.split(source, params)
-    shared = fresh_shared | shared
-    pairs = zip(source.mixers, student.mixers, strict=True)
-    for i, (old, new) in enumerate(pairs):
-        if old == new:
-            continue
-        mixer = fresh[i]["mixer"]
+    pairs = enumerate(zip(source.mixers, student.mixers, strict=True))
+    changed = [i for i, (old, new) in pairs if old != new]
+
+    @jax.jit
+    def fresh(key):
+        """What the source has not; the rest is never made."""
+        initial = nn.unbox(student.init(key, jnp.zeros((1, 2), jnp.int32)))["params"]
+        others, own = layer_trees.split(student, initial)
+        others = {name: others[name] for name in others.keys() - shared.keys()}
+        return others, {i: own[i]["mixer"] for i in changed}
+
+    others, mixers_of = fresh(key)
+    for i, mixer in mixers_of.items():
         if seed == "auto":
-            mixer = _taken_over(old, new, layers[i]["mixer"], mixer)
+            mixer = _taken_over(student.mixers[i], layers[i]["mixer"], mixer)
         layers[i] = layers[i] | {"mixer": mixer}
-    return layer_trees.join(student, shared, layers)
+    return layer_trees.join(student, shared | others, layers)
 
 
-def _taken_over(old, new, source, mixer):
+def _taken_over(new, source, mixer):
     if issubclass(mixers.mixer_class(new.name), attention.Attention):
         theirs, own = partition.flatten(source), partition.flatten(mixer)
         fitting = {p: x for p, x in theirs.items() if p in own and own[p].shape == x.shape}
