@@ -65,12 +65,15 @@ def check_stages(config, plan: Plan, teacher: teachers.Teacher) -> None:
 
     row = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
     batch = {name: row for name in ("inputs", "targets", "segment_ids")}
+
+    def student(specs):
+        return language_model.from_config(students.student_config(teacher.model_config, specs))
+
+    student(plan.converted)  # checks the options of its mixers
     own = abstract(teacher.model)
     for name, specs in zip(plan.stages, plan.specs):
         try:
-            fields = students.student_config(teacher.model_config, specs)
-            student = abstract(language_model.from_config(fields))
-            task = tasks.make_task(config.linearize.stages[name], own, student)
+            task = tasks.make_task(config.linearize.stages[name], own, abstract(student(specs)))
             jax.eval_shape(task.loss, nn.unbox(task.boxed_params), task.frozen, batch)
         except ValueError as error:
             raise ValueError(f"linearize.stages.{name}: {error}") from error
