@@ -177,7 +177,14 @@ def _chosen(teacher, student):
 
 
 def _save_student(config, model_config, params, folder: Path) -> None:
-    """As a run's folder, with one checkpoint of step 0 that has parameters alone, in the place of an earlier one."""
+    """As a run's folder, with one checkpoint of step 0 that has parameters alone, in the place of an earlier one; a student that
+    somebody has trained further stays."""
+    earlier = Checkpoints(folder, keep=1, training=False)
+    trained_further = bool(earlier.latest_step())
+    earlier.close()
+    if trained_further:
+        print(f"{folder} was trained further since it was made: it stays as it is")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     config = config.copy_and_resolve_references()
     with config.unlocked():

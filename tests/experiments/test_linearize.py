@@ -20,7 +20,7 @@ from configs.linearize import (
     window,
 )
 from experiments import loop, pretrained, restore, run_record, steps
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import Checkpoints, TrainState
 from experiments.data import default_config
 from experiments.linearization import decoding, run, tasks, teachers
 from seqmodels import language_model
@@ -172,6 +172,12 @@ def test_a_student_that_was_trained_on_takes_the_earlier_ones_place(teacher_run,
     found, saved = student_of(tmp_path / "student")
     assert found.mixers == model.mixers
     jax.tree.map(np.testing.assert_array_equal, saved, params)
+    checkpoints = Checkpoints(tmp_path / "student", keep=1)
+    checkpoints.save(TrainState(np.array(3, np.int32), params, ()), pretrained.NothingRead())
+    checkpoints.close()
+    fewer = jax.tree.map(lambda x: x - 1.0, params)
+    run._save_student(config, model_config, fewer, tmp_path / "student")
+    jax.tree.map(np.testing.assert_array_equal, student_of(tmp_path / "student")[1], params)
 
 
 @pytest.mark.slow
