@@ -212,13 +212,13 @@ def write_workdir(workdir: Path, loaded: Loaded) -> Path:
     config.optimizer.learning_rate = 1e-5
     steps.build(config, config.data.seq_len)  # raises for what cannot be run
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()), _NothingRead())
+    checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()), NothingRead())
     checkpoints.close()
     run_record.save_config(workdir, config)
     return checkpoints.path(0)
 
 
-class _NothingRead:
+class NothingRead:
     """The data position of a run that has not begun, whatever its data will be."""
 
     def get_state(self):

@@ -25,7 +25,7 @@ def cross_entropy(
 
     over n <= m of the same document (Hedgehog, arXiv 2402.04347, eq. 5). With a window Q is LoLCATs' (arXiv 2410.10254, eq. 7):
     factor exp(q_m . k_n / sqrt(K) - c_m) for the `window` latest n, the above for those before, under one denominator.
-    q and k are those that softmax attention takes: rotated.
+    q and k are those that softmax attention takes: rotated. P is the target, and has no gradient.
 
     Queries are taken `chunk_size` at a time, and again in the backward pass: B x H x chunk_size x T weights are the most that is
     held. Returns two arrays (B, T, H), float32.
@@ -38,20 +38,21 @@ def cross_entropy(
     k_BTHK = jnp.repeat(k_BTGK, H // k_BTGK.shape[2], axis=2).astype(jnp.float32)
     phi_k_BTHF = phi_k_BTHF.astype(jnp.float32)
 
+    # The last query, over and over, fills up the last piece: its rows are as sound as any, and are cut off again.
+    index_NC = jnp.minimum(jnp.arange(N * chunk_size), T - 1).reshape(N, chunk_size)
+
     def pieces(x):
-        x = jnp.pad(x, ((0, 0), (0, N * chunk_size - T)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, N, chunk_size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x[:, index_NC], 1, 0)
 
     @jax.checkpoint
     def piece(_, inputs):
         index_C, run_BC, q_BCHK, phi_q_BCHF = inputs
         behind_CT = index_C[:, None] - jnp.arange(T)[None]
-        # Queries that pad the last piece see themselves' place, so that no row is empty.
         seen_BCT = (behind_CT >= 0)[None] & (run_BC[:, :, None] == run_BT[:, None])
-        seen_B1CT = (seen_BCT | (behind_CT >= T)[None] | (index_C >= T)[None, :, None])[:, None]
+        seen_B1CT = seen_BCT[:, None]
         logits_BHCT = jnp.einsum("bchk,bthk->bhct", q_BCHK.astype(jnp.float32), k_BTHK) * K**-0.5
         logits_BHCT = jnp.where(seen_B1CT, logits_BHCT, -jnp.inf)
-        log_P_BHCT = jax.nn.log_softmax(logits_BHCT)
+        log_P_BHCT = jax.lax.stop_gradient(jax.nn.log_softmax(logits_BHCT))
         P_BHCT = jnp.exp(log_P_BHCT)
         weight_BHCT = jnp.einsum("bchf,bthf->bhct", phi_q_BCHF.astype(jnp.float32), phi_k_BTHF)
         weight_BHCT = jnp.where(seen_B1CT, weight_BHCT, 0.0)
@@ -67,7 +68,6 @@ def cross_entropy(
         own_BHC = -jnp.sum(P_BHCT * jnp.where(seen_B1CT, log_P_BHCT, 0.0), axis=-1)
         return None, (cross_BHC, own_BHC)
 
-    index_NC = jnp.arange(N * chunk_size).reshape(N, chunk_size)
     _, found = jax.lax.scan(piece, None, (index_NC, *map(pieces, (run_BT, q_BTHK, phi_q_BTHF))))
 
     def whole(x_NBHC):

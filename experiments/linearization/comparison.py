@@ -33,14 +33,19 @@ def compare(
 
     change: applied to each method's config. A row that is there is read; a run that was stopped goes on.
     """
-    rows = {}
-    for name in (TEACHER, *methods):
+    rows, configs = {}, {TEACHER: _config(methods[0], argument)}
+    configs |= {name: _config(name, argument) for name in methods}  # told at once: a wrong name
+    for name, config in configs.items():
         folder = workdir / name.replace(":", "-").replace(",", "-")
         path = folder / "row.json"
         if path.exists():
             rows[name] = json.loads(path.read_text())
+            measured = tuple(row["context"] for row in rows[name]["decoding"])
+            if measured != tuple(contexts):
+                raise ValueError(
+                    f"{path} was measured at contexts {measured}, not {tuple(contexts)}: remove it, or take another --workdir"
+                )
         else:
-            config = _config(methods[0] if name == TEACHER else name, argument)
             config.linearize.teacher = teacher
             config.sample.length = 0
             change(config)

@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import loop, restore, run_record, steps
+from experiments import loop, pretrained, restore, run_record, steps
 from experiments.checkpoints import Checkpoints, TrainState
 from experiments.data import make_dataset
 from experiments.linearization import tasks, teachers
 from seqmodels import language_model, pattern
-from seqmodels.checkpoints_io import pretrained
+from seqmodels.checkpoints_io import own_layout
 from seqmodels.linearize import layer_trees, students
 
 
@@ -28,24 +31,52 @@ class Plan:
 
 
 def make_plan(config, teacher: language_model.LanguageModel) -> Plan:
-    """Raises ValueError for layers or options that are not there."""
+    """Raises ValueError for layers that are not there, or that a stage leaves out after another has converted them."""
     fields = config.linearize
     layers = students.choose_layers(teacher.mixers, fields.layers, fields.keep_every, fields.keep)
     names = tuple(sorted(fields.stages, key=lambda name: (len(name), name)))
     converted = students.student_specs(teacher, fields.student, layers)
-    specs = []
+    specs, up_to_here = [], ()
     for name in names:
-        up_to_here = layers
+        before, up_to_here = up_to_here, layers
         if subset := fields.stages[name].layers:
-            named = students.choose_layers(teacher.mixers, subset)
-            if wrong := sorted(set(named) - set(layers)):
+            up_to_here = students.choose_layers(teacher.mixers, subset)
+            if wrong := sorted(set(up_to_here) - set(layers)):
                 raise ValueError(
                     f"linearize.stages.{name}.layers has {wrong}, which linearize.layers does not convert: {list(layers)}"
                 )
-            up_to_here = named
+        if wrong := sorted(set(before) - set(up_to_here)):
+            raise ValueError(
+                f"linearize.stages.{name}.layers lacks {wrong}, which an earlier stage converts: name all that are converted by then"
+            )
         pairs = enumerate(zip(teacher.mixers, converted))
         specs.append(tuple(new if i in up_to_here else old for i, (old, new) in pairs))
     return Plan(names, tuple(specs), converted)
+
+
+def check_stages(config, plan: Plan, teacher: teachers.Teacher) -> None:
+    """Traces the loss of every stage, so that what the last one lacks is told before the first has run.
+
+    Raises ValueError for patterns that match nothing, losses that no layer gives, and what else does not fit.
+    """
+
+    def abstract(model):
+        return tasks.Model(model, nn.unbox(tasks.abstract_params(model)))
+
+    row = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
+    batch = {name: row for name in ("inputs", "targets", "segment_ids")}
+
+    def student(specs):
+        return language_model.from_config(students.student_config(teacher.model_config, specs))
+
+    student(plan.converted)  # checks the options of its mixers
+    own = abstract(teacher.model)
+    for name, specs in zip(plan.stages, plan.specs):
+        try:
+            task = tasks.make_task(config.linearize.stages[name], own, abstract(student(specs)))
+            jax.eval_shape(task.loss, nn.unbox(task.boxed_params), task.frozen, batch)
+        except ValueError as error:
+            raise ValueError(f"linearize.stages.{name}: {error}") from error
 
 
 def stage_config(config, name: str, model_config: dict[str, Any], last: bool) -> ConfigDict:
@@ -74,14 +105,12 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     workdir = Path(workdir)
     teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
     config = teachers.with_data(config, teacher)
-    if "tokenizer" not in config.data:
-        raise ValueError(
-            f"a linearization reads text; data.name is {config.data.name!r}: take python_stdlib, text or tfds"
-        )
     teachers.check_context(teacher.model_config, config.data.seq_len)
     plan = make_plan(config, teacher.model)
+    check_stages(config, plan, teacher)
     workdir.mkdir(parents=True, exist_ok=True)
-    run_record.save_config(workdir, config)
+    for change in run_record.save_config(workdir, config):
+        print(f"changed since this was started, for stages that are not done: {change}")
 
     own = tasks.Model(teacher.model, teacher.params)
     student, results = own, {}
@@ -108,10 +137,8 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     chosen_config = students.student_config(teacher.model_config, chosen.model.mixers)
     _save_student(config, chosen_config, chosen.params, workdir / "student")
     if config.linearize.export:
-        pretrained.save_pretrained(
-            workdir / "pretrained", chosen_config, chosen.params,
-            tokenizer_path=None if config.data.tokenizer == "bytes" else config.data.tokenizer,
-        )  # fmt: skip
+        found = pretrained.find(str(workdir / "student"))
+        pretrained.write(found, own_layout.MODEL_TYPE, workdir / "pretrained")
     result = {
         "student": str(workdir / "student"),
         "pattern": chosen_config["pattern"],
@@ -135,7 +162,7 @@ def _run_stage(config, name, teacher, student, workdir, devices):
         result = json.loads(done.read_text())
     else:
         result = loop.train(config, folder, devices, lambda *_: task)
-    result["trained_tokens"] = stage.steps * config.data.batch_size * config.data.seq_len
+    result["trained_tokens"] = result["steps"] * config.data.batch_size * config.data.seq_len
     config = loop.resolve(config, make_dataset(config.data, "validation"))
     program = steps.build(config, config.data.seq_len, devices, task)
     _, trained = restore.evaluation_params(program, config, folder)
@@ -149,22 +176,23 @@ def _chosen(teacher, student):
     return tasks.Model(model, layer_trees.join(model, found.shared, found.layers)), found.mix
 
 
-class _NoData:
-    """A data position for a run that was not trained on any."""
-
-    def get_state(self):
-        return {}
-
-
 def _save_student(config, model_config, params, folder: Path) -> None:
-    """As a run's folder, with one checkpoint of step 0 that has parameters alone."""
+    """As a run's folder, with one checkpoint of step 0 that has parameters alone, in the place of an earlier one; a student that
+    somebody has trained further stays."""
+    earlier = Checkpoints(folder, keep=1, training=False)
+    trained_further = bool(earlier.latest_step())
+    earlier.close()
+    if trained_further:
+        print(f"{folder} was trained further since it was made: it stays as it is")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model = ConfigDict(model_config)
     config.optimizer.name = "adamw"  # there is no optimizer's state to evaluate with
     run_record.save_config(folder, config)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     checkpoints = Checkpoints(folder, keep=1)
-    if checkpoints.latest_step() is None:
-        checkpoints.save(TrainState(np.zeros((), np.int32), params, ()), _NoData())
+    state = TrainState(np.zeros((), np.int32), params, ())
+    checkpoints.save(state, pretrained.NothingRead())
     checkpoints.close()

@@ -12,6 +12,8 @@ from seqmodels.linearize import lora, objectives, partition, transfer
 
 OBJECTIVES = ("transfer", "distill")
 STUDENT_ONLY = f"/{transfer.STUDENT}/"
+_TRANSFER_WEIGHTS = (*transfer.DISTANCES, "attention_map")
+_DISTILL_WEIGHTS = ("ce", "kl", "select_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ def make_task(stage, teacher: Model, student: Model) -> steps.Task:
     With objective "transfer" the tree is a `transfer.TransferModel`'s, and only its student's layers can be trained; with "distill" it
     is the student's, and the teacher's is beside it.
 
-    Raises ValueError for an unknown objective, a pattern that matches nothing, or a stage that trains nothing.
+    Raises ValueError for an unknown objective, a pattern that matches nothing, or a stage that trains nothing or to no end.
     """
     if stage.objective not in OBJECTIVES:
         raise ValueError(
@@ -37,6 +39,11 @@ def make_task(stage, teacher: Model, student: Model) -> steps.Task:
         )
     if not stage.train and not stage.lora:
         raise ValueError("the stage trains nothing: give `train` or `lora`, patterns of parameters")
+    weights = _TRANSFER_WEIGHTS if stage.objective == "transfer" else _DISTILL_WEIGHTS
+    if not any(stage[name] for name in weights):
+        raise ValueError(
+            f"the stage has no loss: a {stage.objective!r} needs a weight for one of {', '.join(weights)}"
+        )
     if stage.objective == "transfer":
         return _transfer_task(stage, teacher, student)
     return _distill_task(stage, teacher, student)
@@ -87,7 +94,8 @@ def _parts(stage, params, boxed, allowed=lambda path: True) -> _Parts:
     )  # fmt: skip
 
 
-def _boxed(model):
+def abstract_params(model) -> dict[str, Any]:
+    """A model's parameters, abstract, boxed with their logical axis names."""
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
 
@@ -100,29 +108,35 @@ def _nll_and_correct(model, params, batch):
 def _transfer_task(stage, teacher, student):
     model = transfer.make_model(teacher.model, student.model)
     both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
-    parts = _parts(stage, both, _boxed(model), lambda path: STUDENT_ONLY in path)
-    weights = {name: stage[name] for name in (*transfer.DISTANCES, "attention_map")}
+    parts = _parts(stage, both, abstract_params(model), lambda path: STUDENT_ONLY in path)
+    kept, boxed_kept = (
+        transfer.kept(model, (student.model, tree))
+        for tree in (student.params, abstract_params(student.model))
+    )
+    weights = {name: stage[name] for name in _TRANSFER_WEIGHTS}
 
     def loss(params, frozen, batch):
-        return objectives.transfer_loss(model, parts.whole(params, frozen), batch, weights)
+        whole = parts.whole(params, frozen["pairs"])
+        return objectives.transfer_loss(model, whole, batch, weights)
 
     def model_params(params, frozen):
-        return transfer.student_params(model, student.model, parts.whole(params, frozen))
+        whole = parts.whole(params, frozen["pairs"])
+        return transfer.student_params(model, student.model, whole, frozen["kept"])
 
     def token_losses(params, frozen, batch):
         return _nll_and_correct(student.model, model_params(params, frozen), batch)
 
     return steps.Task(
-        student.model, parts.boxed_params, parts.init, loss, token_losses, model_params,
-        parts.start, parts.frozen, parts.boxed_frozen,
+        student.model, parts.boxed_params, parts.init, loss, token_losses, model_params, parts.start,
+        {"pairs": parts.frozen, "kept": kept}, {"pairs": parts.boxed_frozen, "kept": boxed_kept},
     )  # fmt: skip
 
 
 def _distill_task(stage, teacher, student):
-    parts = _parts(stage, student.params, _boxed(student.model))
+    parts = _parts(stage, student.params, abstract_params(student.model))
     frozen, boxed_frozen = {"student": parts.frozen}, {"student": parts.boxed_frozen}
     if stage.kl:
-        frozen["teacher"], boxed_frozen["teacher"] = teacher.params, _boxed(teacher.model)
+        frozen["teacher"], boxed_frozen["teacher"] = teacher.params, abstract_params(teacher.model)
 
     def model_params(params, frozen):
         return parts.whole(params, frozen["student"])

@@ -19,7 +19,7 @@ A, B = "lora_A", "lora_B"
 
 
 def init(key: Array, boxed_params: dict[str, Any], pattern: str, rank: int) -> dict[str, Any]:
-    """Boxed adapters of every Dense kernel whose path `pattern` matches: A (..., in, r) ~ U(-sqrt(3/in), sqrt(3/in)), B (..., r, out)
+    """Boxed adapters of every `kernel` of two axes whose path `pattern` matches, as Dense layers' are: A (..., in, r) ~ U(-sqrt(3/in), sqrt(3/in)), B (..., r, out)
     zeros, float32, so that at first they add nothing.
 
     boxed_params: as `Module.init` gives them; only shapes and names are read. Leading axes are the scan's.

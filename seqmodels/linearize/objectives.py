@@ -100,6 +100,6 @@ def selection_penalty(params: dict[str, Any], target: int, power: float = 2.0) -
         )
     r_L = jax.nn.sigmoid(jnp.concatenate(logits))
     rounded_L = r_L + jax.lax.stop_gradient(jnp.round(r_L) - r_L)
-    # The absolute value from below by a hair: its power's gradient at 0 is infinite for a power under 1.
+    # A hair off zero, where the gradient of a power under 1 is infinite.
     polar = jnp.sum(1.0 - (jnp.abs(2.0 * r_L - 1.0) + 1e-6) ** power)
     return jnp.square(jnp.sum(rounded_L) - target) + polar

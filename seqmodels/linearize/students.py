@@ -1,6 +1,7 @@
 """A teacher's student: which layers become which mixer, and what its parameters start from."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,15 +54,17 @@ def choose_layers(
 
 
 def _indices(text: str, count: int) -> list[int]:
-    found = set()
+    found, outside = set(), []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
             raise ValueError(
-                f"layers {text!r} cannot be read at {part!r}; write 'all', or indices and ranges like '0-7,12'"
+                f"layers {text!r} cannot be read at {part!r}; write 'all', or indices and rising ranges like '0-7,12'"
             )
-        found |= set(range(int(first), int(last or first) + 1))
-    if outside := sorted(i for i in found if i >= count):
+        found |= set(range(first, min(last + 1, count)))
+        outside += range(max(first, count), last + 1)[:10]
+    if outside:
         raise ValueError(
             f"layers {outside} are not there: the teacher has {count}, 0 to {count - 1}"
         )
@@ -74,7 +77,11 @@ def student_specs(
     """The teacher's mixers with those of `layers` replaced by the pattern `student`, gone over again and again.
 
     A mixer that is softmax attention with another way to mix (`mixers.attention`) takes every option of the teacher's layer
-    that its class does not define anew; others take heads and head dimension. What the pattern says wins.
+    that its class does not define anew, and of a window only softmax attention itself; others take heads and head dimension. What
+    the pattern says wins.
+
+    Raises:
+      ValueError: a pattern that cannot be read, an unknown mixer, or one that cannot stand in a teacher's layer.
     """
     try:
         choices = pattern.parse(student)
@@ -91,11 +98,18 @@ def student_specs(
 def inherited(teacher: pattern.MixerSpec, name: str, d_model: int) -> dict[str, Any]:
     """Options of the mixer `name` in the place of the teacher's layer."""
     theirs = mixers.options(CONVERTIBLE) | dict(teacher.options)
-    own = {key: value for key, value in teacher.options if key in blocks.LAYER_OPTIONS}
     known = mixers.options(name)
+    if name == CONVERTIBLE:
+        return dict(teacher.options)
+    if name == "selective" and theirs["window"] is not None:
+        raise ValueError(
+            f"selective's softmax part is full, and the teacher's layer has window={theirs['window']}: take lolcats or liger, or name "
+            "layers without a window"
+        )
+    own = {key: value for key, value in teacher.options if key in blocks.LAYER_OPTIONS}
     if issubclass(mixers.mixer_class(name), attention.Attention):
         default = mixers.options(CONVERTIBLE)
-        same = {key for key in default if known[key] == default[key]} - {"window", "d_model"}
+        same = {key for key in default if known[key] == default[key]} - {"window"}
         return own | {key: value for key, value in teacher.options if key in same}
     H = theirs["num_heads"]
     K = theirs["head_dim"] or d_model // H
@@ -132,22 +146,27 @@ def seed_params(
     """
     if seed not in SEEDS:
         raise ValueError(f"unknown seed {seed!r}; choose one of {', '.join(SEEDS)}")
-    initial = jax.jit(lambda key: nn.unbox(student.init(key, jnp.zeros((1, 2), jnp.int32))))(key)
-    fresh_shared, fresh = layer_trees.split(student, initial["params"])
     shared, layers = layer_trees.split(source, params)
-    shared = fresh_shared | shared
-    pairs = zip(source.mixers, student.mixers, strict=True)
-    for i, (old, new) in enumerate(pairs):
-        if old == new:
-            continue
-        mixer = fresh[i]["mixer"]
+    pairs = enumerate(zip(source.mixers, student.mixers, strict=True))
+    changed = [i for i, (old, new) in pairs if old != new]
+
+    @jax.jit
+    def fresh(key):
+        """What the source has not; the rest is never made."""
+        initial = nn.unbox(student.init(key, jnp.zeros((1, 2), jnp.int32)))["params"]
+        others, own = layer_trees.split(student, initial)
+        others = {name: others[name] for name in others.keys() - shared.keys()}
+        return others, {i: own[i]["mixer"] for i in changed}
+
+    others, mixers_of = fresh(key)
+    for i, mixer in mixers_of.items():
         if seed == "auto":
-            mixer = _taken_over(old, new, layers[i]["mixer"], mixer)
+            mixer = _taken_over(student.mixers[i], layers[i]["mixer"], mixer)
         layers[i] = layers[i] | {"mixer": mixer}
-    return layer_trees.join(student, shared, layers)
+    return layer_trees.join(student, shared | others, layers)
 
 
-def _taken_over(old, new, source, mixer):
+def _taken_over(new, source, mixer):
     if issubclass(mixers.mixer_class(new.name), attention.Attention):
         theirs, own = partition.flatten(source), partition.flatten(mixer)
         fitting = {p: x for p, x in theirs.items() if p in own and own[p].shape == x.shape}
@@ -175,25 +194,17 @@ class Chosen:
     shared: dict[str, Any]
 
 
-def chosen(
-    model: language_model.LanguageModel, params: dict[str, Any], target: int | None = None
-) -> Chosen:
-    """Every selective layer as the one of softmax attention and LoLCATs' linear part that it chose: r >= 1/2 stays softmax.
-
-    target: keep the so many with the largest r instead.
-    """
+def chosen(model: language_model.LanguageModel, params: dict[str, Any]) -> Chosen:
+    """Every selective layer as the one of softmax attention and LoLCATs' linear part that it chose: r >= 1/2 stays softmax."""
     shared, layers = layer_trees.split(model, params)
     mix = {
         i: float(jax.nn.sigmoid(layers[i]["mixer"]["mix_logit"][0]))
         for i, spec in enumerate(model.mixers)
         if spec.name == "selective"
     }
-    kept = {i for i, r in mix.items() if r >= 0.5}
-    if target is not None:
-        kept = set(sorted(mix, key=mix.get, reverse=True)[:target])
     specs = list(model.mixers)
-    for i in mix:
-        name = CONVERTIBLE if i in kept else "lolcats"
+    for i, r in mix.items():
+        name = CONVERTIBLE if r >= 0.5 else "lolcats"
         known = mixers.options(name).keys() | set(blocks.LAYER_OPTIONS)
         options = {k: v for k, v in specs[i].options if k in known} | {"window": None}
         specs[i] = pattern.MixerSpec(name, tuple(sorted(options.items())))

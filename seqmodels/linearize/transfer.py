@@ -21,7 +21,6 @@ TEACHER, STUDENT = "teacher", "student"
 # what it gives, "block" what the layer gives. "relative" is "mixer" over the teacher's mean square: for reports. Feature maps sow more:
 # "attention_map", "attention_map_kl".
 DISTANCES = ("heads", "mixer", "block")
-TERMS = (*DISTANCES, "attention_map", "attention_map_kl", "relative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +29,10 @@ class Pair:
 
     teacher: pattern.MixerSpec
     student: pattern.MixerSpec
+
+    @property
+    def converted(self) -> bool:
+        return self.student != self.teacher
 
     @property
     def name(self) -> str:
@@ -51,7 +54,7 @@ class PairBlock(blocks.Block):
             return _watched(block, x_BTD, segment_ids_BT, layer)
 
         out_BTD, theirs = run(self.spec.teacher, TEACHER, x_BTD)
-        if self.spec.student != self.spec.teacher:
+        if self.spec.converted:
             y_BTD, own = run(self.spec.student, STUDENT, jax.lax.stop_gradient(x_BTD))
             pairs = {name: (own[name], theirs[name]) for name in ("heads", "mixer")}
             pairs["block"] = y_BTD, out_BTD
@@ -70,7 +73,11 @@ _FIELDS = [
 
 
 class TransferModel(language_model.LanguageModel):
-    """A `LanguageModel` of `Pair`s; its parameters are `params`' result. `losses` runs it."""
+    """A `LanguageModel` of `Pair`s; its parameters are `params`' result. `losses` runs it.
+
+    Where a layer is not converted there is the teacher's alone, and all outside of layers is the teacher's: what a student has in
+    their place, which an earlier stage may have trained, is `kept`.
+    """
 
     block = PairBlock
 
@@ -93,25 +100,41 @@ def make_model(
 
 def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, Any]:
     """A TransferModel's parameters of (model, parameters) of both. Leaves may be boxed and abstract."""
-    _, theirs = layer_trees.split(*teacher)
-    shared, own = layer_trees.split(*student)
+    shared, theirs = layer_trees.split(*teacher)
+    _, own = layer_trees.split(*student)
     layers = [
-        {TEACHER: a} if pair.student == pair.teacher else {TEACHER: a, STUDENT: b}
+        {TEACHER: a, STUDENT: b} if pair.converted else {TEACHER: a}
         for pair, a, b in zip(model.mixers, theirs, own)
     ]
     return layer_trees.join(model, shared, layers)
 
 
-def student_params(model: TransferModel, student, params: dict[str, Any]) -> dict[str, Any]:
-    """The student's parameters out of a TransferModel's: the inverse of `params`."""
-    shared, layers = layer_trees.split(model, params)
-    return layer_trees.join(student, shared, [x.get(STUDENT, x[TEACHER]) for x in layers])
+def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
+    """What of a student's (model, parameters) `params` leaves out. Leaves may be boxed and abstract."""
+    shared, own = layer_trees.split(*student)
+    pairs = enumerate(zip(model.mixers, own))
+    return {
+        "shared": shared,
+        "layers": {str(i): layer for i, (pair, layer) in pairs if not pair.converted},
+    }
+
+
+def student_params(
+    model: TransferModel, student, params: dict[str, Any], kept: dict[str, Any]
+) -> dict[str, Any]:
+    """The student's parameters: converted layers out of a TransferModel's, the rest as it was `kept`."""
+    _, layers = layer_trees.split(model, params)
+    own = [
+        layer[STUDENT] if pair.converted else kept["layers"][str(i)]
+        for i, (pair, layer) in enumerate(zip(model.mixers, layers))
+    ]
+    return layer_trees.join(student, kept["shared"], own)
 
 
 def losses(
     model: TransferModel, params: dict[str, Any], tokens_BT: Array, segment_ids_BT: Array | None
 ) -> dict[str, Array]:
-    """Of each of `TERMS` that the layers sow, its mean over the converted layers, (B, T)."""
+    """Of each thing that layers sow (above `DISTANCES`), its mean over the layers that do, (B, T)."""
     _, sown = model.apply(
         {"params": params},
         tokens_BT,

@@ -1,5 +1,7 @@
 """Gates that several mixers share: how a decay is parametrised and where it starts."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,16 +40,19 @@ class SoftplusDecay(nn.Module):
     Returns (log_decay_BTH, dt_BTH), float32.
 
     A_min, A_max: A ~ U(A_min, A_max) at the start; Mamba-2 takes (1, 16), Gated DeltaNet (0, 16).
+    dt_bias_init: None is `log_uniform_dt_bias`, as Mamba-2's.
     """
 
     A_min: float = 1.0
     A_max: float = 16.0
+    dt_bias_init: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BTH: Array) -> tuple[Array, Array]:
         H = x_BTH.shape[-1]
         A_init = log_uniform_A(self.A_min, self.A_max)
         A_log_H = layers.gate_parameter(self, "A_log", A_init, (H,))
-        dt_bias_H = layers.gate_parameter(self, "dt_bias", log_uniform_dt_bias(), (H,))
+        dt_bias_init = self.dt_bias_init or log_uniform_dt_bias()
+        dt_bias_H = layers.gate_parameter(self, "dt_bias", dt_bias_init, (H,))
         dt_BTH = jax.nn.softplus(x_BTH.astype(jnp.float32) + dt_bias_H[None, None])
         return -jnp.exp(A_log_H)[None, None] * dt_BTH, dt_BTH

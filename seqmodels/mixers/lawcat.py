@@ -112,7 +112,8 @@ class LAWCAT(attention.Attention):
             segment_ids=segment_ids_BT,
             implementation=self.implementation,
         )
-        o_BTHV = sums_BTHV[..., :-1] / (sums_BTHV[..., -1:] + self.eps)
+        sums_BTHV = sums_BTHV.astype(jnp.float32)
+        o_BTHV = (sums_BTHV[..., :-1] / (sums_BTHV[..., -1:] + self.eps)).astype(self.dtype)
         return self._output(x_BTD, o_BTHV), State(S_BHFV, q_tail, k_tail, position_BT[:, -1] + 1)
 
     def init_state(self, batch):

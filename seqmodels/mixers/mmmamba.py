@@ -31,8 +31,8 @@ class MMMamba(attention.Attention):
     exp(-exp(A_log) softplus(W_dt x + dt_bias)), one a head. The norm is a head's. W_g starts Xavier uniform with gain 2^-2.5.
 
     seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A = e, so that little is
-      forgotten, and convolutions that pass their last input (silu after them still changes it). "scratch": dt_bias = 0 in effect
-      drawn like Mamba-2's, A ~ U(1, 16), random convolutions and W_dt.
+      forgotten, and convolutions that pass their last input (silu after them still changes it). "scratch": dt_bias = 0, A ~ U(1, 16),
+      random convolutions and W_dt.
     """
 
     rope_base: float | None = None
@@ -73,9 +73,13 @@ class MMMamba(attention.Attention):
         q_BTHK, q_tail = project_conv("q", H, state.q_tail)
         k_BTHK, k_tail = project_conv("k", G, state.k_tail)
         v_BTHV, v_tail = project_conv("v", G, state.v_tail)
-        init = {"kernel_init": nn.initializers.zeros} if mimic else {}
-        decay = gates.SoftplusDecay(*((math.e, math.e) if mimic else (1.0, 16.0)), name="decay")
-        log_decay_BTH, _ = decay(self.project(x_BTD, H, "dt", **init))
+        if mimic:
+            dt_BTH = self.project(x_BTD, H, "dt", kernel_init=nn.initializers.zeros)
+            decay = gates.SoftplusDecay(math.e, math.e, name="decay")
+        else:
+            dt_BTH = self.project(x_BTD, H, "dt")
+            decay = gates.SoftplusDecay(dt_bias_init=nn.initializers.zeros, name="decay")
+        log_decay_BTH, _ = decay(dt_BTH)
         o_BTHV, S_BHKV = operators.linear_attention(
             q_BTHK,
             k_BTHK,

@@ -19,10 +19,12 @@ from configs.linearize import (
     selective,
     window,
 )
-from experiments import loop, restore, run_record, steps
-from experiments.checkpoints import Checkpoints
+from experiments import loop, pretrained, restore, run_record, steps
+from experiments.checkpoints import Checkpoints, TrainState
+from experiments.data import default_config
 from experiments.linearization import decoding, run, tasks, teachers
 from seqmodels import language_model
+from seqmodels.checkpoints_io import Pretrained
 from seqmodels.linearize import lora, partition, students
 from tests.experiments import tiny
 
@@ -91,8 +93,9 @@ def test_every_stage_fits_the_teacher(case):
         params = nn.unbox(task.boxed_params)
         trained = partition.flatten(params)
         assert trained and bool(stage.lora) == any(path.startswith("lora/") for path in trained)
+        frozen = task.frozen["pairs" if stage.objective == "transfer" else "student"]
         assert not set(partition.flatten(params.get("trained", {}))) & set(
-            partition.flatten(task.frozen)
+            partition.flatten(frozen)
         )
 
         def loss(params, frozen, batch, task=task):
@@ -131,7 +134,9 @@ def make_config(teacher_run, module=lolcats, argument="tiny"):
 @pytest.fixture(scope="module")
 def whole(teacher_run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, run.linearize(make_config(teacher_run), workdir, jax.devices()[:1])
+    config = make_config(teacher_run)
+    config.linearize.export = True
+    return workdir, run.linearize(config, workdir, jax.devices()[:1])
 
 
 def student_of(folder):
@@ -151,6 +156,28 @@ def test_the_student_is_a_run_that_others_can_load(whole, teacher_run):
     adapted = {p for p in theirs if not np.array_equal(own[p], theirs[p])}
     assert adapted == {p for p in theirs if "/mixer/" in p and p.endswith("kernel")}
     assert result["stages"]["stage_1"]["loss"] > 0
+    exported = pretrained.load(str(workdir / "pretrained"))
+    assert exported.tokenizer_name == "bytes" and exported.document_token == ""
+    jax.tree.map(np.testing.assert_array_equal, exported.params, params)
+
+
+@pytest.mark.slow
+def test_a_student_that_was_trained_on_takes_the_earlier_ones_place(teacher_run, whole, tmp_path):
+    config = run_record.load_config(whole[0])
+    model, params = student_of(whole[0] / "student")
+    model_config = run_record.load_config(whole[0] / "student").model.to_dict()
+    for _ in range(2):
+        params = jax.tree.map(lambda x: x + 1.0, params)
+        run._save_student(config, model_config, params, tmp_path / "student")
+    found, saved = student_of(tmp_path / "student")
+    assert found.mixers == model.mixers
+    jax.tree.map(np.testing.assert_array_equal, saved, params)
+    checkpoints = Checkpoints(tmp_path / "student", keep=1)
+    checkpoints.save(TrainState(np.array(3, np.int32), params, ()), pretrained.NothingRead())
+    checkpoints.close()
+    fewer = jax.tree.map(lambda x: x - 1.0, params)
+    run._save_student(config, model_config, fewer, tmp_path / "student")
+    jax.tree.map(np.testing.assert_array_equal, student_of(tmp_path / "student")[1], params)
 
 
 @pytest.mark.slow
@@ -241,6 +268,57 @@ def test_a_context_longer_than_the_teachers(teacher_run, tmp_path):
         ValueError, match="data.seq_len is 64, longer than the teacher's context of 32"
     ):
         run.linearize(config, tmp_path, jax.devices()[:1])
+
+
+def abstract_teacher(**fields):
+    kept = {"tokenizer": "bytes", "document_token": ""}
+    model_config = TEACHER | fields
+    return teachers.Teacher(model_config, Pretrained(model_config, {}, kept, "somewhere"))
+
+
+@pytest.mark.parametrize(
+    "module, stage, change, message",
+    [
+        (lolcats, "stage_2", {"lora": "mixer/z"}, "lora: pattern 'mixer/z' matches no parameter"),
+        (lawcat, "stage_1", {"attention_map": 1.0}, "no converted layer gives 'attention_map'"),
+        (selective, "stage_2", {"select_target": 9}, "select_target is 9, and the student has 4"),
+        (lolcats, "stage_1", {"heads": 0.0}, "no loss: a 'transfer' needs a weight for one of hea"),
+        (window, "stage_1", {"ce": 0.0}, "no loss: a 'distill' needs a weight for one of ce, kl"),
+    ],
+)
+def test_mistakes_in_a_stage_are_told_before_the_first_runs(module, stage, change, message):
+    config, teacher = module.get_config("tiny"), abstract_teacher()
+    config.linearize.stages[stage].update(change)
+    plan = run.make_plan(config, teacher.model)
+    with pytest.raises(ValueError, match=f"linearize.stages.{stage}: .*{message}"):
+        run.check_stages(config, plan, teacher)
+
+
+def test_stages_convert_more_and_more_layers():
+    config, model = lolcats.get_config("tiny"), language_model.from_config(TEACHER)
+    config.linearize.stages.stage_1.layers = "0-1"
+    config.linearize.stages.stage_2.layers = "1-3"
+    with pytest.raises(
+        ValueError, match=r"stage_2.layers lacks \[0\], which an earlier stage conv"
+    ):
+        run.make_plan(config, model)
+
+
+def test_the_tokens_are_the_teachers():
+    config = lolcats.get_config("tiny")
+    found = teachers.with_data(config, abstract_teacher())
+    assert found.data.tokenizer == "bytes" and found.data.document_token == ""
+    with pytest.raises(ValueError, match="the tokenizer bytes has 257 ids and the model somewhere"):
+        teachers.with_data(config, abstract_teacher(vocab_size=4096))
+    untold = abstract_teacher()
+    untold.found.hf_config.clear()
+    with pytest.raises(ValueError, match="the teacher brings no tokenizer: set --config.data.tok"):
+        teachers.with_data(config, untold)
+    config.data = default_config("mqar")
+    with pytest.raises(ValueError, match="reads text; data.name is 'mqar'"):
+        teachers.with_data(config, abstract_teacher())
+    with pytest.raises(ValueError, match="longer than the teacher's context of 32 tokens"):
+        teachers.check_context(TEACHER | {"learned_positions": 32}, 64)
 
 
 def test_stages_that_train_nothing():

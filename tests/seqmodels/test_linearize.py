@@ -104,6 +104,13 @@ def test_mimicry_starts_from_a_constant_decay_near_one():
     np.testing.assert_array_equal(kernel_ID, [[0.0] * D, [1.0] * D])
 
 
+def test_without_mimicry_the_steps_have_no_bias():
+    mixer = mixers.make("mmmamba", d_model=D, seed="scratch")
+    params = nn.unbox(mixer.init(jax.random.key(0), suite.normal(1, 3, D)))["params"]
+    assert not np.any(params["decay"]["dt_bias"]) and np.any(params["dt"]["kernel"])
+    assert np.all((params["decay"]["A_log"] >= 0) & (params["decay"]["A_log"] <= np.log(16)))
+
+
 def test_the_lolcats_definition_token_by_token():
     """The window, what leaves it, and the one denominator, written out."""
     w, K, H = 3, 4, 2
@@ -158,8 +165,11 @@ def test_layers_are_chosen():
     assert students.choose_layers(specs, "0,2-3") == (0, 2, 3)
     with pytest.raises(ValueError, match=r"layers \[4, 5\] are not there: the teacher has 4"):
         students.choose_layers(specs, "3-5")
-    with pytest.raises(ValueError, match="cannot be read at 'first'"):
-        students.choose_layers(specs, "first")
+    with pytest.raises(ValueError, match="are not there: the teacher has 4"):
+        students.choose_layers(specs, "0-99999999999")
+    for text in ("first", "0-", "3-1"):
+        with pytest.raises(ValueError, match=f"cannot be read at '{text}'"):
+            students.choose_layers(specs, text)
     hybrid = pattern.layers("gla + attention", 4)
     assert students.choose_layers(hybrid) == (1, 3)
     with pytest.raises(ValueError, match=r"layers \[0\] are not softmax attention but gla"):
@@ -172,6 +182,11 @@ def test_options_come_from_the_teachers_layer():
     assert "rope_base" not in students.inherited(spec, "mmmamba", D)
     assert students.inherited(spec, "gated_delta_net", D) == {"num_heads": 4, "head_dim": 4}
     assert students.inherited(spec, "mamba2", D)["num_groups"] == 4
+    windowed = pattern.parse("attention(num_heads=4, window=8)")[0]
+    assert students.inherited(windowed, "attention", D) == dict(windowed.options)
+    assert "window" not in students.inherited(windowed, "liger", D)
+    with pytest.raises(ValueError, match="the teacher's layer has window=8: take lolcats or liger"):
+        students.inherited(windowed, "selective", D)
 
 
 @pytest.mark.slow
@@ -214,7 +229,6 @@ def test_the_layers_that_were_chosen():
     params = layer_trees.join(model, shared, layers)
     found = students.chosen(model, params)
     assert [s.name for s in found.specs] == ["attention", "lolcats", "attention", "lolcats"]
-    assert [s.name for s in students.chosen(model, params, 1).specs].count("attention") == 1
     new = language_model.from_config(students.student_config(TEACHER, found.specs))
     params = layer_trees.join(new, found.shared, found.layers)
     expected = jax.eval_shape(new.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -339,13 +353,30 @@ def test_transfer_compares_layers_on_the_teachers_hidden_states():
         x_BTD = out_BTD
     suite.assert_close(found["block"], sum(block_losses) / 2, 1e-4, "block")
     suite.assert_close(found["mixer"], sum(mixer_losses) / 2, 1e-4, "mixer")
-    again = transfer.student_params(model, new, joined)
+    again = transfer.student_params(model, new, joined, transfer.kept(model, (new, own)))
     jax.tree.map(np.testing.assert_array_equal, again, own)
 
     batch = {"inputs": tokens(), "segment_ids": segment_ids()}
     with pytest.raises(ValueError, match="no converted layer gives 'attention_map'; they give"):
         weights = {"attention_map": 1.0}
         jax.eval_shape(lambda p: objectives.transfer_loss(model, p, batch, weights), joined)
+
+
+def test_transfer_leaves_what_it_does_not_convert():
+    """A kept layer, and what is outside of layers, after an earlier stage trained them; the teacher's pass reads the teacher's."""
+    model, params = teacher()
+    new, own = student("liger(window=4)", "1,3")
+    shared, layers = layer_trees.split(new, own)
+    shared = jax.tree.map(lambda x: x + 1.0, shared)
+    layers[0] = jax.tree.map(lambda x: x + 1.0, layers[0])
+    own = layer_trees.join(new, shared, layers)
+    both = transfer.make_model(model, new)
+    joined = transfer.params(both, (model, params), (new, own))
+    kept = transfer.kept(both, (new, own))
+    assert set(kept["layers"]) == {"0", "2"}
+    again = transfer.student_params(both, new, joined, kept)
+    jax.tree.map(np.testing.assert_array_equal, again, own)
+    np.testing.assert_array_equal(joined["embed"]["embedding"], params["embed"]["embedding"])
 
 
 def test_the_loss_on_attention_maps_holds_a_piece_of_them():
@@ -387,6 +418,24 @@ def test_the_loss_on_attention_maps(window):
     suite.assert_close(found, expected.swapaxes(1, 2), 1e-4, "cross-entropy")
     entropy = -np.where(seen, P * np.log(np.where(seen, P, 1)), 0).sum(-1)
     suite.assert_close(own, entropy.swapaxes(1, 2), 1e-4, "entropy")
+
+
+def test_the_loss_on_attention_maps_where_pieces_do_not_divide_the_row():
+    """The gradient as well; softmax's weights are the target, so that without a window q and k have none."""
+    q, k = suite.normal(1, T, 2, 4, seed=1), suite.normal(1, T, 1, 4, seed=2)
+    phi_q, phi_k = (jax.nn.softmax(suite.normal(1, T, 2, 6, seed=s)) for s in (3, 4))
+
+    def loss(chunk_size, window, factor_H, q, k, phi_q):
+        maps = attention_maps.cross_entropy(
+            q, k, phi_q, phi_k, window=window, factor_H=factor_H, chunk_size=chunk_size
+        )
+        return jnp.sum(maps[0])
+
+    grad = jax.jit(jax.grad(loss, (2, 3, 4, 5)), static_argnums=(0, 1))
+    given = jnp.array([0.3, 2.0]), q, k, phi_q
+    suite.assert_close(grad(7, 3, *given), grad(T, 3, *given), 1e-4, "gradient")
+    _, dq, dk, _ = grad(7, None, *given)
+    assert not np.any(dq) and not np.any(dk)
 
 
 def test_students_decode_in_constant_memory():
