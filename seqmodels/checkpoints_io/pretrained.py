@@ -80,6 +80,7 @@ def load_pretrained(
         architecture = own_layout.ARCHITECTURE
     else:
         architecture = architectures.get(hf_config.fields.get("model_type"))
+        architectures.check_supported(hf_config)
     stored = _main_dtype(tensors)
     how = dict(overrides or {}) | {"dtype": dtype or stored, "param_dtype": dtype or stored}
     try:
@@ -98,7 +99,7 @@ def load_pretrained(
         )
     expected = conversion.expected_entries(rules, slots)
     tensors = _with_prefix(tensors, expected, architecture.base_prefix)
-    conversion.check_source(tensors, expected, architecture.ignored)
+    conversion.check_source(tensors, rules, expected, architecture.ignored)
 
     def dtype_of(leaf, found):
         own = slots.leaves[leaf].dtype
