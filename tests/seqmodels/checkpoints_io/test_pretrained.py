@@ -4,6 +4,7 @@ import json
 import sys
 import tracemalloc
 import types
+from fnmatch import fnmatch
 
 import jax
 import jax.numpy as jnp
@@ -364,6 +365,10 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
 
     def download(name, allow_patterns):
         assert not any(".bin" in p or ".py" in p for p in allow_patterns)
+        wanted = ["config.json", files.INDEX_FILE, "model-00001-of-00002.safetensors"]
+        twice = ["consolidated.safetensors", "original/model.safetensors"]
+        for names, asked in ((wanted, True), (twice, False)):
+            assert all(any(fnmatch(n, p) for p in allow_patterns) == asked for n in names)
         if name != "org/model":
             raise OSError("no network\nand more")
         return str(tmp_path)
