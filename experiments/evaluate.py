@@ -38,8 +38,8 @@ from experiments import (
     steps,
 )
 from experiments.data import default_config, make_dataset, needles
-from experiments.data.tokenizers import make_tokenizer
-from seqmodels import sharding
+from experiments.data.tokenizers import BYTES, make_tokenizer
+from seqmodels import checkpoints_io, sharding
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")
@@ -128,6 +128,12 @@ def _pretrained() -> Subject:
         {"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token}
     )
     dataset, seq_len = _dataset(config)
+    positions = loaded.model.learned_positions
+    longest = max([seq_len, *_numbers("context_lengths", _CONTEXT_LENGTHS.value, int)])
+    if dataset is not None and positions is not None and longest > positions:
+        raise cli.UserError(
+            f"rows are {longest} tokens, and {_MODEL.value} has learned {positions} positions: set --config.data.seq_len"
+        )
     program = steps.build(config, seq_len)
     params = jax.tree.map(
         lambda p, a: jax.device_put(p.astype(a.dtype), a.sharding),
@@ -273,13 +279,13 @@ def _run_tasks(subject: Subject, out: Path, first: bool) -> None:
 def _as_the_harness_asks(subject: Subject) -> dict[str, Any]:
     """Runs have learned documents with their first token; pretrained models are asked as the harness asks transformers', with no
     more than their context."""
-    if subject.found is None:
+    if subject.found is None or subject.found.tokenizer_name == BYTES:
         return {"document_starts": True}
-    ids = [subject.found.found.hf_config.get(f"{name}_token_id") for name in ("bos", "eos")]
-    prefix = next((i for i in ids if type(i) is int), None)
+    ids = [checkpoints_io.token_id(subject.found.found.hf_config, name) for name in ("bos", "eos")]
     limit = sampling.context_limit(subject.program.model)
     return {
-        "prefix_token": prefix,
+        "prefix_token": next((i for i in ids if i is not None), None),
+        "encode": subject.found.encode,
         "stop_tokens": subject.found.stop_tokens,
         "max_length": limit and limit[0],
     }

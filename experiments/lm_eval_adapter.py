@@ -9,7 +9,7 @@ harness's own, as its model for transformers has it; so the same weights get the
 
 import difflib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 try:
@@ -33,6 +33,8 @@ class HarnessModel(TemplateLM):
     prefix_token: what stands before an empty context and before a text whose perplexity is asked for; None is the tokenizer's
       document_id. The harness takes a Hugging Face tokenizer's bos token, or its eos token.
     document_starts: puts it before all contexts, which models want that have learned documents with it.
+    encode: text to ids with the special tokens that a pretrained model's tokenizer file puts there, as the harness asks it of
+      transformers; None adds none.
     stop_tokens: that end a generated text; None is document_id.
     """
 
@@ -47,6 +49,7 @@ class HarnessModel(TemplateLM):
         max_length: int | None = None,
         prefix_token: int | None = None,
         document_starts: bool = False,
+        encode: Callable[[str], list[int]] | None = None,
         stop_tokens: Collection[int] | None = None,
     ):
         super().__init__()
@@ -58,6 +61,7 @@ class HarnessModel(TemplateLM):
         self._model, self._params, self._text = model, params, tokenizer
         self._batch_size, self._tokens_a_batch = batch_size, tokens_a_batch
         self._max_length, self._document_starts = max_length, document_starts
+        self._encode = encode
         self._prefix_token = tokenizer.document_id if prefix_token is None else prefix_token
         self._stop_tokens = stop_tokens
 
@@ -79,6 +83,9 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         ids = [int(i) for i in self._text.encode(string)]
+        if self._encode is not None:
+            started = add_special_tokens is None and ids[:1] == [self.prefix_token_id]
+            return ids if add_special_tokens is False or started else self._encode(string)
         starts = self._document_starts if add_special_tokens is None else add_special_tokens
         return [self.prefix_token_id] * starts + ids
 
@@ -103,7 +110,9 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
         for number, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            # The prefix stands before them in any case; the harness has a tokenizer file's own beside it.
+            plain = False if self._document_starts else None
+            tokens = self.tok_encode(request.args[0], add_special_tokens=plain)
             rolling = utils.get_rolling_token_windows(
                 token_list=tokens,
                 prefix_token=self.prefix_token_id,
@@ -160,7 +169,8 @@ def _generation(asked: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
     do_sample = asked.pop("do_sample", None)
     temperature = float(asked.pop("temperature", 0.0 if not do_sample else 1.0))
     options = {"temperature": 0.0 if do_sample is False else temperature}
-    options |= {name: asked.pop(name) for name in ("top_k", "top_p") if asked.get(name)}
+    given = {name: asked.pop(name, None) for name in ("top_k", "top_p")}
+    options |= {name: value for name, value in given.items() if value}  # 0 is none
     if asked:
         raise ValueError(
             f"a task asks for the generation argument {sorted(asked)[0]!r}, which is not supported; these are: until, "

@@ -49,9 +49,13 @@ class Loaded:
         found = dataclasses.replace(found, model_config=config)
         return dataclasses.replace(self, found=found, model=found.model)
 
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text with the special tokens that the tokenizer's own file puts there."""
+        return self._encode(text, special=True)
+
     def prompt_tokens(self, prompt: str) -> list[int]:
-        """The ids of a prompt, with the special tokens that the tokenizer's own file puts there; one at least."""
-        return self._encode(prompt, special=True) or [self.tokenizer.document_id]
+        """`encode` of a prompt, and one token at least."""
+        return self.encode(prompt) or [self.tokenizer.document_id]
 
     def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a conversation, [{"role": "user", "content": "..."}], by the model's chat template, up to where its answer
@@ -65,11 +69,11 @@ class Loaded:
         return self._encode(render_chat(template, messages, self._special_tokens()), special=False)
 
     def _special_tokens(self) -> dict[str, str]:
-        ids = {name: self.found.hf_config.get(f"{name}_id") for name in ("bos_token", "eos_token")}
         if self.tokenizer_name == tokenizers.BYTES:
             return {}
         file = _open(self.tokenizer_name)
-        return {n: file.id_to_token(i) or "" for n, i in ids.items() if type(i) is int and i >= 0}
+        ids = {name: checkpoints_io.token_id(self.found.hf_config, name) for name in ("bos", "eos")}
+        return {f"{n}_token": file.id_to_token(i) or "" for n, i in ids.items() if i is not None}
 
     def _encode(self, text: str, special: bool) -> list[int]:
         if self.tokenizer_name == tokenizers.BYTES:
@@ -94,15 +98,19 @@ def with_tokenizer(found: checkpoints_io.Pretrained, tokenizer: str = "") -> Loa
         raise ValueError(
             f"{found.source} has no tokenizer.json; give the path of one with --tokenizer, or 'bytes'"
         )
-    if name != tokenizers.BYTES:
-        size = _open(name).get_vocab_size(with_added_tokens=True)
-        check_vocabulary(size, name, found.model_config["vocab_size"], found.source)
+    _check_tokenizer(name, found)  # before a document token is looked for in another model's
     token = found.hf_config.get("document_token")
     if not isinstance(token, str):
         token = "" if name == tokenizers.BYTES else _document_token(name, found.hf_config)
     text = tokenizers.make_tokenizer(name, token)
     check_vocabulary(text.vocab_size, name, found.model_config["vocab_size"], found.source)
     return Loaded(found, found.model, text, name, token)
+
+
+def _check_tokenizer(name: str, found: checkpoints_io.Pretrained) -> None:
+    bytes_alone = name == tokenizers.BYTES
+    size = tokenizers.ByteTokenizer.vocab_size if bytes_alone else _open(name).get_vocab_size()
+    check_vocabulary(size, name, found.model_config["vocab_size"], found.source)
 
 
 def check_vocabulary(size: int, name: str, vocab_size: int, source: str) -> None:
@@ -136,7 +144,7 @@ def render_chat(template: str, messages: Sequence[dict[str, str]], special: dict
         return environment.from_string(template).render(
             messages=list(messages), add_generation_prompt=True, **special
         )
-    except (jinja2.TemplateError, TypeError, OverflowError) as error:
+    except Exception as error:  # whatever the template makes happen
         raise ValueError(f"the model's chat template cannot be rendered: {error}") from error
 
 
@@ -174,18 +182,24 @@ def write(
 ) -> list[Path]:
     """Writes a model to the folder `out` in one of `layouts`; returns what was written.
 
-    dtype: of the tensors; None is what they had. tokenizer: the path of a file, where the model came without one.
+    dtype: of the tensors; None is what they had. tokenizer: the path of a file, or 'bytes', where the model came without one.
+    Raises ValueError, before anything is written, for a tokenizer that is not the model's.
     """
     if layout == WORKDIR:
         return [write_workdir(out, with_tokenizer(found, tokenizer)), out / "config.json"]
+    hf_config, path = dict(found.hf_config), tokenizer or found.tokenizer_path
+    if tokenizer:
+        _check_tokenizer(tokenizer, found)
+    if tokenizer == tokenizers.BYTES:
+        hf_config, path = hf_config | {"tokenizer": tokenizer}, None
     return checkpoints_io.save_pretrained(
         out,
         found.model_config,
         found.params,
         architecture=layout,
         dtype=dtype or found.dtypes,
-        hf_config=found.hf_config,
-        tokenizer_path=tokenizer or found.tokenizer_path,
+        hf_config=hf_config,
+        tokenizer_path=path,
         chat_template=found.chat_template,
         max_shard_bytes=max_shard_bytes,
     )
@@ -230,10 +244,9 @@ def _document_token(path: str, hf_config: dict[str, Any]) -> str:
     file = _open(path)
     if file.token_to_id(_WHOLE_TEXT) is not None:
         return _WHOLE_TEXT
-    for name in ("bos_token_id", "eos_token_id"):
-        i = hf_config.get(name)
-        i = i[0] if isinstance(i, list) and i else i
-        if type(i) is int and i >= 0 and (token := file.id_to_token(i)) is not None:
+    for name in ("bos", "eos"):
+        i = checkpoints_io.token_id(hf_config, name)
+        if i is not None and (token := file.id_to_token(i)) is not None:
             return token
     raise ValueError(f"{path}: no token is known to separate documents; config.json names none")
 

@@ -12,6 +12,7 @@ lengths need log2(MAX_PIECE) + 1 compiled programs at most, and memory is that o
 
 import codecs
 import functools
+import math
 from collections.abc import Collection, Iterator, Sequence
 
 import jax
@@ -39,9 +40,10 @@ def sample_token(
     temperature: 0 takes the most likely token. top_k: only among the k most likely. top_p: only among the fewest whose
     probability reaches p, at the given temperature (nucleus sampling, arXiv 1904.09751); the most likely always stays.
     """
-    if temperature == 0:
+    if temperature < jnp.finfo(jnp.float32).tiny:  # smaller ones are 0 to many devices
         return jnp.argmax(logits_BW, axis=-1).astype(jnp.int32)
-    logits_BW = logits_BW / temperature
+    # The most likely has 0: a small temperature makes the others -inf, and none inf.
+    logits_BW = (logits_BW - logits_BW.max(axis=-1, keepdims=True)) / temperature
     if top_k is not None:
         kth_B = jax.lax.top_k(logits_BW, min(top_k, logits_BW.shape[-1]))[0][:, -1]
         logits_BW = jnp.where(logits_BW < kth_B[:, None], -jnp.inf, logits_BW)
@@ -294,7 +296,7 @@ def prompt_tokens(prompt: str, tokenizer) -> list[int]:
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be 0 (most likely token) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1, or left out")
@@ -324,7 +326,8 @@ def check_ids(model, tokens: Sequence[int]) -> None:
 
 
 def context_limit(model) -> tuple[int, str] | None:
-    """The tokens that the shortest full-attention cache holds, and its mixer's name; None where no layer has such a limit."""
+    """The tokens that the model can read, and what ends there: the shortest full-attention cache, or learned positions; None where
+    nothing does."""
 
     def is_cache(x):
         return isinstance(x, KeyValueCache)
@@ -333,19 +336,25 @@ def context_limit(model) -> tuple[int, str] | None:
     caches = filter(is_cache, jax.tree.leaves(state, is_leaf=is_cache))
     slots = {cache.position_BS.shape[-1] for cache in caches}
     limits = []
+    if model.learned_positions is not None:
+        limits.append((model.learned_positions, "the model's learned positions"))
     for spec in model.mixers:
         options = mixers.options(spec.name) | dict(spec.options)
         if options.get("max_length") in slots and options.get("window") is None:
-            limits.append((options["max_length"], spec.name))
+            length = options["max_length"]
+            cache = f"the cache of {spec.name} layers, max_length={length}"
+            limits.append((length, cache))
     return min(limits, default=None)
 
 
 def check_length(model, prompt_tokens: int, length: int) -> None:
-    """Raises ValueError if a full-attention layer's cache cannot hold the prompt and what is generated."""
-    limit, name = context_limit(model) or (None, None)
+    """Raises ValueError if there is nothing to generate, or the model cannot read the prompt and what is generated."""
+    if length < 1:
+        raise ValueError(f"{length} tokens are to be generated; it must be 1 at least")
+    limit, what = context_limit(model) or (None, None)
     # The last token sampled is never fed back.
     if limit and prompt_tokens + length - 1 > limit:
         raise ValueError(
-            f"{prompt_tokens} prompt tokens and {length} more do not fit into the cache of {name} "
-            f"layers, max_length={limit}. Generate less, or set max_length in config.model.pattern"
+            f"{prompt_tokens} prompt tokens and {length} more do not fit into {what} ({limit} tokens). Generate less, or set "
+            "max_length in config.model.pattern"
         )

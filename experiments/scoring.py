@@ -26,13 +26,19 @@ def score(
 
     A row holds as many sequences as fit, each a document of its own, so that no sequence sees another. Rows are as long as a
     power of two that holds the longest sequence, and there are as many as tokens_a_batch allows: one compiled program.
-    Raises ValueError for a sequence of fewer than two tokens, and for ids outside the vocabulary.
+    Raises ValueError for a sequence of fewer than two tokens, for more than the model has learned positions for, and for ids
+    outside the vocabulary.
     """
     for i, sequence in enumerate(sequences):
         if len(sequence) < 2:
             raise ValueError(
                 f"sequence {i} of {len(sequences)} has {len(sequence)} tokens; scoring takes two: one that is given, and one "
                 "that is scored"
+            )
+        positions = model.learned_positions
+        if positions is not None and len(sequence) - 1 > positions:
+            raise ValueError(
+                f"sequence {i} of {len(sequences)} has {len(sequence)} tokens, and the model has learned {positions} positions"
             )
         sampling.check_ids(model, sequence)
     if not sequences:

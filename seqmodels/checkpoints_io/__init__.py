@@ -5,7 +5,15 @@ from seqmodels.checkpoints_io.pretrained import (
     load_pretrained,
     same_model,
     save_pretrained,
+    token_id,
     with_max_len,
 )
 
-__all__ = ["Pretrained", "load_pretrained", "same_model", "save_pretrained", "with_max_len"]
+__all__ = [
+    "Pretrained",
+    "load_pretrained",
+    "same_model",
+    "save_pretrained",
+    "token_id",
+    "with_max_len",
+]

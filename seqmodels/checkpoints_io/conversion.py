@@ -18,6 +18,7 @@ from seqmodels.language_model import LanguageModel
 Params = dict[str, Any]
 _WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MOST_LISTED = 20
+_OUTPUT = "lm_head.weight"  # in files of tied models often a copy of the embedding
 
 
 @functools.lru_cache(maxsize=16)
@@ -84,10 +85,14 @@ def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, Entry]:
     return entries
 
 
-def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequence[str]) -> None:
-    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra or misshapen."""
+def check_source(
+    source: Source, rules: Iterable[Rule], expected: Mapping[str, Entry], ignored: Sequence[str]
+) -> None:
+    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra or misshapen; and for an
+    output matrix that a tied model's file has beside the embedding, and that is not the same."""
     found = source.entries
-    patterns = [re.compile(pattern) for pattern in ignored]
+    copied = _OUTPUT in found and _OUTPUT not in expected
+    patterns = [re.compile(pattern) for pattern in (*ignored, *[re.escape(_OUTPUT)] * copied)]
     wrong = [
         f"missing: {name} {list(e.shape)}" for name, e in expected.items() if name not in found
     ]
@@ -107,6 +112,13 @@ def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequenc
         raise ValueError(
             f"{source.name} does not fit its config:\n" + _listed([f"  {w}" for w in wrong], "\n")
         )
+    if copied:
+        embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
+        same = found[_OUTPUT] == found[embedding]
+        if not same or not np.array_equal(_bits(source, _OUTPUT), _bits(source, embedding)):
+            raise ValueError(
+                f"{source.name}: {_OUTPUT} is not {embedding}, and config.json ties them: it lacks tie_word_embeddings false"
+            )
 
 
 def read_params(
@@ -124,16 +136,18 @@ def read_params(
     remaining = {leaf: 0 for leaf in slots.leaves}
     for leaf, _ in slots.paths.values():
         remaining[leaf] += 1
+    dtypes: dict[str, list[np.dtype]] = {leaf: [] for leaf in slots.leaves}
+    for rule in rules:  # rows of one parameter may have different ones
+        for path in rule.paths:
+            dtypes[slots.paths[path][0]] += [source.entries[name].dtype for name in rule.names]
     params: Params = {}
     for rule in rules:
         arrays = rule.into(*(source.read(name) for name in rule.names))
-        dtypes = [source.entries[name].dtype for name in rule.names]
         for path, array in zip(rule.paths, arrays, strict=True):
             leaf, row = slots.paths[path]
-            shape = slots.leaves[leaf].shape
             if leaf not in buffers:
-                buffers[leaf] = np.empty(shape, dtype_of(leaf, dtypes))
-            buffers[leaf][() if row is None else row] = array
+                buffers[leaf] = np.empty(slots.leaves[leaf].shape, dtype_of(leaf, dtypes[leaf]))
+            buffers[leaf][() if row is None else row] = _cast(array, buffers[leaf].dtype, path)
             remaining[leaf] -= 1
             if not remaining[leaf]:
                 _insert(params, leaf, put(leaf, buffers.pop(leaf)))
@@ -174,13 +188,26 @@ def tensor_reader(
 
     def read(name):
         rule, i = rule_of[name]
-        return rule.out(*map(ours, rule.paths))[i].astype(entries[name].dtype, copy=False)
+        return _cast(rule.out(*map(ours, rule.paths))[i], entries[name].dtype, name)
 
     return entries, read
 
 
 def num_parameters(slots: Slots) -> int:
     return sum(math.prod(leaf.shape) for leaf in slots.leaves.values())
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """ValueError where finite numbers would become infinite: float16 ends at 65504."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if cast.dtype != array.dtype and np.isinf(cast).sum() > np.isinf(array).sum():
+        raise ValueError(f"{name} has numbers that {np.dtype(dtype).name} does not reach")
+    return cast
+
+
+def _bits(source: Source, name: str) -> np.ndarray:
+    return source.read(name).reshape(-1).view(np.uint8)
 
 
 def _walk(tree, prefix: str = ""):

@@ -129,6 +129,11 @@ class ShardedFiles:
         for name, file in self._file_of.items():
             if name not in file.entries:
                 raise ValueError(f"{index}: there is no tensor {name!r} in {file.name}")
+        for shard, file in opened.items():
+            if strays := [name for name in file.entries if weight_map.get(name) != shard]:
+                raise ValueError(
+                    f"{index} has {strays[0]!r} in {weight_map.get(strays[0], 'no file')!r}, and {file.name} holds one"
+                )
         self.entries = {name: file.entries[name] for name, file in self._file_of.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -136,12 +141,12 @@ class ShardedFiles:
 
 
 def open_folder(folder: str | Path) -> Source:
-    """The tensors of a folder: model.safetensors, or the shards that its index names."""
+    """The tensors of a folder: model.safetensors, or, as other programs have it where that is not there, the shards of an index."""
     folder = Path(folder)
-    if (folder / INDEX_FILE).is_file():
-        return ShardedFiles(folder / INDEX_FILE)
     if (folder / SINGLE_FILE).is_file():
         return SafetensorsFile(folder / SINGLE_FILE)
+    if (folder / INDEX_FILE).is_file():
+        return ShardedFiles(folder / INDEX_FILE)
     pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
     reason = f": {pickled[0]} is a pickle, which could run anything" if pickled else ""
     raise ValueError(f"{folder} holds no {SINGLE_FILE} or {INDEX_FILE}{reason}")
@@ -163,8 +168,9 @@ def write(
 ) -> list[Path]:
     """Writes tensors to `folder`, asking `read` for one at a time. Returns the files' paths.
 
-    One model.safetensors, or shards of at most `max_shard_bytes` (a larger tensor has one to itself) and their index. A file
-    gets its name when it is whole, and what an earlier call left in the folder is removed.
+    One model.safetensors, or shards of at most `max_shard_bytes` (a larger tensor has one to itself) and their index. Files
+    get their names when all are whole; only then is what an earlier call left in the folder removed, so that a failure leaves
+    the folder as it was.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,13 +180,19 @@ def write(
         if shards[-1] and held + entry.num_bytes > max_shard_bytes:
             shards.append({})
         shards[-1][name] = entry
-    for stale in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE_FILE]:
-        stale.unlink(missing_ok=True)
-    (folder / INDEX_FILE).unlink(missing_ok=True)
-    if len(shards) == 1:
-        return [write_file(folder / SINGLE_FILE, shards[0], read)]
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    paths = [write_file(folder / name, shard, read) for name, shard in zip(names, shards)]
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = [SINGLE_FILE] if count == 1 else names
+    with contextlib.ExitStack() as undo:
+        for name, shard in zip(names, shards):
+            undo.callback(_temporary(folder / name).unlink, missing_ok=True)
+            write_file(_temporary(folder / name), shard, read)
+        for stale in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE_FILE]:
+            stale.unlink(missing_ok=True)
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+        paths = [_temporary(folder / name).replace(folder / name) for name in names]
+    if count == 1:
+        return paths
     weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
     total = sum(entry.num_bytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -188,7 +200,11 @@ def write(
     return [*paths, folder / INDEX_FILE]
 
 
-def write_file(path: Path, entries: Mapping[str, Entry], read: Callable) -> Path:
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def write_file(path: Path, entries: Mapping[str, Entry], read: Callable) -> None:
     """Writes one safetensors file, byte for byte as the format's own library does."""
     rank = {name: i for i, name in enumerate(_DTYPES)}
     order = sorted(entries, key=lambda n: (-rank[_dtype_name(entries[n].dtype)], n))
@@ -205,20 +221,15 @@ def write_file(path: Path, entries: Mapping[str, Entry], read: Callable) -> Path
         begin = offsets[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with contextlib.ExitStack() as undo:
-        undo.callback(temporary.unlink, missing_ok=True)
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                array = np.asarray(read(name), order="C")
-                if array.shape != entries[name].shape or array.dtype != entries[name].dtype:
-                    raise ValueError(
-                        f"tensor {name!r} is {array.dtype}{list(array.shape)}, announced as {entries[name]}"
-                    )
-                file.write(array.reshape(-1).view(np.uint8).data)
-        temporary.replace(path)
-    return path
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            array = np.asarray(read(name), order="C")
+            if array.shape != entries[name].shape or array.dtype != entries[name].dtype:
+                raise ValueError(
+                    f"tensor {name!r} is {array.dtype}{list(array.shape)}, announced as {entries[name]}"
+                )
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def _dtype_name(dtype: np.dtype) -> str:

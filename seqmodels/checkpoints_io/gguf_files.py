@@ -41,6 +41,21 @@ _LAYER_NAMES = {
 }
 _ROPE_FREQS = "rope_freqs.weight"
 _IGNORED = rf"{_ROPE_FREQS}|blk\.\d+\.attn_rot_embd\.weight"
+# What changes the computation and is not read, with the values that leave it as it is.
+_UNSUPPORTED = {
+    "expert_count": 0,
+    "use_parallel_residual": False,
+    "logit_scale": 1.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "attention.scale": 0.0,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.causal": True,
+    "rope.scaling.attn_factor": 1.0,
+}
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -74,11 +89,14 @@ class GGUFTensors:
     def __init__(self, path: Path, header: gguf_header.Header, quants):
         self.name, self._path, self._quants = str(path), path, quants
         self._metadata = header.metadata
-        self.infos = {
-            _hf_name(name, self.name): info
-            for name, info in header.tensors.items()
-            if not re.fullmatch(_IGNORED, name)
-        }
+        self.infos: dict[str, gguf_header.TensorInfo] = {}
+        for name, info in header.tensors.items():
+            if re.fullmatch(_IGNORED, name):
+                continue
+            ours = _hf_name(name, self.name)
+            if ours in self.infos:  # blk.0 and blk.00
+                raise ValueError(f"{self.name}: {name!r} is another name of a tensor it has")
+            self.infos[ours] = info
         self.entries = {n: Entry(i.shape, self._dtype(n, i.kind)) for n, i in self.infos.items()}
 
     def _dtype(self, name: str, kind: int) -> np.dtype:
@@ -126,7 +144,8 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
         raise ValueError(
             f"{path}: unknown architecture {name!r}; supported in GGUF are {', '.join(_ARCHITECTURES)}"
         )
-    metadata.require(f"{name}.expert_count", 0)
+    for field, neutral in _UNSUPPORTED.items():
+        metadata.require(f"{name}.{field}", neutral)
     embedding = tensors.entries.get("model.embed_tokens.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{path} has no token embedding, token_embd.weight")
@@ -138,7 +157,7 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
             raise ValueError(f"{path}: blk.0.attn_{which}.weight does not fit {count} heads")
     width = metadata.integer(f"{name}.embedding_length")
     rotated = metadata.integer(f"{name}.rope.dimension_count", width // heads)
-    base = _shortest(metadata.number(f"{name}.rope.freq_base", 10_000.0))
+    base = _shortest(metadata.positive(f"{name}.rope.freq_base", 10_000.0))
     config: dict[str, Any] = {
         "model_type": _ARCHITECTURES[name],
         "vocab_size": embedding.shape[0],
@@ -159,9 +178,11 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
         if name != "llama":
             raise ValueError(f"{path}: {name} with a sliding window is not supported in GGUF")
         config |= {"model_type": "mistral", "sliding_window": window}
-    for token in ("bos", "eos"):
-        if (number := metadata.get(f"tokenizer.ggml.{token}_token_id")) is not None:
-            config[f"{token}_token_id"] = number
+    bos, eos, eot = (metadata.get(f"tokenizer.ggml.{t}_token_id") for t in ("bos", "eos", "eot"))
+    if bos is not None:
+        config["bos_token_id"] = bos
+    if eos is not None:  # a turn of a conversation may end with another token than a text
+        config["eos_token_id"] = eos if eot in (None, eos) else [eos, eot]
     return HFConfig(config, path)
 
 
@@ -169,6 +190,8 @@ def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_heade
     kind = metadata.get(f"{name}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ValueError(f"{metadata.name}: rope scaling by {kind!r} is not supported; linear is")
+    if kind == "linear" and _ROPE_FREQS in header.tensors:
+        raise ValueError(f"{metadata.name}: rope scaling by 'linear' beside {_ROPE_FREQS}")
     if kind == "linear":
         return {"rope_type": "linear", "factor": metadata.number(f"{name}.rope.scaling.factor")}
     if _ROPE_FREQS not in header.tensors:

@@ -62,7 +62,9 @@ def read(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
             raise ValueError(f"{path} is no GGUF file: it does not begin with GGUF")
         version = cursor.number("<u4")
         if version not in _VERSIONS:
-            raise ValueError(f"{path} is GGUF version {version}; versions 2 and 3 can be read")
+            big = int.from_bytes(version.to_bytes(4), "little") in _VERSIONS
+            found = "big-endian" if big else f"GGUF version {version}"
+            raise ValueError(f"{path} is {found}; versions 2 and 3, little-endian, can be read")
         tensor_count, metadata_count = cursor.number("<u8"), cursor.number("<u8")
         cursor.check_count(metadata_count, 8 + 4 + 1, "metadata entries")
         metadata: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF file's metadata, as a `tokenizers` file.
 
 Byte-level BPE (tokenizer.ggml.model "gpt2"). How text is cut before the merges is not in the file but behind a name,
-tokenizer.ggml.pre; those known here are in `_PRE`.
+tokenizer.ggml.pre; those known here are in `_PRE`. A file without that name, or with "default", does not tell.
 """
 
 import hashlib
@@ -19,9 +19,11 @@ _LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+# Their tokenizers take a word that is in the vocabulary whole, whatever the merges make of it, and put a bos token first
+# where the file says nothing of it.
+_WHOLE_WORDS = ("llama-bpe", "llama3")
 # name: (pattern of words, digits one by one first, Unicode NFC first)
 _PRE = {
-    "default": (_GPT2, False, False),
     "gpt-2": (_GPT2, False, False),
     "smollm": (_GPT2, True, False),
     "llama-bpe": (_LLAMA3, False, False),
@@ -66,7 +68,7 @@ def make(metadata: dict[str, Any], name: str):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as pre
 
-    kind, cut = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
+    kind, cut = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
     named = isinstance(kind, str) and isinstance(cut, str)
     if not named or kind != "gpt2" or cut not in _PRE:
         raise Unsupported(
@@ -85,7 +87,9 @@ def make(metadata: dict[str, Any], name: str):
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if bad := [m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocabulary.keys()]:
         raise ValueError(f"{name}: merge {' '.join(bad[0])!r} is of tokens that are not there")
-    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(m) for m in merges]))
+    whole_words = cut in _WHOLE_WORDS
+    pairs = [tuple(m) for m in merges]
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole_words))
     words, digits_first, nfc = _PRE[cut]
     steps = [pre.Digits(individual_digits=True)] if digits_first else []
     if words is not None:
@@ -101,8 +105,9 @@ def make(metadata: dict[str, Any], name: str):
             tokenizer.add_special_tokens([added])
         elif token_type == _USER_DEFINED:
             tokenizer.add_tokens([added])
-    if metadata.get("tokenizer.ggml.add_bos_token") is True:
-        _start_with(tokenizer, tokens, metadata.get("tokenizer.ggml.bos_token_id"), name)
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    if metadata.get("tokenizer.ggml.add_bos_token", whole_words and bos is not None) is True:
+        _start_with(tokenizer, tokens, bos, name)
     return tokenizer
 
 

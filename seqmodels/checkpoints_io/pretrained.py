@@ -80,6 +80,7 @@ def load_pretrained(
         architecture = own_layout.ARCHITECTURE
     else:
         architecture = architectures.get(hf_config.fields.get("model_type"))
+        architectures.check_supported(hf_config)
     stored = _main_dtype(tensors)
     how = dict(overrides or {}) | {"dtype": dtype or stored, "param_dtype": dtype or stored}
     try:
@@ -98,7 +99,7 @@ def load_pretrained(
         )
     expected = conversion.expected_entries(rules, slots)
     tensors = _with_prefix(tensors, expected, architecture.base_prefix)
-    conversion.check_source(tensors, expected, architecture.ignored)
+    conversion.check_source(tensors, rules, expected, architecture.ignored)
 
     def dtype_of(leaf, found):
         own = slots.leaves[leaf].dtype
@@ -259,7 +260,8 @@ def _from_hub(name: str) -> Path:
         raise ValueError(
             f"there is no folder {name!r}, and a hub name needs huggingface_hub, which is not installed; give {kinds}"
         ) from error
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+    # Not "*.safetensors": some models are there twice, as their authors trained them, too.
+    patterns = ["model*.safetensors", "*.json", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except (
@@ -275,7 +277,17 @@ def _chat_template(folder: Path) -> str | None:
     if not (folder / _TOKENIZER_CONFIG).is_file():
         return None
     template = files.read_json(folder / _TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
     return template if isinstance(template, str) else None
+
+
+def token_id(hf_config: Mapping[str, Any], name: str) -> int | None:
+    """The field `{name}_token_id` of a config.json, the first where it lists several; None where there is none."""
+    found = hf_config.get(f"{name}_token_id")
+    found = found[0] if isinstance(found, list) and found else found
+    return found if type(found) is int and found >= 0 else None
 
 
 def _copy_tokenizer(tokenizer_path, folder: Path) -> list[Path]:
@@ -294,7 +306,7 @@ def _describe_tokenizer(folder: Path, config: dict, chat_template: str | None) -
     """tokenizer_config.json, which transformers asks for, and the template beside it."""
     added = files.read_json(folder / TOKENIZER_FILE).get("added_tokens", [])
     token = {entry["id"]: entry["content"] for entry in added}
-    special = {name: token.get(config.get(f"{name}_id")) for name in ("bos_token", "eos_token")}
+    special = {f"{name}_token": token.get(token_id(config, name)) for name in ("bos", "eos")}
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

@@ -1,5 +1,6 @@
 """`experiments.convert` and the programs that take what it writes, on tiny models."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -107,6 +108,8 @@ def test_a_model_of_bytes_keeps_its_tokenizer(tmp_path):
     checkpoints_io.save_pretrained(tmp_path, config, params)
     with pytest.raises(ValueError, match="has no tokenizer.json; give the path of one"):
         pretrained.load(str(tmp_path))
+    convert(tmp_path, "seqmodels", tmp_path / "told", tokenizer="bytes")
+    assert pretrained.load(str(tmp_path / "told")).prompt_tokens("ab") == [256, 97, 98]
 
 
 def test_layouts_there_and_back(folder, tmp_path):
@@ -155,6 +158,27 @@ def test_a_template_is_a_guest():
         pretrained.render_chat("{{ messages.__class__.__mro__ }}", messages, {})
     with pytest.raises(ValueError, match="cannot be rendered: only users"):
         pretrained.render_chat("{{ raise_exception('only users') }}", messages, {})
+    with pytest.raises(ValueError, match="cannot be rendered: .*zero"):
+        pretrained.render_chat("{{ 1 // 0 }}", messages, {})
+
+
+def test_one_of_several_templates_and_ends_of_text(folder, tmp_path):
+    found = checkpoints_io.load_pretrained(folder)
+    ends = dataclasses.replace(found, hf_config=found.hf_config | {"eos_token_id": [2, 0]})
+    loaded = pretrained.with_tokenizer(ends)
+    assert loaded.stop_tokens == {0, 2}
+    assert loaded._special_tokens()["eos_token"] == "<bot>"
+    alone = tmp_path / "alone" / "tokenizer.json"  # with nothing that describes it
+    alone.parent.mkdir()
+    alone.write_bytes((folder / "tokenizer.json").read_bytes())
+    out = tmp_path / "out"
+    pretrained.write(ends, "llama", out, tokenizer=str(alone))
+    described = out / "tokenizer_config.json"
+    assert json.loads(described.read_text())["eos_token"] == "<bot>"
+    (out / "chat_template.jinja").unlink(missing_ok=True)
+    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
+    described.write_text(json.dumps({"chat_template": several}))
+    assert checkpoints_io.load_pretrained(out).chat_template == "yes"
 
 
 def test_a_tokenizer_of_another_model(folder, tmp_path):
@@ -165,3 +189,8 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
         pretrained.load(str(folder), str(tmp_path / "other" / "tokenizer.json"))
     with pytest.raises(ValueError, match="nowhere.json' is no tokenizers file"):
         pretrained.load(str(folder), str(tmp_path / "nowhere.json"))
+    found = checkpoints_io.load_pretrained(folder)
+    for other in ("other/tokenizer.json", "nowhere.json"):
+        with pytest.raises(ValueError, match="another model's|no tokenizers file"):
+            pretrained.write(found, "llama", tmp_path / "out", tokenizer=str(tmp_path / other))
+    assert not (tmp_path / "out").exists()

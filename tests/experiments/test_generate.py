@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import sampling
+from experiments import sampling, scoring
 from experiments.data.tokenizers import make_tokenizer
 from seqmodels import language_model
 
@@ -189,7 +189,9 @@ def test_the_state_does_not_grow_with_what_was_read():
 def test_a_full_attention_cache_that_is_too_short_is_refused(hybrid):
     model, params = hybrid
     assert len(list(sampling.stream_tokens(model, params, [1] * 20, 5, temperature=0))) == 5
-    with pytest.raises(ValueError, match="20 prompt tokens and 6 more do not fit.*max_length=24"):
+    with pytest.raises(
+        ValueError, match="20 prompt tokens and 6 more do not fit.*max_length=24.*24 tokens"
+    ):
         list(sampling.stream_tokens(model, params, [1] * 20, 6))
 
 
@@ -197,6 +199,7 @@ def test_a_full_attention_cache_that_is_too_short_is_refused(hybrid):
     "options, message",
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
     ],
@@ -206,10 +209,24 @@ def test_options_out_of_range_are_refused(hybrid, options, message):
         list(sampling.stream_tokens(*hybrid, [1], 2, **options))
     with pytest.raises(ValueError, match="document_id"):
         list(sampling.stream_tokens(*hybrid, [], 2))
+    with pytest.raises(ValueError, match="0 tokens are to be generated"):
+        list(sampling.stream_tokens(*hybrid, [1], 0))
+
+
+def test_learned_positions_are_a_limit():
+    """With windows there is no cache that is too short; the table of positions ends all the same."""
+    config = {"vocab_size": 7, "d_model": 8, "num_layers": 1, "pattern": "attention(window=4)"}
+    model = language_model.from_config(config | {"learned_positions": 6})
+    assert sampling.context_limit(model) == (6, "the model's learned positions")
+    sampling.check_length(model, 5, 2)
+    with pytest.raises(ValueError, match="5 prompt tokens and 3 more .* learned positions .6 tok"):
+        sampling.check_length(model, 5, 3)
+    with pytest.raises(ValueError, match="sequence 1 of 2 has 8 tokens, .* learned 6 positions"):
+        scoring.score(model, {}, [[1, 2], [1] * 8])
 
 
 def frequencies(**options):
-    logits_BW = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]])).repeat(4000, axis=0)
+    logits_BW = 9 + jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]])).repeat(4000, axis=0)
     tokens = sampling.sample_token(jax.random.key(0), logits_BW, **options)
     return np.bincount(tokens, minlength=4) / tokens.size
 
@@ -219,6 +236,9 @@ def frequencies(**options):
     [
         ({}, [0.1, 0.4, 0.2, 0.3]),
         ({"temperature": 0}, [0, 1, 0, 0]),
+        ({"temperature": 1e-37}, [0, 1, 0, 0]),
+        ({"temperature": 1e-37, "top_p": 0.5}, [0, 1, 0, 0]),
+        ({"temperature": 1e-39}, [0, 1, 0, 0]),
         ({"temperature": 0.5}, np.array([0.01, 0.16, 0.04, 0.09]) / 0.3),
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
         ({"top_k": 9}, [0.1, 0.4, 0.2, 0.3]),

@@ -9,7 +9,7 @@ To add one, write `<family>.py` with an `ARCHITECTURE`, four things that all say
   result back with `model_config` and refuses to export where that is another model. `model` has every field, defaults too.
 - `rules(model, specs)`: every tensor, as `rules.Rule`s; see `checkpoints_io.rules` for the usual ones (linear, conv1d, split), `moved`
   for any other exact move of one tensor and `Rule` for several. Layers are "block_{i}" for all i, scanned or not.
-- `ignored`: regular expressions (full match) of tensors in files that carry nothing: buffers, tied copies.
+- `ignored`: regular expressions (full match) of tensors in files that carry nothing: buffers.
 
 The framework streams tensors through the rules both ways, stacks scanned layers, finds missing, extra and misshapen
 tensors, casts, shards. Nothing computed may be lost: test a family with transformers' model as the oracle by
@@ -48,6 +48,21 @@ _MODULES = {
 
 
 _MOST_LAYERS, _LARGEST = 10_000, 2**31
+# What other families compute with and none of these: a config.json that has one, with another value, is of no model here.
+_UNSUPPORTED = {
+    "quantization_config": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "attention_multiplier": None,
+    "logit_scale": None,
+    "logits_scaling": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "use_qk_norm": False,
+    "rope_interleaved": False,
+    "alibi": False,
+}
 
 
 class HFConfig:
@@ -55,6 +70,10 @@ class HFConfig:
 
     def __init__(self, fields: dict[str, Any], name: str):
         self.fields, self.name = fields, name
+
+    def with_defaults(self, **fields) -> "HFConfig":
+        """The same where fields that are absent (null is not) have these values, as their library gives them."""
+        return HFConfig(fields | self.fields, self.name)
 
     def integer(self, field: str, default: int | None = None) -> int:
         """A positive integer, of a size that a model can have."""
@@ -66,11 +85,22 @@ class HFConfig:
             f"a positive integer up to {most}",
         )
 
+    def optional_integer(self, field: str) -> int | None:
+        """A positive integer; None where it is null or absent."""
+        return None if self.get(field) is None else self.integer(field)
+
     def number(self, field: str, default: float | None = None) -> float:
         value = self._checked(
             field, default, lambda v: type(v) in (int, float) and abs(v) < 1e30, "a number"
         )
         return float(value)
+
+    def positive(self, field: str, default: float | None = None) -> float:
+        """A number that is a divisor or a scale: neither 0 nor negative."""
+        value = self.number(field, default)
+        if value <= 0:
+            raise ValueError(f"{self.name}: {field} is {value!r}; it must be a positive number")
+        return value
 
     def flag(self, field: str, default: bool) -> bool:
         return self._checked(field, default, lambda v: isinstance(v, bool), "true or false")
@@ -147,6 +177,12 @@ class Architecture:
 def names() -> list[str]:
     """Every supported model_type."""
     return sorted(_MODULES)
+
+
+def check_supported(config: HFConfig) -> None:
+    """Refuses, by name and value, fields that change what is computed and that no architecture here reads."""
+    for field, neutral in _UNSUPPORTED.items():
+        config.require(field, neutral)
 
 
 def get(model_type: object) -> Architecture:

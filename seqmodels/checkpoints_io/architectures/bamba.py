@@ -32,7 +32,7 @@ def _model_config(config):
         head_dim=config.integer("head_dim", max(D // H, 1)),
         max_length=config.integer("max_position_embeddings", 262_144),
         use_bias=config.flag("attention_bias", False),
-        **parts.rotary(config, 0.5),
+        **decoder.rope_options(config, 0.5),
     )
     L = config.integer("num_hidden_layers", 32)
     softmax = parts.listed(config, "attn_layer_indices", int)
@@ -67,7 +67,7 @@ def _hf_config(model, specs):
         "num_key_value_heads": attention["num_kv_heads"] or H,
         "head_dim": attention["head_dim"] or model["d_model"] // H,
         "max_position_embeddings": attention["max_length"],
-        "rope_parameters": parts.rope_parameters(attention),
+        **decoder.rope_fields(attention, partial=True),
         "attention_bias": attention["use_bias"],
         "mlp_bias": model.get("channel_bias", False),
         "mamba_expand": recurrent["expand"],

@@ -12,7 +12,7 @@ from seqmodels.checkpoints_io.architectures import HFConfig
 from seqmodels.pattern import MixerSpec, to_text
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
-IGNORED = (r".*rotary_emb\.inv_freq", r"lm_head\.weight")
+IGNORED = (r".*rotary_emb\.inv_freq",)
 _SCALINGS = {
     "default": (),
     "linear": ("factor",),
@@ -35,7 +35,7 @@ def model_config(config: HFConfig, specs: Sequence[MixerSpec], **fields) -> dict
         "channel_mixer": config.choice("hidden_act", ACTIVATIONS, "silu"),
         "d_ff": config.integer("intermediate_size"),
         "norm": "rms_norm",
-        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "norm_eps": config.positive("rms_norm_eps", 1e-6),
         "tied_embeddings": config.flag("tie_word_embeddings", False),
     } | fields
 
@@ -61,7 +61,7 @@ def spec(**options) -> MixerSpec:
 def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
     """Every layer's attention: `layer_types` says which have the window of `sliding_window`."""
     L = config.integer("num_hidden_layers")
-    window = config.get("sliding_window") and config.integer("sliding_window")
+    window = config.optional_integer("sliding_window")
     default = ["sliding_attention" if window else "full_attention"] * L
     types = config.strings("layer_types", L, default)
     if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
@@ -74,17 +74,73 @@ def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
     return [spec(**options, **windowed[kind]) for kind in types]
 
 
-def rope_options(config: HFConfig) -> dict[str, Any]:
-    """rope_base and rope_scaling, of `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    scaling = config.section("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
-    base = scaling.number("rope_theta", config.number("rope_theta", 10_000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, Any]:
+    """rope_base, rope_scaling and rope_fraction, of `rope_parameters` or the older `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`. What is None is the mixer's default.
+
+    fraction: of each head's channels that is rotated where the config does not say; None: all are, whatever it says otherwise is
+      refused.
+    """
+    rope = _rope_section(config)
+    kind = rope.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(
             f"{config.name}: rope scaling {kind!r} is not supported; {', '.join(_SCALINGS)} are"
         )
-    values = tuple(scaling.number(field) for field in _SCALINGS[kind])
-    return {"rope_base": base, "rope_scaling": (kind, *values) if values else None}
+    known = {"rope_type", "rope_theta", "partial_rotary_factor", *_SCALINGS[kind]}
+    if unknown := sorted(rope.fields.keys() - known):
+        raise ValueError(
+            f"{rope.name}: {unknown[0]} is {rope.fields[unknown[0]]!r}; "
+            f"rope_type {kind!r} has {', '.join(sorted(known))}"
+        )
+    base = rope.positive("rope_theta", config.positive("rope_theta", 10_000.0))
+    values = tuple(rope.positive(field) for field in _SCALINGS[kind])
+    part = rope.positive(
+        "partial_rotary_factor", config.positive("partial_rotary_factor", fraction or 1.0)
+    )
+    if part > 1 or fraction is None and part < 1:
+        raise ValueError(
+            f"{config.name}: partial_rotary_factor is {part}; it must be "
+            + ("1 for this architecture" if fraction is None else "1 at most")
+        )
+    return {
+        "rope_base": base,
+        "rope_scaling": (kind, *values) if values else None,
+        "rope_fraction": None if fraction is None else part,
+    }
+
+
+def _rope_section(config: HFConfig) -> HFConfig:
+    """`rope_parameters` and the older `rope_scaling` as one; files that have both say the same twice."""
+    merged: dict[str, Any] = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        section = {k: v for k, v in config.section(field).fields.items() if v is not None}
+        older = section.pop("type", None)
+        section = ({"rope_type": older} if older is not None else {}) | section
+        if differing := [k for k in merged.keys() & section.keys() if merged[k] != section[k]]:
+            k = min(differing)
+            raise ValueError(
+                f"{config.name}: {k} is {merged[k]!r} in rope_parameters and {section[k]!r} in rope_scaling"
+            )
+        merged |= section
+    return HFConfig(merged, f"{config.name}, rope_parameters")
+
+
+def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any]:
+    """The inverse of `rope_options`, with what programs older than rope_parameters read. partial: with the fraction."""
+    kind, *values = options["rope_scaling"] or ("default",)
+    theta = float(options["rope_base"] or 10_000.0)
+    scaling = {"rope_type": kind}
+    scaling |= {
+        field: int(value) if field.startswith("original") else value
+        for field, value in zip(_SCALINGS.get(kind, ()), values)
+    }
+    scaling |= {"partial_rotary_factor": options["rope_fraction"]} if partial else {}
+    return {
+        "rope_parameters": scaling | {"rope_theta": theta},
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else scaling,
+    }
 
 
 def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec], **fields) -> dict[str, Any]:
@@ -102,32 +158,25 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec], **fields) -> di
     H = options["num_heads"]
     head_dim = options["head_dim"] or model["d_model"] // H
     windows = {option_values(s)["window"] for s in specs} - {None}
-    base = next((b for s in specs if (b := option_values(s)["rope_base"])), 10_000.0)
-    kind, *values = options["rope_scaling"] or ("default",)
-    rope = {"rope_type": kind, "rope_theta": float(base)}
-    rope |= {
-        field: int(value) if field.startswith("original") else value
-        for field, value in zip(_SCALINGS.get(kind, ()), values)
-    }
-    legacy = None if kind == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
-    return {
-        "vocab_size": model["vocab_size"],
-        "hidden_size": model["d_model"],
-        "intermediate_size": model["d_ff"],
-        "num_hidden_layers": model["num_layers"],
-        "num_attention_heads": H,
-        "num_key_value_heads": options["num_kv_heads"] or H,
-        "head_dim": head_dim,
-        "hidden_act": activation,
-        "max_position_embeddings": max(option_values(s)["max_length"] for s in specs),
-        "rms_norm_eps": model["norm_eps"],
-        "tie_word_embeddings": model["tied_embeddings"],
-        "rope_parameters": rope,
-        # What programs older than rope_parameters read.
-        "rope_theta": float(base),
-        "rope_scaling": legacy,
-        "sliding_window": min(windows) if windows else None,
-    } | fields
+    rotated = next((o for s in specs if (o := option_values(s))["rope_base"]), options)
+    return (
+        {
+            "vocab_size": model["vocab_size"],
+            "hidden_size": model["d_model"],
+            "intermediate_size": model["d_ff"],
+            "num_hidden_layers": model["num_layers"],
+            "num_attention_heads": H,
+            "num_key_value_heads": options["num_kv_heads"] or H,
+            "head_dim": head_dim,
+            "hidden_act": activation,
+            "max_position_embeddings": max(option_values(s)["max_length"] for s in specs),
+            "rms_norm_eps": model["norm_eps"],
+            "tie_word_embeddings": model["tied_embeddings"],
+            "sliding_window": min(windows) if windows else None,
+        }
+        | rope_fields(rotated)
+        | fields
+    )
 
 
 def layer_types(specs: Sequence[MixerSpec]) -> list[str]:

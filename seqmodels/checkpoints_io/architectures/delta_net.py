@@ -5,8 +5,8 @@ from seqmodels.checkpoints_io.architectures import fla, parts
 
 def _options(config):
     D, H = config.integer("hidden_size", 2048), config.integer("num_heads", 16)
-    key = int(D * config.number("expand_k", 1.0))
-    value = int(D * config.number("expand_v", 1.0))
+    key = int(D * config.positive("expand_k", 1.0))
+    value = int(D * config.positive("expand_v", 1.0))
     if key < H or key % H or value % H:
         raise ValueError(
             f"{config.name}: num_heads {H} must divide the key width {key} and the value width {value}"

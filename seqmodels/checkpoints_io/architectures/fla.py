@@ -38,7 +38,7 @@ def architecture(
         D, L = config.integer("hidden_size", 2048), config.integer("num_hidden_layers", 24)
         softmax = _softmax_layers(config, D, L)
         own = parts.spec(mixer, **options(config))
-        ratio = config.number("hidden_ratio", hidden_ratio)
+        ratio = config.positive("hidden_ratio", hidden_ratio)
         F = config.integer("intermediate_size", max(-(-int(D * ratio * 2 / 3) // 256) * 256, 256))
         return {
             "vocab_size": config.integer("vocab_size", 32_000),
@@ -46,7 +46,7 @@ def architecture(
             "num_layers": L,
             "pattern": to_text([softmax.get(i, own) for i in range(L)]),
             "d_ff": F,
-            "norm_eps": config.number("norm_eps", 1e-6),
+            "norm_eps": config.positive("norm_eps", 1e-6),
             "tied_embeddings": config.flag("tie_word_embeddings", False),
         }
 
@@ -90,6 +90,33 @@ def architecture(
     )
 
 
+def heads_options(config: HFConfig, heads: int, expand_k: float, expand_v: float) -> dict[str, Any]:
+    """What GLA and RetNet have in common, with their defaults: as many key heads as value heads, of widths of their own."""
+    H = config.integer("num_heads", heads)
+    config.require("num_kv_heads", H)
+    return {
+        "num_heads": H,
+        "expand_k": config.positive("expand_k", expand_k),
+        "expand_v": config.positive("expand_v", expand_v),
+        "norm_eps": config.positive("norm_eps", 1e-6),
+    }
+
+
+def heads_fields(options: Mapping[str, Any], d_model: int) -> dict[str, Any]:
+    """The inverse of `heads_options`."""
+    return {name: options[name] for name in ("num_heads", "expand_k", "expand_v")}
+
+
+# A norm that is not fused has another name.
+HEADS_REFUSED = {
+    "fuse_norm": True,
+    "use_short_conv": False,
+    "use_output_gate": True,
+    "elementwise_affine": True,
+    "feature_map": None,
+}
+
+
 def projections(theirs: str, ours: str, names: str) -> Iterable[rules.Rule]:
     """ "qkv" is q_proj, k_proj and v_proj."""
     return parts.linears(theirs, ours, {f"{name}_proj": name for name in names})
@@ -114,9 +141,9 @@ def _softmax_layers(config: HFConfig, D: int, L: int) -> dict[int, MixerSpec]:
             num_heads=H,
             num_kv_heads=attn.integer("num_kv_heads", H),
             head_dim=max(D // H, 1),
-            window=attn.get("window_size") and attn.integer("window_size"),
+            window=attn.optional_integer("window_size"),
             max_length=config.integer("max_position_embeddings", 2048),
-            rope_base=attn.number("rope_theta", 10_000.0),
+            rope_base=attn.positive("rope_theta", 10_000.0),
             use_bias=attn.flag("qkv_bias", False),
             o_bias=False,
         )

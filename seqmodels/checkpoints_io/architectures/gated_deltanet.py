@@ -10,7 +10,7 @@ def _options(config):
         "num_heads": H,
         "num_v_heads": config.integer("num_v_heads", H),
         "head_dim": config.integer("head_dim", 256),
-        "expand_v": config.number("expand_v", 2.0),
+        "expand_v": config.positive("expand_v", 2.0),
         "conv_width": config.integer("conv_size", 4),
         "allow_neg_eigval": config.flag("allow_neg_eigval", False),
         "use_gate": config.flag("use_gate", True),

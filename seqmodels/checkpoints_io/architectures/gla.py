@@ -8,19 +8,7 @@ _GATE = {"gate_rank": 16, "gate_temperature": 16.0}
 
 
 def _options(config):
-    H = config.integer("num_heads", 4)
-    parts.refuse_unless(config, num_kv_heads=H)
-    return {
-        "num_heads": H,
-        "expand_k": config.number("expand_k", 0.5),
-        "expand_v": config.number("expand_v", 1.0),
-        "norm_eps": config.number("norm_eps", 1e-6),
-        **_GATE,
-    }
-
-
-def _fields(options, d_model):
-    return {name: options[name] for name in ("num_heads", "expand_k", "expand_v")}
+    return fla.heads_options(config, 4, 0.5, 1.0) | _GATE
 
 
 def _tensors(options, theirs, ours):
@@ -35,16 +23,7 @@ ARCHITECTURE = fla.architecture(
     "GLAForCausalLM",
     "gla",
     _options,
-    _fields,
+    fla.heads_fields,
     _tensors,
-    refused={
-        "fuse_norm": True,  # False has another name for the norm
-        "use_short_conv": False,
-        "use_output_gate": True,
-        "elementwise_affine": True,
-        "feature_map": None,
-        "clamp_min": None,
-        "use_gk": True,
-        "use_gv": False,
-    },
+    refused=fla.HEADS_REFUSED | {"clamp_min": None, "use_gk": True, "use_gv": False},
 )

@@ -27,7 +27,7 @@ def _model_config(config):
         "d_ff": config.integer("n_inner", 4 * D),
         "channel_bias": True,
         "norm": "layer_norm",
-        "norm_eps": config.number("layer_norm_epsilon", 1e-5),
+        "norm_eps": config.positive("layer_norm_epsilon", 1e-5),
         "learned_positions": context,
         "tied_embeddings": config.flag("tie_word_embeddings", True),
     }
@@ -79,6 +79,6 @@ ARCHITECTURE = Architecture(
     model_config=_model_config,
     hf_config=_hf_config,
     rules=_rules,
-    ignored=(r".*\.attn\.(masked_)?bias", r"lm_head\.weight"),
+    ignored=(r".*\.attn\.(masked_)?bias",),
     base_prefix="transformer.",
 )

@@ -9,7 +9,7 @@ _NORM_EPS = 1e-5
 
 def _options(config):
     D = config.integer("hidden_size", 2048)
-    heads = config.get("num_heads") and config.integer("num_heads")
+    heads = config.optional_integer("num_heads")
     ratio = config.integer("expand_ratio", D // heads if heads else 128)
     return {"expand_ratio": ratio, "norm_eps": _NORM_EPS}
 

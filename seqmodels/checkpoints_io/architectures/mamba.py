@@ -25,7 +25,7 @@ def _model_config(config):
         "num_layers": L,
         "pattern": to_text([layer] * L),
         "channel_mixer": None,
-        "norm_eps": config.number("layer_norm_epsilon", 1e-5),
+        "norm_eps": config.positive("layer_norm_epsilon", 1e-5),
         "tied_embeddings": config.flag("tie_word_embeddings", True),
     }
 
@@ -76,6 +76,5 @@ ARCHITECTURE = Architecture(
     model_config=_model_config,
     hf_config=_hf_config,
     rules=_rules,
-    ignored=(r"lm_head\.weight",),
     base_prefix="backbone.",
 )

@@ -69,6 +69,5 @@ ARCHITECTURE = Architecture(
     model_config=_model_config,
     hf_config=_hf_config,
     rules=_rules,
-    ignored=(r"lm_head\.weight",),
     base_prefix="backbone.",
 )

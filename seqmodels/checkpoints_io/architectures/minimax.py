@@ -20,6 +20,7 @@ _LIGHTNING = {
 
 def _model_config(config):
     parts.refuse_unless(config, hidden_act="silu")
+    config = config.with_defaults(rope_theta=1e6)
     D, L, H = (
         config.integer("hidden_size", 4096),
         config.integer("num_hidden_layers", 32),
@@ -32,9 +33,9 @@ def _model_config(config):
             "num_heads": H,
             "num_kv_heads": config.integer("num_key_value_heads", 8),
             "head_dim": K,
-            "window": config.get("sliding_window") and config.integer("sliding_window"),
+            "window": config.optional_integer("sliding_window"),
             "max_length": config.integer("max_position_embeddings", 131_072),
-            "rope_base": parts.rotary(config, 1.0)["rope_base"],
+            **decoder.rope_options(config),
         },
     }
     mixer_of = {kind: mixer for mixer, (kind, _) in _KINDS.items()}
@@ -69,7 +70,7 @@ def _model_config(config):
         "pattern": to_text(specs),
         "channel_mixer": to_text([experts]),
         "norm_position": "residual",
-        "norm_eps": config.number("rms_norm_eps", 1e-5),
+        "norm_eps": config.positive("rms_norm_eps", 1e-5),
         "tied_embeddings": config.flag("tie_word_embeddings", False),
     }
 
@@ -96,7 +97,7 @@ def _hf_config(model, specs):
         "head_dim": decoder.option_values(specs[0])["head_dim"] or model["d_model"] // H,
         "sliding_window": attention["window"],
         "max_position_embeddings": attention["max_length"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": attention["rope_base"]},
+        **decoder.rope_fields(attention),
         "num_local_experts": experts.num_experts,
         "num_experts_per_tok": experts.experts_per_token,
         "hidden_act": "silu",

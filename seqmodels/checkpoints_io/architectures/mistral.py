@@ -4,6 +4,9 @@ from seqmodels.checkpoints_io.architectures import Architecture, decoder
 
 
 def _model_config(config):
+    config = config.with_defaults(
+        num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131_072
+    )
     specs = decoder.layers(config, decoder.attention_options(config))
     return decoder.model_config(config, specs)
 

@@ -74,28 +74,6 @@ def no_time_step_limit(config: HFConfig) -> None:
         )
 
 
-def rotary(config: HFConfig, default_fraction: float) -> dict[str, Any]:
-    """rope_base and rope_fraction, of `rope_parameters` or of the older fields."""
-    rope = config.section("rope_parameters")
-    rope.require("rope_type", "default")
-    if config.get("rope_scaling") is not None:
-        config.section("rope_scaling").require("rope_type", "default")
-    fraction = config.number("partial_rotary_factor", default_fraction)
-    return {
-        "rope_base": rope.number("rope_theta", config.number("rope_theta", 10_000.0)),
-        "rope_fraction": rope.number("partial_rotary_factor", fraction),
-    }
-
-
-def rope_parameters(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `rotary`."""
-    return {
-        "rope_type": "default",
-        "rope_theta": options["rope_base"],
-        "partial_rotary_factor": options["rope_fraction"],
-    }
-
-
 def ends(model: Mapping[str, Any], embedding: str, norm: str) -> Iterator[rules.Rule]:
     """The embedding, the last norm, and lm_head."""
     yield rules.same(f"{embedding}.weight", "embed/embedding")

@@ -1,26 +1,37 @@
 """Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): biases on q, k and v, and windows on the upper layers, if any."""
 
+from collections.abc import Callable
+from typing import Any
+
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder
+from seqmodels.pattern import MixerSpec
 
 
-def with_layer_types(config: HFConfig) -> HFConfig:
-    """A config whose `layer_types` and `sliding_window` say what the older `use_sliding_window` and `max_window_layers` do."""
+def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfig:
+    """A config whose `layer_types` says all of the windows: none without `use_sliding_window`, and where the config lists no types
+    those of the layers that `slides`."""
     L = config.integer("num_hidden_layers")
-    used = config.flag("use_sliding_window", False)
+    used = config.flag("use_sliding_window", False) and config.get("sliding_window") is not None
     fields = dict(config.fields)
-    if not config.get("layer_types"):
-        full = config.get("max_window_layers", L) if used else L
+    if not used or not config.get("layer_types"):
         fields["layer_types"] = [
-            "full_attention" if i < full else "sliding_attention" for i in range(L)
+            "sliding_attention" if used and slides(i) else "full_attention" for i in range(L)
         ]
-    elif not used:
-        fields["layer_types"] = ["full_attention"] * L
     return HFConfig(fields, config.name)
 
 
+def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
+    """Every layer's attention: windows from `max_window_layers` on, if any."""
+    first = config.get("max_window_layers", 28)
+    if type(first) is not int or first < 0:
+        raise ValueError(f"{config.name}: max_window_layers is {first!r}; it must be a count")
+    return decoder.layers(with_layer_types(config, lambda i: i >= first), options)
+
+
 def _model_config(config):
+    config = config.with_defaults(max_position_embeddings=32_768)
     options = decoder.attention_options(config, use_bias=True, o_bias=False)
-    return decoder.model_config(config, decoder.layers(with_layer_types(config), options))
+    return decoder.model_config(config, layers(config, options))
 
 
 def hf_config(model, specs):

@@ -11,7 +11,7 @@ _TYPES = ("linear_attention", "full_attention")
 
 def _model_config(config):
     parts.refuse_unless(config, hidden_act="silu")
-    L, eps = config.integer("num_hidden_layers", 48), config.number("rms_norm_eps", 1e-6)
+    L, eps = config.integer("num_hidden_layers", 48), config.positive("rms_norm_eps", 1e-6)
     K = config.integer("linear_key_head_dim", 128)
     recurrent = {
         "num_heads": config.integer("linear_num_key_heads", 16),
@@ -26,7 +26,7 @@ def _model_config(config):
         "num_kv_heads": config.integer("num_key_value_heads", 2),
         "head_dim": config.integer("head_dim", 256),
         "max_length": config.integer("max_position_embeddings", 32_768),
-        **parts.rotary(config, 0.25),
+        **decoder.rope_options(config, 0.25),
         "qk_norm": _NORM,
         "norm_eps": eps,
         "use_bias": config.flag("attention_bias", False),
@@ -99,7 +99,7 @@ def _hf_config(model, specs):
         "num_key_value_heads": attention["num_kv_heads"] or H,
         "head_dim": attention["head_dim"] or model["d_model"] // H,
         "max_position_embeddings": attention["max_length"],
-        "rope_parameters": parts.rope_parameters(attention),
+        **decoder.rope_fields(attention, partial=True),
         "attention_bias": attention["use_bias"],
         "decoder_sparse_step": 1,
         "hidden_act": "silu",

@@ -11,7 +11,9 @@ _MIXERS = {"recurrent": "rg_lru", "attention": "attention"}
 
 
 def _model_config(config):
-    parts.refuse_unless(config, hidden_activation="gelu_pytorch_tanh")
+    parts.refuse_unless(
+        config, hidden_activation="gelu_pytorch_tanh", embeddings_scale_by_sqrt_dim=True
+    )
     D, L = config.integer("hidden_size", 2560), config.integer("num_hidden_layers", 26)
     H, F = config.integer("num_attention_heads", 10), config.integer("intermediate_size", 7680)
     if D % H or F % 2:
@@ -33,7 +35,7 @@ def _model_config(config):
             window=config.integer("attention_window_size", 2048),
             use_bias=config.flag("attention_bias", False),
             o_bias=True,
-            **parts.rotary(config, 0.5),
+            **decoder.rope_options(config, 0.5),
         ),
     }
     types = parts.listed(config, "block_types", str, ("recurrent", "recurrent", "attention"))
@@ -50,10 +52,10 @@ def _model_config(config):
         "channel_bias": True,
         "d_ff": F // 2,
         "norm": "zero_centred_rms_norm",
-        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "norm_eps": config.positive("rms_norm_eps", 1e-6),
         "tied_embeddings": config.flag("tie_word_embeddings", True),
         "embedding_scale": _embedding_scale(D),
-        "logit_softcap": config.number("logits_soft_cap", 30.0),
+        "logit_softcap": config.positive("logits_soft_cap", 30.0),
     }
 
 
@@ -81,7 +83,7 @@ def _hf_config(model, specs):
         "lru_width": recurrent["lru_width"] or model["d_model"],
         "conv1d_width": recurrent["conv_width"],
         "attention_window_size": attention["window"] or 2048,
-        "rope_parameters": parts.rope_parameters(attention),
+        **decoder.rope_fields(attention, partial=True),
         "attention_bias": attention["use_bias"],
         "hidden_activation": "gelu_pytorch_tanh",
         "logits_soft_cap": parts.given(model, "logit_softcap"),

@@ -10,14 +10,18 @@ from seqmodels.checkpoints_io.architectures.qwen2 import hf_config, with_layer_t
 
 
 def _model_config(config):
+    config = config.with_defaults(
+        num_key_value_heads=4, max_position_embeddings=32_768, rope_theta=2e6
+    )
     L = config.integer("num_hidden_layers")
     interval = config.integer("no_rope_layer_interval", 4)
     rotated = config.integers("no_rope_layers", L, [int((i + 1) % interval != 0) for i in range(L)])
     bias = config.flag("attention_bias", False)
     options = decoder.attention_options(config, use_bias=bias or None)
+    typed = with_layer_types(config, lambda i: not rotated[i])
     specs = [
         spec if turns else _without_positions(spec)
-        for spec, turns in zip(decoder.layers(with_layer_types(config), options), rotated)
+        for spec, turns in zip(decoder.layers(typed, options), rotated)
     ]
     fields = {"channel_bias": True} if config.flag("mlp_bias", False) else {}
     return decoder.model_config(
@@ -32,15 +36,10 @@ def _without_positions(spec):
 
 
 def _hf_config(model, specs):
-    rotated = [int(decoder.option_values(s)["rope_base"] is not None) for s in specs]
-    first = specs[rotated.index(1)] if 1 in rotated else specs[0]
-    rope = decoder.hf_config(model, [first])
     return hf_config(model, specs) | {
         "attention_bias": decoder.option_values(specs[0])["use_bias"],
         "mlp_bias": model["channel_bias"],
-        "no_rope_layers": rotated,
-        "rope_parameters": rope["rope_parameters"],
-        "rope_scaling": rope["rope_scaling"],
+        "no_rope_layers": [int(decoder.option_values(s)["rope_base"] is not None) for s in specs],
     }
 
 

@@ -12,20 +12,18 @@ def _model_config(config):
     D = config.integer("hidden_size", 4096)
     parts.refuse_unless(config, embedding_dim=D)
     L = config.integer("num_hidden_layers", config.integer("num_blocks", 32))
-    eps = config.number("norm_eps", 1e-6)
+    eps = config.positive("norm_eps", 1e-6)
     layer = parts.spec(
         "mlstm",
         num_heads=config.integer("num_heads", 8),
-        qk_dim_factor=config.number("qk_dim_factor", 0.5),
-        v_dim_factor=config.number("v_dim_factor", 1.0),
-        gate_soft_cap=config.number("gate_soft_cap", 15.0),
-        eps=config.number("eps", 1e-6),
+        qk_dim_factor=config.positive("qk_dim_factor", 0.5),
+        v_dim_factor=config.positive("v_dim_factor", 1.0),
+        gate_soft_cap=config.positive("gate_soft_cap", 15.0),
+        eps=config.positive("eps", 1e-6),
         norm_eps=eps,
     )
-    factor = config.number("ffn_proj_factor", _FFN[0])
+    factor = config.positive("ffn_proj_factor", _FFN[0])
     multiple = config.integer("ffn_round_up_to_multiple_of", _FFN[1])
-    if factor <= 0:
-        raise ValueError(f"{config.name}: ffn_proj_factor is {factor}; it must be positive")
     return {
         "vocab_size": config.integer("vocab_size", 50_304),
         "d_model": D,
@@ -34,7 +32,7 @@ def _model_config(config):
         "d_ff": _ffn_width(D, factor, multiple),
         "norm_eps": eps,
         "tied_embeddings": config.flag("tie_word_embeddings", False),
-        "logit_softcap": config.number("output_logit_soft_cap", 30.0),
+        "logit_softcap": config.positive("output_logit_soft_cap", 30.0),
     }
 
 

@@ -61,6 +61,13 @@ def test_one_tensor_is_asked_for_at_a_time_and_a_failure_leaves_nothing(tmp_path
     with pytest.raises(RuntimeError, match="the disk"):
         files.write(tmp_path, entries(ARRAYS), read)
     assert not list(tmp_path.iterdir())
+    for options in ({}, {"max_shard_bytes": 24}):  # what was there before stays, too
+        before = write(tmp_path, **options)
+        for failing in ({}, {"max_shard_bytes": 24}):
+            with pytest.raises(RuntimeError, match="the disk"):
+                files.write(tmp_path, entries(ARRAYS), read, **failing)
+            assert sorted(tmp_path.iterdir()) == sorted(before)
+            check_equal(files.open_folder(tmp_path))
 
 
 def raw(header, data=b"", length=None):
@@ -121,6 +128,24 @@ def test_a_missing_shard_and_a_tensor_that_is_not_in_its_shard(tmp_path):
         files.open_folder(tmp_path)
     paths[1].unlink()
     with pytest.raises(ValueError, match="names model-00002-of-00003.safetensors, which is not"):
+        files.open_folder(tmp_path)
+
+
+def test_shards_hold_what_their_index_says_and_no_more(tmp_path):
+    paths = write(tmp_path, max_shard_bytes=24)
+    index = json.loads((tmp_path / files.INDEX_FILE).read_text())
+    mapped = index["weight_map"]
+    name = next(tensor for tensor, shard in mapped.items() if shard == paths[2].name)
+    del mapped[name]
+    (tmp_path / files.INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"has '{name}' in 'no file', and .*00003-of-00003"):
+        files.open_folder(tmp_path)
+    mapped[name] = "again.safetensors"
+    files.write_file(
+        tmp_path / mapped[name], *(lambda a: (entries(a), a.__getitem__))({name: ARRAYS[name]})
+    )
+    (tmp_path / files.INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"has '{name}' in 'again.safetensors', and .*00003-of"):
         files.open_folder(tmp_path)
 
 

@@ -171,6 +171,7 @@ def test_what_is_written_of_one_is_a_whole_folder(whole, tmp_path):
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
 def test_the_tokenizer_splits_and_joins(pre, whole):
     metadata = gguf_header.read(whole, SIZES).metadata | {"tokenizer.ggml.pre": pre}
+    metadata["tokenizer.ggml.add_bos_token"] = False
     tokenizer = gguf_tokenizer.make(metadata, "tiny.gguf")
     for text in TEXTS:
         ids = tokenizer.encode(text).ids
@@ -188,11 +189,22 @@ def test_the_tokenizer_splits_and_joins(pre, whole):
     assert gguf_tokenizer.make(start, "tiny.gguf").encode("the").ids[0] == 1
 
 
+def test_llama_3_takes_words_whole_and_begins_with_bos(whole):
+    """As its own tokenizer does (ignore_merges), and as llama.cpp does where the file has no add_bos_token."""
+    metadata = gguf_header.read(whole, SIZES).metadata
+    tokens = [t if t != "[unused0]" else "cat" for t in metadata["tokenizer.ggml.tokens"]]
+    metadata["tokenizer.ggml.tokens"] = tokens  # no merge makes it
+    for pre, expected in (("llama-bpe", ["<|im_start|>", "cat"]), ("qwen2", ["c", "a", "t"])):
+        changed = metadata | {"tokenizer.ggml.pre": pre}
+        assert gguf_tokenizer.make(changed, "tiny.gguf").encode("cat").tokens == expected
+
+
 def test_weights_are_of_use_without_the_tokenizer(whole):
     metadata = gguf_header.read(whole, SIZES).metadata
-    with pytest.warns(UserWarning, match="'tekken' is not supported; .*; give another tokenizer"):
-        other = metadata | {"tokenizer.ggml.pre": "tekken"}
-        assert gguf_tokenizer.tokenizer_file(other, "tiny.gguf") is None
+    for pre in ("tekken", "default", None):  # the last two say nothing of how words are cut
+        with pytest.warns(UserWarning, match=f"{pre!r} is not supported; .*; give another token"):
+            other = metadata | {"tokenizer.ggml.pre": pre}
+            assert gguf_tokenizer.tokenizer_file(other, "tiny.gguf") is None
     del metadata["tokenizer.ggml.model"]
     assert gguf_tokenizer.tokenizer_file(metadata, "tiny.gguf") is None
 
@@ -211,6 +223,7 @@ def hostile(whole):
     return {
         "does not begin with GGUF": b"GGML" + data[4:],
         "is GGUF version 16777216": b"GGUF" + struct.pack(">I", 1) + data[8:],
+        "is big-endian; versions 2 and 3, little": b"GGUF" + struct.pack(">I", 3) + data[8:],
         "announces 1152921504606846976 tensors": data[:8] + huge + data[16:],
         "announces 1152921504606846976 metadata entries": data[:16] + huge + data[24:],
         "a metadata key should take 1152921504606846976 bytes": data[:24] + huge + data[32:],
@@ -231,6 +244,23 @@ def test_hostile_files(whole, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             checkpoints_io.load_pretrained(f"gguf:{path}")
         assert str(path) in str(error.value)
+
+
+def test_a_turn_may_end_as_no_text_does(whole):
+    header = gguf_header.read(whole, SIZES)
+    source = gguf_files.GGUFTensors(whole, header, gguf)
+    for eot, expected in ((1, [0, 1]), (0, 0)):
+        metadata = header.metadata | {"tokenizer.ggml.eot_token_id": eot}
+        config = gguf_files._config(gguf_header.Header(metadata, header.tensors), source, "")
+        assert config.fields["eos_token_id"] == expected
+
+
+def test_two_names_of_one_tensor(whole):
+    header = gguf_header.read(whole, SIZES)
+    info = header.tensors["blk.0.attn_norm.weight"]
+    twice = gguf_header.Header(header.metadata, header.tensors | {"blk.00.attn_norm.weight": info})
+    with pytest.raises(ValueError, match="'blk.00.attn_norm.weight' is another name of a tensor"):
+        gguf_files.GGUFTensors(whole, twice, gguf)
 
 
 def test_any_cut_and_any_flipped_byte_of_the_header_is_noticed_or_harmless(whole, tmp_path):
@@ -295,6 +325,8 @@ def test_metadata_with_anything_in_it_is_used_or_refused(whole):
     [
         ({"general__architecture": "falcon"}, "unknown architecture 'falcon'; supported in GGUF"),
         ({"llama__expert_count": 8}, "llama.expert_count is 8"),
+        ({"llama__logit_scale": 0.5}, "llama.logit_scale is 0.5; only 1.0"),
+        ({"llama__attention__scale": 0.25}, "llama.attention.scale is 0.25"),
         ({"llama__rope__scaling__type": "yarn"}, "rope scaling by 'yarn'"),
         ({"llama__rope__dimension_count": 8}, "rope.dimension_count is 8"),
         ({"tokenizer__ggml__model": "llama"}, "a tokenizer of kind 'llama'"),

@@ -1,10 +1,10 @@
-"""What config.json of a linear-time family may say, and what is refused by name."""
+"""What config.json of a family may say, and what is refused by name."""
 
 import pytest
 
 from seqmodels import language_model, pattern
 from seqmodels.checkpoints_io import architectures
-from seqmodels.checkpoints_io.architectures import HFConfig
+from seqmodels.checkpoints_io.architectures import HFConfig, decoder
 
 SMALL = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 3}
 
@@ -34,11 +34,97 @@ def read(model_type, **fields):
         ("delta_net", {"qk_norm": "sum"}, "qk_norm is 'sum'; only 'l2'"),
         ("delta_net", {"num_heads": 5}, "num_heads 5 must divide the key width 32"),
         ("hgrn2", {"use_lower_bound": False}, "use_lower_bound is False"),
+        ("gla", {"expand_k": -0.5}, "expand_k is -0.5; it must be a positive number"),
+        ("recurrent_gemma", {"embeddings_scale_by_sqrt_dim": False}, "embeddings_scale_by_sqrt_dim is False"),
+        ("recurrent_gemma", {"num_attention_heads": 4, "logits_soft_cap": 0}, "logits_soft_cap is 0.0"),
+        ("xlstm", {"output_logit_soft_cap": 0, "embedding_dim": 32}, "output_logit_soft_cap is 0.0"),
     ],
 )  # fmt: skip
 def test_refused(model_type, fields, message):
     with pytest.raises(ValueError, match=message):
         read(model_type, **fields)
+
+
+SOFTMAX = {"num_attention_heads": 4, "intermediate_size": 48}
+LINEAR_BY_2 = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen3", "bamba", "qwen3_next", "recurrent_gemma", "minimax"]
+)
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
+        ({"rope_parameters": {"type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
+        ({"rope_parameters": {"full_attention": LINEAR_BY_2}}, "full_attention is .*; rope_type 'default' has"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LINEAR_BY_2}, "'default' in rope_par.* 'linear' in rope_sc"),
+        ({"rope_parameters": LINEAR_BY_2 | {"factor": 0}}, "factor is 0.0; it must be a positive"),
+        ({"rope_theta": -1}, "rope_theta is -1.0; it must be a positive"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be 1"),
+    ],
+)  # fmt: skip
+def test_rotations_that_are_refused(model_type, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read(model_type, **SOFTMAX, mamba_n_heads=4, **fields)
+
+
+def softmax_options(model_type, **fields):
+    config = read(model_type, **SOFTMAX, mamba_n_heads=4, **fields)
+    specs = [s for s in pattern.layers(config["pattern"], 3) if s.name == "attention"]
+    return [dict(spec.options) for spec in specs]
+
+
+def test_rotations():
+    """As a fraction of each head and scaled, from new fields and old; all of the head where a family knows no fraction."""
+    parameters = {"rope_theta": 5e5, "partial_rotary_factor": 0.25} | LINEAR_BY_2
+    options = {"rope_base": 5e5, "rope_fraction": 0.25, "rope_scaling": ("linear", 2.0)}
+    older = {
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 0.25,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    }
+    for fields in ({"rope_parameters": parameters}, older, older | {"rope_parameters": parameters}):
+        (found,) = softmax_options("bamba", attn_layer_indices=[1], **fields)
+        assert options.items() <= found.items()
+    assert (
+        parameters.items() == decoder.rope_fields(options, partial=True)["rope_parameters"].items()
+    )
+    for model_type in ("llama", "minimax"):
+        with pytest.raises(ValueError, match="partial_rotary_factor is 0.5; it must be 1 for"):
+            softmax_options(model_type, partial_rotary_factor=0.5)
+
+
+def test_fields_that_no_family_reads():
+    for field, value in {
+        "quantization_config": {"bits": 4},
+        "logit_scale": 0.5,
+        "use_qk_norm": True,
+    }.items():
+        with pytest.raises(ValueError, match=f"{field} is .*; only"):
+            architectures.check_supported(HFConfig({field: value}, "config.json"))
+    architectures.check_supported(HFConfig({"logits_scaling": 1, "rope_interleaved": False}, ""))
+
+
+def test_windows():
+    """Which layers have one, where the config leaves layer_types or the window out."""
+
+    def windows(model_type, **fields):
+        return [o.get("window") for o in softmax_options(model_type, **fields)]
+
+    assert (
+        windows("mistral") == [4096] * 3 and windows("mistral", sliding_window=None) == [None] * 3
+    )
+    used = {"use_sliding_window": True, "sliding_window": 8}
+    assert windows("qwen2", **used) == [None] * 3  # from layer 28 on
+    assert windows("qwen2", **used, max_window_layers=0) == [8] * 3
+    assert windows("qwen2", use_sliding_window=True, max_window_layers=0) == [None] * 3
+    # SmolLM3 has them where it has no rotation.
+    assert windows("smollm3", **used, no_rope_layers=[1, 0, 1]) == [None, 8, None]
+    with pytest.raises(ValueError, match="sliding_window is 0; it must be a positive integer"):
+        windows("mistral", sliding_window=0)
+    with pytest.raises(ValueError, match="max_window_layers is 'all'"):
+        windows("qwen2", max_window_layers="all")
 
 
 def test_published_defaults():
@@ -48,6 +134,10 @@ def test_published_defaults():
     assert [spec.name for spec in specs] == 3 * ["gated_delta_net"] + ["attention"]
     assert dict(specs[3].options)["rope_fraction"] == 0.25
     assert config["channel_mixer"].startswith("moe(num_experts=512, experts_per_token=10, d_ff=512")
+    (minimax, _), (smollm, *_) = softmax_options("minimax"), softmax_options("smollm3")
+    assert (minimax["rope_base"], smollm["rope_base"], smollm["num_kv_heads"]) == (1e6, 2e6, 4)
+    contexts = {"mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "llama": 2048}
+    assert {m: softmax_options(m)[0]["max_length"] for m in contexts} == contexts
     config = read("recurrent_gemma", hidden_size=2560, num_hidden_layers=26)
     names = [spec.name for spec in pattern.layers(config["pattern"], 26)]
     assert names[:4] == ["rg_lru", "rg_lru", "attention", "rg_lru"]

@@ -4,6 +4,7 @@ import json
 import sys
 import tracemalloc
 import types
+from fnmatch import fnmatch
 
 import jax
 import jax.numpy as jnp
@@ -178,9 +179,71 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
     ]
 
 
+def test_a_second_output_matrix_of_a_tied_model(tmp_path):
+    """A copy of the embedding is nothing new; another matrix is a model that config.json does not describe."""
+
+    def add(change):
+        def output(arrays):
+            arrays["lm_head.weight"] = change(arrays["model.embed_tokens.weight"])
+
+        return output
+
+    loaded = checkpoints_io.load_pretrained(rewrite(tmp_path, add(lambda x: x)))
+    assert "output" not in loaded.params
+    for change in (lambda x: x + 1, lambda x: x[1:], lambda x: x.astype(np.float16)):
+        with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tokens.weight"):
+            checkpoints_io.load_pretrained(rewrite(tmp_path, add(change)))
+
+
+def test_layers_of_different_dtypes(tmp_path):
+    """A scanned parameter is as wide as the widest of its layers; out, every tensor is what it was."""
+
+    def change(arrays):
+        for name, array in arrays.items():
+            wide = ".1.self_attn.q_proj" in name
+            arrays[name] = array.astype(np.float32 if wide else jnp.bfloat16)
+
+    folder = rewrite(tmp_path / "in", change)
+    loaded = checkpoints_io.load_pretrained(folder)
+    assert loaded.params["blocks"]["block_0"]["mixer"]["q"]["kernel"].dtype == np.float32
+    checkpoints_io.save_pretrained(
+        tmp_path / "out",
+        loaded.model_config,
+        loaded.params,
+        architecture="llama",
+        dtype=loaded.dtypes,
+    )
+    a, b = ((tmp_path / n / files.SINGLE_FILE).read_bytes() for n in ("in", "out"))
+    assert a == b
+
+
+def test_numbers_beyond_float16(tmp_path):
+    def change(arrays):
+        arrays["model.embed_tokens.weight"][3, 0] = 7e4
+
+    folder = rewrite(tmp_path / "in", change)
+    with pytest.raises(ValueError, match="embed/embedding has numbers that float16 does not"):
+        checkpoints_io.load_pretrained(folder, dtype="float16")
+    loaded = checkpoints_io.load_pretrained(folder)
+    with pytest.raises(
+        ValueError, match="model.embed_tokens.weight has numbers that float16 does not"
+    ):
+        checkpoints_io.save_pretrained(
+            tmp_path / "out",
+            loaded.model_config,
+            loaded.params,
+            architecture="llama",
+            dtype="float16",
+        )
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config is {'quant_method'",
+        ),
         ({"model_type": "gpt_oss"}, "unknown architecture 'gpt_oss'; supported are .*llama, "),
         ({"model_type": ["llama"]}, "unknown architecture"),
         ({"hidden_size": "16"}, "hidden_size is '16'; it must be a positive integer"),
@@ -302,6 +365,10 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
 
     def download(name, allow_patterns):
         assert not any(".bin" in p or ".py" in p for p in allow_patterns)
+        wanted = ["config.json", files.INDEX_FILE, "model-00001-of-00002.safetensors"]
+        twice = ["consolidated.safetensors", "original/model.safetensors"]
+        for names, asked in ((wanted, True), (twice, False)):
+            assert all(any(fnmatch(n, p) for p in allow_patterns) == asked for n in names)
         if name != "org/model":
             raise OSError("no network\nand more")
         return str(tmp_path)
