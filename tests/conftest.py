@@ -31,6 +31,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if quick:
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # a twelfth of the time goes to them
 
 
 @pytest.fixture(autouse=True, scope="module")

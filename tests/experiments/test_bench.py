@@ -33,7 +33,13 @@ TINY = sweep.Settings(
 )
 
 
-@pytest.mark.parametrize("name", operators.CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "diagonal_scan" else pytest.mark.slow)
+        for name in operators.CASES
+    ],
+)
 def test_every_operator_is_checked_and_timed(name, tmp_path):
     case = operators.CASES[name]
     settings = dataclasses.replace(TINY, passes=("forward_backward",))

@@ -125,6 +125,7 @@ def test_peak_memory_sees_what_a_call_held():
     assert found["planned_bytes"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag, message",
     [

@@ -81,6 +81,7 @@ class Model:
     """Stands in for a language model: no full-attention layers."""
 
     mixers = ()
+    learned_positions = None
 
     def init_state(self, batch):
         return ()

@@ -10,6 +10,7 @@ import pytest
 from experiments.benchmarks import operators, static_cost
 
 
+@pytest.mark.slow
 def test_rows_and_files(tmp_path):
     rows = list(static_cost.rows("diagonal_scan", "small", "v6e", "bfloat16"))
     assert [(r["implementation"], r["pass"]) for r in rows] == [
@@ -74,6 +75,7 @@ def test_abstract_inputs_are_those_of_the_problem(op):
         assert {name: (x.shape, x.dtype) for name, x in got.items()} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag, message",
     [

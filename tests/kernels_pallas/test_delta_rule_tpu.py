@@ -26,8 +26,8 @@ from tests.kernels_pallas.test_delta_rule import DELTA_RULE
 
 
 class TestPallasTPU(Suite):
-    """Every regime over eight chunks; every other length with documents and the regimes of one kind of decay, in turn; the rest
-    is exhaustive.
+    """Every regime over eight chunks with documents; those of a decay a channel without, and in bfloat16, too; every other length with
+    documents and the regimes of one kind of decay, in turn; the rest is exhaustive.
 
     A program a length and kind: tens of seconds of compiling each, where the regimes that share it take one.
     """
@@ -50,7 +50,12 @@ class TestPallasTPU(Suite):
             for T, regime in itertools.product(LENGTHS, self.case.regimes):
                 marks = [] if (T, regime) == fast else [pytest.mark.slow]
                 other_test = test != "test_float32_packed_documents" and (T, regime) != fast
-                if T in self.kind_at and (other_test or self.kind_at[T] != _kind(regime)):
+                many_chunks_of_another_kind = (
+                    T == 1000 and other_test and _kind(regime) != "channel"
+                )
+                if many_chunks_of_another_kind or (
+                    T in self.kind_at and (other_test or self.kind_at[T] != _kind(regime))
+                ):
                     marks.append(pytest.mark.exhaustive)
                 marked.append(pytest.param((T, regime), marks=marks, id=f"T{T}-{regime}"))
             metafunc.parametrize("length_and_regime", marked)

@@ -425,12 +425,17 @@ def test_what_is_sent(operator, exchange):
 @pytest.mark.parametrize(
     "operator, exchange, sent",
     [
-        ("linear_attention", "all_gather", {"all_gather": 2}),
-        ("delta_rule", "ring", {"collective_permute": 2 * 3}),
+        pytest.param("linear_attention", "all_gather", {"all_gather": 2}, marks=slow),
+        pytest.param("delta_rule", "ring", {"collective_permute": 2 * 3}, marks=slow),
         ("diagonal_scan", "all_gather", {"all_gather": 2}),
         # A loop of one hop forward and of two backward, then home; two messages each to zigzag, to zigzag once more, from it, and
         # for the gradients of both. The documents' ids at stretches' ends are gathered again.
-        ("softmax_attention", "ring", {"collective_permute": 1 + 3 + 5 * 2, "all_gather": 2}),
+        pytest.param(
+            "softmax_attention",
+            "ring",
+            {"collective_permute": 1 + 3 + 5 * 2, "all_gather": 2},
+            marks=slow,
+        ),
     ],
 )
 def test_what_is_recomputed_is_not_sent_again(operator, exchange, sent):
