@@ -78,12 +78,12 @@ def _save(figure, path: Path) -> None:
 def lines(panels: dict[str, dict[str, list[tuple]]], x: str, path: Path) -> None:
     """Panels side by side: of each its y axis, and its lines' points by name. Both axes are logarithmic."""
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained"
+        1, len(panels), figsize=(4.6 * len(panels) + 1.6, 3.8), layout="constrained"
     )
     for axis, (y, points) in zip(np.atleast_1d(axes), panels.items()):
         for name, line in points.items():
             axis.plot(*zip(*line), "o-", markersize=3, label=name)
         axis.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
         axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
     _save(figure, path)
