@@ -51,11 +51,14 @@ class MQAR:
             w % 2 == 0 and w // 2 > d,
             f"vocab_size must be even and hold num_pairs={d} keys in [1, vocab_size/2), got {w}.",
         )
-        sizes = [(n, d)]
+        sizes = [(n, d, self._weights(n, d))]
         while self.min_pairs > 0 and d // 2 >= self.min_pairs and n % 4 == d % 2 == 0:
             n, d = n // 2, d // 2
-            sizes.append((n, d))
+            sizes.append((n, d, self._weights(n, d)))
         object.__setattr__(self, "_sizes", sizes)
+
+    def _weights(self, n: int, d: int) -> np.ndarray:
+        return np.arange(1.0, (n - 2 * d) // 2 + 1) ** (self.power_a - 1.0)
 
     @property
     def chance(self) -> float:
@@ -66,12 +69,12 @@ class MQAR:
         return self.seq_len
 
     def example(self, rng: np.random.Generator):
-        n, d = self._sizes[rng.integers(len(self._sizes))] if self.min_pairs > 0 else self._sizes[0]
+        size = rng.integers(len(self._sizes)) if self.min_pairs > 0 else 0
+        n, d, weights = self._sizes[size]
         half = self.vocab_size // 2
         keys = 1 + rng.choice(half - 1, d, replace=False)
         values = half + rng.choice(half, d, replace=False)
         # The d first arrivals of exponential clocks: drawing without replacement by weight.
-        weights = np.arange(1.0, (n - 2 * d) // 2 + 1) ** (self.power_a - 1.0)
         arrivals = rng.standard_exponential(len(weights)) / weights
         queries = 2 * d + 2 * np.argsort(arrivals)[:d]
         if self.random_non_queries:
