@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from seqmodels.checkpoints_io import architectures
+from seqmodels import checkpoints_io
+from seqmodels.checkpoints_io import architectures, files
 
 
 def check_tensors(theirs, ours) -> None:
@@ -24,6 +25,20 @@ def check_tensors(theirs, ours) -> None:
     assert others.keys() == mine.keys()
     for key, value in others.items():
         assert (value.dtype, value.tobytes()) == (mine[key].dtype, mine[key].tobytes()), key
+
+
+def check_bytes(theirs, ours, architecture):
+    """What is loaded and written again in the dtypes it had is the same file, to the byte; what was loaded."""
+    loaded = checkpoints_io.load_pretrained(theirs)
+    checkpoints_io.save_pretrained(
+        ours,
+        loaded.model_config,
+        loaded.params,
+        architecture=architecture,
+        dtype=loaded.dtypes,
+    )
+    assert (ours / files.SINGLE_FILE).read_bytes() == (theirs / files.SINGLE_FILE).read_bytes()
+    return loaded
 
 
 def check_steps(loaded, tokens_BT, whole_BTW, prefill: int = 9) -> None:
