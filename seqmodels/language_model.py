@@ -207,6 +207,7 @@ class LanguageModel(nn.Module):
             split_rngs={"params": True},
             length=plan.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # which traces the layers a second time
         )
         index_N = first_index + len(plan.period) * jnp.arange(plan.repeats, dtype=jnp.int32)
         if sharding.stages() > 1 and states is None and not self.is_initializing():

@@ -23,3 +23,11 @@ def compilation_cache(tmp_path_factory):
     yield settings
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def launcher(compilation_cache):
+    """Starts the binaries in processes of their own, which keep compiled programs there too."""
+    from tests.experiments import processes  # what it imports takes seconds
+
+    return processes.Launcher(compilation_cache | {"jax_disable_most_optimizations": True})

@@ -55,8 +55,7 @@ class Launcher:
         every step with (step, workdir)."""
         logs.mkdir(parents=True, exist_ok=True)
         settings = self._settings | {"jax_num_cpu_devices": devices}
-        arguments = [
-            *arguments,
+        share = [
             f"--coordinator=localhost:{port or _free_port()}",
             f"--num_processes={processes}",
             "--distributed_heartbeat=3600",  # a loaded machine is no dead one
@@ -65,9 +64,8 @@ class Launcher:
         for i in range(processes) if only is None else only:
             mine = hook[0] if hook and hook[1] == i else None
             log = logs / f"{i}.log"
-            target = self._context.Process(
-                target=_run, args=(binary, [*arguments, f"--process_id={i}"], log, settings, mine)
-            )
+            own = [*arguments, *share, f"--process_id={i}"] if processes > 1 else arguments
+            target = self._context.Process(target=_run, args=(binary, own, log, settings, mine))
             target.start()
             started[i] = target
         return Processes(started, logs)

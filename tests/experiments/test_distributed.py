@@ -234,11 +234,6 @@ def test_processes_agree_or_are_told(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def launcher(compilation_cache):
-    return processes.Launcher(compilation_cache | {"jax_disable_most_optimizations": True})
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("distributed")
 

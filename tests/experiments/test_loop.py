@@ -2,8 +2,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 
 from experiments import checkpoints, cli, evaluation, loop, metrics, steps
 from experiments.data import make_dataset
-from tests.experiments import tiny
+from tests.experiments import processes, tiny
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 ONE_DEVICE = slice(0, 1)
@@ -263,44 +261,30 @@ def test_schedule_free_trains_and_is_evaluated_by_its_average(tmp_path):
     np.testing.assert_allclose(last, of_average, rtol=1e-6)
 
 
-RUN = """
-import os, sys, jax
-jax.config.update("jax_num_cpu_devices", 1)
-for name, value in {settings!r}.items():
-    jax.config.update(name, value)
-from pathlib import Path
-from experiments import loop
-from tests.experiments import tiny
-config = tiny.make_config(Path({folder!r}))
-config.train.steps, config.checkpoint.every, config.checkpoint.keep = 40, 1, 3
-loop.train(config, {workdir!r})
-"""
-
-
-def run_in_a_process(folder, workdir, settings):
-    code = RUN.format(folder=str(folder), workdir=str(workdir), settings=settings)
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=root, env=environment, stderr=subprocess.DEVNULL
-    )
-
-
 def newest_step(folder):
     return max((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), default=0)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, compilation_cache):
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, launcher):
     """kill -9 over and over, every other time in the middle of a save, until the run is through."""
-    tiny.make_config(tmp_path)
-    assert run_in_a_process(tmp_path, tmp_path / "whole", compilation_cache).wait() == 0
+
+    def start(workdir):
+        run = launcher.start(tmp_path / "logs", [*arguments, f"--workdir={workdir}"], 1)
+        return run.started[0]
+
+    often = {"train.steps": 40, "checkpoint.every": 1, "checkpoint.keep": 3}
+    arguments = [f"--config={processes.config_file(tmp_path)}"]
+    arguments += [f"--config.{name}={value}" for name, value in often.items()]
+    whole = start(tmp_path / "whole")
+    whole.join()
+    assert whole.exitcode == 0
     folder = tmp_path / "killed" / "checkpoints"
     kills = unfinished = 0
     while True:
-        process = run_in_a_process(tmp_path, tmp_path / "killed", compilation_cache)
+        process = start(tmp_path / "killed")
         seen = newest_step(folder)
-        while process.poll() is None:
+        while process.is_alive():
             saving = any(folder.glob("*.orbax-checkpoint-tmp*"))
             if newest_step(folder) >= seen + 5 and (saving or kills % 2):
                 if not saving:
@@ -309,10 +293,11 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, compilation_cache
                 kills += 1
                 break
             time.sleep(0.003)
-        process.wait()
+        process.join()
         unfinished += any(folder.glob("*.orbax-checkpoint-tmp*"))
-        if process.returncode == 0:
+        if process.exitcode == 0:
             break
+        assert process.exitcode == -signal.SIGKILL
     assert kills >= 5 and unfinished >= 1
     config = tiny.make_config(tmp_path)
     assert_same_end(config, tmp_path / "killed", tmp_path / "whole")
