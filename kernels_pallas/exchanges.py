@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.kept import kept
+from kernels_pallas.kept import EXCHANGED, kept
 
 EXCHANGES = ("all_gather", "all_scan", "ring")
 MOST_BLOCKS = 8  # of all_scan, where the caller does not say
@@ -223,7 +223,8 @@ def exchange(form: Form, local, decay, ids):
 
     Both are `kept`: where the rest of a layer is recomputed, nothing is sent a second time.
     """
-    return kept((_gather if form.exchange == "all_gather" else _scan)(form, local, decay, ids))
+    run = _gather if form.exchange == "all_gather" else _scan
+    return kept(run(form, local, decay, ids), EXCHANGED)
 
 
 def exchange_back(form: Form, g, decay, joined_B):

@@ -19,8 +19,9 @@ Signatures are those of `kernels_pallas`, and so are results and all gradients, 
                  sequence, the same on all ranks, from one all-reduce that is left out where it is not used.
   segment_ids    this rank's; documents may span any number of ranks. Ids of 32 bits.
 
-Under `jax.checkpoint` the backward pass would repeat an exchange. A policy that saves what has the name `kept.NAME` keeps the
-states that entered and a ring's output, and sends them once; gathered keys, of which there are W times as many, it gathers again.
+Under `jax.checkpoint` the backward pass would repeat an exchange. A policy that saves what has the name `kept.EXCHANGED` keeps
+the states that entered, and sends them once; `kept.NAME` does so with a ring's output. Gathered keys, of which there are W
+times as many, are gathered again.
 
 All ranks have stretches of one length, any length. Operators run through the public functions, so that every implementation
 serves. A stretch's document borders and its ranks' are handled here; nothing else crosses from one rank to another. Every

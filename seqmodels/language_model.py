@@ -25,11 +25,14 @@ from seqmodels import (
 )
 from seqmodels.array_typing import Array, DType, State
 
+_EXCHANGED = jax.checkpoint_policies.save_only_these_names(kept.EXCHANGED)
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "operators": jax.checkpoint_policies.save_only_these_names(kept.NAME),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _EXCHANGED,
+    "operators": jax.checkpoint_policies.save_only_these_names(kept.NAME, kept.EXCHANGED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _EXCHANGED
+    ),
 }
 
 
@@ -61,7 +64,8 @@ class LanguageModel(nn.Module):
     learned_positions: how many places in a document have a learned vector, added to the token's (GPT-2); None: there are none.
     logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
     remat: what the backward pass recomputes: "none", "full" (every block from its input), "operators" (all but operators'
-      results and the states between their chunks and between the mesh's parts of time), "dots" (all but projections).
+      results and the states between their chunks), "dots" (all but projections). A state from another of the mesh's parts of
+      time is kept by each.
     scan_layers: compile a repeated group of blocks once and scan over it.
     dtype, param_dtype: of activations and matmuls, and of parameters. Logits are float32.
     """
