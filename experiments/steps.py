@@ -108,7 +108,7 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
             f"train.accumulate is {accumulate}; it must divide data.batch_size, which is {batch_size}"
         )
     mesh = sharding.make_mesh(config.mesh, devices)
-    options = sharding.Options(**config.get("parallel", {}))
+    options = sharding.Options.from_config(config.get("parallel", {}))
     sharding.check_batch(mesh, batch_size, seq_len, options, accumulate)
     sharding.check_batch(mesh, config.data.get("eval_batch_size") or batch_size, seq_len, options)
     with sharding.scope(mesh, options):

@@ -87,6 +87,14 @@ class Options:
         if self.microbatches < 0:
             raise ValueError(f"parallel.microbatches is {self.microbatches}; expected 0 or more")
 
+    @classmethod
+    def from_config(cls, fields: Mapping[str, Any]) -> "Options":
+        """The options of a `config.parallel`. Raises ValueError for a field it does not have."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(fields) - set(known)):
+            raise ValueError(f"parallel has no field {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**fields)
+
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     """A mesh with the given size for each of MESH_AXES; one of them may be -1: whatever devices are left.

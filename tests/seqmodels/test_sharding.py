@@ -125,11 +125,15 @@ def test_a_mesh_that_cannot_be_says_why(sizes, message):
         ({"exchange": "broadcast"}, "choose one of all_gather, all_scan, ring"),
         ({"zero": 4}, "parallel.zero is 4; expected 0"),
         ({"microbatches": -1}, "microbatches is -1"),
+        (
+            {"exchanges": "ring"},
+            "parallel has no field 'exchanges'; it has exchange, zero, offload",
+        ),
     ],
 )
 def test_options_that_are_unknown(options, message):
     with pytest.raises(ValueError, match=message):
-        sharding.Options(**options)
+        sharding.Options.from_config(options)
 
 
 def test_what_does_not_divide_is_named_with_its_numbers():
