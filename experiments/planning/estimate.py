@@ -171,17 +171,18 @@ def hbm_bytes(program: hlo.Program, computation: str, instruction: hlo.Instructi
         return 2 * sum(a.bytes for a in operands[1].arrays if a.in_hbm)
     if operation != "fusion":
         return result + sum(a.bytes for o in operands for a in o.arrays if a.in_hbm)
-    body = program.computations[instruction.called[0]]
-    root = program.by_name[instruction.called[0]][program.roots[instruction.called[0]]]
-    total = _written(body, root, instruction)
+    total = _written(program, instruction)
     for index, operand in enumerate(operands):
         if all(a.in_hbm for a in operand.arrays):
-            total += min(_read(body, index), sum(a.bytes for a in operand.arrays))
+            total += min(
+                _read(program, instruction.called[0], index), sum(a.bytes for a in operand.arrays)
+            )
     return total
 
 
-def _read(body: list[hlo.Instruction], index: int) -> float:
-    """Bytes that a fusion reads of its parameter; infinite where it reads all of it."""
+def _read(program: hlo.Program, fused: str, index: int) -> float:
+    """Bytes that a fused computation reads of its parameter; infinite where it reads all of it."""
+    body = program.computations[fused]
     parameters = [i.name for i in body if i.operation == "parameter" and i.attributes == str(index)]
     total, names = 0.0, set(parameters)
     for user in body:
@@ -193,20 +194,30 @@ def _read(body: list[hlo.Instruction], index: int) -> float:
             total += sum(a.bytes for a in user.arrays)
         elif user.operation == "dynamic-update-slice" and user.operands[0] in names:
             continue  # in place: what it writes is counted with the result
+        elif user.operation == "fusion":
+            within = [i for i, name in enumerate(user.operands) if name in names]
+            total += sum(_read(program, user.called[0], i) for i in within)
         else:
             return float("inf")
     return total
 
 
-def _written(body: list[hlo.Instruction], root: hlo.Instruction, fusion: hlo.Instruction) -> int:
+def _written(program: hlo.Program, fusion: hlo.Instruction) -> int:
     """Bytes of a fusion's results in HBM, of an update in place only the new part."""
-    by_name = {i.name: i for i in body}
-    ends = [by_name[n] for n in root.operands] if root.operation == "tuple" else [root]
+    fused = fusion.called[0]
+    root = program.by_name[fused][program.roots[fused]]
+    ends = root.operands if root.operation == "tuple" else [root.name]
     total = 0
-    for end, array in zip(ends, fusion.arrays):
-        while end.operation == "bitcast" and end.operands:
-            end = by_name[end.operands[0]]
+    for name, array in zip(ends, fusion.arrays):
+        end, inside = program.by_name[fused][name], fused
+        while end.operation in ("bitcast", "fusion") and end.operands:
+            if end.operation == "fusion":
+                inside = end.called[0]
+                end = program.by_name[inside][program.roots[inside]]
+            else:
+                end = program.by_name[inside][end.operands[0]]
         if end.operation == "dynamic-update-slice":
-            array = by_name[end.operands[1]].arrays[0]._replace(in_hbm=array.in_hbm)
+            update = program.by_name[inside][end.operands[1]]
+            array = update.arrays[0]._replace(in_hbm=array.in_hbm)
         total += array.bytes if array.in_hbm else 0
     return total

@@ -106,11 +106,17 @@ def test_groups(groups, expected):
 
 HLO = """HloModule step, is_scheduled=true
 
-%fused (a: f32[4,1024], i: s32[]) -> f32[1024] {
+%inner (a: f32[4,1024], i: s32[]) -> f32[1,1024] {
   %a = f32[4,1024]{1,0} parameter(0)
   %i = s32[] parameter(1)
-  %one = f32[1,1024]{1,0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,1024}
-  ROOT %flat = f32[1024]{0} bitcast(%one)
+  ROOT %one = f32[1,1024]{1,0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,1024}
+}
+
+%fused (a.1: f32[4,1024], i.1: s32[]) -> f32[1024] {
+  %a.1 = f32[4,1024]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %of_layer = f32[1,1024]{1,0} fusion(%a.1, %i.1), kind=kLoop, calls=%inner
+  ROOT %flat = f32[1024]{0} bitcast(%of_layer)
 }
 
 %condition (s: (s32[], bf16[1024,1024])) -> pred[] {
