@@ -62,6 +62,7 @@ class Sums(NamedTuple):
     levels: tuple[Level, ...]
 
 
+STRETCH_BLOCK = 128  # tokens of a stretch whose sums are one matrix product
 BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of whole blocks
 NEVER = -1e30  # a reset inside a sum: exp(NEVER) is 0 as exp(-inf) is, and 0 * NEVER is 0
 
@@ -232,3 +233,29 @@ def _assemble(diagonal, rectangles) -> jax.Array:
         bottom = jnp.concatenate([rectangle, blocks[..., 1, :, :]], axis=-1)
         blocks = jnp.concatenate([top, bottom], axis=-2)
     return blocks[..., 0, :, :]
+
+
+def through(log_decay_BTX: jax.Array) -> jax.Array:
+    """Over a whole stretch (B, T, ...), any T: the sums from the first token up to and with each one. Entries as in `chunk_sums`."""
+    return _stretch_sums(log_decay_BTX, np.tri(STRETCH_BLOCK), reverse=False)
+
+
+def after(log_decay_BTX: jax.Array) -> jax.Array:
+    """The same over the tokens behind each one, up to the stretch's end."""
+    return _stretch_sums(log_decay_BTX, np.tri(STRETCH_BLOCK, k=-1).T, reverse=True)
+
+
+def _stretch_sums(log_decay_BTX, rows_CC, reverse: bool):
+    """Sums in blocks by a matrix product, then of blocks: on a TPU a cumulative sum of all tokens moves memory around more."""
+    (B, T, *X), C = log_decay_BTX.shape, STRETCH_BLOCK
+    finite_BTX = jnp.where(log_decay_BTX == -jnp.inf, NEVER, log_decay_BTX)
+    padding = ((0, 0), (0, -T % C)) + ((0, 0),) * len(X)
+    g_BNCX = jnp.pad(finite_BTX, padding).reshape(B, -1, C, *X)
+    rows_CC = rows_CC.astype(g_BNCX.dtype)
+    highest = jax.lax.Precision.HIGHEST
+    sums_BNCX = jnp.einsum("CD,BND...->BNC...", rows_CC, g_BNCX, precision=highest)
+    total_BNX = jnp.sum(g_BNCX, axis=2)
+    none_B1X = jnp.zeros_like(total_BNX[:, :1])
+    others = [total_BNX[:, 1:], none_B1X] if reverse else [none_B1X, total_BNX[:, :-1]]
+    others_BNX = jax.lax.cumsum(jnp.concatenate(others, axis=1), axis=1, reverse=reverse)
+    return (sums_BNCX + others_BNX[:, :, None]).reshape(B, -1, *X)[:, :T]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas
-from kernels_pallas import exchanges, matmul, segments
+from kernels_pallas import decay_sums, exchanges, matmul, segments
 from kernels_pallas import recurrence_arguments as arguments
 
 
@@ -27,10 +27,7 @@ def written(k_BTGK, v_BTHV, log_decay_BTHX, run_BT):
     B, T, H, V = v_BTHV.shape
     after, total = None, jnp.ones_like(v_BTHV, arguments.state_dtype(v_BTHV), (B, 1, 1))
     if log_decay_BTHX is not None:
-        later = jnp.concatenate(
-            [log_decay_BTHX[:, 1:], jnp.zeros_like(log_decay_BTHX[:, :1])], axis=1
-        )
-        after = jnp.exp(jax.lax.cumsum(later, axis=1, reverse=True))
+        after = jnp.exp(decay_sums.after(log_decay_BTHX))
         total = jnp.exp(jnp.sum(log_decay_BTHX, axis=1))
     if run_BT is not None:
         leaves_BT11 = (run_BT == run_BT[:, -1:])[:, :, None, None]
@@ -51,7 +48,7 @@ def read(q_BTGK, state_BHKV, log_decay_BTHX, run_BT):
     H = state_BHKV.shape[1]
     through = None
     if log_decay_BTHX is not None:
-        through = jnp.exp(jnp.cumsum(log_decay_BTHX, axis=1))
+        through = jnp.exp(decay_sums.through(log_decay_BTHX))
     if run_BT is not None:
         enters_BT11 = (run_BT == 0)[:, :, None, None]
         through = jnp.where(enters_BT11, 1.0 if through is None else through, 0.0)

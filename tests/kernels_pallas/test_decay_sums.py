@@ -93,3 +93,29 @@ def test_products_of_narrow_inputs_are_exact_to_float32_and_so_is_the_backward_p
     mixed, vjp = jax.vjp(lambda w: matmul.einsum("ij,jk->ik", w, y), jnp.asarray(weights))
     np.testing.assert_allclose(mixed, weights @ exact_y, atol=1e-5)
     np.testing.assert_allclose(vjp(mixed)[0], np.asarray(mixed) @ exact_y.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [5, 128, 300])
+def test_sums_of_a_stretch(T):
+    """Decays from its start and to its end, resets among them, and their gradients, against float64."""
+    rng = np.random.default_rng(T)
+    g_BTHX = -rng.exponential(0.1, (2, T, 2, 3))
+    g_BTHX[0, T // 2, 0] = -np.inf
+    g_BTHX[1, 3:200, 1] *= 500
+    later_BTHX = np.concatenate([g_BTHX[:, 1:], np.zeros_like(g_BTHX[:, :1])], axis=1)
+    expected = {
+        decay_sums.through: np.exp(np.cumsum(g_BTHX, axis=1)),
+        decay_sums.after: np.exp(np.cumsum(later_BTHX[:, ::-1], axis=1)[:, ::-1]),
+    }
+    for sums, decay_BTHX in expected.items():
+        got, vjp = jax.vjp(lambda g, sums=sums: jnp.exp(sums(g)), g_BTHX.astype(np.float32))
+        np.testing.assert_allclose(got, decay_BTHX, rtol=2e-5, atol=1e-30)
+        (d_g_BTHX,) = vjp(jnp.ones_like(got))
+        if sums is decay_sums.through:
+            d_expected = np.cumsum(decay_BTHX[:, ::-1], axis=1)[:, ::-1]
+        else:
+            earlier_BTHX = np.roll(decay_BTHX, 1, axis=1)
+            earlier_BTHX[:, 0] = 0
+            d_expected = np.cumsum(earlier_BTHX, axis=1)
+        d_expected = np.where(np.isinf(g_BTHX), 0, d_expected)
+        np.testing.assert_allclose(d_g_BTHX, d_expected, rtol=2e-5, atol=1e-20)
