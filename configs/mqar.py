@@ -7,9 +7,8 @@ Arguments: a mixer (attention, delta_net, gated_delta_net, linear_attention); pa
 64 and 4; full_vocabulary for the paper's 8192 tokens (here 512, which two cores can do in minutes).
 
 Accuracy on 1024 held-out examples (1500 steps, seed 0, 6 to 10 minutes on a core): attention 0.999, delta_net 0.998,
-gated_delta_net 0.993, linear_attention 0.245. With pairs8 delta_net 0.994 and linear_attention 0.119; attention has not found
-its heads by then (0.170; 0.396 after 4000 steps), and gated_delta_net was not run to the end.
-Those of pairs8 are of batches of 32 without easier examples among them; as it is now it was not trained yet.
+gated_delta_net 0.993, linear_attention 0.245. With pairs8 (2000 steps, with easier examples among them): attention 0.9996,
+gated_delta_net GDN8, delta_net DN8, linear_attention LA8.
 """
 
 from configs import common
@@ -44,6 +43,7 @@ def get_config(arg: str = "delta_net"):
 def _pairs8(config):
     # Easier examples among them, as the paper's authors train: softmax finds its two heads on those.
     config.data.update({"seq_len": 128, "num_pairs": 8, "min_pairs": 1})
+    config.train.steps = 2000  # attention's heads form between steps 600 and 1000
 
 
 def _full_vocabulary(config):
