@@ -346,6 +346,12 @@ def test_what_cudnn_takes(monkeypatch, change, K, message):
         ({"segment_ids": jnp.zeros((2, 4))}, r"segment_ids has shape \(2, 4\); expected \(2, 5\)"),
         ({"kv_segment_ids_BS": jnp.zeros((2, 5))}, "needs segment_ids beside it"),
         ({"q_positions_BT": jnp.zeros((2, 5))}, "give both q_positions_BT and kv_positions_BS"),
+        ({"segment_ids": jnp.zeros((2, 5))}, "segment_ids has dtype float32; expected integers"),
+        (
+            {name: jnp.zeros((2, 5)) for name in ("q_positions_BT", "kv_positions_BS")},
+            "q_positions_BT has dtype float32; expected integers",
+        ),
+        ({"scale": jnp.ones(())}, "expected a number or None .multiply q by one that is learned"),
         (
             {"implementation": "flash"},
             "unknown implementation 'flash'; choose one of 'splash', 'cudnn', ",
@@ -357,6 +363,24 @@ def test_errors_name_what_was_given(change, message):
     arguments.setdefault("v", arguments["k"])
     with pytest.raises(ValueError, match=message):
         softmax_attention(*[arguments.pop(name) for name in "qkv"], **arguments)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "xla"])
+def test_unsigned_positions_and_ids(implementation):
+    """A later key is hidden, though its age is no unsigned number."""
+    qkv, _ = _inputs(6, "causal", packed=False, B=1)
+    position, ids = np.arange(6)[None], np.array([[3, 3, 3, 1, 1, 1]])
+
+    def attend(dtype):
+        at, own = position.astype(dtype), ids.astype(dtype)
+        keywords = {"q_positions_BT": at, "kv_positions_BS": at, "kv_segment_ids_BS": own}
+        keywords |= {"segment_ids": own, "window": 2, "implementation": implementation}
+        return softmax_attention(*qkv.values(), **keywords)
+
+    expected = attend(np.int32)
+    np.testing.assert_allclose(expected[:, 3], qkv["v"][:, 3], rtol=1e-6)  # a document's first
+    for dtype in (np.uint32, np.uint8):
+        np.testing.assert_array_equal(attend(dtype), expected)
 
 
 def test_published_workloads_trace():
