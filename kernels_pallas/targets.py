@@ -28,7 +28,9 @@ def current() -> Target:
         platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
         return Target(platform, device.device_kind)
     device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
+    if device is None:
+        device = jax.devices()[0]
+    elif isinstance(device, str):
         device = jax.devices(device)[0]
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
     return Target(platform, device.device_kind)

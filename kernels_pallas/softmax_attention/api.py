@@ -180,4 +180,5 @@ def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Vi
         causal=causal,
         window=window,
         aligned=by_index and S == T,
+        by_index=by_index,
     )
