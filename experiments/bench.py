@@ -71,6 +71,7 @@ _OUT = flags.DEFINE_string(
     "folder for results; default: runs/bench/<op>-<time>, for --tune kernels_pallas",
 )
 _TUNE = flags.DEFINE_bool("tune", False, "look for chunk and block sizes, and write them down")
+_NOT_FOR_TUNE = ("lengths", "decay", "batch", "heads", "key_dim", "value_dim", "passes")
 _TOPOLOGY = flags.DEFINE_list(
     "topology", None, "for --tune: TPU parts (v5e, v5p, v6e, tpu7x) or slices; default: time here"
 )
@@ -82,7 +83,7 @@ def main(argv):
         return _tune()
     if _TOPOLOGY.value:
         raise cli.UserError("--topology: only --tune compiles for one; for costs see tpu_report")
-    ops = OPS if _OP.value == ["all"] else _chosen("op", _OP.value, (*OPS, "all"))
+    ops = _ops(OPS)
     plans = [_plan(op) for op in ops]  # all mistakes are found before the first clock starts
     name = f"{'-'.join(_OP.value)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     out = Path(_OUT.value or Path("runs/bench") / name)
@@ -100,8 +101,16 @@ def main(argv):
     return 1 if any(section.wrong for section in sections) else 0
 
 
+def _ops(known: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = _chosen("op", _OP.value, (*known, "all"))
+    return known if "all" in chosen else chosen
+
+
 def _tune() -> None:
-    ops = tune.OPS if _OP.value == ["all"] else _chosen("op", _OP.value, (*tune.OPS, "all"))
+    for name in _NOT_FOR_TUNE:
+        if flags.FLAGS[name].value != flags.FLAGS[name].default:
+            raise cli.UserError(f"--{name}: --tune takes all calls of --shape; leave it out")
+    ops = _ops(tune.OPS)
     shapes = _SHAPE.value and tuple(_SHAPE.value.split(","))
     known = {op: ("target", *operators.CASES[op].shapes) for op in ops}
     for shape in shapes or ():

@@ -39,6 +39,8 @@ def main(argv):
         lengths = [int(T) for T in _LENGTHS.value]
     except ValueError as error:
         raise cli.UserError(f"--lengths: {error}; expected whole numbers") from error
+    if min(lengths, default=0) < 1:
+        raise cli.UserError(f"--lengths: {_LENGTHS.value}; expected lengths of at least 1")
     chosen = [c for c in gpu_peers.COMPARISONS if c.name in _ONLY.value]
     rows = []
     for comparison in chosen:
@@ -46,9 +48,12 @@ def main(argv):
             rows += gpu_peers.measure(comparison, lengths, _ROUNDS.value)
         else:
             rows += gpu_peers.not_run(comparison, lengths)
-    gpu_peers.save(Path(_OUT.value), rows)
     print(report.text_table([gpu_peers.line(row) for row in rows]))
     print("\n".join(gpu_peers.crossings(rows)))
+    try:
+        gpu_peers.save(Path(_OUT.value), rows)
+    except ValueError as error:
+        raise cli.UserError(str(error)) from error
     print(f"results: {_OUT.value}")
 
 

@@ -4,6 +4,8 @@ Every implementation then sees: q scaled and float, heads of q and k dividing th
 None, and a float32 (or wider) initial state.
 """
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -37,14 +39,25 @@ def check_float(operator: str, name: str, array) -> None:
         )
 
 
-def check_segment_ids(operator: str, segment_ids, v_BTHV) -> None:
+def check_segment_ids(operator: str, segment_ids, x_BTX) -> None:
     """Raises ValueError where segment ids are given and are not integers of shape (B, T)."""
     if segment_ids is None:
         return
-    check_shape(operator, "segment_ids", segment_ids, v_BTHV.shape[:2])
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+    check_shape(operator, "segment_ids", segment_ids, x_BTX.shape[:2])
+    check_integers(operator, "segment_ids", segment_ids)
+
+
+def check_integers(operator: str, name: str, array) -> None:
+    """Raises ValueError where `array` is not of integers."""
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{operator}: {name} has dtype {array.dtype}; expected integers")
+
+
+def check_scale(operator: str, scale) -> None:
+    """Raises ValueError where a scale is given that is no number: what is compiled in cannot be an array."""
+    if not isinstance(scale, numbers.Real | None):
         raise ValueError(
-            f"{operator}: segment_ids has dtype {segment_ids.dtype}; expected integers"
+            f"{operator}: scale is {scale!r}; expected a number or None (multiply q by one that is learned)"
         )
 
 
@@ -79,11 +92,11 @@ def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
     return log_decay if log_decay.ndim == 4 else log_decay[..., None]
 
 
-def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV) -> jax.Array:
-    """Zeros where there is no initial state; in float32, or wider where an input is."""
+def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) -> jax.Array:
+    """Zeros where there is no initial state; in float32, or wider where an input is: q, v or one of the others (or None)."""
     B, _, H, V = v_BTHV.shape
     shape_BHKV = (B, H, q_BTGK.shape[3], V)
-    dtype = state_dtype(q_BTGK, v_BTHV)
+    dtype = state_dtype(q_BTGK, v_BTHV, *(x for x in others if x is not None))
     if initial_state is None:
         return jnp.zeros(shape_BHKV, dtype)
     check_shape(operator, "initial_state", initial_state, shape_BHKV)

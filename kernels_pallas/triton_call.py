@@ -25,6 +25,7 @@ import numpy as np
 from kernels_pallas import targets, tuning
 
 EXTRA = "pip install -e '.[triton]'"
+LARGEST_GRID = 65535  # CUDA's, in all dimensions but the first
 TILES = {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}
 _RECORD = contextvars.ContextVar("record", default=None)
 _INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder is global

@@ -84,6 +84,9 @@ def unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
     K, V = q_BTGK.shape[-1], v_BTHV.shape[-1]
     if max(K, V) > LARGEST:
         return f"K and V go to {LARGEST}; got {K} and {V} (split V over heads, or take 'chunked')"
+    B, _, H, _ = v_BTHV.shape
+    if B * H > triton_call.LARGEST_GRID:
+        return f"B x H goes to {triton_call.LARGEST_GRID}; got {B} x {H} (split the batch, or take 'chunked')"
     if initial_state_BHKV.dtype != jnp.float32:
         return f"states are float32; got {initial_state_BHKV.dtype} ('chunked' takes float64)"
     if chunk_size is not None and chunk_size > 128:

@@ -198,29 +198,39 @@ def _peak() -> tuple[float | None, float | None]:
 
 
 def crossings(rows: list[dict]) -> list[str]:
-    """From which length ours is faster than cuDNN attention, for each comparison and pass."""
+    """From which length on ours is faster than cuDNN attention, at it and all longer ones, for each comparison and pass."""
     found = []
     for name, which in sorted({(row["comparison"], row["pass"]) for row in rows}):
-        faster = [
-            row["T"]
+        faster = {
+            row["T"]: row["ms"]["triton"] < row["ms"]["cudnn attention"]
             for row in rows
             if (row["comparison"], row["pass"]) == (name, which)
             and {"triton", "cudnn attention"} <= row.get("ms", {}).keys()
-            and row["ms"]["triton"] < row["ms"]["cudnn attention"]
-        ]
-        where = f"from T {min(faster)} on" if faster else "not measured, or at no length"
+        }
+        last_slower = max((T for T in faster if not faster[T]), default=0)
+        onward = [T for T in faster if last_slower < T]
+        where = f"from T {min(onward)} on" if onward else "at no length, to the longest"
+        where = where if faster else "at no length: not measured"
         found.append(f"- {name}, {which}: faster than cuDNN attention {where}")
     return found
 
 
 def save(folder: Path, rows: list[dict]) -> None:
-    """gpu_peers.json and gpu_peers.md, the hardware and the versions beside the figures."""
+    """gpu_peers.json and gpu_peers.md, the hardware and the versions beside the figures.
+
+    Raises:
+      ValueError: nothing was measured, and the folder holds what was.
+    """
+    measured = any("ms" in row for row in rows)
+    path = folder / "gpu_peers.json"
+    if not measured and path.exists() and '"ms"' in path.read_text():
+        raise ValueError(f"no GPU is at hand, and {path} holds measurements: they stay as they are")
     folder.mkdir(parents=True, exist_ok=True)
     environment = machine.environment()
     saved = {"environment": environment, "rows": rows}
-    (folder / "gpu_peers.json").write_text(json.dumps(saved, indent=1) + "\n")
+    path.write_text(json.dumps(saved, indent=1) + "\n")
     where = f"On {jax.devices()[0].device_kind}: {machine.describe(environment)}"
-    if not any("ms" in row for row in rows):
+    if not measured:
         where = "Not run: no GPU was at hand."
     parts = [
         "# Triton kernels against their peers",

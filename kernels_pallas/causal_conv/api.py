@@ -82,7 +82,7 @@ def causal_conv(
     arguments.check_shape(operator, "initial_state", initial_state, (B, width - 1, D))
     start_BT = None
     if segment_ids is not None:
-        arguments.check_shape(operator, "segment_ids", segment_ids, (B, T))
+        arguments.check_segment_ids(operator, segment_ids, x_BTD)
         start_BT = segments.starts(segment_ids)
     call = {
         "x_BTD": x_BTD,

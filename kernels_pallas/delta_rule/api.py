@@ -14,8 +14,9 @@ def _not_one_token(*, v_BTHV, **others):
 
 def _one_token(one_step, inputs, log_decay_BTHK, initial_state_BHKV):
     *inputs_BHK, log_decay_BHK = jax.tree.map(lambda x: x[:, 0], (*inputs, log_decay_BTHK))
-    v_BHV = inputs_BHK[2]
-    inputs_BHK = (x.astype(initial_state_BHKV.dtype) for x in inputs_BHK)
+    v_BHV, dtype = inputs_BHK[2], initial_state_BHKV.dtype
+    inputs_BHK = (x.astype(dtype) for x in inputs_BHK)
+    log_decay_BHK = None if log_decay_BHK is None else log_decay_BHK.astype(dtype)
     o_BHV, state_BHKV = one_step(*inputs_BHK, log_decay_BHK, initial_state_BHKV)
     return o_BHV[:, None].astype(v_BHV.dtype), state_BHKV
 

@@ -75,7 +75,7 @@ def diagonal_scan(
     decay = decay.astype(dtype)
     decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
     if segment_ids is not None:
-        arguments.check_shape(operator, "segment_ids", segment_ids, (B, T))
+        arguments.check_segment_ids(operator, segment_ids, x_BTD)
         start_BT = segments.starts(segment_ids, reverse=reverse)
         decay_BTD = jnp.where(start_BT[..., None], 0, decay_BTD)
     call = {

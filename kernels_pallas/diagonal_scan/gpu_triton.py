@@ -23,6 +23,8 @@ def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None
     for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('chunked' takes all)"
+    if x_BTD.shape[0] > triton_call.LARGEST_GRID:
+        return f"B goes to {triton_call.LARGEST_GRID}; got {x_BTD.shape[0]} (split the batch, or take 'chunked')"
     return triton_call.why_not()
 
 

@@ -1,7 +1,5 @@
 """Linear attention with any decay: the public functions."""
 
-import numbers
-
 import jax
 
 from kernels_pallas import dispatch
@@ -95,16 +93,16 @@ def linear_attention(
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
     arguments.check_segment_ids(name, segment_ids, v_BTHV)
     arguments.check_chunk_size(name, chunk_size)
-    if not isinstance(scale, numbers.Real | None):
-        raise ValueError(
-            f"{name}: scale is {scale!r}; expected a number or None (multiply q by one that is learned)"
-        )
+    arguments.check_scale(name, scale)
+    log_decay_BTHK = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
     call = {
         "q_BTGK": q_BTHK,
         "k_BTGK": k_BTHK,
         "v_BTHV": v_BTHV,
-        "log_decay_BTHK": arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV),
-        "initial_state_BHKV": arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV),
+        "log_decay_BTHK": log_decay_BTHK,
+        "initial_state_BHKV": arguments.normal_initial_state(
+            name, initial_state, q_BTHK, v_BTHV, k_BTHK, log_decay_BTHK
+        ),
         "segment_ids_BT": segment_ids,
         "chunk_size": chunk_size,
         "scale": q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale),

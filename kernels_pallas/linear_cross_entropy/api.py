@@ -1,7 +1,6 @@
 """Losses from hidden states and the output matrix, without holding the logits: the public functions."""
 
 import jax
-import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas import recurrence_arguments as arguments
@@ -62,8 +61,7 @@ def linear_cross_entropy(
     operator = "linear_cross_entropy"
     _check_product(operator, "x", "matrix", x_BTD, matrix, layout)
     arguments.check_shape(operator, "targets_BT", targets_BT, x_BTD.shape[:2])
-    if not jnp.issubdtype(targets_BT.dtype, jnp.integer):
-        raise ValueError(f"{operator}: targets_BT has dtype {targets_BT.dtype}; expected integers")
+    arguments.check_integers(operator, "targets_BT", targets_BT)
     softcap = _softcap(operator, "logit_softcap", logit_softcap)
     loss = reference.CrossEntropy(softcap, z_loss, words_axis)
     loss_BT, token_details = _run(

@@ -42,7 +42,8 @@ class CrossEntropy:
             z_BT = self._sum(jnp.exp(logits_BTW - largest_BT[..., None]))
             log_z_BT = largest_BT + jnp.log(z_BT)
         # As a sum over W: a gather, and its gradient's scatter, are slow on accelerators.
-        word_W = first_word + jnp.arange(logits_BTW.shape[-1], dtype=targets_BT.dtype)
+        # Not in the targets' dtype: bytes would count 256 words and more from 0 again.
+        word_W = first_word + jnp.arange(logits_BTW.shape[-1], dtype=jnp.int32)
         chosen_BTW = word_W[None, None] == targets_BT[..., None]
         target_logit_BT = self._sum(jnp.where(chosen_BTW, logits_BTW, 0))
         nll_BT = log_z_BT - target_logit_BT

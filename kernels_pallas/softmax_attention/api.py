@@ -64,6 +64,7 @@ def softmax_attention(
       NotImplementedError: the named implementation cannot run this call here.
     """
     _check(q_BTHK, k_BTGK, v_BTGV, window)
+    arguments.check_scale("softmax_attention", scale)
     visibility = _visibility(
         q_BTHK.shape[:2],
         k_BTGK.shape[1],
@@ -131,11 +132,18 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window) -> None:
         raise ValueError(f"{operator}: window must be at least 1 (the token itself); got {window}")
 
 
+def _signed(x):
+    """Integers in int32 or wider: the age of a key is a difference, which unsigned ones do not have."""
+    if x is None or not jnp.issubdtype(x.dtype, jnp.integer):
+        return x
+    return jnp.asarray(x).astype(jnp.result_type(x.dtype, jnp.int32))
+
+
 def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Visibility:
     operator = "softmax_attention"
     B, T = batch_and_time
-    q_segment_BT, kv_segment_BS = segment_ids
-    q_position_BT, kv_position_BS = positions
+    q_segment_BT, kv_segment_BS = (_signed(x) for x in segment_ids)
+    q_position_BT, kv_position_BS = (_signed(x) for x in positions)
     if (q_position_BT is None) != (kv_position_BS is None):
         raise ValueError(f"{operator}: give both q_positions_BT and kv_positions_BS, or neither")
     if q_segment_BT is None and kv_segment_BS is not None:
@@ -148,6 +156,7 @@ def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Vi
     ):
         if array is not None:
             arguments.check_shape(operator, name, array, (B, length))
+            arguments.check_integers(operator, name, array)
     by_index = q_position_BT is None
     if by_index:
         if S != T and (causal or window is not None):
@@ -171,4 +180,5 @@ def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Vi
         causal=causal,
         window=window,
         aligned=by_index and S == T,
+        by_index=by_index,
     )

@@ -52,7 +52,7 @@ def no_cudnn(*, q, v, visibility) -> str | None:
         return f"cuDNN runs on NVIDIA GPUs; this is {kind}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 and float16; q is {q.dtype}"
-    if not visibility.aligned and (visibility.causal or visibility.window is not None):
+    if not visibility.by_index:
         return "cuDNN masks by index, and this call gives positions"
     if visibility.q_segment_BT is not None:
         return "cuDNN takes no segment ids of this kind"
@@ -116,4 +116,6 @@ def no_splash(*, q, v, visibility) -> str | None:
         return "splash attention masks by index: it takes no positions, and as many keys as queries"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"splash attention takes bfloat16 and float32; q is {q.dtype}"
+    if visibility.kv_segment_BS is not visibility.q_segment_BT:
+        return "splash attention takes one array of segment ids; this call gives the keys' own"
     return None

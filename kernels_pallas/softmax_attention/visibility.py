@@ -15,7 +15,8 @@ class Visibility:
       window: |q_position - kv_position| < window;    segments: q_segment == kv_segment.
 
     Positions are (B or 1, T) and (B or 1, S), segments too or None. `aligned` says that token t is at index t on both
-    sides, so that whole blocks can be left out knowing their indices alone.
+    sides, so that whole blocks can be left out knowing their indices alone; `by_index`, that positions are indices,
+    and every slot is filled.
     """
 
     q_position_BT: jax.Array
@@ -25,6 +26,7 @@ class Visibility:
     causal: bool = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(metadata={"static": True})
     aligned: bool = dataclasses.field(metadata={"static": True})
+    by_index: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def mask(self) -> jax.Array:
         """Booleans (B or 1, T, S)."""

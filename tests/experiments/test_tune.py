@@ -104,6 +104,9 @@ def test_tuning_a_topology(tmp_path, monkeypatch):
         ({"op": ["delta_rule"], "shape": "big"}, "unknown 'big'; choose of delta_rule: target"),
         ({"topology": ["v9"]}, "unknown TPU topology 'v9'; give one of v5e"),
         ({"implementations": ["pallas_tpu"]}, "unknown 'pallas_tpu'; choose from chunked"),
+        ({"lengths": ["512"]}, "--lengths: --tune takes all calls of --shape"),
+        ({"decay": ["none"]}, "--decay: --tune takes all calls of --shape"),
+        ({"key_dim": 64}, "--key_dim: --tune takes all calls of --shape"),
         ({"tune": False, "topology": ["v6e"]}, "only --tune compiles for one"),
     ],
 )

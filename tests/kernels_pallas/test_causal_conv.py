@@ -308,6 +308,7 @@ def test_output_and_tail_keep_the_dtype_of_x():
         ({"bias": jnp.zeros(4)}, r"bias has shape \(4,\); expected \(3,\)"),
         ({"initial_state": jnp.zeros((2, 4, 3))}, r"\(2, 4, 3\); expected \(2, 3, 3\)"),
         ({"segment_ids": jnp.zeros((2, 4))}, r"segment_ids has shape \(2, 4\); expected \(2, 5\)"),
+        ({"segment_ids": jnp.zeros((2, 5))}, "segment_ids has dtype float32; expected integers"),
         ({"activation": "gelu"}, "activation is 'gelu'; expected None or 'silu'"),
         ({"l2_norm_heads": 2}, "l2_norm_heads is 2; it must divide x's D = 3"),
         ({"l2_norm_heads": 0}, "l2_norm_heads is 0; it must divide"),

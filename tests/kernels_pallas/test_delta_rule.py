@@ -231,6 +231,11 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             DELTA_RULE.call({**call, **change})
+    with jax.enable_x64(True):  # a wide gate alone does not change the state that a loop carries
+        token = {n: z[:, :1].astype(np.float32) for n, z in call.items()}
+        wide = np.zeros((2, 1, 2))
+        _, state = jax.eval_shape(DELTA_RULE.call, {**token, "log_decay": wide})
+    assert state.dtype == np.float32
     with pytest.raises(
         NotImplementedError, match="'one_token' cannot run here: it takes one token; got T = 5"
     ):

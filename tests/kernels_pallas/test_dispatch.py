@@ -1,5 +1,7 @@
 """Choosing an implementation: the named one or an error that says why, the first that can run for None."""
 
+import types
+
 import jax
 import pytest
 
@@ -58,3 +60,14 @@ def test_the_abstract_device_in_scope_is_the_target():
         assert targets.current() == ("tpu", "TPU v6 lite")
         assert _chosen((kernel, ANY), None, 4) == "kernel"
     assert targets.current().platform == "cpu"
+
+
+def test_the_default_device_in_scope_is_the_target(monkeypatch):
+    """On a machine whose first device is a GPU, what is put on its CPU takes no kernel."""
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    cpu = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "devices", lambda platform=None: [cpu if platform == "cpu" else gpu])
+    assert targets.current() == ("gpu", "NVIDIA H200")
+    for device in (cpu, "cpu"):
+        with jax.default_device(device):
+            assert targets.current().platform == "cpu"

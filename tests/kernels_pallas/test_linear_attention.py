@@ -141,6 +141,16 @@ def test_float64_stays_float64():
         assert_close(got, truth(CASE, inputs), 1e-12)
 
 
+@pytest.mark.parametrize("wide", ["k", "log_decay"])
+def test_one_float64_input_makes_float64_states(wide):
+    x = {name: jax.ShapeDtypeStruct(z.shape, z.dtype) for name, z in _arrays(T=20).items()}
+    with jax.enable_x64(True):
+        x["log_decay"] = jax.ShapeDtypeStruct(x["v"].shape[:3], np.float32)
+        x[wide] = jax.ShapeDtypeStruct(x[wide].shape, np.float64)
+        o, state = jax.eval_shape(lambda x: linear_attention(**_renamed(x)), x)
+    assert o.dtype == np.float32 and state.dtype == np.float64
+
+
 def test_bfloat16_keeps_its_output_and_float32_states():
     x = {name: array.astype(jnp.bfloat16) for name, array in _arrays(T=20).items()}
     o, state = jax.eval_shape(lambda x: linear_attention(**_renamed(x)), x)

@@ -168,6 +168,17 @@ def test_details_are_those_of_the_logits(implementation):
     assert (np.asarray(gradient)[seen] != 0).any()
 
 
+def test_words_that_the_dtype_of_targets_does_not_reach():
+    """A byte counts to 255: word 256 is not word 0."""
+    rng = np.random.default_rng(0)
+    x, matrix = (rng.standard_normal(n).astype(np.float32) for n in ((1, 4, 3), (259, 3)))
+    targets = np.array([[0, 1, 2, 255]])
+    got, expected = (
+        linear_cross_entropy(x, matrix, targets.astype(dtype)) for dtype in (np.uint8, np.int32)
+    )
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("form", ["targets", "teacher"])
 def test_memory_does_not_grow_with_the_logits(form):
     """Forward and backward, as compiled: eight times the tokens take no more than what x and its gradient grow by."""

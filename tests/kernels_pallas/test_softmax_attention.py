@@ -313,22 +313,32 @@ def test_accelerator_kernels_say_why_they_cannot_run(name, message):
         ({"window": 5, "causal": False}, 64, "a window with causal=True only"),
         ({"segment_ids": jnp.zeros((1, 4), int)}, 64, "no segment ids"),
         ({}, 20, "multiples of 8; this call needs 20"),
+        ({"positions": jnp.zeros((1, 4), int), "causal": False}, 64, "gives positions"),
     ],
 )
 def test_what_cudnn_takes(monkeypatch, change, K, message):
     class Hopper:
-        device_kind, compute_capability = "NVIDIA H200", "9.0"
+        platform, device_kind, compute_capability = "gpu", "NVIDIA H200", "9.0"
 
     monkeypatch.setattr(library.jax, "devices", lambda: [Hopper()])
     x = jnp.zeros((1, 4, 1, K), jnp.bfloat16)
     ids = change.get("segment_ids"), None
     visibility = api._visibility(
-        (1, 4), 4, ids, (None, None), change.get("causal", True), change.get("window")
+        *((1, 4), 4, ids, (change.get("positions"),) * 2),
+        *(change.get("causal", True), change.get("window")),
     )
     reason = library.no_cudnn(q=x, v=x, visibility=visibility)
     assert reason is None if message is None else message in reason
     float32 = library.no_cudnn(q=x.astype(jnp.float32), v=x, visibility=visibility)
     assert "q is float32" in float32
+
+
+def test_splash_takes_no_ids_of_the_keys_own():
+    q, ids = jnp.zeros((1, 4, 1, 8)), jnp.zeros((1, 4), int)
+    for own, message in ((None, None), (ids + 1, "one array of segment ids")):
+        visibility = api._visibility((1, 4), 4, (ids, own), (None, None), False, None)
+        reason = library.no_splash(q=q, v=q, visibility=visibility)
+        assert reason is None if message is None else message in reason
 
 
 @pytest.mark.parametrize(
@@ -346,6 +356,12 @@ def test_what_cudnn_takes(monkeypatch, change, K, message):
         ({"segment_ids": jnp.zeros((2, 4))}, r"segment_ids has shape \(2, 4\); expected \(2, 5\)"),
         ({"kv_segment_ids_BS": jnp.zeros((2, 5))}, "needs segment_ids beside it"),
         ({"q_positions_BT": jnp.zeros((2, 5))}, "give both q_positions_BT and kv_positions_BS"),
+        ({"segment_ids": jnp.zeros((2, 5))}, "segment_ids has dtype float32; expected integers"),
+        (
+            {name: jnp.zeros((2, 5)) for name in ("q_positions_BT", "kv_positions_BS")},
+            "q_positions_BT has dtype float32; expected integers",
+        ),
+        ({"scale": jnp.ones(())}, "expected a number or None .multiply q by one that is learned"),
         (
             {"implementation": "flash"},
             "unknown implementation 'flash'; choose one of 'splash', 'cudnn', ",
@@ -357,6 +373,23 @@ def test_errors_name_what_was_given(change, message):
     arguments.setdefault("v", arguments["k"])
     with pytest.raises(ValueError, match=message):
         softmax_attention(*[arguments.pop(name) for name in "qkv"], **arguments)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "xla"])
+def test_unsigned_positions_and_ids(implementation):
+    """A later key is hidden, though its age is no unsigned number."""
+    qkv, _ = _inputs(6, "causal", packed=False, B=1)
+    position, ids = np.arange(6)[None], np.array([[3, 3, 3, 1, 1, 1]])
+
+    def attend(dtype):
+        at, own = position.astype(dtype), ids.astype(dtype)
+        keywords = {"q_positions_BT": at, "kv_positions_BS": at, "kv_segment_ids_BS": own}
+        keywords |= {"segment_ids": own, "implementation": implementation}
+        return softmax_attention(*qkv.values(), **keywords)
+
+    expected = attend(np.int32)
+    np.testing.assert_allclose(expected[:, 3], qkv["v"][:, 3], rtol=1e-6)  # a document's first
+    np.testing.assert_array_equal(attend(np.uint32), expected)
 
 
 def test_published_workloads_trace():

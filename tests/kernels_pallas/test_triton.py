@@ -139,6 +139,20 @@ def _qkv(K=16, V=16, dtype=jnp.float32):
             ),
             "x is complex64; it takes float32 and bfloat16",
         ),
+        (  # CUDA's largest grid
+            lambda: jax.eval_shape(
+                lambda x: linear_attention(x, x, x, implementation="triton"),
+                jax.ShapeDtypeStruct((4096, 1, 16, 16), jnp.float32),
+            ),
+            "B x H goes to 65535; got 4096 x 16",
+        ),
+        (
+            lambda: jax.eval_shape(
+                lambda x: diagonal_scan(x, x, implementation="triton"),
+                jax.ShapeDtypeStruct((65536, 1, 8), jnp.float32),
+            ),
+            "B goes to 65535; got 65536",
+        ),
     ],
 )
 def test_limits_are_named(call, message):
