@@ -34,6 +34,7 @@ def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
     workdir = Path(workdir)
 
     # Everything a mistake in the config can break comes first, before anything is written.
+    check_counts(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     share = distributed.data_share(sharding.batch_sharding(mesh))
     train_set, validation_set, test_set = (
@@ -44,6 +45,7 @@ def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
     config = resolve(config, train_set)
     task = None if make_task is None else make_task(config, seq_len)
     program = steps.build(config, seq_len, devices, task)
+    summary.check_sample(config, program.model, test_set.tokenizer)
     batches = iter(train_set)
     distributed.check_shared(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, share=share)
@@ -134,6 +136,20 @@ def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
     result = scores | {"steps": step, "parameters": num_params}
     params = program.model_params(params)
     return summary.finish(config, workdir, result, program.model, params, test_set.tokenizer)
+
+
+def check_counts(config) -> None:
+    """Raises ValueError for numbers of steps and batches that mean nothing."""
+    for least, names in (
+        (1, ("train.log_every", "train.eval_every", "checkpoint.every")),
+        (0, ("train.steps", "train.eval_batches", "train.test_batches")),
+    ):
+        for section, name in (path.split(".") for path in names):
+            if (config[section][name] or 0) < least:
+                raise ValueError(
+                    f"{section}.{name} is {config[section][name]}; it must be at least {least}"
+                    + (", and more than train.steps for never" if least else "")
+                )
 
 
 def resolve(config, dataset):

@@ -19,7 +19,7 @@ from experiments.schedules import Schedule
 # Never decayed, whatever their rank. This is the one place: a mixer that has another such parameter adds its name here.
 # Parameters that are vectors or scalars within a layer (biases, norm scales) are never decayed anyway.
 NEVER_DECAYED = re.compile(
-    r"(^|/)(bias|scale|D|A_log|dt_bias|[^/]*_(log|bias)|lower_bounds?[^/]*|[^/]*norm[^/]*(/.*)?)$"
+    r"(^|/)(bias|scale|D|theta|A_log|dt_bias|[^/]*_(log|bias)|lower_bounds?[^/]*|[^/]*norm[^/]*(/.*)?)$"
 )
 # Matrices by shape that are no linear maps between activations: Muon leaves them to Adam.
 NOT_MUON = re.compile(r"(^|/)(embed|output|[^/]*conv[^/]*)(/|$)")
@@ -122,7 +122,7 @@ def make_optimizer(
     offload: the update runs on the host, after `clip` has run on the devices, where the norm of all parts is known. The state
       is of the same form.
 
-    Raises ValueError for an unknown name, or one that cannot be offloaded.
+    Raises ValueError for an unknown name, one that cannot be offloaded, or a negative clip.
     """
     if config.name not in _DIRECTIONS:
         raise ValueError(
@@ -133,6 +133,8 @@ def make_optimizer(
             f"optimizer {config.name!r} reads whole matrices, so it cannot be offloaded to a host that holds parts of them; "
             f"set parallel.offload=False, or take one of {', '.join(ELEMENTWISE)}"
         )
+    if config.clip and config.clip < 0:
+        raise ValueError(f"optimizer.clip is {config.clip}; it must be positive, or 0 for none")
     rank_tree = ranks(boxed_params)
     clip_by_norm = optax.identity() if offload else optax.clip_by_global_norm(config.clip)
     chain = [clip_by_norm] if config.clip else []

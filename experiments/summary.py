@@ -7,9 +7,20 @@ import jax
 
 from experiments import data, metrics, plots, run_record, sampling
 from experiments.checkpoints import Checkpoints
-from experiments.data import baselines
+from experiments.data import baselines, packing
 
 _BIGRAM_TRAINING_BYTES = 64 << 20
+
+
+def check_sample(config, model, tokenizer) -> None:
+    """Raises ValueError where `finish` could not generate the sample that the config asks for."""
+    if tokenizer is not None and config.sample.length:
+        sampling.check_options(config.sample.temperature, None, None)
+        prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
+        try:
+            sampling.check_length(model, len(prompt), config.sample.length)
+        except ValueError as error:
+            raise ValueError(f"config.sample: {error}") from error
 
 
 def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dict:
@@ -31,8 +42,9 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
     byte_level = config.data.get("tokenizer") == "bytes"
     lines = {}
     if byte_level:
-        held_out = list(first_bytes(data.documents(config.data, "test"), result["bytes"]))
-        train = first_bytes(data.documents(config.data, "train"), _BIGRAM_TRAINING_BYTES)
+        held_out = scored_bytes(data.documents(config.data, "test"), result["bytes"])
+        documents = data.documents(config.data, "train")
+        train = first_bytes(documents, range(len(documents)), _BIGRAM_TRAINING_BYTES)
         lines["gzip -9"] = baselines.gzip_bits_per_byte(b"".join(held_out))
         lines["byte bigram"] = baselines.bigram_bits_per_byte(train, held_out)
         result["baselines_bits_per_byte"] = lines
@@ -79,9 +91,17 @@ def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate:
     )
 
 
-def first_bytes(documents, count: int):
-    """Whole documents up to `count` bytes in all, the last one cut there."""
-    for i in range(len(documents)):
+def scored_bytes(documents, count: int) -> list[bytes]:
+    """The documents in which the first `count` bytes of a split's one pass lie, the last one cut there; in the corpus's order."""
+    order = packing.one_pass_order(len(documents))
+    numbers = (order[i] for i in range(len(documents)))
+    pieces = first_bytes(documents, numbers, count)
+    return [piece for _, piece in sorted((order[i], piece) for i, piece in enumerate(pieces))]
+
+
+def first_bytes(documents, numbers, count: int):
+    """The documents of these numbers up to `count` bytes in all, the last one cut there."""
+    for i in numbers:
         document = documents[i][:count]
         count -= len(document)
         yield document

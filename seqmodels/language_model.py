@@ -338,6 +338,8 @@ def from_config(config) -> LanguageModel:
             f"config.model has no field {unknown[0]!r}; it has pattern, num_layers, {', '.join(sorted(known))}"
         )
     model = LanguageModel(mixers=specs, **fields)
+    if model.d_model < 1:
+        raise ValueError(f"config.model.d_model is {model.d_model}; it must be at least 1")
     _check_choice("remat", model.remat, REMAT_POLICIES)
     _check_choice("norm", model.norm, norms.NORMS)
     _check_choice("norm_position", model.norm_position, blocks.NORM_POSITIONS)

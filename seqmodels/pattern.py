@@ -33,7 +33,12 @@ def parse(pattern: str) -> tuple[MixerSpec, ...]:
 
 
 def layers(pattern: str, num_layers: int) -> tuple[MixerSpec, ...]:
-    """The pattern repeated to exactly `num_layers`; a last repetition may be cut short."""
+    """The pattern repeated to exactly `num_layers`; a last repetition may be cut short.
+
+    Raises ValueError for fewer than one layer, and as `parse` does.
+    """
+    if num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers}; it must be at least 1")
     specs = parse(pattern)
     repeats = -(-num_layers // len(specs))
     return (specs * repeats)[:num_layers]

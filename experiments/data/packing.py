@@ -45,10 +45,16 @@ def packed_batches(
     if len(documents) == 0:
         raise ValueError(f"Empty corpus: {what} has no documents.")
     tokens = grain.MapDataset.source(documents).map(tokenizer.encode_document)
-    order = batches.EpochOrder(len(documents), seed if train else 0)
+    n = len(documents)
+    order = batches.EpochOrder(n, seed) if train else one_pass_order(n)
     return PackIterDataset(
         tokens, order, train, seq_len=seq_len, batch_size=batch_size, rows=rows, what=what
     )
+
+
+def one_pass_order(n: int) -> batches.EpochOrder:
+    """In which the validation and test splits read their n documents."""
+    return batches.EpochOrder(n, 0)
 
 
 class PackIterDataset(grain.IterDataset):

@@ -51,6 +51,11 @@ class TransNormerLocal(base.Mixer):
             raise ValueError(
                 f"transnormer_local: block_size must be at least 1; got {self.block_size}"
             )
+        if self.implementation is not None:
+            raise ValueError(
+                f"transnormer_local: there is one form of it, so implementation {self.implementation!r} chooses nothing; "
+                "leave it out"
+            )
         check_choice("variant", self.variant, VARIANTS)
         check_choice("norm", self.norm, NORMS)
         return H, self.d_model // H

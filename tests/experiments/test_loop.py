@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import checkpoints, cli, evaluation, loop, metrics, steps
-from experiments.data import make_dataset
+from experiments import checkpoints, cli, data, evaluation, loop, metrics, steps, summary
+from experiments.data import baselines, make_dataset
 from tests.experiments import processes, tiny
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -70,7 +70,15 @@ def test_leaves_its_record(whole_run):
     bytes_scored = result["bytes"]
     assert bytes_scored == result["tokens"] > 0
     np.testing.assert_allclose(result["bits_per_byte"], result["loss"] / np.log(2), rtol=1e-9)
+    # One batch of the test split was scored: the baselines are of the same documents.
     assert set(result["baselines_bits_per_byte"]) == {"gzip -9", "byte bigram"}
+    test_set = make_dataset(config.data, "test")
+    batch = next(iter(test_set))
+    scored = batch["targets"][batch["loss_mask"] > 0].astype(np.uint8).tobytes()
+    of_corpus = summary.scored_bytes(data.documents(config.data, "test"), bytes_scored)
+    assert sorted(b"".join(of_corpus)) == sorted(scored)
+    gzip = baselines.gzip_bits_per_byte(b"".join(of_corpus))
+    assert result["baselines_bits_per_byte"]["gzip -9"] == gzip
     assert result["sample"].startswith("12")
     assert Path(result["checkpoint"]).is_dir()
     assert Path(result["loss_curve"]).read_bytes().startswith(b"\x89PNG")
@@ -231,6 +239,18 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path):
         ({"model.pattern": "mamba99"}, "unknown mixer 'mamba99'"),
         ({"model.vocab_size": 100}, "vocab_size is 100.*256"),
         ({"checkpoint.keep": 0}, "checkpoint.keep is 0"),
+        ({"checkpoint.every": 0}, "checkpoint.every is 0; it must be at least 1"),
+        ({"train.log_every": 0}, "train.log_every is 0; it must be at least 1"),
+        ({"train.eval_every": 0}, "train.eval_every is 0; it must be at least 1"),
+        ({"train.eval_batches": -1}, "train.eval_batches is -1; it must be at least 0"),
+        ({"optimizer.clip": -1.0}, "optimizer.clip is -1.0; it must be positive, or 0"),
+        ({"model.num_layers": 0}, "num_layers is 0; it must be at least 1"),
+        ({"model.d_model": 0}, "d_model is 0; it must be at least 1"),
+        ({"sample.length": 5, "sample.temperature": -1.0}, "temperature is -1"),
+        (
+            {"sample.length": 9, "model.pattern": "attention(num_heads=2, max_length=8)"},
+            "config.sample: 1 prompt tokens and 9 more do not fit",
+        ),
     ]:
         config = tiny.make_config(tmp_path)
         config.update_from_flattened_dict(change)

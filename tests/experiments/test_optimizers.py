@@ -46,6 +46,7 @@ def test_parameters_of_gates_are_never_decayed_whatever_their_rank():
         "ssm": {
             "A_log": boxed(jnp.ones((3, 4, 8)), "layers", "heads", None),
             "D": jnp.ones((4, 2)),
+            "lrpe": {"theta": jnp.ones((4, 2))},  # angles, one a channel
         },
         "lower_bounds": jnp.ones((3, 4)),
         "q_norm": {"weight": jnp.ones((2, 4))},

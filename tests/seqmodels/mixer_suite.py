@@ -76,7 +76,7 @@ class Case:
     def make(self, **keywords) -> mixers.Mixer:
         """The mixer. Variants run the recurrent form of their operator, which compiles fastest."""
         options = SMALL_OPTIONS.get(self.name, ({},))[self.variant]
-        if self.variant and self.name != "attention":
+        if self.variant and self.name not in ("attention", "transnormer_local"):
             keywords.setdefault("implementation", "reference")
         return mixers.make(self.name, d_model=D, **options, **keywords)
 

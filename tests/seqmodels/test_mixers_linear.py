@@ -208,6 +208,12 @@ def test_transnormer_local(variant):
     assert_equal(apply(mixer, p, x), dense(p["o"], o))
 
 
+def test_transnormer_local_refuses_an_implementation_that_it_would_ignore():
+    mixer = mixers.make("transnormer_local", d_model=8, implementation="chunked")
+    with pytest.raises(ValueError, match="implementation 'chunked' chooses nothing"):
+        mixer.init_state(1)
+
+
 @pytest.mark.parametrize("name", ["transnormer", "transnormer_local"])
 def test_transnormer_refuses(name):
     with pytest.raises(ValueError, match="variant is 't3'; choose one of t1, t2"):
