@@ -8,7 +8,8 @@ Arguments: a mixer (attention, delta_net, gated_delta_net, linear_attention); pa
 
 Accuracy on 1024 held-out examples (1500 steps, seed 0, 6 to 10 minutes on a core): attention 0.999, delta_net 0.998,
 gated_delta_net 0.993, linear_attention 0.245. With pairs8 (2000 steps, with easier examples among them): attention 0.9996,
-gated_delta_net GDN8, delta_net DN8, linear_attention LA8.
+gated_delta_net 0.983 (0.985 after 3000), delta_net 0.994 and linear_attention 0.119 (1500 steps, batches of
+32 without easier ones).
 """
 
 from configs import common
