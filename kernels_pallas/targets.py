@@ -24,13 +24,9 @@ class Target(NamedTuple):
 def current() -> Target:
     """The abstract device in scope, or where there is none `jax.default_device`'s, or else the process's first device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
-        return Target(platform, device.device_kind)
-    device = jax.config.jax_default_device
     if device is None:
-        device = jax.devices()[0]
-    elif isinstance(device, str):
+        device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
         device = jax.devices(device)[0]
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
     return Target(platform, device.device_kind)
