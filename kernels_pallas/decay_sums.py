@@ -51,7 +51,7 @@ class Sums(NamedTuple):
     before_CK: the same without token i (for recurrences that read the state before it decays).
     after_CK: over the tokens behind j, up to the chunk's end: what token j has decayed by in the leaving state.
     total_K: over the whole chunk.
-    levels: smallest halves first.
+    levels: smallest halves first; none where they were not asked for.
     """
 
     log_decay_CK: jax.Array
@@ -67,13 +67,19 @@ BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of
 NEVER = -1e30  # a reset inside a sum: exp(NEVER) is 0 as exp(-inf) is, and 0 * NEVER is 0
 
 
-def chunk_sums(log_decay_CK: jax.Array) -> Sums:
-    """All sums of a chunk's log decay (..., C, K), C a power of two. Every entry must be <= 0; -inf is a reset."""
+def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
+    """All sums of a chunk's log decay (..., C, K), C a power of two. Every entry must be <= 0; -inf is a reset.
+
+    levels: those that `decayed_scores` needs, too. Where pairs take `pair_decay`, leave them out.
+    """
     *lead, C, K = log_decay_CK.shape
     if C & (C - 1):
         raise ValueError(f"chunk_sums: the chunk length must be a power of two; got {C}")
     U = min(C, BLOCK)
     finite_CK = jnp.where(log_decay_CK == -jnp.inf, NEVER, log_decay_CK)
+    if not levels:
+        whole = _sums_of(_whole_tokens(C, finite_CK.dtype), finite_CK)
+        return Sums(log_decay_CK, *whole, whole[0][..., -1, :], ())
     tokens = _halvings(finite_CK.reshape(*lead, C // U, U, K))
     blocks = _halvings(tokens.total_K)
 
@@ -110,29 +116,59 @@ def chunk_sums(log_decay_CK: jax.Array) -> Sums:
 def _halvings(log_decay_CK: jax.Array) -> Sums:
     """The sums of `chunk_sums` by matrix products with zeros and ones: no chain of additions for XLA to recompute."""
     *lead, C, K = log_decay_CK.shape
-    through, before, after = (
-        jnp.einsum("XC,...CK->...XK", rows, log_decay_CK, precision=jax.lax.Precision.HIGHEST)
-        for rows in _summed_tokens(C, log_decay_CK.dtype)
-    )
+    (through_CK, *through), (before_CK, *before), (after_CK, *after) = _level_sums(log_decay_CK)
     levels = []
-    for level in range(C.bit_length() - 1):
-        rows = slice(C + level * C // 2, C + (level + 1) * C // 2)
-        halves = (
-            x[..., rows, :].reshape(*lead, C >> (level + 1), 1 << level, K)
-            for x in (through, before, after)
-        )
-        levels.append(Level(*halves))
-    total_K = through[..., C - 1, :]
-    whole = (x[..., :C, :] for x in (through, before, after))
-    return Sums(log_decay_CK, *whole, total_K, tuple(levels))
+    for level, halves in enumerate(zip(through, before, after)):
+        shape = (*lead, C >> (level + 1), 1 << level, K)
+        levels.append(Level(*(x.reshape(shape) for x in halves)))
+    total_K = through_CK[..., C - 1, :]
+    return Sums(log_decay_CK, through_CK, before_CK, after_CK, total_K, tuple(levels))
+
+
+@jax.custom_vjp
+def _level_sums(log_decay_CK):
+    """Through, before and after: each a list, of the whole chunk and of its levels."""
+    C = log_decay_CK.shape[-2]
+    edges = [C + level * C // 2 for level in range(C.bit_length() - 1)]
+    rows = _summed_tokens(C, log_decay_CK.dtype)
+    return tuple(jnp.split(x, edges, axis=-2) for x in _sums_of(rows, log_decay_CK))
+
+
+def _level_sums_backward(_, cotangents):
+    # Batched by hand: XLA's CPU backend (jaxlib 0.10.2) copies all pieces, transposed, to sum over a middle axis.
+    C = cotangents[0][0].shape[-2]
+    total_CK = 0.0
+    for rows, pieces in zip(_summed_tokens(C, cotangents[0][0].dtype), cotangents):
+        pieces = jnp.concatenate(pieces, axis=-2)
+        rows = jnp.broadcast_to(rows.T, (*pieces.shape[:-2], *rows.T.shape))
+        total_CK += jnp.matmul(rows, pieces, precision=jax.lax.Precision.HIGHEST)
+    return (total_CK,)
+
+
+_level_sums.defvjp(lambda log_decay_CK: (_level_sums(log_decay_CK), None), _level_sums_backward)
+
+
+def _sums_of(summed_tokens, log_decay_CK) -> tuple[jax.Array, ...]:
+    highest = jax.lax.Precision.HIGHEST
+    return tuple(
+        jnp.einsum("XC,...CK->...XK", rows, log_decay_CK, precision=highest)
+        for rows in summed_tokens
+    )
 
 
 @functools.cache
-def _summed_tokens(C: int, dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which tokens each through, before and after sums: C rows for the whole chunk, then C/2 for each level."""
+def _whole_tokens(C: int, dtype) -> tuple[np.ndarray, ...]:
+    """Which tokens of a chunk each through, before and after sums."""
+    i, s = np.arange(C)[:, None], np.arange(C)
+    return tuple(rows.astype(dtype) for rows in (s <= i, s < i, s > i))
+
+
+@functools.cache
+def _summed_tokens(C: int, dtype) -> tuple[np.ndarray, ...]:
+    """Those, then C/2 rows more for each level."""
     token = np.arange(C)
-    i, s = token[:, None], token[None]
-    through, before, after = [s <= i], [s < i], [s > i]
+    i, s = token[:, None], token
+    through, before, after = ([rows] for rows in _whole_tokens(C, bool))
     for level in range(C.bit_length() - 1):
         middle = (i >> (level + 1) << (level + 1)) + (1 << level)
         right = token & (1 << level) > 0
@@ -148,8 +184,14 @@ def pair_decay(log_decay_C1: jax.Array, *, before: bool = False) -> jax.Array:
     With `before`, the sum stops in front of i, and the diagonal is 0: D_ij = exp(g_{j+1} + ... + g_{i-1}) for j < i.
     For one decay per head there are few numbers and a direct way is the fastest: pairs in one block of 16 by their
     own sums; the others by the product of three exponentials, from the start of i's block to i, over the whole blocks
-    between, and behind j to the end of j's block.
+    between, and behind j to the end of j's block. The derivative by g_t is the sum of dD_ij D_ij over the pairs that t
+    lies between, one product with zeros and ones: nothing is subtracted there either.
     """
+    return _pair_decay(log_decay_C1, before)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _pair_decay(log_decay_C1, before):
     *lead, C, _ = log_decay_C1.shape
     U = min(C, BLOCK)
     A = C // U
@@ -171,6 +213,23 @@ def pair_decay(log_decay_C1: jax.Array, *, before: bool = False) -> jax.Array:
     same_AUAU = jnp.exp(same_AUU)[..., :, :, None, :]
     D_AUAU = jnp.where(same[None], same_AUAU, apart_AUAU)
     return D_AUAU.reshape(*lead, C, C)
+
+
+def _pair_decay_forward(log_decay_C1, before):
+    D_CC = _pair_decay(log_decay_C1, before)
+    return D_CC, D_CC
+
+
+def _pair_decay_backward(before, D_CC, dD_CC):
+    C = D_CC.shape[-1]
+    behind_CC = _lower(C, -1).T.astype(D_CC.dtype)  # j < t
+    highest = jax.lax.Precision.HIGHEST
+    pairs_CC = jnp.einsum("...ij,jt->...it", dD_CC * D_CC, behind_CC, precision=highest)
+    up_to_CC = _lower(C, -1 if before else 0)  # t <= i, or t < i
+    return (jnp.sum(jnp.where(up_to_CC, pairs_CC, 0.0), axis=-2)[..., None],)
+
+
+_pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 
 
 def _sums_between(g_U: jax.Array, before: bool) -> jax.Array:
@@ -206,20 +265,18 @@ def decayed_scores(
     *lead, C, K = q_CK.shape
     accumulate = jnp.result_type(q_CK, k_CK, sums.through_CK)
     q_CK, k_CK = q_CK.astype(accumulate), k_CK.astype(accumulate)
-    diagonal = jnp.zeros((*lead, C), accumulate) if before else jnp.sum(q_CK * k_CK, axis=-1)
+    diagonal = jnp.zeros((*lead, C, 1), accumulate) if before else matmul.sum_last(q_CK * k_CK)
     rectangles = []
     for level in sums.levels:
         half = level.after_MUK.shape[-2]
         q_MUK = q_CK.reshape(*lead, -1, 2, half, K)[..., 1, :, :]
         k_MUK = k_CK.reshape(*lead, -1, 2, half, K)[..., 0, :, :]
         rows = level.before_MUK if before else level.through_MUK
-        rectangles.append(
-            matmul.einsum(
-                "...iK,...jK->...ij",
-                q_MUK * jnp.exp(rows),
-                k_MUK * jnp.exp(level.after_MUK),
-            )
-        )
+        q_MUK, k_MUK = q_MUK * jnp.exp(rows), k_MUK * jnp.exp(level.after_MUK)
+        if half == 1:
+            rectangles.append(matmul.sum_last(q_MUK * k_MUK))
+        else:
+            rectangles.append(matmul.einsum("...iK,...jK->...ij", q_MUK, k_MUK))
     return _assemble(diagonal.reshape(*lead, C, 1, 1), rectangles)
 
 

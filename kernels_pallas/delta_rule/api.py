@@ -1,5 +1,7 @@
 """The delta rule, and the general diagonal-plus-low-rank recurrence: the public functions."""
 
+import numbers
+
 import jax
 
 from kernels_pallas import dispatch
@@ -64,11 +66,22 @@ def _scaled(implementation):
     return call
 
 
+def _number_scaled(implementation):
+    """An implementation that takes a number for a scale; one that is learned multiplies q in front of it."""
+
+    def call(*, q_BTGK, scale, **others):
+        if not isinstance(scale, numbers.Real):
+            q_BTGK, scale = q_BTGK.astype(arguments.state_dtype(q_BTGK)) * scale, 1.0
+        return implementation(q_BTGK=q_BTGK, scale=float(scale), **others)
+
+    return call
+
+
 IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _scaled(_delta_rule_one_token), _not_one_token),
     dispatch.Implementation("pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, "tpu"),
     dispatch.Implementation("triton", gpu_triton.triton, gpu_triton.unsupported, "gpu"),
-    dispatch.Implementation("chunked", _scaled(chunked.chunked)),
+    dispatch.Implementation("chunked", _number_scaled(chunked.chunked)),
     dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )
 DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (

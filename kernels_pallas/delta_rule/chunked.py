@@ -19,21 +19,27 @@ the state, which goes from one to the next. The backward pass keeps the inputs a
 recomputes the maps of one span at a time, and takes the derivative of the pass by hand, of the maps by `jax.vjp`.
 Chunks of 32: longer ones take more products and lose accuracy where beta is 2, shorter ones store more states.
 
-Without any decay, in float32, rounding is held down further (`_lost`): reflections forget no error.
+Without any decay, in float32, rounding is held down further (`_lost`) where a token's transition comes near a
+reflection: reflections forget no error.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, segments, spans, triangular_inverse
+from kernels_pallas import decay_sums, matmul, segments, spans, triangular_inverse
 from kernels_pallas.kept import kept
+from kernels_pallas.matmul import scaled
 
 CHUNK = 32
 # Chunks times heads treated at once.
 SPAN = 64
+# Rounding is held down where some beta |k|^2 is above this. An error's sum over time is beta / (2 - beta) of one token's:
+# itself up to 1, which is as far as a DeltaNet with positive eigenvalues goes (and the roundings of its |k|).
+REFLECTING = 1.01
 
 
 class Chunks(NamedTuple):
@@ -67,13 +73,17 @@ def chunked(
     initial_state_BHKV,
     segment_ids_BT,
     chunk_size=None,
+    scale=1.0,
 ):
-    """The delta rule in chunks. Arguments are normalised by `api.py`."""
-    exact = log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32
+    """The delta rule in chunks. Arguments are normalised by `api.py`; the scale of q is a number."""
+    reflects = None
+    if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
+        sizes = jnp.abs(beta_BTH), jnp.repeat(_squared(k_BTGK), _group(k_BTGK, v_BTHV), axis=2)
+        reflects = _above(sizes[0] * sizes[1], REFLECTING)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
-    sizes = _sizes(v_BTHV, chunk_size)
-    return _run(_delta_rule_chunks, exact, *sizes, inputs, initial_state_BHKV)
+    form = _form(_delta_rule_chunks, v_BTHV, chunk_size, scale)
+    return _run(form, inputs, initial_state_BHKV, reflects)
 
 
 def chunked_diagonal_plus_low_rank(
@@ -88,13 +98,28 @@ def chunked_diagonal_plus_low_rank(
     chunk_size=None,
 ):
     """The general transition in chunks. Arguments are normalised by `api.py`."""
-    exact = log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32
+    reflects = None
+    if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
+        reflects = _above(_squared(a_BTHK) * _squared(b_BTHK), REFLECTING**2)
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
-    sizes = _sizes(v_BTHV, chunk_size)
-    return _run(_diagonal_plus_low_rank_chunks, exact, *sizes, inputs, initial_state_BHKV)
+    form = _form(_diagonal_plus_low_rank_chunks, v_BTHV, chunk_size, 1.0)
+    return _run(form, inputs, initial_state_BHKV, reflects)
+
+
+def _squared(x_BTHK):
+    return matmul.sum_last(x_BTHK.astype(jnp.float32) ** 2)[..., 0]
+
+
+def _group(k_BTGK, v_BTHV) -> int:
+    return v_BTHV.shape[2] // k_BTGK.shape[2]
+
+
+def _above(sizes, limit: float):
+    """Whether any is larger, or is not a number."""
+    return ~jnp.all(jax.lax.stop_gradient(sizes) <= limit)
 
 
 def _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, dtype):
@@ -106,29 +131,37 @@ def _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, dtype):
     return jnp.where(starts_BT[:, :, None, None], -jnp.inf, log_decay_BTHK)
 
 
-def _sizes(v_BTHV, chunk_size) -> tuple[int, int]:
-    """Chunk length, a power of two, and chunks a span."""
+class _Form(NamedTuple):
+    """What is fixed at tracing. C: chunk length, a power of two. M: chunks a span."""
+
+    chunks: Callable[..., Chunks]  # of a span's inputs, each (M, B, heads, C, dim)
+    scale: float
+    C: int
+    M: int
+
+
+def _form(chunks, v_BTHV, chunk_size, scale) -> _Form:
     B, T, H, _ = v_BTHV.shape
     C = CHUNK if chunk_size is None else chunk_size
     C = min(C, 1 << (T - 1).bit_length())
-    chunks = -(-T // C)
-    count = -(-chunks // max(1, SPAN // (B * H)))
-    return C, -(-chunks // count)
+    count = -(-T // C)
+    spans_count = -(-count // max(1, SPAN // (B * H)))
+    return _Form(chunks, scale, C, -(-count // spans_count))
 
 
 def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *, exact) -> Chunks:
     H = v_MBHCV.shape[2]
-    sums = decay_sums.chunk_sums(log_decay_MBHCK)
+    sums = _decay_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H)
     q_MBHCK, k_MBHCK = (_repeat_heads(x, H) for x in (q_MBGCK, k_MBGCK))
     through_MBHCK = jnp.exp(sums.through_CK)
     return Chunks(
-        A_CC=beta_MBHC1 * jnp.tril(products(k_MBGCK, k_MBGCK), -1),
-        read_CK=-beta_MBHC1 * through_MBHCK * k_MBHCK,
-        write_CV=beta_MBHC1 * v_MBHCV,
-        q_CK=through_MBHCK * q_MBHCK,
+        A_CC=scaled(jnp.tril(products(k_MBGCK, k_MBGCK), -1), beta_MBHC1),
+        read_CK=scaled(scaled(k_MBHCK, -beta_MBHC1), through_MBHCK),
+        write_CV=scaled(v_MBHCV, beta_MBHC1),
+        q_CK=scaled(q_MBHCK, through_MBHCK),
         scores_CC=products(q_MBGCK, k_MBGCK),
-        w_CK=jnp.exp(sums.after_CK) * k_MBHCK,
+        w_CK=scaled(k_MBHCK, jnp.exp(sums.after_CK)),
         decay_K1=jnp.exp(sums.total_K)[..., None],
         lost_CC=beta_MBHC1 * _lost(k_MBHCK, k_MBHCK, sums) if exact else None,
     )
@@ -138,22 +171,26 @@ def _diagonal_plus_low_rank_chunks(
     q_MBHCK, k_MBHCK, v_MBHCV, a_MBHCK, b_MBHCK, log_decay_MBHCK, *, exact
 ) -> Chunks:
     H = v_MBHCV.shape[2]
-    sums = decay_sums.chunk_sums(log_decay_MBHCK)
+    sums = _decay_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H)
     products_before = _decayed_products(sums, H, before=True)
     through_MBHCK, after_MBHCK = jnp.exp(sums.through_CK), jnp.exp(sums.after_CK)
     return Chunks(
         A_CC=-products_before(b_MBHCK, a_MBHCK),
-        read_CK=jnp.exp(sums.before_CK) * b_MBHCK,
+        read_CK=scaled(b_MBHCK, jnp.exp(sums.before_CK)),
         write_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products_before(b_MBHCK, k_MBHCK), v_MBHCV),
-        q_CK=through_MBHCK * q_MBHCK,
+        q_CK=scaled(q_MBHCK, through_MBHCK),
         scores_CC=products(q_MBHCK, a_MBHCK),
-        w_CK=after_MBHCK * a_MBHCK,
+        w_CK=scaled(a_MBHCK, after_MBHCK),
         decay_K1=jnp.exp(sums.total_K)[..., None],
         lost_CC=-_lost(b_MBHCK, a_MBHCK, sums, before=True) if exact else None,
         local_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products(q_MBHCK, k_MBHCK), v_MBHCV),
-        local_KV=jnp.einsum("MBHCK,MBHCV->MBHKV", after_MBHCK * k_MBHCK, v_MBHCV),
+        local_KV=jnp.einsum("MBHCK,MBHCV->MBHKV", scaled(k_MBHCK, after_MBHCK), v_MBHCV),
     )
+
+
+def _decay_sums(log_decay_MBHCK):
+    return decay_sums.chunk_sums(log_decay_MBHCK, levels=log_decay_MBHCK.shape[-1] > 1)
 
 
 def _decayed_products(sums, H, *, before=False):
@@ -283,7 +320,7 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
     dS_BHKV, (dS_next_MBHKV, dR_MBHCV) = jax.lax.scan(
         one_chunk, dS_BHKV, (c, X_MBHCC, dU_MBHCV, dS_MBHKV), reverse=True
     )
-    ddecay_MBHK1 = jnp.sum(dS_next_MBHKV * S_MBHKV, axis=-1, keepdims=True)
+    ddecay_MBHK1 = matmul.sum_last(dS_next_MBHKV * S_MBHKV)
     shared = [axis for axis in (2, 3) if c.decay_K1.shape[axis] == 1]
     dchunks = Chunks(
         A_CC=-_precise("MBHiV,MBHjV->MBHij", dR_MBHCV, U_MBHCV),
@@ -300,53 +337,69 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
     return dchunks, dS_BHKV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _run(form, exact: bool, C: int, M: int, inputs, S_BHKV):
-    """form: from a span's inputs, each (M, B, heads, C, dim), to its Chunks. inputs: (B, T, heads, dim), v the third."""
-    return _run_forward(form, exact, C, M, inputs, S_BHKV)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(form: _Form, inputs, S_BHKV, reflects):
+    """inputs: (B, T, heads, dim), q the first and v the third. reflects: see `_carefully`."""
+    return _run_forward(form, inputs, S_BHKV, reflects)[0]
 
 
-def _run_forward(form, exact, C, M, inputs, S_BHKV):
+def _run_forward(form, inputs, S_BHKV, reflects):
     T, dtype = inputs[2].shape[1], inputs[2].dtype
-    wholes = _padded(inputs, C * M)
+    L = form.C * form.M
+    wholes = _padded(inputs, L)
 
-    def one_span(carry, n):
-        S_BHKV, o_BTHV = carry
-        span = spans.take(wholes, n, C * M)
-        chunks = form(*_chunks(span, C, S_BHKV.dtype), exact=exact)
-        o_MBHCV, S_BHKV, S_MBHKV = _pass(chunks, S_BHKV)
-        return (S_BHKV, spans.put(o_BTHV, _tokens(o_MBHCV.astype(dtype)), n, C * M)), S_MBHKV
+    def over_spans(exact, wholes, S_BHKV):
+        def one_span(carry, n):
+            S_BHKV, o_BTHV = carry
+            span = _chunks(spans.take(wholes, n, L), form, S_BHKV.dtype)
+            o_MBHCV, S_BHKV, S_MBHKV = _pass(form.chunks(*span, exact=exact), S_BHKV)
+            return (S_BHKV, spans.put(o_BTHV, _tokens(o_MBHCV.astype(dtype)), n, L)), S_MBHKV
 
-    v_BTHV = wholes[2]
-    start = S_BHKV, jnp.empty_like(v_BTHV)  # every span is written
-    N = v_BTHV.shape[1] // (C * M)
-    (S_BHKV, o_BTHV), S_NMBHKV = jax.lax.scan(one_span, start, jnp.arange(N))
+        v_BTHV = wholes[2]
+        start = S_BHKV, jnp.empty_like(v_BTHV)  # every span is written
+        return jax.lax.scan(one_span, start, jnp.arange(v_BTHV.shape[1] // L))
+
+    (S_BHKV, o_BTHV), S_NMBHKV = _carefully(reflects, over_spans, wholes, S_BHKV)
     o_BTHV, S_NMBHKV = kept((o_BTHV[:, :T], S_NMBHKV))
-    return (o_BTHV, S_BHKV), (inputs, S_NMBHKV)
+    return (o_BTHV, S_BHKV), (inputs, S_NMBHKV, reflects)
 
 
-def _run_backward(form, exact, C, M, residuals, cotangents):
-    inputs, S_NMBHKV = residuals
+def _run_backward(form, residuals, cotangents):
+    inputs, S_NMBHKV, reflects = residuals
     do_BTHV, dS_BHKV = cotangents
     T, wide = do_BTHV.shape[1], dS_BHKV.dtype
-    wholes, (do_BTHV,) = _padded(inputs, C * M), _padded((do_BTHV,), C * M)
+    L = form.C * form.M
+    wholes, (do_BTHV,) = _padded(inputs, L), _padded((do_BTHV,), L)
 
-    def one_span(carry, at):
-        dS_BHKV, dinputs = carry
-        n, S_MBHKV = at
-        span, do_BLHV = spans.take((wholes, do_BTHV), n, C * M)
-        chunks, form_vjp = jax.vjp(lambda *span: form(*_chunks(span, C, wide), exact=exact), *span)
-        (do_MBHCV,) = _chunks((do_BLHV,), C, wide)
-        dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV)
-        return (dS_BHKV, spans.put(dinputs, form_vjp(dchunks), n, C * M)), None
+    def over_spans(exact, wholes, S_NMBHKV, do_BTHV, dS_BHKV):
+        def one_span(carry, at):
+            dS_BHKV, dinputs = carry
+            n, S_MBHKV = at
+            span, do_BLHV = spans.take((wholes, do_BTHV), n, L)
+            chunks, form_vjp = jax.vjp(
+                lambda *span: form.chunks(*_chunks(span, form, wide), exact=exact), *span
+            )
+            do_MBHCV = _chunk(do_BLHV, form.C, wide)
+            dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV)
+            return (dS_BHKV, spans.put(dinputs, form_vjp(dchunks), n, L)), None
 
-    start = dS_BHKV, jax.tree.map(jnp.empty_like, wholes)
-    numbered = jnp.arange(len(S_NMBHKV)), S_NMBHKV
-    (dS_BHKV, dinputs), _ = jax.lax.scan(one_span, start, numbered, reverse=True)
-    return tuple(dx[:, :T] for dx in dinputs), dS_BHKV
+        start = dS_BHKV, jax.tree.map(jnp.empty_like, wholes)
+        numbered = jnp.arange(len(S_NMBHKV)), S_NMBHKV
+        return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
+
+    dS_BHKV, dinputs = _carefully(reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV)
+    return tuple(dx[:, :T] for dx in dinputs), dS_BHKV, None
 
 
 _run.defvjp(_run_forward, _run_backward)
+
+
+def _carefully(reflects, run, *operands):
+    """run(exact, *operands), exact where `reflects` holds. None: where a decay, or float64, makes it needless."""
+    if reflects is None:
+        return run(False, *operands)
+    exactly, plainly = (functools.partial(run, exact) for exact in (True, False))
+    return jax.lax.cond(reflects, exactly, plainly, *operands)
 
 
 def _padded(arrays, L):
@@ -354,17 +407,19 @@ def _padded(arrays, L):
     return tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % L), (0, 0), (0, 0))) for x in arrays)
 
 
-def _chunks(arrays, C, dtype):
+def _chunks(span, form, dtype):
+    """A span's inputs in chunks, the first of them, q, scaled."""
+    q_MBGCK, *others = (_chunk(x_BLHK, form.C, dtype) for x_BLHK in span)
+    return q_MBGCK * form.scale, *others
+
+
+def _chunk(x_BLHK, C, dtype):
     """(B, L, H, K) to (M, B, H, C, K) in float32 or wider, which is what everything in a chunk is computed in.
 
     U is a long alternating sum where beta is near 2; with bfloat16 operands it loses all but a digit.
     """
-
-    def one(x_BLHK):
-        B, _, H, K = x_BLHK.shape
-        return x_BLHK.reshape(B, -1, C, H, K).transpose(1, 0, 3, 2, 4).astype(dtype)
-
-    return tuple(one(x) for x in arrays)
+    B, _, H, K = x_BLHK.shape
+    return x_BLHK.reshape(B, -1, C, H, K).transpose(1, 0, 3, 2, 4).astype(dtype)
 
 
 def _tokens(x_MBHCV):

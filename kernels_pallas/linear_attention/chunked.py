@@ -157,27 +157,25 @@ def _chunks(form, state_EKW, inputs, runs):
     log_decay is None, (M, E, C, R) for one decay per head, or (M, E, C, K) for one per channel, with R = 1.
     runs: the number of each token's document, and of the one whose state enters the chunk, or None.
     """
-    per_channel, R = form.per_channel, form.R
+    R = form.R
     q_MECK, k_MECK, v_MECW, log_decay_MECX = inputs
     M, E, C, W = v_MECW.shape
     pairs_MECC, enters_MEC, leaves_MEC, stays_ME = _masks(runs)
 
     def over_values(x_R):
         """One number a head to one a value: (..., R) to (..., W)."""
-        return None if x_R is None else jnp.repeat(x_R, W // x_R.shape[-1], axis=-1)
+        return jnp.repeat(x_R, W // x_R.shape[-1], axis=-1)
 
     through = after = total = None
     if log_decay_MECX is not None:
-        sums = decay_sums.chunk_sums(log_decay_MECX)
+        sums = decay_sums.chunk_sums(log_decay_MECX, levels=form.per_channel)
         through, after, total = map(jnp.exp, (sums.through_CK, sums.after_CK, sums.total_K))
     through = _masked(enters_MEC, through)
     after = _masked(leaves_MEC, after)
     total = _masked(stays_ME, total)
 
-    if per_channel:
+    if form.per_channel:
         scores_MERCC = decay_sums.decayed_scores(q_MECK, k_MECK, sums)[:, :, None]
-        q_in_MECK, k_out_MECK, v_out_MECW = q_MECK * through, k_MECK * after, v_MECW
-        keep_MEKW = total[..., None]
     else:
         scores_MERCC = matmul.einsum("MEiK,MEjK->MEij", q_MECK, k_MECK)[:, :, None]
         if log_decay_MECX is None:
@@ -186,16 +184,20 @@ def _chunks(form, state_EKW, inputs, runs):
         else:
             log_decay_MERC1 = jnp.moveaxis(log_decay_MECX, 3, 2)[..., None]
             scores_MERCC = scores_MERCC * decay_sums.pair_decay(log_decay_MERC1)
-        q_in_MECK, k_out_MECK = q_MECK, k_MECK
-        v_out_MECW = v_MECW if after is None else v_MECW * over_values(after)
-        keep_MEKW = None if total is None else over_values(total)[:, :, None]
+    q_in_MECK, k_out_MECK, v_out_MECW, keep_MEKW = q_MECK, k_MECK, v_MECW, None
+    if total is not None and R == 1:
+        q_in_MECK, k_out_MECK = matmul.scaled(q_MECK, through), matmul.scaled(k_MECK, after)
+        keep_MEKW = total[..., None]
+    elif total is not None:
+        v_out_MECW = v_MECW * over_values(after)
+        keep_MEKW = over_values(total)[:, :, None]
     if pairs_MECC is not None:
         scores_MERCC = jnp.where(pairs_MECC[:, :, None], scores_MERCC, 0.0)
 
     written_MEKW = matmul.einsum("MEjK,MEjW->MEKW", k_out_MECK, v_out_MECW)
     state_MEKW, final_EKW = _through_chunks(state_EKW, keep_MEKW, written_MEKW)
     o_MECW = matmul.einsum("MEiK,MEKW->MEiW", q_in_MECK, state_MEKW)
-    if not per_channel and through is not None:
+    if total is not None and R > 1:
         o_MECW = o_MECW * over_values(through)
     if scores_MERCC.shape[2] == 1:
         o_MECW = o_MECW + matmul.einsum("MEij,MEjW->MEiW", scores_MERCC[:, :, 0], v_MECW)
