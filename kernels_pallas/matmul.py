@@ -54,7 +54,9 @@ def sum_last(x: jax.Array) -> jax.Array:
     """
 
     def product(x):
-        return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        ones = jnp.ones((x.shape[-1], 1), wide.dtype)
+        return jnp.matmul(wide, ones, precision="highest").astype(x.dtype)
 
     def plain(x):
         return jnp.sum(x, axis=-1, keepdims=True)

@@ -89,9 +89,10 @@ class ChannelMixer(nn.Module):
 
         up_BTF = dense(F, "up", ("embed", "mlp"))(x_BTD)
         if gated:
-            hidden_BTF = activation(dense(F, "gate", ("embed", "mlp"))(x_BTD)) * up_BTF
+            gate_BTF = dense(F, "gate", ("embed", "mlp"))(x_BTD)
+            hidden_BTF = layers.gated(up_BTF, gate_BTF, activation)
         else:
-            hidden_BTF = activation(up_BTF)
+            hidden_BTF = layers.recomputed(activation)(up_BTF)
         return dense(D, "down", ("mlp", "embed"))(hidden_BTF)
 
 
@@ -178,7 +179,7 @@ def _chosen_experts(axis_name, x_BTM, w_BTA, expert_BTA, gate_XMF, up_XMF, down_
             rows, kernels, count_X, preferred_element_type=jnp.float32
         ).astype(x_BTM.dtype)
 
-    hidden_RF = jax.nn.silu(product(x_RM, gate_XMF)) * product(x_RM, up_XMF)
+    hidden_RF = layers.gated(product(x_RM, up_XMF), product(x_RM, gate_XMF), jax.nn.silu)
     y_RM = product(hidden_RF, down_XFM)[jnp.argsort(order_R)]
     y_BTAM = y_RM.reshape(B, T, A, D).astype(jnp.float32) * w_BTA[..., None]
     return jnp.sum(y_BTAM, axis=2).astype(x_BTM.dtype)

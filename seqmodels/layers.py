@@ -3,9 +3,11 @@
 Names in use: "embed" (D), "heads" (heads times head dim, or heads), "mlp" (F), "vocab" (W), "norm", "layers".
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from seqmodels.array_typing import Array, DType, LogicalAxes
@@ -28,8 +30,50 @@ def dense(
         kernel_init=nn.with_logical_partitioning(kernel_init, axes),
         bias_init=nn.with_logical_partitioning(bias_init, axes[-1:]),
         name=name,
+        dot_general=_product,
         **keywords,
     )
+
+
+def _product(x, kernel_DF, dimension_numbers, precision=None):
+    """What nn.Dense asks of `jax.lax.dot_general`: the last axis of x with the first of the kernel."""
+    del dimension_numbers
+    return _dense_product(precision, x, kernel_DF)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense_product(precision, x, kernel_DF):
+    return jnp.einsum("...D,DF->...F", x, kernel_DF, precision=precision)
+
+
+def _dense_product_forward(precision, x, kernel_DF):
+    return _dense_product(precision, x, kernel_DF), (x, kernel_DF)
+
+
+def _dense_product_backward(precision, operands, dy):
+    """The kernel's gradient as x^T dy. By JAX's own order, (dy^T x)^T, XLA's CPU backend computes dy once more, transposed."""
+    x, kernel_DF = operands
+    dx = jnp.einsum("...F,DF->...D", dy, kernel_DF, precision=precision)
+    tokens = tuple(range(x.ndim - 1))
+    dkernel_DF = jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision=precision)
+    return dx, dkernel_DF
+
+
+_dense_product.defvjp(_dense_product_forward, _dense_product_backward)
+
+
+def recomputed(function: Callable) -> Callable:
+    """A function of arrays, element by element or row by row, whose backward pass keeps its arguments and nothing else.
+
+    Computing it again costs less than writing and reading what JAX would keep, four to six arrays for a gate: of
+    a Gated DeltaNet's training step, a third of the memory.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+def gated(x: Array, gate: Array, activation: Callable[[Array], Array]) -> Array:
+    """x activation(gate), of equal shapes, `recomputed`."""
+    return recomputed(lambda x, gate: x * activation(gate))(x, gate)
 
 
 def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import matmul
+from seqmodels import layers
 from seqmodels.array_typing import Array, DType
 
 
@@ -23,13 +25,18 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
-        y = srms_norm(grouped, self.eps).reshape(x.shape)
+        gain = None
         if self.use_scale:
             start = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
             init = nn.with_logical_partitioning(start, ("norm",))
             scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
             gain = scale.astype(jnp.float32) + float(self.zero_centred)
+        return layers.recomputed(self._normed)(x, gain)
+
+    def _normed(self, x: Array, gain: Array | None) -> Array:
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        y = srms_norm(grouped, self.eps).reshape(x.shape)
+        if gain is not None:
             y = y * gain.reshape((1,) * (x.ndim - 1) + (-1,))
         return y.astype(x.dtype)
 
@@ -57,15 +64,19 @@ class LayerNorm(nn.Module):
 
 def srms_norm(x: Array, eps: float = 1e-5) -> Array:
     """Simple RMS norm, no gain: x / sqrt(mean(x^2) + eps) (TransNormerLLM, arXiv 2307.14995, section 3.1)."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    mean = matmul.sum_last(jnp.square(x)) / x.shape[-1]
+    return matmul.scaled(x, jax.lax.rsqrt(mean + eps))
 
 
 def l2_norm(x: Array, eps: float = 1e-6) -> Array:
     """x / sqrt(sum(x^2) + eps) over the last axis, in float32; keeps x's dtype."""
-    x_f32 = x.astype(jnp.float32)
-    return (x_f32 * jax.lax.rsqrt(jnp.sum(jnp.square(x_f32), -1, keepdims=True) + eps)).astype(
-        x.dtype
-    )
+
+    def normed(x):
+        x_f32 = x.astype(jnp.float32)
+        squared = matmul.sum_last(jnp.square(x_f32))
+        return matmul.scaled(x_f32, jax.lax.rsqrt(squared + eps)).astype(x.dtype)
+
+    return layers.recomputed(normed)(x)
 
 
 NORMS = {

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import segments
+from kernels_pallas import matmul, segments
 
 
 class Finish(NamedTuple):
@@ -21,8 +21,8 @@ class Finish(NamedTuple):
             z = jax.nn.silu(z)
         if self.heads is not None:
             parts = z.reshape(*z.shape[:-1], self.heads, -1)
-            square = jnp.sum(jnp.square(parts), axis=-1, keepdims=True)
-            z = (parts * jax.lax.rsqrt(square + self.eps)).reshape(z.shape)
+            square = matmul.sum_last(jnp.square(parts))
+            z = matmul.scaled(parts, jax.lax.rsqrt(square + self.eps)).reshape(z.shape)
         return z
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import matmul
 from kernels_pallas.kept import kept
 
 BLOCK_SIZE = 128
@@ -117,7 +118,7 @@ def see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
             p_BGRCE = jnp.exp(logits_BGRCE - shift_BGRC[..., None])
             keep_BGRC = jnp.exp(m_BGRC - shift_BGRC)
             added_BGRCV = _product("bgrce,bgev->bgrcv", p_BGRCE, _cut(v_BGSV, j, E), v_BGSV.dtype)
-            l_BGRC = l_BGRC * keep_BGRC + jnp.sum(p_BGRCE, axis=-1)
+            l_BGRC = l_BGRC * keep_BGRC + matmul.sum_last(p_BGRCE)[..., 0]
             return new_m_BGRC, l_BGRC, o_BGRCV * keep_BGRC[..., None] + added_BGRCV
 
         first, last = _key_blocks(i, count, visibility, C)
@@ -210,7 +211,7 @@ def _backward(scale, sizes, saved, g_BGRTV):
     q_BGRTK, k_BGSK, v_BGSV, visibility, o_BGRTV, log_sum_BGRT = saved
     dtype = q_BGRTK.dtype
     dq_BGRTK = jnp.zeros_like(q_BGRTK, jnp.promote_types(dtype, jnp.float32))
-    saved = q_BGRTK, g_BGRTV, log_sum_BGRT, jnp.sum(g_BGRTV * o_BGRTV, axis=-1)
+    saved = q_BGRTK, g_BGRTV, log_sum_BGRT, matmul.sum_last(g_BGRTV * o_BGRTV)[..., 0]
     gradients = see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes)
     return *(z.astype(dtype) for z in gradients), None
 

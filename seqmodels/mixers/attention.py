@@ -5,7 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import norms, operators, positions
+from seqmodels import layers, norms, operators, positions
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 
@@ -122,7 +122,7 @@ class Attention(base.Mixer):
         if self.output_gate:
             _, H, K = o_BTHK.shape[1:]
             g_BTHK = self.project_heads(x_BTD, H, K, "g", use_bias=self.use_bias)
-            o_BTHK = o_BTHK * jax.nn.sigmoid(g_BTHK)
+            o_BTHK = layers.gated(o_BTHK, g_BTHK, jax.nn.sigmoid)
         o_bias = self.use_bias if self.o_bias is None else self.o_bias
         return self.merge_heads(o_BTHK, use_bias=o_bias)
 

@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import norms, short_conv
+from seqmodels import layers, norms, short_conv
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
 from seqmodels.operators import delta_rule
@@ -123,7 +123,7 @@ class DeltaRuleMixer(base.Mixer):
         )
         o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o.reshape(B, T, n, H, V)[:, :, n - 1])
         if self.use_gate:
-            o_BTHV = o_BTHV * nn.silu(self.project_heads(x_BTD, H, V, "g"))
+            o_BTHV = layers.gated(o_BTHV, self.project_heads(x_BTD, H, V, "g"), nn.silu)
         return self.merge_heads(o_BTHV), State(S_BHKV, q_tail, k_tail, v_tail)
 
     def init_state(self, batch):

@@ -5,7 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import norms
+from seqmodels import layers, norms
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 from seqmodels.operators import diagonal_scan
@@ -40,15 +40,15 @@ class HGRN(base.Mixer):
         write_BTD = (1.0 - bound_D)[None, None] * jax.nn.sigmoid(-z_BTD)
         forget_BTD = bound_D[None, None] + (1.0 - bound_D)[None, None] * jax.nn.sigmoid(z_BTD)
         h_BTD, h_BD = diagonal_scan(
-            write_BTD * nn.silu(self.project(x_BTD, D, "i")),
+            layers.gated(write_BTD, self.project(x_BTD, D, "i"), nn.silu),
             forget_BTD,
             initial_state=state.h_BD,
             segment_ids=segment_ids_BT,
             implementation=self.implementation,
         )
         h_BTD = norms.RMSNorm(name="o_norm")(h_BTD).astype(self.dtype)
-        gate_BTD = nn.silu(self.project(x_BTD, D, "g"))
-        y_BTD = self.project(h_BTD * gate_BTD, D, "o", axes=("heads", "embed"))
+        h_BTD = layers.gated(h_BTD, self.project(x_BTD, D, "g"), nn.silu)
+        y_BTD = self.project(h_BTD, D, "o", axes=("heads", "embed"))
         return y_BTD, State(h_BD)
 
     def init_state(self, batch):

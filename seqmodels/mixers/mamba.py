@@ -84,7 +84,8 @@ class Mamba(base.Mixer):
         }
         o_BTE, h_BEK = operators.on_parts(self._scan, arrays, ("BTD", "BDK"))
         o_BTE = (o_BTE + x_BTE * D_E[None, None]).astype(self.dtype)
-        o_BTE = o_BTE * nn.silu(self.project(x_BTD, E, "z", use_bias=self.use_bias))
+        z_BTE = self.project(x_BTD, E, "z", use_bias=self.use_bias)
+        o_BTE = layers.gated(o_BTE, z_BTE, nn.silu)
         y_BTD = self.project(
             o_BTE, self.d_model, "o", axes=("heads", "embed"), use_bias=self.use_bias
         )

@@ -5,7 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import norms, operators
+from seqmodels import layers, norms, operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 
@@ -119,9 +119,10 @@ class MLSTM(base.Mixer):
             h_BTHV, weight_BTH = jnp.split(h_BTHV.astype(jnp.float32), [V], axis=-1)
             weight_BTH = jnp.maximum(jnp.abs(weight_BTH[..., 0]), floor_BTH) + self.eps
             h_BTHV = (h_BTHV / weight_BTH[..., None]).astype(self.dtype)
-        gate_BTHV = jax.nn.sigmoid(self.project_heads(x_BTD, H, V, "g"))
+        gate_BTHV = self.project_heads(x_BTD, H, V, "g")
         h_BTHV = HeadLayerNorm(self.norm_eps, name="h_norm")(h_BTHV)
-        return self.merge_heads(gate_BTHV * h_BTHV), State(S_BHKV, m_BH)
+        h_BTHV = layers.gated(h_BTHV, gate_BTHV, jax.nn.sigmoid)
+        return self.merge_heads(h_BTHV), State(S_BHKV, m_BH)
 
     def init_state(self, batch):
         H, K, V = self._sizes()

@@ -6,7 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from seqmodels import norms, operators, short_conv
+from seqmodels import layers, norms, operators, short_conv
 from seqmodels.array_typing import Array
 from seqmodels.mixers import attention, gates
 
@@ -92,8 +92,8 @@ class MMMamba(attention.Attention):
         )
         # Xavier's variance is the mean of fans'; the gain squared is 2^-5.
         init = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
-        gate_BTHV = nn.silu(self.project_heads(x_BTD, H, K, "g", kernel_init=init))
-        o_BTHV = norms.RMSNorm(name="o_norm")(o_BTHV) * gate_BTHV
+        gate_BTHV = self.project_heads(x_BTD, H, K, "g", kernel_init=init)
+        o_BTHV = layers.gated(norms.RMSNorm(name="o_norm")(o_BTHV), gate_BTHV, nn.silu)
         state = State(S_BHKV, q_tail, k_tail, v_tail)
         o_bias = self.use_bias if self.o_bias is None else self.o_bias
         return self.merge_heads(o_BTHV, use_bias=o_bias), state

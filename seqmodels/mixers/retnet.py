@@ -4,7 +4,7 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from seqmodels import norms, positions
+from seqmodels import layers, norms, positions
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 from seqmodels.operators import linear_attention
@@ -59,8 +59,9 @@ class RetNet(base.Mixer):
             segment_ids=segment_ids_BT,
             implementation=self.implementation,
         )
-        gate_BTHV = nn.silu(self.project_heads(x_BTD, H, V, "g"))
-        o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTHV) * gate_BTHV
+        gate_BTHV = self.project_heads(x_BTD, H, V, "g")
+        o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTHV)
+        o_BTHV = layers.gated(o_BTHV, gate_BTHV, nn.silu)
         return self.merge_heads(o_BTHV), State(S_BHKV, position_BT[:, -1] + 1)
 
     def init_state(self, batch):

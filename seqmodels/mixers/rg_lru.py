@@ -79,8 +79,8 @@ class RGLRU(base.Mixer):
             segment_ids=segment_ids_BT,
             implementation=self.implementation,
         )
-        gate_BTE = nn.gelu(self.project(x_BTD, E, "g", use_bias=True))
-        o_BTE = h_BTE.astype(self.dtype) * gate_BTE
+        gate_BTE = self.project(x_BTD, E, "g", use_bias=True)
+        o_BTE = layers.gated(h_BTE.astype(self.dtype), gate_BTE, nn.gelu)
         y_BTD = self.project(o_BTE, self.d_model, "o", axes=("heads", "embed"), use_bias=True)
         return y_BTD, State(h_BE, x_tail, jnp.ones_like(state.begun_B))
 
