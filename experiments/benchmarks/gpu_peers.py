@@ -221,9 +221,10 @@ def save(folder: Path, rows: list[dict]) -> None:
     Raises:
       ValueError: nothing was measured, and the folder holds what was.
     """
-    measured = any("ms" in row for row in rows)
     path = folder / "gpu_peers.json"
-    if not measured and path.exists() and '"ms"' in path.read_text():
+    held = json.loads(path.read_text())["rows"] if path.exists() else []
+    measured, held_measured = (any("ms" in row for row in those) for those in (rows, held))
+    if not measured and held_measured:
         raise ValueError(f"no GPU is at hand, and {path} holds measurements: they stay as they are")
     folder.mkdir(parents=True, exist_ok=True)
     environment = machine.environment()
