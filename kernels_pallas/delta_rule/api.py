@@ -80,7 +80,9 @@ def _number_scaled(implementation):
 IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _scaled(_delta_rule_one_token), _not_one_token),
     dispatch.Implementation("pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, "tpu"),
-    dispatch.Implementation("triton", gpu_triton.triton, gpu_triton.unsupported, "gpu"),
+    dispatch.Implementation(
+        "triton", _number_scaled(gpu_triton.triton), gpu_triton.unsupported, "gpu"
+    ),
     dispatch.Implementation("chunked", _number_scaled(chunked.chunked)),
     dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )

@@ -78,8 +78,8 @@ def chunked(
     """The delta rule in chunks. Arguments are normalised by `api.py`; the scale of q is a number."""
     reflects = None
     if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
-        sizes = jnp.abs(beta_BTH), jnp.repeat(_squared(k_BTGK), _group(k_BTGK, v_BTHV), axis=2)
-        reflects = _above(sizes[0] * sizes[1], REFLECTING)
+        squared_BTH = _repeat_heads(_squared(k_BTGK), v_BTHV.shape[2])
+        reflects = _above(jnp.abs(beta_BTH) * squared_BTH, REFLECTING)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, v_BTHV, chunk_size, scale)
@@ -111,10 +111,6 @@ def chunked_diagonal_plus_low_rank(
 
 def _squared(x_BTHK):
     return matmul.sum_last(x_BTHK.astype(jnp.float32) ** 2)[..., 0]
-
-
-def _group(k_BTGK, v_BTHV) -> int:
-    return v_BTHV.shape[2] // k_BTGK.shape[2]
 
 
 def _above(sizes, limit: float):

@@ -38,10 +38,8 @@ def triton(
     chunk_size,
     scale,
 ):
-    """The Triton form. Arguments are normalised by `api.py`."""
+    """The Triton form. Arguments are normalised by `api.py`; the scale of q is a number."""
     B, T = q_BTGK.shape[:2]
-    if not isinstance(scale, int | float):  # one that is learned
-        q_BTGK, scale = q_BTGK.astype(jnp.float32) * scale, 1.0
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = kernels.form_of("delta_rule", *arrays, log_decay_BTHK, chunk_size, 64)
     exact = log_decay_BTHK is None and form.dtype == "float32"
@@ -52,7 +50,7 @@ def triton(
     form = form._replace(C=min(chunk_size, form.C), inputs=mixed, mixed=mixed)
     g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
     beta_BTH = beta_BTH.astype(jnp.float32)
-    return _run(form, exact, float(scale), *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
+    return _run(form, exact, scale, *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -140,9 +140,9 @@ def _chunked(plan, q, k, v, gates, g, S_BHKV):
     log_decay_BTHK = log_decay[0][..., None] if log_decay else None
     if g is not None:
         log_decay_BTHK = g.reshape(B, T, H, plan.K)
-    q = q.astype(jnp.float32) * plan.scale
     q, k, v = (x.reshape(B, T, heads, -1) for x, heads in ((q, G), (k, G), (v, H)))
-    o_BTHV, final_BHKV = chunked.chunked(q, k, v, beta_BTH, log_decay_BTHK, S_BHKV, None)
+    arrays = q, k, v, beta_BTH, log_decay_BTHK, S_BHKV
+    o_BTHV, final_BHKV = chunked.chunked(*arrays, None, scale=plan.scale)
     return o_BTHV.reshape(B, T, -1), final_BHKV
 
 
