@@ -235,11 +235,10 @@ _pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 def _sums_between(g_U: jax.Array, before: bool) -> jax.Array:
     """sum of g over j+1..i (with `before`: j+1..i-1), zero where that is empty: (..., U) to (..., U, U)."""
     U = g_U.shape[-1]
-    terms_UU = jnp.where(_lower(U, -1), g_U[..., :, None], 0.0)
-    if before:
-        first = jnp.zeros_like(terms_UU[..., :1, :])
-        terms_UU = jnp.concatenate([first, terms_UU[..., :-1, :]], axis=-2)
-    return jnp.cumsum(terms_UU, axis=-2)
+    up_to_UU = _lower(U, -1 if before else 0)  # s <= i, or s < i
+    terms_UU = jnp.where(up_to_UU, jnp.where(g_U == -jnp.inf, NEVER, g_U)[..., None, :], 0.0)
+    behind_UU = _lower(U, -1).astype(g_U.dtype)  # j < s
+    return jnp.einsum("...is,sj->...ij", terms_UU, behind_UU, precision=jax.lax.Precision.HIGHEST)
 
 
 def _lower(U: int, diagonal: int):

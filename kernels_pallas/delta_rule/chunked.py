@@ -12,7 +12,8 @@ without it), behind token j to the chunk's end (after), and between j and i (D, 
     next state   S' = exp(total) S + (w exp(after))^T U [+ (k exp(after))^T V]
 
 `Chunks` holds these maps, whichever of the two they came from; one pass over the chunks, forward and backward, serves
-both. A document's first token has log decay -inf, which is what a reset is (and its b reads nothing).
+both. A document's first token has log decay -inf, which is what a reset is (and its b reads nothing). Without a decay
+and without documents nothing is multiplied by exponentials that are 1.
 
 The sequence is cut into spans of chunks. A scan goes over the spans; the chunks of a span are treated at once but for
 the state, which goes from one to the next. The backward pass keeps the inputs and each chunk's entering state,
@@ -49,6 +50,7 @@ class Chunks(NamedTuple):
     o = local_CV + q_CK S + scores_CC U
     S' = decay_K1 S + w_CK^T U + local_KV
 
+    decay_K1: None where nothing decays.
     lost_CC: what A_CC has lost to rounding, where that counts (see `_lost`); it has no gradient.
     """
 
@@ -58,7 +60,7 @@ class Chunks(NamedTuple):
     q_CK: jax.Array
     scores_CC: jax.Array
     w_CK: jax.Array
-    decay_K1: jax.Array
+    decay_K1: jax.Array | None
     lost_CC: jax.Array | None = None
     local_CV: jax.Array | None = None
     local_KV: jax.Array | None = None
@@ -80,7 +82,7 @@ def chunked(
     if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = _repeat_heads(_squared(k_BTGK), v_BTHV.shape[2])
         reflects = _above(jnp.abs(beta_BTH) * squared_BTH, REFLECTING)
-    log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
+    log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, v_BTHV, chunk_size, scale)
     return _run(form, inputs, initial_state_BHKV, reflects)
@@ -103,7 +105,7 @@ def chunked_diagonal_plus_low_rank(
         reflects = _above(_squared(a_BTHK) * _squared(b_BTHK), REFLECTING**2)
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
-    log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, initial_state_BHKV.dtype)
+    log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
     form = _form(_diagonal_plus_low_rank_chunks, v_BTHV, chunk_size, 1.0)
     return _run(form, inputs, initial_state_BHKV, reflects)
@@ -118,11 +120,11 @@ def _above(sizes, limit: float):
     return ~jnp.all(jax.lax.stop_gradient(sizes) <= limit)
 
 
-def _with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV, dtype):
-    if log_decay_BTHK is None:
-        log_decay_BTHK = jnp.zeros((*v_BTHV.shape[:2], 1, 1), dtype)
+def _with_resets(log_decay_BTHK, segment_ids_BT, dtype):
     if segment_ids_BT is None:
         return log_decay_BTHK
+    if log_decay_BTHK is None:
+        log_decay_BTHK = jnp.zeros((*segment_ids_BT.shape, 1, 1), dtype)
     starts_BT = segments.starts(segment_ids_BT)
     return jnp.where(starts_BT[:, :, None, None], -jnp.inf, log_decay_BTHK)
 
@@ -150,15 +152,14 @@ def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *
     sums = _decay_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H)
     q_MBHCK, k_MBHCK = (_repeat_heads(x, H) for x in (q_MBGCK, k_MBGCK))
-    through_MBHCK = jnp.exp(sums.through_CK)
     return Chunks(
         A_CC=scaled(jnp.tril(products(k_MBGCK, k_MBGCK), -1), beta_MBHC1),
-        read_CK=scaled(scaled(k_MBHCK, -beta_MBHC1), through_MBHCK),
+        read_CK=_decayed(scaled(k_MBHCK, -beta_MBHC1), sums.through_CK),
         write_CV=scaled(v_MBHCV, beta_MBHC1),
-        q_CK=scaled(q_MBHCK, through_MBHCK),
+        q_CK=_decayed(q_MBHCK, sums.through_CK),
         scores_CC=products(q_MBGCK, k_MBGCK),
-        w_CK=scaled(k_MBHCK, jnp.exp(sums.after_CK)),
-        decay_K1=jnp.exp(sums.total_K)[..., None],
+        w_CK=_decayed(k_MBHCK, sums.after_CK),
+        decay_K1=_state_decay(sums),
         lost_CC=beta_MBHC1 * _lost(k_MBHCK, k_MBHCK, sums) if exact else None,
     )
 
@@ -170,23 +171,33 @@ def _diagonal_plus_low_rank_chunks(
     sums = _decay_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H)
     products_before = _decayed_products(sums, H, before=True)
-    through_MBHCK, after_MBHCK = jnp.exp(sums.through_CK), jnp.exp(sums.after_CK)
     return Chunks(
         A_CC=-products_before(b_MBHCK, a_MBHCK),
-        read_CK=scaled(b_MBHCK, jnp.exp(sums.before_CK)),
+        read_CK=_decayed(b_MBHCK, sums.before_CK),
         write_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products_before(b_MBHCK, k_MBHCK), v_MBHCV),
-        q_CK=scaled(q_MBHCK, through_MBHCK),
+        q_CK=_decayed(q_MBHCK, sums.through_CK),
         scores_CC=products(q_MBHCK, a_MBHCK),
-        w_CK=scaled(a_MBHCK, after_MBHCK),
-        decay_K1=jnp.exp(sums.total_K)[..., None],
+        w_CK=_decayed(a_MBHCK, sums.after_CK),
+        decay_K1=_state_decay(sums),
         lost_CC=-_lost(b_MBHCK, a_MBHCK, sums, before=True) if exact else None,
         local_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products(q_MBHCK, k_MBHCK), v_MBHCV),
-        local_KV=jnp.einsum("MBHCK,MBHCV->MBHKV", scaled(k_MBHCK, after_MBHCK), v_MBHCV),
+        local_KV=jnp.einsum("MBHCK,MBHCV->MBHKV", _decayed(k_MBHCK, sums.after_CK), v_MBHCV),
     )
 
 
 def _decay_sums(log_decay_MBHCK):
+    """Its sums; None: each of them None, which decays nothing."""
+    if log_decay_MBHCK is None:
+        return decay_sums.Sums(*(None for _ in decay_sums.Sums._fields))
     return decay_sums.chunk_sums(log_decay_MBHCK, levels=log_decay_MBHCK.shape[-1] > 1)
+
+
+def _decayed(x_MBHCK, log_decay_MBHCK):
+    return x_MBHCK if log_decay_MBHCK is None else scaled(x_MBHCK, jnp.exp(log_decay_MBHCK))
+
+
+def _state_decay(sums):
+    return None if sums.total_K is None else jnp.exp(sums.total_K)[..., None]
 
 
 def _decayed_products(sums, H, *, before=False):
@@ -195,20 +206,26 @@ def _decayed_products(sums, H, *, before=False):
     With `before` the sum of decays stops in front of i, and the diagonal is zero. Where all channels decay alike, heads
     that share rows and columns share their products.
     """
-    if sums.total_K.shape[-1] > 1:
+    if sums.total_K is not None and sums.total_K.shape[-1] > 1:
 
         def per_channel(rows_MBGCK, columns_MBGCK):
             rows_MBHCK, columns_MBHCK = (_repeat_heads(x, H) for x in (rows_MBGCK, columns_MBGCK))
             return decay_sums.decayed_scores(rows_MBHCK, columns_MBHCK, sums, before=before)
 
         return per_channel
-    D_MBHCC = decay_sums.pair_decay(sums.log_decay_CK, before=before)
+    decayed = functools.partial(_pairs_decayed, sums.log_decay_CK, before)
 
     def per_head(rows_MBGCK, columns_MBGCK):
         scores_MBGCC = jnp.einsum("MBGiK,MBGjK->MBGij", rows_MBGCK, columns_MBGCK)
-        return _repeat_heads(scores_MBGCC, H) * D_MBHCC
+        return decayed(_repeat_heads(scores_MBGCC, H))
 
     return per_head
+
+
+def _pairs_decayed(log_decay_MBHC1, before, scores_MBHCC):
+    if log_decay_MBHC1 is None:
+        return jnp.tril(scores_MBHCC, -1 if before else 0)
+    return scores_MBHCC * decay_sums.pair_decay(log_decay_MBHC1, before=before)
 
 
 def _lost(rows_MBHCK, columns_MBHCK, sums, *, before=False):
@@ -222,8 +239,9 @@ def _lost(rows_MBHCK, columns_MBHCK, sums, *, before=False):
     products = "MBHiK,MBHjK->MBHij"
     exact_MBHCC, rest_MBHCC = _split_product(products, rows_MBHCK, columns_MBHCK)
     rounded_MBHCC = jnp.einsum(products, rows_MBHCK, columns_MBHCK)
-    D_MBHCC = jax.lax.stop_gradient(decay_sums.pair_decay(sums.log_decay_CK, before=before))
-    return jnp.tril(((exact_MBHCC - rounded_MBHCC) + rest_MBHCC) * D_MBHCC, -1)
+    log_decay_MBHC1 = jax.lax.stop_gradient(sums.log_decay_CK)
+    lost_MBHCC = (exact_MBHCC - rounded_MBHCC) + rest_MBHCC
+    return jnp.tril(_pairs_decayed(log_decay_MBHC1, before, lost_MBHCC), -1)
 
 
 def _split_product(subscripts, x, y):
@@ -283,7 +301,8 @@ def _pass(chunks: Chunks, S_BHKV):
         c, X_BHCC = inputs
         R_BHCV = c.write_CV + state_dot("BHCK,BHKV->BHCV", c.read_CK, S_BHKV)
         U_BHCV = _solve(c, X_BHCC, R_BHCV)
-        S_next = c.decay_K1 * S_BHKV + state_dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
+        S_kept = S_BHKV if c.decay_K1 is None else c.decay_K1 * S_BHKV
+        S_next = S_kept + state_dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
         if c.local_KV is not None:
             S_next = S_next + c.local_KV
         return S_next, (S_BHKV, U_BHCV)
@@ -310,14 +329,17 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
         c, X_BHCC, dU_BHCV, dS_BHKV = inputs
         dU_BHCV = dU_BHCV + state_dot("BHCK,BHKV->BHCV", c.w_CK, dS_next)
         dR_BHCV = _solve(*_transposed(c, X_BHCC), dU_BHCV)
-        dS_BHKV = dS_BHKV + c.decay_K1 * dS_next + state_dot("BHCK,BHCV->BHKV", c.read_CK, dR_BHCV)
+        dS_kept = dS_next if c.decay_K1 is None else c.decay_K1 * dS_next
+        dS_BHKV = dS_BHKV + dS_kept + state_dot("BHCK,BHCV->BHKV", c.read_CK, dR_BHCV)
         return dS_BHKV, (dS_next, dR_BHCV)
 
     dS_BHKV, (dS_next_MBHKV, dR_MBHCV) = jax.lax.scan(
         one_chunk, dS_BHKV, (c, X_MBHCC, dU_MBHCV, dS_MBHKV), reverse=True
     )
-    ddecay_MBHK1 = matmul.sum_last(dS_next_MBHKV * S_MBHKV)
-    shared = [axis for axis in (2, 3) if c.decay_K1.shape[axis] == 1]
+    ddecay_MBHK1 = None
+    if c.decay_K1 is not None:
+        shared = [axis for axis in (2, 3) if c.decay_K1.shape[axis] == 1]
+        ddecay_MBHK1 = jnp.sum(matmul.sum_last(dS_next_MBHKV * S_MBHKV), axis=shared, keepdims=True)
     dchunks = Chunks(
         A_CC=-_precise("MBHiV,MBHjV->MBHij", dR_MBHCV, U_MBHCV),
         read_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", dR_MBHCV, S_MBHKV),
@@ -325,7 +347,7 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
         q_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", do_MBHCV, S_MBHKV),
         scores_CC=jnp.einsum("MBHiV,MBHjV->MBHij", do_MBHCV, U_MBHCV),
         w_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", U_MBHCV, dS_next_MBHKV),
-        decay_K1=jnp.sum(ddecay_MBHK1, axis=shared, keepdims=True),
+        decay_K1=ddecay_MBHK1,
         lost_CC=None if c.lost_CC is None else jnp.zeros_like(c.lost_CC),
         local_CV=None if c.local_CV is None else do_MBHCV,
         local_KV=None if c.local_KV is None else dS_next_MBHKV,
@@ -365,7 +387,7 @@ def _run_backward(form, residuals, cotangents):
     do_BTHV, dS_BHKV = cotangents
     T, wide = do_BTHV.shape[1], dS_BHKV.dtype
     L = form.C * form.M
-    wholes, (do_BTHV,) = _padded(inputs, L), _padded((do_BTHV,), L)
+    wholes, do_BTHV = _padded((inputs, do_BTHV), L)
 
     def over_spans(exact, wholes, S_NMBHKV, do_BTHV, dS_BHKV):
         def one_span(carry, at):
@@ -384,7 +406,7 @@ def _run_backward(form, residuals, cotangents):
         return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
 
     dS_BHKV, dinputs = _carefully(reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV)
-    return tuple(dx[:, :T] for dx in dinputs), dS_BHKV, None
+    return jax.tree.map(lambda dx: dx[:, :T], dinputs), dS_BHKV, None
 
 
 _run.defvjp(_run_forward, _run_backward)
@@ -400,12 +422,14 @@ def _carefully(reflects, run, *operands):
 
 def _padded(arrays, L):
     """(B, T, H, K) to a multiple of L tokens, by some that neither decay nor write."""
-    return tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % L), (0, 0), (0, 0))) for x in arrays)
+    return jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % L), (0, 0), (0, 0))), arrays
+    )
 
 
 def _chunks(span, form, dtype):
     """A span's inputs in chunks, the first of them, q, scaled."""
-    q_MBGCK, *others = (_chunk(x_BLHK, form.C, dtype) for x_BLHK in span)
+    q_MBGCK, *others = (x if x is None else _chunk(x, form.C, dtype) for x in span)
     return q_MBGCK * form.scale, *others
 
 

@@ -213,7 +213,7 @@ def _through_chunks(state_EKW, keep_MEKW, written_MEKW):
 
     def body(state_EKW, chunk):
         keep_EKW, written_EKW = chunk
-        kept_EKW = state_EKW if keep_EKW is None else state_EKW * keep_EKW
+        kept_EKW = state_EKW if keep_EKW is None else matmul.scaled(state_EKW, keep_EKW)
         return kept_EKW + written_EKW, state_EKW
 
     final_EKW, state_MEKW = jax.lax.scan(body, state_EKW, (keep_MEKW, written_MEKW))
