@@ -251,6 +251,7 @@ def _main(**values):
         return bench.main(["bench"])
 
 
+@pytest.mark.slow
 def test_the_program_writes_its_results(tmp_path, capsys):
     code = _main(
         op=["causal_conv"],

@@ -82,6 +82,7 @@ assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once_without_tensorflow(library, tmp_path):
     command = [sys.executable, "-c", BUILD, str(tmp_path), str(library)]
     running = [

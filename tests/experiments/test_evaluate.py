@@ -124,6 +124,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_packed_sequences_score_as_they_do_alone():
     model = language_model.from_config(
         {"vocab_size": 11, "d_model": 16, "num_layers": 2, "pattern": "gated_delta_net(num_heads=2) + attention(num_heads=2)"}

@@ -64,6 +64,7 @@ def test_prompts_of_different_lengths_go_on_together_as_they_do_alone(many_state
         assert len(set(together.ravel())) > 2
 
 
+@pytest.mark.slow
 def test_the_state_of_a_padded_prompt_is_its_own(many_states):
     model, params = many_states
 
@@ -92,6 +93,7 @@ def test_pieces_are_powers_of_two_that_add_up(length):
     assert all(n & (n - 1) == 0 for n in found)
 
 
+@pytest.mark.slow
 def test_lengths_of_prompts_compile_no_more_than_their_powers_of_two(hybrid):
     model, params = hybrid
     jax.clear_caches()
@@ -110,6 +112,7 @@ class Letters:
         return "".join("abcdefghijkl"[i] for i in ids if i != self.document_id)
 
 
+@pytest.mark.slow
 def test_texts_of_many_prompts_end_at_stop_strings(hybrid):
     model, params = hybrid
     whole = sampling.generate(

@@ -183,6 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(whole_run, t
     assert all(np.isfinite(leaf).all() for leaf in saved_params(config, tmp_path)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, devices",
     [

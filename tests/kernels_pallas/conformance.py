@@ -58,8 +58,9 @@ class OperatorCase:
     regimes: names that make_inputs knows. Those of equal array shapes share one compiled program.
     typical: regimes in which every token reaches every later one (weak decay), for the structural tests; the first is in
       the fast cut.
-    fast: (T, regime) pairs of the fast cut; the full product is marked slow.
-    fast_kernels: those for kernels, of whose structural tests one is fast, and those of other typical regimes exhaustive.
+    fast: (T, regime) pairs of the fast cut, the last of them in bfloat16, too; the full product is marked slow.
+    fast_kernels: those for kernels, with documents; of their structural tests one is fast, and those of other typical
+      regimes are exhaustive.
     kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no time for. So are, at all
       lengths but KERNELS_LENGTH, its tests without documents and in bfloat16: one program a length and form is left.
     rounded: the inputs that are bfloat16 in the bfloat16 tests.
@@ -207,10 +208,14 @@ class Suite:
         for implementation in case.implementations:
             kernel = implementation in KERNELS
             if "length_and_regime" in names:
-                fast = case.fast_kernels if kernel else case.fast
+                test = metafunc.function.__name__
+                one_length = test != "test_float32_packed_documents"
+                if kernel:
+                    fast = () if one_length else case.fast_kernels
+                else:
+                    fast = case.fast[-1:] if test == "test_bfloat16" else case.fast
                 pairs = [(T, regime) for T in LENGTHS for regime in case.regimes]
                 cases = [(f"T{pair[0]}-{pair[1]}", pair, pair in fast) for pair in pairs]
-                one_length = metafunc.function.__name__ != "test_float32_packed_documents"
                 skipped = {
                     (T, regime)
                     for T, regime in pairs

@@ -107,7 +107,7 @@ CASE = OperatorCase(
         *((100, "complex log resets"), (1000, "log")),
     ),
     kernels_skip=_skip,
-    fast_kernels=((100, "log resets"), (100, "complex log resets")),
+    fast_kernels=((100, "log resets"),),
     rounded=("x",),
     grouped=False,
 )

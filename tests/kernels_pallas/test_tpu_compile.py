@@ -90,6 +90,7 @@ def test_errors_name_the_choices(monkeypatch):
         tpu_compile.devices("v6e")
 
 
+@pytest.mark.slow
 def test_too_much_vmem_raises():
     def copy(x, o):
         o[...] = x[...] + 1

@@ -30,8 +30,8 @@ from tests.kernels_pallas.conformance import (
 class Interpreted(Suite):
     """The suite with implementation='triton', on a cut of lengths and regimes: a program takes milliseconds here.
 
-    The case's `fast` pairs are in the fast suite; `slow` ones, and the structural tests, are not. Most of those run packed
-    and in bfloat16 only: one row of the packed ones is one document.
+    The case's `fast` pairs are in the fast suite, with documents; `slow` ones, and the structural tests, are not. Most of
+    those run packed and in bfloat16 only: one row of the packed ones is one document.
     """
 
     slow: tuple[tuple[int, str], ...]
@@ -41,7 +41,12 @@ class Interpreted(Suite):
         if "implementation" in names:
             metafunc.parametrize("implementation", cls.case.implementations)
         if "length_and_regime" in names:
-            pairs = [pytest.param(pair, id=f"T{pair[0]}-{pair[1]}") for pair in cls.case.fast]
+            packed = metafunc.function.__name__ == "test_float32_packed_documents"
+            marks = () if packed else pytest.mark.slow
+            pairs = [
+                pytest.param(pair, id=f"T{pair[0]}-{pair[1]}", marks=marks)
+                for pair in cls.case.fast
+            ]
             for n, pair in enumerate(cls.slow):
                 marks = [pytest.mark.slow]
                 if n >= (1 if metafunc.function.__name__ == "test_float32" else 3):

@@ -38,7 +38,7 @@ def by_loop(params, x_D, normalize, xp):
     return y_D + gate * swiglu(*shared)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_experts_and_gradients(normalize):
     module = experts(normalize=normalize)
     x_BTD = jax.random.normal(jax.random.key(0), (B, T, D))

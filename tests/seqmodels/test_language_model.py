@@ -33,7 +33,11 @@ def unstack(params, period, repeats):
 LEARNED = {"pattern": "attention(window=5, rope_base=None)", "learned_positions": 16}
 
 
-@pytest.mark.parametrize("changes", [{}, LEARNED], ids=["rotary", "learned positions"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.slow), LEARNED],
+    ids=["rotary", "learned positions"],
+)
 def test_any_pieces_of_packed_documents_equal_the_whole(changes):
     model, params, tokens_BT = make(**changes)
 
@@ -67,6 +71,7 @@ def test_more_tokens_than_learned_positions():
         model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))
 
 
+@pytest.mark.slow
 def test_scan_over_layers_and_remat_change_nothing():
     """In float64, where rounding neither fails nor hides anything; HGRN asks how deep in the stack it is."""
     pattern = {"pattern": "hgrn + attention(window=5)"}

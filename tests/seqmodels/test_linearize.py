@@ -71,11 +71,13 @@ def attention_and(name, seed=0, **options):
     return y_BTD, mixer.apply({"params": own}, x_BTD, segment_ids())[0]
 
 
+@pytest.mark.slow
 def test_a_window_that_holds_all_is_softmax_attention():
     suite.assert_close(*attention_and("lolcats", window=T)[::-1], 1e-5, "lolcats")
     suite.assert_close(*attention_and("liger", window=T, mix=0.0)[::-1], 1e-5, "liger")
 
 
+@pytest.mark.slow
 def test_identity_convolutions_change_nothing():
     _, without = attention_and("lawcat", conv_width=None, features=4)
     _, convolved = attention_and("lawcat", conv_width=4, features=4)
@@ -111,6 +113,7 @@ def test_without_mimicry_the_steps_have_no_bias():
     assert np.all((params["decay"]["A_log"] >= 0) & (params["decay"]["A_log"] <= np.log(16)))
 
 
+@pytest.mark.slow
 def test_the_lolcats_definition_token_by_token():
     """The window, what leaves it, and the one denominator, written out."""
     w, K, H = 3, 4, 2
@@ -420,6 +423,7 @@ def test_the_loss_on_attention_maps(window):
     suite.assert_close(own, entropy.swapaxes(1, 2), 1e-4, "entropy")
 
 
+@pytest.mark.slow
 def test_the_loss_on_attention_maps_where_pieces_do_not_divide_the_row():
     """The gradient as well; softmax's weights are the target, so that without a window q and k have none."""
     q, k = suite.normal(1, T, 2, 4, seed=1), suite.normal(1, T, 1, 4, seed=2)

@@ -464,6 +464,7 @@ def test_mlstm_extreme_gates_leave_documents_apart_and_gradients_finite():
     np.testing.assert_array_equal(shouted[:, 5:], y[:, 5:])
 
 
+@pytest.mark.slow
 def test_mlstm_gradient_is_that_of_the_form_without_stabiliser():
     mixer, _, p = make("mlstm", input_gate_bias=0.0)
     p["i"]["kernel"] *= 5

@@ -68,6 +68,7 @@ def check(mesh, **keywords):
     np.testing.assert_allclose(curve(config(mesh, **keywords)), expected(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_product_of_axes():
     check({"fsdp": 2, "tensor": 2, "seq": 2})
 

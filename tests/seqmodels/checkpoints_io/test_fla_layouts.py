@@ -240,6 +240,7 @@ def random_tensors(config, mixer_shapes):
     return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 def test_layout(tmp_path):
     check("gla", tmp_path)
 
