@@ -21,6 +21,9 @@ flags.append("--xla_cpu_parallel_codegen_split_count=1")
 if quick and importlib.metadata.version("jax").startswith("0.10."):  # later ones have no choice
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(flags)
+if quick:  # in the programs that tests start, too
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # a twelfth of the time goes to them
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -29,9 +32,6 @@ gc.set_threshold(100_000, 20, 20)  # tracing makes many objects and few cycles
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if quick:
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_traceback_in_locations_limit", 0)  # a twelfth of the time goes to them
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -20,8 +20,8 @@ the state, which goes from one to the next. The backward pass keeps the inputs a
 recomputes the maps of one span at a time, and takes the derivative of the pass by hand, of the maps by `jax.vjp`.
 Chunks of 32: longer ones take more products and lose accuracy where beta is 2, shorter ones store more states.
 
-Without any decay, in float32, rounding is held down further (`_lost`) where a token's transition comes near a
-reflection: reflections forget no error.
+Without any decay, in float32, rounding is held down further where a token's transition comes near a reflection:
+see `reflections`.
 """
 
 import functools
@@ -32,15 +32,20 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import decay_sums, matmul, segments, spans, triangular_inverse
+from kernels_pallas.delta_rule import reflections
+from kernels_pallas.delta_rule.reflections import (
+    REFLECTING,
+    carefully,
+    precise,
+    solve,
+    solve_transposed,
+)
 from kernels_pallas.kept import kept
 from kernels_pallas.matmul import scaled
 
 CHUNK = 32
 # Chunks times heads treated at once.
 SPAN = 64
-# Rounding is held down where some beta |k|^2 is above this. An error's sum over time is beta / (2 - beta) of one token's:
-# itself up to 1, which is as far as a DeltaNet with positive eigenvalues goes (and the roundings of its |k|).
-REFLECTING = 1.01
 
 
 class Chunks(NamedTuple):
@@ -51,7 +56,7 @@ class Chunks(NamedTuple):
     S' = decay_K1 S + w_CK^T U + local_KV
 
     decay_K1: None where nothing decays.
-    lost_CC: what A_CC has lost to rounding, where that counts (see `_lost`); it has no gradient.
+    lost_CC: what A_CC has lost to rounding, where that counts (see `reflections`); it has no gradient.
     """
 
     A_CC: jax.Array
@@ -80,8 +85,8 @@ def chunked(
     """The delta rule in chunks. Arguments are normalised by `api.py`; the scale of q is a number."""
     reflects = None
     if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
-        squared_BTH = _repeat_heads(_squared(k_BTGK), v_BTHV.shape[2])
-        reflects = _above(jnp.abs(beta_BTH) * squared_BTH, REFLECTING)
+        squared_BTH = _repeat_heads(reflections.squared(k_BTGK), v_BTHV.shape[2])
+        reflects = reflections.above(jnp.abs(beta_BTH) * squared_BTH, REFLECTING)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, v_BTHV, chunk_size, scale)
@@ -102,22 +107,14 @@ def chunked_diagonal_plus_low_rank(
     """The general transition in chunks. Arguments are normalised by `api.py`."""
     reflects = None
     if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
-        reflects = _above(_squared(a_BTHK) * _squared(b_BTHK), REFLECTING**2)
+        squared_BTH = reflections.squared(a_BTHK) * reflections.squared(b_BTHK)
+        reflects = reflections.above(squared_BTH, REFLECTING**2)
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
     form = _form(_diagonal_plus_low_rank_chunks, v_BTHV, chunk_size, 1.0)
     return _run(form, inputs, initial_state_BHKV, reflects)
-
-
-def _squared(x_BTHK):
-    return matmul.sum_last(x_BTHK.astype(jnp.float32) ** 2)[..., 0]
-
-
-def _above(sizes, limit: float):
-    """Whether any is larger, or is not a number."""
-    return ~jnp.all(jax.lax.stop_gradient(sizes) <= limit)
 
 
 def _with_resets(log_decay_BTHK, segment_ids_BT, dtype):
@@ -160,7 +157,7 @@ def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *
         scores_CC=products(q_MBGCK, k_MBGCK),
         w_CK=_decayed(k_MBHCK, sums.after_CK),
         decay_K1=_state_decay(sums),
-        lost_CC=beta_MBHC1 * _lost(k_MBHCK, k_MBHCK, sums) if exact else None,
+        lost_CC=beta_MBHC1 * _lost(k_MBHCK, k_MBHCK, sums, before=False) if exact else None,
     )
 
 
@@ -213,58 +210,29 @@ def _decayed_products(sums, H, *, before=False):
             return decay_sums.decayed_scores(rows_MBHCK, columns_MBHCK, sums, before=before)
 
         return per_channel
-    decayed = functools.partial(_pairs_decayed, sums.log_decay_CK, before)
+    D_MBHCC = _pair_decay(sums, before)
 
     def per_head(rows_MBGCK, columns_MBGCK):
         scores_MBGCC = jnp.einsum("MBGiK,MBGjK->MBGij", rows_MBGCK, columns_MBGCK)
-        return decayed(_repeat_heads(scores_MBGCC, H))
+        scores_MBHCC = _repeat_heads(scores_MBGCC, H)
+        if D_MBHCC is None:
+            return jnp.tril(scores_MBHCC, -1 if before else 0)
+        return scores_MBHCC * D_MBHCC
 
     return per_head
 
 
-def _pairs_decayed(log_decay_MBHC1, before, scores_MBHCC):
-    if log_decay_MBHC1 is None:
-        return jnp.tril(scores_MBHCC, -1 if before else 0)
-    return scores_MBHCC * decay_sums.pair_decay(log_decay_MBHC1, before=before)
+def _pair_decay(sums, before):
+    if sums.log_decay_CK is None:
+        return None
+    return decay_sums.pair_decay(sums.log_decay_CK, before=before)
 
 
-def _lost(rows_MBHCK, columns_MBHCK, sums, *, before=False):
-    """What float32 loses of the products rows columns^T below the diagonal, decayed.
-
-    With beta = 2 and no decay the transition is a reflection: nothing ever fades, and where one key comes again and
-    again the same rounding error of k.k acts at every token, in one direction, so that after T tokens it has grown to
-    T times itself. What is lost is known to float32's precision, and `_solve` takes it back out of U.
-    """
-    rows_MBHCK, columns_MBHCK = jax.lax.stop_gradient((rows_MBHCK, columns_MBHCK))
-    products = "MBHiK,MBHjK->MBHij"
-    exact_MBHCC, rest_MBHCC = _split_product(products, rows_MBHCK, columns_MBHCK)
-    rounded_MBHCC = jnp.einsum(products, rows_MBHCK, columns_MBHCK)
-    log_decay_MBHC1 = jax.lax.stop_gradient(sums.log_decay_CK)
-    lost_MBHCC = (exact_MBHCC - rounded_MBHCC) + rest_MBHCC
-    return jnp.tril(_pairs_decayed(log_decay_MBHC1, before, lost_MBHCC), -1)
-
-
-def _split_product(subscripts, x, y):
-    """x y in float32 as two terms: of heads of 11 bits, whose products and sums are exact, and the small rest."""
-    x_letters, y_letters = subscripts.split("->")[0].replace("...", "").split(",")
-    (summed,) = set(x_letters) & set(y_letters) - set(subscripts.split("->")[1])
-
-    def head(x, letters):
-        axis = letters.index(summed) - len(letters)
-        _, exponent = jnp.frexp(jnp.sqrt(jnp.sum(x**2, axis=axis, keepdims=True)))
-        unit = jnp.ldexp(jnp.ones((), x.dtype), jnp.maximum(exponent, -64) - 11)
-        return jnp.round(x / unit) * unit
-
-    x_head, y_head = head(x, x_letters), head(y, y_letters)
-    rest = _precise(subscripts, x - x_head, y) + _precise(subscripts, x_head, y - y_head)
-    return _precise(subscripts, x_head, y_head), rest
-
-
-def _state_product(c: Chunks):
-    """The products by which states become states: where rounding counts (see `_lost`), rounded once."""
-    if c.lost_CC is None:
-        return jnp.einsum
-    return lambda subscripts, x, y: sum(_split_product(subscripts, x, y))
+def _lost(rows_MBHCK, columns_MBHCK, sums, *, before):
+    """What a chunk's A has lost to rounding."""
+    lost_MBHCC = jnp.tril(reflections.lost_product(rows_MBHCK, columns_MBHCK), -1)
+    D_MBHCC = jax.lax.stop_gradient(_pair_decay(sums, before))
+    return lost_MBHCC if D_MBHCC is None else lost_MBHCC * D_MBHCC
 
 
 def _repeat_heads(x_MBGCK, H):
@@ -272,35 +240,14 @@ def _repeat_heads(x_MBGCK, H):
     return x_MBGCK if G == H else jnp.repeat(x_MBGCK, H // G, axis=2)
 
 
-_precise = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-
-def _solve(c: Chunks, X_CC, R_CV):
-    """U of (I + A) U = R, from the inverse; where A's rounding counts, with one correction by the residual."""
-    U_CV = _precise("...ij,...jV->...iV", X_CC, R_CV)
-    if c.lost_CC is None:
-        return U_CV
-    exact_CV, rest_CV = _split_product("...ij,...jV->...iV", c.A_CC, U_CV)
-    rest_CV = rest_CV + _precise("...ij,...jV->...iV", c.lost_CC, U_CV)
-    residual_CV = R_CV - U_CV - exact_CV - rest_CV
-    return U_CV + _precise("...ij,...jV->...iV", X_CC, residual_CV)
-
-
-def _transposed(c: Chunks, X_CC) -> tuple[Chunks, jax.Array]:
-    """What `_solve` takes for (I + A)^T."""
-    lost_CC = None if c.lost_CC is None else jnp.swapaxes(c.lost_CC, -1, -2)
-    c = c._replace(A_CC=jnp.swapaxes(c.A_CC, -1, -2), lost_CC=lost_CC)
-    return c, jnp.swapaxes(X_CC, -1, -2)
-
-
 def _pass(chunks: Chunks, S_BHKV):
     """Through the chunks of a span: their outputs, the state that leaves and those that entered each."""
-    state_dot = _state_product(chunks)
+    state_dot = reflections.state_product(chunks.lost_CC)
 
     def one_chunk(S_BHKV, inputs):
         c, X_BHCC = inputs
         R_BHCV = c.write_CV + state_dot("BHCK,BHKV->BHCV", c.read_CK, S_BHKV)
-        U_BHCV = _solve(c, X_BHCC, R_BHCV)
+        U_BHCV = solve(c.A_CC, c.lost_CC, X_BHCC, R_BHCV)
         S_kept = S_BHKV if c.decay_K1 is None else c.decay_K1 * S_BHKV
         S_next = S_kept + state_dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
         if c.local_KV is not None:
@@ -318,17 +265,17 @@ def _pass(chunks: Chunks, S_BHKV):
 
 def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
     """Cotangents of the maps and of the state that entered the span."""
-    state_dot = _state_product(c)
+    state_dot = reflections.state_product(c.lost_CC)
     X_MBHCC = triangular_inverse.inverse(c.A_CC)
     R_MBHCV = c.write_CV + state_dot("MBHCK,MBHKV->MBHCV", c.read_CK, S_MBHKV)
-    U_MBHCV = _solve(c, X_MBHCC, R_MBHCV)
+    U_MBHCV = solve(c.A_CC, c.lost_CC, X_MBHCC, R_MBHCV)
     dU_MBHCV = jnp.einsum("MBHij,MBHiV->MBHjV", c.scores_CC, do_MBHCV)
     dS_MBHKV = jnp.einsum("MBHCK,MBHCV->MBHKV", c.q_CK, do_MBHCV)
 
     def one_chunk(dS_next, inputs):
         c, X_BHCC, dU_BHCV, dS_BHKV = inputs
         dU_BHCV = dU_BHCV + state_dot("BHCK,BHKV->BHCV", c.w_CK, dS_next)
-        dR_BHCV = _solve(*_transposed(c, X_BHCC), dU_BHCV)
+        dR_BHCV = solve_transposed(c.A_CC, c.lost_CC, X_BHCC, dU_BHCV)
         dS_kept = dS_next if c.decay_K1 is None else c.decay_K1 * dS_next
         dS_BHKV = dS_BHKV + dS_kept + state_dot("BHCK,BHCV->BHKV", c.read_CK, dR_BHCV)
         return dS_BHKV, (dS_next, dR_BHCV)
@@ -341,7 +288,7 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
         shared = [axis for axis in (2, 3) if c.decay_K1.shape[axis] == 1]
         ddecay_MBHK1 = jnp.sum(matmul.sum_last(dS_next_MBHKV * S_MBHKV), axis=shared, keepdims=True)
     dchunks = Chunks(
-        A_CC=-_precise("MBHiV,MBHjV->MBHij", dR_MBHCV, U_MBHCV),
+        A_CC=-precise("MBHiV,MBHjV->MBHij", dR_MBHCV, U_MBHCV),
         read_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", dR_MBHCV, S_MBHKV),
         write_CV=dR_MBHCV,
         q_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", do_MBHCV, S_MBHKV),
@@ -357,7 +304,7 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(form: _Form, inputs, S_BHKV, reflects):
-    """inputs: (B, T, heads, dim), q the first and v the third. reflects: see `_carefully`."""
+    """inputs: (B, T, heads, dim), q the first and v the third. reflects: see `reflections.carefully`."""
     return _run_forward(form, inputs, S_BHKV, reflects)[0]
 
 
@@ -377,7 +324,7 @@ def _run_forward(form, inputs, S_BHKV, reflects):
         start = S_BHKV, jnp.empty_like(v_BTHV)  # every span is written
         return jax.lax.scan(one_span, start, jnp.arange(v_BTHV.shape[1] // L))
 
-    (S_BHKV, o_BTHV), S_NMBHKV = _carefully(reflects, over_spans, wholes, S_BHKV)
+    (S_BHKV, o_BTHV), S_NMBHKV = carefully(reflects, over_spans, wholes, S_BHKV)
     o_BTHV, S_NMBHKV = kept((o_BTHV[:, :T], S_NMBHKV))
     return (o_BTHV, S_BHKV), (inputs, S_NMBHKV, reflects)
 
@@ -405,19 +352,11 @@ def _run_backward(form, residuals, cotangents):
         numbered = jnp.arange(len(S_NMBHKV)), S_NMBHKV
         return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
 
-    dS_BHKV, dinputs = _carefully(reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV)
+    dS_BHKV, dinputs = carefully(reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV)
     return jax.tree.map(lambda dx: dx[:, :T], dinputs), dS_BHKV, None
 
 
 _run.defvjp(_run_forward, _run_backward)
-
-
-def _carefully(reflects, run, *operands):
-    """run(exact, *operands), exact where `reflects` holds. None: where a decay, or float64, makes it needless."""
-    if reflects is None:
-        return run(False, *operands)
-    exactly, plainly = (functools.partial(run, exact) for exact in (True, False))
-    return jax.lax.cond(reflects, exactly, plainly, *operands)
 
 
 def _padded(arrays, L):

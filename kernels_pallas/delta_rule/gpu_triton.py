@@ -5,7 +5,7 @@ attention's outputs with U for values. Backward: the same again, the states' cot
 gradients twice, for what queries and for what keys read. Only the inputs are kept.
 
 float32 without a decay carries states, inverses and U in float64 from chunk to chunk: reflections forget no error
-(`chunked._lost`), and data-centre GPUs multiply float64 as fast as IEEE float32. What comes of bfloat16 inputs multiplies
+(`reflections`), and data-centre GPUs multiply float64 as fast as IEEE float32. What comes of bfloat16 inputs multiplies
 as two bfloat16 terms, and without a decay, for the same reason, as three. One reverse derivative; a second goes
 through 'chunked'.
 """

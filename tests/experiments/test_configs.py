@@ -73,6 +73,7 @@ def test_smoke_trains(case, tmp_path):
     )
     if module is not quickstart:
         config.sample.length = 0  # decoding is each mixer's own test
+    config.data.batch_size = 2
     loop.train(config, tmp_path, devices=jax.devices()[:1])  # several are test_loop's
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["steps"] == config.train.steps == 4

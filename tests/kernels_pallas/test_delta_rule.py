@@ -208,7 +208,7 @@ def test_many_heads_and_tokens_in_spans(decay):
 
 @pytest.mark.slow
 def test_rounding_where_it_is_not_held_down():
-    """Up to `chunked.REFLECTING` an error's sum stays small without more: one key at every token, as long as one likes."""
+    """Up to `reflections.REFLECTING` an error's sum stays small without more: one key at every token, as long as one likes."""
     inputs = inputs_of(DELTA_RULE, Shape(B=1, T=2000, H=1, G=1, K=16, V=4), "one key, beta 2")
     inputs["beta"] = np.full_like(inputs["beta"], 1.0099)
     got = everything(DELTA_RULE, "chunked", inputs)

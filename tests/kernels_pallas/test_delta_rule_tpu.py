@@ -26,7 +26,7 @@ from tests.kernels_pallas.test_delta_rule import DELTA_RULE
 
 
 class TestPallasTPU(Suite):
-    """Every regime over eight chunks with documents; those of a decay a channel without, and in bfloat16, too; every other length with
+    """Every regime over eight chunks with documents; those of a decay a channel without, too; every other length with
     documents and the regimes of one kind of decay, in turn; the rest is exhaustive.
 
     A program a length and kind: tens of seconds of compiling each, where the regimes that share it take one.
@@ -36,6 +36,8 @@ class TestPallasTPU(Suite):
     kind_at = {1: "head", 63: "channel", 64: "none", 100: "head", 128: "head"}
     fast = {"test_float32_packed_documents": (100, "head resets")}
     in_bfloat16_too = (100, "head mixed")
+    # Twelve seconds each, of what wraps every kernel alike.
+    as_in_linear_attention = ("test_pieces_equal_whole", "test_transformations")
 
     def pytest_generate_tests(self, metafunc):
         names = metafunc.fixturenames
@@ -52,7 +54,9 @@ class TestPallasTPU(Suite):
                     self.in_bfloat16_too,
                 )
                 many_chunks_of_another_kind = (
-                    T == 1000 and other_test and _kind(regime) != "channel"
+                    T == 1000
+                    and other_test
+                    and (_kind(regime) != "channel" or test == "test_bfloat16")
                 )
                 if many_chunks_of_another_kind or (
                     T in self.kind_at and (other_test or self.kind_at[T] != _kind(regime))
@@ -61,8 +65,11 @@ class TestPallasTPU(Suite):
                 marked.append(pytest.param((T, regime), marks=marks, id=f"T{T}-{regime}"))
             metafunc.parametrize("length_and_regime", marked)
         if "typical" in names:
-            slow = [pytest.param(regime, marks=pytest.mark.slow) for regime in self.case.typical]
-            metafunc.parametrize("typical", slow)
+            elsewhere = metafunc.function.__name__ in self.as_in_linear_attention
+            mark = pytest.mark.exhaustive if elsewhere else pytest.mark.slow
+            metafunc.parametrize(
+                "typical", [pytest.param(x, marks=mark) for x in self.case.typical]
+            )
 
 
 def _kind(regime):
@@ -208,11 +215,11 @@ def _forward_and_backward(*arrays, **keywords):
 
 
 def _compiled():
-    """In CI every shape on one part, and every kernel, in the shape that compiles fastest, on every part."""
+    """In CI every kernel on every part, in the shape that compiles fastest, and the largest shape on one."""
     kernels = ("delta_net_1.3b", "gated_delta_net_1.3b", "small_channel")
     for name in SHAPES:
         for part in tpu_compile.PARTS:
-            in_ci = name in kernels or part == "v6e"
+            in_ci = name in kernels or (name, part) == ("kimi_linear_48b", "v6e")
             marks = [pytest.mark.slow] if in_ci else [pytest.mark.exhaustive]
             yield pytest.param(name, part, marks=marks, id=f"{name}-{part}")
 
@@ -228,20 +235,14 @@ def test_compiles(name, part):
         assert 0 < listing.vmem_bytes <= plan.vmem_bytes <= tpu_plan.VMEM_BYTES
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "part",
-    [
-        "v6e",
-        *(pytest.param(part, marks=pytest.mark.exhaustive) for part in ("v5e", "v5p", "tpu7x")),
-    ],
-)
-def test_float32_compiles(part):
-    for name in ("delta_net_1.3b", "small", "small_channel"):
-        arrays = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in _published(name)]
-        compiled = tpu_compile.compile_for(part, _forward_and_backward, *arrays)
-        for listing in compiled.listings.values():
-            assert 0 < listing.vmem_bytes <= _plan(part, arrays).vmem_bytes
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("part", tpu_compile.PARTS)
+@pytest.mark.parametrize("name", ["delta_net_1.3b", "small", "small_channel"])
+def test_float32_compiles(name, part):
+    arrays = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in _published(name)]
+    compiled = tpu_compile.compile_for(part, _forward_and_backward, *arrays)
+    for listing in compiled.listings.values():
+        assert 0 < listing.vmem_bytes <= _plan(part, arrays).vmem_bytes
 
 
 def _plan(part, arrays):

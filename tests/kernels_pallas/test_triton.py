@@ -105,9 +105,9 @@ def test_reverse_scan():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "operator, regime", [("linear_attention", "channel mixed"), ("delta_rule", "head mixed")]
+    "operator, regime, K, V",
+    [("linear_attention", "channel mixed", 20, 144), ("delta_rule", "head mixed", 96, 40)],
 )
-@pytest.mark.parametrize("K, V", [(96, 40), (20, 144)])
 def test_widths_that_are_no_blocks(operator, regime, K, V):
     """K and V of several blocks, and not whole ones."""
     case = {"linear_attention": TestLinearAttention, "delta_rule": TestDeltaRule}[operator].case
