@@ -96,10 +96,12 @@ def all_cases() -> list[Case]:
     return [Case(n, i) for n in mixers.names() for i in range(len(SMALL_OPTIONS.get(n, ({},))))]
 
 
-@functools.cache
-def initial_params(case: Case):
+def _initialised(case: Case):
     init = functools.partial(case.make().init, layer=case.layer())
     return nn.unbox(jax.jit(init)(jax.random.key(0), jnp.zeros((1, 2, D))))["params"]
+
+
+initial_params = functools.cache(_initialised)
 
 
 def random_params(case: Case, seed=0):
@@ -291,7 +293,7 @@ def check_trains(case: Case):
 
 def check_state(case: Case):
     """`init_state` is pure and has the structure, shapes and dtypes of every state returned, for any T."""
-    params = jax.eval_shape(lambda: initial_params(case))
+    params = jax.eval_shape(lambda: _initialised(case))
     for dtype in (jnp.float32, jnp.bfloat16):
         mixer = case.make(dtype=dtype)
 
