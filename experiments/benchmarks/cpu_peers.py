@@ -5,6 +5,7 @@ interpreter has; each peer's figures are kept in <peer>.json with ours of the sa
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -37,15 +38,17 @@ def _transformers(x):
     return chunked(x["q"], x["k"], x["v"], x["log_decay"], x["beta"], **states)
 
 
+def _jla_linear_attention(kind: str, x):
+    from jla.ops import linear_attention
+
+    gates = {"g": x.get("log_decay"), "beta": x.get("beta")}
+    states = {"initial_state": x["initial_state"], "output_final_state": True}
+    return linear_attention(kind, x["q"], x["k"], x["v"], impl="chunked", **gates, **states)
+
+
 def _jla(kind: str):
-    def call(x):
-        from jla.ops import linear_attention
-
-        gates = {"g": x.get("log_decay"), "beta": x.get("beta")}
-        states = {"initial_state": x["initial_state"], "output_final_state": True}
-        return linear_attention(kind, x["q"], x["k"], x["v"], impl="chunked", **gates, **states)
-
-    return call
+    """Of module functions: memory is measured in another process, to which it goes by name."""
+    return functools.partial(_jla_linear_attention, kind)
 
 
 COMPARISONS = (
@@ -198,7 +201,7 @@ def save(folder: Path, parts: dict[str, list[dict]]) -> None:
         saved = json.loads(path.read_text()) if path.exists() else {}
         for part, rows in parts.items():
             rows = [row for row in rows if row["peer"] == package]
-            if not any(row.get("theirs") or row.get("peak_bytes") for row in rows):
+            if not any(_of_the_peer(row) for row in rows):
                 continue
             versions = {name: importlib.metadata.version(name) for name in distributions}
             here = environment | {"versions": environment["versions"] | versions}
@@ -206,6 +209,13 @@ def save(folder: Path, parts: dict[str, list[dict]]) -> None:
         if saved:
             path.write_text(json.dumps(saved, indent=1) + "\n")
     (folder / "tables.md").write_text("\n\n".join(_tables(folder)) + "\n")
+
+
+def _of_the_peer(row: dict) -> bool:
+    """Whether the peer, and not ours alone, was measured."""
+    if "theirs" in row:
+        return row["theirs"] is not None
+    return row["implementation"] == row["peer"] and row["peak_bytes"] is not None
 
 
 def _tables(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import pickle
 import subprocess
 import sys
 
@@ -86,9 +87,12 @@ def test_each_peer_keeps_its_file(tmp_path, monkeypatch):
     )
     memory = {"comparison": "GLA", "peer": "jla", "implementation": "chunked", "T": 16}
     memory |= {"peak_bytes": 3 << 20, "planned_bytes": 2 << 20, "note": None}
-    cpu_peers.save(tmp_path, {"timing": [_row("jla", 0.25, 1.0)], "memory": [memory]})
+    theirs = memory | {"implementation": "jla"}
+    cpu_peers.save(tmp_path, {"timing": [_row("jla", 0.25, 1.0)], "memory": [memory, theirs]})
     first = (tmp_path / "jla.json").read_text()
-    cpu_peers.save(tmp_path, {"timing": [_row("transformers", 0.5, 1.0), _row("jla", 0.9, None)]})
+    missing = theirs | {"peak_bytes": None, "planned_bytes": None, "note": "not installed"}
+    timing = [_row("transformers", 0.5, 1.0), _row("jla", 0.9, None)]
+    cpu_peers.save(tmp_path, {"timing": timing, "memory": [memory, missing]})
     assert (tmp_path / "jla.json").read_text() == first
     saved = json.loads((tmp_path / "transformers.json").read_text())["timing"]
     assert saved["environment"]["versions"]["numpy"] == np.__version__
@@ -117,6 +121,16 @@ def test_peers_that_are_here_agree(comparison):
 def _hold(megabytes):
     """A call that holds so much for a moment, and keeps a byte."""
     return entries.Prepared(lambda: np.ones(megabytes << 20, np.uint8)[:1].copy(), temp_bytes=5)
+
+
+def test_what_is_compared_goes_to_another_process():
+    for comparison in cpu_peers.COMPARISONS:
+        there = pickle.loads(pickle.dumps(comparison))
+        assert (there.name, there.package, there.limit) == (
+            comparison.name,
+            comparison.package,
+            comparison.limit,
+        )
 
 
 def test_peak_memory_sees_what_a_call_held():
