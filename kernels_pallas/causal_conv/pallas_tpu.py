@@ -10,9 +10,10 @@ channels wide, 8 tokens are loaded in one from any row. So the tokens of a chunk
 Two tokens of bfloat16 share a sublane's word, and are taken apart by a shift and a mask: even tokens become one
 column, odd ones another ("parts"), which also halves the different loads of a tap. Results go back the same way.
 
-silu(z) is h + h tanh(h), h = z/2; `pallas_tpu` halves w and bias for it. Its derivative by h is u (1 + h (1 - tanh h)),
-u = 1 + tanh h. Of the norm y = a r, r = (sum a^2 + eps)^(-1/2) a head, it is da = r (g - a r^2 sum g a). Sums over a head's
-lanes that are no 128 are a product with zeros and ones.
+silu(z) is h u, h = z/2, u = 2 / (1 + exp(-2h)); `pallas_tpu` halves w and bias for it. Its derivative by h is
+u (1 + h (2 - u)). (1 + tanh h is the same u, without digits where h is far below 0: the norm of such a head shows it.)
+Of the norm y = a r, r = (sum a^2 + eps)^(-1/2) a head, it is da = r (g - a r^2 sum g a). Sums over a head's lanes that
+are no 128 are a product with zeros and ones.
 
 Documents: `age` counts the inputs before a token that its taps may reach, and `room` the tokens behind it whose taps reach it,
 both cut at I-1 and written 128 times side by side. A tap of lag j counts where age >= j.

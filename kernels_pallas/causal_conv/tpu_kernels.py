@@ -254,9 +254,8 @@ class Group:
         """The activation, and its derivative (None: 1)."""
         if not self.plan.silu:
             return h, None
-        t = jnp.tanh(h)
-        a = h + h * t
-        return a, (1.0 + t) * (1.0 + (h - h * t))
+        u = 2.0 / (1.0 + jnp.exp(-2.0 * h))
+        return h * u, u * (1.0 + h * (2.0 - u))
 
     def with_products(self, totals, taps, c, dh):
         """The sums for w and bias, with those of these tokens."""
