@@ -76,7 +76,7 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
     if C & (C - 1):
         raise ValueError(f"chunk_sums: the chunk length must be a power of two; got {C}")
     U = min(C, BLOCK)
-    finite_CK = jnp.where(log_decay_CK == -jnp.inf, NEVER, log_decay_CK)
+    finite_CK = _finite(log_decay_CK)
     if not levels:
         whole = _sums_of(_whole_tokens(C, finite_CK.dtype), finite_CK)
         return Sums(log_decay_CK, *whole, whole[0][..., -1, :], ())
@@ -111,6 +111,11 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
         blocks.total_K,
         tuple(levels),
     )
+
+
+def _finite(log_decay):
+    """With NEVER for a reset: what products with zeros and ones can sum."""
+    return jnp.where(log_decay == -jnp.inf, NEVER, log_decay)
 
 
 def _halvings(log_decay_CK: jax.Array) -> Sums:
@@ -236,7 +241,7 @@ def _sums_between(g_U: jax.Array, before: bool) -> jax.Array:
     """sum of g over j+1..i (with `before`: j+1..i-1), zero where that is empty: (..., U) to (..., U, U)."""
     U = g_U.shape[-1]
     up_to_UU = _lower(U, -1 if before else 0)  # s <= i, or s < i
-    terms_UU = jnp.where(up_to_UU, jnp.where(g_U == -jnp.inf, NEVER, g_U)[..., None, :], 0.0)
+    terms_UU = jnp.where(up_to_UU, _finite(g_U)[..., None, :], 0.0)
     behind_UU = _lower(U, -1).astype(g_U.dtype)  # j < s
     return jnp.einsum("...is,sj->...ij", terms_UU, behind_UU, precision=jax.lax.Precision.HIGHEST)
 
@@ -304,7 +309,7 @@ def after(log_decay_BTX: jax.Array) -> jax.Array:
 def _stretch_sums(log_decay_BTX, rows_CC, reverse: bool):
     """Sums in blocks by a matrix product, then of blocks: on a TPU a cumulative sum of all tokens moves memory around more."""
     (B, T, *X), C = log_decay_BTX.shape, STRETCH_BLOCK
-    finite_BTX = jnp.where(log_decay_BTX == -jnp.inf, NEVER, log_decay_BTX)
+    finite_BTX = _finite(log_decay_BTX)
     padding = ((0, 0), (0, -T % C)) + ((0, 0),) * len(X)
     g_BNCX = jnp.pad(finite_BTX, padding).reshape(B, -1, C, *X)
     rows_CC = rows_CC.astype(g_BNCX.dtype)

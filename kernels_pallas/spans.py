@@ -12,9 +12,10 @@ def take(tree, n, L: int):
     there from memory, and wait for each (16 heads of 64 x 64: 80 us, apart 25 and 20; jaxlib 0.11.2).
     """
 
+    on_cpu = targets.current().platform == "cpu"
+
     def one(x):
         span = jax.lax.dynamic_slice_in_dim(x, n * L, L, axis=1)
-        on_cpu = targets.current().platform == "cpu"
         return jax.lax.optimization_barrier(span) if on_cpu else span
 
     return jax.tree.map(one, tree)

@@ -33,13 +33,6 @@ import jax.numpy as jnp
 
 from kernels_pallas import decay_sums, matmul, segments, spans, triangular_inverse
 from kernels_pallas.delta_rule import reflections
-from kernels_pallas.delta_rule.reflections import (
-    REFLECTING,
-    carefully,
-    precise,
-    solve,
-    solve_transposed,
-)
 from kernels_pallas.kept import kept
 from kernels_pallas.matmul import scaled
 
@@ -86,7 +79,7 @@ def chunked(
     reflects = None
     if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = _repeat_heads(reflections.squared(k_BTGK), v_BTHV.shape[2])
-        reflects = reflections.above(jnp.abs(beta_BTH) * squared_BTH, REFLECTING)
+        reflects = reflections.above(jnp.abs(beta_BTH) * squared_BTH, reflections.REFLECTING)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, v_BTHV, chunk_size, scale)
@@ -108,7 +101,7 @@ def chunked_diagonal_plus_low_rank(
     reflects = None
     if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = reflections.squared(a_BTHK) * reflections.squared(b_BTHK)
-        reflects = reflections.above(squared_BTH, REFLECTING**2)
+        reflects = reflections.above(squared_BTH, reflections.REFLECTING**2)
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
@@ -247,7 +240,7 @@ def _pass(chunks: Chunks, S_BHKV):
     def one_chunk(S_BHKV, inputs):
         c, X_BHCC = inputs
         R_BHCV = c.write_CV + state_dot("BHCK,BHKV->BHCV", c.read_CK, S_BHKV)
-        U_BHCV = solve(c.A_CC, c.lost_CC, X_BHCC, R_BHCV)
+        U_BHCV = reflections.solve(c.A_CC, c.lost_CC, X_BHCC, R_BHCV)
         S_kept = S_BHKV if c.decay_K1 is None else c.decay_K1 * S_BHKV
         S_next = S_kept + state_dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
         if c.local_KV is not None:
@@ -268,14 +261,14 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
     state_dot = reflections.state_product(c.lost_CC)
     X_MBHCC = triangular_inverse.inverse(c.A_CC)
     R_MBHCV = c.write_CV + state_dot("MBHCK,MBHKV->MBHCV", c.read_CK, S_MBHKV)
-    U_MBHCV = solve(c.A_CC, c.lost_CC, X_MBHCC, R_MBHCV)
+    U_MBHCV = reflections.solve(c.A_CC, c.lost_CC, X_MBHCC, R_MBHCV)
     dU_MBHCV = jnp.einsum("MBHij,MBHiV->MBHjV", c.scores_CC, do_MBHCV)
     dS_MBHKV = jnp.einsum("MBHCK,MBHCV->MBHKV", c.q_CK, do_MBHCV)
 
     def one_chunk(dS_next, inputs):
         c, X_BHCC, dU_BHCV, dS_BHKV = inputs
         dU_BHCV = dU_BHCV + state_dot("BHCK,BHKV->BHCV", c.w_CK, dS_next)
-        dR_BHCV = solve_transposed(c.A_CC, c.lost_CC, X_BHCC, dU_BHCV)
+        dR_BHCV = reflections.solve_transposed(c.A_CC, c.lost_CC, X_BHCC, dU_BHCV)
         dS_kept = dS_next if c.decay_K1 is None else c.decay_K1 * dS_next
         dS_BHKV = dS_BHKV + dS_kept + state_dot("BHCK,BHCV->BHKV", c.read_CK, dR_BHCV)
         return dS_BHKV, (dS_next, dR_BHCV)
@@ -288,7 +281,7 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
         shared = [axis for axis in (2, 3) if c.decay_K1.shape[axis] == 1]
         ddecay_MBHK1 = jnp.sum(matmul.sum_last(dS_next_MBHKV * S_MBHKV), axis=shared, keepdims=True)
     dchunks = Chunks(
-        A_CC=-precise("MBHiV,MBHjV->MBHij", dR_MBHCV, U_MBHCV),
+        A_CC=-reflections.precise("MBHiV,MBHjV->MBHij", dR_MBHCV, U_MBHCV),
         read_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", dR_MBHCV, S_MBHKV),
         write_CV=dR_MBHCV,
         q_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", do_MBHCV, S_MBHKV),
@@ -324,7 +317,7 @@ def _run_forward(form, inputs, S_BHKV, reflects):
         start = S_BHKV, jnp.empty_like(v_BTHV)  # every span is written
         return jax.lax.scan(one_span, start, jnp.arange(v_BTHV.shape[1] // L))
 
-    (S_BHKV, o_BTHV), S_NMBHKV = carefully(reflects, over_spans, wholes, S_BHKV)
+    (S_BHKV, o_BTHV), S_NMBHKV = reflections.carefully(reflects, over_spans, wholes, S_BHKV)
     o_BTHV, S_NMBHKV = kept((o_BTHV[:, :T], S_NMBHKV))
     return (o_BTHV, S_BHKV), (inputs, S_NMBHKV, reflects)
 
@@ -352,7 +345,9 @@ def _run_backward(form, residuals, cotangents):
         numbered = jnp.arange(len(S_NMBHKV)), S_NMBHKV
         return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
 
-    dS_BHKV, dinputs = carefully(reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV)
+    dS_BHKV, dinputs = reflections.carefully(
+        reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV
+    )
     return jax.tree.map(lambda dx: dx[:, :T], dinputs), dS_BHKV, None
 
 

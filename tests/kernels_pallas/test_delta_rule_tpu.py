@@ -34,7 +34,7 @@ class TestPallasTPU(Suite):
 
     case = dataclasses.replace(DELTA_RULE, implementations=("pallas_tpu",))
     kind_at = {1: "head", 63: "channel", 64: "none", 100: "head", 128: "head"}
-    fast = {"test_float32_packed_documents": (100, "head resets")}
+    fast = (100, "head resets")
     in_bfloat16_too = (100, "head mixed")
     # Twelve seconds each, of what wraps every kernel alike.
     as_in_linear_attention = ("test_pieces_equal_whole", "test_transformations")
@@ -45,14 +45,12 @@ class TestPallasTPU(Suite):
             metafunc.parametrize("implementation", self.case.implementations)
         if "length_and_regime" in names:
             test = metafunc.function.__name__
-            fast = self.fast.get(test)
+            packed = test == "test_float32_packed_documents"
             marked = []
             for T, regime in itertools.product(LENGTHS, self.case.regimes):
-                marks = [] if (T, regime) == fast else [pytest.mark.slow]
-                other_test = test != "test_float32_packed_documents" and (test, (T, regime)) != (
-                    "test_bfloat16",
-                    self.in_bfloat16_too,
-                )
+                marks = [] if packed and (T, regime) == self.fast else [pytest.mark.slow]
+                in_ci = test == "test_bfloat16" and (T, regime) == self.in_bfloat16_too
+                other_test = not packed and not in_ci
                 many_chunks_of_another_kind = (
                     T == 1000
                     and other_test

@@ -106,7 +106,12 @@ def test_reverse_scan():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "operator, regime, K, V",
-    [("linear_attention", "channel mixed", 20, 144), ("delta_rule", "head mixed", 96, 40)],
+    [
+        ("linear_attention", "channel mixed", 20, 144),
+        ("delta_rule", "head mixed", 96, 40),
+        pytest.param("linear_attention", "channel mixed", 96, 40, marks=pytest.mark.exhaustive),
+        pytest.param("delta_rule", "head mixed", 20, 144, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_widths_that_are_no_blocks(operator, regime, K, V):
     """K and V of several blocks, and not whole ones."""
