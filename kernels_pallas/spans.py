@@ -4,6 +4,23 @@ import jax
 
 from kernels_pallas import targets
 
+CPU_STATE_ROWS = 1024
+
+
+def chunks_in_one(chunks: int, heads: int, widest: int, accelerator: int | None = None) -> int:
+    """How many of a sequence's chunks make a span, so that the spans are as even as can be.
+
+    heads: those of all rows of the batch, which a span always holds; widest: the larger of K and V. On CPU a span is to
+    stay in cache from one product to the next: 16 (chunk, head) pairs at a width of 64, 4 at 256 (two cores, forward and
+    backward: at 256 that takes half to two thirds of the time of 16, at 64 fewer take longer). On accelerators it is
+    `accelerator` pairs, None for the whole sequence: there parallel work counts, and a loop costs launches.
+    """
+    pairs = accelerator
+    if targets.current().platform == "cpu":
+        pairs = max(1, CPU_STATE_ROWS // widest)
+    count = 1 if pairs is None else -(-chunks // max(1, pairs // heads))
+    return -(-chunks // count)
+
 
 def take(tree, n, L: int):
     """Span n of arrays (B, T, ...). Cut where it is used: a transposed copy of the whole costs more than the rest.

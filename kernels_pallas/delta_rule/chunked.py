@@ -37,8 +37,7 @@ from kernels_pallas.kept import kept
 from kernels_pallas.matmul import scaled
 
 CHUNK = 32
-# Chunks times heads treated at once.
-SPAN = 64
+ACCELERATOR_SPAN = 64  # chunks times heads treated at once
 
 
 class Chunks(NamedTuple):
@@ -82,7 +81,7 @@ def chunked(
         reflects = reflections.above(jnp.abs(beta_BTH) * squared_BTH, reflections.REFLECTING)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
-    form = _form(_delta_rule_chunks, v_BTHV, chunk_size, scale)
+    form = _form(_delta_rule_chunks, q_BTGK.shape[-1], v_BTHV, chunk_size, scale)
     return _run(form, inputs, initial_state_BHKV, reflects)
 
 
@@ -106,7 +105,7 @@ def chunked_diagonal_plus_low_rank(
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
-    form = _form(_diagonal_plus_low_rank_chunks, v_BTHV, chunk_size, 1.0)
+    form = _form(_diagonal_plus_low_rank_chunks, q_BTHK.shape[-1], v_BTHV, chunk_size, 1.0)
     return _run(form, inputs, initial_state_BHKV, reflects)
 
 
@@ -128,13 +127,12 @@ class _Form(NamedTuple):
     M: int
 
 
-def _form(chunks, v_BTHV, chunk_size, scale) -> _Form:
-    B, T, H, _ = v_BTHV.shape
+def _form(chunks, K, v_BTHV, chunk_size, scale) -> _Form:
+    B, T, H, V = v_BTHV.shape
     C = CHUNK if chunk_size is None else chunk_size
     C = min(C, 1 << (T - 1).bit_length())
-    count = -(-T // C)
-    spans_count = -(-count // max(1, SPAN // (B * H)))
-    return _Form(chunks, scale, C, -(-count // spans_count))
+    M = spans.chunks_in_one(-(-T // C), B * H, max(K, V), ACCELERATOR_SPAN)
+    return _Form(chunks, scale, C, M)
 
 
 def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *, exact) -> Chunks:

@@ -16,9 +16,9 @@ memory is O(T K + (T/C) K V). The gradient of the gates comes from D, b and r th
 shortcut reverse_cumsum(q dq - k dk) is a difference of large numbers where the decay is strong.
 
 Spans: the chunks of a span are computed at once, the spans one after the other, each cut from the inputs and put into
-the outputs in place. On CPU a span is only as large as keeps the cores busy, so that what one matrix product writes is
-still in cache for the next (two cores, B 2, H 8, K = V = 64, float32: the whole sequence as one span takes twice the
-time). On an accelerator the span is the whole sequence: there parallel work counts, and a loop costs launches.
+the outputs in place. On CPU a span is only as large as stays in cache from one matrix product to the next (two cores,
+B 2, H 8, K = V = 64, float32: the whole sequence as one span takes twice the time), on an accelerator it is the whole
+sequence.
 """
 
 import functools
@@ -27,12 +27,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, matmul, segments, spans, targets, tuning
+from kernels_pallas import decay_sums, matmul, segments, spans, tuning
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.kept import kept
 
 CHUNK_SIZE = 64
-CPU_MATRICES = 16  # on CPU: how many (chunk, head) pairs make a span
 
 
 def chunked(
@@ -50,11 +49,8 @@ def chunked(
     C = chunk_size or tuning.lookup({"chunk_size": CHUNK_SIZE}, *key)["chunk_size"]
     C = min(C, max(16, 1 << (T - 1).bit_length()))
     chunks = -(-T // C)
-    span = chunks
-    if targets.current().platform == "cpu":
-        span = min(chunks, -(-CPU_MATRICES // (B * H)))
-    N = -(-chunks // span)
-    M = -(-chunks // N)
+    M = spans.chunks_in_one(chunks, B * H, max(K, V))
+    N = -(-chunks // M)
     padding = N * M * C - T
 
     def padded(x_BTX, width):
