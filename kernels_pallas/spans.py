@@ -4,22 +4,24 @@ import jax
 
 from kernels_pallas import targets
 
-CPU_STATE_ROWS = 1024
+CPU_STATE_ROWS = 1024  # of a width: how many (chunk, head) pairs make a span
 
 
-def chunks_in_one(chunks: int, heads: int, widest: int, accelerator: int | None = None) -> int:
-    """How many of a sequence's chunks make a span, so that the spans are as even as can be.
+def chunks_in_one(
+    chunks: int, heads: int, widest: int, *, accelerator_pairs: int | None = None
+) -> int:
+    """How many of a sequence's chunks make a span, so that spans are as even as can be.
 
-    heads: those of all rows of the batch, which a span always holds; widest: the larger of K and V. On CPU a span is to
-    stay in cache from one product to the next: 16 (chunk, head) pairs at a width of 64, 4 at 256 (two cores, forward and
-    backward: at 256 that takes half to two thirds of the time of 16, at 64 fewer take longer). On accelerators it is
-    `accelerator` pairs, None for the whole sequence: there parallel work counts, and a loop costs launches.
+    heads: of all rows together, which a span always holds. widest: the larger of K and V. On CPU a span is to stay in
+    cache from one product to the next: 16 (chunk, head) pairs at a width of 64, 4 at 256 (two cores, forward and
+    backward: 4 at 256 take 0.5 to 0.85 of the time of 16; at 64 fewer than 16 gain nothing). On an accelerator it is
+    `accelerator_pairs`, None for the whole sequence: there parallel work counts, and a loop costs launches.
     """
-    pairs = accelerator
+    pairs = accelerator_pairs
     if targets.current().platform == "cpu":
-        pairs = max(1, CPU_STATE_ROWS // widest)
-    count = 1 if pairs is None else -(-chunks // max(1, pairs // heads))
-    return -(-chunks // count)
+        pairs = CPU_STATE_ROWS // widest
+    spans = 1 if pairs is None else -(-chunks // max(1, pairs // heads))
+    return -(-chunks // spans)
 
 
 def take(tree, n, L: int):

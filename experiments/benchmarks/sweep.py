@@ -133,7 +133,12 @@ def _time(case, variant, settings, entries, which, log) -> list[Row]:
                 prepared[T, entry.name] = one
     log(f"{case.name}, {variant}, {which}: timing {len(prepared)} programs in turn")
     calls = {key: one.run for key, one in prepared.items()}
-    timings = timing.interleaved(calls, settings.rounds, settings.seconds)
+    timings = timing.interleaved(
+        calls,
+        settings.rounds,
+        settings.seconds,
+        together=lambda key: key[1],  # the recurrence's backward pass takes gigabytes
+    )
     rows = []
     for (T, name), note in notes.items():
         row = {

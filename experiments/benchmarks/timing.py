@@ -23,6 +23,7 @@ def interleaved(
     rounds: int,
     seconds: float,
     block_seconds: float = 0.02,
+    together: Callable[[Hashable], Hashable] = lambda key: key,
 ) -> dict[Hashable, Timing]:
     """Times each call once a round, after warming up. The order is drawn anew each round (the same draws every time), so
     that no call always follows the one that left the caches at their worst.
@@ -31,13 +32,17 @@ def interleaved(
     that has used up four times as much leaves at once; its rounds are then fewer.
     block_seconds: shorter calls are repeated until a measurement lasts this long; with 0 each is made at most 3 +
     rounds times.
+    together: calls for which it is equal follow each other in a round. What one leaves behind, memory that it gave back
+    and the next has to be given again, then falls on one call of the others, not on half of them.
     """
     repeats = {key: _repeats(call, block_seconds) for key, call in calls.items()}
     samples = {key: [] for key in calls}
     keys = list(calls)
     rng = np.random.default_rng(0)
     for _ in range(max(rounds, MIN_ROUNDS)):
-        for key in (keys[i] for i in rng.permutation(len(keys))):
+        drawn = [keys[i] for i in rng.permutation(len(keys))]
+        groups = list(dict.fromkeys(map(together, drawn)))
+        for key in sorted(drawn, key=lambda key: groups.index(together(key))):
             spent = sum(samples[key]) * repeats[key]
             if spent > (seconds if len(samples[key]) >= MIN_ROUNDS else 4 * seconds):
                 continue

@@ -37,7 +37,7 @@ from kernels_pallas.kept import kept
 from kernels_pallas.matmul import scaled
 
 CHUNK = 32
-ACCELERATOR_SPAN = 64  # chunks times heads treated at once
+ACCELERATOR_PAIRS = 64  # chunks times heads treated at once
 
 
 class Chunks(NamedTuple):
@@ -131,7 +131,7 @@ def _form(chunks, K, v_BTHV, chunk_size, scale) -> _Form:
     B, T, H, V = v_BTHV.shape
     C = CHUNK if chunk_size is None else chunk_size
     C = min(C, 1 << (T - 1).bit_length())
-    M = spans.chunks_in_one(-(-T // C), B * H, max(K, V), ACCELERATOR_SPAN)
+    M = spans.chunks_in_one(-(-T // C), B * H, max(K, V), accelerator_pairs=ACCELERATOR_PAIRS)
     return _Form(chunks, scale, C, M)
 
 

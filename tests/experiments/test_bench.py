@@ -148,6 +148,22 @@ def test_timing_is_round_robin():
     assert all(took.rounds == 6 for took in found.values())
 
 
+def test_timing_keeps_together_what_belongs_together():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a1", "b1", "a2", "b2")}
+    timing.interleaved(
+        calls,
+        rounds=16,
+        seconds=float("inf"),
+        block_seconds=0.0,
+        together=lambda key: key[0],
+    )
+    turns = ["".join(order[i : i + 4]) for i in range(len(order) - 64, len(order), 4)]
+    either = [first + second for first in ("a1a2", "a2a1") for second in ("b1b2", "b2b1")]
+    assert set(turns) <= {*either, *(x[4:] + x[:4] for x in either)}
+    assert len(set(turns)) > 2, "the groups, or their calls, always come in one order"
+
+
 def test_timing_stops_what_has_used_its_share(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
