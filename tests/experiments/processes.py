@@ -29,15 +29,11 @@ def get_config():
 
 
 class Launcher:
-    """Starts processes of `python -m experiments.<binary>` on loopback.
+    """Starts processes of `python -m experiments.<binary>` on loopback, with the settings of `tests/conftest.py`."""
 
-    settings: of jax.config, beside the number of devices a process has.
-    """
-
-    def __init__(self, settings: dict):
+    def __init__(self):
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
-        self._settings = settings
 
     def start(
         self,
@@ -54,7 +50,6 @@ class Launcher:
         """Process 0 to processes - 1, or those in `only`. hook: the name of a function here, and the process that calls it at
         every step with (step, workdir)."""
         logs.mkdir(parents=True, exist_ok=True)
-        settings = self._settings | {"jax_num_cpu_devices": devices}
         share = [
             f"--coordinator=localhost:{port or _free_port()}",
             f"--num_processes={processes}",
@@ -65,7 +60,7 @@ class Launcher:
             mine = hook[0] if hook and hook[1] == i else None
             log = logs / f"{i}.log"
             own = [*arguments, *share, f"--process_id={i}"] if processes > 1 else arguments
-            target = self._context.Process(target=_run, args=(binary, own, log, settings, mine))
+            target = self._context.Process(target=_run, args=(binary, own, log, devices, mine))
             target.start()
             started[i] = target
         return Processes(started, logs)
@@ -131,12 +126,11 @@ def config_file(folder: Path) -> Path:
     return path
 
 
-def _run(binary, arguments, log, settings, hook):
+def _run(binary, arguments, log, devices, hook):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    for name, value in settings.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_num_cpu_devices", devices)
     if hook:
         workdir = Path(next(a.split("=", 1)[1] for a in arguments if a.startswith("--workdir=")))
         requested = loop.StopSignals.requested

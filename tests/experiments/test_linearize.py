@@ -28,7 +28,6 @@ from seqmodels.checkpoints_io import Pretrained
 from seqmodels.linearize import lora, partition, students
 from tests.experiments import tiny
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 TEACHER = {
     "pattern": "attention(num_heads=4, num_kv_heads=2, max_length=64)",
     "num_layers": 4,
@@ -108,7 +107,7 @@ def test_every_stage_fits_the_teacher(case):
 
 
 @pytest.fixture(scope="module")
-def teacher_run(tmp_path_factory, compilation_cache):
+def teacher_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     config = tiny.make_config(
         folder, pattern="attention(num_heads=2, num_kv_heads=1, max_length=32)", num_layers=2

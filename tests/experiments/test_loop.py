@@ -14,7 +14,6 @@ from experiments import checkpoints, cli, data, evaluation, loop, metrics, steps
 from experiments.data import baselines, make_dataset
 from tests.experiments import processes, tiny
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 ONE_DEVICE = slice(0, 1)
 
 
@@ -49,7 +48,7 @@ def assert_same_end(config, workdir, other):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, compilation_cache):
+def whole_run(tmp_path_factory):
     """A run of six steps, with a checkpoint at three; (config, workdir, result)."""
     folder = tmp_path_factory.mktemp("whole")
     config = tiny.make_config(folder)
