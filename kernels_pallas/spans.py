@@ -13,9 +13,9 @@ def chunks_in_one(
     """How many of a sequence's chunks make a span, so that spans are as even as can be.
 
     heads: of all rows together, which a span always holds. widest: the larger of K and V. On CPU a span is to stay in
-    cache from one product to the next: 16 (chunk, head) pairs at a width of 64, 4 at 256 (two cores, forward and
-    backward: 4 at 256 take 0.5 to 0.85 of the time of 16; at 64 fewer than 16 gain nothing). On an accelerator it is
-    `accelerator_pairs`, None for the whole sequence: there parallel work counts, and a loop costs launches.
+    cache from one product to the next: 16 (chunk, head) pairs at a width of 64, where fewer gain nothing, 4 at 256,
+    where more take longer (two cores, forward and backward). On an accelerator it is `accelerator_pairs`, None for the
+    whole sequence: there parallel work counts, and a loop costs launches.
     """
     pairs = accelerator_pairs
     if targets.current().platform == "cpu":
