@@ -7,7 +7,6 @@ SEQMODELS_TESTS_OPTIMIZED=1 leaves it on, which `.ci/run` does for the operators
 import gc
 import importlib.metadata
 import os
-import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,7 +17,8 @@ os.environ["SEQMODELS_CACHE"] = os.path.join(
 quick = os.environ.get("SEQMODELS_TESTS_OPTIMIZED") != "1"
 # What a worker, or a program that a test starts, took its time to compile, the others read.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="seqmodels-tests-compiled-")
+    compiled = tempfile.TemporaryDirectory(prefix="seqmodels-tests-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 flags = [os.environ.get("XLA_FLAGS", "")]
@@ -53,8 +53,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("exhaustive"):
             item.add_marker(pytest.mark.slow)
-
-
-def pytest_unconfigure(config):
-    if not hasattr(config, "workerinput"):  # the workers have ended, or there are none
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -29,7 +29,7 @@ def get_config():
 
 
 class Launcher:
-    """Starts processes of `python -m experiments.<binary>` on loopback, with the settings of `tests/conftest.py`."""
+    """Starts processes of `python -m experiments.<binary>` on loopback, in the environment that `tests/conftest.py` sets."""
 
     def __init__(self):
         self._context = multiprocessing.get_context("forkserver")
