@@ -39,7 +39,7 @@ from experiments import (
 )
 from experiments.data import default_config, make_dataset, needles
 from experiments.data.tokenizers import BYTES, make_tokenizer
-from seqmodels import checkpoints_io, sharding
+from seqmodels import sharding
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")
@@ -281,10 +281,10 @@ def _as_the_harness_asks(subject: Subject) -> dict[str, Any]:
     more than their context."""
     if subject.found is None or subject.found.tokenizer_name == BYTES:
         return {"document_starts": True}
-    ids = [checkpoints_io.token_id(subject.found.found.hf_config, name) for name in ("bos", "eos")]
+    tokens = subject.found.found.tokens
     limit = sampling.context_limit(subject.program.model)
     return {
-        "prefix_token": next((i for i in ids if i is not None), None),
+        "prefix_token": next(iter(tokens.eos), None) if tokens.bos is None else tokens.bos,
         "encode": subject.found.encode,
         "stop_tokens": subject.found.stop_tokens,
         "max_length": limit and limit[0],

@@ -5,9 +5,9 @@
     python -m experiments.generate --model=gguf:smollm2 --chat --prompt="What is a state space?"
 
 The prompt is read first; then each token costs the same time and the same memory, however much was read, in stacks of recurrent
-and windowed layers. An empty prompt starts a new document. Generation ends early where the model starts another document, or
-before a stop string. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra
-[smollm]), or a hub name; --chat puts the prompt into the model's chat template.
+and windowed layers. An empty prompt starts a new document. Generation ends early where the model ends its text or
+turn or starts another document, and before a stop string. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra
+[smollm]), or a hub name; --chat puts the prompt into the model's chat template, also of a run that `convert` made of such a model.
 """
 
 from pathlib import Path
@@ -16,12 +16,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import cli, pretrained, restore, run_record, sampling, steps
-from experiments.data.tokenizers import make_tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "with --model: a tokenizer.json, if it has none")
-_CHAT = flags.DEFINE_bool("chat", False, "with --model: prompts are questions to an assistant")
+_CHAT = flags.DEFINE_bool("chat", False, "prompts are questions to an assistant")
 _DTYPE = flags.DEFINE_string("dtype", None, "with --model: float32, bfloat16; default: the file's")
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "text to continue; can be given several times")
@@ -42,27 +41,27 @@ def main(argv):
         raise cli.UserError("give one of --workdir, of a training run, and --model")
     if _MODEL.value:
         loaded = pretrained.load(_MODEL.value, _TOKENIZER.value, dtype=_DTYPE.value)
-        prompts = _prompts(loaded)
+        prompts = _prompts(loaded, loaded.prompt_tokens)
         loaded = loaded.with_max_len(max(map(len, prompts)) + _LENGTH.value)
         _tell(loaded.model, loaded.params, loaded.tokenizer, prompts, loaded.stop_tokens)
         return
     config = flags.FLAGS.config
-    if _CHAT.value or _TOKENIZER.value or _DTYPE.value:
-        raise cli.UserError("--chat, --tokenizer and --dtype go with --model")
+    if _TOKENIZER.value or _DTYPE.value:
+        raise cli.UserError("--tokenizer and --dtype go with --model")
     if "tokenizer" not in config.data:
         raise cli.UserError(
             f"the run's data, {config.data.name!r}, is not text: there is nothing to generate"
         )
-    tokenizer = make_tokenizer(config.data.tokenizer, config.data.document_token)
     program = steps.build(config, config.data.seq_len)
     _, params = restore.evaluation_params(program, config, Path(_WORKDIR.value), _STEP.value)
-    prompts = [sampling.prompt_tokens(prompt, tokenizer) for prompt in _PROMPT.value]
-    _tell(program.model, params, tokenizer, prompts, {tokenizer.document_id})
+    loaded = pretrained.with_tokenizer(pretrained.of_run(config, params, _WORKDIR.value))
+    prompts = _prompts(loaded, lambda text: sampling.prompt_tokens(text, loaded.tokenizer))
+    _tell(program.model, params, loaded.tokenizer, prompts, loaded.stop_tokens)
 
 
-def _prompts(loaded: pretrained.Loaded) -> list[list[int]]:
+def _prompts(loaded: pretrained.Loaded, encode) -> list[list[int]]:
     if not _CHAT.value:
-        return [loaded.prompt_tokens(prompt) for prompt in _PROMPT.value]
+        return [encode(prompt) for prompt in _PROMPT.value]
     return [loaded.chat_tokens([{"role": "user", "content": p}]) for p in _PROMPT.value]
 
 

@@ -20,6 +20,7 @@ except ImportError as error:
     raise ValueError(f"lm_eval tasks need the extra: pip install '.[eval]' ({error})") from error
 
 from experiments import sampling, scoring
+from experiments.data.tokenizers import fits
 
 MAX_GENERATED = 256  # tokens, where a task does not say
 
@@ -53,7 +54,7 @@ class HarnessModel(TemplateLM):
         stop_tokens: Collection[int] | None = None,
     ):
         super().__init__()
-        if tokenizer.vocab_size > model.vocab_size:
+        if not fits(tokenizer, model.vocab_size):
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, and the model's vocabulary {model.vocab_size}: use the "
                 "tokenizer that the model was trained with"

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from experiments import distributed, evaluation, metrics, run_record, steps, summary
 from experiments.checkpoints import Checkpoints
 from experiments.cli import NonFiniteLoss, Stopped
-from experiments.data import make_dataset
+from experiments.data import make_dataset, tokenizers
 from seqmodels import sharding
 
 
@@ -155,8 +155,8 @@ def check_counts(config) -> None:
 def resolve(config, dataset):
     """A copy of the config in which nothing depends on the data any more: the vocabulary's size."""
     config = config.copy_and_resolve_references()
-    size = config.model.get("vocab_size") or dataset.vocab_size
-    if size < dataset.vocab_size:
+    size, text = config.model.get("vocab_size") or dataset.vocab_size, dataset.tokenizer
+    if size < dataset.vocab_size and not (text and tokenizers.fits(text, size)):
         raise ValueError(
             f"model.vocab_size is {size}, but the dataset has ids up to {dataset.vocab_size - 1}; "
             f"set it to 0 (the dataset's {dataset.vocab_size}) or more than that"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from experiments import restore, run_record, steps
 from experiments.checkpoints import Checkpoints, TrainState
 from experiments.data import default_config, tokenizers
 from seqmodels import checkpoints_io, language_model
-from seqmodels.checkpoints_io import architectures, files, own_layout
+from seqmodels.checkpoints_io import architectures, files, own_layout, special_tokens
 
 WORKDIR = "workdir"
 _WHOLE_TEXT = "<|endoftext|>"  # what separates documents in pretraining, where a vocabulary has it
@@ -37,10 +37,8 @@ class Loaded:
 
     @property
     def stop_tokens(self) -> set[int]:
-        """Where the model's text ends: a document's start, and its end-of-text tokens."""
-        eos = self.found.hf_config.get("eos_token_id")
-        ends = eos if isinstance(eos, list) else [eos]
-        return {self.tokenizer.document_id} | {i for i in ends if type(i) is int}
+        """Where the model's text or turn ends: at a document's start, and at its own end tokens."""
+        return {self.tokenizer.document_id, *self.found.tokens.eos}
 
     def with_max_len(self, max_len: int) -> "Loaded":
         """The same with full-attention layers that hold `max_len` tokens; ValueError beyond the model's context."""
@@ -57,23 +55,30 @@ class Loaded:
         """`encode` of a prompt, and one token at least."""
         return self.encode(prompt) or [self.tokenizer.document_id]
 
-    def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """The ids of a conversation, [{"role": "user", "content": "..."}], by the model's chat template, up to where its answer
-        begins.
+        begins. Tools and documents: as the template takes them; there may be a template for tools.
 
         Raises ValueError where the model has no template, or it does not take these messages.
         """
-        template = self.found.chat_template
-        if template is None:
+        templates = self.found.tokens.chat_templates
+        name = (
+            "tool_use" if tools is not None and "tool_use" in templates else special_tokens.DEFAULT
+        )
+        if not templates:
             raise ValueError(f"{self.found.source} has no chat template; leave --chat out")
-        return self._encode(render_chat(template, messages, self._special_tokens()), special=False)
+        if name not in templates:
+            raise ValueError(f"{self.found.source} has templates for {', '.join(templates)} alone")
+        text = render_chat(templates[name], messages, self._special_tokens(), tools, documents)
+        return self._encode(text, special=False)
 
     def _special_tokens(self) -> dict[str, str]:
-        if self.tokenizer_name == tokenizers.BYTES:
-            return {}
-        file = _open(self.tokenizer_name)
-        ids = {name: checkpoints_io.token_id(self.found.hf_config, name) for name in ("bos", "eos")}
-        return {f"{n}_token": file.id_to_token(i) or "" for n, i in ids.items() if i is not None}
+        return dict(self.found.tokens.names)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         if self.tokenizer_name == tokenizers.BYTES:
@@ -91,61 +96,61 @@ def load(source: str, tokenizer: str = "", **options) -> Loaded:
 
 def with_tokenizer(found: checkpoints_io.Pretrained, tokenizer: str = "") -> Loaded:
     """`load`, of what is loaded already."""
-    name = tokenizer or str(found.tokenizer_path or "")
+    found = _with_given(found, tokenizer)
+    name = str(found.tokenizer_path or "")
     if not name and found.hf_config.get("tokenizer") == tokenizers.BYTES:
         name = tokenizers.BYTES
     if not name:
         raise ValueError(
             f"{found.source} has no tokenizer.json; give the path of one with --tokenizer, or 'bytes'"
         )
-    _check_tokenizer(name, found)  # before a document token is looked for in another model's
     token = found.hf_config.get("document_token")
     if not isinstance(token, str):
-        token = "" if name == tokenizers.BYTES else _document_token(name, found.hf_config)
+        token = "" if name == tokenizers.BYTES else _document_token(name, found)
     text = tokenizers.make_tokenizer(name, token)
-    check_vocabulary(text.vocab_size, name, found.model_config["vocab_size"], found.source)
+    if text.document_id >= found.model_config["vocab_size"]:
+        raise ValueError(
+            f"documents begin with token {text.document_id} of the tokenizer {name}, and the model {found.source} "
+            f"has {found.model_config['vocab_size']} tokens: it is another model's"
+        )
     return Loaded(found, found.model, text, name, token)
 
 
-def _check_tokenizer(name: str, found: checkpoints_io.Pretrained) -> None:
-    bytes_alone = name == tokenizers.BYTES
-    size = tokenizers.ByteTokenizer.vocab_size if bytes_alone else _open(name).get_vocab_size()
-    check_vocabulary(size, name, found.model_config["vocab_size"], found.source)
+def _with_given(found: checkpoints_io.Pretrained, tokenizer: str) -> checkpoints_io.Pretrained:
+    """The model with a tokenizer that a user gives, 'bytes' or the path of a file; with its own where none is given.
+
+    Raises ValueError for one that is another model's.
+    """
+    if not tokenizer:
+        return found
+    vocab_size, path = found.model_config["vocab_size"], Path(tokenizer).expanduser()
+    if tokenizer == tokenizers.BYTES:
+        check_vocabulary(tokenizers.ByteTokenizer.vocab_size, tokenizer, vocab_size, found.source)
+        own = found.hf_config | {"tokenizer": tokenizer, "document_token": ""}
+        return dataclasses.replace(found, hf_config=own, tokenizer_path=None)
+    check_vocabulary(_open(str(path)).get_vocab_size(), tokenizer, vocab_size, found.source)
+    tokens = found.tokens.filled(special_tokens.read(path.parent))
+    return dataclasses.replace(found, tokenizer_path=path, tokens=tokens)
 
 
 def check_vocabulary(size: int, name: str, vocab_size: int, source: str) -> None:
-    """Raises ValueError if a tokenizer of `size` ids has some that the model has not, or so few that it must be another's.
+    """Raises ValueError if a tokenizer of `size` ids has so many more, or fewer, than the model that it must be another's.
 
-    Models round their vocabularies up: a tenth, or 256 ids, is allowed for.
+    Models round their vocabularies up, and tokenizers get a token or two that the model never learned: a tenth, or 256
+    ids, is allowed for. An id that the model has not is refused where it comes up.
     """
-    if not vocab_size - max(vocab_size // 10, 256) <= size <= vocab_size:
+    if abs(size - vocab_size) > max(vocab_size // 10, 256):
         raise ValueError(
             f"the tokenizer {name} has {size} ids and the model {source} {vocab_size}: "
             "it is another model's"
         )
 
 
-def render_chat(template: str, messages: Sequence[dict[str, str]], special: dict[str, str]) -> str:
-    """The text of a conversation by a Jinja template, in a sandbox: a template is a part of somebody's file."""
-    try:
-        import jinja2
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ValueError("chat templates need jinja2: pip install 'seqmodels[gguf]'") from error
+def render_chat(template: str, messages, special: Mapping[str, str], tools=None, documents=None):
+    """`chat_templates.render`; ValueError where jinja2 is not installed."""
+    from experiments import chat_templates  # an extra
 
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=True, **special
-        )
-    except Exception as error:  # whatever the template makes happen
-        raise ValueError(f"the model's chat template cannot be rendered: {error}") from error
+    return chat_templates.render(template, messages, special, tools, documents)
 
 
 def layouts() -> list[str]:
@@ -161,14 +166,25 @@ def find(source: str, **options) -> checkpoints_io.Pretrained:
     config.mesh = dict.fromkeys(config.mesh, 1)  # one device holds it here, wherever it was trained
     program = steps.build(config, config.data.get("seq_len", 8), jax.devices()[:1])
     _, params = restore.evaluation_params(program, config, Path(source))
-    name = config.data.get("tokenizer")
-    is_file = name not in (None, tokenizers.BYTES)
+    return of_run(config, params, source)
+
+
+def of_run(config, params, workdir: str) -> checkpoints_io.Pretrained:
+    """The model of a run with these parameters, and what it knows of tokens.
+
+    What stands beside its tokenizer counts, as in any folder; a text begins and ends with the run's document token where that says
+    nothing.
+    """
     kept = {"model_type": own_layout.MODEL_TYPE}
+    name, path, tokens = config.data.get("tokenizer"), None, checkpoints_io.SpecialTokens()
     if name is not None:
         kept |= {"document_token": config.data.document_token}
-        kept |= {} if is_file else {"tokenizer": name}
-    path = Path(name) if is_file else None
-    return checkpoints_io.Pretrained(config.model.to_dict(), params, kept, source, path)
+        kept |= {"tokenizer": name} if name == tokenizers.BYTES else {}
+        path = None if name == tokenizers.BYTES else Path(name).expanduser()
+        start = tokenizers.make_tokenizer(name, config.data.document_token).document_id
+        ends = checkpoints_io.SpecialTokens(bos=start, eos=(start,))
+        tokens = special_tokens.read(path.parent if path else Path(workdir)).filled(ends)
+    return checkpoints_io.Pretrained(config.model.to_dict(), params, kept, workdir, path, tokens)
 
 
 def write(
@@ -187,20 +203,16 @@ def write(
     """
     if layout == WORKDIR:
         return [write_workdir(out, with_tokenizer(found, tokenizer)), out / "config.json"]
-    hf_config, path = dict(found.hf_config), tokenizer or found.tokenizer_path
-    if tokenizer:
-        _check_tokenizer(tokenizer, found)
-    if tokenizer == tokenizers.BYTES:
-        hf_config, path = hf_config | {"tokenizer": tokenizer}, None
+    found = _with_given(found, tokenizer)
     return checkpoints_io.save_pretrained(
         out,
         found.model_config,
         found.params,
         architecture=layout,
         dtype=dtype or found.dtypes,
-        hf_config=hf_config,
-        tokenizer_path=path,
-        chat_template=found.chat_template,
+        hf_config=found.hf_config,
+        tokenizer_path=found.tokenizer_path,
+        tokens=found.tokens,
         max_shard_bytes=max_shard_bytes,
     )
 
@@ -219,10 +231,10 @@ def write_workdir(workdir: Path, loaded: Loaded) -> Path:
     config.data.update(
         {"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token}
     )
-    if loaded.tokenizer_name != tokenizers.BYTES:
-        own = workdir.absolute() / "tokenizer.json"
-        own.write_bytes(Path(loaded.tokenizer_name).read_bytes())
-        config.data.tokenizer = str(own)
+    own = loaded.found.tokenizer_path
+    special_tokens.write(workdir, loaded.found.tokens, own)
+    if own is not None:
+        config.data.tokenizer = str(workdir.absolute() / special_tokens.TOKENIZER_FILE)
     config.optimizer.learning_rate = 1e-5
     steps.build(config, config.data.seq_len)  # raises for what cannot be run
     checkpoints = Checkpoints(workdir)
@@ -239,16 +251,16 @@ class NothingRead:
         return {}
 
 
-def _document_token(path: str, hf_config: dict[str, Any]) -> str:
+def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
     """The token that stands before documents: what separated them in pretraining, as far as the files tell."""
-    file = _open(path)
-    if file.token_to_id(_WHOLE_TEXT) is not None:
-        return _WHOLE_TEXT
-    for name in ("bos", "eos"):
-        i = checkpoints_io.token_id(hf_config, name)
-        if i is not None and (token := file.id_to_token(i)) is not None:
-            return token
-    raise ValueError(f"{path}: no token is known to separate documents; config.json names none")
+    file, tokens = _open(path), found.tokens
+    candidates = [file.token_to_id(_WHOLE_TEXT), tokens.bos, *tokens.eos]
+    for i in candidates:
+        if i is not None and i < found.model_config["vocab_size"] and file.id_to_token(i):
+            return file.id_to_token(i)
+    raise ValueError(
+        f"{path}: no token is known to separate documents; the files beside it name none"
+    )
 
 
 @functools.lru_cache(maxsize=2)

@@ -315,13 +315,14 @@ def _check_prompts(model, prompts: Sequence[Sequence[int]]) -> None:
         check_ids(model, prompt)
 
 
-def check_ids(model, tokens: Sequence[int]) -> None:
+def check_ids(model, tokens: Sequence[int] | np.ndarray) -> None:
     """Raises ValueError where a token id lies outside the model's vocabulary."""
-    if not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
-        outside = next(t for t in tokens if not 0 <= t < model.vocab_size)
+    ids = np.asarray(tokens)
+    outside = ids[(ids < 0) | (ids >= model.vocab_size)]
+    if outside.size:
         raise ValueError(
-            f"token id {outside} is not in the model's vocabulary of {model.vocab_size}: use the tokenizer that the model "
-            "was trained with"
+            f"token id {outside[0]} is not in the model's vocabulary of {model.vocab_size}: use the tokenizer that the model "
+            "was trained with, or a text without this token"
         )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import distributed, optimizers, schedules
+from experiments import distributed, optimizers, sampling, schedules
 from experiments.checkpoints import TrainState
 from kernels_pallas import TokenDetails
 from seqmodels import language_model, operators, sharding
@@ -90,7 +90,12 @@ class Program:
         return len(self.batch_sharding.device_set)
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        """The global batch on the devices, of which each process has its rows."""
+        """The global batch on the devices, of which each process has its rows.
+
+        Raises ValueError for token ids that the model does not have.
+        """
+        for name in ("inputs", "targets"):
+            sampling.check_ids(self.model, batch[name])
         return distributed.global_batch(self.batch_sharding, batch)
 
 

@@ -130,6 +130,16 @@ def _num_bytes(token: str, byte_level: bool) -> int:
     return len(token.removeprefix("##").replace("\u2581", " ").encode())
 
 
+def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Whether a model of `vocab_size` tokens has the tokenizer's ids, but for a few that it never learned.
+
+    Tokenizers of pretrained models get a token or two that the embedding lacks: a tenth, or 256, is allowed for. Such an
+    id is refused where it comes up.
+    """
+    spare = max(vocab_size // 10, 256)
+    return tokenizer.document_id < vocab_size and tokenizer.vocab_size <= vocab_size + spare
+
+
 def make_tokenizer(name: str, document_token: str = "") -> Tokenizer:
     """`bytes`, or the path of a tokenizer.json."""
     if name == BYTES:

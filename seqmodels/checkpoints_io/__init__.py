@@ -5,15 +5,15 @@ from seqmodels.checkpoints_io.pretrained import (
     load_pretrained,
     same_model,
     save_pretrained,
-    token_id,
     with_max_len,
 )
+from seqmodels.checkpoints_io.special_tokens import SpecialTokens
 
 __all__ = [
     "Pretrained",
+    "SpecialTokens",
     "load_pretrained",
     "same_model",
     "save_pretrained",
-    "token_id",
     "with_max_len",
 ]

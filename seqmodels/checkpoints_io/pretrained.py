@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmodels import language_model, mixers, pattern
-from seqmodels.checkpoints_io import architectures, conversion, files, own_layout
+from seqmodels.checkpoints_io import architectures, conversion, files, own_layout, special_tokens
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig
+from seqmodels.checkpoints_io.special_tokens import TOKENIZER_FILE, SpecialTokens
 
 GGUF_PREFIX = "gguf:"
-TOKENIZER_FILE = "tokenizer.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_TEMPLATE_FILE = "chat_template.jinja"
-# Copied beside the weights, where a folder has them, so that other programs find what they need.
-_COMPANIONS = (
-    TOKENIZER_FILE,
-    _TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    _TEMPLATE_FILE,
-    "generation_config.json",
-)
 # They say how a model is computed, not which one it is.
 _HOW = ("dtype", "param_dtype", "remat", "scan_layers", "parent", "name")
 _HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "max_length")
@@ -37,7 +26,7 @@ class Pretrained:
     """A model as it was found.
 
     model_config: what `language_model.from_config` takes. params: JAX arrays (or what `put` made of them).
-    hf_config: config.json as it was. tokenizer_path: a `tokenizers` file, if there is one. chat_template: Jinja, if any.
+    hf_config: config.json as it was. tokenizer_path: a `tokenizers` file, if there is one. tokens: what the files say of tokens.
     dtypes: of the tensors as they lay in the files, by name: given to `save_pretrained`, a file comes out as it went in.
     """
 
@@ -46,12 +35,17 @@ class Pretrained:
     hf_config: dict[str, Any]
     source: str
     tokenizer_path: Path | None = None
-    chat_template: str | None = None
+    tokens: SpecialTokens = SpecialTokens()
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> language_model.LanguageModel:
         return language_model.from_config(self.model_config)
+
+    @property
+    def chat_template(self) -> str | None:
+        """What a conversation is written with: Jinja, if there is a template."""
+        return self.tokens.chat_templates.get(special_tokens.DEFAULT)
 
 
 def load_pretrained(
@@ -75,7 +69,7 @@ def load_pretrained(
       ValueError: an architecture that is not supported (those that are, are listed); files that are cut off or are not what they
         say; tensors that are missing, extra or misshapen, by name; max_len beyond the model's context.
     """
-    hf_config, tensors, tokenizer_path, chat_template = _open(str(source))
+    hf_config, tensors, tokenizer_path, tokens = _open(str(source))
     if hf_config.get("model_type") == own_layout.MODEL_TYPE:
         architecture = own_layout.ARCHITECTURE
     else:
@@ -109,7 +103,7 @@ def load_pretrained(
     params = conversion.read_params(tensors, rules, slots, dtype_of, put)
     dtypes = {name: tensors.entries[name].dtype.name for name in expected}
     return Pretrained(
-        model_config, params, hf_config.fields, str(source), tokenizer_path, chat_template, dtypes
+        model_config, params, hf_config.fields, str(source), tokenizer_path, tokens, dtypes
     )
 
 
@@ -122,7 +116,7 @@ def save_pretrained(
     dtype: str | Mapping[str, str] | None = None,
     hf_config: Mapping[str, Any] | None = None,
     tokenizer_path: str | Path | None = None,
-    chat_template: str | None = None,
+    tokens: SpecialTokens | None = None,
     max_shard_bytes: int = files.MAX_SHARD_BYTES,
 ) -> list[Path]:
     """Writes safetensors and config.json to `folder`; returns the files' paths.
@@ -130,8 +124,8 @@ def save_pretrained(
     architecture: "seqmodels", our own layout, which holds any config.model, or a model_type of the registry, for other programs.
     dtype: of all tensors, or by name; None, and what has no name, is each parameter's own.
     hf_config: fields that config.json keeps where the model does not say otherwise, such as `bos_token_id`.
-    tokenizer_path: a tokenizer.json to copy, with what describes it in its folder; where nothing does, that is written, with
-      `chat_template` and the tokens that the config's `bos_token_id` and `eos_token_id` are.
+    tokenizer_path: a tokenizer.json to copy, with what describes it in its folder.
+    tokens: written as `special_tokens.write` does; None is what the files beside the tokenizer and `hf_config` say.
 
     Raises:
       ValueError: a model that this architecture cannot express, with what differs; parameters of another model.
@@ -142,20 +136,25 @@ def save_pretrained(
     if architecture != own_layout.MODEL_TYPE:
         target = architectures.get(architecture)
     filled = _with_defaults(model_config, model)
-    config = _hf_config(target, filled, model, dict(hf_config or {}))
+    kept = dict(hf_config or {})
+    tokenizer_path = Path(tokenizer_path) if tokenizer_path else None
+    if tokens is None:
+        tokens = (
+            special_tokens.read(tokenizer_path.parent, kept) if tokenizer_path else SpecialTokens()
+        )
+    config = _hf_config(target, filled, model, tokens.ids() | kept)
     slots, rules = _table(target, model_config)
     entries, read = conversion.tensor_reader(dict(params), rules, slots, dtype)
     counts: dict[str, int] = {}
     for entry in entries.values():
         counts[entry.dtype.name] = counts.get(entry.dtype.name, 0) + entry.num_bytes
     config["dtype"] = max(counts, key=counts.get)
+    folder = Path(folder)
     paths = files.write(folder, entries, read, max_shard_bytes)
-    config_path = Path(folder) / "config.json"
+    config_path = folder / "config.json"
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    copied = _copy_tokenizer(tokenizer_path, Path(folder))
-    if tokenizer_path is not None and Path(folder) / _TOKENIZER_CONFIG not in copied:
-        copied += _describe_tokenizer(Path(folder), config, chat_template)
-    return [*paths, config_path, *copied]
+    paths += [config_path, *special_tokens.write(folder, tokens, tokenizer_path)]
+    return paths
 
 
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -229,7 +228,7 @@ def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[st
 
 
 def _open(source: str):
-    """(config, tensors, tokenizer file or None, chat template or None) of any source."""
+    """(config, tensors, tokenizer file or None, special tokens) of any source."""
     if source.startswith(GGUF_PREFIX):
         from seqmodels.checkpoints_io import gguf_files  # an extra
 
@@ -243,7 +242,7 @@ def _open(source: str):
         config,
         files.open_folder(folder),
         tokenizer if tokenizer.is_file() else None,
-        _chat_template(folder),
+        special_tokens.read(folder),
     )
 
 
@@ -269,55 +268,6 @@ def _from_hub(name: str) -> Path:
     ) as error:  # no network, no such model, no permission: the library has a class for each
         reason = str(error).splitlines()[0]
         raise ValueError(f"there is no folder {name!r}, and the hub gave none: {reason}") from error
-
-
-def _chat_template(folder: Path) -> str | None:
-    if (folder / _TEMPLATE_FILE).is_file():
-        return (folder / _TEMPLATE_FILE).read_text()
-    if not (folder / _TOKENIZER_CONFIG).is_file():
-        return None
-    template = files.read_json(folder / _TOKENIZER_CONFIG).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
-
-
-def token_id(hf_config: Mapping[str, Any], name: str) -> int | None:
-    """The field `{name}_token_id` of a config.json, the first where it lists several; None where there is none."""
-    found = hf_config.get(f"{name}_token_id")
-    found = found[0] if isinstance(found, list) and found else found
-    return found if type(found) is int and found >= 0 else None
-
-
-def _copy_tokenizer(tokenizer_path, folder: Path) -> list[Path]:
-    if tokenizer_path is None:
-        return []
-    tokenizer_path = Path(tokenizer_path)
-    copied = []
-    for name in _COMPANIONS:
-        found = tokenizer_path if name == TOKENIZER_FILE else tokenizer_path.parent / name
-        if found.is_file() and found.resolve() != (folder / name).resolve():
-            copied.append(Path(shutil.copyfile(found, folder / name)))
-    return copied
-
-
-def _describe_tokenizer(folder: Path, config: dict, chat_template: str | None) -> list[Path]:
-    """tokenizer_config.json, which transformers asks for, and the template beside it."""
-    added = files.read_json(folder / TOKENIZER_FILE).get("added_tokens", [])
-    token = {entry["id"]: entry["content"] for entry in added}
-    special = {f"{name}_token": token.get(token_id(config, name)) for name in ("bos", "eos")}
-    described = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    described |= {name: content for name, content in special.items() if content}
-    paths = [folder / _TOKENIZER_CONFIG]
-    paths[0].write_text(json.dumps(described, indent=2) + "\n")
-    if chat_template:
-        paths.append(folder / _TEMPLATE_FILE)
-        paths[1].write_text(chat_template)
-    return paths
 
 
 def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str) -> dict[str, Any]:

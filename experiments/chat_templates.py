@@ -1,0 +1,64 @@
+"""Conversations as text, by the Jinja template of a model: what transformers' `apply_chat_template` makes of it."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+try:
+    import jinja2
+    from jinja2 import ext, nodes, sandbox
+except ImportError as error:
+    raise ValueError("chat templates need jinja2: pip install 'seqmodels[gguf]'") from error
+
+
+class _Generation(ext.Extension):
+    """{% generation %}: says what an assistant wrote, to those who train on that alone; it is shown as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A call, so that what is set in the block ends with it, as in transformers.
+        return nodes.CallBlock(self.call_method("_shown"), [], [], body).set_lineno(line)
+
+    def _shown(self, caller) -> str:
+        return caller()
+
+
+def _refuse(message):
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Without the escapes for HTML of Jinja's own."""
+    options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """The text of a conversation up to where the answer begins, in a sandbox: a template is a part of somebody's file.
+
+    special: the texts of special tokens, "bos_token" and others. tools: JSON schemas. documents: with "title" and "text".
+    Raises ValueError for whatever the template makes happen.
+    """
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    said = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    try:
+        return environment.from_string(template).render(
+            **special, messages=said, tools=tools, documents=documents, add_generation_prompt=True
+        )
+    except Exception as error:  # whatever the template makes happen
+        raise ValueError(f"the model's chat template cannot be rendered: {error}") from error

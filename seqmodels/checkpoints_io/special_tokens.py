@@ -1,0 +1,186 @@
+"""What a model's files say about tokens: which ids begin and end a text, and how a conversation is written.
+
+    generation_config.json   bos_token_id, pad_token_id, and eos_token_id: the end of a text, or a list with the ends of turns
+    config.json              the same fields
+    tokenizer_config.json    "bos_token": "<s>" and so on, and chat_template: Jinja, or several by name
+    special_tokens_map.json  what the one above leaves out, in folders of older programs
+    chat_template.jinja, additional_chat_templates/<name>.jinja
+
+An id is what the first file that names it says, as in transformers; tokenizer_config.json names it by its text. A run keeps these
+files beside its tokenizer.json and a GGUF file's metadata is written as such files, so that all are read in one way.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from seqmodels.checkpoints_io import files
+
+TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+_GENERATION_CONFIG = "generation_config.json"
+_TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATE_FOLDER = "additional_chat_templates"
+DEFAULT = "default"  # the template of a conversation without tools
+_PLAIN = "PreTrainedTokenizerFast"
+# transformers' classes of tokenizers that have no special tokens but those they are told.
+_TOLD_ALONE = (_PLAIN, "TokenizersBackend")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """bos, pad: ids, if there are such tokens. eos: every id that ends a text or a turn, the text's own first.
+
+    names: the texts that chat templates are given, such as {"bos_token": "<s>"}.
+    chat_templates: Jinja by name. "default" writes a conversation, "tool_use" one with tools, if there is that template.
+    """
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def ids(self) -> dict[str, int | list[int]]:
+        """The fields of config.json and generation_config.json, those that are known."""
+        eos = self.eos[0] if len(self.eos) == 1 else list(self.eos) or None
+        fields = {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def filled(self, other: "SpecialTokens") -> "SpecialTokens":
+        """The same, with what `other` knows beyond it."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        known = {name: value for name, value in own.items() if value not in (None, (), {})}
+        return dataclasses.replace(other, **known | {"names": {**other.names, **self.names}})
+
+
+def read(folder: Path, config: Mapping[str, Any] | None = None) -> SpecialTokens:
+    """What the files in `folder` say; nothing where there are none.
+
+    config: what config.json has, where it is not in this folder.
+    Raises ValueError, naming the file, for one that is no JSON object.
+    """
+    generation = _fields(folder / _GENERATION_CONFIG)
+    config = _fields(folder / "config.json") if config is None else config
+    described = _described(folder)
+    vocabulary = functools.cache(lambda: _vocabulary(folder / TOKENIZER_FILE))
+    own_class = described.get("tokenizer_class") not in _TOLD_ALONE
+    names, ids = _names(described), {}
+    for name in ("bos", "eos", "pad"):
+        token, field = f"{name}_token", f"{name}_token_id"
+        ids[name] = _ids(generation.get(field)) or _ids(config.get(field))
+        if not ids[name] and token in names:
+            ids[name] = _ids(vocabulary().get(names[token]))
+        elif ids[name] and token not in described and own_class and name != "pad":
+            text = next((text for text, i in vocabulary().items() if i == ids[name][0]), None)
+            names |= {} if text is None else {token: text}
+    bos, pad = (next(iter(ids[name]), None) for name in ("bos", "pad"))
+    return SpecialTokens(bos, ids["eos"], pad, names, _chat_templates(folder, described))
+
+
+def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) -> list[Path]:
+    """Writes to `folder` what `read` reads, but for config.json; returns the files' paths.
+
+    tokenizer: a tokenizer.json that is copied, with those of these files that stand beside it; where they say otherwise, what
+    `tokens` says is put in. None leaves out tokenizer_config.json: there is no tokenizer to describe.
+    """
+    beside = tokenizer.parent if tokenizer else None
+    said = _fields(beside / _GENERATION_CONFIG) if beside else {}
+    ids = {k: v for k, v in tokens.ids().items() if _ids(said.get(k)) != _ids(v)}
+    paths = _put(folder, _GENERATION_CONFIG, said | ids, beside)
+    if beside is None:
+        return paths
+    paths += _copy(tokenizer, folder / TOKENIZER_FILE)
+    described, kept = _described(beside), _template_files(beside)
+    known = _names(described)
+    changed = {k: text for k, text in tokens.names.items() if known.get(k) != text}
+    if tokens.chat_templates != _chat_templates(beside, described):
+        named = [{"name": name, "template": text} for name, text in tokens.chat_templates.items()]
+        alone = set(tokens.chat_templates) == {DEFAULT}
+        kept, changed["chat_template"] = {}, named[0]["template"] if alone else named
+    plain = {"tokenizer_class": _PLAIN, "clean_up_tokenization_spaces": False}
+    paths += _put(folder, _TOKENIZER_CONFIG, (described or plain) | changed, beside)
+    copies = {folder / p.relative_to(beside): p.read_bytes() for p in kept.values()}
+    for of_another_model in _template_files(folder).values():
+        of_another_model.unlink()
+    for path, data in copies.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    return [*paths, *copies]
+
+
+def _put(folder: Path, name: str, fields: dict[str, Any], beside: Path | None) -> list[Path]:
+    """Writes a JSON file, byte for byte as the one in `beside` where that says the same."""
+    if beside and fields and _fields(beside / name) == fields:
+        return _copy(beside / name, folder / name)
+    if fields:
+        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name] if fields else []
+
+
+def _copy(source: Path, target: Path) -> list[Path]:
+    if source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
+    return [target]
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    return files.read_json(path) if path.is_file() else {}
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with special_tokens_map.json where that counts: beside files that list no added tokens."""
+    described = _fields(folder / _TOKENIZER_CONFIG)
+    if "added_tokens_decoder" not in described:
+        described |= _fields(folder / _SPECIAL_TOKENS_MAP)
+    return described
+
+
+def _names(described: Mapping[str, Any]) -> dict[str, str]:
+    extra = described.get("extra_special_tokens")
+    named = {k: v for k, v in described.items() if k.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
+    return {k: text for k, text in texts.items() if isinstance(text, str)}
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(i for i in values if type(i) is int and i >= 0))
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """Ids by text. What is no tokenizer has none: whoever needs one opens it, and says so."""
+    try:
+        fields = json.loads(path.read_bytes())
+        words = fields["model"]["vocab"]
+        if isinstance(words, list):  # Unigram's, with scores
+            words = {text: i for i, (text, _) in enumerate(words)}
+        return words | {token["content"]: token["id"] for token in fields["added_tokens"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def _template_files(folder: Path) -> dict[str, Path]:
+    found = {path.stem: path for path in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))}
+    default = folder / _TEMPLATE_FILE
+    return {DEFAULT: default} | found if default.is_file() else found
+
+
+def _chat_templates(folder: Path, described: Mapping[str, Any]) -> dict[str, str]:
+    """Files, if there are any; else what tokenizer_config.json has."""
+    if paths := _template_files(folder):
+        return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    found = described.get("chat_template")
+    if isinstance(found, list):
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = {entry.get("name"): entry.get("template") for entry in entries}
+    templates = found if isinstance(found, dict) else {DEFAULT: found}
+    pairs = templates.items()
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
