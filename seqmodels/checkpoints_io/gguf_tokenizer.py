@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -94,8 +93,8 @@ def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
     folder = cache / "tokenizers" / hashlib.sha256(whole.encode()).hexdigest()[:16]
     path = folder / special_tokens.TOKENIZER_FILE
     if not path.is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True, exist_ok=True)
         (temporary / path.name).write_text(text, encoding="utf-8")
         special_tokens.write(temporary, tokens, temporary / path.name)
         try:
@@ -146,17 +145,15 @@ def make(metadata: dict[str, Any], name: str):
             f"{name}: {len(tokens)} tokens, {len(set(tokens))} different, and {len(types)} token types"
         )
     tokenizer, starts, ends = makers[kind](metadata, tokens, types.tolist(), name)
-    for token, token_type in zip(tokens, types):
-        if token_type in (_CONTROL, _UNKNOWN):
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif token_type == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    whole = [AddedToken(token, normalized=False) for token in tokens]
+    tokenizer.add_special_tokens([t for t, of in zip(whole, types) if of in (_CONTROL, _UNKNOWN)])
+    tokenizer.add_tokens([t for t, of in zip(whole, types) if of == _USER_DEFINED])
     _add_at_ends(tokenizer, metadata, tokens, name, bos=starts, eos=ends)
     return tokenizer
 
 
 def _byte_level(metadata, tokens, types, name):
-    """The tokenizer of kind "gpt2", and whether a text is to begin with bos and to end with eos where the file does not say."""
+    """Kind "gpt2": the tokenizer, and whether a text begins with bos and ends with eos where the file does not say."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as pre
 
@@ -199,11 +196,11 @@ def _sentencepiece(metadata, tokens, types, name):
         for cut in range(1, len(token))
         if token[:cut] in normal and token[cut:] in normal
     ]
-    made = dict((i, score) for score, i, _, _ in merges)
+    made = {i: score for score, i, _, _ in merges}
     if tied := len(made) - len(set(made.values())):
         warnings.warn(
-            f"{name}: {tied} tokens have another's score; where such tokens overlap in a text the one of the lower id is "
-            "taken, and by SentencePiece the one further left",
+            f"{name}: {tied} tokens have another's score; where two such overlap in a text the one of the lower id is "
+            "taken here, the one further left by SentencePiece",
             stacklevel=2,
         )
     unknown = _unknown(metadata, tokens, name)
@@ -237,7 +234,10 @@ def _spell_spaces(tokenizer, metadata, name: str) -> None:
     charsmap = metadata.get(f"{_KEY}.precompiled_charsmap")
     steps = [] if charsmap is None else [_precompiled(charsmap, name)]
     if metadata.get(f"{_KEY}.remove_extra_whitespaces") is True:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
+        steps += [
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(Regex(" +"), " "),
+        ]
     prefix = metadata.get(f"{_KEY}.add_space_prefix", True) is True
     steps += [normalizers.Prepend(_SPACE)] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])

@@ -76,6 +76,7 @@ def write(path, arrays, kind=TYPES.F32, rope_freqs=None):
     writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
+    writer.add_chat_template("{{ messages }}")
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, L)
@@ -156,10 +157,10 @@ def test_what_is_written_of_one_is_a_whole_folder(whole, tmp_path):
         architecture="llama",
         hf_config=loaded.hf_config,
         tokenizer_path=loaded.tokenizer_path,
-        chat_template="{{ messages }}",
+        tokens=loaded.tokens,
     )
     again = checkpoints_io.load_pretrained(tmp_path)
-    assert again.chat_template == "{{ messages }}"
+    assert again.tokens == loaded.tokens and again.chat_template == "{{ messages }}"
     assert not checkpoints_io.same_model(again.model_config, loaded.model_config)
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (described["bos_token"], described["eos_token"]) == ("<|im_start|>", "<|endoftext|>")
@@ -201,10 +202,12 @@ def test_llama_3_takes_words_whole_and_begins_with_bos(whole):
 
 def test_weights_are_of_use_without_the_tokenizer(whole):
     metadata = gguf_header.read(whole, SIZES).metadata
-    for pre in ("tekken", "default", None):  # the last two say nothing of how words are cut
+    for pre in ("viking", "default", None):  # the last two say nothing of how words are cut
         with pytest.warns(UserWarning, match=f"{pre!r} is not supported; .*; give another token"):
             other = metadata | {"tokenizer.ggml.pre": pre}
             assert gguf_tokenizer.tokenizer_file(other, "tiny.gguf") is None
+    none = metadata | {"tokenizer.ggml.model": "none"}
+    assert gguf_tokenizer.tokenizer_file(none, "tiny.gguf") is None
     del metadata["tokenizer.ggml.model"]
     assert gguf_tokenizer.tokenizer_file(metadata, "tiny.gguf") is None
 
@@ -329,8 +332,9 @@ def test_metadata_with_anything_in_it_is_used_or_refused(whole):
         ({"llama__attention__scale": 0.25}, "llama.attention.scale is 0.25"),
         ({"llama__rope__scaling__type": "yarn"}, "rope scaling by 'yarn'"),
         ({"llama__rope__dimension_count": 8}, "rope.dimension_count is 8"),
-        ({"tokenizer__ggml__model": "llama"}, "a tokenizer of kind 'llama'"),
-        ({"tokenizer__ggml__pre": "tekken"}, "pre-tokenizer 'tekken' is not supported; .*smollm"),
+        ({"tokenizer__ggml__model": "bert"}, "a tokenizer of kind 'bert' is not supported; gpt2, llama"),
+        ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.scores must be a list of 300 numbers"),
+        ({"tokenizer__ggml__pre": "viking"}, "pre-tokenizer 'viking' is not supported; .*smollm"),
         ({"llama__attention__head_count": 7}, "does not fit 7 heads"),
     ],
 )
