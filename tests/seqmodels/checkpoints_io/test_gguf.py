@@ -332,8 +332,14 @@ def test_metadata_with_anything_in_it_is_used_or_refused(whole):
         ({"llama__attention__scale": 0.25}, "llama.attention.scale is 0.25"),
         ({"llama__rope__scaling__type": "yarn"}, "rope scaling by 'yarn'"),
         ({"llama__rope__dimension_count": 8}, "rope.dimension_count is 8"),
-        ({"tokenizer__ggml__model": "bert"}, "a tokenizer of kind 'bert' is not supported; gpt2, llama"),
-        ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.scores must be a list of 300 numbers"),
+        (
+            {"tokenizer__ggml__model": "bert"},
+            "a tokenizer of kind 'bert' is not supported; gpt2, llama",
+        ),
+        (
+            {"tokenizer__ggml__model": "llama"},
+            "tokenizer.ggml.scores must be a list of 300 numbers",
+        ),
         ({"tokenizer__ggml__pre": "viking"}, "pre-tokenizer 'viking' is not supported; .*smollm"),
         ({"llama__attention__head_count": 7}, "does not fit 7 heads"),
     ],

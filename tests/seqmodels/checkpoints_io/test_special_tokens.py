@@ -1,0 +1,157 @@
+"""What files say about tokens, by hand: which file counts, and that what is read is written."""
+
+import json
+
+import pytest
+
+from seqmodels.checkpoints_io import special_tokens
+from seqmodels.checkpoints_io.special_tokens import SpecialTokens
+
+WORDS = {"a": 0, "b": 1, "<s>": 2, "</s>": 3, "<turn>": 4, "<pad>": 5}
+PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def put(folder, **fields):
+    """JSON files by name, with a tokenizer.json of WORDS, of which the last is an added token alone."""
+    folder.mkdir(exist_ok=True, parents=True)
+    words = {word: i for word, i in WORDS.items() if word != "<pad>"}
+    tokenizer = {"model": {"vocab": words}, "added_tokens": [{"id": 5, "content": "<pad>"}]}
+    for name, value in ({"tokenizer": tokenizer} | fields).items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_generation_config_counts_then_config_then_the_tokenizers_names(tmp_path):
+    config = {"bos_token_id": 0, "eos_token_id": 1}
+    described = PLAIN | {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>"}
+    folder = put(tmp_path, tokenizer_config=described)
+    assert special_tokens.read(folder).ids() == {
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "pad_token_id": 5,
+    }
+    put(tmp_path, config=config)
+    found = special_tokens.read(folder)
+    assert (found.bos, found.eos, found.pad) == (0, (1,), 5)
+    put(tmp_path, generation_config={"eos_token_id": [3, 4], "bos_token_id": None})
+    found = special_tokens.read(folder)
+    assert (found.bos, found.eos, found.pad) == (0, (3, 4), 5)
+    # Templates are given the tokenizer's own names, whatever the ids are.
+    assert found.names == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize("value", [None, -1, True, "3", 1.5, [], [None, "x"], {"a": 1}])
+def test_what_is_no_id_is_passed_over(value, tmp_path):
+    folder = put(tmp_path, generation_config={"eos_token_id": value}, config={"eos_token_id": 4})
+    assert special_tokens.read(folder).eos == (4,)
+
+
+def test_names_that_are_told_and_names_that_follow_from_ids(tmp_path):
+    config = {"bos_token_id": 2, "eos_token_id": [4, 3], "pad_token_id": 5}
+    assert special_tokens.read(put(tmp_path / "none", config=config)).names == {
+        "bos_token": "<s>",
+        "eos_token": "<turn>",
+    }
+    # A class of transformers with tokens of its own has them all the same; this one has those it is told.
+    own = put(tmp_path / "own", config=config, tokenizer_config={"bos_token": None})
+    assert special_tokens.read(own).names == {"eos_token": "<turn>"}
+    told = put(tmp_path / "told", config=config, tokenizer_config=PLAIN | {"unk_token": "a"})
+    assert special_tokens.read(told).names == {"unk_token": "a"}
+
+
+def test_the_older_map_counts_where_no_added_tokens_are_listed(tmp_path):
+    described = PLAIN | {"eos_token": "</s>", "add_bos_token": True, "image_token": "b"}
+    old = {"eos_token": {"content": "<turn>", "lstrip": False}, "extra_special_tokens": {"x": "a"}}
+    folder = put(tmp_path, tokenizer_config=described, special_tokens_map=old)
+    found = special_tokens.read(folder)
+    assert found.eos == (4,)
+    assert found.names == {"eos_token": "<turn>", "image_token": "b", "x": "a"}
+    put(tmp_path, tokenizer_config=described | {"added_tokens_decoder": {}})
+    assert special_tokens.read(folder).eos == (3,)
+
+
+def test_templates_by_name_and_in_files(tmp_path):
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}, "?"]
+    folder = put(tmp_path, tokenizer_config={"chat_template": named})
+    assert special_tokens.read(folder).chat_templates == {"tool_use": "t", "default": "d"}
+    put(tmp_path, tokenizer_config={"chat_template": "alone"})
+    assert special_tokens.read(folder).chat_templates == {"default": "alone"}
+    (folder / "chat_template.jinja").write_text("{{ 'é' }}\n", encoding="utf-8")
+    more = folder / "additional_chat_templates" / "rag.jinja"
+    more.parent.mkdir()
+    more.write_text("r")
+    assert special_tokens.read(folder).chat_templates == {"default": "{{ 'é' }}\n", "rag": "r"}
+
+
+def contents(folder):
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "config.json")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def test_a_copy_is_byte_for_byte_and_lacks_nothing(tmp_path):
+    described = PLAIN | {
+        "eos_token": {"content": "</s>"},
+        "model_max_length": 7,
+        "chat_template": "c",
+    }
+    generation = {"eos_token_id": [3, 4], "temperature": 0.6}
+    folder = put(tmp_path / "a", tokenizer_config=described, generation_config=generation)
+    found = special_tokens.read(folder)
+    (tmp_path / "b").mkdir()
+    paths = special_tokens.write(tmp_path / "b", found, folder / "tokenizer.json")
+    assert contents(tmp_path / "b") == contents(folder)
+    assert {str(p.relative_to(tmp_path / "b")) for p in paths} == set(contents(folder))
+    (folder / "chat_template.jinja").write_text("other")
+    found = special_tokens.read(folder)
+    special_tokens.write(tmp_path / "b", found, folder / "tokenizer.json")
+    assert contents(tmp_path / "b") == contents(folder)
+    special_tokens.write(folder, found, folder / "tokenizer.json")  # onto itself
+    assert contents(tmp_path / "b") == contents(folder)
+
+
+def test_what_config_json_said_is_written_where_a_run_has_no_such_file(tmp_path):
+    folder = put(tmp_path / "a", config={"eos_token_id": 4}, generation_config={"top_p": 0.9})
+    (tmp_path / "b").mkdir()
+    special_tokens.write(tmp_path / "b", special_tokens.read(folder), folder / "tokenizer.json")
+    assert special_tokens.read(tmp_path / "b") == special_tokens.read(folder)
+    generation = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert generation == {"top_p": 0.9, "eos_token_id": 4}
+
+
+def test_what_is_said_otherwise_replaces_what_the_files_say(tmp_path):
+    described = PLAIN | {"eos_token": "</s>", "chat_template": "old"}
+    folder = put(tmp_path / "a", tokenizer_config=described)
+    out = put(tmp_path / "b")
+    (out / "chat_template.jinja").write_text("another model's")
+    templates = {"default": "new", "../../up": "stays inside"}
+    tokens = SpecialTokens(2, (4, 3), None, {"eos_token": "<turn>"}, templates)
+    special_tokens.write(out, tokens, folder / "tokenizer.json")
+    assert special_tokens.read(out) == tokens
+    assert not [p for p in tmp_path.rglob("*.jinja")]
+    alone = SpecialTokens(eos=(4,), chat_templates={"default": "new"})
+    special_tokens.write(out, alone, folder / "tokenizer.json")
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "new"
+
+
+def test_without_a_tokenizer_only_ids_are_written(tmp_path):
+    assert special_tokens.write(tmp_path, SpecialTokens()) == []
+    special_tokens.write(tmp_path, SpecialTokens(bos=1, eos=(0, 2), names={"bos_token": "b"}))
+    assert set(contents(tmp_path)) == {"generation_config.json"}
+    assert special_tokens.read(tmp_path) == SpecialTokens(bos=1, eos=(0, 2))
+
+
+def test_what_one_does_not_know_another_does():
+    own = SpecialTokens(bos=0, names={"bos_token": "a"})
+    other = SpecialTokens(1, (2,), None, {"bos_token": "b", "eos_token": "c"}, {"default": "t"})
+    names = {"bos_token": "a", "eos_token": "c"}
+    assert own.filled(other) == SpecialTokens(0, (2,), None, names, {"default": "t"})
+
+
+def test_files_that_are_no_json_are_named(tmp_path):
+    (tmp_path / "generation_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="generation_config.json must be a JSON object"):
+        special_tokens.read(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text("{")  # who needs it opens it, and says so
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1}')
+    assert special_tokens.read(tmp_path) == SpecialTokens(bos=1)
