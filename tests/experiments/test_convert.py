@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from experiments import loop, pretrained, run_record
+from configs import common
+from experiments import loop, pretrained, run_record, sampling, steps
+from experiments.data import make_dataset
 from seqmodels import checkpoints_io, language_model
 from tests.experiments import tiny
 
@@ -140,13 +142,16 @@ def test_the_programs(folder, tmp_path):
     done = python("experiments.convert", f"--source={folder}", "--to=workdir", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert "parameters, float32" in done.stdout and f"wrote {out}/checkpoints/0" in done.stdout
-    of_model, of_run = (
-        python("experiments.generate", f, "--prompt=abc", "--length=4", "--temperature=0")
-        for f in (f"--model={folder}", f"--workdir={out}")
-    )
+    greedy = ("--prompt=abc", "--length=4", "--temperature=0")
+    of_model = python("experiments.generate", f"--model={folder}", *greedy)
     assert of_model.returncode == 0, of_model.stderr
-    assert of_run.returncode == 0, of_run.stderr
     assert of_model.stdout.startswith("abc")
+    asked, asked_of_run = (
+        python("experiments.generate", flag, "--chat", *greedy)
+        for flag in (f"--model={folder}", f"--workdir={out}")
+    )
+    assert asked.returncode == asked_of_run.returncode == 0, asked_of_run.stderr
+    assert asked_of_run.stdout == asked.stdout
     refused = python("experiments.generate", f"--model={folder}", f"--workdir={out}")
     assert refused.returncode == 2 and "give one of --workdir" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -162,23 +167,115 @@ def test_a_template_is_a_guest():
         pretrained.render_chat("{{ 1 // 0 }}", messages, {})
 
 
-def test_one_of_several_templates_and_ends_of_text(folder, tmp_path):
+SAID = [
+    {"role": "user", "content": "a < 'b' & \u00e9", "name": None},
+    {"role": "assistant", "content": "c"},
+]
+
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        ("{{ messages[0].content | tojson }}", '"a < \'b\' & \u00e9"'),
+        ("{{ {'b': [1], 'a': none} | tojson(indent=1) }}", '{\n "b": [\n  1\n ],\n "a": null\n}'),
+        ("{{ tools is none }} {{ documents is none }} {{ add_generation_prompt }}", "True True True"),
+        ("{{ bos_token }}|{{ pad_token }}|{{ eos_token }}", "<s>||</s>"),
+        ("{{ strftime_now('%%') }}{{ strftime_now('%Y') | length }}", "%4"),
+        # What an assistant said is shown as it is, and what is set there ends there.
+        (
+            "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ m.content[0] }}{{ x }}"
+            "{% endgeneration %}{{ x }}{% endfor %}",
+            "a21c21",
+        ),
+        # A line of a block leaves no line behind.
+        ("{% for m in messages %}\n  {% if loop.first %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}", "user\n"),
+        ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}", "user"),
+        ("{{ 'name' in messages[0] }}", "False"),  # null is no name
+    ],
+)  # fmt: skip
+def test_templates_have_what_transformers_gives_them(template, expected):
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    assert pretrained.render_chat(template, SAID, special) == expected
+
+
+def with_tokens(found, **fields):
+    return dataclasses.replace(found, tokens=dataclasses.replace(found.tokens, **fields))
+
+
+def test_tools_have_a_template_of_their_own(folder):
     found = checkpoints_io.load_pretrained(folder)
-    ends = dataclasses.replace(found, hf_config=found.hf_config | {"eos_token_id": [2, 0]})
-    loaded = pretrained.with_tokenizer(ends)
-    assert loaded.stop_tokens == {0, 2}
-    assert loaded._special_tokens()["eos_token"] == "<bot>"
-    alone = tmp_path / "alone" / "tokenizer.json"  # with nothing that describes it
+    templates = {"default": "abc", "tool_use": "{{ tools[0].name }}{{ documents[0].text }}"}
+    loaded = pretrained.with_tokenizer(with_tokens(found, chat_templates=templates))
+    assert loaded.chat_tokens(SAID) == loaded.encode("abc")
+    tools, documents = [{"name": "find"}], [{"title": "T", "text": "D"}]
+    assert loaded.chat_tokens(SAID, tools, documents) == loaded.encode("findD")
+    loaded = pretrained.with_tokenizer(with_tokens(found, chat_templates={"rag": "x"}))
+    with pytest.raises(ValueError, match="has templates for rag alone"):
+        loaded.chat_tokens(SAID)
+
+
+def test_several_ends_of_text_and_a_tokenizer_that_nothing_describes(folder, tmp_path):
+    found = with_tokens(checkpoints_io.load_pretrained(folder), eos=(2, 1))
+    loaded = pretrained.with_tokenizer(found)
+    assert loaded.stop_tokens == {0, 1, 2}  # a document's start, too
+    assert loaded.found.tokens.names["eos_token"] == "<bot>"
+    alone = tmp_path / "alone" / "tokenizer.json"
     alone.parent.mkdir()
     alone.write_bytes((folder / "tokenizer.json").read_bytes())
-    out = tmp_path / "out"
-    pretrained.write(ends, "llama", out, tokenizer=str(alone))
-    described = out / "tokenizer_config.json"
-    assert json.loads(described.read_text())["eos_token"] == "<bot>"
-    (out / "chat_template.jinja").unlink(missing_ok=True)
-    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
-    described.write_text(json.dumps({"chat_template": several}))
-    assert checkpoints_io.load_pretrained(out).chat_template == "yes"
+    pretrained.write(found, "llama", tmp_path / "out", tokenizer=str(alone))
+    described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert described["eos_token"] == "<bot>" and described["chat_template"] == CHAT
+    assert checkpoints_io.load_pretrained(tmp_path / "out").tokens == found.tokens
+
+
+def test_what_is_said_of_tokens_goes_through_a_run(folder, tmp_path):
+    source = tmp_path / "source"
+    pretrained.write(checkpoints_io.load_pretrained(folder), "llama", source)
+    generation = {"bos_token_id": 1, "eos_token_id": [2, 0], "top_p": 0.5}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<bot>",
+        "pad_token": "<user>",
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(described))
+    (source / "chat_template.jinja").write_text(CHAT)
+    tokens = checkpoints_io.load_pretrained(source).tokens
+    assert (tokens.bos, tokens.eos, tokens.pad, tokens.names["eos_token"]) == (
+        1,
+        (2, 0),
+        1,
+        "<bot>",
+    )
+    convert(source, "workdir", tmp_path / "run")
+    for layout in ("llama", "seqmodels", "mistral"):
+        out = tmp_path / layout
+        convert(tmp_path / "run", layout, out)
+        assert checkpoints_io.load_pretrained(out).tokens == tokens
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        for name in names:
+            assert (out / name).read_bytes() == (source / name).read_bytes()
+        config = json.loads((out / "config.json").read_text())
+        assert config["bos_token_id"] == 1 and config["eos_token_id"] == [2, 0]
+        kept = json.loads((out / "generation_config.json").read_text())
+        assert kept == generation | {"pad_token_id": 1}
+        assert pretrained.load(str(out)).chat_tokens(SAID) == pretrained.load(
+            str(source)
+        ).chat_tokens(SAID)
+
+
+def test_a_run_that_nothing_else_is_known_of_ends_texts_as_its_documents(tmp_path):
+    config = MODEL | {"vocab_size": 260}
+    model = language_model.from_config(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    run = common.get_config()
+    run.model, run.data = config, {"tokenizer": "bytes", "document_token": ""}
+    found = pretrained.of_run(run, params, str(tmp_path))
+    assert (found.tokens.bos, found.tokens.eos) == (256, (256,))
+    pretrained.write(found, "llama", tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["bos_token_id"] == fields["eos_token_id"] == 256
 
 
 def test_a_tokenizer_of_another_model(folder, tmp_path):
@@ -194,3 +291,36 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
         with pytest.raises(ValueError, match="another model's|no tokenizers file"):
             pretrained.write(found, "llama", tmp_path / "out", tokenizer=str(tmp_path / other))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_token_that_the_model_lacks_is_refused_where_it_comes_up(folder, tmp_path):
+    found = checkpoints_io.load_pretrained(folder)
+    write_tokenizer(tmp_path)
+    file = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    size = found.model_config["vocab_size"]
+    file.add_special_tokens([f"<more {i}>" for i in range(size + 2 - file.get_vocab_size())])
+    file.save(str(tmp_path / "tokenizer.json"))
+    more = found.tokens.filled(checkpoints_io.SpecialTokens(pad=size))
+    loaded = pretrained.with_tokenizer(
+        dataclasses.replace(found, tokenizer_path=tmp_path / "tokenizer.json", tokens=more)
+    )
+    assert loaded.tokenizer.vocab_size == size + 2
+    sampling.check_ids(loaded.model, loaded.prompt_tokens("abc<user>"))
+    with pytest.raises(
+        ValueError, match=f"token id {size + 1} is not in the model's vocabulary of {size}"
+    ):
+        sampling.check_ids(loaded.model, loaded.prompt_tokens("abc<more 6>"))
+    run = tmp_path / "run"
+    pretrained.write(loaded.found, "workdir", run)
+    config = on_a_little_text(run_record.load_config(run), tmp_path)
+    resolved = loop.resolve(config, make_dataset(config.data, "train"))
+    assert resolved.model.vocab_size == size
+    program = steps.build(resolved, config.data.seq_len, jax.devices()[:1])
+    batch = {"inputs": np.zeros((2, 4), np.int32), "targets": np.full((2, 4), size)}
+    with pytest.raises(ValueError, match=f"token id {size} is not in the model's vocabulary"):
+        program.put(batch)
+    exported = pretrained.find(str(run))
+    assert exported.tokens.pad == size
+    beyond = dataclasses.replace(loaded.found, hf_config={"document_token": "<more 6>"})
+    with pytest.raises(ValueError, match=f"documents begin with token {size + 1}"):
+        pretrained.with_tokenizer(beyond)
