@@ -129,6 +129,7 @@ def _with_given(found: checkpoints_io.Pretrained, tokenizer: str) -> checkpoints
         own = found.hf_config | {"tokenizer": tokenizer, "document_token": ""}
         return dataclasses.replace(found, hf_config=own, tokenizer_path=None)
     check_vocabulary(_open(str(path)).get_vocab_size(), tokenizer, vocab_size, found.source)
+    path = special_tokens.completed(path)
     tokens = found.tokens.filled(special_tokens.read(path.parent))
     return dataclasses.replace(found, tokenizer_path=path, tokens=tokens)
 

@@ -9,11 +9,6 @@ Others are not supported: "bert" (the file does not tell what is done to case an
 has no such model). "none" is a file without a tokenizer.
 """
 
-import dataclasses
-import hashlib
-import json
-import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -87,21 +82,7 @@ def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
     except Unsupported as error:
         warnings.warn(f"{error}; give another tokenizer", stacklevel=2)
         return None
-    tokens = special_tokens_of(metadata)
-    cache = Path(os.environ.get("SEQMODELS_CACHE") or Path.home() / ".cache" / "seqmodels")
-    whole = text + json.dumps(dataclasses.asdict(tokens))
-    folder = cache / "tokenizers" / hashlib.sha256(whole.encode()).hexdigest()[:16]
-    path = folder / special_tokens.TOKENIZER_FILE
-    if not path.is_file():
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True, exist_ok=True)
-        (temporary / path.name).write_text(text, encoding="utf-8")
-        special_tokens.write(temporary, tokens, temporary / path.name)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(temporary)
-    return path
+    return special_tokens.keep(text, special_tokens_of(metadata))
 
 
 def special_tokens_of(metadata: dict[str, Any]) -> SpecialTokens:

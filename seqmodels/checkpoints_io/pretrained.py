@@ -237,13 +237,11 @@ def _open(source: str):
     if not folder.is_dir():
         folder = _from_hub(source)
     config = HFConfig(files.read_json(folder / "config.json"), str(folder / "config.json"))
+    tensors = files.open_folder(folder)
     tokenizer = folder / TOKENIZER_FILE
-    return (
-        config,
-        files.open_folder(folder),
-        tokenizer if tokenizer.is_file() else None,
-        special_tokens.read(folder),
-    )
+    tokenizer = special_tokens.completed(tokenizer) if tokenizer.is_file() else None
+    tokens = special_tokens.read(tokenizer.parent if tokenizer else folder, config.fields)
+    return config, tensors, tokenizer, tokens
 
 
 def _from_hub(name: str) -> Path:

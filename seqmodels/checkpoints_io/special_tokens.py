@@ -8,12 +8,19 @@
 
 An id is what the first file that names it says, as in transformers; tokenizer_config.json names it by its text. A run keeps these
 files beside its tokenizer.json and a GGUF file's metadata is written as such files, so that all are read in one way.
+
+Tokens that tokenizer_config.json (or added_tokens.json, in folders of older programs) lists or names, and tokenizer.json does not have
+among its added tokens, are added: they are never cut.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +30,7 @@ from seqmodels.checkpoints_io import files
 TOKENIZER_FILE = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+_ADDED_TOKENS = "added_tokens.json"
 _GENERATION_CONFIG = "generation_config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
 _TEMPLATE_FOLDER = "additional_chat_templates"
@@ -114,6 +122,44 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
     return [*paths, *copies]
 
 
+def completed(tokenizer: Path) -> Path:
+    """A tokenizer.json with the tokens that it should have by the files beside it: itself, or a copy that has them."""
+    lacking = _lacking(tokenizer)
+    if not lacking:
+        return tokenizer
+    from tokenizers import AddedToken, Tokenizer
+
+    try:
+        library = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{tokenizer} is no tokenizers file: {error}") from error
+    library.add_tokens([AddedToken(**token) for token in lacking])
+    return keep(library.to_str(), read(tokenizer.parent), tokenizer)
+
+
+def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
+    """Puts a tokenizer.json and what describes it into $SEQMODELS_CACHE (~/.cache/seqmodels); returns its path.
+
+    like: the tokenizer.json that it was made of; the files beside that one are kept, as `write` does.
+    """
+    cache = Path(os.environ.get("SEQMODELS_CACHE") or Path.home() / ".cache" / "seqmodels")
+    folders = cache / "tokenizers"
+    folders.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folders) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        path = made / TOKENIZER_FILE
+        path.touch()
+        paths = write(made, tokens, like or path)
+        path.write_text(text, encoding="utf-8")
+        contents = [(str(p.relative_to(made)), p.read_bytes()) for p in sorted(paths)]
+        folder = folders / hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
+        if not folder.is_dir():
+            with contextlib.suppress(OSError):  # another process was first
+                made.rename(folder)
+    return folder / TOKENIZER_FILE
+
+
 def _put(folder: Path, name: str, fields: dict[str, Any], beside: Path | None) -> list[Path]:
     """Writes a JSON file, byte for byte as the one in `beside` where that says the same."""
     if beside and fields and _fields(beside / name) == fields:
@@ -135,19 +181,76 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with special_tokens_map.json where that counts: beside files that list no added tokens."""
+    """tokenizer_config.json, with special_tokens_map.json where that counts: beside a file that lists no added tokens."""
     described = _fields(folder / _TOKENIZER_CONFIG)
     if "added_tokens_decoder" not in described:
-        described |= _fields(folder / _SPECIAL_TOKENS_MAP)
+        described |= _typed(_fields(folder / _SPECIAL_TOKENS_MAP))
     return described
 
 
-def _names(described: Mapping[str, Any]) -> dict[str, str]:
+def _typed(value: Any) -> Any:
+    """What special_tokens_map.json has, as tokenizer_config.json writes it: tokens with options name their type."""
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = {"__type": "AddedToken"} if "content" in value else {}
+    return kind | {k: _typed(v) for k, v in value.items()}
+
+
+def _named(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens by what they are for, texts or objects with options."""
     extra = described.get("extra_special_tokens")
     named = {k: v for k, v in described.items() if k.endswith("_token")}
     named |= extra if isinstance(extra, dict) else {}
-    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
-    return {k: text for k, text in texts.items() if isinstance(text, str)}
+    return {k: v for k, v in named.items() if isinstance(_text(v), str)}
+
+
+def _names(described: Mapping[str, Any]) -> dict[str, str]:
+    return {k: _text(v) for k, v in _named(described).items()}
+
+
+def _text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
+    """Added tokens, with their options, of the files beside a tokenizer.json that it lacks, or has with other options."""
+    described = _described(tokenizer.parent)
+    named = list(_named(described).values())
+    for field in ("extra_special_tokens", "additional_special_tokens"):
+        named += described[field] if isinstance(described.get(field), list) else []
+    listed = described.get("added_tokens_decoder")
+    if isinstance(listed, dict):
+        numbered = [(i, token) for i, token in listed.items() if i.isdecimal()]
+        listed = [token for _, token in sorted(numbered, key=lambda pair: int(pair[0]))]
+    else:
+        ids = {t: i for t, i in _fields(tokenizer.parent / _ADDED_TOKENS).items() if _ids(i)}
+        special = set(map(_text, named))
+        listed = [{"content": t, "special": t in special} for t in sorted(ids, key=ids.get)]
+    if not named and not listed:
+        return []
+    try:
+        own = list(map(_options, json.loads(tokenizer.read_bytes())["added_tokens"]))
+    except (ValueError, LookupError, TypeError):
+        return []  # no tokenizer: who opens it says so
+    lacking = [token for token in map(_options, listed) if token and token not in own]
+    known = {token.get("content") for token in own + lacking}
+    for token in map(_options, ({"content": _text(t), "special": True} for t in named)):
+        if token and token["content"] not in known:
+            known.add(token["content"])
+            lacking.append(token)
+    return lacking
+
+
+def _options(token: Any) -> dict[str, Any]:
+    """An added token as the `tokenizers` library takes it; {} for what is none."""
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+        return {}
+    special = token.get("special") is True
+    flags = {k: token.get(k) is True for k in ("single_word", "lstrip", "rstrip")}
+    normalized = token.get("normalized", not special) is True
+    return {"content": token["content"], "special": special, "normalized": normalized} | flags
 
 
 def _ids(value: Any) -> tuple[int, ...]:

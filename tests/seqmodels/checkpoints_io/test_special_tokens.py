@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 
 from seqmodels.checkpoints_io import special_tokens
 from seqmodels.checkpoints_io.special_tokens import SpecialTokens
@@ -66,6 +67,12 @@ def test_the_older_map_counts_where_no_added_tokens_are_listed(tmp_path):
     found = special_tokens.read(folder)
     assert found.eos == (4,)
     assert found.names == {"eos_token": "<turn>", "image_token": "b", "x": "a"}
+    (tmp_path / "out").mkdir()
+    special_tokens.write(tmp_path / "out", found, folder / "tokenizer.json")
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    token = {"__type": "AddedToken", "content": "<turn>", "lstrip": False}
+    assert written == described | {"eos_token": token, "extra_special_tokens": {"x": "a"}}
+    assert special_tokens.read(tmp_path / "out") == found
     put(tmp_path, tokenizer_config=described | {"added_tokens_decoder": {}})
     assert special_tokens.read(folder).eos == (3,)
 
@@ -155,3 +162,59 @@ def test_files_that_are_no_json_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")  # who needs it opens it, and says so
     (tmp_path / "config.json").write_text('{"bos_token_id": 1}')
     assert special_tokens.read(tmp_path) == SpecialTokens(bos=1)
+
+
+def tokenizer_with(folder, *added, **fields):
+    """A real tokenizer.json whose words stand apart by spaces; only `added` are never cut."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(added))
+    put(folder, **fields)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def ids(path, text):
+    return tokenizers.Tokenizer.from_file(str(path)).encode(text).ids
+
+
+def test_tokens_that_are_named_are_never_cut(tmp_path):
+    path = tokenizer_with(tmp_path / "a", "<s>", tokenizer_config={"bos_token": "<s>"})
+    assert special_tokens.completed(path) == path
+    described = PLAIN | {"bos_token": "<s>", "eos_token": "<turn>", "pad_token": "[PAD]", "x": 1}
+    described["extra_special_tokens"] = ["<tool>"]
+    path = tokenizer_with(tmp_path / "b", "<s>", tokenizer_config=described)
+    assert ids(path, "b<turn>b") == [0]
+    done = special_tokens.completed(path)
+    assert done != path and ids(done, "b<turn>b<s>[PAD]<tool>") == [1, 4, 1, 2, 6, 7]
+    found = special_tokens.read(done.parent)
+    assert (found.bos, found.eos, found.pad) == (2, (4,), 6)  # the pad token has an id now
+    assert json.loads((done.parent / "tokenizer_config.json").read_text()) == described
+    assert special_tokens.completed(done) == done and special_tokens.completed(path) == done
+    path = tokenizer_with(tmp_path / "c", "<s>", tokenizer_config=described | {"x": 2})
+    assert special_tokens.completed(path) != done
+
+
+def test_tokens_that_are_listed_are_added_in_their_order(tmp_path):
+    listed = {
+        "8": {"content": "<late>", "special": True},
+        "7": {"content": "<early>", "rstrip": True},
+        "2": {"content": "<s>", "special": False, "normalized": False},  # with other options
+        "x": 3,
+    }
+    path = tokenizer_with(tmp_path / "a", "<s>", tokenizer_config={"added_tokens_decoder": listed})
+    done = tokenizers.Tokenizer.from_file(str(special_tokens.completed(path)))
+    added = done.get_added_tokens_decoder()
+    assert {i: t.content for i, t in added.items()} == {2: "<s>", 6: "<early>", 7: "<late>"}
+    assert not added[2].special and added[7].special and added[6].rstrip and added[6].normalized
+    old = {
+        "added_tokens": {"<late>": 7, "<early>": 6},
+        "special_tokens_map": {"pad_token": "<late>"},
+    }
+    path = tokenizer_with(tmp_path / "b", "<s>", **old)
+    added = tokenizers.Tokenizer.from_file(str(special_tokens.completed(path)))
+    added = added.get_added_tokens_decoder()
+    assert {i: t.special for i, t in added.items()} == {2: True, 6: False, 7: True}
+    (tmp_path / "b" / "tokenizer.json").write_text('{"added_tokens": []}')
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizers file"):
+        special_tokens.completed(path)
