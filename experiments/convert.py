@@ -8,6 +8,9 @@ Sources: a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is
 HuggingFaceTB/SmolLM2-135M, or the workdir of a run (its latest checkpoint). Layouts: "workdir", with which train
 (--config=configs/workdir.py:runs/smollm2), evaluate and generate go on; "seqmodels", which holds every model of ours; or a
 model_type such as llama, where that layout can say what the model is.
+
+The tokenizer goes along, with what its files say of tokens: which begin and end a text or a turn, and the chat templates. From bytes
+other programs' layouts get a tokenizer.json of them.
 """
 
 import resource

@@ -279,14 +279,18 @@ def _run_tasks(subject: Subject, out: Path, first: bool) -> None:
 def _as_the_harness_asks(subject: Subject) -> dict[str, Any]:
     """Runs have learned documents with their first token; pretrained models are asked as the harness asks transformers', with no
     more than their context."""
-    if subject.found is None or subject.found.tokenizer_name == BYTES:
+    found = subject.found
+    if found is None:
+        run = pretrained.of_run(subject.config, subject.params, _WORKDIR.value)
+        return {"document_starts": True, "stop_tokens": pretrained.with_tokenizer(run).stop_tokens}
+    if found.tokenizer_name == BYTES:
         return {"document_starts": True}
-    tokens = subject.found.found.tokens
+    tokens = found.found.tokens
     limit = sampling.context_limit(subject.program.model)
     return {
         "prefix_token": next(iter(tokens.eos), None) if tokens.bos is None else tokens.bos,
-        "encode": subject.found.encode,
-        "stop_tokens": subject.found.stop_tokens,
+        "encode": found.encode,
+        "stop_tokens": found.stop_tokens,
         "max_length": limit and limit[0],
     }
 

@@ -98,7 +98,7 @@ def with_tokenizer(found: checkpoints_io.Pretrained, tokenizer: str = "") -> Loa
     """`load`, of what is loaded already."""
     found = _with_given(found, tokenizer)
     name = str(found.tokenizer_path or "")
-    if not name and found.hf_config.get("tokenizer") == tokenizers.BYTES:
+    if not name and _is_of_bytes(found):
         name = tokenizers.BYTES
     if not name:
         raise ValueError(
@@ -114,6 +114,10 @@ def with_tokenizer(found: checkpoints_io.Pretrained, tokenizer: str = "") -> Loa
             f"has {found.model_config['vocab_size']} tokens: it is another model's"
         )
     return Loaded(found, found.model, text, name, token)
+
+
+def _is_of_bytes(found: checkpoints_io.Pretrained) -> bool:
+    return found.hf_config.get("tokenizer") == tokenizers.BYTES
 
 
 def _with_given(found: checkpoints_io.Pretrained, tokenizer: str) -> checkpoints_io.Pretrained:
@@ -205,6 +209,9 @@ def write(
     if layout == WORKDIR:
         return [write_workdir(out, with_tokenizer(found, tokenizer)), out / "config.json"]
     found = _with_given(found, tokenizer)
+    path = found.tokenizer_path
+    if layout != own_layout.MODEL_TYPE and not path and _is_of_bytes(found):
+        path = special_tokens.keep(tokenizers.bytes_as_file(), found.tokens)
     return checkpoints_io.save_pretrained(
         out,
         found.model_config,
@@ -212,7 +219,7 @@ def write(
         architecture=layout,
         dtype=dtype or found.dtypes,
         hf_config=found.hf_config,
-        tokenizer_path=found.tokenizer_path,
+        tokenizer_path=path,
         tokens=found.tokens,
         max_shard_bytes=max_shard_bytes,
     )

@@ -130,6 +130,25 @@ def _num_bytes(token: str, byte_level: bool) -> int:
     return len(token.removeprefix("##").replace("\u2581", " ").encode())
 
 
+def bytes_as_file() -> str:
+    """A tokenizer.json of the ByteTokenizer's ids, for programs that read nothing else; document_id is "<|endoftext|>"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    # Byte-level files spell a byte that is no visible character of Latin-1 as one of those that follow there.
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (b for b in range(256) if b not in visible)
+    letter = {b: b for b in visible} | {b: 256 + n for n, b in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE({chr(letter[b]): b for b in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    start = ("<|endoftext|>", ByteTokenizer.document_id)
+    tokenizer.add_special_tokens([start[0]])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[start[0], "$A"], special_tokens=[start]
+    )
+    return tokenizer.to_str()
+
+
 def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
     """Whether a model of `vocab_size` tokens has the tokenizer's ids, but for a few that it never learned.
 
@@ -137,7 +156,7 @@ def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
     id is refused where it comes up.
     """
     spare = max(vocab_size // 10, 256)
-    return tokenizer.document_id < vocab_size and tokenizer.vocab_size <= vocab_size + spare
+    return tokenizer.vocab_size <= vocab_size + spare and tokenizer.document_id < vocab_size
 
 
 def make_tokenizer(name: str, document_token: str = "") -> Tokenizer:

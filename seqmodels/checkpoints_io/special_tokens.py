@@ -105,8 +105,10 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
         return paths
     paths += _copy(tokenizer, folder / TOKENIZER_FILE)
     described, kept = _described(beside), _template_files(beside)
-    known = _names(described)
-    changed = {k: text for k, text in tokens.names.items() if known.get(k) != text}
+    known, names = _names(described), dict(tokens.names)
+    if not described:  # nothing names them yet: by their ids
+        names = {**read(beside, tokens.ids()).names, **names}
+    changed = {k: text for k, text in names.items() if known.get(k) != text}
     if tokens.chat_templates != _chat_templates(beside, described):
         named = [{"name": name, "template": text} for name, text in tokens.chat_templates.items()]
         alone = set(tokens.chat_templates) == {DEFAULT}
@@ -149,9 +151,9 @@ def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
         made = Path(temporary) / "made"
         made.mkdir()
         path = made / TOKENIZER_FILE
-        path.touch()
-        paths = write(made, tokens, like or path)
         path.write_text(text, encoding="utf-8")
+        paths = write(made, tokens, like or path)
+        path.write_text(text, encoding="utf-8")  # a copy of `like` until now
         contents = [(str(p.relative_to(made)), p.read_bytes()) for p in sorted(paths)]
         folder = folders / hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
         if not folder.is_dir():

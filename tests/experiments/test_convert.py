@@ -276,6 +276,16 @@ def test_a_run_that_nothing_else_is_known_of_ends_texts_as_its_documents(tmp_pat
     pretrained.write(found, "llama", tmp_path / "out")
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["bos_token_id"] == fields["eos_token_id"] == 256
+    # Its bytes are a tokenizer.json there, which other programs read.
+    exported = pretrained.load(str(tmp_path / "out"))
+    text = bytes(range(128)).decode() + "na\u00efve \u4f60 \U0001f642"
+    ids = [256, *text.encode()]
+    assert exported.encode(text) == ids and exported.tokenizer.decode(ids) == text
+    assert exported.stop_tokens == {256} and exported.tokenizer.document_id == 256
+    assert exported.found.tokens.names == {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+    }
 
 
 def test_a_tokenizer_of_another_model(folder, tmp_path):

@@ -307,8 +307,10 @@ def test_the_tokens_are_the_teachers():
     config = lolcats.get_config("tiny")
     found = teachers.with_data(config, abstract_teacher())
     assert found.data.tokenizer == "bytes" and found.data.document_token == ""
+    config.data.tokenizer = "bytes"
     with pytest.raises(ValueError, match="the tokenizer bytes has 257 ids and the model somewhere"):
         teachers.with_data(config, abstract_teacher(vocab_size=4096))
+    config.data.tokenizer = "teacher"
     untold = abstract_teacher()
     untold.found.hf_config.clear()
     with pytest.raises(ValueError, match="the teacher brings no tokenizer: set --config.data.tok"):

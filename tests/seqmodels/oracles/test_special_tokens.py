@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from experiments import pretrained, sampling
+from experiments.data.tokenizers import bytes_as_file
 from seqmodels import checkpoints_io
 from seqmodels.checkpoints_io import special_tokens
 from tests.seqmodels.checkpoints_io import test_gguf_sentencepiece as sentencepiece
@@ -196,3 +197,14 @@ def test_a_sentencepiece_tokenizer_of_a_gguf_file(tmp_path):
         assert loaded.tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     messages = [{"role": "user", "content": "ab c"}]
     assert loaded.chat_tokens(messages) == theirs.apply_chat_template(messages, return_dict=False)
+
+
+def test_bytes_as_a_tokenizers_file():
+    tokens = checkpoints_io.SpecialTokens(bos=256, eos=(256,))
+    path = special_tokens.keep(bytes_as_file(), tokens)
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent)
+    text = "\x00\t\n a1 \u00e9\u4f60\U0001f642"
+    ids = [256, *text.encode()]
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids, skip_special_tokens=True) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == 256
