@@ -37,6 +37,14 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None; what a model thought has several names, and templates ask for one or another."""
+    said = {k: v for k, v in message.items() if v is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    thought = next((said[name] for name in names if name in said), None)
+    return said if thought is None else {"thinking": thought, **said, "reasoning_content": thought}
+
+
 def render(
     template: str,
     messages: Sequence[Mapping[str, Any]],
@@ -55,7 +63,9 @@ def render(
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    said = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    if not messages:
+        raise ValueError("a conversation has one message at least")
+    said = list(map(_message, messages))
     try:
         return environment.from_string(template).render(
             **special, messages=said, tools=tools, documents=documents, add_generation_prompt=True

@@ -36,7 +36,7 @@ _TEMPLATE_FILE = "chat_template.jinja"
 _TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT = "default"  # the template of a conversation without tools
 _PLAIN = "PreTrainedTokenizerFast"
-# transformers' classes of tokenizers that have no special tokens but those they are told.
+# transformers' classes of tokenizers that have no special tokens but those they are told; others have a bos and an eos token.
 _TOLD_ALONE = (_PLAIN, "TokenizersBackend")
 
 
@@ -77,18 +77,19 @@ def read(folder: Path, config: Mapping[str, Any] | None = None) -> SpecialTokens
     config = _fields(folder / "config.json") if config is None else config
     described = _described(folder)
     vocabulary = functools.cache(lambda: _vocabulary(folder / TOKENIZER_FILE))
-    own_class = described.get("tokenizer_class") not in _TOLD_ALONE
     names, ids = _names(described), {}
     for name in ("bos", "eos", "pad"):
-        token, field = f"{name}_token", f"{name}_token_id"
+        field = f"{name}_token_id"
         ids[name] = _ids(generation.get(field)) or _ids(config.get(field))
-        if not ids[name] and token in names:
-            ids[name] = _ids(vocabulary().get(names[token]))
-        elif ids[name] and token not in described and own_class and name != "pad":
-            text = next((text for text, i in vocabulary().items() if i == ids[name][0]), None)
-            names |= {} if text is None else {token: text}
+        if not ids[name] and f"{name}_token" in names:
+            ids[name] = _ids(vocabulary().get(names[f"{name}_token"]))
     bos, pad = (next(iter(ids[name]), None) for name in ("bos", "pad"))
-    return SpecialTokens(bos, ids["eos"], pad, names, _chat_templates(folder, described))
+    templates = _chat_templates(folder, described)
+    tokens = SpecialTokens(bos, ids["eos"], pad, names, templates)
+    if described.get("tokenizer_class", _PLAIN) in _TOLD_ALONE:
+        return tokens
+    own = {k: text for k, text in _names_by_id(tokens, vocabulary()).items() if k not in described}
+    return dataclasses.replace(tokens, names=own | names)
 
 
 def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) -> list[Path]:
@@ -106,8 +107,8 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
     paths += _copy(tokenizer, folder / TOKENIZER_FILE)
     described, kept = _described(beside), _template_files(beside)
     known, names = _names(described), dict(tokens.names)
-    if not described:  # nothing names them yet: by their ids
-        names = {**read(beside, tokens.ids()).names, **names}
+    if not described:  # nothing names them yet
+        names = _names_by_id(tokens, _vocabulary(tokenizer)) | names
     changed = {k: text for k, text in names.items() if known.get(k) != text}
     if tokens.chat_templates != _chat_templates(beside, described):
         named = [{"name": name, "template": text} for name, text in tokens.chat_templates.items()]
@@ -270,6 +271,12 @@ def _vocabulary(path: Path) -> dict[str, int]:
         return words | {token["content"]: token["id"] for token in fields["added_tokens"]}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
+
+
+def _names_by_id(tokens: SpecialTokens, vocabulary: Mapping[str, int]) -> dict[str, str]:
+    ids = {"bos_token": tokens.bos, "eos_token": next(iter(tokens.eos), None)}
+    texts = {i: text for text, i in vocabulary.items()}
+    return {name: texts[i] for name, i in ids.items() if i in texts}
 
 
 def _template_files(folder: Path) -> dict[str, Path]:

@@ -165,11 +165,13 @@ def test_a_template_is_a_guest():
         pretrained.render_chat("{{ raise_exception('only users') }}", messages, {})
     with pytest.raises(ValueError, match="cannot be rendered: .*zero"):
         pretrained.render_chat("{{ 1 // 0 }}", messages, {})
+    with pytest.raises(ValueError, match="a conversation has one message at least"):
+        pretrained.render_chat("x", [], {})
 
 
 SAID = [
     {"role": "user", "content": "a < 'b' & \u00e9", "name": None},
-    {"role": "assistant", "content": "c"},
+    {"role": "assistant", "content": "c", "reasoning": "r"},
 ]
 
 
@@ -191,6 +193,7 @@ SAID = [
         ("{% for m in messages %}\n  {% if loop.first %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}", "user\n"),
         ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}", "user"),
         ("{{ 'name' in messages[0] }}", "False"),  # null is no name
+        ("{{ messages[1].reasoning_content }}{{ messages[1].thinking }}", "rr"),
     ],
 )  # fmt: skip
 def test_templates_have_what_transformers_gives_them(template, expected):
@@ -218,14 +221,14 @@ def test_several_ends_of_text_and_a_tokenizer_that_nothing_describes(folder, tmp
     found = with_tokens(checkpoints_io.load_pretrained(folder), eos=(2, 1))
     loaded = pretrained.with_tokenizer(found)
     assert loaded.stop_tokens == {0, 1, 2}  # a document's start, too
-    assert loaded.found.tokens.names["eos_token"] == "<bot>"
     alone = tmp_path / "alone" / "tokenizer.json"
     alone.parent.mkdir()
     alone.write_bytes((folder / "tokenizer.json").read_bytes())
     pretrained.write(found, "llama", tmp_path / "out", tokenizer=str(alone))
     described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert described["eos_token"] == "<bot>" and described["chat_template"] == CHAT
-    assert checkpoints_io.load_pretrained(tmp_path / "out").tokens == found.tokens
+    again = checkpoints_io.load_pretrained(tmp_path / "out").tokens
+    assert again == dataclasses.replace(found.tokens, names={"eos_token": "<bot>"})
 
 
 def test_what_is_said_of_tokens_goes_through_a_run(folder, tmp_path):

@@ -47,17 +47,23 @@ def test_what_is_no_id_is_passed_over(value, tmp_path):
     assert special_tokens.read(folder).eos == (4,)
 
 
-def test_names_that_are_told_and_names_that_follow_from_ids(tmp_path):
+def test_names_are_told_or_a_classs_own(tmp_path):
     config = {"bos_token_id": 2, "eos_token_id": [4, 3], "pad_token_id": 5}
-    assert special_tokens.read(put(tmp_path / "none", config=config)).names == {
-        "bos_token": "<s>",
-        "eos_token": "<turn>",
-    }
-    # A class of transformers with tokens of its own has them all the same; this one has those it is told.
-    own = put(tmp_path / "own", config=config, tokenizer_config={"bos_token": None})
-    assert special_tokens.read(own).names == {"eos_token": "<turn>"}
-    told = put(tmp_path / "told", config=config, tokenizer_config=PLAIN | {"unk_token": "a"})
-    assert special_tokens.read(told).names == {"unk_token": "a"}
+    told = {"none": {}, "plain": PLAIN | {"unk_token": "a"}}
+    for name, described in told.items():
+        folder = put(tmp_path / name, config=config, tokenizer_config=described)
+        assert special_tokens.read(folder).names == {
+            k: v for k, v in described.items() if k == "unk_token"
+        }
+    own = {"tokenizer_class": "LlamaTokenizer"}
+    folder = put(tmp_path / "own", config=config, tokenizer_config=own)
+    assert special_tokens.read(folder).names == {"bos_token": "<s>", "eos_token": "<turn>"}
+    folder = put(tmp_path / "not", config=config, tokenizer_config=own | {"bos_token": None})
+    assert special_tokens.read(folder).names == {"eos_token": "<turn>"}
+    # Where nothing describes a tokenizer yet, what is written does.
+    alone = put(tmp_path / "alone")
+    special_tokens.write(alone, SpecialTokens(bos=2, eos=(4, 3)), alone / "tokenizer.json")
+    assert special_tokens.read(alone).names == {"bos_token": "<s>", "eos_token": "<turn>"}
 
 
 def test_the_older_map_counts_where_no_added_tokens_are_listed(tmp_path):
@@ -117,7 +123,8 @@ def test_a_copy_is_byte_for_byte_and_lacks_nothing(tmp_path):
 
 
 def test_what_config_json_said_is_written_where_a_run_has_no_such_file(tmp_path):
-    folder = put(tmp_path / "a", config={"eos_token_id": 4}, generation_config={"top_p": 0.9})
+    said = {"generation_config": {"top_p": 0.9}, "tokenizer_config": PLAIN}
+    folder = put(tmp_path / "a", config={"eos_token_id": 4}, **said)
     (tmp_path / "b").mkdir()
     special_tokens.write(tmp_path / "b", special_tokens.read(folder), folder / "tokenizer.json")
     assert special_tokens.read(tmp_path / "b") == special_tokens.read(folder)

@@ -25,7 +25,7 @@ SIZES = {
 MESSAGES = [
     {"role": "system", "content": "w1 <b>\n", "name": None},
     {"role": "user", "content": "w2 & 'w3' é"},
-    {"role": "assistant", "content": " w4"},
+    {"role": "assistant", "content": " w4", "reasoning": "w6"},
     {"role": "user", "content": "w5"},
 ]
 # The parts that published templates are made of.
@@ -43,7 +43,7 @@ TEMPLATE = """{{- bos_token }}{{ strftime_now('%d %B %Y') }}
   {%- endif %}
   {% set ns.turns = ns.turns + 1 %}
   {%- if message['role'] == 'assistant' -%}
-    {% generation %}{{ message['content'] | tojson }}{{ eos_token }}{% endgeneration %}
+    {% generation %}{{ message | tojson }}{{ message.reasoning_content }}{{ eos_token }}{% endgeneration %}
   {%- elif message['role'] not in ('user', 'tool') %}
     {{- raise_exception('no such role') }}
   {%- else %}
@@ -81,6 +81,7 @@ NAMES = {
     "bos_token": "<s>",
     "eos_token": {"__type": "AddedToken", "content": "<turn>"},
     "image_token": "w9",
+    "add_bos_token": True,  # of no effect where there is a tokenizer.json
 }
 TOOLS = [{"name": "rectangle \u00e9", "unsafe": "<script>"}]
 DOCUMENTS = [{"title": "T", "text": "D"}]
