@@ -142,7 +142,8 @@ def save_pretrained(
         tokens = (
             special_tokens.read(tokenizer_path.parent, kept) if tokenizer_path else SpecialTokens()
         )
-    config = _hf_config(target, filled, model, tokens.ids() | kept)
+    kept |= {name: i for name, i in tokens.ids().items() if kept.get(name) is None}
+    config = _hf_config(target, filled, model, kept)
     slots, rules = _table(target, model_config)
     entries, read = conversion.tensor_reader(dict(params), rules, slots, dtype)
     counts: dict[str, int] = {}

@@ -236,6 +236,11 @@ def test_what_is_said_of_tokens_goes_through_a_run(folder, tmp_path):
     pretrained.write(checkpoints_io.load_pretrained(folder), "llama", source)
     generation = {"bos_token_id": 1, "eos_token_id": [2, 0], "top_p": 0.5}
     (source / "generation_config.json").write_text(json.dumps(generation))
+    config = json.loads((source / "config.json").read_text()) | {"pad_token_id": None}
+    (source / "config.json").write_text(json.dumps(config))
+    pretrained.write(checkpoints_io.load_pretrained(source), "llama", tmp_path / "direct")
+    config = json.loads((tmp_path / "direct" / "config.json").read_text())
+    assert config["eos_token_id"] == 2  # as it was; generation_config.json has both
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<bot>",
@@ -260,6 +265,7 @@ def test_what_is_said_of_tokens_goes_through_a_run(folder, tmp_path):
             assert (out / name).read_bytes() == (source / name).read_bytes()
         config = json.loads((out / "config.json").read_text())
         assert config["bos_token_id"] == 1 and config["eos_token_id"] == [2, 0]
+        assert config["pad_token_id"] == 1
         kept = json.loads((out / "generation_config.json").read_text())
         assert kept == generation | {"pad_token_id": 1}
         assert pretrained.load(str(out)).chat_tokens(SAID) == pretrained.load(

@@ -169,7 +169,7 @@ def test_what_is_written_of_one_is_a_whole_folder(whole, tmp_path):
         np.testing.assert_array_equal(source.read(name), array)
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2", "tekken", "starcoder"])
 def test_the_tokenizer_splits_and_joins(pre, whole):
     metadata = gguf_header.read(whole, SIZES).metadata | {"tokenizer.ggml.pre": pre}
     metadata["tokenizer.ggml.add_bos_token"] = False
@@ -180,7 +180,7 @@ def test_the_tokenizer_splits_and_joins(pre, whole):
     digits = tokenizer.encode("1212").tokens
     assert digits == (
         ["1", "2", "1", "2"]
-        if pre in ("smollm", "qwen2")
+        if pre in ("smollm", "qwen2", "tekken", "starcoder")
         else ["12", "12"]
         if pre == "gpt-2"
         else ["12", "1", "2"]
@@ -188,6 +188,13 @@ def test_the_tokenizer_splits_and_joins(pre, whole):
     assert tokenizer.encode("<|im_start|>the").ids[0] == 1
     start = metadata | {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 1}
     assert gguf_tokenizer.make(start, "tiny.gguf").encode("the").ids[0] == 1
+
+
+def test_tekken_begins_words_at_capitals(whole):
+    metadata = gguf_header.read(whole, SIZES).metadata | {"tokenizer.ggml.pre": "tekken"}
+    cut = gguf_tokenizer.make(metadata, "tiny.gguf").pre_tokenizer.pre_tokenize_str
+    words = [word for word, _ in cut("oneTwo THREEfour's 12")]
+    assert words == ["one", "Two", "\u0120THREEfour", "'s", "\u0120", "1", "2"]
 
 
 def test_llama_3_takes_words_whole_and_begins_with_bos(whole):
