@@ -117,8 +117,11 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
     plain = {"tokenizer_class": _PLAIN, "clean_up_tokenization_spaces": False}
     paths += _put(folder, _TOKENIZER_CONFIG, (described or plain) | changed, beside)
     copies = {folder / p.relative_to(beside): p.read_bytes() for p in kept.values()}
-    for of_another_model in _template_files(folder).values():
-        of_another_model.unlink()
+    replaced = list(_template_files(folder).values())
+    if folder.resolve() != beside.resolve():  # of another model that was here
+        replaced += [folder / _SPECIAL_TOKENS_MAP, folder / _ADDED_TOKENS]
+    for path in replaced:
+        path.unlink(missing_ok=True)
     for path, data in copies.items():
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
@@ -167,10 +170,12 @@ def _put(folder: Path, name: str, fields: dict[str, Any], beside: Path | None) -
     """Writes a JSON file, byte for byte as the one in `beside` where that says the same."""
     if beside and fields and _fields(beside / name) == fields:
         return _copy(beside / name, folder / name)
-    if fields:
-        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name] if fields else []
+    if not fields:
+        (folder / name).unlink(missing_ok=True)
+        return []
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name]
 
 
 def _copy(source: Path, target: Path) -> list[Path]:
@@ -228,7 +233,8 @@ def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
         numbered = [(i, token) for i, token in listed.items() if i.isdecimal()]
         listed = [token for _, token in sorted(numbered, key=lambda pair: int(pair[0]))]
     else:
-        ids = {t: i for t, i in _fields(tokenizer.parent / _ADDED_TOKENS).items() if _ids(i)}
+        ids = _fields(tokenizer.parent / _ADDED_TOKENS)
+        ids = {token: i for token, i in ids.items() if type(i) is int}
         special = set(map(_text, named))
         listed = [{"content": t, "special": t in special} for t in sorted(ids, key=ids.get)]
     if not named and not listed:
@@ -248,7 +254,11 @@ def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
 
 def _options(token: Any) -> dict[str, Any]:
     """An added token as the `tokenizers` library takes it; {} for what is none."""
-    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+    if (
+        not isinstance(token, dict)
+        or not isinstance(token.get("content"), str)
+        or not token["content"]
+    ):
         return {}
     special = token.get("special") is True
     flags = {k: token.get(k) is True for k in ("single_word", "lstrip", "rstrip")}

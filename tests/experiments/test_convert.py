@@ -201,6 +201,14 @@ def test_templates_have_what_transformers_gives_them(template, expected):
     assert pretrained.render_chat(template, SAID, special) == expected
 
 
+def test_without_jinja_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "experiments.chat_templates", raising=False)
+    monkeypatch.delattr("experiments.chat_templates", raising=False)
+    with pytest.raises(ValueError, match="chat templates need jinja2: pip install"):
+        pretrained.render_chat("x", SAID, {})
+
+
 def with_tokens(found, **fields):
     return dataclasses.replace(found, tokens=dataclasses.replace(found.tokens, **fields))
 

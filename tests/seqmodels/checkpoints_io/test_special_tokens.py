@@ -137,6 +137,7 @@ def test_what_is_said_otherwise_replaces_what_the_files_say(tmp_path):
     folder = put(tmp_path / "a", tokenizer_config=described)
     out = put(tmp_path / "b")
     (out / "chat_template.jinja").write_text("another model's")
+    put(out, special_tokens_map={"bos_token": "b"}, added_tokens={"<other>": 9})
     templates = {"default": "new", "../../up": "stays inside"}
     tokens = SpecialTokens(2, (4, 3), None, {"eos_token": "<turn>"}, templates)
     special_tokens.write(out, tokens, folder / "tokenizer.json")
@@ -145,6 +146,8 @@ def test_what_is_said_otherwise_replaces_what_the_files_say(tmp_path):
     alone = SpecialTokens(eos=(4,), chat_templates={"default": "new"})
     special_tokens.write(out, alone, folder / "tokenizer.json")
     assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "new"
+    special_tokens.write(out, SpecialTokens(), folder / "tokenizer.json")
+    assert set(contents(out)) == {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_without_a_tokenizer_only_ids_are_written(tmp_path):
