@@ -77,7 +77,8 @@ def _tell(model, params, tokenizer, prompts, stop_tokens) -> None:
     if len(prompts) == 1:
         tokens = sampling.stream_batch(model, params, prompts, _LENGTH.value, **options)
         print(shown[0], end="", flush=True)
-        for _, text in sampling.stream_texts(tokens, tokenizer, 1, _STOP.value, stop_tokens):
+        texts = sampling.stream_texts(tokens, tokenizer, 1, _STOP.value, stop_tokens, prompts)
+        for _, text in texts:
             print(text, end="", flush=True)
         print()
         return

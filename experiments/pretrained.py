@@ -51,7 +51,7 @@ class Loaded:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text with the special tokens that the tokenizer's own file puts there."""
-        return self._encode(text, special=True)
+        return self.tokenizer.encode(text, special=True).tolist()
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """`encode` of a prompt, and one token at least."""
@@ -66,7 +66,8 @@ class Loaded:
         template = self.found.chat_template
         if template is None:
             raise ValueError(f"{self.found.source} has no chat template; leave --chat out")
-        return self._encode(render_chat(template, messages, self._special_tokens()), special=False)
+        text = render_chat(template, messages, self._special_tokens())
+        return self.tokenizer.encode(text).tolist()
 
     def _special_tokens(self) -> dict[str, str]:
         if self.tokenizer_name == tokenizers.BYTES:
@@ -74,11 +75,6 @@ class Loaded:
         file = _open(self.tokenizer_name)
         ids = {name: checkpoints_io.token_id(self.found.hf_config, name) for name in ("bos", "eos")}
         return {f"{n}_token": file.id_to_token(i) or "" for n, i in ids.items() if i is not None}
-
-    def _encode(self, text: str, special: bool) -> list[int]:
-        if self.tokenizer_name == tokenizers.BYTES:
-            return [self.tokenizer.document_id, *map(int, self.tokenizer.encode(text))]
-        return _open(self.tokenizer_name).encode(text, add_special_tokens=special).ids
 
 
 def load(source: str, tokenizer: str = "", **options) -> Loaded:
@@ -251,11 +247,4 @@ def _document_token(path: str, hf_config: dict[str, Any]) -> str:
     raise ValueError(f"{path}: no token is known to separate documents; config.json names none")
 
 
-@functools.lru_cache(maxsize=2)
-def _open(path: str):
-    import tokenizers as library
-
-    try:
-        return library.Tokenizer.from_file(path)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path!r} is no tokenizers file (tokenizer.json): {error}") from error
+_open = functools.lru_cache(maxsize=2)(tokenizers.open_file)

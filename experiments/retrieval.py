@@ -1,6 +1,6 @@
 """How often a model finds a needle in a haystack: accuracy by task, length and depth."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from experiments import sampling
 from experiments.data import needles
@@ -20,11 +20,12 @@ def evaluate(
     examples: int = 10,
     batch_size: int = 8,
     seed: int = 0,
+    stop_tokens: Collection[int] | None = None,
 ) -> list[dict]:
     """Rows task, length, depth, examples, accuracy: the share of examples whose answer is in what the model says next,
     greedily, up to the end of the line.
 
-    lengths: tokens of a prompt and its answer.   See `needles` for the tasks.
+    lengths: tokens of a prompt and its answer.   See `needles` for the tasks.   stop_tokens: as `sampling.generate` has them.
     Raises ValueError for what `needles.make_example` and `sampling.generate` refuse, before anything is generated.
     """
     cells = [(form, length, depth) for form in forms for length in lengths for depth in depths]
@@ -42,7 +43,7 @@ def evaluate(
     for cell, found in asked.items():
         said = sampling.generate(
             model, params, tokenizer, [e.prompt_N.tolist() for e in found], longest[cell],
-            batch_size=batch_size, stop=("\n",), temperature=0,
+            batch_size=batch_size, stop=("\n",), stop_tokens=stop_tokens, temperature=0,
         )  # fmt: skip
         right = sum(e.answer in text for e, text in zip(found, said))
         row = dict(zip(("task", "length", "depth"), cell))

@@ -27,16 +27,18 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
     """Adds a sample to the scores of the test split; on process 0 baselines and file names too, and writes result.json and
     loss.png."""
     if tokenizer is not None and config.sample.length:
+        prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
         tokens = sampling.stream_tokens(
             model,
             params,
-            sampling.prompt_tokens(config.sample.prompt, tokenizer),
+            prompt,
             config.sample.length,
             temperature=config.sample.temperature,
             seed=config.seed,
             stop_token=tokenizer.document_id,
         )
-        result["sample"] = config.sample.prompt + "".join(sampling.stream_text(tokens, tokenizer))
+        said = "".join(sampling.stream_text(tokens, tokenizer, prompt))
+        result["sample"] = config.sample.prompt + said
     if jax.process_index():
         return result
     byte_level = config.data.get("tokenizer") == "bytes"
@@ -45,7 +47,7 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
         held_out = scored_bytes(data.documents(config.data, "test"), result["bytes"])
         documents = data.documents(config.data, "train")
         train = first_bytes(documents, range(len(documents)), _BIGRAM_TRAINING_BYTES)
-        lines["gzip -9"] = baselines.gzip_bits_per_byte(b"".join(held_out))
+        lines["gzip -9"] = baselines.gzip_bits_per_byte(held_out)
         lines["byte bigram"] = baselines.bigram_bits_per_byte(train, held_out)
         result["baselines_bits_per_byte"] = lines
     result["workdir"] = str(workdir)
@@ -92,7 +94,8 @@ def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate:
 
 
 def scored_bytes(documents, count: int) -> list[bytes]:
-    """The documents in which the first `count` bytes of a split's one pass lie, the last one cut there; in the corpus's order."""
+    """The documents in which the first `count` bytes of a split's one pass lie, the last one cut there; in the corpus's order.
+    The baselines take the cut for its end: one end more, at most, than the model was asked for."""
     order = packing.one_pass_order(len(documents))
     numbers = (order[i] for i in range(len(documents)))
     pieces = first_bytes(documents, numbers, count)
