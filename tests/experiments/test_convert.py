@@ -187,10 +187,10 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
     tokenizer.save(str(tmp_path / "other" / "tokenizer.json"))
     with pytest.raises(ValueError, match="has 2 ids and the model .* it is another model's"):
         pretrained.load(str(folder), str(tmp_path / "other" / "tokenizer.json"))
-    with pytest.raises(ValueError, match="nowhere.json' is no tokenizers file"):
+    with pytest.raises(FileNotFoundError, match="No tokenizer file '.*nowhere.json'"):
         pretrained.load(str(folder), str(tmp_path / "nowhere.json"))
     found = checkpoints_io.load_pretrained(folder)
     for other in ("other/tokenizer.json", "nowhere.json"):
-        with pytest.raises(ValueError, match="another model's|no tokenizers file"):
+        with pytest.raises((ValueError, FileNotFoundError), match="another model's|No tokenizer"):
             pretrained.write(found, "llama", tmp_path / "out", tokenizer=str(tmp_path / other))
     assert not (tmp_path / "out").exists()
