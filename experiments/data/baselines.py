@@ -34,7 +34,9 @@ def bigram_bits_per_byte(
     byte is predicted from END, and END from its last byte, so every byte and every end is predicted once, as a byte-level
     model of this repository does, and smoothing=1 is add-one.
     """
-    counts, held = (sum(map(_bigrams, documents), np.zeros((257, 257))) for documents in (train, held_out))
+    counts, held = (
+        sum(map(_bigrams, documents), np.zeros((257, 257))) for documents in (train, held_out)
+    )
     if not held.sum():
         raise ValueError("Empty corpus: there are no held-out bytes to score.")
     log_p = np.log2(counts + smoothing) - np.log2(counts.sum(1, keepdims=True) + 257 * smoothing)

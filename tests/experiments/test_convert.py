@@ -134,6 +134,22 @@ def test_prompts_and_conversations(folder):
         loaded.with_max_len(103)
 
 
+def test_a_file_that_cuts_and_pads_leaves_prompts_whole(folder, tmp_path):
+    saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    saved.enable_truncation(2)
+    saved.enable_padding(length=9, pad_id=0)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    loaded, other = (
+        pretrained.load(str(folder)),
+        pretrained.load(str(folder), str(tmp_path / "tokenizer.json")),
+    )
+    for asked in (
+        lambda x: x.prompt_tokens("abcd"),
+        lambda x: x.chat_tokens([{"role": "user", "content": "abcd"}]),
+    ):
+        assert asked(other) == asked(loaded) and len(asked(loaded)) in (4, 6)
+
+
 @pytest.mark.slow
 def test_the_programs(folder, tmp_path):
     out = tmp_path / "run"

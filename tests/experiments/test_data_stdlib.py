@@ -148,7 +148,9 @@ def test_a_text_feature_is_read_alone():
 
 def test_gzip_baseline():
     data = b"the same again and again " * 40
-    told = gzip.compress(data + b"\0and an end\0", 9)  # where documents end, in which bytes are counted
+    told = gzip.compress(
+        data + b"\0and an end\0", 9
+    )  # where documents end, in which bytes are counted
     result = baselines.gzip_bits_per_byte([data, b"", b"and an end"])
     assert result == 8 * len(told) / (len(data) + 10)
     with pytest.raises(ValueError, match="Empty corpus"):

@@ -124,7 +124,22 @@ def test_a_tokenizer_file(tmp_path):
 
 def random_texts(count=60, seed=0):
     """Words, spaces and lines as they come; what only some vocabularies spell; special tokens by name."""
-    parts = ["the", "cat", "a", "Zeile", "##", "ünï", "日", "本", "日本", "😀", "ﬁ", "e\u0301", "\u2581", "\u2582"]
+    parts = [
+        "the",
+        "cat",
+        "a",
+        "Zeile",
+        "##",
+        "ünï",
+        "日",
+        "本",
+        "日本",
+        "😀",
+        "ﬁ",
+        "e\u0301",
+        "\u2581",
+        "\u2582",
+    ]
     parts += [" ", " ", " ", "  ", "\n", "\t", ", ", "<think>", tokenizer_files.TURN]
     rng = np.random.default_rng(seed)
     return ["".join(rng.choice(parts, rng.integers(1, 12))) for _ in range(count)]

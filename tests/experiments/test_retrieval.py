@@ -90,7 +90,9 @@ class Model:
 def test_accuracy_is_counted_by_length_and_depth(monkeypatch):
     """A reader that sees the last 500 bytes finds what is there, and nothing else."""
 
-    def generate(model, params, tokenizer, prompts, length, *, stop, stop_tokens, temperature, batch_size):
+    def generate(
+        model, params, tokenizer, prompts, length, *, stop, stop_tokens, temperature, batch_size
+    ):
         assert stop == ("\n",) and stop_tokens == {7} and temperature == 0
         texts = []
         for prompt in prompts:
@@ -103,7 +105,14 @@ def test_accuracy_is_counted_by_length_and_depth(monkeypatch):
 
     monkeypatch.setattr(sampling, "generate", generate)
     rows = retrieval.evaluate(
-        Model(), None, BYTES, ["passkey", "s_niah_2"], [1000, 2000], [0.0, 1.0], examples=4, stop_tokens={7}
+        Model(),
+        None,
+        BYTES,
+        ["passkey", "s_niah_2"],
+        [1000, 2000],
+        [0.0, 1.0],
+        examples=4,
+        stop_tokens={7},
     )
     assert len(rows) == 8
     assert {(row["depth"], row["accuracy"]) for row in rows} == {(0.0, 0.0), (1.0, 1.0)}
