@@ -6,7 +6,7 @@
 
 The prompt is read first; then each token costs the same time and the same memory, however much was read, in stacks of recurrent
 and windowed layers. An empty prompt starts a new document. Generation ends early where the model starts another document, or
-before a stop string. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra
+before a stop string, which may be a special token's text. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra
 [smollm]), or a hub name; --chat puts the prompt into the model's chat template.
 """
 
@@ -31,7 +31,9 @@ _TOP_K = flags.DEFINE_integer("top_k", None, "sample among the k most likely tok
 _TOP_P = flags.DEFINE_float(
     "top_p", None, "sample among the fewest tokens of this probability only"
 )
-_STOP = flags.DEFINE_multi_string("stop", [], "text to end before; can be given several times")
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "text to end before, such as '<|im_end|>'; can be given several times"
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "prompts continued together", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "another seed, another text")
 

@@ -92,6 +92,19 @@ def test_leaves_its_record(whole_run):
     assert len(start["git"]["commit"]) == 40 and start["git"]["dirty"] in (True, False)
 
 
+@pytest.mark.slow
+def test_a_model_learns_where_documents_end(tmp_path):
+    """Of "abab." nothing goes on after the dot: what a document ends with is as sure as its letters."""
+    config = tiny.make_config(tmp_path)
+    (tmp_path / "text.txt").write_text("abab.\n" * 900)
+    config.data.documents = "lines"
+    config.train.update({"steps": 60, "log_every": 60, "eval_every": 60, "test_batches": 0})
+    config.sample.update({"prompt": "ab", "length": 20, "temperature": 0.0})
+    result = train(config, tmp_path / "run")
+    assert result["sample"] == "abab." and result["accuracy"] > 0.99
+    assert result["tokens"] * 5 == result["bytes"] * 6  # five bytes and an end each
+
+
 def test_three_steps_and_three_more_are_six_bit_for_bit(whole_run, tmp_path, capfd):
     config, whole, _ = whole_run
 
