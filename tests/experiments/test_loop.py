@@ -101,7 +101,8 @@ def test_a_model_learns_where_documents_end(tmp_path):
     config.train.update({"steps": 60, "log_every": 60, "eval_every": 60, "test_batches": 0})
     config.sample.update({"prompt": "ab", "length": 20, "temperature": 0.0})
     result = train(config, tmp_path / "run")
-    assert result["sample"] == "abab." and result["accuracy"] > 0.99
+    assert result["sample"] == "abab."
+    assert result["accuracy"] > 0.9  # 5/6 without the ends; not 1, as rows may begin with a "b"
     assert result["tokens"] * 5 == result["bytes"] * 6  # five bytes and an end each
 
 
