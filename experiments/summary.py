@@ -8,6 +8,7 @@ import jax
 from experiments import data, metrics, plots, run_record, sampling
 from experiments.checkpoints import Checkpoints
 from experiments.data import baselines, packing
+from experiments.data.text import Piece
 
 _BIGRAM_TRAINING_BYTES = 64 << 20
 
@@ -94,8 +95,7 @@ def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate:
 
 
 def scored_bytes(documents, count: int) -> list[bytes]:
-    """The documents in which the first `count` bytes of a split's one pass lie, the last one cut there; in the corpus's order.
-    The baselines take the cut for its end: one end more, at most, than the model was asked for."""
+    """The documents in which the first `count` bytes of a split's one pass lie, the last one cut there; in the corpus's order."""
     order = packing.one_pass_order(len(documents))
     numbers = (order[i] for i in range(len(documents)))
     pieces = first_bytes(documents, numbers, count)
@@ -105,8 +105,8 @@ def scored_bytes(documents, count: int) -> list[bytes]:
 def first_bytes(documents, numbers, count: int):
     """The documents of these numbers up to `count` bytes in all, the last one cut there."""
     for i in numbers:
-        document = documents[i][:count]
-        count -= len(document)
-        yield document
+        document = documents[i]
+        yield document if len(document) <= count else Piece(document[:count])
+        count -= min(count, len(document))
         if not count:
             return

@@ -1,13 +1,16 @@
 """What a text model's bits per byte are to be held against, on the same held-out bytes.
 
 A model here says where each document ends, too, and pays for it (`packing`). So do these: both are told of the ends of all
-documents, and both divide by the bytes of the text alone. Empty documents are passed over, as packing does.
+documents (a `text.Piece` has none), and both divide by the bytes of the text alone. Empty documents are passed over, as
+packing does.
 """
 
 import gzip
 from collections.abc import Iterable
 
 import numpy as np
+
+from experiments.data.text import Piece
 
 END = 256  # after a document's last byte, and before its first
 
@@ -21,8 +24,8 @@ def gzip_bits_per_byte(held_out: Iterable[bytes]) -> float:
     documents = [document for document in held_out if document]
     if not documents:
         raise ValueError("Empty corpus: there are no held-out bytes to compress.")
-    packed = gzip.compress(b"".join(document + b"\0" for document in documents), 9, mtime=0)
-    return 8 * len(packed) / sum(map(len, documents))
+    told = b"".join(document + b"\0" * _ends(document) for document in documents)
+    return 8 * len(gzip.compress(told, 9, mtime=0)) / sum(map(len, documents))
 
 
 def bigram_bits_per_byte(
@@ -43,9 +46,12 @@ def bigram_bits_per_byte(
     return float(-(held * log_p).sum() / held[:, :END].sum())
 
 
+def _ends(document: bytes) -> bool:
+    return len(document) > 0 and not isinstance(document, Piece)
+
+
 def _bigrams(document: bytes) -> np.ndarray:
     """(257, 257): how often the second symbol follows the first."""
-    if not document:
-        return np.zeros((257, 257), np.int64)
-    symbols = np.concatenate([[END], np.frombuffer(document, np.uint8), [END]])
+    end = np.repeat(END, _ends(document))
+    symbols = np.concatenate([[END], np.frombuffer(document, np.uint8), end])
     return np.bincount(symbols[:-1] * 257 + symbols[1:], minlength=257 * 257).reshape(257, 257)

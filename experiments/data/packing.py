@@ -5,6 +5,8 @@ starts with is what its last token is followed by, so that a model learns where 
 and the end are predicted exactly once, from the tokens before them in the same row, so summed losses
 are those of the whole text, byte for byte, and of where its documents end.
 
+A document that is cut for reading (`text.Piece`) has no such end: what follows is not told.
+
 A row is filled to its end. A document that does not fit goes on at the start of its lane's next
 row, as a new segment: a model's state and context do not reach over the cut, yet the target of the
 last token before it is the first token after it, so no prediction is lost. Every token has a target
@@ -23,6 +25,7 @@ import grain
 import numpy as np
 
 from experiments.data import batches
+from experiments.data.text import Piece
 from experiments.data.tokenizers import Tokenizer
 
 
@@ -56,13 +59,15 @@ def packed_batches(
 
 
 def document_tokens(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
-    """A document from its start to its end: (N, 2), of each token its id and the bytes of text it stands for.
+    """A document from its start to its end: (N, 2), of each token its id and the bytes of text it stands for. A Piece has no
+    end, and an empty document its start alone.
 
     The bytes are those of num_bytes_W. What it cannot know (text that a normalizer changes, spaces that are dropped,
-    characters that the vocabulary lacks) is counted at the document's end, so that they add up to len(data), always.
+    characters that the vocabulary lacks) is counted at the last token, so that they add up to len(data), always.
     """
-    end = [tokenizer.document_id]
-    ids_N = np.concatenate([end, tokenizer.encode(data), end], dtype=np.int32)
+    start = [tokenizer.document_id]
+    end = start * (len(data) > 0 and not isinstance(data, Piece))
+    ids_N = np.concatenate([start, tokenizer.encode(data), end], dtype=np.int32, casting="unsafe")
     num_bytes_N = tokenizer.num_bytes_W[ids_N]
     num_bytes_N[-1] += len(data) - num_bytes_N[1:].sum()
     return np.stack([ids_N, num_bytes_N], axis=-1)
@@ -110,7 +115,7 @@ class _Lane:
             if not d.endless and self.document >= len(d.documents):
                 return None
             tokens = d.documents[d.order[self.document]]
-            if len(tokens) > 2:
+            if len(tokens) > 1:
                 self.tokens = tokens
                 break
             self.document += d.num_lanes
@@ -126,14 +131,14 @@ class _Lane:
             # The token after the row's last is a target, not an input.
             piece_N2 = tokens_N2[self.offset : self.offset + len(inputs_T) - filled + 1]
             used = slice(filled, filled + len(piece_N2) - 1)
-            segment += 1
+            segment += len(piece_N2) > 1
             inputs_T[used] = piece_N2[:-1, 0]
             targets_T[used], num_bytes_T[used] = piece_N2[1:].T
             segment_ids_T[used] = segment
             loss_mask_T[used] = 1.0
             filled = used.stop
             self.offset += len(piece_N2) - 1
-            if self.offset == len(tokens_N2) - 1:  # the document's end is never an input of its own
+            if self.offset == len(tokens_N2) - 1:  # the last token is never an input
                 self.document += self.dataset.num_lanes
                 self.offset, self.tokens = 0, None
         return segment > 0

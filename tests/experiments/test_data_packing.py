@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from experiments.data import batches, make_dataset, packing, tokenizers
+from experiments.data import batches, make_dataset, packing, text, tokenizers
 from tests.experiments.data_helpers import assert_same, concatenated, segments, take
 
 BYTES = tokenizers.ByteTokenizer()
@@ -77,6 +77,22 @@ def test_rows_by_hand():
     assert next(iterator)["inputs"].tolist() == [[c, end, a]]
 
 
+@pytest.mark.parametrize("seq_len", [2, 3, 4, 16])
+def test_a_piece_of_a_document_has_no_end(seq_len):
+    parts = [text.Piece(b"abc"), text.Piece(b"d"), b"ef", b"", text.Piece(b"")]
+    inputs, targets = [], []
+    for batch in packed(parts, seq_len=seq_len, batch_size=2):
+        np.testing.assert_array_equal(batch["loss_mask"] > 0, batch["segment_ids"] > 0)
+        inputs.append(batch["inputs"][batch["segment_ids"] > 0])
+        targets.append(batch["targets"][batch["segment_ids"] > 0])
+    expected = {b"abc": ([256, *b"ab"], [*b"abc"]), b"d": ([256], [*b"d"])}
+    expected |= {b"ef": ([256, *b"ef"], [*b"ef", 256]), b"": ([], [])}
+    order = packing.one_pass_order(len(parts))
+    for found, part in ((inputs, 0), (targets, 1)):
+        rows = [expected[parts[order[i]]][part] for i in range(len(parts))]
+        assert np.concatenate(found).tolist() == sum(rows, [])
+
+
 def test_the_start_of_one_pass_is_a_sample():
     """Not the corpus's first files, and the same whatever seed training has."""
     documents = [bytes([i]) for i in range(200)]
@@ -139,8 +155,16 @@ def test_every_place_of_a_shuffle_is_equally_likely(n):
 
 def test_the_rows_of_a_batch_come_from_different_documents():
     documents = [bytes([i]) * 500 for i in range(8)]
-    for batch in take(iter(packed(documents, train=True, batch_size=8)), 20):
+    read = take(iter(packed(documents, train=True, batch_size=8)), 80)
+    for batch in read[:20]:
         assert len(set(batch["targets"][:, 0])) == 8
+    # A lane is one stream, of documents and their ends: what follows each token is the next one.
+    for lane in range(8):
+        inputs, targets = (
+            np.concatenate([b[k][lane] for b in read]) for k in ("inputs", "targets")
+        )
+        np.testing.assert_array_equal(inputs[1:], targets[:-1])
+        assert np.flatnonzero(targets == 256).tolist() == [500, 1001]
 
 
 @pytest.fixture

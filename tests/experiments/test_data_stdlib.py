@@ -14,6 +14,7 @@ from experiments.data import (
     make_dataset,
     split_bytes,
     stdlib_corpus,
+    text,
     tfds_source,
 )
 
@@ -148,6 +149,8 @@ def test_a_text_feature_is_read_alone():
 
 def test_gzip_baseline():
     data = b"the same again and again " * 40
+    cut = text.Piece(b"c" * 90)
+    assert baselines.gzip_bits_per_byte([cut]) == 8 * len(gzip.compress(b"c" * 90, 9)) / 90
     told = gzip.compress(
         data + b"\0and an end\0", 9
     )  # where documents end, in which bytes are counted
@@ -163,6 +166,8 @@ def test_bigram_baseline_by_hand():
     expected = -(4 * seen + unseen) / 3
     result = baselines.bigram_bits_per_byte([b"ab"], [b"ab", b"b", b""])
     np.testing.assert_allclose(result, expected)
+    cut = baselines.bigram_bits_per_byte([b"ab"], [b"ab", text.Piece(b"b")])
+    np.testing.assert_allclose(cut, -(3 * seen + unseen) / 3)
     untrained = baselines.bigram_bits_per_byte([], [b"anything"])
     np.testing.assert_allclose(untrained, np.log2(257) * 9 / 8)
     sure = baselines.bigram_bits_per_byte([b"abc", b"abc"], [b"abc"], smoothing=1e-9)

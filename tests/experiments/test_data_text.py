@@ -60,6 +60,12 @@ def test_one_file_is_cut_by_position_and_nothing_is_lost(tmp_path, line, kind):
     assert b"".join(d + end for part in parts for d in part) == data
     sizes = [sum(map(len, part)) / len(data) for part in parts]
     np.testing.assert_allclose(sizes, [0.9, 0.05, 0.05], atol=0.05)
+    # One file is one document: the pieces that it is read in do not end.
+    ends = [not isinstance(document, text.Piece) for part in parts for document in part]
+    if kind == "files":
+        assert ends == [False] * (len(ends) - 1) + [True]
+    else:
+        assert all(ends) or not end
     for part in parts:
         for document in part:
             document.decode()  # no cut inside a character

@@ -74,7 +74,7 @@ def test_leaves_its_record(whole_run):
     targets = batch["targets"][batch["loss_mask"] > 0]
     scored = targets[targets < 256].astype(np.uint8).tobytes()
     # Ends of documents cost bits, and are no bytes.
-    assert len(scored) == bytes_scored < result["tokens"] == len(targets)
+    assert len(scored) == bytes_scored and len(targets) == result["tokens"]
     bits = result["loss"] * result["tokens"] / np.log(2)
     np.testing.assert_allclose(result["bits_per_byte"], bits / bytes_scored, rtol=1e-9)
     of_corpus = summary.scored_bytes(data.documents(config.data, "test"), bytes_scored)
