@@ -171,6 +171,19 @@ def test_the_bytes_of_a_document_are_those_of_its_text(kind, tmp_path):
                 assert tokenizer.num_bytes_W[ids_N[1:]].sum() == len(data), words
 
 
+@pytest.mark.parametrize("kind", ["word_piece", "fallback", "byte_level_lower_nfkc"])
+def test_the_bytes_of_one_pass_are_those_of_the_split(kind, tmp_path):
+    (tmp_path / "held.txt").write_text("\n".join(t.replace("\n", "") for t in random_texts()))
+    config = {"name": "text", "paths": f"{tmp_path}/held.txt", "paths_test": f"{tmp_path}/held.txt"}
+    config |= {"documents": "lines", "seq_len": 16, "batch_size": 2}
+    config |= {
+        "tokenizer": tokenizer_files.write(kind, tmp_path),
+        "document_token": "<|endoftext|>",
+    }
+    counted = sum(batch["num_bytes"].sum() for batch in make_dataset(config, "test"))
+    assert counted == len(split_bytes(config, "test"))
+
+
 @pytest.mark.parametrize(
     "kind, counts",
     [
