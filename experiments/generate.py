@@ -6,7 +6,7 @@
 
 The prompt is read first; then each token costs the same time and the same memory, however much was read, in stacks of recurrent
 and windowed layers. An empty prompt starts a new document. Generation ends early where the model starts another document, or
-before a stop string, which may be a special token's text. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra
+before a stop string. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra
 [smollm]), or a hub name; --chat puts the prompt into the model's chat template.
 """
 
