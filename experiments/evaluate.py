@@ -244,6 +244,8 @@ def _find_needles(subject: Subject, out: Path, first: bool) -> None:
         examples=_EXAMPLES.value,
         batch_size=_BATCH_SIZE.value,
         seed=subject.config.seed,
+        encode=subject.found and subject.found.encode,
+        stop_tokens=subject.found and subject.found.stop_tokens,
     )
     if first:
         path = out / "evaluation_retrieval.json"

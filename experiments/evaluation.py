@@ -16,11 +16,11 @@ from seqmodels import sharding
 class Scores:
     """Sums over the tokens that count, float64.
 
-    num_bytes_W: bytes of text behind each token id, for bits per byte; None for tasks that are not text.
+    In text they are all tokens of all documents, and each document's end: what it costs to say where a text ends is in the
+    loss, in accuracy and in bits per byte, which divide by the bytes of the text alone.
     """
 
-    def __init__(self, num_bytes_W: np.ndarray | None):
-        self._num_bytes_W = num_bytes_W
+    def __init__(self):
         self._bytes = 0
         # Rows: loss, correct, tokens. Columns: positions 0 to T-1, lengths 0 to T.
         self._by_position = np.zeros((3, 0))
@@ -35,8 +35,7 @@ class Scores:
         for table, place_BT in ((self._by_position, position_BT), (self._by_length, length_BT)):
             for sums, row in zip(table, rows):
                 sums += np.bincount(place_BT[counts], weights=row, minlength=sums.size)
-        if self._num_bytes_W is not None:
-            self._bytes += int(self._num_bytes_W[batch["targets"][counts]].sum())
+        self._bytes += int(batch["num_bytes"][counts].sum())
 
     def totals(self) -> dict[str, float]:
         """loss (nats a token), perplexity, accuracy, tokens; for text bytes and bits_per_byte."""
@@ -50,7 +49,7 @@ class Scores:
             "accuracy": correct / tokens,
             "tokens": int(tokens),
         }
-        if self._bytes:
+        if self._bytes > 0:
             scores |= {"bytes": self._bytes, "bits_per_byte": nll / math.log(2) / self._bytes}
         return scores
 
@@ -90,8 +89,7 @@ def perplexity(loss: float) -> float:
 
 def evaluate(program: Program, params, dataset, max_batches: int | None = None) -> Scores:
     """Scores of `params` on the dataset's first `max_batches` batches (None or 0: all of one pass)."""
-    tokenizer = dataset.tokenizer
-    scores = Scores(None if tokenizer is None else tokenizer.num_bytes_W)
+    scores = Scores()
     for batch in itertools.islice(dataset, max_batches or None):
         on_devices = program.put(batch)
         results = (batch, *program.token_losses(params, on_devices))

@@ -30,7 +30,9 @@ _TOP_K = flags.DEFINE_integer("top_k", None, "sample among the k most likely tok
 _TOP_P = flags.DEFINE_float(
     "top_p", None, "sample among the fewest tokens of this probability only"
 )
-_STOP = flags.DEFINE_multi_string("stop", [], "text to end before; can be given several times")
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "text to end before, such as '<|im_end|>'; can be given several times"
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "prompts continued together", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "another seed, another text")
 
@@ -76,7 +78,8 @@ def _tell(model, params, tokenizer, prompts, stop_tokens) -> None:
     if len(prompts) == 1:
         tokens = sampling.stream_batch(model, params, prompts, _LENGTH.value, **options)
         print(shown[0], end="", flush=True)
-        for _, text in sampling.stream_texts(tokens, tokenizer, 1, _STOP.value, stop_tokens):
+        texts = sampling.stream_texts(tokens, tokenizer, 1, _STOP.value, stop_tokens, prompts)
+        for _, text in texts:
             print(text, end="", flush=True)
         print()
         return

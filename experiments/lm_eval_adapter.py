@@ -37,6 +37,8 @@ class HarnessModel(TemplateLM):
     encode: text to ids with the special tokens that a pretrained model's tokenizer file puts there, as the harness asks it of
       transformers; None adds none.
     stop_tokens: that end a generated text; None is document_id.
+    A generated text begins with the space that stands before its first word, under every tokenizer; the harness's model for
+    transformers decodes it alone, and has no such space with SentencePiece.
     """
 
     def __init__(

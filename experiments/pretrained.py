@@ -49,7 +49,7 @@ class Loaded:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text with the special tokens that the tokenizer's own file puts there."""
-        return self._encode(text, special=True)
+        return self.tokenizer.encode(text, special=True).tolist()
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """`encode` of a prompt, and one token at least."""
@@ -75,15 +75,10 @@ class Loaded:
         if name not in templates:
             raise ValueError(f"{self.found.source} has templates for {', '.join(templates)} alone")
         text = render_chat(templates[name], messages, self._special_tokens(), tools, documents)
-        return self._encode(text, special=False)
+        return self.tokenizer.encode(text).tolist()
 
     def _special_tokens(self) -> dict[str, str]:
         return dict(self.found.tokens.names)
-
-    def _encode(self, text: str, special: bool) -> list[int]:
-        if self.tokenizer_name == tokenizers.BYTES:
-            return [self.tokenizer.document_id, *map(int, self.tokenizer.encode(text))]
-        return _open(self.tokenizer_name).encode(text, add_special_tokens=special).ids
 
 
 def load(source: str, tokenizer: str = "", **options) -> Loaded:
@@ -271,11 +266,4 @@ def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
     )
 
 
-@functools.lru_cache(maxsize=2)
-def _open(path: str):
-    import tokenizers as library
-
-    try:
-        return library.Tokenizer.from_file(path)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path!r} is no tokenizers file (tokenizer.json): {error}") from error
+_open = functools.lru_cache(maxsize=2)(tokenizers.open_file)

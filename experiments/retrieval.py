@@ -1,6 +1,7 @@
 """How often a model finds a needle in a haystack: accuracy by task, length and depth."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 
 from experiments import sampling
 from experiments.data import needles
@@ -20,17 +21,21 @@ def evaluate(
     examples: int = 10,
     batch_size: int = 8,
     seed: int = 0,
+    encode: Callable[[str], Sequence[int]] | None = None,
+    stop_tokens: Collection[int] | None = None,
 ) -> list[dict]:
     """Rows task, length, depth, examples, accuracy: the share of examples whose answer is in what the model says next,
     greedily, up to the end of the line.
 
     lengths: tokens of a prompt and its answer.   See `needles` for the tasks.
+    encode: a prompt to its ids; None starts a document.   stop_tokens: as `sampling.generate` has them.
     Raises ValueError for what `needles.make_example` and `sampling.generate` refuse, before anything is generated.
     """
+    encode = encode or functools.partial(sampling.prompt_tokens, tokenizer=tokenizer)
     cells = [(form, length, depth) for form in forms for length in lengths for depth in depths]
     asked = {
         (form, length, depth): [
-            needles.make_example(form, tokenizer, length, depth, seed=seed, number=number)
+            needles.make_example(form, encode, length, depth, seed=seed, number=number)
             for number in range(examples)
         ]
         for form, length, depth in cells
@@ -42,7 +47,7 @@ def evaluate(
     for cell, found in asked.items():
         said = sampling.generate(
             model, params, tokenizer, [e.prompt_N.tolist() for e in found], longest[cell],
-            batch_size=batch_size, stop=("\n",), temperature=0,
+            batch_size=batch_size, stop=("\n",), stop_tokens=stop_tokens, temperature=0,
         )  # fmt: skip
         right = sum(e.answer in text for e, text in zip(found, said))
         row = dict(zip(("task", "length", "depth"), cell))

@@ -10,8 +10,8 @@ Rows are fed in pieces whose lengths are powers of two, of which the longest pro
 lengths need log2(MAX_PIECE) + 1 compiled programs at most, and memory is that of one piece, however long they are.
 """
 
-import codecs
 import functools
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 
@@ -24,7 +24,6 @@ from seqmodels.array_typing import Array
 from seqmodels.mixers.attention import KeyValueCache
 
 MAX_PIECE = 512
-_CONTEXT_TOKENS = 8  # how far back a tokenizer's spelling of a token may look
 _PADDING, _PROMPT = 0, 1  # segment ids
 
 
@@ -189,7 +188,10 @@ def generate(
         stream = stream_batch(
             model, params, [prompts[i] for i in filled], length, numbers=filled, **options
         )
-        for row, text in stream_texts(stream, tokenizer, len(numbers), stop, stop_tokens):
+        shown = stream_texts(
+            stream, tokenizer, len(numbers), stop, stop_tokens, [prompts[i] for i in numbers]
+        )
+        for row, text in shown:
             texts[numbers[row]] += text
     return texts
 
@@ -200,11 +202,12 @@ def stream_texts(
     rows: int,
     stop: Sequence[str] = (),
     stop_tokens: Collection[int] | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(row, text) of the first `rows` of `stream_batch`'s rows as it comes, each up to its first stop string or token; ends
-    when all have."""
+    when all have. prompts: what each row goes on from; None where the tokens are whole documents."""
     stop_tokens = [tokenizer.document_id] if stop_tokens is None else stop_tokens
-    texts = [TextStream(tokenizer, stop) for _ in range(rows)]
+    texts = [TextStream(tokenizer, stop, prompt) for prompt in prompts or [()] * rows]
     for token_B in tokens:
         for row, text in enumerate(texts):
             if not text.ended:
@@ -222,69 +225,74 @@ def stream_texts(
 class TextStream:
     """Text as tokens come: never half a character, nothing from the first stop string on, nor what may be its beginning.
 
-    What `add` and `end` return, joined, is `tokenizer.decode` of all tokens, cut before the first stop string.
+    What `add` and `end` return, joined, is what the tokens add to `tokenizer.decode` of the prompt: the space before the first
+    word, too. It is cut before the first stop string. Stop strings are looked for in the text with its special tokens in it,
+    which is not shown, so that "<|im_end|>" stops.
     """
 
-    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         if "" in stop:
             raise ValueError("a stop string is empty: it would stop every text before it starts")
         self.ended = False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._held = ""  # text that a stop string may begin with
-        self._window, self._shown = [], ""
-        self._bytes = None
-        if hasattr(tokenizer, "decode_bytes"):
-            self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # Text that a stop string may begin with, and of each of its characters whether it is shown.
+        self._held, self._is_shown = "", []
+        self._go_on_from([i for i in prompt if i not in tokenizer.special_texts])
 
     def add(self, token: int) -> str:
         """Text that is certain with this token."""
-        return self._pass(self._decode(token))
+        special = self._tokenizer.special_texts.get(token)
+        if special is not None:
+            return self._pass(special, shown=False)
+        self._pending.append(token)
+        new = self._new()
+        if not new or new.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._go_on_from(self._pending)
+        return self._pass(new)
 
     def end(self) -> str:
         """What is left after the last token."""
-        if self._bytes is not None:
-            rest = self._bytes.decode(b"", final=True)
-        else:
-            rest = self._tokenizer.decode(self._window)[len(self._shown) :]
-        text = self._pass(rest)
+        text = self._pass(self._new())
         if self.ended:
             return text
         self.ended = True
-        return text + self._held
+        return text + self._take(len(self._held))
 
-    def _decode(self, token: int) -> str:
-        if self._bytes is not None:
-            return self._bytes.decode(self._tokenizer.decode_bytes([token]))
-        # The last tokens are decoded together: what a token spells may depend on those before it.
-        self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        new = text[len(self._shown) :]
-        self._window = self._window[-_CONTEXT_TOKENS:]
-        self._shown = self._tokenizer.decode(self._window)
-        return new
+    def _go_on_from(self, tokens: list[int]) -> None:
+        """Takes the text of `tokens` as told. They are decoded again with the next ones, whose text may depend on what is
+        before them; since the text of `tokens` is whole, no character is cut where they begin."""
+        self._context, self._pending = tokens, []
+        self._told = self._tokenizer.decode(tokens)
 
-    def _pass(self, text: str) -> str:
+    def _new(self) -> str:
+        return self._tokenizer.decode(self._context + self._pending)[len(self._told) :]
+
+    def _pass(self, text: str, shown: bool = True) -> str:
         self._held += text
+        self._is_shown += [shown] * len(text)
         found = [place for s in self._stop if (place := self._held.find(s)) >= 0]
         if found:
             self.ended = True
-            return self._held[: min(found)]
+            return self._take(min(found))
         may_begin = (
             n
             for s in self._stop
             for n in range(1, min(len(s), len(self._held) + 1))
             if self._held.endswith(s[:n])
         )
-        safe = len(self._held) - max(may_begin, default=0)
-        shown, self._held = self._held[:safe], self._held[safe:]
-        return shown
+        return self._take(len(self._held) - max(may_begin, default=0))
+
+    def _take(self, count: int) -> str:
+        """The first characters of what is held, without those that are not shown."""
+        text = "".join(itertools.compress(self._held[:count], self._is_shown))
+        self._held, self._is_shown = self._held[count:], self._is_shown[count:]
+        return text
 
 
-def stream_text(tokens: Iterator[int], tokenizer) -> Iterator[str]:
-    """Text as the tokens come, never half a character. Joined, it is `tokenizer.decode` of all of them."""
-    stream = TextStream(tokenizer)
+def stream_text(tokens: Iterator[int], tokenizer, prompt: Sequence[int] = ()) -> Iterator[str]:
+    """Text as the tokens come, never half a character. Joined, it is what they add to `tokenizer.decode` of the prompt."""
+    stream = TextStream(tokenizer, prompt=prompt)
     for token in tokens:
         yield stream.add(token)
     yield stream.end()
@@ -292,7 +300,7 @@ def stream_text(tokens: Iterator[int], tokenizer) -> Iterator[str]:
 
 def prompt_tokens(prompt: str, tokenizer) -> list[int]:
     """The ids of a prompt as the start of a document; an empty one is the document's start alone."""
-    return [tokenizer.document_id, *map(int, tokenizer.encode(prompt))]
+    return [tokenizer.document_id, *tokenizer.encode(prompt).tolist()]
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:

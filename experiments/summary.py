@@ -8,6 +8,7 @@ import jax
 from experiments import data, metrics, plots, run_record, sampling
 from experiments.checkpoints import Checkpoints
 from experiments.data import baselines, packing
+from experiments.data.text import Piece
 
 _BIGRAM_TRAINING_BYTES = 64 << 20
 
@@ -27,16 +28,18 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
     """Adds a sample to the scores of the test split; on process 0 baselines and file names too, and writes result.json and
     loss.png."""
     if tokenizer is not None and config.sample.length:
+        prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
         tokens = sampling.stream_tokens(
             model,
             params,
-            sampling.prompt_tokens(config.sample.prompt, tokenizer),
+            prompt,
             config.sample.length,
             temperature=config.sample.temperature,
             seed=config.seed,
             stop_token=tokenizer.document_id,
         )
-        result["sample"] = config.sample.prompt + "".join(sampling.stream_text(tokens, tokenizer))
+        said = "".join(sampling.stream_text(tokens, tokenizer, prompt))
+        result["sample"] = config.sample.prompt + said
     if jax.process_index():
         return result
     byte_level = config.data.get("tokenizer") == "bytes"
@@ -45,7 +48,7 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
         held_out = scored_bytes(data.documents(config.data, "test"), result["bytes"])
         documents = data.documents(config.data, "train")
         train = first_bytes(documents, range(len(documents)), _BIGRAM_TRAINING_BYTES)
-        lines["gzip -9"] = baselines.gzip_bits_per_byte(b"".join(held_out))
+        lines["gzip -9"] = baselines.gzip_bits_per_byte(held_out)
         lines["byte bigram"] = baselines.bigram_bits_per_byte(train, held_out)
         result["baselines_bits_per_byte"] = lines
     result["workdir"] = str(workdir)
@@ -102,8 +105,8 @@ def scored_bytes(documents, count: int) -> list[bytes]:
 def first_bytes(documents, numbers, count: int):
     """The documents of these numbers up to `count` bytes in all, the last one cut there."""
     for i in numbers:
-        document = documents[i][:count]
-        count -= len(document)
-        yield document
+        document = documents[i]
+        yield document if len(document) <= count else Piece(document[:count])
+        count -= min(count, len(document))
         if not count:
             return

@@ -16,7 +16,8 @@ Every dataset
 Text (python_stdlib, text, tfds)
   seq_len=512      T: length of a packed row
   tokenizer="bytes"   or the path of a Hugging Face tokenizer.json
-  document_token=""   with a file: its token that stands before each document; "" adds an id
+  document_token=""   with a file: its token that stands before each document, and is the target of
+                   each document's last token; "" adds an id
 python_stdlib      the source of this Python's standard library (stdlib_corpus.py)
   data_dir=""      where it is kept; "" is ~/.cache/seqmodels
 text               files of your own (text.py)

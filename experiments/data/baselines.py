@@ -1,22 +1,31 @@
-"""What a text model's bits per byte are to be held against, on the same held-out bytes."""
+"""What a text model's bits per byte are to be held against, on the same held-out bytes.
+
+A model here says where each document ends, too, and pays for it (`packing`). So do these: both are told of the ends of all
+documents (a `text.Piece` has none), and both divide by the bytes of the text alone. Empty documents are passed over, as
+packing does.
+"""
 
 import gzip
 from collections.abc import Iterable
 
 import numpy as np
 
-START = 256  # before a document's first byte
+from experiments.data.text import Piece
+
+END = 256  # after a document's last byte, and before its first
 
 
-def gzip_bits_per_byte(held_out: bytes) -> float:
-    """8 x the size of `gzip -9` of the bytes, over their number.
+def gzip_bits_per_byte(held_out: Iterable[bytes]) -> float:
+    """8 x the size of `gzip -9` of the documents, over their number of bytes.
 
-    gzip reads them as one file with its 32 KB window and has seen no training text: it is a
-    reference point that everyone knows, not a trained competitor.
+    gzip reads them as one file, in which a byte 0 stands for each document's end, with its 32 KB window, and has seen no
+    training text: it is a reference point that everyone knows, not a trained competitor.
     """
-    if not held_out:
+    documents = [document for document in held_out if document]
+    if not documents:
         raise ValueError("Empty corpus: there are no held-out bytes to compress.")
-    return 8 * len(gzip.compress(held_out, 9, mtime=0)) / len(held_out)
+    told = b"".join(document + b"\0" * _ends(document) for document in documents)
+    return 8 * len(gzip.compress(told, 9, mtime=0)) / sum(map(len, documents))
 
 
 def bigram_bits_per_byte(
@@ -24,24 +33,25 @@ def bigram_bits_per_byte(
 ) -> float:
     """Bits per byte of a byte-bigram model fitted on `train`, on `held_out`; both are documents.
 
-    p(b | a) = (count(a, b) + smoothing) / (count(a) + 256 smoothing). A document's first byte is
-    predicted from START, so every byte is predicted once, as a byte-level model of this repository
-    does, and smoothing=1 is add-one.
+    p(b | a) = (count(a, b) + smoothing) / (count(a) + 257 smoothing), a and b among the 256 bytes and END. A document's first
+    byte is predicted from END, and END from its last byte, so every byte and every end is predicted once, as a byte-level
+    model of this repository does, and smoothing=1 is add-one.
     """
-    counts = np.zeros((257, 256))
-    for document in train:
-        np.add(counts, _bigrams(document), out=counts)
-    log_p = np.log2(counts + smoothing) - np.log2(counts.sum(1, keepdims=True) + 256 * smoothing)
-    held = np.zeros((257, 256))
-    for document in held_out:
-        np.add(held, _bigrams(document), out=held)
+    counts, held = (
+        sum(map(_bigrams, documents), np.zeros((257, 257))) for documents in (train, held_out)
+    )
     if not held.sum():
         raise ValueError("Empty corpus: there are no held-out bytes to score.")
-    return float(-(held * log_p).sum() / held.sum())
+    log_p = np.log2(counts + smoothing) - np.log2(counts.sum(1, keepdims=True) + 257 * smoothing)
+    return float(-(held * log_p).sum() / held[:, :END].sum())
+
+
+def _ends(document: bytes) -> bool:
+    return len(document) > 0 and not isinstance(document, Piece)
 
 
 def _bigrams(document: bytes) -> np.ndarray:
-    """(257, 256): how often the second byte follows the first."""
-    current = np.frombuffer(document, np.uint8).astype(np.int64)
-    previous = np.append(START, current[:-1])[: len(current)]
-    return np.bincount(previous * 256 + current, minlength=257 * 256).reshape(257, 256)
+    """(257, 257): how often the second symbol follows the first."""
+    end = np.repeat(END, _ends(document))
+    symbols = np.concatenate([[END], np.frombuffer(document, np.uint8), end])
+    return np.bincount(symbols[:-1] * 257 + symbols[1:], minlength=257 * 257).reshape(257, 257)

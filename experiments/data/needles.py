@@ -13,7 +13,7 @@ be downloaded and no text is ever too short. The wording is our own: figures com
 import dataclasses
 import functools
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -107,7 +107,7 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """prompt_N: token ids, document_id first.  answer: the text that has to follow.  answer_tokens: to generate for it.
+    """prompt_N: token ids.  answer: the text that has to follow.  answer_tokens: to generate for it.
     depth: where the needle really begins, as a share of the haystack's tokens."""
 
     prompt_N: np.ndarray
@@ -118,10 +118,17 @@ class Example:
 
 
 def make_example(
-    form: str, tokenizer, length: int, depth: float, *, seed: int = 0, number: int = 0
+    form: str,
+    encode: Callable[[str], Sequence[int]],
+    length: int,
+    depth: float,
+    *,
+    seed: int = 0,
+    number: int = 0,
 ) -> Example:
     """Example `number` of a form: as many whole sentences as fit, so that prompt and answer have `length` tokens at most.
 
+    encode: a prompt to its token ids, with what stands before a text.
     depth: 0 puts the needle before all other sentences, 1 behind them. The same (seed, number) hides the same
     value under the same key at every length and depth.
 
@@ -141,18 +148,20 @@ def make_example(
         part.format(**words) for part in (shape.before, shape.needle, shape.after)
     )
 
+    start = len(encode(""))
+
     @functools.lru_cache(maxsize=4096)
     def count(text: str) -> int:
-        return len(tokenizer.encode(text))
+        return len(encode(text)) - start
 
     answer_tokens = count(f" {words['value']}") + SPARE_TOKENS
-    room = length - 1 - answer_tokens  # for the text; the one is document_id
+    room = length - answer_tokens
 
     def tokens(sentences, place):
         text = before + " ".join([*sentences[:place], needle, *sentences[place:]]) + after
-        return text, np.append(np.int32(tokenizer.document_id), tokenizer.encode(text))
+        return text, np.asarray(encode(text), np.int32)
 
-    shortest = len(tokens([], 0)[1]) - 1
+    shortest = len(tokens([], 0)[1])
     if shortest > room:
         raise ValueError(
             f"length {length} is too short for {form}: needle, question and answer alone take {length + shortest - room} tokens"
@@ -170,7 +179,7 @@ def make_example(
         starts = np.concatenate([[0], np.cumsum(sizes)])
         place = int(np.abs(starts - depth * starts[-1]).argmin())
         text, prompt_N = tokens(sentences, place)
-        if len(prompt_N) - 1 <= room:
+        if len(prompt_N) <= room:
             found = float(starts[place] / max(starts[-1], 1))
             return Example(prompt_N, text, words["value"], answer_tokens, found)
         sentences.pop()

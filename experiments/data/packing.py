@@ -1,14 +1,17 @@
 """Documents into rows of fixed length: concatenate and split, in lanes.
 
-A document's tokens are [document id, t_1, ..., t_n]; every t_i is predicted exactly once, from the
-tokens before it in the same row, so summed losses are those of the whole text, byte for byte.
+A document's tokens are [document id, t_1, ..., t_n, document id]: the id that the next document
+starts with is what its last token is followed by, so that a model learns where a text ends. Every t_i
+and the end are predicted exactly once, from the tokens before them in the same row, so summed losses
+are those of the whole text, byte for byte, and of where its documents end.
+
+A document that is cut for reading (`text.Piece`) has no such end: what follows is not told.
 
 A row is filled to its end. A document that does not fit goes on at the start of its lane's next
 row, as a new segment: a model's state and context do not reach over the cut, yet the target of the
-last token before it is the first token after it, so no prediction is lost. Where a document ends,
-its last token has no target (loss_mask 0) and the next document starts. Only the last rows of a
-one-pass split carry padding. (First-fit packing would keep more short documents whole, but leaves
-holes and must read ahead, and its rows then depend on how far.)
+last token before it is the first token after it, so no prediction is lost. Every token has a target
+but padding, which only the last rows of a one-pass split carry. (First-fit packing would keep more
+short documents whole, but leaves holes and must read ahead, and its rows then depend on how far.)
 
 Lanes. Row r of every batch belongs to lane r, and lane r reads documents r, r + B, r + 2B, ... of
 the shuffled stream. So a batch holds B different documents, a process reads only its own lanes, and
@@ -16,10 +19,13 @@ the global batch is the same for any number of processes. A one-pass split has a
 every process reads whole and takes its rows from: all processes then see the same number of batches.
 """
 
+import functools
+
 import grain
 import numpy as np
 
 from experiments.data import batches
+from experiments.data.text import Piece
 from experiments.data.tokenizers import Tokenizer
 
 
@@ -44,12 +50,27 @@ def packed_batches(
         raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
     if len(documents) == 0:
         raise ValueError(f"Empty corpus: {what} has no documents.")
-    tokens = grain.MapDataset.source(documents).map(tokenizer.encode_document)
+    tokens = grain.MapDataset.source(documents).map(functools.partial(document_tokens, tokenizer))
     n = len(documents)
     order = batches.EpochOrder(n, seed) if train else one_pass_order(n)
     return PackIterDataset(
         tokens, order, train, seq_len=seq_len, batch_size=batch_size, rows=rows, what=what
     )
+
+
+def document_tokens(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
+    """A document from its start to its end: (N, 2), of each token its id and the bytes of text it stands for. A Piece has no
+    end, and an empty document its start alone.
+
+    The bytes are those of num_bytes_W. What it cannot know (text that a normalizer changes, spaces that are dropped,
+    characters that the vocabulary lacks) is counted at the last token, so that they add up to len(data), always.
+    """
+    start = [tokenizer.document_id]
+    end = start * (len(data) > 0 and not isinstance(data, Piece))
+    ids_N = np.concatenate([start, tokenizer.encode(data), end], dtype=np.int32, casting="unsafe")
+    num_bytes_N = tokenizer.num_bytes_W[ids_N]
+    num_bytes_N[-1] += len(data) - num_bytes_N[1:].sum()
+    return np.stack([ids_N, num_bytes_N], axis=-1)
 
 
 def one_pass_order(n: int) -> batches.EpochOrder:
@@ -103,22 +124,21 @@ class _Lane:
                 raise ValueError(f"Empty corpus: every document of {d.what} is empty.")
         return self.tokens
 
-    def fill(self, inputs_T, targets_T, segment_ids_T, loss_mask_T) -> bool:
+    def fill(self, inputs_T, targets_T, segment_ids_T, loss_mask_T, num_bytes_T) -> bool:
         """Writes the lane's next row; False where the stream had ended before it."""
         filled, segment = 0, 0
-        while filled < len(inputs_T) and (tokens := self.current()) is not None:
-            piece = tokens[self.offset : self.offset + len(inputs_T) - filled + 1]
-            targets = len(piece) - 1  # the token after the row's last is a target, not an input
-            ends = self.offset + len(piece) == len(tokens) and targets < len(inputs_T) - filled
-            used = slice(filled, filled + targets + ends)
-            segment += 1
-            inputs_T[used] = piece[: targets + ends]
+        while filled < len(inputs_T) and (tokens_N2 := self.current()) is not None:
+            # The token after the row's last is a target, not an input.
+            piece_N2 = tokens_N2[self.offset : self.offset + len(inputs_T) - filled + 1]
+            used = slice(filled, filled + len(piece_N2) - 1)
+            segment += len(piece_N2) > 1
+            inputs_T[used] = piece_N2[:-1, 0]
+            targets_T[used], num_bytes_T[used] = piece_N2[1:].T
             segment_ids_T[used] = segment
-            targets_T[filled : filled + targets] = piece[1:]
-            loss_mask_T[filled : filled + targets] = 1.0
+            loss_mask_T[used] = 1.0
             filled = used.stop
-            self.offset += targets + ends
-            if ends:
+            self.offset += len(piece_N2) - 1
+            if self.offset == len(tokens_N2) - 1:  # the last token is never an input
                 self.document += self.dataset.num_lanes
                 self.offset, self.tokens = 0, None
         return segment > 0

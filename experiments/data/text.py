@@ -3,6 +3,7 @@
 A file is a document, or each of its lines is (`documents="lines"`). A long document is cut, after a
 line's end where there is one, into documents of about `document_bytes`: no more than that is held in
 memory at once, and a corpus that is one big file still gives every row of a batch a place of its own.
+Only the last of them ends as documents do (`Piece`).
 """
 
 import glob
@@ -20,14 +21,19 @@ MANY_FILES = 100  # from here on whole files go to a split; below, each file is 
 DOCUMENTS = ("files", "lines")
 
 
-class TextFiles:
-    """Spans of files: `[i]` reads document i as bytes.
+class Piece(bytes):
+    """A part of a document that goes on in another one: its stop is no end that a model should learn."""
 
-    names: file names; file_N, start_N, stop_N: the file and the bytes of each document.
+
+class TextFiles:
+    """Spans of files: `[i]` reads document i as bytes, a Piece where it was cut.
+
+    names: file names; file_N, start_N, stop_N: the file and the bytes of each document; ends_N: whether it ends there.
     """
 
-    def __init__(self, names, file_N, start_N, stop_N):
+    def __init__(self, names, file_N, start_N, stop_N, ends_N):
         self.names, self.file_N, self.start_N, self.stop_N = names, file_N, start_N, stop_N
+        self.ends_N = ends_N
 
     def __len__(self):
         return len(self.file_N)
@@ -40,7 +46,7 @@ class TextFiles:
             data = file.read(stop - start)
         if len(data) < stop - start:
             raise OSError(f"{name} was {stop} bytes long when the run began and is shorter now.")
-        return data
+        return data if self.ends_N[i] else Piece(data)
 
 
 def text_documents(
@@ -79,7 +85,7 @@ def text_documents(
     elif len(given) == 1:
         share = splits.share_of(split)
     spans = [_spans(path, share, documents == "lines", document_bytes) for path, _ in files]
-    counts = [len(starts) for starts, _ in spans]
+    counts = [len(starts) for starts, *_ in spans]
     if not sum(counts):
         raise ValueError(
             f"Empty corpus: the {split} split of {_list(paths)} ({len(files)} files) has no text."
@@ -87,8 +93,7 @@ def text_documents(
     return TextFiles(
         [path for path, _ in files],
         np.repeat(np.arange(len(files), dtype=np.int32), counts),
-        np.concatenate([starts for starts, _ in spans]),
-        np.concatenate([stops for _, stops in spans]),
+        *map(np.concatenate, zip(*spans)),
     )
 
 
@@ -125,23 +130,24 @@ def _list(paths) -> list[str]:
 
 
 def _spans(path: str, share, lines: bool, document_bytes: int):
-    """Starts and stops of the documents in one file's share [from, to) of its length."""
+    """Starts and stops of the documents in one file's share [from, to) of its length, and whether they end there."""
     size = os.path.getsize(path)
     none = np.zeros(0, np.int64)
     if size == 0:
-        return none, none
+        return none, none, none
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         # The same two calls for the split before and after, so that nothing is lost between them.
         first, last = (_cut(data, int(size * part), int(size * (part + 0.02))) for part in share)
         if lines:
-            return _lines(data, first, last)
+            starts, stops = _lines(data, first, last)
+            return starts, stops, (stops < last) | (stops == size)
         cuts = [first]
         while last - cuts[-1] > document_bytes:
             cuts.append(
                 min(_cut(data, cuts[-1] + document_bytes, cuts[-1] + 2 * document_bytes), last)
             )
         cuts = np.asarray(cuts + [last] * (last > cuts[-1]), np.int64)
-    return cuts[:-1], cuts[1:]
+    return cuts[:-1], cuts[1:], cuts[1:] == size
 
 
 _CHARACTER_START = re.compile(rb"[^\x80-\xbf]")  # in UTF-8

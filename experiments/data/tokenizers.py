@@ -2,31 +2,39 @@
 
 A tokenizer has
   vocab_size       ids lie in [0, vocab_size)
-  document_id      stands before every document; it is an input, never a target
-  num_bytes_W      bytes of text that each id stands for (0 for special ids): bits per byte is
-                   sum(loss) / ln 2 / sum(num_bytes_W[targets]) over the counted targets
-  encode(text)     str or bytes to int32 ids, without document_id
-  encode_document(data)   bytes to int32 ids, document_id first
-  decode(ids)      ids to str; special ids vanish, broken UTF-8 becomes U+FFFD
+  document_id      stands before every document, and is the target of every document's last token:
+                   the text ends here, as it does before the next document
+  special_texts    id -> text of the ids that `decode` leaves out, document_id among them; only stop
+                   strings are compared with it
+  num_bytes_W      bytes of text that each id adds to the text before it. At a document's end, where
+                   document_id is the target, what the tokenizer puts before a document and its text
+                   does not hold is taken back: -1 for SentencePiece's space, 0 for bytes. So these
+                   add up to the text where a tokenizer keeps it as it is; where one does not (it
+                   lowercases, drops spaces, has no id for a character), batches say what is right
+                   (`packing.document_tokens`)
+  encode(text, special=False)   str or bytes to int32 ids, without document_id; special: with the
+                   special tokens that a file puts around a text (for bytes, document_id first)
+  decode(ids)      ids to str; broken UTF-8 becomes U+FFFD
 """
 
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 BYTES = "bytes"
+_SPACE = "\u2581"  # how SentencePiece spells it
 
 
 class Tokenizer(Protocol):
     vocab_size: int
     document_id: int
+    special_texts: dict[int, str]
     num_bytes_W: np.ndarray
 
-    def encode(self, text: str | bytes) -> np.ndarray: ...
-
-    def encode_document(self, data: bytes) -> np.ndarray: ...
+    def encode(self, text: str | bytes, special: bool = False) -> np.ndarray: ...
 
     def decode(self, ids) -> str: ...
 
@@ -38,23 +46,16 @@ class ByteTokenizer:
     document_id = 256
 
     def __init__(self):
+        self.special_texts = {self.document_id: ""}
         self.num_bytes_W = np.append(np.ones(256, np.int32), np.int32(0))
 
-    def encode(self, text: str | bytes) -> np.ndarray:
+    def encode(self, text: str | bytes, special: bool = False) -> np.ndarray:
         data = text.encode() if isinstance(text, str) else text
-        return np.frombuffer(data, np.uint8).astype(np.int32)
-
-    def encode_document(self, data: bytes) -> np.ndarray:
-        ids = np.empty(len(data) + 1, np.int32)
-        ids[0] = self.document_id
-        ids[1:] = np.frombuffer(data, np.uint8)
-        return ids
-
-    def decode_bytes(self, ids) -> bytes:
-        return bytes(int(i) for i in np.asarray(ids).reshape(-1) if i < 256)
+        ids = np.frombuffer(data, np.uint8).astype(np.int32)
+        return np.append(np.int32(self.document_id), ids) if special else ids
 
     def decode(self, ids) -> str:
-        return self.decode_bytes(ids).decode(errors="replace")
+        return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
 
 class FileTokenizer:
@@ -65,21 +66,7 @@ class FileTokenizer:
     """
 
     def __init__(self, path: str, document_token: str = ""):
-        import tokenizers  # a compiled library that runs on bytes need not load
-
-        if not pathlib.Path(path).expanduser().is_file():
-            raise FileNotFoundError(
-                f"No tokenizer file {path!r}. Give the path of a tokenizer.json, or {BYTES!r}."
-            )
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(path).expanduser()))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(
-                f"{path!r} is not a Hugging Face tokenizers file (tokenizer.json): {error}"
-            ) from error
-        self._path = path
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._path, self._tokenizer = path, open_file(path)
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         # Some files leave holes in their ids, so the size is the largest id and one.
         self.vocab_size = max(ids.values()) + 1
@@ -90,14 +77,22 @@ class FileTokenizer:
             )
         self.document_id = ids[document_token] if document_token else self.vocab_size
         self.vocab_size += not document_token
-        special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_texts = {i: token.content for i, token in added.items() if token.special}
+        self.special_texts[self.document_id] = document_token
         self.num_bytes_W = np.zeros(self.vocab_size, np.int32)
-        byte_level = '"ByteLevel"' in self._tokenizer.to_str()
+        num_bytes = _num_bytes(self._tokenizer)
         for token, i in ids.items():
-            if i not in special and i != self.document_id:
-                self.num_bytes_W[i] = _num_bytes(token, byte_level)
+            # The text of an added token is its name, whatever the vocabulary spells otherwise.
+            self.num_bytes_W[i] = len(token.encode()) if i in added else num_bytes(token)
+        if _SPACE not in ids and _SPACE in _spelling(self._tokenizer, "a a"):
+            # It falls back to three byte tokens.
+            for byte in _SPACE.encode()[1:]:
+                if (i := ids.get(f"<0x{byte:02X}>")) is not None:
+                    self.num_bytes_W[i] = 0
+        self.num_bytes_W[self.document_id] = 1 - num_bytes(_spelling(self._tokenizer, "a"))
 
-    def encode(self, text: str | bytes) -> np.ndarray:
+    def encode(self, text: str | bytes, special: bool = False) -> np.ndarray:
         if isinstance(text, bytes):
             try:
                 text = text.decode()
@@ -107,27 +102,63 @@ class FileTokenizer:
                     f"{text[:40]!r}), and {self._path!r} reads only UTF-8. Convert the file or use "
                     f"tokenizer={BYTES!r}."
                 ) from error
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-
-    def encode_document(self, data: bytes) -> np.ndarray:
-        return np.append(np.int32(self.document_id), self.encode(data))
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
 
     def decode(self, ids) -> str:
-        ids = [int(i) for i in np.asarray(ids).reshape(-1) if i != self.document_id]
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        ids = [int(i) for i in ids if int(i) not in self.special_texts]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _num_bytes(token: str, byte_level: bool) -> int:
-    """Bytes of text behind a vocabulary entry.
+def open_file(path: str):
+    """The library's tokenizer of a file, which reads every text whole and always alike: without the
+    truncation, the padding and the random choices (BPE dropout) that a file may have been saved with."""
+    import tokenizers  # a compiled library that runs on bytes need not load
 
-    Byte-level vocabularies spell each byte as one character. Others spell text, with U+2581 for a
-    space (SentencePiece), a leading ## that is not text (WordPiece) and <0x0A> for a raw byte.
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"No tokenizer file {path!r}. Give the path of a tokenizer.json, or {BYTES!r}."
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(
+            f"{path!r} is not a Hugging Face tokenizers file (tokenizer.json): {error}"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def _num_bytes(tokenizer) -> Callable[[str], int]:
+    """The function from a vocabulary entry to the bytes of text that it adds after another one.
+
+    Byte-level vocabularies spell each byte as one character, and byte fallback a byte as <0x0A>. Of
+    others the file's decoder knows what is text: U+2581 is a space to SentencePiece, ## is nothing
+    to WordPiece, which has a space before all other words.
     """
-    if byte_level:
-        return len(token)
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-        return 1
-    return len(token.removeprefix("##").replace("\u2581", " ").encode())
+    parts = tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder
+    if any(part is not None and b'"type":"ByteLevel"' in part.__getstate__() for part in parts):
+        return len
+    decode = " ".join if tokenizer.decoder is None else tokenizer.decoder.decode
+
+    def num_bytes(token: str) -> int:
+        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+            return 1
+        return len(decode(["a", token]).encode()) - 1
+
+    return num_bytes
+
+
+def _spelling(tokenizer, text: str) -> str:
+    """A document in the vocabulary's spelling, with what the tokenizer puts before it."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return text
+    return "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
 
 
 def bytes_as_file() -> str:

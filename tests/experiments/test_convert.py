@@ -136,6 +136,22 @@ def test_prompts_and_conversations(folder):
         loaded.with_max_len(103)
 
 
+def test_a_file_that_cuts_and_pads_leaves_prompts_whole(folder, tmp_path):
+    saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    saved.enable_truncation(2)
+    saved.enable_padding(length=9, pad_id=0)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    loaded, other = (
+        pretrained.load(str(folder)),
+        pretrained.load(str(folder), str(tmp_path / "tokenizer.json")),
+    )
+    for asked in (
+        lambda x: x.prompt_tokens("abcd"),
+        lambda x: x.chat_tokens([{"role": "user", "content": "abcd"}]),
+    ):
+        assert asked(other) == asked(loaded) and len(asked(loaded)) in (4, 6)
+
+
 @pytest.mark.slow
 def test_the_programs(folder, tmp_path):
     out = tmp_path / "run"
@@ -311,11 +327,11 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
     tokenizer.save(str(tmp_path / "other" / "tokenizer.json"))
     with pytest.raises(ValueError, match="has 2 ids and the model .* it is another model's"):
         pretrained.load(str(folder), str(tmp_path / "other" / "tokenizer.json"))
-    with pytest.raises(ValueError, match="nowhere.json' is no tokenizers file"):
+    with pytest.raises(FileNotFoundError, match="No tokenizer file '.*nowhere.json'"):
         pretrained.load(str(folder), str(tmp_path / "nowhere.json"))
     found = checkpoints_io.load_pretrained(folder)
     for other in ("other/tokenizer.json", "nowhere.json"):
-        with pytest.raises(ValueError, match="another model's|no tokenizers file"):
+        with pytest.raises((ValueError, FileNotFoundError), match="another model's|No tokenizer"):
             pretrained.write(found, "llama", tmp_path / "out", tokenizer=str(tmp_path / other))
     assert not (tmp_path / "out").exists()
 

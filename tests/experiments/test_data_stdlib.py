@@ -14,6 +14,7 @@ from experiments.data import (
     make_dataset,
     split_bytes,
     stdlib_corpus,
+    text,
     tfds_source,
 )
 
@@ -112,8 +113,11 @@ def test_batches_of_it(config):
     dataset = make_dataset(config, "validation")
     assert dataset.vocab_size == 257
     batches = list(dataset)
-    data = b"".join(bytes(b["targets"][b["loss_mask"] > 0].astype(np.uint8)) for b in batches)
+    targets = np.concatenate([b["targets"][b["loss_mask"] > 0] for b in batches])
+    data = bytes(targets[targets < 256].astype(np.uint8))
     assert sorted(data.splitlines()) == sorted(split_bytes(config, "validation").splitlines())
+    source = documents(config, "validation")
+    assert (targets == 256).sum() == sum(len(source[i]) > 0 for i in range(len(source)))
 
 
 def test_a_tfds_dataset_by_name(config, library, tmp_path):
@@ -145,19 +149,28 @@ def test_a_text_feature_is_read_alone():
 
 def test_gzip_baseline():
     data = b"the same again and again " * 40
-    assert baselines.gzip_bits_per_byte(data) == 8 * len(gzip.compress(data, 9)) / len(data)
+    cut = text.Piece(b"c" * 90)
+    assert baselines.gzip_bits_per_byte([cut]) == 8 * len(gzip.compress(b"c" * 90, 9)) / 90
+    told = gzip.compress(
+        data + b"\0and an end\0", 9
+    )  # where documents end, in which bytes are counted
+    result = baselines.gzip_bits_per_byte([data, b"", b"and an end"])
+    assert result == 8 * len(told) / (len(data) + 10)
     with pytest.raises(ValueError, match="Empty corpus"):
-        baselines.gzip_bits_per_byte(b"")
+        baselines.gzip_bits_per_byte([b""])
 
 
 def test_bigram_baseline_by_hand():
-    # Trained on "ab": START->a once, a->b once; held out "ab" and "b".
-    seen, unseen = np.log2(2 / 257), np.log2(1 / 257)
-    expected = -(seen + seen + unseen) / 3
+    # Trained on "ab": END->a, a->b and b->END once each; held out "ab" and "b": three bytes, two ends.
+    seen, unseen = np.log2(2 / 258), np.log2(1 / 258)
+    expected = -(4 * seen + unseen) / 3
     result = baselines.bigram_bits_per_byte([b"ab"], [b"ab", b"b", b""])
     np.testing.assert_allclose(result, expected)
-    np.testing.assert_allclose(baselines.bigram_bits_per_byte([], [b"anything"]), 8.0)
-    sure = baselines.bigram_bits_per_byte([b"ababab"], [b"abab"], smoothing=1e-9)
+    cut = baselines.bigram_bits_per_byte([b"ab"], [b"ab", text.Piece(b"b")])
+    np.testing.assert_allclose(cut, -(3 * seen + unseen) / 3)
+    untrained = baselines.bigram_bits_per_byte([], [b"anything"])
+    np.testing.assert_allclose(untrained, np.log2(257) * 9 / 8)
+    sure = baselines.bigram_bits_per_byte([b"abc", b"abc"], [b"abc"], smoothing=1e-9)
     np.testing.assert_allclose(sure, 0.0, atol=1e-6)
     with pytest.raises(ValueError, match="Empty corpus"):
         baselines.bigram_bits_per_byte([b"a"], [])

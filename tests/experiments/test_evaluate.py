@@ -17,28 +17,30 @@ def batch():
         # Documents of lengths 3 and 2, and padding; then one of 6.
         "segment_ids": np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32),
         "loss_mask": np.array([[1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0]], np.float32),
-        "targets": np.array([[0, 1, 0, 2, 0, 0], [1, 1, 1, 1, 2, 0]], np.int32),
+        # The last document's end takes back a byte, and padding would count if it were read.
+        "num_bytes": np.array([[1, 2, 9, 5, 9, 9], [2, 2, 2, 2, -1, 9]], np.int32),
     }
 
 
-def score(batch, num_bytes_W=None):
+def score(batch):
     nll_BT = np.arange(12, dtype=np.float32).reshape(2, 6)
     correct_BT = (nll_BT % 2).astype(np.float32)
-    scores = evaluation.Scores(num_bytes_W)
+    scores = evaluation.Scores()
     scores.add(batch, nll_BT, correct_BT)
     return scores
 
 
 def test_totals_are_means_over_the_tokens_that_count(batch):
-    totals = score(batch, np.array([1, 2, 5])).totals()
+    totals = score(batch).totals()
     nll = [0, 1, 3, 6, 7, 8, 9, 10]
     assert totals["tokens"] == 8
     assert totals["loss"] == pytest.approx(np.mean(nll))
     assert totals["perplexity"] == pytest.approx(math.exp(np.mean(nll)))
     assert totals["accuracy"] == pytest.approx(4 / 8)
-    assert totals["bytes"] == 1 + 2 + 5 + 4 * 2 + 5
+    assert totals["bytes"] == 1 + 2 + 5 + 4 * 2 - 1
     assert totals["bits_per_byte"] == pytest.approx(sum(nll) / math.log(2) / totals["bytes"])
-    assert "bytes" not in score(batch).totals()
+    of_a_task = batch | {"num_bytes": np.zeros((2, 6), np.int32)}
+    assert "bytes" not in score(of_a_task).totals()
 
 
 def test_batches_add_up(batch):

@@ -6,6 +6,7 @@ import pytest
 from experiments import sampling, scoring
 from experiments.data.tokenizers import make_tokenizer
 from seqmodels import language_model
+from tests.experiments import tokenizer_files
 
 SIZES = {"vocab_size": 13, "d_model": 16}
 
@@ -107,6 +108,7 @@ class Letters:
     """A letter an id."""
 
     document_id = 12
+    special_texts = {12: ""}
 
     def decode(self, ids):
         return "".join("abcdefghijkl"[i] for i in ids if i != self.document_id)
@@ -274,21 +276,57 @@ def test_bytes_are_shown_when_their_character_is_whole():
     assert "".join(sampling.stream_text(iter(broken), tokenizer)) == tokenizer.decode(broken)
 
 
-def test_subwords_stream_as_they_decode(tmp_path):
-    import tokenizers
+TEXT = "the cat, the naïve cat and the 日本 ## 😀😀😀 cat" + " the" * 9
 
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
-    text = "the cat, the naïve cat and the 😀 cat " * 3
-    trained.train_from_iterator([text], trainer)
-    trained.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = make_tokenizer(str(tmp_path / "tokenizer.json"))
-    ids = tokenizer.encode(text + "€😀").tolist()
-    parts = list(sampling.stream_text(iter(ids), tokenizer))
-    assert "".join(parts) == text + "€😀"
-    assert sum(map(bool, parts)) > 20 and not any("\ufffd" in part for part in parts)
-    # The stop string begins and ends inside tokens.
-    assert "".join(streamed(text, ["t and the 😀 c"], tokenizer)) == text[: text.index("t and")]
+
+@pytest.mark.parametrize("kind", tokenizer_files.KINDS)
+def test_a_text_goes_on_from_its_prompt_wherever_it_is_cut(kind, tmp_path):
+    tokenizer = make_tokenizer(tokenizer_files.write(kind, tmp_path), tokenizer_files.END)
+    ids = sampling.prompt_tokens(TEXT, tokenizer)
+    whole = tokenizer.decode(ids)
+    if kind in tokenizer_files.FAITHFUL:
+        assert whole == TEXT
+    for cut in range(len(ids)):
+        told = tokenizer.decode(ids[:cut])
+        if not told.endswith("\ufffd"):  # no prompt ends within a character
+            parts = list(sampling.stream_text(iter(ids[cut:]), tokenizer, ids[:cut]))
+            assert told + "".join(parts) == whole
+            assert sum(map(bool, parts)) >= (len(ids) - cut) // 5
+            assert not any("\ufffd" in part for part in parts)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "fallback", "metaspace_first", "word_piece"])
+def test_the_space_before_the_first_word_is_told(kind, tmp_path):
+    tokenizer = make_tokenizer(tokenizer_files.write(kind, tmp_path), tokenizer_files.END)
+    ids = tokenizer.encode("the dog").tolist()
+    prompt = tokenizer.encode("the").tolist()
+    assert ids[: len(prompt)] == prompt
+
+    def told(tokens, prompt):
+        made = (np.array([i]) for i in tokens)
+        return "".join(t for _, t in sampling.stream_texts(made, tokenizer, 1, prompts=[prompt]))
+
+    start = [tokenizer.document_id]
+    assert told(ids[len(prompt) :], start + prompt) == " dog"
+    assert told(ids, start) == "the dog"
+
+
+def test_stop_strings_may_be_special_tokens(tmp_path):
+    tokenizer = make_tokenizer(tokenizer_files.write("byte_level", tmp_path), tokenizer_files.END)
+    turn = tokenizer_files.TURN
+    for stop, expected in (
+        ([turn], "the cat"),
+        (["t" + turn + " and"], "the ca"),  # in part shown, in part not
+        ([" dog", turn + "\n"], "the cat and the"),
+        (["cats", "<|turn|>the"], "the cat and the dog"),
+        (["<|tur"], "the cat"),
+        ([], "the cat and the dog"),
+    ):
+        parts = streamed("the cat" + turn + " and the dog", stop, tokenizer)
+        assert "".join(parts) == expected
+    assert streamed("a" + turn + "b", ["<|turn|>c"], tokenizer) == ["a", "", "b", ""]
+
+
+def test_a_stop_string_ends_inside_subwords(tmp_path):
+    tokenizer = make_tokenizer(tokenizer_files.write("byte_level", tmp_path), tokenizer_files.END)
+    assert "".join(streamed(TEXT, ["t and the 日"], tokenizer)) == TEXT[: TEXT.index("t and")]

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 
@@ -6,6 +8,11 @@ from experiments.data import needles
 from experiments.data.tokenizers import make_tokenizer
 
 BYTES = make_tokenizer("bytes")
+
+
+def prompts(tokenizer):
+    """A prompt as the start of a document."""
+    return functools.partial(sampling.prompt_tokens, tokenizer=tokenizer)
 
 
 class Words:
@@ -26,7 +33,7 @@ def test_a_text_has_the_length_and_the_needle_the_depth_asked_for(form, tokenize
     values = set()
     for number, depth in enumerate((0.0, 0.3, 1.0)):
         short, long = (
-            needles.make_example(form, tokenizer, length, depth, seed=3, number=number)
+            needles.make_example(form, prompts(tokenizer), length, depth, seed=3, number=number)
             for length in (900, 4000)
         )
         values.add(long.answer)
@@ -42,15 +49,27 @@ def test_a_text_has_the_length_and_the_needle_the_depth_asked_for(form, tokenize
             place = example.prompt.index(example.answer) / len(example.prompt)
             assert place == pytest.approx(0.1 + 0.8 * depth, abs=0.25)
     assert len(values) == 3
-    again = needles.make_example(form, tokenizer, 4000, 1.0, seed=3, number=2)
+    again = needles.make_example(form, prompts(tokenizer), 4000, 1.0, seed=3, number=2)
     assert again.prompt == long.prompt
-    other = needles.make_example(form, tokenizer, 4000, 1.0, seed=4, number=2)
+    other = needles.make_example(form, prompts(tokenizer), 4000, 1.0, seed=4, number=2)
     assert other.prompt != long.prompt and other.answer != long.answer
+
+
+@pytest.mark.parametrize("start", [[], [5, 6]])
+def test_a_prompt_is_what_the_encoder_makes_of_it(start):
+    """A pretrained model's puts other tokens before a text, or none."""
+
+    def encode(text):
+        return [*start, *BYTES.encode(text)]
+
+    example = needles.make_example("s_niah_2", encode, 900, 0.5)
+    assert example.prompt_N.tolist() == encode(example.prompt)
+    assert 810 < len(example.prompt_N) + example.answer_tokens <= 900
 
 
 def test_forms_are_what_their_source_says():
     def text(form):
-        return needles.make_example(form, BYTES, 3000, 0.5)
+        return needles.make_example(form, prompts(BYTES), 3000, 0.5)
 
     assert len(text("passkey").answer) == 5 and text("passkey").answer.isdigit()
     assert len(text("s_niah_1").answer) == 7 and text("s_niah_2").answer.isdigit()
@@ -64,10 +83,13 @@ def test_forms_are_what_their_source_says():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("s_niah_9", BYTES, 500, 0.5), "unknown retrieval task 's_niah_9'; choose one of passkey"),
-        (("passkey", BYTES, 500, 1.5), "depth is 1.5"),
         (
-            ("s_niah_3", BYTES, 100, 0.5),
+            ("s_niah_9", prompts(BYTES), 500, 0.5),
+            "unknown retrieval task 's_niah_9'; choose one of passkey",
+        ),
+        (("passkey", prompts(BYTES), 500, 1.5), "depth is 1.5"),
+        (
+            ("s_niah_3", prompts(BYTES), 100, 0.5),
             r"length 100 is too short for s_niah_3: .* take \d+ tokens",
         ),
     ],
@@ -90,8 +112,10 @@ class Model:
 def test_accuracy_is_counted_by_length_and_depth(monkeypatch):
     """A reader that sees the last 500 bytes finds what is there, and nothing else."""
 
-    def generate(model, params, tokenizer, prompts, length, *, stop, temperature, batch_size):
-        assert stop == ("\n",) and temperature == 0
+    def generate(
+        model, params, tokenizer, prompts, length, *, stop, stop_tokens, temperature, batch_size
+    ):
+        assert stop == ("\n",) and stop_tokens == {7} and temperature == 0
         texts = []
         for prompt in prompts:
             text = tokenizer.decode(prompt)
@@ -103,7 +127,14 @@ def test_accuracy_is_counted_by_length_and_depth(monkeypatch):
 
     monkeypatch.setattr(sampling, "generate", generate)
     rows = retrieval.evaluate(
-        Model(), None, BYTES, ["passkey", "s_niah_2"], [1000, 2000], [0.0, 1.0], examples=4
+        Model(),
+        None,
+        BYTES,
+        ["passkey", "s_niah_2"],
+        [1000, 2000],
+        [0.0, 1.0],
+        examples=4,
+        stop_tokens={7},
     )
     assert len(rows) == 8
     assert {(row["depth"], row["accuracy"]) for row in rows} == {(0.0, 0.0), (1.0, 1.0)}
