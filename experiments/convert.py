@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from experiments import cli, pretrained
@@ -24,7 +25,10 @@ _SOURCE = flags.DEFINE_string("source", None, "where the weights come from", req
 _OUT = flags.DEFINE_string("out", None, "the folder to write", required=True)
 _TO = flags.DEFINE_enum("to", own_layout.MODEL_TYPE, pretrained.layouts(), "the layout to write")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "of the weights; default: the source's"
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "of the weights, and of a workdir's activations, whose weights are float32; default: the source's",
 )
 _MAX_LEN = flags.DEFINE_integer(
     "max_len",
@@ -40,7 +44,9 @@ _SHARD_BYTES = flags.DEFINE_integer(
 def main(argv):
     cli.no_arguments(argv)
     started = time.perf_counter()
-    found = pretrained.find(_SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value)
+    # A run's parameters are float32: read so, they are in memory once.
+    put = (lambda _, x: jnp.asarray(x, jnp.float32)) if _TO.value == pretrained.WORKDIR else None
+    found = pretrained.find(_SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value, put=put)
     leaves = jax.tree.leaves(found.params)
     dtypes = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
     print(f"{_SOURCE.value}: {sum(leaf.size for leaf in leaves):,} parameters, {dtypes}")

@@ -136,9 +136,7 @@ def _pretrained() -> Subject:
         )
     program = steps.build(config, seq_len)
     params = jax.tree.map(
-        lambda p, a: jax.device_put(p.astype(a.dtype), a.sharding),
-        loaded.params,
-        program.abstract_state.params,
+        lambda p, a: jax.device_put(p, a.sharding), loaded.params, program.abstract_state.params
     )
     return Subject(_MODEL.value, config, program, params, loaded.tokenizer, dataset, found=loaded)
 

@@ -24,16 +24,30 @@ _OUTPUT = "lm_head.weight"  # in files of tied models often a copy of the embedd
 @functools.lru_cache(maxsize=16)
 def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"). Compiles nothing."""
+    return {path: nn.meta.unbox(leaf) for path, leaf in _walk(_boxed_params(model))}
+
+
+@functools.lru_cache(maxsize=4)
+def gates(model: LanguageModel) -> frozenset[str]:
+    """The paths of the parameters that are float32 whatever `param_dtype` says, and no norm's: those of gates and decays."""
+    narrow = model.clone(param_dtype=jnp.bfloat16)
+    return frozenset(
+        path
+        for path, leaf in _walk(_boxed_params(narrow))
+        if nn.meta.unbox(leaf).dtype == jnp.float32 and "norm" not in leaf.names
+    )
+
+
+def _boxed_params(model: LanguageModel) -> Mapping[str, Any]:
     tokens_BT = jax.ShapeDtypeStruct((1, 7), jnp.int32)
-    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens_BT))["params"]
-    return dict(_walk(params))
+    return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
 
 
 class Slots:
     """Where a parameter of one layer lies: "block_5/mixer/q/kernel" may be the row 3 of "blocks/block_1/mixer/q/kernel"."""
 
     def __init__(self, model: LanguageModel):
-        self.leaves = abstract_params(model)
+        self.model, self.leaves = model, abstract_params(model)
         self._plan = plan = model.plan
         self._first = len(plan.prefix)
         self._end = self._first + plan.repeats * len(plan.period)
@@ -182,8 +196,12 @@ def tensor_reader(
 
     entries = {}
     for name, entry in expected_entries(rules, slots).items():
-        own = np.dtype(leaves[slots.paths[rule_of[name][0].paths[0]][0]].dtype)
-        chosen = dtype.get(name, own) if isinstance(dtype, Mapping) else dtype or own
+        path = rule_of[name][0].paths[0]
+        chosen = np.dtype(leaves[slots.paths[path][0]].dtype)
+        if isinstance(dtype, Mapping):
+            chosen = dtype.get(path, chosen)
+        elif dtype:
+            chosen = np.float32 if slots.paths[path][0] in gates(slots.model) else dtype
         entries[name] = Entry(entry.shape, np.dtype(chosen))
 
     def read(name):

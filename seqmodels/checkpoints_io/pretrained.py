@@ -38,7 +38,8 @@ class Pretrained:
 
     model_config: what `language_model.from_config` takes. params: JAX arrays (or what `put` made of them).
     hf_config: config.json as it was. tokenizer_path: a `tokenizers` file, if there is one. chat_template: Jinja, if any.
-    dtypes: of the tensors as they lay in the files, by name: given to `save_pretrained`, a file comes out as it went in.
+    dtypes: in which the parameters lay in the files, by path ("block_3/mixer/q/kernel", scanned or not): given to
+      `save_pretrained`, a file comes out as it went in.
     """
 
     model_config: dict[str, Any]
@@ -64,7 +65,8 @@ def load_pretrained(
 ) -> Pretrained:
     """The model in a folder (config.json + safetensors), `gguf:<file>` (`gguf:smollm2`: of the extra [smollm]), or by a hub name.
 
-    dtype: of parameters and activations (gates, states and norms' sums stay float32); None is the files' own.
+    dtype: of parameters and activations (gates, states and norms' sums stay float32); None is the files' own. Where it is
+      float16, activations are float32: they hold every number of the files, and grow beyond float16's 65504 in many models.
     max_len: tokens that full-attention layers keep when decoding; None is the model's context.
     put: (path, array) -> what to keep of a parameter, for instance device_put to a sharding; None is jnp.asarray.
     overrides: fields of config.model to change, such as remat or scan_layers.
@@ -81,8 +83,9 @@ def load_pretrained(
     else:
         architecture = architectures.get(hf_config.fields.get("model_type"))
         architectures.check_supported(hf_config)
-    stored = _main_dtype(tensors)
-    how = dict(overrides or {}) | {"dtype": dtype or stored, "param_dtype": dtype or stored}
+    param_dtype = dtype or _main_dtype(tensors)
+    computed = "float32" if param_dtype == "float16" else param_dtype
+    how = dict(overrides or {}) | {"dtype": computed, "param_dtype": param_dtype}
     try:
         model_config = architecture.model_config(hf_config) | how
         model_config = with_max_len(model_config, max_len, hf_config.name)
@@ -107,7 +110,11 @@ def load_pretrained(
 
     put = put or (lambda _, array: jnp.asarray(array))
     params = conversion.read_params(tensors, rules, slots, dtype_of, put)
-    dtypes = {name: tensors.entries[name].dtype.name for name in expected}
+    dtypes = {
+        path: jnp.result_type(*(tensors.entries[name].dtype for name in rule.names)).name
+        for rule in rules
+        for path in rule.paths
+    }
     return Pretrained(
         model_config, params, hf_config.fields, str(source), tokenizer_path, chat_template, dtypes
     )
@@ -128,7 +135,8 @@ def save_pretrained(
     """Writes safetensors and config.json to `folder`; returns the files' paths.
 
     architecture: "seqmodels", our own layout, which holds any config.model, or a model_type of the registry, for other programs.
-    dtype: of all tensors, or by name; None, and what has no name, is each parameter's own.
+    dtype: of all tensors but those of gates and decays, which a recurrence raises to powers: they are float32. Or of each
+      parameter, by path (`Pretrained.dtypes`). None, and a path that is not there, is its own.
     hf_config: fields that config.json keeps where the model does not say otherwise, such as `bos_token_id`.
     tokenizer_path: a tokenizer.json to copy, with what describes it in its folder; where nothing does, that is written, with
       `chat_template` and the tokens that the config's `bos_token_id` and `eos_token_id` are.

@@ -95,6 +95,30 @@ def test_a_folder_becomes_a_run_that_is_trained_on_and_exported(folder, tmp_path
     assert exported.document_token == "<|endoftext|>"
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_a_run_from_narrow_weights(folder, tmp_path, stored):
+    """It trains float32 parameters, that start from the stored numbers, and is exported in the dtypes that the folder had."""
+    there, run, back, own = (tmp_path / name for name in ("there", "run", "back", "own"))
+    convert(folder, "llama", there, dtype=stored)
+    convert(there, "workdir", run)
+    config = run_record.load_config(run)
+    assert config.model.param_dtype == "float32"
+    assert config.model.dtype == {"float16": "float32"}.get(stored, stored)
+    start = pretrained.find(str(run))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(start.params)} == {"float32"}
+    narrow = checkpoints_io.load_pretrained(there).params
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)), start.params, narrow
+    )
+    convert(run, "llama", back)
+    name = "model.safetensors"
+    assert (back / name).read_bytes() == (there / name).read_bytes()
+    convert(run, "seqmodels", own)
+    assert json.loads((own / "config.json").read_text())["dtype"] == stored
+    convert(run, "llama", back, dtype="float32")
+    assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_a_model_of_bytes_keeps_its_tokenizer(tmp_path):
     config = MODEL | {"vocab_size": 320}  # rounded up
     model = language_model.from_config(config)

@@ -136,7 +136,7 @@ def test_tensors_stream_through(tmp_path):
 
 
 def test_dtypes(hybrid, tmp_path):
-    """Gates stay float32 in a bfloat16 model; out, one dtype serves all."""
+    """Gates and decays stay float32, in a bfloat16 model and in a bfloat16 file."""
     folder, params = hybrid
     loaded = checkpoints_io.load_pretrained(folder, dtype="bfloat16")
     mixer = loaded.params["block_1"]["mixer"]
@@ -145,8 +145,27 @@ def test_dtypes(hybrid, tmp_path):
     assert loaded.model.dtype == loaded.model.param_dtype == jnp.bfloat16
     checkpoints_io.save_pretrained(tmp_path, HYBRID, params, dtype="bfloat16")
     source = files.open_folder(tmp_path)
-    assert {entry.dtype for entry in source.entries.values()} == {np.dtype(jnp.bfloat16)}
+    wide = {name for name, entry in source.entries.items() if entry.dtype == np.float32}
+    assert wide == {
+        f"block_{i}.mixer.decay.{name}" for i in (1, 4) for name in ("A_log", "dt_bias")
+    }
+    assert {e.dtype.name for n, e in source.entries.items() if n not in wide} == {"bfloat16"}
     assert checkpoints_io.load_pretrained(tmp_path).model_config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_narrow_files(tmp_path, stored):
+    """They take the memory that they took; float16, in which activations overflow, is computed in float32."""
+    checkpoints_io.save_pretrained(tmp_path, LLAMA, random_params(LLAMA), dtype=stored)
+    loaded = checkpoints_io.load_pretrained(tmp_path)
+    assert loaded.params["embed"]["embedding"].dtype == stored
+    assert loaded.model.dtype == {"float16": "float32"}.get(stored, stored)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), loaded.params)
+    tokens_BT = jnp.arange(24).reshape(2, 12)
+    apply = jax.jit(loaded.model.apply)
+    found_BTW, same_BTW = (apply({"params": p}, tokens_BT)[0] for p in (loaded.params, wide))
+    np.testing.assert_array_equal(found_BTW, same_BTW)
+    assert jnp.isfinite(found_BTW).all()
 
 
 def rewrite(folder, change, **fields):
