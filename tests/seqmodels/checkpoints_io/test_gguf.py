@@ -114,8 +114,8 @@ def test_float32_is_what_went_in(whole):
 
 def test_llama_3s_scaling_is_read_off_its_frequencies(tmp_path):
     frequency_K = 10_000.0 ** (-np.arange(K // 2, dtype=np.float32) / (K // 2))
-    scaled_K = positions.scale_frequencies(frequency_K, ("llama3", 8.0, 1.0, 4.0, 8192))
-    divisor_K = np.asarray(frequency_K / scaled_K, np.float32)
+    scaled_11K, _ = positions.frequencies(K, 1e4, ("llama3", 8.0, 1.0, 4.0, 8192))
+    divisor_K = frequency_K / np.asarray(scaled_11K[0, 0])
     assert divisor_K[0] == 1.0 and divisor_K[-1] == 8.0
     path = write(tmp_path / "scaled.gguf", tensors(), rope_freqs=divisor_K)
     config, _, _, _ = gguf_files.open_model(path)
@@ -327,7 +327,7 @@ def test_metadata_with_anything_in_it_is_used_or_refused(whole):
         ({"llama__expert_count": 8}, "llama.expert_count is 8"),
         ({"llama__logit_scale": 0.5}, "llama.logit_scale is 0.5; only 1.0"),
         ({"llama__attention__scale": 0.25}, "llama.attention.scale is 0.25"),
-        ({"llama__rope__scaling__type": "yarn"}, "rope scaling by 'yarn'"),
+        ({"llama__rope__scaling__type": "longrope"}, "rope scaling by 'longrope'"),
         ({"llama__rope__dimension_count": 8}, "rope.dimension_count is 8"),
         ({"tokenizer__ggml__model": "llama"}, "a tokenizer of kind 'llama'"),
         ({"tokenizer__ggml__pre": "tekken"}, "pre-tokenizer 'tekken' is not supported; .*smollm"),

@@ -55,9 +55,10 @@ LINEAR_BY_2 = {"rope_type": "linear", "factor": 2.0}
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
-        ({"rope_parameters": {"type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
-        ({"rope_parameters": {"full_attention": LINEAR_BY_2}}, "full_attention is .*; rope_type 'default' has"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope scaling 'longrope' is not supported"),
+        ({"rope_parameters": {"type": "dynamic"}}, "lacks 'factor'"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor is 4.0 without a rope_type"),
+        ({"rope_parameters": {"full_attention": LINEAR_BY_2}}, "full_attention is an object; one rotation for each"),
         ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LINEAR_BY_2}, "'default' in rope_par.* 'linear' in rope_sc"),
         ({"rope_parameters": LINEAR_BY_2 | {"factor": 0}}, "factor is 0.0; it must be a positive"),
         ({"rope_theta": -1}, "rope_theta is -1.0; it must be a positive"),
@@ -93,6 +94,23 @@ def test_rotations():
     for model_type in ("llama", "minimax"):
         with pytest.raises(ValueError, match="partial_rotary_factor is 0.5; it must be 1 for"):
             softmax_options(model_type, partial_rotary_factor=0.5)
+
+
+def test_rotations_beyond_the_context():
+    """The lengths of yarn and dynamic, and what their kind does not read; out again."""
+    context = {"max_position_embeddings": 64}
+    unread = {"original_max_position_embeddings": 32, "high_freq_factor": 4.0, "finetuned": True}
+    found, *_ = softmax_options("llama", **context, rope_scaling=LINEAR_BY_2 | unread)
+    assert (found["rope_scaling"], found["max_length"]) == (("linear", 2.0), 64)
+    dynamic = {"type": "dynamic", "factor": 4.0}
+    found, *_ = softmax_options("llama", **context, rope_scaling=dynamic | unread)
+    assert (found["rope_scaling"], found["max_length"]) == (("dynamic", 4.0, 64), 256)
+    fields = decoder.rope_fields({"rope_base": 1e4} | found)
+    assert fields["max_position_embeddings"] == 64 and fields["rope_scaling"]["factor"] == 4.0
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    found, *_ = softmax_options("bamba", attn_layer_indices=[1], **context, rope_parameters=yarn)
+    assert found["rope_scaling"][:3] == ("yarn", 4.0, 32) and found["max_length"] == 128
+    assert yarn.items() <= decoder.rope_fields({"rope_base": 1e4} | found)["rope_scaling"].items()
 
 
 def test_fields_that_no_family_reads():

@@ -261,7 +261,10 @@ def test_numbers_beyond_float16(tmp_path):
         ({"hidden_size": -16}, "hidden_size is -16"),
         ({"num_hidden_layers": None}, "lacks 'num_hidden_layers'"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; it must be silu or"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rope scaling 'longrope' is not supported",
+        ),
         ({"rms_norm_eps": "nan"}, "rms_norm_eps is 'nan'"),
         ({"num_attention_heads": 3}, "num_kv_heads 2 must divide num_heads 3"),
     ],

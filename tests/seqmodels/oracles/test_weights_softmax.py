@@ -58,7 +58,9 @@ def test_qwen2(tmp_path):
 
 
 def test_qwen3(tmp_path):
-    oracle_suite.check(make("Qwen3", head_dim=16, tie_word_embeddings=True), tmp_path)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    options = {"head_dim": 16, "rope_parameters": yarn, "tie_word_embeddings": True}
+    oracle_suite.check(make("Qwen3", **options), tmp_path)
 
 
 def test_smollm3(tmp_path):
