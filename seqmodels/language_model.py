@@ -47,6 +47,12 @@ class ModelState:
     segment_id_B: Array
     next_position_B: Array | None = None
 
+    def take_rows(self, rows_N: Array) -> "ModelState":
+        """The state of the sequences with these indices, in this order: to reorder the beams of a search, to give one several
+        continuations, to leave finished ones out. (`x[rows]` of every leaf would take layers where they are scanned.)"""
+        taken = blocks.take_rows(self.replace(scanned=()), rows_N)
+        return taken.replace(scanned=blocks.take_rows(self.scanned, rows_N, axis=1))
+
 
 class LanguageModel(nn.Module):
     """logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
