@@ -74,6 +74,7 @@ class LanguageModel(nn.Module):
       time is kept by each.
     scan_layers: compile a repeated group of blocks once and scan over it.
     dtype, param_dtype: of activations and matmuls, and of parameters. Logits are float32.
+    float32_residual: the stream that blocks add to is float32, whatever dtype says (Mamba).
     """
 
     vocab_size: int
@@ -93,6 +94,7 @@ class LanguageModel(nn.Module):
     scan_layers: bool = True
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    float32_residual: bool = False
 
     block = blocks.Block  # what a layer is
 
@@ -129,6 +131,8 @@ class LanguageModel(nn.Module):
             position_BT = self._positions(x_BTD.shape, segment_ids_BT, state)
             x_BTD = x_BTD + self._position_embedding(position_BT)
             next_position_B = position_BT[:, -1] + 1
+        if self.float32_residual:
+            x_BTD = x_BTD.astype(jnp.float32)
         x_BTD, state = self._stack(sharding.constrain(x_BTD), segment_ids_BT, state)
         if state is not None:
             state = state.replace(next_position_B=next_position_B)

@@ -28,7 +28,7 @@ _COMPANIONS = (
     "generation_config.json",
 )
 # They say how a model is computed, not which one it is.
-_HOW = ("dtype", "param_dtype", "remat", "scan_layers", "parent", "name")
+_HOW = ("dtype", "param_dtype", "float32_residual", "remat", "scan_layers", "parent", "name")
 _HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "max_length")
 
 

@@ -161,6 +161,10 @@ def test_published_defaults():
     assert names[:4] == ["rg_lru", "rg_lru", "attention", "rg_lru"]
     assert config["embedding_scale"] == 50.5  # sqrt(2560) in bfloat16
     assert read("gla", hidden_size=1024)["d_ff"] == 2816
+    for model_type in ("mamba", "mamba2"):
+        sizes = {"num_heads": 4, "head_dim": 16}
+        assert read(model_type, **sizes)["float32_residual"]
+        assert not read(model_type, **sizes, residual_in_fp32=False)["float32_residual"]
     assert read("xlstm", hidden_size=4096)["d_ff"] == 10_944
 
 
