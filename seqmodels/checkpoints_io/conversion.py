@@ -99,14 +99,11 @@ def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, Entry]:
     return entries
 
 
-def check_source(
-    source: Source, rules: Iterable[Rule], expected: Mapping[str, Entry], ignored: Sequence[str]
-) -> None:
-    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra or misshapen; and for an
-    output matrix that a tied model's file has beside the embedding, and that is not the same."""
+def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequence[str]) -> None:
+    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra or misshapen. A tied model's
+    output matrix may be there."""
     found = source.entries
-    copied = _OUTPUT in found and _OUTPUT not in expected
-    patterns = [re.compile(pattern) for pattern in (*ignored, *[re.escape(_OUTPUT)] * copied)]
+    patterns = [re.compile(pattern) for pattern in (*ignored, re.escape(_OUTPUT))]
     wrong = [
         f"missing: {name} {list(e.shape)}" for name, e in expected.items() if name not in found
     ]
@@ -126,13 +123,16 @@ def check_source(
         raise ValueError(
             f"{source.name} does not fit its config:\n" + _listed([f"  {w}" for w in wrong], "\n")
         )
-    if copied:
-        embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
-        same = found[_OUTPUT] == found[embedding]
-        if not same or not np.array_equal(_bits(source, _OUTPUT), _bits(source, embedding)):
-            raise ValueError(
-                f"{source.name}: {_OUTPUT} is not {embedding}, and config.json ties them: it lacks tie_word_embeddings false"
-            )
+
+
+def is_untied(source: Source, rules: Iterable[Rule], expected: Mapping[str, Entry]) -> bool:
+    """Whether a file has an output matrix beside the embedding, and not the same, where its config ties them."""
+    found = source.entries
+    embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
+    if _OUTPUT in expected or not {_OUTPUT, embedding} <= found.keys():
+        return False
+    same = found[_OUTPUT] == found[embedding]
+    return not (same and np.array_equal(_bits(source, _OUTPUT), _bits(source, embedding)))
 
 
 def read_params(

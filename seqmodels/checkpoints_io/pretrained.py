@@ -102,7 +102,11 @@ def load_pretrained(
         )
     expected = conversion.expected_entries(rules, slots)
     tensors = _with_prefix(tensors, expected, architecture.base_prefix)
-    conversion.check_source(tensors, rules, expected, architecture.ignored)
+    if conversion.is_untied(tensors, rules, expected):
+        model_config["tied_embeddings"] = False
+        slots, rules = _table(architecture, model_config)
+        expected = conversion.expected_entries(rules, slots)
+    conversion.check_source(tensors, expected, architecture.ignored)
 
     def dtype_of(leaf, found):
         own = slots.leaves[leaf].dtype

@@ -137,12 +137,15 @@ def _scaling_values(config: HFConfig, rope: HFConfig, kind: str) -> tuple[float 
 
 
 def _rope_section(config: HFConfig) -> HFConfig:
-    """`rope_parameters` and the older `rope_scaling` as one; files that have both say the same twice."""
+    """`rope_parameters` and the older `rope_scaling` as one. Files that have both say the same twice, or the older one was added by
+    hand, for longer texts, beside one without a scaling."""
     merged: dict[str, Any] = {}
     for field in ("rope_parameters", "rope_scaling"):
         section = {k: v for k, v in config.section(field).fields.items() if v is not None}
         older = section.pop("type", None)
         section = ({"rope_type": older} if older is not None else {}) | section
+        if section and merged.get("rope_type") == "default":
+            del merged["rope_type"]
         if differing := [k for k in merged.keys() & section.keys() if merged[k] != section[k]]:
             k = min(differing)
             raise ValueError(

@@ -59,7 +59,7 @@ LINEAR_BY_2 = {"rope_type": "linear", "factor": 2.0}
         ({"rope_parameters": {"type": "dynamic"}}, "lacks 'factor'"),
         ({"rope_scaling": {"factor": 4.0}}, "factor is 4.0 without a rope_type"),
         ({"rope_parameters": {"full_attention": LINEAR_BY_2}}, "full_attention is an object; one rotation for each"),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LINEAR_BY_2}, "'default' in rope_par.* 'linear' in rope_sc"),
+        ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": LINEAR_BY_2}, "'yarn' in rope_par.* 'linear' in rope_sc"),
         ({"rope_parameters": LINEAR_BY_2 | {"factor": 0}}, "factor is 0.0; it must be a positive"),
         ({"rope_theta": -1}, "rope_theta is -1.0; it must be a positive"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be 1"),
@@ -100,8 +100,10 @@ def test_rotations_beyond_the_context():
     """The lengths of yarn and dynamic, and what their kind does not read; out again."""
     context = {"max_position_embeddings": 64}
     unread = {"original_max_position_embeddings": 32, "high_freq_factor": 4.0, "finetuned": True}
-    found, *_ = softmax_options("llama", **context, rope_scaling=LINEAR_BY_2 | unread)
-    assert (found["rope_scaling"], found["max_length"]) == (("linear", 2.0), 64)
+    for beside in ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}):
+        found, *_ = softmax_options("llama", **context, rope_scaling=LINEAR_BY_2 | unread, **beside)
+        assert (found["rope_scaling"], found["max_length"]) == (("linear", 2.0), 64)
+    assert found["rope_base"] == 1e6
     dynamic = {"type": "dynamic", "factor": 4.0}
     found, *_ = softmax_options("llama", **context, rope_scaling=dynamic | unread)
     assert (found["rope_scaling"], found["max_length"]) == (("dynamic", 4.0, 64), 256)
@@ -139,6 +141,9 @@ def test_windows():
     assert windows("qwen2", use_sliding_window=True, max_window_layers=0) == [None] * 3
     # SmolLM3 has them where it has no rotation.
     assert windows("smollm3", **used, no_rope_layers=[1, 0, 1]) == [None, 8, None]
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    assert windows("mistral", sliding_window=8, layer_types=types) == [8] * 3  # as in transformers
+    assert windows("qwen2", **used, layer_types=types) == [None, 8, None]
     with pytest.raises(ValueError, match="sliding_window is 0; it must be a positive integer"):
         windows("mistral", sliding_window=0)
     with pytest.raises(ValueError, match="max_window_layers is 'all'"):
@@ -161,6 +166,7 @@ def test_published_defaults():
     assert names[:4] == ["rg_lru", "rg_lru", "attention", "rg_lru"]
     assert config["embedding_scale"] == 50.5  # sqrt(2560) in bfloat16
     assert read("gla", hidden_size=1024)["d_ff"] == 2816
+    assert read("gla", hidden_act="silu") == read("gla", hidden_act="swish") == read("gla")
     for model_type in ("mamba", "mamba2"):
         sizes = {"num_heads": 4, "head_dim": 16}
         assert read(model_type, **sizes)["float32_residual"]
