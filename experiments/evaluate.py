@@ -107,7 +107,7 @@ def main(argv):
 
 
 def _of_run() -> Subject:
-    config = flags.FLAGS.config
+    config = restore.reading_config(flags.FLAGS.config)
     dataset, seq_len = _dataset(config)
     program = steps.build(config, seq_len)
     step, params = restore.evaluation_params(program, config, Path(_WORKDIR.value), _STEP.value)

@@ -54,6 +54,7 @@ def main(argv):
             f"the run's data, {config.data.name!r}, is not text: there is nothing to generate"
         )
     tokenizer = make_tokenizer(config.data.tokenizer, config.data.document_token)
+    config = restore.reading_config(config)
     program = steps.build(config, config.data.seq_len)
     _, params = restore.evaluation_params(program, config, Path(_WORKDIR.value), _STEP.value)
     prompts = [sampling.prompt_tokens(prompt, tokenizer) for prompt in _PROMPT.value]

@@ -187,7 +187,7 @@ def write(
 ) -> list[Path]:
     """Writes a model to the folder `out` in one of `layouts`; returns what was written.
 
-    dtype: of the tensors, but for gates and decays, which stay float32; None is what they had, before the training of a run that
+    dtype: of the tensors, but for what models keep in float32, such as decays; None is what they had, before the training of a run that
       began from files. A workdir's are float32. tokenizer: the path of a file, or 'bytes', where the model came without one.
     Raises ValueError, before anything is written, for a tokenizer that is not the model's.
     """

@@ -73,7 +73,7 @@ class LanguageModel(nn.Module):
       results and the states between their chunks), "dots" (all but projections). A state from another of the mesh's parts of
       time is kept by each.
     scan_layers: compile a repeated group of blocks once and scan over it.
-    dtype, param_dtype: of activations and matmuls, and of parameters. Logits are float32.
+    dtype, param_dtype: of activations and matmuls, and of parameters, but for those that are used in float32. Logits are float32.
     float32_residual: the stream that blocks add to is float32, whatever dtype says (Mamba).
     """
 

@@ -28,8 +28,9 @@ def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @functools.lru_cache(maxsize=4)
-def gates(model: LanguageModel) -> frozenset[str]:
-    """The paths of the parameters that are float32 whatever `param_dtype` says, and no norm's: those of gates and decays."""
+def wide(model: LanguageModel) -> frozenset[str]:
+    """The paths of the parameters that are float32 whatever `param_dtype` says, but for norms: of decays, gates, routers, feature
+    maps."""
     narrow = model.clone(param_dtype=jnp.bfloat16)
     return frozenset(
         path
@@ -201,7 +202,7 @@ def tensor_reader(
         if isinstance(dtype, Mapping):
             chosen = dtype.get(path, chosen)
         elif dtype:
-            chosen = np.float32 if slots.paths[path][0] in gates(slots.model) else dtype
+            chosen = np.float32 if slots.paths[path][0] in wide(slots.model) else dtype
         entries[name] = Entry(entry.shape, np.dtype(chosen))
 
     def read(name):

@@ -65,7 +65,7 @@ def load_pretrained(
 ) -> Pretrained:
     """The model in a folder (config.json + safetensors), `gguf:<file>` (`gguf:smollm2`: of the extra [smollm]), or by a hub name.
 
-    dtype: of parameters and activations (gates, states and norms' sums stay float32); None is the files' own. Where it is
+    dtype: of parameters and activations (gates, decays, states and norms' sums stay float32); None is the files' own. Where it is
       float16, activations are float32: they hold every number of the files, and grow beyond float16's 65504 in many models.
     max_len: tokens that full-attention layers keep when decoding; None is the model's context.
     put: (path, array) -> what to keep of a parameter, for instance device_put to a sharding; None is jnp.asarray.
@@ -139,8 +139,8 @@ def save_pretrained(
     """Writes safetensors and config.json to `folder`; returns the files' paths.
 
     architecture: "seqmodels", our own layout, which holds any config.model, or a model_type of the registry, for other programs.
-    dtype: of all tensors but those of gates and decays, which a recurrence raises to powers: they are float32. Or of each
-      parameter, by path (`Pretrained.dtypes`). None, and a path that is not there, is its own.
+    dtype: of all tensors but those that every model keeps in float32, such as decays, which a recurrence raises to powers. Or of
+      each parameter, by path (`Pretrained.dtypes`). None, and a path that is not there, is its own.
     hf_config: fields that config.json keeps where the model does not say otherwise, such as `bos_token_id`.
     tokenizer_path: a tokenizer.json to copy, with what describes it in its folder; where nothing does, that is written, with
       `chat_template` and the tokens that the config's `bos_token_id` and `eos_token_id` are.

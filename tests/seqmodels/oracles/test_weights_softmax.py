@@ -74,6 +74,7 @@ def test_gpt2(tmp_path):
         n_layer=2,
         n_head=4,
         n_positions=64,
+        reorder_and_upcast_attn=True,
         bos_token_id=1,
         eos_token_id=1,
     )
