@@ -8,6 +8,9 @@ Sources: a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is
 HuggingFaceTB/SmolLM2-135M, or the workdir of a run (its latest checkpoint). Layouts: "workdir", with which train
 (--config=configs/workdir.py:runs/smollm2), evaluate and generate go on; "seqmodels", which holds every model of ours; or a
 model_type such as llama, where that layout can say what the model is.
+
+A run trains float32 parameters, whatever its source is stored in, and computes in the source's dtype (float16 in float32). Exported
+again, each tensor has the dtype that it came in; --dtype sets another for all but decays and the like, which stay float32.
 """
 
 import resource
@@ -15,7 +18,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from experiments import cli, pretrained
@@ -44,9 +46,10 @@ _SHARD_BYTES = flags.DEFINE_integer(
 def main(argv):
     cli.no_arguments(argv)
     started = time.perf_counter()
-    # A run's parameters are float32: read so, they are in memory once.
-    put = (lambda _, x: jnp.asarray(x, jnp.float32)) if _TO.value == pretrained.WORKDIR else None
-    found = pretrained.find(_SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value, put=put)
+    wide = {"param_dtype": "float32"} if _TO.value == pretrained.WORKDIR else None
+    found = pretrained.find(
+        _SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value, overrides=wide
+    )
     leaves = jax.tree.leaves(found.params)
     dtypes = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
     print(f"{_SOURCE.value}: {sum(leaf.size for leaf in leaves):,} parameters, {dtypes}")

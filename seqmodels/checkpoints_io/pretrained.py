@@ -69,7 +69,7 @@ def load_pretrained(
       float16, activations are float32: they hold every number of the files, and grow beyond float16's 65504 in many models.
     max_len: tokens that full-attention layers keep when decoding; None is the model's context.
     put: (path, array) -> what to keep of a parameter, for instance device_put to a sharding; None is jnp.asarray.
-    overrides: fields of config.model to change, such as remat or scan_layers.
+    overrides: fields of config.model to change, such as remat, scan_layers, or param_dtype by itself.
 
     Tensors are read one at a time, so that the memory is that of what `put` keeps, and of the largest parameter.
 
@@ -85,7 +85,7 @@ def load_pretrained(
         architectures.check_supported(hf_config)
     param_dtype = dtype or _main_dtype(tensors)
     computed = "float32" if param_dtype == "float16" else param_dtype
-    how = dict(overrides or {}) | {"dtype": computed, "param_dtype": param_dtype}
+    how = {"dtype": computed, "param_dtype": param_dtype} | dict(overrides or {})
     try:
         model_config = architecture.model_config(hf_config) | how
         model_config = with_max_len(model_config, max_len, hf_config.name)

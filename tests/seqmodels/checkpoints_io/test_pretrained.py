@@ -161,6 +161,9 @@ def test_narrow_files(tmp_path, stored):
     assert loaded.params["embed"]["embedding"].dtype == stored
     assert loaded.model.dtype == {"float16": "float32"}.get(stored, stored)
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), loaded.params)
+    master = checkpoints_io.load_pretrained(tmp_path, overrides={"param_dtype": "float32"})
+    check_same(master.params, wide)
+    assert master.model.dtype == loaded.model.dtype
     tokens_BT = jnp.arange(24).reshape(2, 12)
     apply = jax.jit(loaded.model.apply)
     found_BTW, same_BTW = (apply({"params": p}, tokens_BT)[0] for p in (loaded.params, wide))
