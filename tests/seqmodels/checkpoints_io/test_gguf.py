@@ -10,6 +10,7 @@ import tokenizers
 
 from seqmodels import checkpoints_io, positions
 from seqmodels.checkpoints_io import files, gguf_files, gguf_header, gguf_tokenizer
+from seqmodels.checkpoints_io.architectures import decoder
 
 D, F, H, G, L, W = 64, 96, 4, 2, 2, 300
 K = D // H
@@ -286,6 +287,18 @@ def test_any_cut_and_any_flipped_byte_of_the_header_is_noticed_or_harmless(whole
         opened += 1
         assert all(source.read(name).shape == e.shape for name, e in source.entries.items())
     assert 0 < opened < 200
+
+
+def test_yarn(whole):
+    header = gguf_header.read(whole, SIZES)
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
+    changed = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+    header = gguf_header.Header(header.metadata | changed, header.tensors)
+    config = gguf_files._config(header, gguf_files.GGUFTensors(whole, header, gguf), "tiny.gguf")
+    options = decoder.rope_options(config)
+    amplitude = 0.1 * np.log(4.0) + 1.0
+    assert options["rope_scaling"] == ("yarn", 4.0, 16, pytest.approx(amplitude), 32.0, 1.0, True)
+    assert options["max_length"] == 64
 
 
 WEIRD = [
