@@ -11,6 +11,9 @@ model_type such as llama, where that layout can say what the model is.
 
 The tokenizer goes along, with what its files say of tokens: which begin and end a text or a turn, and the chat templates. From bytes
 other programs' layouts get a tokenizer.json of them.
+
+A run trains float32 parameters, whatever its source is stored in, and computes in the source's dtype (float16 in float32). Exported
+again, each tensor has the dtype that it came in; --dtype sets another for all but decays and the like, which stay float32.
 """
 
 import resource
@@ -27,7 +30,10 @@ _SOURCE = flags.DEFINE_string("source", None, "where the weights come from", req
 _OUT = flags.DEFINE_string("out", None, "the folder to write", required=True)
 _TO = flags.DEFINE_enum("to", own_layout.MODEL_TYPE, pretrained.layouts(), "the layout to write")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "of the weights; default: the source's"
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "of the weights, and of a workdir's activations, whose weights are float32; default: the source's",
 )
 _MAX_LEN = flags.DEFINE_integer(
     "max_len",
@@ -43,7 +49,10 @@ _SHARD_BYTES = flags.DEFINE_integer(
 def main(argv):
     cli.no_arguments(argv)
     started = time.perf_counter()
-    found = pretrained.find(_SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value)
+    wide = {"param_dtype": "float32"} if _TO.value == pretrained.WORKDIR else None
+    found = pretrained.find(
+        _SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value, overrides=wide
+    )
     leaves = jax.tree.leaves(found.params)
     dtypes = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
     print(f"{_SOURCE.value}: {sum(leaf.size for leaf in leaves):,} parameters, {dtypes}")

@@ -107,7 +107,7 @@ def main(argv):
 
 
 def _of_run() -> Subject:
-    config = flags.FLAGS.config
+    config = restore.reading_config(flags.FLAGS.config)
     dataset, seq_len = _dataset(config)
     program = steps.build(config, seq_len)
     step, params = restore.evaluation_params(program, config, Path(_WORKDIR.value), _STEP.value)
@@ -136,9 +136,7 @@ def _pretrained() -> Subject:
         )
     program = steps.build(config, seq_len)
     params = jax.tree.map(
-        lambda p, a: jax.device_put(p.astype(a.dtype), a.sharding),
-        loaded.params,
-        program.abstract_state.params,
+        lambda p, a: jax.device_put(p, a.sharding), loaded.params, program.abstract_state.params
     )
     return Subject(_MODEL.value, config, program, params, loaded.tokenizer, dataset, found=loaded)
 

@@ -54,6 +54,7 @@ def main(argv):
         raise cli.UserError(
             f"the run's data, {config.data.name!r}, is not text: there is nothing to generate"
         )
+    config = restore.reading_config(config)
     program = steps.build(config, config.data.seq_len)
     _, params = restore.evaluation_params(program, config, Path(_WORKDIR.value), _STEP.value)
     loaded = pretrained.with_tokenizer(pretrained.of_run(config, params, _WORKDIR.value))

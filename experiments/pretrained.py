@@ -17,6 +17,7 @@ from seqmodels import checkpoints_io, language_model
 from seqmodels.checkpoints_io import architectures, files, own_layout, special_tokens
 
 WORKDIR = "workdir"
+_STORED_DTYPES = "stored_dtypes.json"  # in a workdir: Pretrained.dtypes of what it began from
 _WHOLE_TEXT = "<|endoftext|>"  # what separates documents in pretraining, where a vocabulary has it
 
 
@@ -159,14 +160,17 @@ def layouts() -> list[str]:
 
 
 def find(source: str, **options) -> checkpoints_io.Pretrained:
-    """What `source` holds: as `load_pretrained` takes it, with its options, or the workdir of a run: its latest checkpoint."""
+    """What `source` holds: as `load_pretrained` takes it, with its options, or the workdir of a run: its latest checkpoint, in
+    the dtypes that it was trained in."""
     if not (Path(source) / "checkpoints").is_dir():
         return checkpoints_io.load_pretrained(source, **options)
     config = run_record.load_config(Path(source))
     config.mesh = dict.fromkeys(config.mesh, 1)  # one device holds it here, wherever it was trained
     program = steps.build(config, config.data.get("seq_len", 8), jax.devices()[:1])
     _, params = restore.evaluation_params(program, config, Path(source))
-    return of_run(config, params, source)
+    found = of_run(config, params, source)
+    model = checkpoints_io.with_max_len(found.model_config, options.get("max_len"), source)
+    return dataclasses.replace(found, model_config=model)
 
 
 def of_run(config, params, workdir: str) -> checkpoints_io.Pretrained:
@@ -184,7 +188,11 @@ def of_run(config, params, workdir: str) -> checkpoints_io.Pretrained:
         start = tokenizers.make_tokenizer(name, config.data.document_token).document_id
         ends = checkpoints_io.SpecialTokens(bos=start, eos=(start,))
         tokens = special_tokens.read(path.parent if path else Path(workdir)).filled(ends)
-    return checkpoints_io.Pretrained(config.model.to_dict(), params, kept, workdir, path, tokens)
+    stored = Path(workdir) / _STORED_DTYPES
+    dtypes = files.read_json(stored) if stored.is_file() else {}
+    return checkpoints_io.Pretrained(
+        config.model.to_dict(), params, kept, workdir, path, tokens, dtypes
+    )
 
 
 def write(
@@ -198,7 +206,8 @@ def write(
 ) -> list[Path]:
     """Writes a model to the folder `out` in one of `layouts`; returns what was written.
 
-    dtype: of the tensors; None is what they had. tokenizer: the path of a file, or 'bytes', where the model came without one.
+    dtype: of the tensors, but for what models keep in float32, such as decays; None is what they had, before the training of a run that
+      began from files. A workdir's are float32. tokenizer: the path of a file, or 'bytes', where the model came without one.
     Raises ValueError, before anything is written, for a tokenizer that is not the model's.
     """
     if layout == WORKDIR:
@@ -223,13 +232,15 @@ def write(
 def write_workdir(workdir: Path, loaded: Loaded) -> Path:
     """A run at step 0 with these weights: what train, evaluate and generate take. Returns the checkpoint's folder.
 
-    Its config has this model and tokenizer, AdamW at 1e-5, and python_stdlib as data; every field can be overridden.
+    Its config has this model and tokenizer, AdamW at 1e-5, and python_stdlib as data; every field can be overridden. Parameters are
+    float32, whatever they were stored in: a step of training is smaller than what bfloat16 can add to most of them. Activations
+    keep the model's dtype, and `find` the stored ones for an export.
     """
     if (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already; give another folder")
     workdir.mkdir(parents=True, exist_ok=True)
     config = common.get_config()
-    config.model = dict(loaded.found.model_config)
+    config.model = dict(loaded.found.model_config) | {"param_dtype": "float32"}
     config.data = default_config("python_stdlib")
     config.data.update(
         {"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token}
@@ -241,8 +252,10 @@ def write_workdir(workdir: Path, loaded: Loaded) -> Path:
     config.optimizer.learning_rate = 1e-5
     steps.build(config, config.data.seq_len)  # raises for what cannot be run
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()), NothingRead())
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), loaded.params)
+    checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, ()), NothingRead())
     checkpoints.close()
+    run_record.write_json(workdir / _STORED_DTYPES, dict(loaded.found.dtypes))
     run_record.save_config(workdir, config)
     return checkpoints.path(0)
 

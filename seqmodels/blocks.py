@@ -111,3 +111,10 @@ def clear_rows(state: State, empty: State, rows_B: Array) -> State:
         return jnp.where(rows_B.reshape((-1,) + (1,) * (leaf.ndim - 1)), empty_leaf, leaf)
 
     return jax.tree.map(clear, state, empty)
+
+
+def take_rows(state: State, rows_N: Array, axis: int = 0) -> State:
+    """The given rows of a state, in this order. axis: of the batch; leaves that end before it have none, and stay."""
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.ndim <= axis else jnp.take(leaf, rows_N, axis), state
+    )

@@ -100,7 +100,7 @@ class MixtureOfExperts(nn.Module):
     """y = sum over the chosen experts e of w_e SwiGLU_e(x) + sigmoid(w_s . x) SwiGLU_s(x)
     (Shazeer et al., arXiv 1701.06538; shared expert: DeepSeekMoE, arXiv 2401.06066; its gate: Qwen1.5-MoE).
 
-    p = softmax(W_r x) in float32; the experts with the `experts_per_token` largest p are chosen, and their w are these p,
+    p = softmax(W_r x), W_r too in float32; the experts with the `experts_per_token` largest p are chosen, and their w are these p,
     divided by their sum where `normalize`. Every chosen expert sees its token: no capacity, nothing is dropped, so a token's
     result depends on no other token. Rows are sorted by expert, and each product is one `jax.lax.ragged_dot`; the experts
     that were not chosen cost nothing where the backend has a kernel for it.
@@ -133,7 +133,7 @@ class MixtureOfExperts(nn.Module):
             axes=("embed", None),
             use_bias=False,
             dtype=jnp.float32,
-            param_dtype=self.param_dtype,
+            param_dtype=jnp.float32,
         )
         p_BTX = jax.nn.softmax(router(x_BTD.astype(jnp.float32)))
         w_BTA, expert_BTA = jax.lax.top_k(p_BTX, A)

@@ -112,7 +112,7 @@ def output_dim(name: str, K: int, features: int | None = None) -> int:
 class FeatureMap(nn.Module):
     """phi_BTHF of x_BTHK, with one W_HKE (and b) a head where the map learns; see the table above.
 
-    W starts as the identity (t2r: Kaiming uniform), b at 0. Computed in float32, returned in x's dtype.
+    W starts as the identity (t2r: Kaiming uniform), b at 0. Kept and computed in float32, returned in x's dtype.
 
     kind: a name of the table.
     features: E of the learned maps; None is K.
@@ -120,7 +120,6 @@ class FeatureMap(nn.Module):
 
     kind: str
     features: int | None = None
-    param_dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x_BTHK: Array) -> Array:
@@ -130,10 +129,10 @@ class FeatureMap(nn.Module):
             H, K = x_BTHK.shape[2:]
             E = self.features or K
             init = nn.with_logical_partitioning(feature_map.kernel_init, ("heads", None, None))
-            W_HKE = self.param("kernel", init, (H, K, E), self.param_dtype)
-            z = jnp.einsum("BTHK,HKE->BTHE", z, W_HKE.astype(jnp.float32))
+            W_HKE = self.param("kernel", init, (H, K, E), jnp.float32)
+            z = jnp.einsum("BTHK,HKE->BTHE", z, W_HKE)
             if feature_map.bias is not None:
                 shape = (H, E if feature_map.bias == "channel" else 1)
                 init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", None))
-                z = z + self.param("bias", init, shape, self.param_dtype)[None, None]
+                z = z + self.param("bias", init, shape, jnp.float32)[None, None]
         return feature_map.function(z).astype(x_BTHK.dtype)

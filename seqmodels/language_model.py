@@ -47,6 +47,12 @@ class ModelState:
     segment_id_B: Array
     next_position_B: Array | None = None
 
+    def take_rows(self, rows_N: Array) -> "ModelState":
+        """The state of the sequences with these indices, in this order: to reorder the beams of a search, to give one several
+        continuations, to leave finished ones out. (`x[rows]` of every leaf would take layers where they are scanned.)"""
+        taken = blocks.take_rows(self.replace(scanned=()), rows_N)
+        return taken.replace(scanned=blocks.take_rows(self.scanned, rows_N, axis=1))
+
 
 class LanguageModel(nn.Module):
     """logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
@@ -67,7 +73,8 @@ class LanguageModel(nn.Module):
       results and the states between their chunks), "dots" (all but projections). A state from another of the mesh's parts of
       time is kept by each.
     scan_layers: compile a repeated group of blocks once and scan over it.
-    dtype, param_dtype: of activations and matmuls, and of parameters. Logits are float32.
+    dtype, param_dtype: of activations and matmuls, and of parameters, but for those that are used in float32. Logits are float32.
+    float32_residual: the stream that blocks add to is float32, whatever dtype says (Mamba).
     """
 
     vocab_size: int
@@ -87,6 +94,7 @@ class LanguageModel(nn.Module):
     scan_layers: bool = True
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    float32_residual: bool = False
 
     block = blocks.Block  # what a layer is
 
@@ -123,6 +131,8 @@ class LanguageModel(nn.Module):
             position_BT = self._positions(x_BTD.shape, segment_ids_BT, state)
             x_BTD = x_BTD + self._position_embedding(position_BT)
             next_position_B = position_BT[:, -1] + 1
+        if self.float32_residual:
+            x_BTD = x_BTD.astype(jnp.float32)
         x_BTD, state = self._stack(sharding.constrain(x_BTD), segment_ids_BT, state)
         if state is not None:
             state = state.replace(next_position_B=next_position_B)

@@ -37,7 +37,7 @@ def rope(
 
     Channel pair i turns by position * base^(-2i/K). K must be even. Angles are float32.
     fraction: the first so large part of the channels is rotated as if it were all (GPT-NeoX, arXiv 2204.06745); the rest stays.
-    scaling: see `scale_frequencies`.
+    scaling: see `frequencies`.
     """
     if fraction != 1.0:
         turned = int(x_BTHK.shape[-1] * fraction)
@@ -46,31 +46,70 @@ def rope(
     K = x_BTHK.shape[-1]
     if K % 2:
         raise ValueError(f"rope: the head dimension must be even; got {K}")
-    frequency_K = base ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
-    if scaling is not None:
-        frequency_K = scale_frequencies(frequency_K, scaling)
-    angle_BTK = position_BT.astype(jnp.float32)[..., None] * frequency_K[None, None]
-    cos_BT1K, sin_BT1K = jnp.cos(angle_BTK)[:, :, None], jnp.sin(angle_BTK)[:, :, None]
+    frequency_BTK, amplitude = frequencies(K, base, scaling, position_BT)
+    angle_BTK = position_BT.astype(jnp.float32)[..., None] * frequency_BTK
+    cos_BT1K, sin_BT1K = (amplitude * f(angle_BTK)[:, :, None] for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos_BT1K - second * sin_BT1K, second * cos_BT1K + first * sin_BT1K]
     return jnp.concatenate(rotated, axis=-1).astype(x_BTHK.dtype)
 
 
-def scale_frequencies(frequency_K: Array, scaling: Scaling) -> Array:
-    """The frequencies of `rope` for contexts longer than a model was first trained on.
+# The forms of `scaling`: for contexts longer than a model was first trained on.
+SCALINGS = {
+    "linear": ("factor",),
+    "dynamic": ("factor", "length"),
+    "yarn": ("factor", "length", "amplitude", "beta_fast", "beta_slow", "truncate"),
+    "llama3": ("factor", "low", "high", "length"),
+}
 
-    ("linear", c): all divided by c (position interpolation, arXiv 2306.15595).
-    ("llama3", c, low, high, T): wavelengths longer than T / low are divided by c, those shorter than T / high stay, and
-      between them is a blend, linear in T / wavelength (Llama 3.1, arXiv 2407.21783, and its released config).
+
+def frequencies(
+    K: int, base: float, scaling: Scaling | None = None, position_BT: Array | None = None
+) -> tuple[Array, float]:
+    """The angle per token of each of K/2 channel pairs, (1, 1, K/2) or (B, T, K/2), and the factor of their cosines and sines.
+
+    Without a scaling they are base^(-2i/K) and 1. With one, `length` is the context that the model was first trained on:
+
+    ("linear", factor): all divided by `factor` (position interpolation, arXiv 2306.15595).
+    ("dynamic", factor, length): the base grows with the text ("NTK-aware" scaling): at position t >= length it is
+      base * (factor (t + 1) / length - (factor - 1))^(K / (K - 2)). Each token has the base of its own position, as where transformers
+      decodes token by token, so that what was read stays as it is; up to `length` nothing changes.
+    ("yarn", factor, length, amplitude, beta_fast, beta_slow, truncate): pairs that turn less than `beta_slow` times in `length`
+      tokens are divided by `factor`, those that turn more than `beta_fast` times stay, and between them is a blend, linear in i,
+      from whole i to whole i where `truncate` (arXiv 2309.00071, section 3.2).
+    ("llama3", factor, low, high, length): the same with `low` and `high` turns, and a blend that is linear in the number of turns
+      (Llama 3.1, arXiv 2407.21783, and its released config).
     """
-    kind, factor, *rest = scaling
-    if kind == "linear" and not rest:
-        return frequency_K / factor
-    if kind != "llama3" or len(rest) != 3:
-        raise ValueError(
-            f"rope_scaling is {scaling!r}; it must be ('linear', factor) or ('llama3', factor, low, high, length)"
+    index_11K = jnp.arange(K // 2, dtype=jnp.float32)[None, None]
+    frequency_11K = base ** (-2.0 * index_11K / K)
+    if scaling is None:
+        return frequency_11K, 1.0
+    kind, *values = scaling
+    if len(values) != len(SCALINGS.get(kind, ())) or not values:
+        forms = (f"({', '.join([repr(name), *fields])})" for name, fields in SCALINGS.items())
+        raise ValueError(f"rope_scaling is {scaling!r}; it must be {' or '.join(forms)}")
+    factor = values[0]
+    if kind == "linear":
+        return frequency_11K / factor, 1.0
+    if kind == "dynamic":
+        if position_BT is None:
+            return frequency_11K, 1.0
+        share_BT = jnp.maximum(position_BT.astype(jnp.float32) + 1.0, values[1]) / values[1]
+        growth_BT1 = (1.0 + factor * (share_BT - 1.0))[..., None]
+        return frequency_11K * growth_BT1 ** (-2.0 * index_11K / max(K - 2, 1)), 1.0
+    if kind == "yarn":
+        _, length, amplitude, beta_fast, beta_slow, truncate = values
+        first, last = (
+            K * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))
+            for turns in (beta_fast, beta_slow)
         )
-    low, high, length = rest
-    turns_K = length * frequency_K / (2 * math.pi)
-    share_K = jnp.minimum(jnp.maximum((turns_K - low) / (high - low), 0.0), 1.0)
-    return frequency_K * (share_K + (1.0 - share_K) / factor)
+        if truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, K - 1)
+        last += 0.001 * (first == last)
+        kept_11K = 1.0 - jnp.clip((index_11K - first) / (last - first), 0.0, 1.0)
+    else:
+        _, low, high, length = values
+        amplitude, turns_11K = 1.0, length * frequency_11K / (2 * math.pi)
+        kept_11K = jnp.clip((turns_11K - low) / (high - low), 0.0, 1.0)
+    return frequency_11K * (kept_11K + (1.0 - kept_11K) / factor), amplitude

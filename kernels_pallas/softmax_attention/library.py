@@ -20,12 +20,14 @@ def _same_width(q_BTHK, k_BSGK, v_BSGV):
 
 def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     """Same contract as `reference.naive`; holds all T * S logits."""
-    V = v_BSGV.shape[-1]
+    V, dtype = v_BSGV.shape[-1], q_BTHK.dtype
     seen_BTS = visibility.mask()
-    q_BTHK, k_BSGK, v_BSGV = _same_width(q_BTHK, k_BSGK, v_BSGV)
+    qkv = _same_width(q_BTHK, k_BSGK, v_BSGV)
+    if dtype == jnp.float16:  # the library asks for a product that XLA's CPU backend does not have
+        qkv = (x.astype(jnp.float32) for x in qkv)
     o_BTHV = jax.nn.dot_product_attention(
-        q_BTHK, k_BSGK, v_BSGV, mask=seen_BTS[:, None], scale=scale, implementation="xla"
-    )[..., :V]
+        *qkv, mask=seen_BTS[:, None], scale=scale, implementation="xla"
+    )[..., :V].astype(dtype)
     some_BT = jnp.any(seen_BTS, axis=-1)  # the library averages all keys where a row sees none
     return jnp.where(some_BT[:, :, None, None], o_BTHV, 0)
 

@@ -24,16 +24,31 @@ _OUTPUT = "lm_head.weight"  # in files of tied models often a copy of the embedd
 @functools.lru_cache(maxsize=16)
 def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"). Compiles nothing."""
+    return {path: nn.meta.unbox(leaf) for path, leaf in _walk(_boxed_params(model))}
+
+
+@functools.lru_cache(maxsize=4)
+def wide(model: LanguageModel) -> frozenset[str]:
+    """The paths of the parameters that are float32 whatever `param_dtype` says, but for norms: of decays, gates, routers, feature
+    maps."""
+    narrow = model.clone(param_dtype=jnp.bfloat16)
+    return frozenset(
+        path
+        for path, leaf in _walk(_boxed_params(narrow))
+        if nn.meta.unbox(leaf).dtype == jnp.float32 and "norm" not in leaf.names
+    )
+
+
+def _boxed_params(model: LanguageModel) -> Mapping[str, Any]:
     tokens_BT = jax.ShapeDtypeStruct((1, 7), jnp.int32)
-    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens_BT))["params"]
-    return dict(_walk(params))
+    return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
 
 
 class Slots:
     """Where a parameter of one layer lies: "block_5/mixer/q/kernel" may be the row 3 of "blocks/block_1/mixer/q/kernel"."""
 
     def __init__(self, model: LanguageModel):
-        self.leaves = abstract_params(model)
+        self.model, self.leaves = model, abstract_params(model)
         self._plan = plan = model.plan
         self._first = len(plan.prefix)
         self._end = self._first + plan.repeats * len(plan.period)
@@ -85,14 +100,11 @@ def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, Entry]:
     return entries
 
 
-def check_source(
-    source: Source, rules: Iterable[Rule], expected: Mapping[str, Entry], ignored: Sequence[str]
-) -> None:
-    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra or misshapen; and for an
-    output matrix that a tied model's file has beside the embedding, and that is not the same."""
+def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequence[str]) -> None:
+    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra or misshapen. A tied model's
+    output matrix may be there."""
     found = source.entries
-    copied = _OUTPUT in found and _OUTPUT not in expected
-    patterns = [re.compile(pattern) for pattern in (*ignored, *[re.escape(_OUTPUT)] * copied)]
+    patterns = [re.compile(pattern) for pattern in (*ignored, re.escape(_OUTPUT))]
     wrong = [
         f"missing: {name} {list(e.shape)}" for name, e in expected.items() if name not in found
     ]
@@ -112,13 +124,16 @@ def check_source(
         raise ValueError(
             f"{source.name} does not fit its config:\n" + _listed([f"  {w}" for w in wrong], "\n")
         )
-    if copied:
-        embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
-        same = found[_OUTPUT] == found[embedding]
-        if not same or not np.array_equal(_bits(source, _OUTPUT), _bits(source, embedding)):
-            raise ValueError(
-                f"{source.name}: {_OUTPUT} is not {embedding}, and config.json ties them: it lacks tie_word_embeddings false"
-            )
+
+
+def is_untied(source: Source, rules: Iterable[Rule], expected: Mapping[str, Entry]) -> bool:
+    """Whether a file has an output matrix beside the embedding, and not the same, where its config ties them."""
+    found = source.entries
+    embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
+    if _OUTPUT in expected or not {_OUTPUT, embedding} <= found.keys():
+        return False
+    same = found[_OUTPUT] == found[embedding]
+    return not (same and np.array_equal(_bits(source, _OUTPUT), _bits(source, embedding)))
 
 
 def read_params(
@@ -182,8 +197,12 @@ def tensor_reader(
 
     entries = {}
     for name, entry in expected_entries(rules, slots).items():
-        own = np.dtype(leaves[slots.paths[rule_of[name][0].paths[0]][0]].dtype)
-        chosen = dtype.get(name, own) if isinstance(dtype, Mapping) else dtype or own
+        path = rule_of[name][0].paths[0]
+        chosen = np.dtype(leaves[slots.paths[path][0]].dtype)
+        if isinstance(dtype, Mapping):
+            chosen = dtype.get(path, chosen)
+        elif dtype:
+            chosen = np.float32 if slots.paths[path][0] in wide(slots.model) else dtype
         entries[name] = Entry(entry.shape, np.dtype(chosen))
 
     def read(name):

@@ -182,12 +182,16 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
 
 def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_header.Header):
     kind = metadata.get(f"{name}.rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        raise ValueError(f"{metadata.name}: rope scaling by {kind!r} is not supported; linear is")
-    if kind == "linear" and _ROPE_FREQS in header.tensors:
-        raise ValueError(f"{metadata.name}: rope scaling by 'linear' beside {_ROPE_FREQS}")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": metadata.number(f"{name}.rope.scaling.factor")}
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(
+            f"{metadata.name}: rope scaling by {kind!r} is not supported; linear and yarn are"
+        )
+    if kind != "none" and _ROPE_FREQS in header.tensors:
+        raise ValueError(f"{metadata.name}: rope scaling by {kind!r} beside {_ROPE_FREQS}")
+    if kind != "none":
+        scaling = {"rope_type": kind, "factor": metadata.number(f"{name}.rope.scaling.factor")}
+        length = metadata.get(f"{name}.rope.scaling.original_context_length")
+        return scaling | ({"original_max_position_embeddings": length} if length else {})
     if _ROPE_FREQS not in header.tensors:
         return None
     # Llama 3.1 stores what its scaling divides each frequency by, the whole factor last, and not the parameters.
@@ -196,10 +200,11 @@ def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_heade
         raise ValueError(f"{metadata.name}: {_ROPE_FREQS} must be a row of float32")
     divisor_K = _bytes(Path(metadata.name), info).view(np.float32)
     scaling = {"rope_type": "llama3", "factor": float(divisor_K[-1])} | _LLAMA3
-    exponent_K = np.arange(divisor_K.size, dtype=np.float32) / divisor_K.size
-    frequency_K = np.float32(base) ** -exponent_K
-    scaled_K = positions.scale_frequencies(frequency_K, tuple(scaling.values()))
-    if not np.allclose(frequency_K / divisor_K, scaled_K, rtol=1e-4):
+    plain_K, scaled_K = (
+        np.asarray(positions.frequencies(2 * divisor_K.size, base, kind)[0]).reshape(-1)
+        for kind in (None, tuple(scaling.values()))
+    )
+    if not np.allclose(plain_K / divisor_K, scaled_K, rtol=1e-4):
         raise ValueError(f"{metadata.name}: {_ROPE_FREQS} is not Llama 3's scaling")
     return scaling
 

@@ -17,7 +17,7 @@ from seqmodels.checkpoints_io.special_tokens import TOKENIZER_FILE, SpecialToken
 
 GGUF_PREFIX = "gguf:"
 # They say how a model is computed, not which one it is.
-_HOW = ("dtype", "param_dtype", "remat", "scan_layers", "parent", "name")
+_HOW = ("dtype", "param_dtype", "float32_residual", "remat", "scan_layers", "parent", "name")
 _HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "max_length")
 
 
@@ -27,7 +27,8 @@ class Pretrained:
 
     model_config: what `language_model.from_config` takes. params: JAX arrays (or what `put` made of them).
     hf_config: config.json as it was. tokenizer_path: a `tokenizers` file, if there is one. tokens: what the files say of tokens.
-    dtypes: of the tensors as they lay in the files, by name: given to `save_pretrained`, a file comes out as it went in.
+    dtypes: in which the parameters lay in the files, by path ("block_3/mixer/q/kernel", scanned or not): given to
+      `save_pretrained`, a file comes out as it went in.
     """
 
     model_config: dict[str, Any]
@@ -58,10 +59,11 @@ def load_pretrained(
 ) -> Pretrained:
     """The model in a folder (config.json + safetensors), `gguf:<file>` (`gguf:smollm2`: of the extra [smollm]), or by a hub name.
 
-    dtype: of parameters and activations (gates, states and norms' sums stay float32); None is the files' own.
+    dtype: of parameters and activations (gates, decays, states and norms' sums stay float32); None is the files' own. Where it is
+      float16, activations are float32: they hold every number of the files, and grow beyond float16's 65504 in many models.
     max_len: tokens that full-attention layers keep when decoding; None is the model's context.
     put: (path, array) -> what to keep of a parameter, for instance device_put to a sharding; None is jnp.asarray.
-    overrides: fields of config.model to change, such as remat or scan_layers.
+    overrides: fields of config.model to change, such as remat, scan_layers, or param_dtype by itself.
 
     Tensors are read one at a time, so that the memory is that of what `put` keeps, and of the largest parameter.
 
@@ -75,8 +77,9 @@ def load_pretrained(
     else:
         architecture = architectures.get(hf_config.fields.get("model_type"))
         architectures.check_supported(hf_config)
-    stored = _main_dtype(tensors)
-    how = dict(overrides or {}) | {"dtype": dtype or stored, "param_dtype": dtype or stored}
+    param_dtype = dtype or _main_dtype(tensors)
+    computed = "float32" if param_dtype == "float16" else param_dtype
+    how = {"dtype": computed, "param_dtype": param_dtype} | dict(overrides or {})
     try:
         model_config = architecture.model_config(hf_config) | how
         model_config = with_max_len(model_config, max_len, hf_config.name)
@@ -93,7 +96,11 @@ def load_pretrained(
         )
     expected = conversion.expected_entries(rules, slots)
     tensors = _with_prefix(tensors, expected, architecture.base_prefix)
-    conversion.check_source(tensors, rules, expected, architecture.ignored)
+    if conversion.is_untied(tensors, rules, expected):
+        model_config["tied_embeddings"] = False
+        slots, rules = _table(architecture, model_config)
+        expected = conversion.expected_entries(rules, slots)
+    conversion.check_source(tensors, expected, architecture.ignored)
 
     def dtype_of(leaf, found):
         own = slots.leaves[leaf].dtype
@@ -101,7 +108,11 @@ def load_pretrained(
 
     put = put or (lambda _, array: jnp.asarray(array))
     params = conversion.read_params(tensors, rules, slots, dtype_of, put)
-    dtypes = {name: tensors.entries[name].dtype.name for name in expected}
+    dtypes = {
+        path: jnp.result_type(*(tensors.entries[name].dtype for name in rule.names)).name
+        for rule in rules
+        for path in rule.paths
+    }
     return Pretrained(
         model_config, params, hf_config.fields, str(source), tokenizer_path, tokens, dtypes
     )
@@ -122,7 +133,8 @@ def save_pretrained(
     """Writes safetensors and config.json to `folder`; returns the files' paths.
 
     architecture: "seqmodels", our own layout, which holds any config.model, or a model_type of the registry, for other programs.
-    dtype: of all tensors, or by name; None, and what has no name, is each parameter's own.
+    dtype: of all tensors but those that every model keeps in float32, such as decays, which a recurrence raises to powers. Or of
+      each parameter, by path (`Pretrained.dtypes`). None, and a path that is not there, is its own.
     hf_config: fields that config.json keeps where the model does not say otherwise, such as `bos_token_id`.
     tokenizer_path: a tokenizer.json to copy, with what describes it in its folder.
     tokens: written as `special_tokens.write` does; None is what the files beside the tokenizer and `hf_config` say.

@@ -34,7 +34,7 @@ class Attention(base.Mixer):
     window: a token sees itself and window-1 tokens before it; None sees all, and then the cache holds
       `max_length` tokens: decoding past it is the caller's error (`experiments.generate` checks).
     rope_base: None leaves positions out. rope_fraction: the part of each head's channels that is rotated.
-      rope_scaling: for long contexts, see `positions.scale_frequencies`.
+      rope_scaling: for long contexts, see `positions.frequencies`.
     qk_norm: RMS norm on each head's q and k before the rotation; a name of `norms.NORMS` takes that one. norm_eps: theirs.
     use_bias: of the projections; o_bias of the output's, None the same.
     output_gate: y = W_o (o * sigmoid(W_g x)) (arXiv 2505.06708).

@@ -34,7 +34,7 @@ class Mixer(nn.Module):
 
     d_model: width D of input and output.
     dtype: of the matmuls and activations; states, gates and norms are float32 whatever it says.
-    param_dtype: of the parameters.
+    param_dtype: of the parameters, but for those that are used in float32: of gates, decays, norms and feature maps.
     implementation: which form of the operator to use; None picks the best.
     """
 

@@ -87,9 +87,9 @@ class LAWCAT(attention.Attention):
             return jnp.repeat(x, H // G, axis=2)
 
         def mapped(name, x_BTHK):
-            return feature_maps.FeatureMap(
-                self.feature_map, self.features, self.param_dtype, name=f"{name}_map"
-            )(x_BTHK)
+            return feature_maps.FeatureMap(self.feature_map, self.features, name=f"{name}_map")(
+                x_BTHK
+            )
 
         log_decay_BTHF = None
         if self.gate_rank is not None:

@@ -70,9 +70,7 @@ class Liger(attention.Attention):
         return jax.nn.log_sigmoid(z_BTGK) / (1.0 if self.gate == "hgrn2" else self.gate_temperature)
 
     def _map(self, name: str) -> feature_maps.FeatureMap:
-        return feature_maps.FeatureMap(
-            self.feature_map, self.features, self.param_dtype, name=f"{name}_map"
-        )
+        return feature_maps.FeatureMap(self.feature_map, self.features, name=f"{name}_map")
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):

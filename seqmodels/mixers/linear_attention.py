@@ -74,7 +74,7 @@ class LinearAttention(base.Mixer):
         return H, K, dims[0]
 
     def _map(self, kind: str, name: str) -> feature_maps.FeatureMap:
-        return feature_maps.FeatureMap(kind, self.features, self.param_dtype, name=name)
+        return feature_maps.FeatureMap(kind, self.features, name=name)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):

@@ -57,9 +57,7 @@ class LoLCATs(attention.Attention):
         return super()._sizes()
 
     def _map(self, name: str) -> feature_maps.FeatureMap:
-        return feature_maps.FeatureMap(
-            self.feature_map, self.features, self.param_dtype, name=f"{name}_map"
-        )
+        return feature_maps.FeatureMap(self.feature_map, self.features, name=f"{name}_map")
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):

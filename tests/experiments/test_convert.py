@@ -13,7 +13,8 @@ import pytest
 import tokenizers
 
 from configs import common
-from experiments import loop, pretrained, run_record, sampling, steps
+from experiments import loop, pretrained, restore, run_record, sampling, steps
+from experiments.checkpoints import Checkpoints, TrainState
 from experiments.data import make_dataset
 from seqmodels import checkpoints_io, language_model
 from tests.experiments import tiny
@@ -95,6 +96,56 @@ def test_a_folder_becomes_a_run_that_is_trained_on_and_exported(folder, tmp_path
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), exported.params, there.params)
     assert 0 < max(jax.tree.leaves(moved)) < 1e-3
     assert exported.document_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_a_run_from_narrow_weights(folder, tmp_path, stored):
+    """It trains float32 parameters, that start from the stored numbers, and is exported in the dtypes that the folder had."""
+    there, run, back, own = (tmp_path / name for name in ("there", "run", "back", "own"))
+    convert(folder, "llama", there, dtype=stored)
+    convert(there, "workdir", run)
+    config = run_record.load_config(run)
+    assert config.model.param_dtype == "float32"
+    assert config.model.dtype == {"float16": "float32"}.get(stored, stored)
+    start = pretrained.find(str(run))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(start.params)} == {"float32"}
+    narrow = checkpoints_io.load_pretrained(there).params
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)), start.params, narrow
+    )
+    convert(run, "llama", back)
+    name = "model.safetensors"
+    assert (back / name).read_bytes() == (there / name).read_bytes()
+    convert(run, "seqmodels", own)
+    assert json.loads((own / "config.json").read_text())["dtype"] == stored
+    convert(run, "llama", back, dtype="float32")
+    assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_reading_a_run_takes_no_more_memory_than_its_activations_ask_for(tmp_path):
+    """And gives the same numbers: what is used in float32 stays so."""
+    changes = {"dtype": "bfloat16", "channel_mixer": "moe(num_experts=8)", "vocab_size": 61}
+    config = tiny.make_config(tmp_path, **changes)
+    config.model.pattern = "lolcats(num_heads=2, window=4)"
+    both = config, restore.reading_config(config)
+    trained, read = (steps.build(c, 32, jax.devices()[:1]) for c in both)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype),
+        trained.abstract_state.params,
+    )
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(TrainState(jnp.zeros((), jnp.int32), params, ()), pretrained.NothingRead())
+    checkpoints.close()
+    _, narrow = restore.evaluation_params(read, config, tmp_path)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (params, narrow)]
+    assert sizes[1] < 0.6 * sizes[0]
+    apply = jax.jit(read.model.apply)
+    tokens_BT = jnp.arange(24).reshape(2, 12)
+    logits = [apply({"params": tree}, tokens_BT)[0] for tree in (params, narrow)]
+    np.testing.assert_array_equal(*logits)
+    config.optimizer.name = "schedule_free"
+    assert restore.reading_config(config).model.get("param_dtype") is None
 
 
 def test_a_model_of_bytes_keeps_its_tokenizer(tmp_path):

@@ -99,6 +99,15 @@ def test_bfloat16(implementation):
     assert_close(got, _truth(qkv, keywords), TOLERANCE["bfloat16"])
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "xla"])
+def test_float16(implementation):
+    """Also where there are few logits, and on a CPU, which lacks products of float16 to float32."""
+    qkv, keywords = _inputs(60, "window", False, jnp.float16)
+    got = _everything(qkv, keywords, implementation)
+    assert got["output"].dtype == jnp.float16
+    assert_close(got, _truth(qkv, keywords), TOLERANCE["bfloat16"])
+
+
 @pytest.mark.parametrize("implementation", ["chunked", pytest.param("xla", marks=pytest.mark.slow)])
 def test_bfloat16_of_short_documents(implementation):
     """The first tokens of documents have gradients several times the tensor's rms. There rounding the exact answer to

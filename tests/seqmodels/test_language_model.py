@@ -1,12 +1,15 @@
 """The whole stack: pieces equal the whole, scanned equals unrolled, and a layout does what it says."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels import language_model
+from seqmodels import language_model, mixers, pattern
+from tests.seqmodels import mixer_suite
 
 PATTERN = "rg_lru + attention(window=5)"
 BASE = {"vocab_size": 61, "d_model": 32, "num_layers": 5, "pattern": PATTERN}
@@ -158,3 +161,63 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
 def test_a_wrong_choice_lists_the_right_ones(changes, message):
     with pytest.raises(ValueError, match=message):
         language_model.from_config(BASE | changes)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_rows_of_the_state_of_every_mixer(scan_layers):
+    """Every leaf along its axis of the batch, wherever that stands; it is the one that another batch changes."""
+    rows_N = np.array([2, 0, 0, 1])
+    random = np.random.default_rng(0)
+    for name in mixers.names():
+        for options in mixer_suite.SMALL_OPTIONS.get(name, ({},)):
+            layer = pattern.MixerSpec(name, tuple(options.items()))
+            fields = {"pattern": pattern.to_text([layer]), "num_layers": 2}
+            model = language_model.from_config(BASE | fields | {"scan_layers": scan_layers})
+            assert model.plan.repeats == 2 * scan_layers
+            shapes, others = (
+                jax.eval_shape(functools.partial(model.init_state, n)) for n in (3, 5)
+            )
+            state = jax.tree.map(lambda leaf: random.integers(0, 99, leaf.shape), shapes)
+            taken = state.take_rows(rows_N)
+
+            def check(leaf, found, shape, other, name=name):
+                axes = [i for i, (a, b) in enumerate(zip(shape.shape, other.shape)) if a != b]
+                expected = np.take(leaf, rows_N, axes[0]) if axes else leaf
+                np.testing.assert_array_equal(found, expected, err_msg=name)
+
+            jax.tree.map(check, state, taken, shapes, others)
+
+
+def test_rows_of_a_state_go_on_as_before():
+    """Under jit, with learned positions and documents: a row's continuation does not see what became of the others."""
+    model, params, tokens_BT = make(**LEARNED, num_layers=2)
+    rows_N = jnp.array([2, 0])
+
+    @jax.jit
+    def run(params):
+        state = model.init_state(3)
+        _, state = model.apply({"params": params}, tokens_BT[:, :9], SEGMENTS[:, :9], state)
+        rest = tokens_BT[:, 9:12], SEGMENTS[:, 9:12]
+        whole_BTW, _ = model.apply({"params": params}, *rest, state)
+        some = (x[rows_N] for x in rest)
+        some_BTW, _ = model.apply({"params": params}, *some, state.take_rows(rows_N))
+        return whole_BTW[rows_N], some_BTW
+
+    np.testing.assert_allclose(*run(params), atol=1e-5)
+
+
+def test_a_float32_residual_keeps_small_steps():
+    """Below the spacing of a bfloat16 residual, what blocks add to it is lost; the stream of Mamba is float32 for that."""
+    fields = {"pattern": "hgrn", "num_layers": 6, "embedding_scale": 60.0}
+    model, params, tokens_BT = make(**fields)
+
+    def logits(**changes):
+        narrow = language_model.from_config(BASE | fields | changes)
+        return jax.jit(narrow.apply)({"params": params}, tokens_BT)[0]
+
+    exact = logits()
+    plain, wide = (
+        jnp.abs(logits(dtype="bfloat16", float32_residual=on) - exact).mean()
+        for on in (False, True)
+    )
+    assert wide < 0.6 * plain

@@ -7,6 +7,7 @@ from seqmodels.pattern import to_text
 def _model_config(config):
     parts.refuse_unless(config, hidden_act="silu")
     parts.no_time_step_limit(config)
+    config = config.with_defaults(max_position_embeddings=262_144)
     D, expand = config.integer("hidden_size", 4096), config.integer("mamba_expand", 2)
     heads = config.integer("mamba_n_heads", 128)
     dim = config.get("mamba_d_head", "auto")
@@ -30,7 +31,6 @@ def _model_config(config):
         num_heads=H,
         num_kv_heads=config.integer("num_key_value_heads", H),
         head_dim=config.integer("head_dim", max(D // H, 1)),
-        max_length=config.integer("max_position_embeddings", 262_144),
         use_bias=config.flag("attention_bias", False),
         **decoder.rope_options(config, 0.5),
     )

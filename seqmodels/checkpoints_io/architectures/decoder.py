@@ -3,6 +3,7 @@
 x <- x + attention(norm(x)); x <- x + SwiGLU(norm(x)), RMS norms, no biases but those a family names.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,15 +14,14 @@ from seqmodels.pattern import MixerSpec, to_text
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
 IGNORED = (r".*rotary_emb\.inv_freq",)
+_LENGTH, _CONTEXT = "original_max_position_embeddings", "max_position_embeddings"
+# config.json's fields in the order of `positions.SCALINGS`.
 _SCALINGS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "dynamic": ("factor", _CONTEXT),
+    "yarn": ("factor", _LENGTH, "attention_factor", "beta_fast", "beta_slow", "truncate"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
 }
 
 
@@ -47,7 +47,6 @@ def attention_options(config: HFConfig, **options) -> dict[str, Any]:
         "num_heads": H,
         "num_kv_heads": config.integer("num_key_value_heads", H),
         "head_dim": config.integer("head_dim", max(config.integer("hidden_size") // H, 1)),
-        "max_length": config.integer("max_position_embeddings", 2048),
         **rope_options(config),
         **options,
     }
@@ -76,7 +75,8 @@ def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
 
 def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, Any]:
     """rope_base, rope_scaling and rope_fraction, of `rope_parameters` or the older `rope_theta`, `rope_scaling` and
-    `partial_rotary_factor`. What is None is the mixer's default.
+    `partial_rotary_factor`; and max_length, which is `max_position_embeddings` or what a scaling reaches beyond it. What is None
+    is the mixer's default.
 
     fraction: of each head's channels that is rotated where the config does not say; None: all are, whatever it says otherwise is
       refused.
@@ -87,14 +87,15 @@ def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, A
         raise ValueError(
             f"{config.name}: rope scaling {kind!r} is not supported; {', '.join(_SCALINGS)} are"
         )
-    known = {"rope_type", "rope_theta", "partial_rotary_factor", *_SCALINGS[kind]}
-    if unknown := sorted(rope.fields.keys() - known):
+    # As in transformers, fields that a kind does not read may be there; not those that say that something else was meant.
+    if nested := [k for k, v in rope.fields.items() if isinstance(v, dict)]:
         raise ValueError(
-            f"{rope.name}: {unknown[0]} is {rope.fields[unknown[0]]!r}; "
-            f"rope_type {kind!r} has {', '.join(sorted(known))}"
+            f"{rope.name}: {nested[0]} is an object; one rotation for each type of layers is not supported"
         )
+    if kind == "default" and rope.get("factor", 1.0) != 1.0:
+        raise ValueError(f"{rope.name}: factor is {rope.get('factor')!r} without a rope_type")
     base = rope.positive("rope_theta", config.positive("rope_theta", 10_000.0))
-    values = tuple(rope.positive(field) for field in _SCALINGS[kind])
+    values = _scaling_values(config, rope, kind)
     part = rope.positive(
         "partial_rotary_factor", config.positive("partial_rotary_factor", fraction or 1.0)
     )
@@ -103,20 +104,48 @@ def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, A
             f"{config.name}: partial_rotary_factor is {part}; it must be "
             + ("1 for this architecture" if fraction is None else "1 at most")
         )
+    reach = round(values[0] * values[1]) if kind in ("dynamic", "yarn") else 0
     return {
         "rope_base": base,
         "rope_scaling": (kind, *values) if values else None,
         "rope_fraction": None if fraction is None else part,
+        "max_length": max(config.integer(_CONTEXT, 2048), reach),
     }
 
 
+def _scaling_values(config: HFConfig, rope: HFConfig, kind: str) -> tuple[float | bool, ...]:
+    """What stands behind the name of the kind in `positions.SCALINGS`."""
+    if kind in ("default", "linear"):
+        return tuple(rope.positive(field) for field in _SCALINGS[kind])
+    context = config.integer(_CONTEXT, 2048)
+    if kind == "dynamic":
+        return rope.positive("factor"), context
+    # Some files have the length beside the section, where it comes first.
+    length = config.positive(_LENGTH, rope.positive(_LENGTH, context))
+    if kind == "llama3":
+        return *(rope.positive(field) for field in _SCALINGS[kind][:-1]), length
+    factor = rope.positive("factor", context / length)
+
+    def growth(scale):
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scales = [rope.number(field, 0.0) for field in ("mscale", "mscale_all_dim")]
+    amplitude = growth(scales[0]) / growth(scales[1]) if all(scales) else growth(1.0)
+    amplitude = rope.positive("attention_factor", amplitude)
+    betas = (rope.positive(f, default) for f, default in (("beta_fast", 32), ("beta_slow", 1)))
+    return factor, length, amplitude, *betas, rope.flag("truncate", True)
+
+
 def _rope_section(config: HFConfig) -> HFConfig:
-    """`rope_parameters` and the older `rope_scaling` as one; files that have both say the same twice."""
+    """`rope_parameters` and the older `rope_scaling` as one. Files that have both say the same twice, or the older one was added by
+    hand, for longer texts, beside one without a scaling."""
     merged: dict[str, Any] = {}
     for field in ("rope_parameters", "rope_scaling"):
         section = {k: v for k, v in config.section(field).fields.items() if v is not None}
         older = section.pop("type", None)
         section = ({"rope_type": older} if older is not None else {}) | section
+        if section and merged.get("rope_type") == "default":
+            del merged["rope_type"]
         if differing := [k for k in merged.keys() & section.keys() if merged[k] != section[k]]:
             k = min(differing)
             raise ValueError(
@@ -130,13 +159,11 @@ def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any
     """The inverse of `rope_options`, with what programs older than rope_parameters read. partial: with the fraction."""
     kind, *values = options["rope_scaling"] or ("default",)
     theta = float(options["rope_base"] or 10_000.0)
-    scaling = {"rope_type": kind}
-    scaling |= {
-        field: int(value) if field.startswith("original") else value
-        for field, value in zip(_SCALINGS.get(kind, ()), values)
-    }
+    scaling = {"rope_type": kind} | dict(zip(_SCALINGS.get(kind, ()), values))
+    scaling |= {field: int(scaling[field]) for field in (_LENGTH, _CONTEXT) if field in scaling}
+    context = {_CONTEXT: scaling.pop(_CONTEXT)} if _CONTEXT in scaling else {}
     scaling |= {"partial_rotary_factor": options["rope_fraction"]} if partial else {}
-    return {
+    return context | {
         "rope_parameters": scaling | {"rope_theta": theta},
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else scaling,

@@ -12,7 +12,8 @@ from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decod
 from seqmodels.pattern import MixerSpec, to_text
 
 # Options of the kernels, which change no result, may be anything; these change what is computed.
-_REFUSED = {"hidden_act": "swish", "attnres_block_size": None}
+_REFUSED = {"attnres_block_size": None}
+_ACTIVATIONS = {"swish": "swiglu", "silu": "swiglu"}
 
 
 def architecture(
@@ -45,6 +46,7 @@ def architecture(
             "d_model": D,
             "num_layers": L,
             "pattern": to_text([softmax.get(i, own) for i in range(L)]),
+            "channel_mixer": config.choice("hidden_act", _ACTIVATIONS, "swish"),
             "d_ff": F,
             "norm_eps": config.positive("norm_eps", 1e-6),
             "tied_embeddings": config.flag("tie_word_embeddings", False),
@@ -59,6 +61,7 @@ def architecture(
             "num_hidden_layers": model["num_layers"],
             "norm_eps": model.get("norm_eps", 1e-5),
             "tie_word_embeddings": model.get("tied_embeddings", True),
+            "hidden_act": "swish",
             "attn": _attn(specs),
             "max_position_embeddings": _context(specs),
             **{k: v for k, v in (_REFUSED | dict(refused or {})).items() if v is not None},

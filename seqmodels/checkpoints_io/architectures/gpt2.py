@@ -13,7 +13,6 @@ _ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "g
 def _model_config(config):
     config.require("scale_attn_weights", True)
     config.require("scale_attn_by_inverse_layer_idx", False)
-    config.require("reorder_and_upcast_attn", False)
     config.require("add_cross_attention", False)
     D, context = config.integer("n_embd"), config.integer("n_positions")
     L, H = config.integer("n_layer"), config.integer("n_head")

@@ -26,6 +26,7 @@ def _model_config(config):
         "pattern": to_text([layer] * L),
         "channel_mixer": None,
         "norm_eps": config.positive("layer_norm_epsilon", 1e-5),
+        "float32_residual": config.flag("residual_in_fp32", True),
         "tied_embeddings": config.flag("tie_word_embeddings", True),
     }
 
@@ -46,6 +47,7 @@ def _hf_config(model, specs):
         "use_conv_bias": options["conv_bias"],
         "hidden_act": "silu",
         "layer_norm_epsilon": model.get("norm_eps", 1e-5),
+        "residual_in_fp32": model.get("float32_residual", False),
         "tie_word_embeddings": model.get("tied_embeddings", True),
     }
 

@@ -20,7 +20,7 @@ _LIGHTNING = {
 
 def _model_config(config):
     parts.refuse_unless(config, hidden_act="silu")
-    config = config.with_defaults(rope_theta=1e6)
+    config = config.with_defaults(rope_theta=1e6, max_position_embeddings=131_072)
     D, L, H = (
         config.integer("hidden_size", 4096),
         config.integer("num_hidden_layers", 32),
@@ -34,7 +34,6 @@ def _model_config(config):
             "num_kv_heads": config.integer("num_key_value_heads", 8),
             "head_dim": K,
             "window": config.optional_integer("sliding_window"),
-            "max_length": config.integer("max_position_embeddings", 131_072),
             **decoder.rope_options(config),
         },
     }

@@ -7,7 +7,9 @@ def _model_config(config):
     config = config.with_defaults(
         num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131_072
     )
-    specs = decoder.layers(config, decoder.attention_options(config))
+    window = config.optional_integer("sliding_window")  # of all layers, whatever layer_types says
+    options = decoder.attention_options(config, window=window)
+    specs = [decoder.spec(**options)] * config.integer("num_hidden_layers")
     return decoder.model_config(config, specs)
 
 

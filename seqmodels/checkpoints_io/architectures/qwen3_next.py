@@ -11,6 +11,7 @@ _TYPES = ("linear_attention", "full_attention")
 
 def _model_config(config):
     parts.refuse_unless(config, hidden_act="silu")
+    config = config.with_defaults(max_position_embeddings=32_768)
     L, eps = config.integer("num_hidden_layers", 48), config.positive("rms_norm_eps", 1e-6)
     K = config.integer("linear_key_head_dim", 128)
     recurrent = {
@@ -25,7 +26,6 @@ def _model_config(config):
         "num_heads": config.integer("num_attention_heads", 16),
         "num_kv_heads": config.integer("num_key_value_heads", 2),
         "head_dim": config.integer("head_dim", 256),
-        "max_length": config.integer("max_position_embeddings", 32_768),
         **decoder.rope_options(config, 0.25),
         "qk_norm": _NORM,
         "norm_eps": eps,

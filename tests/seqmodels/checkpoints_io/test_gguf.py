@@ -10,6 +10,7 @@ import tokenizers
 
 from seqmodels import checkpoints_io, positions
 from seqmodels.checkpoints_io import files, gguf_files, gguf_header, gguf_tokenizer
+from seqmodels.checkpoints_io.architectures import decoder
 
 D, F, H, G, L, W = 64, 96, 4, 2, 2, 300
 K = D // H
@@ -115,8 +116,8 @@ def test_float32_is_what_went_in(whole):
 
 def test_llama_3s_scaling_is_read_off_its_frequencies(tmp_path):
     frequency_K = 10_000.0 ** (-np.arange(K // 2, dtype=np.float32) / (K // 2))
-    scaled_K = positions.scale_frequencies(frequency_K, ("llama3", 8.0, 1.0, 4.0, 8192))
-    divisor_K = np.asarray(frequency_K / scaled_K, np.float32)
+    scaled_11K, _ = positions.frequencies(K, 1e4, ("llama3", 8.0, 1.0, 4.0, 8192))
+    divisor_K = frequency_K / np.asarray(scaled_11K[0, 0])
     assert divisor_K[0] == 1.0 and divisor_K[-1] == 8.0
     path = write(tmp_path / "scaled.gguf", tensors(), rope_freqs=divisor_K)
     config, _, _, _ = gguf_files.open_model(path)
@@ -298,6 +299,18 @@ def test_any_cut_and_any_flipped_byte_of_the_header_is_noticed_or_harmless(whole
     assert 0 < opened < 200
 
 
+def test_yarn(whole):
+    header = gguf_header.read(whole, SIZES)
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
+    changed = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+    header = gguf_header.Header(header.metadata | changed, header.tensors)
+    config = gguf_files._config(header, gguf_files.GGUFTensors(whole, header, gguf), "tiny.gguf")
+    options = decoder.rope_options(config)
+    amplitude = 0.1 * np.log(4.0) + 1.0
+    assert options["rope_scaling"] == ("yarn", 4.0, 16, pytest.approx(amplitude), 32.0, 1.0, True)
+    assert options["max_length"] == 64
+
+
 WEIRD = [
     -1,
     0,
@@ -337,7 +350,7 @@ def test_metadata_with_anything_in_it_is_used_or_refused(whole):
         ({"llama__expert_count": 8}, "llama.expert_count is 8"),
         ({"llama__logit_scale": 0.5}, "llama.logit_scale is 0.5; only 1.0"),
         ({"llama__attention__scale": 0.25}, "llama.attention.scale is 0.25"),
-        ({"llama__rope__scaling__type": "yarn"}, "rope scaling by 'yarn'"),
+        ({"llama__rope__scaling__type": "longrope"}, "rope scaling by 'longrope'"),
         ({"llama__rope__dimension_count": 8}, "rope.dimension_count is 8"),
         (
             {"tokenizer__ggml__model": "bert"},

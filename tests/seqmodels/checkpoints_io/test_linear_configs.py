@@ -55,10 +55,11 @@ LINEAR_BY_2 = {"rope_type": "linear", "factor": 2.0}
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
-        ({"rope_parameters": {"type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
-        ({"rope_parameters": {"full_attention": LINEAR_BY_2}}, "full_attention is .*; rope_type 'default' has"),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LINEAR_BY_2}, "'default' in rope_par.* 'linear' in rope_sc"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope scaling 'longrope' is not supported"),
+        ({"rope_parameters": {"type": "dynamic"}}, "lacks 'factor'"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor is 4.0 without a rope_type"),
+        ({"rope_parameters": {"full_attention": LINEAR_BY_2}}, "full_attention is an object; one rotation for each"),
+        ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": LINEAR_BY_2}, "'yarn' in rope_par.* 'linear' in rope_sc"),
         ({"rope_parameters": LINEAR_BY_2 | {"factor": 0}}, "factor is 0.0; it must be a positive"),
         ({"rope_theta": -1}, "rope_theta is -1.0; it must be a positive"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be 1"),
@@ -95,6 +96,25 @@ def test_rotations():
             softmax_options(model_type, partial_rotary_factor=0.5)
 
 
+def test_rotations_beyond_the_context():
+    """The lengths of yarn and dynamic, and what their kind does not read; out again."""
+    context = {"max_position_embeddings": 64}
+    unread = {"original_max_position_embeddings": 32, "high_freq_factor": 4.0, "finetuned": True}
+    for beside in ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}):
+        found, *_ = softmax_options("llama", **context, rope_scaling=LINEAR_BY_2 | unread, **beside)
+        assert (found["rope_scaling"], found["max_length"]) == (("linear", 2.0), 64)
+    assert found["rope_base"] == 1e6
+    dynamic = {"type": "dynamic", "factor": 4.0}
+    found, *_ = softmax_options("llama", **context, rope_scaling=dynamic | unread)
+    assert (found["rope_scaling"], found["max_length"]) == (("dynamic", 4.0, 64), 256)
+    fields = decoder.rope_fields({"rope_base": 1e4} | found)
+    assert fields["max_position_embeddings"] == 64 and fields["rope_scaling"]["factor"] == 4.0
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    found, *_ = softmax_options("bamba", attn_layer_indices=[1], **context, rope_parameters=yarn)
+    assert found["rope_scaling"][:3] == ("yarn", 4.0, 32) and found["max_length"] == 128
+    assert yarn.items() <= decoder.rope_fields({"rope_base": 1e4} | found)["rope_scaling"].items()
+
+
 def test_fields_that_no_family_reads():
     for field, value in {
         "quantization_config": {"bits": 4},
@@ -121,6 +141,9 @@ def test_windows():
     assert windows("qwen2", use_sliding_window=True, max_window_layers=0) == [None] * 3
     # SmolLM3 has them where it has no rotation.
     assert windows("smollm3", **used, no_rope_layers=[1, 0, 1]) == [None, 8, None]
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    assert windows("mistral", sliding_window=8, layer_types=types) == [8] * 3  # as in transformers
+    assert windows("qwen2", **used, layer_types=types) == [None, 8, None]
     with pytest.raises(ValueError, match="sliding_window is 0; it must be a positive integer"):
         windows("mistral", sliding_window=0)
     with pytest.raises(ValueError, match="max_window_layers is 'all'"):
@@ -143,6 +166,11 @@ def test_published_defaults():
     assert names[:4] == ["rg_lru", "rg_lru", "attention", "rg_lru"]
     assert config["embedding_scale"] == 50.5  # sqrt(2560) in bfloat16
     assert read("gla", hidden_size=1024)["d_ff"] == 2816
+    assert read("gla", hidden_act="silu") == read("gla", hidden_act="swish") == read("gla")
+    for model_type in ("mamba", "mamba2"):
+        sizes = {"num_heads": 4, "head_dim": 16}
+        assert read(model_type, **sizes)["float32_residual"]
+        assert not read(model_type, **sizes, residual_in_fp32=False)["float32_residual"]
     assert read("xlstm", hidden_size=4096)["d_ff"] == 10_944
 
 

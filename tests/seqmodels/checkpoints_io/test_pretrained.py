@@ -136,7 +136,7 @@ def test_tensors_stream_through(tmp_path):
 
 
 def test_dtypes(hybrid, tmp_path):
-    """Gates stay float32 in a bfloat16 model; out, one dtype serves all."""
+    """Gates and decays stay float32, in a bfloat16 model and in a bfloat16 file."""
     folder, params = hybrid
     loaded = checkpoints_io.load_pretrained(folder, dtype="bfloat16")
     mixer = loaded.params["block_1"]["mixer"]
@@ -145,8 +145,30 @@ def test_dtypes(hybrid, tmp_path):
     assert loaded.model.dtype == loaded.model.param_dtype == jnp.bfloat16
     checkpoints_io.save_pretrained(tmp_path, HYBRID, params, dtype="bfloat16")
     source = files.open_folder(tmp_path)
-    assert {entry.dtype for entry in source.entries.values()} == {np.dtype(jnp.bfloat16)}
+    wide = {name for name, entry in source.entries.items() if entry.dtype == np.float32}
+    assert wide == {
+        f"block_{i}.mixer.decay.{name}" for i in (1, 4) for name in ("A_log", "dt_bias")
+    }
+    assert {e.dtype.name for n, e in source.entries.items() if n not in wide} == {"bfloat16"}
     assert checkpoints_io.load_pretrained(tmp_path).model_config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_narrow_files(tmp_path, stored):
+    """They take the memory that they took; float16, in which activations overflow, is computed in float32."""
+    checkpoints_io.save_pretrained(tmp_path, LLAMA, random_params(LLAMA), dtype=stored)
+    loaded = checkpoints_io.load_pretrained(tmp_path)
+    assert loaded.params["embed"]["embedding"].dtype == stored
+    assert loaded.model.dtype == {"float16": "float32"}.get(stored, stored)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), loaded.params)
+    master = checkpoints_io.load_pretrained(tmp_path, overrides={"param_dtype": "float32"})
+    check_same(master.params, wide)
+    assert master.model.dtype == loaded.model.dtype
+    tokens_BT = jnp.arange(24).reshape(2, 12)
+    apply = jax.jit(loaded.model.apply)
+    found_BTW, same_BTW = (apply({"params": p}, tokens_BT)[0] for p in (loaded.params, wide))
+    np.testing.assert_array_equal(found_BTW, same_BTW)
+    assert jnp.isfinite(found_BTW).all()
 
 
 def rewrite(folder, change, **fields):
@@ -181,19 +203,23 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
 
 
 def test_a_second_output_matrix_of_a_tied_model(tmp_path):
-    """A copy of the embedding is nothing new; another matrix is a model that config.json does not describe."""
+    """A copy of the embedding is nothing new; another matrix is the model's, whatever config.json says of ties."""
 
-    def add(change):
-        def output(arrays):
+    def load(change):
+        def add(arrays):
             arrays["lm_head.weight"] = change(arrays["model.embed_tokens.weight"])
 
-        return output
+        return checkpoints_io.load_pretrained(rewrite(tmp_path, add, tie_word_embeddings=True))
 
-    loaded = checkpoints_io.load_pretrained(rewrite(tmp_path, add(lambda x: x)))
-    assert "output" not in loaded.params
-    for change in (lambda x: x + 1, lambda x: x[1:], lambda x: x.astype(np.float16)):
-        with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tokens.weight"):
-            checkpoints_io.load_pretrained(rewrite(tmp_path, add(change)))
+    copied = load(lambda x: x)
+    assert "output" not in copied.params and copied.model.tied_embeddings
+    other = load(lambda x: x + 1)
+    np.testing.assert_array_equal(
+        other.params["output"]["kernel"], other.params["embed"]["embedding"].T + 1
+    )
+    assert not other.model_config["tied_embeddings"]
+    with pytest.raises(ValueError, match=r"misshapen: lm_head.weight should be \[61, 16\]"):
+        load(lambda x: x[1:])
 
 
 def test_layers_of_different_dtypes(tmp_path):
@@ -242,7 +268,10 @@ def test_numbers_beyond_float16(tmp_path):
         ({"hidden_size": -16}, "hidden_size is -16"),
         ({"num_hidden_layers": None}, "lacks 'num_hidden_layers'"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; it must be silu or"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rope scaling 'longrope' is not supported",
+        ),
         ({"rms_norm_eps": "nan"}, "rms_norm_eps is 'nan'"),
         ({"num_attention_heads": 3}, "num_kv_heads 2 must divide num_heads 3"),
     ],

@@ -58,7 +58,9 @@ def test_qwen2(tmp_path):
 
 
 def test_qwen3(tmp_path):
-    oracle_suite.check(make("Qwen3", head_dim=16, tie_word_embeddings=True), tmp_path)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    options = {"head_dim": 16, "rope_parameters": yarn, "tie_word_embeddings": True}
+    oracle_suite.check(make("Qwen3", **options), tmp_path)
 
 
 def test_smollm3(tmp_path):
@@ -72,6 +74,7 @@ def test_gpt2(tmp_path):
         n_layer=2,
         n_head=4,
         n_positions=64,
+        reorder_and_upcast_attn=True,
         bos_token_id=1,
         eos_token_id=1,
     )
