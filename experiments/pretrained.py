@@ -213,16 +213,17 @@ def write(
     if layout == WORKDIR:
         return [write_workdir(out, with_tokenizer(found, tokenizer)), out / "config.json"]
     found = _with_given(found, tokenizer)
-    path = found.tokenizer_path
+    hf_config, path = dict(found.hf_config), found.tokenizer_path
     if layout != own_layout.MODEL_TYPE and not path and _is_of_bytes(found):
         path = special_tokens.keep(tokenizers.bytes_as_file(), found.tokens)
+        hf_config["document_token"] = _WHOLE_TEXT
     return checkpoints_io.save_pretrained(
         out,
         found.model_config,
         found.params,
         architecture=layout,
         dtype=dtype or found.dtypes,
-        hf_config=found.hf_config,
+        hf_config=hf_config,
         tokenizer_path=path,
         tokens=found.tokens,
         max_shard_bytes=max_shard_bytes,

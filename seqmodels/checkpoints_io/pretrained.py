@@ -225,7 +225,10 @@ def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[st
         c["max_position_embeddings"] for c in (kept, config) if "max_position_embeddings" in c
     ]
     if kept.get("model_type") != target.model_type:
-        kept = {k: v for k, v in kept.items() if k.endswith("_token_id")}
+        own = (
+            "document_token",
+        )  # read by `experiments` alone: what stands before a run's documents
+        kept = {k: v for k, v in kept.items() if k.endswith("_token_id") or k in own}
     config = kept | config
     if context:  # the cache of a decoder may be shorter than the model's context
         config["max_position_embeddings"] = max(context)

@@ -370,6 +370,14 @@ def test_a_run_that_nothing_else_is_known_of_ends_texts_as_its_documents(tmp_pat
         "bos_token": "<|endoftext|>",
         "eos_token": "<|endoftext|>",
     }
+    # A token of a file, and an id after the file's: documents begin with them in an exported folder, too.
+    run.data.tokenizer = str(tmp_path / "tokenizer.json")
+    for token, start in (("<bot>", 2), ("", write_tokenizer(tmp_path))):
+        run.data.document_token = token
+        pretrained.write(pretrained.of_run(run, params, ""), "llama", tmp_path / f"out{start}")
+        exported = pretrained.load(str(tmp_path / f"out{start}"))
+        assert (exported.document_token, exported.tokenizer.document_id) == (token, start)
+        assert exported.found.tokens.eos == (start,)
 
 
 def test_a_tokenizer_of_another_model(folder, tmp_path):
