@@ -253,7 +253,7 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"layers with a lower bound must share its width; got {sorted(widths)}"
             )
-        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, "heads"))
+        init = layers.undecayed(nn.initializers.zeros, (None, "heads"))
         p_LD = self.param("lower_bounds", init, (L, widths.pop()), jnp.float32)
         bound_LD = jnp.cumsum(jax.nn.softmax(p_LD, axis=0), axis=0)
         return bound_LD - bound_LD[:1]

@@ -1,10 +1,14 @@
-"""Parameters with logical axis names, which `seqmodels.sharding` maps to the mesh.
+"""Parameters with logical axis names, which `seqmodels.sharding` maps to the mesh, and with what they are to an optimizer.
+
+A parameter lies in a box until a run has laid it out. The box has the names of its axes, and its class says what the
+parameter is: a `Kernel`, `Undecayed`, or any other weight (`nn.LogicallyPartitioned`).
 
 Names in use: "embed" (D), "heads" (heads times head dim, or heads), "mlp" (F), "vocab" (W), "norm", "layers".
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +17,29 @@ import jax.numpy as jnp
 from seqmodels.array_typing import Array, DType, LogicalAxes
 
 KERNEL_INIT = nn.initializers.lecun_normal()
+
+
+class Kernel(nn.LogicallyPartitioned):
+    """Box of a linear map (input, output) between activations, as Muon orthogonalises them."""
+
+
+class Undecayed(nn.LogicallyPartitioned):
+    """Box of a parameter that weight decay never touches, whatever its rank: of gates, gains, biases and angles."""
+
+
+def is_boxed(leaf: Any) -> bool:
+    """Whether it is an array in its box, or what stands for one; for `is_leaf` of tree functions."""
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def kernel(init: Callable, axes: LogicalAxes) -> Callable:
+    """An initializer whose arrays lie in a `Kernel` box."""
+    return lambda *args, **keywords: Kernel(init(*args, **keywords), axes)
+
+
+def undecayed(init: Callable, axes: LogicalAxes) -> Callable:
+    """An initializer whose arrays lie in an `Undecayed` box."""
+    return lambda *args, **keywords: Undecayed(init(*args, **keywords), axes)
 
 
 def dense(
@@ -27,8 +54,8 @@ def dense(
     """nn.Dense whose kernel has the logical `axes` (input, output)."""
     return nn.Dense(
         features,
-        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-        bias_init=nn.with_logical_partitioning(bias_init, axes[-1:]),
+        kernel_init=kernel(kernel_init, axes),
+        bias_init=undecayed(bias_init, axes[-1:]),
         name=name,
         dot_general=_product,
         **keywords,
@@ -77,9 +104,10 @@ def gated(x: Array, gate: Array, activation: Callable[[Array], Array]) -> Array:
 
 
 def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
-    """A small parameter of a gate (A_log, dt_bias, D, ...): float32 whatever the model's dtype, first axis "heads"."""
+    """A small parameter of a gate (A_log, dt_bias, D, ...): float32 whatever the model's dtype, never weight-decayed, first
+    axis "heads"."""
     axes = ("heads",) + (None,) * (len(shape) - 1)
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return module.param(name, undecayed(init, axes), shape, jnp.float32)
 
 
 class Matrix(nn.Module):

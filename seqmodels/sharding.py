@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import compute_on
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from seqmodels import layers
 from seqmodels.array_typing import Array
 
 BATCH_AXES = ("data", "fsdp")
@@ -240,20 +241,24 @@ def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None)
     if zero:
         copies = tuple(axis for axis in COPY_AXES if mesh.shape[axis] > 1)
         rules = (("embed", ("fsdp", *copies)), *RULES)
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed_tree), rules)
-    leaves = nn.meta.unbox(boxed_tree)
 
-    def sharding(path, leaf, spec):
-        for dimension, axes in zip(leaf.shape, spec):
-            ways = _ways(mesh, axes)
-            if dimension % ways:
-                raise ValueError(
-                    f"parameter {jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be split: "
-                    f"{dimension} is not divisible by {ways} ({_named_ways(mesh, axes)} in the mesh)"
-                )
-        return NamedSharding(mesh, spec, memory_kind=memory_kind)
+    def sharding(path, leaf):
+        spec = nn.logical_to_mesh_axes(leaf.names if layers.is_boxed(leaf) else (), rules)
 
-    return jax.tree_util.tree_map_with_path(sharding, leaves, specs)
+        def of_array(array):
+            for dimension, axes in zip(array.shape, spec):
+                ways = _ways(mesh, axes)
+                if dimension % ways:
+                    raise ValueError(
+                        f"parameter {jax.tree_util.keystr(path)} of shape {array.shape} cannot be split: "
+                        f"{dimension} is not divisible by {ways} ({_named_ways(mesh, axes)} in the mesh)"
+                    )
+            return NamedSharding(mesh, spec, memory_kind=memory_kind)
+
+        # Where an optimizer's part leaves a parameter to another part, its box holds no array.
+        return jax.tree.map(of_array, nn.meta.unbox(leaf))
+
+    return jax.tree_util.tree_map_with_path(sharding, boxed_tree, is_leaf=layers.is_boxed)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
