@@ -2,6 +2,8 @@
 
     clip by global norm -> direction -> + weight_decay * parameter (masked) -> * -learning rate
 
+All of it is computed, and its state kept, in float32: in float16 Adam's eps is 0, and squares of gradients are too.
+
 Parameters of layers that are scanned over are stacked: their arrays have a leading "layers" axis. What a parameter *is* (matrix,
 vector, scalar) is judged without it, so `rank` reads the logical axis names off its box; whether it may be decayed, and whether it is a
 linear map, the box's class says (`seqmodels.layers`).
@@ -111,7 +113,7 @@ def make_optimizer(
     offload: the update runs on the host, after `clip` has run on the devices, where the norm of all parts is known. The state
       is of the same form.
 
-    Raises ValueError for an unknown name, one that cannot be offloaded, or a negative clip.
+    Raises ValueError for an unknown name, one that cannot be offloaded, or numbers that mean nothing.
     """
     if config.name not in _DIRECTIONS:
         raise ValueError(f"unknown optimizer {config.name!r}; choose one of {', '.join(names())}")
@@ -122,6 +124,16 @@ def make_optimizer(
         )
     if config.clip and config.clip < 0:
         raise ValueError(f"optimizer.clip is {config.clip}; it must be positive, or 0 for none")
+    for name in ("b1", "b2"):
+        if not 0 <= config[name] < 1:
+            raise ValueError(
+                f"optimizer.{name} is {config[name]}; it must be at least 0, and less than 1"
+            )
+    if config.name == "schedule_free" and not config.b1:
+        raise ValueError("optimizer.b1 is 0; schedule_free's average needs more than that")
+    for name in ("eps", "weight_decay"):
+        if config[name] < 0:
+            raise ValueError(f"optimizer.{name} is {config[name]}; it must be at least 0")
     clip_by_norm = optax.identity() if offload else optax.clip_by_global_norm(config.clip)
     chain = [clip_by_norm] if config.clip else []
     chain.append(_DIRECTIONS[config.name](config, boxed_params))
@@ -131,7 +143,18 @@ def make_optimizer(
     optimizer = optax.chain(*chain, optax.scale_by_learning_rate(schedule))
     if config.name == "schedule_free":
         optimizer = contrib.schedule_free(optimizer, schedule, b1=config.b1)
-    return optimizer
+    return _in_float32(optimizer)
+
+
+def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    def update(grads, state, params):
+        return optimizer.update(_float32(grads), state, _float32(params))
+
+    return optax.GradientTransformation(lambda params: optimizer.init(_float32(params)), update)
+
+
+def _float32(tree):
+    return optax.tree.cast(tree, jnp.float32)
 
 
 def clip(config, grads):

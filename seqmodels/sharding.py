@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seqmodels import layers
 from seqmodels.array_typing import Array
+from seqmodels.fields import checked
 
 BATCH_AXES = ("data", "fsdp")
 TIME_AXIS = "seq"
@@ -53,6 +55,7 @@ RULES = (
 
 BATCH_SPEC = PartitionSpec(BATCH_AXES, TIME_AXIS)
 EXCHANGES = ("all_gather", "all_scan", "ring")
+ZERO_STAGES = (0, 1, 2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Options:
             raise ValueError(
                 f"parallel.exchange is {self.exchange!r}; choose one of {', '.join(EXCHANGES)}"
             )
-        if self.zero not in (0, 1, 2, 3):
+        if self.zero not in ZERO_STAGES:
             raise ValueError(
                 f"parallel.zero is {self.zero!r}; expected 0 (copies), 1 (the optimizer state is split), "
                 "2 (gradients too) or 3 (parameters too)"
@@ -94,7 +97,8 @@ class Options:
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(f"parallel has no field {unknown[0]!r}; it has {', '.join(known)}")
-        return cls(**fields)
+        kinds = typing.get_type_hints(cls)
+        return cls(**{k: checked(f"parallel.{k}", v, kinds[k]) for k, v in fields.items()})
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:

@@ -1,0 +1,39 @@
+"""Values of a config's fields against the types of the dataclass that they are fields of."""
+
+import types
+import typing
+from typing import Any
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def checked(name: str, value: Any, kind: Any) -> Any:
+    """The value, a list as the tuple that it stands for. Raises ValueError, with the name and what is expected, if it is not of `kind`.
+
+    kind: int, float (an integer will do), bool, str, a tuple of such, or a union with None.
+    """
+    if not _is(value, kind):
+        raise ValueError(f"{name} is {value!r}; expected {expected(kind)}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def expected(kind: Any) -> str:
+    """A type in words: "an integer or None"."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(expected, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"({', '.join(map(expected, typing.get_args(kind)))})"
+    return _WORDS.get(kind, "None")
+
+
+def _is(value, kind) -> bool:
+    parts = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if parts:
+        return (
+            isinstance(value, (tuple, list))
+            and len(value) == len(parts)
+            and all(map(_is, value, parts))
+        )
+    return type(value) is kind or (kind is float and type(value) is int)

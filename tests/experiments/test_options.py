@@ -1,0 +1,174 @@
+"""Every field of a config through the trainer as its users call it: flags, some steps, a resume.
+
+Choices are read from the code's own registries, so that a new one is trained with; a new field fails the first test until it has a
+value here. Runs combine values of all fields: each has them all once, and each optimizer meets each way to lay it out.
+"""
+
+import itertools
+import json
+import math
+import sys
+
+import pytest
+from absl import flags
+
+from configs import common
+from experiments import cli, optimizers, schedules, train
+from seqmodels import channel_mixers, language_model, sharding
+
+CONFIG = "configs/mqar.py:linear_attention,smoke"
+# float64 asks for another mode of JAX, and is refused without it (tests/seqmodels/test_language_model.py).
+CHOICES = {
+    f"model.{name}": [choice for choice in choices if choice != "float64"]
+    for name, choices in language_model.CHOICES.items()
+} | {
+    "model.channel_mixer": [None, *channel_mixers.names(), "moe(num_experts=2, d_ff=8)"],
+    "schedule.name": schedules.names(),
+    "parallel.exchange": sharding.EXCHANGES,
+}
+NUMBERS = {
+    "model.d_ff": [None, 24],
+    "model.embedding_scale": [1.0, 4.0],
+    "model.norm_eps": [1e-5, 1e-6],
+    "model.learned_positions": [None, 32],
+    "model.logit_softcap": [None, 30.0],
+    "model.mixer_residual": [(1.0, 1.0), (0.5, 1.5)],
+    "model.channel_residual": [(1.0, 1.0), (1.5, 0.5)],
+    "model.vocab_size": [0, 520],
+    "optimizer.learning_rate": [1e-3, 1e-2],
+    "optimizer.b1": [0.9, 0.5],
+    "optimizer.b2": [0.95, 0.99],
+    "optimizer.eps": [1e-8, 1e-6],
+    "optimizer.weight_decay": [0.0, 0.1],
+    "optimizer.clip": [1.0, 0.0],
+    "schedule.warmup_steps": [0, 2],
+    "schedule.final_fraction": [0.1, 0.0],
+    "schedule.decay_fraction": [0.1, 0.5],
+    "schedule.power_a": [4.0, 2.0],
+    "schedule.power_b": [-0.51, -0.4],
+    "train.z_loss": [0.0, 1e-3],
+}
+SWITCHES = {
+    f"model.{name}": [False, True]
+    for name, (kind, _) in language_model.config_fields().items()
+    if kind is bool and name != "scan_layers"
+}
+CYCLED = CHOICES | NUMBERS | SWITCHES
+# What `runs` sets itself, and what says how long a run is.
+SET = {
+    "model": {"pattern", "num_layers", "d_model", "scan_layers"},
+    "optimizer": {"name"},
+    "schedule": set(),
+    "parallel": {"zero", "offload", "microbatches", "split_backward"},
+    "train": {
+        "steps", "log_every", "eval_every", "eval_batches", "test_batches", "accumulate"
+    },
+}  # fmt: skip
+SCANNED = [
+    {"mesh.data": 2, "mesh.fsdp": 2, "mesh.seq": 2},
+    {"mesh.data": 2, "mesh.fsdp": 2, "mesh.pipe": 2, "parallel.microbatches": 2},
+    {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.seq": 2},
+    {"mesh.fsdp": 4, "mesh.pipe": 2, "parallel.split_backward": True},
+]
+UNSCANNED = [{"mesh.data": 8}, {"mesh.data": 4, "mesh.seq": 2}]
+PATTERNS = ["gated_delta_net(num_heads=2, head_dim=8)", "linear_attention(num_heads=2)"]
+
+
+def runs():
+    """(field: value) of each run: two an optimizer, more where a choice has more values."""
+    names = optimizers.names()
+    pairs = max(len(names), -(-max(map(len, CYCLED.values())) // 2))
+    found = []
+    for number in range(pairs):
+        name = names[number % len(names)]
+        zero = itertools.islice(itertools.cycle(sharding.ZERO_STAGES), number, number + 2)
+        own = {"optimizer.name": name, "model.pattern": PATTERNS[number % len(PATTERNS)]}
+        alone, scanned = (own | {"parallel.zero": stage} for stage in zero)
+        scanned |= {"model.scan_layers": True, "train.accumulate": 2}
+        scanned |= SCANNED[number % len(SCANNED)]
+        alone |= {"model.scan_layers": False, "train.accumulate": 1}
+        alone |= UNSCANNED[number % len(UNSCANNED)]
+        alone["parallel.offload"] = name in optimizers.ELEMENTWISE
+        found += [scanned, alone]
+    for number, run in enumerate(found):
+        for place, (field, values) in enumerate(CYCLED.items()):
+            L = len(values)  # in an order of its own, so that fields with two values are not one
+            run[field] = values[(number + number // L * (place % L)) % L]
+    return found
+
+
+def start(workdir, values):
+    """The program `experiments.train`, in this process, with these fields as flags. Returns what it says in the end."""
+    arguments = [f"--config.{field}={value}" for field, value in values.items()]
+    argv = ["train", f"--config={CONFIG}", f"--workdir={workdir}", *arguments]
+    try:
+        sys.argv = argv  # where ml_collections looks for overrides
+        train.main(cli.parse_flags(argv))
+    finally:
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+    return json.loads((workdir / "result.json").read_text())
+
+
+@pytest.fixture
+def own_argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+def test_every_field_has_a_value_here():
+    config = common.get_config()
+    for section, own in SET.items():
+        assert {f"{section}.{name}" for name in config[section]} == {
+            *(field for field in CYCLED if field.startswith(f"{section}.")),
+            *(f"{section}.{name}" for name in own if f"{section}.{name}" not in CYCLED),
+        }
+    for field, values in CYCLED.items():
+        assert {run[field] for run in runs()} == set(values)
+    met = {(run["optimizer.name"], run["model.scan_layers"]) for run in runs()}
+    assert len(met) == 2 * len(optimizers.names())
+    assert {run["parallel.zero"] for run in runs()} == set(sharding.ZERO_STAGES)
+
+
+def test_every_field_is_documented():
+    for section, fields in common.get_config().items():
+        assert section in common.__doc__
+        if isinstance(fields, dict) or not hasattr(fields, "keys"):
+            continue
+        told = common.__doc__ + sharding.Options.__doc__
+        assert not [name for name in fields if name not in told]
+    assert not [
+        name
+        for name in language_model.config_fields()
+        if name not in ("pattern", "num_layers", "vocab_size", "d_model")
+        and name not in language_model.LanguageModel.__doc__
+    ]
+
+
+FAST = 2 * optimizers.names().index("muon")  # scanned, split over fsdp, in microbatches
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=[] if number == FAST else pytest.mark.slow)
+        for number in range(len(runs()))
+    ],
+)
+def test_trains_and_resumes_with(number, tmp_path, own_argv):
+    values = runs()[number] | {"model.d_model": 16, "data.batch_size": 16, "data.seq_len": 32}
+    values |= {
+        "model.num_layers": 2,
+        "train.steps": 2,
+        "mesh.data": runs()[number].get("mesh.data", 1),
+    }
+    start(tmp_path, values)
+    result = start(tmp_path, values | {"train.steps": 3})
+    assert result["steps"] == 3 and math.isfinite(result["loss"])
+    first, second = json.loads((tmp_path / "run.json").read_text())
+    assert (first["step"], second["step"]) == (0, 2)
+    assert second["config_changes"] == ["config.train.steps: 2 -> 3"]
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for field, value in values.items():
+        section, name = field.split(".")
+        if field not in ("train.steps", "model.vocab_size"):
+            assert saved[section][name] == (list(value) if isinstance(value, tuple) else value)
