@@ -192,6 +192,38 @@ def test_weight_decay_is_decoupled_and_masked():
     np.testing.assert_array_equal(updates["bias"], 0.0)
 
 
+@pytest.mark.parametrize("name", optimizers.names())
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_parameters_have_a_state_and_an_update_in_float32(name, dtype):
+    """In float16 Adam's eps is 0, and so is the square of a small gradient; 0 / 0 is no update."""
+    params = {"kernel": layers.Kernel(jnp.ones((2, 2), dtype), ("embed", "mlp"))}
+    optimizer = optimizers.make_optimizer(config(name, clip=0), lambda n: 0.5, params)
+    opt_state, params = optimizer.init(params), nn.meta.unbox(params)
+    grads = {"kernel": jnp.array([[1e-6, 0], [0, -1e-6]], dtype)}
+    updates, opt_state = optimizer.update(grads, nn.meta.unbox(opt_state), params)
+    assert updates["kernel"].dtype == jnp.float32 and jnp.all(jnp.isfinite(updates["kernel"]))
+    assert updates["kernel"][0, 1] == 0 and updates["kernel"][0, 0] < 0
+    floats = [x for x in jax.tree.leaves(opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert all(x.dtype == jnp.float32 for x in floats)
+    assert optax.apply_updates(params, updates)["kernel"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"b1": 1.0}, "optimizer.b1 is 1.0; it must be at least 0, and less than 1"),
+        ({"b2": -0.1}, "optimizer.b2 is -0.1; it must be at least 0, and less than 1"),
+        ({"eps": -1.0}, "optimizer.eps is -1.0; it must be at least 0"),
+        ({"weight_decay": -0.1}, "optimizer.weight_decay is -0.1; it must be at least 0"),
+        ({"name": "schedule_free", "b1": 0.0}, "optimizer.b1 is 0; schedule_free's average"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(fields, message):
+    fields = {"name": "adamw"} | fields
+    with pytest.raises(ValueError, match=message):
+        optimizers.make_optimizer(config(**fields), lambda n: 0.1, {"kernel": jnp.zeros((2, 2))})
+
+
 def test_clip_bounds_the_global_norm():
     params = {"kernel": jnp.zeros((3, 3))}
     optimizer = optimizers.make_optimizer(config("sgd", clip=0.5), lambda n: 1.0, params)

@@ -9,11 +9,12 @@ import json
 import math
 import sys
 
+import jax
 import pytest
 from absl import flags
 
 from configs import common
-from experiments import cli, optimizers, schedules, train
+from experiments import cli, optimizers, schedules, steps, train
 from seqmodels import channel_mixers, language_model, sharding
 
 CONFIG = "configs/mqar.py:linear_attention,smoke"
@@ -71,7 +72,8 @@ SCANNED = [
     {"mesh.fsdp": 4, "mesh.pipe": 2, "parallel.split_backward": True},
 ]
 UNSCANNED = [{"mesh.data": 8}, {"mesh.data": 4, "mesh.seq": 2}]
-PATTERNS = ["gated_delta_net(num_heads=2, head_dim=8)", "linear_attention(num_heads=2)"]
+SIZES = {"model.d_model": 16, "data.batch_size": 16, "data.seq_len": 32, "mesh.data": 1}
+PATTERNS = ["linear_attention(num_heads=2)", "hgrn"]
 
 
 def runs():
@@ -84,9 +86,9 @@ def runs():
         zero = itertools.islice(itertools.cycle(sharding.ZERO_STAGES), number, number + 2)
         own = {"optimizer.name": name, "model.pattern": PATTERNS[number % len(PATTERNS)]}
         alone, scanned = (own | {"parallel.zero": stage} for stage in zero)
-        scanned |= {"model.scan_layers": True, "train.accumulate": 2}
+        scanned |= {"model.scan_layers": True, "model.num_layers": 2, "train.accumulate": 2}
         scanned |= SCANNED[number % len(SCANNED)]
-        alone |= {"model.scan_layers": False, "train.accumulate": 1}
+        alone |= {"model.scan_layers": False, "model.num_layers": 1, "train.accumulate": 1}
         alone |= UNSCANNED[number % len(UNSCANNED)]
         alone["parallel.offload"] = name in optimizers.ELEMENTWISE
         found += [scanned, alone]
@@ -94,20 +96,27 @@ def runs():
         for place, (field, values) in enumerate(CYCLED.items()):
             L = len(values)  # in an order of its own, so that fields with two values are not one
             run[field] = values[(number + number // L * (place % L)) % L]
-    return found
+    return [SIZES | run for run in found]
+
+
+RUNS = runs()
 
 
 def start(workdir, values):
-    """The program `experiments.train`, in this process, with these fields as flags. Returns what it says in the end."""
-    arguments = [f"--config.{field}={value}" for field, value in values.items()]
-    argv = ["train", f"--config={CONFIG}", f"--workdir={workdir}", *arguments]
+    """The program `experiments.train`, in this process, with these fields as flags. Returns what it leaves as its result."""
+    train.main(read(values, f"--workdir={workdir}"))
+    return json.loads((workdir / "result.json").read_text())
+
+
+def read(values, *arguments):
+    """Reads the program's flags as it does; they are in `flags.FLAGS` then. Returns what they leave of its arguments."""
+    arguments += tuple(f"--config.{field}={value}" for field, value in values.items())
+    sys.argv = ["train", f"--config={CONFIG}", *arguments]  # where ml_collections looks for them
     try:
-        sys.argv = argv  # where ml_collections looks for overrides
-        train.main(cli.parse_flags(argv))
+        return cli.parse_flags(sys.argv)
     finally:
         for name in [name for name in flags.FLAGS if name.startswith("config.")]:
             delattr(flags.FLAGS, name)
-    return json.loads((workdir / "result.json").read_text())
 
 
 @pytest.fixture
@@ -123,10 +132,10 @@ def test_every_field_has_a_value_here():
             *(f"{section}.{name}" for name in own if f"{section}.{name}" not in CYCLED),
         }
     for field, values in CYCLED.items():
-        assert {run[field] for run in runs()} == set(values)
-    met = {(run["optimizer.name"], run["model.scan_layers"]) for run in runs()}
+        assert {run[field] for run in RUNS} == set(values)
+    met = {(run["optimizer.name"], run["model.scan_layers"]) for run in RUNS}
     assert len(met) == 2 * len(optimizers.names())
-    assert {run["parallel.zero"] for run in runs()} == set(sharding.ZERO_STAGES)
+    assert {run["parallel.zero"] for run in RUNS} == set(sharding.ZERO_STAGES)
 
 
 def test_every_field_is_documented():
@@ -144,23 +153,28 @@ def test_every_field_is_documented():
     ]
 
 
-FAST = 2 * optimizers.names().index("muon")  # scanned, split over fsdp, in microbatches
+@pytest.mark.parametrize("number", range(0, 2 * len(optimizers.names()), 2))
+def test_every_optimizers_state_is_laid_out(number, own_argv):
+    """Scanned, split over the mesh and by ZeRO: a box of logical names for every array, and none where there is no array."""
+    read(RUNS[number] | {"model.vocab_size": 520})
+    state = steps.build(flags.FLAGS.config, SIZES["data.seq_len"]).abstract_state
+    assert all(leaf.sharding.mesh.size == 8 for leaf in jax.tree.leaves(state))
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 3]
+    assert moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
+
+
+FAST = 2 * optimizers.names().index("muon") + 1
 
 
 @pytest.mark.parametrize(
     "number",
     [
         pytest.param(number, marks=[] if number == FAST else pytest.mark.slow)
-        for number in range(len(runs()))
+        for number in range(len(RUNS))
     ],
 )
 def test_trains_and_resumes_with(number, tmp_path, own_argv):
-    values = runs()[number] | {"model.d_model": 16, "data.batch_size": 16, "data.seq_len": 32}
-    values |= {
-        "model.num_layers": 2,
-        "train.steps": 2,
-        "mesh.data": runs()[number].get("mesh.data", 1),
-    }
+    values = RUNS[number] | {"train.steps": 2}
     start(tmp_path, values)
     result = start(tmp_path, values | {"train.steps": 3})
     assert result["steps"] == 3 and math.isfinite(result["loss"])
