@@ -148,13 +148,14 @@ def make_optimizer(
 
 def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     def update(grads, state, params):
-        return optimizer.update(_float32(grads), state, _float32(params))
+        return optimizer.update(widened(grads), state, widened(params))
 
-    return optax.GradientTransformation(lambda params: optimizer.init(_float32(params)), update)
+    return optax.GradientTransformation(lambda params: optimizer.init(widened(params)), update)
 
 
-def _float32(tree):
-    return optax.tree.cast(tree, jnp.float32)
+def widened(tree):
+    """Arrays in float32 where they are narrower."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def clip(config, grads):
