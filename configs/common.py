@@ -1,37 +1,50 @@
-"""The fields every config has, and their defaults. A config changes what it means to, and fills in `data` and `model`.
+"""The fields every config has, and their defaults. A config changes what it means to.
 
-A value is settled in this order, later wins: here; configs/<name>.py; its argument (`quickstart.py:smoke`); --config.x.y=value, of
-the type that the field has here: 3, 1e-3, true, text, "(1.0, 0.5)", and None where it says "None".
+A value is settled in this order, later wins: here; configs/<name>.py; its argument
+(`quickstart.py:smoke`); --config.x.y=value, a value of the type that the field has here: 3, 1e-3,
+true, text, "(1.0, 0.5)"; and None for the fields that this text says may be None.
 
-    seed        of the first parameters and of the sample; data.seed is the order of the data
-    data        experiments.data.default_config(name): what a dataset's name is, and its options
-    model       seqmodels.language_model.LanguageModel's fields, and documented there, with dtypes by name and two in place of `mixers`:
-                  pattern          the layers' mixers and their options: "3*gated_delta_net + attention(window=256)"
-                  num_layers       of the pattern, gone over again and again
-                  d_model          width; a config has to say these three
-                  vocab_size       0 is the dataset's
-                  channel_mixer    swiglu, geglu, sglu, gelu, "moe(num_experts=8)" (seqmodels.channel_mixers), None for none
-                  d_ff             width of the channel mixer; None is what its kind takes.   channel_bias: whether it has biases
-                  norm, norm_eps   rms_norm, layer_norm, srms_norm, zero_centred_rms_norm (seqmodels.norms)
-                  norm_position    pre, post, sandwich, residual.   mixer_residual, channel_residual: (a, b) of x <- a x + b f(x)
-                  tied_embeddings  the output matrix is the embedding.   embedding_scale: what embedded tokens are multiplied by
-                  learned_positions, logit_softcap   how many, and of which size; None for none
-                  remat            none, full, operators, dots: what the backward pass recomputes
-                  scan_layers      compile a repeated group of layers once
-                  dtype, param_dtype   of activations and products, of parameters: float32, bfloat16, float16
-    optimizer   name: adamw, lamb, lion, muon, schedule_free, sgd; learning_rate; weight_decay of matrices; clip is of the global gradient
-                norm (0: none). b1, b2, eps are Adam's, and the same in lamb, in schedule_free and in what muon leaves to Adam; lion
-                reads b1 and b2, sgd b1: its momentum
-    schedule    name: constant, linear, power, rex, warmup_cosine, wsd; warmup_steps, final_fraction, decay_fraction, power_a, power_b: see
-                experiments.schedules
-    train       steps; every how many steps metrics are logged (log_every) and the validation split is scored (eval_every), and on
-                how many batches of it (eval_batches; 0: all); test_batches likewise at the end; accumulate: microbatches a step;
-                z_loss: weight of the mean of (log Z)^2
-    checkpoint  every how many steps, and how many of the latest to keep
+    seed        of the first parameters, and of the sample; data.seed is that of the data's order
+    data        experiments.data.default_config(name): a dataset and its options
+    model       the fields of seqmodels.language_model.LanguageModel, whose docstring says more:
+        pattern             the layers' mixers: "3*gated_delta_net + attention(window=256)"
+        num_layers          of the pattern, repeated
+        d_model             width. A config has to set pattern, num_layers and d_model
+        vocab_size          0 is the dataset's
+        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)"; None: there is none
+        d_ff                width of the channel mixer; None is what its kind takes
+        channel_bias        whether its projections have biases
+        norm, norm_eps      rms_norm, layer_norm, srms_norm, zero_centred_rms_norm
+        norm_position       pre, post, sandwich, residual
+        mixer_residual, channel_residual    (a, b) of x <- a x + b f(x)
+        tied_embeddings     whether the output matrix is the embedding
+        embedding_scale     multiplies the embedded tokens
+        learned_positions   how many positions have a vector of their own; None: there are none
+        logit_softcap       c of c tanh(logits / c); None: logits are as they are
+        remat               what the backward pass recomputes: none, full, operators, dots
+        scan_layers         whether a repeated group of layers is compiled once
+        dtype, param_dtype  of activations and of parameters: float32, bfloat16, float16
+    optimizer
+        name                adamw, lamb, lion, muon, schedule_free, sgd
+        learning_rate, weight_decay    gates, norms and biases are never decayed
+        b1, b2, eps         Adam's, also in lamb, schedule_free, and what muon leaves to Adam; lion
+                            reads b1 and b2, sgd its momentum, b1
+        clip                the largest global norm of the gradient; 0: any
+    schedule    name: constant, linear, power, rex, warmup_cosine, wsd; warmup_steps,
+                final_fraction, decay_fraction, power_a, power_b: see experiments.schedules
+    train
+        steps               how many updates
+        log_every           metrics are written every so many steps
+        eval_every, eval_batches    the validation split is scored every so many steps, on so many
+                            of its batches; 0 batches: all
+        test_batches        of the test split, scored at the end; 0: all
+        accumulate          microbatches per step
+        z_loss              weight of the mean of (log Z)^2 in the loss
+    checkpoint  every: so many steps; keep: so many of the latest ones
     mesh        seqmodels.sharding: sizes of pipe, data, fsdp, seq, tensor; -1 is what is left
-    parallel    how they are used: exchange of states along seq, zero, offload, and the pipeline's microbatches and
-                split_backward; see seqmodels.sharding.Options
-    sample      what to generate at the end of a text run: prompt, length (0: nothing), temperature
+    parallel    how they are used: exchange of states along seq, zero, offload, and the pipeline's
+                microbatches and split_backward; see seqmodels.sharding.Options
+    sample      prompt, length and temperature of a text generated at the end; length 0: none
     tensorboard, wandb   True, and a project's name, write there too (extras of the same names)
 """
 
@@ -95,14 +108,14 @@ def get_config() -> ConfigDict:
 
 
 def _typed(kind: Any, default: Any) -> Any:
-    """A field's default; where the value may be None, with the type that other values have."""
+    """Returns a field's default; one that may be None is a reference, which keeps the type."""
     if NoneType not in get_args(kind) and default is not None:
         return default
     return FieldReference(default, kind | int if float in get_args(kind) else kind)
 
 
 def with_defaults(fields: Mapping[str, Any]) -> ConfigDict:
-    """A config that was saved: its values, the defaults of what an older one has not, and every field's type."""
+    """Returns a saved config with every field's type, and with defaults for fields it lacks."""
     config = get_config()
     if (name := fields.get("data", {}).get("name")) in DATASETS:
         config.data = default_config(name)

@@ -29,7 +29,7 @@ _OUR_CODE = tuple(
 
 
 class _Parser(flags.ArgumentParser):
-    """Reads a config field's new value, and says what would have been one."""
+    """Parses the value of a config field, and says which kind is expected where that fails."""
 
     def __init__(self, parser: flags.ArgumentParser, kind: type, optional: bool):
         self._parser, self._optional = parser, optional
@@ -117,9 +117,10 @@ def run(
 
 
 def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
-    """Reads the flags of a program, its config among them; returns the other arguments. config_from: as `run` takes it.
+    """Reads a program's flags, its config among them. Returns the other arguments.
 
-    Raises UserError for a flag or field that there is not, and for a value that is not of the field's type.
+    config_from: see `run`.
+    Raises UserError for an unknown flag or field, or a value that is not of the field's type.
     """
     try:
         if config_from is None:
@@ -165,7 +166,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
 
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Raises UserError for an override of a field that is not there, with the dotted path and close matches, or of a section."""
+    """Raises UserError, with the fields there are, for overrides of unknown fields and of sections."""
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if not match:

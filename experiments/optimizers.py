@@ -2,11 +2,12 @@
 
     clip by global norm -> direction -> + weight_decay * parameter (masked) -> * -learning rate
 
-All of it is computed, and its state kept, in float32: in float16 Adam's eps is 0, and squares of gradients are too.
+Updates are computed, and the state is kept, in float32 even where parameters are narrower: in
+float16 Adam's eps is 0, and so are the squares of small gradients.
 
-Parameters of layers that are scanned over are stacked: their arrays have a leading "layers" axis. What a parameter *is* (matrix,
-vector, scalar) is judged without it, so `rank` reads the logical axis names off its box; whether it may be decayed, and whether it is a
-linear map, the box's class says (`seqmodels.layers`).
+Parameters of scanned layers are stacked along a leading "layers" axis. Whether a parameter is a
+matrix, a vector or a scalar is judged without it, by the axis names of its box. The class of the
+box says whether it may be decayed, and whether it is a linear map (`seqmodels.layers`).
 """
 
 import jax
@@ -24,9 +25,9 @@ def path_name(path) -> str:
 
 
 def rank(leaf) -> int:
-    """The number of axes of a parameter within one layer: its array's, less the "layers" axes of a scan.
+    """The number of axes of a parameter within one layer, without those of a scan over layers.
 
-    leaf: as `init` gives it, in its box, abstract or not; one without a box counts as not stacked.
+    leaf: as `init` returns it, in its box; one without a box counts as not stacked.
     """
     if layers.is_boxed(leaf):
         return leaf.unbox().ndim - list(leaf.names).count("layers")
@@ -38,14 +39,14 @@ def _map(function, boxed_params):
 
 
 def decay_mask(boxed_params) -> dict:
-    """True for the parameters that weight decay may touch: of rank 2 and more within a layer, and not `layers.Undecayed`."""
+    """Returns True for parameters that are decayed: of rank 2 or more, not `layers.Undecayed`."""
     return _map(
         lambda leaf: rank(leaf) >= 2 and not isinstance(leaf, layers.Undecayed), boxed_params
     )
 
 
 def muon_dimensions(boxed_params) -> dict:
-    """For `layers.Kernel`s which axes are input and output (stacked layers are a batch); None for all else."""
+    """Returns the input and output axes of each `layers.Kernel`, and None for other parameters."""
     numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return _map(lambda leaf: numbers if isinstance(leaf, layers.Kernel) else None, boxed_params)
 
@@ -113,7 +114,7 @@ def make_optimizer(
     offload: the update runs on the host, after `clip` has run on the devices, where the norm of all parts is known. The state
       is of the same form.
 
-    Raises ValueError for an unknown name, one that cannot be offloaded, or numbers that mean nothing.
+    Raises ValueError for an unknown name, one that cannot be offloaded, or numbers out of range.
     """
     if config.name not in _DIRECTIONS:
         raise ValueError(f"unknown optimizer {config.name!r}; choose one of {', '.join(names())}")
@@ -154,7 +155,7 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def widened(tree):
-    """Arrays in float32 where they are narrower."""
+    """Returns the tree with arrays that are narrower than float32 cast to it."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 

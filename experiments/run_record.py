@@ -24,8 +24,8 @@ def default_workdir(config_path: str) -> Path:
 
 
 def save_config(workdir: Path, config: ConfigDict) -> list[str]:
-    """Writes the resolved config. Returns what differs from the one that was there, one "field: old -> new" a field; what an older
-    one did not have yet had its default."""
+    """Writes the resolved config. Returns what differs from the one that was there, one
+    "field: old -> new" a field; a field that the old one lacks had its default."""
     path = workdir / "config.json"
     new = _plain(config)
     changes = []

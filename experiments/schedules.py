@@ -78,7 +78,7 @@ def make_schedule(
 
     config: name, warmup_steps, final_fraction; decay_fraction (wsd, power); power_a, power_b (power).
     batch_size, length: sequences in a batch and tokens in a sequence; only `power` looks at them.
-    Raises ValueError for an unknown name, a warmup longer than the run, and fractions outside of [0, 1].
+    Raises ValueError for an unknown name, a warmup longer than the run, or a fraction out of range.
     """
     if config.name not in names():
         raise ValueError(f"unknown schedule {config.name!r}; choose one of {', '.join(names())}")

@@ -1,4 +1,4 @@
-"""Values of a config's fields against the types of the dataclass that they are fields of."""
+"""Checks of a config's values against the types of a dataclass's fields."""
 
 import types
 import typing
@@ -8,9 +8,10 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
-    """The value, a list as the tuple that it stands for. Raises ValueError, with the name and what is expected, if it is not of `kind`.
+    """Returns the value; a list, as JSON has in a tuple's place, becomes a tuple.
 
-    kind: int, float (an integer will do), bool, str, a tuple of such, or a union with None.
+    kind: int, float (which an integer is, too), bool, str, a tuple of these, or a union with None.
+    Raises ValueError, with the field's name and what is expected, for a value of another kind.
     """
     if not _is(value, kind):
         raise ValueError(f"{name} is {value!r}; expected {expected(kind)}")

@@ -61,8 +61,8 @@ class LanguageModel(nn.Module):
       matrix, "WD" or "DW" by its layout: a loss that never holds all logits (`kernels_pallas.linear_cross_entropy`).
     mixers: one MixerSpec a layer (`from_config` makes them of a pattern such as
       "3*gated_delta_net + attention(window=256)").
-    channel_mixer, d_ff, channel_bias, norm, norm_eps, norm_position, mixer_residual, channel_residual: see `blocks.Block`; an
-      option of a layer in the pattern wins.
+    channel_mixer, d_ff, channel_bias, norm, norm_eps, norm_position, mixer_residual,
+      channel_residual: see `blocks.Block`; `blocks.LAYER_OPTIONS` of a layer's own win.
     tied_embeddings: the output matrix is the embedding. embedding_scale multiplies the embedded tokens.
     learned_positions: how many places in a document have a learned vector, added to the token's (GPT-2); None: there are none.
     logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
@@ -337,8 +337,11 @@ _POSITIVE = ("vocab_size", "d_model", "d_ff", "learned_positions", "norm_eps", "
 
 
 def config_fields() -> dict[str, tuple[Any, Any]]:
-    """The fields of a config's `model` section: LanguageModel's, with `pattern` and `num_layers` in place of `mixers`, and dtypes by
-    name. Each with its type and its default; where that is None and the type has no None, a config has to say."""
+    """Returns the type and the default of each field of a config's `model` section.
+
+    They are LanguageModel's, with `pattern` and `num_layers` in place of `mixers`, and dtypes by
+    name. A default of None whose type is not optional stands for a value that has to be given.
+    """
     kinds = typing.get_type_hints(LanguageModel)
     found = {"pattern": (str, None), "num_layers": (int, None)}
     for field in dataclasses.fields(LanguageModel):
@@ -352,11 +355,11 @@ def config_fields() -> dict[str, tuple[Any, Any]]:
 
 
 def from_config(config) -> LanguageModel:
-    """The model a config's `model` section describes, its fields `config_fields`'; those that it does not have are at their defaults.
+    """The model a config's `model` section describes; missing fields are `config_fields`' defaults.
 
     Raises:
-      ValueError: an unknown field, one that is missing, a value of another type, an unknown mixer, option, norm, remat or layout; what
-        is expected is said.
+      ValueError: an unknown field, mixer or option, a value of another type, one that is no choice
+        or out of range, or none where one has to be given; the message says what is expected.
     """
     known = config_fields()
     if unknown := sorted(set(config) - set(known)):

@@ -1,7 +1,8 @@
-"""Parameters with logical axis names, which `seqmodels.sharding` maps to the mesh, and with what they are to an optimizer.
+"""Parameters, made with what the mesh and the optimizer have to know of each.
 
-A parameter lies in a box until a run has laid it out. The box has the names of its axes, and its class says what the
-parameter is: a `Kernel`, `Undecayed`, or any other weight (`nn.LogicallyPartitioned`).
+`Module.init` returns every parameter in a box, `nn.LogicallyPartitioned`. It holds the logical
+names of the axes, which `seqmodels.sharding` maps to the mesh. A subclass of it, `Kernel` or
+`Undecayed`, says how the parameter is optimised.
 
 Names in use: "embed" (D), "heads" (heads times head dim, or heads), "mlp" (F), "vocab" (W), "norm", "layers".
 """
@@ -20,25 +21,25 @@ KERNEL_INIT = nn.initializers.lecun_normal()
 
 
 class Kernel(nn.LogicallyPartitioned):
-    """Box of a linear map (input, output) between activations, as Muon orthogonalises them."""
+    """Box of a matrix (input, output) between activations, whose update Muon orthogonalises."""
 
 
 class Undecayed(nn.LogicallyPartitioned):
-    """Box of a parameter that weight decay never touches, whatever its rank: of gates, gains, biases and angles."""
+    """Box of a gate's parameter, a gain or a bias: never weight-decayed, whatever its rank."""
 
 
 def is_boxed(leaf: Any) -> bool:
-    """Whether it is an array in its box, or what stands for one; for `is_leaf` of tree functions."""
+    """Returns whether a node of a tree of parameters is a box; for `is_leaf` of tree functions."""
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def kernel(init: Callable, axes: LogicalAxes) -> Callable:
-    """An initializer whose arrays lie in a `Kernel` box."""
+    """Returns the initializer with its arrays put into `Kernel` boxes."""
     return lambda *args, **keywords: Kernel(init(*args, **keywords), axes)
 
 
 def undecayed(init: Callable, axes: LogicalAxes) -> Callable:
-    """An initializer whose arrays lie in an `Undecayed` box."""
+    """Returns the initializer with its arrays put into `Undecayed` boxes."""
     return lambda *args, **keywords: Undecayed(init(*args, **keywords), axes)
 
 
@@ -104,8 +105,10 @@ def gated(x: Array, gate: Array, activation: Callable[[Array], Array]) -> Array:
 
 
 def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
-    """A small parameter of a gate (A_log, dt_bias, D, ...): float32 whatever the model's dtype, never weight-decayed, first
-    axis "heads"."""
+    """A small parameter of a gate (A_log, dt_bias, D, ...), with the first axis "heads".
+
+    It is float32 whatever the model's dtype, and never weight-decayed.
+    """
     axes = ("heads",) + (None,) * (len(shape) - 1)
     return module.param(name, undecayed(init, axes), shape, jnp.float32)
 

@@ -254,12 +254,13 @@ def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None)
                 ways = _ways(mesh, axes)
                 if dimension % ways:
                     raise ValueError(
-                        f"parameter {jax.tree_util.keystr(path)} of shape {array.shape} cannot be split: "
-                        f"{dimension} is not divisible by {ways} ({_named_ways(mesh, axes)} in the mesh)"
+                        f"parameter {jax.tree_util.keystr(path)} of shape {array.shape} cannot be "
+                        f"split: {dimension} is not divisible by {ways} "
+                        f"({_named_ways(mesh, axes)} in the mesh)"
                     )
             return NamedSharding(mesh, spec, memory_kind=memory_kind)
 
-        # Where an optimizer's part leaves a parameter to another part, its box holds no array.
+        # An optimizer of several parts has boxes without arrays for what other parts update.
         return jax.tree.map(of_array, nn.meta.unbox(leaf))
 
     return jax.tree_util.tree_map_with_path(sharding, boxed_tree, is_leaf=layers.is_boxed)

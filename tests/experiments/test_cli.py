@@ -107,7 +107,7 @@ def test_a_value_of_another_type_is_refused_in_one_sentence(overridden, override
 
 
 def test_a_run_of_an_older_version_is_read_with_defaults_and_types(tmp_path, overridden):
-    """Its config.json has few fields of the model, and none that came later; resuming it changes nothing."""
+    """Its config.json lacks fields that came later; that alone is no change of the config."""
     config = overridden("--config.model.vocab_size=257")
     old = config.to_dict()
     old["model"] = {n: old["model"][n] for n in ("vocab_size", "d_model", "num_layers", "pattern")}

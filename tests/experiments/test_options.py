@@ -1,7 +1,8 @@
 """Every field of a config through the trainer as its users call it: flags, some steps, a resume.
 
-Choices are read from the code's own registries, so that a new one is trained with; a new field fails the first test until it has a
-value here. Runs combine values of all fields: each has them all once, and each optimizer meets each way to lay it out.
+Choices are read from the code's own registries, so a new choice is trained with. A new field fails
+the first test until it has values here. A run takes a value of every field; together the runs take
+all values, and each optimizer with microbatches, ZeRO, fsdp, offloading, and scanned layers or not.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from experiments import cli, optimizers, schedules, steps, train
 from seqmodels import channel_mixers, language_model, sharding
 
 CONFIG = "configs/mqar.py:linear_attention,smoke"
-# float64 asks for another mode of JAX, and is refused without it (tests/seqmodels/test_language_model.py).
+# float64 is refused unless JAX_ENABLE_X64 is set: tests/seqmodels/test_language_model.py.
 CHOICES = {
     f"model.{name}": [choice for choice in choices if choice != "float64"]
     for name, choices in language_model.CHOICES.items()
@@ -103,13 +104,13 @@ RUNS = runs()
 
 
 def start(workdir, values):
-    """The program `experiments.train`, in this process, with these fields as flags. Returns what it leaves as its result."""
+    """Runs `experiments.train` in this process with these fields as flags. Returns its result."""
     train.main(read(values, f"--workdir={workdir}"))
     return json.loads((workdir / "result.json").read_text())
 
 
 def read(values, *arguments):
-    """Reads the program's flags as it does; they are in `flags.FLAGS` then. Returns what they leave of its arguments."""
+    """Reads flags into `flags.FLAGS` as the program does. Returns its other arguments."""
     arguments += tuple(f"--config.{field}={value}" for field, value in values.items())
     sys.argv = ["train", f"--config={CONFIG}", *arguments]  # where ml_collections looks for them
     try:
@@ -155,7 +156,7 @@ def test_every_field_is_documented():
 
 @pytest.mark.parametrize("number", range(0, 2 * len(optimizers.names()), 2))
 def test_every_optimizers_state_is_laid_out(number, own_argv):
-    """Scanned, split over the mesh and by ZeRO: a box of logical names for every array, and none where there is no array."""
+    """The moments of stacked layers are split over the mesh, whichever part of it keeps them."""
     read(RUNS[number] | {"model.vocab_size": 520})
     state = steps.build(flags.FLAGS.config, SIZES["data.seq_len"]).abstract_state
     assert all(leaf.sharding.mesh.size == 8 for leaf in jax.tree.leaves(state))

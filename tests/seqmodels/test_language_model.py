@@ -185,7 +185,7 @@ def test_fields_that_are_not_given_are_at_their_defaults():
 
 
 def test_weights_of_residuals_of_the_stack_are_those_of_every_layer():
-    """Without the second weight nothing is left of mixers and channel mixers: layers more or fewer are the same."""
+    """With the second weight 0 the logits are those of the embedded tokens, normed."""
     none = {"pattern": "attention", "mixer_residual": (2.0, 0.0), "channel_residual": (0.5, 0.0)}
     one, params, tokens_BT = make(**none, num_layers=1)
     own = {"num_layers": 1, "pattern": "attention(mixer_residual=(2.0, 0.0))"}
