@@ -4,13 +4,19 @@ import types
 import typing
 from typing import Any
 
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a tuple",
+}
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
     """Returns the value; a list, as JSON has in a tuple's place, becomes a tuple.
 
-    kind: int, float (which an integer is, too), bool, str, a tuple of these, or a union with None.
+    kind: int, float (which an integer is, too), bool, str, a tuple of these, a union, or Any.
     Raises ValueError, with the field's name and what is expected, for a value of another kind.
     """
     if not _is(value, kind):
@@ -37,4 +43,4 @@ def _is(value, kind) -> bool:
             and len(value) == len(parts)
             and all(map(_is, value, parts))
         )
-    return type(value) is kind or (kind is float and type(value) is int)
+    return kind in (Any, type(value)) or (kind is float and type(value) is int)

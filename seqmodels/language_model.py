@@ -380,6 +380,12 @@ def from_config(config) -> LanguageModel:
             least = "at least 1" if isinstance(value, int) else "more than 0"
             raise ValueError(f"config.model.{name} is {value}; it must be {least}")
     specs = pattern.layers(values.pop("pattern"), values.pop("num_layers"))
+    for spec in specs:
+        kinds = typing.get_type_hints(mixers.mixer_class(spec.name))
+        kinds |= {name: known[name][0] for name in blocks.LAYER_OPTIONS}
+        for name, value in spec.options:
+            what = f"config.model.pattern: {name} of {spec.name}"
+            fields.checked(what, value, kinds.get(name, Any))
     for name in _DTYPE_FIELDS:
         if values[name] == "float64" and jnp.result_type(float) != jnp.float64:
             raise ValueError(f"config.model.{name} is 'float64', which needs JAX_ENABLE_X64=1")

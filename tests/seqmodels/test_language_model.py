@@ -161,6 +161,16 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
         ({"tied_embeddings": 1}, "config.model.tied_embeddings is 1; expected true or false"),
         ({"mixer_residual": (1, 2, 3)}, r"mixer_residual is .*; expected \(a number, a number\)"),
         ({"mixer_residual": (1, None)}, r"mixer_residual is .*; expected \(a number, a number\)"),
+        (
+            {"channel_mixer": "moe(num_experts='8')"},
+            "num_experts of channel mixer moe is '8'; expect",
+        ),
+        (
+            {"pattern": "attention(window='5')"},
+            "window of attention is '5'; expected an integer or",
+        ),
+        ({"pattern": "gla(d_ff='wide')"}, "pattern: d_ff of gla is 'wide'; expected an integer or"),
+        ({"pattern": "gla(mixer_residual=2)"}, "mixer_residual of gla is 2; expected .a number, a"),
         ({"pattern": None}, "config.model.pattern is None; expected text"),
         ({"dtype": "bf16"}, "dtype is 'bf16'; choose one of float32, bfloat16, float16, float64"),
         ({"param_dtype": jnp.int8}, "param_dtype is 'int8'; choose one of float32"),
