@@ -8,9 +8,9 @@ from typing import get_args
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import cli, rendezvous, run_record, train
+from experiments import cli, rendezvous, run_record
 from seqmodels.language_model import config_fields
-from tests.experiments import tiny
+from tests.experiments import called, tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,24 +46,11 @@ def test_overrides_of_what_there_is_pass(tmp_path):
     cli.check_overrides(config, ["train", *arguments])
 
 
-@pytest.fixture
-def overridden(monkeypatch):
-    """(overrides) -> the quickstart's config with them, read as the binary reads it."""
-    monkeypatch.setattr(sys, "argv", sys.argv)
-
-    def read(*overrides, config=f"{ROOT}/configs/quickstart.py"):
-        sys.argv = ["train", f"--config={config}", *overrides]
-        try:
-            cli.parse_flags(sys.argv)
-            return train.flags.FLAGS.config
-        finally:
-            for name in [name for name in train.flags.FLAGS if name.startswith("config.")]:
-                delattr(train.flags.FLAGS, name)
-
-    return read
+def overridden(*overrides, config="quickstart.py"):
+    return called.read(config, *overrides)
 
 
-def test_every_field_is_set_by_a_flag_of_its_type(overridden):
+def test_every_field_is_set_by_a_flag_of_its_type():
     """Every scalar of the config by the text of its own value, and optional ones by None too."""
     config = overridden()
     values = {
@@ -101,12 +88,12 @@ def test_every_field_is_set_by_a_flag_of_its_type(overridden):
         ("optimizer=adamw", "config.optimizer is a section; set its fields, .*learning_rate"),
     ],
 )
-def test_a_value_of_another_type_is_refused_in_one_sentence(overridden, override, message):
+def test_a_value_of_another_type_is_refused_in_one_sentence(override, message):
     with pytest.raises(cli.UserError, match=message):
         overridden(f"--config.{override}")
 
 
-def test_a_run_of_an_older_version_is_read_with_defaults_and_types(tmp_path, overridden):
+def test_a_run_of_an_older_version_is_read_with_defaults_and_types(tmp_path):
     """Its config.json lacks fields that came later; that alone is no change of the config."""
     config = overridden("--config.model.vocab_size=257")
     old = config.to_dict()
@@ -119,7 +106,7 @@ def test_a_run_of_an_older_version_is_read_with_defaults_and_types(tmp_path, ove
     again = overridden(
         "--config.model.d_ff=32",
         "--config.model.channel_mixer=gelu",
-        config=f"{ROOT}/configs/workdir.py:{tmp_path}",
+        config=f"workdir.py:{tmp_path}",
     )
     assert (again.model.d_ff, again.model.channel_mixer) == (32, "gelu")
     assert run_record.save_config(tmp_path, again) == [

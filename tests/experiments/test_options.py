@@ -8,17 +8,16 @@ all values, and each optimizer with microbatches, ZeRO, fsdp, offloading, and sc
 import itertools
 import json
 import math
-import sys
 
 import jax
 import pytest
-from absl import flags
 
 from configs import common
-from experiments import cli, optimizers, schedules, steps, train
+from experiments import optimizers, schedules, steps
 from seqmodels import channel_mixers, language_model, sharding
+from tests.experiments import called
 
-CONFIG = "configs/mqar.py:linear_attention,smoke"
+CONFIG = "mqar.py:linear_attention,smoke"
 # float64 is refused unless JAX_ENABLE_X64 is set: tests/seqmodels/test_language_model.py.
 CHOICES = {
     f"model.{name}": [choice for choice in choices if choice != "float64"]
@@ -103,26 +102,8 @@ def runs():
 RUNS = runs()
 
 
-def start(workdir, values):
-    """Runs `experiments.train` in this process with these fields as flags. Returns its result."""
-    train.main(read(values, f"--workdir={workdir}"))
-    return json.loads((workdir / "result.json").read_text())
-
-
-def read(values, *arguments):
-    """Reads flags into `flags.FLAGS` as the program does. Returns its other arguments."""
-    arguments += tuple(f"--config.{field}={value}" for field, value in values.items())
-    sys.argv = ["train", f"--config={CONFIG}", *arguments]  # where ml_collections looks for them
-    try:
-        return cli.parse_flags(sys.argv)
-    finally:
-        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-            delattr(flags.FLAGS, name)
-
-
-@pytest.fixture
-def own_argv(monkeypatch):
-    monkeypatch.setattr(sys, "argv", sys.argv)
+def arguments(values):
+    return [f"--config.{field}={value}" for field, value in values.items()]
 
 
 def test_every_field_has_a_value_here():
@@ -155,10 +136,10 @@ def test_every_field_is_documented():
 
 
 @pytest.mark.parametrize("number", range(0, 2 * len(optimizers.names()), 2))
-def test_every_optimizers_state_is_laid_out(number, own_argv):
+def test_every_optimizers_state_is_laid_out(number):
     """The moments of stacked layers are split over the mesh, whichever part of it keeps them."""
-    read(RUNS[number] | {"model.vocab_size": 520})
-    state = steps.build(flags.FLAGS.config, SIZES["data.seq_len"]).abstract_state
+    config = called.read(CONFIG, *arguments(RUNS[number] | {"model.vocab_size": 520}))
+    state = steps.build(config, SIZES["data.seq_len"]).abstract_state
     assert all(leaf.sharding.mesh.size == 8 for leaf in jax.tree.leaves(state))
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 3]
     assert moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
@@ -174,10 +155,11 @@ FAST = 2 * optimizers.names().index("muon") + 1
         for number in range(len(RUNS))
     ],
 )
-def test_trains_and_resumes_with(number, tmp_path, own_argv):
+def test_trains_and_resumes_with(number, tmp_path):
     values = RUNS[number] | {"train.steps": 2}
-    start(tmp_path, values)
-    result = start(tmp_path, values | {"train.steps": 3})
+    called.run(CONFIG, tmp_path, *arguments(values))
+    called.run(CONFIG, tmp_path, *arguments(values | {"train.steps": 3}))
+    result = json.loads((tmp_path / "result.json").read_text())
     assert result["steps"] == 3 and math.isfinite(result["loss"])
     first, second = json.loads((tmp_path / "run.json").read_text())
     assert (first["step"], second["step"]) == (0, 2)
