@@ -11,6 +11,7 @@ import math
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from configs import common
 from experiments import optimizers, schedules, steps
@@ -118,15 +119,17 @@ def test_every_field_has_a_value_here():
     met = {(run["optimizer.name"], run["model.scan_layers"]) for run in RUNS}
     assert len(met) == 2 * len(optimizers.names())
     assert {run["parallel.zero"] for run in RUNS} == set(sharding.ZERO_STAGES)
+    split = {run["optimizer.name"] for run in RUNS if run["parallel.zero"]}
+    assert split == set(optimizers.names())
+    used = {run["parallel.exchange"] for run in RUNS if "mesh.seq" in run}
+    assert used == set(sharding.EXCHANGES)
 
 
 def test_every_field_is_documented():
+    told = common.__doc__ + sharding.Options.__doc__
     for section, fields in common.get_config().items():
-        assert section in common.__doc__
-        if isinstance(fields, dict) or not hasattr(fields, "keys"):
-            continue
-        told = common.__doc__ + sharding.Options.__doc__
-        assert not [name for name in fields if name not in told]
+        names = fields if isinstance(fields, ConfigDict) else ()
+        assert not [name for name in (section, *names) if name not in told]
     assert not [
         name
         for name in language_model.config_fields()
