@@ -1,35 +1,72 @@
-"""The fields every config has, and their defaults. A config changes what it means to, and fills in `data` and `model`.
+"""The fields every config has, and their defaults. A config changes what it means to.
 
-A value is settled in this order, later wins: here; configs/<name>.py; its argument (`quickstart.py:smoke`); --config.x.y=value.
+A value is settled in this order, later wins: here; configs/<name>.py; its argument
+(`quickstart.py:smoke`); --config.x.y=value, a value of the type that the field has here: 3, 1e-3,
+true, text, "(1.0, 0.5)"; and None for the fields that this text says may be None.
 
-    data        experiments.data.default_config(name)
-    model       seqmodels.language_model.from_config: pattern, num_layers, d_model, ...; vocab_size 0 is the dataset's
-    optimizer   name: adamw, lamb, lion, muon, schedule_free, sgd; clip is of the global gradient norm (0: none)
-    schedule    name: constant, linear, power, rex, warmup_cosine, wsd; see experiments.schedules
-    train       steps; every how many steps metrics are logged and the validation split is scored, and on how many
-                batches of it (0: all); test_batches likewise at the end; accumulate: microbatches a step
-    checkpoint  every how many steps, and how many of the latest stay
+    seed        of the first parameters, and of the sample; data.seed is that of the data's order
+    data        experiments.data.default_config(name): a dataset and its options
+    model       the fields of seqmodels.language_model.LanguageModel, whose docstring says more:
+        pattern             the layers' mixers: "3*gated_delta_net + attention(window=256)"
+        num_layers          of the pattern, repeated
+        d_model             width. A config has to set pattern, num_layers and d_model
+        vocab_size          0 is the dataset's
+        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)"; None: there is none
+        d_ff                width of the channel mixer; None is what its kind takes
+        channel_bias        whether its projections have biases
+        norm, norm_eps      rms_norm, layer_norm, srms_norm, zero_centred_rms_norm
+        norm_position       pre, post, sandwich, residual
+        mixer_residual, channel_residual    (a, b) of x <- a x + b f(x)
+        tied_embeddings     whether the output matrix is the embedding
+        embedding_scale     multiplies the embedded tokens
+        float32_residual    whether the stream that blocks add to is float32 whatever dtype says (Mamba)
+        learned_positions   how many positions have a vector of their own; None: there are none
+        logit_softcap       c of c tanh(logits / c); None: logits are as they are
+        remat               what the backward pass recomputes: none, full, operators, dots
+        scan_layers         whether a repeated group of layers is compiled once
+        dtype, param_dtype  of activations and of parameters: float32, bfloat16, float16
+    optimizer
+        name                adamw, lamb, lion, muon, schedule_free, sgd
+        learning_rate, weight_decay    gates, norms and biases are never decayed
+        b1, b2, eps         Adam's, also in lamb, schedule_free, and what muon leaves to Adam; lion
+                            reads b1 and b2, sgd its momentum, b1
+        clip                the largest global norm of the gradient; 0: any
+    schedule    name: constant, linear, power, rex, warmup_cosine, wsd; warmup_steps,
+                final_fraction, decay_fraction, power_a, power_b: see experiments.schedules
+    train
+        steps               how many updates
+        log_every           metrics are written every so many steps
+        eval_every, eval_batches    the validation split is scored every so many steps, on so many
+                            of its batches; 0 batches: all
+        test_batches        of the test split, scored at the end; 0: all
+        accumulate          microbatches per step
+        z_loss              weight of the mean of (log Z)^2 in the loss
+    checkpoint  every: so many steps; keep: so many of the latest ones
     mesh        seqmodels.sharding: sizes of pipe, data, fsdp, seq, tensor; -1 is what is left
-    parallel    how they are used: exchange of states along seq, zero, offload, and the pipeline's microbatches and
-                split_backward; see seqmodels.sharding.Options
-    sample      what to generate at the end of a text run; length 0: nothing
+    parallel    how they are used: exchange of states along seq, zero, offload, and the pipeline's
+                microbatches and split_backward; see seqmodels.sharding.Options
+    sample      prompt, length and temperature of a text generated at the end; length 0: none
     tensorboard, wandb   True, and a project's name, write there too (extras of the same names)
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import NoneType
+from typing import Any, get_args
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
-from experiments.data import default_config
-from seqmodels import sharding
+from experiments.data import DATASETS, default_config
+from seqmodels import language_model, sharding
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.data = ConfigDict()
-    config.model = ConfigDict({"vocab_size": 0})
+    fields = language_model.config_fields()
+    config.model = ConfigDict({name: _typed(*field) for name, field in fields.items()})
+    config.model.vocab_size = 0
     config.optimizer = ConfigDict(
         {
             "name": "adamw",
@@ -71,6 +108,23 @@ def get_config() -> ConfigDict:
     return config
 
 
+def _typed(kind: Any, default: Any) -> Any:
+    """Returns a field's default; one that may be None is a reference, which keeps the type."""
+    if NoneType not in get_args(kind) and default is not None:
+        return default
+    return FieldReference(default, kind | int if float in get_args(kind) else kind)
+
+
+def with_defaults(fields: Mapping[str, Any]) -> ConfigDict:
+    """Returns a saved config with every field's type, and with defaults for fields it lacks."""
+    config = get_config()
+    if (name := fields.get("data", {}).get("name")) in DATASETS:
+        config.data = default_config(name)
+    with config.ignore_type():
+        config.update(fields)
+    return config
+
+
 def smoke(config: ConfigDict) -> ConfigDict:
     """Shrinks any config, in place, to a few steps of a tiny model that run in seconds. Returns it."""
     config.train.update(
@@ -88,7 +142,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     if "eval_examples" in config.data:
         config.data.eval_examples = 8
     d_model = min(config.model.d_model, 64)
-    if config.model.get("d_ff"):
+    if config.model.d_ff:
         config.model.d_ff = max(config.model.d_ff * d_model // config.model.d_model // 8 * 8, 8)
     config.model.d_model = d_model
     config.model.num_layers = min(config.model.num_layers, 4)

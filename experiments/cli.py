@@ -20,11 +20,45 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import distributed, rendezvous, run_record
 from experiments.checkpoints import SaveFailed, is_disk_full
+from seqmodels.fields import expected
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OUR_CODE = tuple(
     _ROOT / name for name in ("experiments", "seqmodels", "kernels_pallas", "configs", "tests")
 )
+
+
+class _Parser(flags.ArgumentParser):
+    """Parses the value of a config field, and says which kind is expected where that fails."""
+
+    def __init__(self, parser: flags.ArgumentParser, kind: type, optional: bool):
+        self._parser, self._optional = parser, optional
+        self._expected = expected(kind | None if optional else kind)
+
+    def parse(self, argument):
+        if self._optional and argument in (None, "None"):
+            return None
+        try:
+            return self._parser.parse(argument)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected {self._expected}") from error
+
+    def flag_type(self):
+        return self._expected
+
+
+for _kind, _parser in (
+    (bool, flags.BooleanParser()),
+    (int, flags.IntegerParser()),
+    (float, flags.FloatParser()),
+    (str, flags.ArgumentParser()),
+):
+    # configs/common.py gives optional fields these types.
+    _optional_kind = _kind | int | None if _kind is float else _kind | None
+    config_flags.register_flag_parser_for_type(_kind, _Parser(_parser, _kind, optional=False))
+    config_flags.register_flag_parser_for_type(
+        _optional_kind, _Parser(_parser, _kind, optional=True)
+    )
 
 
 class UserError(ValueError):
@@ -54,23 +88,6 @@ def run(
     if many_hosts:
         distributed.define_flags()
 
-    def parse(argv):
-        try:
-            if config_from is None:
-                return flags.FLAGS(argv)
-            if config_from == "file":
-                config = load_config(_flag_value(argv, "config") or "")
-            else:
-                if config_from == "workdir":
-                    config = run_record.load_config(_flag_value(argv, "workdir") or "")
-                else:
-                    config = config_from(lambda name: _flag_value(argv, name))
-                config_flags.DEFINE_config_dict("config", config, "overrides of the run's config")
-            check_overrides(config, argv)
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            raise UserError(str(error)) from error
-
     def quiet_main(argv):
         if _flag_value(sys.argv, "verbosity") is None:  # absl's own default for programs is INFO
             logging.set_verbosity(logging.WARNING)
@@ -83,7 +100,10 @@ def run(
             return main(argv)
 
     try:
-        app.run(quiet_main, flags_parser=lambda argv: _explained(parse, argv))
+        app.run(
+            quiet_main,
+            flags_parser=lambda argv: _explained(lambda argv: parse_flags(argv, config_from), argv),
+        )
     except (Exception, KeyboardInterrupt) as error:
         code, message = _exit_code(error)
         distributed.fail(error, code)
@@ -94,6 +114,29 @@ def run(
         else:
             print(f"error: {distributed.label()}{message}", file=sys.stderr)
         distributed.end(code)
+
+
+def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
+    """Reads a program's flags, its config among them. Returns the other arguments.
+
+    config_from: see `run`.
+    Raises UserError for an unknown flag or field, or a value that is not of the field's type.
+    """
+    try:
+        if config_from is None:
+            return flags.FLAGS(argv)
+        if config_from == "file":
+            config = load_config(_flag_value(argv, "config") or "")
+        else:
+            if config_from == "workdir":
+                config = run_record.load_config(_flag_value(argv, "workdir") or "")
+            else:
+                config = config_from(lambda name: _flag_value(argv, name))
+            config_flags.DEFINE_config_dict("config", config, "overrides of the run's config")
+        check_overrides(config, argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
 
 
 def no_arguments(argv: Sequence[str]) -> None:
@@ -123,7 +166,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
 
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Raises UserError, with the dotted path and close matches, for an override of a field that is not there."""
+    """Raises UserError, with the fields there are, for overrides of unknown fields and of sections."""
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if not match:
@@ -134,6 +177,10 @@ def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
             if not isinstance(node, ConfigDict) or name not in node:
                 raise UserError(_unknown_field(config, dotted, node, name, walked))
             node, walked = node[name], f"{walked}.{name}"
+        if isinstance(node, ConfigDict):
+            raise UserError(
+                f"{walked} is a section; set its fields, one by one: {', '.join(sorted(node))}"
+            )
 
 
 def _unknown_field(config, dotted: str, node, name: str, walked: str) -> str:

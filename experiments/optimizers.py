@@ -2,27 +2,21 @@
 
     clip by global norm -> direction -> + weight_decay * parameter (masked) -> * -learning rate
 
-Parameters of layers that are scanned over are stacked: their arrays have a leading "layers" axis. What a parameter *is* (matrix,
-vector, scalar) is judged without it, so `ranks` reads the logical axis names off the boxed parameters.
+Updates are computed, and the state is kept, in float32 even where parameters are narrower: in
+float16 Adam's eps is 0, and so are the squares of small gradients.
+
+Parameters of scanned layers are stacked along a leading "layers" axis. Whether a parameter is a
+matrix, a vector or a scalar is judged without it, by the axis names of its box. The class of the
+box says whether it may be decayed, and whether it is a linear map (`seqmodels.layers`).
 """
 
-import re
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
 
 from experiments.schedules import Schedule
-
-# Never decayed, whatever their rank. This is the one place: a mixer that has another such parameter adds its name here.
-# Parameters that are vectors or scalars within a layer (biases, norm scales) are never decayed anyway.
-NEVER_DECAYED = re.compile(
-    r"(^|/)(bias|scale|D|theta|A_log|dt_bias|[^/]*_(log|bias)|lower_bounds?[^/]*|[^/]*norm[^/]*(/.*)?)$"
-)
-# Matrices by shape that are no linear maps between activations: Muon leaves them to Adam.
-NOT_MUON = re.compile(r"(^|/)(embed|output|[^/]*conv[^/]*)(/|$)")
+from seqmodels import layers
 
 
 def path_name(path) -> str:
@@ -30,56 +24,49 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def ranks(boxed_params) -> dict:
-    """The number of axes of each parameter within one layer: its array's, less the "layers" axes of a scan.
+def rank(leaf) -> int:
+    """The number of axes of a parameter within one layer, without those of a scan over layers.
 
-    boxed_params: parameters (abstract or not) as `init` gives them, boxed with their logical axis names; unboxed ones count
-    as not stacked. Returns a tree of the unboxed parameters' structure.
+    leaf: as `init` returns it, in its box; one without a box counts as not stacked.
     """
-
-    def rank(leaf):
-        if isinstance(leaf, nn.meta.AxisMetadata):
-            return leaf.unbox().ndim - list(leaf.names).count("layers")
-        return leaf.ndim
-
-    return jax.tree.map(rank, boxed_params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    if layers.is_boxed(leaf):
+        return leaf.unbox().ndim - list(leaf.names).count("layers")
+    return leaf.ndim
 
 
-def decay_mask(rank_tree) -> dict:
-    """True for the parameters that weight decay may touch: of rank 2 and more within a layer, and not `NEVER_DECAYED`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, rank: rank >= 2 and not NEVER_DECAYED.search(path_name(path)), rank_tree
+def _map(function, boxed_params):
+    return jax.tree.map(function, boxed_params, is_leaf=layers.is_boxed)
+
+
+def decay_mask(boxed_params) -> dict:
+    """Returns True for parameters that are decayed: of rank 2 or more, not `layers.Undecayed`."""
+    return _map(
+        lambda leaf: rank(leaf) >= 2 and not isinstance(leaf, layers.Undecayed), boxed_params
     )
 
 
-def muon_dimensions(rank_tree) -> dict:
-    """For the kernels of linear layers which axes are input and output (stacked layers are a batch); None for all else."""
-
-    def dimensions(path, rank):
-        name = path_name(path)
-        if rank == 2 and name.endswith("kernel") and not NOT_MUON.search(name):
-            return contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        return None
-
-    return jax.tree_util.tree_map_with_path(dimensions, rank_tree)
+def muon_dimensions(boxed_params) -> dict:
+    """Returns the input and output axes of each `layers.Kernel`, and None for other parameters."""
+    numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return _map(lambda leaf: numbers if isinstance(leaf, layers.Kernel) else None, boxed_params)
 
 
-def _adam(config, rank_tree):
+def _adam(config, boxed_params):
     """AdamW (arXiv 1711.05101)."""
     return optax.scale_by_adam(config.b1, config.b2, config.eps)
 
 
-def _lion(config, rank_tree):
+def _lion(config, boxed_params):
     """Lion (arXiv 2302.06675): the sign of an interpolated momentum."""
     return optax.scale_by_lion(config.b1, config.b2)
 
 
-def _sgd(config, rank_tree):
+def _sgd(config, boxed_params):
     """Momentum b1."""
     return optax.trace(config.b1)
 
 
-def _muon(config, rank_tree):
+def _muon(config, boxed_params):
     """Muon: the momentum of each matrix, orthogonalised; Adam for the rest. The update's rms is 0.2 as Adam's is, so one learning rate
     serves both (Moonlight, arXiv 2502.16982, section 2.2)."""
     return contrib.muon(
@@ -89,11 +76,11 @@ def _muon(config, rank_tree):
         adam_b2=config.b2,
         eps=config.eps,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=muon_dimensions(rank_tree),
+        muon_weight_dimension_numbers=muon_dimensions(boxed_params),
     )
 
 
-def _rms(config, rank_tree):
+def _rms(config, boxed_params):
     """Adam without its first moment, which Schedule-Free puts in another place."""
     return optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
 
@@ -108,6 +95,11 @@ _DIRECTIONS = {
 }
 
 
+def names() -> list[str]:
+    """Every optimizer."""
+    return sorted(_DIRECTIONS)
+
+
 # Each element of a parameter is updated by itself, which a host can do for its devices' parts.
 ELEMENTWISE = ("adamw", "lion", "schedule_free", "sgd")
 
@@ -118,16 +110,14 @@ def make_optimizer(
     """The optimizer `config.name`: adamw, lamb, lion, muon, schedule_free or sgd.
 
     config: name, b1, b2, eps, weight_decay, clip (maximum global norm of the gradient; None or 0 for none).
-    boxed_params: see `ranks`; only shapes and names are read.
+    boxed_params: see `rank`; only shapes and names are read.
     offload: the update runs on the host, after `clip` has run on the devices, where the norm of all parts is known. The state
       is of the same form.
 
-    Raises ValueError for an unknown name, one that cannot be offloaded, or a negative clip.
+    Raises ValueError for an unknown name, one that cannot be offloaded, or numbers out of range.
     """
     if config.name not in _DIRECTIONS:
-        raise ValueError(
-            f"unknown optimizer {config.name!r}; choose one of {', '.join(sorted(_DIRECTIONS))}"
-        )
+        raise ValueError(f"unknown optimizer {config.name!r}; choose one of {', '.join(names())}")
     if offload and config.name not in ELEMENTWISE:
         raise ValueError(
             f"optimizer {config.name!r} reads whole matrices, so it cannot be offloaded to a host that holds parts of them; "
@@ -135,17 +125,38 @@ def make_optimizer(
         )
     if config.clip and config.clip < 0:
         raise ValueError(f"optimizer.clip is {config.clip}; it must be positive, or 0 for none")
-    rank_tree = ranks(boxed_params)
+    for name in ("b1", "b2"):
+        if not 0 <= config[name] < 1:
+            raise ValueError(
+                f"optimizer.{name} is {config[name]}; it must be at least 0, and less than 1"
+            )
+    if config.name == "schedule_free" and not config.b1:
+        raise ValueError("optimizer.b1 is 0; schedule_free's average needs more than that")
+    for name in ("eps", "weight_decay"):
+        if config[name] < 0:
+            raise ValueError(f"optimizer.{name} is {config[name]}; it must be at least 0")
     clip_by_norm = optax.identity() if offload else optax.clip_by_global_norm(config.clip)
     chain = [clip_by_norm] if config.clip else []
-    chain.append(_DIRECTIONS[config.name](config, rank_tree))
-    chain.append(optax.add_decayed_weights(config.weight_decay, decay_mask(rank_tree)))
+    chain.append(_DIRECTIONS[config.name](config, boxed_params))
+    chain.append(optax.add_decayed_weights(config.weight_decay, decay_mask(boxed_params)))
     if config.name == "lamb":
-        chain.append(scale_by_trust_ratio(rank_tree))
+        chain.append(scale_by_trust_ratio(_map(rank, boxed_params)))
     optimizer = optax.chain(*chain, optax.scale_by_learning_rate(schedule))
     if config.name == "schedule_free":
         optimizer = contrib.schedule_free(optimizer, schedule, b1=config.b1)
-    return optimizer
+    return _in_float32(optimizer)
+
+
+def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    def update(grads, state, params):
+        return optimizer.update(widened(grads), state, widened(params))
+
+    return optax.GradientTransformation(lambda params: optimizer.init(widened(params)), update)
+
+
+def widened(tree):
+    """Returns the tree with arrays that are narrower than float32 cast to it."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def clip(config, grads):

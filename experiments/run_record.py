@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from configs import common
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -22,12 +24,20 @@ def default_workdir(config_path: str) -> Path:
 
 
 def save_config(workdir: Path, config: ConfigDict) -> list[str]:
-    """Writes the resolved config. Returns what differs from the one that was there, one "field: old -> new" a field."""
+    """Writes the resolved config. Returns what differs from the one that was there, one
+    "field: old -> new" a field; a field that the old one lacks had its default."""
     path = workdir / "config.json"
-    new = json.loads(json.dumps(config.to_dict()))
-    changes = _changes(json.loads(path.read_text()), new) if path.exists() else []
+    new = _plain(config)
+    changes = []
+    if path.exists():
+        old = json.loads(path.read_text())
+        changes = _changes(*(_plain(common.with_defaults(fields)) for fields in (old, new)))
     write_json(path, new)
     return changes
+
+
+def _plain(config: ConfigDict) -> dict:
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def load_config(workdir: Path) -> ConfigDict:
@@ -37,7 +47,7 @@ def load_config(workdir: Path) -> ConfigDict:
         raise ValueError(
             f"{workdir} holds no run: there is no {path}. Give the --workdir of a training run"
         )
-    return ConfigDict(json.loads(path.read_text()))
+    return common.with_defaults(json.loads(path.read_text()))
 
 
 def record_start(workdir: Path, step: int, changes: list[str]) -> None:

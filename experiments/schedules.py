@@ -45,6 +45,11 @@ def rex(s, config, steps):
 _SHAPES = {f.__name__: f for f in (constant, linear, warmup_cosine, wsd, rex)}
 
 
+def names() -> list[str]:
+    """Every schedule."""
+    return sorted([*_SHAPES, "power"])
+
+
 def power(config, learning_rate: float, steps: int, batch_size: int, length: int) -> Schedule:
     """The Power scheduler (arXiv 2408.13359, eqs. 7 and 8), agnostic of batch size and number of tokens:
 
@@ -73,15 +78,17 @@ def make_schedule(
 
     config: name, warmup_steps, final_fraction; decay_fraction (wsd, power); power_a, power_b (power).
     batch_size, length: sequences in a batch and tokens in a sequence; only `power` looks at them.
-    Raises ValueError for an unknown name and for a warmup longer than the run.
+    Raises ValueError for an unknown name, a warmup longer than the run, or a fraction out of range.
     """
-    names = sorted([*_SHAPES, "power"])
-    if config.name not in names:
-        raise ValueError(f"unknown schedule {config.name!r}; choose one of {', '.join(names)}")
+    if config.name not in names():
+        raise ValueError(f"unknown schedule {config.name!r}; choose one of {', '.join(names())}")
     if not 0 <= config.warmup_steps <= steps:
         raise ValueError(
             f"schedule.warmup_steps is {config.warmup_steps}; it must lie between 0 and train.steps = {steps}"
         )
+    for name in ("final_fraction", "decay_fraction"):
+        if not 0 <= config[name] <= 1:
+            raise ValueError(f"schedule.{name} is {config[name]}; it must lie between 0 and 1")
     if config.name == "power":
         return power(config, learning_rate, steps, batch_size, length)
 

@@ -233,7 +233,7 @@ def _train_step(loss_of, optimizer, clip, placement, accumulate: int):
                 grads, metrics = jax.grad(loss_and_metrics, has_aux=True)(
                     state.params, frozen, batch, weight
                 )
-            return placement.reduce(grads), metrics
+            return placement.reduce(optimizers.widened(grads)), metrics
 
         if accumulate == 1:
             grads, metrics = gradient(batch)
@@ -253,7 +253,7 @@ def _train_step(loss_of, optimizer, clip, placement, accumulate: int):
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
             "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
+            "param_norm": optax.tree.norm(optimizers.widened(params)),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -1,13 +1,14 @@
 """Channel mixers: what acts on every token by itself, between two token mixers."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels import layers, operators, pattern
+from seqmodels import fields, layers, operators, pattern
 from seqmodels.array_typing import Array, DType
 
 
@@ -50,6 +51,9 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
         raise ValueError(
             f"channel mixer {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
         )
+    kinds = typing.get_type_hints(module)
+    for option, value in options.items():
+        fields.checked(f"{option} of channel mixer {name}", value, kinds[option])
     return module(**(shared | keywords | options))
 
 

@@ -25,6 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from seqmodels import layers
 from seqmodels.array_typing import Array, DType
 
 
@@ -133,6 +134,6 @@ class FeatureMap(nn.Module):
             z = jnp.einsum("BTHK,HKE->BTHE", z, W_HKE)
             if feature_map.bias is not None:
                 shape = (H, E if feature_map.bias == "channel" else 1)
-                init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", None))
+                init = layers.undecayed(nn.initializers.zeros, ("heads", None))
                 z = z + self.param("bias", init, shape, jnp.float32)[None, None]
         return feature_map.function(z).astype(x_BTHK.dtype)

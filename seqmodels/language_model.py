@@ -1,6 +1,7 @@
 """The language model: embedding, a stack of blocks by pattern, a norm, and logits."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from kernels_pallas.linear_cross_entropy.reference import all_logits, capped
 from seqmodels import (
     blocks,
     channel_mixers,
+    fields,
     layers,
     mixers,
     norms,
@@ -65,7 +67,8 @@ class LanguageModel(nn.Module):
       matrix, "WD" or "DW" by its layout: a loss that never holds all logits (`kernels_pallas.linear_cross_entropy`).
     mixers: one MixerSpec a layer (`from_config` makes them of a pattern such as
       "3*gated_delta_net + attention(window=256)").
-    channel_mixer, d_ff, channel_bias, norm, norm_eps, norm_position: see `blocks.Block`.
+    channel_mixer, d_ff, channel_bias, norm, norm_eps, norm_position, mixer_residual,
+      channel_residual: see `blocks.Block`; `blocks.LAYER_OPTIONS` of a layer's own win.
     tied_embeddings: the output matrix is the embedding. embedding_scale multiplies the embedded tokens.
     learned_positions: how many places in a document have a learned vector, added to the token's (GPT-2); None: there are none.
     logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
@@ -86,6 +89,8 @@ class LanguageModel(nn.Module):
     norm: str = "rms_norm"
     norm_eps: float = 1e-5
     norm_position: str = "pre"
+    mixer_residual: tuple[float, float] = (1.0, 1.0)
+    channel_residual: tuple[float, float] = (1.0, 1.0)
     tied_embeddings: bool = True
     embedding_scale: float = 1.0
     learned_positions: int | None = None
@@ -263,7 +268,7 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"layers with a lower bound must share its width; got {sorted(widths)}"
             )
-        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, "heads"))
+        init = layers.undecayed(nn.initializers.zeros, (None, "heads"))
         p_LD = self.param("lower_bounds", init, (L, widths.pop()), jnp.float32)
         bound_LD = jnp.cumsum(jax.nn.softmax(p_LD, axis=0), axis=0)
         return bound_LD - bound_LD[:1]
@@ -330,29 +335,72 @@ class _Group(nn.Module):
         return x_BTD, tuple(new_states)
 
 
+_DTYPE_FIELDS = ("dtype", "param_dtype")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+CHOICES = {
+    **dict.fromkeys(_DTYPE_FIELDS, DTYPES),
+    "remat": REMAT_POLICIES,
+    "norm": norms.NORMS,
+    "norm_position": blocks.NORM_POSITIONS,
+}
+_POSITIVE = ("vocab_size", "d_model", "d_ff", "learned_positions", "norm_eps", "logit_softcap")
+
+
+def config_fields() -> dict[str, tuple[Any, Any]]:
+    """Returns the type and the default of each field of a config's `model` section.
+
+    They are LanguageModel's, with `pattern` and `num_layers` in place of `mixers`, and dtypes by
+    name. A default of None whose type is not optional stands for a value that has to be given.
+    """
+    kinds = typing.get_type_hints(LanguageModel)
+    found = {"pattern": (str, None), "num_layers": (int, None)}
+    for field in dataclasses.fields(LanguageModel):
+        if field.name in ("mixers", "parent", "name"):
+            continue
+        kind, default = kinds[field.name], field.default
+        if kind is DType:
+            kind, default = str, jnp.dtype(default).name
+        found[field.name] = (kind, None if default is dataclasses.MISSING else default)
+    return found
+
+
 def from_config(config) -> LanguageModel:
-    """The model a config's `model` section describes. Fields are LanguageModel's, with `pattern` and `num_layers`
-    in place of `mixers`; dtypes are names.
+    """The model a config's `model` section describes; missing fields are `config_fields`' defaults.
 
     Raises:
-      ValueError: an unknown mixer, option, norm, remat or layout; the choices are listed.
+      ValueError: an unknown field, mixer or option, a value of another type, one that is no choice
+        or out of range, or none where one has to be given; the message says what is expected.
     """
-    fields = dict(config)
-    specs = pattern.layers(fields.pop("pattern"), fields.pop("num_layers"))
-    for name in ("dtype", "param_dtype"):
-        if name in fields:
-            fields[name] = jnp.dtype(fields[name])
-    known = {f.name for f in dataclasses.fields(LanguageModel)} - {"parent", "name", "mixers"}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(
-            f"config.model has no field {unknown[0]!r}; it has pattern, num_layers, {', '.join(sorted(known))}"
-        )
-    model = LanguageModel(mixers=specs, **fields)
-    if model.d_model < 1:
-        raise ValueError(f"config.model.d_model is {model.d_model}; it must be at least 1")
-    _check_choice("remat", model.remat, REMAT_POLICIES)
-    _check_choice("norm", model.norm, norms.NORMS)
-    _check_choice("norm_position", model.norm_position, blocks.NORM_POSITIONS)
+    known = config_fields()
+    if unknown := sorted(set(config) - set(known)):
+        raise ValueError(f"config.model has no field {unknown[0]!r}; it has {', '.join(known)}")
+    values = {name: default for name, (_, default) in known.items()} | dict(config)
+    for name in _DTYPE_FIELDS:
+        if not isinstance(values[name], str | None):
+            values[name] = jnp.dtype(values[name]).name
+    for name, (kind, _) in known.items():
+        values[name] = fields.checked(f"config.model.{name}", values[name], kind)
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            raise ValueError(
+                f"config.model.{name} is {values[name]!r}; choose one of {', '.join(choices)}"
+            )
+    for name in _POSITIVE:
+        if (value := values[name]) is not None and value <= 0:
+            least = "at least 1" if isinstance(value, int) else "more than 0"
+            raise ValueError(f"config.model.{name} is {value}; it must be {least}")
+    specs = pattern.layers(values.pop("pattern"), values.pop("num_layers"))
+    for spec in specs:
+        kinds = typing.get_type_hints(mixers.mixer_class(spec.name))
+        kinds |= {name: known[name][0] for name in blocks.LAYER_OPTIONS}
+        for name, value in spec.options:
+            what = f"config.model.pattern: {name} of {spec.name}"
+            fields.checked(what, value, kinds.get(name, Any))
+    for name in _DTYPE_FIELDS:
+        if values[name] == "float64" and jnp.result_type(float) != jnp.float64:
+            raise ValueError(f"config.model.{name} is 'float64', which needs JAX_ENABLE_X64=1")
+        values[name] = jnp.dtype(values[name])
+    model = LanguageModel(mixers=specs, **values)
     channels = {dict(s.options).get("channel_mixer", model.channel_mixer) for s in specs}
     for text in channels - {None}:
         try:
@@ -361,10 +409,3 @@ def from_config(config) -> LanguageModel:
             raise ValueError(f"config.model: {error}") from error
     jax.eval_shape(lambda: model.init_state(1))  # every mixer checks its own options here
     return model
-
-
-def _check_choice(field: str, value: str | None, choices) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"config.model.{field} is {value!r}; choose one of {', '.join(map(str, choices))}"
-        )

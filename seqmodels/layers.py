@@ -1,10 +1,15 @@
-"""Parameters with logical axis names, which `seqmodels.sharding` maps to the mesh.
+"""Parameters, made with what the mesh and the optimizer have to know of each.
+
+`Module.init` returns every parameter in a box, `nn.LogicallyPartitioned`. It holds the logical
+names of the axes, which `seqmodels.sharding` maps to the mesh. A subclass of it, `Kernel` or
+`Undecayed`, says how the parameter is optimised.
 
 Names in use: "embed" (D), "heads" (heads times head dim, or heads), "mlp" (F), "vocab" (W), "norm", "layers".
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +18,29 @@ import jax.numpy as jnp
 from seqmodels.array_typing import Array, DType, LogicalAxes
 
 KERNEL_INIT = nn.initializers.lecun_normal()
+
+
+class Kernel(nn.LogicallyPartitioned):
+    """Box of a matrix (input, output) between activations, whose update Muon orthogonalises."""
+
+
+class Undecayed(nn.LogicallyPartitioned):
+    """Box of a gate's parameter, a gain or a bias: never weight-decayed, whatever its rank."""
+
+
+def is_boxed(leaf: Any) -> bool:
+    """Returns whether a node of a tree of parameters is a box; for `is_leaf` of tree functions."""
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def kernel(init: Callable, axes: LogicalAxes) -> Callable:
+    """Returns the initializer with its arrays put into `Kernel` boxes."""
+    return lambda *args, **keywords: Kernel(init(*args, **keywords), axes)
+
+
+def undecayed(init: Callable, axes: LogicalAxes) -> Callable:
+    """Returns the initializer with its arrays put into `Undecayed` boxes."""
+    return lambda *args, **keywords: Undecayed(init(*args, **keywords), axes)
 
 
 def dense(
@@ -27,8 +55,8 @@ def dense(
     """nn.Dense whose kernel has the logical `axes` (input, output)."""
     return nn.Dense(
         features,
-        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-        bias_init=nn.with_logical_partitioning(bias_init, axes[-1:]),
+        kernel_init=kernel(kernel_init, axes),
+        bias_init=undecayed(bias_init, axes[-1:]),
         name=name,
         dot_general=_product,
         **keywords,
@@ -77,9 +105,12 @@ def gated(x: Array, gate: Array, activation: Callable[[Array], Array]) -> Array:
 
 
 def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
-    """A small parameter of a gate (A_log, dt_bias, D, ...): float32 whatever the model's dtype, first axis "heads"."""
+    """A small parameter of a gate (A_log, dt_bias, D, ...), with the first axis "heads".
+
+    It is float32 whatever the model's dtype, and never weight-decayed.
+    """
     axes = ("heads",) + (None,) * (len(shape) - 1)
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return module.param(name, undecayed(init, axes), shape, jnp.float32)
 
 
 class Matrix(nn.Module):

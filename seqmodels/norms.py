@@ -14,7 +14,7 @@ class RMSNorm(nn.Module):
 
     On heads, x_BTHV, the gain is (V,): one shared by all heads.
     groups: the mean is over each of so many equal parts of the last axis; the gain is for all of it.
-    zero_centred: the gain is 1 + scale, and scale starts at 0 (Gemma, arXiv 2403.08295), so that weight decay pulls it to 1.
+    zero_centred: the gain is 1 + scale, and scale starts at 0 (Gemma, arXiv 2403.08295).
     """
 
     eps: float = 1e-5
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         gain = None
         if self.use_scale:
             start = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
-            init = nn.with_logical_partitioning(start, ("norm",))
+            init = layers.undecayed(start, ("norm",))
             scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
             gain = scale.astype(jnp.float32) + float(self.zero_centred)
         return layers.recomputed(self._normed)(x, gain)
@@ -55,8 +55,8 @@ class LayerNorm(nn.Module):
             use_bias=self.use_bias,
             dtype=jnp.float32,
             param_dtype=self.param_dtype,
-            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+            scale_init=layers.undecayed(nn.initializers.ones, ("norm",)),
+            bias_init=layers.undecayed(nn.initializers.zeros, ("norm",)),
             name="norm",
         )
         return norm(x).astype(x.dtype)

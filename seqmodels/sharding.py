@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +26,9 @@ import numpy as np
 from jax.experimental import compute_on
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from seqmodels import layers
 from seqmodels.array_typing import Array
+from seqmodels.fields import checked
 
 BATCH_AXES = ("data", "fsdp")
 TIME_AXIS = "seq"
@@ -52,6 +55,7 @@ RULES = (
 
 BATCH_SPEC = PartitionSpec(BATCH_AXES, TIME_AXIS)
 EXCHANGES = ("all_gather", "all_scan", "ring")
+ZERO_STAGES = (0, 1, 2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Options:
             raise ValueError(
                 f"parallel.exchange is {self.exchange!r}; choose one of {', '.join(EXCHANGES)}"
             )
-        if self.zero not in (0, 1, 2, 3):
+        if self.zero not in ZERO_STAGES:
             raise ValueError(
                 f"parallel.zero is {self.zero!r}; expected 0 (copies), 1 (the optimizer state is split), "
                 "2 (gradients too) or 3 (parameters too)"
@@ -93,7 +97,8 @@ class Options:
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(f"parallel has no field {unknown[0]!r}; it has {', '.join(known)}")
-        return cls(**fields)
+        kinds = typing.get_type_hints(cls)
+        return cls(**{k: checked(f"parallel.{k}", v, kinds[k]) for k, v in fields.items()})
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
@@ -240,20 +245,25 @@ def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None)
     if zero:
         copies = tuple(axis for axis in COPY_AXES if mesh.shape[axis] > 1)
         rules = (("embed", ("fsdp", *copies)), *RULES)
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed_tree), rules)
-    leaves = nn.meta.unbox(boxed_tree)
 
-    def sharding(path, leaf, spec):
-        for dimension, axes in zip(leaf.shape, spec):
-            ways = _ways(mesh, axes)
-            if dimension % ways:
-                raise ValueError(
-                    f"parameter {jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be split: "
-                    f"{dimension} is not divisible by {ways} ({_named_ways(mesh, axes)} in the mesh)"
-                )
-        return NamedSharding(mesh, spec, memory_kind=memory_kind)
+    def sharding(path, leaf):
+        spec = nn.logical_to_mesh_axes(leaf.names if layers.is_boxed(leaf) else (), rules)
 
-    return jax.tree_util.tree_map_with_path(sharding, leaves, specs)
+        def of_array(array):
+            for dimension, axes in zip(array.shape, spec):
+                ways = _ways(mesh, axes)
+                if dimension % ways:
+                    raise ValueError(
+                        f"parameter {jax.tree_util.keystr(path)} of shape {array.shape} cannot be "
+                        f"split: {dimension} is not divisible by {ways} "
+                        f"({_named_ways(mesh, axes)} in the mesh)"
+                    )
+            return NamedSharding(mesh, spec, memory_kind=memory_kind)
+
+        # An optimizer of several parts has boxes without arrays for what other parts update.
+        return jax.tree.map(of_array, nn.meta.unbox(leaf))
+
+    return jax.tree_util.tree_map_with_path(sharding, boxed_tree, is_leaf=layers.is_boxed)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
+from seqmodels import layers
 from seqmodels.array_typing import Array, DType
 from seqmodels.operators import causal_conv
 
@@ -61,7 +62,7 @@ class ShortConv(nn.Module):
         bias_D = None
         if self.use_bias:
             bias_init = nn.initializers.zeros if self.kernel_init else init
-            bias_init = nn.with_logical_partitioning(bias_init, ("heads",))
+            bias_init = layers.undecayed(bias_init, ("heads",))
             bias_D = self.param("bias", bias_init, (D,), self.param_dtype).astype(self.dtype)
         y_BTD, state = causal_conv(
             x_BTD.astype(self.dtype),

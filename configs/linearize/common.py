@@ -56,7 +56,7 @@ def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
     config = common.get_config()
     config.data = default_config("python_stdlib")
     config.data.update({"tokenizer": "teacher", "seq_len": 512, "batch_size": 8})
-    config.model.update({"remat": "none", "dtype": "float32"})
+    config.model = ConfigDict({name: config.model[name] for name in ("remat", "dtype")})
     config.linearize = ConfigDict(
         {
             "teacher": "",

@@ -7,9 +7,10 @@ models with other patterns stack the same layers in another way: a teacher's par
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from seqmodels.layers import is_boxed
 
 SCANNED = "blocks"
 
@@ -47,16 +48,12 @@ def join(model, shared: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dic
     return params
 
 
-def _boxed(leaf) -> bool:
-    return isinstance(leaf, nn.meta.AxisMetadata)
-
-
 def _map(function, *trees):
-    return jax.tree.map(function, *trees, is_leaf=_boxed)
+    return jax.tree.map(function, *trees, is_leaf=is_boxed)
 
 
 def _at(leaf, index):
-    if _boxed(leaf):
+    if is_boxed(leaf):
         value = _at(leaf.unbox(), index)
         return leaf.replace(value=value, names=leaf.names[1:])
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -65,7 +62,7 @@ def _at(leaf, index):
 
 
 def _stack(*leaves):
-    if _boxed(leaves[0]):
+    if is_boxed(leaves[0]):
         value = _stack(*(leaf.unbox() for leaf in leaves))
         return leaves[0].replace(value=value, names=("layers", *leaves[0].names))
     if isinstance(leaves[0], jax.ShapeDtypeStruct):

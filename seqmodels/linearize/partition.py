@@ -4,17 +4,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 from flax import traverse_util
+
+from seqmodels.layers import is_boxed
 
 SEPARATOR = "/"
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """{"blocks/block_0/mixer/q/kernel": leaf}; boxed leaves stay boxed."""
-    return traverse_util.flatten_dict(
-        tree, sep=SEPARATOR, is_leaf=lambda _, leaf: isinstance(leaf, nn.meta.AxisMetadata)
-    )
+    return traverse_util.flatten_dict(tree, sep=SEPARATOR, is_leaf=lambda _, leaf: is_boxed(leaf))
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class LRU(base.Mixer):
         out = {"axes": ("heads", "embed"), "kernel_init": nn.initializers.normal(K**-0.5)}
         y_BTD = self.project(h_BTK.real, D, "C_re", **out)
         y_BTD = y_BTD - self.project(h_BTK.imag, D, "C_im", **out)
-        skip_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("embed",))
+        skip_init = layers.undecayed(nn.initializers.normal(1.0), ("embed",))
         D_D = self.param("D", skip_init, (D,), jnp.float32)
         return (y_BTD + x_BTD * D_D[None, None]).astype(self.dtype), State(h_BK)
 

@@ -164,7 +164,7 @@ class HeadLayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, h_BTHV: Array) -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("heads", "norm"))
+        init = layers.undecayed(nn.initializers.ones, ("heads", "norm"))
         scale_HV = self.param("scale", init, h_BTHV.shape[2:], jnp.float32)
         h_f32 = h_BTHV.astype(jnp.float32)
         h_f32 -= jnp.mean(h_f32, axis=-1, keepdims=True)

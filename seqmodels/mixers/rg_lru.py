@@ -96,7 +96,7 @@ class RGLRU(base.Mixer):
         )
         bias_HV = self.param(
             f"{name}_bias",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("heads", None)),
+            layers.undecayed(nn.initializers.zeros, ("heads", None)),
             (H, E // H),
             self.param_dtype,
         )

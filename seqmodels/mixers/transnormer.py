@@ -5,7 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import feature_maps, norms, positions
+from seqmodels import feature_maps, layers, norms, positions
 from seqmodels.array_typing import Array, DType
 from seqmodels.mixers import base
 from seqmodels.operators import linear_attention
@@ -100,7 +100,7 @@ class LRPE(nn.Module):
             del key
             return (10_000.0 ** (-2.0 * jnp.arange(H * K, dtype=dtype) / (H * K))).reshape(shape)
 
-        init = nn.with_logical_partitioning(init, ("heads", None))
+        init = layers.undecayed(init, ("heads", None))
         theta_HK = self.param("theta", init, (H, K), jnp.float32)
         angle_BTHK = position_BT.astype(jnp.float32)[..., None, None] * theta_HK[None, None]
         x_f32 = x_BTHK.astype(jnp.float32)
@@ -116,7 +116,7 @@ class GatedRMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        init = layers.undecayed(nn.initializers.ones, ("norm",))
         gate = self.param("gate", init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
         gate = jax.nn.sigmoid(gate.reshape((1,) * (x.ndim - 1) + (-1,)) * x.astype(jnp.float32))
         return norms.RMSNorm(self.eps, param_dtype=self.param_dtype, name="rms")(x) * gate.astype(

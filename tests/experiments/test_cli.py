@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from ml_collections import ConfigDict
 
 from experiments import cli, rendezvous, run_record
-from tests.experiments import tiny
+from seqmodels.language_model import config_fields
+from tests.experiments import called, tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +44,75 @@ def test_overrides_of_what_there_is_pass(tmp_path):
     config = tiny.make_config(tmp_path)
     arguments = ["--config.train.steps=3", "-config.seed", "4", "--noconfig.tensorboard", "--x.y=2"]
     cli.check_overrides(config, ["train", *arguments])
+
+
+def overridden(*overrides, config="quickstart.py"):
+    return called.read(config, *overrides)
+
+
+def test_every_field_is_set_by_a_flag_of_its_type():
+    """Every scalar of the config by the text of its own value, and optional ones by None too."""
+    config = overridden()
+    values = {
+        f"{section}.{name}": value
+        for section, fields in config.items()
+        if isinstance(fields, ConfigDict)
+        for name, value in fields.items()
+    }
+    optional = [
+        f"model.{n}" for n, (kind, _) in config_fields().items() if type(None) in get_args(kind)
+    ]
+    flags = [f"--config.{path}={value}" for path, value in values.items() if value is not None]
+    assert overridden(*flags).to_dict() == config.to_dict()
+    without = overridden(*(f"--config.{path}=None" for path in optional))
+    assert optional and all(without.model[path.split(".")[1]] is None for path in optional)
+    given = {"model.d_ff": 24, "model.logit_softcap": 30.0, "model.learned_positions": 9}
+    given |= {"model.channel_mixer": "moe(num_experts=4)", "model.mixer_residual": (1.0, 0.5)}
+    given |= {"model.dtype": "bfloat16", "model.tied_embeddings": False, "model.norm_eps": 1e-3}
+    changed = overridden(*(f"--config.{path}={value}" for path, value in given.items()))
+    assert {path: changed.model[path.split(".")[1]] for path in given} == given
+    assert not overridden("--noconfig.model.scan_layers").model.scan_layers
+    assert overridden("--config.sample.prompt=None").sample.prompt == "None"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.steps=many", "config.train.steps=many: expected an integer$"),
+        ("train.steps=2.5", "config.train.steps=2.5: expected an integer$"),
+        ("optimizer.b1=None", "config.optimizer.b1=None: expected a number$"),
+        ("model.d_ff=wide", "config.model.d_ff=wide: expected an integer or None$"),
+        ("model.logit_softcap=yes", "config.model.logit_softcap=yes: expected a number or"),
+        ("model.scan_layers=perhaps", "scan_layers=perhaps: expected true or false$"),
+        ("model.num_layers=None", "config.model.num_layers=None: expected an integer$"),
+        ("optimizer=adamw", "config.optimizer is a section; set its fields, .*learning_rate"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_one_sentence(override, message):
+    with pytest.raises(cli.UserError, match=message):
+        overridden(f"--config.{override}")
+
+
+def test_a_run_of_an_older_version_is_read_with_defaults_and_types(tmp_path):
+    """Its config.json lacks fields that came later; that alone is no change of the config."""
+    config = overridden("--config.model.vocab_size=257")
+    old = config.to_dict()
+    old["model"] = {n: old["model"][n] for n in ("vocab_size", "d_model", "num_layers", "pattern")}
+    old["model"]["channel_mixer"] = None
+    del old["parallel"], old["train"]["z_loss"], old["data"]["prefetch"]
+    run_record.write_json(tmp_path / "config.json", old)
+    config.model.channel_mixer = None
+    assert run_record.load_config(tmp_path).to_dict() == config.to_dict()
+    again = overridden(
+        "--config.model.d_ff=32",
+        "--config.model.channel_mixer=gelu",
+        config=f"workdir.py:{tmp_path}",
+    )
+    assert (again.model.d_ff, again.model.channel_mixer) == (32, "gelu")
+    assert run_record.save_config(tmp_path, again) == [
+        "config.model.channel_mixer: None -> 'gelu'",
+        "config.model.d_ff: None -> 32",
+    ]
 
 
 def test_a_config_that_is_not_there_is_explained(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import optimizers
-from seqmodels import language_model
-
-NAMES = ["adamw", "lamb", "lion", "muon", "schedule_free", "sgd"]
+from seqmodels import language_model, layers, mixers, norms
+from seqmodels.linearize import layer_trees, lora
+from tests.seqmodels import mixer_suite
 
 
 def config(name, **fields):
@@ -17,63 +19,118 @@ def config(name, **fields):
     return ConfigDict({"name": name, **defaults, **fields})
 
 
-def boxed(array, *names):
-    return nn.LogicallyPartitioned(array, names)
+def flat(tree):
+    """By path; None is a leaf, too."""
+    leaves = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is None or hasattr(x, "_fields")
+    )[0]
+    return {optimizers.path_name(path): leaf for path, leaf in leaves}
 
 
-def model_params(scan_layers):
-    fields = {"pattern": "gated_delta_net", "num_layers": 2, "vocab_size": 11, "d_model": 16}
-    model = language_model.from_config(fields | {"scan_layers": scan_layers})
+MODEL = {"pattern": "gated_delta_net", "num_layers": 2, "vocab_size": 11, "d_model": 16}
+
+
+def model_params(scan_layers, **fields):
+    model = language_model.from_config(MODEL | {"scan_layers": scan_layers} | fields)
     return jax.eval_shape(
         lambda key: model.init(key, jnp.zeros((1, 4), int))["params"], jax.random.key(0)
     )
 
 
+class Gated(mixers.Mixer):
+    """A mixer as somebody may write it: its gate has two axes, and names that say nothing."""
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+        shape = (x_BTD.shape[-1], 3)
+        strength_DK = layers.gate_parameter(self, "strength", nn.initializers.ones, shape)
+        mixed_DK = self.param("mixed", nn.initializers.ones, shape)
+        gain_DK = self.param("gain", layers.undecayed(nn.initializers.ones, (None, None)), shape)
+        y_BTD = self.project(x_BTD, self.d_model, "conv_output", use_bias=True)
+        return y_BTD * jnp.sum(strength_DK * mixed_DK * gain_DK, axis=1)[None, None], None
+
+    def init_state(self, batch):
+        return None
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_weight_decay_touches_matrices_only(scan_layers):
-    mask = optimizers.decay_mask(optimizers.ranks(model_params(scan_layers)))
-    flat = {optimizers.path_name(p): m for p, m in jax.tree_util.tree_flatten_with_path(mask)[0]}
-    decayed = {path for path, touched in flat.items() if touched}
-    spared = {path.split("/")[-1] for path in flat.keys() - decayed}
-    assert {"A_log", "dt_bias", "scale"} <= spared
-    assert spared <= {"A_log", "dt_bias", "scale", "bias"}
-    assert {path.split("/")[-1] for path in decayed} == {"kernel", "embedding"}
-    assert any("blocks/" in path for path in flat) == scan_layers
-
-
-def test_parameters_of_gates_are_never_decayed_whatever_their_rank():
-    params = {
-        "ssm": {
-            "A_log": boxed(jnp.ones((3, 4, 8)), "layers", "heads", None),
-            "D": jnp.ones((4, 2)),
-            "lrpe": {"theta": jnp.ones((4, 2))},  # angles, one a channel
-        },
-        "lower_bounds": jnp.ones((3, 4)),
-        "q_norm": {"weight": jnp.ones((2, 4))},
-        "vector": boxed(jnp.ones((3, 4)), "layers", "heads"),
-        "kernel": boxed(jnp.ones((3, 4, 4)), "layers", "embed", "heads"),
+def test_a_parameter_says_itself_whether_it_is_decayed(scan_layers, monkeypatch):
+    monkeypatch.setattr(mixers, "mixer_class", lambda name: Gated)
+    params = model_params(scan_layers)
+    layer = params["blocks"]["block_0"] if scan_layers else params["block_0"]
+    assert nn.meta.unbox(layer["mixer"]["strength"]).ndim == 2 + scan_layers
+    block, none = ("blocks/block_0", "blocks/block_1") if scan_layers else ("block_0", "block_1")
+    decayed = {path for path, touched in flat(optimizers.decay_mask(params)).items() if touched}
+    assert {path for path in decayed if path.startswith(f"{block}/mixer")} == {
+        f"{block}/mixer/conv_output/kernel",
+        f"{block}/mixer/mixed",
     }
-    mask = optimizers.decay_mask(optimizers.ranks(params))
-    touched = [
-        optimizers.path_name(p) for p, m in jax.tree_util.tree_flatten_with_path(mask)[0] if m
-    ]
-    assert touched == ["kernel"]
+    assert any(path.startswith(none) for path in decayed) != scan_layers
+    assert "embed/embedding" in decayed
+    muon = flat(optimizers.muon_dimensions(params))
+    assert muon[f"{block}/mixer/conv_output/kernel"] is not None
+    assert muon[f"{block}/mixer/mixed"] is muon[f"{block}/mixer/strength"] is None
+
+
+WEIGHTS = re.compile("kernel|[a-z]_kernel")
+OTHERS = re.compile(
+    "A_log|D|Lambda|dt_bias|factor|(gamma|nu|theta)_log|mix_logit|theta|([a-z]_)?bias"
+)
+GAINS = re.compile("scale|gate")
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_of_every_mixer_weights_are_decayed_and_gates_gains_and_biases_are_not(name):
+    for options in mixer_suite.SMALL_OPTIONS.get(name, ({},)):
+        mixer = mixers.make(name, **{"d_model": 32} | options)
+        layer = mixers.Layer(0, 2, jnp.zeros(mixer.lower_bound_width()))
+        x_BTD = jnp.zeros((1, 4, 32))
+        params = jax.eval_shape(mixer.init, jax.random.key(0), x_BTD, layer=layer)["params"]
+        boxes = jax.tree_util.tree_flatten_with_path(params, is_leaf=layers.is_boxed)[0]
+        mask = flat(optimizers.decay_mask(params))
+        for path, box in boxes:
+            path, last = optimizers.path_name(path), optimizers.path_name(path[-1:])
+            kinds = [bool(kind.fullmatch(last)) for kind in (WEIGHTS, OTHERS, GAINS)]
+            assert sum(kinds) == 1, f"{path}: a new kind of parameter; should it be decayed?"
+            assert mask[path] == kinds[0], path
+            assert isinstance(box, layers.Undecayed) != kinds[0], path
+
+
+@pytest.mark.parametrize("norm", norms.NORMS)
+def test_what_a_stack_adds_to_its_mixers(norm):
+    fields = {"pattern": "hgrn2(expand_ratio=8)", "channel_mixer": "moe", "norm": norm}
+    fields |= {"learned_positions": 8, "tied_embeddings": False, "norm_position": "sandwich"}
+    mask = flat(optimizers.decay_mask(model_params(True, **fields)))
+    decayed = {path.split("/")[-1] for path, touched in mask.items() if touched}
+    spared = {path.split("/")[-1] for path, touched in mask.items() if not touched}
+    assert decayed == {
+        "embedding", "position_embedding", "kernel", "gate_kernel", "up_kernel", "down_kernel"
+    }  # fmt: skip
+    assert spared <= {"lower_bounds", "scale", "bias"} and "lower_bounds" in spared
+
+
+def test_boxes_stay_with_parameters_that_a_linearization_moves():
+    fields = MODEL | {"pattern": "mamba2(head_dim=16)", "num_layers": 3}
+    model, params = language_model.from_config(fields), model_params(True, **fields)
+    shared, apart = layer_trees.split(model, params)
+    assert isinstance(apart[1]["mixer"]["decay"]["A_log"], layers.Undecayed)
+    again = layer_trees.join(model, shared, apart)
+    assert optimizers.decay_mask(again) == optimizers.decay_mask(params)
+    adapters = lora.init(jax.random.key(0), params, "mixer/o/kernel", 2)
+    assert all(jax.tree.leaves(optimizers.decay_mask(adapters)))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_muon_takes_the_linear_layers_and_leaves_embeddings_and_convolutions(scan_layers):
-    dimensions = optimizers.muon_dimensions(optimizers.ranks(model_params(scan_layers)))
-    leaves = jax.tree_util.tree_flatten_with_path(
-        dimensions, is_leaf=lambda x: x is None or hasattr(x, "_fields")
-    )[0]
-    taken = {optimizers.path_name(path) for path, numbers in leaves if numbers is not None}
-    left = {optimizers.path_name(path) for path, numbers in leaves if numbers is None}
+    dimensions = flat(optimizers.muon_dimensions(model_params(scan_layers)))
+    taken = {path for path, numbers in dimensions.items() if numbers is not None}
+    left = dimensions.keys() - taken
     assert all(path.endswith("kernel") and "conv" not in path for path in taken)
     assert any(path.endswith("mixer/q/kernel") for path in taken)
     assert any("conv" in path for path in left) and "embed/embedding" in left
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", optimizers.names())
 def test_reduces_a_quadratic_and_treats_stacked_layers_as_layers(name):
     """The same two layers once stacked and once apart: same updates, and the loss falls."""
     rate = 0.1 if name == "muon" else 0.02  # its update has an rms of 0.2
@@ -82,10 +139,16 @@ def test_reduces_a_quadratic_and_treats_stacked_layers_as_layers(name):
     kernel_LDF = 2 * jax.random.normal(key_p, (2, 6, 6))
     scale_LD = jnp.ones((2, 6))
     stacked = {
-        "kernel": boxed(kernel_LDF, "layers", "embed", "mlp"),
-        "norm": {"scale": boxed(scale_LD, "layers", "norm")},
+        "kernel": layers.Kernel(kernel_LDF, ("layers", "embed", "mlp")),
+        "norm": {"scale": layers.Undecayed(scale_LD, ("layers", "norm"))},
     }
-    apart = [{"kernel": kernel_LDF[i], "norm": {"scale": scale_LD[i]}} for i in range(2)]
+    apart = [
+        {
+            "kernel": layers.Kernel(kernel_LDF[i], ("embed", "mlp")),
+            "norm": {"scale": layers.Undecayed(scale_LD[i], ("norm",))},
+        }
+        for i in range(2)
+    ]
 
     def loss_of(kernel, scale, target):
         return jnp.sum((kernel - target) ** 2) + jnp.sum(scale**2)
@@ -127,6 +190,38 @@ def test_weight_decay_is_decoupled_and_masked():
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.05)
     np.testing.assert_array_equal(updates["bias"], 0.0)
+
+
+@pytest.mark.parametrize("name", optimizers.names())
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_parameters_have_a_state_and_an_update_in_float32(name, dtype):
+    """In float16 Adam's eps is 0, and so is the square of a small gradient; 0 / 0 is no update."""
+    params = {"kernel": layers.Kernel(jnp.ones((2, 2), dtype), ("embed", "mlp"))}
+    optimizer = optimizers.make_optimizer(config(name, clip=0), lambda n: 0.5, params)
+    opt_state, params = optimizer.init(params), nn.meta.unbox(params)
+    grads = {"kernel": jnp.array([[1e-6, 0], [0, -1e-6]], dtype)}
+    updates, opt_state = optimizer.update(grads, nn.meta.unbox(opt_state), params)
+    assert updates["kernel"].dtype == jnp.float32 and jnp.all(jnp.isfinite(updates["kernel"]))
+    assert updates["kernel"][0, 1] == 0 and updates["kernel"][0, 0] < 0
+    floats = [x for x in jax.tree.leaves(opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert all(x.dtype == jnp.float32 for x in floats)
+    assert optax.apply_updates(params, updates)["kernel"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"b1": 1.0}, "optimizer.b1 is 1.0; it must be at least 0, and less than 1"),
+        ({"b2": -0.1}, "optimizer.b2 is -0.1; it must be at least 0, and less than 1"),
+        ({"eps": -1.0}, "optimizer.eps is -1.0; it must be at least 0"),
+        ({"weight_decay": -0.1}, "optimizer.weight_decay is -0.1; it must be at least 0"),
+        ({"name": "schedule_free", "b1": 0.0}, "optimizer.b1 is 0; schedule_free's average"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(fields, message):
+    fields = {"name": "adamw"} | fields
+    with pytest.raises(ValueError, match=message):
+        optimizers.make_optimizer(config(**fields), lambda n: 0.1, {"kernel": jnp.zeros((2, 2))})
 
 
 def test_clip_bounds_the_global_norm():

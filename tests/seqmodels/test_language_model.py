@@ -156,6 +156,28 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
         ({"remat": "all"}, "remat is 'all'; choose one of none, full, operators, dots"),
         ({"norm_position": "before"}, "choose one of pre, post, sandwich"),
         ({"depth": 3}, "no field 'depth'"),
+        ({"d_ff": "64"}, "config.model.d_ff is '64'; expected an integer or None"),
+        ({"d_ff": 0}, "config.model.d_ff is 0; it must be at least 1"),
+        ({"vocab_size": 0}, "config.model.vocab_size is 0; it must be at least 1"),
+        ({"logit_softcap": 0.0}, "config.model.logit_softcap is 0.0; it must be more than 0"),
+        ({"norm_eps": True}, "config.model.norm_eps is True; expected a number"),
+        ({"tied_embeddings": 1}, "config.model.tied_embeddings is 1; expected true or false"),
+        ({"mixer_residual": (1, 2, 3)}, r"mixer_residual is .*; expected \(a number, a number\)"),
+        ({"mixer_residual": (1, None)}, r"mixer_residual is .*; expected \(a number, a number\)"),
+        (
+            {"channel_mixer": "moe(num_experts='8')"},
+            "num_experts of channel mixer moe is '8'; expect",
+        ),
+        (
+            {"pattern": "attention(window='5')"},
+            "window of attention is '5'; expected an integer or",
+        ),
+        ({"pattern": "gla(d_ff='wide')"}, "pattern: d_ff of gla is 'wide'; expected an integer or"),
+        ({"pattern": "gla(mixer_residual=2)"}, "mixer_residual of gla is 2; expected .a number, a"),
+        ({"pattern": None}, "config.model.pattern is None; expected text"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; choose one of float32, bfloat16, float16, float64"),
+        ({"param_dtype": jnp.int8}, "param_dtype is 'int8'; choose one of float32"),
+        ({"dtype": "float64"}, "config.model.dtype is 'float64', which needs JAX_ENABLE_X64=1"),
     ],
 )
 def test_a_wrong_choice_lists_the_right_ones(changes, message):
@@ -221,3 +243,29 @@ def test_a_float32_residual_keeps_small_steps():
         for on in (False, True)
     )
     assert wide < 0.6 * plain
+
+
+def test_fields_that_are_not_given_are_at_their_defaults():
+    given = {name: BASE[name] for name in ("pattern", "num_layers", "vocab_size", "d_model")}
+    whole = {name: default for name, (_, default) in language_model.config_fields().items()}
+    model = language_model.from_config(given)
+    assert model == language_model.from_config(whole | given)
+    assert model == language_model.LanguageModel(
+        model.vocab_size, model.d_model, model.mixers, dtype=model.dtype, param_dtype=model.dtype
+    )
+    lists = language_model.from_config(given | {"channel_residual": [1, 0.5], "dtype": "bfloat16"})
+    assert (lists.channel_residual, lists.dtype) == ((1, 0.5), jnp.bfloat16)
+
+
+def test_weights_of_residuals_of_the_stack_are_those_of_every_layer():
+    """With the second weight 0 the logits are those of the embedded tokens, normed."""
+    none = {"pattern": "attention", "mixer_residual": (2.0, 0.0), "channel_residual": (0.5, 0.0)}
+    one, params, tokens_BT = make(**none, num_layers=1)
+    own = {"num_layers": 1, "pattern": "attention(mixer_residual=(2.0, 0.0))"}
+    for model in (one, language_model.from_config(BASE | none | own | {"mixer_residual": (1, 1)})):
+        x_BTD = params["embed"]["embedding"][tokens_BT]
+        scale_D = params["final_norm"]["scale"]
+        x_BTD = x_BTD / jnp.sqrt(jnp.mean(x_BTD**2, axis=-1, keepdims=True) + 1e-5)
+        expected_BTW = (x_BTD * scale_D[None, None]) @ params["embed"]["embedding"].T
+        logits_BTW, _ = jax.jit(model.apply)({"params": params}, tokens_BT)
+        np.testing.assert_allclose(logits_BTW, expected_BTW, atol=1e-4)

@@ -1,0 +1,46 @@
+"""Checks of a config's values against the types of a dataclass's fields."""
+
+import types
+import typing
+from typing import Any
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a tuple",
+}
+
+
+def checked(name: str, value: Any, kind: Any) -> Any:
+    """Returns the value; a list, as JSON has in a tuple's place, becomes a tuple.
+
+    kind: int, float (which an integer is, too), bool, str, a tuple of these, a union, or Any.
+    Raises ValueError, with the field's name and what is expected, for a value of another kind.
+    """
+    if not _is(value, kind):
+        raise ValueError(f"{name} is {value!r}; expected {expected(kind)}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def expected(kind: Any) -> str:
+    """A type in words: "an integer or None"."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(expected, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"({', '.join(map(expected, typing.get_args(kind)))})"
+    return _WORDS.get(kind, "None")
+
+
+def _is(value, kind) -> bool:
+    parts = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if parts:
+        return (
+            isinstance(value, (tuple, list))
+            and len(value) == len(parts)
+            and all(map(_is, value, parts))
+        )
+    return kind in (Any, type(value)) or (kind is float and type(value) is int)

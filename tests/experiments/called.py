@@ -1,0 +1,29 @@
+"""`experiments.train` as it is called, without a process of its own."""
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+from absl import flags
+
+from experiments import cli, train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def read(config, *arguments):
+    """Reads --config=configs/<config> and other arguments as the program does; returns its config."""
+    argv = ["train", f"--config={CONFIGS / config}", *arguments]
+    with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
+        try:
+            cli.parse_flags(argv)
+        finally:
+            for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+                delattr(flags.FLAGS, name)  # each call defines those that it is given
+    return flags.FLAGS.config
+
+
+def run(config, workdir, *arguments):
+    """Runs the program. Its results are in `workdir`."""
+    read(config, f"--workdir={workdir}", *arguments)
+    train.main(["train"])
