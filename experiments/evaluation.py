@@ -39,7 +39,7 @@ class Scores:
 
     def totals(self) -> dict[str, float]:
         """loss (nats a token), perplexity, accuracy, tokens; for text bytes and bits_per_byte."""
-        nll, correct, tokens = self._by_position.sum(axis=1)
+        nll, correct, tokens = self._by_position.sum(axis=1).tolist()
         if not tokens:
             raise ValueError("no token of this split counts in the loss: it is empty")
         loss = nll / tokens

@@ -206,8 +206,8 @@ def write(
 ) -> list[Path]:
     """Writes a model to the folder `out` in one of `layouts`; returns what was written.
 
-    dtype: of the tensors, but for what models keep in float32, such as decays; None is what they had, before the training of a run that
-      began from files. A workdir's are float32. tokenizer: the path of a file, or 'bytes', where the model came without one.
+    dtype: of the tensors, but for what models keep in float32, such as decays; None is what they had, or those that a run began
+      from. A workdir's are float32. tokenizer: the path of a file, or 'bytes', where the model came without one.
     Raises ValueError, before anything is written, for a tokenizer that is not the model's.
     """
     if layout == WORKDIR:

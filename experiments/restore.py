@@ -11,7 +11,8 @@ def reading_config(config):
     in, which gives the same numbers in less memory. Schedule-Free's are first computed, in their own."""
     config = config.copy_and_resolve_references()
     if "dtype" in config.model and config.optimizer.name != "schedule_free":
-        config.model.param_dtype = config.model.dtype
+        with config.unlocked():
+            config.model.param_dtype = config.model.dtype
     return config
 
 

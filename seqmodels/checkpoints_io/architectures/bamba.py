@@ -1,6 +1,6 @@
 """Bamba (IBM, Princeton, UIUC, 2024): Mamba-2 layers and a few of softmax attention, each with a SwiGLU."""
 
-from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
 from seqmodels.pattern import to_text
 
 
@@ -8,6 +8,8 @@ def _model_config(config):
     parts.refuse_unless(config, hidden_act="silu")
     parts.no_time_step_limit(config)
     config = config.with_defaults(max_position_embeddings=262_144)
+    # transformers takes the fraction of rope_parameters alone, and else a half.
+    config = HFConfig(config.fields | {"partial_rotary_factor": None}, config.name)
     D, expand = config.integer("hidden_size", 4096), config.integer("mamba_expand", 2)
     heads = config.integer("mamba_n_heads", 128)
     dim = config.get("mamba_d_head", "auto")

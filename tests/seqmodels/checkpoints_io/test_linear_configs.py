@@ -62,7 +62,7 @@ LINEAR_BY_2 = {"rope_type": "linear", "factor": 2.0}
         ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": LINEAR_BY_2}, "'yarn' in rope_par.* 'linear' in rope_sc"),
         ({"rope_parameters": LINEAR_BY_2 | {"factor": 0}}, "factor is 0.0; it must be a positive"),
         ({"rope_theta": -1}, "rope_theta is -1.0; it must be a positive"),
-        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5; it must be 1"),
     ],
 )  # fmt: skip
 def test_rotations_that_are_refused(model_type, fields, message):
@@ -86,11 +86,13 @@ def test_rotations():
         "rope_scaling": {"type": "linear", "factor": 2.0},
     }
     for fields in ({"rope_parameters": parameters}, older, older | {"rope_parameters": parameters}):
-        (found,) = softmax_options("bamba", attn_layer_indices=[1], **fields)
+        (found,) = softmax_options("recurrent_gemma", **fields)
         assert options.items() <= found.items()
     assert (
         parameters.items() == decoder.rope_fields(options, partial=True)["rope_parameters"].items()
     )
+    (found,) = softmax_options("bamba", attn_layer_indices=[1], **older)
+    assert found["rope_fraction"] == 0.5  # as in transformers
     for model_type in ("llama", "minimax"):
         with pytest.raises(ValueError, match="partial_rotary_factor is 0.5; it must be 1 for"):
             softmax_options(model_type, partial_rotary_factor=0.5)
