@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import distributed, rendezvous, run_record
 from experiments.checkpoints import SaveFailed, is_disk_full
+from kernels_pallas import absent_tpu
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OUR_CODE = tuple(
@@ -51,6 +52,7 @@ def run(
     overridden by --config.x.y=value. None: no config.
     many_hosts: the program can be one of several processes, as `distributed` says; it has the flags for it.
     """
+    absent_tpu.pass_over()
     if many_hosts:
         distributed.define_flags()
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas
-from kernels_pallas import dispatch, first_use, targets
+from kernels_pallas import absent_tpu, dispatch, first_use, targets
 from kernels_pallas.causal_conv import api as causal_conv_api
 from kernels_pallas.delta_rule import api as delta_rule_api
 from kernels_pallas.diagonal_scan import api as diagonal_scan_api
@@ -395,6 +395,7 @@ def main(arguments=None) -> int:
         help="on a CPU: run the kernels interpreted, at tiny sizes",
     )
     options = parser.parse_args(arguments)
+    absent_tpu.pass_over()
     target = targets.current()
     interpret = options.interpret and target.platform == "cpu"
     platforms = ("tpu", "gpu") if interpret else (target.platform,)
