@@ -65,7 +65,8 @@ def test_a_program_starts_without_a_word_about_tpus():
     pytest.importorskip("libtpu")
     if any(map(absent_tpu.glob.glob, absent_tpu._CHIPS)):
         pytest.skip("there may be a TPU")
-    spoken = ("JAX_PLATFORMS", *absent_tpu._VARIABLES)  # other tests of this process compile for TPUs
+    # Other tests of this process may have compiled for TPUs.
+    spoken = ("JAX_PLATFORMS", *absent_tpu._VARIABLES)
     done = subprocess.run(
         [sys.executable, "-m", "kernels_pallas.selfcheck", "--op=diagonal_scan"],
         env={name: value for name, value in os.environ.items() if not name.startswith(spoken)},
