@@ -93,6 +93,8 @@ def main(argv):
         raise cli.UserError("--dtype and --max_len go with --model")
     lengths = _numbers("context_lengths", _CONTEXT_LENGTHS.value, int)
     subject = _pretrained() if _MODEL.value else _of_run()
+    for length in lengths:
+        subject.program.model.check_length(length)
     out = Path(_OUT.value or _WORKDIR.value or _new_folder())
     first = jax.process_index() == 0
     if first:
@@ -128,12 +130,8 @@ def _pretrained() -> Subject:
         {"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token}
     )
     dataset, seq_len = _dataset(config)
-    positions = loaded.model.learned_positions
-    longest = max([seq_len, *_numbers("context_lengths", _CONTEXT_LENGTHS.value, int)])
-    if dataset is not None and positions is not None and longest > positions:
-        raise cli.UserError(
-            f"rows are {longest} tokens, and {_MODEL.value} has learned {positions} positions: set --config.data.seq_len"
-        )
+    if dataset is None:
+        seq_len = min(seq_len, loaded.model.learned_positions or seq_len)
     program = steps.build(config, seq_len)
     params = jax.tree.map(
         lambda p, a: jax.device_put(p.astype(a.dtype), a.sharding),
@@ -280,7 +278,8 @@ def _as_the_harness_asks(subject: Subject) -> dict[str, Any]:
     """Runs have learned documents with their first token; pretrained models are asked as the harness asks transformers', with no
     more than their context."""
     if subject.found is None or subject.found.tokenizer_name == BYTES:
-        return {"document_starts": True}
+        positions = subject.program.model.learned_positions
+        return {"document_starts": True, "max_length": positions}
     ids = [checkpoints_io.token_id(subject.found.found.hf_config, name) for name in ("bos", "eos")]
     limit = sampling.context_limit(subject.program.model)
     return {

@@ -224,6 +224,9 @@ def write_workdir(workdir: Path, loaded: Loaded) -> Path:
         own.write_bytes(Path(loaded.tokenizer_name).read_bytes())
         config.data.tokenizer = str(own)
     config.optimizer.learning_rate = 1e-5
+    if positions := loaded.model.learned_positions:
+        config.data.seq_len = min(config.data.seq_len, positions)
+        config.sample.length = min(config.sample.length, positions)
     steps.build(config, config.data.seq_len)  # raises for what cannot be run
     checkpoints = Checkpoints(workdir)
     checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()), NothingRead())

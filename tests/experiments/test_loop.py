@@ -246,13 +246,14 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path):
         ({"optimizer.clip": -1.0}, "optimizer.clip is -1.0; it must be positive, or 0"),
         ({"model.num_layers": 0}, "num_layers is 0; it must be at least 1"),
         ({"model.d_model": 0}, "d_model is 0; it must be at least 1"),
+        ({"model.learned_positions": 31}, "rows of 32 tokens, and the model has learned 31 pos"),
         ({"sample.length": 5, "sample.temperature": -1.0}, "temperature is -1"),
         (
             {"sample.length": 9, "model.pattern": "attention(num_heads=2, max_length=8)"},
             "config.sample: 1 prompt tokens and 9 more do not fit",
         ),
     ]:
-        config = tiny.make_config(tmp_path)
+        config = tiny.make_config(tmp_path, learned_positions=None)
         config.update_from_flattened_dict(change)
         with pytest.raises(ValueError, match=message):
             train(config, tmp_path / "run")
