@@ -18,12 +18,15 @@ from experiments.data import make_dataset
 from seqmodels import sharding
 
 
-def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
+def train(
+    config, workdir: str | Path, devices=None, make_task=None, new_data: bool = False
+) -> dict:
     """Trains what `config` describes and returns what is in workdir/result.json.
 
     A workdir that holds checkpoints is resumed from the latest. See configs/common.py for the fields.
     devices: to train on; None is all there are.
     make_task: (resolved config, seq_len) -> steps.Task, where it is not the config's language model that is trained whole.
+    new_data: what is resumed begins its data anew, which may be other than the checkpoint's.
 
     Raises:
       ValueError: something in the config is wrong, or the workdir's checkpoint is of another model; nothing was written.
@@ -53,7 +56,7 @@ def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
     saved = distributed.agree(-1 if saved is None else saved, "the latest checkpoint they see")
     start = max(saved, 0)
     if saved > 0:
-        state = checkpoints.restore(start, program.abstract_state, batches)
+        state = checkpoints.restore(start, program.abstract_state, None if new_data else batches)
     elif saved == 0:  # `convert` made it: weights alone, for any data and optimizer
         parts = checkpoints.restore_parts(0, program.abstract_state, ("params",))
         state = program.init(config.seed, parts["params"])

@@ -22,6 +22,9 @@ _WORKDIR = flags.DEFINE_string(
 _RESUME = flags.DEFINE_bool(
     "resume", False, "refuse to start anew: --workdir must hold a checkpoint"
 )
+_NEW_DATA = flags.DEFINE_bool(
+    "new_data", False, "resume with data from its start, which may be another text"
+)
 
 
 def main(argv):
@@ -32,7 +35,7 @@ def main(argv):
     saved = workdir / "checkpoints"
     if _RESUME.value and not any(path.name.isdigit() for path in saved.glob("*")):
         raise cli.UserError(f"--resume: {saved} holds no checkpoint")
-    result = loop.train(_CONFIG.value, workdir)
+    result = loop.train(_CONFIG.value, workdir, new_data=_NEW_DATA.value)
     if jax.process_index() == 0:
         print(summary.text(result))
 

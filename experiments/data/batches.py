@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -21,7 +22,7 @@ class Dataset:
     """One split of one dataset, as this process sees it.
 
     `iter(dataset)` starts a fresh Grain iterator: `next` gives a batch, `get_state` and `set_state`
-    (a small dict of ints, ready for JSON) save and restore the position exactly, and Orbax takes
+    (a small dict, ready for JSON) save and restore the position exactly, and Orbax takes
     the iterator itself as a checkpointable. The state is that of the last batch handed out,
     whatever was read ahead. The train split never ends; the others end after one pass.
 
@@ -86,18 +87,14 @@ def join_states(states: list[State]) -> State:
     return joined
 
 
-def cut_state(state: State, index: int, count: int) -> State:
-    """The `index`-th of `count` equal shares of what `join_states` gave."""
-    cut = {}
-    for key, value in state.items():
-        if isinstance(value, dict):
-            cut[key] = cut_state(value, index, count)
-        elif isinstance(value, list):
-            rows = process_rows(len(value), index, count)
-            cut[key] = value[rows.start : rows.stop]
-        else:
-            cut[key] = value
-    return cut
+def check_state(state: State, names: Sequence[str]) -> None:
+    """Raises ValueError where a position is not of the kind that has these entries."""
+    if sorted(state) != sorted(names):
+        raise ValueError(
+            f"the data position that was saved has {', '.join(sorted(state)) or 'nothing'}, and one in this dataset has "
+            f"{', '.join(sorted(names))}: it is of another kind of dataset, or of an earlier version. Resume with the data "
+            "it was saved with, or go on from this one's start: experiments.train --new_data"
+        )
 
 
 class EpochOrder:
