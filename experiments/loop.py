@@ -62,6 +62,7 @@ def train(
         state = program.init(config.seed, parts["params"])
     else:
         state = program.init(config.seed)
+    scored = distributed.told_by_first(metrics.has_validation(workdir, start))
     writer = metrics.MetricWriter(config, workdir, start)
 
     progress = metrics.Progress(start, config.train.steps)
@@ -106,8 +107,13 @@ def train(
             writer.write(step, **{f"validation_{name}": value for name, value in scores.items()})
             progress.say(f"step {step}: validation loss {scores['loss']:.4f}")
 
+    def due(step: int) -> bool:
+        return step == config.train.steps or step % config.train.eval_every == 0
+
     pending = None  # the last step's metrics: read after the next step is on its way
     with contextlib.closing(progress), contextlib.closing(writer):
+        if saved > 0 and due(start) and not scored:  # it was stopped, or killed, before that
+            validate(start)
         with StopSignals() as stop, contextlib.closing(checkpoints):
             for step in range(start + 1, config.train.steps + 1):
                 state, step_metrics = program.train_step(state, program.put(next(batches)))
@@ -119,7 +125,7 @@ def train(
                 last = step == config.train.steps
                 stopping = stop.requested(step)
                 saving = last or stopping or step % config.checkpoint.every == 0
-                validating = last or step % config.train.eval_every == 0
+                validating = due(step)
                 if saving or validating:
                     report(*pending)  # a state is saved once it is known to be finite
                     pending = None
@@ -189,7 +195,8 @@ class Clock:
     def paused(self):
         before = time.perf_counter()
         yield
-        self._start += time.perf_counter() - before
+        if self._start is not None:
+            self._start += time.perf_counter() - before
 
 
 class StopSignals:

@@ -75,6 +75,12 @@ def read_metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def has_validation(workdir: Path, step: int) -> bool:
+    """Whether the validation split was scored at this step."""
+    rows = read_metrics(workdir)
+    return any(row["step"] == step and "validation_loss" in row for row in rows)
+
+
 def _import_extra(package: str, extra: str):
     try:
         return importlib.import_module(package)

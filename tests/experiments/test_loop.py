@@ -106,6 +106,39 @@ def test_three_steps_and_three_more_are_six_bit_for_bit(whole_run, tmp_path, cap
     train(config, tmp_path)
     assert f"resuming from {tmp_path / 'checkpoints' / '3'}" in capfd.readouterr().err
     assert_same_end(config, tmp_path, whole)
+    # The evaluation that was due when it was stopped is made up for, in its place.
+    scores, expected = (
+        [(row["step"], row.get("validation_loss")) for row in metrics.read_metrics(workdir)]
+        for workdir in (tmp_path, whole)
+    )
+    assert scores == expected and [step for step, loss in scores if loss] == [3, 6]
+
+
+def test_goes_on_with_another_batch_size(whole_run, tmp_path, capfd):
+    config, whole, _ = whole_run
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    config = config.copy_and_resolve_references()
+    config.data.batch_size = 4
+    train(config, tmp_path / "run")
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert "config.data.batch_size: 8 -> 4" in capfd.readouterr().err
+    _, data = saved_params(config, tmp_path / "run")
+    assert list(json.loads(data)["lanes"].values()) == [8, 4]
+
+
+def test_other_text_is_refused_unless_it_is_said_to_be_new(whole_run, tmp_path):
+    config, whole, _ = whole_run
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    config = config.copy_and_resolve_references()
+    config.data.document_bytes = 300
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ValueError, match="train split of text has changed .* --new_data"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    loop.train(config, tmp_path / "run", jax.devices()[ONE_DEVICE], new_data=True)
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_sigterm_saves_and_exits(whole_run, tmp_path):
