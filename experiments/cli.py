@@ -5,11 +5,15 @@
 3    the loss was not finite           4    a checkpoint could not be written
 5    another process of the run failed, or is missing; its reason is printed. Where its own code is 2 or 3, so is everybody's
 130, 143   stopped by Ctrl-C, SIGTERM, after saving (with several processes always 143)
+141  nobody reads what it prints any more, as in `... | head`
 """
 
 import difflib
 import importlib.util
+import os
 import re
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,6 +30,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _OUR_CODE = tuple(
     _ROOT / name for name in ("experiments", "seqmodels", "kernels_pallas", "configs", "tests")
 )
+_HELP = r"--?(help(short|full|xml)?|\?)"
 
 
 class UserError(ValueError):
@@ -58,7 +63,7 @@ def run(
 
     def parse(argv):
         try:
-            if config_from is None:
+            if config_from is None or any(re.fullmatch(_HELP, text) for text in argv[1:]):
                 return flags.FLAGS(argv)
             if config_from == "file":
                 config = load_config(_flag_value(argv, "config") or "")
@@ -85,7 +90,11 @@ def run(
             return main(argv)
 
     try:
-        app.run(quiet_main, flags_parser=lambda argv: _explained(parse, argv))
+        try:
+            app.run(quiet_main, flags_parser=lambda argv: _explained(parse, argv))
+        except SystemExit:
+            sys.stdout.flush()  # here, where a reader that has left is no error
+            raise
     except (Exception, KeyboardInterrupt) as error:
         code, message = _exit_code(error)
         distributed.fail(error, code)
@@ -93,9 +102,19 @@ def run(
             raise
         if message is None:
             traceback.print_exc()
-        else:
+        elif message:
             print(f"error: {distributed.label()}{message}", file=sys.stderr)
         distributed.end(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether the program at the other end of standard output has ended; then what is left to write goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def no_arguments(argv: Sequence[str]) -> None:
@@ -203,7 +222,9 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _exit_code(error: BaseException) -> tuple[int, str | None]:
-    """The exit code, and what to tell: None is a traceback."""
+    """The exit code, and what to tell: None is a traceback, "" nothing."""
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return 128 + signal.SIGPIPE, ""
     codes = {
         UserError: 2,
         NonFiniteLoss: 3,
@@ -215,4 +236,6 @@ def _exit_code(error: BaseException) -> tuple[int, str | None]:
             return code, str(error)
     if isinstance(error, OSError) and is_disk_full(error):
         return 4, f"{error}. The run stopped; whole checkpoints are intact"
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}"
     return (130 if isinstance(error, KeyboardInterrupt) else 1), None

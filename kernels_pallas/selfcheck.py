@@ -18,6 +18,7 @@ writing the truth itself in the result's dtype makes (a bfloat16 entry of 20 tim
 import argparse
 import dataclasses
 import platform
+import signal
 import sys
 import time
 import zlib
@@ -420,4 +421,5 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it, quietly
     sys.exit(main())
