@@ -15,6 +15,7 @@ import re
 import select
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,6 +124,27 @@ def no_arguments(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: flags start with --")
 
 
+def numbers(flag: str, texts: Sequence[str], kind: type = int, least: float = 1) -> list:
+    """What a list flag says. Raises UserError where that is no number, or one below `least`."""
+    try:
+        values = [kind(text) for text in texts]
+    except ValueError as error:
+        raise UserError(
+            f"--{flag} is {','.join(texts)}; give numbers with commas between them"
+        ) from error
+    if wrong := [value for value in values if not value >= least]:
+        raise UserError(f"--{flag} has {wrong[0]}; it must be at least {least}")
+    return values
+
+
+def output_folder(path: str | Path) -> Path:
+    """The folder, made where it is not there. Raises OSError, which names it, where nothing can be written into it."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        return path
+
+
 def load_config(path_and_argument: str) -> ConfigDict:
     """get_config(argument) of the file. Raises UserError for every way in which there is none."""
     path, _, argument = path_and_argument.partition(":")
@@ -204,12 +226,14 @@ def _flag_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def _explained(function, argv):
-    """Calls function(argv). A ValueError or a missing file that our own code raised is a user's mistake; one from a library is
-    a defect, and keeps its traceback."""
+    """Calls function(argv). A ValueError that our own code raised, or an OSError that it wrote itself, is a user's mistake; one from
+    a library is a defect, and keeps its traceback."""
     try:
         return function(argv)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if isinstance(error, (UserError, rendezvous.Incomplete)) or not _raised_by_us(error):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: see _exit_code
             raise
         raise UserError(str(error)) from error
 

@@ -24,12 +24,13 @@ _SOURCE = flags.DEFINE_string("source", None, "where the weights come from", req
 _OUT = flags.DEFINE_string("out", None, "the folder to write", required=True)
 _TO = flags.DEFINE_enum("to", own_layout.MODEL_TYPE, pretrained.layouts(), "the layout to write")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "of the weights; default: the source's"
+    "dtype", None, pretrained.DTYPES, "of the weights; default: the source's"
 )
 _MAX_LEN = flags.DEFINE_integer(
     "max_len",
     None,
     "tokens that full-attention layers can hold when decoding; default: the model's context",
+    lower_bound=1,
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer.json, where the source has none")
 _SHARD_BYTES = flags.DEFINE_integer(

@@ -17,6 +17,7 @@ from seqmodels import checkpoints_io, language_model
 from seqmodels.checkpoints_io import architectures, files, own_layout
 
 WORKDIR = "workdir"
+DTYPES = ("float32", "bfloat16", "float16")  # of weights
 _WHOLE_TEXT = "<|endoftext|>"  # what separates documents in pretraining, where a vocabulary has it
 
 
@@ -84,8 +85,10 @@ class Loaded:
 def load(source: str, tokenizer: str = "", **options) -> Loaded:
     """The model of `source` with the tokenizer that comes with it, or the given one. Options: `load_pretrained`'s.
 
-    Raises ValueError where there is no tokenizer, or it is of another vocabulary.
+    Raises ValueError for the folder of a run, and where there is no tokenizer, or it is of another vocabulary.
     """
+    if (Path(source) / "checkpoints").is_dir():
+        raise ValueError(f"{source} is the folder of a run: give it as --workdir")
     return with_tokenizer(checkpoints_io.load_pretrained(source, **options), tokenizer)
 
 

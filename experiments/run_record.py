@@ -30,8 +30,10 @@ def save_config(workdir: Path, config: ConfigDict) -> list[str]:
     return changes
 
 
-def load_config(workdir: Path) -> ConfigDict:
+def load_config(workdir: str | Path) -> ConfigDict:
     """The config a run was trained with. Raises ValueError if the folder holds no run."""
+    if not workdir:
+        raise ValueError("give the --workdir of a training run")
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(

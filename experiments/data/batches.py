@@ -57,7 +57,9 @@ def empty(rows: int, seq_len: int) -> dict[str, np.ndarray]:
 
 def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
     """The rows of the global batch that one process supplies: equal, contiguous slices."""
-    if batch_size < 1 or batch_size % process_count:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1 row")
+    if batch_size % process_count:
         raise ValueError(
             f"batch_size counts the whole batch and is shared equally: {batch_size} does not divide "
             f"over {process_count} processes; take a multiple of {process_count}."
