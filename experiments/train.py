@@ -32,6 +32,8 @@ def main(argv):
     if jax.process_count() > 1 and not _WORKDIR.value:
         raise cli.UserError("several processes need one --workdir, in a folder that all share")
     workdir = Path(_WORKDIR.value or run_record.default_workdir(_config_path()))
+    if run_record.holds_linearization(workdir):
+        raise cli.UserError(f"{workdir} holds a linearization; give another --workdir")
     saved = workdir / "checkpoints"
     if _RESUME.value and not any(path.name.isdigit() for path in saved.glob("*")):
         raise cli.UserError(f"--resume: {saved} holds no checkpoint")

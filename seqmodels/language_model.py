@@ -342,6 +342,8 @@ def from_config(config) -> LanguageModel:
       ValueError: an unknown mixer, option, norm, remat or layout; the choices are listed.
     """
     fields = dict(config)
+    if missing := [name for name in ("pattern", "num_layers") if name not in fields]:
+        raise ValueError(f"config.model has no {' and no '.join(missing)}: it describes no model")
     specs = pattern.layers(fields.pop("pattern"), fields.pop("num_layers"))
     for name in ("dtype", "param_dtype"):
         if name in fields:

@@ -153,6 +153,10 @@ def documents(config: Mapping[str, Any], split: str):
             data_dir=config.data_dir,
         )
     if config.name == "text":
+        if config.document_bytes < 0:
+            raise ValueError(
+                f"document_bytes is {config.document_bytes}; it must be at least 1, or 0 for max(16384, 8 seq_len)"
+            )
         return text.text_documents(
             config.paths,
             split,
