@@ -26,6 +26,7 @@ import hashlib
 
 import grain
 import numpy as np
+from absl import logging
 
 from experiments.data import batches
 from experiments.data.tokenizers import Tokenizer
@@ -219,6 +220,12 @@ class _PackIterator(grain.DatasetIterator):
 def _deal_anew(deals, positions, lanes: int):
     """(deals, positions) with which a stream goes on in another number of lanes; see the module's docstring."""
     left_out = [document + (offset > 0) for document, offset in positions[lanes:]]
+    if left_out:
+        logging.warning(
+            "the data goes on in %d lanes of %d: what the others had begun to read, and the next documents that were theirs, "
+            "stay unread until the next epoch",
+            *(lanes, len(positions)),
+        )
     positions = positions[:lanes]
     first = max(left_out + [document + 1 for document, _ in positions])
     positions += [(first + lane, 0) for lane in range(len(positions), lanes)]

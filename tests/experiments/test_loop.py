@@ -114,7 +114,7 @@ def test_three_steps_and_three_more_are_six_bit_for_bit(whole_run, tmp_path, cap
     assert scores == expected and [step for step, loss in scores if loss] == [3, 6]
 
 
-def test_goes_on_with_another_batch_size(whole_run, tmp_path, capfd):
+def test_goes_on_with_another_batch_size(whole_run, tmp_path, capfd, caplog):
     config, whole, _ = whole_run
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
@@ -123,6 +123,7 @@ def test_goes_on_with_another_batch_size(whole_run, tmp_path, capfd):
     train(config, tmp_path / "run")
     assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert "config.data.batch_size: 8 -> 4" in capfd.readouterr().err
+    assert "goes on in 4 lanes of 8: what the others had begun" in caplog.text
     _, data = saved_params(config, tmp_path / "run")
     assert list(json.loads(data)["lanes"].values()) == [8, 4]
 
