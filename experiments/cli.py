@@ -31,6 +31,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _OUR_CODE = tuple(
     _ROOT / name for name in ("experiments", "seqmodels", "kernels_pallas", "configs", "tests")
 )
+_NO_BACKEND = re.compile("Unable to initialize backend|Unknown backend")
 _HELP = r"--?(help(short|full|xml)?|\?)"
 
 
@@ -260,6 +261,10 @@ def _exit_code(error: BaseException) -> tuple[int, str | None]:
             return code, str(error)
     if isinstance(error, OSError) and is_disk_full(error):
         return 4, f"{error}. The run stopped; whole checkpoints are intact"
+    if isinstance(error, RuntimeError) and _NO_BACKEND.match(str(error)):  # JAX_PLATFORMS
+        return 2, str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}"
-    return (130 if isinstance(error, KeyboardInterrupt) else 1), None
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return 1, None

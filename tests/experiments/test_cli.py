@@ -147,6 +147,13 @@ def test_a_broken_pipe_elsewhere_keeps_its_traceback():
     assert cli._exit_code(BrokenPipeError(32, "Broken pipe")) == (1, None)
 
 
+def test_an_interrupt_and_a_platform_that_is_not_there_are_told():
+    assert cli._exit_code(KeyboardInterrupt()) == (130, "interrupted")
+    platform = RuntimeError("Unable to initialize backend 'tpu': no device (set JAX_PLATFORMS='')")
+    assert cli._exit_code(platform) == (2, str(platform))
+    assert cli._exit_code(RuntimeError("in a kernel")) == (1, None)
+
+
 def test_a_file_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError) as error:
