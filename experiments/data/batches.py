@@ -151,9 +151,13 @@ class Prefetched(grain.IterDataset):
 
 
 class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain's, closed once: its `__del__` closes again, and fails where Python is shutting down."""
+    """Grain's, closed once: its `__del__` closes again, and fails where Python is shutting down, or where it was never whole."""
 
-    _done = False
+    _done = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._done = False
 
     def close(self):
         if not self._done:
