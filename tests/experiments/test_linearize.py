@@ -162,7 +162,7 @@ def test_the_student_is_a_run_that_others_can_load(whole, teacher_run):
 
 @pytest.mark.slow
 def test_a_student_that_was_trained_on_takes_the_earlier_ones_place(teacher_run, whole, tmp_path):
-    config = run_record.load_config(whole[0])
+    config = make_config(teacher_run)
     model, params = student_of(whole[0] / "student")
     model_config = run_record.load_config(whole[0] / "student").model.to_dict()
     for _ in range(2):
