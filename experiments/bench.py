@@ -87,7 +87,7 @@ def main(argv):
     plans = [_plan(op) for op in ops]  # all mistakes are found before the first clock starts
     name = f"{'-'.join(_OP.value)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     out = Path(_OUT.value or Path("runs/bench") / name)
-    out.mkdir(parents=True, exist_ok=True)
+    cli.output_folder(out)
     environment = machine.environment()
     print(machine.describe(environment))
     sections = []
@@ -128,7 +128,7 @@ def _tune() -> None:
         implementations = _chosen("implementations", _IMPLEMENTATIONS.value, implementations)
     dtype, topologies = _DTYPE.value or "bfloat16", _TOPOLOGY.value or (None,)
     jobs = tune.jobs(ops, shapes, dtype, implementations, topologies)
-    out = Path(_OUT.value or tune.FOLDER)
+    out = cli.output_folder(_OUT.value or tune.FOLDER)
     found = 0
     for each in tune.run(jobs, _ROUNDS.value, _SECONDS.value):
         found += 1
@@ -139,7 +139,7 @@ def _tune() -> None:
 
 def _plan(op: str) -> Callable[[Path, str], report.Section]:
     """What is to be measured, as a function of the folder and the pictures' title. Raises UserError for bad flags."""
-    lengths = _LENGTHS.value and tuple(_length(text) for text in _LENGTHS.value)
+    lengths = _LENGTHS.value and tuple(cli.numbers("lengths", _LENGTHS.value))
     if op == "compile":
         return functools.partial(compile_time.section, compile_time.Settings())
     if op == "generation":
@@ -166,14 +166,6 @@ def _plan(op: str) -> Callable[[Path, str], report.Section]:
     if lengths:
         settings = dataclasses.replace(settings, lengths=lengths)
     return functools.partial(sweep.section, case, variants, settings)
-
-
-def _length(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise cli.UserError(
-            f"--lengths: {text!r} is not a positive integer; write them like --lengths=256,1024"
-        )
-    return int(text)
 
 
 def _chosen(flag: str, values: list[str], choices: tuple[str, ...]) -> tuple[str, ...]:

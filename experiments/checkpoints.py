@@ -39,8 +39,8 @@ class SaveFailed(RuntimeError):
 class DataPosition:
     """A data iterator as a part of a checkpoint: its `get_state()` as JSON, one file for each share of the batch.
 
-    Reading puts the shares together and cuts them anew (`batches.join_states`, `cut_state`), so the next batches are those the
-    run that wrote it would have seen, whatever the number of processes: no example is repeated or skipped.
+    Reading puts the shares together (`batches.join_states`), of which the iterator takes its own, so the next batches are those
+    the run that wrote it would have seen, whatever the number of processes: no example is repeated or skipped.
     """
 
     def __init__(self, iterator, share: DataShare = DataShare()):  # noqa: B008, frozen
@@ -66,8 +66,9 @@ class DataPosition:
         paths = [directory / f"share_{i}_of_{count}.json" for i in range(count)]
         if missing := [path.name for path in paths if not path.exists()]:
             raise ValueError(f"{directory} is not whole: it lacks {', '.join(missing)}")
-        whole = batches.join_states([json.loads(path.read_text()) for path in paths])
-        self.iterator.set_state(batches.cut_state(whole, self.share.index, self.share.count))
+        self.iterator.set_state(
+            batches.join_states([json.loads(path.read_text()) for path in paths])
+        )
 
 
 class Checkpoints:
@@ -141,10 +142,11 @@ class Checkpoints:
         self._pending = None
 
     def restore(self, step: int, abstract_state: TrainState, data_iterator) -> TrainState:
-        """The state of `step`, laid out as `abstract_state` says; sets the data iterator to where it stood."""
+        """The state of `step`, laid out as `abstract_state` says; sets the data iterator, if there is one, to where it stood."""
         abstract = _parts(abstract_state)
         self._check_same_trees(step, abstract)
-        DataPosition(data_iterator, self._share).read(self.path(step) / "data")
+        if data_iterator is not None:
+            DataPosition(data_iterator, self._share).read(self.path(step) / "data")
         parts = self._checkpointer.load_checkpointables(step, abstract)
         return TrainState(params=parts["params"], **parts["training"])
 

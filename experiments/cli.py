@@ -5,12 +5,17 @@
 3    the loss was not finite           4    a checkpoint could not be written
 5    another process of the run failed, or is missing; its reason is printed. Where its own code is 2 or 3, so is everybody's
 130, 143   stopped by Ctrl-C, SIGTERM, after saving (with several processes always 143)
+141  nobody reads what it prints any more, as in `... | head`
 """
 
 import difflib
 import importlib.util
+import os
 import re
+import select
+import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +25,15 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import distributed, rendezvous, run_record
 from experiments.checkpoints import SaveFailed, is_disk_full
+from kernels_pallas import absent_tpu
 from seqmodels.fields import expected
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OUR_CODE = tuple(
     _ROOT / name for name in ("experiments", "seqmodels", "kernels_pallas", "configs", "tests")
 )
+_NO_BACKEND = re.compile("Unable to initialize backend|Unknown backend")
+_HELP = r"--?(help(short|full|xml)?|\?)"
 
 
 class _Parser(flags.ArgumentParser):
@@ -85,6 +93,7 @@ def run(
     overridden by --config.x.y=value. None: no config.
     many_hosts: the program can be one of several processes, as `distributed` says; it has the flags for it.
     """
+    absent_tpu.pass_over()
     if many_hosts:
         distributed.define_flags()
 
@@ -100,10 +109,16 @@ def run(
             return main(argv)
 
     try:
-        app.run(
-            quiet_main,
-            flags_parser=lambda argv: _explained(lambda argv: parse_flags(argv, config_from), argv),
-        )
+        try:
+            app.run(
+                quiet_main,
+                flags_parser=lambda argv: _explained(
+                    lambda argv: parse_flags(argv, config_from), argv
+                ),
+            )
+        except SystemExit:
+            sys.stdout.flush()  # here, where a reader that has left is no error
+            raise
     except (Exception, KeyboardInterrupt) as error:
         code, message = _exit_code(error)
         distributed.fail(error, code)
@@ -111,7 +126,7 @@ def run(
             raise
         if message is None:
             traceback.print_exc()
-        else:
+        elif message:
             print(f"error: {distributed.label()}{message}", file=sys.stderr)
         distributed.end(code)
 
@@ -123,7 +138,7 @@ def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
     Raises UserError for an unknown flag or field, or a value that is not of the field's type.
     """
     try:
-        if config_from is None:
+        if config_from is None or any(re.fullmatch(_HELP, text) for text in argv[1:]):
             return flags.FLAGS(argv)
         if config_from == "file":
             config = load_config(_flag_value(argv, "config") or "")
@@ -139,10 +154,41 @@ def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
         raise UserError(str(error)) from error
 
 
+def _nobody_reads() -> bool:
+    """Whether the program at the other end of standard output has ended; then what is left to write goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
 def no_arguments(argv: Sequence[str]) -> None:
     """Refuses what is neither the program's name nor a flag."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: flags start with --")
+
+
+def numbers(flag: str, texts: Sequence[str], kind: type = int, least: float = 1) -> list:
+    """What a list flag says. Raises UserError where that is no number, or one below `least`."""
+    try:
+        values = [kind(text) for text in texts]
+    except ValueError as error:
+        raise UserError(
+            f"--{flag} is {','.join(texts)}; give numbers with commas between them"
+        ) from error
+    if wrong := [value for value in values if not value >= least]:
+        raise UserError(f"--{flag} has {wrong[0]}; it must be at least {least}")
+    return values
+
+
+def output_folder(path: str | Path) -> Path:
+    """The folder, made where it is not there. Raises OSError, which names it, where nothing can be written into it."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        return path
 
 
 def load_config(path_and_argument: str) -> ConfigDict:
@@ -230,12 +276,14 @@ def _flag_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def _explained(function, argv):
-    """Calls function(argv). A ValueError or a missing file that our own code raised is a user's mistake; one from a library is
-    a defect, and keeps its traceback."""
+    """Calls function(argv). A ValueError that our own code raised, or an OSError that it wrote itself, is a user's mistake; one from
+    a library is a defect, and keeps its traceback."""
     try:
         return function(argv)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if isinstance(error, (UserError, rendezvous.Incomplete)) or not _raised_by_us(error):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: see _exit_code
             raise
         raise UserError(str(error)) from error
 
@@ -248,7 +296,9 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _exit_code(error: BaseException) -> tuple[int, str | None]:
-    """The exit code, and what to tell: None is a traceback."""
+    """The exit code, and what to tell: None is a traceback, "" nothing."""
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return 128 + signal.SIGPIPE, ""
     codes = {
         UserError: 2,
         NonFiniteLoss: 3,
@@ -260,4 +310,10 @@ def _exit_code(error: BaseException) -> tuple[int, str | None]:
             return code, str(error)
     if isinstance(error, OSError) and is_disk_full(error):
         return 4, f"{error}. The run stopped; whole checkpoints are intact"
-    return (130 if isinstance(error, KeyboardInterrupt) else 1), None
+    if isinstance(error, RuntimeError) and _NO_BACKEND.match(str(error)):  # JAX_PLATFORMS
+        return 2, str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return 1, None

@@ -15,8 +15,6 @@ is done is read again, and a run that was stopped goes on. The table, table.md a
 decoding.png has time and memory against the context, where there are several.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from experiments import cli
@@ -37,14 +35,13 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/linearizations", "where everythi
 _CONTEXTS = flags.DEFINE_list("contexts", ["1024", "8192", "32768"], "tokens of context, rising")
 _BATCHES = flags.DEFINE_integer("transfer_batches", 2, "for the column transfer", lower_bound=1)
 _SCALE = flags.DEFINE_float("steps_scale", 1.0, "of the configs' steps", lower_bound=0.0)
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "tokens a row; 0: the configs' own")
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "tokens a row; 0: the configs' own", lower_bound=0)
 
 
 def main(argv):
     cli.no_arguments(argv)
-    workdir = Path(_WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
-    contexts = tuple(map(int, _CONTEXTS.value))
+    workdir = cli.output_folder(_WORKDIR.value)
+    contexts = tuple(cli.numbers("contexts", _CONTEXTS.value))
 
     def change(config):
         if _SEQ_LEN.value:

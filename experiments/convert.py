@@ -32,13 +32,14 @@ _TO = flags.DEFINE_enum("to", own_layout.MODEL_TYPE, pretrained.layouts(), "the 
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
-    ["float32", "bfloat16", "float16"],
+    pretrained.DTYPES,
     "of the weights, and of a workdir's activations, whose weights are float32; default: the source's",
 )
 _MAX_LEN = flags.DEFINE_integer(
     "max_len",
     None,
     "tokens that full-attention layers can hold when decoding; default: the model's context",
+    lower_bound=1,
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer.json, where the source has none")
 _SHARD_BYTES = flags.DEFINE_integer(

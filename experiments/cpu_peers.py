@@ -16,7 +16,6 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import dataclasses
-from pathlib import Path
 
 from absl import flags
 
@@ -61,12 +60,13 @@ def main(argv):
         dtype=_DTYPE.value,
         rounds=_ROUNDS.value,
     )
+    out = cli.output_folder(_OUT.value)
     found = {}
     for part in _WHICH.value:
         found[part] = []
         for name in _ONLY.value:
             found[part] += _PARTS[part](name, settings)
-            cpu_peers.save(Path(_OUT.value), found)  # what is cut short keeps what it has
+            cpu_peers.save(out, found)  # what is cut short keeps what it has
     timed = found.get("timing", [])
     if timed:
         print(report.text_table([cpu_peers.line(row) for row in timed]))

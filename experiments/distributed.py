@@ -163,6 +163,11 @@ def agree(value: int, what: str) -> int:
     return value
 
 
+def told_by_first(value: bool) -> bool:
+    """What process 0 has."""
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+
+
 def check_shared(folder: Path) -> None:
     """Raises ValueError on all processes if one of them does not see what process 0 writes into `folder`."""
     if jax.process_count() == 1:

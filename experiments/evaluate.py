@@ -43,9 +43,14 @@ from seqmodels import sharding
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")
-_DTYPE = flags.DEFINE_string("dtype", None, "with --model: float32, bfloat16; default: the file's")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, pretrained.DTYPES, "with --model: of the weights; default: the file's"
+)
 _MAX_LEN = flags.DEFINE_integer(
-    "max_len", None, "with --model: tokens that full-attention layers hold when generating"
+    "max_len",
+    None,
+    "with --model: tokens that full-attention layers hold when generating",
+    lower_bound=1,
 )
 _DATA = flags.DEFINE_enum(
     "data", "python_stdlib", ["python_stdlib", "text", "tfds"], "with --model: text to score it on"
@@ -55,7 +60,9 @@ _OUT = flags.DEFINE_string(
 )
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "what to score")
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
-_MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "score so many batches; 0: the whole split")
+_MAX_BATCHES = flags.DEFINE_integer(
+    "max_batches", 0, "score so many batches; 0: the whole split", lower_bound=0
+)
 _BUCKETS = flags.DEFINE_integer("buckets", 16, "rows of the table", lower_bound=1)
 _CONTEXT_LENGTHS = flags.DEFINE_list("context_lengths", [], "lengths of rows to score again in")
 _RETRIEVAL = flags.DEFINE_list("retrieval", [], f"some of {', '.join(needles.FORMS)}")
@@ -66,7 +73,9 @@ _DEPTHS = flags.DEFINE_list("depths", list(map(str, retrieval.DEPTHS)), "of retr
 _EXAMPLES = flags.DEFINE_integer(
     "examples", 10, "of retrieval, for each length and depth", lower_bound=1
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "prompts read and continued together")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "prompts read and continued together", lower_bound=1
+)
 _TASKS = flags.DEFINE_list("lm_eval_tasks", [], "tasks of the evaluation harness")
 _TASKS_PATH = flags.DEFINE_string("lm_eval_path", None, "a folder with task files of your own")
 _LIMIT = flags.DEFINE_integer("lm_eval_limit", None, "examples of each task", lower_bound=1)
@@ -91,12 +100,14 @@ def main(argv):
     cli.no_arguments(argv)
     if not _MODEL.value and (_DTYPE.value or _MAX_LEN.value):
         raise cli.UserError("--dtype and --max_len go with --model")
-    lengths = _numbers("context_lengths", _CONTEXT_LENGTHS.value, int)
+    lengths = cli.numbers("context_lengths", _CONTEXT_LENGTHS.value, least=2)
     subject = _pretrained() if _MODEL.value else _of_run()
+    for length in lengths:
+        subject.program.model.check_length(length)
     out = Path(_OUT.value or _WORKDIR.value or _new_folder())
     first = jax.process_index() == 0
     if first:
-        out.mkdir(parents=True, exist_ok=True)
+        cli.output_folder(out)
         print(subject.name)
     if _RETRIEVAL.value:
         _find_needles(subject, out, first)
@@ -120,7 +131,7 @@ def _pretrained() -> Subject:
     loaded = pretrained.load(_MODEL.value, config.data.tokenizer, dtype=_DTYPE.value)
     max_len = _MAX_LEN.value
     if max_len is None and _RETRIEVAL.value:
-        max_len = max(_numbers("lengths", _LENGTHS.value, int))
+        max_len = max(cli.numbers("lengths", _LENGTHS.value, least=2))
     if max_len is not None:
         loaded = loaded.with_max_len(max_len)
     config.model = dict(loaded.found.model_config)
@@ -128,12 +139,8 @@ def _pretrained() -> Subject:
         {"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token}
     )
     dataset, seq_len = _dataset(config)
-    positions = loaded.model.learned_positions
-    longest = max([seq_len, *_numbers("context_lengths", _CONTEXT_LENGTHS.value, int)])
-    if dataset is not None and positions is not None and longest > positions:
-        raise cli.UserError(
-            f"rows are {longest} tokens, and {_MODEL.value} has learned {positions} positions: set --config.data.seq_len"
-        )
+    if dataset is None:
+        seq_len = min(seq_len, loaded.model.learned_positions or seq_len)
     program = steps.build(config, seq_len)
     params = jax.tree.map(
         lambda p, a: jax.device_put(p, a.sharding), loaded.params, program.abstract_state.params
@@ -162,6 +169,11 @@ def _dataset(config):
     if _SPLIT.value == "train" and not _MAX_BATCHES.value:
         raise cli.UserError("the training split has no end: give --max_batches")
     dataset = _make_dataset(config)
+    if dataset.vocab_size > config.model.vocab_size:
+        raise cli.UserError(
+            f"the data has ids up to {dataset.vocab_size - 1}, and the model a vocabulary of {config.model.vocab_size}: score it "
+            "with the tokenizer that it was trained with"
+        )
     return dataset, next(iter(dataset))["inputs"].shape[1]
 
 
@@ -237,8 +249,8 @@ def _find_needles(subject: Subject, out: Path, first: bool) -> None:
         subject.params,
         subject.tokenizer,
         _RETRIEVAL.value,
-        _numbers("lengths", _LENGTHS.value, int),
-        _numbers("depths", _DEPTHS.value, float),
+        cli.numbers("lengths", _LENGTHS.value, least=2),
+        cli.numbers("depths", _DEPTHS.value, float, least=0),
         examples=_EXAMPLES.value,
         batch_size=_BATCH_SIZE.value,
         seed=subject.config.seed,
@@ -279,12 +291,13 @@ def _run_tasks(subject: Subject, out: Path, first: bool) -> None:
 def _as_the_harness_asks(subject: Subject) -> dict[str, Any]:
     """Runs have learned documents with their first token; pretrained models are asked as the harness asks transformers', with no
     more than their context."""
-    found = subject.found
+    found, positions = subject.found, subject.program.model.learned_positions
     if found is None:
         run = pretrained.of_run(subject.config, subject.params, _WORKDIR.value)
-        return {"document_starts": True, "stop_tokens": pretrained.with_tokenizer(run).stop_tokens}
+        stop_tokens = pretrained.with_tokenizer(run).stop_tokens
+        return {"document_starts": True, "stop_tokens": stop_tokens, "max_length": positions}
     if found.tokenizer_name == BYTES:
-        return {"document_starts": True}
+        return {"document_starts": True, "max_length": positions}
     tokens = found.found.tokens
     limit = sampling.context_limit(subject.program.model)
     return {
@@ -293,16 +306,6 @@ def _as_the_harness_asks(subject: Subject) -> dict[str, Any]:
         "stop_tokens": found.stop_tokens,
         "max_length": limit and limit[0],
     }
-
-
-def _numbers(name: str, texts, kind) -> list:
-    try:
-        numbers = [kind(text) for text in texts]
-    except ValueError as error:
-        raise cli.UserError(f"--{name} is {','.join(texts)}; give numbers with commas") from error
-    if kind is int and any(number < 2 for number in numbers):
-        raise cli.UserError(f"--{name} has {min(numbers)}; lengths are 2 tokens or more")
-    return numbers
 
 
 def _new_folder() -> Path:

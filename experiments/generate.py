@@ -21,7 +21,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "with --model: a tokenizer.json, if it has none")
 _CHAT = flags.DEFINE_bool("chat", False, "prompts are questions to an assistant")
-_DTYPE = flags.DEFINE_string("dtype", None, "with --model: float32, bfloat16; default: the file's")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, pretrained.DTYPES, "with --model: of the weights; default: the file's"
+)
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "text to continue; can be given several times")
 _LENGTH = flags.DEFINE_integer("length", 300, "tokens to generate at most", lower_bound=1)

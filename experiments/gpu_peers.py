@@ -15,8 +15,6 @@ os.environ.setdefault(
     "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
 )  # the peers' torch needs memory, too
 
-from pathlib import Path
-
 import jax
 from absl import flags
 
@@ -35,12 +33,8 @@ def main(argv):
     for name in _ONLY.value:
         if name not in _NAMES:
             raise cli.UserError(f"--only: unknown {name!r}; choose from {', '.join(_NAMES)}")
-    try:
-        lengths = [int(T) for T in _LENGTHS.value]
-    except ValueError as error:
-        raise cli.UserError(f"--lengths: {error}; expected whole numbers") from error
-    if min(lengths, default=0) < 1:
-        raise cli.UserError(f"--lengths: {_LENGTHS.value}; expected lengths of at least 1")
+    lengths = cli.numbers("lengths", _LENGTHS.value)
+    out = cli.output_folder(_OUT.value)
     chosen = [c for c in gpu_peers.COMPARISONS if c.name in _ONLY.value]
     rows = []
     for comparison in chosen:
@@ -51,7 +45,7 @@ def main(argv):
     print(report.text_table([gpu_peers.line(row) for row in rows]))
     print("\n".join(gpu_peers.crossings(rows)))
     try:
-        gpu_peers.save(Path(_OUT.value), rows)
+        gpu_peers.save(out, rows)
     except ValueError as error:
         raise cli.UserError(str(error)) from error
     print(f"results: {_OUT.value}")

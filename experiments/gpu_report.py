@@ -16,8 +16,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from pathlib import Path
-
 from absl import flags
 
 from experiments import cli
@@ -51,13 +49,14 @@ def main(argv):
     with triton_call.recorded():
         if reason := triton_call.why_not():
             raise cli.UserError(reason)
+    out = cli.output_folder(_OUT.value)
     print(static_triton.NOTE, flush=True)
     for op in ops:
         for target in map(int, _TARGET.value):
             rows = static_triton.rows(op, _SHAPE.value, _DTYPE.value, (target,))
             print(f"\n{op}")
             print(report.text_table([static_triton.line(row) for row in rows]), flush=True)
-            static_triton.save(Path(_OUT.value), rows)
+            static_triton.save(out, rows)
     print(f"results: {_OUT.value}")
 
 

@@ -151,7 +151,8 @@ class HarnessModel(TemplateLM):
 
     def _prompt(self, context: str, length: int) -> list[int]:
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        limit = self._max_length or (sampling.context_limit(self._model) or (None,))[0]
+        cached = (sampling.context_limit(self._model) or (None,))[0]
+        limit = min(filter(None, (self._max_length, cached)), default=None)
         if limit is None:
             return tokens
         if length >= limit:

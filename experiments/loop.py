@@ -18,12 +18,15 @@ from experiments.data import make_dataset, tokenizers
 from seqmodels import sharding
 
 
-def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
+def train(
+    config, workdir: str | Path, devices=None, make_task=None, new_data: bool = False
+) -> dict:
     """Trains what `config` describes and returns what is in workdir/result.json.
 
     A workdir that holds checkpoints is resumed from the latest. See configs/common.py for the fields.
     devices: to train on; None is all there are.
     make_task: (resolved config, seq_len) -> steps.Task, where it is not the config's language model that is trained whole.
+    new_data: what is resumed begins its data anew, which may be other than the checkpoint's.
 
     Raises:
       ValueError: something in the config is wrong, or the workdir's checkpoint is of another model; nothing was written.
@@ -53,12 +56,13 @@ def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
     saved = distributed.agree(-1 if saved is None else saved, "the latest checkpoint they see")
     start = max(saved, 0)
     if saved > 0:
-        state = checkpoints.restore(start, program.abstract_state, batches)
+        state = checkpoints.restore(start, program.abstract_state, None if new_data else batches)
     elif saved == 0:  # `convert` made it: weights alone, for any data and optimizer
         parts = checkpoints.restore_parts(0, program.abstract_state, ("params",))
         state = program.init(config.seed, parts["params"])
     else:
         state = program.init(config.seed)
+    scored = distributed.told_by_first(metrics.has_validation(workdir, start))
     writer = metrics.MetricWriter(config, workdir, start)
 
     progress = metrics.Progress(start, config.train.steps)
@@ -103,8 +107,13 @@ def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
             writer.write(step, **{f"validation_{name}": value for name, value in scores.items()})
             progress.say(f"step {step}: validation loss {scores['loss']:.4f}")
 
+    def due(step: int) -> bool:
+        return step == config.train.steps or step % config.train.eval_every == 0
+
     pending = None  # the last step's metrics: read after the next step is on its way
     with contextlib.closing(progress), contextlib.closing(writer):
+        if saved > 0 and due(start) and not scored:  # it was stopped, or killed, before that
+            validate(start)
         with StopSignals() as stop, contextlib.closing(checkpoints):
             for step in range(start + 1, config.train.steps + 1):
                 state, step_metrics = program.train_step(state, program.put(next(batches)))
@@ -116,7 +125,7 @@ def train(config, workdir: str | Path, devices=None, make_task=None) -> dict:
                 last = step == config.train.steps
                 stopping = stop.requested(step)
                 saving = last or stopping or step % config.checkpoint.every == 0
-                validating = last or step % config.train.eval_every == 0
+                validating = due(step)
                 if saving or validating:
                     report(*pending)  # a state is saved once it is known to be finite
                     pending = None
@@ -186,7 +195,8 @@ class Clock:
     def paused(self):
         before = time.perf_counter()
         yield
-        self._start += time.perf_counter() - before
+        if self._start is not None:
+            self._start += time.perf_counter() - before
 
 
 class StopSignals:

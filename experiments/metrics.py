@@ -19,7 +19,7 @@ class MetricWriter:
     """Writes rows of named numbers, on process 0.
 
     config: `tensorboard` (bool) and `wandb` (a project's name, "" for none) turn those on; a missing package is a ValueError
-    that names the extra. start_step: rows after it, of a run that went on past its last checkpoint, are dropped, and so are the
+    that names the extra, and so is W&B without a key. start_step: rows after it, of a run that went on past its last checkpoint, are dropped, and so are the
     scores of an earlier end.
     """
 
@@ -29,6 +29,8 @@ class MetricWriter:
             return
         tensorboardX = _import_extra("tensorboardX", "tensorboard") if config.tensorboard else None
         wandb = _import_extra("wandb", "wandb") if config.wandb else None
+        if wandb:
+            self._wandb = _start_wandb(wandb, config, workdir)
         path = workdir / FILE_NAME
         rows = read_metrics(workdir)
         kept = [row for row in rows if row["step"] <= start_step and "test_loss" not in row]
@@ -37,16 +39,6 @@ class MetricWriter:
         if tensorboardX:
             self._tensorboard = tensorboardX.SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=start_step + 1
-            )
-        if wandb:
-            run_id = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
-            self._wandb = wandb.init(
-                project=config.wandb,
-                name=workdir.name,
-                dir=str(workdir),
-                config=config.to_dict(),
-                id=run_id,
-                resume="allow",
             )
 
     def write(self, step: int, **values: float) -> None:
@@ -68,11 +60,35 @@ class MetricWriter:
             self._wandb.finish()
 
 
+def _start_wandb(wandb, config, workdir: Path):
+    run_id = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+    try:
+        return wandb.init(
+            project=config.wandb,
+            name=workdir.name,
+            dir=str(workdir),
+            config=config.to_dict(),
+            id=run_id,
+            resume="allow",
+        )
+    except wandb.Error as error:
+        raise ValueError(
+            f"config.wandb is {config.wandb!r}, and Weights & Biases does not start: {error}. Log in first (wandb login, or "
+            "WANDB_API_KEY in the environment), keep it on this machine (WANDB_MODE=offline), or leave config.wandb empty"
+        ) from error
+
+
 def read_metrics(workdir: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
     path = Path(workdir) / FILE_NAME
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def has_validation(workdir: Path, step: int) -> bool:
+    """Whether the validation split was scored at this step."""
+    rows = read_metrics(workdir)
+    return any(row["step"] == step and "validation_loss" in row for row in rows)
 
 
 def _import_extra(package: str, extra: str):

@@ -62,6 +62,8 @@ def main(argv):
     except ImportError as error:
         raise cli.UserError(str(error)) from error
     chosen, left_out = _cases()  # all mistakes are found before anything is compiled
+    if _OUT.value:
+        cli.output_folder(_OUT.value)
     print(report.NOTE, *(f"not compiled: {why}" for why in left_out), sep="\n")
     rows = []
     for case in chosen:
@@ -92,7 +94,7 @@ def _cases() -> tuple[list[cases.Case], list[str]]:
             "--tokens_per_device says how many rows there are: leave --batch_size out"
         )
     meshes = [cases.parse_mesh(text) for text in _MESH.value] or [None]
-    batches = [_positive(text) for text in _BATCH.value] or [None]
+    batches = cli.numbers("batch_size", _BATCH.value) or [None]
     config = cases.resolve(_CONFIG.value)
     chosen, left_out = [], []
     for where in [parts.find(topology) for topology in _TOPOLOGY.value]:
@@ -107,12 +109,6 @@ def _cases() -> tuple[list[cases.Case], list[str]]:
             for batch in batches
         ]
     return chosen, left_out
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise cli.UserError(f"--batch_size: expected numbers of rows, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from seqmodels.checkpoints_io import architectures, files, own_layout, special_t
 
 WORKDIR = "workdir"
 _STORED_DTYPES = "stored_dtypes.json"  # in a workdir: Pretrained.dtypes of what it began from
+DTYPES = ("float32", "bfloat16", "float16")  # of weights
 _WHOLE_TEXT = "<|endoftext|>"  # what separates documents in pretraining, where a vocabulary has it
 
 
@@ -85,8 +86,10 @@ class Loaded:
 def load(source: str, tokenizer: str = "", **options) -> Loaded:
     """The model of `source` with the tokenizer that comes with it, or the given one. Options: `load_pretrained`'s.
 
-    Raises ValueError where there is no tokenizer, or it is of another vocabulary.
+    Raises ValueError for the folder of a run, and where there is no tokenizer, or it is of another vocabulary.
     """
+    if (Path(source) / "checkpoints").is_dir():
+        raise ValueError(f"{source} is the folder of a run: give it as --workdir")
     return with_tokenizer(checkpoints_io.load_pretrained(source, **options), tokenizer)
 
 
@@ -251,6 +254,9 @@ def write_workdir(workdir: Path, loaded: Loaded) -> Path:
     if own is not None:
         config.data.tokenizer = str(workdir.absolute() / special_tokens.TOKENIZER_FILE)
     config.optimizer.learning_rate = 1e-5
+    if positions := loaded.model.learned_positions:
+        config.data.seq_len = min(config.data.seq_len, positions)
+        config.sample.length = min(config.sample.length, positions)
     steps.build(config, config.data.seq_len)  # raises for what cannot be run
     checkpoints = Checkpoints(workdir)
     params = jax.tree.map(lambda p: p.astype(jnp.float32), loaded.params)

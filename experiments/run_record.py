@@ -40,14 +40,27 @@ def _plain(config: ConfigDict) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def load_config(workdir: Path) -> ConfigDict:
+def load_config(workdir: str | Path) -> ConfigDict:
     """The config a run was trained with. Raises ValueError if the folder holds no run."""
+    if not workdir:
+        raise ValueError("give the --workdir of a training run")
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(
             f"{workdir} holds no run: there is no {path}. Give the --workdir of a training run"
         )
+    if holds_linearization(workdir):
+        raise ValueError(
+            f"{workdir} holds a linearization; its student is a run: {workdir}/student"
+        )
     return common.with_defaults(json.loads(path.read_text()))
+
+
+def holds_linearization(workdir: str | Path) -> bool:
+    """Whether `experiments.linearize` writes into the folder: not a run, but a folder of runs."""
+    path = Path(workdir) / "config.json"
+    made = path.exists() and "linearize" in json.loads(path.read_text())
+    return made and not (Path(workdir) / "checkpoints").is_dir()
 
 
 def record_start(workdir: Path, step: int, changes: list[str]) -> None:

@@ -25,7 +25,8 @@ def score(
     whether each is the likeliest.
 
     A row holds as many sequences as fit, each a document of its own, so that no sequence sees another. Rows are as long as a
-    power of two that holds the longest sequence, and there are as many as tokens_a_batch allows: one compiled program.
+    power of two that holds the longest sequence, or the learned positions if those are fewer, and there are as many as
+    tokens_a_batch allows: one compiled program.
     Raises ValueError for a sequence of fewer than two tokens, for more than the model has learned positions for, and for ids
     outside the vocabulary.
     """
@@ -44,6 +45,7 @@ def score(
     if not sequences:
         return []
     T = max(MIN_ROW, 1 << (max(map(len, sequences)) - 2).bit_length())
+    T = min(T, model.learned_positions or T)
     B = max(1, tokens_a_batch // T)
     rows = list(_rows([len(sequence) - 1 for sequence in sequences], T))
     scores: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0))] * len(sequences)

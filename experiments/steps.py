@@ -47,6 +47,7 @@ def language_modelling(config, seq_len: int) -> Task:
     """The Task of a config by itself: its model, from random values or given parameters, by cross-entropy plus train.z_loss times the mean of
     (log Z)^2 (PaLM, arXiv 2204.02311, section 5)."""
     model = language_model.from_config(config.model)
+    model.check_length(seq_len)
 
     def init(key, start=()):
         if start:

@@ -14,8 +14,6 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu compiles; nothing runs on a TPU
 
-from pathlib import Path
-
 from absl import flags
 
 from experiments import cli
@@ -39,6 +37,7 @@ _OUT = flags.DEFINE_string("out", str(static_cost.FOLDER), "folder for results")
 def main(argv):
     cli.no_arguments(argv)
     plans = _plans()  # all mistakes are found before anything is compiled
+    out = cli.output_folder(_OUT.value)
     print(static_cost.NOTE, flush=True)
     found = []
     for op, shape, topology in plans:
@@ -49,7 +48,7 @@ def main(argv):
             if lines := static_cost.kernel_lines(row):
                 print(report.text_table(lines), flush=True)
             print()
-        static_cost.save(Path(_OUT.value), found)
+        static_cost.save(out, found)
     print(report.targets_text(static_cost.targets(found)))
     print(f"results: {_OUT.value}")
 

@@ -3,7 +3,8 @@
     python -m experiments.train --config=configs/quickstart.py
     python -m experiments.train --config=configs/quickstart.py:smoke --config.train.steps=20 --workdir=/tmp/run
 
-Everything lands in --workdir. The same command with the same --workdir goes on from its last checkpoint. On many hosts it is the same
+Everything lands in --workdir. The same command with the same --workdir goes on from its last checkpoint, with another data.batch_size
+if it is told so; where the text has changed it refuses, and with --new_data begins that from its start. On many hosts it is the same
 command on each, with a --workdir that all share: LAUNCH.md.
 """
 
@@ -22,6 +23,9 @@ _WORKDIR = flags.DEFINE_string(
 _RESUME = flags.DEFINE_bool(
     "resume", False, "refuse to start anew: --workdir must hold a checkpoint"
 )
+_NEW_DATA = flags.DEFINE_bool(
+    "new_data", False, "resume with data from its start, which may be another text"
+)
 
 
 def main(argv):
@@ -29,10 +33,12 @@ def main(argv):
     if jax.process_count() > 1 and not _WORKDIR.value:
         raise cli.UserError("several processes need one --workdir, in a folder that all share")
     workdir = Path(_WORKDIR.value or run_record.default_workdir(_config_path()))
+    if run_record.holds_linearization(workdir):
+        raise cli.UserError(f"{workdir} holds a linearization; give another --workdir")
     saved = workdir / "checkpoints"
     if _RESUME.value and not any(path.name.isdigit() for path in saved.glob("*")):
         raise cli.UserError(f"--resume: {saved} holds no checkpoint")
-    result = loop.train(_CONFIG.value, workdir)
+    result = loop.train(_CONFIG.value, workdir, new_data=_NEW_DATA.value)
     if jax.process_index() == 0:
         print(summary.text(result))
 

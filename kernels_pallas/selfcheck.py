@@ -18,6 +18,7 @@ writing the truth itself in the result's dtype makes (a bfloat16 entry of 20 tim
 import argparse
 import dataclasses
 import platform
+import signal
 import sys
 import time
 import zlib
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas
-from kernels_pallas import dispatch, first_use, targets
+from kernels_pallas import absent_tpu, dispatch, first_use, targets
 from kernels_pallas.causal_conv import api as causal_conv_api
 from kernels_pallas.delta_rule import api as delta_rule_api
 from kernels_pallas.diagonal_scan import api as diagonal_scan_api
@@ -395,6 +396,7 @@ def main(arguments=None) -> int:
         help="on a CPU: run the kernels interpreted, at tiny sizes",
     )
     options = parser.parse_args(arguments)
+    absent_tpu.pass_over()
     target = targets.current()
     interpret = options.interpret and target.platform == "cpu"
     platforms = ("tpu", "gpu") if interpret else (target.platform,)
@@ -419,4 +421,5 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it, quietly
     sys.exit(main())

@@ -13,7 +13,7 @@ the part: `targets.current()` is a TPU of that kind inside. A kernel that does n
 here as it would on the machine. Nothing is run, and no number from here is a time.
 
 Run with JAX_PLATFORMS=cpu. Several processes may compile at once. libtpu reads its environment once, when it is loaded:
-`_prepare_environment` is the one place that sets it.
+`_prepare_environment` and `absent_tpu` are the places that set it.
 """
 
 import atexit
@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from kernels_pallas import absent_tpu
 
 
 class Part(NamedTuple):
@@ -180,14 +182,7 @@ def _prepare_environment(listings: bool = True) -> None:
         )
     _DUMP = pathlib.Path(tempfile.mkdtemp(prefix="seqmodels_tpu_"))
     atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
-    # Without these it asks Google Cloud's metadata server which machine this is.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")
-    # It guards a chip with /tmp/libtpu_lockfile; there is none here, and a second process would be refused.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_LOG_DIR", "disabled")
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    absent_tpu.tell_libtpu()
     if not listings:
         return
     # The listing of the last passes only: all seventy of a kernel would double the time.

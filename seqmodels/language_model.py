@@ -156,17 +156,31 @@ class LanguageModel(nn.Module):
         """Of the last hidden states; float32 whatever the dtype."""
         return capped(all_logits(x_BTD, matrix, None, layout), self.logit_softcap)
 
-    def _positions(self, shape, segment_ids_BT, state):
-        if segment_ids_BT is None and shape[1] > self.learned_positions:
+    @nn.nowrap
+    def check_length(self, length: int) -> None:
+        """Raises ValueError for rows of more tokens than there are learned positions."""
+        if self.learned_positions is not None and length > self.learned_positions:
             raise ValueError(
-                f"{shape[1]} tokens, and the model has learned {self.learned_positions} positions"
+                f"rows of {length} tokens, and the model has learned {self.learned_positions} positions: shorten the rows "
+                "(config.data.seq_len)"
             )
+
+    def _positions(self, shape, segment_ids_BT, state):
+        self.check_length(shape[1])
         offset_B = None
         if state is not None:
             offset_B = state.next_position_B
             if segment_ids_BT is not None:
                 offset_B = jnp.where(segment_ids_BT[:, 0] == state.segment_id_B, offset_B, 0)
-        return positions.token_positions(*shape[:2], segment_ids_BT, offset_B)
+        position_BT = positions.token_positions(*shape[:2], segment_ids_BT, offset_B)
+        if state is not None and not isinstance(position_BT, jax.core.Tracer):
+            tokens = int(position_BT.max()) + 1
+            if tokens > self.learned_positions:
+                raise ValueError(
+                    f"with what the state has read a document comes to {tokens} tokens, and the model has learned "
+                    f"{self.learned_positions} positions"
+                )
+        return position_BT
 
     def _position_embedding(self, position_BT):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))

@@ -8,7 +8,7 @@ ConfigDict or a dict, fills in what is missing and rejects what it does not know
 
 Every dataset
   name             python_stdlib, text, tfds, or a task (below)
-  batch_size=16    rows of a global batch; must divide over the processes
+  batch_size=16    rows of a global batch; must divide over the processes; a run can go on with another
   eval_batch_size=0   the same for validation and test; 0 is batch_size
   seed=0           order of the training documents, or the examples of a task
   prefetch=2       batches read ahead on a thread; 0 reads in the caller's thread
@@ -154,6 +154,10 @@ def documents(config: Mapping[str, Any], split: str):
             data_dir=config.data_dir,
         )
     if config.name == "text":
+        if config.document_bytes < 0:
+            raise ValueError(
+                f"document_bytes is {config.document_bytes}; it must be at least 1, or 0 for max(16384, 8 seq_len)"
+            )
         return text.text_documents(
             config.paths,
             split,

@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -21,7 +22,7 @@ class Dataset:
     """One split of one dataset, as this process sees it.
 
     `iter(dataset)` starts a fresh Grain iterator: `next` gives a batch, `get_state` and `set_state`
-    (a small dict of ints, ready for JSON) save and restore the position exactly, and Orbax takes
+    (a small dict, ready for JSON) save and restore the position exactly, and Orbax takes
     the iterator itself as a checkpointable. The state is that of the last batch handed out,
     whatever was read ahead. The train split never ends; the others end after one pass.
 
@@ -59,7 +60,9 @@ def empty(rows: int, seq_len: int) -> dict[str, np.ndarray]:
 
 def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
     """The rows of the global batch that one process supplies: equal, contiguous slices."""
-    if batch_size < 1 or batch_size % process_count:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1 row")
+    if batch_size % process_count:
         raise ValueError(
             f"batch_size counts the whole batch and is shared equally: {batch_size} does not divide "
             f"over {process_count} processes; take a multiple of {process_count}."
@@ -89,18 +92,14 @@ def join_states(states: list[State]) -> State:
     return joined
 
 
-def cut_state(state: State, index: int, count: int) -> State:
-    """The `index`-th of `count` equal shares of what `join_states` gave."""
-    cut = {}
-    for key, value in state.items():
-        if isinstance(value, dict):
-            cut[key] = cut_state(value, index, count)
-        elif isinstance(value, list):
-            rows = process_rows(len(value), index, count)
-            cut[key] = value[rows.start : rows.stop]
-        else:
-            cut[key] = value
-    return cut
+def check_state(state: State, names: Sequence[str]) -> None:
+    """Raises ValueError where a position is not of the kind that has these entries."""
+    if sorted(state) != sorted(names):
+        raise ValueError(
+            f"the data position that was saved has {', '.join(sorted(state)) or 'nothing'}, and one in this dataset has "
+            f"{', '.join(sorted(names))}: it is of another kind of dataset, or of an earlier version. Resume with the data "
+            "it was saved with, or go on from this one's start: experiments.train --new_data"
+        )
 
 
 class EpochOrder:
@@ -155,9 +154,13 @@ class Prefetched(grain.IterDataset):
 
 
 class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain's, closed once: its `__del__` closes again, and fails where Python is shutting down."""
+    """Grain's, closed once: its `__del__` closes again, and fails where Python is shutting down, or where it was never whole."""
 
-    _done = False
+    _done = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._done = False
 
     def close(self):
         if not self._done:

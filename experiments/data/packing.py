@@ -17,12 +17,19 @@ Lanes. Row r of every batch belongs to lane r, and lane r reads documents r, r +
 the shuffled stream. So a batch holds B different documents, a process reads only its own lanes, and
 the global batch is the same for any number of processes. A one-pass split has a single lane, which
 every process reads whole and takes its rows from: all processes then see the same number of batches.
+
+A run can go on with another batch size. Lanes that stay go on where they are, to the first document
+that nobody has been given; from there on documents are dealt to all lanes anew. So no document is
+read twice in an epoch, and with more lanes none is left out; of lanes that are left out, what they
+had not read of the documents given to them stays unread until the next epoch.
 """
 
 import functools
+import hashlib
 
 import grain
 import numpy as np
+from absl import logging
 
 from experiments.data import batches
 from experiments.data.text import Piece
@@ -78,6 +85,10 @@ def one_pass_order(n: int) -> batches.EpochOrder:
     return batches.EpochOrder(n, 0)
 
 
+_SAMPLED = 16  # documents that are hashed
+_RESTART = "Bring back the text it was saved with, or go on from this one's start: experiments.train --new_data"
+
+
 class PackIterDataset(grain.IterDataset):
     """Packs a MapDataset of token arrays; see the module's docstring.
 
@@ -92,6 +103,15 @@ class PackIterDataset(grain.IterDataset):
         self.rows_a_lane = batch_size // self.num_lanes
         self.lanes = range(rows.start // self.rows_a_lane, (rows.stop - 1) // self.rows_a_lane + 1)
 
+    @functools.cached_property
+    def corpus(self) -> dict[str, int | str]:
+        """By what a saved position knows the documents again: how many there are, and a hash of some of them."""
+        n = len(self.documents)
+        content = hashlib.sha256()
+        for i in range(0, n, -(-n // _SAMPLED)):
+            content.update(self.documents[i].tobytes())
+        return {"documents": n, "content": content.hexdigest()[:16]}
+
     def __iter__(self):
         return _PackIterator(self)
 
@@ -100,11 +120,25 @@ class PackIterDataset(grain.IterDataset):
 
 
 class _Lane:
-    """A place in the stream: a document's number and how many of its tokens are used up."""
+    """A place in the stream: a document's number and how many of its tokens are used up.
 
-    def __init__(self, dataset: PackIterDataset, document: int, offset: int):
-        self.dataset, self.document, self.offset = dataset, document, offset
+    deals: rising pairs (first, lanes): from document `first` on, documents are dealt to so many lanes in turn.
+    index: the lane's number among them.
+    """
+
+    def __init__(self, dataset: PackIterDataset, deals, index: int, document: int, offset: int):
+        self.dataset, self.deals, self.index = dataset, deals, index
+        self.document, self.offset = document, offset
         self.tokens = None  # of the current document, read when first needed
+
+    def following(self) -> int:
+        """The number of the lane's next document."""
+        later = [deal for deal in self.deals if deal[0] > self.document]
+        number = self.document + self.deals[-len(later) - 1][1]
+        for first, _ in later:
+            if number >= first:
+                number = first + self.index
+        return number
 
     def current(self) -> np.ndarray | None:
         """The current document's tokens, empty documents passed over; None at the stream's end."""
@@ -115,10 +149,15 @@ class _Lane:
             if not d.endless and self.document >= len(d.documents):
                 return None
             tokens = d.documents[d.order[self.document]]
+            if self.offset and self.offset >= len(tokens) - 1:
+                raise ValueError(
+                    f"the position in {d.what} is token {self.offset} of a document that has {len(tokens)}: the text has "
+                    f"changed. {_RESTART}"
+                )
             if len(tokens) > 1:
                 self.tokens = tokens
                 break
-            self.document += d.num_lanes
+            self.document = self.following()
             skipped += 1
             if skipped >= patience:
                 raise ValueError(f"Empty corpus: every document of {d.what} is empty.")
@@ -139,7 +178,7 @@ class _Lane:
             filled = used.stop
             self.offset += len(piece_N2) - 1
             if self.offset == len(tokens_N2) - 1:  # the last token is never an input
-                self.document += self.dataset.num_lanes
+                self.document = self.following()
                 self.offset, self.tokens = 0, None
         return segment > 0
 
@@ -148,10 +187,12 @@ class _PackIterator(grain.DatasetIterator):
     def __init__(self, dataset: PackIterDataset):
         super().__init__()
         self._dataset = dataset
-        self._place([(lane, 0) for lane in dataset.lanes])
+        self._place([(0, dataset.num_lanes)], [(lane, 0) for lane in dataset.lanes])
 
-    def _place(self, positions):
-        self._lanes = [_Lane(self._dataset, *position) for position in positions]
+    def _place(self, deals, positions):
+        self._deals = deals
+        numbered = zip(self._dataset.lanes, positions, strict=True)
+        self._lanes = [_Lane(self._dataset, deals, i, *position) for i, position in numbered]
 
     def __next__(self):
         d = self._dataset
@@ -170,14 +211,53 @@ class _PackIterator(grain.DatasetIterator):
         return {
             "document": [lane.document for lane in self._lanes],
             "offset": [lane.offset for lane in self._lanes],
+            "lanes": {str(first): lanes for first, lanes in self._deals},
+            "corpus": self._dataset.corpus,
         }
 
     def set_state(self, state: batches.State) -> None:
-        documents, offsets = state["document"], state["offset"]
-        if len(documents) != len(self._lanes):
+        """state: of this process's lanes, or of all, as all processes' states are joined; then of any number of lanes."""
+        d = self._dataset
+        batches.check_state(state, ("document", "offset", "lanes", "corpus"))
+        _check_corpus(d, state["corpus"])
+        deals = [(int(first), lanes) for first, lanes in state["lanes"].items()]
+        positions = list(zip(state["document"], state["offset"], strict=True))
+        all_lanes = deals[-1][1]
+        if len(positions) == all_lanes:
+            if all_lanes != d.num_lanes:
+                deals, positions = _deal_anew(deals, positions, d.num_lanes)
+            positions = positions[d.lanes.start : d.lanes.stop]
+        if len(positions) != len(d.lanes):
             raise ValueError(
-                f"The saved data position has {len(documents)} lanes, this dataset has "
-                f"{len(self._lanes)} (rows of the batch on this process): resume with the "
-                "batch_size of the run that saved it."
+                f"The data position has {len(positions)} of {all_lanes} lanes, and this process reads {len(d.lanes)} of "
+                f"{d.num_lanes}: join the positions of all processes (batches.join_states)."
             )
-        self._place(zip(documents, offsets))
+        self._place(deals, positions)
+
+
+def _deal_anew(deals, positions, lanes: int):
+    """(deals, positions) with which a stream goes on in another number of lanes; see the module's docstring."""
+    left_out = [document + (offset > 0) for document, offset in positions[lanes:]]
+    if left_out:
+        logging.warning(
+            "the data goes on in %d lanes of %d: what the others had begun to read, and the next documents that were theirs, "
+            "stay unread until the next epoch",
+            *(lanes, len(positions)),
+        )
+    positions = positions[:lanes]
+    first = max(left_out + [document + 1 for document, _ in positions])
+    positions += [(first + lane, 0) for lane in range(len(positions), lanes)]
+    deals = [deal for deal in deals if deal[0] < first] + [(first, lanes)]
+    while len(deals) > 1 and deals[1][0] <= min(positions)[0]:
+        del deals[0]  # all lanes are past it
+    return deals, positions
+
+
+def _check_corpus(dataset: PackIterDataset, saved: batches.State) -> None:
+    here = dataset.corpus
+    if here == saved:
+        return
+    what = f"it had {saved['documents']} documents, and has {here['documents']}"
+    if here["documents"] == saved["documents"]:
+        what = "it has as many documents, and other ones, or another tokenizer"
+    raise ValueError(f"{dataset.what} has changed since its position was saved: {what}. {_RESTART}")

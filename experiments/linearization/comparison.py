@@ -35,8 +35,20 @@ def compare(
     """
     rows, configs = {}, {TEACHER: _config(methods[0], argument)}
     configs |= {name: _config(name, argument) for name in methods}  # told at once: a wrong name
+    loaded = None
     for name, config in configs.items():
-        folder = workdir / name.replace(":", "-").replace(",", "-")
+        config.linearize.teacher = teacher
+        config.sample.length = 0
+        change(config)
+        if not (_folder(workdir, name) / "row.json").exists() and name != TEACHER:
+            loaded = loaded or teachers.load(teacher, teachers.overrides(config))
+            try:
+                run.make_plan(config, loaded.model)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    del loaded
+    for name, config in configs.items():
+        folder = _folder(workdir, name)
         path = folder / "row.json"
         if path.exists():
             rows[name] = json.loads(path.read_text())
@@ -46,9 +58,6 @@ def compare(
                     f"{path} was measured at contexts {measured}, not {tuple(contexts)}: remove it, or take another --workdir"
                 )
         else:
-            config.linearize.teacher = teacher
-            config.sample.length = 0
-            change(config)
             folder.mkdir(parents=True, exist_ok=True)
             if name == TEACHER:
                 rows[name] = _teacher_row(config, contexts, devices)
@@ -61,6 +70,10 @@ def compare(
     if len(contexts) > 1:
         decoding.picture({n: row["decoding"] for n, row in rows.items()}, workdir / "decoding.png")
     return rows
+
+
+def _folder(workdir: Path, name: str) -> Path:
+    return workdir / name.replace(":", "-").replace(",", "-")
 
 
 def _config(name: str, argument: str):

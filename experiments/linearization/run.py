@@ -103,6 +103,10 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     Raises: as `loop.train`; ValueError for what does not fit the teacher.
     """
     workdir = Path(workdir)
+    if (workdir / "config.json").exists() and not run_record.holds_linearization(workdir):
+        raise ValueError(
+            f"{workdir} holds a training run; give the linearization a folder of its own"
+        )
     teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
     config = teachers.with_data(config, teacher)
     teachers.check_context(teacher.model_config, config.data.seq_len)

@@ -326,8 +326,8 @@ def test_published_shapes_are_problems(case):
         ({"op": ["gated"]}, "choose from linear_attention, delta_rule"),
         ({"op": ["all", "gated"]}, "choose from linear_attention, delta_rule"),
         ({"op": ["all", "delta_rule"], "decay": ["scalar"]}, "none, head, token, channel"),
-        ({"op": ["delta_rule"], "lengths": ["1k"]}, "'1k' is not a positive integer"),
-        ({"op": ["delta_rule"], "lengths": ["0"]}, "'0' is not a positive integer"),
+        ({"op": ["delta_rule"], "lengths": ["1k"]}, "--lengths is 1k; give numbers"),
+        ({"op": ["delta_rule"], "lengths": ["0"]}, "--lengths has 0; it must be at least 1"),
         (
             {"op": ["causal_conv"], "implementations": ["cudnnn"]},
             "choose from pallas_tpu, shifted, reference",

@@ -183,6 +183,61 @@ def test_a_process_that_is_missing_is_no_mistake_of_the_programs():
     assert cli._exit_code(error.value) == (5, "waited 300 s for 4 processes; missing: 2")
 
 
+def closed_pipe():
+    """Where writing fails, as in `... | head` once head has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def test_a_reader_that_has_left_ends_the_program_quietly():
+    program = "from experiments import cli\ncli.run(lambda argv: print('a'), config_from=None)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with closed_pipe() as output:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=buffered,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_so_does_one_that_leaves_while_it_prints(monkeypatch):
+    with closed_pipe() as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(BrokenPipeError) as error:
+            print("a", flush=True)
+        assert cli._exit_code(error.value) == (141, "")
+        print("what is left to write goes nowhere", flush=True)
+
+
+def test_a_broken_pipe_elsewhere_keeps_its_traceback():
+    assert cli._exit_code(BrokenPipeError(32, "Broken pipe")) == (1, None)
+
+
+def test_an_interrupt_and_a_platform_that_is_not_there_are_told():
+    assert cli._exit_code(KeyboardInterrupt()) == (130, "interrupted")
+    platform = RuntimeError("Unable to initialize backend 'tpu': no device (set JAX_PLATFORMS='')")
+    assert cli._exit_code(platform) == (2, str(platform))
+    assert cli._exit_code(RuntimeError("in a kernel")) == (1, None)
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as error:
+        (tmp_path / "file" / "run").mkdir(parents=True)
+    assert cli._exit_code(error.value) == (2, f"{tmp_path}/file/run: Not a directory")
+
+
+@pytest.mark.slow
+def test_help_needs_no_run_and_no_config():
+    shown = python("experiments.generate", "--help")
+    assert "--top_k: sample among" in shown.stdout and shown.stderr == ""
+
+
 def test_a_typo_ends_the_program_with_code_2_and_no_traceback(tmp_path):
     config = "--config=configs/quickstart.py:smoke"
     done = python(

@@ -165,6 +165,16 @@ def test_a_model_of_bytes_keeps_its_tokenizer(tmp_path):
     assert pretrained.load(str(tmp_path / "told")).prompt_tokens("ab") == [256, 97, 98]
 
 
+def test_a_run_has_rows_that_the_models_positions_reach(tmp_path):
+    config = MODEL | {"num_layers": 1, "vocab_size": 257, "learned_positions": 24}
+    model = language_model.from_config(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    found = checkpoints_io.Pretrained(config, params, {"tokenizer": "bytes"}, "here")
+    pretrained.write(found, "workdir", tmp_path / "run")
+    written = run_record.load_config(tmp_path / "run")
+    assert (written.data.seq_len, written.sample.length) == (24, 24)
+
+
 def test_layouts_there_and_back(folder, tmp_path):
     own, back = tmp_path / "own", tmp_path / "back"
     convert(folder, "seqmodels", own, dtype="bfloat16")

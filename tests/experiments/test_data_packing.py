@@ -220,10 +220,103 @@ def test_the_seed_decides_the_order(config):
     assert not np.array_equal(first[0]["inputs"], other[0]["inputs"])
 
 
-def test_a_position_of_another_batch_size_is_refused(config):
+def resized(documents, batch_sizes, batches_each, seq_len=16):
+    """Bytes read of each document, by its place in the order, and the last position, of a stream that goes on in lanes of another
+    number again and again. Documents are one byte each, repeated."""
+    order = batches.EpochOrder(len(documents), 0)
+    place_W = np.empty(256, int)
+    place_W[[documents[order[i]][0] for i in range(len(documents))]] = range(len(documents))
+    count_N, state = np.zeros(len(documents), int), None
+    for batch_size in batch_sizes:
+        stream = iter(packed(documents, train=True, seq_len=seq_len, batch_size=batch_size))
+        if state is not None:
+            stream.set_state(state)
+        for batch in take(stream, batches_each):
+            targets = batch["targets"][batch["loss_mask"] > 0]
+            np.add.at(count_N, place_W[targets[targets < 256]], 1)
+        state = json.loads(json.dumps(stream.get_state()))
+    return count_N, state
+
+
+@pytest.mark.parametrize("batch_sizes", [(4, 8, 16), (2, 3, 3), (8, 3), (4, 8, 4), (6, 1, 5, 2)])
+@pytest.mark.parametrize("batches_each", [1, 3])
+def test_another_batch_size_goes_on_with_documents_that_nobody_has_read(batch_sizes, batches_each):
+    rng = np.random.default_rng(1)
+    documents = [bytes([i]) * int(rng.integers(1, 40)) for i in range(256)]
+    order = batches.EpochOrder(len(documents), 0)
+    length_N = np.asarray([len(documents[order[i]]) for i in range(len(documents))])
+    count_N, state = resized(documents, batch_sizes, batches_each)
+    assert max(state["document"]) < len(documents), "the test is of one epoch"
+    assert len(state["document"]) == len(set(state["document"])) == batch_sizes[-1]
+    assert (count_N <= length_N).all(), "a document was read twice"
+    left_out = (count_N < length_N)[: min(state["document"])].sum()
+    lanes_left_out = sum(max(0, a - b) for a, b in itertools.pairwise(batch_sizes))
+    assert left_out <= 3 * lanes_left_out
+
+
+def test_processes_share_out_what_another_number_wrote_with_another_batch_size(config):
+    def states_and_batches(batch_size, processes, state=None):
+        streams = [
+            iter(
+                make_dataset(
+                    config | {"batch_size": batch_size},
+                    "train",
+                    process_index=i,
+                    process_count=processes,
+                )
+            )
+            for i in range(processes)
+        ]
+        for stream in streams:
+            if state is not None:
+                stream.set_state(state)
+        parts = [take(stream, 5) for stream in streams]
+        return batches.join_states([s.get_state() for s in streams]), concatenated(*parts)
+
+    start, _ = states_and_batches(4, 2)
+    end, one = states_and_batches(8, 1, start)
+    for processes in (2, 4):
+        other_end, same = states_and_batches(8, processes, start)
+        assert_same(same, one)
+        assert other_end == end
+    back, _ = states_and_batches(4, 4, end)
+    assert list(back["lanes"].values())[-1] == 4
+    with pytest.raises(ValueError, match="2 of 4 lanes, and this process reads 8 of 8"):
+        half = iter(make_dataset(config, "train", process_index=0, process_count=2)).get_state()
+        iter(make_dataset(config | {"batch_size": 8}, "train")).set_state(half)
+
+
+def test_a_position_in_text_that_has_changed_is_refused(config):
     state = iter(make_dataset(config, "train")).get_state()
-    with pytest.raises(ValueError, match="has 4 lanes, this dataset has 8"):
-        iter(make_dataset(config | {"batch_size": 8}, "train")).set_state(state)
+    with pytest.raises(ValueError, match=r"train split of text has changed .* documents, and has"):
+        iter(make_dataset(config | {"documents": "lines"}, "train")).set_state(state)
+
+    documents = random_documents(40, longest=900)
+    stream = iter(packed(documents, train=True))
+    take(stream, 3)
+    state = stream.get_state()
+    for other, message in (
+        (documents[1:], "had 40 documents, and has 39. .* --new_data"),
+        (random_documents(40, 900, seed=1), "as many documents, and other ones"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            iter(packed(other, train=True)).set_state(state)
+
+    order = batches.EpochOrder(40, 0)  # every third document is hashed: this one is not
+    number = next(order[i] for i in state["document"] if order[i] % 3)
+    changed = [b"x" if i == number else document for i, document in enumerate(documents)]
+    stream.set_state(state)
+    other = iter(packed(changed, train=True))
+    other.set_state(state)
+    with pytest.raises(ValueError, match="of a document that has 3: the text has changed"):
+        next(other)
+
+
+def test_a_position_in_another_kind_of_dataset_is_refused(config):
+    text, task = (iter(make_dataset(c, "train")) for c in (config, {"name": "parity"}))
+    for stream, other in ((text, task), (task, text)):
+        with pytest.raises(ValueError, match="it is of another kind of dataset"):
+            stream.set_state(other.get_state())
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -203,6 +203,16 @@ class TestEveryTask:
         restored.set_state(json.loads(json.dumps(iterator.get_state())))
         assert_same(take(restored, 7), whole[5:])
 
+    def test_another_batch_size_goes_on_with_the_next_example(self, name):
+        config = {"name": name, "num_examples": 13}
+        whole = iter(make_dataset(config | {"batch_size": 2}, "train"))
+        other = iter(make_dataset(config | {"batch_size": 6}, "train"))
+        take(whole, 5)
+        other.set_state(json.loads(json.dumps(whole.get_state())))
+        for batch in take(other, 2):
+            three = take(whole, 3)
+            assert_same([batch], [{k: np.concatenate([b[k] for b in three]) for k in batch}])
+
     @pytest.mark.parametrize("split", ["train", "validation"])
     def test_processes_share_out_the_batch_of_one(self, name, split):
         config = {"name": name, "batch_size": 6, "eval_examples": 20}

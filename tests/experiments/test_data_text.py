@@ -111,6 +111,8 @@ def test_wrong_paths(tmp_path):
         make_dataset({"name": "text", "paths": str(tmp_path)}, "train")
     with pytest.raises(ValueError, match="files, lines"):
         make_dataset({"name": "text", "paths": str(tmp_path), "documents": "words"}, "train")
+    with pytest.raises(ValueError, match="document_bytes is -1; it must be at least 1"):
+        make_dataset({"name": "text", "paths": str(tmp_path), "document_bytes": -1}, "train")
 
 
 def test_a_tokenizer_file(tmp_path):

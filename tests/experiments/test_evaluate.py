@@ -1,5 +1,7 @@
 import json
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,22 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=rf"pip install '.\[{extra}\]'"):
             metrics.MetricWriter(config, tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_wandb_without_a_key_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    class NoKey(Exception):
+        pass
+
+    def init(**options):
+        assert options["project"] == "mine" and options["config"] == {"a": 1}
+        raise NoKey("api_key not configured (no-tty)")
+
+    wandb = types.SimpleNamespace(Error=NoKey, init=init)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = type("Config", (Extras,), {"wandb": "mine", "to_dict": lambda self: {"a": 1}})()
+    with pytest.raises(ValueError, match=r"'mine', .* api_key not configured .* WANDB_API_KEY"):
+        metrics.MetricWriter(config, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -229,6 +229,9 @@ def test_learned_positions_are_a_limit():
         sampling.check_length(model, 5, 3)
     with pytest.raises(ValueError, match="sequence 1 of 2 has 8 tokens, .* learned 6 positions"):
         scoring.score(model, {}, [[1, 2], [1] * 8])
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    scores = scoring.score(model, params, [[1] * 7, [2, 3, 4]])  # rows are no longer than the table
+    assert all(np.isfinite(nll_N).all() for nll_N, _ in scores)
 
 
 def frequencies(**options):

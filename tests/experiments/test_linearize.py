@@ -22,7 +22,7 @@ from configs.linearize import (
 from experiments import loop, pretrained, restore, run_record, steps
 from experiments.checkpoints import Checkpoints, TrainState
 from experiments.data import default_config
-from experiments.linearization import decoding, run, tasks, teachers
+from experiments.linearization import comparison, decoding, run, tasks, teachers
 from seqmodels import language_model
 from seqmodels.checkpoints_io import Pretrained
 from seqmodels.linearize import lora, partition, students
@@ -162,7 +162,7 @@ def test_the_student_is_a_run_that_others_can_load(whole, teacher_run):
 
 @pytest.mark.slow
 def test_a_student_that_was_trained_on_takes_the_earlier_ones_place(teacher_run, whole, tmp_path):
-    config = run_record.load_config(whole[0])
+    config = make_config(teacher_run)
     model, params = student_of(whole[0] / "student")
     model_config = run_record.load_config(whole[0] / "student").model.to_dict()
     for _ in range(2):
@@ -291,6 +291,31 @@ def test_mistakes_in_a_stage_are_told_before_the_first_runs(module, stage, chang
     plan = run.make_plan(config, teacher.model)
     with pytest.raises(ValueError, match=f"linearize.stages.{stage}: .*{message}"):
         run.check_stages(config, plan, teacher)
+
+
+def test_a_runs_folder_and_a_linearizations_are_not_taken_for_each_other(tmp_path):
+    """The teacher's own folder given as --workdir once lost its config."""
+    taken, config = tmp_path / "run", lolcats.get_config("tiny")
+    taken.mkdir()
+    run_record.save_config(taken, tiny.make_config(tmp_path))
+    before = (taken / "config.json").read_text()
+    with pytest.raises(ValueError, match="run holds a training run; give the linearization a fol"):
+        run.linearize(config, taken)
+    assert (taken / "config.json").read_text() == before
+    run_record.save_config(tmp_path, config)
+    assert run_record.holds_linearization(tmp_path)
+    with pytest.raises(ValueError, match="its student is a run: .*/student"):
+        run_record.load_config(tmp_path)
+    (tmp_path / "checkpoints").mkdir()  # as a stage and the student have them
+    assert run_record.load_config(tmp_path).linearize.student == config.linearize.student
+
+
+def test_a_comparison_tells_which_method_does_not_fit_before_it_begins(tmp_path, monkeypatch):
+    teacher = abstract_teacher(pattern="gla(num_heads=2)")
+    monkeypatch.setattr(teachers, "load", lambda *arguments: teacher)
+    with pytest.raises(ValueError, match="liger: no layer to convert"):
+        comparison.compare("somewhere", ["liger"], tmp_path, argument="tiny")
+    assert not list(tmp_path.iterdir())
 
 
 def test_stages_convert_more_and_more_layers():

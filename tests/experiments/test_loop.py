@@ -123,6 +123,40 @@ def test_three_steps_and_three_more_are_six_bit_for_bit(whole_run, tmp_path, cap
     train(config, tmp_path)
     assert f"resuming from {tmp_path / 'checkpoints' / '3'}" in capfd.readouterr().err
     assert_same_end(config, tmp_path, whole)
+    # The evaluation that was due when it was stopped is made up for, in its place.
+    scores, expected = (
+        [(row["step"], row.get("validation_loss")) for row in metrics.read_metrics(workdir)]
+        for workdir in (tmp_path, whole)
+    )
+    assert scores == expected and [step for step, loss in scores if loss] == [3, 6]
+
+
+def test_goes_on_with_another_batch_size(whole_run, tmp_path, capfd, caplog):
+    config, whole, _ = whole_run
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    config = config.copy_and_resolve_references()
+    config.data.batch_size = 4
+    train(config, tmp_path / "run")
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert "config.data.batch_size: 8 -> 4" in capfd.readouterr().err
+    assert "goes on in 4 lanes of 8: what the others had begun" in caplog.text
+    _, data = saved_params(config, tmp_path / "run")
+    assert list(json.loads(data)["lanes"].values()) == [8, 4]
+
+
+def test_other_text_is_refused_unless_it_is_said_to_be_new(whole_run, tmp_path):
+    config, whole, _ = whole_run
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    config = config.copy_and_resolve_references()
+    config.data.document_bytes = 300
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ValueError, match="train split of text has changed .* --new_data"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    loop.train(config, tmp_path / "run", jax.devices()[ONE_DEVICE], new_data=True)
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_sigterm_saves_and_exits(whole_run, tmp_path):
@@ -263,13 +297,14 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path):
         ({"optimizer.clip": -1.0}, "optimizer.clip is -1.0; it must be positive, or 0"),
         ({"model.num_layers": 0}, "num_layers is 0; it must be at least 1"),
         ({"model.d_model": 0}, "d_model is 0; it must be at least 1"),
+        ({"model.learned_positions": 31}, "rows of 32 tokens, and the model has learned 31 pos"),
         ({"sample.length": 5, "sample.temperature": -1.0}, "temperature is -1"),
         (
             {"sample.length": 9, "model.pattern": "attention(num_heads=2, max_length=8)"},
             "config.sample: 1 prompt tokens and 9 more do not fit",
         ),
     ]:
-        config = tiny.make_config(tmp_path)
+        config = tiny.make_config(tmp_path, learned_positions=None)
         config.update_from_flattened_dict(change)
         with pytest.raises(ValueError, match=message):
             train(config, tmp_path / "run")

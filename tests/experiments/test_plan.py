@@ -287,6 +287,11 @@ def test_mistakes_are_found_before_compiling():
         cases.make(config, where, cases.parse_mesh("fsdp=8"))
     with pytest.raises(ValueError, match="not divisible by 4"):
         cases.make(config, where, cases.parse_mesh("fsdp=-1"), batch_size=6)
+    with config.unlocked():
+        learned = config.copy_and_resolve_references()
+        learned.model.learned_positions = 1024
+    with pytest.raises(ValueError, match="rows of 4096 tokens, and the model has learned 1024 pos"):
+        cases.make(learned, where, cases.parse_mesh("fsdp=-1"))
     with pytest.raises(ValueError, match="a product of some of the slice's dimensions 2 x 4 x 4"):
         cases.make(config, slice_of("v5p:2x4x4"), cases.parse_mesh("data=2,fsdp=8,seq=2"))
     with pytest.raises(ValueError, match="a product of some of the slice's dimensions 2 x 4 x 4"):

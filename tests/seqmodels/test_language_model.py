@@ -69,9 +69,24 @@ def test_a_packed_document_equals_itself_alone():
 
 
 def test_more_tokens_than_learned_positions():
+    model, params, _ = make(**LEARNED, num_layers=1)
+    tokens_BT = jnp.zeros((1, 17), jnp.int32)
+    for segment_ids_BT in (None, jnp.ones_like(tokens_BT)):
+        with pytest.raises(ValueError, match="17 tokens, and the model has learned 16 positions"):
+            jax.eval_shape(model.apply, {"params": params}, tokens_BT, segment_ids_BT)
+
+
+def test_a_state_that_has_read_more_than_the_learned_positions_leave():
     model, params, tokens_BT = make(**LEARNED, num_layers=1)
-    with pytest.raises(ValueError, match="17 tokens, and the model has learned 16 positions"):
-        model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))
+    ones_BT = jnp.ones((len(tokens_BT), 2), jnp.int32)
+    state = model.init_state(len(tokens_BT)).replace(
+        segment_id_B=ones_BT[:, 0], next_position_B=15 * ones_BT[:, 0]
+    )
+    for segment_ids_BT in (None, ones_BT):
+        with pytest.raises(ValueError, match="comes to 17 tokens, and .* learned 16 positions"):
+            model.apply({"params": params}, tokens_BT[:, :2], segment_ids_BT, state)
+    logits_BTW, after = model.apply({"params": params}, tokens_BT[:, :2], 2 * ones_BT, state)
+    assert jnp.isfinite(logits_BTW).all() and (after.next_position_B == 2).all()
 
 
 @pytest.mark.slow

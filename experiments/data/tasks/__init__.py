@@ -73,10 +73,10 @@ def task_batches(
     order = batches.EpochOrder(num_examples, seed) if train and num_examples else None
     count = 2**62 if train else num_examples
 
-    def make_batch(number: int):
+    def make_batch(first: int):
         batch = batches.empty(len(rows), task.row_length)
         for row, r in enumerate(rows):
-            position = number * batch_size + r
+            position = first + r
             if position < count:
                 example = position if order is None else order[position]
                 philox = np.random.Philox(key=np.append(key, np.uint64(example)))
@@ -87,8 +87,36 @@ def task_batches(
                 batch["loss_mask"][row, : len(inputs)] = mask
         return batch
 
-    numbers = grain.MapDataset.range(-(-count // batch_size))
-    # The thread around the whole pipeline reads ahead; grain's own pool would only add copies.
-    return numbers.map(make_batch).to_iter_dataset(
-        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    )
+    return TaskIterDataset(make_batch, count, batch_size)
+
+
+class TaskIterDataset(grain.IterDataset):
+    """make_batch(number of its first example), until `count` examples are through. A position is that number, so that it holds
+    for any batch size."""
+
+    def __init__(self, make_batch, count: int, batch_size: int):
+        super().__init__()
+        self.make_batch, self.count, self.batch_size = make_batch, count, batch_size
+
+    def __iter__(self):
+        return _TaskIterator(self)
+
+
+class _TaskIterator(grain.DatasetIterator):
+    def __init__(self, dataset: TaskIterDataset):
+        super().__init__()
+        self._dataset, self._example = dataset, 0
+
+    def __next__(self):
+        if self._example >= self._dataset.count:
+            raise StopIteration
+        batch = self._dataset.make_batch(self._example)
+        self._example += self._dataset.batch_size
+        return batch
+
+    def get_state(self) -> batches.State:
+        return {"example": self._example}
+
+    def set_state(self, state: batches.State) -> None:
+        batches.check_state(state, ("example",))
+        self._example = state["example"]

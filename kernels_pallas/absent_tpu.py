@@ -1,0 +1,44 @@
+"""libtpu on a machine without a TPU: it compiles for one (`tpu_compile`), and complains at length where JAX starts it."""
+
+import glob
+import importlib.metadata
+import importlib.util
+import os
+
+import jax
+
+_CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
+_VARIABLES = ("TPU_", "MEGASCALE_", "JAX_FORCE_TPU_INIT")
+_SET_BY_JAX = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}  # when imported, without a chip, too
+
+
+def pass_over() -> None:
+    """Keeps JAX from starting libtpu where there is no TPU. For programs, before JAX's first use; libraries leave JAX alone.
+
+    Nothing changes where the user, or JAX on seeing a chip, has chosen platforms, or anything else speaks of a TPU.
+    """
+    chosen = jax.config.jax_platforms is not None
+    if chosen or importlib.util.find_spec("libtpu") is None or _may_be_there():
+        return
+    if importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(
+        group="jax_plugins"
+    ):
+        tell_libtpu()  # which devices a plugin has, JAX must find out: it tries libtpu, too
+    else:
+        jax.config.update("jax_platforms", "cpu")
+
+
+def tell_libtpu() -> None:
+    """Sets what libtpu would otherwise ask Google Cloud's metadata server, and that it guards no chip and logs nothing."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")
+    # It guards a chip with /tmp/libtpu_lockfile, and would refuse a second process.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+
+
+def _may_be_there() -> bool:
+    told = any(name.startswith(_VARIABLES) and name not in _SET_BY_JAX for name in os.environ)
+    return told or any(map(glob.glob, _CHIPS))
