@@ -104,6 +104,11 @@ def with_resets(log_decay_BTHK, segment_ids_BT, B, T):
     return jnp.where(log_decay_BTHK == -jnp.inf, NEVER, log_decay_BTHK)
 
 
+def every_head(form, g_BTHK):
+    """The decay of `with_resets` as XLA's forms take it, of every head's own."""
+    return jnp.broadcast_to(g_BTHK, (*g_BTHK.shape[:2], form.H, form.GK))
+
+
 def launch(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
     """`kernel` over (grid, B * H), with the form's sizes and the table's tiles. Outputs: (shape behind B, dtype)."""
     B = inputs[0].shape[0]

@@ -6,17 +6,14 @@ gradients twice, for what queries and for what keys read. Only the inputs are ke
 
 float32 without a decay carries states, inverses and U in float64 from chunk to chunk: reflections forget no error
 (`reflections`), and data-centre GPUs multiply float64 as fast as IEEE float32. What comes of bfloat16 inputs multiplies
-as two bfloat16 terms, and without a decay, for the same reason, as three. One reverse derivative; a second goes
-through 'chunked'.
+as two bfloat16 terms, and without a decay, for the same reason, as three.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
-from kernels_pallas import triton_call
+from kernels_pallas import kernel_vjp, triton_call
 from kernels_pallas import triton_recurrences as kernels
+from kernels_pallas.delta_rule import chunked
 
 CHUNK_SIZE = {"bfloat16": 64, "float32": 32}
 
@@ -50,15 +47,12 @@ def triton(
     form = form._replace(C=min(chunk_size, form.C), inputs=mixed, mixed=mixed)
     g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
     beta_BTH = beta_BTH.astype(jnp.float32)
-    return _run(form, exact, scale, *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
+    return _run((form, exact, scale), None, *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(form, exact, scale, *arrays):
-    return _forward(form, exact, scale, *arrays)[0]
+def _forward(static, _, *arrays):
+    form, exact, scale = static
 
-
-def _forward(form, exact, scale, *arrays):
     @triton_call.over_batch
     def forward(arrays):
         q_BTGK, k_BTGK, v_BTHV, _, g_BTHK, _ = arrays
@@ -67,10 +61,12 @@ def _forward(form, exact, scale, *arrays):
         inputs = q_BTGK, k_BTGK, u_BTHV, g_BTHK, states_BHNKV, scores
         return kernels.outputs(form, *inputs, scale=scale, dtype=v_BTHV.dtype), final_BHKV
 
-    return forward(arrays), arrays
+    return forward(arrays), ()
 
 
-def _backward(form, exact, scale, arrays, cotangents):
+def _backward(static, _, arrays, residuals, cotangents):
+    form, exact, scale = static
+
     @triton_call.over_batch
     def backward(arrays):
         (q_BTGK, k_BTGK, v_BTHV, beta_BTH, g_BTHK, _), (do_BTHV, dfinal_BHKV) = arrays
@@ -116,7 +112,13 @@ def _backward(form, exact, scale, arrays, cotangents):
     return backward((arrays, cotangents))
 
 
-_run.defvjp(_forward, _backward)
+def _plain(static, _, q_BTGK, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
+    form, _, scale = static
+    arrays = q_BTGK, k_BTGK, v_BTHV, beta_BTH, kernels.every_head(form, g_BTHK), start_BHKV
+    return chunked.chunked(*arrays, None, scale=scale)
+
+
+_run = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 def _kernels():
