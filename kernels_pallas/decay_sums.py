@@ -63,6 +63,7 @@ class Sums(NamedTuple):
 
 
 STRETCH_BLOCK = 128  # tokens of a stretch whose sums are one matrix product
+LARGEST_CONSTANT = 256  # tokens of a chunk whose pairs may be constants of a program
 BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of whole blocks
 NEVER = -1e30  # a reset inside a sum: exp(NEVER) is 0 as exp(-inf) is, and 0 * NEVER is 0
 
@@ -161,11 +162,16 @@ def _sums_of(summed_tokens, log_decay_CK) -> tuple[jax.Array, ...]:
     )
 
 
-@functools.cache
-def _whole_tokens(C: int, dtype) -> tuple[np.ndarray, ...]:
+def _whole_tokens(C: int, dtype) -> tuple:
     """Which tokens of a chunk each through, before and after sums."""
-    i, s = np.arange(C)[:, None], np.arange(C)
+    i, s = _pairs(C)
     return tuple(rows.astype(dtype) for rows in (s <= i, s < i, s > i))
+
+
+def _pairs(C: int):
+    """Rows (C, 1) and columns (1, C) of pairs of tokens: numbers of the program, or made as it runs where they were large."""
+    token_C = (np if C <= LARGEST_CONSTANT else jnp).arange(C)
+    return token_C[:, None], token_C[None]
 
 
 @functools.cache
@@ -247,7 +253,8 @@ def _sums_between(g_U: jax.Array, before: bool) -> jax.Array:
 
 
 def _lower(U: int, diagonal: int):
-    return np.tril(np.ones((U, U), bool), diagonal)
+    i, j = _pairs(U)
+    return j - i <= diagonal
 
 
 def _delayed(g_U):

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from kernels_pallas import first_use, targets
 
 
@@ -27,6 +29,11 @@ class Implementation:
         target = targets.current()
         if self.platform not in (None, target.platform):
             return f"it is a kernel for {self.platform}; this is {target.platform}"
+        if self.platform == "tpu" and jax.config.jax_enable_x64:
+            return (
+                "jax_enable_x64 is on, and Mosaic's compiler takes no 64-bit indices (it may end the process); "
+                "turn it off, or take a form that is no kernel"
+            )
         return self.unsupported(**arguments)
 
 

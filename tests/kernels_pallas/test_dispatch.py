@@ -3,9 +3,19 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import dispatch, targets
+from kernels_pallas import (
+    causal_conv,
+    delta_rule,
+    diagonal_scan,
+    dispatch,
+    linear_attention,
+    softmax_attention,
+    targets,
+    tpu_compile,
+)
 
 SMALL = dispatch.Implementation(
     "small", lambda T: "small", lambda T: None if T < 8 else f"T = {T} is not below 8"
@@ -51,6 +61,36 @@ def test_a_kernel_for_another_platform_is_passed_over_and_named_only_where_it_ca
     with targets.interpreted():
         assert _chosen((kernel, ANY), "kernel", 4) == "kernel"
         assert _chosen((kernel, ANY), None, 4) == "any"
+
+
+def test_tpu_kernels_are_passed_over_and_refused_with_64_bit_types():
+    """They end the process while they compile there, so nothing may come that far."""
+    q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 256, 128), jnp.float32)
+    w = jax.ShapeDtypeStruct((4, 128), jnp.float32)
+    calls = {
+        linear_attention: (q, q, q),
+        delta_rule: (q, q, q, jax.ShapeDtypeStruct((1, 256, 2), jnp.float32)),
+        diagonal_scan: (x, x),
+        causal_conv: (x, w),
+        softmax_attention: (q, q, q),
+    }
+    with tpu_compile.tracing_for("v6e"):
+        for operator, arguments in calls.items():
+            kernels = str(jax.make_jaxpr(operator)(*arguments)).count("pallas_call")
+            with jax.enable_x64(True):
+                others = str(jax.make_jaxpr(operator)(*arguments)).count("pallas_call")
+            assert (kernels > 0, others) == (True, 0), operator
+        with jax.enable_x64(True), pytest.raises(NotImplementedError, match="jax_enable_x64 is on"):
+            jax.eval_shape(lambda *x: linear_attention(*x, implementation="pallas_tpu"), q, q, q)
+
+
+@pytest.mark.slow
+def test_what_takes_their_place_compiles():
+    q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+    with jax.enable_x64(True):
+        compiled = tpu_compile.compile_for("v6e", linear_attention, q, q, q)
+    assert not compiled.listings
 
 
 def test_the_abstract_device_in_scope_is_the_target():
