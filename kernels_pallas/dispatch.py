@@ -45,10 +45,26 @@ def choose(
     A named implementation that cannot run raises and says why; nothing is swapped in silence. For None, a kernel serves
     once it has passed its check on this kind of device (`first_use`); a named one is not checked.
 
+    Arrays that are committed to a device of another platform than the process's first are computed there.
+
     Raises:
       ValueError: the name is unknown (the choices are listed).
       NotImplementedError: the named implementation does not support this call, or none does (with the reasons).
     """
+    device = targets.committed(jax.tree.leaves(arguments))
+    if device is None or targets.platform_of(device) == targets.current().platform:
+        return _choose(operator, implementations, name, arguments)
+    with jax.default_device(device):
+        chosen = _choose(operator, implementations, name, arguments)
+
+    def call(*args, **keywords):
+        with jax.default_device(device):
+            return chosen.call(*args, **keywords)
+
+    return dataclasses.replace(chosen, call=call)
+
+
+def _choose(operator, implementations, name, arguments) -> Implementation:
     if name is None:
         reasons = []
         for implementation in implementations:

@@ -87,14 +87,10 @@ def no_cudnn(*, q, v, visibility) -> str | None:
         return "cuDNN takes no segment ids of this kind"
     if visibility.window is not None and not visibility.causal:
         return "cuDNN takes a window with causal=True only"
-    limit = 256 if _compute_capability() >= 9.0 else 128
+    limit = 256 if (targets.compute_capability() or 0) >= 9.0 else 128
     if K % 8 or limit < K:
         return f"cuDNN takes head dims up to {limit} here in multiples of 8; this call needs {K}"
     return None
-
-
-def _compute_capability() -> float:
-    return float(getattr(jax.devices()[0], "compute_capability", 0))
 
 
 def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale):

@@ -102,6 +102,29 @@ def test_the_abstract_device_in_scope_is_the_target():
     assert targets.current().platform == "cpu"
 
 
+def test_arrays_committed_to_the_cpu_take_no_kernel(monkeypatch):
+    """On a machine whose first device is a GPU; differentiated, too. Others go where new arrays go."""
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    cpu = jax.devices("cpu")[0]
+    free, held = jnp.ones(3), jax.device_put(jnp.ones(3), cpu)
+    kernel = dispatch.Implementation("kernel", lambda x: "kernel", platform="gpu")
+    plain = dispatch.Implementation("any", lambda x: targets.current().platform)
+    monkeypatch.setattr(jax, "devices", lambda platform=None: [gpu])
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+
+    def chosen(x, name=None):
+        return dispatch.choose("operator", (kernel, plain), name, x=x).call(x)
+
+    assert chosen(free) == "kernel"
+    assert chosen(held) == "cpu"  # while it is traced, too
+    assert chosen(held, "any") == "cpu"
+    with pytest.raises(NotImplementedError, match="it is a kernel for gpu; this is cpu"):
+        chosen(held, "kernel")
+    seen = []
+    jax.grad(lambda x: seen.append(chosen(x)) or x.sum())(held)
+    assert seen == ["cpu"]
+
+
 def test_the_default_device_in_scope_is_the_target(monkeypatch):
     """On a machine whose first device is a GPU, what is put on its CPU takes no kernel."""
     gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
