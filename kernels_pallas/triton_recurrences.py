@@ -79,6 +79,28 @@ def form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, defaul
     )
 
 
+def fitting_chunk(longest: int, words: int) -> int:
+    """The longest chunk of at most `longest` tokens whose kernels fit shared memory, or 16, the shortest there is.
+
+    words: 32-bit words that a program holds there per token of a chunk.
+    """
+    C = longest
+    while C > 16 and 4 * words * C > triton_call.shared_limit():
+        C //= 2
+    return C
+
+
+def too_long(K: int, C: int, words: int) -> str | None:
+    """Why chunks of C tokens do not fit shared memory, and what does; None where they fit."""
+    takes, limit = 4 * words * C, triton_call.shared_limit()
+    if takes <= limit:
+        return None
+    return (
+        f"K = {K} and chunks of {C} take {takes >> 10} KiB of shared memory, of {limit >> 10}: "
+        f"give chunk_size={fitting_chunk(C, words)}"
+    )
+
+
 def unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
     """Why the Triton kernels cannot run this call, or None."""
     K, V = q_BTGK.shape[-1], v_BTHV.shape[-1]

@@ -16,12 +16,39 @@ from kernels_pallas import triton_recurrences as kernels
 from kernels_pallas.delta_rule import chunked
 
 CHUNK_SIZE = {"bfloat16": 64, "float32": 32}
+# Of the kernels that hold all of K, by whether channels decay apart: words of shared memory per token of a chunk, so many
+# times K and so many beside, as compiled for sm_80, sm_90 and sm_100 with `tuned.json`'s tiles.
+SHARED_WORDS = {
+    ("bfloat16", False): (2, 60),
+    ("bfloat16", True): (4, 81),
+    ("float32", False): (2, 228),
+    ("float32", True): (5, 97),
+}
 
 
-def unsupported(*, q_BTGK, v_BTHV, initial_state_BHKV, chunk_size, **others):
+def unsupported(
+    *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
+):
     if chunk_size is not None and chunk_size > 64:
         return f"chunk_size goes to 64; got {chunk_size}"
-    return kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size)
+    if reason := kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
+        return reason
+    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
+    return kernels.too_long(form.K, form.C, _words(form))
+
+
+def _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size):
+    """With the chunk that was given, or the longest up to the usual one that fits."""
+    form = kernels.form_of("delta_rule", q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, 64)
+    if chunk_size is None:
+        usual = min(CHUNK_SIZE[form.dtype], form.C)
+        form = form._replace(C=kernels.fitting_chunk(usual, _words(form)))
+    return form
+
+
+def _words(form) -> int:
+    times_K, beside = SHARED_WORDS[form.dtype, form.GK > 1]
+    return times_K * triton_call.power_of_two(form.K) + beside
 
 
 def triton(
@@ -38,13 +65,12 @@ def triton(
     """The Triton form. Arguments are normalised by `api.py`; the scale of q is a number."""
     B, T = q_BTGK.shape[:2]
     arrays = q_BTGK, k_BTGK, v_BTHV
-    form = kernels.form_of("delta_rule", *arrays, log_decay_BTHK, chunk_size, 64)
+    form = _form_of(*arrays, log_decay_BTHK, chunk_size)
     exact = log_decay_BTHK is None and form.dtype == "float32"
-    chunk_size = chunk_size or CHUNK_SIZE[form.dtype]
     mixed = form.mixed
     if log_decay_BTHK is None and mixed == "bf16x2":
         mixed = "bf16x3"
-    form = form._replace(C=min(chunk_size, form.C), inputs=mixed, mixed=mixed)
+    form = form._replace(inputs=mixed, mixed=mixed)
     g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
     beta_BTH = beta_BTH.astype(jnp.float32)
     return _run((form, exact, scale), None, *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
