@@ -11,10 +11,21 @@ from kernels_pallas import triton_recurrences as kernels
 from kernels_pallas.linear_attention import chunked
 
 CHUNK_SIZE = 64
+# Words of shared memory per token of a chunk, as compiled for sm_80 and sm_90 with `tuned.json`'s tiles.
+SHARED_WORDS = {"bfloat16": 224, "float32": 288}
 
 
-def unsupported(*, q_BTGK, v_BTHV, initial_state_BHKV, chunk_size, **others):
-    return kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size)
+def unsupported(
+    *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
+):
+    if reason := kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
+        return reason
+    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
+    return kernels.too_long(form.K, form.C, SHARED_WORDS[form.dtype])
+
+
+def _form_of(*arrays_and_chunk_size):
+    return kernels.form_of("linear_attention", *arrays_and_chunk_size, CHUNK_SIZE)
 
 
 def triton(
@@ -22,8 +33,7 @@ def triton(
 ):
     """The Triton form. Arguments are normalised by `api.py`."""
     B, T = q_BTGK.shape[:2]
-    operator = "linear_attention"
-    form = kernels.form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, CHUNK_SIZE)
+    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
     g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
     return _run((form, scale), None, q_BTGK, k_BTGK, v_BTHV, g_BTHK, initial_state_BHKV)
 
