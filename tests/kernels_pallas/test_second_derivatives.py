@@ -77,7 +77,9 @@ def _recurrences():
             for form in forms:
                 if form == "triton" and regime.startswith("complex"):
                     continue
-                marks = () if (operator, regime, form) in fast else pytest.mark.slow
+                marks = [] if (operator, regime, form) in fast else [pytest.mark.slow]
+                if operator == "delta_rule" and form != "chunked" and regime != "head mixed":
+                    marks.append(pytest.mark.exhaustive)
                 label = f"{operator}-{regime}-{form}"
                 yield pytest.param(operator, regime, form, marks=marks, id=label)
 
