@@ -79,7 +79,7 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
     U = min(C, BLOCK)
     finite_CK = _finite(log_decay_CK)
     if not levels:
-        whole = _sums_of(_whole_tokens(C, finite_CK.dtype), finite_CK)
+        whole = _sums_of(_summed_tokens(C, finite_CK.dtype, levels=False), finite_CK)
         return Sums(log_decay_CK, *whole, whole[0][..., -1, :], ())
     tokens = _halvings(finite_CK.reshape(*lead, C // U, U, K))
     blocks = _halvings(tokens.total_K)
@@ -162,31 +162,32 @@ def _sums_of(summed_tokens, log_decay_CK) -> tuple[jax.Array, ...]:
     )
 
 
-def _whole_tokens(C: int, dtype) -> tuple:
-    """Which tokens of a chunk each through, before and after sums."""
-    i, s = _pairs(C)
-    return tuple(rows.astype(dtype) for rows in (s <= i, s < i, s > i))
+def _summed_tokens(C: int, dtype, levels: bool = True) -> tuple:
+    """Which tokens of a chunk the rows of through, before and after sum; with `levels`, C/2 rows more for each level."""
+    s = _tokens(C)[None]
+    return tuple(((first <= s) & (s <= last)).astype(dtype) for first, last in _bounds(C, levels))
 
 
-def _pairs(C: int):
-    """Rows (C, 1) and columns (1, C) of pairs of tokens: numbers of the program, or made as it runs where they were large."""
-    token_C = (np if C <= LARGEST_CONSTANT else jnp).arange(C)
-    return token_C[:, None], token_C[None]
+def _tokens(C: int):
+    """0 ... C-1. What is made of them is a constant of the program, or where that would be large, made as it runs."""
+    return (np if C <= LARGEST_CONSTANT else jnp).arange(C)
 
 
 @functools.cache
-def _summed_tokens(C: int, dtype) -> tuple[np.ndarray, ...]:
-    """Those, then C/2 rows more for each level."""
-    token = np.arange(C)
-    i, s = token[:, None], token
-    through, before, after = ([rows] for rows in _whole_tokens(C, bool))
-    for level in range(C.bit_length() - 1):
+def _bounds(C: int, levels: bool):
+    """The first and the last token of each row's sum, as columns."""
+    i = np.arange(C)
+    through, before, after = [(0 * i, i)], [(0 * i, i - 1)], [(i + 1, 0 * i + C - 1)]
+    for level in range(C.bit_length() - 1 if levels else 0):
         middle = (i >> (level + 1) << (level + 1)) + (1 << level)
-        right = token & (1 << level) > 0
-        through.append(((s >= middle) & (s <= i))[right])
-        before.append(((s >= middle) & (s < i))[right])
-        after.append(((s < middle) & (s > i))[~right])
-    return tuple(np.concatenate(rows).astype(dtype) for rows in (through, before, after))
+        right = i & (1 << level) > 0
+        through.append((middle[right], i[right]))
+        before.append((middle[right], i[right] - 1))
+        after.append((i[~right] + 1, middle[~right] - 1))
+    return [
+        tuple(np.concatenate(bounds)[:, None] for bounds in zip(*rows))
+        for rows in (through, before, after)
+    ]
 
 
 def pair_decay(log_decay_C1: jax.Array, *, before: bool = False) -> jax.Array:
@@ -253,8 +254,8 @@ def _sums_between(g_U: jax.Array, before: bool) -> jax.Array:
 
 
 def _lower(U: int, diagonal: int):
-    i, j = _pairs(U)
-    return j - i <= diagonal
+    token_U = _tokens(U)
+    return token_U[None] - token_U[:, None] <= diagonal
 
 
 def _delayed(g_U):
