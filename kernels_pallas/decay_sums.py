@@ -163,13 +163,16 @@ def _sums_of(summed_tokens, log_decay_CK) -> tuple[jax.Array, ...]:
 
 
 def _summed_tokens(C: int, dtype, levels: bool = True) -> tuple:
-    """Which tokens of a chunk the rows of through, before and after sum; with `levels`, C/2 rows more for each level."""
+    """Which tokens of a chunk the rows of through, before and after sum.
+
+    levels: C/2 rows more for each level.
+    """
     s = _tokens(C)[None]
     return tuple(((first <= s) & (s <= last)).astype(dtype) for first, last in _bounds(C, levels))
 
 
 def _tokens(C: int):
-    """0 ... C-1. What is made of them is a constant of the program, or where that would be large, made as it runs."""
+    """0 ... C-1. Masks made of them are constants of the program, or made as it runs where long."""
     return (np if C <= LARGEST_CONSTANT else jnp).arange(C)
 
 

@@ -31,8 +31,8 @@ class Implementation:
             return f"it is a kernel for {self.platform}; this is {target.platform}"
         if self.platform == "tpu" and jax.config.jax_enable_x64:
             return (
-                "jax_enable_x64 is on, and Mosaic's compiler takes no 64-bit indices (it may end the process); "
-                "turn it off, or take a form that is no kernel"
+                "jax_enable_x64 is on, and Mosaic's compiler takes no 64-bit indices (it may end "
+                "the process); turn it off, or take a form that is no kernel"
             )
         return self.unsupported(**arguments)
 
@@ -45,7 +45,7 @@ def choose(
     A named implementation that cannot run raises and says why; nothing is swapped in silence. For None, a kernel serves
     once it has passed its check on this kind of device (`first_use`); a named one is not checked.
 
-    Arrays that are committed to a device of another platform than the process's first are computed there.
+    Arrays that are committed to another platform than the process's first are computed there.
 
     Raises:
       ValueError: the name is unknown (the choices are listed).

@@ -2,8 +2,10 @@
 
 A kernel proven by compiling and interpreting may be wrong on hardware that its tests never saw. So when
 `implementation=None` is about to choose a kernel, `why_not` wants a passed check (`selfcheck.check`, forward and
-backward against the chunked form) of this operator, implementation, kind of call, kind of device, of these versions of JAX, the kernel's
-compiler and our own source, and with 64-bit types on or off as they are now. What is not on record is checked then and there, in seconds. Failing, the next implementation
+backward against the chunked form) of this operator, implementation, kind of call, kind of device,
+of these versions of JAX, the kernel's compiler and our own source, and with 64-bit types on or off
+as they are now.
+What is not on record is checked then and there, in seconds. Failing, the next implementation
 serves, and one warning a process says what differed. A kernel that is named in `implementation=` is never checked.
 
 Records are kept for the process, and on disk in `cache_file()`. A file that cannot be read or written only means
@@ -61,7 +63,7 @@ def why_not(operator: str, implementation: str, arguments: dict) -> str | None:
     if key not in _decided:  # another thread may have been first
         _decided[key] = problem
         if problem is not None:
-            warnings.warn(_explained(target, *call, problem), stacklevel=4)
+            warnings.warn(_explained(target, *call, problem), stacklevel=5)
     return _decided[key]
 
 
@@ -113,7 +115,10 @@ def _source(operator: str) -> str:
 
 
 def cache_file() -> pathlib.Path:
-    """selfcheck.json in $SEQMODELS_CACHE, or in `seqmodels` of $XDG_CACHE_HOME or of ~/.cache; `~` is the user's home."""
+    """selfcheck.json in $SEQMODELS_CACHE, or in `seqmodels` of $XDG_CACHE_HOME or of ~/.cache.
+
+    `~` is the user's home in all of them.
+    """
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     own = os.environ.get("SEQMODELS_CACHE") or os.path.join(general, "seqmodels")
     folder = os.path.expanduser(own)

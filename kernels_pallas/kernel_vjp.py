@@ -1,8 +1,9 @@
 """Reverse derivatives, of any order, of functions that kernels and hand-written loops compute.
 
-A forward and a backward pass written by hand give a first derivative, and have none themselves. Where they are differentiated
-again, which is rare, they stand for another form of the same function that JAX can differentiate, the plain one: the backward
-pass for `jax.vjp` of it, and the forward pass, with what it keeps for the backward pass, for the function itself.
+A forward and a backward pass written by hand give a first derivative, and have none themselves.
+Where they are differentiated again, which is rare, they stand for another form of the same function
+that JAX can differentiate, the plain one: the backward pass for `jax.vjp` of it, and the forward
+pass, with what it keeps for the backward pass, for the function itself.
 """
 
 from collections.abc import Callable
@@ -13,15 +14,17 @@ from kernels_pallas.kept import kept
 
 
 def differentiable(forward: Callable, backward: Callable, plain: Callable, call: Callable = None):
-    """Returns f(form, fixed, *arrays) -> outputs, which can be differentiated in reverse as often as is asked.
+    """Returns f(form, fixed, *arrays) -> outputs, with reverse derivatives of any order.
 
-    form: hashable, what is fixed at tracing. fixed: a pytree of arrays without derivatives, such as document ids, or None.
+    form: hashable, what is fixed at tracing.
+    fixed: a pytree of arrays without derivatives, such as document ids, or None.
 
     Args:
       forward: (form, fixed, *arrays) -> (outputs, residuals).
-      backward: (form, fixed, arrays, residuals, cotangents of the outputs) -> a cotangent for each of the arrays.
-      plain: (form, fixed, *arrays) -> outputs, equal to those of `forward` and made of what JAX differentiates.
-      call: (form, fixed, *arrays) -> outputs, where nothing is differentiated; None is `forward` without its residuals.
+      backward: (form, fixed, arrays, residuals, cotangents of the outputs) -> those of the arrays.
+      plain: (form, fixed, *arrays) -> outputs, equal to `forward`'s, of what JAX differentiates.
+      call: (form, fixed, *arrays) -> outputs, where nothing is differentiated; None is `forward`
+        without its residuals.
     """
 
     def only_outputs(form, fixed, *arrays):
@@ -43,7 +46,7 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable, call:
         return (outputs, residuals), (fixed, arrays, residuals)
 
     def residuals_backward(form, saved, cotangents):
-        """The residuals' cotangent is zero: `gradients`, which reads them, is differentiated by the arrays."""
+        """Drops the residuals' cotangent: `gradients`, which reads them, passes none to them."""
         return run_backward(form, saved, cotangents[0])
 
     def gradients_forward(form, fixed, arrays, residuals, cotangents):

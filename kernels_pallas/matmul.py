@@ -67,7 +67,8 @@ def _sum_last(width, x):
     return jax.lax.platform_dependent(x, cpu=product, default=plain)
 
 
-_sum_last.defvjp(  # nothing is kept: a scan that is differentiated twice forgets the shape of what only gives its shape
+# Nothing is kept: of what only gives its shape, a scan that is differentiated twice forgets that.
+_sum_last.defvjp(
     lambda width, x: (_sum_last(width, x), None),
     lambda width, _, cotangent: (jnp.broadcast_to(cotangent, (*cotangent.shape[:-1], width)),),
 )

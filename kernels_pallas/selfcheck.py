@@ -36,7 +36,8 @@ from kernels_pallas.diagonal_scan import api as diagonal_scan_api
 from kernels_pallas.linear_attention import api as linear_attention_api
 from kernels_pallas.softmax_attention import api as softmax_attention_api
 
-# Wide enough for a device's own exp and for a few roundings of the dtype; a kernel that is wrong is off by more than 0.1.
+# Wide enough for a device's own exp and for a few roundings of the dtype; a kernel that is wrong
+# is off by more than 0.1.
 BOUND = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 4e-2}
 
 
@@ -220,7 +221,7 @@ def _matrix_kind(*, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, **ot
 
 
 def _dtype(*arrays) -> str:
-    """The case that takes the kernel's path of these inputs: mixed ones go the way of the most exact."""
+    """The dtype of the case that takes the kernel's path of these inputs."""
     dtypes = {str(x.dtype) for x in arrays}
     if "float32" in dtypes:
         return "float32"

@@ -36,10 +36,11 @@ def platform_of(device) -> str:
 
 
 def committed(arrays) -> jax.Device | None:
-    """The device that holds an array which cannot leave it, as `jax.device_put` of a device leaves it.
+    """The device that an array is committed to, as `jax.device_put(x, device)` leaves it.
 
-    None where there is no such array, or where a device is given otherwise. Inside jit nothing is known of where its
-    arguments will lie: there a device other than the process's first is to be said by `jax.default_device`.
+    None where there is no such array, or where an abstract device is in scope. Inside jit nothing
+    is known of where its arguments will lie: there `jax.default_device` has to name a device of
+    another platform than the process's first.
     """
     if jax.sharding.get_abstract_mesh().abstract_device is not None:
         return None
@@ -52,7 +53,7 @@ def committed(arrays) -> jax.Device | None:
 
 
 def compute_capability() -> float | None:
-    """Of the GPU that a call is traced for, such as 9.0; None where this process does not have it."""
+    """Of the GPU that a call is traced for, such as 9.0; None where it is not this process's."""
     device = jax.devices()[0]
     found = getattr(device, "compute_capability", None)
     return float(found) if found and device.device_kind == current().kind else None

@@ -109,11 +109,12 @@ def finite(log_decay):
 def head_cuts(G: int, H: int, K: int, V: int, most: int, *, per_channel: bool, own_keys=False):
     """(value heads, key heads) that a grid step may take, most first.
 
-    Mosaic cuts an array's last dimension into whole registers of 128 lanes, or not at all. Heads lie side by side there:
-    H of V values, G of K keys.
+    Mosaic cuts an array's last dimension into whole registers of 128 lanes, or not at all. Heads
+    lie side by side there: H of V values, G of K keys.
 
     per_channel: a decay per channel is an array too, of H heads of K.
-    own_keys: every step writes gradients of the key heads that it reads to a place of its own, also where steps share one.
+    own_keys: every step writes gradients of the key heads that it reads to a place of its own, also
+      where steps share one.
     """
     shared, cuts = H // G, []
     for heads in range(min(H, most), 0, -1):

@@ -26,8 +26,8 @@ from kernels_pallas import targets, tuning
 
 EXTRA = "pip install -e '.[triton]'"
 LARGEST_GRID = 65535  # CUDA's, in all dimensions but the first
-# Bytes of shared memory that a program may ask for, by compute capability (CUDA guide); the others of sm_80 and later have
-# 99 KiB. For a GPU that is not here, sm_80's.
+# Bytes of shared memory that a program may ask for, by compute capability (CUDA guide); the others
+# of sm_80 and later have 99 KiB. For a GPU that is not here, sm_80's.
 SHARED = {8.0: 166912, 8.7: 166912, 9.0: 232448, 10.0: 232448, 10.3: 232448}
 TILES = {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}
 _RECORD = contextvars.ContextVar("record", default=None)

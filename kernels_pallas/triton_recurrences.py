@@ -80,7 +80,7 @@ def form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, defaul
 
 
 def fitting_chunk(longest: int, words: int) -> int:
-    """The longest chunk of at most `longest` tokens whose kernels fit shared memory, or 16, the shortest there is.
+    """The longest chunk of at most `longest` tokens that fits shared memory, or the shortest, 16.
 
     words: 32-bit words that a program holds there per token of a chunk.
     """

@@ -16,8 +16,9 @@ from kernels_pallas import triton_recurrences as kernels
 from kernels_pallas.delta_rule import chunked
 
 CHUNK_SIZE = {"bfloat16": 64, "float32": 32}
-# Of the kernels that hold all of K, by whether channels decay apart: words of shared memory per token of a chunk, so many
-# times K and so many beside, as compiled for sm_80, sm_90 and sm_100 with `tuned.json`'s tiles.
+# Words of shared memory per token of a chunk, so many times K and so many beside, of the kernels
+# that hold all of K, by whether the decay is per channel: as compiled for sm_80, sm_90 and sm_100
+# with the tiles of `tuned.json`.
 SHARED_WORDS = {
     ("bfloat16", False): (2, 60),
     ("bfloat16", True): (4, 81),

@@ -61,7 +61,10 @@ def pallas_tpu(x_BTD, decay_BTD, initial_state_BD, reverse=False):
 
 
 def _forward(reverse, _, x, decay, initial):
-    """Tuples of planes: x and decay (B, T, D), initial (B, D) -> h in x's dtype and the final state; the states that enter."""
+    """Returns (h in x's dtype, the final state), and the states that enter chunks.
+
+    All are tuples of planes: x and decay (B, T, D), initial (B, D).
+    """
     plan = _Plan.of(x, reverse)
     P, states = plan.planes, [z[:, None, None] for z in initial]
     outputs = _call(

@@ -11,7 +11,8 @@ from kernels_pallas import triton_recurrences as kernels
 from kernels_pallas.linear_attention import chunked
 
 CHUNK_SIZE = 64
-# Words of shared memory per token of a chunk, as compiled for sm_80 and sm_90 with `tuned.json`'s tiles.
+# Words of shared memory per token of a chunk, as compiled for sm_80 and sm_90 with the tiles of
+# `tuned.json`.
 SHARED_WORDS = {"bfloat16": 224, "float32": 288}
 
 

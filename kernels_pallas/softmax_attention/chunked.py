@@ -209,7 +209,7 @@ def _backward(form, visibility, arrays, residuals, g_BGRTV):
 
 
 def plain(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
-    """The same for JAX to differentiate: block after block of queries with all keys, each computed again for that."""
+    """The same for JAX to differentiate: blocks of queries with all keys, each recomputed."""
     scale, (C, _) = form
     T, S = q_BGRTK.shape[3], k_BGSK.shape[2]
 

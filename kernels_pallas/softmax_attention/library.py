@@ -34,7 +34,10 @@ def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
 
 
 def _differentiable(attend):
-    """attend(scale, visibility, q, k, v), kernels with a first derivative of their own, with the chunked form's beyond it."""
+    """A library's attend(scale, visibility, q, k, v), which has a first derivative, with the others.
+
+    Those are the chunked form's.
+    """
 
     @functools.partial(jax.jit, static_argnums=0)  # one array given twice is two inputs inside
     def with_vjp(scale, visibility, *qkv):

@@ -103,7 +103,7 @@ def test_the_abstract_device_in_scope_is_the_target():
 
 
 def test_arrays_committed_to_the_cpu_take_no_kernel(monkeypatch):
-    """On a machine whose first device is a GPU; differentiated, too. Others go where new arrays go."""
+    """On a machine whose first device is a GPU; differentiated, too. Others go to that device."""
     gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
     cpu = jax.devices("cpu")[0]
     free, held = jnp.ones(3), jax.device_put(jnp.ones(3), cpu)

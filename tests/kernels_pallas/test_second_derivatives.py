@@ -1,4 +1,4 @@
-"""Gradients of gradients, of every operator and implementation, against those of the definition in float64."""
+"""Gradients of gradients, of every operator and implementation, against the float64 definition."""
 
 import functools
 
@@ -55,7 +55,7 @@ def _compare(call, inputs, implementation, order=2):
 
 
 def _recurrences():
-    """(operator, regime, implementation); kernels' programs take seconds to compile, so few of them are fast."""
+    """(operator, regime, implementation); kernels take seconds to compile, so few are fast."""
     fast = {
         *(("diagonal_scan", "log resets", x) for x in ("chunked", "triton")),
         ("causal_conv", "width 4 bias silu norm", "pallas_tpu"),

@@ -1,5 +1,7 @@
-"""Random legal calls of every operator with TPU kernels, lowered for a TPU with their gradients: what a kernel does not take is
-passed over before, and what it takes Mosaic takes."""
+"""Random legal calls of every operator with TPU kernels, lowered for a TPU with their gradients.
+
+What a kernel does not take is passed over before, and what it takes Mosaic takes.
+"""
 
 import functools
 
@@ -103,7 +105,8 @@ def _kernels(function, *shapes) -> int:
     return lowered.as_text().count("tpu_custom_call")
 
 
-# More value heads of a key head than a grid step takes: blocks of less than a register, of which the array has more.
+# More value heads of a key head than a grid step takes: of blocks of less than a register, the
+# array has more than one.
 GROUPED = [
     (linear_attention, "channel", bf16, 1, 64, 1, 3, 64, 128),
     (linear_attention, "channel", f32, 1, 64, 1, 4, 192, 128),
