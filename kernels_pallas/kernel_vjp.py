@@ -13,7 +13,14 @@ import jax
 from kernels_pallas.kept import kept
 
 
-def differentiable(forward: Callable, backward: Callable, plain: Callable, call: Callable = None):
+def differentiable(
+    forward: Callable,
+    backward: Callable,
+    plain: Callable,
+    *,
+    call: Callable | None = None,
+    keep: Callable = kept,
+):
     """Returns f(form, fixed, *arrays) -> outputs, with reverse derivatives of any order.
 
     form: hashable, what is fixed at tracing.
@@ -25,6 +32,7 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable, call:
       plain: (form, fixed, *arrays) -> outputs, equal to `forward`'s, of what JAX differentiates.
       call: (form, fixed, *arrays) -> outputs, where nothing is differentiated; None is `forward`
         without its residuals.
+      keep: names what a caller that recomputes the rest may keep, of outputs and residuals.
     """
 
     def only_outputs(form, fixed, *arrays):
@@ -35,7 +43,7 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable, call:
     gradients = jax.custom_vjp(backward, nondiff_argnums=(0,))
 
     def run_forward(form, fixed, *arrays):
-        outputs, residuals = kept(with_residuals(form, fixed, *arrays))
+        outputs, residuals = keep(with_residuals(form, fixed, *arrays))
         return outputs, (fixed, arrays, residuals)
 
     def run_backward(form, saved, cotangents):

@@ -34,7 +34,7 @@ def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
 
 
 def _differentiable(attend):
-    """A library's attend(scale, visibility, q, k, v), which has a first derivative, with the others.
+    """A library's attend(scale, visibility, q, k, v), which has a first derivative, with the rest.
 
     Those are the chunked form's.
     """
@@ -54,7 +54,8 @@ def _differentiable(attend):
     def plain(scale, visibility, *qkv):
         return chunked.chunked(*qkv, visibility, scale)
 
-    return kernel_vjp.differentiable(forward, backward, plain, call=attend)
+    # Its residuals hold copies of q, k and v, too much to be kept where the rest is recomputed.
+    return kernel_vjp.differentiable(forward, backward, plain, call=attend, keep=lambda x: x)
 
 
 def cudnn(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
