@@ -19,7 +19,7 @@ def differentiable(
     plain: Callable,
     *,
     call: Callable | None = None,
-    keep: Callable = kept,
+    keep: bool = True,
 ):
     """Returns f(form, fixed, *arrays) -> outputs, with reverse derivatives of any order.
 
@@ -32,7 +32,7 @@ def differentiable(
       plain: (form, fixed, *arrays) -> outputs, equal to `forward`'s, of what JAX differentiates.
       call: (form, fixed, *arrays) -> outputs, where nothing is differentiated; None is `forward`
         without its residuals.
-      keep: names what a caller that recomputes the rest may keep, of outputs and residuals.
+      keep: whether a caller that recomputes the rest may keep outputs and residuals (`kept`).
     """
 
     def only_outputs(form, fixed, *arrays):
@@ -43,7 +43,9 @@ def differentiable(
     gradients = jax.custom_vjp(backward, nondiff_argnums=(0,))
 
     def run_forward(form, fixed, *arrays):
-        outputs, residuals = keep(with_residuals(form, fixed, *arrays))
+        outputs, residuals = with_residuals(form, fixed, *arrays)
+        if keep:
+            outputs, residuals = kept((outputs, residuals))
         return outputs, (fixed, arrays, residuals)
 
     def run_backward(form, saved, cotangents):

@@ -55,7 +55,7 @@ def _differentiable(attend):
         return chunked.chunked(*qkv, visibility, scale)
 
     # Its residuals hold copies of q, k and v, too much to be kept where the rest is recomputed.
-    return kernel_vjp.differentiable(forward, backward, plain, call=attend, keep=lambda x: x)
+    return kernel_vjp.differentiable(forward, backward, plain, call=attend, keep=False)
 
 
 def cudnn(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
