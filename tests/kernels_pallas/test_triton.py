@@ -298,6 +298,28 @@ def test_shared_key_heads_are_not_copied():
     assert B * T * G * K in sizes and B * T * H * K not in sizes
 
 
+@pytest.mark.parametrize("operator", [linear_attention, delta_rule, diagonal_scan])
+def test_64_bit_types_change_no_launch(operator):
+    """Kernels take 32-bit inputs, outputs and constants whatever `jax_enable_x64` says."""
+    x, gate = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 40, 2, 16), (1, 40, 2)))
+    arrays = {linear_attention: (x, x, x, gate), delta_rule: (x, x, x, gate, gate)}
+    arrays = arrays.get(operator, (gate, gate))
+
+    def gradients(*arrays):
+        outputs, vjp = jax.vjp(lambda *x: operator(*x, implementation="triton"), *arrays)
+        return vjp(outputs)
+
+    def launches():
+        with targets.interpreted(), triton_call.recorded() as found:
+            jax.eval_shape(lambda *x: gradients(*x), *arrays)
+        return found
+
+    narrow = launches()
+    with jax.enable_x64(True):
+        assert launches() == narrow
+    assert len(narrow) > 3
+
+
 @pytest.mark.slow
 def test_compiles_for_every_target(tmp_path):
     """In a process of its own: interpreting and compiling exclude each other."""
