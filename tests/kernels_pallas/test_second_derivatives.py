@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 from kernels_pallas import linear_cross_entropy, sequence_parallel, softmax_attention, targets
+from kernels_pallas.softmax_attention import api, library, reference
 from tests.kernels_pallas import (
     test_causal_conv,
     test_delta_rule,
@@ -127,6 +128,32 @@ def test_softmax_attention(implementation, T, window):
         )
 
     _compare(call, _attention_inputs(T), implementation)
+
+
+def test_a_library_with_one_derivative(monkeypatch):
+    """cuDNN's, in whose place something stands that can be differentiated once, as it can."""
+    plain = jax.nn.dot_product_attention
+
+    def once(q, k, v, *, scale, is_causal, **others):
+        def attend(*qkv):
+            return plain(*qkv, scale=scale, is_causal=is_causal, implementation="xla")
+
+        def backward(qkv, g):
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), qkv)
+            return jax.pure_callback(lambda qkv, g: jax.vjp(attend, *qkv)[1](g), shapes, qkv, g)
+
+        attend_once = jax.custom_vjp(attend)
+        attend_once.defvjp(lambda *qkv: (attend_once(*qkv), qkv), backward)
+        return attend_once(q, k, v)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", once)
+    visibility = api._visibility((2, 6), 6, (None, None), (None, None), True, None)
+
+    def call(x, implementation):
+        attend = library.cudnn if implementation == "cudnn" else reference.naive
+        return attend(x["q"], x["k"], x["v"], visibility, 0.5)
+
+    _compare(call, _attention_inputs(6), "cudnn")
 
 
 @pytest.mark.slow
