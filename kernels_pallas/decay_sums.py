@@ -63,6 +63,7 @@ class Sums(NamedTuple):
 
 
 STRETCH_BLOCK = 128  # tokens of a stretch whose sums are one matrix product
+LARGEST_CONSTANT = 256  # tokens of a chunk whose pairs may be constants of a program
 BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of whole blocks
 NEVER = -1e30  # a reset inside a sum: exp(NEVER) is 0 as exp(-inf) is, and 0 * NEVER is 0
 
@@ -78,7 +79,7 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
     U = min(C, BLOCK)
     finite_CK = _finite(log_decay_CK)
     if not levels:
-        whole = _sums_of(_whole_tokens(C, finite_CK.dtype), finite_CK)
+        whole = _sums_of(_summed_tokens(C, finite_CK.dtype, levels=False), finite_CK)
         return Sums(log_decay_CK, *whole, whole[0][..., -1, :], ())
     tokens = _halvings(finite_CK.reshape(*lead, C // U, U, K))
     blocks = _halvings(tokens.total_K)
@@ -161,26 +162,35 @@ def _sums_of(summed_tokens, log_decay_CK) -> tuple[jax.Array, ...]:
     )
 
 
-@functools.cache
-def _whole_tokens(C: int, dtype) -> tuple[np.ndarray, ...]:
-    """Which tokens of a chunk each through, before and after sums."""
-    i, s = np.arange(C)[:, None], np.arange(C)
-    return tuple(rows.astype(dtype) for rows in (s <= i, s < i, s > i))
+def _summed_tokens(C: int, dtype, levels: bool = True) -> tuple:
+    """Which tokens of a chunk the rows of through, before and after sum.
+
+    levels: C/2 rows more for each level.
+    """
+    s = _tokens(C)[None]
+    return tuple(((first <= s) & (s <= last)).astype(dtype) for first, last in _bounds(C, levels))
+
+
+def _tokens(C: int):
+    """0 ... C-1. Masks made of them are constants of the program, or made as it runs where long."""
+    return (np if C <= LARGEST_CONSTANT else jnp).arange(C)
 
 
 @functools.cache
-def _summed_tokens(C: int, dtype) -> tuple[np.ndarray, ...]:
-    """Those, then C/2 rows more for each level."""
-    token = np.arange(C)
-    i, s = token[:, None], token
-    through, before, after = ([rows] for rows in _whole_tokens(C, bool))
-    for level in range(C.bit_length() - 1):
+def _bounds(C: int, levels: bool):
+    """The first and the last token of each row's sum, as columns."""
+    i = np.arange(C)
+    through, before, after = [(0 * i, i)], [(0 * i, i - 1)], [(i + 1, 0 * i + C - 1)]
+    for level in range(C.bit_length() - 1 if levels else 0):
         middle = (i >> (level + 1) << (level + 1)) + (1 << level)
-        right = token & (1 << level) > 0
-        through.append(((s >= middle) & (s <= i))[right])
-        before.append(((s >= middle) & (s < i))[right])
-        after.append(((s < middle) & (s > i))[~right])
-    return tuple(np.concatenate(rows).astype(dtype) for rows in (through, before, after))
+        right = i & (1 << level) > 0
+        through.append((middle[right], i[right]))
+        before.append((middle[right], i[right] - 1))
+        after.append((i[~right] + 1, middle[~right] - 1))
+    return [
+        tuple(np.concatenate(bounds)[:, None] for bounds in zip(*rows))
+        for rows in (through, before, after)
+    ]
 
 
 def pair_decay(log_decay_C1: jax.Array, *, before: bool = False) -> jax.Array:
@@ -247,7 +257,8 @@ def _sums_between(g_U: jax.Array, before: bool) -> jax.Array:
 
 
 def _lower(U: int, diagonal: int):
-    return np.tril(np.ones((U, U), bool), diagonal)
+    token_U = _tokens(U)
+    return token_U[None] - token_U[:, None] <= diagonal
 
 
 def _delayed(g_U):

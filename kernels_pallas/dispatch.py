@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from kernels_pallas import first_use, targets
 
 
@@ -27,6 +29,11 @@ class Implementation:
         target = targets.current()
         if self.platform not in (None, target.platform):
             return f"it is a kernel for {self.platform}; this is {target.platform}"
+        if self.platform == "tpu" and jax.config.jax_enable_x64:
+            return (
+                "jax_enable_x64 is on, and Mosaic's compiler takes no 64-bit indices (it may end "
+                "the process); turn it off, or take a form that is no kernel"
+            )
         return self.unsupported(**arguments)
 
 
@@ -38,10 +45,26 @@ def choose(
     A named implementation that cannot run raises and says why; nothing is swapped in silence. For None, a kernel serves
     once it has passed its check on this kind of device (`first_use`); a named one is not checked.
 
+    Arrays that are committed to another platform than the process's first are computed there.
+
     Raises:
       ValueError: the name is unknown (the choices are listed).
       NotImplementedError: the named implementation does not support this call, or none does (with the reasons).
     """
+    device = targets.committed(jax.tree.leaves(arguments))
+    if device is None or targets.platform_of(device) == targets.current().platform:
+        return _choose(operator, implementations, name, arguments)
+    with jax.default_device(device):
+        chosen = _choose(operator, implementations, name, arguments)
+
+    def call(*args, **keywords):
+        with jax.default_device(device):
+            return chosen.call(*args, **keywords)
+
+    return dataclasses.replace(chosen, call=call)
+
+
+def _choose(operator, implementations, name, arguments) -> Implementation:
     if name is None:
         reasons = []
         for implementation in implementations:

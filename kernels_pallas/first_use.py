@@ -2,8 +2,10 @@
 
 A kernel proven by compiling and interpreting may be wrong on hardware that its tests never saw. So when
 `implementation=None` is about to choose a kernel, `why_not` wants a passed check (`selfcheck.check`, forward and
-backward against the chunked form) of this operator, implementation, kind of call, kind of device, and of these versions of JAX, the kernel's
-compiler and our own source. What is not on record is checked then and there, in seconds. Failing, the next implementation
+backward against the chunked form) of this operator, implementation, kind of call, kind of device,
+of these versions of JAX, the kernel's compiler and our own source, and with 64-bit types on or off
+as they are now.
+What is not on record is checked then and there, in seconds. Failing, the next implementation
 serves, and one warning a process says what differed. A kernel that is named in `implementation=` is never checked.
 
 Records are kept for the process, and on disk in `cache_file()`. A file that cannot be read or written only means
@@ -55,14 +57,22 @@ def why_not(operator: str, implementation: str, arguments: dict) -> str | None:
     problem, known = _recorded(key)
     if not known:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            result = thread.submit(selfcheck.check, *call).result()
+            result = thread.submit(_check, jax.config.jax_enable_x64, *call).result()
         problem = result.problem
         record(key, result)
     if key not in _decided:  # another thread may have been first
         _decided[key] = problem
         if problem is not None:
-            warnings.warn(_explained(target, *call, problem), stacklevel=4)
+            warnings.warn(_explained(target, *call, problem), stacklevel=5)
     return _decided[key]
+
+
+def _check(x64: bool, *call):
+    """`selfcheck.check` with the setting of the thread that asks."""
+    from kernels_pallas import selfcheck
+
+    with jax.enable_x64(x64):
+        return selfcheck.check(*call)
 
 
 def _explained(target, operator, implementation, variant, dtype, problem) -> str:
@@ -76,7 +86,10 @@ def _explained(target, operator, implementation, variant, dtype, problem) -> str
 def record_key(target: targets.Target, operator: str, *call: str) -> str:
     """What a record is kept by."""
     found = ", ".join(f"{name} {version}" for name, version in versions(target.platform).items())
-    return f"{operator} {' '.join(call)} | {target.kind} | {found} | source {_source(operator)}"
+    x64 = " | x64" if jax.config.jax_enable_x64 else ""
+    return (
+        f"{operator} {' '.join(call)} | {target.kind} | {found} | source {_source(operator)}{x64}"
+    )
 
 
 @functools.cache
@@ -102,11 +115,16 @@ def _source(operator: str) -> str:
 
 
 def cache_file() -> pathlib.Path:
-    """selfcheck.json in $SEQMODELS_CACHE, or in `seqmodels` of $XDG_CACHE_HOME or of ~/.cache."""
-    if own := os.environ.get("SEQMODELS_CACHE"):
-        return pathlib.Path(own) / "selfcheck.json"
-    general = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(general) / "seqmodels" / "selfcheck.json"
+    """selfcheck.json in $SEQMODELS_CACHE, or in `seqmodels` of $XDG_CACHE_HOME or of ~/.cache.
+
+    `~` is the user's home in all of them.
+    """
+    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    own = os.environ.get("SEQMODELS_CACHE") or os.path.join(general, "seqmodels")
+    folder = os.path.expanduser(own)
+    if folder.startswith("~"):  # nobody knows whose home that is
+        folder = os.path.join(tempfile.gettempdir(), f"seqmodels-{os.getuid()}")
+    return pathlib.Path(folder) / "selfcheck.json"
 
 
 def _records() -> dict:

@@ -46,16 +46,19 @@ def _backward(subscripts, operands, cotangent):
 einsum.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
 def sum_last(x: jax.Array) -> jax.Array:
     """The sum over the last axis, which stays: (..., K) to (..., 1).
 
     On CPU a product with ones: XLA's reduction of the minor axis (jaxlib 0.10.2) takes ten times as long there.
     """
+    return _sum_last(x.shape[-1], x)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_last(width, x):
     def product(x):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        ones = jnp.ones((x.shape[-1], 1), wide.dtype)
+        ones = jnp.ones((width, 1), wide.dtype)
         return jnp.matmul(wide, ones, precision="highest").astype(x.dtype)
 
     def plain(x):
@@ -64,9 +67,10 @@ def sum_last(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=product, default=plain)
 
 
-sum_last.defvjp(
-    lambda x: (sum_last(x), x),
-    lambda x, cotangent: (jnp.broadcast_to(cotangent, x.shape),),
+# Nothing is kept: of what only gives its shape, a scan that is differentiated twice forgets that.
+_sum_last.defvjp(
+    lambda width, x: (_sum_last(width, x), None),
+    lambda width, _, cotangent: (jnp.broadcast_to(cotangent, (*cotangent.shape[:-1], width)),),
 )
 
 

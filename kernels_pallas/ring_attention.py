@@ -7,14 +7,11 @@ each row's final log-sum makes the probabilities of any part again; gradients of
 """
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import exchanges, segments
-from kernels_pallas.kept import kept
+from kernels_pallas import exchanges, kernel_vjp, segments
 from kernels_pallas.softmax_attention import chunked
 from kernels_pallas.softmax_attention.visibility import Visibility
 
@@ -106,19 +103,14 @@ def ring(ranks, qkv, given, by_index, window, causal, scale):
     C, E = sizes = chunked.block_sizes(T, S)
     scale = K**-0.5 if scale is None else scale
     q_BGRTK = chunked.queries_first(q_BTHK, G, C)
-    o_BGRTV = _ring((ranks, scale, sizes), q_BGRTK, k_BSGK, v_BSGV, visibility)
+    o_BGRTV = _ring((ranks, scale, sizes), visibility, q_BGRTK, k_BSGK, v_BSGV)
     o_BTHV = chunked.time_first(o_BGRTV, T).astype(q_BTHK.dtype)
     return _from_zigzag(ranks, o_BTHV) if balanced else o_BTHV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(static, q_BGRTK, k_BSGK, v_BSGV, visibility):
-    return _forward(static, q_BGRTK, k_BSGK, v_BSGV, visibility)[0]
-
-
-def _forward(static, q_BGRTK, k_BSGK, v_BSGV, visibility):
+def _forward(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
     ranks, scale, sizes = static
-    payload = k_BSGK, v_BSGV, visibility.kv_position_BS, visibility.kv_segment_BS
+    payload = _payload(visibility, k_BSGK, v_BSGV)
 
     def see(running, packed):
         held = _held(payload, packed, q_BGRTK, visibility, sizes)
@@ -132,14 +124,14 @@ def _forward(static, q_BGRTK, k_BSGK, v_BSGV, visibility):
     running = chunked.nothing_seen(q_BGRTK, v_BSGV)
     carry = running, exchanges.pack(payload, lead=2)
     (running, packed), _ = lax.scan(hop, carry, length=ranks.count - 1)
-    o_BGRTV, log_sum_BGRT = kept(chunked.output(see(running, packed)))
-    return o_BGRTV, (q_BGRTK, k_BSGK, v_BSGV, visibility, o_BGRTV, log_sum_BGRT)
+    o_BGRTV, log_sum_BGRT = chunked.output(see(running, packed))
+    return o_BGRTV, (o_BGRTV, log_sum_BGRT)
 
 
-def _backward(static, saved, g_BGRTV):
+def _backward(static, visibility, arrays, residuals, g_BGRTV):
     ranks, scale, sizes = static
-    q_BGRTK, k_BSGK, v_BSGV, visibility, o_BGRTV, log_sum_BGRT = saved
-    payload = k_BSGK, v_BSGV, visibility.kv_position_BS, visibility.kv_segment_BS
+    (q_BGRTK, k_BSGK, v_BSGV), (o_BGRTV, log_sum_BGRT) = arrays, residuals
+    payload = _payload(visibility, k_BSGK, v_BSGV)
     rows = q_BGRTK, g_BGRTV, log_sum_BGRT, jnp.sum(g_BGRTV * o_BGRTV, axis=-1)
     S, dtype = k_BSGK.shape[1], q_BGRTK.dtype
 
@@ -163,10 +155,25 @@ def _backward(static, saved, g_BGRTV):
     dq_BGRTK, d_BGSX = see(*carry)
     d_BGSX = ranks.send(d_BGSX, _round(ranks))  # home
     d_k, d_v = (z.swapaxes(1, 2).astype(dtype) for z in jnp.split(d_BGSX, [K], axis=-1))
-    return dq_BGRTK.astype(dtype), d_k, d_v, None
+    return dq_BGRTK.astype(dtype), d_k, d_v
 
 
-_ring.defvjp(_forward, _backward)
+def _plain(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
+    """The same with every rank's keys gathered."""
+    ranks, scale, sizes = static
+    payload = _payload(visibility, k_BSGK, v_BSGV)
+    packed = exchanges.pack(payload, lead=2)
+    packed = lax.all_gather(packed, ranks.axis_name, axis=1, tiled=True)
+    *kv, visibility = _held(payload, packed, q_BGRTK, visibility, sizes)
+    return chunked.plain((scale, sizes), visibility, q_BGRTK, *kv)
+
+
+_ring = kernel_vjp.differentiable(_forward, _backward, _plain)
+
+
+def _payload(visibility, k_BSGK, v_BSGV):
+    """What goes around with the keys."""
+    return k_BSGK, v_BSGV, visibility.kv_position_BS, visibility.kv_segment_BS
 
 
 def _round(ranks):

@@ -37,8 +37,9 @@ from kernels_pallas.diagonal_scan import api as diagonal_scan_api
 from kernels_pallas.linear_attention import api as linear_attention_api
 from kernels_pallas.softmax_attention import api as softmax_attention_api
 
-# Wide enough for a device's own exp and for two roundings of bfloat16; a kernel that is wrong is off by more than 0.1.
-BOUND = {"float32": 1e-3, "bfloat16": 4e-2}
+# Wide enough for a device's own exp and for a few roundings of the dtype; a kernel that is wrong
+# is off by more than 0.1.
+BOUND = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 4e-2}
 
 
 class Sizes(NamedTuple):
@@ -64,6 +65,7 @@ class Case:
     inputs: (rng, sizes, variant, dtype) -> what is differentiated, by name.
     call: (inputs, variant, segment ids, implementation) -> the outputs, by name.
     packed: whether a variant is called with segment ids.
+    float16: the kernels that take it, beside float32 and bfloat16.
     truth: the implementation to compare with.
     """
 
@@ -73,6 +75,7 @@ class Case:
     inputs: Callable[[np.random.Generator, Sizes, str, str], dict]
     call: Callable[[dict, str, Any, str], dict]
     packed: Callable[[str], bool] = lambda variant: False
+    float16: tuple[str, ...] = ()
     truth: str = "chunked"
 
 
@@ -215,8 +218,15 @@ def _matrix_kind(*, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, **ot
     variant = "none" if segment_ids_BT is None else "head"
     if log_decay_BTHK is not None:
         variant = "channel" if log_decay_BTHK.shape[-1] > 1 else "head"
-    narrow = all(x.dtype == jnp.bfloat16 for x in (q_BTGK, k_BTGK, v_BTHV))
-    return variant, "bfloat16" if narrow else "float32"
+    return variant, _dtype(q_BTGK, k_BTGK, v_BTHV)
+
+
+def _dtype(*arrays) -> str:
+    """The dtype of the case that takes the kernel's path of these inputs."""
+    dtypes = {str(x.dtype) for x in arrays}
+    if "float32" in dtypes:
+        return "float32"
+    return "bfloat16" if dtypes == {"bfloat16"} else "float16"
 
 
 def _linear_attention(x, variant, ids_BT, implementation):
@@ -279,7 +289,7 @@ def _attention_kind(*, q, v, visibility):
     variant = "causal" if visibility.causal else "full"
     variant += "" if visibility.window is None else " window"
     variant += "" if visibility.q_segment_BT is None else " packed"
-    return variant, "float32" if q.dtype == jnp.float32 else "bfloat16"
+    return variant, _dtype(q, v)
 
 
 def _attention(x, variant, ids_BT, implementation):
@@ -329,11 +339,13 @@ CASES = {
         *(linear_attention_api.IMPLEMENTATIONS, _DECAYS, _matrix_kind),
         *(_matrix_inputs, _linear_attention),
         packed=lambda variant: variant != "none",
+        float16=("triton",),
     ),
     "delta_rule": Case(
         *(delta_rule_api.IMPLEMENTATIONS, _DECAYS, _matrix_kind),
         *(_delta_rule_inputs, _delta_rule),
         packed=lambda variant: variant != "none",
+        float16=("triton",),
     ),
     "diagonal_scan": Case(
         *(diagonal_scan_api.IMPLEMENTATIONS, ("real", "complex"), _scan_kind),
@@ -346,6 +358,7 @@ CASES = {
         ),
         *(_attention_kind, _attention_inputs, _attention),
         packed=lambda variant: variant.endswith("packed"),
+        float16=("cudnn",),
     ),
     "causal_conv": Case(
         causal_conv_api.IMPLEMENTATIONS,
@@ -368,8 +381,15 @@ def kernels(operator: str, platforms) -> list[tuple[str, str, str]]:
         for implementation in case.implementations
         if implementation.platform in platforms
         for variant in case.variants
-        for dtype in (("float32",) if variant == "complex" else ("bfloat16", "float32"))
+        for dtype in _dtypes(case, implementation.name, variant)
     ]
+
+
+def _dtypes(case, implementation, variant):
+    if variant == "complex":
+        return ("float32",)
+    more = ("float16",) if implementation in case.float16 else ()
+    return "bfloat16", "float32", *more
 
 
 def line(result: Result) -> str:

@@ -28,8 +28,35 @@ def current() -> Target:
         device = jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
-    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
-    return Target(platform, device.device_kind)
+    return Target(platform_of(device), device.device_kind)
+
+
+def platform_of(device) -> str:
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
+def committed(arrays) -> jax.Device | None:
+    """The device that an array is committed to, as `jax.device_put(x, device)` leaves it.
+
+    None where there is no such array, or where an abstract device is in scope. Inside jit nothing
+    is known of where its arguments will lie: there `jax.default_device` has to name a device of
+    another platform than the process's first.
+    """
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return None
+    for x in arrays:
+        while isinstance(x, jax.core.Tracer) and hasattr(x, "primal"):
+            x = x.primal  # of what is being differentiated
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
+            return min(x.devices(), key=lambda device: device.id)
+    return None
+
+
+def compute_capability() -> float | None:
+    """Of the GPU that a call is traced for, such as 9.0; None where it is not this process's."""
+    device = jax.devices()[0]
+    found = getattr(device, "compute_capability", None)
+    return float(found) if found and device.device_kind == current().kind else None
 
 
 @contextlib.contextmanager

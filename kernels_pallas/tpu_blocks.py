@@ -106,6 +106,28 @@ def finite(log_decay):
     return jnp.where(log_decay == -jnp.inf, NEVER, log_decay)
 
 
+def head_cuts(G: int, H: int, K: int, V: int, most: int, *, per_channel: bool, own_keys=False):
+    """(value heads, key heads) that a grid step may take, most first.
+
+    Mosaic cuts an array's last dimension into whole registers of 128 lanes, or not at all. Heads
+    lie side by side there: H of V values, G of K keys.
+
+    per_channel: a decay per channel is an array too, of H heads of K.
+    own_keys: every step writes gradients of the key heads that it reads to a place of its own, also
+      where steps share one.
+    """
+    shared, cuts = H // G, []
+    for heads in range(min(H, most), 0, -1):
+        keys = max(1, heads // shared)
+        blocks = [(heads * V, H * V), (keys * K, H // heads * keys * K if own_keys else G * K)]
+        if per_channel:
+            blocks.append((heads * K, H * K))
+        whole = H % heads == 0 and (heads % shared == 0 or shared % heads == 0)
+        if whole and all(block % LANES == 0 or block == array for block, array in blocks):
+            cuts.append((heads, keys))
+    return cuts
+
+
 def iota(shape, axis):
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 

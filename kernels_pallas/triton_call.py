@@ -26,6 +26,9 @@ from kernels_pallas import targets, tuning
 
 EXTRA = "pip install -e '.[triton]'"
 LARGEST_GRID = 65535  # CUDA's, in all dimensions but the first
+# Bytes of shared memory that a program may ask for, by compute capability (CUDA guide); the others
+# of sm_80 and later have 99 KiB. For a GPU that is not here, sm_80's.
+SHARED = {8.0: 166912, 8.7: 166912, 9.0: 232448, 10.0: 232448, 10.3: 232448}
 TILES = {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}
 _RECORD = contextvars.ContextVar("record", default=None)
 _INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder is global
@@ -62,6 +65,12 @@ def why_not() -> str | None:
     if missing:
         return f"{' and '.join(missing)} cannot be imported; install the extra: {EXTRA}"
     return None
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that a program of the call that is traced now may ask for."""
+    capability = targets.compute_capability()
+    return SHARED[8.0] if capability is None else SHARED.get(capability, 99 << 10)
 
 
 def prepare() -> None:

@@ -35,13 +35,6 @@ class Figures(NamedTuple):
     bytes: int
 
 
-SHARED = {
-    80: 166912,
-    90: 232448,
-    100: 232448,
-}  # bytes a program may ask for (CUDA guide, compute capabilities)
-
-
 def launches(function, *shapes) -> list[triton_call.Launch]:
     """The launches of `function` on arrays of these shapes, in order; what runs them is named 'triton'."""
     with triton_call.recorded() as found:
@@ -82,7 +75,7 @@ def compile_launch(launch: triton_call.Launch, capability: int) -> Figures:
         registers,
         spilled,
         compiled.metadata.shared,
-        SHARED[capability],
+        triton_call.SHARED[capability / 10],
         sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in arrays),
     )
 

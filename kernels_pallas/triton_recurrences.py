@@ -79,6 +79,28 @@ def form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, defaul
     )
 
 
+def fitting_chunk(longest: int, words: int) -> int:
+    """The longest chunk of at most `longest` tokens that fits shared memory, or the shortest, 16.
+
+    words: 32-bit words that a program holds there per token of a chunk.
+    """
+    C = longest
+    while C > 16 and 4 * words * C > triton_call.shared_limit():
+        C //= 2
+    return C
+
+
+def too_long(K: int, C: int, words: int) -> str | None:
+    """Why chunks of C tokens do not fit shared memory, and what does; None where they fit."""
+    takes, limit = 4 * words * C, triton_call.shared_limit()
+    if takes <= limit:
+        return None
+    return (
+        f"K = {K} and chunks of {C} take {takes >> 10} KiB of shared memory, of {limit >> 10}: "
+        f"give chunk_size={fitting_chunk(C, words)}"
+    )
+
+
 def unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
     """Why the Triton kernels cannot run this call, or None."""
     K, V = q_BTGK.shape[-1], v_BTHV.shape[-1]
@@ -102,6 +124,11 @@ def with_resets(log_decay_BTHK, segment_ids_BT, B, T):
         starts_BT = segments.starts(segment_ids_BT)
         log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], NEVER, log_decay_BTHK)
     return jnp.where(log_decay_BTHK == -jnp.inf, NEVER, log_decay_BTHK)
+
+
+def every_head(form, g_BTHK):
+    """The decay of `with_resets` as XLA's forms take it, of every head's own."""
+    return jnp.broadcast_to(g_BTHK, (*g_BTHK.shape[:2], form.H, form.GK))
 
 
 def launch(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **constants):

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import targets, tuning
-from kernels_pallas.causal_conv import reference, tpu_kernels
+from kernels_pallas import kernel_vjp, targets, tuning
+from kernels_pallas.causal_conv import reference, shifted, tpu_kernels
 from kernels_pallas.causal_conv.tpu_kernels import LANES, ROWS
 
 HALO = 16  # tokens: the shortest block of bfloat16
@@ -64,16 +64,12 @@ def pallas_tpu(x_BTD, w, bias, initial_state, start_BT, finish):
         w = jnp.concatenate([w.astype(jnp.float32), bias.astype(jnp.float32)[None]])
     w = w.astype(jnp.float32) * (0.5 if plan.silu else 1.0)
     w = jnp.pad(w, ((0, 0), (0, plan.all_channels - plan.D)))
-    return _conv(plan, x_BTD, w, initial_state, start_BT)
+    return _conv((plan, finish), start_BT, x_BTD, w, initial_state)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(plan, x_BTD, w, initial_state, start_BT):
+def _forward(form, start_BT, x_BTD, w, initial_state):
     """w: float32, with the bias below the taps, and silu's half in both."""
-    return _forward(plan, x_BTD, w, initial_state, start_BT)[0]
-
-
-def _forward(plan, x_BTD, w, initial_state, start_BT):
+    plan, _ = form
     (y_BTD,) = _call(
         plan,
         tpu_kernels.forward,
@@ -82,12 +78,11 @@ def _forward(plan, x_BTD, w, initial_state, start_BT):
         [plan.halo + plan.rows, *([plan.rows] if plan.K else [])],
     )
     tail = reference.tail(x_BTD, initial_state, start_BT)
-    return (y_BTD, tail), (x_BTD, w, initial_state, start_BT)
+    return (y_BTD, tail), ()
 
 
-def _backward(plan, saved, gradients):
-    x_BTD, w, initial_state, start_BT = saved
-    g_BTD, g_tail = gradients
+def _backward(form, start_BT, arrays, _, gradients):
+    (plan, _), (x_BTD, w, initial_state), (g_BTD, g_tail) = form, arrays, gradients
     first = (plan.B, plan.p, plan.halo, plan.all_channels)
     dx_BTD, dw, dz = _call(
         plan,
@@ -109,10 +104,17 @@ def _backward(plan, saved, gradients):
     dx_tail, d_initial = tail_vjp(g_tail)
     dx_BTD = dx_BTD.at[:, last:].add(dx_tail)
     d_initial = d_initial + _initial_gradient(plan, dz_BSD, w, start_BT).astype(d_initial.dtype)
-    return dx_BTD, dw, d_initial, None
+    return dx_BTD, dw, d_initial
 
 
-_conv.defvjp(_forward, _backward)
+def _plain(form, start_BT, x_BTD, w, initial_state):
+    plan, finish = form
+    w = w[:, : plan.D] * (2.0 if plan.silu else 1.0)
+    bias = w[plan.width] if plan.bias else None
+    return shifted.shifted(x_BTD, w[: plan.width], bias, initial_state, start_BT, finish)
+
+
+_conv = kernel_vjp.differentiable(_forward, _backward, _plain, keep=False)  # cheap to do again
 
 
 def _inputs(x_BTD, w, initial_state):

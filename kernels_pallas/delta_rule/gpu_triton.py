@@ -6,25 +6,50 @@ gradients twice, for what queries and for what keys read. Only the inputs are ke
 
 float32 without a decay carries states, inverses and U in float64 from chunk to chunk: reflections forget no error
 (`reflections`), and data-centre GPUs multiply float64 as fast as IEEE float32. What comes of bfloat16 inputs multiplies
-as two bfloat16 terms, and without a decay, for the same reason, as three. One reverse derivative; a second goes
-through 'chunked'.
+as two bfloat16 terms, and without a decay, for the same reason, as three.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
-from kernels_pallas import triton_call
+from kernels_pallas import kernel_vjp, triton_call
 from kernels_pallas import triton_recurrences as kernels
+from kernels_pallas.delta_rule import chunked
 
 CHUNK_SIZE = {"bfloat16": 64, "float32": 32}
+# Words of shared memory per token of a chunk, so many times K and so many beside, of the kernels
+# that hold all of K, by whether the decay is per channel: as compiled for sm_80, sm_90 and sm_100
+# with the tiles of `tuned.json`.
+SHARED_WORDS = {
+    ("bfloat16", False): (2, 60),
+    ("bfloat16", True): (4, 81),
+    ("float32", False): (2, 228),
+    ("float32", True): (5, 97),
+}
 
 
-def unsupported(*, q_BTGK, v_BTHV, initial_state_BHKV, chunk_size, **others):
+def unsupported(
+    *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
+):
     if chunk_size is not None and chunk_size > 64:
         return f"chunk_size goes to 64; got {chunk_size}"
-    return kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size)
+    if reason := kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
+        return reason
+    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
+    return kernels.too_long(form.K, form.C, _words(form))
+
+
+def _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size):
+    """With the chunk that was given, or the longest up to the usual one that fits."""
+    form = kernels.form_of("delta_rule", q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, 64)
+    if chunk_size is None:
+        usual = min(CHUNK_SIZE[form.dtype], form.C)
+        form = form._replace(C=kernels.fitting_chunk(usual, _words(form)))
+    return form
+
+
+def _words(form) -> int:
+    times_K, beside = SHARED_WORDS[form.dtype, form.GK > 1]
+    return times_K * triton_call.power_of_two(form.K) + beside
 
 
 def triton(
@@ -41,24 +66,20 @@ def triton(
     """The Triton form. Arguments are normalised by `api.py`; the scale of q is a number."""
     B, T = q_BTGK.shape[:2]
     arrays = q_BTGK, k_BTGK, v_BTHV
-    form = kernels.form_of("delta_rule", *arrays, log_decay_BTHK, chunk_size, 64)
+    form = _form_of(*arrays, log_decay_BTHK, chunk_size)
     exact = log_decay_BTHK is None and form.dtype == "float32"
-    chunk_size = chunk_size or CHUNK_SIZE[form.dtype]
     mixed = form.mixed
     if log_decay_BTHK is None and mixed == "bf16x2":
         mixed = "bf16x3"
-    form = form._replace(C=min(chunk_size, form.C), inputs=mixed, mixed=mixed)
+    form = form._replace(inputs=mixed, mixed=mixed)
     g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
     beta_BTH = beta_BTH.astype(jnp.float32)
-    return _run(form, exact, scale, *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
+    return _run((form, exact, scale), None, *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(form, exact, scale, *arrays):
-    return _forward(form, exact, scale, *arrays)[0]
+def _forward(static, _, *arrays):
+    form, exact, scale = static
 
-
-def _forward(form, exact, scale, *arrays):
     @triton_call.over_batch
     def forward(arrays):
         q_BTGK, k_BTGK, v_BTHV, _, g_BTHK, _ = arrays
@@ -67,10 +88,12 @@ def _forward(form, exact, scale, *arrays):
         inputs = q_BTGK, k_BTGK, u_BTHV, g_BTHK, states_BHNKV, scores
         return kernels.outputs(form, *inputs, scale=scale, dtype=v_BTHV.dtype), final_BHKV
 
-    return forward(arrays), arrays
+    return forward(arrays), ()
 
 
-def _backward(form, exact, scale, arrays, cotangents):
+def _backward(static, _, arrays, residuals, cotangents):
+    form, exact, scale = static
+
     @triton_call.over_batch
     def backward(arrays):
         (q_BTGK, k_BTGK, v_BTHV, beta_BTH, g_BTHK, _), (do_BTHV, dfinal_BHKV) = arrays
@@ -116,7 +139,13 @@ def _backward(form, exact, scale, arrays, cotangents):
     return backward((arrays, cotangents))
 
 
-_run.defvjp(_forward, _backward)
+def _plain(static, _, q_BTGK, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
+    form, _, scale = static
+    arrays = q_BTGK, k_BTGK, v_BTHV, beta_BTH, kernels.every_head(form, g_BTHK), start_BHKV
+    return chunked.chunked(*arrays, None, scale=scale)
+
+
+_run = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 def _kernels():

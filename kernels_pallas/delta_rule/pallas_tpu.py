@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import segments, targets, tpu_blocks
+from kernels_pallas import kernel_vjp, segments, targets, tpu_blocks
 from kernels_pallas.delta_rule import chunked, tpu_channel_decay, tpu_head_decay
 from kernels_pallas.delta_rule.tpu_plan import VMEM_BYTES, Plan, plan_of, unsupported
-from kernels_pallas.kept import kept
 
 __all__ = ["pallas_tpu", "unsupported"]
 
@@ -48,7 +47,7 @@ def pallas_tpu(
     K, V = initial_state_BHKV.shape[2:]
     more = ((0, 0), (0, 0), (0, plan.K - K), (0, plan.V - V))
     S_BHKV = jnp.pad(initial_state_BHKV.astype(jnp.float32), more)
-    o, final_BHKV = _run(plan, q, k, v, _gate_rows(gates, plan), g, S_BHKV)
+    o, final_BHKV = _run(plan, None, q, k, v, _gate_rows(gates, plan), g, S_BHKV)
     o_BTHV = o.reshape(plan.B, -1, plan.H, plan.V)[:, : plan.T, :, :V]
     return o_BTHV.astype(v_BTHV.dtype), final_BHKV[:, :, :K, :V]
 
@@ -72,38 +71,17 @@ def _gate_rows(gates, plan):
     return jnp.concatenate([one(x) for x in gates], axis=3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(plan, *arrays):
+def _without_states(plan, _, *arrays):
     """arrays: q, k, v, the gates' rows, log decay per channel or None, the state."""
     return _forward(plan, False, *arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_keeping_states(plan, *arrays):
-    return _forward(plan, True, *arrays)
+def _with_states(plan, _, *arrays):
+    o, final, states = _forward(plan, True, *arrays)
+    return (o, final), states
 
 
-def _run_forward(plan, *arrays):
-    o, final, states = kept(_run_keeping_states(plan, *arrays))
-    return (o, final), (arrays, states)
-
-
-def _keeping_forward(plan, *arrays):
-    outputs = _run_keeping_states(plan, *arrays)
-    return outputs, (arrays, outputs[2])
-
-
-def _run_backward(plan, saved, cotangents):
-    """The states' cotangent is dropped: `_gradients`, which reads them, differentiates from the inputs."""
-    return _gradients(plan, *saved, cotangents[:2])
-
-
-_run.defvjp(_run_forward, _run_backward)
-_run_keeping_states.defvjp(_keeping_forward, _run_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(plan, arrays, states, cotangents):
+def _gradients(plan, _, arrays, states, cotangents):
     q, k, v, gates, g, _ = arrays
     dq, dk, *others = _backward(plan, q, k, v, gates, g, states, *cotangents)
     if plan.shared > 1:
@@ -115,25 +93,7 @@ def _gradients(plan, arrays, states, cotangents):
     return dq, dk, *others
 
 
-def _gradients_forward(plan, arrays, states, cotangents):
-    return _gradients(plan, arrays, states, cotangents), (arrays, states, cotangents)
-
-
-def _gradients_backward(plan, saved, cotangents):
-    """Gradients of gradients, which are rare, are the chunked form's."""
-    arrays, states, first = saved
-
-    def gradients(arrays, first):
-        return jax.vjp(functools.partial(_chunked, plan), *arrays)[1](first)
-
-    d_arrays, d_first = jax.vjp(gradients, arrays, first)[1](cotangents)
-    return d_arrays, jnp.zeros_like(states), d_first
-
-
-_gradients.defvjp(_gradients_forward, _gradients_backward)
-
-
-def _chunked(plan, q, k, v, gates, g, S_BHKV):
+def _chunked(plan, _, q, k, v, gates, g, S_BHKV):
     B, T, G, H = *v.shape[:2], plan.G, plan.H
     rows = gates.reshape(B, plan.groups, plan.chunks, -1, plan.heads, plan.C)
     beta_BTH, *log_decay = rows.transpose(3, 0, 2, 5, 1, 4).reshape(-1, B, T, H)
@@ -144,6 +104,9 @@ def _chunked(plan, q, k, v, gates, g, S_BHKV):
     arrays = q, k, v, beta_BTH, log_decay_BTHK, S_BHKV
     o_BTHV, final_BHKV = chunked.chunked(*arrays, None, scale=plan.scale)
     return o_BTHV.reshape(B, T, -1), final_BHKV
+
+
+_run = kernel_vjp.differentiable(_with_states, _gradients, _chunked, call=_without_states)
 
 
 def _specs(plan: Plan, backward: bool):

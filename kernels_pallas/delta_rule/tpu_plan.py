@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from kernels_pallas import targets, tuning
-from kernels_pallas.tpu_blocks import Products
+from kernels_pallas.tpu_blocks import Products, head_cuts
 
 CHUNK_SIZE = 128
 FLOAT32_CHUNK_SIZE = 32  # as `chunked`: where beta is 2, longer ones lose accuracy
@@ -97,23 +97,12 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
     C = min(chunk_size or best["chunk_size"], max(16, 1 << (T - 1).bit_length()))
     for unit in (64, 128):
         K, V = (-(-x // unit) * unit for x in (K, V))
-        cuts = _cuts(G, H, K, V, best["heads"])
+        per_channel = decay == "channel"
+        cuts = head_cuts(G, H, K, V, best["heads"], per_channel=per_channel, own_keys=True)
         if cuts:
             break
     plans = [Plan(B, T, G, H, K, V, C, *cut, decay, products, float(scale)) for cut in cuts]
     return next((plan for plan in plans if plan.vmem_bytes <= VMEM_BYTES), plans[-1])
-
-
-def _cuts(G, H, K, V, most):
-    """(value heads, key heads) a grid step, most first: blocks must be whole lanes of 128, or all there are."""
-    copies, cuts = H // G, []
-    for heads in range(min(H, most), 0, -1):
-        keys = max(1, heads // copies)
-        whole = H % heads == 0 and (heads % copies == 0 or copies % heads == 0)
-        lanes = (heads * V % 128 == 0 or heads == H) and (keys * K % 128 == 0 or keys == G)
-        if whole and lanes:
-            cuts.append((heads, keys))
-    return cuts
 
 
 def unsupported(

@@ -9,12 +9,11 @@ is the same in the other direction. Kept are the inputs and the states that ente
 in float32: the one given out may be rounded. Only sums of x and decays that stand in front; nothing is divided.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import triton_call, tuning
+from kernels_pallas import kernel_vjp, triton_call, tuning
+from kernels_pallas.diagonal_scan import chunked
 
 TILES = {"C": 64, "BD": 128, "num_warps": 4, "num_stages": 2}
 
@@ -32,6 +31,7 @@ def triton(x_BTD, decay_BTD, initial_state_BD, reverse=False):
     """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
     h_BTD, final_BD = _scan(
         reverse,
+        None,
         x_BTD,
         decay_BTD.astype(jnp.float32),
         initial_state_BD.astype(jnp.float32),
@@ -39,12 +39,7 @@ def triton(x_BTD, decay_BTD, initial_state_BD, reverse=False):
     return h_BTD, final_BD.astype(initial_state_BD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(reverse, *arrays):
-    return _forward(reverse, *arrays)[0]
-
-
-def _forward(reverse, *arrays):
+def _forward(reverse, _, *arrays):
     @triton_call.over_batch
     def forward(arrays):
         x_BTD, decay_BTD, initial_BD = arrays
@@ -53,13 +48,13 @@ def _forward(reverse, *arrays):
         return h_BTD, final_BD, entering_BND
 
     h_BTD, final_BD, entering_BND = forward(arrays)
-    return (h_BTD, final_BD), (*arrays, entering_BND)
+    return (h_BTD, final_BD), entering_BND
 
 
-def _backward(reverse, saved, cotangents):
+def _backward(reverse, _, arrays, entering_BND, cotangents):
     @triton_call.over_batch
     def backward(arrays):
-        (x_BTD, decay_BTD, initial_BD, entering_BND), (g_BTD, g_final_BD) = arrays
+        (x_BTD, decay_BTD, initial_BD), entering_BND, (g_BTD, g_final_BD) = arrays
         h_BTD = _states(x_BTD, decay_BTD, entering_BND, reverse, jnp.float32)
         carry_BND, d_initial_BD = _entering(g_BTD, decay_BTD, g_final_BD, not reverse, adjoint=True)
         dx_BTD, ddecay_BTD = _launch(
@@ -70,10 +65,14 @@ def _backward(reverse, saved, cotangents):
         )
         return dx_BTD, ddecay_BTD, d_initial_BD
 
-    return backward((saved, cotangents))
+    return backward((arrays, entering_BND, cotangents))
 
 
-_scan.defvjp(_forward, _backward)
+def _plain(reverse, _, x_BTD, decay_BTD, initial_BD):
+    return chunked.chunked(x_BTD, decay_BTD, initial_BD, reverse)
+
+
+_scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 def _compose(first, second):

@@ -31,7 +31,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import targets, tuning
+from kernels_pallas import kernel_vjp, targets, tuning
+from kernels_pallas.diagonal_scan import chunked
 
 LANES, RUNS = 128, 8
 # Where `tuned.json` says nothing else. width: registers side by side, enough independent work to hide a step's latency
@@ -51,20 +52,19 @@ def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None
 def pallas_tpu(x_BTD, decay_BTD, initial_state_BD, reverse=False):
     """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
     if not jnp.iscomplexobj(decay_BTD):
-        (h_BTD,), (final_BD,) = _scan((x_BTD,), (decay_BTD,), (initial_state_BD,), reverse)
+        planes = (x_BTD,), (decay_BTD,), (initial_state_BD,)
+        (h_BTD,), (final_BD,) = _scan(reverse, None, *planes)
         return h_BTD, final_BD
     planes = ((jnp.real(z), jnp.imag(z)) for z in (x_BTD, decay_BTD, initial_state_BD))
-    h, final = _scan(*(tuple(p.astype(jnp.float32) for p in z) for z in planes), reverse)
+    h, final = _scan(reverse, None, *(tuple(p.astype(jnp.float32) for p in z) for z in planes))
     return lax.complex(*h), lax.complex(*final)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _scan(x, decay, initial, reverse):
-    """Tuples of planes: x and decay (B, T, D), initial (B, D) -> h in x's dtype, the final state."""
-    return _forward(x, decay, initial, reverse)[0]
+def _forward(reverse, _, x, decay, initial):
+    """Returns (h in x's dtype, the final state), and the states that enter chunks.
 
-
-def _forward(x, decay, initial, reverse):
+    All are tuples of planes: x and decay (B, T, D), initial (B, D).
+    """
     plan = _Plan.of(x, reverse)
     P, states = plan.planes, [z[:, None, None] for z in initial]
     outputs = _call(
@@ -75,12 +75,11 @@ def _forward(x, decay, initial, reverse):
         [*((z.dtype, "t") for z in x), *((jnp.float32, kind) for kind in "ns" for _ in x)],
     )
     h, entering, final = outputs[:P], outputs[P : 2 * P], outputs[2 * P :]
-    return (h, tuple(z[:, 0, 0] for z in final)), (x, decay, entering)
+    return (h, tuple(z[:, 0, 0] for z in final)), entering
 
 
-def _backward(reverse, saved, gradients):
-    x, decay, entering = saved
-    g, g_final = gradients
+def _backward(reverse, _, arrays, entering, gradients):
+    (x, decay, _), (g, g_final) = arrays, gradients
     plan = _Plan.of(x, reverse)
     P, states = plan.planes, [z[:, None, None] for z in g_final]
     kinds = ((g, "t"), (decay, "t"), (x, "t"), (entering, "n"), (states, "s"))
@@ -94,7 +93,15 @@ def _backward(reverse, saved, gradients):
     return outputs[:P], outputs[P : 2 * P], tuple(z[:, 0, 0] for z in outputs[2 * P :])
 
 
-_scan.defvjp(_forward, _backward)
+def _plain(reverse, _, *planes):
+    x, decay, initial = (z[0] if len(z) == 1 else lax.complex(*z) for z in planes)
+    results = chunked.chunked(x, decay, initial, reverse)
+    if len(planes[0]) == 1:
+        return tuple((z,) for z in results)
+    return tuple((jnp.real(z), jnp.imag(z)) for z in results)
+
+
+_scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,21 +3,30 @@
 Forward: states at chunk boundaries (sequential in chunks, parallel in blocks of the state), then every chunk's output
 at once; with a decay per channel the chunk's scores come between. Backward: the states again, their cotangents the same
 way in reverse, then dv, dq, dk and the gates' gradient of every chunk at once. Between the passes only the inputs are
-kept. One reverse derivative; a second goes through 'chunked'.
+kept.
 """
 
-import functools
-
-import jax
-
-from kernels_pallas import triton_call
+from kernels_pallas import kernel_vjp, triton_call
 from kernels_pallas import triton_recurrences as kernels
+from kernels_pallas.linear_attention import chunked
 
 CHUNK_SIZE = 64
+# Words of shared memory per token of a chunk, as compiled for sm_80 and sm_90 with the tiles of
+# `tuned.json`.
+SHARED_WORDS = {"bfloat16": 224, "float32": 288}
 
 
-def unsupported(*, q_BTGK, v_BTHV, initial_state_BHKV, chunk_size, **others):
-    return kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size)
+def unsupported(
+    *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
+):
+    if reason := kernels.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
+        return reason
+    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
+    return kernels.too_long(form.K, form.C, SHARED_WORDS[form.dtype])
+
+
+def _form_of(*arrays_and_chunk_size):
+    return kernels.form_of("linear_attention", *arrays_and_chunk_size, CHUNK_SIZE)
 
 
 def triton(
@@ -25,18 +34,14 @@ def triton(
 ):
     """The Triton form. Arguments are normalised by `api.py`."""
     B, T = q_BTGK.shape[:2]
-    operator = "linear_attention"
-    form = kernels.form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, CHUNK_SIZE)
+    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
     g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
-    return _run(form, scale, q_BTGK, k_BTGK, v_BTHV, g_BTHK, initial_state_BHKV)
+    return _run((form, scale), None, q_BTGK, k_BTGK, v_BTHV, g_BTHK, initial_state_BHKV)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(form, scale, *arrays):
-    return _forward(form, scale, *arrays)[0]
+def _forward(static, _, *arrays):
+    form, scale = static
 
-
-def _forward(form, scale, *arrays):
     @triton_call.over_batch
     def forward(arrays):
         q_BTGK, k_BTGK, v_BTHV, g_BTHK, start_BHKV = arrays
@@ -45,10 +50,12 @@ def _forward(form, scale, *arrays):
         inputs = q_BTGK, k_BTGK, v_BTHV, g_BTHK, states_BHNKV, scores
         return kernels.outputs(form, *inputs, scale=scale), final_BHKV
 
-    return forward(arrays), arrays
+    return forward(arrays), ()
 
 
-def _backward(form, scale, arrays, cotangents):
+def _backward(static, _, arrays, residuals, cotangents):
+    form, scale = static
+
     @triton_call.over_batch
     def backward(arrays):
         (q_BTGK, k_BTGK, v_BTHV, g_BTHK, start_BHKV), (do_BTHV, dfinal_BHKV) = arrays
@@ -71,4 +78,10 @@ def _backward(form, scale, arrays, cotangents):
     return backward((arrays, cotangents))
 
 
-_run.defvjp(_forward, _backward)
+def _plain(static, _, q_BTGK, k_BTGK, v_BTHV, g_BTHK, start_BHKV):
+    form, scale = static
+    arrays = q_BTGK, k_BTGK, v_BTHV, kernels.every_head(form, g_BTHK), start_BHKV
+    return chunked.chunked(*arrays, None, form.C, scale)
+
+
+_run = kernel_vjp.differentiable(_forward, _backward, _plain)

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import segments, targets
-from kernels_pallas.kept import kept
+from kernels_pallas import kernel_vjp, segments, targets
 from kernels_pallas.linear_attention import chunked
 from kernels_pallas.linear_attention.tpu_plan import VMEM_BYTES, Plan, plan_of, unsupported
 
@@ -55,7 +54,7 @@ def pallas_tpu(
     state = _padded(_padded(initial_state_BHKV, (0, plan.K - K), 2), (0, plan.V - V), 3)
     if plan.decay == "channel":
         state = state.swapaxes(2, 3)
-    o, final = _run(plan, q, k, v, gates, state)
+    o, final = _run(plan, None, q, k, v, gates, state)
     o_BTHV = o.reshape(B, plan.T, H, plan.V)[:, :T, :, :V].astype(v_BTHV.dtype)
     if plan.decay == "channel":
         final = final.swapaxes(2, 3)
@@ -76,59 +75,20 @@ def _flat(x_BTHK, plan, width):
     return _padded(x, (0, plan.T - T), 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(plan, *arrays):
-    return _forward(plan, False, *arrays)
+def _without_states(plan, _, *arrays):
+    return tuple(_forward(plan, False, *arrays))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_keeping_states(plan, *arrays):
-    return _forward(plan, True, *arrays)
+def _with_states(plan, _, *arrays):
+    o, final, states = _forward(plan, True, *arrays)
+    return (o, final), states
 
 
-def _run_forward(plan, *arrays):
-    o, final, states = kept(_run_keeping_states(plan, *arrays))
-    return (o, final), (arrays, states)
-
-
-def _keeping_forward(plan, *arrays):
-    outputs = _run_keeping_states(plan, *arrays)
-    return outputs, (arrays, outputs[2])
-
-
-def _run_backward(plan, saved, cotangents):
-    """The states' cotangent is dropped: whatever reads them (`_gradients`) differentiates from the inputs."""
-    return _gradients(plan, *saved, cotangents[:2])
-
-
-_run.defvjp(_run_forward, _run_backward)
-_run_keeping_states.defvjp(_keeping_forward, _run_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(plan, arrays, states, cotangents):
+def _gradients(plan, _, arrays, states, cotangents):
     return _backward(plan, *arrays[:-1], states, *cotangents)
 
 
-def _gradients_forward(plan, arrays, states, cotangents):
-    return _gradients(plan, arrays, states, cotangents), (arrays, states, cotangents)
-
-
-def _gradients_backward(plan, saved, cotangents):
-    """Gradients of gradients, which are rare, are the chunked form's."""
-    arrays, states, first = saved
-
-    def gradients(arrays, first):
-        return jax.vjp(functools.partial(_chunked, plan), *arrays)[1](first)
-
-    d_arrays, d_first = jax.vjp(gradients, arrays, first)[1](cotangents)
-    return d_arrays, jnp.zeros_like(states), d_first
-
-
-_gradients.defvjp(_gradients_forward, _gradients_backward)
-
-
-def _chunked(plan, q, k, v, gates, state):
+def _chunked(plan, _, q, k, v, gates, state):
     B, T, G, H = plan.B, plan.T, plan.G, plan.H
     if plan.decay == "head":
         gates = gates.reshape(B, H, T).swapaxes(1, 2)[..., None]
@@ -137,6 +97,9 @@ def _chunked(plan, q, k, v, gates, state):
     q, k, v = (x.reshape(B, T, n, -1) for x, n in ((q, G), (k, G), (v, H)))
     o, final = chunked.chunked(q, k, v, gates, state, None, None, plan.scale)
     return o.reshape(B, T, -1), final.swapaxes(2, 3) if plan.decay == "channel" else final
+
+
+_run = kernel_vjp.differentiable(_with_states, _gradients, _chunked, call=_without_states)
 
 
 def _specs(plan: Plan, backward: bool) -> dict[str, pl.BlockSpec]:

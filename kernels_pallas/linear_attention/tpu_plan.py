@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import tuning
 from kernels_pallas.linear_attention import tpu_channel_decay, tpu_head_decay
+from kernels_pallas.tpu_blocks import head_cuts
 
 # Value heads a grid step, where they fit and `tuned.json` says nothing else: one head's chain of products fills another's gaps. More help little and take longer
 # to compile; float32, whose products are six times as long, gets half, and large states two.
@@ -106,7 +107,7 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
     sizes = [C] if chunk_size else [C >> n for n in range(C.bit_length() - 4)]
     for unit in (64, 128):
         K, V = (-(-x // unit) * unit for x in (K, V))
-        cuts = _cuts(G, H, K, V, best["heads"])
+        cuts = head_cuts(G, H, K, V, best["heads"], per_channel=decay == "channel")
         if cuts:
             break
     plans = [
@@ -115,19 +116,6 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
         for cut in cuts
     ]
     return next((plan for plan in plans if plan.vmem_bytes <= VMEM_BYTES), plans[-1])
-
-
-def _cuts(G, H, K, V, most):
-    """(value heads, key heads) a grid step, most first: blocks must be whole lanes of 128, or all there are."""
-    R = H // G
-    cuts = []
-    for heads in range(min(H, most), 0, -1):
-        keys = max(1, heads // R)
-        whole = H % heads == 0 and (heads % R == 0 or R % heads == 0)
-        lanes = (heads * V % 128 == 0 or heads == H) and (keys * K % 128 == 0 or keys == G)
-        if whole and lanes:
-            cuts.append((heads, keys))
-    return cuts
 
 
 def unsupported(*, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV, **others) -> str | None:

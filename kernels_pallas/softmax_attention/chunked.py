@@ -10,14 +10,11 @@ q, k, v, o (unrounded: dS is a difference) and the log of each row's sum, and ma
     P = exp(s - log_sum)    dS = P * (g v^T - rowsum(g * o))    dv += P^T g    dq += dS k    dk += dS^T q
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import matmul
-from kernels_pallas.kept import kept
+from kernels_pallas import kernel_vjp, matmul
 
 BLOCK_SIZE = 128
 
@@ -28,7 +25,8 @@ def chunked(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     C, E = block_sizes(T, S)
     k_BGSK, v_BGSV = (keys_first(z, E) for z in (k_BSGK, v_BSGV))
     visibility = visibility.padded(-T % C, -S % E)
-    o_BGRTV = _attend(queries_first(q_BTHK, G, C), k_BGSK, v_BGSV, visibility, scale, (C, E))
+    q_BGRTK = queries_first(q_BTHK, G, C)
+    o_BGRTV = _attend((scale, (C, E)), visibility, q_BGRTK, k_BGSK, v_BGSV)
     return time_first(o_BGRTV, T).astype(q_BTHK.dtype)
 
 
@@ -195,25 +193,38 @@ def _where_seen(seen_NM, i, key_block):
     return lambda j, carry: lax.cond(seen_NM[i, j], key_block, lambda j, carry: carry, j, carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
-    return _forward(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes)[0]
-
-
-def _forward(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
+def _forward(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
     running = nothing_seen(q_BGRTK, v_BGSV)
-    running = see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes)
-    o_BGRTV, log_sum_BGRT = kept(output(running))
-    return o_BGRTV, (q_BGRTK, k_BGSK, v_BGSV, visibility, o_BGRTV, log_sum_BGRT)
+    o_BGRTV, log_sum_BGRT = output(see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, *form))
+    return o_BGRTV, (o_BGRTV, log_sum_BGRT)
 
 
-def _backward(scale, sizes, saved, g_BGRTV):
-    q_BGRTK, k_BGSK, v_BGSV, visibility, o_BGRTV, log_sum_BGRT = saved
+def _backward(form, visibility, arrays, residuals, g_BGRTV):
+    (q_BGRTK, k_BGSK, v_BGSV), (o_BGRTV, log_sum_BGRT) = arrays, residuals
     dtype = q_BGRTK.dtype
     dq_BGRTK = jnp.zeros_like(q_BGRTK, jnp.promote_types(dtype, jnp.float32))
     saved = q_BGRTK, g_BGRTV, log_sum_BGRT, matmul.sum_last(g_BGRTV * o_BGRTV)[..., 0]
-    gradients = see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes)
-    return *(z.astype(dtype) for z in gradients), None
+    gradients = see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, *form)
+    return tuple(z.astype(dtype) for z in gradients)
 
 
-_attend.defvjp(_forward, _backward)
+def plain(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
+    """The same for JAX to differentiate: blocks of queries with all keys, each recomputed."""
+    scale, (C, _) = form
+    T, S = q_BGRTK.shape[3], k_BGSK.shape[2]
+
+    @jax.checkpoint
+    def query_block(i):
+        q_BGRCK = _cut(q_BGRTK, i, C)
+        logits_BGRCS = _logits(q_BGRCK, k_BGSK, visibility, i, 0, scale, (C, S))
+        m_BGRC1 = lax.stop_gradient(jnp.max(logits_BGRCS, axis=-1, keepdims=True))
+        p_BGRCS = jnp.exp(logits_BGRCS - jnp.where(m_BGRC1 == -jnp.inf, 0, m_BGRC1))
+        l_BGRC1 = jnp.sum(p_BGRCS, axis=-1, keepdims=True)
+        o_BGRCV = _product("bgrcs,bgsv->bgrcv", p_BGRCS, v_BGSV, p_BGRCS.dtype)
+        return o_BGRCV / jnp.where(l_BGRC1 > 0, l_BGRC1, 1)
+
+    o_NBGRCV = lax.map(query_block, jnp.arange(T // C))
+    return jnp.moveaxis(o_NBGRCV, 0, 3).reshape(*q_BGRTK.shape[:4], -1)
+
+
+_attend = kernel_vjp.differentiable(_forward, _backward, plain)

@@ -3,10 +3,13 @@
 All want K == V: the narrower side is padded with zero columns, which change neither logits nor outputs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import targets
+from kernels_pallas import kernel_vjp, targets
+from kernels_pallas.softmax_attention import chunked
 
 
 def _same_width(q_BTHK, k_BSGK, v_BSGV):
@@ -32,8 +35,38 @@ def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     return jnp.where(some_BT[:, :, None, None], o_BTHV, 0)
 
 
+def _differentiable(attend):
+    """A library's attend(scale, visibility, q, k, v), which has a first derivative, with the rest.
+
+    Those are the chunked form's.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)  # one array given twice is two inputs inside
+    def with_vjp(scale, visibility, *qkv):
+        return jax.vjp(functools.partial(attend, scale, visibility), *qkv)
+
+    def forward(scale, visibility, *qkv):
+        o_BTHV, vjp = with_vjp(scale, visibility, *qkv)
+        return o_BTHV, jax.tree.leaves(vjp)
+
+    def backward(scale, visibility, qkv, residuals, g_BTHV):
+        _, vjp = jax.eval_shape(functools.partial(with_vjp, scale), visibility, *qkv)
+        return jax.tree.unflatten(jax.tree.structure(vjp), residuals)(g_BTHV)
+
+    def plain(scale, visibility, *qkv):
+        return chunked.chunked(*qkv, visibility, scale)
+
+    # Its residuals hold copies of q, k and v, too much to be kept where the rest is recomputed.
+    return kernel_vjp.differentiable(forward, backward, plain, call=attend, keep=False)
+
+
 def cudnn(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     """cuDNN's fused attention, forward and backward. Same contract, for calls that `no_cudnn` lets through."""
+    return _cudnn(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
+
+
+@_differentiable
+def _cudnn(scale, visibility, q_BTHK, k_BSGK, v_BSGV):
     V = v_BSGV.shape[-1]
     window = visibility.window
     o_BTHV = jax.nn.dot_product_attention(
@@ -60,18 +93,19 @@ def no_cudnn(*, q, v, visibility) -> str | None:
         return "cuDNN takes no segment ids of this kind"
     if visibility.window is not None and not visibility.causal:
         return "cuDNN takes a window with causal=True only"
-    limit = 256 if _compute_capability() >= 9.0 else 128
+    limit = 256 if (targets.compute_capability() or 0) >= 9.0 else 128
     if K % 8 or limit < K:
         return f"cuDNN takes head dims up to {limit} here in multiples of 8; this call needs {K}"
     return None
 
 
-def _compute_capability() -> float:
-    return float(getattr(jax.devices()[0], "compute_capability", 0))
-
-
 def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     """JAX's splash attention (Pallas, TPU), which skips the blocks that the mask rules out. Any T: padded to 128."""
+    return _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
+
+
+@_differentiable
+def _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV):
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     T, H = q_BTHK.shape[1:3]

@@ -29,7 +29,7 @@ def _between(log_decay_CK, before):
 
 
 @pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("C", [1, 8, 16, 64])
+@pytest.mark.parametrize("C", [1, 8, 16, 64, pytest.param(512, marks=pytest.mark.slow)])
 def test_decays_are_right_to_float32(C, before):
     K = 3
     log_decay_CK = _log_decay(C, K)
@@ -55,6 +55,23 @@ def test_decays_are_right_to_float32(C, before):
         for part, x in zip(expected, got):
             np.testing.assert_allclose(np.exp(x[i]), np.exp(part.sum(0)), rtol=2e-5, atol=1e-35)
     np.testing.assert_allclose(np.exp(sums.total_K), np.exp(exact.sum(0)), rtol=2e-5, atol=1e-35)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_program_does_not_hold_the_pairs_of_a_long_chunk(width):
+    """Masks of 2048 x 2048 are made as it runs: as constants they took 109 MB."""
+
+    def gradients(log_decay_CK):
+        def results(log_decay_CK):
+            sums = decay_sums.chunk_sums(log_decay_CK, levels=width > 1)
+            return sums, decay_sums.pair_decay(log_decay_CK[:, :1])
+
+        outputs, vjp = jax.vjp(results, log_decay_CK)
+        return outputs, vjp(outputs)
+
+    for C in (2048, 8192):
+        text = jax.jit(gradients).lower(jax.ShapeDtypeStruct((C, width), jnp.float32)).as_text()
+        assert len(text) < C * C
 
 
 def test_no_gradient_passes_a_reset_and_none_is_nan():

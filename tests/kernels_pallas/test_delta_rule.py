@@ -215,20 +215,6 @@ def test_rounding_where_it_is_not_held_down():
     assert_close(got, truth(DELTA_RULE, inputs), 2e-5)
 
 
-@pytest.mark.slow
-def test_second_derivative():
-    inputs = inputs_of(DELTA_RULE, Shape(B=1, T=20, K=4, V=4), "head weak")
-
-    def curvature(implementation):
-        def loss(v):
-            o, S = DELTA_RULE.call({**inputs, "v": v}, implementation=implementation)
-            return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(S))
-
-        return jax.jit(jax.grad(lambda v: jnp.sum(jax.grad(loss)(v) ** 2)))(inputs["v"])
-
-    assert_close({"v": curvature("chunked")}, {"v": curvature("reference")}, 2e-5)
-
-
 def test_wrong_arguments():
     x = inputs_of(DELTA_RULE, Shape(T=5), "none")
     call = {n: x[n] for n in ("q", "k", "v", "beta")}

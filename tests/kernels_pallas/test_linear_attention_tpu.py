@@ -64,26 +64,6 @@ def test_heads(G, H, K, V):
         _check(Shape(B=2, T=40, H=H, G=G, K=K, V=V), regime, documents(2, 40), chunk_size=16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("regime", ["none", "head mixed", "channel mixed"])
-def test_gradients_of_gradients(regime):
-    inputs = inputs_of(CASE, Shape(B=1, T=40, H=2, G=1), regime)
-
-    def second(implementation):
-        def loss(inputs):
-            o, final = CASE.call(inputs, implementation=implementation)
-            return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(final))
-
-        def slope(inputs):
-            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(jax.grad(loss)(inputs)))
-
-        return jax.jit(jax.grad(slope))(inputs)
-
-    with targets.interpreted():
-        got = second("pallas_tpu")
-    assert_close(got, second("reference"), 1e-4)
-
-
 def test_how_a_call_is_cut():
     def cut(G, H, K, V, decay=None):
         q, v = (jnp.zeros((1, 8, n, w), jnp.bfloat16) for n, w in ((G, K), (H, V)))

@@ -1,8 +1,10 @@
 """A kernel that nobody named serves once it has passed its check; the checks themselves, interpreted."""
 
 import dataclasses
+import functools
 import importlib
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -226,6 +228,27 @@ def test_dtypes_are_checked_each(kind):
 
 
 @_each("right")
+def test_a_check_holds_for_the_width_of_types_it_was_made_with(kind):
+    """Under 64-bit types anew, and with them on in the thread that checks; each is remembered."""
+    seen = []
+    case = selfcheck.CASES["fake"]
+
+    def call(inputs, variant, ids, name):
+        seen.append(jax.config.jax_enable_x64)
+        return case.call(inputs, variant, ids, name)
+
+    selfcheck.CASES["fake"] = dataclasses.replace(case, call=call)
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            assert _served(kind, jnp.ones((1, 4), jnp.float32))[0] == "kernel"
+            assert set(seen) == {x64}
+            seen.clear()
+            _served(kind, jnp.ones((1, 4), jnp.float32))
+            assert not seen
+    assert len(json.loads(first_use.cache_file().read_text())) == 2
+
+
+@_each("right")
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"KEY": 3}', '{"KEY": {"problem": 3}}', b"\xff\xfe"], ids=repr
 )
@@ -262,6 +285,10 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert str(first_use.cache_file()) == "/home/me/.cache/seqmodels/selfcheck.json"
+    monkeypatch.setenv("SEQMODELS_CACHE", "~/kept")
+    assert str(first_use.cache_file()) == "/home/me/kept/selfcheck.json"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # whose user has no home
+    assert first_use.cache_file().is_absolute()
 
 
 @_each("wrong")
@@ -274,6 +301,24 @@ def test_an_abstract_target_is_served_unchecked(kind, monkeypatch):
         jax.eval_shape(lambda x: _call(kind, x), jnp.ones((1, 4)))
     assert RUNS == ["tpu kernel"]
     assert not first_use.cache_file().exists()
+
+
+def test_every_dtype_that_a_kernel_takes_is_checked():
+    """One that is used and not checked would serve on the word of another's check."""
+    triton = [dtype for name, _, dtype in selfcheck.kernels("delta_rule", ("gpu",))]
+    assert set(triton) == {"float32", "bfloat16", "float16"} == set(selfcheck.BOUND)
+    with targets.interpreted():
+        x = jax.ShapeDtypeStruct((1, 4, 1, 16), jnp.float16)
+        call = functools.partial(kernels_pallas.linear_attention, implementation="triton")
+        jax.eval_shape(call, x, x, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["linear_attention", "delta_rule"])
+def test_float16_passes_its_check_interpreted(operator):
+    with targets.interpreted():
+        result = selfcheck.check(operator, "triton", "head", "float16", selfcheck.TINY)
+    assert result.problem is None
 
 
 def test_every_operator_with_a_kernel_has_checks():
@@ -293,7 +338,7 @@ def test_every_operator_with_a_kernel_has_checks():
 def test_kinds_of_the_matrix_recurrences(variant, decay, ids, monkeypatch):
     seen = []
     monkeypatch.setattr(dispatch, "choose", lambda *a, **call: seen.append(call) or _Stop.raise_())
-    for dtype in (jnp.float32, jnp.bfloat16):
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         x, gate = jnp.ones((1, 4, 2, 8), dtype), jnp.zeros((1, 4, 2, decay or 1))
         log_decay = None if decay is None else gate[..., 0] if decay == 1 else gate
         segment_ids = jnp.ones((1, 4), jnp.int32) if ids else None
@@ -330,6 +375,12 @@ def test_other_kinds(monkeypatch):
         assert (
             kind == (expected, "bfloat16") and expected in selfcheck.CASES["causal_conv"].variants
         )
+    for dtypes, expected in (
+        ((jnp.float16, jnp.float16), "float16"),
+        ((jnp.float16, jnp.bfloat16), "float16"),  # neither path of its own: the finer check
+        ((jnp.float16, jnp.float32), "float32"),
+    ):
+        assert selfcheck._dtype(*(jnp.ones(1, dtype) for dtype in dtypes)) == expected
     q = x[..., None]
     for options, expected in (
         ({}, "causal"),

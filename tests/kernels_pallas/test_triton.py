@@ -1,5 +1,6 @@
 """The Triton kernels: the conformance suite through Triton's interpreter, and compilation for GPUs that are not here."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 
 from experiments.benchmarks import static_triton
 from kernels_pallas import delta_rule, diagonal_scan, linear_attention, targets, triton_call, tuning
+from kernels_pallas.delta_rule import gpu_triton
 from tests.kernels_pallas import test_delta_rule, test_diagonal_scan, test_linear_attention
 from tests.kernels_pallas.conformance import (
     TOLERANCE,
@@ -170,6 +172,90 @@ def test_limits_are_named(call, message):
         call()
 
 
+def _delta_rule_shapes(K, dtype, decay):
+    shapes = [((1, 300, 2, K), dtype)] * 3 + [((1, 300, 2), jnp.float32)]
+    shapes += {"none": [], "channel": [((1, 300, 2, K), jnp.float32)]}[decay]
+    return [jax.ShapeDtypeStruct(*x) for x in shapes]
+
+
+@contextlib.contextmanager
+def _traced_for_a_gpu():
+    device = jax.sharding.AbstractDevice("NVIDIA A100", 108, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+@pytest.mark.parametrize(
+    "K, dtype, decay, chunk, given, capability, message",
+    [  # what fits, in bytes of shared memory: 166912 on sm_80, 232448 on sm_90, 101376 on sm_86
+        (64, jnp.float32, "channel", 32, None, None, None),
+        (128, jnp.float32, "channel", 64, 64, None, "of 163: give chunk_size=32"),
+        (128, jnp.float32, "channel", 64, 64, 9.0, None),
+        (128, jnp.float32, "channel", 64, 64, 8.6, "of 99: give chunk_size=32"),
+        (200, jnp.float32, "channel", 16, None, None, None),
+        (200, jnp.float32, "channel", 32, None, 9.0, None),
+        (256, jnp.bfloat16, "channel", 32, None, 9.0, None),
+        (256, jnp.bfloat16, "none", 64, None, None, None),
+        (256, jnp.float32, "none", 64, 64, None, "of 163: give chunk_size=32"),
+    ],
+)
+def test_chunks_fit_shared_memory(K, dtype, decay, chunk, given, capability, message, monkeypatch):
+    """What nobody named is cut until it fits; what was named is refused before it compiles."""
+    monkeypatch.setattr(targets, "compute_capability", lambda: capability)
+    unsupported, form_of = gpu_triton.unsupported, gpu_triton._form_of
+    shapes = _delta_rule_shapes(K, dtype, decay)
+    qkv, log_decay = shapes[:3], shapes[4] if decay == "channel" else None
+    names = ("q_BTGK", "k_BTGK", "v_BTHV")
+    call = dict(zip(names, qkv)) | {"log_decay_BTHK": log_decay, "chunk_size": given}
+    state = jax.ShapeDtypeStruct((1, 2, K, K), jnp.float32)
+    with _traced_for_a_gpu(), triton_call.recorded():
+        reason = unsupported(**call, initial_state_BHKV=state)
+        assert reason is None if message is None else message in reason
+        assert chunk == form_of(*qkv, log_decay, given).C
+
+
+COMPILED = """
+import jax
+from kernels_pallas import delta_rule, triton_call, triton_compile
+from tests.kernels_pallas import test_triton
+def run(*arrays):
+    outputs, vjp = jax.vjp(lambda *x: delta_rule(*x, implementation="triton"), *arrays)
+    return vjp(outputs)
+shapes = test_triton._delta_rule_shapes({K}, "{dtype}", "{decay}")
+with test_triton._traced_for_a_gpu():
+    launches = triton_compile.launches(run, *shapes)
+for launch in launches:
+    if launch.kernel.__name__ in ("writes", "gradients_of_writes"):
+        for capability in (80, 90):
+            figures = triton_compile.compile_launch(launch, capability)
+            assert figures.shared <= triton_call.SHARED[8.0], figures
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "K, dtype, decay",
+    [
+        (128, "float32", "channel"),
+        *(
+            pytest.param(*x, marks=pytest.mark.exhaustive)
+            for x in (
+                *((256, "float32", "channel"), (256, "float32", "none")),
+                *((256, "bfloat16", "channel"), (256, "bfloat16", "none")),
+            )
+        ),
+    ],
+)
+def test_the_chosen_chunk_compiles_within_shared_memory(K, dtype, decay):
+    """In a process of its own: interpreting and compiling exclude each other."""
+    code = COMPILED.format(K=K, dtype=dtype, decay=decay)
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_cpu_does_not_choose_it():
     with pytest.raises(NotImplementedError, match="it is a kernel for gpu; this is cpu"):
         linear_attention(*_qkv(), implementation="triton")
@@ -210,6 +296,28 @@ def test_shared_key_heads_are_not_copied():
         jax.eval_shape(lambda *x: linear_attention(*x, implementation="triton"), *shapes)
     sizes = {int(np.prod(x.shape)) for launch in launches for x in launch.inputs}
     assert B * T * G * K in sizes and B * T * H * K not in sizes
+
+
+@pytest.mark.parametrize("operator", [linear_attention, delta_rule, diagonal_scan])
+def test_64_bit_types_change_no_launch(operator):
+    """Kernels take 32-bit inputs, outputs and constants whatever `jax_enable_x64` says."""
+    x, gate = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 40, 2, 16), (1, 40, 2)))
+    arrays = {linear_attention: (x, x, x, gate), delta_rule: (x, x, x, gate, gate)}
+    arrays = arrays.get(operator, (gate, gate))
+
+    def gradients(*arrays):
+        outputs, vjp = jax.vjp(lambda *x: operator(*x, implementation="triton"), *arrays)
+        return vjp(outputs)
+
+    def launches():
+        with targets.interpreted(), triton_call.recorded() as found:
+            jax.eval_shape(lambda *x: gradients(*x), *arrays)
+        return found
+
+    narrow = launches()
+    with jax.enable_x64(True):
+        assert launches() == narrow
+    assert len(narrow) > 3
 
 
 @pytest.mark.slow
