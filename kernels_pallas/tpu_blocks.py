@@ -12,7 +12,6 @@ from kernels_pallas import targets
 
 LANES = 128
 SUBLANES = 8
-NEVER = -1e30  # a reset inside a sum: exp(NEVER) is 0 as exp(-inf) is, and 0 * NEVER is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +98,6 @@ def _head(x, axis):
     power = jax.lax.bitcast_convert_type(bits, jnp.float32)
     unit = jnp.maximum(power, 2.0**-64) * 2.0**-10
     return jnp.round(x / unit) * unit
-
-
-def finite(log_decay):
-    """-inf as NEVER, so that sums by products with zeros and ones have no 0 * inf."""
-    return jnp.where(log_decay == -jnp.inf, NEVER, log_decay)
 
 
 def iota(shape, axis):

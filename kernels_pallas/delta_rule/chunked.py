@@ -12,7 +12,7 @@ without it), behind token j to the chunk's end (after), and between j and i (D, 
     next state   S' = exp(total) S + (w exp(after))^T U [+ (k exp(after))^T V]
 
 `Chunks` holds these maps, whichever of the two they came from; one pass over the chunks, forward and backward, serves
-both. A document's first token has log decay -inf, which is what a reset is (and its b reads nothing). Without a decay
+both. A document's first token is a reset (`decay_sums.RESET`; and its b reads nothing). Without a decay
 and without documents nothing is multiplied by exponentials that are 1.
 
 The sequence is cut into spans of chunks. A scan goes over the spans; the chunks of a span are treated at once but for
@@ -115,7 +115,7 @@ def _with_resets(log_decay_BTHK, segment_ids_BT, dtype):
     if log_decay_BTHK is None:
         log_decay_BTHK = jnp.zeros((*segment_ids_BT.shape, 1, 1), dtype)
     starts_BT = segments.starts(segment_ids_BT)
-    return jnp.where(starts_BT[:, :, None, None], -jnp.inf, log_decay_BTHK)
+    return jnp.where(starts_BT[:, :, None, None], decay_sums.RESET, log_decay_BTHK)
 
 
 class _Form(NamedTuple):

@@ -21,7 +21,7 @@ from kernels_pallas.tpu_blocks import Products, column_of, iota, lower, row_of, 
 
 
 class Gates(NamedTuple):
-    """Of one head: beta and the log decay, -inf as a finite number."""
+    """Of one head: beta and the log decay."""
 
     beta_C1: jnp.ndarray
     g_CK: jnp.ndarray
@@ -44,7 +44,6 @@ def gates_of(p: Products, heads: int, rows_RC, g_CHK) -> list[Gates]:
     """rows: beta of each head. g: the heads side by side."""
     columns_CR = rows_RC.T
     K = g_CHK.shape[1] // heads
-    g_CHK = tpu_blocks.finite(g_CHK)
     return [Gates(columns_CR[:, h : h + 1], g_CHK[:, h * K : (h + 1) * K]) for h in range(heads)]
 
 

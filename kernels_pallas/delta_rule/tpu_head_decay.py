@@ -63,7 +63,7 @@ def gates_of(p: Products, heads: int, rows_RC, g_CHK=None) -> list[Gates]:
     if rows_RC.shape[0] == heads:
         columns_CR = rows_RC.T
         return [Gates(columns_CR[:, h : h + 1]) for h in range(heads)]
-    beta_HC, g_HC = rows_RC[:heads], tpu_blocks.finite(rows_RC[heads:])
+    beta_HC, g_HC = rows_RC[:heads], rows_RC[heads:]
     up_to, behind = p.ones(lower(C)), p.ones(~lower(C))  # at (i, s): s <= i, s > i
     through_HC = jnp.exp(p.dot(g_HC, up_to, (1, 1)))
     after_HC = jnp.exp(p.dot(g_HC, behind, (1, 1)))

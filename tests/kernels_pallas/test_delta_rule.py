@@ -39,6 +39,9 @@ def _gate(rng, size, kind):
             gate = -np.choose(rng.integers(0, 4, size), [1e-3, 0.3, 4.0, 50.0]) * uniform
         case "resets":
             gate = np.where(uniform < 0.05, -np.inf, -0.1 * uniform)
+        case "extreme":  # legal down to the least of float32: sums of two are -inf
+            least = np.finfo(np.float32).min
+            gate = np.choose(rng.integers(0, 7, size), [0, 0, -1e-30, -0.1, -800.0, -1e30, least])
     return gate.astype(np.float32)
 
 
@@ -119,7 +122,7 @@ def _stepper(one_token, names):
 DECAYS = tuple(
     f"{axis} {kind}"
     for axis in ("head", "channel")
-    for kind in ("weak", "strong", "mixed", "resets")
+    for kind in ("weak", "strong", "mixed", "resets", "extreme")
 )
 DELTA_RULE = OperatorCase(
     name="delta_rule",
@@ -132,7 +135,10 @@ DELTA_RULE = OperatorCase(
         *("long keys", "fixed", *DECAYS),
     ),
     typical=("head weak",),
-    fast=((100, "one key, beta 2"), (100, "channel mixed"), (100, "head resets")),
+    fast=(
+        *((100, "one key, beta 2"), (100, "channel mixed"), (100, "channel extreme")),
+        *((100, "head extreme"), (100, "head resets")),
+    ),
     rounded=("q", "k", "v"),
 )
 DIAGONAL_PLUS_LOW_RANK = OperatorCase(

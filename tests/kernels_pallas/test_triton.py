@@ -72,8 +72,8 @@ class TestLinearAttention(Interpreted):
     case = _triton(test_linear_attention.CASE, "head weak", ((63, "head mixed"),))
     slow = (
         *((1, "head weak"), (64, "none"), (100, "fixed"), (128, "head strong")),
-        *((100, "head resets"), (100, "channel weak"), (128, "channel mixed")),
-        *((63, "channel strong"), (100, "channel resets")),
+        *((100, "head resets"), (100, "channel extreme"), (128, "channel mixed")),
+        *((63, "channel strong"), (100, "channel resets"), (100, "channel weak")),
     )
 
 
@@ -82,7 +82,7 @@ class TestDeltaRule(Interpreted):
     slow = (
         *((1, "beta 1"), (64, "none"), (100, "one key, beta 2"), (100, "beta 2")),
         *((100, "repeated keys, any beta"), (100, "long keys"), (128, "head strong")),
-        *((100, "head resets"), (100, "channel resets"), (64, "channel mixed")),
+        *((100, "head resets"), (100, "channel extreme"), (64, "channel mixed")),
     )
 
 
