@@ -87,7 +87,7 @@ class TestDeltaRule(Interpreted):
 
 
 class TestDiagonalScan(Interpreted):
-    case = _triton(test_diagonal_scan.CASE, "weak", ((63, "log resets"),))
+    case = _triton(test_diagonal_scan.CASE, "weak", ((63, "log resets"), (100, "growing")))
     slow = ((1, "weak"), (64, "any sign"), (100, "fixed"), (128, "log"), (100, "log strong"))
 
 
