@@ -200,9 +200,9 @@ def _pair_decay(log_decay_C1, before):
     A = C // U
     # One leading axis: XLA's CPU backend (jaxlib 0.10.2) writes out of bounds in the derivative at rank 7.
     g_AU = log_decay_C1.reshape(-1, A, U)
-    same_AUU = jnp.where(_lower(U, -1 if before else 0), _sums_between(g_AU, before), -jnp.inf)
+    same_AUU = jnp.where(_lower(U, -1 if before else 0), sums_between(g_AU, before), -jnp.inf)
     through_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if before else g_AU, axis=-1))
-    between_AA = jnp.exp(_sums_between(jnp.sum(g_AU, axis=-1), before=True))
+    between_AA = jnp.exp(sums_between(jnp.sum(g_AU, axis=-1), before=True))
     after_AU = jnp.exp(jax.lax.cumsum(_advanced(g_AU), axis=g_AU.ndim - 1, reverse=True))
     apart_AUAU = through_AU[..., None, None] * (
         between_AA[..., :, None, :, None] * after_AU[..., None, None, :, :]
@@ -235,7 +235,7 @@ def _pair_decay_backward(before, D_CC, dD_CC):
 _pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 
 
-def _sums_between(g_U: jax.Array, before: bool) -> jax.Array:
+def sums_between(g_U: jax.Array, before: bool) -> jax.Array:
     """sum of g over j+1..i (with `before`: j+1..i-1), zero where that is empty: (..., U) to (..., U, U)."""
     U = g_U.shape[-1]
     up_to_UU = _lower(U, -1 if before else 0)  # s <= i, or s < i
@@ -256,13 +256,21 @@ def _advanced(g_U):
     return jnp.concatenate([g_U[..., 1:], jnp.zeros_like(g_U[..., :1])], axis=-1)
 
 
+def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, after_MUK) -> jax.Array:
+    """The scores of a level's pairs: sum_K q_iK exp(rows_iK) k_jK exp(after_jK)."""
+    q_MUK, k_MUK = q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.exp(after_MUK)
+    if q_MUK.shape[-2] == 1:
+        return matmul.sum_last(q_MUK * k_MUK)
+    return matmul.einsum("...iK,...jK->...ij", q_MUK, k_MUK)
+
+
 def decayed_scores(
-    q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, before: bool = False
+    q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, before: bool = False, rectangle=rectangle
 ) -> jax.Array:
     """A_ij = sum_K q_iK k_jK exp(g_{j+1} + ... + g_i)_K for j <= i, 0 for j > i: (..., C, C), float32 or wider.
 
     With `before`, the sums stop in front of i, and the diagonal is 0. q, k and the sums have the same shape (..., C, K), or
-    K = 1 for the sums.
+    K = 1 for the sums. rectangle: what gives each level's.
     """
     *lead, C, K = q_CK.shape
     accumulate = jnp.result_type(q_CK, k_CK, sums.through_CK)
@@ -273,12 +281,8 @@ def decayed_scores(
         half = level.after_MUK.shape[-2]
         q_MUK = q_CK.reshape(*lead, -1, 2, half, K)[..., 1, :, :]
         k_MUK = k_CK.reshape(*lead, -1, 2, half, K)[..., 0, :, :]
-        rows = level.before_MUK if before else level.through_MUK
-        q_MUK, k_MUK = q_MUK * jnp.exp(rows), k_MUK * jnp.exp(level.after_MUK)
-        if half == 1:
-            rectangles.append(matmul.sum_last(q_MUK * k_MUK))
-        else:
-            rectangles.append(matmul.einsum("...iK,...jK->...ij", q_MUK, k_MUK))
+        rows_MUK = level.before_MUK if before else level.through_MUK
+        rectangles.append(rectangle(q_MUK, k_MUK, rows_MUK, level.after_MUK))
     return _assemble(diagonal.reshape(*lead, C, 1, 1), rectangles)
 
 

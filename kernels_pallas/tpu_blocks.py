@@ -22,7 +22,7 @@ class Products:
       as a sum of two bfloat16 terms, and the product of the two smaller terms is left out (2^-16 of the whole). Rounding
       it to one term costs up to twice the suite's 2e-2 at the worst position of a gradient.
       Otherwise operands are float32 and products at the highest precision.
-    exact: float32 without a decay, where rounding errors never fade: `state` rounds once (see `delta_rule.reflections`).
+    exact: float32 where rounding errors may never fade: `state` rounds once (see `delta_rule.reflections`).
 
     The terms are cut explicitly, never left to a device's default precision, so an interpreted kernel rounds as a
     compiled one does. axes: which axis of x and of y is summed over.
