@@ -50,7 +50,8 @@ def diagonal_scan(
         before, and its gradient is 0. Positive values are not checked unless `kernels_pallas.checks` is on.
       initial_state: (B, D), the h before the first token (reverse: after the last); None is zero. It belongs to the
         document of the token it meets first.
-      segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another.
+      segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another. NaN and Inf do not
+        either, but for kernels (a document's start is a product with 0).
       reverse: run from the last token to the first.
       implementation: 'pallas_tpu', 'triton' (real), 'chunked', 'reference', or None for the best here.
 
