@@ -51,6 +51,8 @@ def _sees(bad_BSG, visibility, T):
             seen_BCS = jnp.broadcast_to(seen_BCS, (B, C, S)).astype(jnp.float32)
             return jnp.einsum("bcs,bsg->bcg", seen_BCS, bad_BSG.astype(jnp.float32)) > 0
 
+        if T == C:
+            return block(0)
         found_NBCG = jax.lax.map(block, jnp.arange(-(-T // C)))
         return jnp.moveaxis(found_NBCG, 0, 1).reshape(B, -1, G)[:, :T]
 
