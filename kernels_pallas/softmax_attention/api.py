@@ -168,8 +168,8 @@ def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Vi
             )
         q_position_BT = jnp.arange(T, dtype=jnp.int32)[None]
         kv_position_BS = jnp.arange(S, dtype=jnp.int32)[None]
-    # One that holds everything is none: sums with it, of indices or of positions in int32, might overflow.
-    if window is not None and window >= (max(T, S) if by_index else 2**31 - 1):
+    # One that holds all there is is none: sums of it and an index, or a position, might overflow.
+    if window is not None and window >= (2**30 if by_index else 2**31 - 1):
         window = None
     if q_segment_BT is not None and kv_segment_BS is None:
         if S != T:
