@@ -1,8 +1,10 @@
 """Sums of log decay inside a chunk, stable by construction.
 
 A chunked recurrence needs, for tokens j < i of one chunk, the decay between them, exp(g_{j+1} + ... + g_i) with
-every g <= 0. The usual difference of two cumulative sums loses all digits where the decay is strong, is inf - inf
-at a reset (g = -inf), and split into exp(cumsum_i) * exp(-cumsum_j) it overflows. Here nothing is ever subtracted.
+every g <= 0. The usual difference of two cumulative sums loses all digits where the decay is strong, and split into
+exp(cumsum_i) * exp(-cumsum_j) it overflows. Here nothing is ever subtracted. What forgets everything, -inf or any
+number whose exponential is 0 in float64 too, comes as the finite `RESET` (`recurrence_arguments.normal_log_decay`),
+so that no sum overflows and none multiplies 0 by inf.
 
 A chunk is halved again and again. Two tokens j < i part at exactly one level, j into the left half of a block and
 i into its right half, and there
@@ -11,7 +13,7 @@ i into its right half, and there
     after_j   = the sum over the tokens behind j, up to the middle of that block,
     through_i = the sum from the middle up to i,
 
-two pure sums of non-positive numbers. Both exponentials are at most 1; -inf gives exp = 0 with derivative 0, no NaN.
+two pure sums of non-positive numbers. Both exponentials are at most 1; a reset gives 0 with derivative 0.
 The sums from the chunk's start and to its end, for what enters and leaves it, are of the same kind. For a decay per
 channel each level's rectangle is one matrix product, (q exp(through)) (k exp(after))^T, so that no (C, C, K) array of
 pairs exists.
@@ -65,11 +67,13 @@ class Sums(NamedTuple):
 STRETCH_BLOCK = 128  # tokens of a stretch whose sums are one matrix product
 LARGEST_CONSTANT = 256  # tokens of a chunk whose pairs may be constants of a program
 BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of whole blocks
-NEVER = -1e30  # a reset inside a sum: exp(NEVER) is 0 as exp(-inf) is, and 0 * NEVER is 0
+RESET = (
+    -1e3
+)  # the log decay of a reset, and the least there is: its exponential is 0 in float64 too
 
 
 def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
-    """All sums of a chunk's log decay (..., C, K), C a power of two. Every entry must be <= 0; -inf is a reset.
+    """All sums of a chunk's log decay (..., C, K), C a power of two. Every entry is in [RESET, 0].
 
     levels: those that `decayed_scores` needs, too. Where pairs take `pair_decay`, leave them out.
     """
@@ -77,11 +81,10 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
     if C & (C - 1):
         raise ValueError(f"chunk_sums: the chunk length must be a power of two; got {C}")
     U = min(C, BLOCK)
-    finite_CK = _finite(log_decay_CK)
     if not levels:
-        whole = _sums_of(_summed_tokens(C, finite_CK.dtype, levels=False), finite_CK)
+        whole = _sums_of(_summed_tokens(C, log_decay_CK.dtype, levels=False), log_decay_CK)
         return Sums(log_decay_CK, *whole, whole[0][..., -1, :], ())
-    tokens = _halvings(finite_CK.reshape(*lead, C // U, U, K))
+    tokens = _halvings(log_decay_CK.reshape(*lead, C // U, U, K))
     blocks = _halvings(tokens.total_K)
 
     def whole(of_token, of_block):
@@ -112,11 +115,6 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
         blocks.total_K,
         tuple(levels),
     )
-
-
-def _finite(log_decay):
-    """With NEVER for a reset: what products with zeros and ones can sum."""
-    return jnp.where(log_decay == -jnp.inf, NEVER, log_decay)
 
 
 def _halvings(log_decay_CK: jax.Array) -> Sums:
@@ -212,9 +210,9 @@ def _pair_decay(log_decay_C1, before):
     A = C // U
     # One leading axis: XLA's CPU backend (jaxlib 0.10.2) writes out of bounds in the derivative at rank 7.
     g_AU = log_decay_C1.reshape(-1, A, U)
-    same_AUU = jnp.where(_lower(U, -1 if before else 0), _sums_between(g_AU, before), -jnp.inf)
+    same_AUU = jnp.where(_lower(U, -1 if before else 0), sums_between(g_AU, before), -jnp.inf)
     through_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if before else g_AU, axis=-1))
-    between_AA = jnp.exp(_sums_between(jnp.sum(g_AU, axis=-1), before=True))
+    between_AA = jnp.exp(sums_between(jnp.sum(g_AU, axis=-1), before=True))
     after_AU = jnp.exp(jax.lax.cumsum(_advanced(g_AU), axis=g_AU.ndim - 1, reverse=True))
     apart_AUAU = through_AU[..., None, None] * (
         between_AA[..., :, None, :, None] * after_AU[..., None, None, :, :]
@@ -247,11 +245,11 @@ def _pair_decay_backward(before, D_CC, dD_CC):
 _pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 
 
-def _sums_between(g_U: jax.Array, before: bool) -> jax.Array:
+def sums_between(g_U: jax.Array, before: bool) -> jax.Array:
     """sum of g over j+1..i (with `before`: j+1..i-1), zero where that is empty: (..., U) to (..., U, U)."""
     U = g_U.shape[-1]
     up_to_UU = _lower(U, -1 if before else 0)  # s <= i, or s < i
-    terms_UU = jnp.where(up_to_UU, _finite(g_U)[..., None, :], 0.0)
+    terms_UU = jnp.where(up_to_UU, g_U[..., None, :], 0.0)
     behind_UU = _lower(U, -1).astype(g_U.dtype)  # j < s
     return jnp.einsum("...is,sj->...ij", terms_UU, behind_UU, precision=jax.lax.Precision.HIGHEST)
 
@@ -269,13 +267,21 @@ def _advanced(g_U):
     return jnp.concatenate([g_U[..., 1:], jnp.zeros_like(g_U[..., :1])], axis=-1)
 
 
+def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, after_MUK) -> jax.Array:
+    """The scores of a level's pairs: sum_K q_iK exp(rows_iK) k_jK exp(after_jK)."""
+    q_MUK, k_MUK = q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.exp(after_MUK)
+    if q_MUK.shape[-2] == 1:
+        return matmul.sum_last(q_MUK * k_MUK)
+    return matmul.einsum("...iK,...jK->...ij", q_MUK, k_MUK)
+
+
 def decayed_scores(
-    q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, before: bool = False
+    q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, before: bool = False, rectangle=rectangle
 ) -> jax.Array:
     """A_ij = sum_K q_iK k_jK exp(g_{j+1} + ... + g_i)_K for j <= i, 0 for j > i: (..., C, C), float32 or wider.
 
     With `before`, the sums stop in front of i, and the diagonal is 0. q, k and the sums have the same shape (..., C, K), or
-    K = 1 for the sums.
+    K = 1 for the sums. rectangle: what gives each level's.
     """
     *lead, C, K = q_CK.shape
     accumulate = jnp.result_type(q_CK, k_CK, sums.through_CK)
@@ -286,12 +292,8 @@ def decayed_scores(
         half = level.after_MUK.shape[-2]
         q_MUK = q_CK.reshape(*lead, -1, 2, half, K)[..., 1, :, :]
         k_MUK = k_CK.reshape(*lead, -1, 2, half, K)[..., 0, :, :]
-        rows = level.before_MUK if before else level.through_MUK
-        q_MUK, k_MUK = q_MUK * jnp.exp(rows), k_MUK * jnp.exp(level.after_MUK)
-        if half == 1:
-            rectangles.append(matmul.sum_last(q_MUK * k_MUK))
-        else:
-            rectangles.append(matmul.einsum("...iK,...jK->...ij", q_MUK, k_MUK))
+        rows_MUK = level.before_MUK if before else level.through_MUK
+        rectangles.append(rectangle(q_MUK, k_MUK, rows_MUK, level.after_MUK))
     return _assemble(diagonal.reshape(*lead, C, 1, 1), rectangles)
 
 
@@ -320,9 +322,8 @@ def after(log_decay_BTX: jax.Array) -> jax.Array:
 def _stretch_sums(log_decay_BTX, rows_CC, reverse: bool):
     """Sums in blocks by a matrix product, then of blocks: on a TPU a cumulative sum of all tokens moves memory around more."""
     (B, T, *X), C = log_decay_BTX.shape, STRETCH_BLOCK
-    finite_BTX = _finite(log_decay_BTX)
     padding = ((0, 0), (0, -T % C)) + ((0, 0),) * len(X)
-    g_BNCX = jnp.pad(finite_BTX, padding).reshape(B, -1, C, *X)
+    g_BNCX = jnp.pad(log_decay_BTX, padding).reshape(B, -1, C, *X)
     rows_CC = rows_CC.astype(g_BNCX.dtype)
     highest = jax.lax.Precision.HIGHEST
     sums_BNCX = jnp.einsum("CD,BND...->BNC...", rows_CC, g_BNCX, precision=highest)

@@ -1,7 +1,7 @@
 """What the two matrix recurrences ask of their arguments, checked once and brought to one form.
 
-Every implementation then sees: q scaled and float, heads of q and k dividing those of v, log_decay of rank 4 or
-None, and a float32 (or wider) initial state.
+Every implementation then sees: q scaled and float, heads of q and k dividing those of v, a finite log_decay of rank 4
+or None, and a float32 (or wider) initial state.
 """
 
 import numbers
@@ -9,7 +9,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import checks
+from kernels_pallas import checks, decay_sums
 
 
 def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
@@ -79,7 +79,10 @@ def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> 
 
 
 def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
-    """Brings log_decay, None or (H,) or (B,T,H) or (B,T,H,K), to None or (B,T,H,1) or (B,T,H,K) in float32 or wider."""
+    """Brings log_decay, None or (H,) or (B,T,H) or (B,T,H,K), to None or (B,T,H,1) or (B,T,H,K) in float32 or wider.
+
+    What lies below `decay_sums.RESET` becomes it, which changes neither results nor gradients: its exponential is 0 already.
+    """
     if log_decay is None:
         return None
     B, T, H, _ = v_BTHV.shape
@@ -87,6 +90,7 @@ def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
     check_float(operator, "log_decay", log_decay)
     checks.not_positive(operator, "log_decay", log_decay)
     log_decay = log_decay.astype(state_dtype(log_decay))
+    log_decay = jnp.where(log_decay < decay_sums.RESET, decay_sums.RESET, log_decay)
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay[None, None], (B, T, H))
     return log_decay if log_decay.ndim == 4 else log_decay[..., None]

@@ -32,3 +32,44 @@ def positions(segment_ids_BT: jax.Array) -> jax.Array:
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     start_index_BT = jnp.where(starts(segment_ids_BT), index_T[None], 0)
     return index_T[None] - jax.lax.cummax(start_index_BT, axis=1)
+
+
+def isolated(operator):
+    """A matrix recurrence in which what is not finite stays in its document, where one is given.
+
+    From a token (or an initial state) that is not finite on, its head's outputs are NaN up to the document's end; gradients
+    are those of the others. A product with a mask of 0 would let it pass. It costs a pass over the arguments, so documents
+    alone are kept apart: without them, a chunk's earlier tokens may be NaN too. So may other documents where finite arguments
+    overflow.
+    """
+
+    def call(*, initial_state_BHKV, segment_ids_BT, **inputs):
+        if segment_ids_BT is None:
+            return operator(
+                initial_state_BHKV=initial_state_BHKV, segment_ids_BT=segment_ids_BT, **inputs
+            )
+        B, T = segment_ids_BT.shape
+        H = initial_state_BHKV.shape[1]
+        bad_BTH = jnp.zeros((B, T, H), bool)
+        for name, x in inputs.items():
+            if "_BT" not in name or x is None:
+                continue
+            finite = jnp.isfinite(x)
+            inputs[name] = jnp.where(finite, x, 0)
+            of_token = finite if x.ndim == 3 else jnp.all(finite, axis=-1)
+            bad_BTH |= ~jnp.repeat(of_token, H // x.shape[2], axis=2)
+        finite_BHKV = jnp.isfinite(initial_state_BHKV)
+        bad_BTH = bad_BTH.at[:, 0].set(bad_BTH[:, 0] | ~jnp.all(finite_BHKV, axis=(2, 3)))
+        index_T11 = jnp.arange(T)[None, :, None]
+        last_bad_BTH = jax.lax.cummax(jnp.where(bad_BTH, index_T11, -1), axis=1)
+        first_BT1 = jnp.where(starts(segment_ids_BT)[..., None], index_T11, 0)
+        bad_BTH = last_bad_BTH >= jax.lax.cummax(first_BT1, axis=1)
+        o_BTHV, final_BHKV = operator(
+            initial_state_BHKV=jnp.where(finite_BHKV, initial_state_BHKV, 0),
+            segment_ids_BT=segment_ids_BT,
+            **inputs,
+        )
+        o_BTHV = jnp.where(bad_BTH[..., None], jnp.nan, o_BTHV)
+        return o_BTHV, jnp.where(bad_BTH[:, -1, :, None, None], jnp.nan, final_BHKV)
+
+    return call

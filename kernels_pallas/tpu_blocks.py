@@ -12,7 +12,6 @@ from kernels_pallas import targets
 
 LANES = 128
 SUBLANES = 8
-NEVER = -1e30  # a reset inside a sum: exp(NEVER) is 0 as exp(-inf) is, and 0 * NEVER is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Products:
       as a sum of two bfloat16 terms, and the product of the two smaller terms is left out (2^-16 of the whole). Rounding
       it to one term costs up to twice the suite's 2e-2 at the worst position of a gradient.
       Otherwise operands are float32 and products at the highest precision.
-    exact: float32 without a decay, where rounding errors never fade: `state` rounds once (see `delta_rule.reflections`).
+    exact: float32 where rounding errors may never fade: `state` rounds once (see `delta_rule.reflections`).
 
     The terms are cut explicitly, never left to a device's default precision, so an interpreted kernel rounds as a
     compiled one does. axes: which axis of x and of y is summed over.
@@ -99,11 +98,6 @@ def _head(x, axis):
     power = jax.lax.bitcast_convert_type(bits, jnp.float32)
     unit = jnp.maximum(power, 2.0**-64) * 2.0**-10
     return jnp.round(x / unit) * unit
-
-
-def finite(log_decay):
-    """-inf as NEVER, so that sums by products with zeros and ones have no 0 * inf."""
-    return jnp.where(log_decay == -jnp.inf, NEVER, log_decay)
 
 
 def head_cuts(G: int, H: int, K: int, V: int, most: int, *, per_channel: bool, own_keys=False):

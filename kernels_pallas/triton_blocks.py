@@ -2,7 +2,7 @@
 
 Imported only by kernels' modules, which are imported only when one runs. A tile's rows are tokens, from `first`; rows
 behind T and columns behind the width load as 0, so a padded token neither writes nor decays the state. A decay per head
-is a tile of one column. -inf has been replaced by a number whose exponential is 0. Sums of log decay are of like,
+is a tile of one column; a reset is finite. Sums of log decay are of like,
 non-positive terms only, never differences (`decay_sums`).
 """
 

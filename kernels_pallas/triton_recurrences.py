@@ -10,9 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import segments, triton_call
+from kernels_pallas import decay_sums, segments, triton_call
 
-NEVER = -1e30  # stands for -inf in sums: exp(NEVER) is 0, as exp(-inf) is
 LARGEST = 256  # K and V; beyond, a tile of scores' operands leaves the registers
 SUB = 16  # tokens of a sub-chunk, per-channel decay
 
@@ -117,13 +116,13 @@ def unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, B, T):
-    """The decay as kernels take it: float32, a document's first token and -inf as NEVER; None is zeros of one head."""
+    """The decay as kernels take it: a document's first token is a reset; None is zeros of one head."""
     if log_decay_BTHK is None:
         log_decay_BTHK = jnp.zeros((B, T, 1, 1), jnp.float32)
     if segment_ids_BT is not None:
         starts_BT = segments.starts(segment_ids_BT)
-        log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], NEVER, log_decay_BTHK)
-    return jnp.where(log_decay_BTHK == -jnp.inf, NEVER, log_decay_BTHK)
+        log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], decay_sums.RESET, log_decay_BTHK)
+    return log_decay_BTHK
 
 
 def every_head(form, g_BTHK):

@@ -4,7 +4,7 @@ import numbers
 
 import jax
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.delta_rule import chunked, gpu_triton, pallas_tpu, reference
 
@@ -83,12 +83,12 @@ IMPLEMENTATIONS = (
     dispatch.Implementation(
         "triton", _number_scaled(gpu_triton.triton), gpu_triton.unsupported, "gpu"
     ),
-    dispatch.Implementation("chunked", _number_scaled(chunked.chunked)),
+    dispatch.Implementation("chunked", _number_scaled(segments.isolated(chunked.chunked))),
     dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )
 DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _diagonal_plus_low_rank_one_token, _not_one_token),
-    dispatch.Implementation("chunked", chunked.chunked_diagonal_plus_low_rank),
+    dispatch.Implementation("chunked", segments.isolated(chunked.chunked_diagonal_plus_low_rank)),
     dispatch.Implementation("reference", _diagonal_plus_low_rank_reference),
 )
 
@@ -126,7 +126,8 @@ def delta_rule(
       scale: multiplies q; None is K**-0.5.
       initial_state: (B, H, K, V), the state before the first token; None is zero. It belongs to the first token's
         document.
-      segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another.
+      segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another. NaN and Inf
+        do not either, but for kernels (a reset is a product with 0), and for what overflows in a chunk.
       chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and rounding only.
       implementation: 'chunked', 'pallas_tpu', 'triton', 'one_token' (T = 1 only), 'reference', or None for the best
         here.

@@ -12,7 +12,7 @@ without it), behind token j to the chunk's end (after), and between j and i (D, 
     next state   S' = exp(total) S + (w exp(after))^T U [+ (k exp(after))^T V]
 
 `Chunks` holds these maps, whichever of the two they came from; one pass over the chunks, forward and backward, serves
-both. A document's first token has log decay -inf, which is what a reset is (and its b reads nothing). Without a decay
+both. A document's first token is a reset (`decay_sums.RESET`; and its b reads nothing). Without a decay
 and without documents nothing is multiplied by exponentials that are 1.
 
 The sequence is cut into spans of chunks. A scan goes over the spans; the chunks of a span are treated at once but for
@@ -20,8 +20,8 @@ the state, which goes from one to the next. The backward pass keeps the inputs a
 recomputes the maps of one span at a time, and takes the derivative of the pass by hand, of the maps by `jax.vjp`.
 Chunks of 32: longer ones take more products and lose accuracy where beta is 2, shorter ones store more states.
 
-Without any decay, in float32, rounding is held down further where a token's transition comes near a reflection:
-see `reflections`.
+In float32, rounding is held down further where tokens' transitions come near reflections and little is forgotten: see
+`reflections`.
 """
 
 import functools
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, matmul, segments, spans, triangular_inverse
+from kernels_pallas import branches, decay_sums, matmul, segments, spans, triangular_inverse
 from kernels_pallas.delta_rule import reflections
 from kernels_pallas.kept import kept
 from kernels_pallas.matmul import scaled
@@ -75,11 +75,11 @@ def chunked(
     scale=1.0,
 ):
     """The delta rule in chunks. Arguments are normalised by `api.py`; the scale of q is a number."""
-    reflects = None
-    if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
-        squared_BTH = _repeat_heads(reflections.squared(k_BTGK), v_BTHV.shape[2])
-        reflects = reflections.above(jnp.abs(beta_BTH) * squared_BTH, reflections.REFLECTING)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
+    reflects = None
+    if initial_state_BHKV.dtype == jnp.float32:
+        squared_BTH = _repeat_heads(reflections.squared(k_BTGK), v_BTHV.shape[2])
+        reflects = reflections.occur(jnp.abs(beta_BTH) * squared_BTH, log_decay_BTHK)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, q_BTGK.shape[-1], v_BTHV, chunk_size, scale)
     return _run(form, inputs, initial_state_BHKV, reflects)
@@ -97,13 +97,13 @@ def chunked_diagonal_plus_low_rank(
     chunk_size=None,
 ):
     """The general transition in chunks. Arguments are normalised by `api.py`."""
-    reflects = None
-    if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
-        squared_BTH = reflections.squared(a_BTHK) * reflections.squared(b_BTHK)
-        reflects = reflections.above(squared_BTH, reflections.REFLECTING**2)
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
+    reflects = None
+    if initial_state_BHKV.dtype == jnp.float32:
+        squared_BTH = reflections.squared(a_BTHK) * reflections.squared(b_BTHK)
+        reflects = reflections.occur(jnp.sqrt(squared_BTH), log_decay_BTHK)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
     form = _form(_diagonal_plus_low_rank_chunks, q_BTHK.shape[-1], v_BTHV, chunk_size, 1.0)
     return _run(form, inputs, initial_state_BHKV, reflects)
@@ -115,7 +115,7 @@ def _with_resets(log_decay_BTHK, segment_ids_BT, dtype):
     if log_decay_BTHK is None:
         log_decay_BTHK = jnp.zeros((*segment_ids_BT.shape, 1, 1), dtype)
     starts_BT = segments.starts(segment_ids_BT)
-    return jnp.where(starts_BT[:, :, None, None], -jnp.inf, log_decay_BTHK)
+    return jnp.where(starts_BT[:, :, None, None], decay_sums.RESET, log_decay_BTHK)
 
 
 class _Form(NamedTuple):
@@ -194,7 +194,7 @@ def _decayed_products(sums, H, *, before=False):
     With `before` the sum of decays stops in front of i, and the diagonal is zero. Where all channels decay alike, heads
     that share rows and columns share their products.
     """
-    if sums.total_K is not None and sums.total_K.shape[-1] > 1:
+    if _per_channel(sums):
 
         def per_channel(rows_MBGCK, columns_MBGCK):
             rows_MBHCK, columns_MBHCK = (_repeat_heads(x, H) for x in (rows_MBGCK, columns_MBGCK))
@@ -213,6 +213,10 @@ def _decayed_products(sums, H, *, before=False):
     return per_head
 
 
+def _per_channel(sums):
+    return sums.total_K is not None and sums.total_K.shape[-1] > 1
+
+
 def _pair_decay(sums, before):
     if sums.log_decay_CK is None:
         return None
@@ -220,10 +224,20 @@ def _pair_decay(sums, before):
 
 
 def _lost(rows_MBHCK, columns_MBHCK, sums, *, before):
-    """What a chunk's A has lost to rounding."""
-    lost_MBHCC = jnp.tril(reflections.lost_product(rows_MBHCK, columns_MBHCK), -1)
-    D_MBHCC = jax.lax.stop_gradient(_pair_decay(sums, before))
-    return lost_MBHCC if D_MBHCC is None else lost_MBHCC * D_MBHCC
+    """What a chunk's A has lost to rounding. It has no gradient."""
+    rows_MBHCK, columns_MBHCK, sums = jax.lax.stop_gradient((rows_MBHCK, columns_MBHCK, sums))
+    if _per_channel(sums):
+        lost_MBHCC = decay_sums.decayed_scores(
+            *(rows_MBHCK, columns_MBHCK, sums), before=before, rectangle=reflections.lost_rectangle
+        )
+    else:
+        lost_MBHCC = reflections.lost_product(rows_MBHCK, columns_MBHCK)
+    if sums.log_decay_CK is not None and not _per_channel(sums):
+        scores_MBHCC = jnp.einsum("MBHiK,MBHjK->MBHij", rows_MBHCK, columns_MBHCK)
+        between_MBHCC = decay_sums.sums_between(sums.log_decay_CK[..., 0], before)
+        D_MBHCC = _pair_decay(sums, before)
+        lost_MBHCC = reflections.lost_decayed(scores_MBHCC, lost_MBHCC, D_MBHCC, between_MBHCC)
+    return jnp.tril(lost_MBHCC, -1)
 
 
 def _repeat_heads(x_MBGCK, H):
@@ -295,7 +309,7 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(form: _Form, inputs, S_BHKV, reflects):
-    """inputs: (B, T, heads, dim), q the first and v the third. reflects: see `reflections.carefully`."""
+    """inputs: (B, T, heads, dim), q the first and v the third. reflects: see `reflections.occur`."""
     return _run_forward(form, inputs, S_BHKV, reflects)[0]
 
 
@@ -315,7 +329,7 @@ def _run_forward(form, inputs, S_BHKV, reflects):
         start = S_BHKV, jnp.empty_like(v_BTHV)  # every span is written
         return jax.lax.scan(one_span, start, jnp.arange(v_BTHV.shape[1] // L))
 
-    (S_BHKV, o_BTHV), S_NMBHKV = reflections.carefully(reflects, over_spans, wholes, S_BHKV)
+    (S_BHKV, o_BTHV), S_NMBHKV = branches.either(reflects, over_spans, wholes, S_BHKV)
     o_BTHV, S_NMBHKV = kept((o_BTHV[:, :T], S_NMBHKV))
     return (o_BTHV, S_BHKV), (inputs, S_NMBHKV, reflects)
 
@@ -343,9 +357,7 @@ def _run_backward(form, residuals, cotangents):
         numbered = jnp.arange(len(S_NMBHKV)), S_NMBHKV
         return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
 
-    dS_BHKV, dinputs = reflections.carefully(
-        reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV
-    )
+    dS_BHKV, dinputs = branches.either(reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV)
     return jax.tree.map(lambda dx: dx[:, :T], dinputs), dS_BHKV, None
 
 

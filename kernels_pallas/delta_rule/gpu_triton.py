@@ -4,9 +4,10 @@ Forward: each chunk's inverse, all at once; then what the tokens write, U, and t
 attention's outputs with U for values. Backward: the same again, the states' cotangents in reverse, and linear attention's
 gradients twice, for what queries and for what keys read. Only the inputs are kept.
 
-float32 without a decay carries states, inverses and U in float64 from chunk to chunk: reflections forget no error
-(`reflections`), and data-centre GPUs multiply float64 as fast as IEEE float32. What comes of bfloat16 inputs multiplies
-as two bfloat16 terms, and without a decay, for the same reason, as three.
+float32 without a decay, or with one a head, which may be 0, carries states, inverses and U in float64 from chunk to
+chunk: reflections forget no error (`reflections`), and data-centre GPUs multiply float64 as fast as IEEE float32. With
+one a channel the scores of keys with keys are float32, and so is the rest: where those decays are 0, errors grow. What
+comes of bfloat16 inputs multiplies as two bfloat16 terms, and without a decay, for the same reason, as three.
 """
 
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def triton(
     B, T = q_BTGK.shape[:2]
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = _form_of(*arrays, log_decay_BTHK, chunk_size)
-    exact = log_decay_BTHK is None and form.dtype == "float32"
+    exact = form.GK == 1 and form.dtype == "float32"
     mixed = form.mixed
     if log_decay_BTHK is None and mixed == "bf16x2":
         mixed = "bf16x3"

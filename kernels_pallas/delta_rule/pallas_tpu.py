@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import kernel_vjp, segments, targets, tpu_blocks
+from kernels_pallas import decay_sums, kernel_vjp, segments, targets, tpu_blocks
 from kernels_pallas.delta_rule import chunked, tpu_channel_decay, tpu_head_decay
 from kernels_pallas.delta_rule.tpu_plan import VMEM_BYTES, Plan, plan_of, unsupported
 
@@ -36,7 +36,7 @@ def pallas_tpu(
     if segment_ids_BT is not None:
         starts_BT11 = segments.starts(segment_ids_BT)[:, :, None, None]
         log_decay = jnp.zeros((1, 1, plan.H, 1)) if log_decay_BTHK is None else log_decay_BTHK
-        log_decay_BTHK = jnp.where(starts_BT11, -jnp.inf, log_decay)
+        log_decay_BTHK = jnp.where(starts_BT11, decay_sums.RESET, log_decay)
     dtype = jnp.bfloat16 if plan.products.narrow else jnp.float32
     q, k = (_flat(x, plan, plan.K, dtype) for x in (q_BTGK, k_BTGK))
     v, g, gates = _flat(v_BTHV, plan, plan.V, dtype), None, [beta_BTH]

@@ -1,21 +1,25 @@
 """Float32 where a token's transition comes near a reflection: what rounding loses is known, and given back.
 
-With beta |k|^2 = 2 and no decay the transition is a reflection: nothing ever fades, and where one key comes again and
-again the same rounding error of k.k acts at every token, in one direction, so that after T tokens it has grown to T times
-itself. Where that can happen, decided as the program runs (`carefully`), products are split into a part that is exact and
-a small rest, what A lost to rounding is kept beside it, and the triangular system is solved with one correction.
+With beta |k|^2 = 2 and little or no decay the transition is a reflection: nothing ever fades, and where one key comes
+again and again the same rounding error of k.k acts at every token, in one direction, so that after T tokens it has grown to
+T times itself. Where that can happen, decided as the program runs (`occur`), products are split into a part that is exact
+and a small rest, what A lost to rounding is kept beside it, and the triangular system is solved with one correction.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import matmul
+from kernels_pallas import branches, decay_sums, matmul
 
 # Rounding is held down where some beta |k|^2 is above this. An error's sum over time is beta / (2 - beta) of one token's:
 # itself up to 1, which is as far as a DeltaNet with positive eigenvalues goes (and the roundings of its |k|).
 REFLECTING = 1.01
+# And only where some state keeps more than KEPT over WINDOW tokens: else an error's sum stays below that of
+# WINDOW / (1 - KEPT) tokens.
+WINDOW, KEPT = 16, 1 / 4
 
 precise = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -25,25 +29,56 @@ def squared(x_BTHK):
     return matmul.sum_last(x_BTHK.astype(jnp.float32) ** 2)[..., 0]
 
 
-def above(sizes, limit: float):
-    """Whether any is larger, or is not a number."""
-    return ~jnp.all(jax.lax.stop_gradient(sizes) <= limit)
+def occur(sizes_BTH, log_decay_BTHK):
+    """Whether rounding must be held down: some window of tokens reflects (beta |k|^2 is `sizes`), and forgets little."""
+    sizes_BTH, log_decay_BTHK = jax.lax.stop_gradient((sizes_BTH, log_decay_BTHK))
+    reflects_BTH = ~(sizes_BTH <= REFLECTING)  # what is not a number does
+    if log_decay_BTHK is None:
+        return branches.anywhere(reflects_BTH)
 
+    def windows(x):
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % WINDOW)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, WINDOW, *x.shape[2:])
 
-def carefully(reflects, run, *operands):
-    """run(exact, *operands), exact where `reflects` holds. None: where a decay, or float64, makes it needless."""
-    if reflects is None:
-        return run(False, *operands)
-    exactly, plainly = (functools.partial(run, exact) for exact in (True, False))
-    return jax.lax.cond(reflects, exactly, plainly, *operands)
+    kept_BNH = jnp.max(jnp.sum(windows(log_decay_BTHK), axis=2), axis=-1)
+    reflects_BNH = jnp.any(windows(reflects_BTH), axis=2)
+    return branches.anywhere(reflects_BNH & (kept_BNH > math.log(KEPT)))
 
 
 def lost_product(rows_MBHCK, columns_MBHCK):
-    """What float32 loses of rows columns^T, to float32's own precision. It has no gradient."""
-    rows_MBHCK, columns_MBHCK = jax.lax.stop_gradient((rows_MBHCK, columns_MBHCK))
-    products = "MBHiK,MBHjK->MBHij"
-    exact_MBHCC, rest_MBHCC = _split_product(products, rows_MBHCK, columns_MBHCK)
-    return (exact_MBHCC - jnp.einsum(products, rows_MBHCK, columns_MBHCK)) + rest_MBHCC
+    """What float32 loses of rows columns^T, to float32's own precision."""
+    products = "...iK,...jK->...ij"
+    exact, rest = _split_product(products, rows_MBHCK, columns_MBHCK)
+    return (exact - jnp.einsum(products, rows_MBHCK, columns_MBHCK)) + rest
+
+
+def lost_decayed(scores, lost, D, sums):
+    """What scores D has lost where the scores have lost `lost`, and D = exp(sums).
+
+    From 1 - D, which float32 knows to more digits than D where D is near 1.
+    """
+    used = _as_computed(scores * D)
+    return _unless_zero(used, ((scores - used) + scores * jnp.expm1(sums)) + lost * D)
+
+
+def lost_rectangle(q_MUK, k_MUK, rows_MUK, after_MUK):
+    """The same of `decay_sums.rectangle`."""
+    used = _as_computed(decay_sums.rectangle(q_MUK, k_MUK, rows_MUK, after_MUK))
+    products = "...iK,...jK->...ij"
+    change = precise(products, q_MUK * jnp.expm1(rows_MUK), k_MUK)
+    change += precise(products, q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.expm1(after_MUK))
+    exact, rest = _split_product(products, q_MUK, k_MUK)
+    return _unless_zero(used, ((exact - used) + change) + rest)
+
+
+def _as_computed(x):
+    """Rounded, as it is where it is used: not fused into what takes it away again."""
+    return jax.lax.optimization_barrier(x)
+
+
+def _unless_zero(used, lost):
+    """Tokens of two documents have lost nothing."""
+    return jnp.where(used == 0, 0.0, lost)
 
 
 def state_product(lost_CC):
@@ -58,7 +93,10 @@ def solve(A_CC, lost_CC, X_CC, R_CV):
     U_CV = precise("...ij,...jV->...iV", X_CC, R_CV)
     if lost_CC is None:
         return U_CV
-    exact_CV, rest_CV = _split_product("...ij,...jV->...iV", A_CC, U_CV)
+    # A unit of its own for every document's U: what is multiplied by 0 must not change how the rest is rounded.
+    linked_CC = (A_CC != 0) | (jnp.swapaxes(A_CC, -1, -2) != 0)
+    squares_CV = precise("...ij,...jV->...iV", linked_CC.astype(U_CV.dtype), U_CV**2) + U_CV**2
+    exact_CV, rest_CV = _split_product("...ij,...jV->...iV", A_CC, U_CV, squares_CV)
     rest_CV = rest_CV + precise("...ij,...jV->...iV", lost_CC, U_CV)
     residual_CV = R_CV - U_CV - exact_CV - rest_CV
     return U_CV + precise("...ij,...jV->...iV", X_CC, residual_CV)
@@ -73,17 +111,25 @@ def solve_transposed(A_CC, lost_CC, X_CC, R_CV):
     return solve(transposed(A_CC), transposed(lost_CC), transposed(X_CC), R_CV)
 
 
-def _split_product(subscripts, x, y):
-    """x y in float32 as two terms: of heads of 11 bits, whose products and sums are exact, and the small rest."""
+def _split_product(subscripts, x, y, y_squares=None):
+    """x y in float32 as two terms: of heads of 11 bits, whose products and sums are exact, and the small rest.
+
+    y_squares: sums of y^2 that say how large y is, for each of its entries; None: those over all that is summed.
+    """
     x_letters, y_letters = subscripts.split("->")[0].replace("...", "").split(",")
     (summed,) = set(x_letters) & set(y_letters) - set(subscripts.split("->")[1])
+    x_axis, y_axis = (letters.index(summed) - len(letters) for letters in (x_letters, y_letters))
 
-    def head(x, letters):
-        axis = letters.index(summed) - len(letters)
-        _, exponent = jnp.frexp(jnp.sqrt(jnp.sum(x**2, axis=axis, keepdims=True)))
+    def head(x, squares):
+        _, exponent = jnp.frexp(jnp.sqrt(squares))
         unit = jnp.ldexp(jnp.ones((), x.dtype), jnp.maximum(exponent, -64) - 11)
         return jnp.round(x / unit) * unit
 
-    x_head, y_head = head(x, x_letters), head(y, y_letters)
+    if y_squares is None:
+        met = jnp.any(x != 0, axis=-3 - x_axis, keepdims=True)  # elsewhere y is multiplied by 0
+        y = jnp.where(met if x_axis == y_axis else jnp.swapaxes(met, -1, -2), y, 0)
+        y_squares = jnp.sum(y**2, axis=y_axis, keepdims=True)
+    x_head = head(x, jnp.sum(x**2, axis=x_axis, keepdims=True))
+    y_head = head(y, y_squares)
     rest = precise(subscripts, x - x_head, y) + precise(subscripts, x_head, y - y_head)
     return precise(subscripts, x_head, y_head), rest

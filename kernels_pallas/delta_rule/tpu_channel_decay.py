@@ -16,24 +16,26 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from kernels_pallas import tpu_blocks
-from kernels_pallas.delta_rule.tpu_head_decay import Cotangents
+from kernels_pallas.delta_rule.tpu_head_decay import Cotangents, solve
 from kernels_pallas.tpu_blocks import Products, column_of, iota, lower, row_of, row_sums
 
 
 class Gates(NamedTuple):
-    """Of one head: beta and the log decay, -inf as a finite number."""
+    """Of one head: beta and the log decay."""
 
     beta_C1: jnp.ndarray
     g_CK: jnp.ndarray
 
 
 class Chunk(NamedTuple):
-    """What the forward pass of one chunk has computed. levels: E_CK of each."""
+    """What the forward pass of one chunk has computed. levels: E_CK of each. lost_CC: what A has lost to rounding."""
 
     levels: list[jnp.ndarray]
     through_CK: jnp.ndarray
     after_CK: jnp.ndarray
     kk_CC: jnp.ndarray
+    A_CC: jnp.ndarray
+    lost_CC: jnp.ndarray | None
     X_CC: jnp.ndarray
     Z_CC: jnp.ndarray
     read_CV: jnp.ndarray
@@ -44,7 +46,6 @@ def gates_of(p: Products, heads: int, rows_RC, g_CHK) -> list[Gates]:
     """rows: beta of each head. g: the heads side by side."""
     columns_CR = rows_RC.T
     K = g_CHK.shape[1] // heads
-    g_CHK = tpu_blocks.finite(g_CHK)
     return [Gates(columns_CR[:, h : h + 1], g_CHK[:, h * K : (h + 1) * K]) for h in range(heads)]
 
 
@@ -60,20 +61,31 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
     through_CK, after_CK, *levels = (jnp.exp(x) for x in sums)
     yield
     qk_CC, kk_CC = row_sums(q_CK * k_CK), jnp.zeros((C, C), jnp.float32)
+    lost_CC = kk_CC if p.exact else None
     for level, E_CK in enumerate(levels):
         kE_CK = k_CK * E_CK
         both = p.dot(jnp.concatenate([q_CK * E_CK, kE_CK], axis=0), kE_CK, (1, 1))
         here = _parting(C) >= 1 << level
         qk_CC, kk_CC = jnp.where(here, both[:C], qk_CC), jnp.where(here, both[C:], kk_CC)
+        if p.exact:
+            exact_CC, rest_CC = p.exact_product(kE_CK, kE_CK, (1, 1))
+            lost_CC = jnp.where(here, (exact_CC - both[C:]) + rest_CC, lost_CC)
         yield
     A_CC = jnp.where(lower(C, -1), gates.beta_C1 * kk_CC, 0.0)
+    if p.exact:
+        lost_CC = jnp.where(lower(C, -1), gates.beta_C1 * lost_CC, 0.0)
     Z_CC = jnp.where(lower(C), scale * qk_CC, 0.0)
     X_CC = yield from tpu_blocks.inverse(p, A_CC)
-    read_CV = v_CV.astype(jnp.float32) - p.dot(k_CK * through_CK, S_KV)
+    read_CV = v_CV.astype(jnp.float32) - _state(p, k_CK * through_CK, S_KV)
     yield
-    U_CV = p.precise(X_CC, gates.beta_C1 * read_CV)
+    U_CV = solve(p, A_CC, lost_CC, X_CC, gates.beta_C1 * read_CV, 1)
     yield
-    return Chunk(levels, through_CK, after_CK, kk_CC, X_CC, Z_CC, read_CV, U_CV)
+    return Chunk(levels, through_CK, after_CK, kk_CC, A_CC, lost_CC, X_CC, Z_CC, read_CV, U_CV)
+
+
+def _state(p, x, y, axes=(1, 0)):
+    """A product by which states become states: rounded once where that counts."""
+    return p.state(x, y, axes) if p.exact else p.dot(x, y, axes)
 
 
 def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
@@ -81,7 +93,7 @@ def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
     q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     C = k_CK.shape[0]
-    written_KV = p.dot(k_CK * c.after_CK, c.U_CV, (0, 0))
+    written_KV = _state(p, k_CK * c.after_CK, c.U_CV, (0, 0))
     S_next_KV = column_of(c.through_CK[C - 1 :]) * S_KV + written_KV
     yield
     o_CV = scale * p.dot(q_CK * c.through_CK, S_KV)
@@ -99,14 +111,14 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
     beta_C1, through_CK, after_CK = gates.beta_C1, c.through_CK, c.after_CK
     total_1K = through_CK[C - 1 :]
     q_through_CK, k_through_CK, k_after_CK = q_CK * through_CK, k_CK * through_CK, k_CK * after_CK
-    dU_CV = p.dot(k_after_CK, dS_KV)
+    dU_CV = _state(p, k_after_CK, dS_KV)
     yield
     dU_CV = dU_CV + p.dot(c.Z_CC, do_CV, (0, 0))
     yield
-    dR_CV = p.precise(c.X_CC, dU_CV, (0, 0))
+    dR_CV = solve(p, c.A_CC, c.lost_CC, c.X_CC, dU_CV, 0)
     dv_CV = beta_C1 * dR_CV
     yield
-    dS_next_KV = column_of(total_1K) * dS_KV - p.dot(k_through_CK, dv_CV, (0, 0))
+    dS_next_KV = column_of(total_1K) * dS_KV - _state(p, k_through_CK, dv_CV, (0, 0))
     yield
     dS_next_KV = dS_next_KV + scale * p.dot(q_through_CK, do_CV, (0, 0))
     yield

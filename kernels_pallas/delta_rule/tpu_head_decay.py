@@ -63,7 +63,7 @@ def gates_of(p: Products, heads: int, rows_RC, g_CHK=None) -> list[Gates]:
     if rows_RC.shape[0] == heads:
         columns_CR = rows_RC.T
         return [Gates(columns_CR[:, h : h + 1]) for h in range(heads)]
-    beta_HC, g_HC = rows_RC[:heads], tpu_blocks.finite(rows_RC[heads:])
+    beta_HC, g_HC = rows_RC[:heads], rows_RC[heads:]
     up_to, behind = p.ones(lower(C)), p.ones(~lower(C))  # at (i, s): s <= i, s > i
     through_HC = jnp.exp(p.dot(g_HC, up_to, (1, 1)))
     after_HC = jnp.exp(p.dot(g_HC, behind, (1, 1)))
@@ -102,12 +102,12 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
     kS_CV = _times(p.state(k_CK, S_KV), gates.through_C1)
     read_CV = v_CV.astype(jnp.float32) - kS_CV
     yield
-    U_CV = _solve(p, A_CC, lost_CC, X_CC, gates.beta_C1 * read_CV, 1)
+    U_CV = solve(p, A_CC, lost_CC, X_CC, gates.beta_C1 * read_CV, 1)
     yield
     return Chunk(qk_CC, kk_CC, A_CC, lost_CC, X_CC, Z_CC, kS_CV, read_CV, U_CV)
 
 
-def _solve(p, A_CC, lost_CC, X_CC, R_CV, axis):
+def solve(p, A_CC, lost_CC, X_CC, R_CV, axis):
     """(I + A)^{-1} R, or with axis 0 of the transposed, corrected by its residual where rounding counts."""
     axes = (axis, 0)
     U_CV = p.precise(X_CC, R_CV, axes)
@@ -140,7 +140,7 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
     yield
     dU_CV = p.dot(c.Z_CC, do_CV, (0, 0)) + _times(kdS_CV, after_C1)
     yield
-    dR_CV = _solve(p, c.A_CC, c.lost_CC, c.X_CC, dU_CV, 0)
+    dR_CV = solve(p, c.A_CC, c.lost_CC, c.X_CC, dU_CV, 0)
     dv_CV = beta_C1 * dR_CV
     dkS_CV = _times(dv_CV, through_C1)  # less than zero: of -k S
     dqS_CV = scale * _times(do_CV.astype(jnp.float32), through_C1)

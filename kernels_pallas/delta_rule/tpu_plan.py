@@ -89,7 +89,7 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
     B, T, H, V = v_BTHV.shape
     G, K = k_BTGK.shape[2:]
     narrow = all(x.dtype == jnp.bfloat16 for x in (q_BTGK, k_BTGK, v_BTHV))
-    products = Products(narrow, exact=not narrow and log_decay_BTHK is None)
+    products = Products(narrow, exact=not narrow)
     decay = None if segment_ids_BT is None else "head"
     if log_decay_BTHK is not None:
         decay = "head" if log_decay_BTHK.shape[-1] == 1 else "channel"

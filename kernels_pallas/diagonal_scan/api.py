@@ -7,9 +7,19 @@ from kernels_pallas import checks, dispatch, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.diagonal_scan import chunked, gpu_triton, pallas_tpu, reference
 
+
+def _by_decay(function):
+    """Of an implementation that knows a document's start by its decay alone, which is 0."""
+    return lambda *, start_BT1, **call: function(**call)
+
+
 IMPLEMENTATIONS = (
-    dispatch.Implementation("pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, "tpu"),
-    dispatch.Implementation("triton", gpu_triton.triton, gpu_triton.unsupported, "gpu"),
+    dispatch.Implementation(
+        "pallas_tpu", _by_decay(pallas_tpu.pallas_tpu), _by_decay(pallas_tpu.unsupported), "tpu"
+    ),
+    dispatch.Implementation(
+        "triton", _by_decay(gpu_triton.triton), _by_decay(gpu_triton.unsupported), "gpu"
+    ),
     dispatch.Implementation("chunked", chunked.chunked),
     dispatch.Implementation("reference", reference.recurrent),
 )
@@ -40,7 +50,8 @@ def diagonal_scan(
         before, and its gradient is 0. Positive values are not checked unless `kernels_pallas.checks` is on.
       initial_state: (B, D), the h before the first token (reverse: after the last); None is zero. It belongs to the
         document of the token it meets first.
-      segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another.
+      segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another. NaN and Inf do not
+        either, but for kernels (a document's start is a product with 0).
       reverse: run from the last token to the first.
       implementation: 'pallas_tpu', 'triton' (real), 'chunked', 'reference', or None for the best here.
 
@@ -74,14 +85,16 @@ def diagonal_scan(
         decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
     decay = decay.astype(dtype)
     decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
+    start_BT1 = None
     if segment_ids is not None:
         arguments.check_segment_ids(operator, segment_ids, x_BTD)
-        start_BT = segments.starts(segment_ids, reverse=reverse)
-        decay_BTD = jnp.where(start_BT[..., None], 0, decay_BTD)
+        start_BT1 = segments.starts(segment_ids, reverse=reverse)[..., None]
+        decay_BTD = jnp.where(start_BT1, 0, decay_BTD)
     call = {
         "x_BTD": x_BTD,
         "decay_BTD": decay_BTD,
         "initial_state_BD": initial_state.astype(dtype),
+        "start_BT1": start_BT1,
         "reverse": reverse,
     }
     return dispatch.choose(operator, IMPLEMENTATIONS, implementation, **call).call(**call)

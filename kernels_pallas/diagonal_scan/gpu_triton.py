@@ -1,7 +1,8 @@
 """The real diagonal recurrence as Triton kernels, forward and backward, either direction (sm80 and later).
 
-Two levels, as in `chunked.py`: every chunk's map h -> A h + b at once; the states that enter each, by
-`jax.lax.associative_scan` over the maps; every state, all chunks at once. Backward, with carry c from token t+1 to t,
+Two levels, as in `chunked.py`: every chunk's map h -> A h + b at once; the states that enter each, one after the other;
+every state, all chunks at once. Decays above 1 are right as long as those of one chunk multiply to a float32. A document's
+start is a decay of 0, which lets pass what is not finite. Backward, with carry c from token t+1 to t,
 
     l_t = g_t + c_t      c_{t-1} = a_t l_t      dx_t = l_t      da_t = l_t h_{t-1}
 
@@ -75,10 +76,6 @@ def _plain(reverse, _, x_BTD, decay_BTD, initial_BD):
 _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
-def _compose(first, second):
-    return second[0] * first[0], second[0] * first[1] + second[1]
-
-
 def _entering(x_BTD, decay_BTD, initial_BD, reverse, adjoint=False):
     """The state that enters each chunk, and the one behind the last."""
     B, T, D = x_BTD.shape
@@ -90,14 +87,12 @@ def _entering(x_BTD, decay_BTD, initial_BD, reverse, adjoint=False):
         REVERSE=reverse,
         ADJOINT=adjoint,
     )
-    maps = product_BND, local_BND
-    total_BND, local_BND = jax.lax.associative_scan(_compose, maps, reverse=reverse, axis=1)
-    after_BND = total_BND * initial_BD[:, None] + local_BND
-    if reverse:
-        entering_BND = jnp.concatenate([after_BND[:, 1:], initial_BD[:, None]], axis=1)
-        return entering_BND, after_BND[:, 0]
-    entering_BND = jnp.concatenate([initial_BD[:, None], after_BND[:, :-1]], axis=1)
-    return entering_BND, after_BND[:, -1]
+    return _launch(
+        "carry",
+        (product_BND, local_BND, initial_BD),
+        [(shape_BND, jnp.float32), ((B, D), jnp.float32)],
+        REVERSE=reverse,
+    )
 
 
 def _states(x_BTD, decay_BTD, entering_BND, reverse, dtype):
@@ -118,7 +113,8 @@ def _launch(part, inputs, outputs, **constants):
 
     B, T, D = inputs[0].shape
     tiles = _tiles(D)
-    grid = -(-T // tiles["C"]) * -(-D // tiles["BD"]), B
+    steps = 1 if part == "carry" else -(-T // tiles["C"])
     outputs = [jax.ShapeDtypeStruct(*output) for output in outputs]
     kernel = getattr(triton_kernels, part)
+    grid = steps * -(-D // tiles["BD"]), B
     return triton_call.launch(kernel, inputs, outputs, grid, T=T, D=D, **tiles, **constants)

@@ -18,7 +18,8 @@ gradient of the final state and ends as that of the initial one:
     l_t = g_t + c_t      c_{t-1} = a_t l_t      dx_t = l_t      da_t = l_t h_{t-1}
 
 Kept from the forward pass is the state that enters each chunk; from it a chunk's h are made again, in float32: those that
-were given out may be rounded. A complex number is a tuple of two arrays, real and imaginary ("planes"), a real one a tuple
+were given out may be rounded. Decays above 1 are right as long as those of one run, chunk_size / 8 tokens, multiply to a
+float32. A document's start is a decay of 0, which lets pass what is not finite. A complex number is a tuple of two arrays, real and imaginary ("planes"), a real one a tuple
 of one; between planes the transpose of a product with a is one with its conjugate.
 """
 
@@ -329,7 +330,7 @@ class _Walk:
             A_s, b_s = (tuple(ref[:, row] for ref in refs) for refs in (A, b))
             for ref, z in zip(A, carried):
                 ref[:, row] = z
-            carried = _plus(_times(A_s, carried), b_s)
+            carried = _plus(_applied(A_s, carried), b_s)
         for ref, z in zip(state, carried):
             ref[...] = z
         return tuple(ref[...] for ref in A)
@@ -389,6 +390,12 @@ def _times(x, y):
     if len(x) == 1:
         return (x[0] * y[0],)
     return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
+
+
+def _applied(A, state):
+    """A state; of a state that is 0 nothing, though a product of decays may be infinite."""
+    some = functools.reduce(jnp.logical_or, (z != 0.0 for z in state))
+    return tuple(jnp.where(some, z, 0.0) for z in _times(A, state))
 
 
 def _plus(x, y):

@@ -28,13 +28,22 @@ def output_dtype(x_dtype, state_dtype):
     return state_dtype if promoted else x_dtype
 
 
-def recurrent(x_BTD, decay_BTD, initial_state_BD, reverse=False):
+def unless(start, kept):
+    """What is kept of a state, and nothing where a document starts: a product with 0 would let pass what is not finite."""
+    return kept if start is None else jnp.where(start, 0, kept)
+
+
+def recurrent(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
     """h_t = decay_t * h_{t-1} + x_t as one `lax.scan`. Arguments are normalised by `api.py`."""
 
     def scan_step(state_BD, inputs):
-        h_BD, state_BD = step(*inputs, state_BD)
-        return state_BD, h_BD
+        x_BD, decay_BD, start_B1 = inputs
+        state_BD = unless(start_B1, decay_BD * state_BD) + x_BD
+        return state_BD, state_BD
 
-    inputs = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), (x_BTD, decay_BTD))
+    # In the state's dtype: XLA's CPU backend (jaxlib 0.10.2) converts a whole narrower buffer at each of its tokens.
+    inputs = x_BTD.astype(decay_BTD.dtype), decay_BTD, start_BT1
+    inputs = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), inputs)
     final_BD, h_TBD = jax.lax.scan(scan_step, initial_state_BD, inputs, reverse=reverse)
-    return jnp.moveaxis(h_TBD, 0, 1), final_BD
+    h_BTD = jnp.moveaxis(h_TBD, 0, 1)
+    return h_BTD.astype(output_dtype(x_BTD.dtype, h_BTD.dtype)), final_BD

@@ -1,7 +1,7 @@
 """Triton kernels of the real diagonal recurrence: a chunk's map, its states from the one that enters, its gradients.
 
 A program walks the C tokens of one chunk for BD channels; the grid is (chunks times blocks of channels, batch), so
-all chunks run at once, and only their maps are composed in order, outside. REVERSE walks time from its end.
+all chunks run at once; in between, `carry` walks the chunks. REVERSE walks time from its end.
 """
 
 import triton
@@ -49,6 +49,35 @@ def maps(
             h = a * h + x_t
     tl.store(product + at_chunk, A, mask=d < D)
     tl.store(local + at_chunk, h, mask=d < D)
+
+
+@triton.jit
+def carry(
+    product,
+    local,
+    initial,
+    entering,
+    final,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BD: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """The state that enters each of T chunks, from their maps, and the one behind the last; for all of them one program."""
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    b = tl.program_id(1).to(tl.int64)
+    h = tl.load(initial + b * D + d, mask=d < D, other=0.0)
+    for step in range(T):
+        n = step
+        if REVERSE:
+            n = T - 1 - step
+        at = (b * T + n) * D + d
+        tl.store(entering + at, h, mask=d < D)
+        A = tl.load(product + at, mask=d < D, other=1.0)
+        # Of a state that is 0 nothing, though a product of decays may be infinite.
+        h = tl.where(h == 0.0, 0.0, A * h) + tl.load(local + at, mask=d < D, other=0.0)
+    tl.store(final + b * D + d, h, mask=d < D)
 
 
 @triton.jit

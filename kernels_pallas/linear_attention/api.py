@@ -2,7 +2,7 @@
 
 import jax
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.linear_attention import chunked, gpu_triton, pallas_tpu, reference
 
@@ -41,7 +41,7 @@ IMPLEMENTATIONS = (
         "pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, platform="tpu"
     ),
     dispatch.Implementation("triton", gpu_triton.triton, gpu_triton.unsupported, platform="gpu"),
-    dispatch.Implementation("chunked", chunked.chunked),
+    dispatch.Implementation("chunked", segments.isolated(chunked.chunked)),
     dispatch.Implementation("reference", _reference),
 )
 
@@ -76,7 +76,8 @@ def linear_attention(
       scale: a number; None is K**-0.5. It multiplies the output while that is still float32.
       initial_state: (B, H, K, V), the state before the first token; None is zero. It belongs to the first token's
         document.
-      segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another.
+      segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another. NaN and Inf
+        do not either, but for kernels (a reset is a product with 0), and for what overflows in a chunk.
       chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and rounding only.
       implementation: 'chunked', 'pallas_tpu', 'triton', 'one_token' (T = 1 only), 'reference', or None for the best here.
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import kernel_vjp, segments, targets
+from kernels_pallas import decay_sums, kernel_vjp, segments, targets
 from kernels_pallas.linear_attention import chunked
 from kernels_pallas.linear_attention.tpu_plan import VMEM_BYTES, Plan, plan_of, unsupported
 
@@ -40,7 +40,7 @@ def pallas_tpu(
         if log_decay_BTHK is None:
             log_decay_BTHK = jnp.zeros((B, T, H, 1), jnp.float32)
         starts_BT = segments.starts(segment_ids_BT)
-        log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], -jnp.inf, log_decay_BTHK)
+        log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], decay_sums.RESET, log_decay_BTHK)
     q, k, v = (
         _flat(x.astype(plan.dtype), plan, width)
         for x, width in ((q_BTGK, plan.K), (k_BTGK, plan.K), (v_BTHV, plan.V))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.linear_attention.tpu_products import Gradients, dot, fine
-from kernels_pallas.tpu_blocks import SUBLANES, finite, iota
+from kernels_pallas.tpu_blocks import SUBLANES, iota
 
 SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
 
@@ -44,7 +44,7 @@ def shared(plan, q_CK, k_CK):
 def _tree(g_CK):
     """(through, behind) by level, smallest halves first, and at the end those of the whole chunk."""
     C, K = g_CK.shape
-    through, behind = jnp.exp(finite(g_CK)), jnp.ones_like(g_CK)
+    through, behind = jnp.exp(g_CK), jnp.ones_like(g_CK)
     U = 1
     yield through, behind
     while U < C:

@@ -16,7 +16,7 @@ entering state as one more j (c_i) and the leaving state as one more i (e_j): ag
 import jax.numpy as jnp
 
 from kernels_pallas.linear_attention.tpu_products import Gradients, dot, fine, operand, terms, wide
-from kernels_pallas.tpu_blocks import LANES, finite, iota
+from kernels_pallas.tpu_blocks import LANES, iota
 
 
 def constants(plan, backward):
@@ -49,7 +49,7 @@ def _decays(plan, constants, g_1C):
     lower_CC, _ = _masks(C)
     if g_1C is None:
         return jnp.where(lower_CC, 1.0, 0.0), None, None, None
-    sums = _sums(plan, jnp.where(lower_CC, finite(g_1C), 0.0), constants[0][...])
+    sums = _sums(plan, jnp.where(lower_CC, g_1C, 0.0), constants[0][...])
     D_CC = jnp.where(lower_CC, jnp.exp(sums[:, :C]), 0.0)
     through = jnp.exp(sums[:, C:])
     return D_CC, through, D_CC[C - 1 : C], through[C - 1 : C]
@@ -101,7 +101,7 @@ def backward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_1C, S_KV, d_o_CV, d_S_KV
     d_v_out_CV = dot(narrow, k_CK, d_S_KV)
     if g_1C is not None:
         lower_CC, strict_CC = _masks(C)
-        behind = jnp.where(lower_CC, 0.0, finite(g_1C))
+        behind = jnp.where(lower_CC, 0.0, g_1C)
         ones = constants[0][:, C:]
         after = jnp.exp(_sums(plan, behind, ones))
         q_in_CK = q_in_CK * wide(through, K)

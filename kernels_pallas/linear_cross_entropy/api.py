@@ -44,7 +44,7 @@ def linear_cross_entropy(
       matrix: (W, D), as a tied embedding is held, or (D, W) with layout="DW", as a dense layer's kernel is.
       targets_BT: int (B, T), each in 0 ... W-1 where the mask is not 0. What lies outside counts as a logit of 0.
       bias_W: (W,) or None.
-      mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient. It is no weight.
+      mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient, whatever x is there. It is no weight.
       chunk_size: tokens of each row whose logits are held at once; None picks by shape (`chunked.heuristic_chunk_size`).
       words_axis: inside `jax.shard_map`, a mesh axis over which the words are split: the matrix and the bias are this rank's
         words, in the order of ranks, and targets count all. Logits stay where they are; three numbers a token are summed.

@@ -63,6 +63,9 @@ def _backward(loss, layout, chunk_size, saved, cotangents):
     def one_piece(sums, start, size):
         dx_BTD, dmatrix, dbias_W = sums
         x_BcD, tokens, g_Bc = _cut((x_BTD, per_token, g_BT), start, size)
+        given, mask_Bc = tokens
+        x_BcD, given = (reference.unmasked(z, mask_Bc) for z in (x_BcD, given))
+        tokens = given, mask_Bc
         logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
         _, vjp = jax.vjp(lambda logits_BcW: loss(logits_BcW, tokens, fixed)[0], logits_BcW)
         (dlogits_BcW,) = vjp(g_Bc)

@@ -87,6 +87,13 @@ def masked(loss_BT, mask_BT):
     return loss_BT if mask_BT is None else jnp.where(mask_BT, loss_BT, 0)
 
 
+def unmasked(x_BTD, mask_BT):
+    """x, 0 where the mask is: there neither x nor its gradient counts, and a product with 0 would let pass what is not finite."""
+    if mask_BT is None or not jnp.issubdtype(x_BTD.dtype, jnp.floating):
+        return x_BTD
+    return jnp.where(mask_BT[..., None], x_BTD, 0)
+
+
 def all_logits(x_BTD, matrix, bias_W, layout: str):
     """x times the matrix, whose layout is "WD" or "DW"; float32 or wider."""
     logits_BTW = matmul.einsum(f"btd,{layout.lower()}->btw", x_BTD, matrix)
@@ -99,4 +106,8 @@ def whole(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
     """`loss` of all logits at once, with its details."""
     del chunk_size
     per_token, fixed = jax.lax.stop_gradient((per_token, fixed))
-    return loss(all_logits(x_BTD, matrix, bias_W, layout), per_token, fixed)
+    arrays = x_BTD, matrix, bias_W
+    _, details = loss(all_logits(*jax.lax.stop_gradient(arrays), layout), per_token, fixed)
+    given, mask_BT = per_token
+    x_BTD, given = (unmasked(z, mask_BT) for z in (x_BTD, given))
+    return loss(all_logits(x_BTD, matrix, bias_W, layout), (given, mask_BT), fixed)[0], details

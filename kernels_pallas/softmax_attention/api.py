@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.softmax_attention import chunked, library, reference
+from kernels_pallas.softmax_attention.finite import isolated
 from kernels_pallas.softmax_attention.visibility import Visibility
 
 # Up to here all logits at once are as fast on a CPU as blocks, and simpler to fuse elsewhere.
@@ -14,9 +15,9 @@ FEW_LOGITS = 128 * 128
 IMPLEMENTATIONS = (
     dispatch.Implementation("splash", library.splash, library.no_splash, "tpu"),
     dispatch.Implementation("cudnn", library.cudnn, library.no_cudnn, "gpu"),
-    dispatch.Implementation("chunked", chunked.chunked),
-    dispatch.Implementation("xla", library.xla),
-    dispatch.Implementation("reference", reference.naive),
+    dispatch.Implementation("chunked", isolated(chunked.chunked)),
+    dispatch.Implementation("xla", isolated(library.xla)),
+    dispatch.Implementation("reference", isolated(reference.naive, one_query=True)),
 )
 
 
@@ -39,7 +40,8 @@ def softmax_attention(
     Training, prefill and decoding from a cache are this one call. In training token t is at index t of q, k and v.
     Given positions instead, keys are slots of a cache of any length S in any order: t sees slot s iff it is filled
     (kv_position >= 0), not later (causal), and inside the window. A query that sees nothing gives 0, and gets and
-    passes no gradient.
+    passes no gradient. NaN and Inf reach those that see them alone, in gradients too; but for 'cudnn', 'splash' and, with
+    one query (decoding), 'xla' and 'chunked', where what is hidden counts as 0 times itself.
 
     Args:
       q_BTHK: (B, T, H, K), floating.
@@ -166,6 +168,9 @@ def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Vi
             )
         q_position_BT = jnp.arange(T, dtype=jnp.int32)[None]
         kv_position_BS = jnp.arange(S, dtype=jnp.int32)[None]
+    # One that holds all there is is none: sums of it and an index, or a position, might overflow.
+    if window is not None and window >= (2**30 if by_index else 2**31 - 1):
+        window = None
     if q_segment_BT is not None and kv_segment_BS is None:
         if S != T:
             raise ValueError(

@@ -89,8 +89,8 @@ class Visibility:
         if self.causal:
             seen &= kv_low[:, None, :] <= q_high[:, :, None]
         if self.window is not None:
-            # as sums: a difference with the range of an empty block would overflow
-            seen &= q_low[:, :, None] < jnp.maximum(kv_high, -1)[:, None, :] + self.window
+            # Each side stays in range: an empty block's kv_low is the largest integer, its kv_high the least.
+            seen &= q_low[:, :, None] - self.window < jnp.maximum(kv_high, -1)[:, None, :]
             seen &= kv_low[:, None, :] - self.window < q_high[:, :, None]
         if self.q_segment_BT is not None:
             (q_first, q_last) = ranges(self.q_segment_BT, queries)

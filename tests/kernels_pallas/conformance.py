@@ -207,6 +207,8 @@ class Suite:
         product = []
         for implementation in case.implementations:
             kernel = implementation in KERNELS
+            if kernel and metafunc.function.__name__ == "test_what_is_not_finite_stays_apart":
+                continue  # kernels multiply by a mask
             if "length_and_regime" in names:
                 test = metafunc.function.__name__
                 one_length = test != "test_float32_packed_documents"
@@ -325,6 +327,43 @@ class Suite:
                 here, np.asarray(second[name])[:, start:stop], err_msg=name
             )
             assert np.abs(here).max() > 0, name
+
+    def test_what_is_not_finite_stays_apart(self, implementation, typical):
+        """A token, or an initial state, that is not finite: other documents keep every bit, padding's neighbours too."""
+        T, edges = 100, (0, 37, 80, 100)
+        clean = inputs_of(self.case, Shape(B=1, T=T), typical)
+        ids = np.repeat([2, 1, 0], np.diff(edges)).astype(np.int32)[None]
+        shapes = jax.eval_shape(lambda x: self.case.call(x, implementation="reference"), clean)
+        cotangents = cotangents_of(*shapes)
+        places = [("initial_state", 0, np.nan)]
+        for name, x in clean.items():
+            if name != "initial_state" and x.ndim >= 3:
+                # -inf is a legal log decay
+                places += [
+                    (name, 50, np.nan),
+                    (name, 90, np.nan if name == "log_decay" else np.inf),
+                ]
+        for call in (implementation, "reference"):
+            expected = everything(self.case, call, clean, ids, cotangents)
+            for name, t, value in places:
+                bad = {**clean, name: clean[name].copy()}
+                bad[name][(0, ...) if name == "initial_state" else (0, t)] = value
+                document = np.searchsorted(edges, t, side="right") - 1
+                inside = (np.arange(T) >= t) & (np.arange(T) < edges[document + 1])
+                behind = np.where(inside.reshape(1, T, *[1] * (cotangents[0].ndim - 2)), np.nan, 1)
+                got = everything(
+                    self.case, call, bad, ids, (cotangents[0] * behind.astype("f"), cotangents[1])
+                )
+                others = (np.arange(T) < edges[document]) | (np.arange(T) >= edges[document + 1])
+                for of, x in got.items():
+                    if of in ("final state", "gradient of initial_state") or x.ndim < 3:
+                        continue
+                    np.testing.assert_array_equal(
+                        np.asarray(x)[:, others], np.asarray(expected[of])[:, others], err_msg=of
+                    )
+                assert not np.isfinite(got["output"][0, t]).all(), (call, name)
+                if document < 2:
+                    np.testing.assert_array_equal(got["final state"], expected["final state"])
 
     def test_pieces_equal_whole(self, implementation, typical):
         """Cut anywhere, with the state carried: the same outputs, and the same gradients through the state."""

@@ -34,6 +34,8 @@ def _inputs(rng, shape: Shape, regime: str):
             gate = 0.9 + 0.1 * uniform
         case "fixed":
             gate = np.linspace(-1.0, 0.999, D)
+        case "growing":  # to 1e12, and back
+            gate = np.where(np.arange(T)[:, None] // 50 % 2 == 0, 1.7, 0.3) + 0.1 * uniform
         case "any sign":
             gate = np.where(uniform < 0.1, 0.0, 2.2 * rng.random(size) - 1.1)
         case "log fixed":
@@ -92,9 +94,11 @@ CASE = OperatorCase(
     call=_call,
     step=_step,
     regimes=(
-        *("weak", "fixed", "any sign", "log fixed", "log", "log strong", "log resets"),
+        *("weak", "fixed", "any sign", "growing"),
+        *("log fixed", "log", "log strong", "log resets"),
         *(
             "complex weak",
+            "complex growing",
             "complex any sign",
             "complex log fixed",
             "complex log",
@@ -104,7 +108,7 @@ CASE = OperatorCase(
     typical=("weak", "complex weak"),
     fast=(
         *((1, "weak"), (100, "log resets"), (64, "any sign"), (100, "fixed"), (100, "log strong")),
-        *((100, "complex log resets"), (1000, "log")),
+        *((100, "complex log resets"), (100, "growing"), (1000, "complex growing"), (1000, "log")),
     ),
     kernels_skip=_skip,
     fast_kernels=((100, "log resets"),),
@@ -169,6 +173,89 @@ def test_gradients_are_those_of_the_definition_by_finite_differences():
                 # JAX: the directional derivative is Re(gradient * direction), with no conjugate.
                 expected = jnp.real(gradient[name][index] * direction)
                 np.testing.assert_allclose(slope, expected, rtol=1e-6, err_msg=name)
+
+
+def _zeros_in_front(rng, kind, T=300, D=4):
+    """Decays above 1 where nothing is there yet, as left padding makes them: their product is infinite, the state is not."""
+    number = _complex_normal if kind == "complex" else _normal
+    x = number(rng, (2, T, D))
+    for row in x:
+        row[: rng.integers(T - 20, T)] = 0
+    decay = rng.uniform(1.2, 3.0, (2, T, D)) * rng.choice([-1.0, 1.0], (2, T, D))
+    if kind == "complex":
+        decay = decay * np.exp(2j * np.pi * rng.random((2, T, D)))
+    return {"x": x, "decay": decay.astype(x.dtype)}
+
+
+@pytest.mark.parametrize("kind", ["real", pytest.param("complex", marks=pytest.mark.slow)])
+def test_growth_of_nothing_is_nothing(kind):
+    rng = np.random.default_rng(0)
+    run = jax.jit(
+        lambda x, implementation: _call(x, implementation=implementation), static_argnums=1
+    )
+    for _ in range(5):
+        inputs = _zeros_in_front(rng, kind)
+        inputs["initial_state"] = np.zeros_like(inputs["x"][:, 0])
+        with jax.enable_x64(True):
+            wide = {name: z.astype(np.result_type(z, np.float64)) for name, z in inputs.items()}
+            expected = _call(wide, implementation="reference")
+        for name in CASE.implementations:
+            with targets.interpreted():
+                got = run(inputs, name)
+            names = ("output", "final state")
+            assert_close(dict(zip(names, got)), dict(zip(names, expected)), TOLERANCE["float32"])
+
+
+def test_a_tiny_state_may_grow_by_more_than_float32_holds():
+    """1e-30 times 2^200 is 1.6e30, though 2^128 is infinite; and what has shrunk by 1e-45 may grow again."""
+    decay = np.concatenate([np.full(200, 2.0), np.full(45, 0.1), np.full(45, 10.0)])
+    decay = decay.astype(np.float32)[None, :, None]
+    start, zeros = np.full((1, 1), 1e-30, np.float32), np.zeros_like(decay)
+    h, final = jax.jit(diagonal_scan)(zeros, decay, initial_state=start)
+    expected = 1e-30 * np.cumprod(decay.astype(np.float64))
+    np.testing.assert_allclose(h[0, :, 0], expected, rtol=2e-5)
+    np.testing.assert_allclose(final[0, 0], expected[-1], rtol=2e-5)
+
+
+@pytest.mark.parametrize("turn", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
+def test_near_decay_1_chunks_are_as_exact_as_the_recurrence(turn):
+    """The rounding of a chunk's decay adds up over as many chunks as a state lasts."""
+    T, sizes = 20_000, np.array([0.9, 0.999, 0.9999, 0.99999, 1.0, -0.99999])
+    decay = (sizes * np.exp(1j * turn)).astype(np.complex64) if turn else sizes.astype(np.float32)
+    x = np.abs(_normal(np.random.default_rng(0), (1, T, len(sizes)))).astype(decay.dtype)
+    with jax.enable_x64(True):
+        wide = np.result_type(decay, np.float64)
+        exact = diagonal_scan(x.astype(wide), decay.astype(wide), implementation="reference")[0]
+        exact = np.asarray(exact)
+    scale = np.sqrt(np.mean(np.abs(exact) ** 2, axis=1))
+    error = {
+        name: np.abs(np.asarray(diagonal_scan(x, decay, implementation=name)[0]) - exact).max(
+            axis=1
+        )
+        / scale
+        for name in ("chunked", "reference")
+    }
+    assert (error["chunked"] < 2 * error["reference"]).all(), error
+
+
+def test_one_condition_for_a_whole_batch_that_vmap_adds():
+    """Else both its branches would run for each row, the one token by token too."""
+    x = jnp.ones((3, 2, 300, 4))
+    row = jax.vmap(lambda x: diagonal_scan(x, jnp.full((4,), 0.5))[0])
+    assert " cond[" in str(jax.make_jaxpr(row)(x))
+    np.testing.assert_array_equal(row(x)[0], diagonal_scan(x[0], jnp.full((4,), 0.5))[0])
+    by_x = jax.vmap(jax.grad(lambda x: diagonal_scan(x, jnp.full((4,), 0.5))[0].sum()))
+    assert " cond[" in str(jax.make_jaxpr(by_x)(x))
+
+
+def test_the_reference_scans_wide_arrays_only():
+    """XLA's CPU backend converts a whole narrow one at each token: the time of bfloat16 grew with T^2."""
+    x = jax.ShapeDtypeStruct((1, 8, 2), jnp.bfloat16)
+    program = jax.make_jaxpr(lambda x: diagonal_scan(x, x, implementation="reference"))(x)
+    scans = [e for e in program.jaxpr.eqns if e.primitive.name == "scan"]
+    assert scans
+    for scan in scans:
+        assert {v.aval.dtype for v in (*scan.invars, *scan.outvars)} == {jnp.dtype(jnp.float32)}
 
 
 def test_minus_infinity_has_no_gradient_and_forgets():

@@ -34,6 +34,9 @@ def _gate(rng, size, kind):
             gate = -np.choose(rng.integers(0, 4, size), [1e-3, 0.3, 4.0, 50.0]) * uniform
         case "resets":
             gate = np.where(uniform < 0.05, -np.inf, -0.1 * uniform)
+        case "extreme":  # legal down to the least of float32: sums of two are -inf
+            least = np.finfo(np.float32).min
+            gate = np.choose(rng.integers(0, 7, size), [0, 0, -1e-30, -0.1, -800.0, -1e30, least])
     return gate.astype(np.float32)
 
 
@@ -84,16 +87,16 @@ CASE = OperatorCase(
         *(
             f"{axis} {kind}"
             for axis in ("head", "channel")
-            for kind in ("weak", "strong", "mixed", "resets")
+            for kind in ("weak", "strong", "mixed", "resets", "extreme")
         ),
     ),
     typical=("head weak", "channel weak", "none"),
     fast=(
         *((1, "head weak"), (100, "none"), (100, "head strong"), (100, "head resets")),
-        *((100, "channel mixed"), (100, "channel resets")),
+        *((100, "channel mixed"), (100, "channel resets"), (100, "channel extreme")),
     ),
     kernels_skip=_skip,
-    fast_kernels=((100, "head resets"), (100, "channel mixed")),
+    fast_kernels=((100, "head resets"), (100, "channel mixed"), (100, "channel extreme")),
     rounded=("q", "k", "v"),
 )
 

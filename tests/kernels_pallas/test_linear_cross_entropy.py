@@ -255,3 +255,31 @@ def test_errors_about_the_teacher(change, message):
     arguments |= {"teacher_BTE": jnp.zeros((B, T, E)), "teacher_matrix": jnp.zeros((W, E))} | change
     with pytest.raises(ValueError, match=message):
         linear_kl_divergence(**arguments)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_a_masked_token_may_be_anything(implementation, value):
+    """Losses and gradients are those of finite tokens, of the teacher too; details tell what is there."""
+    rng, (B, T, D, W) = np.random.default_rng(0), (2, 5, 3, 7)
+    x, teacher = rng.standard_normal((2, B, T, D)).astype(np.float32)
+    matrix = rng.standard_normal((W, D)).astype(np.float32)
+    mask = rng.random((B, T)) < 0.6
+    targets = rng.integers(0, W, (B, T))
+    bad_x, bad_teacher = (np.where(mask[..., None], z, np.float32(value)) for z in (x, teacher))
+
+    def losses(x, matrix, teacher):
+        arguments = {"mask_BT": mask, "chunk_size": 2, "implementation": implementation}
+        cross = linear_cross_entropy(x, matrix, targets, z_loss=0.1, **arguments)
+        return cross, linear_kl_divergence(x, matrix, teacher, matrix, **arguments)
+
+    def total(x, matrix, teacher):
+        return sum(jnp.sum(loss) for loss in losses(x, matrix, teacher))
+
+    for function in (losses, jax.grad(total, argnums=(0, 1))):
+        got, expected = function(bad_x, matrix, bad_teacher), function(x, matrix, teacher)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+    _, details = linear_cross_entropy(
+        bad_x, matrix, targets, mask_BT=mask, details=True, implementation=implementation
+    )
+    assert not np.isfinite(np.asarray(details.nll_BT)[~mask]).any()

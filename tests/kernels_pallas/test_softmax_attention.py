@@ -408,3 +408,51 @@ def test_published_workloads_trace():
         k = jax.ShapeDtypeStruct((B, T, G, K), jnp.bfloat16)
         attend = functools.partial(softmax_attention, window=shape["window"])
         assert jax.eval_shape(attend, q, k, k).shape == q.shape
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "xla", "reference"])
+def test_what_is_not_finite_reaches_those_that_see_it_alone(implementation):
+    """Neither earlier tokens, nor other documents, nor what lies outside the window; gradients too."""
+    rng, (T, window, t) = np.random.default_rng(0), (150, 20, 70)
+    clean = [rng.standard_normal((1, T, heads, 4)).astype(np.float32) for heads in (4, 2, 2)]
+    ids = (np.arange(T) >= 85).astype(np.int32)[None]
+    cotangent = rng.standard_normal((1, T, 4, 4)).astype(np.float32)
+
+    @jax.jit
+    def run(qkv, cotangent):
+        o, vjp = jax.vjp(
+            lambda *qkv: softmax_attention(
+                *qkv, window=window, segment_ids=ids, implementation=implementation
+            ),
+            *qkv,
+        )
+        return o, vjp(cotangent)
+
+    for n, value in enumerate((np.nan, np.inf, np.nan)):
+        bad = [x.copy() for x in clean]
+        bad[n][0, t, -1, 0] = value
+        hit = np.zeros((T, 4), bool)  # of key head 1: query heads 2 and 3
+        hit[t : t + 1 if n == 0 else 85, 3 if n == 0 else slice(2, 4)] = True
+        o, gradients = run(bad, np.where(hit[None, ..., None], np.nan, cotangent))
+        assert np.isnan(o[0][hit]).all()
+        expected, expected_gradients = run(
+            [np.where(np.isfinite(x), x, 0) for x in bad],
+            np.where(hit[None, ..., None], 0, cotangent),
+        )
+        np.testing.assert_array_equal(o[0][~hit], expected[0][~hit])
+        for got, right in zip(gradients, expected_gradients):
+            assert np.isfinite(right).all()
+            np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("window", [2**31 - 2, 2**31 - 1, 2**31, 2**40])
+def test_a_window_as_large_as_integers_hides_nothing(window, given):
+    rng, T = np.random.default_rng(0), 150
+    q, k, v = (rng.standard_normal((1, T, 1, 4)).astype(np.float32) for _ in range(3))
+    positions = np.arange(T, dtype=np.int32)[None]
+    where = {"q_positions_BT": positions, "kv_positions_BS": positions} if given else {}
+    expected = softmax_attention(q, k, v, implementation="reference")
+    for name in ("chunked", "reference"):
+        got = softmax_attention(q, k, v, window=window, implementation=name, **where)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

@@ -74,8 +74,8 @@ class TestLinearAttention(Interpreted):
     case = _triton(test_linear_attention.CASE, "head weak", ((63, "head mixed"),))
     slow = (
         *((1, "head weak"), (64, "none"), (100, "fixed"), (128, "head strong")),
-        *((100, "head resets"), (100, "channel weak"), (128, "channel mixed")),
-        *((63, "channel strong"), (100, "channel resets")),
+        *((100, "head resets"), (100, "channel extreme"), (128, "channel mixed")),
+        *((63, "channel strong"), (100, "channel resets"), (100, "channel weak")),
     )
 
 
@@ -84,12 +84,12 @@ class TestDeltaRule(Interpreted):
     slow = (
         *((1, "beta 1"), (64, "none"), (100, "one key, beta 2"), (100, "beta 2")),
         *((100, "repeated keys, any beta"), (100, "long keys"), (128, "head strong")),
-        *((100, "head resets"), (100, "channel resets"), (64, "channel mixed")),
+        *((100, "head resets"), (100, "channel extreme"), (64, "channel mixed")),
     )
 
 
 class TestDiagonalScan(Interpreted):
-    case = _triton(test_diagonal_scan.CASE, "weak", ((63, "log resets"),))
+    case = _triton(test_diagonal_scan.CASE, "weak", ((63, "log resets"), (100, "growing")))
     slow = ((1, "weak"), (64, "any sign"), (100, "fixed"), (128, "log"), (100, "log strong"))
 
 
