@@ -312,10 +312,11 @@ def _run_forward(form, inputs, S_BHKV, reflects):
             return (S_BHKV, spans.put(o_BTHV, _tokens(o_MBHCV.astype(dtype)), n, L)), S_MBHKV
 
         v_BTHV = wholes[2]
-        start = S_BHKV, jnp.empty_like(v_BTHV)  # every span is written
+        start = S_BHKV, spans.unwritten(v_BTHV)
         return jax.lax.scan(one_span, start, jnp.arange(v_BTHV.shape[1] // L))
 
     (S_BHKV, o_BTHV), S_NMBHKV = reflections.carefully(reflects, over_spans, wholes, S_BHKV)
+    o_BTHV = spans.written(o_BTHV, inputs[2])
     o_BTHV, S_NMBHKV = kept((o_BTHV[:, :T], S_NMBHKV))
     return (o_BTHV, S_BHKV), (inputs, S_NMBHKV, reflects)
 
@@ -339,13 +340,14 @@ def _run_backward(form, residuals, cotangents):
             dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV)
             return (dS_BHKV, spans.put(dinputs, form_vjp(dchunks), n, L)), None
 
-        start = dS_BHKV, jax.tree.map(jnp.empty_like, wholes)
+        start = dS_BHKV, spans.unwritten(wholes)
         numbered = jnp.arange(len(S_NMBHKV)), S_NMBHKV
         return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
 
     dS_BHKV, dinputs = reflections.carefully(
         reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV
     )
+    dinputs = spans.written(dinputs, inputs)
     return jax.tree.map(lambda dx: dx[:, :T], dinputs), dS_BHKV, None
 
 

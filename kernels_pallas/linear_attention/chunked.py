@@ -99,9 +99,9 @@ def _forward(form, inputs, state_BGKW, runs):
 
     v_BTGW = inputs[2]
     N = v_BTGW.shape[1] // form.L
-    start = state_BGKW, jnp.empty_like(v_BTGW)  # every span is written
+    start = state_BGKW, spans.unwritten(v_BTGW)
     (final_BGKW, o_BTGW), state_NBGKW = jax.lax.scan(body, start, jnp.arange(N))
-    o_BTGW, state_NBGKW = kept((o_BTGW, state_NBGKW))
+    o_BTGW, state_NBGKW = kept((spans.written(o_BTGW, v_BTGW), state_NBGKW))
     return (o_BTGW, final_BGKW), (inputs, state_NBGKW, runs)
 
 
@@ -117,10 +117,10 @@ def _backward(form, saved, cotangents):
         d_state_BGKW, d_span = vjp((d_o_BLGW, d_state_BGKW))
         return (d_state_BGKW, spans.put(d_inputs, d_span, n, form.L)), None
 
-    start = d_final_BGKW, jax.tree.map(jnp.empty_like, inputs)
+    start = d_final_BGKW, spans.unwritten(inputs)
     numbered = jnp.arange(state_NBGKW.shape[0]), state_NBGKW
     (d_state_BGKW, d_inputs), _ = jax.lax.scan(body, start, numbered, reverse=True)
-    return d_inputs, d_state_BGKW, None
+    return spans.written(d_inputs, inputs), d_state_BGKW, None
 
 
 _over_spans.defvjp(_forward, _backward)

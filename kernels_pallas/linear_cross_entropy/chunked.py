@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import matmul
+from kernels_pallas import matmul, spans
 from kernels_pallas.linear_cross_entropy import reference
 
 LOGITS_OF_A_PIECE = 1 << 27  # half a gigabyte in float32
@@ -43,7 +43,7 @@ def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
         return loss(logits_BcW, tokens, fixed)
 
     def one_piece(results, start, size):
-        return _paste(results, piece_results(start, size), start)
+        return spans.put_at(results, piece_results(start, size), start)
 
     B, T, _ = x_BTD.shape
     a_piece = jax.eval_shape(lambda: piece_results(0, chunk_size))
@@ -71,15 +71,16 @@ def _backward(loss, layout, chunk_size, saved, cotangents):
         dmatrix = dmatrix + matmul.einsum(f"btw,btd->{letters}", dlogits_BcW, x_BcD)
         if dbias_W is not None:
             dbias_W = dbias_W + jnp.sum(dlogits_BcW, axis=(0, 1))
-        return _paste(dx_BTD, dx_BcD.astype(x_BTD.dtype), start), dmatrix, dbias_W
+        return spans.put_at(dx_BTD, dx_BcD.astype(x_BTD.dtype), start), dmatrix, dbias_W
 
     zeros = (
-        jnp.zeros_like(x_BTD),
+        spans.unwritten(x_BTD),
         jnp.zeros(matrix.shape, g_BT.dtype),
         None if bias_W is None else jnp.zeros(bias_W.shape, g_BT.dtype),
     )
     dx_BTD, dmatrix, dbias_W = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
     dbias_W = None if bias_W is None else dbias_W.astype(bias_W.dtype)
+    dx_BTD = spans.written(dx_BTD, x_BTD)
     return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None
 
 
@@ -96,11 +97,3 @@ def _over_pieces(one_piece, carry, chunk_size: int, T: int):
 
 def _cut(arrays, start, size: int):
     return jax.tree.map(lambda z: lax.dynamic_slice_in_dim(z, start, size, axis=1), arrays)
-
-
-def _paste(wholes, pieces, start):
-    return jax.tree.map(
-        lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, start, axis=1),
-        wholes,
-        pieces,
-    )
