@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kernels_pallas import first_use, targets
+from kernels_pallas import first_use, manual_axes, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +69,11 @@ def choose(
     raise ValueError(
         f"{operator}: unknown implementation {name!r}; choose one of {choices}, or None"
     )
+
+
+def run(
+    operator: str, implementations: Sequence[Implementation], name: str | None, **arguments
+) -> Any:
+    """Calls what `choose` returns, with its arrays of one type under `jax.shard_map` (see `manual_axes`)."""
+    arguments = manual_axes.alike(arguments)
+    return choose(operator, implementations, name, **arguments).call(**arguments)

@@ -98,7 +98,7 @@ def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) 
     shape_BHKV = (B, H, q_BTGK.shape[3], V)
     dtype = state_dtype(q_BTGK, v_BTHV, *(x for x in others if x is not None))
     if initial_state is None:
-        return jnp.zeros(shape_BHKV, dtype)
+        return jnp.zeros_like(v_BTHV, dtype, shape_BHKV)
     check_shape(operator, "initial_state", initial_state, shape_BHKV)
     check_float(operator, "initial_state", initial_state)
     return initial_state.astype(jnp.promote_types(initial_state.dtype, dtype))

@@ -11,13 +11,13 @@ Inside `jax.shard_map`, arrays are this rank's stretch, and ranks follow each ot
 
 Signatures are those of `kernels_pallas`, and so are results and all gradients, to rounding. Beside them:
 
-  axis_name      the mesh axis.
+  axis_name      the mesh axis, or a tuple of axes: ranks then follow each other with the last one fastest.
   exchange       how states travel: 'all_gather', 'all_scan', 'ring' (see `exchanges`); softmax attention has its own.
   blocks         of 'all_scan', how many blocks of columns a state is passed on in; None is the largest divisor of their
                  number up to 8.
   initial_state  is the state before the whole sequence, the same on all ranks; the final state is that behind the whole
                  sequence, the same on all ranks, from one all-reduce that is left out where it is not used.
-  segment_ids    this rank's; documents may span any number of ranks. Ids of 32 bits.
+  segment_ids    this rank's; documents may span any number of ranks.
 
 Under `jax.checkpoint` the backward pass would repeat an exchange. A policy that saves what has the name `kept.EXCHANGED` keeps
 the states that entered, and sends them once; `kept.NAME` does so with a ring's output. Gathered keys, of which there are W
@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas
-from kernels_pallas import checks, exchanges, ring_attention, segments, stretch_maps
+from kernels_pallas import checks, exchanges, manual_axes, ring_attention, segments, stretch_maps
 from kernels_pallas import recurrence_arguments as arguments
 
 
@@ -48,7 +48,7 @@ def linear_attention(
     v_BTHV: jax.Array,
     log_decay: jax.Array | None = None,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     blocks: int | None = None,
     scale: float | None = None,
@@ -75,8 +75,8 @@ def linear_attention(
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
     arguments.check_segment_ids(name, segment_ids, v_BTHV)
     form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1])
-    q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids = exchanges.varying(
-        axis_name, q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids
+    q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids = manual_axes.alike(
+        (q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids), axis_name
     )
     log_decay_BTHX = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
     dtype = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV).dtype
@@ -112,7 +112,7 @@ def delta_rule(
     beta_BTH: jax.Array,
     log_decay: jax.Array | None = None,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     blocks: int | None = None,
     scale: float | None = None,
@@ -148,7 +148,7 @@ def diagonal_plus_low_rank(
     b_BTHK: jax.Array,
     log_decay: jax.Array | None = None,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     blocks: int | None = None,
     scale: float | None = None,
@@ -168,7 +168,7 @@ def diagonal_scan(
     x_BTD: jax.Array,
     decay_BTD: jax.Array | None = None,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     blocks: int | None = None,
     log_decay: jax.Array | None = None,
@@ -190,8 +190,8 @@ def diagonal_scan(
     """
     name = "diagonal_scan"
     form = _form(name, axis_name, exchange, blocks, x_BTD.shape[-1], reverse=reverse)
-    x_BTD, decay_BTD, log_decay, initial_state, segment_ids = exchanges.varying(
-        axis_name, x_BTD, decay_BTD, log_decay, initial_state, segment_ids
+    x_BTD, decay_BTD, log_decay, initial_state, segment_ids = manual_axes.alike(
+        (x_BTD, decay_BTD, log_decay, initial_state, segment_ids), axis_name
     )
     _, final_BD = _as_on_one_device(
         functools.partial(kernels_pallas.diagonal_scan, reverse=reverse),
@@ -230,7 +230,7 @@ def softmax_attention(
     k_BTGK: jax.Array,
     v_BTGV: jax.Array,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     window: int | None = None,
     causal: bool = True,
@@ -255,10 +255,10 @@ def softmax_attention(
     A causal ring over contiguous stretches would leave the first ranks idle: blocks that nobody sees cost nothing. So each
     rank first trades half of its stretch for the one that balances it (zigzag: halves r and 2W-1-r of 2W), and its output
     back, where T is even and no positions are given: two messages a way, and nobody else has to know. A caller whose whole
-    sequence lies in another order, such as `zigzag_order`, says so by positions.
+    sequence lies in another order, such as `zigzag_order`, says so by positions, and gives ids of documents for both sides.
 
     Arguments are those of the plain operator, and this rank's. k and v may be other tokens than q's (then with
-    causal=False or with positions), in equal numbers on all ranks. Positions are those in the whole sequence. Where positions or
+    causal=False or with positions), in equal numbers on all ranks. Positions are those in the whole sequence. Where
     kv_segment_ids_BS are given, ids are compared as they are, else a document is a run of equal ids. `implementation` serves
     'all_gather' and windows; the ring is its own ('chunked').
     """
@@ -266,7 +266,7 @@ def softmax_attention(
     exchanges.check_exchange(name, exchange, ("all_gather", "ring"))
     ranks = exchanges.ranks(name, axis_name)
     inputs = q_BTHK, k_BTGK, v_BTGV, segment_ids, kv_segment_ids_BS, q_positions_BT, kv_positions_BS
-    q_BTHK, k_BTGK, v_BTGV, *others = exchanges.varying(axis_name, *inputs)
+    q_BTHK, k_BTGK, v_BTGV, *others = manual_axes.alike(inputs, axis_name)
     names = "segment_ids", "kv_segment_ids_BS", "q_positions_BT", "kv_positions_BS"
     given = dict(zip(names, others))
     attend = functools.partial(
@@ -295,7 +295,7 @@ def causal_conv(
     x_BTD: jax.Array,
     w: jax.Array,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     bias: jax.Array | None = None,
     activation: str | None = None,
     l2_norm_heads: int | None = None,
@@ -311,8 +311,8 @@ def causal_conv(
     """
     name = "causal_conv"
     ranks = exchanges.ranks(name, axis_name)
-    x_BTD, w, bias, initial_state, segment_ids = exchanges.varying(
-        axis_name, x_BTD, w, bias, initial_state, segment_ids
+    x_BTD, w, bias, initial_state, segment_ids = manual_axes.alike(
+        (x_BTD, w, bias, initial_state, segment_ids), axis_name
     )
     operator = functools.partial(
         kernels_pallas.causal_conv, activation=activation, l2_norm_heads=l2_norm_heads, eps=eps
@@ -330,7 +330,7 @@ def shift(
     x_BTX: jax.Array,
     count: int = 1,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
@@ -342,8 +342,8 @@ def shift(
     if count < 1:
         raise ValueError(f"shift: count must be at least 1; got {count}")
     ranks = exchanges.ranks("shift", axis_name)
-    x_BTX, initial_state, segment_ids = exchanges.varying(
-        axis_name, x_BTX, initial_state, segment_ids
+    x_BTX, initial_state, segment_ids = manual_axes.alike(
+        (x_BTX, initial_state, segment_ids), axis_name
     )
     B, T = x_BTX.shape[:2]
     if initial_state is not None:
@@ -354,11 +354,12 @@ def shift(
         return y_BTX
     run_BT = segments.run_index(segment_ids)
     same_BT = run_BT == jnp.pad(run_BT, ((0, 0), (count, 0)))[:, :T]
-    return jnp.where(same_BT.reshape(B, T, *[1] * (x_BTX.ndim - 2)), y_BTX, 0)
+    same_BTX = same_BT.reshape(B, T, *[1] * (x_BTX.ndim - 2))
+    return jnp.where(same_BTX, y_BTX, jnp.zeros_like(y_BTX))
 
 
 def associative_scan(
-    compose: Callable[[Any, Any], Any], elements: Any, *, axis_name: str, reverse: bool = False
+    compose: Callable[[Any, Any], Any], elements: Any, *, axis_name: str | tuple[str, ...], reverse: bool = False
 ) -> Any:
     """`lax.associative_scan` over time (axis 1): what the elements of all tokens up to each one compose to.
 
@@ -371,10 +372,10 @@ def associative_scan(
       reverse: from the last token to the first; `compose` then gets the later one first.
     """
     ranks = exchanges.ranks("associative_scan", axis_name, reverse)
-    leaves, structure = jax.tree.flatten(elements)
-    elements = jax.tree.unflatten(structure, exchanges.varying(axis_name, *leaves))
+    elements = manual_axes.alike(elements, axis_name)
     composed = jax.lax.associative_scan(compose, elements, axis=1, reverse=reverse)
-    end = [x[:, 0 if reverse else -1] for x in jax.tree.leaves(composed)]
+    leaves, structure = jax.tree.flatten(composed)
+    end = [x[:, 0 if reverse else -1] for x in leaves]
     ends_W = exchanges.unpack(ranks.gather(exchanges.pack(end, lead=1)), end, lead=1)
     ends_W = jax.lax.associative_scan(compose, jax.tree.unflatten(structure, ends_W), axis=0)
     before = jnp.maximum(ranks.index - 1, 0)
@@ -413,8 +414,8 @@ def _by_map(operator, inputs, how, keywords):
     name = operator.__name__
     arguments.check_qkv(name, *inputs[:3])
     form = _form(name, *how, columns=inputs[2].shape[-1], matrix=True)
-    q_BTHK, k_BTHK, v_BTHV, *others, initial_state, segment_ids = exchanges.varying(
-        form.ranks.axis_name, *inputs
+    q_BTHK, k_BTHK, v_BTHV, *others, initial_state, segment_ids = manual_axes.alike(
+        inputs, form.ranks.axis_name
     )
 
     def run(v_BTHX, start_BHKX):

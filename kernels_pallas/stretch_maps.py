@@ -69,7 +69,6 @@ def by_map(name, form, operator, q_BTGK, v_BTHV, initial_state, segment_ids_BT):
     identity_BHKK = jnp.broadcast_to(jnp.eye(K, dtype=zero_BHKV.dtype)[None, None], (B, H, K, K))
     values_BTHX = jnp.concatenate([v_BTHV, jnp.zeros_like(v_BTHV, shape=(B, T, H, K))], axis=-1)
     start_BHKX = jnp.concatenate([zero_BHKV, identity_BHKK], axis=-1)
-    start_BHKX, values_BTHX = exchanges.varying(form.ranks.axis_name, start_BHKX, values_BTHX)
     o_BTHX, final_BHKX = operator(values_BTHX, start_BHKX)
     _, first_B, last_B = documents(segment_ids_BT)
     state_BHKV, final_BHKV = exchanges.entering(

@@ -51,14 +51,15 @@ def causal_conv(
       l2_norm_heads: H, or None for no norm. x must be real.
       eps: of the norm.
       initial_state: (B, I-1, D), the inputs before the first token, oldest first; None is zeros. It belongs to the
-        first token's document and is rounded to x's dtype.
+        first token's document and is rounded to x's dtype. Complex where x is real, it makes the tail complex.
       segment_ids: int (B, T); a document is a run of equal ids, and no tap reaches from one into another.
       implementation: 'pallas_tpu' (float32 and bfloat16, widths to 17), 'shifted' (XLA), 'reference', or None for the best
         here; for fewer than 16 tokens None takes no kernel.
 
     Returns:
-      y_BTD in x's dtype (everything before is float32 or wider), and the tail (B, I-1, D) in x's dtype: the last I-1 inputs
-      of the last token's document, zeros before them. Given as the next call's initial_state, it continues exactly.
+      y_BTD in x's dtype (complex where w, the bias or the initial state makes it so; everything before is float32 or wider), and
+      the tail (B, I-1, D) in x's dtype: the last I-1 inputs of the last token's document, zeros before them. Given as the next
+      call's initial_state, it continues exactly.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown activation or implementation.
@@ -78,8 +79,10 @@ def causal_conv(
     if bias is not None:
         arguments.check_shape(operator, "bias", bias, (D,))
     if initial_state is None:
-        initial_state = jnp.zeros((B, width - 1, D), x_BTD.dtype)
+        initial_state = jnp.zeros_like(x_BTD, shape=(B, width - 1, D))
     arguments.check_shape(operator, "initial_state", initial_state, (B, width - 1, D))
+    tail_dtype = reference.output_dtype(x_BTD.dtype, initial_state.dtype)
+    x_BTD = reference.complex_if(x_BTD, w, bias, initial_state)
     start_BT = None
     if segment_ids is not None:
         arguments.check_segment_ids(operator, segment_ids, x_BTD)
@@ -95,4 +98,5 @@ def causal_conv(
     served = IMPLEMENTATIONS
     if implementation is None and T < FEW:
         served = tuple(each for each in IMPLEMENTATIONS if each.platform is None)
-    return dispatch.choose(operator, served, implementation, **call).call(**call)
+    y_BTD, tail = dispatch.run(operator, served, implementation, **call)
+    return y_BTD, tail if tail.dtype == tail_dtype else jnp.real(tail).astype(tail_dtype)

@@ -159,7 +159,7 @@ def delta_rule(
         "scale": scale,
         "chunk_size": chunk_size,
     }
-    return dispatch.choose(name, IMPLEMENTATIONS, implementation, **call).call(**call)
+    return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
 
 
 def diagonal_plus_low_rank(
@@ -225,7 +225,7 @@ def diagonal_plus_low_rank(
         "chunk_size": chunk_size,
     }
     implementations = DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS
-    return dispatch.choose(name, implementations, implementation, **call).call(**call)
+    return dispatch.run(name, implementations, implementation, **call)
 
 
 def step(

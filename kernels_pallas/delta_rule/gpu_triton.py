@@ -39,7 +39,6 @@ def triton(
     scale,
 ):
     """The Triton form. Arguments are normalised by `api.py`; the scale of q is a number."""
-    B, T = q_BTGK.shape[:2]
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = kernels.form_of("delta_rule", *arrays, log_decay_BTHK, chunk_size, 64)
     exact = log_decay_BTHK is None and form.dtype == "float32"
@@ -48,7 +47,7 @@ def triton(
     if log_decay_BTHK is None and mixed == "bf16x2":
         mixed = "bf16x3"
     form = form._replace(C=min(chunk_size, form.C), inputs=mixed, mixed=mixed)
-    g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
+    g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     beta_BTH = beta_BTH.astype(jnp.float32)
     return _run(form, exact, scale, *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
 

@@ -84,4 +84,4 @@ def diagonal_scan(
         "initial_state_BD": initial_state.astype(dtype),
         "reverse": reverse,
     }
-    return dispatch.choose(operator, IMPLEMENTATIONS, implementation, **call).call(**call)
+    return dispatch.run(operator, IMPLEMENTATIONS, implementation, **call)

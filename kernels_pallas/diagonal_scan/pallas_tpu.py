@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import targets, tuning
+from kernels_pallas import manual_axes, targets, tuning
 
 LANES, RUNS = 128, 8
 # Where `tuned.json` says nothing else. width: registers side by side, enough independent work to hide a step's latency
@@ -165,13 +165,14 @@ def _call(plan: _Plan, kernel, name: str, inputs, outputs):
     kept = (1, RUNS, RUNS, block, block)
     if kernel is _backward_kernel:
         kept += (1, RUNS, block)
+    written = [jax.ShapeDtypeStruct(plan.shape(kind), dtype) for dtype, kind in outputs]
     return tuple(
         pl.pallas_call(
             functools.partial(kernel, plan, from_last),
             grid=(plan.B // plan.b, pl.cdiv(plan.D, plan.d), plan.chunks),
             in_specs=[plan.spec(kind, from_last) for _, kind in inputs],
             out_specs=[plan.spec(kind, from_last) for _, kind in outputs],
-            out_shape=[jax.ShapeDtypeStruct(plan.shape(kind), dtype) for dtype, kind in outputs],
+            out_shape=manual_axes.shapes(written, [x for x, _ in inputs]),
             scratch_shapes=[
                 pltpu.VMEM((plan.columns, n, LANES), jnp.float32)
                 for n in kept

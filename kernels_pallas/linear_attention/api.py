@@ -107,7 +107,7 @@ def linear_attention(
         "chunk_size": chunk_size,
         "scale": q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale),
     }
-    return dispatch.choose(name, IMPLEMENTATIONS, implementation, **call).call(**call)
+    return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
 
 
 def step(

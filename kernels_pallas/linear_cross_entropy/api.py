@@ -2,7 +2,7 @@
 
 import jax
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, manual_axes
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.linear_cross_entropy import chunked, reference
 from kernels_pallas.linear_cross_entropy.reference import TokenDetails
@@ -161,6 +161,7 @@ def _run(
             f"{operator}: chunk_size is {chunk_size!r}; expected a positive integer (or None)"
         )
     chosen = dispatch.choose(operator, IMPLEMENTATIONS, implementation)
+    x_BTD, matrix, bias_W = manual_axes.alike((x_BTD, matrix, bias_W))
     return chosen.call(
         loss, layout, min(chunk_size, T), x_BTD, matrix, bias_W, (given_BT, mask_BT), fixed
     )

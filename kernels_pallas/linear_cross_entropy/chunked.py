@@ -47,7 +47,7 @@ def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
 
     B, T, _ = x_BTD.shape
     a_piece = jax.eval_shape(lambda: piece_results(0, chunk_size))
-    results = jax.tree.map(lambda z: jnp.zeros((B, T), z.dtype), a_piece)
+    results = jax.tree.map(lambda z: jnp.zeros_like(z, shape=(B, T)), a_piece)
     return _over_pieces(one_piece, results, chunk_size, T)
 
 
@@ -75,8 +75,8 @@ def _backward(loss, layout, chunk_size, saved, cotangents):
 
     zeros = (
         spans.unwritten(x_BTD),
-        jnp.zeros(matrix.shape, g_BT.dtype),
-        None if bias_W is None else jnp.zeros(bias_W.shape, g_BT.dtype),
+        jnp.zeros_like(matrix, g_BT.dtype),
+        None if bias_W is None else jnp.zeros_like(bias_W, g_BT.dtype),
     )
     dx_BTD, dmatrix, dbias_W = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
     dbias_W = None if bias_W is None else dbias_W.astype(bias_W.dtype)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch, segments
+from kernels_pallas import dispatch, manual_axes, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.softmax_attention import chunked, library, reference
 from kernels_pallas.softmax_attention.visibility import Visibility
@@ -86,7 +86,7 @@ def softmax_attention(
     )
     scale = q_BTHK.shape[3] ** -0.5 if scale is None else scale
     k_BTGK, v_BTGV = k_BTGK.astype(q_BTHK.dtype), v_BTGV.astype(q_BTHK.dtype)
-    return chosen.call(q_BTHK, k_BTGK, v_BTGV, visibility, scale)
+    return chosen.call(*manual_axes.alike((q_BTHK, k_BTGK, v_BTGV, visibility)), scale)
 
 
 def step(

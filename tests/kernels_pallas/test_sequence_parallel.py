@@ -243,7 +243,7 @@ def test_softmax_attention(W, exchange, keywords, T):
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["ring", pytest.param("all_gather", marks=exhaustive)])
 def test_softmax_attention_in_an_order_of_the_callers(exchange):
-    """The whole sequence lies in zigzag order, and positions say so; ids are one a document."""
+    """The whole sequence lies in zigzag order, and positions say so; ids are one a document, given for both sides."""
     W, T = 4, 96
     rng = np.random.default_rng(0)
     qkv = [rng.standard_normal((2, T, 2, 8)).astype(np.float32) for _ in "qkv"]
@@ -253,9 +253,10 @@ def test_softmax_attention_in_an_order_of_the_callers(exchange):
     position_BT = np.broadcast_to(order, (2, T)).astype(np.int32)
 
     def attend(q, k, v, segment_ids, position_BT):
+        ids = {"segment_ids": segment_ids, "kv_segment_ids_BS": segment_ids}
         positions = {"q_positions_BT": position_BT, "kv_positions_BS": position_BT}
         return sequence_parallel.softmax_attention(
-            q, k, v, segment_ids=segment_ids, **positions, axis_name="seq", exchange=exchange
+            q, k, v, **ids, **positions, axis_name="seq", exchange=exchange
         )
 
     over_ranks = jax.jit(
