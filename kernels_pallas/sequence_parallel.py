@@ -40,6 +40,7 @@ import numpy as np
 import kernels_pallas
 from kernels_pallas import checks, exchanges, manual_axes, ring_attention, segments, stretch_maps
 from kernels_pallas import recurrence_arguments as arguments
+from kernels_pallas.causal_conv import reference as conv_reference
 
 
 def linear_attention(
@@ -318,12 +319,13 @@ def causal_conv(
         kernels_pallas.causal_conv, activation=activation, l2_norm_heads=l2_norm_heads, eps=eps
     )
     call = {"bias": bias, "initial_state": initial_state, "segment_ids": segment_ids}
-    _as_on_one_device(operator, x_BTD, w, **call)
+    _, tail_like = _as_on_one_device(operator, x_BTD, w, **call)
+    x_BTD = conv_reference.promoted(x_BTD, w, bias, initial_state)
     call["initial_state"] = exchanges.tokens_before(
         ranks, x_BTD, w.shape[0] - 1, initial_state, segment_ids
     )
     y_BTD, tail = operator(x_BTD, w, **call, implementation=implementation)
-    return y_BTD, ranks.of_last(tail)
+    return y_BTD, conv_reference.demoted(ranks.of_last(tail), tail_like.dtype)
 
 
 def shift(
@@ -348,6 +350,10 @@ def shift(
     B, T = x_BTX.shape[:2]
     if initial_state is not None:
         arguments.check_shape("shift", "initial_state", initial_state, (B, count, *x_BTX.shape[2:]))
+        if jnp.iscomplexobj(initial_state) and not jnp.iscomplexobj(x_BTX):
+            raise ValueError(
+                f"shift: initial_state has dtype {initial_state.dtype}, x {x_BTX.dtype}; make x complex, too"
+            )
     tokens = exchanges.tokens_before(ranks, x_BTX, count, initial_state, segment_ids)
     y_BTX = jnp.concatenate([tokens, x_BTX], axis=1)[:, :T]
     if segment_ids is None:

@@ -81,8 +81,8 @@ def causal_conv(
     if initial_state is None:
         initial_state = jnp.zeros_like(x_BTD, shape=(B, width - 1, D))
     arguments.check_shape(operator, "initial_state", initial_state, (B, width - 1, D))
-    tail_dtype = reference.output_dtype(x_BTD.dtype, initial_state.dtype)
-    x_BTD = reference.complex_if(x_BTD, w, bias, initial_state)
+    tail_dtype = reference.promoted(x_BTD, initial_state).dtype
+    x_BTD = reference.promoted(x_BTD, w, bias, initial_state)
     start_BT = None
     if segment_ids is not None:
         arguments.check_segment_ids(operator, segment_ids, x_BTD)
@@ -99,4 +99,4 @@ def causal_conv(
     if implementation is None and T < FEW:
         served = tuple(each for each in IMPLEMENTATIONS if each.platform is None)
     y_BTD, tail = dispatch.run(operator, served, implementation, **call)
-    return y_BTD, tail if tail.dtype == tail_dtype else jnp.real(tail).astype(tail_dtype)
+    return y_BTD, reference.demoted(tail, tail_dtype)

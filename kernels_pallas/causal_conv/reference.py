@@ -39,6 +39,19 @@ def finish_of(x, activation, heads, eps) -> Finish:
     return Finish(activation, heads, eps)
 
 
+def promoted(x, *others):
+    """x, complex where it is real and one of the others (or None) is not: their imaginary parts count."""
+    others = [z for z in others if z is not None]
+    if jnp.iscomplexobj(x) or not any(jnp.iscomplexobj(z) for z in others):
+        return x
+    return x.astype(jnp.result_type(x.dtype, *(z.dtype for z in others)))
+
+
+def demoted(z, dtype):
+    """z in `dtype`: where that is real, the real part, as in the transpose of the opposite cast."""
+    return (z if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.real(z)).astype(dtype)
+
+
 def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1e-6):
     """One token of `causal_conv`, for decoding: z = bias + w[-1] x + sum_{i<I-1} w[i] tail[i], finished as there.
 
@@ -50,10 +63,13 @@ def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1
       activation, l2_norm_heads, eps: as in `causal_conv`.
 
     Returns:
-      (y_BD, the new tail), both in x's dtype; sums are float32 or wider.
+      (y_BD, the new tail), in the dtypes that `causal_conv` gives; sums are float32 or wider.
     """
+    tail_dtype = promoted(x_BD, tail).dtype
+    x_BD = promoted(x_BD, w, bias, tail)
     finish = finish_of(x_BD, activation, l2_norm_heads, eps)
-    return _step(x_BD, w, tail, bias, finish)
+    y_BD, tail = _step(x_BD, w, tail, bias, finish)
+    return y_BD.astype(x_BD.dtype), demoted(tail, tail_dtype)
 
 
 def _step(x_BD, w, tail, bias, finish):
@@ -62,7 +78,7 @@ def _step(x_BD, w, tail, bias, finish):
     z_BD = jnp.sum(seen_BID.astype(dtype) * w.astype(dtype)[None], axis=1)
     if bias is not None:
         z_BD = z_BD + bias.astype(dtype)[None]
-    return finish(z_BD).astype(x_BD.dtype), seen_BID[:, 1:]
+    return finish(z_BD), seen_BID[:, 1:]
 
 
 def recurrent(x_BTD, w, bias, initial_state, start_BT, finish):
@@ -77,7 +93,7 @@ def recurrent(x_BTD, w, bias, initial_state, start_BT, finish):
 
     time_first = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), (x_BTD, start_BT))
     tail, y_TBD = jax.lax.scan(scan_step, initial_state, time_first)
-    return jnp.moveaxis(y_TBD, 0, 1), tail
+    return jnp.moveaxis(y_TBD, 0, 1).astype(x_BTD.dtype), tail
 
 
 def tail(x_BTD, initial_state, start_BT):

@@ -76,8 +76,11 @@ def _backward(finish, saved, dy_BTD):
         d_entered_BSD = d_entered_BSD + later_BSD * w[i].astype(dtype)[None, None]
         tap_BTD = _kept(entered_BSD[:, i : i + T], run_BS, i, margin, T)
         dw.append(jnp.sum(g_BTD * tap_BTD.astype(dtype), axis=(0, 1)))
-    d_bias = None if bias is None else jnp.sum(g_BTD, axis=(0, 1)).astype(bias.dtype)
-    return d_entered_BSD.astype(entered_BSD.dtype), jnp.stack(dw).astype(w.dtype), d_bias, None
+    d_bias = None
+    if bias is not None:
+        d_bias = reference.demoted(jnp.sum(g_BTD, axis=(0, 1)), bias.dtype)
+    dw = reference.demoted(jnp.stack(dw), w.dtype)
+    return d_entered_BSD.astype(entered_BSD.dtype), dw, d_bias, None
 
 
 _finished.defvjp(_forward, _backward)
