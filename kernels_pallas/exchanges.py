@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import dtypes
 from kernels_pallas.kept import EXCHANGED, kept
 
 EXCHANGES = ("all_gather", "all_scan", "ring")
@@ -121,7 +122,7 @@ def check_blocks(operator: str, exchange: str, blocks: int | None, columns: int)
 def pack(arrays, lead: int) -> jax.Array:
     """Arrays (or None) that share their first `lead` axes, as one real floating array with one axis more."""
     arrays = [_real(x) for x in arrays if x is not None]
-    dtype = jnp.result_type(*(x.dtype for x in arrays))
+    dtype = dtypes.common(*(x.dtype for x in arrays))
     flat = [x.astype(dtype).reshape(*x.shape[:lead], -1) for x in arrays]
     return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
 
@@ -355,7 +356,9 @@ def before(
         return tokens
     entered = jnp.concatenate([initial.astype(x_BTX.dtype), jnp.zeros_like(tokens)], axis=1)
     start = jnp.minimum(ranks.index * T, count)
-    exists_N = ranks.index * T + jnp.arange(count, dtype=jnp.int32) >= count  # in the sequence, so a rank sent it
+    exists_N = (
+        ranks.index * T + jnp.arange(count, dtype=jnp.int32) >= count
+    )  # in the sequence, so a rank sent it
     exists_NX = exists_N.reshape(1, count, *[1] * (x_BTX.ndim - 2))
     entered = lax.dynamic_slice_in_dim(entered, start, count, axis=1)
     return jnp.where(exists_NX, tokens, entered)

@@ -104,9 +104,9 @@ def _source(operator: str) -> str:
 def cache_file() -> pathlib.Path:
     """selfcheck.json in $SEQMODELS_CACHE, or in `seqmodels` of $XDG_CACHE_HOME or of ~/.cache."""
     if own := os.environ.get("SEQMODELS_CACHE"):
-        return pathlib.Path(own) / "selfcheck.json"
-    general = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(general) / "seqmodels" / "selfcheck.json"
+        return pathlib.Path(own).expanduser() / "selfcheck.json"
+    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(general).expanduser() / "seqmodels" / "selfcheck.json"
 
 
 def _records() -> dict:

@@ -9,7 +9,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import checks
+from kernels_pallas import checks, dtypes
 
 
 def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
@@ -101,12 +101,12 @@ def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) 
         return jnp.zeros_like(v_BTHV, dtype, shape_BHKV)
     check_shape(operator, "initial_state", initial_state, shape_BHKV)
     check_float(operator, "initial_state", initial_state)
-    return initial_state.astype(jnp.promote_types(initial_state.dtype, dtype))
+    return initial_state.astype(dtypes.common(initial_state.dtype, dtype))
 
 
 def state_dtype(*arrays) -> jnp.dtype:
     """float32, or float64 where an input is: what states, gates and their sums are held in."""
-    return jnp.result_type(*(array.dtype for array in arrays), jnp.float32)
+    return dtypes.common(*(array.dtype for array in arrays), jnp.float32)
 
 
 def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:

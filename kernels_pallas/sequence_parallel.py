@@ -38,7 +38,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas
-from kernels_pallas import checks, exchanges, manual_axes, ring_attention, segments, stretch_maps
+from kernels_pallas import (
+    checks,
+    dtypes,
+    exchanges,
+    manual_axes,
+    ring_attention,
+    segments,
+    stretch_maps,
+)
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.causal_conv import reference as conv_reference
 
@@ -205,7 +213,7 @@ def diagonal_scan(
     decay = decay_BTD
     if log_decay is not None:
         checks.not_positive(name, "log_decay", jnp.real(log_decay))
-        decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
+        decay = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
     decay = decay.astype(final_BD.dtype)
     decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
     if initial_state is None:
@@ -365,7 +373,11 @@ def shift(
 
 
 def associative_scan(
-    compose: Callable[[Any, Any], Any], elements: Any, *, axis_name: str | tuple[str, ...], reverse: bool = False
+    compose: Callable[[Any, Any], Any],
+    elements: Any,
+    *,
+    axis_name: str | tuple[str, ...],
+    reverse: bool = False,
 ) -> Any:
     """`lax.associative_scan` over time (axis 1): what the elements of all tokens up to each one compose to.
 

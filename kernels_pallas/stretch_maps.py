@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas
-from kernels_pallas import decay_sums, exchanges, matmul, segments
+from kernels_pallas import decay_sums, dtypes, exchanges, matmul, segments
 from kernels_pallas import recurrence_arguments as arguments
 
 
@@ -34,9 +34,9 @@ def written(k_BTGK, v_BTHV, log_decay_BTHX, run_BT):
         after = jnp.where(leaves_BT11, 1.0 if after is None else after, 0.0)
         total = jnp.where((run_BT[:, -1] == 0)[:, None, None], total, 0.0)
     if after is not None and after.shape[-1] > 1:
-        k_BTGK = arguments.repeat_heads(k_BTGK, H) * after
+        k_BTGK = dtypes.multiply(arguments.repeat_heads(k_BTGK, H), after)
     elif after is not None:
-        v_BTHV = v_BTHV * after
+        v_BTHV = dtypes.multiply(v_BTHV, after)
     G, K = k_BTGK.shape[2:]
     local_BGKW = matmul.einsum("BTGK,BTGW->BGKW", k_BTGK, v_BTHV.reshape(B, T, G, -1))
     local_BGRKV = jnp.moveaxis(local_BGKW.reshape(B, G, K, H // G, V), 3, 2)
@@ -53,7 +53,7 @@ def read(q_BTGK, state_BHKV, log_decay_BTHX, run_BT):
         enters_BT11 = (run_BT == 0)[:, :, None, None]
         through = jnp.where(enters_BT11, 1.0 if through is None else through, 0.0)
     if through is not None and through.shape[-1] > 1:
-        q_BTGK, through = arguments.repeat_heads(q_BTGK, H) * through, None
+        q_BTGK, through = dtypes.multiply(arguments.repeat_heads(q_BTGK, H), through), None
     B, T, G, K = q_BTGK.shape
     state_BGKW = jnp.moveaxis(state_BHKV.reshape(B, G, H // G, K, -1), 2, 3).reshape(B, G, K, -1)
     o_BTHV = matmul.einsum("BTGK,BGKW->BTGW", q_BTGK, state_BGKW).reshape(B, T, H, -1)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import matmul, segments
+from kernels_pallas import dtypes, matmul, segments
 
 
 class Finish(NamedTuple):
@@ -44,7 +44,7 @@ def promoted(x, *others):
     others = [z for z in others if z is not None]
     if jnp.iscomplexobj(x) or not any(jnp.iscomplexobj(z) for z in others):
         return x
-    return x.astype(jnp.result_type(x.dtype, *(z.dtype for z in others)))
+    return x.astype(dtypes.common(x.dtype, *(z.dtype for z in others)))
 
 
 def demoted(z, dtype):
@@ -73,7 +73,7 @@ def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1
 
 
 def _step(x_BD, w, tail, bias, finish):
-    dtype = jnp.result_type(x_BD.dtype, w.dtype, jnp.float32)
+    dtype = dtypes.common(x_BD.dtype, w.dtype, jnp.float32)
     seen_BID = jnp.concatenate([tail.astype(x_BD.dtype), x_BD[:, None]], axis=1)
     z_BD = jnp.sum(seen_BID.astype(dtype) * w.astype(dtype)[None], axis=1)
     if bias is not None:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, matmul, segments, spans, triangular_inverse
+from kernels_pallas import decay_sums, dtypes, matmul, segments, spans, triangular_inverse
 from kernels_pallas.delta_rule import reflections
 from kernels_pallas.kept import kept
 from kernels_pallas.matmul import scaled
@@ -78,7 +78,7 @@ def chunked(
     reflects = None
     if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = _repeat_heads(reflections.squared(k_BTGK), v_BTHV.shape[2])
-        reflects = reflections.above(jnp.abs(beta_BTH) * squared_BTH, reflections.REFLECTING)
+        reflects = reflections.above(dtypes.multiply(jnp.abs(beta_BTH), squared_BTH), reflections.REFLECTING)
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, q_BTGK.shape[-1], v_BTHV, chunk_size, scale)

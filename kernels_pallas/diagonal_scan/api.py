@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import checks, dispatch, segments
+from kernels_pallas import checks, dispatch, dtypes, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.diagonal_scan import chunked, gpu_triton, pallas_tpu, reference
 
@@ -68,10 +68,10 @@ def diagonal_scan(
         initial_state = jnp.zeros((B, D), x_BTD.dtype)
     arguments.check_shape(operator, "initial_state", initial_state, (B, D))
 
-    dtype = jnp.result_type(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
+    dtype = dtypes.common(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
     if log_decay is not None:
         checks.not_positive(operator, "log_decay", jnp.real(log_decay))
-        decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
+        decay = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
     decay = decay.astype(dtype)
     decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
     if segment_ids is not None:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, matmul, segments, spans, tuning
+from kernels_pallas import decay_sums, dtypes, matmul, segments, spans, tuning
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.kept import kept
 
@@ -185,7 +185,7 @@ def _chunks(form, state_EKW, inputs, runs):
         q_in_MECK, k_out_MECK = matmul.scaled(q_MECK, through), matmul.scaled(k_MECK, after)
         keep_MEKW = total[..., None]
     elif total is not None:
-        v_out_MECW = v_MECW * over_values(after)
+        v_out_MECW = dtypes.multiply(v_MECW, over_values(after))
         keep_MEKW = over_values(total)[:, :, None]
     if pairs_MECC is not None:
         scores_MERCC = jnp.where(pairs_MECC[:, :, None], scores_MERCC, 0.0)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch, manual_axes, segments
+from kernels_pallas import dispatch, dtypes, manual_axes, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.softmax_attention import chunked, library, reference
 from kernels_pallas.softmax_attention.visibility import Visibility
@@ -136,7 +136,7 @@ def _signed(x):
     """Integers in int32 or wider: the age of a key is a difference, which unsigned ones do not have."""
     if x is None or not jnp.issubdtype(x.dtype, jnp.integer):
         return x
-    return jnp.asarray(x).astype(jnp.result_type(x.dtype, jnp.int32))
+    return jnp.asarray(x).astype(dtypes.common(x.dtype, jnp.int32))
 
 
 def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Visibility:

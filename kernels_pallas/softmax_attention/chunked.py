@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import matmul
+from kernels_pallas import dtypes, matmul
 from kernels_pallas.kept import kept
 
 BLOCK_SIZE = 128
@@ -78,7 +78,7 @@ def _add(z, block, i, size):
 
 def _product(subscripts, x, y, dtype):
     """Operands in the input's dtype, sums in float32 or wider."""
-    accumulate = jnp.promote_types(dtype, jnp.float32)
+    accumulate = dtypes.common(dtype, jnp.float32)
     return jnp.einsum(
         subscripts, x.astype(dtype), y.astype(dtype), preferred_element_type=accumulate
     )
@@ -94,7 +94,7 @@ def _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes):
 
 def nothing_seen(q_BGRTK, v_BGSV):
     """The running m, l and o of every query before it has met a key."""
-    accumulate = jnp.promote_types(q_BGRTK.dtype, jnp.float32)
+    accumulate = dtypes.common(q_BGRTK.dtype, jnp.float32)
     l_BGRT = jnp.zeros_like(q_BGRTK[..., 0], accumulate)
     o_BGRTV = jnp.zeros_like(q_BGRTK, accumulate, (*l_BGRT.shape, v_BGSV.shape[3]))
     return jnp.full_like(l_BGRT, -jnp.inf), l_BGRT, o_BGRTV
@@ -210,7 +210,7 @@ def _forward(q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
 def _backward(scale, sizes, saved, g_BGRTV):
     q_BGRTK, k_BGSK, v_BGSV, visibility, o_BGRTV, log_sum_BGRT = saved
     dtype = q_BGRTK.dtype
-    dq_BGRTK = jnp.zeros_like(q_BGRTK, jnp.promote_types(dtype, jnp.float32))
+    dq_BGRTK = jnp.zeros_like(q_BGRTK, dtypes.common(dtype, jnp.float32))
     saved = q_BGRTK, g_BGRTV, log_sum_BGRT, matmul.sum_last(g_BGRTV * o_BGRTV)[..., 0]
     gradients = see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes)
     return *(z.astype(dtype) for z in gradients), None

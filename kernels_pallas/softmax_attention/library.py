@@ -6,7 +6,7 @@ All want K == V: the narrower side is padded with zero columns, which change nei
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import targets
+from kernels_pallas import dtypes, targets
 
 
 def _same_width(q_BTHK, k_BSGK, v_BSGV):
@@ -23,9 +23,10 @@ def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     V = v_BSGV.shape[-1]
     seen_BTS = visibility.mask()
     q_BTHK, k_BSGK, v_BSGV = _same_width(q_BTHK, k_BSGK, v_BSGV)
-    o_BTHV = jax.nn.dot_product_attention(
-        q_BTHK, k_BSGK, v_BSGV, mask=seen_BTS[:, None], scale=scale, implementation="xla"
-    )[..., :V]
+    with jax.numpy_dtype_promotion("standard"):
+        o_BTHV = jax.nn.dot_product_attention(
+            q_BTHK, k_BSGK, v_BSGV, mask=seen_BTS[:, None], scale=scale, implementation="xla"
+        )[..., :V]
     some_BT = jnp.any(seen_BTS, axis=-1)  # the library averages all keys where a row sees none
     return jnp.where(some_BT[:, :, None, None], o_BTHV, 0)
 
@@ -76,7 +77,7 @@ def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     V = v_BSGV.shape[-1]
     padding = ((0, 0), (0, -T % 128), (0, 0), (0, 0))
     dtype = q_BTHK.dtype
-    scaled_BTHK = (q_BTHK.astype(jnp.promote_types(dtype, jnp.float32)) * scale).astype(dtype)
+    scaled_BTHK = (q_BTHK.astype(dtypes.common(dtype, jnp.float32)) * scale).astype(dtype)
     q_BTHK, k_BSGK, v_BSGV = (jnp.pad(z, padding) for z in _same_width(scaled_BTHK, k_BSGK, v_BSGV))
     S = q_BTHK.shape[1]
     window = visibility.window

@@ -49,7 +49,7 @@ def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
     except Unsupported as error:
         warnings.warn(f"{error}; give another tokenizer", stacklevel=2)
         return None
-    cache = Path(os.environ.get("SEQMODELS_CACHE") or Path.home() / ".cache" / "seqmodels")
+    cache = Path(os.environ.get("SEQMODELS_CACHE") or "~/.cache/seqmodels").expanduser()
     folder = cache / "tokenizers" / hashlib.sha256(text.encode()).hexdigest()[:16]
     path = folder / "tokenizer.json"
     if not path.is_file():

@@ -353,7 +353,10 @@ def test_a_real_input_keeps_the_imaginary_part_of_the_others(complex_one, implem
     assert abs(np.imag(y)).max() > 0.1
     assert_close({"y": y, "tail": tail}, {"y": whole_y, "tail": whole_tail}, TOLERANCE["float32"])
     assert dx.dtype == x.dtype and all(d_others[n].dtype == others[n].dtype for n in others)
-    expected = {"x": np.real(whole_dx), **{n: np.asarray(whole_d[n], others[n].dtype) for n in others}}
+    expected = {
+        "x": np.real(whole_dx),
+        **{n: np.asarray(whole_d[n], others[n].dtype) for n in others},
+    }
     assert_close({"x": dx, **d_others}, expected, TOLERANCE["float32"])
     # and token by token
     state, tokens = others["initial_state"], []

@@ -131,7 +131,9 @@ def test_words_split_over_devices():
     targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % W
 
     def loss(axis, inputs):
-        call = functools.partial(kernels_pallas.linear_cross_entropy, targets_BT=targets, chunk_size=6)
+        call = functools.partial(
+            kernels_pallas.linear_cross_entropy, targets_BT=targets, chunk_size=6
+        )
         return call(inputs["x"], inputs["matrix"], words_axis=axis)
 
     specs = {"x": SAME, "matrix": PartitionSpec("part")}

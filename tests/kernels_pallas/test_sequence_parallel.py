@@ -333,7 +333,9 @@ def test_shift_gives_back_what_it_was_given(dtype):
     dtype = jnp.dtype(dtype)
     x = rng.integers(0, 2**63, (2, 8)).view(np.int64)
     if jnp.issubdtype(dtype, jnp.inexact):
-        x = rng.standard_normal((2, 8)) + (1j * rng.standard_normal((2, 8)) if dtype.kind == "c" else 0)
+        x = rng.standard_normal((2, 8)) + (
+            1j * rng.standard_normal((2, 8)) if dtype.kind == "c" else 0
+        )
     x, first = x.astype(dtype), np.ones((2, 1), dtype)
     ids = np.array([[5, 5, 5, 5, 5 + 2**32, 5 + 2**32, 5, 5], [7] * 3 + [1] * 5])
     begins = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
@@ -381,7 +383,9 @@ def test_ranks_over_two_mesh_axes():
         np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
 
 
-RETURNING = np.array([[1, 1, 2, 2, 1, 1, 3, 3], [1, 1, 1, 2, 1, 1, 1, 1], [4, 4, 4 + 2**32, 4 + 2**32, 4, 4, 4, 2]])
+RETURNING = np.array(
+    [[1, 1, 2, 2, 1, 1, 3, 3], [1, 1, 1, 2, 1, 1, 1, 1], [4, 4, 4 + 2**32, 4 + 2**32, 4, 4, 4, 2]]
+)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +399,9 @@ def test_an_id_that_comes_back_is_another_document(operator):
     q, x = (rng.standard_normal((3, 8, *size)).astype(np.float32) for size in ((1, 4), (4,)))
     position = np.broadcast_to(np.arange(8, dtype=np.int32), (3, 8))
     name, *how = operator.split()
-    keywords = {"linear_attention": {}, "causal_conv": {"w": np.ones((4, 4), np.float32)}}.get(name, {})
+    keywords = {"linear_attention": {}, "causal_conv": {"w": np.ones((4, 4), np.float32)}}.get(
+        name, {}
+    )
     more = {"ring": {"exchange": "ring"}, "window": {"window": 6}}.get(how[0] if how else "", {})
     if name == "diagonal_scan":
         keywords = {"decay_BTD": np.full(4, 0.9, np.float32)}

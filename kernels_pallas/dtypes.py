@@ -1,0 +1,16 @@
+"""Arithmetic of arrays of two dtypes, said explicitly: `jax_numpy_dtype_promotion` may be "strict"."""
+
+import jax
+import jax.numpy as jnp
+
+
+def common(*dtypes) -> jnp.dtype:
+    """The least dtype that holds all of them."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y in the common dtype."""
+    dtype = common(x.dtype, y.dtype)
+    return x.astype(dtype) * y.astype(dtype)
