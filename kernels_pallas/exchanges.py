@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import dtypes
+from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.kept import EXCHANGED, kept
 
 EXCHANGES = ("all_gather", "all_scan", "ring")
@@ -106,8 +107,9 @@ def check_blocks(operator: str, exchange: str, blocks: int | None, columns: int)
             )
         return 1
     if blocks is None:
-        return next(n for n in range(min(MOST_BLOCKS, columns), 0, -1) if columns % n == 0)
-    if not isinstance(blocks, int) or blocks < 1 or columns % blocks:
+        few = range(min(MOST_BLOCKS, columns), 0, -1)
+        return next((n for n in few if columns % n == 0), 1)
+    if not arguments.is_count(blocks) or blocks < 1 or columns % blocks:
         divisors = [n for n in range(1, columns + 1) if columns % n == 0]
         raise ValueError(
             f"{operator}: blocks is {blocks!r}; it must divide the state's {columns} columns: one of {divisors}"

@@ -88,7 +88,9 @@ def linear_attention(
         (q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids), axis_name
     )
     log_decay_BTHX = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
-    dtype = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV).dtype
+    entered_BHKV = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV)
+    if arguments.nothing(q_BTHK, v_BTHV):
+        return jnp.zeros_like(v_BTHV), form.ranks.of_last(entered_BHKV)
     run_BT, first_B, last_B = stretch_maps.documents(segment_ids)
     # Checkpoints: what they hold is made again from inputs that are kept in any case.
     local_BHKV, decay_BHX1 = jax.checkpoint(stretch_maps.written)(
@@ -111,7 +113,7 @@ def linear_attention(
     read_BTHV = jax.checkpoint(stretch_maps.read)(q_BTHK, state_BHKV, log_decay_BTHX, run_BT)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     o_BTHV = (o_BTHV.astype(read_BTHV.dtype) + scale * read_BTHV).astype(o_BTHV.dtype)
-    return o_BTHV, final_BHKV.astype(dtype)
+    return o_BTHV, final_BHKV.astype(entered_BHKV.dtype)
 
 
 def delta_rule(
@@ -202,7 +204,7 @@ def diagonal_scan(
     x_BTD, decay_BTD, log_decay, initial_state, segment_ids = manual_axes.alike(
         (x_BTD, decay_BTD, log_decay, initial_state, segment_ids), axis_name
     )
-    _, final_BD = _as_on_one_device(
+    output, final_BD = _as_on_one_device(
         functools.partial(kernels_pallas.diagonal_scan, reverse=reverse),
         x_BTD,
         decay_BTD,
@@ -217,7 +219,10 @@ def diagonal_scan(
     decay = decay.astype(final_BD.dtype)
     decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
     if initial_state is None:
-        initial_state = jnp.zeros_like(x_BTD[:, 0])
+        initial_state = jnp.zeros_like(x_BTD, shape=final_BD.shape)
+    if arguments.nothing(x_BTD):
+        final = form.ranks.of_last(initial_state.astype(final_BD.dtype))
+        return jnp.zeros_like(x_BTD, output.dtype), final
     ends = None, None
     if segment_ids is not None:
         start_BT = segments.starts(segment_ids, reverse=reverse)
@@ -283,6 +288,8 @@ def softmax_attention(
     )
     _as_on_one_device(attend, q_BTHK, k_BTGK, v_BTGV, **given)
     k_BTGK, v_BTGV = k_BTGK.astype(q_BTHK.dtype), v_BTGV.astype(q_BTHK.dtype)
+    if 0 in (*q_BTHK.shape, *v_BTGV.shape):
+        return attend(q_BTHK, k_BTGK, v_BTGV)  # of no positions: what is seen makes no difference
     by_index = q_positions_BT is None and kv_segment_ids_BS is None
     if exchange == "ring" and implementation not in (None, "chunked"):
         raise NotImplementedError(
@@ -329,9 +336,10 @@ def causal_conv(
     call = {"bias": bias, "initial_state": initial_state, "segment_ids": segment_ids}
     _, tail_like = _as_on_one_device(operator, x_BTD, w, **call)
     x_BTD = conv_reference.promoted(x_BTD, w, bias, initial_state)
-    call["initial_state"] = exchanges.tokens_before(
-        ranks, x_BTD, w.shape[0] - 1, initial_state, segment_ids
-    )
+    if not arguments.nothing(x_BTD):
+        call["initial_state"] = exchanges.tokens_before(
+            ranks, x_BTD, w.shape[0] - 1, initial_state, segment_ids
+        )
     y_BTD, tail = operator(x_BTD, w, **call, implementation=implementation)
     return y_BTD, conv_reference.demoted(ranks.of_last(tail), tail_like.dtype)
 
@@ -349,13 +357,15 @@ def shift(
     initial_state: (B, count, ...), what stands before the whole sequence, oldest first, the same on all ranks; None is zeros.
     segment_ids: int (B, T); where token t-count is of another document, y_t is zero.
     """
-    if count < 1:
-        raise ValueError(f"shift: count must be at least 1; got {count}")
+    arguments.check_array("shift", "x", x_BTX)
+    arguments.check_count("shift", "count", count, "an integer of at least 1")
     ranks = exchanges.ranks("shift", axis_name)
     x_BTX, initial_state, segment_ids = manual_axes.alike(
         (x_BTX, initial_state, segment_ids), axis_name
     )
     B, T = x_BTX.shape[:2]
+    if arguments.nothing(x_BTX):
+        return x_BTX
     if initial_state is not None:
         arguments.check_shape("shift", "initial_state", initial_state, (B, count, *x_BTX.shape[2:]))
         if jnp.iscomplexobj(initial_state) and not jnp.iscomplexobj(x_BTX):
@@ -390,6 +400,10 @@ def associative_scan(
       reverse: from the last token to the first; `compose` then gets the later one first.
     """
     ranks = exchanges.ranks("associative_scan", axis_name, reverse)
+    for x in jax.tree.leaves(elements):
+        arguments.check_array("associative_scan", "an element", x)
+    if arguments.nothing(*jax.tree.leaves(elements)):
+        return elements
     elements = manual_axes.alike(elements, axis_name)
     composed = jax.lax.associative_scan(compose, elements, axis=1, reverse=reverse)
     leaves, structure = jax.tree.flatten(composed)

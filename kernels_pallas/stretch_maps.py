@@ -65,7 +65,9 @@ def by_map(name, form, operator, q_BTGK, v_BTHV, initial_state, segment_ids_BT):
     arguments.check_segment_ids(name, segment_ids_BT, v_BTHV)
     (B, T, H, V), K = v_BTHV.shape, q_BTGK.shape[-1]
     zero_BHKV = arguments.normal_initial_state(name, None, q_BTGK, v_BTHV)
-    dtype = arguments.normal_initial_state(name, initial_state, q_BTGK, v_BTHV).dtype
+    entered_BHKV = arguments.normal_initial_state(name, initial_state, q_BTGK, v_BTHV)
+    if arguments.nothing(q_BTGK, v_BTHV):
+        return jnp.zeros_like(v_BTHV), form.ranks.of_last(entered_BHKV)
     identity_BHKK = jnp.broadcast_to(jnp.eye(K, dtype=zero_BHKV.dtype)[None, None], (B, H, K, K))
     values_BTHX = jnp.concatenate([v_BTHV, jnp.zeros_like(v_BTHV, shape=(B, T, H, K))], axis=-1)
     start_BHKX = jnp.concatenate([zero_BHKV, identity_BHKK], axis=-1)
@@ -76,7 +78,7 @@ def by_map(name, form, operator, q_BTGK, v_BTHV, initial_state, segment_ids_BT):
     )
     read_BTHV = matmul.einsum("BTHK,BHKV->BTHV", o_BTHX[..., V:], state_BHKV)
     o_BTHV = (o_BTHX[..., :V].astype(read_BTHV.dtype) + read_BTHV).astype(v_BTHV.dtype)
-    return o_BTHV, final_BHKV.astype(dtype)
+    return o_BTHV, final_BHKV.astype(entered_BHKV.dtype)
 
 
 class ScanCall(NamedTuple):

@@ -66,8 +66,10 @@ def causal_conv(
       NotImplementedError: a named implementation that does not take this call, with its reason.
     """
     operator = "causal_conv"
-    if x_BTD.ndim != 3 or x_BTD.shape[1] == 0:
-        raise ValueError(f"{operator}: x must be (B, T, D) with T > 0; got {x_BTD.shape}")
+    arguments.check_array(operator, "x", x_BTD)
+    arguments.check_array(operator, "w", w)
+    if x_BTD.ndim != 3:
+        raise ValueError(f"{operator}: x must be (B, T, D); got {x_BTD.shape}")
     if not jnp.issubdtype(x_BTD.dtype, jnp.inexact):
         raise ValueError(f"{operator}: x must be floating or complex; got {x_BTD.dtype}")
     B, T, D = x_BTD.shape
@@ -95,6 +97,9 @@ def causal_conv(
         "start_BT": start_BT,
         "finish": reference.finish_of(x_BTD, activation, l2_norm_heads, eps),
     }
+    if arguments.nothing(x_BTD):
+        tail = call["initial_state"] if T == 0 else jnp.zeros_like(call["initial_state"])
+        return jnp.zeros_like(x_BTD), reference.demoted(tail, tail_dtype)
     served = IMPLEMENTATIONS
     if implementation is None and T < FEW:
         served = tuple(each for each in IMPLEMENTATIONS if each.platform is None)

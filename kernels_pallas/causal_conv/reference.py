@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dtypes, matmul, segments
+from kernels_pallas import recurrence_arguments as arguments
 
 
 class Finish(NamedTuple):
@@ -30,9 +31,11 @@ def finish_of(x, activation, heads, eps) -> Finish:
     """Raises ValueError where (..., D) inputs cannot be finished so."""
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv: activation is {activation!r}; expected None or 'silu'")
-    if heads is not None and (heads < 1 or x.shape[-1] % heads):
+    if not arguments.is_number(eps) or eps < 0:
+        raise ValueError(f"causal_conv: eps is {eps!r:.60}; expected a number of at least 0")
+    if heads is not None and (not arguments.is_count(heads) or heads < 1 or x.shape[-1] % heads):
         raise ValueError(
-            f"causal_conv: l2_norm_heads is {heads}; it must divide x's D = {x.shape[-1]}"
+            f"causal_conv: l2_norm_heads is {heads!r:.60}; it must divide x's D = {x.shape[-1]}"
         )
     if heads is not None and jnp.iscomplexobj(x):
         raise ValueError(f"causal_conv: l2_norm_heads needs a real x; got {x.dtype}")

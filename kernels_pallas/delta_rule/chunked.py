@@ -78,7 +78,9 @@ def chunked(
     reflects = None
     if log_decay_BTHK is None and initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = _repeat_heads(reflections.squared(k_BTGK), v_BTHV.shape[2])
-        reflects = reflections.above(dtypes.multiply(jnp.abs(beta_BTH), squared_BTH), reflections.REFLECTING)
+        reflects = reflections.above(
+            dtypes.multiply(jnp.abs(beta_BTH), squared_BTH), reflections.REFLECTING
+        )
     log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, q_BTGK.shape[-1], v_BTHV, chunk_size, scale)

@@ -56,8 +56,10 @@ def diagonal_scan(
     operator = "diagonal_scan"
     if (decay_BTD is None) == (log_decay is None):
         raise ValueError(f"{operator}: give exactly one of decay_BTD and log_decay")
-    if x_BTD.ndim != 3 or x_BTD.shape[1] == 0:
-        raise ValueError(f"{operator}: x must be (B, T, D) with T > 0; got {x_BTD.shape}")
+    arguments.check_array(operator, "x", x_BTD)
+    arguments.check_flag(operator, "reverse", reverse)
+    if x_BTD.ndim != 3:
+        raise ValueError(f"{operator}: x must be (B, T, D); got {x_BTD.shape}")
     if not jnp.issubdtype(x_BTD.dtype, jnp.inexact):
         raise ValueError(f"{operator}: x must be floating or complex; got {x_BTD.dtype}")
     B, T, D = x_BTD.shape
@@ -65,7 +67,7 @@ def diagonal_scan(
     decay = decay_BTD if log_decay is None else log_decay
     arguments.check_shape(operator, given, decay, (B, T, D), (D,))
     if initial_state is None:
-        initial_state = jnp.zeros((B, D), x_BTD.dtype)
+        initial_state = jnp.zeros_like(x_BTD, shape=(B, D))
     arguments.check_shape(operator, "initial_state", initial_state, (B, D))
 
     dtype = dtypes.common(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
@@ -78,6 +80,9 @@ def diagonal_scan(
         arguments.check_segment_ids(operator, segment_ids, x_BTD)
         start_BT = segments.starts(segment_ids, reverse=reverse)
         decay_BTD = jnp.where(start_BT[..., None], 0, decay_BTD)
+    if arguments.nothing(x_BTD):
+        output_dtype = reference.output_dtype(x_BTD.dtype, dtype)
+        return jnp.zeros_like(x_BTD, output_dtype), initial_state.astype(dtype)
     call = {
         "x_BTD": x_BTD,
         "decay_BTD": decay_BTD,

@@ -1,6 +1,7 @@
 """Linear attention with any decay: the public functions."""
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas import recurrence_arguments as arguments
@@ -105,8 +106,10 @@ def linear_attention(
         ),
         "segment_ids_BT": segment_ids,
         "chunk_size": chunk_size,
-        "scale": q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale),
     }
+    if arguments.nothing(q_BTHK, v_BTHV):
+        return jnp.zeros_like(v_BTHV), call["initial_state_BHKV"]
+    call["scale"] = q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale)
     return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
 
 
@@ -135,9 +138,14 @@ def step(
     Raises:
       ValueError: shapes or dtypes that do not fit. They are named as for `linear_attention`, with T = 1.
     """
-    if log_decay is not None and log_decay.ndim > 1:
-        log_decay = log_decay[:, None]
+    name = "linear_attention.step"
+    q_BTHK, k_BTHK, v_BTHV = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV)
     o_BTHV, state_BHKV = linear_attention(
-        q_BHK[:, None], k_BHK[:, None], v_BHV[:, None], log_decay, scale=scale, initial_state=state
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
+        arguments.one_token_decay(name, log_decay),
+        scale=scale,
+        initial_state=state,
     )
     return o_BTHV[:, 0], state_BHKV

@@ -34,13 +34,16 @@ def heuristic_chunk_size(B: int, T: int, W: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
-    """`loss` of the logits and its details, (B, T) in float32 or wider; gradients go to x, the matrix and the bias alone."""
+def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
+    """`loss` of the logits and its details, (B, T) in float32 or wider.
+
+    Gradients go to x, the matrix, the bias and what the loss has that is learned.
+    """
 
     def piece_results(start, size):
         x_BcD, tokens = _cut((x_BTD, per_token), start, size)
         logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
-        return loss(logits_BcW, tokens, fixed)
+        return loss(logits_BcW, tokens, fixed, learned)
 
     def one_piece(results, start, size):
         return spans.put_at(results, piece_results(start, size), start)
@@ -51,37 +54,39 @@ def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
     return _over_pieces(one_piece, results, chunk_size, T)
 
 
-def _forward(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
-    results = chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed)
-    return results, (x_BTD, matrix, bias_W, per_token, fixed)
+def _forward(loss, layout, chunk_size, *operands):
+    return chunked(loss, layout, chunk_size, *operands), operands
 
 
 def _backward(loss, layout, chunk_size, saved, cotangents):
-    x_BTD, matrix, bias_W, per_token, fixed = saved
+    x_BTD, matrix, bias_W, per_token, fixed, learned = saved
     g_BT, _ = cotangents
 
     def one_piece(sums, start, size):
-        dx_BTD, dmatrix, dbias_W = sums
+        dx_BTD, dmatrix, dbias_W, dlearned = sums
         x_BcD, tokens, g_Bc = _cut((x_BTD, per_token, g_BT), start, size)
         logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
-        _, vjp = jax.vjp(lambda logits_BcW: loss(logits_BcW, tokens, fixed)[0], logits_BcW)
-        (dlogits_BcW,) = vjp(g_Bc)
+        _, vjp = jax.vjp(lambda z, learned: loss(z, tokens, fixed, learned)[0], logits_BcW, learned)
+        dlogits_BcW, more = vjp(g_Bc)
+        dlearned = jax.tree.map(jnp.add, dlearned, more)
         letters = layout.lower()
         dx_BcD = matmul.einsum(f"btw,{letters}->btd", dlogits_BcW, matrix)
         dmatrix = dmatrix + matmul.einsum(f"btw,btd->{letters}", dlogits_BcW, x_BcD)
         if dbias_W is not None:
             dbias_W = dbias_W + jnp.sum(dlogits_BcW, axis=(0, 1))
-        return spans.put_at(dx_BTD, dx_BcD.astype(x_BTD.dtype), start), dmatrix, dbias_W
+        dx_BTD = spans.put_at(dx_BTD, dx_BcD.astype(x_BTD.dtype), start)
+        return dx_BTD, dmatrix, dbias_W, dlearned
 
     zeros = (
         spans.unwritten(x_BTD),
         jnp.zeros_like(matrix, g_BT.dtype),
         None if bias_W is None else jnp.zeros_like(bias_W, g_BT.dtype),
+        jax.tree.map(jnp.zeros_like, learned),
     )
-    dx_BTD, dmatrix, dbias_W = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
+    dx_BTD, dmatrix, dbias_W, dlearned = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
     dbias_W = None if bias_W is None else dbias_W.astype(bias_W.dtype)
     dx_BTD = spans.written(dx_BTD, x_BTD)
-    return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None
+    return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None, dlearned
 
 
 chunked.defvjp(_forward, _backward)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas import dispatch, dtypes, manual_axes, segments
 from kernels_pallas import recurrence_arguments as arguments
@@ -63,7 +64,7 @@ def softmax_attention(
       ValueError: shapes that do not fit, or an unknown implementation.
       NotImplementedError: the named implementation cannot run this call here.
     """
-    _check(q_BTHK, k_BTGK, v_BTGV, window)
+    _check(q_BTHK, k_BTGK, v_BTGV, window, causal)
     arguments.check_scale("softmax_attention", scale)
     visibility = _visibility(
         q_BTHK.shape[:2],
@@ -73,6 +74,10 @@ def softmax_attention(
         causal,
         window,
     )
+    if 0 in (*q_BTHK.shape[:3], *v_BTGV.shape):  # nobody asks, or there is nothing to see
+        return jnp.zeros_like(q_BTHK, shape=(*q_BTHK.shape[:3], v_BTGV.shape[3]))
+    if q_BTHK.shape[3] == 0:  # all logits are 0, as those of one channel of zeros
+        q_BTHK, k_BTGK = (jnp.pad(z, ((0, 0),) * 3 + ((0, 1),)) for z in (q_BTHK, k_BTGK))
     implementations = IMPLEMENTATIONS
     if q_BTHK.shape[1] * k_BTGK.shape[1] <= FEW_LOGITS:
         implementations = sorted(implementations, key=lambda each: each.name == "chunked")
@@ -111,8 +116,10 @@ def step(
     )[:, 0]
 
 
-def _check(q_BTHK, k_BSGK, v_BSGV, window) -> None:
+def _check(q_BTHK, k_BSGK, v_BSGV, window, causal) -> None:
     operator = "softmax_attention"
+    for name, array in (("q", q_BTHK), ("k", k_BSGK), ("v", v_BSGV)):
+        arguments.check_float(operator, name, array)
     shapes = f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGV.shape}"
     if not q_BTHK.ndim == k_BSGK.ndim == v_BSGV.ndim == 4:
         raise ValueError(f"{operator}: q, k and v must be (B, time, heads, dim); got {shapes}")
@@ -122,19 +129,16 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window) -> None:
         raise ValueError(f"{operator}: k and v must share time and heads; got {shapes}")
     if q_BTHK.shape[3] != k_BSGK.shape[3]:
         raise ValueError(f"{operator}: q and k must share their last dimension K; got {shapes}")
-    if 0 in (q_BTHK.shape[1], *k_BSGK.shape[1:3]) or q_BTHK.shape[2] % k_BSGK.shape[2]:
-        raise ValueError(
-            f"{operator}: k's heads must divide q's, and no time axis may be empty; got {shapes}"
-        )
-    if not jnp.issubdtype(q_BTHK.dtype, jnp.floating):
-        raise ValueError(f"{operator}: q must be floating; got {q_BTHK.dtype}")
-    if window is not None and window < 1:
-        raise ValueError(f"{operator}: window must be at least 1 (the token itself); got {window}")
+    if not arguments.divides(k_BSGK.shape[2], q_BTHK.shape[2]):
+        raise ValueError(f"{operator}: k's heads must divide q's; got {shapes}")
+    expected = "an integer of at least 1 (the token itself), or None"
+    arguments.check_count(operator, "window", window, expected)
+    arguments.check_flag(operator, "causal", causal)
 
 
 def _signed(x):
     """Integers in int32 or wider: the age of a key is a difference, which unsigned ones do not have."""
-    if x is None or not jnp.issubdtype(x.dtype, jnp.integer):
+    if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
         return x
     return jnp.asarray(x).astype(dtypes.common(x.dtype, jnp.int32))
 

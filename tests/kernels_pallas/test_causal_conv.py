@@ -301,7 +301,7 @@ def test_output_and_tail_keep_the_dtype_of_x():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x_BTD": jnp.zeros((5, 3))}, r"x must be \(B, T, D\) with T > 0; got \(5, 3\)"),
+        ({"x_BTD": jnp.zeros((5, 3))}, r"x must be \(B, T, D\); got \(5, 3\)"),
         ({"x_BTD": jnp.zeros((2, 5, 3), int)}, "x must be floating or complex; got int"),
         ({"w": jnp.zeros((3, 4))}, r"w must be \(width, D\) .* D = 3; got \(3, 4\)"),
         ({"w": jnp.zeros((0, 3))}, r"width > 0"),
