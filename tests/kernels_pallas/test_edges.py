@@ -181,3 +181,34 @@ def test_a_scale_may_be_learned(name):
     (_, (learned, number)), d_scale = jax.jit(jax.value_and_grad(outputs, has_aux=True))(0.3)
     np.testing.assert_allclose(learned, number, atol=1e-6)
     np.testing.assert_allclose(d_scale, np.sum(number) / 0.3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", RECURRENCES | OTHERS)
+def test_strict_promotion(name):
+    """Nothing is promoted implicitly, forward or backward, whatever the operands' dtypes; decays and a state are float32."""
+    sizes = SIZES | {"S": SIZES["I"] - 1}
+    choices = {"causal_conv": ["shifted"], "softmax_attention": ["chunked", "xla"]}.get(
+        name, ["chunked"]
+    )
+    ids = (
+        {"segment_ids": np.zeros((2, 5), np.int32)}
+        if name not in ("linear_cross_entropy", "linear_kl_divergence")
+        else {}
+    )
+    if name in RECURRENCES:
+        ids["initial_state"] = np.ones([sizes[x] for x in STATES[name]], np.float32)
+
+    def loss(arrays, implementation, **keywords):
+        results = getattr(kernels_pallas, name)(*arrays, **keywords, implementation=implementation)
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(results))
+
+    arrays = _arrays(name, SIZES)
+    with jax.numpy_dtype_promotion("strict"):
+        for narrow, keywords in (({0, 1, 2, 3}, ids), ({0, 2}, {}), ({1}, ids)):
+            mixed = [
+                x.astype(jnp.bfloat16) if i in narrow and x.dtype == np.float32 else x
+                for i, x in enumerate(arrays)
+            ]
+            for choice in (*choices, "reference"):
+                call = functools.partial(loss, implementation=choice, **keywords)
+                jax.eval_shape(jax.grad(call, allow_int=True), mixed)
