@@ -21,8 +21,25 @@ def chunks_in_one(
     pairs = accelerator_pairs
     if targets.current().platform == "cpu":
         pairs = CPU_STATE_ROWS // widest
+    if pairs is not None and not known(chunks, heads):
+        return max(1, pairs // heads) if known(heads) else 1
     spans = 1 if pairs is None else -(-chunks // max(1, pairs // heads))
     return -(-chunks // spans)
+
+
+def chunk_length(longest: int, T: int, least: int = 1) -> int:
+    """The power of two from `least` to `longest` that holds T tokens, or as many as it can."""
+    return min(longest, max(least, 1 << (T - 1).bit_length())) if known(T) else longest
+
+
+def known(*sizes) -> bool:
+    """Whether the sizes are numbers: exported with symbolic shapes, a program is to serve all."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def missing(T: int, L: int) -> int:
+    """How many tokens to add so that pieces of L divide T; so written that a symbolic sum is seen to be a multiple."""
+    return -(-T // L) * L - T
 
 
 def take(tree, n, L: int):

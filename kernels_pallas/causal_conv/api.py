@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch, segments
+from kernels_pallas import dispatch, segments, spans
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.causal_conv import pallas_tpu, reference, shifted
 
@@ -101,7 +101,7 @@ def causal_conv(
         tail = call["initial_state"] if T == 0 else jnp.zeros_like(call["initial_state"])
         return jnp.zeros_like(x_BTD), reference.demoted(tail, tail_dtype)
     served = IMPLEMENTATIONS
-    if implementation is None and T < FEW:
+    if implementation is None and spans.known(T) and T < FEW:
         served = tuple(each for each in IMPLEMENTATIONS if each.platform is None)
     y_BTD, tail = dispatch.run(operator, served, implementation, **call)
     return y_BTD, reference.demoted(tail, tail_dtype)

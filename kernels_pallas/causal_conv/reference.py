@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dtypes, matmul, segments
+from kernels_pallas import dtypes, matmul, segments, spans
 from kernels_pallas import recurrence_arguments as arguments
 
 
@@ -102,7 +102,7 @@ def recurrent(x_BTD, w, bias, initial_state, start_BT, finish):
 def tail(x_BTD, initial_state, start_BT):
     """The last inputs of the last token's document, zeros before them: the state after x."""
     n, T = initial_state.shape[1], x_BTD.shape[1]
-    last = max(T - n, 0)
+    last = max(T - n, 0) if spans.known(T) else 0
     seen_BSD = jnp.concatenate([initial_state, x_BTD[:, last:]], axis=1)
     if start_BT is not None:
         # what entered belongs to the first token's run, 0

@@ -131,8 +131,7 @@ class _Form(NamedTuple):
 
 def _form(chunks, K, v_BTHV, chunk_size, scale) -> _Form:
     B, T, H, V = v_BTHV.shape
-    C = CHUNK if chunk_size is None else chunk_size
-    C = min(C, 1 << (T - 1).bit_length())
+    C = spans.chunk_length(CHUNK if chunk_size is None else chunk_size, T)
     M = spans.chunks_in_one(-(-T // C), B * H, max(K, V), accelerator_pairs=ACCELERATOR_PAIRS)
     return _Form(chunks, scale, C, M)
 
@@ -343,7 +342,7 @@ def _run_backward(form, residuals, cotangents):
             return (dS_BHKV, spans.put(dinputs, form_vjp(dchunks), n, L)), None
 
         start = dS_BHKV, spans.unwritten(wholes)
-        numbered = jnp.arange(len(S_NMBHKV)), S_NMBHKV
+        numbered = jnp.arange(S_NMBHKV.shape[0]), S_NMBHKV
         return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
 
     dS_BHKV, dinputs = reflections.carefully(
@@ -359,7 +358,7 @@ _run.defvjp(_run_forward, _run_backward)
 def _padded(arrays, L):
     """(B, T, H, K) to a multiple of L tokens, by some that neither decay nor write."""
     return jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % L), (0, 0), (0, 0))), arrays
+        lambda x: jnp.pad(x, ((0, 0), (0, spans.missing(x.shape[1], L)), (0, 0), (0, 0))), arrays
     )
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import spans
 from kernels_pallas.diagonal_scan import reference
 from kernels_pallas.kept import kept
 
@@ -36,11 +37,27 @@ def _compose(first, second):
     return second[0] * first[0], second[0] * first[1] + second[1]
 
 
+def _compose_all(map_BND, reverse):
+    """What the maps up to each one compose to. Of a symbolic number of them, one after the other."""
+    if spans.known(map_BND[0].shape[1]):
+        return lax.associative_scan(_compose, map_BND, reverse=reverse, axis=1)
+
+    def step(before_BD, map_BD):
+        through_BD = _compose(before_BD, map_BD)
+        return through_BD, through_BD
+
+    map_NBD = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), map_BND)
+    nothing_BD = (jnp.ones_like(map_BND[0][:, 0]), jnp.zeros_like(map_BND[1][:, 0]))
+    _, through_NBD = lax.scan(step, nothing_BD, map_NBD, reverse=reverse)
+    return jax.tree.map(lambda z: jnp.moveaxis(z, 0, 1), through_NBD)
+
+
 def _two_level(x_BTD, decay_BTD, initial_state_BD, reverse):
     B, T, D = x_BTD.shape
-    C = min(CHUNK_SIZE, T)
-    padding = ((0, 0), (0, -T % C), (0, 0))
-    if T % C:  # x = 0 and decay = 1 leave the state as it is, from whichever end it comes
+    C = min(CHUNK_SIZE, T) if spans.known(T) else CHUNK_SIZE
+    missing = spans.missing(T, C)
+    if missing != 0:  # x = 0 and decay = 1 leave the state as it is, from whichever end it comes
+        padding = ((0, 0), (0, missing), (0, 0))
         x_BTD = jnp.pad(x_BTD, padding)
         decay_BTD = jnp.pad(decay_BTD, padding, constant_values=1)
     x_BNCD, decay_BNCD = (z.reshape(B, -1, C, D) for z in (x_BTD, decay_BTD))
@@ -61,7 +78,7 @@ def _two_level(x_BTD, decay_BTD, initial_state_BD, reverse):
         order_C = order_C[::-1]
     nothing_BND = (jnp.ones_like(x_BNCD[:, :, 0]), jnp.zeros_like(x_BNCD[:, :, 0]))
     map_BND, _ = lax.scan(extend_map, nothing_BND, order_C)
-    total_BND, local_BND = lax.associative_scan(_compose, map_BND, reverse=reverse, axis=1)
+    total_BND, local_BND = _compose_all(map_BND, reverse)
     after_BND = total_BND * initial_state_BD[:, None] + local_BND
     if reverse:
         entering_BND = jnp.concatenate([after_BND[:, 1:], initial_state_BD[:, None]], axis=1)

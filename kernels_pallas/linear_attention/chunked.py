@@ -47,7 +47,7 @@ def chunked(
     decay = "none" if log_decay_BTHK is None else "channel" if per_channel else "head"
     key = ("linear_attention", "chunked", str(v_BTHV.dtype), f"{K}x{V} {decay}")
     C = chunk_size or tuning.lookup({"chunk_size": CHUNK_SIZE}, *key)["chunk_size"]
-    C = min(C, max(16, 1 << (T - 1).bit_length()))
+    C = spans.chunk_length(C, T, least=16)
     chunks = -(-T // C)
     M = spans.chunks_in_one(chunks, B * H, max(K, V))
     N = -(-chunks // M)

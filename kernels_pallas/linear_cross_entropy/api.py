@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch, manual_axes
+from kernels_pallas import dispatch, manual_axes, spans
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.linear_cross_entropy import chunked, reference
 from kernels_pallas.linear_cross_entropy.reference import TokenDetails
@@ -166,11 +166,11 @@ def _run(
     if 0 in (B, T):
         none_BT = jnp.zeros_like(x_BTD, arguments.state_dtype(x_BTD, matrix), (B, T))
         return none_BT, TokenDetails(none_BT, none_BT, none_BT)
-    if chunk_size is None:
+    if chunk_size is None or not spans.known(T):
         chunk_size = chunked.heuristic_chunk_size(B, T, W)
     x_BTD, matrix, bias_W = manual_axes.alike((x_BTD, matrix, bias_W))
     return chosen.call(
-        loss, layout, min(chunk_size, T),
+        loss, layout, min(chunk_size, T) if spans.known(T) else T,
         x_BTD, matrix, bias_W, (given_BT, mask_BT), fixed, learned,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import dispatch, dtypes, manual_axes, segments
+from kernels_pallas import dispatch, dtypes, manual_axes, segments, spans
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.softmax_attention import chunked, library, reference
 from kernels_pallas.softmax_attention.visibility import Visibility
@@ -79,7 +79,8 @@ def softmax_attention(
     if q_BTHK.shape[3] == 0:  # all logits are 0, as those of one channel of zeros
         q_BTHK, k_BTGK = (jnp.pad(z, ((0, 0),) * 3 + ((0, 1),)) for z in (q_BTHK, k_BTGK))
     implementations = IMPLEMENTATIONS
-    if q_BTHK.shape[1] * k_BTGK.shape[1] <= FEW_LOGITS:
+    T, S = q_BTHK.shape[1], k_BTGK.shape[1]
+    if spans.known(T, S) and T * S <= FEW_LOGITS:
         implementations = sorted(implementations, key=lambda each: each.name == "chunked")
     chosen = dispatch.choose(
         "softmax_attention",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import dtypes, matmul
+from kernels_pallas import dtypes, matmul, spans
 from kernels_pallas.kept import kept
 
 BLOCK_SIZE = 128
@@ -27,27 +27,27 @@ def chunked(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     T, S, G = q_BTHK.shape[1], *v_BSGV.shape[1:3]
     C, E = block_sizes(T, S)
     k_BGSK, v_BGSV = (keys_first(z, E) for z in (k_BSGK, v_BSGV))
-    visibility = visibility.padded(-T % C, -S % E)
+    visibility = visibility.padded(spans.missing(T, C), spans.missing(S, E))
     o_BGRTV = _attend(queries_first(q_BTHK, G, C), k_BGSK, v_BGSV, visibility, scale, (C, E))
     return time_first(o_BGRTV, T).astype(q_BTHK.dtype)
 
 
 def block_sizes(T: int, S: int) -> tuple[int, int]:
     """C queries and E keys."""
-    return min(BLOCK_SIZE, T), min(BLOCK_SIZE, S)
+    return tuple(min(BLOCK_SIZE, size) if spans.known(size) else BLOCK_SIZE for size in (T, S))
 
 
 def queries_first(q_BTHK, G, C):
     """(B, G, R, T, K), T padded to whole blocks."""
     B, T, H, K = q_BTHK.shape
     q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, -T % C), (0, 0)))
+    return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, spans.missing(T, C)), (0, 0)))
 
 
 def keys_first(z_BSGX, E):
     """(B, G, S, X), S padded to whole blocks."""
     S = z_BSGX.shape[1]
-    return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, -S % E), (0, 0)))
+    return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, spans.missing(S, E)), (0, 0)))
 
 
 def time_first(o_BGRTV, T):

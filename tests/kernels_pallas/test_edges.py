@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -212,3 +213,41 @@ def test_strict_promotion(name):
             for choice in (*choices, "reference"):
                 call = functools.partial(loss, implementation=choice, **keywords)
                 jax.eval_shape(jax.grad(call, allow_int=True), mixed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in [*RECURRENCES][:3]))
+        for name in RECURRENCES | OTHERS
+    ],
+)
+def test_export_with_symbolic_shapes(name):
+    """One exported program, backward pass included, serves a batch and a length that it was not made for."""
+    keywords = {"implementation": "chunked"} if name == "softmax_attention" else {}
+
+    def results_and_gradients(arrays):
+        def loss(arrays):
+            results = getattr(kernels_pallas, name)(*arrays, **keywords)
+            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(results)), results
+
+        floats = [x for x in arrays if x.dtype != np.int32]
+        gradient = jax.grad(lambda floats: loss(floats + arrays[len(floats) :]), has_aux=True)
+        return gradient(floats)
+
+    scope = jax.export.SymbolicScope()
+    letters = (RECURRENCES | OTHERS)[name].values()
+    specs = [
+        jax.ShapeDtypeStruct(
+            jax.export.symbolic_shape(
+                ",".join(x.lower() if x in "BT" else str(SIZES[x]) for x in shape), scope=scope
+            ),
+            array.dtype,
+        )
+        for shape, array in zip(letters, _arrays(name, SIZES))
+    ]
+    exported = jax.export.export(jax.jit(results_and_gradients))(specs)
+    arrays = _arrays(name, SIZES | {"B": 3, "T": 150})
+    got, expected = exported.call(arrays), jax.jit(results_and_gradients)(arrays)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, atol=2e-4, rtol=2e-4)
