@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch, segments, spans
+from kernels_pallas import dispatch, explicit_axes, segments, spans
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.causal_conv import pallas_tpu, reference, shifted
 
@@ -17,6 +17,7 @@ IMPLEMENTATIONS = (
 FEW = 16  # tokens: below, as in decoding, XLA's form is as good as a kernel
 
 
+@explicit_axes.automatic(("BTD", "BSD"), x_BTD="BTD")
 def causal_conv(
     x_BTD: jax.Array,
     w: jax.Array,

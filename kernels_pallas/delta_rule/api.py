@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, explicit_axes
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.delta_rule import chunked, gpu_triton, pallas_tpu, reference
 
@@ -90,6 +90,7 @@ DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (
 )
 
 
+@explicit_axes.automatic(("BTHV", "BHKV"), q_BTHK="BTGK", v_BTHV="BTHV")
 def delta_rule(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
@@ -163,6 +164,7 @@ def delta_rule(
     return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
 
 
+@explicit_axes.automatic(("BTHV", "BHKV"), q_BTHK="BTGK", v_BTHV="BTHV")
 def diagonal_plus_low_rank(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,

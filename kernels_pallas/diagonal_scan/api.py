@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import checks, dispatch, dtypes, segments
+from kernels_pallas import checks, dispatch, dtypes, explicit_axes, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.diagonal_scan import chunked, gpu_triton, pallas_tpu, reference
 
@@ -15,6 +15,7 @@ IMPLEMENTATIONS = (
 )
 
 
+@explicit_axes.automatic(("BTD", "BD"), x_BTD="BTD")
 def diagonal_scan(
     x_BTD: jax.Array,
     decay_BTD: jax.Array | None = None,

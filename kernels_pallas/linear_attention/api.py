@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, explicit_axes
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.linear_attention import chunked, gpu_triton, pallas_tpu, reference
 
@@ -47,6 +47,7 @@ IMPLEMENTATIONS = (
 )
 
 
+@explicit_axes.automatic(("BTHV", "BHKV"), q_BTHK="BTGK", v_BTHV="BTHV")
 def linear_attention(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch, manual_axes, spans
+from kernels_pallas import dispatch, explicit_axes, manual_axes, spans
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.linear_cross_entropy import chunked, reference
 from kernels_pallas.linear_cross_entropy.reference import TokenDetails
@@ -18,6 +18,7 @@ IMPLEMENTATIONS = (
 LAYOUTS = ("WD", "DW")
 
 
+@explicit_axes.automatic("BT", x_BTD="BTD")
 def linear_cross_entropy(
     x_BTD: jax.Array,
     matrix: jax.Array,
@@ -75,6 +76,7 @@ def linear_cross_entropy(
     return (loss_BT, token_details) if details else loss_BT
 
 
+@explicit_axes.automatic("BT", x_BTD="BTD")
 def linear_kl_divergence(
     x_BTD: jax.Array,
     matrix: jax.Array,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import dispatch, dtypes, manual_axes, segments, spans
+from kernels_pallas import dispatch, dtypes, explicit_axes, manual_axes, segments, spans
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.softmax_attention import chunked, library, reference
 from kernels_pallas.softmax_attention.visibility import Visibility
@@ -21,6 +21,7 @@ IMPLEMENTATIONS = (
 )
 
 
+@explicit_axes.automatic("BTHV", q_BTHK="BTHK", v_BTGV="BSGV")
 def softmax_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,

@@ -1,4 +1,4 @@
-"""Operators under `jax.shard_map` as it comes, with `check_vma`: batch or time split, some operands on every device."""
+"""Operators under `jax.shard_map` as it comes, with `check_vma`, and under a mesh with explicit axes: as without either."""
 
 import functools
 
@@ -142,3 +142,27 @@ def test_words_split_over_devices():
     )
     whole = functools.partial(loss, None)
     _compare(_with_gradients(split, inputs), _with_gradients(whole, inputs))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CALLS]
+)
+def test_explicit_axes(name):
+    """Arrays whose types have their shardings, in and out, and through the gradient."""
+    inputs = _inputs(CALLS[name][1].split())
+    if name == "linear_cross_entropy":
+        inputs["targets_BT"] = np.arange(B * T, dtype=np.int32).reshape(B, T) % W
+    call = _function(kernels_pallas, name)
+    expected = _with_gradients(call, inputs)
+    mesh = jax.make_mesh(
+        (2, 2), ("part", "heads"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4]
+    )
+    by_rank = {2: SPLIT["batch"], 3: SPLIT["batch"], 4: PartitionSpec("part", None, "heads")}
+    specs = {n: by_rank[x.ndim] if n in WITH_TIME else SAME for n, x in inputs.items()}
+    with jax.set_mesh(mesh):
+        split = {n: jax.device_put(x, jax.NamedSharding(mesh, specs[n])) for n, x in inputs.items()}
+        got = _with_gradients(call, split)
+    _compare(got, expected)
+    first = CALLS[name][1].split()[0]
+    axes = jax.typeof(got["results"]).sharding.spec
+    assert axes[: len(specs[first])] == specs[first][: len(axes)]
