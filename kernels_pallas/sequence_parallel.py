@@ -6,8 +6,10 @@ Inside `jax.shard_map`, arrays are this rank's stretch, and ranks follow each ot
     time = PartitionSpec(None, "seq")
     attend = functools.partial(sequence_parallel.linear_attention, axis_name="seq")
     o_BTHV, final_BHKV = jax.shard_map(
-        attend, mesh=mesh, in_specs=time, out_specs=(time, PartitionSpec()), check_vma=False
+        attend, mesh=mesh, in_specs=time, out_specs=(time, PartitionSpec())
     )(q_BTHK, k_BTHK, v_BTHV)
+
+with `check_vma`, jax.shard_map's default, or without it.
 
 Signatures are those of `kernels_pallas`, and so are results and all gradients, to rounding. Beside them:
 

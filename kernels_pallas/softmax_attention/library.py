@@ -6,7 +6,7 @@ All want K == V: the narrower side is padded with zero columns, which change nei
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dtypes, targets
+from kernels_pallas import dtypes, manual_axes, targets
 
 
 def _same_width(q_BTHK, k_BSGK, v_BSGV):
@@ -115,6 +115,8 @@ def no_splash(*, q, v, visibility) -> str | None:
     """Why splash attention cannot run this call, or None."""
     if not visibility.aligned:
         return "splash attention masks by index: it takes no positions, and as many keys as queries"
+    if manual_axes.varying((q, v, visibility)):
+        return "splash attention cannot be traced under jax.shard_map's check_vma: pass check_vma=False"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"splash attention takes bfloat16 and float32; q is {q.dtype}"
     if visibility.kv_segment_BS is not visibility.q_segment_BT:
