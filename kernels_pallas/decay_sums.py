@@ -267,7 +267,7 @@ def decayed_scores(
     K = 1 for the sums.
     """
     *lead, C, K = q_CK.shape
-    accumulate = dtypes.common(q_CK.dtype, k_CK.dtype, sums.through_CK.dtype)
+    accumulate = dtypes.common(q_CK, k_CK, sums.through_CK)
     q_CK, k_CK = q_CK.astype(accumulate), k_CK.astype(accumulate)
     diagonal = jnp.zeros((*lead, C, 1), accumulate) if before else matmul.sum_last(q_CK * k_CK)
     rectangles = []

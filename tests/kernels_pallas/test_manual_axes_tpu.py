@@ -35,7 +35,8 @@ def _gradient(name, shapes, **keywords):
 
     split = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=ROWS)
     numbers = tuple(range(len(shapes)))
-    return jax.jit(jax.grad(lambda *operands: jnp.sum(split(*operands)), numbers)), operands
+    loss = jax.value_and_grad(lambda *operands: jnp.sum(split(*operands)), numbers)
+    return jax.jit(loss), operands
 
 
 @pytest.mark.parametrize("name, shapes", CALLS)
