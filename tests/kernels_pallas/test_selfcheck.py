@@ -258,7 +258,9 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "/general")
     assert first_use.cache_file() == tmp_path / "cache" / "selfcheck.json"
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("SEQMODELS_CACHE", "~/own")  # as a container's settings have it, whom no shell has expanded
+    monkeypatch.setenv(
+        "SEQMODELS_CACHE", "~/own"
+    )  # as a container's settings have it, whom no shell has expanded
     assert str(first_use.cache_file()) == "/home/me/own/selfcheck.json"
     monkeypatch.delenv("SEQMODELS_CACHE")
     assert str(first_use.cache_file()) == "/general/seqmodels/selfcheck.json"
