@@ -202,6 +202,7 @@ def diagonal_scan(
     more a row for segment ids; all_scan and ring B D.
     """
     name = "diagonal_scan"
+    arguments.check_array(name, "x", x_BTD)
     form = _form(name, axis_name, exchange, blocks, x_BTD.shape[-1], reverse=reverse)
     x_BTD, decay_BTD, log_decay, initial_state, segment_ids = manual_axes.alike(
         (x_BTD, decay_BTD, log_decay, initial_state, segment_ids), axis_name

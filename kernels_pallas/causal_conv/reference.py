@@ -68,6 +68,8 @@ def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1
     Returns:
       (y_BD, the new tail), in the dtypes that `causal_conv` gives; sums are float32 or wider.
     """
+    for name, array in (("x", x_BD), ("w", w), ("tail", tail)):
+        arguments.check_array("causal_conv.step", name, array)
     tail_dtype = promoted(x_BD, tail).dtype
     x_BD = promoted(x_BD, w, bias, tail)
     finish = finish_of(x_BD, activation, l2_norm_heads, eps)

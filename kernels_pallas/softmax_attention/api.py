@@ -107,8 +107,11 @@ def step(
     scale: float | None = None,
 ) -> jax.Array:
     """One token of `softmax_attention` against a cache that already holds its own key and value. Returns o_BHV."""
+    name = "softmax_attention.step"
+    (q_BTHK,) = arguments.one_token(name, q=q_BHK)
+    arguments.check_shape(name, "q_position", q_position_B, q_BHK.shape[:1])
     return softmax_attention(
-        q_BHK[:, None],
+        q_BTHK,
         k_BSGK,
         v_BSGV,
         q_positions_BT=q_position_B[:, None],

@@ -11,6 +11,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 import kernels_pallas
 from kernels_pallas import sequence_parallel
+from kernels_pallas.causal_conv import reference as causal_conv
+from kernels_pallas.delta_rule import api as delta_rule
+from kernels_pallas.diagonal_scan import reference as diagonal_scan
+from kernels_pallas.linear_attention import api as linear_attention
+from kernels_pallas.softmax_attention import api as softmax_attention
 
 SIZES = {"B": 2, "T": 5, "G": 1, "H": 2, "K": 4, "V": 3, "D": 6, "I": 3, "W": 7}
 RECURRENCES = {
@@ -157,17 +162,26 @@ def test_a_mistake_is_named(name, argument, value):
         getattr(kernels_pallas, name)(*arrays, **keywords)
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
-def test_a_mistake_in_one_token_is_named(name):
-    from kernels_pallas.delta_rule import step as delta_step
-    from kernels_pallas.linear_attention import step as linear_step
-
-    step = {"linear_attention": linear_step, "delta_rule": delta_step}[name]
-    arrays = [x[:, 0] for x in _arrays(name, SIZES)][:-1]
-    with pytest.raises(ValueError, match="log_decay is -0.1 .float.; expected an array"):
-        step(*arrays, -0.1)
-    with pytest.raises(ValueError, match="q is 0.5 .float.; expected an array"):
-        step(0.5, *arrays[1:])
+def test_a_mistake_in_one_token_is_named():
+    """The steps of decoding say the same."""
+    x, q = jnp.ones((2, 4)), jnp.ones((2, 1, 4))
+    for step, arrays, mistake in (
+        (linear_attention.step, (q, q, q, -0.1), "linear_attention.step: log_decay is -0.1 .float"),
+        (linear_attention.step, (0.5, q, q), "linear_attention.step: q is 0.5 .float"),
+        (
+            delta_rule.step,
+            (q, q, q, x[:, :1], [-0.1]),
+            "delta_rule.step: log_decay is .-0.1. .list",
+        ),
+        (delta_rule.step, (q, q, q, 1.0), "delta_rule.step: beta is 1.0 .float"),
+        (diagonal_scan.step, (x, 0.9, x), "diagonal_scan.step: decay is 0.9 .float"),
+        (causal_conv.step, (x, None, q), "causal_conv.step: w is None"),
+    ):
+        with pytest.raises(ValueError, match=f"^{mistake}.*; expected an array"):
+            step(*arrays)
+    keys = {"kv_positions_BS": jnp.zeros((2, 1), int), "q_position_B": 0}
+    with pytest.raises(ValueError, match="softmax_attention.step: q_position is 0 .int.; expected"):
+        softmax_attention.step(q, q[:, None], q[:, None], **keys)
 
 
 @pytest.mark.parametrize("name", ["delta_rule", "diagonal_plus_low_rank"])
