@@ -74,6 +74,8 @@ def choose(
 def run(
     operator: str, implementations: Sequence[Implementation], name: str | None, **arguments
 ) -> Any:
-    """Calls what `choose` returns, with its arrays of one type under `jax.shard_map` (see `manual_axes`)."""
+    """Calls what `choose` returns, with its arrays of one type under `jax.shard_map` (see
+    `manual_axes`).
+    """
     arguments = manual_axes.alike(arguments)
     return choose(operator, implementations, name, **arguments).call(**arguments)

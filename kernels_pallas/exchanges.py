@@ -76,7 +76,9 @@ class Ranks(NamedTuple):
 
 
 def ranks(operator: str, axis_name, reverse: bool = False) -> Ranks:
-    """Raises ValueError where `axis_name` is not an axis, or a tuple of axes, that this code is mapped over."""
+    """Raises ValueError where `axis_name` is not an axis, or a tuple of axes, that this code is
+    mapped over.
+    """
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     try:
         for name in names:
@@ -117,8 +119,9 @@ def check_blocks(operator: str, exchange: str, blocks: int | None, columns: int)
     return blocks
 
 
-# One buffer for everything that travels together. Integers and booleans go as their bytes, which are exact in every
-# floating dtype and need no reinterpreted bits that hardware might take for a NaN; complex numbers as two real ones.
+# One buffer for everything that travels together. Integers and booleans go as their bytes, which
+# are exact in every floating dtype and need no reinterpreted bits that hardware might take for a
+# NaN; complex numbers as two real ones.
 
 
 def pack(arrays, lead: int) -> jax.Array:

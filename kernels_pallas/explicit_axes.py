@@ -1,7 +1,9 @@
-"""Operators under a mesh with explicit axes (`jax.sharding.AxisType.Explicit`), where an array's type has its sharding.
+"""Operators under a mesh with explicit axes (`jax.sharding.AxisType.Explicit`), where an array's
+type has its sharding.
 
-Inside an operator those axes are the compiler's, as they are under a mesh with automatic ones: chunks, padding and loops have
-no sharding that anybody could name. What it returns is sharded as its letters are in the arguments.
+Inside an operator those axes are the compiler's, as they are under a mesh with automatic ones:
+chunks, padding and loops have no sharding that anybody could name. What it returns is sharded as
+its letters are in the arguments.
 """
 
 import functools
@@ -15,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 def automatic(results, **letters: str):
     """Makes a function of arrays serve under such a mesh.
 
-    results: the letters of what it returns, a pytree of strings, or one for all. letters: of its arguments, as far as results
-    take theirs from them.
+    results: the letters of what it returns, a pytree of strings, or one for all. letters: of its
+    arguments, as far as results take theirs from them.
     """
 
     def decorate(function):

@@ -1,8 +1,10 @@
-"""Types under `jax.shard_map`, whose `check_vma` tracks which manual mesh axes an array varies over.
+"""Types under `jax.shard_map`, whose `check_vma` tracks which manual mesh axes an array varies
+over.
 
-Loops ask that what they carry keeps its type, and custom derivatives that a cotangent has the type of its operand. So every
-operator first makes its operands alike; the transpose of that sums the gradient of a replicated operand over the devices
-that used it. What an operator makes itself, zeros to start from, it makes like an operand (`jnp.zeros_like` keeps the type).
+Loops ask that what they carry keeps its type, and custom derivatives that a cotangent has the type
+of its operand. So every operator first makes its operands alike; the transpose of that sums the
+gradient of a replicated operand over the devices that used it. What an operator makes itself, zeros
+to start from, it makes like an operand (`jnp.zeros_like` keeps the type).
 Without the check, or outside shard_map, nothing varies and nothing is done.
 """
 
@@ -18,7 +20,9 @@ def varying(tree) -> frozenset[str]:
 
 
 def alike(tree, axis_name: str | tuple[str, ...] = ()):
-    """The pytree, its arrays each made to vary over every axis that one of them varies over, and over those named."""
+    """The pytree, its arrays each made to vary over every axis that one of them varies over, and
+    over those named.
+    """
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     axes = varying(tree).union(names)
 

@@ -77,7 +77,9 @@ def check_scale(operator: str, scale) -> None:
 
 
 def check_number_or_scalar(operator: str, name: str, value) -> None:
-    """Raises ValueError where `value`, which may be learned, is no number and no floating array without axes."""
+    """Raises ValueError where `value`, which may be learned, is no number and no floating array
+    without axes.
+    """
     if is_number(value):
         return
     scalar = isinstance(value, jax.Array | np.ndarray) and value.shape == ()
@@ -186,7 +188,9 @@ def one_token_decay(operator: str, log_decay):
 
 
 def nothing(*arrays) -> bool:
-    """Whether one of the arrays is empty: nothing is then written to a state, and nothing but zeros is read."""
+    """Whether one of the arrays is empty: nothing is then written to a state, and nothing but
+    zeros is read.
+    """
     return any(0 in x.shape for x in arrays)
 
 

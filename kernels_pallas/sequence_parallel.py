@@ -13,7 +13,8 @@ with `check_vma`, jax.shard_map's default, or without it.
 
 Signatures are those of `kernels_pallas`, and so are results and all gradients, to rounding. Beside them:
 
-  axis_name      the mesh axis, or a tuple of axes: ranks then follow each other with the last one fastest.
+  axis_name      the mesh axis, or a tuple of axes: ranks then follow each other with
+                 the last one fastest.
   exchange       how states travel: 'all_gather', 'all_scan', 'ring' (see `exchanges`); softmax attention has its own.
   blocks         of 'all_scan', how many blocks of columns a state is passed on in; None is the largest divisor of their
                  number up to 8.
@@ -272,12 +273,14 @@ def softmax_attention(
     A causal ring over contiguous stretches would leave the first ranks idle: blocks that nobody sees cost nothing. So each
     rank first trades half of its stretch for the one that balances it (zigzag: halves r and 2W-1-r of 2W), and its output
     back, where T is even and no positions are given: two messages a way, and nobody else has to know. A caller whose whole
-    sequence lies in another order, such as `zigzag_order`, says so by positions, and gives ids of documents for both sides.
+    sequence lies in another order, such as `zigzag_order`, says so by positions, and gives ids of
+    documents for both sides.
 
     Arguments are those of the plain operator, and this rank's. k and v may be other tokens than q's (then with
-    causal=False or with positions), in equal numbers on all ranks. Positions are those in the whole sequence. Where
-    kv_segment_ids_BS are given, ids are compared as they are, else a document is a run of equal ids. `implementation` serves
-    'all_gather' and windows; the ring is its own ('chunked').
+    causal=False or with positions), in equal numbers on all ranks. Positions are those in the whole
+    sequence. Where kv_segment_ids_BS are given, ids are compared as they are, else a document is a
+    run of equal ids. `implementation` serves 'all_gather' and windows; the ring is its own
+    ('chunked').
     """
     name = "softmax_attention"
     exchanges.check_exchange(name, exchange, ("all_gather", "ring"))

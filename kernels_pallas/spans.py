@@ -38,7 +38,9 @@ def known(*sizes) -> bool:
 
 
 def missing(T: int, L: int) -> int:
-    """How many tokens to add so that pieces of L divide T; so written that a symbolic sum is seen to be a multiple."""
+    """How many tokens to add so that pieces of L divide T; so written that a symbolic sum is seen
+    to be a multiple.
+    """
     return -(-T // L) * L - T
 
 
@@ -61,8 +63,9 @@ def take(tree, n, L: int):
 def unwritten(tree):
     """Buffers for arrays like these: `put` writes a span of them, `written` gives the arrays back.
 
-    On CPU a narrow float is held by its bits: at every write of a span XLA's CPU backend (jaxlib 0.10 to 0.12) converts
-    a whole bfloat16 or float16 buffer to float32 and back, so that time would grow with the square of the length.
+    On CPU a narrow float is held by its bits: at every write of a span XLA's CPU backend (jaxlib
+    0.10 to 0.12) converts a whole bfloat16 or float16 buffer to float32 and back, so that time
+    would grow with the square of the length.
     """
     return jax.tree.map(lambda x: jnp.empty_like(x, _held_as(x.dtype)), tree)
 

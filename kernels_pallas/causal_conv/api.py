@@ -52,15 +52,17 @@ def causal_conv(
       l2_norm_heads: H, or None for no norm. x must be real.
       eps: of the norm.
       initial_state: (B, I-1, D), the inputs before the first token, oldest first; None is zeros. It belongs to the
-        first token's document and is rounded to x's dtype. Complex where x is real, it makes the tail complex.
+        first token's document and is rounded to x's dtype. Complex where x is real, it makes the
+        tail complex.
       segment_ids: int (B, T); a document is a run of equal ids, and no tap reaches from one into another.
       implementation: 'pallas_tpu' (float32 and bfloat16, widths to 17), 'shifted' (XLA), 'reference', or None for the best
         here; for fewer than 16 tokens None takes no kernel.
 
     Returns:
-      y_BTD in x's dtype (complex where w, the bias or the initial state makes it so; everything before is float32 or wider), and
-      the tail (B, I-1, D) in x's dtype: the last I-1 inputs of the last token's document, zeros before them. Given as the next
-      call's initial_state, it continues exactly.
+      y_BTD in x's dtype (complex where w, the bias or the initial state makes it so; everything
+      before is float32 or wider), and the tail (B, I-1, D) in x's dtype: the last I-1 inputs of the
+      last token's document, zeros before them. Given as the next call's initial_state, it continues
+      exactly.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown activation or implementation.

@@ -43,7 +43,9 @@ def finish_of(x, activation, heads, eps) -> Finish:
 
 
 def promoted(x, *others):
-    """x, complex where it is real and one of the others (or None) is not: their imaginary parts count."""
+    """x, complex where it is real and one of the others (or None) is not: their imaginary parts
+    count.
+    """
     others = [z for z in others if z is not None]
     if jnp.iscomplexobj(x) or not any(jnp.iscomplexobj(z) for z in others):
         return x

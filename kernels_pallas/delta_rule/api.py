@@ -66,7 +66,9 @@ def _scaled(implementation):
 
 
 def _scale_of(operator, scale, q_BTGK):
-    """The scale as a number, and q: where it is learned, q is multiplied by it here, in float32 or wider."""
+    """The scale as a number, and q: where it is learned, q is multiplied by it here, in float32 or
+    wider.
+    """
     if scale is None:
         return q_BTGK.shape[-1] ** -0.5, q_BTGK
     arguments.check_number_or_scalar(operator, "scale", scale)

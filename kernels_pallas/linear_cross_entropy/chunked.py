@@ -24,8 +24,10 @@ TOKENS_OF_A_PIECE = (256, 4096)
 def heuristic_chunk_size(B: int, T: int, W: int) -> int:
     """Tokens of each row in a piece.
 
-    Each piece reads and writes all of dmatrix, so that fewer than several hundred tokens would wait for memory; more than
-    a few thousand gain nothing. A length or a batch that is not known now (a symbolic shape) is one piece. In between, the logits of a piece take up to half a gigabyte. Pieces of a row are equal.
+    Each piece reads and writes all of dmatrix, so that fewer than several hundred tokens would wait
+    for memory; more than a few thousand gain nothing. A length or a batch that is not known now (a
+    symbolic shape) is one piece. In between, the logits of a piece take up to half a gigabyte.
+    Pieces of a row are equal.
     """
     if not spans.known(B, T):
         return T

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from kernels_pallas import matmul
 
-# A loss is (logits (B,T,W), per_token, fixed, learned) -> loss (B,T), details: what else is known of each token, without a
-# gradient. Of the others only `learned` has one.
+# A loss is (logits (B,T,W), per_token, fixed, learned) -> loss (B,T), details: what else is known
+# of each token, without a gradient. Of the others only `learned` has one.
 # It is hashable, a static argument of the implementations.
 
 

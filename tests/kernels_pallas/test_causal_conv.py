@@ -333,7 +333,9 @@ def test_published_workloads_trace():
 @pytest.mark.parametrize("complex_one", ["w", "bias", "initial_state"])
 @pytest.mark.parametrize("implementation", ["shifted", "reference"])
 def test_a_real_input_keeps_the_imaginary_part_of_the_others(complex_one, implementation):
-    """As for x made complex: values, gradients, and the tail, which is complex only where what entered is."""
+    """As for x made complex: values, gradients, and the tail, which is complex only where what
+    entered is.
+    """
     rng = np.random.default_rng(0)
     sizes = {"w": (3, 2), "bias": (2,), "initial_state": (1, 2, 2)}
     others = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}

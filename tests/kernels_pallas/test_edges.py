@@ -50,7 +50,9 @@ def _arrays(name, sizes):
     "name, letter", [e for e in EMPTY if e[1] in "".join((RECURRENCES | OTHERS)[e[0]].values())]
 )
 def test_empty_in_empty_out(name, letter):
-    """Shapes as for any size; no token leaves the initial state as it is; no channels make zeros; gradients are zeros."""
+    """Shapes as for any size; no token leaves the initial state as it is; no channels make zeros;
+    gradients are zeros.
+    """
     sizes = SIZES | {letter: 0} | ({"G": 0} if letter == "H" else {})
     sizes["S"] = sizes["I"] - 1
     arrays = _arrays(name, sizes)
@@ -200,7 +202,9 @@ def test_a_scale_may_be_learned(name):
 
 @pytest.mark.parametrize("name", RECURRENCES | OTHERS)
 def test_strict_promotion(name):
-    """Nothing is promoted implicitly, forward or backward, whatever the operands' dtypes; decays and a state are float32."""
+    """Nothing is promoted implicitly, forward or backward, whatever the operands' dtypes; decays
+    and a state are float32.
+    """
     sizes = SIZES | {"S": SIZES["I"] - 1}
     choices = {"causal_conv": ["shifted"], "softmax_attention": ["chunked", "xla"]}.get(
         name, ["chunked"]
@@ -237,7 +241,9 @@ def test_strict_promotion(name):
     ],
 )
 def test_export_with_symbolic_shapes(name):
-    """One exported program, backward pass included, serves a batch and a length that it was not made for."""
+    """One exported program, backward pass included, serves a batch and a length that it was not
+    made for.
+    """
     keywords = {"implementation": "chunked"} if name == "softmax_attention" else {}
 
     def results_and_gradients(arrays):

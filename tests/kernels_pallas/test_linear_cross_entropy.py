@@ -259,7 +259,9 @@ def test_errors_about_the_teacher(change, message):
 
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])
 def test_the_weight_of_the_z_loss_has_a_gradient(implementation):
-    """Of an array without axes: the sum of the loss's cotangent times (log Z)^2, where the mask lets it."""
+    """Of an array without axes: the sum of the loss's cotangent times (log Z)^2, where the mask
+    lets it.
+    """
     rng = np.random.default_rng(0)
     inputs, given = _inputs(rng), _given(rng, "targets")
     g_BT = rng.standard_normal((B, T)).astype(np.float32)

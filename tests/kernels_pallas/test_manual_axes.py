@@ -1,4 +1,6 @@
-"""Operators under `jax.shard_map` as it comes, with `check_vma`, and under a mesh with explicit axes: as without either."""
+"""Operators under `jax.shard_map` as it comes, with `check_vma`, and under a mesh with explicit
+axes: as without either.
+"""
 
 import functools
 
@@ -115,7 +117,9 @@ def test_equals_the_whole(name, split):
 
 
 def test_gradients_taken_inside():
-    """Of a loss that each device has of its own rows: a replicated operand gets the sum over devices."""
+    """Of a loss that each device has of its own rows: a replicated operand gets the sum over
+    devices.
+    """
     name = "delta_rule with a decay"
     inputs = _inputs(CALLS[name][1].split())
     call = _function(kernels_pallas, name)
@@ -126,7 +130,9 @@ def test_gradients_taken_inside():
 
 
 def test_words_split_over_devices():
-    """The vocabulary's matrix by parts: the loss is the same everywhere, and x's gradient is summed over the parts."""
+    """The vocabulary's matrix by parts: the loss is the same everywhere, and x's gradient is
+    summed over the parts.
+    """
     inputs = _inputs(["x", "matrix"])
     targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % W
 

@@ -1,4 +1,6 @@
-"""TPU kernels under `jax.shard_map` as it comes, with `check_vma`: lowered for chips that are not there."""
+"""TPU kernels under `jax.shard_map` as it comes, with `check_vma`: lowered for chips that are not
+there.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,9 @@ def test_kernels_lower(name, shapes):
 
 
 def test_splash_attention_is_refused():
-    """JAX's own kernel says nothing of the axes; the next implementation serves where none is named."""
+    """JAX's own kernel says nothing of the axes; the next implementation serves where none is
+    named.
+    """
     gradient, operands = _gradient("softmax_attention", [q] * 3, implementation="splash")
     with tpu_compile.tracing_for(TOPOLOGY):
         with pytest.raises(NotImplementedError, match="'splash' .* pass check_vma=False"):

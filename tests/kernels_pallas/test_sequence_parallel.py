@@ -244,7 +244,9 @@ def test_softmax_attention(W, exchange, keywords, T):
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["ring", pytest.param("all_gather", marks=exhaustive)])
 def test_softmax_attention_in_an_order_of_the_callers(exchange):
-    """The whole sequence lies in zigzag order, and positions say so; ids are one a document, given for both sides."""
+    """The whole sequence lies in zigzag order, and positions say so; ids are one a document, given
+    for both sides.
+    """
     W, T = 4, 96
     rng = np.random.default_rng(0)
     qkv = [rng.standard_normal((2, T, 2, 8)).astype(np.float32) for _ in "qkv"]
@@ -328,7 +330,9 @@ DTYPES = ("bool", "int4", "uint8", "int16", "uint32", "int64", "uint64") + (
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shift_gives_back_what_it_was_given(dtype):
-    """Any dtype, every bit: with documents x travels beside ids of 64 bits, of which some differ above the 32nd."""
+    """Any dtype, every bit: with documents x travels beside ids of 64 bits, of which some differ
+    above the 32nd.
+    """
     rng = np.random.default_rng(0)
     dtype = jnp.dtype(dtype)
     x = rng.integers(0, 2**63, (2, 8)).view(np.int64)
@@ -394,7 +398,9 @@ RETURNING = np.array(
     + ["softmax_attention all_gather", "softmax_attention ring", "softmax_attention window"],
 )
 def test_an_id_that_comes_back_is_another_document(operator):
-    """On the same rank, on another, at a border; positions given or not: as the plain operator, which cuts there."""
+    """On the same rank, on another, at a border; positions given or not: as the plain operator,
+    which cuts there.
+    """
     rng = np.random.default_rng(0)
     q, x = (rng.standard_normal((3, 8, *size)).astype(np.float32) for size in ((1, 4), (4,)))
     position = np.broadcast_to(np.arange(8, dtype=np.int32), (3, 8))

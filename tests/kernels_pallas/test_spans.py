@@ -55,7 +55,9 @@ TAKES = {
 
 @pytest.mark.parametrize("operator", TAKES, ids=lambda operator: operator.__name__)
 def test_a_loop_writes_bfloat16_without_converting_the_whole(operator, monkeypatch):
-    """Otherwise a call's time grows with the square of its length: XLA's CPU backend writes float32 and narrows all of it."""
+    """Otherwise a call's time grows with the square of its length: XLA's CPU backend writes
+    float32 and narrows all of it.
+    """
     monkeypatch.setattr(spans, "CPU_STATE_ROWS", 16)
     keywords = {
         softmax_attention: {"implementation": "chunked"},
@@ -74,7 +76,9 @@ def test_a_loop_writes_bfloat16_without_converting_the_whole(operator, monkeypat
 
 
 def _converted_buffers(text):
-    """Instructions that convert what a dynamic-update-slice gave, or that write into what was converted for it."""
+    """Instructions that convert what a dynamic-update-slice gave, or that write into what was
+    converted for it.
+    """
     opcode, found = {}, []
     for line in text.splitlines():
         match = re.match(r"\s*(?:ROOT )?%(\S+) = \S+ ([\w-]+)\(%?([\w.-]*)", line)
