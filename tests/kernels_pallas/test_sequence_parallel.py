@@ -183,6 +183,25 @@ def test_causal_conv(width, T):
         assert_close(got, truth(CASES["causal_conv"], inputs, ids), TOLERANCE["float32"])
 
 
+def test_a_convolution_keeps_imaginary_parts_over_ranks():
+    """Of w, bias and what entered, where x is real; dtypes as the plain operator's."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 8, 3)).astype(np.float32)
+    w, bias, entered = (
+        (rng.standard_normal(size) * (1 + 2j)).astype(np.complex64)
+        for size in ((4, 3), (3,), (2, 3, 3))
+    )
+    for more in ({}, {"bias": bias}, {"initial_state": entered}):
+        inputs = {"x": x, "w": np.real(w) if more else w, **more}
+        ids = _documents(8, "packed")
+        got = jax.jit(_over_ranks("causal_conv", 4, None, check_vma=True).call)(
+            inputs, segment_ids=ids
+        )
+        for one, other in zip(got, _conv(inputs, segment_ids=ids)):
+            assert one.dtype == other.dtype
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_a_convolution_of_width_one_needs_no_tokens_before():
     x, w = np.arange(32, dtype=np.float32).reshape(2, 8, 2), np.array([[2.0, -1.0]], np.float32)
     ids, nothing = _documents(8, "packed"), np.zeros((2, 0, 2), np.float32)
