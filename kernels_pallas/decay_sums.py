@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import matmul
+from kernels_pallas import dtypes, matmul
 
 
 class Level(NamedTuple):
@@ -284,7 +284,7 @@ def decayed_scores(
     K = 1 for the sums. rectangle: what gives each level's.
     """
     *lead, C, K = q_CK.shape
-    accumulate = jnp.result_type(q_CK, k_CK, sums.through_CK)
+    accumulate = dtypes.common(q_CK, k_CK, sums.through_CK)
     q_CK, k_CK = q_CK.astype(accumulate), k_CK.astype(accumulate)
     diagonal = jnp.zeros((*lead, C, 1), accumulate) if before else matmul.sum_last(q_CK * k_CK)
     rectangles = []

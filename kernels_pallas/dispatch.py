@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from kernels_pallas import first_use, targets
+from kernels_pallas import first_use, manual_axes, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +92,13 @@ def _choose(operator, implementations, name, arguments) -> Implementation:
     raise ValueError(
         f"{operator}: unknown implementation {name!r}; choose one of {choices}, or None"
     )
+
+
+def run(
+    operator: str, implementations: Sequence[Implementation], name: str | None, **arguments
+) -> Any:
+    """Calls what `choose` returns, with its arrays of one type under `jax.shard_map` (see
+    `manual_axes`).
+    """
+    arguments = manual_axes.alike(arguments)
+    return choose(operator, implementations, name, **arguments).call(**arguments)

@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import dtypes
+from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.kept import EXCHANGED, kept
 
 EXCHANGES = ("all_gather", "all_scan", "ring")
@@ -41,7 +43,7 @@ MOST_BLOCKS = 8  # of all_scan, where the caller does not say
 class Ranks(NamedTuple):
     """The ranks of a mesh axis, in the order in which time runs."""
 
-    axis_name: str
+    axis_name: str | tuple[str, ...]  # of several the first is the slowest
     reverse: bool = False  # time runs from the last rank to the first
 
     @property
@@ -73,17 +75,23 @@ class Ranks(NamedTuple):
         return lax.psum(jnp.where(self.index == self.count - 1, x, 0), self.axis_name)
 
 
-def ranks(operator: str, axis_name: str, reverse: bool = False) -> Ranks:
-    """Raises ValueError where `axis_name` is not an axis that this code is mapped over."""
+def ranks(operator: str, axis_name, reverse: bool = False) -> Ranks:
+    """Raises ValueError where `axis_name` is not an axis, or a tuple of axes, that this code is
+    mapped over.
+    """
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     try:
-        lax.axis_size(axis_name)
-    except NameError:
+        for name in names:
+            lax.axis_size(name)
+        if not names:
+            raise NameError
+    except (NameError, TypeError):
         bound = sorted(map(str, jax.sharding.get_abstract_mesh().manual_axes))
         raise ValueError(
             f"{operator}: no mesh axis {axis_name!r} is mapped here (mapped: {', '.join(bound) or 'none'}); call inside "
             f"jax.shard_map over a mesh that has this axis, with time split over it"
         ) from None
-    return Ranks(axis_name, reverse)
+    return Ranks(names[0] if len(names) == 1 else names, reverse)
 
 
 def check_exchange(operator: str, exchange: str, choices=EXCHANGES) -> None:
@@ -101,8 +109,9 @@ def check_blocks(operator: str, exchange: str, blocks: int | None, columns: int)
             )
         return 1
     if blocks is None:
-        return next(n for n in range(min(MOST_BLOCKS, columns), 0, -1) if columns % n == 0)
-    if not isinstance(blocks, int) or blocks < 1 or columns % blocks:
+        few = range(min(MOST_BLOCKS, columns), 0, -1)
+        return next((n for n in few if columns % n == 0), 1)
+    if not arguments.is_count(blocks) or blocks < 1 or columns % blocks:
         divisors = [n for n in range(1, columns + 1) if columns % n == 0]
         raise ValueError(
             f"{operator}: blocks is {blocks!r}; it must divide the state's {columns} columns: one of {divisors}"
@@ -110,29 +119,15 @@ def check_blocks(operator: str, exchange: str, blocks: int | None, columns: int)
     return blocks
 
 
-def varying(axis_name: str, *arrays):
-    """The arrays (or None), each made to vary over `axis_name` and over every axis that one of them varies over.
-
-    Under `check_vma` custom derivatives ask that what they mix has one type; without it this does nothing.
-    """
-    given = [x for x in arrays if x is not None]
-    axes = {axis_name}.union(*(jax.typeof(x).manual_axis_type.varying for x in given))
-
-    def cast(x):
-        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return tuple(None if x is None else cast(x) for x in arrays)
-
-
-# One buffer for everything that travels together. Integers go as their bytes, which are exact in every floating dtype
-# and need no reinterpreted bits that hardware might take for a NaN; complex numbers as two real ones.
+# One buffer for everything that travels together. Integers and booleans go as their bytes, which
+# are exact in every floating dtype and need no reinterpreted bits that hardware might take for a
+# NaN; complex numbers as two real ones.
 
 
 def pack(arrays, lead: int) -> jax.Array:
     """Arrays (or None) that share their first `lead` axes, as one real floating array with one axis more."""
     arrays = [_real(x) for x in arrays if x is not None]
-    dtype = jnp.result_type(*(x.dtype for x in arrays))
+    dtype = dtypes.common(*(x.dtype for x in arrays))
     flat = [x.astype(dtype).reshape(*x.shape[:lead], -1) for x in arrays]
     return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
 
@@ -155,19 +150,25 @@ def unpack(packed: jax.Array, like, lead: int) -> list:
 def _real(x):
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jnp.stack([jnp.real(x), jnp.imag(x)], axis=-1)
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        shifts = jnp.arange(0, 32, 8).reshape([1] * x.ndim + [4])
-        return (x.astype(jnp.int32)[..., None] >> shifts & 255).astype(jnp.bfloat16)
-    return x
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x if x.dtype.itemsize > 1 else x.astype(jnp.bfloat16)
+    if _fills_bytes(x.dtype):
+        x = lax.bitcast_convert_type(x, jnp.uint8)
+    return x.astype(jnp.uint8).astype(jnp.bfloat16)
 
 
 def _unreal(x, dtype):
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return lax.complex(x[..., 0], x[..., 1]).astype(dtype)
-    if jnp.issubdtype(dtype, jnp.integer):
-        shifts = jnp.arange(0, 32, 8).reshape([1] * (x.ndim - 1) + [4])
-        return jnp.sum(x.astype(jnp.int32) << shifts, axis=-1).astype(dtype)
-    return x.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return x.astype(dtype)
+    x = x.astype(jnp.uint8)
+    return lax.bitcast_convert_type(x, dtype) if _fills_bytes(dtype) else x.astype(dtype)
+
+
+def _fills_bytes(dtype) -> bool:
+    """Not of booleans and integers of 2 or 4 bits, which fit into a byte each."""
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits >= 8
 
 
 class Form(NamedTuple):
@@ -360,7 +361,12 @@ def before(
         return tokens
     entered = jnp.concatenate([initial.astype(x_BTX.dtype), jnp.zeros_like(tokens)], axis=1)
     start = jnp.minimum(ranks.index * T, count)
-    return tokens + lax.dynamic_slice_in_dim(entered, start, count, axis=1)
+    exists_N = (
+        ranks.index * T + jnp.arange(count, dtype=jnp.int32) >= count
+    )  # in the sequence, so a rank sent it
+    exists_NX = exists_N.reshape(1, count, *[1] * (x_BTX.ndim - 2))
+    entered = lax.dynamic_slice_in_dim(entered, start, count, axis=1)
+    return jnp.where(exists_NX, tokens, entered)
 
 
 def tokens_before(ranks, x_BTX, count, initial, segment_ids_BT):
@@ -376,7 +382,8 @@ def tokens_before(ranks, x_BTX, count, initial, segment_ids_BT):
     tokens, ids_BN = unpack(packed, travelling, lead=2)
     ids_BM = jnp.concatenate([ids_BN, segment_ids_BT[:, :1]], axis=1)
     # What stood before the sequence is of the first token's document, whatever that is.
-    initial_N = ranks.index * T + jnp.arange(count) < count
+    initial_N = ranks.index * T + jnp.arange(count, dtype=jnp.int32) < count
     same_BN = (ids_BM[:, 1:] == ids_BM[:, :-1]) | initial_N[None]
     kept_BN = jax.lax.cumprod(same_BN.astype(jnp.int32), axis=1, reverse=True) == 1
-    return jnp.where(kept_BN.reshape(B, count, *[1] * (x_BTX.ndim - 2)), tokens, 0)
+    kept_BNX = kept_BN.reshape(B, count, *[1] * (x_BTX.ndim - 2))
+    return jnp.where(kept_BNX, tokens, jnp.zeros_like(tokens))

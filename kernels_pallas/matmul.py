@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import dtypes
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -16,7 +18,7 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     `jax_default_matmul_precision`, as everywhere in JAX (TF32 on GPU, bfloat16 passes on TPU). Each letter of an operand
     must stand in the other or in the result. Cotangents come back in the dtype of their operand.
     """
-    accumulate = jnp.result_type(x.dtype, y.dtype, jnp.float32)
+    accumulate = dtypes.common(x.dtype, y.dtype, jnp.float32)
 
     def narrow(x, y):
         return jnp.einsum(subscripts, x, y, preferred_element_type=accumulate)
@@ -57,7 +59,7 @@ def sum_last(x: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_last(width, x):
     def product(x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(dtypes.common(x.dtype, jnp.float32))
         ones = jnp.ones((width, 1), wide.dtype)
         return jnp.matmul(wide, ones, precision="highest").astype(x.dtype)
 
@@ -77,18 +79,19 @@ _sum_last.defvjp(
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x scale, where scale broadcasts to x. One number a row, (..., 1): its gradient is summed by `sum_last`."""
     if scale.shape[-1] > 1:
-        return x * scale
+        return dtypes.multiply(x, scale)
     return _rows_scaled(x, jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
 
 
 @jax.custom_vjp
 def _rows_scaled(x, scale):
-    return x * scale
+    return dtypes.multiply(x, scale)
 
 
 def _rows_scaled_backward(operands, cotangent):
     x, scale = operands
-    return (cotangent * scale).astype(x.dtype), sum_last(cotangent * x).astype(scale.dtype)
+    d_scale = sum_last(dtypes.multiply(cotangent, x))
+    return dtypes.multiply(cotangent, scale).astype(x.dtype), d_scale.astype(scale.dtype)
 
 
-_rows_scaled.defvjp(lambda x, scale: (x * scale, (x, scale)), _rows_scaled_backward)
+_rows_scaled.defvjp(lambda x, scale: (dtypes.multiply(x, scale), (x, scale)), _rows_scaled_backward)

@@ -8,12 +8,15 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels_pallas import checks, decay_sums
+from kernels_pallas import checks, decay_sums, dtypes
 
 
 def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
     """Raises ValueError where q, k and v do not fit each other, in shape or in kind."""
+    for name, array in (("q", q_BTGK), ("k", k_BTGK), ("v", v_BTHV)):
+        check_float(operator, name, array)
     shapes = f"q {q_BTGK.shape}, k {k_BTGK.shape}, v {v_BTHV.shape}"
     if not q_BTGK.ndim == k_BTGK.ndim == v_BTHV.ndim == 4:
         raise ValueError(f"{operator}: q, k and v must be (B, T, heads, dim); got {shapes}")
@@ -21,18 +24,29 @@ def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
         raise ValueError(f"{operator}: q, k and v must share batch and time; got {shapes}")
     if q_BTGK.shape[3] != k_BTGK.shape[3]:
         raise ValueError(f"{operator}: q and k must share their last dimension K; got {shapes}")
-    if 0 in (*q_BTGK.shape, *v_BTHV.shape):
-        raise ValueError(f"{operator}: every dimension must be at least 1; got {shapes}")
-    if q_BTGK.shape[2] != k_BTGK.shape[2] or v_BTHV.shape[2] % k_BTGK.shape[2]:
+    if q_BTGK.shape[2] != k_BTGK.shape[2] or not divides(k_BTGK.shape[2], v_BTHV.shape[2]):
         raise ValueError(
             f"{operator}: q and k must have the same number of heads G, and G must divide v's heads H; got {shapes}"
         )
-    for name, array in (("q", q_BTGK), ("k", k_BTGK), ("v", v_BTHV)):
-        check_float(operator, name, array)
+
+
+def divides(groups: int, heads: int) -> bool:
+    """Whether so many heads make so many groups; no heads make no groups."""
+    return heads % groups == 0 if groups else heads == 0
+
+
+def check_array(operator: str, name: str, array) -> None:
+    """Raises ValueError where `array` is no array, such as a number or a list."""
+    if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        given = "None" if array is None else f"{array!r:.60} ({type(array).__name__})"
+        raise ValueError(
+            f"{operator}: {name} is {given}; expected an array: make one by jax.numpy.asarray"
+        )
 
 
 def check_float(operator: str, name: str, array) -> None:
-    """Raises ValueError where `array` is not real floating point."""
+    """Raises ValueError where `array` is not an array of real floating point."""
+    check_array(operator, name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
             f"{operator}: {name} has dtype {array.dtype}; expected a floating dtype (float32, bfloat16, ...)"
@@ -48,31 +62,76 @@ def check_segment_ids(operator: str, segment_ids, x_BTX) -> None:
 
 
 def check_integers(operator: str, name: str, array) -> None:
-    """Raises ValueError where `array` is not of integers."""
+    """Raises ValueError where `array` is not an array of integers."""
+    check_array(operator, name, array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{operator}: {name} has dtype {array.dtype}; expected integers")
 
 
 def check_scale(operator: str, scale) -> None:
     """Raises ValueError where a scale is given that is no number: what is compiled in cannot be an array."""
-    if not isinstance(scale, numbers.Real | None):
+    if scale is not None and not is_number(scale):
         raise ValueError(
             f"{operator}: scale is {scale!r}; expected a number or None (multiply q by one that is learned)"
         )
+
+
+def check_number_or_scalar(operator: str, name: str, value) -> None:
+    """Raises ValueError where `value`, which may be learned, is no number and no floating array
+    without axes.
+    """
+    if is_number(value):
+        return
+    scalar = isinstance(value, jax.Array | np.ndarray) and value.shape == ()
+    if not scalar or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"{operator}: {name} is {value!r:.60}; expected a number, or a floating array of shape ()"
+        )
+
+
+def check_positive(operator: str, name: str, value) -> None:
+    """Raises ValueError where `value` is given and is no number above 0."""
+    if value is not None and not (is_number(value) and value > 0):
+        raise ValueError(
+            f"{operator}: {name} is {value!r:.60}; expected a positive number, or None"
+        )
+
+
+def is_number(value) -> bool:
+    """Whether it is a real number that is known now: no array, no boolean."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_count(operator: str, name: str, value, what: str = "an integer of at least 1, or None"):
+    """Raises ValueError where `value` is given and is no positive integer."""
+    if value is not None and not (is_count(value) and value >= 1):
+        raise ValueError(f"{operator}: {name} is {value!r:.60}; expected {what}")
+
+
+def is_count(value) -> bool:
+    """Whether it is an integer that is known now: no array, no boolean."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_flag(operator: str, name: str, value) -> None:
+    """Raises ValueError where `value` is not True or False: it is compiled in."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{operator}: {name} is {value!r:.60}; expected True or False")
 
 
 def check_chunk_size(operator: str, chunk_size) -> None:
     """Raises ValueError where a chunk size is given and is not a power of two of at least 16."""
     if chunk_size is None:
         return
-    if not isinstance(chunk_size, int) or chunk_size < 16 or chunk_size & (chunk_size - 1):
+    if not is_count(chunk_size) or chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(
             f"{operator}: chunk_size is {chunk_size!r}; expected a power of two, 16 or more (or None)"
         )
 
 
 def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> None:
-    """Raises ValueError where `array` has none of the `expected` shapes."""
+    """Raises ValueError where `array` is not an array of one of the `expected` shapes."""
+    check_array(operator, name, array)
     if array.shape not in expected:
         choices = " or ".join(str(shape) for shape in expected)
         raise ValueError(f"{operator}: {name} has shape {array.shape}; expected {choices}")
@@ -102,15 +161,41 @@ def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) 
     shape_BHKV = (B, H, q_BTGK.shape[3], V)
     dtype = state_dtype(q_BTGK, v_BTHV, *(x for x in others if x is not None))
     if initial_state is None:
-        return jnp.zeros(shape_BHKV, dtype)
+        return jnp.zeros_like(v_BTHV, dtype, shape_BHKV)
     check_shape(operator, "initial_state", initial_state, shape_BHKV)
     check_float(operator, "initial_state", initial_state)
-    return initial_state.astype(jnp.promote_types(initial_state.dtype, dtype))
+    return initial_state.astype(dtypes.common(initial_state.dtype, dtype))
 
 
 def state_dtype(*arrays) -> jnp.dtype:
     """float32, or float64 where an input is: what states, gates and their sums are held in."""
-    return jnp.result_type(*(array.dtype for array in arrays), jnp.float32)
+    return dtypes.common(*(array.dtype for array in arrays), jnp.float32)
+
+
+def one_token(operator: str, **arrays) -> list:
+    """The arrays of one token, (B, ...), with a time axis of length 1."""
+    for name, array in arrays.items():
+        check_array(operator, name, array)
+        if array.ndim < 2:
+            raise ValueError(
+                f"{operator}: {name} has shape {array.shape}; expected a batch and heads in front"
+            )
+    return [array[:, None] for array in arrays.values()]
+
+
+def one_token_decay(operator: str, log_decay):
+    """The same for a log decay, which may be None or (H,)."""
+    if log_decay is None:
+        return None
+    check_array(operator, "log_decay", log_decay)
+    return log_decay if log_decay.ndim < 2 else log_decay[:, None]
+
+
+def nothing(*arrays) -> bool:
+    """Whether one of the arrays is empty: nothing is then written to a state, and nothing but
+    zeros is read.
+    """
+    return any(0 in x.shape for x in arrays)
 
 
 def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:

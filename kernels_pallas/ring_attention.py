@@ -30,9 +30,9 @@ def gathered(ranks, attend, qkv, given):
         q_position_BT = _positions(ranks, B, T)
         kv_position_BS = jnp.arange(S * ranks.count, dtype=jnp.int32)[None]
         kv_position_BS = jnp.broadcast_to(kv_position_BS, (B, S * ranks.count))
-        if own:
-            kv_segment_BS = segments.run_index(kv_segment_BS)
-            segment_ids_BT = lax.dynamic_slice_in_dim(kv_segment_BS, ranks.index * T, T, axis=1)
+    if own:
+        kv_segment_BS = segments.run_index(kv_segment_BS)
+        segment_ids_BT = lax.dynamic_slice_in_dim(kv_segment_BS, ranks.index * T, T, axis=1)
     return attend(
         q_BTHK,
         k_BSGK,
@@ -86,9 +86,7 @@ def ring(ranks, qkv, given, by_index, window, causal, scale):
     if q_position_BT is None:
         q_position_BT, kv_position_BS = (_positions(ranks, B, size) for size in (T, S))
     if q_segment_BT is not None and kv_segment_BS is None:
-        if by_index:
-            q_segment_BT = _run_index(ranks, q_segment_BT)
-        kv_segment_BS = q_segment_BT
+        q_segment_BT = kv_segment_BS = _run_index(ranks, q_segment_BT)
     balanced = by_index and causal and T % 2 == 0 and ranks.count > 1
     if balanced:
         everything = q_BTHK, k_BSGK, v_BSGV, q_segment_BT, q_position_BT

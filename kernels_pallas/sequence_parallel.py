@@ -6,18 +6,21 @@ Inside `jax.shard_map`, arrays are this rank's stretch, and ranks follow each ot
     time = PartitionSpec(None, "seq")
     attend = functools.partial(sequence_parallel.linear_attention, axis_name="seq")
     o_BTHV, final_BHKV = jax.shard_map(
-        attend, mesh=mesh, in_specs=time, out_specs=(time, PartitionSpec()), check_vma=False
+        attend, mesh=mesh, in_specs=time, out_specs=(time, PartitionSpec())
     )(q_BTHK, k_BTHK, v_BTHV)
+
+with `check_vma`, jax.shard_map's default, or without it.
 
 Signatures are those of `kernels_pallas`, and so are results and all gradients, to rounding. Beside them:
 
-  axis_name      the mesh axis.
+  axis_name      the mesh axis, or a tuple of axes: ranks then follow each other with
+                 the last one fastest.
   exchange       how states travel: 'all_gather', 'all_scan', 'ring' (see `exchanges`); softmax attention has its own.
   blocks         of 'all_scan', how many blocks of columns a state is passed on in; None is the largest divisor of their
                  number up to 8.
   initial_state  is the state before the whole sequence, the same on all ranks; the final state is that behind the whole
                  sequence, the same on all ranks, from one all-reduce that is left out where it is not used.
-  segment_ids    this rank's; documents may span any number of ranks. Ids of 32 bits.
+  segment_ids    this rank's; documents may span any number of ranks.
 
 Under `jax.checkpoint` the backward pass would repeat an exchange. A policy that saves what has the name `kept.EXCHANGED` keeps
 the states that entered, and sends them once; `kept.NAME` does so with a ring's output. Gathered keys, of which there are W
@@ -38,8 +41,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas
-from kernels_pallas import checks, exchanges, ring_attention, segments, stretch_maps
+from kernels_pallas import (
+    checks,
+    dtypes,
+    exchanges,
+    manual_axes,
+    ring_attention,
+    segments,
+    stretch_maps,
+)
 from kernels_pallas import recurrence_arguments as arguments
+from kernels_pallas.causal_conv import reference as conv_reference
 
 
 def linear_attention(
@@ -48,7 +60,7 @@ def linear_attention(
     v_BTHV: jax.Array,
     log_decay: jax.Array | None = None,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     blocks: int | None = None,
     scale: float | None = None,
@@ -75,11 +87,13 @@ def linear_attention(
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
     arguments.check_segment_ids(name, segment_ids, v_BTHV)
     form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1])
-    q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids = exchanges.varying(
-        axis_name, q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids
+    q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids = manual_axes.alike(
+        (q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids), axis_name
     )
     log_decay_BTHX = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
-    dtype = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV).dtype
+    entered_BHKV = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV)
+    if arguments.nothing(q_BTHK, v_BTHV):
+        return jnp.zeros_like(v_BTHV), form.ranks.of_last(entered_BHKV)
     run_BT, first_B, last_B = stretch_maps.documents(segment_ids)
     # Checkpoints: what they hold is made again from inputs that are kept in any case.
     local_BHKV, decay_BHX1 = jax.checkpoint(stretch_maps.written)(
@@ -102,7 +116,7 @@ def linear_attention(
     read_BTHV = jax.checkpoint(stretch_maps.read)(q_BTHK, state_BHKV, log_decay_BTHX, run_BT)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     o_BTHV = (o_BTHV.astype(read_BTHV.dtype) + scale * read_BTHV).astype(o_BTHV.dtype)
-    return o_BTHV, final_BHKV.astype(dtype)
+    return o_BTHV, final_BHKV.astype(entered_BHKV.dtype)
 
 
 def delta_rule(
@@ -112,7 +126,7 @@ def delta_rule(
     beta_BTH: jax.Array,
     log_decay: jax.Array | None = None,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     blocks: int | None = None,
     scale: float | None = None,
@@ -148,7 +162,7 @@ def diagonal_plus_low_rank(
     b_BTHK: jax.Array,
     log_decay: jax.Array | None = None,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     blocks: int | None = None,
     scale: float | None = None,
@@ -168,7 +182,7 @@ def diagonal_scan(
     x_BTD: jax.Array,
     decay_BTD: jax.Array | None = None,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     blocks: int | None = None,
     log_decay: jax.Array | None = None,
@@ -189,11 +203,12 @@ def diagonal_scan(
     more a row for segment ids; all_scan and ring B D.
     """
     name = "diagonal_scan"
+    arguments.check_array(name, "x", x_BTD)
     form = _form(name, axis_name, exchange, blocks, x_BTD.shape[-1], reverse=reverse)
-    x_BTD, decay_BTD, log_decay, initial_state, segment_ids = exchanges.varying(
-        axis_name, x_BTD, decay_BTD, log_decay, initial_state, segment_ids
+    x_BTD, decay_BTD, log_decay, initial_state, segment_ids = manual_axes.alike(
+        (x_BTD, decay_BTD, log_decay, initial_state, segment_ids), axis_name
     )
-    _, final_BD = _as_on_one_device(
+    output, final_BD = _as_on_one_device(
         functools.partial(kernels_pallas.diagonal_scan, reverse=reverse),
         x_BTD,
         decay_BTD,
@@ -204,11 +219,14 @@ def diagonal_scan(
     decay = decay_BTD
     if log_decay is not None:
         checks.not_positive(name, "log_decay", jnp.real(log_decay))
-        decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
+        decay = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
     decay = decay.astype(final_BD.dtype)
     decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
     if initial_state is None:
-        initial_state = jnp.zeros_like(x_BTD[:, 0])
+        initial_state = jnp.zeros_like(x_BTD, shape=final_BD.shape)
+    if arguments.nothing(x_BTD):
+        final = form.ranks.of_last(initial_state.astype(final_BD.dtype))
+        return jnp.zeros_like(x_BTD, output.dtype), final
     ends = None, None
     if segment_ids is not None:
         start_BT = segments.starts(segment_ids, reverse=reverse)
@@ -230,7 +248,7 @@ def softmax_attention(
     k_BTGK: jax.Array,
     v_BTGV: jax.Array,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     exchange: str = "all_gather",
     window: int | None = None,
     causal: bool = True,
@@ -255,18 +273,20 @@ def softmax_attention(
     A causal ring over contiguous stretches would leave the first ranks idle: blocks that nobody sees cost nothing. So each
     rank first trades half of its stretch for the one that balances it (zigzag: halves r and 2W-1-r of 2W), and its output
     back, where T is even and no positions are given: two messages a way, and nobody else has to know. A caller whose whole
-    sequence lies in another order, such as `zigzag_order`, says so by positions.
+    sequence lies in another order, such as `zigzag_order`, says so by positions, and gives ids of
+    documents for both sides.
 
     Arguments are those of the plain operator, and this rank's. k and v may be other tokens than q's (then with
-    causal=False or with positions), in equal numbers on all ranks. Positions are those in the whole sequence. Where positions or
-    kv_segment_ids_BS are given, ids are compared as they are, else a document is a run of equal ids. `implementation` serves
-    'all_gather' and windows; the ring is its own ('chunked').
+    causal=False or with positions), in equal numbers on all ranks. Positions are those in the whole
+    sequence. Where kv_segment_ids_BS are given, ids are compared as they are, else a document is a
+    run of equal ids. `implementation` serves 'all_gather' and windows; the ring is its own
+    ('chunked').
     """
     name = "softmax_attention"
     exchanges.check_exchange(name, exchange, ("all_gather", "ring"))
     ranks = exchanges.ranks(name, axis_name)
     inputs = q_BTHK, k_BTGK, v_BTGV, segment_ids, kv_segment_ids_BS, q_positions_BT, kv_positions_BS
-    q_BTHK, k_BTGK, v_BTGV, *others = exchanges.varying(axis_name, *inputs)
+    q_BTHK, k_BTGK, v_BTGV, *others = manual_axes.alike(inputs, axis_name)
     names = "segment_ids", "kv_segment_ids_BS", "q_positions_BT", "kv_positions_BS"
     given = dict(zip(names, others))
     attend = functools.partial(
@@ -274,6 +294,8 @@ def softmax_attention(
     )
     _as_on_one_device(attend, q_BTHK, k_BTGK, v_BTGV, **given)
     k_BTGK, v_BTGV = k_BTGK.astype(q_BTHK.dtype), v_BTGV.astype(q_BTHK.dtype)
+    if 0 in (*q_BTHK.shape, *v_BTGV.shape):
+        return attend(q_BTHK, k_BTGK, v_BTGV)  # of no positions: what is seen makes no difference
     by_index = q_positions_BT is None and kv_segment_ids_BS is None
     if exchange == "ring" and implementation not in (None, "chunked"):
         raise NotImplementedError(
@@ -295,7 +317,7 @@ def causal_conv(
     x_BTD: jax.Array,
     w: jax.Array,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     bias: jax.Array | None = None,
     activation: str | None = None,
     l2_norm_heads: int | None = None,
@@ -311,26 +333,28 @@ def causal_conv(
     """
     name = "causal_conv"
     ranks = exchanges.ranks(name, axis_name)
-    x_BTD, w, bias, initial_state, segment_ids = exchanges.varying(
-        axis_name, x_BTD, w, bias, initial_state, segment_ids
+    x_BTD, w, bias, initial_state, segment_ids = manual_axes.alike(
+        (x_BTD, w, bias, initial_state, segment_ids), axis_name
     )
     operator = functools.partial(
         kernels_pallas.causal_conv, activation=activation, l2_norm_heads=l2_norm_heads, eps=eps
     )
     call = {"bias": bias, "initial_state": initial_state, "segment_ids": segment_ids}
-    _as_on_one_device(operator, x_BTD, w, **call)
-    call["initial_state"] = exchanges.tokens_before(
-        ranks, x_BTD, w.shape[0] - 1, initial_state, segment_ids
-    )
+    _, tail_like = _as_on_one_device(operator, x_BTD, w, **call)
+    x_BTD = conv_reference.promoted(x_BTD, w, bias, initial_state)
+    if not arguments.nothing(x_BTD):
+        call["initial_state"] = exchanges.tokens_before(
+            ranks, x_BTD, w.shape[0] - 1, initial_state, segment_ids
+        )
     y_BTD, tail = operator(x_BTD, w, **call, implementation=implementation)
-    return y_BTD, ranks.of_last(tail)
+    return y_BTD, conv_reference.demoted(ranks.of_last(tail), tail_like.dtype)
 
 
 def shift(
     x_BTX: jax.Array,
     count: int = 1,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
@@ -339,26 +363,37 @@ def shift(
     initial_state: (B, count, ...), what stands before the whole sequence, oldest first, the same on all ranks; None is zeros.
     segment_ids: int (B, T); where token t-count is of another document, y_t is zero.
     """
-    if count < 1:
-        raise ValueError(f"shift: count must be at least 1; got {count}")
+    arguments.check_array("shift", "x", x_BTX)
+    arguments.check_count("shift", "count", count, "an integer of at least 1")
     ranks = exchanges.ranks("shift", axis_name)
-    x_BTX, initial_state, segment_ids = exchanges.varying(
-        axis_name, x_BTX, initial_state, segment_ids
+    x_BTX, initial_state, segment_ids = manual_axes.alike(
+        (x_BTX, initial_state, segment_ids), axis_name
     )
     B, T = x_BTX.shape[:2]
+    if arguments.nothing(x_BTX):
+        return x_BTX
     if initial_state is not None:
         arguments.check_shape("shift", "initial_state", initial_state, (B, count, *x_BTX.shape[2:]))
+        if jnp.iscomplexobj(initial_state) and not jnp.iscomplexobj(x_BTX):
+            raise ValueError(
+                f"shift: initial_state has dtype {initial_state.dtype}, x {x_BTX.dtype}; make x complex, too"
+            )
     tokens = exchanges.tokens_before(ranks, x_BTX, count, initial_state, segment_ids)
     y_BTX = jnp.concatenate([tokens, x_BTX], axis=1)[:, :T]
     if segment_ids is None:
         return y_BTX
     run_BT = segments.run_index(segment_ids)
     same_BT = run_BT == jnp.pad(run_BT, ((0, 0), (count, 0)))[:, :T]
-    return jnp.where(same_BT.reshape(B, T, *[1] * (x_BTX.ndim - 2)), y_BTX, 0)
+    same_BTX = same_BT.reshape(B, T, *[1] * (x_BTX.ndim - 2))
+    return jnp.where(same_BTX, y_BTX, jnp.zeros_like(y_BTX))
 
 
 def associative_scan(
-    compose: Callable[[Any, Any], Any], elements: Any, *, axis_name: str, reverse: bool = False
+    compose: Callable[[Any, Any], Any],
+    elements: Any,
+    *,
+    axis_name: str | tuple[str, ...],
+    reverse: bool = False,
 ) -> Any:
     """`lax.associative_scan` over time (axis 1): what the elements of all tokens up to each one compose to.
 
@@ -371,10 +406,14 @@ def associative_scan(
       reverse: from the last token to the first; `compose` then gets the later one first.
     """
     ranks = exchanges.ranks("associative_scan", axis_name, reverse)
-    leaves, structure = jax.tree.flatten(elements)
-    elements = jax.tree.unflatten(structure, exchanges.varying(axis_name, *leaves))
+    for x in jax.tree.leaves(elements):
+        arguments.check_array("associative_scan", "an element", x)
+    if arguments.nothing(*jax.tree.leaves(elements)):
+        return elements
+    elements = manual_axes.alike(elements, axis_name)
     composed = jax.lax.associative_scan(compose, elements, axis=1, reverse=reverse)
-    end = [x[:, 0 if reverse else -1] for x in jax.tree.leaves(composed)]
+    leaves, structure = jax.tree.flatten(composed)
+    end = [x[:, 0 if reverse else -1] for x in leaves]
     ends_W = exchanges.unpack(ranks.gather(exchanges.pack(end, lead=1)), end, lead=1)
     ends_W = jax.lax.associative_scan(compose, jax.tree.unflatten(structure, ends_W), axis=0)
     before = jnp.maximum(ranks.index - 1, 0)
@@ -413,8 +452,8 @@ def _by_map(operator, inputs, how, keywords):
     name = operator.__name__
     arguments.check_qkv(name, *inputs[:3])
     form = _form(name, *how, columns=inputs[2].shape[-1], matrix=True)
-    q_BTHK, k_BTHK, v_BTHV, *others, initial_state, segment_ids = exchanges.varying(
-        form.ranks.axis_name, *inputs
+    q_BTHK, k_BTHK, v_BTHV, *others, initial_state, segment_ids = manual_axes.alike(
+        inputs, form.ranks.axis_name
     )
 
     def run(v_BTHX, start_BHKX):

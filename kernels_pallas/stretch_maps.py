@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas
-from kernels_pallas import decay_sums, exchanges, matmul, segments
+from kernels_pallas import decay_sums, dtypes, exchanges, matmul, segments
 from kernels_pallas import recurrence_arguments as arguments
 
 
@@ -34,9 +34,9 @@ def written(k_BTGK, v_BTHV, log_decay_BTHX, run_BT):
         after = jnp.where(leaves_BT11, 1.0 if after is None else after, 0.0)
         total = jnp.where((run_BT[:, -1] == 0)[:, None, None], total, 0.0)
     if after is not None and after.shape[-1] > 1:
-        k_BTGK = arguments.repeat_heads(k_BTGK, H) * after
+        k_BTGK = dtypes.multiply(arguments.repeat_heads(k_BTGK, H), after)
     elif after is not None:
-        v_BTHV = v_BTHV * after
+        v_BTHV = dtypes.multiply(v_BTHV, after)
     G, K = k_BTGK.shape[2:]
     local_BGKW = matmul.einsum("BTGK,BTGW->BGKW", k_BTGK, v_BTHV.reshape(B, T, G, -1))
     local_BGRKV = jnp.moveaxis(local_BGKW.reshape(B, G, K, H // G, V), 3, 2)
@@ -53,7 +53,7 @@ def read(q_BTGK, state_BHKV, log_decay_BTHX, run_BT):
         enters_BT11 = (run_BT == 0)[:, :, None, None]
         through = jnp.where(enters_BT11, 1.0 if through is None else through, 0.0)
     if through is not None and through.shape[-1] > 1:
-        q_BTGK, through = arguments.repeat_heads(q_BTGK, H) * through, None
+        q_BTGK, through = dtypes.multiply(arguments.repeat_heads(q_BTGK, H), through), None
     B, T, G, K = q_BTGK.shape
     state_BGKW = jnp.moveaxis(state_BHKV.reshape(B, G, H // G, K, -1), 2, 3).reshape(B, G, K, -1)
     o_BTHV = matmul.einsum("BTGK,BGKW->BTGW", q_BTGK, state_BGKW).reshape(B, T, H, -1)
@@ -65,11 +65,12 @@ def by_map(name, form, operator, q_BTGK, v_BTHV, initial_state, segment_ids_BT):
     arguments.check_segment_ids(name, segment_ids_BT, v_BTHV)
     (B, T, H, V), K = v_BTHV.shape, q_BTGK.shape[-1]
     zero_BHKV = arguments.normal_initial_state(name, None, q_BTGK, v_BTHV)
-    dtype = arguments.normal_initial_state(name, initial_state, q_BTGK, v_BTHV).dtype
+    entered_BHKV = arguments.normal_initial_state(name, initial_state, q_BTGK, v_BTHV)
+    if arguments.nothing(q_BTGK, v_BTHV):
+        return jnp.zeros_like(v_BTHV), form.ranks.of_last(entered_BHKV)
     identity_BHKK = jnp.broadcast_to(jnp.eye(K, dtype=zero_BHKV.dtype)[None, None], (B, H, K, K))
     values_BTHX = jnp.concatenate([v_BTHV, jnp.zeros_like(v_BTHV, shape=(B, T, H, K))], axis=-1)
     start_BHKX = jnp.concatenate([zero_BHKV, identity_BHKK], axis=-1)
-    start_BHKX, values_BTHX = exchanges.varying(form.ranks.axis_name, start_BHKX, values_BTHX)
     o_BTHX, final_BHKX = operator(values_BTHX, start_BHKX)
     _, first_B, last_B = documents(segment_ids_BT)
     state_BHKV, final_BHKV = exchanges.entering(
@@ -77,7 +78,7 @@ def by_map(name, form, operator, q_BTGK, v_BTHV, initial_state, segment_ids_BT):
     )
     read_BTHV = matmul.einsum("BTHK,BHKV->BTHV", o_BTHX[..., V:], state_BHKV)
     o_BTHV = (o_BTHX[..., :V].astype(read_BTHV.dtype) + read_BTHV).astype(v_BTHV.dtype)
-    return o_BTHV, final_BHKV.astype(dtype)
+    return o_BTHV, final_BHKV.astype(entered_BHKV.dtype)
 
 
 class ScanCall(NamedTuple):

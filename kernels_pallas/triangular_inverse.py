@@ -14,6 +14,8 @@ two matrix products a level. On two CPU cores, for 512 matrices of 64 x 64, this
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import manual_axes
+
 BLOCK = 16
 
 
@@ -35,6 +37,7 @@ def inverse(A_CC: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(X_MUU, new_M1U, i, axis=-2)
 
     eye_MUU = jnp.broadcast_to(jnp.eye(U, dtype=A_CC.dtype), diagonal_MUU.shape)
+    eye_MUU = manual_axes.alike(eye_MUU, manual_axes.varying(A_CC))
     X_MUU = jax.lax.fori_loop(1, U, substitute, eye_MUU)
     while U < C:
         first, second = X_MUU[..., 0::2, :, :], X_MUU[..., 1::2, :, :]

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import targets, tuning
+from kernels_pallas import manual_axes, targets, tuning
 
 EXTRA = "pip install -e '.[triton]'"
 LARGEST_GRID = 65535  # CUDA's, in all dimensions but the first
@@ -107,7 +107,8 @@ def launch(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **consta
         return [jnp.zeros(x.shape, x.dtype) for x in outputs]
     if targets.interpreting():
         run = functools.partial(_interpret, kernel, outputs, grid, constants)
-        return jax.pure_callback(run, outputs, *inputs)
+        results = jax.pure_callback(run, outputs, *inputs)
+        return manual_axes.alike(results, manual_axes.varying(inputs))
     try:
         import jax_triton  # raises on a host without a GPU, in some versions
     except ImportError as error:
@@ -117,7 +118,7 @@ def launch(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **consta
     # jax_triton 0.4 calls out_shape out_type.
     renamed = tuple(int(n) for n in jax_triton.__version__.split(".")[:2]) >= (0, 4)
     keywords = {"out_type" if renamed else "out_shape": outputs}
-    return jax_triton.triton_call(
+    results = jax_triton.triton_call(
         *inputs,
         kernel=kernel,
         grid=grid,
@@ -126,6 +127,7 @@ def launch(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **consta
         **keywords,
         **constants,
     )
+    return manual_axes.alike(results, manual_axes.varying(inputs))
 
 
 class _Tensor:

@@ -115,10 +115,10 @@ def unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
     return triton_call.why_not()
 
 
-def with_resets(log_decay_BTHK, segment_ids_BT, B, T):
+def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
     """The decay as kernels take it: a document's first token is a reset; None is zeros of one head."""
     if log_decay_BTHK is None:
-        log_decay_BTHK = jnp.zeros((B, T, 1, 1), jnp.float32)
+        log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:2], 1, 1))
     if segment_ids_BT is not None:
         starts_BT = segments.starts(segment_ids_BT)
         log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], decay_sums.RESET, log_decay_BTHK)

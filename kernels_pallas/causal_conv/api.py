@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dispatch, segments
+from kernels_pallas import dispatch, explicit_axes, segments, spans
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.causal_conv import pallas_tpu, reference, shifted
 
@@ -17,6 +17,7 @@ IMPLEMENTATIONS = (
 FEW = 16  # tokens: below, as in decoding, XLA's form is as good as a kernel
 
 
+@explicit_axes.automatic(("BTD", "BSD"), x_BTD="BTD")
 def causal_conv(
     x_BTD: jax.Array,
     w: jax.Array,
@@ -51,22 +52,27 @@ def causal_conv(
       l2_norm_heads: H, or None for no norm. x must be real.
       eps: of the norm.
       initial_state: (B, I-1, D), the inputs before the first token, oldest first; None is zeros. It belongs to the
-        first token's document and is rounded to x's dtype.
+        first token's document and is rounded to x's dtype. Complex where x is real, it makes the
+        tail complex.
       segment_ids: int (B, T); a document is a run of equal ids, and no tap reaches from one into another.
       implementation: 'pallas_tpu' (float32 and bfloat16, widths to 17), 'shifted' (XLA), 'reference', or None for the best
         here; for fewer than 16 tokens None takes no kernel.
 
     Returns:
-      y_BTD in x's dtype (everything before is float32 or wider), and the tail (B, I-1, D) in x's dtype: the last I-1 inputs
-      of the last token's document, zeros before them. Given as the next call's initial_state, it continues exactly.
+      y_BTD in x's dtype (complex where w, the bias or the initial state makes it so; everything
+      before is float32 or wider), and the tail (B, I-1, D) in x's dtype: the last I-1 inputs of the
+      last token's document, zeros before them. Given as the next call's initial_state, it continues
+      exactly.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown activation or implementation.
       NotImplementedError: a named implementation that does not take this call, with its reason.
     """
     operator = "causal_conv"
-    if x_BTD.ndim != 3 or x_BTD.shape[1] == 0:
-        raise ValueError(f"{operator}: x must be (B, T, D) with T > 0; got {x_BTD.shape}")
+    arguments.check_array(operator, "x", x_BTD)
+    arguments.check_array(operator, "w", w)
+    if x_BTD.ndim != 3:
+        raise ValueError(f"{operator}: x must be (B, T, D); got {x_BTD.shape}")
     if not jnp.issubdtype(x_BTD.dtype, jnp.inexact):
         raise ValueError(f"{operator}: x must be floating or complex; got {x_BTD.dtype}")
     B, T, D = x_BTD.shape
@@ -78,8 +84,10 @@ def causal_conv(
     if bias is not None:
         arguments.check_shape(operator, "bias", bias, (D,))
     if initial_state is None:
-        initial_state = jnp.zeros((B, width - 1, D), x_BTD.dtype)
+        initial_state = jnp.zeros_like(x_BTD, shape=(B, width - 1, D))
     arguments.check_shape(operator, "initial_state", initial_state, (B, width - 1, D))
+    tail_dtype = reference.promoted(x_BTD, initial_state).dtype
+    x_BTD = reference.promoted(x_BTD, w, bias, initial_state)
     start_BT = None
     if segment_ids is not None:
         arguments.check_segment_ids(operator, segment_ids, x_BTD)
@@ -92,7 +100,11 @@ def causal_conv(
         "start_BT": start_BT,
         "finish": reference.finish_of(x_BTD, activation, l2_norm_heads, eps),
     }
+    if arguments.nothing(x_BTD):
+        tail = call["initial_state"] if T == 0 else jnp.zeros_like(call["initial_state"])
+        return jnp.zeros_like(x_BTD), reference.demoted(tail, tail_dtype)
     served = IMPLEMENTATIONS
-    if implementation is None and T < FEW:
+    if implementation is None and spans.known(T) and T < FEW:
         served = tuple(each for each in IMPLEMENTATIONS if each.platform is None)
-    return dispatch.choose(operator, served, implementation, **call).call(**call)
+    y_BTD, tail = dispatch.run(operator, served, implementation, **call)
+    return y_BTD, reference.demoted(tail, tail_dtype)

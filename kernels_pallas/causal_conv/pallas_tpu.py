@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import kernel_vjp, targets, tuning
+from kernels_pallas import kernel_vjp, manual_axes, targets, tuning
 from kernels_pallas.causal_conv import reference, shifted, tpu_kernels
 from kernels_pallas.causal_conv.tpu_kernels import LANES, ROWS
 
@@ -255,7 +255,7 @@ def _call(plan: Plan, kernel, inputs, outputs, columns):
         grid=(plan.B, plan.chunks, plan.blocks),
         in_specs=[plan.spec(kind, array, backward) for array, kind in inputs],
         out_specs=[plan.spec(kind, array, backward) for array, kind in outputs],
-        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array, _ in outputs],
+        out_shape=manual_axes.shapes([x for x, _ in outputs], [x for x, _ in inputs]),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(order,) * 3, vmem_limit_bytes=VMEM_BYTES + (8 << 20)

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import segments
+from kernels_pallas import dtypes, segments
 from kernels_pallas.causal_conv import reference
 
 
@@ -45,7 +45,7 @@ def _sums(entered_BSD, w, bias, run_BS):
     """z in float32 or wider, of T = S - (I-1) tokens."""
     width, S = w.shape[0], entered_BSD.shape[1]
     T = S - (width - 1)
-    dtype = jnp.result_type(entered_BSD.dtype, w.dtype, jnp.float32)
+    dtype = dtypes.common(entered_BSD.dtype, w.dtype, jnp.float32)
     z_BTD = 0 if bias is None else bias.astype(dtype)[None, None]
     for i in range(width):
         tap_BTD = _kept(entered_BSD[:, i : i + T], run_BS, i, width - 1, T)
@@ -62,7 +62,7 @@ def _backward(finish, saved, dy_BTD):
     width, (_, T, _) = w.shape[0], dy_BTD.shape
     margin = width - 1
     _, finish_vjp = jax.vjp(finish, _sums(entered_BSD, w, bias, run_BS))
-    dtype = jnp.result_type(entered_BSD.dtype, w.dtype, jnp.float32)
+    dtype = dtypes.common(entered_BSD.dtype, w.dtype, jnp.float32)
     (g_BTD,) = finish_vjp(dy_BTD.astype(dtype))
     padded_g = jnp.pad(g_BTD, ((0, 0), (margin, margin), (0, 0)))
     # -1 is no document: what would come from beyond the ends is zero in any case.
@@ -76,8 +76,11 @@ def _backward(finish, saved, dy_BTD):
         d_entered_BSD = d_entered_BSD + later_BSD * w[i].astype(dtype)[None, None]
         tap_BTD = _kept(entered_BSD[:, i : i + T], run_BS, i, margin, T)
         dw.append(jnp.sum(g_BTD * tap_BTD.astype(dtype), axis=(0, 1)))
-    d_bias = None if bias is None else jnp.sum(g_BTD, axis=(0, 1)).astype(bias.dtype)
-    return d_entered_BSD.astype(entered_BSD.dtype), jnp.stack(dw).astype(w.dtype), d_bias, None
+    d_bias = None
+    if bias is not None:
+        d_bias = reference.demoted(jnp.sum(g_BTD, axis=(0, 1)), bias.dtype)
+    dw = reference.demoted(jnp.stack(dw), w.dtype)
+    return d_entered_BSD.astype(entered_BSD.dtype), dw, d_bias, None
 
 
 _finished.defvjp(_forward, _backward)

@@ -1,10 +1,9 @@
 """The delta rule, and the general diagonal-plus-low-rank recurrence: the public functions."""
 
-import numbers
-
 import jax
+import jax.numpy as jnp
 
-from kernels_pallas import dispatch, segments
+from kernels_pallas import dispatch, explicit_axes, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.delta_rule import chunked, gpu_triton, pallas_tpu, reference
 
@@ -66,24 +65,24 @@ def _scaled(implementation):
     return call
 
 
-def _number_scaled(implementation):
-    """An implementation that takes a number for a scale; one that is learned multiplies q in front of it."""
-
-    def call(*, q_BTGK, scale, **others):
-        if not isinstance(scale, numbers.Real):
-            q_BTGK, scale = q_BTGK.astype(arguments.state_dtype(q_BTGK)) * scale, 1.0
-        return implementation(q_BTGK=q_BTGK, scale=float(scale), **others)
-
-    return call
+def _scale_of(operator, scale, q_BTGK):
+    """The scale as a number, and q: where it is learned, q is multiplied by it here, in float32 or
+    wider.
+    """
+    if scale is None:
+        return q_BTGK.shape[-1] ** -0.5, q_BTGK
+    arguments.check_number_or_scalar(operator, "scale", scale)
+    if arguments.is_number(scale):
+        return float(scale), q_BTGK
+    q_BTGK = q_BTGK.astype(arguments.state_dtype(q_BTGK))
+    return 1.0, q_BTGK * scale.astype(q_BTGK.dtype)
 
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _scaled(_delta_rule_one_token), _not_one_token),
     dispatch.Implementation("pallas_tpu", pallas_tpu.pallas_tpu, pallas_tpu.unsupported, "tpu"),
-    dispatch.Implementation(
-        "triton", _number_scaled(gpu_triton.triton), gpu_triton.unsupported, "gpu"
-    ),
-    dispatch.Implementation("chunked", _number_scaled(segments.isolated(chunked.chunked))),
+    dispatch.Implementation("triton", gpu_triton.triton, gpu_triton.unsupported, "gpu"),
+    dispatch.Implementation("chunked", segments.isolated(chunked.chunked)),
     dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )
 DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (
@@ -93,6 +92,7 @@ DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (
 )
 
 
+@explicit_axes.automatic(("BTHV", "BHKV"), q_BTHK="BTGK", v_BTHV="BTHV")
 def delta_rule(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
@@ -123,7 +123,7 @@ def delta_rule(
       beta_BTH: (B, T, H), floating; 0 leaves the decayed state as it is.
       log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf forgets all that came before, and
         its gradient is 0. Positive values are not checked unless `kernels_pallas.checks` is on.
-      scale: multiplies q; None is K**-0.5.
+      scale: multiplies q, a number or a learned one, of shape (); None is K**-0.5.
       initial_state: (B, H, K, V), the state before the first token; None is zero. It belongs to the first token's
         document.
       segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another. NaN and Inf
@@ -148,21 +148,26 @@ def delta_rule(
     arguments.check_float(name, "beta", beta_BTH)
     arguments.check_segment_ids(name, segment_ids, v_BTHV)
     arguments.check_chunk_size(name, chunk_size)
-    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    state_BHKV = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV)
+    log_decay_BTHK = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
+    if arguments.nothing(q_BTHK, v_BTHV):
+        return jnp.zeros_like(v_BTHV), state_BHKV
+    scale, q_BTHK = _scale_of(name, scale, q_BTHK)
     call = {
         "q_BTGK": q_BTHK,
         "k_BTGK": k_BTHK,
         "v_BTHV": v_BTHV,
         "beta_BTH": beta_BTH,
-        "log_decay_BTHK": arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV),
-        "initial_state_BHKV": arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV),
+        "log_decay_BTHK": log_decay_BTHK,
+        "initial_state_BHKV": state_BHKV,
         "segment_ids_BT": segment_ids,
         "scale": scale,
         "chunk_size": chunk_size,
     }
-    return dispatch.choose(name, IMPLEMENTATIONS, implementation, **call).call(**call)
+    return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
 
 
+@explicit_axes.automatic(("BTHV", "BHKV"), q_BTHK="BTGK", v_BTHV="BTHV")
 def diagonal_plus_low_rank(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
@@ -213,20 +218,24 @@ def diagonal_plus_low_rank(
         arguments.check_float(name, label, array)
     arguments.check_segment_ids(name, segment_ids, v_BTHV)
     arguments.check_chunk_size(name, chunk_size)
-    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    state_BHKV = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV)
+    log_decay_BTHK = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
+    if arguments.nothing(q_BTHK, v_BTHV):
+        return jnp.zeros_like(v_BTHV), state_BHKV
+    scale, q_BTHK = _scale_of(name, scale, q_BTHK)
     call = {
         "q_BTHK": arguments.repeat_heads(q_BTHK.astype(arguments.state_dtype(q_BTHK)) * scale, H),
         "k_BTHK": arguments.repeat_heads(k_BTHK, H),
         "v_BTHV": v_BTHV,
         "a_BTHK": a_BTHK,
         "b_BTHK": b_BTHK,
-        "log_decay_BTHK": arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV),
-        "initial_state_BHKV": arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV),
+        "log_decay_BTHK": log_decay_BTHK,
+        "initial_state_BHKV": state_BHKV,
         "segment_ids_BT": segment_ids,
         "chunk_size": chunk_size,
     }
     implementations = DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS
-    return dispatch.choose(name, implementations, implementation, **call).call(**call)
+    return dispatch.run(name, implementations, implementation, **call)
 
 
 def step(
@@ -256,10 +265,10 @@ def step(
     Raises:
       ValueError: shapes or dtypes that do not fit. They are named as for `delta_rule`, with T = 1.
     """
-    inputs_BTHK = (x[:, None] for x in (q_BHK, k_BHK, v_BHV, beta_BH))
-    o_BTHV, state_BHKV = delta_rule(
-        *inputs_BTHK, _one_token_decay(log_decay), scale=scale, initial_state=state
-    )
+    name = "delta_rule.step"
+    inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, beta=beta_BH)
+    log_decay = arguments.one_token_decay(name, log_decay)
+    o_BTHV, state_BHKV = delta_rule(*inputs_BTHK, log_decay, scale=scale, initial_state=state)
     return o_BTHV[:, 0], state_BHKV
 
 
@@ -275,12 +284,10 @@ def step_diagonal_plus_low_rank(
     state: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `diagonal_plus_low_rank`, for decoding: `step` with a_BHK and b_BHK (B, H, K) for beta."""
-    inputs_BTHK = (x[:, None] for x in (q_BHK, k_BHK, v_BHV, a_BHK, b_BHK))
+    name = "diagonal_plus_low_rank.step"
+    inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, a=a_BHK, b=b_BHK)
+    log_decay = arguments.one_token_decay(name, log_decay)
     o_BTHV, state_BHKV = diagonal_plus_low_rank(
-        *inputs_BTHK, _one_token_decay(log_decay), scale=scale, initial_state=state
+        *inputs_BTHK, log_decay, scale=scale, initial_state=state
     )
     return o_BTHV[:, 0], state_BHKV
-
-
-def _one_token_decay(log_decay):
-    return log_decay if log_decay is None or log_decay.ndim == 1 else log_decay[:, None]

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import branches, decay_sums, matmul, segments, spans, triangular_inverse
+from kernels_pallas import branches, decay_sums, dtypes, matmul, segments, spans, triangular_inverse
 from kernels_pallas.delta_rule import reflections
 from kernels_pallas.kept import kept
 from kernels_pallas.matmul import scaled
@@ -79,7 +79,8 @@ def chunked(
     reflects = None
     if initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = _repeat_heads(reflections.squared(k_BTGK), v_BTHV.shape[2])
-        reflects = reflections.occur(jnp.abs(beta_BTH) * squared_BTH, log_decay_BTHK)
+        sizes_BTH = dtypes.multiply(jnp.abs(beta_BTH), squared_BTH)
+        reflects = reflections.occur(sizes_BTH, log_decay_BTHK)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, q_BTGK.shape[-1], v_BTHV, chunk_size, scale)
     return _run(form, inputs, initial_state_BHKV, reflects)
@@ -129,8 +130,7 @@ class _Form(NamedTuple):
 
 def _form(chunks, K, v_BTHV, chunk_size, scale) -> _Form:
     B, T, H, V = v_BTHV.shape
-    C = CHUNK if chunk_size is None else chunk_size
-    C = min(C, 1 << (T - 1).bit_length())
+    C = spans.chunk_length(CHUNK if chunk_size is None else chunk_size, T)
     M = spans.chunks_in_one(-(-T // C), B * H, max(K, V), accelerator_pairs=ACCELERATOR_PAIRS)
     return _Form(chunks, scale, C, M)
 
@@ -326,10 +326,11 @@ def _run_forward(form, inputs, S_BHKV, reflects):
             return (S_BHKV, spans.put(o_BTHV, _tokens(o_MBHCV.astype(dtype)), n, L)), S_MBHKV
 
         v_BTHV = wholes[2]
-        start = S_BHKV, jnp.empty_like(v_BTHV)  # every span is written
+        start = S_BHKV, spans.unwritten(v_BTHV)
         return jax.lax.scan(one_span, start, jnp.arange(v_BTHV.shape[1] // L))
 
     (S_BHKV, o_BTHV), S_NMBHKV = branches.either(reflects, over_spans, wholes, S_BHKV)
+    o_BTHV = spans.written(o_BTHV, inputs[2])
     o_BTHV, S_NMBHKV = kept((o_BTHV[:, :T], S_NMBHKV))
     return (o_BTHV, S_BHKV), (inputs, S_NMBHKV, reflects)
 
@@ -353,11 +354,12 @@ def _run_backward(form, residuals, cotangents):
             dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV)
             return (dS_BHKV, spans.put(dinputs, form_vjp(dchunks), n, L)), None
 
-        start = dS_BHKV, jax.tree.map(jnp.empty_like, wholes)
-        numbered = jnp.arange(len(S_NMBHKV)), S_NMBHKV
+        start = dS_BHKV, spans.unwritten(wholes)
+        numbered = jnp.arange(S_NMBHKV.shape[0]), S_NMBHKV
         return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
 
     dS_BHKV, dinputs = branches.either(reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV)
+    dinputs = spans.written(dinputs, inputs)
     return jax.tree.map(lambda dx: dx[:, :T], dinputs), dS_BHKV, None
 
 
@@ -367,7 +369,7 @@ _run.defvjp(_run_forward, _run_backward)
 def _padded(arrays, L):
     """(B, T, H, K) to a multiple of L tokens, by some that neither decay nor write."""
     return jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % L), (0, 0), (0, 0))), arrays
+        lambda x: jnp.pad(x, ((0, 0), (0, spans.missing(x.shape[1], L)), (0, 0), (0, 0))), arrays
     )
 
 

@@ -65,7 +65,6 @@ def triton(
     scale,
 ):
     """The Triton form. Arguments are normalised by `api.py`; the scale of q is a number."""
-    B, T = q_BTGK.shape[:2]
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = _form_of(*arrays, log_decay_BTHK, chunk_size)
     exact = form.GK == 1 and form.dtype == "float32"
@@ -73,7 +72,7 @@ def triton(
     if log_decay_BTHK is None and mixed == "bf16x2":
         mixed = "bf16x3"
     form = form._replace(inputs=mixed, mixed=mixed)
-    g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
+    g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     beta_BTH = beta_BTH.astype(jnp.float32)
     return _run((form, exact, scale), None, *arrays, beta_BTH, g_BTHK, initial_state_BHKV)
 

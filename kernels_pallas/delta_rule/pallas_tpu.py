@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import decay_sums, kernel_vjp, segments, targets, tpu_blocks
+from kernels_pallas import decay_sums, kernel_vjp, manual_axes, segments, targets, tpu_blocks
 from kernels_pallas.delta_rule import chunked, tpu_channel_decay, tpu_head_decay
 from kernels_pallas.delta_rule.tpu_plan import VMEM_BYTES, Plan, plan_of, unsupported
 
@@ -162,7 +162,7 @@ def _call(plan: Plan, kernel, ins, operands, outs, shapes):
         grid=(plan.B, plan.groups, plan.chunks),
         in_specs=[specs[kind] for kind in ins],
         out_specs=[specs[kind] for kind in outs],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+        out_shape=manual_axes.shapes(shapes, operands),
         scratch_shapes=[pltpu.VMEM((plan.heads, plan.K, plan.V), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),

@@ -1,6 +1,5 @@
 """How the delta rule's TPU kernels cut a call: chunk, heads a grid step, and the VMEM that takes."""
 
-import numbers
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -106,11 +105,9 @@ def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 
 
 
 def unsupported(
-    *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, initial_state_BHKV, chunk_size, scale, **_
+    *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, initial_state_BHKV, chunk_size, **_
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot run a call, and what comes nearest."""
-    if not isinstance(scale, numbers.Real):
-        return "scale is an array; it takes a number (multiply q by one that is learned; 'chunked' takes it as it is)"
     named = {"q": q_BTGK, "k": k_BTGK, "v": v_BTHV, "initial_state": initial_state_BHKV}
     for name, x in named.items():
         if x.dtype not in (jnp.float32, jnp.bfloat16):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import checks, dispatch, segments
+from kernels_pallas import checks, dispatch, dtypes, explicit_axes, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.diagonal_scan import chunked, gpu_triton, pallas_tpu, reference
 
@@ -25,6 +25,7 @@ IMPLEMENTATIONS = (
 )
 
 
+@explicit_axes.automatic(("BTD", "BD"), x_BTD="BTD")
 def diagonal_scan(
     x_BTD: jax.Array,
     decay_BTD: jax.Array | None = None,
@@ -67,8 +68,10 @@ def diagonal_scan(
     operator = "diagonal_scan"
     if (decay_BTD is None) == (log_decay is None):
         raise ValueError(f"{operator}: give exactly one of decay_BTD and log_decay")
-    if x_BTD.ndim != 3 or x_BTD.shape[1] == 0:
-        raise ValueError(f"{operator}: x must be (B, T, D) with T > 0; got {x_BTD.shape}")
+    arguments.check_array(operator, "x", x_BTD)
+    arguments.check_flag(operator, "reverse", reverse)
+    if x_BTD.ndim != 3:
+        raise ValueError(f"{operator}: x must be (B, T, D); got {x_BTD.shape}")
     if not jnp.issubdtype(x_BTD.dtype, jnp.inexact):
         raise ValueError(f"{operator}: x must be floating or complex; got {x_BTD.dtype}")
     B, T, D = x_BTD.shape
@@ -76,13 +79,13 @@ def diagonal_scan(
     decay = decay_BTD if log_decay is None else log_decay
     arguments.check_shape(operator, given, decay, (B, T, D), (D,))
     if initial_state is None:
-        initial_state = jnp.zeros((B, D), x_BTD.dtype)
+        initial_state = jnp.zeros_like(x_BTD, shape=(B, D))
     arguments.check_shape(operator, "initial_state", initial_state, (B, D))
 
-    dtype = jnp.result_type(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
+    dtype = dtypes.common(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
     if log_decay is not None:
         checks.not_positive(operator, "log_decay", jnp.real(log_decay))
-        decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
+        decay = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
     decay = decay.astype(dtype)
     decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
     start_BT1 = None
@@ -90,6 +93,9 @@ def diagonal_scan(
         arguments.check_segment_ids(operator, segment_ids, x_BTD)
         start_BT1 = segments.starts(segment_ids, reverse=reverse)[..., None]
         decay_BTD = jnp.where(start_BT1, 0, decay_BTD)
+    if arguments.nothing(x_BTD):
+        output_dtype = reference.output_dtype(x_BTD.dtype, dtype)
+        return jnp.zeros_like(x_BTD, output_dtype), initial_state.astype(dtype)
     call = {
         "x_BTD": x_BTD,
         "decay_BTD": decay_BTD,
@@ -97,4 +103,4 @@ def diagonal_scan(
         "start_BT1": start_BT1,
         "reverse": reverse,
     }
-    return dispatch.choose(operator, IMPLEMENTATIONS, implementation, **call).call(**call)
+    return dispatch.run(operator, IMPLEMENTATIONS, implementation, **call)

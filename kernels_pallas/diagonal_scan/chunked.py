@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import branches
+from kernels_pallas import branches, spans
 from kernels_pallas.diagonal_scan import reference
 from kernels_pallas.kept import kept
 
@@ -54,14 +54,15 @@ def chunked(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
 
 def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
     T = x_BTD.shape[1]
-    C = min(CHUNK_SIZE, T)
+    C = min(CHUNK_SIZE, T) if spans.known(T) else CHUNK_SIZE
+    missing = spans.missing(T, C)
 
     def in_chunks(z_BTD, fill):
         """Padded by tokens that leave the state as it is, from whichever end it comes."""
         if z_BTD is None:
             return None
-        padding = ((0, 0), (0, -T % C), (0, 0))
-        z_BTD = jnp.pad(z_BTD, padding, constant_values=fill) if T % C else z_BTD
+        if missing != 0:
+            z_BTD = jnp.pad(z_BTD, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
         return z_BTD.reshape(z_BTD.shape[0], -1, C, z_BTD.shape[2])
 
     x_BNCD, decay_BNCD = in_chunks(x_BTD, 0), in_chunks(decay_BTD, 1)

@@ -32,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import kernel_vjp, targets, tuning
+from kernels_pallas import kernel_vjp, manual_axes, targets, tuning
 from kernels_pallas.diagonal_scan import chunked
 
 LANES, RUNS = 128, 8
@@ -173,13 +173,14 @@ def _call(plan: _Plan, kernel, name: str, inputs, outputs):
     kept = (1, RUNS, RUNS, block, block)
     if kernel is _backward_kernel:
         kept += (1, RUNS, block)
+    written = [jax.ShapeDtypeStruct(plan.shape(kind), dtype) for dtype, kind in outputs]
     return tuple(
         pl.pallas_call(
             functools.partial(kernel, plan, from_last),
             grid=(plan.B // plan.b, pl.cdiv(plan.D, plan.d), plan.chunks),
             in_specs=[plan.spec(kind, from_last) for _, kind in inputs],
             out_specs=[plan.spec(kind, from_last) for _, kind in outputs],
-            out_shape=[jax.ShapeDtypeStruct(plan.shape(kind), dtype) for dtype, kind in outputs],
+            out_shape=manual_axes.shapes(written, [x for x, _ in inputs]),
             scratch_shapes=[
                 pltpu.VMEM((plan.columns, n, LANES), jnp.float32)
                 for n in kept

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import recurrence_arguments as arguments
+
 
 def step(x_BD, decay_BD, state_BD):
     """One token of `diagonal_scan`: h = decay * state + x, for decoding.
@@ -15,6 +17,8 @@ def step(x_BD, decay_BD, state_BD):
     Returns:
       (h_BD in the dtype that `diagonal_scan` gives, the new state in the state's dtype).
     """
+    for name, array in (("x", x_BD), ("decay", decay_BD), ("state", state_BD)):
+        arguments.check_array("diagonal_scan.step", name, array)
     decay_BD = decay_BD if decay_BD.ndim == 2 else decay_BD[None]
     state_BD = decay_BD.astype(state_BD.dtype) * state_BD + x_BD.astype(state_BD.dtype)
     return state_BD.astype(output_dtype(x_BD.dtype, state_BD.dtype)), state_BD

@@ -1,8 +1,9 @@
 """Linear attention with any decay: the public functions."""
 
 import jax
+import jax.numpy as jnp
 
-from kernels_pallas import dispatch, segments
+from kernels_pallas import dispatch, explicit_axes, segments
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.linear_attention import chunked, gpu_triton, pallas_tpu, reference
 
@@ -46,6 +47,7 @@ IMPLEMENTATIONS = (
 )
 
 
+@explicit_axes.automatic(("BTHV", "BHKV"), q_BTHK="BTGK", v_BTHV="BTHV")
 def linear_attention(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
@@ -106,9 +108,11 @@ def linear_attention(
         ),
         "segment_ids_BT": segment_ids,
         "chunk_size": chunk_size,
-        "scale": q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale),
     }
-    return dispatch.choose(name, IMPLEMENTATIONS, implementation, **call).call(**call)
+    if arguments.nothing(q_BTHK, v_BTHV):
+        return jnp.zeros_like(v_BTHV), call["initial_state_BHKV"]
+    call["scale"] = q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale)
+    return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
 
 
 def step(
@@ -136,9 +140,14 @@ def step(
     Raises:
       ValueError: shapes or dtypes that do not fit. They are named as for `linear_attention`, with T = 1.
     """
-    if log_decay is not None and log_decay.ndim > 1:
-        log_decay = log_decay[:, None]
+    name = "linear_attention.step"
+    q_BTHK, k_BTHK, v_BTHV = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV)
     o_BTHV, state_BHKV = linear_attention(
-        q_BHK[:, None], k_BHK[:, None], v_BHV[:, None], log_decay, scale=scale, initial_state=state
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
+        arguments.one_token_decay(name, log_decay),
+        scale=scale,
+        initial_state=state,
     )
     return o_BTHV[:, 0], state_BHKV

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import decay_sums, matmul, segments, spans, tuning
+from kernels_pallas import decay_sums, dtypes, matmul, segments, spans, tuning
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.kept import kept
 
@@ -47,7 +47,7 @@ def chunked(
     decay = "none" if log_decay_BTHK is None else "channel" if per_channel else "head"
     key = ("linear_attention", "chunked", str(v_BTHV.dtype), f"{K}x{V} {decay}")
     C = chunk_size or tuning.lookup({"chunk_size": CHUNK_SIZE}, *key)["chunk_size"]
-    C = min(C, max(16, 1 << (T - 1).bit_length()))
+    C = spans.chunk_length(C, T, least=16)
     chunks = -(-T // C)
     M = spans.chunks_in_one(chunks, B * H, max(K, V))
     N = -(-chunks // M)
@@ -99,9 +99,9 @@ def _forward(form, inputs, state_BGKW, runs):
 
     v_BTGW = inputs[2]
     N = v_BTGW.shape[1] // form.L
-    start = state_BGKW, jnp.empty_like(v_BTGW)  # every span is written
+    start = state_BGKW, spans.unwritten(v_BTGW)
     (final_BGKW, o_BTGW), state_NBGKW = jax.lax.scan(body, start, jnp.arange(N))
-    o_BTGW, state_NBGKW = kept((o_BTGW, state_NBGKW))
+    o_BTGW, state_NBGKW = kept((spans.written(o_BTGW, v_BTGW), state_NBGKW))
     return (o_BTGW, final_BGKW), (inputs, state_NBGKW, runs)
 
 
@@ -117,10 +117,10 @@ def _backward(form, saved, cotangents):
         d_state_BGKW, d_span = vjp((d_o_BLGW, d_state_BGKW))
         return (d_state_BGKW, spans.put(d_inputs, d_span, n, form.L)), None
 
-    start = d_final_BGKW, jax.tree.map(jnp.empty_like, inputs)
+    start = d_final_BGKW, spans.unwritten(inputs)
     numbered = jnp.arange(state_NBGKW.shape[0]), state_NBGKW
     (d_state_BGKW, d_inputs), _ = jax.lax.scan(body, start, numbered, reverse=True)
-    return d_inputs, d_state_BGKW, None
+    return spans.written(d_inputs, inputs), d_state_BGKW, None
 
 
 _over_spans.defvjp(_forward, _backward)
@@ -185,7 +185,7 @@ def _chunks(form, state_EKW, inputs, runs):
         q_in_MECK, k_out_MECK = matmul.scaled(q_MECK, through), matmul.scaled(k_MECK, after)
         keep_MEKW = total[..., None]
     elif total is not None:
-        v_out_MECW = v_MECW * over_values(after)
+        v_out_MECW = dtypes.multiply(v_MECW, over_values(after))
         keep_MEKW = over_values(total)[:, :, None]
     if pairs_MECC is not None:
         scores_MERCC = jnp.where(pairs_MECC[:, :, None], scores_MERCC, 0.0)

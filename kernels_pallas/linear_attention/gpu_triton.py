@@ -33,9 +33,8 @@ def triton(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
     """The Triton form. Arguments are normalised by `api.py`."""
-    B, T = q_BTGK.shape[:2]
     form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
-    g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, B, T)
+    g_BTHK = kernels.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     return _run((form, scale), None, q_BTGK, k_BTGK, v_BTHV, g_BTHK, initial_state_BHKV)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import decay_sums, kernel_vjp, segments, targets
+from kernels_pallas import decay_sums, kernel_vjp, manual_axes, segments, targets
 from kernels_pallas.linear_attention import chunked
 from kernels_pallas.linear_attention.tpu_plan import VMEM_BYTES, Plan, plan_of, unsupported
 
@@ -38,7 +38,7 @@ def pallas_tpu(
     K = k_BTGK.shape[3]
     if segment_ids_BT is not None:
         if log_decay_BTHK is None:
-            log_decay_BTHK = jnp.zeros((B, T, H, 1), jnp.float32)
+            log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (B, T, H, 1))
         starts_BT = segments.starts(segment_ids_BT)
         log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], decay_sums.RESET, log_decay_BTHK)
     q, k, v = (
@@ -139,12 +139,14 @@ def _call(plan: Plan, name, kernel, inputs, outputs, scratch):
     constants = plan.chunk.constants(plan, backward=name == "backward")
     fixed = [pl.BlockSpec(x.shape, lambda b, g, n, j, rank=x.ndim: (0,) * rank) for x in constants]
     given = [(kind, x) for kind, x in inputs if x is not None]
+    operands = manual_axes.alike((*constants, *(x for _, x in given)))
+    written = [jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in outputs]
     return pl.pallas_call(
         functools.partial(kernel, plan, len(constants)),
         grid=(plan.B, plan.H // (plan.heads * plan.shared), plan.chunks, plan.shared),
         in_specs=[*fixed, *(specs[kind] for kind, _ in given)],
         out_specs=[specs[kind] for kind, _, _ in outputs],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in outputs],
+        out_shape=manual_axes.shapes(written, operands),
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
@@ -152,7 +154,7 @@ def _call(plan: Plan, name, kernel, inputs, outputs, scratch):
         ),
         interpret=targets.interpreting(),
         name=f"linear_attention_{plan.decay or 'no'}_decay_{name}",
-    )(*constants, *(x for _, x in given))
+    )(*operands)
 
 
 def _forward(plan: Plan, keep: bool, q, k, v, gates, state):

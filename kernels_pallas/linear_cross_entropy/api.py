@@ -1,8 +1,9 @@
 """Losses from hidden states and the output matrix, without holding the logits: the public functions."""
 
 import jax
+import jax.numpy as jnp
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, explicit_axes, manual_axes, spans
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.linear_cross_entropy import chunked, reference
 from kernels_pallas.linear_cross_entropy.reference import TokenDetails
@@ -17,6 +18,7 @@ IMPLEMENTATIONS = (
 LAYOUTS = ("WD", "DW")
 
 
+@explicit_axes.automatic("BT", x_BTD="BTD")
 def linear_cross_entropy(
     x_BTD: jax.Array,
     matrix: jax.Array,
@@ -26,7 +28,7 @@ def linear_cross_entropy(
     bias_W: jax.Array | None = None,
     mask_BT: jax.Array | None = None,
     logit_softcap: float | None = None,
-    z_loss: float = 0.0,
+    z_loss: float | jax.Array = 0.0,
     chunk_size: int | None = None,
     words_axis: str | None = None,
     details: bool = False,
@@ -45,6 +47,7 @@ def linear_cross_entropy(
       targets_BT: int (B, T), each in 0 ... W-1 where the mask is not 0. What lies outside counts as a logit of 0.
       bias_W: (W,) or None.
       mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient, whatever x is there. It is no weight.
+      z_loss: a number, or an array of shape () with a gradient of its own.
       chunk_size: tokens of each row whose logits are held at once; None picks by shape (`chunked.heuristic_chunk_size`).
       words_axis: inside `jax.shard_map`, a mesh axis over which the words are split: the matrix and the bias are this rank's
         words, in the order of ranks, and targets count all. Logits stay where they are; three numbers a token are summed.
@@ -63,14 +66,17 @@ def linear_cross_entropy(
     arguments.check_shape(operator, "targets_BT", targets_BT, x_BTD.shape[:2])
     arguments.check_integers(operator, "targets_BT", targets_BT)
     softcap = _softcap(operator, "logit_softcap", logit_softcap)
-    loss = reference.CrossEntropy(softcap, z_loss, words_axis)
+    arguments.check_number_or_scalar(operator, "z_loss", z_loss)
+    arguments.check_flag(operator, "details", details)
+    loss = reference.CrossEntropy(softcap, words_axis)
     loss_BT, token_details = _run(
         operator, loss, layout, chunk_size, implementation,
-        x_BTD, matrix, bias_W, targets_BT, mask_BT, fixed=(),
+        x_BTD, matrix, bias_W, targets_BT, mask_BT, (), jnp.asarray(z_loss),
     )  # fmt: skip
     return (loss_BT, token_details) if details else loss_BT
 
 
+@explicit_axes.automatic("BT", x_BTD="BTD")
 def linear_kl_divergence(
     x_BTD: jax.Array,
     matrix: jax.Array,
@@ -128,8 +134,9 @@ def linear_kl_divergence(
         if teacher_bias_W is not None:
             arguments.check_shape(operator, "teacher_bias_W", teacher_bias_W, (W,))
         fixed = (teacher_matrix, teacher_bias_W)
-    if not temperature > 0:
-        raise ValueError(f"{operator}: temperature is {temperature!r}; expected a positive number")
+    if temperature is None:
+        raise ValueError(f"{operator}: temperature is None; expected a positive number")
+    arguments.check_positive(operator, "temperature", temperature)
     loss = reference.Divergence(
         _softcap(operator, "logit_softcap", logit_softcap),
         _softcap(operator, "teacher_logit_softcap", teacher_logit_softcap),
@@ -138,13 +145,14 @@ def linear_kl_divergence(
     )
     kl_BT, _ = _run(
         operator, loss, layout, chunk_size, implementation,
-        x_BTD, matrix, bias_W, teacher_BTE, mask_BT, fixed,
+        x_BTD, matrix, bias_W, teacher_BTE, mask_BT, fixed, None,
     )  # fmt: skip
     return kl_BT
 
 
 def _run(
-    operator, loss, layout, chunk_size, implementation, x_BTD, matrix, bias_W, given_BT, mask_BT, fixed
+    operator, loss, layout, chunk_size, implementation,
+    x_BTD, matrix, bias_W, given_BT, mask_BT, fixed, learned,
 ):  # fmt: skip
     B, T, _ = x_BTD.shape
     W = matrix.shape[layout.index("W")]
@@ -154,16 +162,19 @@ def _run(
     if mask_BT is not None:
         arguments.check_shape(operator, "mask_BT", mask_BT, (B, T))
         mask_BT = mask_BT != 0
-    if chunk_size is None:
-        chunk_size = chunked.heuristic_chunk_size(B, T, W)
-    elif not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(
-            f"{operator}: chunk_size is {chunk_size!r}; expected a positive integer (or None)"
-        )
+    expected = "a positive integer (or None)"
+    arguments.check_count(operator, "chunk_size", chunk_size, expected)
     chosen = dispatch.choose(operator, IMPLEMENTATIONS, implementation)
+    if 0 in (B, T):
+        none_BT = jnp.zeros_like(x_BTD, arguments.state_dtype(x_BTD, matrix), (B, T))
+        return none_BT, TokenDetails(none_BT, none_BT, none_BT)
+    if chunk_size is None or not spans.known(T):
+        chunk_size = chunked.heuristic_chunk_size(B, T, W)
+    x_BTD, matrix, bias_W = manual_axes.alike((x_BTD, matrix, bias_W))
     return chosen.call(
-        loss, layout, min(chunk_size, T), x_BTD, matrix, bias_W, (given_BT, mask_BT), fixed
-    )
+        loss, layout, min(chunk_size, T) if spans.known(T) else T,
+        x_BTD, matrix, bias_W, (given_BT, mask_BT), fixed, learned,
+    )  # fmt: skip
 
 
 def _check_product(operator, name, matrix_name, x_BTD, matrix, layout) -> int:
@@ -174,17 +185,18 @@ def _check_product(operator, name, matrix_name, x_BTD, matrix, layout) -> int:
         )
     arguments.check_float(operator, name, x_BTD)
     arguments.check_float(operator, matrix_name, matrix)
-    if x_BTD.ndim != 3 or 0 in x_BTD.shape:
-        raise ValueError(f"{operator}: {name} must be (B, T, D), none of them 0; got {x_BTD.shape}")
+    if x_BTD.ndim != 3:
+        raise ValueError(f"{operator}: {name} must be (B, T, D); got {x_BTD.shape}")
     if matrix.ndim != 2 or matrix.shape[layout.index("D")] != x_BTD.shape[2]:
         raise ValueError(
             f"{operator}: {matrix_name} must be ({', '.join(layout)}) with {name}'s D = {x_BTD.shape[2]}; got {matrix.shape} "
             "(layout= says which of its axes is the vocabulary)"
         )
+    if matrix.shape[layout.index("W")] == 0:
+        raise ValueError(f"{operator}: {matrix_name} has no words; got {matrix.shape}")
     return matrix.shape[layout.index("W")]
 
 
 def _softcap(operator, name, softcap):
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{operator}: {name} is {softcap!r}; expected a positive number, or None")
+    arguments.check_positive(operator, name, softcap)
     return softcap

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import matmul
+from kernels_pallas import matmul, spans
 from kernels_pallas.linear_cross_entropy import reference
 
 LOGITS_OF_A_PIECE = 1 << 27  # half a gigabyte in float32
@@ -24,9 +24,13 @@ TOKENS_OF_A_PIECE = (256, 4096)
 def heuristic_chunk_size(B: int, T: int, W: int) -> int:
     """Tokens of each row in a piece.
 
-    Each piece reads and writes all of dmatrix, so that fewer than several hundred tokens would wait for memory; more than
-    a few thousand gain nothing. In between, the logits of a piece take up to half a gigabyte. Pieces of a row are equal.
+    Each piece reads and writes all of dmatrix, so that fewer than several hundred tokens would wait
+    for memory; more than a few thousand gain nothing. A length or a batch that is not known now (a
+    symbolic shape) is one piece. In between, the logits of a piece take up to half a gigabyte.
+    Pieces of a row are equal.
     """
+    if not spans.known(B, T):
+        return T
     low, high = TOKENS_OF_A_PIECE
     tokens = max(low, min(high, LOGITS_OF_A_PIECE // W))
     pieces = -(-T // max(1, tokens // B))
@@ -34,56 +38,62 @@ def heuristic_chunk_size(B: int, T: int, W: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
-    """`loss` of the logits and its details, (B, T) in float32 or wider; gradients go to x, the matrix and the bias alone."""
+def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
+    """`loss` of the logits and its details, (B, T) in float32 or wider.
+
+    Gradients go to x, the matrix, the bias and what the loss has that is learned.
+    """
 
     def piece_results(start, size):
         x_BcD, tokens = _cut((x_BTD, per_token), start, size)
         logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
-        return loss(logits_BcW, tokens, fixed)
+        return loss(logits_BcW, tokens, fixed, learned)
 
     def one_piece(results, start, size):
-        return _paste(results, piece_results(start, size), start)
+        return spans.put_at(results, piece_results(start, size), start)
 
     B, T, _ = x_BTD.shape
     a_piece = jax.eval_shape(lambda: piece_results(0, chunk_size))
-    results = jax.tree.map(lambda z: jnp.zeros((B, T), z.dtype), a_piece)
+    results = jax.tree.map(lambda z: jnp.zeros_like(z, shape=(B, T)), a_piece)
     return _over_pieces(one_piece, results, chunk_size, T)
 
 
-def _forward(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
-    results = chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed)
-    return results, (x_BTD, matrix, bias_W, per_token, fixed)
+def _forward(loss, layout, chunk_size, *operands):
+    return chunked(loss, layout, chunk_size, *operands), operands
 
 
 def _backward(loss, layout, chunk_size, saved, cotangents):
-    x_BTD, matrix, bias_W, per_token, fixed = saved
+    x_BTD, matrix, bias_W, per_token, fixed, learned = saved
     g_BT, _ = cotangents
 
     def one_piece(sums, start, size):
-        dx_BTD, dmatrix, dbias_W = sums
+        dx_BTD, dmatrix, dbias_W, dlearned = sums
         x_BcD, tokens, g_Bc = _cut((x_BTD, per_token, g_BT), start, size)
         given, mask_Bc = tokens
         x_BcD, given = (reference.unmasked(z, mask_Bc) for z in (x_BcD, given))
         tokens = given, mask_Bc
         logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
-        _, vjp = jax.vjp(lambda logits_BcW: loss(logits_BcW, tokens, fixed)[0], logits_BcW)
-        (dlogits_BcW,) = vjp(g_Bc)
+        _, vjp = jax.vjp(lambda z, learned: loss(z, tokens, fixed, learned)[0], logits_BcW, learned)
+        dlogits_BcW, more = vjp(g_Bc)
+        dlearned = jax.tree.map(jnp.add, dlearned, more)
         letters = layout.lower()
         dx_BcD = matmul.einsum(f"btw,{letters}->btd", dlogits_BcW, matrix)
         dmatrix = dmatrix + matmul.einsum(f"btw,btd->{letters}", dlogits_BcW, x_BcD)
         if dbias_W is not None:
             dbias_W = dbias_W + jnp.sum(dlogits_BcW, axis=(0, 1))
-        return _paste(dx_BTD, dx_BcD.astype(x_BTD.dtype), start), dmatrix, dbias_W
+        dx_BTD = spans.put_at(dx_BTD, dx_BcD.astype(x_BTD.dtype), start)
+        return dx_BTD, dmatrix, dbias_W, dlearned
 
     zeros = (
-        jnp.zeros_like(x_BTD),
-        jnp.zeros(matrix.shape, g_BT.dtype),
-        None if bias_W is None else jnp.zeros(bias_W.shape, g_BT.dtype),
+        spans.unwritten(x_BTD),
+        jnp.zeros_like(matrix, g_BT.dtype),
+        None if bias_W is None else jnp.zeros_like(bias_W, g_BT.dtype),
+        jax.tree.map(jnp.zeros_like, learned),
     )
-    dx_BTD, dmatrix, dbias_W = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
+    dx_BTD, dmatrix, dbias_W, dlearned = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
     dbias_W = None if bias_W is None else dbias_W.astype(bias_W.dtype)
-    return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None
+    dx_BTD = spans.written(dx_BTD, x_BTD)
+    return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None, dlearned
 
 
 chunked.defvjp(_forward, _backward)
@@ -99,11 +109,3 @@ def _over_pieces(one_piece, carry, chunk_size: int, T: int):
 
 def _cut(arrays, start, size: int):
     return jax.tree.map(lambda z: lax.dynamic_slice_in_dim(z, start, size, axis=1), arrays)
-
-
-def _paste(wholes, pieces, start):
-    return jax.tree.map(
-        lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, start, axis=1),
-        wholes,
-        pieces,
-    )

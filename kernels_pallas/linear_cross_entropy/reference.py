@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from kernels_pallas import matmul
 
-# A loss is (logits (B,T,W), per_token, fixed) -> loss (B,T), details: what else is known of each token, without a gradient.
+# A loss is (logits (B,T,W), per_token, fixed, learned) -> loss (B,T), details: what else is known
+# of each token, without a gradient. Of the others only `learned` has one.
 # It is hashable, a static argument of the implementations.
 
 
@@ -23,13 +24,13 @@ class TokenDetails(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """per_token: targets and mask (B, T). details: TokenDetails. words_axis: the mesh axis that words are split over."""
+    """per_token: targets and mask (B, T). learned: the z-loss's weight. details: TokenDetails.
+    words_axis: the mesh axis that words are split over."""
 
     softcap: float | None
-    z_loss: float
     words_axis: str | None = None
 
-    def __call__(self, logits_BTW, per_token, fixed):
+    def __call__(self, logits_BTW, per_token, fixed, z_loss):
         targets_BT, mask_BT = per_token
         logits_BTW = capped(logits_BTW, self.softcap)
         largest_BT = jax.lax.stop_gradient(jnp.max(logits_BTW, axis=-1))
@@ -49,7 +50,7 @@ class CrossEntropy:
         nll_BT = log_z_BT - target_logit_BT
         correct_BT = (target_logit_BT >= largest_BT).astype(nll_BT.dtype)
         details = jax.lax.stop_gradient(TokenDetails(nll_BT, log_z_BT, correct_BT))
-        return masked(nll_BT + self.z_loss * log_z_BT**2, mask_BT), details
+        return masked(nll_BT + z_loss.astype(log_z_BT.dtype) * log_z_BT**2, mask_BT), details
 
     def _sum(self, x_BTW):
         """Over all words."""
@@ -66,7 +67,7 @@ class Divergence:
     temperature: float
     teacher_layout: str | None
 
-    def __call__(self, logits_BTW, per_token, fixed):
+    def __call__(self, logits_BTW, per_token, fixed, learned):
         teacher_BTW, mask_BT = per_token
         if self.teacher_layout is not None:
             teacher_BTW = all_logits(teacher_BTW, *fixed, self.teacher_layout)
@@ -102,12 +103,13 @@ def all_logits(x_BTD, matrix, bias_W, layout: str):
     )
 
 
-def whole(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed):
+def whole(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
     """`loss` of all logits at once, with its details."""
     del chunk_size
     per_token, fixed = jax.lax.stop_gradient((per_token, fixed))
-    arrays = x_BTD, matrix, bias_W
-    _, details = loss(all_logits(*jax.lax.stop_gradient(arrays), layout), per_token, fixed)
+    arrays = jax.lax.stop_gradient((x_BTD, matrix, bias_W))
+    _, details = loss(all_logits(*arrays, layout), per_token, fixed, jax.lax.stop_gradient(learned))
     given, mask_BT = per_token
     x_BTD, given = (unmasked(z, mask_BT) for z in (x_BTD, given))
-    return loss(all_logits(x_BTD, matrix, bias_W, layout), (given, mask_BT), fixed)[0], details
+    logits_BTW = all_logits(x_BTD, matrix, bias_W, layout)
+    return loss(logits_BTW, (given, mask_BT), fixed, learned)[0], details

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels_pallas import dispatch, segments
+from kernels_pallas import dispatch, dtypes, explicit_axes, manual_axes, segments, spans
 from kernels_pallas import recurrence_arguments as arguments
 from kernels_pallas.softmax_attention import chunked, library, reference
 from kernels_pallas.softmax_attention.finite import isolated
@@ -21,6 +22,7 @@ IMPLEMENTATIONS = (
 )
 
 
+@explicit_axes.automatic("BTHV", q_BTHK="BTHK", v_BTGV="BSGV")
 def softmax_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
@@ -65,7 +67,7 @@ def softmax_attention(
       ValueError: shapes that do not fit, or an unknown implementation.
       NotImplementedError: the named implementation cannot run this call here.
     """
-    _check(q_BTHK, k_BTGK, v_BTGV, window)
+    _check(q_BTHK, k_BTGK, v_BTGV, window, causal)
     arguments.check_scale("softmax_attention", scale)
     visibility = _visibility(
         q_BTHK.shape[:2],
@@ -75,8 +77,13 @@ def softmax_attention(
         causal,
         window,
     )
+    if 0 in (*q_BTHK.shape[:3], *v_BTGV.shape):  # nobody asks, or there is nothing to see
+        return jnp.zeros_like(q_BTHK, shape=(*q_BTHK.shape[:3], v_BTGV.shape[3]))
+    if q_BTHK.shape[3] == 0:  # all logits are 0, as those of one channel of zeros
+        q_BTHK, k_BTGK = (jnp.pad(z, ((0, 0),) * 3 + ((0, 1),)) for z in (q_BTHK, k_BTGK))
     implementations = IMPLEMENTATIONS
-    if q_BTHK.shape[1] * k_BTGK.shape[1] <= FEW_LOGITS:
+    T, S = q_BTHK.shape[1], k_BTGK.shape[1]
+    if spans.known(T, S) and T * S <= FEW_LOGITS:
         implementations = sorted(implementations, key=lambda each: each.name == "chunked")
     chosen = dispatch.choose(
         "softmax_attention",
@@ -88,7 +95,7 @@ def softmax_attention(
     )
     scale = q_BTHK.shape[3] ** -0.5 if scale is None else scale
     k_BTGK, v_BTGV = k_BTGK.astype(q_BTHK.dtype), v_BTGV.astype(q_BTHK.dtype)
-    return chosen.call(q_BTHK, k_BTGK, v_BTGV, visibility, scale)
+    return chosen.call(*manual_axes.alike((q_BTHK, k_BTGK, v_BTGV, visibility)), scale)
 
 
 def step(
@@ -102,8 +109,11 @@ def step(
     scale: float | None = None,
 ) -> jax.Array:
     """One token of `softmax_attention` against a cache that already holds its own key and value. Returns o_BHV."""
+    name = "softmax_attention.step"
+    (q_BTHK,) = arguments.one_token(name, q=q_BHK)
+    arguments.check_shape(name, "q_position", q_position_B, q_BHK.shape[:1])
     return softmax_attention(
-        q_BHK[:, None],
+        q_BTHK,
         k_BSGK,
         v_BSGV,
         q_positions_BT=q_position_B[:, None],
@@ -113,8 +123,10 @@ def step(
     )[:, 0]
 
 
-def _check(q_BTHK, k_BSGK, v_BSGV, window) -> None:
+def _check(q_BTHK, k_BSGK, v_BSGV, window, causal) -> None:
     operator = "softmax_attention"
+    for name, array in (("q", q_BTHK), ("k", k_BSGK), ("v", v_BSGV)):
+        arguments.check_float(operator, name, array)
     shapes = f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGV.shape}"
     if not q_BTHK.ndim == k_BSGK.ndim == v_BSGV.ndim == 4:
         raise ValueError(f"{operator}: q, k and v must be (B, time, heads, dim); got {shapes}")
@@ -124,21 +136,18 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window) -> None:
         raise ValueError(f"{operator}: k and v must share time and heads; got {shapes}")
     if q_BTHK.shape[3] != k_BSGK.shape[3]:
         raise ValueError(f"{operator}: q and k must share their last dimension K; got {shapes}")
-    if 0 in (q_BTHK.shape[1], *k_BSGK.shape[1:3]) or q_BTHK.shape[2] % k_BSGK.shape[2]:
-        raise ValueError(
-            f"{operator}: k's heads must divide q's, and no time axis may be empty; got {shapes}"
-        )
-    if not jnp.issubdtype(q_BTHK.dtype, jnp.floating):
-        raise ValueError(f"{operator}: q must be floating; got {q_BTHK.dtype}")
-    if window is not None and window < 1:
-        raise ValueError(f"{operator}: window must be at least 1 (the token itself); got {window}")
+    if not arguments.divides(k_BSGK.shape[2], q_BTHK.shape[2]):
+        raise ValueError(f"{operator}: k's heads must divide q's; got {shapes}")
+    expected = "an integer of at least 1 (the token itself), or None"
+    arguments.check_count(operator, "window", window, expected)
+    arguments.check_flag(operator, "causal", causal)
 
 
 def _signed(x):
     """Integers in int32 or wider: the age of a key is a difference, which unsigned ones do not have."""
-    if x is None or not jnp.issubdtype(x.dtype, jnp.integer):
+    if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
         return x
-    return jnp.asarray(x).astype(jnp.result_type(x.dtype, jnp.int32))
+    return jnp.asarray(x).astype(dtypes.common(x.dtype, jnp.int32))
 
 
 def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Visibility:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import kernel_vjp, matmul
+from kernels_pallas import dtypes, kernel_vjp, matmul, spans
 
 BLOCK_SIZE = 128
 
@@ -24,7 +24,7 @@ def chunked(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     T, S, G = q_BTHK.shape[1], *v_BSGV.shape[1:3]
     C, E = block_sizes(T, S)
     k_BGSK, v_BGSV = (keys_first(z, E) for z in (k_BSGK, v_BSGV))
-    visibility = visibility.padded(-T % C, -S % E)
+    visibility = visibility.padded(spans.missing(T, C), spans.missing(S, E))
     q_BGRTK = queries_first(q_BTHK, G, C)
     o_BGRTV = _attend((scale, (C, E)), visibility, q_BGRTK, k_BGSK, v_BGSV)
     return time_first(o_BGRTV, T).astype(q_BTHK.dtype)
@@ -32,20 +32,20 @@ def chunked(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
 
 def block_sizes(T: int, S: int) -> tuple[int, int]:
     """C queries and E keys."""
-    return min(BLOCK_SIZE, T), min(BLOCK_SIZE, S)
+    return tuple(min(BLOCK_SIZE, size) if spans.known(size) else BLOCK_SIZE for size in (T, S))
 
 
 def queries_first(q_BTHK, G, C):
     """(B, G, R, T, K), T padded to whole blocks."""
     B, T, H, K = q_BTHK.shape
     q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, -T % C), (0, 0)))
+    return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, spans.missing(T, C)), (0, 0)))
 
 
 def keys_first(z_BSGX, E):
     """(B, G, S, X), S padded to whole blocks."""
     S = z_BSGX.shape[1]
-    return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, -S % E), (0, 0)))
+    return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, spans.missing(S, E)), (0, 0)))
 
 
 def time_first(o_BGRTV, T):
@@ -76,7 +76,7 @@ def _add(z, block, i, size):
 
 def _product(subscripts, x, y, dtype):
     """Operands in the input's dtype, sums in float32 or wider."""
-    accumulate = jnp.promote_types(dtype, jnp.float32)
+    accumulate = dtypes.common(dtype, jnp.float32)
     return jnp.einsum(
         subscripts, x.astype(dtype), y.astype(dtype), preferred_element_type=accumulate
     )
@@ -92,7 +92,7 @@ def _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes):
 
 def nothing_seen(q_BGRTK, v_BGSV):
     """The running m, l and o of every query before it has met a key."""
-    accumulate = jnp.promote_types(q_BGRTK.dtype, jnp.float32)
+    accumulate = dtypes.common(q_BGRTK.dtype, jnp.float32)
     l_BGRT = jnp.zeros_like(q_BGRTK[..., 0], accumulate)
     o_BGRTV = jnp.zeros_like(q_BGRTK, accumulate, (*l_BGRT.shape, v_BGSV.shape[3]))
     return jnp.full_like(l_BGRT, -jnp.inf), l_BGRT, o_BGRTV
@@ -202,7 +202,7 @@ def _forward(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
 def _backward(form, visibility, arrays, residuals, g_BGRTV):
     (q_BGRTK, k_BGSK, v_BGSV), (o_BGRTV, log_sum_BGRT) = arrays, residuals
     dtype = q_BGRTK.dtype
-    dq_BGRTK = jnp.zeros_like(q_BGRTK, jnp.promote_types(dtype, jnp.float32))
+    dq_BGRTK = jnp.zeros_like(q_BGRTK, dtypes.common(dtype, jnp.float32))
     saved = q_BGRTK, g_BGRTV, log_sum_BGRT, matmul.sum_last(g_BGRTV * o_BGRTV)[..., 0]
     gradients = see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, *form)
     return tuple(z.astype(dtype) for z in gradients)

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import kernel_vjp, targets
+from kernels_pallas import dtypes, kernel_vjp, manual_axes, targets
 from kernels_pallas.softmax_attention import chunked
 
 
@@ -28,9 +28,10 @@ def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     qkv = _same_width(q_BTHK, k_BSGK, v_BSGV)
     if dtype == jnp.float16:  # the library asks for a product that XLA's CPU backend does not have
         qkv = (x.astype(jnp.float32) for x in qkv)
-    o_BTHV = jax.nn.dot_product_attention(
-        *qkv, mask=seen_BTS[:, None], scale=scale, implementation="xla"
-    )[..., :V].astype(dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        o_BTHV = jax.nn.dot_product_attention(
+            *qkv, mask=seen_BTS[:, None], scale=scale, implementation="xla"
+        )[..., :V].astype(dtype)
     some_BT = jnp.any(seen_BTS, axis=-1)  # the library averages all keys where a row sees none
     return jnp.where(some_BT[:, :, None, None], o_BTHV, 0)
 
@@ -112,7 +113,7 @@ def _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV):
     V = v_BSGV.shape[-1]
     padding = ((0, 0), (0, -T % 128), (0, 0), (0, 0))
     dtype = q_BTHK.dtype
-    scaled_BTHK = (q_BTHK.astype(jnp.promote_types(dtype, jnp.float32)) * scale).astype(dtype)
+    scaled_BTHK = (q_BTHK.astype(dtypes.common(dtype, jnp.float32)) * scale).astype(dtype)
     q_BTHK, k_BSGK, v_BSGV = (jnp.pad(z, padding) for z in _same_width(scaled_BTHK, k_BSGK, v_BSGV))
     S = q_BTHK.shape[1]
     window = visibility.window
@@ -150,6 +151,8 @@ def no_splash(*, q, v, visibility) -> str | None:
     """Why splash attention cannot run this call, or None."""
     if not visibility.aligned:
         return "splash attention masks by index: it takes no positions, and as many keys as queries"
+    if manual_axes.varying((q, v, visibility)):
+        return "splash attention cannot be traced under jax.shard_map's check_vma: pass check_vma=False"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"splash attention takes bfloat16 and float32; q is {q.dtype}"
     if visibility.kv_segment_BS is not visibility.q_segment_BT:

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import dtypes
+
 
 def naive(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     """o_t = sum_s p_ts v_s, p_t = softmax over what t sees. Arguments are normalised by `api.py`."""
     B, T, H, K = q_BTHK.shape
     G, V = v_BSGV.shape[2:]
-    dtype = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    dtype = dtypes.common(q_BTHK.dtype, jnp.float32)
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K).astype(dtype)
     k_BSGK, v_BSGV = k_BSGK.astype(dtype), v_BSGV.astype(dtype)
     seen_BGRTS = visibility.mask()[:, None, None]

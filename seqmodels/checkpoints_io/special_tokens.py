@@ -148,7 +148,7 @@ def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
 
     like: the tokenizer.json that it was made of; the files beside that one are kept, as `write` does.
     """
-    cache = Path(os.environ.get("SEQMODELS_CACHE") or Path.home() / ".cache" / "seqmodels")
+    cache = Path(os.environ.get("SEQMODELS_CACHE") or "~/.cache/seqmodels").expanduser()
     folders = cache / "tokenizers"
     folders.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folders) as temporary:

@@ -301,7 +301,7 @@ def test_output_and_tail_keep_the_dtype_of_x():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x_BTD": jnp.zeros((5, 3))}, r"x must be \(B, T, D\) with T > 0; got \(5, 3\)"),
+        ({"x_BTD": jnp.zeros((5, 3))}, r"x must be \(B, T, D\); got \(5, 3\)"),
         ({"x_BTD": jnp.zeros((2, 5, 3), int)}, "x must be floating or complex; got int"),
         ({"w": jnp.zeros((3, 4))}, r"w must be \(width, D\) .* D = 3; got \(3, 4\)"),
         ({"w": jnp.zeros((0, 3))}, r"width > 0"),
@@ -328,3 +328,42 @@ def test_published_workloads_trace():
         w = jax.ShapeDtypeStruct((shape["I"], shape["D"]), jnp.float32)
         y, tail = jax.eval_shape(causal_conv, x, w)
         assert y.shape == x.shape and tail.shape == (shape["B"], shape["I"] - 1, shape["D"])
+
+
+@pytest.mark.parametrize("complex_one", ["w", "bias", "initial_state"])
+@pytest.mark.parametrize("implementation", ["shifted", "reference"])
+def test_a_real_input_keeps_the_imaginary_part_of_the_others(complex_one, implementation):
+    """As for x made complex: values, gradients, and the tail, which is complex only where what
+    entered is.
+    """
+    rng = np.random.default_rng(0)
+    sizes = {"w": (3, 2), "bias": (2,), "initial_state": (1, 2, 2)}
+    others = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    others[complex_one] = others[complex_one] * np.complex64(1 + 2j)
+    x = rng.standard_normal((1, 5, 2)).astype(np.float32)
+    ids = np.array([[1, 1, 1, 2, 2]])
+
+    def results(x, others):
+        y, tail = causal_conv(x, **others, segment_ids=ids, implementation=implementation)
+        loss = jnp.sum(jnp.sin(3 * jnp.real(y)) + jnp.imag(y) ** 2) + jnp.sum(jnp.real(tail) ** 2)
+        return loss, (y, tail)
+
+    compute = jax.value_and_grad(results, (0, 1), has_aux=True)
+    (_, (y, tail)), (dx, d_others) = compute(x, others)
+    (_, (whole_y, whole_tail)), (whole_dx, whole_d) = compute(x.astype(np.complex64), others)
+    assert y.dtype == np.complex64 and tail.dtype == others["initial_state"].dtype
+    assert abs(np.imag(y)).max() > 0.1
+    assert_close({"y": y, "tail": tail}, {"y": whole_y, "tail": whole_tail}, TOLERANCE["float32"])
+    assert dx.dtype == x.dtype and all(d_others[n].dtype == others[n].dtype for n in others)
+    expected = {
+        "x": np.real(whole_dx),
+        **{n: np.asarray(whole_d[n], others[n].dtype) for n in others},
+    }
+    assert_close({"x": dx, **d_others}, expected, TOLERANCE["float32"])
+    # and token by token
+    state, tokens = others["initial_state"], []
+    for x_BD in x[:, :3].swapaxes(0, 1):
+        y_BD, state = step(x_BD, others["w"], state, bias=others["bias"])
+        tokens.append(y_BD)
+    assert_close({"y": np.stack(tokens, 1)}, {"y": y[:, :3]}, TOLERANCE["float32"])
+    assert state.dtype == others["initial_state"].dtype

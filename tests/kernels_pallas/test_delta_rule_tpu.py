@@ -246,10 +246,7 @@ def test_unsupported():
     arrays = _published("small")
     with pytest.raises(NotImplementedError, match="it is a kernel for tpu; this is cpu"):
         jax.eval_shape(_forward_and_backward, *arrays)
-    with (
-        targets.interpreted(),
-        pytest.raises(NotImplementedError, match="scale is an array; it takes a number"),
-    ):
+    with targets.interpreted():  # a learned scale multiplies q before any kernel sees it
         jax.eval_shape(lambda c, *x: _forward_and_backward(*x, scale=c), jnp.ones(()), *arrays)
     half = [x if x.ndim == 3 else jax.ShapeDtypeStruct(x.shape, jnp.float16) for x in arrays]
     with (

@@ -199,7 +199,6 @@ def _renamed(x):
         ({"k": np.zeros((2, 6, 2, 8))}, r"must share batch and time; .* k \(2, 6, 2, 8\)"),
         ({"k": np.zeros((2, 5, 2, 7))}, "must share their last dimension K"),
         ({"v": np.zeros((2, 5, 3, 4))}, "G must divide v's heads H"),
-        ({"v": np.zeros((2, 5, 2, 0))}, "every dimension must be at least 1"),
         ({"q": np.zeros((2, 5, 2, 8), int)}, "q has dtype int64; expected a floating dtype"),
         (
             {"log_decay": np.zeros((2, 5))},

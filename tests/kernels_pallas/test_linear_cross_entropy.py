@@ -283,3 +283,30 @@ def test_a_masked_token_may_be_anything(implementation, value):
         bad_x, matrix, targets, mask_BT=mask, details=True, implementation=implementation
     )
     assert not np.isfinite(np.asarray(details.nll_BT)[~mask]).any()
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_the_weight_of_the_z_loss_has_a_gradient(implementation):
+    """Of an array without axes: the sum of the loss's cotangent times (log Z)^2, where the mask
+    lets it.
+    """
+    rng = np.random.default_rng(0)
+    inputs, given = _inputs(rng), _given(rng, "targets")
+    g_BT = rng.standard_normal((B, T)).astype(np.float32)
+
+    def loss(z_loss, matrix):
+        loss_BT, details = linear_cross_entropy(
+            inputs["x"], matrix, **given, z_loss=z_loss, chunk_size=8, details=True,
+            implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(g_BT * loss_BT), details.log_z_BT
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    (_, log_z_BT), d_z = jax.jit(gradient)(jnp.float32(0.2), inputs["matrix"])
+    expected = np.sum(g_BT * (given["mask_BT"] != 0) * np.square(log_z_BT))
+    np.testing.assert_allclose(d_z, expected, rtol=1e-4)
+    # and its own gradient: that of the matrix's by the weight
+    by_matrix = jax.jit(jax.grad(loss, 1, has_aux=True))
+    both = jax.jit(jax.grad(lambda matrix: gradient(jnp.float32(0.2), matrix)[1]))
+    slope = by_matrix(1.2, inputs["matrix"])[0] - by_matrix(0.2, inputs["matrix"])[0]
+    assert_close({"both": both(inputs["matrix"])}, {"both": slope}, TOLERANCE["float32"])

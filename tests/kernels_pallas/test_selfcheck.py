@@ -280,10 +280,16 @@ def test_a_folder_that_cannot_be_written_is_no_error(kind, monkeypatch, tmp_path
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "/general")
     assert first_use.cache_file() == tmp_path / "cache" / "selfcheck.json"
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv(
+        "SEQMODELS_CACHE", "~/own"
+    )  # as a container's settings have it, whom no shell has expanded
+    assert str(first_use.cache_file()) == "/home/me/own/selfcheck.json"
     monkeypatch.delenv("SEQMODELS_CACHE")
     assert str(first_use.cache_file()) == "/general/seqmodels/selfcheck.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/general")
+    assert str(first_use.cache_file()) == "/home/me/general/seqmodels/selfcheck.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
     assert str(first_use.cache_file()) == "/home/me/.cache/seqmodels/selfcheck.json"
     monkeypatch.setenv("SEQMODELS_CACHE", "~/kept")
     assert str(first_use.cache_file()) == "/home/me/kept/selfcheck.json"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+import kernels_pallas
 from kernels_pallas import causal_conv, kept, sequence_parallel, softmax_attention, targets
 from tests.kernels_pallas import test_delta_rule, test_diagonal_scan, test_linear_attention
 from tests.kernels_pallas.conformance import (
@@ -182,6 +183,25 @@ def test_causal_conv(width, T):
         assert_close(got, truth(CASES["causal_conv"], inputs, ids), TOLERANCE["float32"])
 
 
+def test_a_convolution_keeps_imaginary_parts_over_ranks():
+    """Of w, bias and what entered, where x is real; dtypes as the plain operator's."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 8, 3)).astype(np.float32)
+    w, bias, entered = (
+        (rng.standard_normal(size) * (1 + 2j)).astype(np.complex64)
+        for size in ((4, 3), (3,), (2, 3, 3))
+    )
+    for more in ({}, {"bias": bias}, {"initial_state": entered}):
+        inputs = {"x": x, "w": np.real(w) if more else w, **more}
+        ids = _documents(8, "packed")
+        got = jax.jit(_over_ranks("causal_conv", 4, None, check_vma=True).call)(
+            inputs, segment_ids=ids
+        )
+        for one, other in zip(got, _conv(inputs, segment_ids=ids)):
+            assert one.dtype == other.dtype
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_a_convolution_of_width_one_needs_no_tokens_before():
     x, w = np.arange(32, dtype=np.float32).reshape(2, 8, 2), np.array([[2.0, -1.0]], np.float32)
     ids, nothing = _documents(8, "packed"), np.zeros((2, 0, 2), np.float32)
@@ -243,7 +263,9 @@ def test_softmax_attention(W, exchange, keywords, T):
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["ring", pytest.param("all_gather", marks=exhaustive)])
 def test_softmax_attention_in_an_order_of_the_callers(exchange):
-    """The whole sequence lies in zigzag order, and positions say so; ids are one a document."""
+    """The whole sequence lies in zigzag order, and positions say so; ids are one a document, given
+    for both sides.
+    """
     W, T = 4, 96
     rng = np.random.default_rng(0)
     qkv = [rng.standard_normal((2, T, 2, 8)).astype(np.float32) for _ in "qkv"]
@@ -253,9 +275,10 @@ def test_softmax_attention_in_an_order_of_the_callers(exchange):
     position_BT = np.broadcast_to(order, (2, T)).astype(np.int32)
 
     def attend(q, k, v, segment_ids, position_BT):
+        ids = {"segment_ids": segment_ids, "kv_segment_ids_BS": segment_ids}
         positions = {"q_positions_BT": position_BT, "kv_positions_BS": position_BT}
         return sequence_parallel.softmax_attention(
-            q, k, v, segment_ids=segment_ids, **positions, axis_name="seq", exchange=exchange
+            q, k, v, **ids, **positions, axis_name="seq", exchange=exchange
         )
 
     over_ranks = jax.jit(
@@ -317,6 +340,116 @@ def test_kernels(operator, regime):
 def test_with_replication_checked(operator, regime):
     """Under check_vma, with a decay that is the same on all ranks."""
     _check(operator, 4, "all_gather", (regime,), 64, check_vma=True)
+
+
+DTYPES = ("bool", "int4", "uint8", "int16", "uint32", "int64", "uint64") + (
+    "float8_e5m2", "float16", "bfloat16", "float64", "complex64",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shift_gives_back_what_it_was_given(dtype):
+    """Any dtype, every bit: with documents x travels beside ids of 64 bits, of which some differ
+    above the 32nd.
+    """
+    rng = np.random.default_rng(0)
+    dtype = jnp.dtype(dtype)
+    x = rng.integers(0, 2**63, (2, 8)).view(np.int64)
+    if jnp.issubdtype(dtype, jnp.inexact):
+        x = rng.standard_normal((2, 8)) + (
+            1j * rng.standard_normal((2, 8)) if dtype.kind == "c" else 0
+        )
+    x, first = x.astype(dtype), np.ones((2, 1), dtype)
+    ids = np.array([[5, 5, 5, 5, 5 + 2**32, 5 + 2**32, 5, 5], [7] * 3 + [1] * 5])
+    begins = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    moved = np.concatenate([first, x[:, :-1]], axis=1)
+    with jax.enable_x64(True):
+        shift = functools.partial(sequence_parallel.shift, axis_name="seq")
+
+        def local(x, ids, first):
+            return shift(x, initial_state=first), shift(x, initial_state=first, segment_ids=ids)
+
+        specs = (TIME, TIME, SAME)
+        over_ranks = jax.shard_map(local, mesh=_mesh(4), in_specs=specs, out_specs=TIME)
+        got, within = jax.jit(over_ranks)(x, ids, first)
+    assert got.dtype == within.dtype == dtype
+    np.testing.assert_array_equal(got, moved)
+    np.testing.assert_array_equal(within, np.where(begins, np.zeros_like(x), moved))
+
+
+def test_associative_scan_of_64_bits():
+    x = (np.arange(16).reshape(2, 8) + 1) * 10**12
+    with jax.enable_x64(True):
+        scan = functools.partial(sequence_parallel.associative_scan, jnp.add, axis_name="seq")
+        over_ranks = jax.shard_map(scan, mesh=_mesh(4), in_specs=TIME, out_specs=TIME)
+        got = jax.jit(over_ranks)(x)
+    np.testing.assert_array_equal(got, np.cumsum(x, axis=1))
+
+
+def test_ranks_over_two_mesh_axes():
+    """axis_name as a tuple, of one axis or of two: the last one is the fastest."""
+    mesh = jax.make_mesh((2, 2), ("slow", "fast"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    q = np.random.default_rng(0).standard_normal((1, 16, 1, 4)).astype(np.float32)
+    ids = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 1, 1, 1, 1, 3, 3, 3, 3]])
+    expected = kernels_pallas.linear_attention(q, q, q, segment_ids=ids)
+    for axes, split in ((("slow", "fast"),) * 2, (("fast",), "fast")):
+        time = PartitionSpec(None, split)
+
+        def attend(q, ids, axes=axes):
+            return sequence_parallel.linear_attention(
+                q, q, q, segment_ids=ids, axis_name=axes, exchange="all_scan"
+            )
+
+        over_ranks = jax.shard_map(attend, mesh=mesh, in_specs=time, out_specs=(time, SAME))
+        got = jax.jit(over_ranks)(q, ids)
+        np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+        np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
+
+
+RETURNING = np.array(
+    [[1, 1, 2, 2, 1, 1, 3, 3], [1, 1, 1, 2, 1, 1, 1, 1], [4, 4, 4 + 2**32, 4 + 2**32, 4, 4, 4, 2]]
+)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    ["linear_attention", "delta_rule", "diagonal_plus_low_rank", "diagonal_scan", "causal_conv"]
+    + ["softmax_attention all_gather", "softmax_attention ring", "softmax_attention window"],
+)
+def test_an_id_that_comes_back_is_another_document(operator):
+    """On the same rank, on another, at a border; positions given or not: as the plain operator,
+    which cuts there.
+    """
+    rng = np.random.default_rng(0)
+    q, x = (rng.standard_normal((3, 8, *size)).astype(np.float32) for size in ((1, 4), (4,)))
+    position = np.broadcast_to(np.arange(8, dtype=np.int32), (3, 8))
+    name, *how = operator.split()
+    keywords = {"linear_attention": {}, "causal_conv": {"w": np.ones((4, 4), np.float32)}}.get(
+        name, {}
+    )
+    more = {"ring": {"exchange": "ring"}, "window": {"window": 6}}.get(how[0] if how else "", {})
+    if name == "diagonal_scan":
+        keywords = {"decay_BTD": np.full(4, 0.9, np.float32)}
+
+    def call(module, q, x, ids, position, **axis):
+        function = functools.partial(getattr(module, name), segment_ids=ids, **keywords, **axis)
+        if name in ("diagonal_scan", "causal_conv"):
+            return [function(x)[0]]
+        if name == "softmax_attention":
+            positions = {"q_positions_BT": position, "kv_positions_BS": position}
+            window = {k: v for k, v in more.items() if k == "window"}
+            sent = more if axis else window
+            return [function(q, q, q, **sent), function(q, q, q, **sent, **positions)]
+        others = {"delta_rule": [q[..., 0]], "diagonal_plus_low_rank": [q / 4, q / 4]}.get(name, [])
+        return [function(q, q / 4, q, *others)[0]]
+
+    with jax.enable_x64(True):
+        inputs = q, x, RETURNING, position
+        local = functools.partial(call, sequence_parallel, axis_name="seq")
+        over_ranks = jax.shard_map(local, mesh=_mesh(4), in_specs=TIME, out_specs=TIME)
+        got, expected = jax.jit(over_ranks)(*inputs), call(kernels_pallas, *inputs)
+    for one, other in zip(got, expected):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_associative_scan_and_shift():

@@ -1,8 +1,21 @@
-"""How long spans are."""
+"""How long spans are, and how they are written."""
 
+import re
+
+import jax
+import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import spans, targets
+from kernels_pallas import (
+    delta_rule,
+    diagonal_plus_low_rank,
+    diagonal_scan,
+    linear_attention,
+    linear_cross_entropy,
+    softmax_attention,
+    spans,
+    targets,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,3 +39,53 @@ def test_on_an_accelerator_it_is_what_was_asked_for(monkeypatch):
     assert spans.chunks_in_one(32, 4, 64) == 32
     assert spans.chunks_in_one(32, 4, 64, accelerator_pairs=64) == 16
     assert spans.chunks_in_one(32, 100, 64, accelerator_pairs=64) == 1
+
+
+T, H, K = 160, 2, 8
+SHAPES = {"q": (1, T, H, K), "beta": (1, T, H), "x": (1, T, K), "matrix": (24, K)}
+TAKES = {
+    linear_attention: "qqq",
+    delta_rule: ("q", "q", "q", "beta"),
+    diagonal_plus_low_rank: "qqqqq",
+    softmax_attention: "qqq",
+    diagonal_scan: "xx",
+    linear_cross_entropy: ("x", "matrix"),
+}
+
+
+@pytest.mark.parametrize("operator", TAKES, ids=lambda operator: operator.__name__)
+def test_a_loop_writes_bfloat16_without_converting_the_whole(operator, monkeypatch):
+    """Otherwise a call's time grows with the square of its length: XLA's CPU backend writes
+    float32 and narrows all of it.
+    """
+    monkeypatch.setattr(spans, "CPU_STATE_ROWS", 16)
+    keywords = {
+        softmax_attention: {"implementation": "chunked"},
+        linear_cross_entropy: {"targets_BT": jnp.zeros((1, T), jnp.int32), "chunk_size": 16},
+    }.get(operator, {})
+
+    def loss(*arrays):
+        results = operator(*arrays, **keywords)
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(results))
+
+    arrays = [jnp.ones(SHAPES[name], jnp.bfloat16) for name in TAKES[operator]]
+    gradients = jax.grad(loss, tuple(range(len(arrays))))
+    text = jax.jit(gradients).lower(*arrays).compile().as_text()
+    assert "dynamic-update-slice(" in text  # so there is something to see
+    assert not _converted_buffers(text)
+
+
+def _converted_buffers(text):
+    """Instructions that convert what a dynamic-update-slice gave, or that write into what was
+    converted for it.
+    """
+    opcode, found = {}, []
+    for line in text.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%(\S+) = \S+ ([\w-]+)\(%?([\w.-]*)", line)
+        if match is None:
+            continue
+        name, opcode[name], operand = match[1], match[2], match[3]
+        pair = opcode[name], opcode.get(operand)
+        if pair in (("convert", "dynamic-update-slice"), ("dynamic-update-slice", "convert")):
+            found.append(line.strip())
+    return found

@@ -341,3 +341,21 @@ def test_the_kept_report_fits_every_target():
     assert rows == sorted(rows, key=static_triton.key)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     assert all(row["shared"] <= row["limit"] for row in rows)
+
+
+def test_under_shard_map_as_it_comes():
+    """With check_vma, rows split and a decay that every device has: gradients as on one device."""
+    q = np.random.default_rng(0).standard_normal((2, 16, 1, 16)).astype(np.float32)
+    rows, same = jax.sharding.PartitionSpec("part"), jax.sharding.PartitionSpec()
+    mesh = jax.make_mesh((2,), ("part",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+    def call(q, log_decay):
+        return linear_attention(q, q, q, log_decay, implementation="triton")[0]
+
+    def gradients(function):
+        loss = jax.grad(lambda *z: jnp.sum(jnp.sin(function(*z))), (0, 1))
+        return dict(zip("qg", jax.jit(loss)(q, -np.ones(1, np.float32))))
+
+    with targets.interpreted():
+        split = jax.shard_map(call, mesh=mesh, in_specs=(rows, same), out_specs=rows)
+        assert_close(gradients(split), gradients(call), TOLERANCE["float32"])
