@@ -76,6 +76,11 @@ _sum_last.defvjp(
 )
 
 
+def finite_rows(x: jax.Array) -> jax.Array:
+    """Whether all of the last axis is finite: (..., K) to (...)."""
+    return jnp.isfinite(sum_last(jax.lax.stop_gradient(x) * 0))[..., 0]
+
+
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x scale, where scale broadcasts to x. One number a row, (..., 1): its gradient is summed by `sum_last`."""
     if scale.shape[-1] > 1:

@@ -7,6 +7,8 @@ token before it, in the same row, has the same id. The first token of a row keep
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import matmul
+
 
 def starts(segment_ids_BT: jax.Array, reverse: bool = False) -> jax.Array:
     """True where a token begins a new document; column 0 is False, so an initial state enters.
@@ -54,9 +56,8 @@ def isolated(operator):
         for name, x in inputs.items():
             if "_BT" not in name or x is None:
                 continue
-            finite = jnp.isfinite(x)
-            inputs[name] = jnp.where(finite, x, 0)
-            of_token = finite if x.ndim == 3 else jnp.all(finite, axis=-1)
+            inputs[name] = jnp.where(jnp.isfinite(x), x, 0)
+            of_token = jnp.isfinite(x) if x.ndim == 3 else matmul.finite_rows(x)
             bad_BTH |= ~jnp.repeat(of_token, H // x.shape[2], axis=2)
         finite_BHKV = jnp.isfinite(initial_state_BHKV)
         bad_BTH = bad_BTH.at[:, 0].set(bad_BTH[:, 0] | ~jnp.all(finite_BHKV, axis=(2, 3)))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import branches
+from kernels_pallas import branches, matmul
 
 BLOCK_SIZE = 128
 
@@ -32,8 +32,7 @@ def isolated(attend, *, one_query=False):
 
 def _cleared(x_BTHK):
     """With 0 for what is not finite, and where such stood."""
-    finite_BTHK = jnp.isfinite(x_BTHK)
-    return jnp.where(finite_BTHK, x_BTHK, 0), ~jnp.all(finite_BTHK, axis=-1)
+    return jnp.where(jnp.isfinite(x_BTHK), x_BTHK, 0), ~matmul.finite_rows(x_BTHK)
 
 
 def _sees(bad_BSG, visibility, T):
