@@ -133,7 +133,9 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
     lasts = branches.anywhere(_squared(A_BND) > LASTING**2)
     grows = branches.anywhere(growth_BND > GROWING**2)
     ways = lambda *maps: by_maps(*maps)[0], corrected, token_by_token
-    entering_BND = lax.switch(jnp.where(grows, 2, lasts), ways, b_BND, initial_state_BD)
+    entering_BND = lax.switch(
+        jnp.where(grows, 2, lasts.astype(jnp.int32)), ways, b_BND, initial_state_BD
+    )
     (_, h_BNCD), _ = lax.scan(extend_states, (entering_BND, jnp.zeros_like(x_BNCD)), order_C)
     h_BTD = h_BNCD.reshape(h_BNCD.shape[0], -1, h_BNCD.shape[3])[:, :T]
     return h_BTD, h_BTD[:, 0 if reverse else -1]

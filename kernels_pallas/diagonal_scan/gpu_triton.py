@@ -70,7 +70,7 @@ def _backward(reverse, _, arrays, entering_BND, cotangents):
 
 
 def _plain(reverse, _, x_BTD, decay_BTD, initial_BD):
-    return chunked.chunked(x_BTD, decay_BTD, initial_BD, reverse)
+    return chunked.chunked(x_BTD, decay_BTD, initial_BD, reverse=reverse)
 
 
 _scan = kernel_vjp.differentiable(_forward, _backward, _plain)

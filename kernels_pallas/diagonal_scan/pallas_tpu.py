@@ -96,7 +96,7 @@ def _backward(reverse, _, arrays, entering, gradients):
 
 def _plain(reverse, _, *planes):
     x, decay, initial = (z[0] if len(z) == 1 else lax.complex(*z) for z in planes)
-    results = chunked.chunked(x, decay, initial, reverse)
+    results = chunked.chunked(x, decay, initial, reverse=reverse)
     if len(planes[0]) == 1:
         return tuple((z,) for z in results)
     return tuple((jnp.real(z), jnp.imag(z)) for z in results)

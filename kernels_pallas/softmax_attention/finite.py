@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import branches, matmul
+from kernels_pallas import branches, matmul, spans
 
 BLOCK_SIZE = 128
 
@@ -38,19 +38,20 @@ def _cleared(x_BTHK):
 def _sees(bad_BSG, visibility, T):
     """Which queries see a bad key, (B, T, G), a block of queries at a time."""
     B, S, G = bad_BSG.shape
-    C = min(BLOCK_SIZE, T)
+    whole = not spans.known(T) or T <= BLOCK_SIZE
+    C = T if whole else BLOCK_SIZE
 
     def ask(any_bad, bad_BSG):
         if not any_bad:
-            return jnp.zeros((B, T, G), bool)
-        padded = visibility.padded(-T % C, 0)
+            return jnp.zeros_like(bad_BSG, shape=(B, T, G))
+        padded = visibility if whole else visibility.padded(-T % C, 0)
 
         def block(i):
             seen_BCS = padded.block(i * C, C, 0, S).mask()
             seen_BCS = jnp.broadcast_to(seen_BCS, (B, C, S)).astype(jnp.float32)
             return jnp.einsum("bcs,bsg->bcg", seen_BCS, bad_BSG.astype(jnp.float32)) > 0
 
-        if T == C:
+        if whole:
             return block(0)
         found_NBCG = jax.lax.map(block, jnp.arange(-(-T // C)))
         return jnp.moveaxis(found_NBCG, 0, 1).reshape(B, -1, G)[:, :T]
