@@ -74,7 +74,7 @@ class UserError(ValueError):
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training met a loss, gradient or parameter that is not finite."""
+    """A loss, gradient or parameter is not finite."""
 
 
 class Stopped(SystemExit):

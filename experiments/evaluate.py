@@ -202,6 +202,7 @@ def _score_split(subject: Subject, lengths, out: Path, first: bool) -> None:
     by_context = evaluation.by_context(
         subject.config, subject.params, _make_dataset, lengths, _MAX_BATCHES.value
     )
+    evaluation.check_finite(subject.name, scores.totals()["loss"])
     if not first:
         return
     what_of = {"model": subject.name, "step": subject.step, "split": _SPLIT.value}

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments import steps
+from experiments.cli import NonFiniteLoss
 from experiments.steps import Program
 from seqmodels import sharding
 
@@ -85,6 +86,15 @@ def bucket_table(sums: np.ndarray, buckets: int) -> list[dict]:
 def perplexity(loss: float) -> float:
     """exp(loss), of nats a token; inf where that is too large."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def check_finite(name: str, loss: float) -> None:
+    """Raises NonFiniteLoss where a loss says nothing, so that nobody compares it."""
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(
+            f"{name}: the loss is {loss}. Parameters have diverged, or the model computes in too "
+            "narrow a dtype: score an earlier checkpoint (--step), or in float32"
+        )
 
 
 def evaluate(program: Program, params, dataset, max_batches: int | None = None) -> Scores:

@@ -148,10 +148,11 @@ def train(
 
 
 def check_counts(config) -> None:
-    """Raises ValueError for numbers of steps and batches that mean nothing."""
+    """Raises ValueError for numbers of steps, batches and tokens that mean nothing."""
     for least, names in (
         (1, ("train.log_every", "train.eval_every", "checkpoint.every")),
         (0, ("train.steps", "train.eval_batches", "train.test_batches")),
+        (0, ("train.z_loss", "sample.length")),
     ):
         for section, name in (path.split(".") for path in names):
             if (config[section][name] or 0) < least:

@@ -132,7 +132,7 @@ def make_optimizer(
             )
     if config.name == "schedule_free" and not config.b1:
         raise ValueError("optimizer.b1 is 0; schedule_free's average needs more than that")
-    for name in ("eps", "weight_decay"):
+    for name in ("learning_rate", "eps", "weight_decay"):
         if config[name] < 0:
             raise ValueError(f"optimizer.{name} is {config[name]}; it must be at least 0")
     clip_by_norm = optax.identity() if offload else optax.clip_by_global_norm(config.clip)

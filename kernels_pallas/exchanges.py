@@ -203,9 +203,14 @@ def entering(
     return state, ranks.of_last(leaving)
 
 
+def decayed(decay, state):
+    """decay * state; 0 where either is, though a product of decays above 1 may be infinite."""
+    return jnp.where((decay == 0) | (state == 0), 0, decay * state)
+
+
 def _apply(form, decay, state):
     if not form.matrix:
-        return decay * state
+        return decayed(decay, state)
     return jnp.einsum("...KJ,...JV->...KV", decay, state, precision=lax.Precision.HIGHEST)
 
 
@@ -288,7 +293,7 @@ def _gather(form, local, decay, ids):
         behind_W = jnp.concatenate([factor_W[1:], jnp.ones_like(factor_W[:1])])
         weight_W = lax.cumprod(behind_W, axis=0, reverse=True)
         weight_W = jnp.where(over(before_W, weight_W), weight_W, 0)
-        state = jnp.sum(weight_W * local_W, axis=0)
+        state = jnp.sum(decayed(weight_W, local_W), axis=0)
     joined_B = None if joined_WB is None else jnp.take(joined_WB, here, axis=0)
     return state, joined_B
 

@@ -107,7 +107,7 @@ def scan(call, x_BTD, decay_BTD, initial_BD, ends):
 def _scan_forward(call, x_BTD, decay_BTD, initial_BD, ends):
     total_BD, local_BD = _composed(decay_BTD, x_BTD.astype(decay_BTD.dtype), call.reverse)
     entered_BD = jnp.where(call.form.ranks.index == 0, initial_BD, 0)
-    local_BD = local_BD + total_BD * entered_BD
+    local_BD = local_BD + exchanges.decayed(total_BD, entered_BD)
     state_BD, joined_B = exchanges.exchange(call.form, local_BD, total_BD, ends)
     results, vjp = jax.vjp(call.local, x_BTD, decay_BTD, entered_BD + state_BD)
     return results, (vjp, decay_BTD, total_BD, joined_B)
@@ -119,7 +119,7 @@ def _scan_backward(call, saved, cotangents):
     # Of the entering state's cotangent, what does not come from later ranks: g_t goes back through a_t to a_1.
     back_BTD = decay_BTD * g_BTD.astype(decay_BTD.dtype)
     _, g_BD = _composed(decay_BTD, back_BTD, not call.reverse)
-    g_BD = g_BD + total_BD * g_leaving_BD
+    g_BD = g_BD + exchanges.decayed(total_BD, g_leaving_BD)
     from_later_BD = exchanges.exchange_back(call.form, g_BD, total_BD, joined_B)
     d_x_BTD, d_decay_BTD, d_state_BD = vjp((g_BTD, g_leaving_BD + from_later_BD))
     d_initial_BD = jnp.where(call.form.ranks.index == 0, d_state_BD, 0)
@@ -144,6 +144,6 @@ def _composed(decay_BTD, x_BTD, reverse):
         first, *others = range(C)[::-1] if reverse else range(C)
         decay_BTD, x_BTD = decay_BNCD[:, :, first], x_BNCD[:, :, first]
         for i in others:
-            x_BTD = decay_BNCD[:, :, i] * x_BTD + x_BNCD[:, :, i]
-            decay_BTD = decay_BNCD[:, :, i] * decay_BTD
+            x_BTD = exchanges.decayed(decay_BNCD[:, :, i], x_BTD) + x_BNCD[:, :, i]
+            decay_BTD = exchanges.decayed(decay_BNCD[:, :, i], decay_BTD)
     return decay_BTD[:, 0], x_BTD[:, 0]

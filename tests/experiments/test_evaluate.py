@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, evaluation, metrics, plots, scoring, steps
+from experiments import cli, data, evaluation, metrics, plots, scoring, steps
 from seqmodels import language_model
 from tests.experiments import tiny
 
@@ -79,6 +79,13 @@ def test_a_split_without_tokens_is_refused(batch):
     batch["loss_mask"][:] = 0
     with pytest.raises(ValueError, match="no token"):
         score(batch).totals()
+
+
+def test_a_loss_that_says_nothing_is_refused(batch):
+    batch["num_bytes"][:] = 1
+    evaluation.check_finite("a run", score(batch).totals()["loss"])
+    with pytest.raises(cli.NonFiniteLoss, match=r"a run, step 3: the loss is nan\. Parameters"):
+        evaluation.check_finite("a run, step 3", math.nan)
 
 
 def test_pictures_are_written(batch, tmp_path):

@@ -294,6 +294,8 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path):
         ({"train.log_every": 0}, "train.log_every is 0; it must be at least 1"),
         ({"train.eval_every": 0}, "train.eval_every is 0; it must be at least 1"),
         ({"train.eval_batches": -1}, "train.eval_batches is -1; it must be at least 0"),
+        ({"train.z_loss": -0.5}, "train.z_loss is -0.5; it must be at least 0"),
+        ({"sample.length": -1}, "sample.length is -1; it must be at least 0"),
         ({"optimizer.clip": -1.0}, "optimizer.clip is -1.0; it must be positive, or 0"),
         ({"model.num_layers": 0}, "num_layers is 0; it must be at least 1"),
         ({"model.d_model": 0}, "d_model is 0; it must be at least 1"),

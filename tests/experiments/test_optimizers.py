@@ -15,7 +15,14 @@ from tests.seqmodels import mixer_suite
 
 
 def config(name, **fields):
-    defaults = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0}
+    defaults = {
+        "learning_rate": 0.1,
+        "b1": 0.9,
+        "b2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip": 1.0,
+    }
     return ConfigDict({"name": name, **defaults, **fields})
 
 
@@ -213,6 +220,7 @@ def test_narrow_parameters_have_a_state_and_an_update_in_float32(name, dtype):
     [
         ({"b1": 1.0}, "optimizer.b1 is 1.0; it must be at least 0, and less than 1"),
         ({"b2": -0.1}, "optimizer.b2 is -0.1; it must be at least 0, and less than 1"),
+        ({"learning_rate": -0.1}, "optimizer.learning_rate is -0.1; it must be at least 0"),
         ({"eps": -1.0}, "optimizer.eps is -1.0; it must be at least 0"),
         ({"weight_decay": -0.1}, "optimizer.weight_decay is -0.1; it must be at least 0"),
         ({"name": "schedule_free", "b1": 0.0}, "optimizer.b1 is 0; schedule_free's average"),

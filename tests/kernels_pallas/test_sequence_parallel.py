@@ -143,6 +143,26 @@ def test_equals_one_device(operator, W, exchange, regimes, T):
     _check(operator, W, exchange, regimes, T)
 
 
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+def test_a_scan_grows_from_nothing(exchange):
+    """Decays of 3 for 100 tokens multiply to infinity; of zeros, as padding makes them, nothing grows."""
+    x = np.zeros((2, 400, 3), np.float32)
+    x[:, 390:] = 1
+    decay = np.full(x.shape, 3, np.float32)
+    decay[1, 200] = 0
+    inputs = {"x": x, "decay": decay, "initial_state": np.zeros((2, 3), np.float32)}
+    ids = _documents(400, "whole")
+    got = everything(_over_ranks("diagonal_scan", 4, exchange), None, inputs, ids)
+    with jax.enable_x64(True):
+        wide = {name: z.astype(np.float64) for name, z in inputs.items()}
+        h, final = CASES["diagonal_scan"].call(wide, implementation="reference")
+    assert_close(
+        {name: got[name] for name in ("output", "final state")},
+        {"output": np.asarray(h), "final state": np.asarray(final)},
+        TOLERANCE["float32"],
+    )
+
+
 @pytest.mark.parametrize(
     "regime, exchange",
     [
