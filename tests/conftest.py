@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["SEQMODELS_CACHE"] = os.path.join(
     tempfile.gettempdir(), f"seqmodels-tests-{os.getpid()}"
 )
+# Triton decides when it is imported whether kernels are interpreted, and torch may import it first.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 quick = os.environ.get("SEQMODELS_TESTS_OPTIMIZED") != "1"
 # What a worker, or a program that a test starts, took its time to compile, the others read.
 if "PYTEST_XDIST_WORKER" not in os.environ:
