@@ -417,7 +417,10 @@ def main(arguments=None) -> int:
     )
     options = parser.parse_args(arguments)
     absent_tpu.pass_over()
-    target = targets.current()
+    try:
+        target = targets.current()
+    except RuntimeError as error:  # JAX_PLATFORMS names what is not there
+        parser.error(str(error))
     interpret = options.interpret and target.platform == "cpu"
     platforms = ("tpu", "gpu") if interpret else (target.platform,)
     found = {name: x for each in platforms for name, x in first_use.versions(each).items()}

@@ -403,6 +403,16 @@ def _main(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def test_a_platform_that_is_not_there_is_told_in_one_line(monkeypatch, capsys):
+    def current():
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(targets, "current", current)
+    with pytest.raises(SystemExit, match="2"):
+        selfcheck.main([])
+    assert "error: Unable to initialize backend 'tpu'" in capsys.readouterr().err
+
+
 def test_the_program_says_that_a_cpu_has_no_kernels():
     done = _main()
     assert done.returncode == 0 and done.stderr == ""
