@@ -56,9 +56,17 @@ class Products:
         """True as 1 and False as 0, for sums by `dot`: exact in either dtype."""
         return where.astype(jnp.bfloat16 if self.narrow else jnp.float32)
 
-    def exact_product(self, x, y, axes):
-        """A float32 product as two terms: of heads of 11 bits, whose products and sums are exact, and the small rest."""
-        x_head, y_head = (_head(z, axis) for z, axis in zip((x, y), axes))
+    def exact_product(self, x, y, axes, y_squares=None):
+        """A float32 product as two terms: of heads of 11 bits, whose products and sums are exact, and the small rest.
+
+        y_squares: sums of y^2 that say how large y is, for each of its entries; None: those over all that is summed. Of
+        sums over tokens (axes (0, 0)), those whose product is 0, of other documents, have no part in how the rest is rounded.
+        """
+        if y_squares is None:
+            if axes == (0, 0):
+                x, y = _where_any(y, x), _where_any(x, y)
+            y_squares = _squares(y, axes[1])
+        x_head, y_head = _head(x, _squares(x, axes[0])), _head(y, y_squares)
         rest = _dot(x - x_head, y, axes) + _dot(x_head, y - y_head, axes)
         return _dot(x_head, y_head, axes), rest
 
@@ -91,9 +99,18 @@ def _dot(x, y, axes):
     )
 
 
-def _head(x, axis):
-    """x rounded to 11 bits below the power of two that its norm along `axis` reaches."""
-    norm = jnp.sqrt(jnp.sum(x * x, axis=axis, keepdims=True))
+def _squares(x, axis):
+    return jnp.sum(x * x, axis=axis, keepdims=True)
+
+
+def _where_any(rows, x):
+    """x (C, ...), 0 in the rows in which all of `rows` (C, ...) is."""
+    return jnp.where(_squares(rows, 1) > 0, x, 0.0)
+
+
+def _head(x, squares):
+    """x rounded to 11 bits below the power of two that its norm reaches, from the norm's square."""
+    norm = jnp.sqrt(squares)
     bits = jax.lax.bitcast_convert_type(norm, jnp.int32) & 0x7F800000
     power = jax.lax.bitcast_convert_type(bits, jnp.float32)
     unit = jnp.maximum(power, 2.0**-64) * 2.0**-10

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import branches, decay_sums, matmul
+from kernels_pallas import branches, decay_sums, matmul, spans
 
 # Rounding is held down where some beta |k|^2 is above this. An error's sum over time is beta / (2 - beta) of one token's:
 # itself up to 1, which is as far as a DeltaNet with positive eigenvalues goes (and the roundings of its |k|).
@@ -37,7 +37,7 @@ def occur(sizes_BTH, log_decay_BTHK):
         return branches.anywhere(reflects_BTH)
 
     def windows(x):
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % WINDOW)) + ((0, 0),) * (x.ndim - 2))
+        x = jnp.pad(x, ((0, 0), (0, spans.missing(x.shape[1], WINDOW))) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(x.shape[0], -1, WINDOW, *x.shape[2:])
 
     kept_BNH = jnp.max(jnp.sum(windows(log_decay_BTHK), axis=2), axis=-1)

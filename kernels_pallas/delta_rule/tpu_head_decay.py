@@ -113,7 +113,11 @@ def solve(p, A_CC, lost_CC, X_CC, R_CV, axis):
     U_CV = p.precise(X_CC, R_CV, axes)
     if lost_CC is None:
         return U_CV
-    exact_CV, rest_CV = p.exact_product(A_CC, U_CV, axes)
+    # A unit of its own for every document's U: what is multiplied by 0 must not change how the rest is rounded.
+    squares_CV = U_CV * U_CV
+    linked_CC = p.ones((A_CC != 0) | (A_CC.T != 0))
+    squares_CV = squares_CV + p.dot(linked_CC, squares_CV)
+    exact_CV, rest_CV = p.exact_product(A_CC, U_CV, axes, squares_CV)
     residual_CV = R_CV - U_CV - exact_CV - (rest_CV + p.dot(lost_CC, U_CV, axes))
     return U_CV + p.dot(X_CC, residual_CV, axes)
 
