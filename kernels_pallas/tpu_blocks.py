@@ -105,7 +105,8 @@ def _squares(x, axis):
 
 def _where_any(rows, x):
     """x (C, ...), 0 in the rows in which all of `rows` (C, ...) is."""
-    return jnp.where(_squares(rows, 1) > 0, x, 0.0)
+    largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)  # squares of 1e-22 are 0
+    return jnp.where(largest > 0, x, 0.0)
 
 
 def _head(x, squares):
