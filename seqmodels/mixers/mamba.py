@@ -101,6 +101,7 @@ class Mamba(base.Mixer):
         K = A_EK.shape[1]
         C = min(self.chunk_size, T)
         N = math.ceil(T / C)
+        h_BEK = h_BEK.astype(jnp.promote_types(h_BEK.dtype, x_BTE.dtype))  # float64 where x is
 
         def chunks(z):
             # Tokens added at the end have dt = 0: they leave the state as it is.
