@@ -131,11 +131,16 @@ def test_three_steps_and_three_more_are_six_bit_for_bit(whole_run, tmp_path, cap
     assert scores == expected and [step for step, loss in scores if loss] == [3, 6]
 
 
+def stopped_after_3(config, whole, workdir):
+    """Makes `workdir` the whole run as it stood before its last checkpoint; returns a config to change."""
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    return config.copy_and_resolve_references()
+
+
 def test_goes_on_with_another_batch_size(whole_run, tmp_path, capfd, caplog):
     config, whole, _ = whole_run
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    config = config.copy_and_resolve_references()
+    config = stopped_after_3(config, whole, tmp_path / "run")
     config.data.batch_size = 4
     train(config, tmp_path / "run")
     assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -147,9 +152,7 @@ def test_goes_on_with_another_batch_size(whole_run, tmp_path, capfd, caplog):
 
 def test_other_text_is_refused_unless_it_is_said_to_be_new(whole_run, tmp_path):
     config, whole, _ = whole_run
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    config = config.copy_and_resolve_references()
+    config = stopped_after_3(config, whole, tmp_path / "run")
     config.data.document_bytes = 300
     before = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(ValueError, match="train split of text has changed .* --new_data"):
@@ -181,9 +184,7 @@ def test_sigterm_saves_and_exits(whole_run, tmp_path):
 
 def test_changed_fields_are_named_on_resuming(whole_run, tmp_path, capfd):
     config, whole, _ = whole_run
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    config = config.copy_and_resolve_references()
+    config = stopped_after_3(config, whole, tmp_path / "run")
     config.train.log_every = 2
     train(config, tmp_path / "run")
     errors = capfd.readouterr().err
