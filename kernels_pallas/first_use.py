@@ -115,7 +115,12 @@ def _source(operator: str) -> str:
 
 
 def cache_file() -> pathlib.Path:
-    """selfcheck.json in $SEQMODELS_CACHE, or in `seqmodels` of $XDG_CACHE_HOME or of ~/.cache.
+    """selfcheck.json in `cache_folder()`."""
+    return cache_folder() / "selfcheck.json"
+
+
+def cache_folder() -> pathlib.Path:
+    """$SEQMODELS_CACHE, or `seqmodels` in $XDG_CACHE_HOME or in ~/.cache.
 
     `~` is the user's home in all of them.
     """
@@ -124,7 +129,7 @@ def cache_file() -> pathlib.Path:
     folder = os.path.expanduser(own)
     if folder.startswith("~"):  # nobody knows whose home that is
         folder = os.path.join(tempfile.gettempdir(), f"seqmodels-{os.getuid()}")
-    return pathlib.Path(folder) / "selfcheck.json"
+    return pathlib.Path(folder)
 
 
 def _records() -> dict:

@@ -70,7 +70,7 @@ class Unsupported(ValueError):
 
 
 def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
-    """Writes the tokenizer to $SEQMODELS_CACHE (~/.cache/seqmodels), with what describes it beside it, and returns its path.
+    """Writes the tokenizer to the cache (`first_use.cache_folder`), with what describes it beside it, and returns its path.
 
     None where the file has none, and, with a warning, where it is of a kind that is not supported: the weights are of use
     with a tokenizer from elsewhere.

@@ -18,13 +18,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kernels_pallas import first_use
 from seqmodels.checkpoints_io import files
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -144,12 +144,11 @@ def completed(tokenizer: Path) -> Path:
 
 
 def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
-    """Puts a tokenizer.json and what describes it into $SEQMODELS_CACHE (~/.cache/seqmodels); returns its path.
+    """Puts a tokenizer.json and what describes it into the cache (`first_use.cache_folder`); returns its path.
 
     like: the tokenizer.json that it was made of; the files beside that one are kept, as `write` does.
     """
-    cache = Path(os.environ.get("SEQMODELS_CACHE") or "~/.cache/seqmodels").expanduser()
-    folders = cache / "tokenizers"
+    folders = first_use.cache_folder() / "tokenizers"
     folders.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folders) as temporary:
         made = Path(temporary) / "made"
