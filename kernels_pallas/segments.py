@@ -61,10 +61,10 @@ def isolated(operator):
             bad_BTH |= ~jnp.repeat(of_token, H // x.shape[2], axis=2)
         finite_BHKV = jnp.isfinite(initial_state_BHKV)
         bad_BTH = bad_BTH.at[:, 0].set(bad_BTH[:, 0] | ~jnp.all(finite_BHKV, axis=(2, 3)))
-        index_T11 = jnp.arange(T)[None, :, None]
-        last_bad_BTH = jax.lax.cummax(jnp.where(bad_BTH, index_T11, -1), axis=1)
-        first_BT1 = jnp.where(starts(segment_ids_BT)[..., None], index_T11, 0)
-        bad_BTH = last_bad_BTH >= jax.lax.cummax(first_BT1, axis=1)
+        index_1T = jnp.arange(T, dtype=jnp.int32)[None]
+        last_bad_BTH = jax.lax.cummax(jnp.where(bad_BTH, index_1T[..., None], -1), axis=1)
+        first_BT = index_1T - positions(segment_ids_BT)  # where each token's document begins
+        bad_BTH = last_bad_BTH >= first_BT[..., None]
         o_BTHV, final_BHKV = operator(
             initial_state_BHKV=jnp.where(finite_BHKV, initial_state_BHKV, 0),
             segment_ids_BT=segment_ids_BT,
