@@ -32,7 +32,7 @@ true, text, "(1.0, 0.5)"; and None for the fields that this text says may be Non
                             reads b1 and b2, sgd its momentum, b1
         clip                the largest global norm of the gradient; 0: any
     schedule    name: constant, linear, power, rex, warmup_cosine, wsd; warmup_steps,
-                final_fraction, decay_fraction, power_a, power_b: see experiments.schedules
+                final_fraction, decay_fraction, power_a, power_b: see experiments.training.schedules
     train
         steps               how many updates
         log_every           metrics are written every so many steps

@@ -3,7 +3,7 @@
 python -m experiments.train --config=configs/workdir.py:runs/smollm2 --workdir=runs/smollm2
 """
 
-from experiments import run_record
+from experiments.training import run_record
 
 
 def get_config(workdir: str):

@@ -23,7 +23,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli, pretrained
+from experiments.inference import pretrained
+from experiments.launch import cli
 from seqmodels.checkpoints_io import files, own_layout
 
 _SOURCE = flags.DEFINE_string("source", None, "where the weights come from", required=True)

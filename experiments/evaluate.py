@@ -13,7 +13,7 @@ accuracy; by position, or for tasks by length. Every option of the data can be o
 lengths or other text. Beside the tables JSON and pictures are written, into the workdir or --out.
 
 --context_lengths scores the same text again in rows of each length: every target once, from at most so many tokens before it.
---retrieval: see experiments/data/needles.py for the tasks.   --lm_eval_tasks: see experiments/lm_eval_adapter.py.
+--retrieval: see experiments/data/needles.py for the tasks.   --lm_eval_tasks: see experiments/inference/lm_eval_adapter.py.
 """
 
 import dataclasses
@@ -25,20 +25,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import (
-    cli,
-    distributed,
-    evaluation,
-    plots,
-    pretrained,
-    restore,
-    retrieval,
-    run_record,
-    sampling,
-    steps,
-)
 from experiments.data import default_config, make_dataset, needles
 from experiments.data.tokenizers import BYTES, make_tokenizer
+from experiments.inference import pretrained, retrieval, sampling
+from experiments.launch import cli, distributed
+from experiments.training import evaluation, plots, restore, run_record, steps
 from seqmodels import sharding
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
@@ -266,7 +257,7 @@ def _find_needles(subject: Subject, out: Path, first: bool) -> None:
 
 
 def _run_tasks(subject: Subject, out: Path, first: bool) -> None:
-    from experiments import lm_eval_adapter  # an extra
+    from experiments.inference import lm_eval_adapter  # an extra
 
     harness_model = lm_eval_adapter.HarnessModel(
         subject.program.model,

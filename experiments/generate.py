@@ -15,7 +15,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, pretrained, restore, run_record, sampling, steps
+from experiments.inference import pretrained, sampling
+from experiments.launch import cli
+from experiments.training import restore, run_record, steps
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")

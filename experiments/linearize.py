@@ -12,8 +12,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli, run_record
+from experiments.launch import cli
 from experiments.linearization import run
+from experiments.training import run_record
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/linearize/<method>.py[:argument]"

@@ -22,10 +22,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli
 from experiments.benchmarks.report import text_table
+from experiments.launch import cli
 from experiments.planning import cases, compiled, parts, report
-from kernels_pallas import tpu_compile
+from kernels_pallas.tools import tpu_compile
 from seqmodels import sharding
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<name>.py[:argument]")

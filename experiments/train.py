@@ -14,7 +14,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli, loop, run_record, summary
+from experiments.launch import cli
+from experiments.training import loop, run_record, summary
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<name>.py[:argument]")
 _WORKDIR = flags.DEFINE_string(

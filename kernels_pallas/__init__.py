@@ -13,16 +13,16 @@ and, at a model's end, `linear_cross_entropy` and `linear_kl_divergence`: losses
 Letters: B batch, T time, H (value) heads, G key heads, K key dim, V value dim, N chunks, C chunk length.
 """
 
-from kernels_pallas.causal_conv.api import causal_conv
-from kernels_pallas.delta_rule.api import delta_rule, diagonal_plus_low_rank
-from kernels_pallas.diagonal_scan.api import diagonal_scan
-from kernels_pallas.linear_attention.api import linear_attention
-from kernels_pallas.linear_cross_entropy.api import (
+from kernels_pallas.ops.causal_conv.api import causal_conv
+from kernels_pallas.ops.delta_rule.api import delta_rule, diagonal_plus_low_rank
+from kernels_pallas.ops.diagonal_scan.api import diagonal_scan
+from kernels_pallas.ops.linear_attention.api import linear_attention
+from kernels_pallas.ops.linear_cross_entropy.api import (
     TokenDetails,
     linear_cross_entropy,
     linear_kl_divergence,
 )
-from kernels_pallas.softmax_attention.api import softmax_attention
+from kernels_pallas.ops.softmax_attention.api import softmax_attention
 
 __all__ = [
     "TokenDetails",

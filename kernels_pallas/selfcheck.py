@@ -30,12 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels_pallas
-from kernels_pallas import absent_tpu, dispatch, first_use, targets
-from kernels_pallas.causal_conv import api as causal_conv_api
-from kernels_pallas.delta_rule import api as delta_rule_api
-from kernels_pallas.diagonal_scan import api as diagonal_scan_api
-from kernels_pallas.linear_attention import api as linear_attention_api
-from kernels_pallas.softmax_attention import api as softmax_attention_api
+from kernels_pallas import dispatch
+from kernels_pallas.dispatch import absent_tpu, devices, verification
+from kernels_pallas.ops.causal_conv import api as causal_conv_api
+from kernels_pallas.ops.delta_rule import api as delta_rule_api
+from kernels_pallas.ops.diagonal_scan import api as diagonal_scan_api
+from kernels_pallas.ops.linear_attention import api as linear_attention_api
+from kernels_pallas.ops.softmax_attention import api as softmax_attention_api
 
 # Wide enough for a device's own exp and for a few roundings of the dtype; a kernel that is wrong
 # is off by more than 0.1.
@@ -418,12 +419,12 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     absent_tpu.pass_over()
     try:
-        target = targets.current()
+        target = devices.current()
     except RuntimeError as error:  # JAX_PLATFORMS names what is not there
         parser.error(str(error))
     interpret = options.interpret and target.platform == "cpu"
     platforms = ("tpu", "gpu") if interpret else (target.platform,)
-    found = {name: x for each in platforms for name, x in first_use.versions(each).items()}
+    found = {name: x for each in platforms for name, x in verification.versions(each).items()}
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
     print(f"{target.kind} ({target.platform}), {listed}, Python {platform.python_version()}")
     operators = CASES if options.op is None else (options.op,)
@@ -434,12 +435,12 @@ def main(arguments=None) -> int:
     print(HEADING)
     wrong = False
     for call in checks:
-        with targets.interpreted(interpret):
+        with devices.interpreted(interpret):
             result = check(*call, TINY if interpret else FULL)
         print(line(result), flush=True)
         wrong |= result.problem is not None and not result.refused
         if not interpret:
-            first_use.record(first_use.record_key(target, *call), result)
+            verification.record(verification.record_key(target, *call), result)
     return int(wrong)
 
 

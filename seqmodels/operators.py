@@ -2,7 +2,7 @@
 
 Without a mesh they are the plain ones. Inside `sharding.scope` each runs under `jax.shard_map` on its device's rows, time and
 heads: the compiler cannot partition a kernel, and would gather a sequence to scan it. Where time is split, the parts exchange
-states as `sharding.Options.exchange` says (`kernels_pallas.sequence_parallel`). A size that its mesh axes do not divide, such
+states as `sharding.Options.exchange` says (`kernels_pallas.context_parallel`). A size that its mesh axes do not divide, such
 as one row or one token in decoding, stays whole on every device; heads must divide.
 """
 
@@ -17,7 +17,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 import kernels_pallas
-from kernels_pallas import exchanges, sequence_parallel
+from kernels_pallas import context_parallel
+from kernels_pallas.context_parallel import collectives
 from seqmodels import sharding
 from seqmodels.array_typing import Array
 
@@ -83,7 +84,7 @@ def _operator(name: str, arrays, results, *, choices=sharding.EXCHANGES, **keywo
         if choices:
             exchange = sharding.options().exchange
             how["exchange"] = exchange if exchange in choices else choices[0]
-        return getattr(sequence_parallel, name)(**values, **keywords, **how)
+        return getattr(context_parallel, name)(**values, **keywords, **how)
 
     return on_parts(local, arrays, results)
 
@@ -260,7 +261,7 @@ def associative_scan(compose: Callable, elements: Any, letters: str) -> Any:
         elements = jax.tree.unflatten(structure, [leaves[name] for name in arrays])
         if axis_name is None:
             return lax.associative_scan(compose, elements, axis=1)
-        return sequence_parallel.associative_scan(compose, elements, axis_name=axis_name)
+        return context_parallel.associative_scan(compose, elements, axis_name=axis_name)
 
     arrays = {f"leaf_{i}": (leaf, letters) for i, leaf in enumerate(leaves)}
     return on_parts(local, arrays, jax.tree.unflatten(structure, [letters] * len(leaves)))
@@ -273,24 +274,24 @@ def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> 
         first_B1 = x_BT[:, :1] if first_B is None else first_B[:, None]
         if axis_name is None:
             return jnp.concatenate([first_B1, x_BT[:, :-1]], axis=1)
-        return sequence_parallel.shift(x_BT, initial_state=first_B1, axis_name=axis_name)
+        return context_parallel.shift(x_BT, initial_state=first_B1, axis_name=axis_name)
 
     arrays = {"x_BT": (x_BT, letters), "first_B": (first_B, letters.replace("T", ""))}
     return on_parts(local, arrays, letters)
 
 
 def starts(segment_ids_BT: Array) -> Array:
-    """`kernels_pallas.segments.starts`: True where a token begins a new document; the first token does not."""
+    """`kernels_pallas.common.segments.starts`: True where a token begins a new document; the first token does not."""
     return segment_ids_BT != previous(segment_ids_BT)
 
 
 def run_index(segment_ids_BT: Array) -> Array:
-    """`kernels_pallas.segments.run_index`: equal for two tokens iff one document holds both."""
+    """`kernels_pallas.common.segments.run_index`: equal for two tokens iff one document holds both."""
     return associative_scan(jnp.add, starts(segment_ids_BT).astype(jnp.int32), "BT")
 
 
 def positions(segment_ids_BT: Array) -> Array:
-    """`kernels_pallas.segments.positions`: index of each token within its document, the row's first from 0."""
+    """`kernels_pallas.common.segments.positions`: index of each token within its document, the row's first from 0."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     start_index_BT = jnp.where(starts(segment_ids_BT), index_T[None], 0)
     return index_T[None] - associative_scan(jnp.maximum, start_index_BT, "BT")
@@ -302,15 +303,15 @@ def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
     A part makes decay * S + state of what enters it; `initial` enters the first. All are (B, ..., V).
     """
     exchange = sharding.options().exchange
-    blocks = exchanges.check_blocks("entering_state", exchange, None, state.shape[-1])
-    form = exchanges.Form(exchange, exchanges.Ranks(axis_name), blocks)
-    return exchanges.entering(form, state, decay, initial=initial)
+    blocks = collectives.check_blocks("entering_state", exchange, None, state.shape[-1])
+    form = collectives.Form(exchange, collectives.Ranks(axis_name), blocks)
+    return collectives.entering(form, state, decay, initial=initial)
 
 
 def with_earlier(axis_name, old_BS, x_BT) -> Array:
     """Inside `on_parts`: [the S tokens before this part of time, x_BT]. `old_BS` come before the first part."""
     if axis_name is not None:
-        old_BS = exchanges.before(exchanges.Ranks(axis_name), x_BT, old_BS.shape[1], old_BS)
+        old_BS = collectives.before(collectives.Ranks(axis_name), x_BT, old_BS.shape[1], old_BS)
     return jnp.concatenate([old_BS, x_BT], axis=1)
 
 

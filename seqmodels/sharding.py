@@ -26,9 +26,9 @@ import numpy as np
 from jax.experimental import compute_on
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from seqmodels import layers
 from seqmodels.array_typing import Array
 from seqmodels.fields import checked
+from seqmodels.modules import layers
 
 BATCH_AXES = ("data", "fsdp")
 TIME_AXIS = "seq"

@@ -10,9 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import delta_net_340m
-from experiments import steps
 from experiments.benchmarks import timing
 from experiments.benchmarks.report import Row, Section, Target
+from experiments.training import steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Our chunked forms beside transformers' and jax-linear-attention's on the CPU: what `experiments.cpu_peers` measures.
+"""Our chunked forms beside transformers' and jax-linear-attention's on the CPU: what `experiments.bench cpu_peers` measures.
 
 jax-linear-attention pins another JAX than the oracles' Python can have, so a run compares with the peers that its
 interpreter has; each peer's figures are kept in <peer>.json with ours of the same run, and one table shows them all.
@@ -222,7 +222,7 @@ def _tables(folder: Path) -> list[str]:
     saved = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     found = ["# Chunked forms against their peers on CPU"]
     found.append(
-        "Written by `python -m experiments.cpu_peers`. Ours and the peer are checked against the recurrence in float64, then "
+        "Written by `python -m experiments.bench cpu_peers`. Ours and the peer are checked against the recurrence in float64, then "
         "timed in turn in one run: medians and quartiles; only ratios hold from run to run."
     )
     rows = []

@@ -1,4 +1,4 @@
-"""Our Triton kernels beside flash-linear-attention and mlstm_kernels: what `experiments.gpu_peers` measures.
+"""Our Triton kernels beside flash-linear-attention and mlstm_kernels: what `experiments.bench gpu_peers` measures.
 
 TFLA's mLSTM with sigmoid gates and no normaliser is linear attention with one decay a head: its forget gate's input is the
 logit of our decay, its input gate is open.
@@ -236,7 +236,7 @@ def save(folder: Path, rows: list[dict]) -> None:
     parts = [
         "# Triton kernels against their peers",
         where,
-        f"Written by `python -m experiments.gpu_peers`: {TOKENS} tokens in all, {SHAPE.H} heads, K = V = {SHAPE.K}, bfloat16; "
+        f"Written by `python -m experiments.bench gpu_peers`: {TOKENS} tokens in all, {SHAPE.H} heads, K = V = {SHAPE.K}, bfloat16; "
         f"medians in one run. GFLOP counts chunks of {CHUNK}; MB reads inputs and writes results once.",
         report.markdown_table([line(row) for row in rows]),
         "\n".join(crossings(rows)),

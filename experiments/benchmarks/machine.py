@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from experiments import run_record
+from experiments.training import run_record
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 

@@ -1,4 +1,4 @@
-"""Kernels as compiled for a TPU: what `experiments.tpu_report` measures, keeps and prints. Nothing is run."""
+"""Kernels as compiled for a TPU: what `experiments.bench tpu_report` measures, keeps and prints. Nothing is run."""
 
 import importlib.metadata
 import json
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import entries, operators, report
-from kernels_pallas import tpu_bundles, tpu_compile
+from kernels_pallas.tools import tpu_bundles, tpu_compile
 
 OPS = ("linear_attention", "delta_rule", "diagonal_scan", "causal_conv")
 PASSES = ("forward", "forward+backward")
@@ -173,7 +173,7 @@ def save(folder: Path, new: list[dict]) -> None:
     parts = [
         "# TPU kernels, as compiled",
         NOTE,
-        "Written by `python -m experiments.tpu_report`. Cycles are a token and head (a scan or convolution: a token and 128 channels). HBM: "
+        "Written by `python -m experiments.bench tpu_report`. Cycles are a token and head (a scan or convolution: a token and 128 channels). HBM: "
         "bytes that the program, or the kernel, moves against reading its inputs and writing its results once. The program's "
         "arguments are as a model has them: heads side by side, (B, T, heads * dim), as a projection gives them, and complex "
         "numbers as two planes, as they are computed. From (B, T, heads, dim) arrays that lie in memory as such, XLA "

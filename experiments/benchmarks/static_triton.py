@@ -1,4 +1,4 @@
-"""Triton kernels as compiled for GPUs: what `experiments.gpu_report` measures, keeps and prints. Nothing is run."""
+"""Triton kernels as compiled for GPUs: what `experiments.bench gpu_report` measures, keeps and prints. Nothing is run."""
 
 import importlib.metadata
 import json
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from experiments.benchmarks import entries, operators, report, static_cost
-from kernels_pallas import triton_compile
+from kernels_pallas.tools import triton_compile
 
 OPS = ("linear_attention", "delta_rule", "diagonal_scan")
 FOLDER = static_cost.FOLDER.parent / "gpu"
@@ -78,7 +78,7 @@ def save(folder: Path, new: list[dict]) -> None:
     parts = [
         "# Triton kernels, as compiled",
         NOTE,
-        f"Written by `python -m experiments.gpu_report` (Triton {versions['triton']}).",
+        f"Written by `python -m experiments.bench gpu_report` (Triton {versions['triton']}).",
     ]
     for op in OPS:
         lines = [line(row) for row in ordered if row["op"] == op]

@@ -1,4 +1,4 @@
-"""Finds chunk and block sizes for the table that `kernels_pallas.tuning` reads: what `bench --tune` does.
+"""Finds chunk and block sizes for the table that `kernels_pallas.dispatch.tuning` reads: what `bench --tune` does.
 
 A call is traced to learn which keys it looks up. Then one size after another takes its candidates, the rest standing as
 they are. The sizes in use stay unless another is worth it (2 % in cycles, 4 % in time), and of those near the best the
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.benchmarks import entries, operators, static_cost, timing
-from kernels_pallas import tpu_bundles, tpu_compile, tuning
+from kernels_pallas.dispatch import tuning
+from kernels_pallas.tools import tpu_bundles, tpu_compile
 
 OPS = ("linear_attention", "delta_rule", "diagonal_scan")
 # By implementation and the sizes' names, going up: of candidates that come to the same the smallest is taken.

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments import cli, evaluation, loop, run_record, steps
 from experiments.data import make_dataset
+from experiments.launch import cli
 from experiments.linearization import decoding, run, teachers
+from experiments.training import evaluation, loop, run_record, steps
 from seqmodels.linearize import transfer
 
 TEACHER = "teacher"
@@ -29,7 +30,7 @@ def compare(
     change=lambda config: None,
     devices=None,
 ) -> dict[str, dict]:
-    """A row a method, and the teacher's first, as workdir/table.json has them; see `experiments.compare_linearizations`.
+    """A row a method, and the teacher's first, as workdir/table.json has them; see `experiments.bench linearizations`.
 
     change: applied to each method's config. A row that is there is read; a run that was stopped goes on.
     """

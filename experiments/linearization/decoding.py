@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import plots
-from seqmodels import language_model, mixers, pattern
+from experiments.training import plots
+from seqmodels import language_model, mixers
+from seqmodels.modules import pattern
 
 
 def with_context(model_config: dict[str, Any], context: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A linearization from the teacher to the student: its stages, one after the other, each a run of `experiments.loop`."""
+"""A linearization from the teacher to the student: its stages, one after the other, each a run of `experiments.training.loop`."""
 
 import dataclasses
 import json
@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import loop, pretrained, restore, run_record, steps
-from experiments.checkpoints import Checkpoints, TrainState
 from experiments.data import make_dataset
+from experiments.inference import pretrained
 from experiments.linearization import tasks, teachers
-from seqmodels import language_model, pattern
+from experiments.training import loop, restore, run_record, steps
+from experiments.training.checkpoints import Checkpoints, TrainState
+from seqmodels import language_model
 from seqmodels.checkpoints_io import own_layout
 from seqmodels.linearize import layer_trees, students
+from seqmodels.modules import pattern
 
 
 @dataclasses.dataclass(frozen=True)

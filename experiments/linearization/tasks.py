@@ -1,4 +1,4 @@
-"""A stage of a linearization as what `experiments.steps` trains."""
+"""A stage of a linearization as what `experiments.training.steps` trains."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import steps
+from experiments.training import steps
 from seqmodels import language_model
 from seqmodels.linearize import lora, objectives, partition, transfer
 

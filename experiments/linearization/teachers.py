@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import pretrained
 from experiments.data import tokenizers
+from experiments.inference import pretrained
 from seqmodels import checkpoints_io, language_model, mixers
 
 

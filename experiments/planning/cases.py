@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
-from experiments import data, loop, steps
+from experiments import data
 from experiments.planning import compiled, parts
+from experiments.training import loop, steps
 from seqmodels import sharding
 
 Row, Case = compiled.Row, compiled.Case

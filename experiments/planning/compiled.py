@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import steps
 from experiments.planning import collectives, estimate, hlo, parts
-from kernels_pallas import tpu_bundles, tpu_compile
+from experiments.training import steps
+from kernels_pallas.tools import tpu_bundles, tpu_compile
 
 Row = dict[str, object]
 GIB = 2**30

@@ -19,7 +19,7 @@ cubes of 4 x 4 x 4. So do we.
 import math
 from typing import NamedTuple
 
-from kernels_pallas import tpu_compile
+from kernels_pallas.tools import tpu_compile
 
 LINK_EFFICIENCY = 0.9
 HOP_SECONDS = 1e-6

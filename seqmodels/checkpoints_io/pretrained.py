@@ -10,10 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from seqmodels import language_model, mixers, pattern
+from seqmodels import language_model, mixers
 from seqmodels.checkpoints_io import architectures, conversion, files, own_layout, special_tokens
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig
 from seqmodels.checkpoints_io.special_tokens import TOKENIZER_FILE, SpecialTokens
+from seqmodels.modules import pattern
 
 GGUF_PREFIX = "gguf:"
 # They say how a model is computed, not which one it is.

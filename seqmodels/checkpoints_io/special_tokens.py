@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kernels_pallas import first_use
+from kernels_pallas.dispatch import verification
 from seqmodels.checkpoints_io import files
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -148,7 +148,7 @@ def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
 
     like: the tokenizer.json that it was made of; the files beside that one are kept, as `write` does.
     """
-    folders = first_use.cache_folder() / "tokenizers"
+    folders = verification.cache_folder() / "tokenizers"
     folders.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folders) as temporary:
         made = Path(temporary) / "made"

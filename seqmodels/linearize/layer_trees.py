@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqmodels.layers import is_boxed
+from seqmodels.modules.layers import is_boxed
 
 SCANNED = "blocks"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from seqmodels.layers import is_boxed
+from seqmodels.modules.layers import is_boxed
 
 SEPARATOR = "/"
 

@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels import blocks, language_model, mixers, pattern
+from seqmodels import language_model, mixers
 from seqmodels.linearize import layer_trees, partition
 from seqmodels.mixers import attention
+from seqmodels.modules import blocks, pattern
 
 CONVERTIBLE = "attention"
 SEEDS = ("auto", "none")

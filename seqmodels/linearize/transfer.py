@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels import blocks, language_model, mixers, pattern
+from seqmodels import language_model, mixers
 from seqmodels.array_typing import Array
 from seqmodels.linearize import layer_trees, partition
+from seqmodels.modules import blocks, pattern
 
 TEACHER, STUDENT = "teacher", "student"
 # What can be compared, each the mean square over channels of student less teacher: "heads" what the output projection reads, "mixer"

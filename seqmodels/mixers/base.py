@@ -6,8 +6,8 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from seqmodels import layers
 from seqmodels.array_typing import Array, DType, LogicalAxes, State
+from seqmodels.modules import layers
 
 
 @flax.struct.dataclass

@@ -7,9 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import layers, norms, short_conv
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
+from seqmodels.modules import layers, norms, short_conv
 from seqmodels.operators import delta_rule
 
 

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels import layers
 from seqmodels.array_typing import Array
+from seqmodels.modules import layers
 
 
 def inverse_softplus(y: Array) -> Array:

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels import layers, norms
 from seqmodels.mixers import base
+from seqmodels.modules import layers, norms
 from seqmodels.operators import linear_attention
 
 

@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels import norms
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
+from seqmodels.modules import norms
 from seqmodels.operators import linear_attention
 
 

@@ -5,9 +5,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import feature_maps, operators, positions
+from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import attention
+from seqmodels.modules import feature_maps, positions
 
 GATES = ("gla", "hgrn2", "scalar", "none")
 GATE_SOURCES = ("keys", "projection")

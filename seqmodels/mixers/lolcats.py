@@ -5,9 +5,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import attention_maps, feature_maps, layers, operators, positions
+from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import attention
+from seqmodels.modules import attention_maps, feature_maps, layers, positions
 
 
 @flax.struct.dataclass

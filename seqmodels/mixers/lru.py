@@ -5,9 +5,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import layers
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
+from seqmodels.modules import layers
 from seqmodels.operators import diagonal_scan
 
 

@@ -7,9 +7,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import layers, operators, short_conv
+from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
+from seqmodels.modules import layers, short_conv
 
 
 @flax.struct.dataclass

@@ -4,9 +4,9 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from seqmodels import layers, norms, short_conv
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
+from seqmodels.modules import layers, norms, short_conv
 from seqmodels.operators import linear_attention
 
 

@@ -5,9 +5,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import layers, norms, operators
+from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
+from seqmodels.modules import layers, norms
 
 INPUT_GATES = ("exp", "sigmoid")
 

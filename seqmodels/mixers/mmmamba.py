@@ -6,9 +6,10 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from seqmodels import layers, norms, operators, short_conv
+from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import attention, gates
+from seqmodels.modules import layers, norms, short_conv
 
 SEEDS = ("mimic", "scratch")
 

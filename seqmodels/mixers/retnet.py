@@ -4,9 +4,9 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from seqmodels import layers, norms, positions
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
+from seqmodels.modules import layers, norms, positions
 from seqmodels.operators import linear_attention
 
 

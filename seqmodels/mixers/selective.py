@@ -5,8 +5,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import layers, positions
 from seqmodels.mixers import attention, lolcats
+from seqmodels.modules import layers, positions
 
 
 @flax.struct.dataclass

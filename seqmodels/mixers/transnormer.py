@@ -5,9 +5,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import feature_maps, layers, norms, positions
 from seqmodels.array_typing import Array, DType
 from seqmodels.mixers import base
+from seqmodels.modules import feature_maps, layers, norms, positions
 from seqmodels.operators import linear_attention
 
 # Xavier uniform with gain 1/sqrt(2), on q, k and v.

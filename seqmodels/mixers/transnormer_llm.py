@@ -5,10 +5,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import norms, positions
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 from seqmodels.mixers.transnormer import LRPE
+from seqmodels.modules import norms, positions
 from seqmodels.operators import linear_attention
 
 

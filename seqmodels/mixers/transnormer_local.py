@@ -5,10 +5,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels import operators, positions
+from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 from seqmodels.mixers.transnormer import NORMS, OUTPUT_INIT, QKV_INIT, check_choice
+from seqmodels.modules import positions
 
 VARIANTS = ("t1", "t2")
 

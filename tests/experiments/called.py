@@ -6,7 +6,8 @@ from unittest import mock
 
 from absl import flags
 
-from experiments import cli, train
+from experiments import train
+from experiments.launch import cli
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

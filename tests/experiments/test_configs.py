@@ -16,8 +16,8 @@ from configs import (
     small,
     state_tracking,
 )
-from experiments import loop
 from experiments.data import make_dataset
+from experiments.training import loop
 from seqmodels import language_model, mixers
 
 SMALL = [(small, name) for name in mixers.names()]

@@ -13,9 +13,10 @@ import pytest
 import tokenizers
 
 from configs import common
-from experiments import loop, pretrained, restore, run_record, sampling, steps
-from experiments.checkpoints import Checkpoints, TrainState
 from experiments.data import make_dataset
+from experiments.inference import pretrained, sampling
+from experiments.training import loop, restore, run_record, steps
+from experiments.training.checkpoints import Checkpoints, TrainState
 from seqmodels import checkpoints_io, language_model
 from tests.experiments import tiny
 
@@ -280,8 +281,8 @@ def test_templates_have_what_transformers_gives_them(template, expected):
 
 def test_without_jinja_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "experiments.chat_templates", raising=False)
-    monkeypatch.delattr("experiments.chat_templates", raising=False)
+    monkeypatch.delitem(sys.modules, "experiments.inference.chat_templates", raising=False)
+    monkeypatch.delattr("experiments.inference.chat_templates", raising=False)
     with pytest.raises(ValueError, match="chat templates need jinja2: pip install"):
         pretrained.render_chat("x", SAID, {})
 

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, data, evaluation, metrics, plots, scoring, steps
+from experiments import data
+from experiments.inference import scoring
+from experiments.launch import cli
+from experiments.training import evaluation, metrics, plots, steps
 from seqmodels import language_model
 from tests.experiments import tiny
 

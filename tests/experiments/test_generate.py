@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import sampling, scoring
 from experiments.data.tokenizers import make_tokenizer
+from experiments.inference import sampling, scoring
 from seqmodels import language_model
 from tests.experiments import tokenizer_files
 

@@ -19,10 +19,11 @@ from configs.linearize import (
     selective,
     window,
 )
-from experiments import loop, pretrained, restore, run_record, steps
-from experiments.checkpoints import Checkpoints, TrainState
 from experiments.data import default_config
+from experiments.inference import pretrained
 from experiments.linearization import comparison, decoding, run, tasks, teachers
+from experiments.training import loop, restore, run_record, steps
+from experiments.training.checkpoints import Checkpoints, TrainState
 from seqmodels import language_model
 from seqmodels.checkpoints_io import Pretrained
 from seqmodels.linearize import lora, partition, students

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels import language_model, mixers, pattern
-from tests.seqmodels import mixer_suite
+from seqmodels import language_model, mixers
+from seqmodels.modules import pattern
+from tests.seqmodels.mixers import mixer_suite
 
 PATTERN = "rg_lru + attention(window=5)"
 BASE = {"vocab_size": 61, "d_model": 32, "num_layers": 5, "pattern": PATTERN}

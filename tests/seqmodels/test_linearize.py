@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels import attention_maps, blocks, feature_maps, language_model, mixers, pattern
+from seqmodels import language_model, mixers
 from seqmodels.linearize import layer_trees, lora, objectives, partition, students, transfer
 from seqmodels.mixers import lolcats
-from tests.seqmodels import mixer_suite as suite
+from seqmodels.modules import attention_maps, blocks, feature_maps, pattern
+from tests.seqmodels.mixers import mixer_suite as suite
 
 L, T, D, W = 4, 24, 16, 31
 TEACHER = {

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from seqmodels import norms, pipeline, sharding
+from seqmodels import pipeline, sharding
+from seqmodels.modules import norms
 
 LAYERS, B, T, D = 4, 8, 6, 8
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import kernels_pallas
 from seqmodels import language_model, operators, sharding
-from tests.seqmodels import mixer_suite as suite
+from tests.seqmodels.mixers import mixer_suite as suite
 
 MODEL = {
     "vocab_size": 56,

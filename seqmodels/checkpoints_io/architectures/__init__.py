@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from seqmodels.checkpoints_io.rules import Rule
-from seqmodels.pattern import MixerSpec
+from seqmodels.modules.pattern import MixerSpec
 
 # model_type: module. Several model types may share one.
 _MODULES = {

@@ -1,7 +1,7 @@
 """Bamba (IBM, Princeton, UIUC, 2024): Mamba-2 layers and a few of softmax attention, each with a SwiGLU."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
-from seqmodels.pattern import to_text
+from seqmodels.modules.pattern import to_text
 
 
 def _model_config(config):

@@ -10,7 +10,7 @@ from typing import Any
 from seqmodels import mixers
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import HFConfig
-from seqmodels.pattern import MixerSpec, to_text
+from seqmodels.modules.pattern import MixerSpec, to_text
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
 IGNORED = (r".*rotary_emb\.inv_freq",)

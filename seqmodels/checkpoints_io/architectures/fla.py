@@ -9,7 +9,7 @@ from typing import Any
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
-from seqmodels.pattern import MixerSpec, to_text
+from seqmodels.modules.pattern import MixerSpec, to_text
 
 # Options of the kernels, which change no result, may be anything; these change what is computed.
 _REFUSED = {"attnres_block_size": None}

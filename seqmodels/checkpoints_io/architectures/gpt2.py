@@ -5,7 +5,7 @@ Its projections are stored (input, output) as ours are, with q, k and v as one.
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, decoder
-from seqmodels.pattern import to_text
+from seqmodels.modules.pattern import to_text
 
 _ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu"}
 

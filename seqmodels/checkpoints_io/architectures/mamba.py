@@ -2,7 +2,7 @@
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, parts
-from seqmodels.pattern import to_text
+from seqmodels.modules.pattern import to_text
 
 
 def _model_config(config):

@@ -1,7 +1,7 @@
 """Mamba-2 (Dao & Gu, arXiv 2405.21060), as transformers' Mamba2ForCausalLM has it."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, parts
-from seqmodels.pattern import to_text
+from seqmodels.modules.pattern import to_text
 
 
 def _model_config(config):

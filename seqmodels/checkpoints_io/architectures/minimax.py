@@ -1,9 +1,9 @@
 """MiniMax-Text-01 (arXiv 2501.08313): lightning attention, some softmax attention, weighted residuals, a mixture of experts."""
 
-from seqmodels import channel_mixers
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts
-from seqmodels.pattern import to_text
+from seqmodels.modules import channel_mixers
+from seqmodels.modules.pattern import to_text
 
 # mixer: (its name in layer_types, in the fields of its residual weights)
 _KINDS = {

@@ -7,7 +7,7 @@ import numpy as np
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import HFConfig, decoder
-from seqmodels.pattern import MixerSpec
+from seqmodels.modules.pattern import MixerSpec
 
 _MOST_EXPERTS = 4096
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder
-from seqmodels.pattern import MixerSpec
+from seqmodels.modules.pattern import MixerSpec
 
 
 def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfig:

@@ -1,9 +1,9 @@
 """Qwen3-Next (Qwen team, 2025): three Gated DeltaNets to one gated softmax attention, and a mixture of experts in every layer."""
 
-from seqmodels import channel_mixers
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts
-from seqmodels.pattern import to_text
+from seqmodels.modules import channel_mixers
+from seqmodels.modules.pattern import to_text
 
 _NORM = "zero_centred_rms_norm"
 _TYPES = ("linear_attention", "full_attention")

@@ -5,7 +5,7 @@ import numpy as np
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts
-from seqmodels.pattern import to_text
+from seqmodels.modules.pattern import to_text
 
 _MIXERS = {"recurrent": "rg_lru", "attention": "attention"}
 

@@ -2,7 +2,7 @@
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, parts
-from seqmodels.pattern import to_text
+from seqmodels.modules.pattern import to_text
 
 _FFN = (2.667, 64)  # factor of D, and what it is rounded up to
 

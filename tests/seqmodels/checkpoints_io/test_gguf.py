@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from seqmodels import checkpoints_io, positions
+from seqmodels import checkpoints_io
 from seqmodels.checkpoints_io import files, gguf_files, gguf_header, gguf_tokenizer
 from seqmodels.checkpoints_io.architectures import decoder
+from seqmodels.modules import positions
 
 D, F, H, G, L, W = 64, 96, 4, 2, 2, 300
 K = D // H

@@ -2,9 +2,10 @@
 
 import pytest
 
-from seqmodels import language_model, pattern
+from seqmodels import language_model
 from seqmodels.checkpoints_io import architectures
 from seqmodels.checkpoints_io.architectures import HFConfig, decoder
+from seqmodels.modules import pattern
 
 SMALL = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 3}
 

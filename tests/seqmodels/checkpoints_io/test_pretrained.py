@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels import checkpoints_io, language_model, mixers, pattern
+from seqmodels import checkpoints_io, language_model, mixers
 from seqmodels.checkpoints_io import architectures, files, pretrained
-from tests.seqmodels import mixer_suite
+from seqmodels.modules import pattern
 from tests.seqmodels.checkpoints_io import round_trip
+from tests.seqmodels.mixers import mixer_suite
 
 HYBRID = {
     "vocab_size": 61,

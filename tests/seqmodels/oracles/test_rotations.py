@@ -6,9 +6,9 @@ import torch
 import transformers
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from seqmodels import pattern, positions
 from seqmodels.checkpoints_io import architectures
 from seqmodels.checkpoints_io.architectures import HFConfig
+from seqmodels.modules import pattern, positions
 
 SIZES = {
     "vocab_size": 97,

@@ -8,8 +8,8 @@ import tokenizers
 import torch
 import transformers
 
-from experiments import pretrained, sampling
 from experiments.data.tokenizers import bytes_as_file
+from experiments.inference import pretrained, sampling
 from seqmodels import checkpoints_io
 from seqmodels.checkpoints_io import special_tokens
 from tests.seqmodels.checkpoints_io import test_gguf_sentencepiece as sentencepiece

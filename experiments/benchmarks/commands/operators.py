@@ -1,0 +1,193 @@
+"""Times the operators, generation and compilation: ratios within one run, each implementation checked before its clock starts.
+
+    python -m experiments.bench --op=delta_rule
+    python -m experiments.bench --op=linear_attention --lengths=1024,4096 --decay=channel --dtype=bfloat16
+    python -m experiments.bench --op=diagonal_scan --shape=rg_lru_2b
+    python -m experiments.bench --op=generation,compile
+    python -m experiments.bench --tune --op=delta_rule --topology=v6e --shape=target,qwen3_next_80b
+
+Prints tables and whether the targets are met; writes result.json, tables.md and a picture each into --out. Exit code 1
+if an implementation was wrong. Memory is the compiler's plan beside inputs and outputs, not a measurement.
+
+--tune looks for chunk and block sizes instead (`benchmarks/tune.py`), by static cycles on TPU topologies, which needs no TPU
+(pip install -e '.[tpu]'), or by time on the device at hand, and writes them into the table that the operators read,
+kernels_pallas/tuned.json.
+"""
+
+import dataclasses
+import datetime
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from experiments.benchmarks import (
+    compile_time,
+    generation,
+    machine,
+    operators,
+    report,
+    static_cost,
+    sweep,
+    tune,
+)
+from experiments.launch import cli
+
+OPS = (*operators.CASES, "generation", "compile")
+DTYPES = ("float32", "bfloat16")
+
+_OP = flags.DEFINE_list("op", ["all"], f"any of {', '.join(OPS)}, or all")
+_LENGTHS = flags.DEFINE_list(
+    "lengths", None, "T of the operators, tokens read of generation; default 256 ... 16384"
+)
+_DECAY = flags.DEFINE_list(
+    "decay",
+    ["none", "token", "channel"],
+    f"of the matrix recurrences: any of {', '.join(operators.DECAYS)}",
+)
+_SHAPE = flags.DEFINE_string(
+    "shape",
+    None,
+    "a published shape, from kernels_pallas/<op>/shapes.py; for --tune several, and target; default there: all",
+)
+_SIZES = {
+    letter: flags.DEFINE_integer(name, None, f"in place of the shape's {letter}", lower_bound=1)
+    for letter, name in {"B": "batch", "H": "heads", "K": "key_dim", "V": "value_dim"}.items()
+}
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, DTYPES, "of the operators' inputs; default: float32, for --tune bfloat16"
+)
+_IMPLEMENTATIONS = flags.DEFINE_list("implementations", None, "by name; default: all there are")
+_PASSES = flags.DEFINE_list("passes", list(sweep.PASSES), f"any of {', '.join(sweep.PASSES)}")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "measurements of each program", lower_bound=1)
+_SECONDS = flags.DEFINE_float(
+    "seconds", 2.0, "a program that took so long is not measured again", lower_bound=0.0
+)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "folder for results; default: runs/bench/<op>-<time>, for --tune kernels_pallas",
+)
+_TUNE = flags.DEFINE_bool("tune", False, "look for chunk and block sizes, and write them down")
+_NOT_FOR_TUNE = ("lengths", "decay", "batch", "heads", "key_dim", "value_dim", "passes")
+_TOPOLOGY = flags.DEFINE_list(
+    "topology", None, "for --tune: TPU parts (v5e, v5p, v6e, tpu7x) or slices; default: time here"
+)
+
+
+def main(argv):
+    cli.no_arguments(argv)
+    if _TUNE.value:
+        return _tune()
+    if _TOPOLOGY.value:
+        raise cli.UserError("--topology: only --tune compiles for one; for costs see tpu_report")
+    ops = _ops(OPS)
+    plans = [_plan(op) for op in ops]  # all mistakes are found before the first clock starts
+    name = f"{'-'.join(_OP.value)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    out = Path(_OUT.value or Path("runs/bench") / name)
+    cli.output_folder(out)
+    environment = machine.environment()
+    print(machine.describe(environment))
+    sections = []
+    for measure in plans:
+        section = measure(out, machine.describe(environment))
+        sections.append(section)
+        report.save(out, environment, sections)
+        print(f"\n{report.text(section)}\n", flush=True)
+    print(report.targets_text([target for section in sections for target in section.targets]))
+    print(f"results: {out}")
+    return 1 if any(section.wrong for section in sections) else 0
+
+
+def _ops(known: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = _chosen("op", _OP.value, (*known, "all"))
+    return known if "all" in chosen else chosen
+
+
+def _tune() -> None:
+    for name in _NOT_FOR_TUNE:
+        if flags.FLAGS[name].value != flags.FLAGS[name].default:
+            raise cli.UserError(f"--{name}: --tune takes all calls of --shape; leave it out")
+    ops = _ops(tune.OPS)
+    shapes = _SHAPE.value and tuple(_SHAPE.value.split(","))
+    known = {op: ("target", *operators.CASES[op].shapes) for op in ops}
+    for shape in shapes or ():
+        if not any(shape in names for names in known.values()):
+            choices = "; ".join(f"{op}: {', '.join(names)}" for op, names in known.items())
+            raise cli.UserError(f"--shape: unknown {shape!r}; choose of {choices}")
+    if _TOPOLOGY.value:
+        jax.config.update("jax_platforms", "cpu")  # libtpu compiles; nothing runs on a TPU
+        try:
+            static_cost.check_topologies(_TOPOLOGY.value)
+        except ImportError as error:
+            raise cli.UserError(str(error)) from error
+    implementations = tune.PLATFORMS["tpu" if _TOPOLOGY.value else jax.default_backend()]
+    if _IMPLEMENTATIONS.value:
+        implementations = _chosen("implementations", _IMPLEMENTATIONS.value, implementations)
+    dtype, topologies = _DTYPE.value or "bfloat16", _TOPOLOGY.value or (None,)
+    jobs = tune.jobs(ops, shapes, dtype, implementations, topologies)
+    out = cli.output_folder(_OUT.value or tune.FOLDER)
+    found = 0
+    for each in tune.run(jobs, _ROUNDS.value, _SECONDS.value):
+        found += 1
+        print(f"{each.key}\n{report.text_table(tune.lines(each))}\n", flush=True)
+        tune.save(out, [each])
+    print(f"{found} entries: {out}")
+
+
+def _plan(op: str) -> Callable[[Path, str], report.Section]:
+    """What is to be measured, as a function of the folder and the pictures' title. Raises UserError for bad flags."""
+    lengths = _LENGTHS.value and tuple(cli.numbers("lengths", _LENGTHS.value))
+    if op == "compile":
+        return functools.partial(compile_time.section, compile_time.Settings())
+    if op == "generation":
+        settings = generation.Settings(rounds=_ROUNDS.value)
+        if lengths:
+            settings = dataclasses.replace(settings, contexts=lengths)
+        return functools.partial(generation.section, settings)
+    case = operators.CASES[op]
+    settings = sweep.Settings(
+        dtype=_DTYPE.value or "float32",
+        implementations=_implementations(op),
+        passes=_chosen("passes", _PASSES.value, sweep.PASSES),
+        rounds=_ROUNDS.value,
+        seconds=_SECONDS.value,
+    )
+    decays = _chosen("decay", _DECAY.value, operators.DECAYS)
+    variants = decays if case.variants == operators.DECAYS else case.variants
+    if _SHAPE.value:
+        shape, length, variant = operators.published(case, _SHAPE.value)
+        settings = dataclasses.replace(settings, shape=shape, lengths=(length,))
+        variants = (variant,)
+    sizes = {letter: flag.value for letter, flag in _SIZES.items() if flag.value}
+    settings = dataclasses.replace(settings, shape=dataclasses.replace(settings.shape, **sizes))
+    if lengths:
+        settings = dataclasses.replace(settings, lengths=lengths)
+    return functools.partial(sweep.section, case, variants, settings)
+
+
+def _chosen(flag: str, values: list[str], choices: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if value not in choices:
+            raise cli.UserError(f"--{flag}: unknown {value!r}; choose from {', '.join(choices)}")
+    return tuple(values)
+
+
+def _implementations(op: str) -> tuple[str, ...]:
+    """Those of --implementations that the operator has; it is a mistake if it has none of them."""
+    has = operators.CASES[op].implementations
+    if _IMPLEMENTATIONS.value is None:
+        return has
+    everywhere = {name for case in operators.CASES.values() for name in case.implementations}
+    wanted = [name for name in _IMPLEMENTATIONS.value if name in has or name not in everywhere]
+    if not wanted:
+        raise cli.UserError(
+            f"--implementations: {op} has none of {', '.join(_IMPLEMENTATIONS.value)}; choose from {', '.join(has)}"
+        )
+    return _chosen("implementations", wanted, has)
+
+
+if __name__ == "__main__":
+    cli.run(main, config_from=None)

@@ -1,0 +1,237 @@
+"""Our models in EleutherAI's lm-evaluation-harness (`pip install '.[eval]'`).
+
+    python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=arc_easy,lambada_openai
+    python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=mine --lm_eval_path=folder_of_yaml_files
+
+What a request means (where context and continuation part, which token stands before an empty context, rolling windows) is the
+harness's own, as its model for transformers has it; so the same weights get the same scores.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+try:
+    from lm_eval import evaluator, utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ValueError(f"lm_eval tasks need the extra: pip install '.[eval]' ({error})") from error
+
+from experiments.data.tokenizers import fits
+from experiments.inference import sampling, scoring
+
+MAX_GENERATED = 256  # tokens, where a task does not say
+
+
+class HarnessModel(TemplateLM):
+    """A language model with its parameters and its tokenizer (`experiments.data.tokenizers`).
+
+    batch_size: prompts generated together.   tokens_a_batch: of scoring, see `scoring.score`.
+    max_length: tokens that the model may see; longer requests lose tokens from the left, as the harness has it. None: as many
+      as there are, and of generation as many as the shortest cache of a full-attention layer holds.
+    prefix_token: what stands before an empty context and before a text whose perplexity is asked for; None is the tokenizer's
+      document_id. The harness takes a Hugging Face tokenizer's bos token, or its eos token.
+    document_starts: puts it before all contexts, which models want that have learned documents with it.
+    encode: text to ids with the special tokens that a pretrained model's tokenizer file puts there, as the harness asks it of
+      transformers; None adds none.
+    stop_tokens: that end a generated text; None is document_id.
+    A generated text begins with the space that stands before its first word, under every tokenizer; the harness's model for
+    transformers decodes it alone, and has no such space with SentencePiece.
+    """
+
+    def __init__(
+        self,
+        model,
+        params,
+        tokenizer,
+        *,
+        batch_size: int = 8,
+        tokens_a_batch: int = 4096,
+        max_length: int | None = None,
+        prefix_token: int | None = None,
+        document_starts: bool = False,
+        encode: Callable[[str], list[int]] | None = None,
+        stop_tokens: Collection[int] | None = None,
+    ):
+        super().__init__()
+        if not fits(tokenizer, model.vocab_size):
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, and the model's vocabulary {model.vocab_size}: use the "
+                "tokenizer that the model was trained with"
+            )
+        self._model, self._params, self._text = model, params, tokenizer
+        self._batch_size, self._tokens_a_batch = batch_size, tokens_a_batch
+        self._max_length, self._document_starts = max_length, document_starts
+        self._encode = encode
+        self._prefix_token = tokenizer.document_id if prefix_token is None else prefix_token
+        self._stop_tokens = stop_tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._text.document_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._prefix_token
+
+    @property
+    def max_gen_toks(self) -> int:
+        return MAX_GENERATED
+
+    @property
+    def tokenizer_name(self) -> str:
+        return type(self._text).__name__
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        ids = [int(i) for i in self._text.encode(string)]
+        if self._encode is not None:
+            started = add_special_tokens is None and ids[:1] == [self.prefix_token_id]
+            return ids if add_special_tokens is False or started else self._encode(string)
+        starts = self._document_starts if add_special_tokens is None else add_special_tokens
+        return [self.prefix_token_id] * starts + ids
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        """requests: ((context, continuation), context's ids, continuation's ids)."""
+        sequences = []
+        for _, context, continuation in requests:
+            tokens = [*context, *continuation]
+            sequences.append(tokens[-(self._max_length + 1) :] if self._max_length else tokens)
+        scores = scoring.score(
+            self._model, self._params, sequences, tokens_a_batch=self._tokens_a_batch
+        )
+        answers = []
+        for (texts, _, continuation), (nll_N, correct_N) in zip(requests, scores):
+            counted = slice(max(len(nll_N) - len(continuation), 0), None)
+            answer = (-float(nll_N[counted].sum(dtype="float64")), bool(correct_N[counted].all()))
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+            answers.append(answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            # The prefix stands before them in any case; the harness has a tokenizer file's own beside it.
+            plain = False if self._document_starts else None
+            tokens = self.tok_encode(request.args[0], add_special_tokens=plain)
+            rolling = utils.get_rolling_token_windows(
+                token_list=tokens,
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._max_length or max(len(tokens), 1),
+                context_len=1,
+            )
+            for window in map(utils.make_disjoint_window, rolling):
+                windows.append((None, *window))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows)):
+            totals[number] += logprob
+        for request, total in zip(requests, totals):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        texts = [""] * len(requests)
+        for numbers in groups.values():
+            options, length, stop = _generation(requests[numbers[0]].args[1])
+            prompts = [self._prompt(requests[number].args[0], length) for number in numbers]
+            found = sampling.generate(
+                self._model, self._params, self._text, prompts, length,
+                batch_size=self._batch_size, stop=stop, stop_tokens=self._stop_tokens, **options,
+            )  # fmt: skip
+            for number, text in zip(numbers, found):
+                texts[number] = text
+                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return texts
+
+    def _prompt(self, context: str, length: int) -> list[int]:
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        cached = (sampling.context_limit(self._model) or (None,))[0]
+        limit = min(filter(None, (self._max_length, cached)), default=None)
+        if limit is None:
+            return tokens
+        if length >= limit:
+            raise ValueError(
+                f"the task generates up to {length} tokens, and the model's context is {limit}: no room is left for a prompt"
+            )
+        return tokens[-(limit - length) :]
+
+
+def _generation(asked: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
+    """A task's generation arguments: (options of sampling, tokens, stop strings)."""
+    asked = dict(asked)
+    until = asked.pop("until", None) or []
+    length = next(
+        (asked.pop(name) for name in ("max_gen_toks", "max_new_tokens") if name in asked),
+        MAX_GENERATED,
+    )
+    do_sample = asked.pop("do_sample", None)
+    temperature = float(asked.pop("temperature", 0.0 if not do_sample else 1.0))
+    options = {"temperature": 0.0 if do_sample is False else temperature}
+    given = {name: asked.pop(name, None) for name in ("top_k", "top_p")}
+    options |= {name: value for name, value in given.items() if value}  # 0 is none
+    if asked:
+        raise ValueError(
+            f"a task asks for the generation argument {sorted(asked)[0]!r}, which is not supported; these are: until, "
+            "max_gen_toks, do_sample, temperature, top_k, top_p"
+        )
+    return options, int(length), [until] if isinstance(until, str) else [s for s in until if s]
+
+
+def run(
+    harness_model: HarnessModel,
+    tasks: Sequence[str],
+    *,
+    path: str | None = None,
+    include_defaults: bool = True,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> dict[str, Any]:
+    """The harness's results: "results" (task -> metric -> value), "n-samples", versions and configs of the tasks.
+
+    path: a folder of task files of your own.   include_defaults: read the harness's own, too, which takes seconds.
+    limit: examples a task.
+    Raises ValueError for a task that is not there, with close matches.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    manager = TaskManager(include_path=path, include_defaults=include_defaults)
+    known = set(manager.all_tasks)
+    for name in tasks:
+        if name not in known:
+            raise ValueError(_unknown(name, known, path))
+    results = evaluator.simple_evaluate(
+        model=harness_model,
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    return {key: results[key] for key in ("results", "n-samples", "versions") if key in results}
+
+
+def _unknown(name: str, known: set[str], path: str | None) -> str:
+    near = difflib.get_close_matches(name, known, n=5)
+    message = f"there is no lm_eval task {name!r}" + (
+        f"; did you mean {' or '.join(near)}?" if near else "."
+    )
+    if path:
+        own = TaskManager(include_path=path, include_defaults=False).all_tasks
+        return f"{message} Tasks in {path}: {', '.join(own) or 'none'}"
+    return f"{message} `lm_eval ls tasks` lists all {len(known)}; --lm_eval_path names a folder of your own"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Metrics a task, for people."""
+    lines = []
+    for task, metrics in results["results"].items():
+        for metric, value in metrics.items():
+            if isinstance(value, float) and not metric.split(",")[0].endswith("_stderr"):
+                lines.append(f"  {task:<32} {metric.split(',')[0]:<18} {value:>12.4f}")
+    return "\n".join(lines)

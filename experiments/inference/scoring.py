@@ -1,0 +1,79 @@
+"""How likely a model finds given tokens: sequences of any lengths, several packed into a row."""
+
+import functools
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from experiments.inference import sampling
+from experiments.training import steps
+
+MIN_ROW = 64
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _nll_and_correct(model, params, batch):
+    _, details = steps.cross_entropy(model, params, batch)
+    return details.nll_BT, details.correct_BT
+
+
+def score(
+    model, params, sequences: Sequence[Sequence[int]], *, tokens_a_batch: int = 4096
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(nll_N, correct_N) of each sequence: of its tokens but the first, -log p (float32, nats) given all before them, and
+    whether each is the likeliest.
+
+    A row holds as many sequences as fit, each a document of its own, so that no sequence sees another. Rows are as long as a
+    power of two that holds the longest sequence, or the learned positions if those are fewer, and there are as many as
+    tokens_a_batch allows: one compiled program.
+    Raises ValueError for a sequence of fewer than two tokens, for more than the model has learned positions for, and for ids
+    outside the vocabulary.
+    """
+    for i, sequence in enumerate(sequences):
+        if len(sequence) < 2:
+            raise ValueError(
+                f"sequence {i} of {len(sequences)} has {len(sequence)} tokens; scoring takes two: one that is given, and one "
+                "that is scored"
+            )
+        positions = model.learned_positions
+        if positions is not None and len(sequence) - 1 > positions:
+            raise ValueError(
+                f"sequence {i} of {len(sequences)} has {len(sequence)} tokens, and the model has learned {positions} positions"
+            )
+        sampling.check_ids(model, sequence)
+    if not sequences:
+        return []
+    T = max(MIN_ROW, 1 << (max(map(len, sequences)) - 2).bit_length())
+    T = min(T, model.learned_positions or T)
+    B = max(1, tokens_a_batch // T)
+    rows = list(_rows([len(sequence) - 1 for sequence in sequences], T))
+    scores: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0))] * len(sequences)
+    for first in range(0, len(rows), B):
+        places = {}
+        batch = {key: np.zeros((B, T), np.int32) for key in ("inputs", "targets", "segment_ids")}
+        for row, numbers in enumerate(rows[first : first + B]):
+            start = 0
+            for segment, number in enumerate(numbers, start=1):
+                tokens = np.asarray(sequences[number], np.int32)
+                place = places[number] = (row, slice(start, start + len(tokens) - 1))
+                batch["inputs"][place], batch["targets"][place] = tokens[:-1], tokens[1:]
+                batch["segment_ids"][place] = segment
+                start += len(tokens) - 1
+        nll_BT, correct_BT = jax.device_get(_nll_and_correct(model, params, batch))
+        for number, place in places.items():
+            scores[number] = nll_BT[place], correct_BT[place] > 0
+    return scores
+
+
+def _rows(lengths: Sequence[int], row_length: int) -> Iterator[list[int]]:
+    """Numbers of the sequences of each row: the longest that is left, and the shortest ones that still fit."""
+    left = deque(sorted(range(len(lengths)), key=lambda number: -lengths[number]))
+    while left:
+        row = [left.popleft()]
+        room = row_length - lengths[row[0]]
+        while left and lengths[left[-1]] <= room:
+            row.append(left.pop())
+            room -= lengths[row[-1]]
+        yield row

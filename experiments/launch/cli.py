@@ -1,0 +1,320 @@
+"""What the programs share: config flags whose mistakes are explained, and exit codes.
+
+0    done
+2    a mistake of the user's: an unknown flag, field, name or file; one message, no traceback
+3    the loss was not finite           4    a checkpoint could not be written
+5    another process of the run failed, or is missing; its reason is printed. Where its own code is 2 or 3, so is everybody's
+130, 143   stopped by Ctrl-C, SIGTERM, after saving (with several processes always 143)
+141  nobody reads what it prints any more, as in `... | head`
+"""
+
+import difflib
+import importlib.util
+import os
+import re
+import select
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from experiments.launch import distributed, rendezvous
+from experiments.training import run_record
+from experiments.training.checkpoints import SaveFailed, is_disk_full
+from kernels_pallas.dispatch import absent_tpu
+from seqmodels.fields import expected
+
+_ROOT = Path(__file__).resolve().parent.parent
+_OUR_CODE = tuple(
+    _ROOT / name for name in ("experiments", "seqmodels", "kernels_pallas", "configs", "tests")
+)
+_NO_BACKEND = re.compile("Unable to initialize backend|Unknown backend")
+_HELP = r"--?(help(short|full|xml)?|\?)"
+
+
+class _Parser(flags.ArgumentParser):
+    """Parses the value of a config field, and says which kind is expected where that fails."""
+
+    def __init__(self, parser: flags.ArgumentParser, kind: type, optional: bool):
+        self._parser, self._optional = parser, optional
+        self._expected = expected(kind | None if optional else kind)
+
+    def parse(self, argument):
+        if self._optional and argument in (None, "None"):
+            return None
+        try:
+            return self._parser.parse(argument)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected {self._expected}") from error
+
+    def flag_type(self):
+        return self._expected
+
+
+for _kind, _parser in (
+    (bool, flags.BooleanParser()),
+    (int, flags.IntegerParser()),
+    (float, flags.FloatParser()),
+    (str, flags.ArgumentParser()),
+):
+    # configs/common.py gives optional fields these types.
+    _optional_kind = _kind | int | None if _kind is float else _kind | None
+    config_flags.register_flag_parser_for_type(_kind, _Parser(_parser, _kind, optional=False))
+    config_flags.register_flag_parser_for_type(
+        _optional_kind, _Parser(_parser, _kind, optional=True)
+    )
+
+
+class UserError(ValueError):
+    """A mistake whose message is all the user needs."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss, gradient or parameter is not finite."""
+
+
+class Stopped(SystemExit):
+    """A signal ended the run, after saving; carries the exit code 128 + signal."""
+
+
+def run(
+    main: Callable[[Sequence[str]], int | None],
+    config_from: str | Callable[[Callable[[str], str | None]], ConfigDict] | None = "file",
+    many_hosts: bool = False,
+) -> None:
+    """absl's app.run(main) with the exit codes above.
+
+    config_from: "file": --config=path.py[:argument], a flag that the program defines; "workdir": the config in the folder that
+    --workdir names, of which a flag is made here; or a function that makes it, given what says a flag's text or None. All can be
+    overridden by --config.x.y=value. None: no config.
+    many_hosts: the program can be one of several processes, as `distributed` says; it has the flags for it.
+    """
+    absent_tpu.pass_over()
+    if many_hosts:
+        distributed.define_flags()
+
+    def quiet_main(argv):
+        if _flag_value(sys.argv, "verbosity") is None:  # absl's own default for programs is INFO
+            logging.set_verbosity(logging.WARNING)
+        # Orbax logs each failure of a save several times over, with tracebacks; it is raised, and said once, anyway.
+        logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
+        return _explained(main_of_all if many_hosts else main, argv)
+
+    def main_of_all(argv):
+        with distributed.session(flags.FLAGS):
+            return main(argv)
+
+    try:
+        try:
+            app.run(
+                quiet_main,
+                flags_parser=lambda argv: _explained(
+                    lambda argv: parse_flags(argv, config_from), argv
+                ),
+            )
+        except SystemExit:
+            sys.stdout.flush()  # here, where a reader that has left is no error
+            raise
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = _exit_code(error)
+        distributed.fail(error, code)
+        if message is None and not distributed.label():
+            raise
+        if message is None:
+            traceback.print_exc()
+        elif message:
+            print(f"error: {distributed.label()}{message}", file=sys.stderr)
+        distributed.end(code)
+
+
+def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
+    """Reads a program's flags, its config among them. Returns the other arguments.
+
+    config_from: see `run`.
+    Raises UserError for an unknown flag or field, or a value that is not of the field's type.
+    """
+    try:
+        if config_from is None or any(re.fullmatch(_HELP, text) for text in argv[1:]):
+            return flags.FLAGS(argv)
+        if config_from == "file":
+            config = load_config(_flag_value(argv, "config") or "")
+        else:
+            if config_from == "workdir":
+                config = run_record.load_config(_flag_value(argv, "workdir") or "")
+            else:
+                config = config_from(lambda name: _flag_value(argv, name))
+            config_flags.DEFINE_config_dict("config", config, "overrides of the run's config")
+        check_overrides(config, argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+
+
+def _nobody_reads() -> bool:
+    """Whether the program at the other end of standard output has ended; then what is left to write goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
+def no_arguments(argv: Sequence[str]) -> None:
+    """Refuses what is neither the program's name nor a flag."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: flags start with --")
+
+
+def numbers(flag: str, texts: Sequence[str], kind: type = int, least: float = 1) -> list:
+    """What a list flag says. Raises UserError where that is no number, or one below `least`."""
+    try:
+        values = [kind(text) for text in texts]
+    except ValueError as error:
+        raise UserError(
+            f"--{flag} is {','.join(texts)}; give numbers with commas between them"
+        ) from error
+    if wrong := [value for value in values if not value >= least]:
+        raise UserError(f"--{flag} has {wrong[0]}; it must be at least {least}")
+    return values
+
+
+def output_folder(path: str | Path) -> Path:
+    """The folder, made where it is not there. Raises OSError, which names it, where nothing can be written into it."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        return path
+
+
+def load_config(path_and_argument: str) -> ConfigDict:
+    """get_config(argument) of the file. Raises UserError for every way in which there is none."""
+    path, _, argument = path_and_argument.partition(":")
+    if not path:
+        raise UserError("give a config: --config=configs/quickstart.py")
+    if not Path(path).is_file():
+        raise UserError(_no_such_config(path))
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None or not re.search(r"\bget_config\b", Path(path).read_text()):
+        raise UserError(f"{path} is not a config: a Python file with a function get_config(arg)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(*([argument] if argument else []))
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config() of {path} returned {type(config).__name__}, not an ml_collections.ConfigDict"
+        )
+    return config
+
+
+def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Raises UserError, with the fields there are, for overrides of unknown fields and of sections."""
+    for argument in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if not match:
+            continue
+        dotted, node, walked = match[1], config, "config"
+        for name in dotted.split("."):
+            name = re.sub(r"\[\d+\]$", "", name)
+            if not isinstance(node, ConfigDict) or name not in node:
+                raise UserError(_unknown_field(config, dotted, node, name, walked))
+            node, walked = node[name], f"{walked}.{name}"
+        if isinstance(node, ConfigDict):
+            raise UserError(
+                f"{walked} is a section; set its fields, one by one: {', '.join(sorted(node))}"
+            )
+
+
+def _unknown_field(config, dotted: str, node, name: str, walked: str) -> str:
+    fields = sorted(node.keys()) if isinstance(node, ConfigDict) else []
+    near = [f"{walked}.{match}" for match in difflib.get_close_matches(name, fields, cutoff=0.7)]
+    last = dotted.split(".")[-1]
+    near += [f"config.{path}" for path in _paths(config) if path.split(".")[-1] == last]
+    has = f"it has {', '.join(fields)}" if fields else f"{walked} is a value, not a section"
+    return f"unknown config field config.{dotted}: {walked} has no {name!r}; " + (
+        f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else has
+    )
+
+
+def _paths(config: ConfigDict, prefix: str = ""):
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _paths(value, f"{prefix}{name}.")
+
+
+def _no_such_config(path: str) -> str:
+    message = f"there is no config file {path} (looked from {Path.cwd()})."
+    if Path(path + ".py").is_file():
+        return f"{message} Did you mean {path}.py?"
+    if (_ROOT / path).is_file():
+        return f"{message} It is in {_ROOT}: change to that folder first (cd {_ROOT})."
+    if Path(path).is_dir():
+        return f"{message} That is a folder; the configs in it: {_configs_in(Path(path))}."
+    folder = Path(path).parent if Path(path).parent.is_dir() else _ROOT / "configs"
+    near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.py")])
+    if near:
+        return f"{message} Did you mean {' or '.join(str(folder / name) for name in near)}?"
+    return f"{message} Configs in {folder}: {_configs_in(folder)}."
+
+
+def _configs_in(folder: Path) -> str:
+    names = [p.name for p in folder.glob("*.py") if p.name not in ("__init__.py", "common.py")]
+    return ", ".join(sorted(names)) or "none"
+
+
+def _flag_value(argv: Sequence[str], name: str) -> str | None:
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            return value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
+    return None
+
+
+def _explained(function, argv):
+    """Calls function(argv). A ValueError that our own code raised, or an OSError that it wrote itself, is a user's mistake; one from
+    a library is a defect, and keeps its traceback."""
+    try:
+        return function(argv)
+    except (ValueError, OSError) as error:
+        if isinstance(error, (UserError, rendezvous.Incomplete)) or not _raised_by_us(error):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: see _exit_code
+            raise
+        raise UserError(str(error)) from error
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(
+        Path(frames[-1].filename).is_relative_to(code) for code in _OUR_CODE
+    )
+
+
+def _exit_code(error: BaseException) -> tuple[int, str | None]:
+    """The exit code, and what to tell: None is a traceback, "" nothing."""
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return 128 + signal.SIGPIPE, ""
+    codes = {
+        UserError: 2,
+        NonFiniteLoss: 3,
+        SaveFailed: 4,
+        rendezvous.Incomplete: rendezvous.EXIT_CODE,
+    }
+    for kind, code in codes.items():
+        if isinstance(error, kind):
+            return code, str(error)
+    if isinstance(error, OSError) and is_disk_full(error):
+        return 4, f"{error}. The run stopped; whole checkpoints are intact"
+    if isinstance(error, RuntimeError) and _NO_BACKEND.match(str(error)):  # JAX_PLATFORMS
+        return 2, str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return 1, None

@@ -1,0 +1,230 @@
+"""Checkpoints of a run: training state and data position, in `workdir/checkpoints/<step>`, by Orbax.
+
+A checkpoint holds three parts: "params", "training" (step and optimizer state) and "data" (a JSON file for each share of the batch that
+a process reads). All processes write it and read it, in one folder; it can be restored on another mesh and by another number of
+processes, data position included. Saving runs in the background. A step's directory appears by a rename once all of it is
+written, so a process killed at any moment leaves whole checkpoints and at most one temporary directory, which the next training
+run removes.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import flax.struct
+import jax
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from experiments.data import batches
+from experiments.launch.distributed import DataShare
+from experiments.training.optimizers import path_name
+from seqmodels.array_typing import Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: Array
+    params: dict
+    opt_state: tuple
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the message says why and which ones there are."""
+
+
+class DataPosition:
+    """A data iterator as a part of a checkpoint: its `get_state()` as JSON, one file for each share of the batch.
+
+    Reading puts the shares together (`batches.join_states`), of which the iterator takes its own, so the next batches are those
+    the run that wrote it would have seen, whatever the number of processes: no example is repeated or skipped.
+    """
+
+    def __init__(self, iterator, share: DataShare = DataShare()):  # noqa: B008, frozen
+        self.iterator, self.share = iterator, share
+
+    async def save(self, directory):
+        text = json.dumps(self.iterator.get_state())
+
+        async def write():
+            path = Path(await directory.await_creation())
+            if self.share.first:
+                name = f"share_{self.share.index}_of_{self.share.count}.json"
+                (path / name).write_text(text)
+
+        return write()
+
+    async def load(self, directory):
+        raise NotImplementedError("`read` it: Orbax wraps the errors of what it loads into its own")
+
+    def read(self, directory: Path) -> None:
+        found = sorted(directory.glob("share_*_of_*.json"))
+        count = int(re.search(r"_of_(\d+)", found[0].name)[1]) if found else 1
+        paths = [directory / f"share_{i}_of_{count}.json" for i in range(count)]
+        if missing := [path.name for path in paths if not path.exists()]:
+            raise ValueError(f"{directory} is not whole: it lacks {', '.join(missing)}")
+        self.iterator.set_state(
+            batches.join_states([json.loads(path.read_text()) for path in paths])
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    workdir: the run's folder. keep: how many of the latest checkpoints stay. training: whether this run writes: then
+    what an interrupted save left behind is removed. share: of the batch, that this process reads.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        keep: int = 2,
+        training: bool = True,
+        share: DataShare = DataShare(),  # noqa: B008, frozen
+    ):
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep is {keep}; at least the latest one has to stay")
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        if training and jax.process_index() == 0:
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                _remove(unfinished)
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory, preservation_policy=policies.LatestN(keep)
+        )
+        self._share = share
+        self._pending = None
+        self._failed = False
+
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints there are, rising."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def latest_step(self) -> int | None:
+        """The last of `steps`; None where there is none."""
+        return max(self.steps(), default=None)
+
+    def path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def save(self, state: TrainState, data_iterator) -> None:
+        """Starts saving. Returns once the values are copied; the next `poll`, `save` or `wait` raises SaveFailed if the last
+        save failed."""
+        self.wait()
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        parts = _parts(state) | {"data": DataPosition(data_iterator, self._share)}
+        try:
+            self._pending = self._checkpointer.save_checkpointables_async(step, parts, force=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failure(error) from error
+
+    def poll(self) -> None:
+        """Raises SaveFailed if the running save has failed. Does not wait for it."""
+        with contextlib.suppress(TimeoutError):
+            self.wait(timeout=0)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits for the running save. Raises SaveFailed if it failed."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result(timeout=timeout)
+        except TimeoutError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            self._pending = None
+            raise self._failure(error) from error
+        self._pending = None
+
+    def restore(self, step: int, abstract_state: TrainState, data_iterator) -> TrainState:
+        """The state of `step`, laid out as `abstract_state` says; sets the data iterator, if there is one, to where it stood."""
+        abstract = _parts(abstract_state)
+        self._check_same_trees(step, abstract)
+        if data_iterator is not None:
+            DataPosition(data_iterator, self._share).read(self.path(step) / "data")
+        parts = self._checkpointer.load_checkpointables(step, abstract)
+        return TrainState(params=parts["params"], **parts["training"])
+
+    def restore_parts(self, step: int, abstract_state: TrainState, names: tuple[str, ...]) -> dict:
+        """Some of "params" and "training" only, for evaluation."""
+        abstract = {name: _parts(abstract_state)[name] for name in names}
+        self._check_same_trees(step, abstract)
+        return self._checkpointer.load_checkpointables(step, abstract)
+
+    def close(self) -> None:
+        """Waits for the running save. Raises SaveFailed if it failed and nobody was told yet."""
+        self.wait()
+        try:
+            self._checkpointer.close()
+        except (OSError, ValueError, RuntimeError):
+            if not self._failed:  # Orbax raises a failure once more
+                raise
+
+    def _check_same_trees(self, step: int, abstract: dict) -> None:
+        """Raises ValueError, listing the parameters that differ, if checkpoint `step` is of another model or optimizer."""
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # Orbax warns that "data" has no metadata
+        try:
+            saved = self._checkpointer.checkpointables_metadata(step).metadata
+        finally:
+            logging.set_verbosity(verbosity)
+        found = _shapes({name: saved.get(name, {}) for name in abstract})
+        expected = _shapes(abstract)
+        differing = [
+            f"  {path}: checkpoint {found.get(path, 'has none')}, this config {expected.get(path, 'has none')}"
+            for path in sorted(found.keys() | expected.keys())
+            if found.get(path) != expected.get(path)
+        ]
+        if differing:
+            more = [f"  ... and {len(differing) - 20} more"] if len(differing) > 20 else []
+            raise ValueError(
+                f"checkpoint {self.path(step)} is of another model or optimizer than this config; nothing was changed. "
+                "Use the config it was trained with, or another --workdir. What differs:\n"
+                + "\n".join(differing[:20] + more)
+            )
+
+    def _failure(self, error: Exception) -> SaveFailed:
+        self._failed = True
+        self._checkpointer.reload()
+        kept = self.steps()
+        reason = "no space left on device" if is_disk_full(error) else str(error)
+        return SaveFailed(
+            f"could not save a checkpoint in {self.directory}: {reason}. "
+            + (
+                f"Intact checkpoints: steps {', '.join(map(str, kept))}."
+                if kept
+                else "There are none."
+            )
+        )
+
+
+def _remove(folder: Path) -> None:
+    """A save that failed in this very process may still be writing its other parts, so this tries for ten seconds."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+    shutil.rmtree(folder)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that the device is full (TensorStore gives it as text only)."""
+    return "No space left on device" in str(error)
+
+
+def _parts(state: TrainState) -> dict:
+    return {
+        "params": state.params,
+        "training": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def _shapes(tree) -> dict[str, tuple]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,142 @@
+"""Scores of a model on one split: loss, accuracy, perplexity, bits per byte; over positions and over sequence lengths."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from experiments.launch.cli import NonFiniteLoss
+from experiments.training import steps
+from experiments.training.steps import Program
+from seqmodels import sharding
+
+
+class Scores:
+    """Sums over the tokens that count, float64.
+
+    In text they are all tokens of all documents, and each document's end: what it costs to say where a text ends is in the
+    loss, in accuracy and in bits per byte, which divide by the bytes of the text alone.
+    """
+
+    def __init__(self):
+        self._bytes = 0
+        # Rows: loss, correct, tokens. Columns: positions 0 to T-1, lengths 0 to T.
+        self._by_position = np.zeros((3, 0))
+        self._by_length = np.zeros((3, 0))
+
+    def add(self, batch: dict[str, np.ndarray], nll_BT: np.ndarray, correct_BT: np.ndarray) -> None:
+        if not self._by_position.size:
+            self._by_position, self._by_length = np.zeros((2, 3, nll_BT.shape[1] + 1))
+        counts = batch["loss_mask"] > 0
+        position_BT, length_BT = _places(batch["segment_ids"])
+        rows = np.stack([nll_BT[counts], correct_BT[counts], np.ones(counts.sum())])
+        for table, place_BT in ((self._by_position, position_BT), (self._by_length, length_BT)):
+            for sums, row in zip(table, rows):
+                sums += np.bincount(place_BT[counts], weights=row, minlength=sums.size)
+        self._bytes += int(batch["num_bytes"][counts].sum())
+
+    def totals(self) -> dict[str, float]:
+        """loss (nats a token), perplexity, accuracy, tokens; for text bytes and bits_per_byte."""
+        nll, correct, tokens = self._by_position.sum(axis=1).tolist()
+        if not tokens:
+            raise ValueError("no token of this split counts in the loss: it is empty")
+        loss = nll / tokens
+        scores = {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "accuracy": correct / tokens,
+            "tokens": int(tokens),
+        }
+        if self._bytes > 0:
+            scores |= {"bytes": self._bytes, "bits_per_byte": nll / math.log(2) / self._bytes}
+        return scores
+
+    def by_position(self, buckets: int = 16) -> list[dict]:
+        """Rows first, last, tokens, loss, perplexity, accuracy over how many tokens of its document precede a prediction."""
+        return bucket_table(self._by_position, buckets)
+
+    def late_loss(self) -> float:
+        """The loss of predictions with at least three quarters of the longest context before them."""
+        nll, _, tokens = self._by_position[:, np.flatnonzero(self._by_position[2])[-1] * 3 // 4 :]
+        return nll.sum() / tokens.sum()
+
+    def by_length(self, buckets: int = 16) -> list[dict]:
+        """The same over the length of the sequence a prediction is in."""
+        return bucket_table(self._by_length, buckets)
+
+
+def bucket_table(sums: np.ndarray, buckets: int) -> list[dict]:
+    """Cuts the occupied places into at most `buckets` stretches of equal width; empty ones are left out."""
+    used = np.flatnonzero(sums[2])
+    width = -(-(used[-1] - used[0] + 1) // buckets)
+    table = []
+    for first in range(used[0], used[-1] + 1, width):
+        nll, correct, tokens = sums[:, first : first + width].sum(axis=1)
+        if tokens:
+            last = min(first + width - 1, used[-1])
+            row = {"first": int(first), "last": int(last), "tokens": int(tokens)}
+            row |= {"loss": nll / tokens, "perplexity": perplexity(nll / tokens)}
+            table.append(row | {"accuracy": correct / tokens})
+    return table
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), of nats a token; inf where that is too large."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def check_finite(name: str, loss: float) -> None:
+    """Raises NonFiniteLoss where a loss says nothing, so that nobody compares it."""
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(
+            f"{name}: the loss is {loss}. Parameters have diverged, or the model computes in too "
+            "narrow a dtype: score an earlier checkpoint (--step), or in float32"
+        )
+
+
+def evaluate(program: Program, params, dataset, max_batches: int | None = None) -> Scores:
+    """Scores of `params` on the dataset's first `max_batches` batches (None or 0: all of one pass)."""
+    scores = Scores()
+    for batch in itertools.islice(dataset, max_batches or None):
+        on_devices = program.put(batch)
+        results = (batch, *program.token_losses(params, on_devices))
+        if jax.process_count() > 1:
+            results = multihost_utils.process_allgather((on_devices, *results[1:]), tiled=True)
+        scores.add(*jax.device_get(results))
+    return scores
+
+
+def by_context(
+    config, params, make_dataset, lengths: Sequence[int], max_batches: int | None = None
+) -> dict[int, Scores]:
+    """Scores of the same text cut into rows of each length: every target counts once, and sees at most so many tokens.
+
+    params: as `steps.build(config, ...)` has them.   make_dataset: config -> the split.   max_batches: of config's own size; for
+    the other lengths, as many tokens.
+    """
+    scores = {}
+    num_devices = sharding.make_mesh(config.mesh).size
+    tokens = (config.data.eval_batch_size or config.data.batch_size) * config.data.get("seq_len", 0)
+    for length in lengths:
+        rows = -(-max(tokens // length, 1) // num_devices) * num_devices
+        changed = config.copy_and_resolve_references()
+        changed.data.update({"seq_len": length, "batch_size": rows, "eval_batch_size": 0})
+        changed.train.accumulate = 1
+        batches = -(-max_batches * tokens // (rows * length)) if max_batches else None
+        program = steps.build(changed, length)
+        scores[length] = evaluate(program, params, make_dataset(changed), batches)
+    return scores
+
+
+def _places(segment_ids_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token: its position in its run of equal ids, and the run's length."""
+    B, T = segment_ids_BT.shape
+    starts_BT = np.ones((B, T), bool)
+    starts_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    start_N = np.flatnonzero(starts_BT)
+    length_N = np.diff(np.append(start_N, B * T))
+    position_BT = np.arange(B * T) - np.repeat(start_N, length_N)
+    return position_BT.reshape(B, T), np.repeat(length_N, length_N).reshape(B, T)

@@ -1,0 +1,241 @@
+"""The training loop: one function, read from top to bottom."""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from experiments.data import make_dataset, tokenizers
+from experiments.launch import distributed
+from experiments.launch.cli import NonFiniteLoss, Stopped
+from experiments.training import evaluation, metrics, run_record, steps, summary
+from experiments.training.checkpoints import Checkpoints
+from seqmodels import sharding
+
+
+def train(
+    config, workdir: str | Path, devices=None, make_task=None, new_data: bool = False
+) -> dict:
+    """Trains what `config` describes and returns what is in workdir/result.json.
+
+    A workdir that holds checkpoints is resumed from the latest. See configs/common.py for the fields.
+    devices: to train on; None is all there are.
+    make_task: (resolved config, seq_len) -> steps.Task, where it is not the config's language model that is trained whole.
+    new_data: what is resumed begins its data anew, which may be other than the checkpoint's.
+
+    Raises:
+      ValueError: something in the config is wrong, or the workdir's checkpoint is of another model; nothing was written.
+      NonFiniteLoss: a loss, gradient or parameter was not finite; the state that has it was not saved.
+      SaveFailed: a checkpoint could not be written; earlier ones are intact.
+      Stopped: SIGTERM or Ctrl-C; the state was saved.
+    """
+    workdir = Path(workdir)
+
+    # Everything a mistake in the config can break comes first, before anything is written.
+    check_counts(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    share = distributed.data_share(sharding.batch_sharding(mesh))
+    train_set, validation_set, test_set = (
+        make_dataset(config.data, split, process_index=share.index, process_count=share.count)
+        for split in ("train", "validation", "test")
+    )
+    seq_len = next(iter(train_set))["inputs"].shape[1]
+    config = resolve(config, train_set)
+    task = None if make_task is None else make_task(config, seq_len)
+    program = steps.build(config, seq_len, devices, task)
+    summary.check_sample(config, program.model, test_set.tokenizer)
+    batches = iter(train_set)
+    distributed.check_shared(workdir)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep, share=share)
+    saved = checkpoints.latest_step()
+    saved = distributed.agree(-1 if saved is None else saved, "the latest checkpoint they see")
+    start = max(saved, 0)
+    if saved > 0:
+        state = checkpoints.restore(start, program.abstract_state, None if new_data else batches)
+    elif saved == 0:  # `convert` made it: weights alone, for any data and optimizer
+        parts = checkpoints.restore_parts(0, program.abstract_state, ("params",))
+        state = program.init(config.seed, parts["params"])
+    else:
+        state = program.init(config.seed)
+    scored = distributed.told_by_first(metrics.has_validation(workdir, start))
+    writer = metrics.MetricWriter(config, workdir, start)
+
+    progress = metrics.Progress(start, config.train.steps)
+    changes = []
+    if jax.process_index() == 0:
+        changes = run_record.save_config(workdir, config)
+        run_record.record_start(workdir, start, changes)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    progress.say(
+        f"{num_params:,} parameters, {program.num_devices} x {jax.devices()[0].device_kind}, {workdir}"
+    )
+    if saved >= 0:
+        progress.say(f"{'resuming' if start else 'starting'} from {checkpoints.path(start)}")
+    for change in changes:
+        progress.say(f"changed since this run was started: {change}")
+
+    tokens_a_step = config.data.batch_size * seq_len
+    clock = Clock()
+
+    def report(step: int, on_device: dict) -> None:
+        """Reads a step's metrics, and stops the run if they are not finite."""
+        values = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        if not all(map(math.isfinite, values.values())):
+            raise NonFiniteLoss(
+                summary.non_finite(step, values, checkpoints, program.schedule(step - 1))
+            )
+        progress.step(step)
+        if step == start + 1:
+            clock.start(step)
+        if step % config.train.log_every == 0 or step == config.train.steps:
+            speed = clock.speed(step, tokens_a_step)
+            rate = float(program.schedule(step - 1))
+            writer.write(step, **values, learning_rate=rate, **speed)
+            progress.show(step, loss=values["loss"], **speed)
+
+    def validate(step: int) -> None:
+        with clock.paused():
+            params = program.evaluation_params(state.params, state.opt_state)
+            scores = evaluation.evaluate(
+                program, params, validation_set, config.train.eval_batches
+            ).totals()
+            writer.write(step, **{f"validation_{name}": value for name, value in scores.items()})
+            progress.say(f"step {step}: validation loss {scores['loss']:.4f}")
+
+    def due(step: int) -> bool:
+        return step == config.train.steps or step % config.train.eval_every == 0
+
+    pending = None  # the last step's metrics: read after the next step is on its way
+    with contextlib.closing(progress), contextlib.closing(writer):
+        if saved > 0 and due(start) and not scored:  # it was stopped, or killed, before that
+            validate(start)
+        with StopSignals() as stop, contextlib.closing(checkpoints):
+            for step in range(start + 1, config.train.steps + 1):
+                state, step_metrics = program.train_step(state, program.put(next(batches)))
+                if pending:
+                    report(*pending)
+                pending = (step, step_metrics)
+                checkpoints.poll()
+
+                last = step == config.train.steps
+                stopping = stop.requested(step)
+                saving = last or stopping or step % config.checkpoint.every == 0
+                validating = due(step)
+                if saving or validating:
+                    report(*pending)  # a state is saved once it is known to be finite
+                    pending = None
+                if saving:
+                    checkpoints.save(state, batches)
+                if stopping:
+                    checkpoints.wait()
+                    progress.say(f"{stop.name}: step {step} is saved in {checkpoints.path(step)}")
+                    raise Stopped(128 + stop.signal)
+                if validating:
+                    validate(step)
+
+        params = program.evaluation_params(state.params, state.opt_state)
+        scores = evaluation.evaluate(program, params, test_set, config.train.test_batches).totals()
+        step = max(start, config.train.steps)
+        writer.write(step, **{f"test_{name}": value for name, value in scores.items()})
+    result = scores | {"steps": step, "parameters": num_params}
+    params = program.model_params(params)
+    return summary.finish(config, workdir, result, program.model, params, test_set.tokenizer)
+
+
+def check_counts(config) -> None:
+    """Raises ValueError for numbers of steps, batches and tokens that mean nothing."""
+    for least, names in (
+        (1, ("train.log_every", "train.eval_every", "checkpoint.every")),
+        (0, ("train.steps", "train.eval_batches", "train.test_batches")),
+        (0, ("train.z_loss", "sample.length")),
+    ):
+        for section, name in (path.split(".") for path in names):
+            if (config[section][name] or 0) < least:
+                raise ValueError(
+                    f"{section}.{name} is {config[section][name]}; it must be at least {least}"
+                    + (", and more than train.steps for never" if least else "")
+                )
+
+
+def resolve(config, dataset):
+    """A copy of the config in which nothing depends on the data any more: the vocabulary's size."""
+    config = config.copy_and_resolve_references()
+    size, text = config.model.get("vocab_size") or dataset.vocab_size, dataset.tokenizer
+    if size < dataset.vocab_size and not (text and tokenizers.fits(text, size)):
+        raise ValueError(
+            f"model.vocab_size is {size}, but the dataset has ids up to {dataset.vocab_size - 1}; "
+            f"set it to 0 (the dataset's {dataset.vocab_size}) or more than that"
+        )
+    with config.unlocked():
+        config.model.vocab_size = size
+    return config
+
+
+class Clock:
+    """Tokens per second since the last question, without compilation and pauses."""
+
+    def __init__(self):
+        self._start = self._step = None
+
+    def start(self, step: int) -> None:
+        """Counts from here; called once the first step, which compiles, is done."""
+        self._start, self._step = time.perf_counter(), step
+
+    def speed(self, step: int, tokens_a_step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        steps, seconds = step - self._step, now - self._start
+        self._start, self._step = now, step
+        return {"tokens_per_second": steps * tokens_a_step / seconds} if steps else {}
+
+    @contextlib.contextmanager
+    def paused(self):
+        before = time.perf_counter()
+        yield
+        if self._start is not None:
+            self._start += time.perf_counter() - before
+
+
+class StopSignals:
+    """Notes SIGTERM and Ctrl-C instead of dying; a second one kills as usual. With several processes JAX listens for SIGTERM to any of
+    them and agrees on a step at which all stop; Ctrl-C is passed on as SIGTERM."""
+
+    def __init__(self):
+        self.signal = None
+        self._restore = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            alone = jax.process_count() == 1
+            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
+                handler = self._note if alone else self._pass_on
+                self._restore[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._restore.items():
+            signal.signal(number, handler)
+        if self._restore and jax.process_count() > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved: nothing to agree on
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def _pass_on(self, number, frame):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(number, signal.SIG_DFL)
+
+    def requested(self, step: int) -> bool:
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name

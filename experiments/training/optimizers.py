@@ -1,0 +1,193 @@
+"""Optimizers by name, all of one form, and which parameters each part of them touches.
+
+    clip by global norm -> direction -> + weight_decay * parameter (masked) -> * -learning rate
+
+Updates are computed, and the state is kept, in float32 even where parameters are narrower: in
+float16 Adam's eps is 0, and so are the squares of small gradients.
+
+Parameters of scanned layers are stacked along a leading "layers" axis. Whether a parameter is a
+matrix, a vector or a scalar is judged without it, by the axis names of its box. The class of the
+box says whether it may be decayed, and whether it is a linear map (`seqmodels.modules.layers`).
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from experiments.training.schedules import Schedule
+from seqmodels.modules import layers
+
+
+def path_name(path) -> str:
+    """A jax key path as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def rank(leaf) -> int:
+    """The number of axes of a parameter within one layer, without those of a scan over layers.
+
+    leaf: as `init` returns it, in its box; one without a box counts as not stacked.
+    """
+    if layers.is_boxed(leaf):
+        return leaf.unbox().ndim - list(leaf.names).count("layers")
+    return leaf.ndim
+
+
+def _map(function, boxed_params):
+    return jax.tree.map(function, boxed_params, is_leaf=layers.is_boxed)
+
+
+def decay_mask(boxed_params) -> dict:
+    """Returns True for parameters that are decayed: of rank 2 or more, not `layers.Undecayed`."""
+    return _map(
+        lambda leaf: rank(leaf) >= 2 and not isinstance(leaf, layers.Undecayed), boxed_params
+    )
+
+
+def muon_dimensions(boxed_params) -> dict:
+    """Returns the input and output axes of each `layers.Kernel`, and None for other parameters."""
+    numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return _map(lambda leaf: numbers if isinstance(leaf, layers.Kernel) else None, boxed_params)
+
+
+def _adam(config, boxed_params):
+    """AdamW (arXiv 1711.05101)."""
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def _lion(config, boxed_params):
+    """Lion (arXiv 2302.06675): the sign of an interpolated momentum."""
+    return optax.scale_by_lion(config.b1, config.b2)
+
+
+def _sgd(config, boxed_params):
+    """Momentum b1."""
+    return optax.trace(config.b1)
+
+
+def _muon(config, boxed_params):
+    """Muon: the momentum of each matrix, orthogonalised; Adam for the rest. The update's rms is 0.2 as Adam's is, so one learning rate
+    serves both (Moonlight, arXiv 2502.16982, section 2.2)."""
+    return contrib.muon(
+        learning_rate=-1.0,  # a direction: the sign and the rate come after weight decay
+        beta=0.95,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=muon_dimensions(boxed_params),
+    )
+
+
+def _rms(config, boxed_params):
+    """Adam without its first moment, which Schedule-Free puts in another place."""
+    return optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
+
+
+_DIRECTIONS = {
+    "adamw": _adam,
+    "lamb": _adam,
+    "lion": _lion,
+    "muon": _muon,
+    "schedule_free": _rms,
+    "sgd": _sgd,
+}
+
+
+def names() -> list[str]:
+    """Every optimizer."""
+    return sorted(_DIRECTIONS)
+
+
+# Each element of a parameter is updated by itself, which a host can do for its devices' parts.
+ELEMENTWISE = ("adamw", "lion", "schedule_free", "sgd")
+
+
+def make_optimizer(
+    config, schedule: Schedule, boxed_params, offload: bool = False
+) -> optax.GradientTransformation:
+    """The optimizer `config.name`: adamw, lamb, lion, muon, schedule_free or sgd.
+
+    config: name, b1, b2, eps, weight_decay, clip (maximum global norm of the gradient; None or 0 for none).
+    boxed_params: see `rank`; only shapes and names are read.
+    offload: the update runs on the host, after `clip` has run on the devices, where the norm of all parts is known. The state
+      is of the same form.
+
+    Raises ValueError for an unknown name, one that cannot be offloaded, or numbers out of range.
+    """
+    if config.name not in _DIRECTIONS:
+        raise ValueError(f"unknown optimizer {config.name!r}; choose one of {', '.join(names())}")
+    if offload and config.name not in ELEMENTWISE:
+        raise ValueError(
+            f"optimizer {config.name!r} reads whole matrices, so it cannot be offloaded to a host that holds parts of them; "
+            f"set parallel.offload=False, or take one of {', '.join(ELEMENTWISE)}"
+        )
+    if config.clip and config.clip < 0:
+        raise ValueError(f"optimizer.clip is {config.clip}; it must be positive, or 0 for none")
+    for name in ("b1", "b2"):
+        if not 0 <= config[name] < 1:
+            raise ValueError(
+                f"optimizer.{name} is {config[name]}; it must be at least 0, and less than 1"
+            )
+    if config.name == "schedule_free" and not config.b1:
+        raise ValueError("optimizer.b1 is 0; schedule_free's average needs more than that")
+    for name in ("learning_rate", "eps", "weight_decay"):
+        if config[name] < 0:
+            raise ValueError(f"optimizer.{name} is {config[name]}; it must be at least 0")
+    clip_by_norm = optax.identity() if offload else optax.clip_by_global_norm(config.clip)
+    chain = [clip_by_norm] if config.clip else []
+    chain.append(_DIRECTIONS[config.name](config, boxed_params))
+    chain.append(optax.add_decayed_weights(config.weight_decay, decay_mask(boxed_params)))
+    if config.name == "lamb":
+        chain.append(scale_by_trust_ratio(_map(rank, boxed_params)))
+    optimizer = optax.chain(*chain, optax.scale_by_learning_rate(schedule))
+    if config.name == "schedule_free":
+        optimizer = contrib.schedule_free(optimizer, schedule, b1=config.b1)
+    return _in_float32(optimizer)
+
+
+def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    def update(grads, state, params):
+        return optimizer.update(widened(grads), state, widened(params))
+
+    return optax.GradientTransformation(lambda params: optimizer.init(widened(params)), update)
+
+
+def widened(tree):
+    """Returns the tree with arrays that are narrower than float32 cast to it."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def clip(config, grads):
+    """The gradients, their global norm at most `config.clip`; for updates that are offloaded."""
+    if not config.clip:
+        return grads
+    return optax.clip_by_global_norm(config.clip).update(grads, optax.EmptyState())[0]
+
+
+def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:
+    """u <- u |p| / |u| with the norms of one layer's parameter (LAMB, arXiv 1904.00962, algorithm 2); where one is 0, u stays."""
+
+    def rescale(u, p, rank):
+        axes = tuple(range(u.ndim - rank, u.ndim))
+        p_norm, u_norm = (jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)) for x in (p, u))
+        usable = (p_norm > 0) & (u_norm > 0)
+        return u * jnp.where(usable, p_norm / jnp.where(usable, u_norm, 1), 1)
+
+    def update(updates, state, params):
+        return jax.tree.map(rescale, updates, params, rank_tree), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def evaluation_params(params, opt_state):
+    """The parameters to evaluate and sample with: Schedule-Free's average (arXiv 2405.15682), else `params`."""
+
+    def is_average(x):
+        return isinstance(x, contrib.ScheduleFreeState)
+
+    for part in jax.tree.leaves(opt_state, is_leaf=is_average):
+        if is_average(part):
+            return contrib.schedule_free_eval_params(part, params)
+    return params

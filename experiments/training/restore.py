@@ -1,0 +1,39 @@
+"""A trained model, from the folder of its run."""
+
+from pathlib import Path
+
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.steps import Program
+
+
+def reading_config(config):
+    """A copy of a run's config for programs that only read its parameters: they are restored in the dtype that they are multiplied
+    in, which gives the same numbers in less memory. Schedule-Free's are first computed, in their own."""
+    config = config.copy_and_resolve_references()
+    if "dtype" in config.model and config.optimizer.name != "schedule_free":
+        with config.unlocked():
+            config.model.param_dtype = config.model.dtype
+    return config
+
+
+def evaluation_params(program: Program, config, workdir: Path, step: int | None = None):
+    """(step, parameters to evaluate and sample with) of checkpoint `step` of a run; None is the latest.
+
+    Raises ValueError where there is no such checkpoint, or it is of another model.
+    """
+    checkpoints = Checkpoints(workdir, training=False)
+    found = checkpoints.steps()
+    if not found:
+        raise ValueError(f"{checkpoints.directory} holds no checkpoint")
+    step = found[-1] if step is None else step
+    if step not in found:
+        raise ValueError(
+            f"there is no checkpoint of step {step} in {checkpoints.directory}; there are {found}"
+        )
+    # Only Schedule-Free keeps a part of them in the optimizer's state.
+    names = ("params", "training") if config.optimizer.name == "schedule_free" else ("params",)
+    parts = checkpoints.restore_parts(step, program.abstract_state, names)
+    checkpoints.close()
+    if "training" in parts:
+        return step, program.evaluation_params(parts["params"], parts["training"]["opt_state"])
+    return step, parts["params"]

@@ -1,0 +1,114 @@
+"""What a run says at its end: scores beside baselines, a sample, a picture, result.json; or why it had to stop."""
+
+import math
+from pathlib import Path
+
+import jax
+
+from experiments import data
+from experiments.data import baselines, packing
+from experiments.data.text import Piece
+from experiments.inference import sampling
+from experiments.training import metrics, plots, run_record
+from experiments.training.checkpoints import Checkpoints
+
+_BIGRAM_TRAINING_BYTES = 64 << 20
+
+
+def check_sample(config, model, tokenizer) -> None:
+    """Raises ValueError where `finish` could not generate the sample that the config asks for."""
+    if tokenizer is not None and config.sample.length:
+        sampling.check_options(config.sample.temperature, None, None)
+        prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
+        try:
+            sampling.check_length(model, len(prompt), config.sample.length)
+        except ValueError as error:
+            raise ValueError(f"config.sample: {error}") from error
+
+
+def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dict:
+    """Adds a sample to the scores of the test split; on process 0 baselines and file names too, and writes result.json and
+    loss.png."""
+    if tokenizer is not None and config.sample.length:
+        prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
+        tokens = sampling.stream_tokens(
+            model,
+            params,
+            prompt,
+            config.sample.length,
+            temperature=config.sample.temperature,
+            seed=config.seed,
+            stop_token=tokenizer.document_id,
+        )
+        said = "".join(sampling.stream_text(tokens, tokenizer, prompt))
+        result["sample"] = config.sample.prompt + said
+    if jax.process_index():
+        return result
+    byte_level = config.data.get("tokenizer") == "bytes"
+    lines = {}
+    if byte_level:
+        held_out = scored_bytes(data.documents(config.data, "test"), result["bytes"])
+        documents = data.documents(config.data, "train")
+        train = first_bytes(documents, range(len(documents)), _BIGRAM_TRAINING_BYTES)
+        lines["gzip -9"] = baselines.gzip_bits_per_byte(held_out)
+        lines["byte bigram"] = baselines.bigram_bits_per_byte(train, held_out)
+        result["baselines_bits_per_byte"] = lines
+    result["workdir"] = str(workdir)
+    result["checkpoint"] = str(workdir / "checkpoints" / str(result["steps"]))
+    result["loss_curve"] = str(workdir / "loss.png")
+    units = ("bits a byte", 1 / math.log(2)) if byte_level else ("nats a token", 1.0)
+    plots.loss_curve(metrics.read_metrics(workdir), workdir / "loss.png", *units, lines)
+    run_record.write_json(workdir / "result.json", result)
+    return result
+
+
+def text(result: dict) -> str:
+    """The end of a run, for people."""
+    out = [
+        f"test loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
+        f"accuracy {result['accuracy']:.4f}, over {result['tokens']:,} tokens"
+    ]
+    if "bits_per_byte" in result:
+        out += ["", f"bits per byte on {result['bytes']:,} held-out bytes"]
+        scores = {"this model": result["bits_per_byte"]} | result.get("baselines_bits_per_byte", {})
+        out += [f"  {name:<12} {value:6.3f}" for name, value in scores.items()]
+    if "sample" in result:
+        out += ["", "sample", *("  | " + line for line in result["sample"].split("\n"))]
+    out += ["", f"checkpoint  {result['checkpoint']}", f"loss curve  {result['loss_curve']}"]
+    return "\n".join(out)
+
+
+def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate: float) -> str:
+    """What to tell who trains when a step's metrics are not finite."""
+    checkpoints.wait()
+    last = checkpoints.latest_step()
+    kept = (
+        f"The last good checkpoint is {checkpoints.path(last)}; the same command with the same --workdir goes on from it."
+        if last is not None
+        else "There is no checkpoint yet."
+    )
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return (
+        f"step {step} is not finite ({shown}); its state was not saved. {kept}\n"
+        f"What to try: a lower --config.optimizer.learning_rate (it was {learning_rate:.3g} at this step), a longer "
+        "--config.schedule.warmup_steps, a smaller --config.optimizer.clip, --config.model.dtype=float32. "
+        "JAX_DEBUG_NANS=True in the environment names the operation that made it."
+    )
+
+
+def scored_bytes(documents, count: int) -> list[bytes]:
+    """The documents in which the first `count` bytes of a split's one pass lie, the last one cut there; in the corpus's order."""
+    order = packing.one_pass_order(len(documents))
+    numbers = (order[i] for i in range(len(documents)))
+    pieces = first_bytes(documents, numbers, count)
+    return [piece for _, piece in sorted((order[i], piece) for i, piece in enumerate(pieces))]
+
+
+def first_bytes(documents, numbers, count: int):
+    """The documents of these numbers up to `count` bytes in all, the last one cut there."""
+    for i in numbers:
+        document = documents[i]
+        yield document if len(document) <= count else Piece(document[:count])
+        count -= min(count, len(document))
+        if not count:
+            return

@@ -1,5 +1,0 @@
-"""The `causal_conv` operator: api.py is public, reference.py defines it, the rest are implementations."""
-
-from kernels_pallas.causal_conv.reference import step
-
-__all__ = ["step"]

@@ -1,0 +1,204 @@
+"""What the two matrix recurrences ask of their arguments, checked once and brought to one form.
+
+Every implementation then sees: q scaled and float, heads of q and k dividing those of v, a finite log_decay of rank 4
+or None, and a float32 (or wider) initial state.
+"""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.common import checks, decay, dtypes
+
+
+def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
+    """Raises ValueError where q, k and v do not fit each other, in shape or in kind."""
+    for name, array in (("q", q_BTGK), ("k", k_BTGK), ("v", v_BTHV)):
+        check_float(operator, name, array)
+    shapes = f"q {q_BTGK.shape}, k {k_BTGK.shape}, v {v_BTHV.shape}"
+    if not q_BTGK.ndim == k_BTGK.ndim == v_BTHV.ndim == 4:
+        raise ValueError(f"{operator}: q, k and v must be (B, T, heads, dim); got {shapes}")
+    if not q_BTGK.shape[:2] == k_BTGK.shape[:2] == v_BTHV.shape[:2]:
+        raise ValueError(f"{operator}: q, k and v must share batch and time; got {shapes}")
+    if q_BTGK.shape[3] != k_BTGK.shape[3]:
+        raise ValueError(f"{operator}: q and k must share their last dimension K; got {shapes}")
+    if q_BTGK.shape[2] != k_BTGK.shape[2] or not divides(k_BTGK.shape[2], v_BTHV.shape[2]):
+        raise ValueError(
+            f"{operator}: q and k must have the same number of heads G, and G must divide v's heads H; got {shapes}"
+        )
+
+
+def divides(groups: int, heads: int) -> bool:
+    """Whether so many heads make so many groups; no heads make no groups."""
+    return heads % groups == 0 if groups else heads == 0
+
+
+def check_array(operator: str, name: str, array) -> None:
+    """Raises ValueError where `array` is no array, such as a number or a list."""
+    if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        given = "None" if array is None else f"{array!r:.60} ({type(array).__name__})"
+        raise ValueError(
+            f"{operator}: {name} is {given}; expected an array: make one by jax.numpy.asarray"
+        )
+
+
+def check_float(operator: str, name: str, array) -> None:
+    """Raises ValueError where `array` is not an array of real floating point."""
+    check_array(operator, name, array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{operator}: {name} has dtype {array.dtype}; expected a floating dtype (float32, bfloat16, ...)"
+        )
+
+
+def check_segment_ids(operator: str, segment_ids, x_BTX) -> None:
+    """Raises ValueError where segment ids are given and are not integers of shape (B, T)."""
+    if segment_ids is None:
+        return
+    check_shape(operator, "segment_ids", segment_ids, x_BTX.shape[:2])
+    check_integers(operator, "segment_ids", segment_ids)
+
+
+def check_integers(operator: str, name: str, array) -> None:
+    """Raises ValueError where `array` is not an array of integers."""
+    check_array(operator, name, array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{operator}: {name} has dtype {array.dtype}; expected integers")
+
+
+def check_scale(operator: str, scale) -> None:
+    """Raises ValueError where a scale is given that is no number: what is compiled in cannot be an array."""
+    if scale is not None and not is_number(scale):
+        raise ValueError(
+            f"{operator}: scale is {scale!r}; expected a number or None (multiply q by one that is learned)"
+        )
+
+
+def check_number_or_scalar(operator: str, name: str, value) -> None:
+    """Raises ValueError where `value`, which may be learned, is no number and no floating array
+    without axes.
+    """
+    if is_number(value):
+        return
+    scalar = isinstance(value, jax.Array | np.ndarray) and value.shape == ()
+    if not scalar or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"{operator}: {name} is {value!r:.60}; expected a number, or a floating array of shape ()"
+        )
+
+
+def check_positive(operator: str, name: str, value) -> None:
+    """Raises ValueError where `value` is given and is no number above 0."""
+    if value is not None and not (is_number(value) and value > 0):
+        raise ValueError(
+            f"{operator}: {name} is {value!r:.60}; expected a positive number, or None"
+        )
+
+
+def is_number(value) -> bool:
+    """Whether it is a real number that is known now: no array, no boolean."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_count(operator: str, name: str, value, what: str = "an integer of at least 1, or None"):
+    """Raises ValueError where `value` is given and is no positive integer."""
+    if value is not None and not (is_count(value) and value >= 1):
+        raise ValueError(f"{operator}: {name} is {value!r:.60}; expected {what}")
+
+
+def is_count(value) -> bool:
+    """Whether it is an integer that is known now: no array, no boolean."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_flag(operator: str, name: str, value) -> None:
+    """Raises ValueError where `value` is not True or False: it is compiled in."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{operator}: {name} is {value!r:.60}; expected True or False")
+
+
+def check_chunk_size(operator: str, chunk_size) -> None:
+    """Raises ValueError where a chunk size is given and is not a power of two of at least 16."""
+    if chunk_size is None:
+        return
+    if not is_count(chunk_size) or chunk_size < 16 or chunk_size & (chunk_size - 1):
+        raise ValueError(
+            f"{operator}: chunk_size is {chunk_size!r}; expected a power of two, 16 or more (or None)"
+        )
+
+
+def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> None:
+    """Raises ValueError where `array` is not an array of one of the `expected` shapes."""
+    check_array(operator, name, array)
+    if array.shape not in expected:
+        choices = " or ".join(str(shape) for shape in expected)
+        raise ValueError(f"{operator}: {name} has shape {array.shape}; expected {choices}")
+
+
+def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
+    """Brings log_decay, None or (H,) or (B,T,H) or (B,T,H,K), to None or (B,T,H,1) or (B,T,H,K) in float32 or wider.
+
+    What lies below `decay_sums.RESET` becomes it, which changes neither results nor gradients: its exponential is 0 already.
+    """
+    if log_decay is None:
+        return None
+    B, T, H, _ = v_BTHV.shape
+    check_shape(operator, "log_decay", log_decay, (H,), (B, T, H), (B, T, H, q_BTGK.shape[3]))
+    check_float(operator, "log_decay", log_decay)
+    checks.not_positive(operator, "log_decay", log_decay)
+    log_decay = log_decay.astype(state_dtype(log_decay))
+    log_decay = jnp.where(log_decay < decay.RESET, decay.RESET, log_decay)
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay[None, None], (B, T, H))
+    return log_decay if log_decay.ndim == 4 else log_decay[..., None]
+
+
+def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) -> jax.Array:
+    """Zeros where there is no initial state; in float32, or wider where an input is: q, v or one of the others (or None)."""
+    B, _, H, V = v_BTHV.shape
+    shape_BHKV = (B, H, q_BTGK.shape[3], V)
+    dtype = state_dtype(q_BTGK, v_BTHV, *(x for x in others if x is not None))
+    if initial_state is None:
+        return jnp.zeros_like(v_BTHV, dtype, shape_BHKV)
+    check_shape(operator, "initial_state", initial_state, shape_BHKV)
+    check_float(operator, "initial_state", initial_state)
+    return initial_state.astype(dtypes.common(initial_state.dtype, dtype))
+
+
+def state_dtype(*arrays) -> jnp.dtype:
+    """float32, or float64 where an input is: what states, gates and their sums are held in."""
+    return dtypes.common(*(array.dtype for array in arrays), jnp.float32)
+
+
+def one_token(operator: str, **arrays) -> list:
+    """The arrays of one token, (B, ...), with a time axis of length 1."""
+    for name, array in arrays.items():
+        check_array(operator, name, array)
+        if array.ndim < 2:
+            raise ValueError(
+                f"{operator}: {name} has shape {array.shape}; expected a batch and heads in front"
+            )
+    return [array[:, None] for array in arrays.values()]
+
+
+def one_token_decay(operator: str, log_decay):
+    """The same for a log decay, which may be None or (H,)."""
+    if log_decay is None:
+        return None
+    check_array(operator, "log_decay", log_decay)
+    return log_decay if log_decay.ndim < 2 else log_decay[:, None]
+
+
+def nothing(*arrays) -> bool:
+    """Whether one of the arrays is empty: nothing is then written to a state, and nothing but
+    zeros is read.
+    """
+    return any(0 in x.shape for x in arrays)
+
+
+def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:
+    """Key head g serves value heads g*H/G ... (g+1)*H/G - 1."""
+    copies = heads // x_BTGK.shape[2]
+    return x_BTGK if copies == 1 else jnp.repeat(x_BTGK, copies, axis=2)

@@ -1,0 +1,79 @@
+"""Reverse derivatives, of any order, of functions that kernels and hand-written loops compute.
+
+A forward and a backward pass written by hand give a first derivative, and have none themselves.
+Where they are differentiated again, which is rare, they stand for another form of the same function
+that JAX can differentiate, the plain one: the backward pass for `jax.vjp` of it, and the forward
+pass, with what it keeps for the backward pass, for the function itself.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from kernels_pallas.common.remat import kept
+
+
+def differentiable(
+    forward: Callable,
+    backward: Callable,
+    plain: Callable,
+    *,
+    call: Callable | None = None,
+    keep: bool = True,
+):
+    """Returns f(form, fixed, *arrays) -> outputs, with reverse derivatives of any order.
+
+    form: hashable, what is fixed at tracing.
+    fixed: a pytree of arrays without derivatives, such as document ids, or None.
+
+    Args:
+      forward: (form, fixed, *arrays) -> (outputs, residuals).
+      backward: (form, fixed, arrays, residuals, cotangents of the outputs) -> those of the arrays.
+      plain: (form, fixed, *arrays) -> outputs, equal to `forward`'s, of what JAX differentiates.
+      call: (form, fixed, *arrays) -> outputs, where nothing is differentiated; None is `forward`
+        without its residuals.
+      keep: whether a caller that recomputes the rest may keep outputs and residuals (`kept`).
+    """
+
+    def only_outputs(form, fixed, *arrays):
+        return forward(form, fixed, *arrays)[0]
+
+    run = jax.custom_vjp(call or only_outputs, nondiff_argnums=(0,))
+    with_residuals = jax.custom_vjp(forward, nondiff_argnums=(0,))
+    gradients = jax.custom_vjp(backward, nondiff_argnums=(0,))
+
+    def run_forward(form, fixed, *arrays):
+        outputs, residuals = with_residuals(form, fixed, *arrays)
+        if keep:
+            outputs, residuals = kept((outputs, residuals))
+        return outputs, (fixed, arrays, residuals)
+
+    def run_backward(form, saved, cotangents):
+        return None, *gradients(form, *saved, cotangents)
+
+    def residuals_forward(form, fixed, *arrays):
+        outputs, residuals = with_residuals(form, fixed, *arrays)
+        return (outputs, residuals), (fixed, arrays, residuals)
+
+    def residuals_backward(form, saved, cotangents):
+        """Drops the residuals' cotangent: `gradients`, which reads them, passes none to them."""
+        return run_backward(form, saved, cotangents[0])
+
+    def gradients_forward(form, fixed, arrays, residuals, cotangents):
+        return gradients(form, fixed, arrays, residuals, cotangents), (fixed, arrays, cotangents)
+
+    def gradients_backward(form, saved, second):
+        fixed, arrays, cotangents = saved
+
+        def plain_gradients(arrays, cotangents):
+            _, vjp = jax.vjp(lambda *arrays: plain(form, fixed, *arrays), *arrays)
+            return vjp(cotangents)
+
+        _, vjp = jax.vjp(plain_gradients, arrays, cotangents)
+        d_arrays, d_cotangents = vjp(tuple(second))
+        return None, d_arrays, None, d_cotangents
+
+    run.defvjp(run_forward, run_backward)
+    with_residuals.defvjp(residuals_forward, residuals_backward)
+    gradients.defvjp(gradients_forward, gradients_backward)
+    return run

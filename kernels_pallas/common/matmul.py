@@ -1,0 +1,102 @@
+"""Matrix products that keep narrow inputs narrow, and never round what was computed from them; sums as products."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.common import dtypes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Two-operand einsum with a float32 (or wider) result, in the backward pass too.
+
+    Two bfloat16 operands, which are then a caller's inputs, go to the matrix unit as they are. If one is float32, a
+    decayed key, a score, a state or a cotangent, the product is a float32 one: rounding such an operand to bfloat16 costs
+    up to 3e-2 of the result's rms where its entries are heavy-tailed. How a device multiplies float32 is
+    `jax_default_matmul_precision`, as everywhere in JAX (TF32 on GPU, bfloat16 passes on TPU). Each letter of an operand
+    must stand in the other or in the result. Cotangents come back in the dtype of their operand.
+    """
+    accumulate = dtypes.common(x.dtype, y.dtype, jnp.float32)
+
+    def narrow(x, y):
+        return jnp.einsum(subscripts, x, y, preferred_element_type=accumulate)
+
+    def wide(x, y):
+        return jnp.einsum(subscripts, x.astype(accumulate), y.astype(accumulate))
+
+    if x.dtype != y.dtype or x.dtype == accumulate:
+        return wide(x, y)
+    # XLA's CPU backend refuses some bfloat16 products with a float32 result; widening gives the same numbers.
+    return jax.lax.platform_dependent(x, y, cpu=wide, default=narrow)
+
+
+def _forward(subscripts, x, y):
+    return einsum(subscripts, x, y), (x, y)
+
+
+def _backward(subscripts, operands, cotangent):
+    x, y = operands
+    inputs, output = subscripts.split("->")
+    x_letters, y_letters = inputs.split(",")
+    dx = einsum(f"{output},{y_letters}->{x_letters}", cotangent, y)
+    dy = einsum(f"{output},{x_letters}->{y_letters}", cotangent, x)
+    return dx.astype(x.dtype), dy.astype(y.dtype)
+
+
+einsum.defvjp(_forward, _backward)
+
+
+def sum_last(x: jax.Array) -> jax.Array:
+    """The sum over the last axis, which stays: (..., K) to (..., 1).
+
+    On CPU a product with ones: XLA's reduction of the minor axis (jaxlib 0.10.2) takes ten times as long there.
+    """
+    return _sum_last(x.shape[-1], x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_last(width, x):
+    def product(x):
+        wide = x.astype(dtypes.common(x.dtype, jnp.float32))
+        ones = jnp.ones((width, 1), wide.dtype)
+        return jnp.matmul(wide, ones, precision="highest").astype(x.dtype)
+
+    def plain(x):
+        return jnp.sum(x, axis=-1, keepdims=True)
+
+    return jax.lax.platform_dependent(x, cpu=product, default=plain)
+
+
+# Nothing is kept: of what only gives its shape, a scan that is differentiated twice forgets that.
+_sum_last.defvjp(
+    lambda width, x: (_sum_last(width, x), None),
+    lambda width, _, cotangent: (jnp.broadcast_to(cotangent, (*cotangent.shape[:-1], width)),),
+)
+
+
+def finite_rows(x: jax.Array) -> jax.Array:
+    """Whether all of the last axis is finite: (..., K) to (...)."""
+    return jnp.isfinite(sum_last(jax.lax.stop_gradient(x) * 0))[..., 0]
+
+
+def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x scale, where scale broadcasts to x. One number a row, (..., 1): its gradient is summed by `sum_last`."""
+    if scale.shape[-1] > 1:
+        return dtypes.multiply(x, scale)
+    return _rows_scaled(x, jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
+
+
+@jax.custom_vjp
+def _rows_scaled(x, scale):
+    return dtypes.multiply(x, scale)
+
+
+def _rows_scaled_backward(operands, cotangent):
+    x, scale = operands
+    d_scale = sum_last(dtypes.multiply(cotangent, x))
+    return dtypes.multiply(cotangent, scale).astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+_rows_scaled.defvjp(lambda x, scale: (dtypes.multiply(x, scale), (x, scale)), _rows_scaled_backward)

@@ -1,0 +1,235 @@
+"""Softmax attention over keys that several ranks hold: gathered, in a window, or going round a ring.
+
+The halves of `sequence_parallel.softmax_attention`, which says what each costs. In the ring, keys, values, their positions and
+documents are one message; a rank holds one message while it sends it on. Its queries keep a running maximum, sum and output
+(`softmax_attention/chunked.py`), corrected with each message, which is the log-sum-exp merge of the ring's parts. Backward,
+each row's final log-sum makes the probabilities of any part again; gradients of keys and values follow their keys around.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.common import kernel_vjp, segments
+from kernels_pallas.context_parallel import collectives
+from kernels_pallas.ops.softmax_attention import chunked
+from kernels_pallas.ops.softmax_attention.visibility import Visibility
+
+
+def gathered(ranks, attend, qkv, given):
+    """Every rank's keys, this rank's queries. attend: the plain operator. given: ids and positions, or None each."""
+    q_BTHK, k_BSGK, v_BSGV = qkv
+    (B, T), S = q_BTHK.shape[:2], k_BSGK.shape[1]
+    segment_ids_BT, kv_segment_BS = given["segment_ids"], given["kv_segment_ids_BS"]
+    own = segment_ids_BT is not None and kv_segment_BS is None
+    payload = k_BSGK, v_BSGV, segment_ids_BT if own else kv_segment_BS, given["kv_positions_BS"]
+    packed = lax.all_gather(collectives.pack(payload, lead=2), ranks.axis_name, axis=1, tiled=True)
+    k_BSGK, v_BSGV, kv_segment_BS, kv_position_BS = collectives.unpack(packed, payload, lead=2)
+    q_position_BT = given["q_positions_BT"]
+    if kv_position_BS is None:
+        q_position_BT = _positions(ranks, B, T)
+        kv_position_BS = jnp.arange(S * ranks.count, dtype=jnp.int32)[None]
+        kv_position_BS = jnp.broadcast_to(kv_position_BS, (B, S * ranks.count))
+    if own:
+        kv_segment_BS = segments.run_index(kv_segment_BS)
+        segment_ids_BT = lax.dynamic_slice_in_dim(kv_segment_BS, ranks.index * T, T, axis=1)
+    return attend(
+        q_BTHK,
+        k_BSGK,
+        v_BSGV,
+        segment_ids=segment_ids_BT,
+        kv_segment_ids_BS=kv_segment_BS,
+        q_positions_BT=q_position_BT,
+        kv_positions_BS=kv_position_BS,
+    )
+
+
+def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
+    """The window's tokens before the stretch (and behind it, where not causal) from the ranks that have them."""
+    q_BTHK, *kv = qkv
+    (B, T), W = q_BTHK.shape[:2], ranks.count
+    reach = min(window - 1, (W - 1) * T)
+    payload = *kv, segment_ids_BT
+    packed = collectives.pack(payload, lead=2)
+    parts = [collectives.before(ranks, packed, reach), packed]
+    if not causal:
+        behind = collectives.before(ranks.backwards(), packed[:, ::-1], reach)
+        parts.append(behind[:, ::-1])
+    k_BSGK, v_BSGV, segment_BS = collectives.unpack(jnp.concatenate(parts, axis=1), payload, lead=2)
+    S = k_BSGK.shape[1]
+    position_S = ranks.index * T - reach + jnp.arange(S, dtype=jnp.int32)
+    exists_1S = ((position_S >= 0) & (position_S < W * T))[None]
+    run_BS = None if segment_BS is None else segments.run_index(segment_BS)
+    own = slice(reach, reach + T)
+    if reach <= T:
+        # By index, as kernels want it: with queries for the other tokens, which are thrown away.
+        ids_BS = jnp.broadcast_to(jnp.where(exists_1S, 0 if run_BS is None else run_BS, -1), (B, S))
+        q_BSHK = jnp.pad(q_BTHK, ((0, 0), (reach, S - reach - T), (0, 0), (0, 0)))
+        return attend(q_BSHK, k_BSGK, v_BSGV, segment_ids=ids_BS)[:, own]
+    return attend(
+        q_BTHK,
+        k_BSGK,
+        v_BSGV,
+        segment_ids=None if run_BS is None else run_BS[:, own],
+        kv_segment_ids_BS=run_BS,
+        q_positions_BT=jnp.broadcast_to(position_S[None, own], (B, T)),
+        kv_positions_BS=jnp.broadcast_to(jnp.where(exists_1S, position_S[None], -1), (B, S)),
+    )
+
+
+def ring(ranks, qkv, given, by_index, window, causal, scale):
+    """Keys and values go round. given: ids and positions, or None each."""
+    q_BTHK, k_BSGK, v_BSGV = qkv
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    q_segment_BT, kv_segment_BS, q_position_BT, kv_position_BS = given.values()
+    if q_position_BT is None:
+        q_position_BT, kv_position_BS = (_positions(ranks, B, size) for size in (T, S))
+    if q_segment_BT is not None and kv_segment_BS is None:
+        q_segment_BT = kv_segment_BS = _run_index(ranks, q_segment_BT)
+    balanced = by_index and causal and T % 2 == 0 and ranks.count > 1
+    if balanced:
+        everything = q_BTHK, k_BSGK, v_BSGV, q_segment_BT, q_position_BT
+        packed = _to_zigzag(ranks, collectives.pack(everything, lead=2))
+        everything = collectives.unpack(packed, everything, lead=2)
+        q_BTHK, k_BSGK, v_BSGV, q_segment_BT, q_position_BT = everything
+        kv_segment_BS, kv_position_BS = q_segment_BT, q_position_BT
+    # `aligned` is False: all that is known of where a token stands is its position.
+    visibility = Visibility(
+        q_position_BT, kv_position_BS, q_segment_BT, kv_segment_BS, causal, window, aligned=False
+    )
+    C, E = sizes = chunked.block_sizes(T, S)
+    scale = K**-0.5 if scale is None else scale
+    q_BGRTK = chunked.queries_first(q_BTHK, G, C)
+    o_BGRTV = _ring((ranks, scale, sizes), visibility, q_BGRTK, k_BSGK, v_BSGV)
+    o_BTHV = chunked.time_first(o_BGRTV, T).astype(q_BTHK.dtype)
+    return _from_zigzag(ranks, o_BTHV) if balanced else o_BTHV
+
+
+def _forward(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
+    ranks, scale, sizes = static
+    payload = _payload(visibility, k_BSGK, v_BSGV)
+
+    def see(running, packed):
+        held = _held(payload, packed, q_BGRTK, visibility, sizes)
+        return chunked.see(running, q_BGRTK, *held, scale, sizes)
+
+    def hop(carry, _):
+        running, packed = carry
+        arriving = ranks.send(packed, _round(ranks))
+        return (see(running, packed), arriving), None
+
+    running = chunked.nothing_seen(q_BGRTK, v_BSGV)
+    carry = running, collectives.pack(payload, lead=2)
+    (running, packed), _ = lax.scan(hop, carry, length=ranks.count - 1)
+    o_BGRTV, log_sum_BGRT = chunked.output(see(running, packed))
+    return o_BGRTV, (o_BGRTV, log_sum_BGRT)
+
+
+def _backward(static, visibility, arrays, residuals, g_BGRTV):
+    ranks, scale, sizes = static
+    (q_BGRTK, k_BSGK, v_BSGV), (o_BGRTV, log_sum_BGRT) = arrays, residuals
+    payload = _payload(visibility, k_BSGK, v_BSGV)
+    rows = q_BGRTK, g_BGRTV, log_sum_BGRT, jnp.sum(g_BGRTV * o_BGRTV, axis=-1)
+    S, dtype = k_BSGK.shape[1], q_BGRTK.dtype
+
+    def see(dq_BGRTK, d_BGSX, packed):
+        """dq with this part's share, and the part's own gradients with this rank's."""
+        held = _held(payload, packed, q_BGRTK, visibility, sizes)
+        dq_BGRTK, *d_kv = chunked.see_back(dq_BGRTK, rows, *held, scale, sizes)
+        return dq_BGRTK, d_BGSX + jnp.concatenate(d_kv, axis=-1)[:, :, :S]
+
+    def hop(carry, _):
+        dq_BGRTK, d_BGSX, packed = carry
+        arriving = ranks.send(packed, _round(ranks))
+        dq_BGRTK, d_BGSX = see(dq_BGRTK, d_BGSX, packed)
+        return (dq_BGRTK, ranks.send(d_BGSX, _round(ranks)), arriving), None
+
+    dq_BGRTK = jnp.zeros_like(q_BGRTK, o_BGRTV.dtype)
+    B, _, G, K = k_BSGK.shape
+    d_BGSX = jnp.zeros_like(dq_BGRTK, shape=(B, G, S, K + v_BSGV.shape[-1]))
+    carry = dq_BGRTK, d_BGSX, collectives.pack(payload, lead=2)
+    carry, _ = lax.scan(hop, carry, length=ranks.count - 1)
+    dq_BGRTK, d_BGSX = see(*carry)
+    d_BGSX = ranks.send(d_BGSX, _round(ranks))  # home
+    d_k, d_v = (z.swapaxes(1, 2).astype(dtype) for z in jnp.split(d_BGSX, [K], axis=-1))
+    return dq_BGRTK.astype(dtype), d_k, d_v
+
+
+def _plain(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
+    """The same with every rank's keys gathered."""
+    ranks, scale, sizes = static
+    payload = _payload(visibility, k_BSGK, v_BSGV)
+    packed = collectives.pack(payload, lead=2)
+    packed = lax.all_gather(packed, ranks.axis_name, axis=1, tiled=True)
+    *kv, visibility = _held(payload, packed, q_BGRTK, visibility, sizes)
+    return chunked.plain((scale, sizes), visibility, q_BGRTK, *kv)
+
+
+_ring = kernel_vjp.differentiable(_forward, _backward, _plain)
+
+
+def _payload(visibility, k_BSGK, v_BSGV):
+    """What goes around with the keys."""
+    return k_BSGK, v_BSGV, visibility.kv_position_BS, visibility.kv_segment_BS
+
+
+def _round(ranks):
+    return [(place, (place + 1) % ranks.count) for place in range(ranks.count)]
+
+
+def _held(payload, packed, q_BGRTK, visibility, sizes):
+    """Keys, values and what is seen of them, as `chunked` takes them, from a message."""
+    k_BSGK, v_BSGV, kv_position_BS, kv_segment_BS = collectives.unpack(packed, payload, lead=2)
+    visibility = dataclasses.replace(
+        visibility, kv_position_BS=kv_position_BS, kv_segment_BS=kv_segment_BS
+    )
+    C, E = sizes
+    k_BGSK, v_BGSV = (chunked.keys_first(z, E) for z in (k_BSGK, v_BSGV))
+    queries = q_BGRTK.shape[3] - visibility.q_position_BT.shape[1]
+    return k_BGSK, v_BGSV, visibility.padded(queries, k_BGSK.shape[2] - k_BSGK.shape[1])
+
+
+def _positions(ranks, B, T):
+    """Of the stretch's tokens in the whole sequence."""
+    position_T = ranks.index * T + jnp.arange(T, dtype=jnp.int32)
+    return jnp.broadcast_to(position_T[None], (B, T))
+
+
+def _run_index(ranks, segment_ids_BT):
+    """`segments.run_index` of the whole sequence."""
+    run_BT = segments.run_index(segment_ids_BT)
+    ends = segment_ids_BT[:, 0], segment_ids_BT[:, -1], run_BT[:, -1]
+    gathered = ranks.gather(collectives.pack(ends, lead=1))
+    first_WB, last_WB, starts_WB = collectives.unpack(gathered, ends, lead=1)
+    begins_WB = jnp.pad(first_WB[1:] != last_WB[:-1], ((1, 0), (0, 0)))
+    # before this rank: what its predecessors began, and what begins at each border up to its own
+    through_WB = jnp.cumsum(begins_WB + jnp.pad(starts_WB[:-1], ((1, 0), (0, 0))), axis=0)
+    return run_BT + jnp.take(through_WB, ranks.index, axis=0)[:, None]
+
+
+def _to_zigzag(ranks, x_BTX):
+    """Of 2W parts of the sequence: from parts 2r and 2r+1 on rank r to parts r and 2W-1-r."""
+    even, odd = (
+        ranks.send(half, [(r, _zigzag_rank(ranks, 2 * r + n)) for r in range(ranks.count)])
+        for n, half in enumerate(jnp.split(x_BTX, 2, axis=1))
+    )
+    low_is_even = ranks.index % 2 == 0
+    parts = jnp.where(low_is_even, even, odd), jnp.where(low_is_even, odd, even)
+    return jnp.concatenate(parts, axis=1)
+
+
+def _from_zigzag(ranks, x_BTX):
+    low, high = jnp.split(x_BTX, 2, axis=1)
+    low_is_even = ranks.index % 2 == 0
+    even_odd = jnp.where(low_is_even, low, high), jnp.where(low_is_even, high, low)
+    parts = (
+        ranks.send(half, [(_zigzag_rank(ranks, 2 * r + n), r) for r in range(ranks.count)])
+        for n, half in enumerate(even_odd)
+    )
+    return jnp.concatenate(list(parts), axis=1)
+
+
+def _zigzag_rank(ranks, part):
+    return min(part, 2 * ranks.count - 1 - part)

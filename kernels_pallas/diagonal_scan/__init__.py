@@ -1,5 +1,0 @@
-"""The `diagonal_scan` operator: api.py is public, reference.py defines it, the rest are implementations."""
-
-from kernels_pallas.diagonal_scan.reference import step
-
-__all__ = ["step"]

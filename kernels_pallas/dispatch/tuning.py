@@ -1,0 +1,77 @@
+"""Chunk and block sizes: from a table where it knows the call, from the implementation's own rule where it does not.
+
+`tuned.json` beside this file maps keys to sizes. A key is written operator/implementation/.../device kind; an implementation says what
+stands between, for instance
+
+    delta_rule/pallas_tpu/bfloat16/128x128 head/TPU v6 lite      {"chunk_size": 128, "heads": 8}
+    delta_rule/triton/writes/bfloat16                            {"BV": 32, "num_warps": 8}
+
+An entry holds for its key and for all that continue it (the second: for every shape and GPU), and the longer key wins. K
+x V, the kind of decay and the device are met exactly or not at all: sizes for a neighbouring shape are no better than
+the rule, and may not fit. Nothing is ever tuned while a model runs; `python -m experiments.bench --tune` writes the table.
+"""
+
+import contextlib
+import contextvars
+import functools
+import json
+import pathlib
+
+from kernels_pallas.dispatch import devices
+
+TABLE = pathlib.Path(__file__).with_name("tuned.json")
+_TRIED = contextvars.ContextVar("tried", default=None)
+_ASKED = contextvars.ContextVar("asked", default=None)
+
+
+def lookup(heuristic: dict[str, int], operator: str, implementation: str, *rest: str) -> dict:
+    """The sizes of a call that is traced now.
+
+    heuristic: what the implementation would take; the table may change any of it, and adds nothing.
+    rest: what the sizes depend on, from the general to the special. The device's kind is added here.
+    """
+    key = (operator, implementation, *rest, devices.current().kind)
+    found, tried = dict(heuristic), _TRIED.get() or {}
+    for n in range(2, len(key) + 1):
+        prefix = "/".join(key[:n])
+        found |= _table().get(prefix, {}) | tried.get(prefix, {})
+    sizes = {name: found[name] for name in heuristic}
+    if _ASKED.get() is not None:
+        _ASKED.get()["/".join(key)] = sizes
+    return dict(sizes)
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, int]]:
+    return json.loads(TABLE.read_text())
+
+
+@contextlib.contextmanager
+def trying(sizes: dict[str, dict[str, int]]):
+    """Inside, these entries stand in front of the table's. Read at tracing: trace a function that no cache knows."""
+    token = _TRIED.set(sizes)
+    try:
+        yield
+    finally:
+        _TRIED.reset(token)
+
+
+@contextlib.contextmanager
+def asked():
+    """Gives a dict that fills with the whole keys that are looked up inside, and the sizes that each got."""
+    found = {}
+    token = _ASKED.set(found)
+    try:
+        yield found
+    finally:
+        _ASKED.reset(token)
+
+
+def save(entries: dict[str, dict[str, int]], path: pathlib.Path = TABLE) -> None:
+    """Puts entries into the table, in place of those of the same keys; an empty one removes the key."""
+    merged = json.loads(path.read_text()) | entries
+    lines = [
+        f" {json.dumps(key)}: {json.dumps(merged[key])}" for key in sorted(merged) if merged[key]
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    _table.cache_clear()

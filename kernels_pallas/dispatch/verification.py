@@ -1,0 +1,171 @@
+"""Whether a kernel may serve where nobody named it: a check on the first use, remembered.
+
+A kernel proven by compiling and interpreting may be wrong on hardware that its tests never saw. So when
+`implementation=None` is about to choose a kernel, `why_not` wants a passed check (`selfcheck.check`, forward and
+backward against the chunked form) of this operator, implementation, kind of call, kind of device,
+of these versions of JAX, the kernel's compiler and our own source, and with 64-bit types on or off
+as they are now.
+What is not on record is checked then and there, in seconds. Failing, the next implementation
+serves, and one warning a process says what differed. A kernel that is named in `implementation=` is never checked.
+
+Records are kept for the process, and on disk in `cache_file()`. A file that cannot be read or written only means
+checking again. An exception is not written down: out of memory, say, it may have passed by the next process.
+
+We are usually inside a trace here, of jit, grad, vmap or shard_map, perhaps under a mesh. All of that belongs to the
+thread that traces, so the check runs in a thread of its own, as in a fresh program, and no tracer can reach it.
+
+For an abstract target, a kind of device that this process does not have (compiling ahead of time), nothing can be run: the
+kernel is taken unchecked.
+
+With several processes each checks on its own device and nothing is exchanged, because no process can know whether the
+others trace the same call now. The check has the same inputs and program everywhere, so that equal machines decide
+alike. A process that decides otherwise (broken hardware) warns, and compiles another program than the rest: name the
+implementation to rule that out.
+"""
+
+import concurrent.futures
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import tempfile
+import warnings
+
+import jax
+
+from kernels_pallas.dispatch import devices
+
+_COMPILERS = {"tpu": ("libtpu",), "gpu": ("triton", "jax-triton")}
+_decided: dict[str, str | None] = {}
+
+
+def why_not(operator: str, implementation: str, arguments: dict) -> str | None:
+    """Why the kernel does not serve this call, or None; checks what is not on record. Warns once a process."""
+    from kernels_pallas import selfcheck  # it imports the operators, which import this
+
+    case = selfcheck.CASES.get(operator)
+    target, device = devices.current(), jax.local_devices()[0]
+    if case is None or target.kind != device.device_kind:
+        return None
+    call = (operator, implementation, *case.kind(**arguments))
+    key = record_key(target, *call)
+    if key in _decided:
+        return _decided[key]
+    problem, known = _recorded(key)
+    if not known:
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            result = thread.submit(_check, jax.config.jax_enable_x64, *call).result()
+        problem = result.problem
+        record(key, result)
+    if key not in _decided:  # another thread may have been first
+        _decided[key] = problem
+        if problem is not None:
+            warnings.warn(_explained(target, *call, problem), stacklevel=5)
+    return _decided[key]
+
+
+def _check(x64: bool, *call):
+    """`selfcheck.check` with the setting of the thread that asks."""
+    from kernels_pallas import selfcheck
+
+    with jax.enable_x64(x64):
+        return selfcheck.check(*call)
+
+
+def _explained(target, operator, implementation, variant, dtype, problem) -> str:
+    return (
+        f"{operator}: the kernel {implementation!r} failed its check on {target.kind} ({variant}, {dtype}): {problem}. "
+        "The next implementation serves in its place. Please report this: run `python -m kernels_pallas.selfcheck` and "
+        f"paste its table into an issue. implementation={implementation!r} runs the kernel unchecked."
+    )
+
+
+def record_key(target: devices.Target, operator: str, *call: str) -> str:
+    """What a record is kept by."""
+    found = ", ".join(f"{name} {version}" for name, version in versions(target.platform).items())
+    x64 = " | x64" if jax.config.jax_enable_x64 else ""
+    return (
+        f"{operator} {' '.join(call)} | {target.kind} | {found} | source {_source(operator)}{x64}"
+    )
+
+
+@functools.cache
+def versions(platform: str) -> dict[str, str]:
+    """Of JAX and of the compilers of the platform's kernels."""
+    found = {}
+    for name in ("jax", "jaxlib", *_COMPILERS.get(platform, ())):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+@functools.cache
+def _source(operator: str) -> str:
+    """A digest of what the operator is computed by."""
+    here, digest = pathlib.Path(__file__).parent, hashlib.sha256()
+    for folder in (here, here / operator):
+        for path in sorted([*folder.glob("*.py"), *folder.glob("*.json")]):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def cache_file() -> pathlib.Path:
+    """selfcheck.json in `cache_folder()`."""
+    return cache_folder() / "selfcheck.json"
+
+
+def cache_folder() -> pathlib.Path:
+    """$SEQMODELS_CACHE, or `seqmodels` in $XDG_CACHE_HOME or in ~/.cache.
+
+    `~` is the user's home in all of them.
+    """
+    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    own = os.environ.get("SEQMODELS_CACHE") or os.path.join(general, "seqmodels")
+    folder = os.path.expanduser(own)
+    if folder.startswith("~"):  # nobody knows whose home that is
+        folder = os.path.join(tempfile.gettempdir(), f"seqmodels-{os.getuid()}")
+    return pathlib.Path(folder)
+
+
+def _records() -> dict:
+    try:
+        found = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _recorded(key: str) -> tuple[str | None, bool]:
+    """(the problem or None, whether there is a record)."""
+    entry = _records().get(key)
+    if not isinstance(entry, dict) or not isinstance(entry.get("problem", 0), str | None):
+        return None, False
+    return entry["problem"], True
+
+
+def record(key: str, result) -> None:
+    """Writes a `selfcheck.Result` into the file, whole or not at all; other processes may be writing too."""
+    if result.raised:
+        return
+    entry = {
+        "problem": result.problem,
+        "forward": result.forward,
+        "gradient": result.gradient,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    path = cache_file()
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w") as file:
+            json.dump(_records() | {key: entry}, file, indent=1)
+        os.replace(temporary, path)
+    except OSError:  # a full or read-only disk: the next process checks again
+        if temporary is not None:
+            pathlib.Path(temporary).unlink(missing_ok=True)

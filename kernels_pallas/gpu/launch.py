@@ -1,0 +1,210 @@
+"""Launching Triton kernels from JAX: on a GPU through jax_triton, on a CPU through Triton's interpreter.
+
+A kernel takes pointers, inputs before outputs, then constants by name; every size is a constant. `launch` is all that
+the operators use. Triton is imported inside functions: none of this is needed where no kernel runs.
+
+Under `targets.interpreted()` on a CPU a launch is a `jax.pure_callback` that runs the same kernel through Triton's
+interpreter, program by program, so that an operator's whole composition, its custom VJP included, runs as it would on a
+GPU. Outputs start as NaN there: an element that no program writes is seen. Triton decides when a kernel is decorated
+whether it is interpreted, hence once a process: `prepare`.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import os
+import sys
+import threading
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.dispatch import devices, manual_axes, tuning
+
+EXTRA = "pip install -e '.[triton]'"
+LARGEST_GRID = 65535  # CUDA's, in all dimensions but the first
+# Bytes of shared memory that a program may ask for, by compute capability (CUDA guide); the others
+# of sm_80 and later have 99 KiB. For a GPU that is not here, sm_80's.
+SHARED = {8.0: 166912, 8.7: 166912, 9.0: 232448, 10.0: 232448, 10.3: 232448}
+TILES = {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}
+_RECORD = contextvars.ContextVar("record", default=None)
+_INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder is global
+
+
+class Launch(NamedTuple):
+    """One launch: what a compiler has to know, and what passes through memory."""
+
+    kernel: Any
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    grid: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    constants: dict[str, Any]
+
+
+@contextlib.contextmanager
+def recorded():
+    """Launches that are traced inside the block are collected in the list it gives, and none runs."""
+    launches = []
+    token = _RECORD.set(launches)
+    try:
+        yield launches
+    finally:
+        _RECORD.reset(token)
+
+
+def why_not() -> str | None:
+    """Why Triton kernels cannot run in this process, or None."""
+    runs = not devices.interpreting() and _RECORD.get() is None
+    needed = ("triton", "jax_triton") if runs else ("triton",)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} cannot be imported; install the extra: {EXTRA}"
+    return None
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that a program of the call that is traced now may ask for."""
+    capability = devices.compute_capability()
+    return SHARED[8.0] if capability is None else SHARED.get(capability, 99 << 10)
+
+
+def prepare() -> None:
+    """Called before a kernel's module is imported: sets what Triton reads at decoration.
+
+    Raises:
+      RuntimeError: kernels are to be interpreted, and Triton was imported before for compiling.
+    """
+    if devices.interpreting():
+        if "triton" not in sys.modules:
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                "Triton kernels cannot be interpreted: triton was imported in this process for compiling; "
+                "set TRITON_INTERPRET=1 before that import"
+            )
+
+
+def precision(name: str) -> str:
+    """The name a kernel's dot takes: interpreted, what a tensor core would round is rounded explicitly."""
+    return f"{name} rounded" if devices.interpreting() and name.startswith("bf16") else name
+
+
+def launch(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants):
+    """Runs `kernel` over `grid`: a list of arrays as `outputs` (shapes and dtypes) says.
+
+    Raises:
+      ImportError: jax_triton is missing or unusable on this machine; the message names the extra.
+    """
+    if _RECORD.get() is not None:
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
+        sizes = num_warps, num_stages
+        _RECORD.get().append(Launch(kernel, shapes, tuple(outputs), grid, *sizes, constants))
+        return [jnp.zeros(x.shape, x.dtype) for x in outputs]
+    if devices.interpreting():
+        run = functools.partial(_interpret, kernel, outputs, grid, constants)
+        results = jax.pure_callback(run, outputs, *inputs)
+        return manual_axes.alike(results, manual_axes.varying(inputs))
+    try:
+        import jax_triton  # raises on a host without a GPU, in some versions
+    except ImportError as error:
+        raise ImportError(
+            f"jax_triton cannot be imported ({error}); on a GPU machine: {EXTRA}"
+        ) from error
+    # jax_triton 0.4 calls out_shape out_type.
+    renamed = tuple(int(n) for n in jax_triton.__version__.split(".")[:2]) >= (0, 4)
+    keywords = {"out_type" if renamed else "out_shape": outputs}
+    results = jax_triton.triton_call(
+        *inputs,
+        kernel=kernel,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **keywords,
+        **constants,
+    )
+    return manual_axes.alike(results, manual_axes.varying(inputs))
+
+
+class _Tensor:
+    """A numpy array with what Triton's interpreter asks of a torch tensor on the CPU."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, str(array.dtype)
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def new_empty(self, size, device):
+        return self
+
+    def storage_offset(self):
+        return 0
+
+    def size(self):
+        return self.array.shape
+
+    def stride(self):
+        return self.array.strides
+
+    def set_(self, *args):
+        return self
+
+    def copy_(self, other):
+        return self
+
+
+def _interpret(kernel, outputs, grid, constants, *inputs):
+    arrays = [np.ascontiguousarray(x) for x in inputs]
+    # bfloat16 is rounded here: the interpreter would cut it off.
+    results = [np.full(x.shape, np.nan, np.promote_types(x.dtype, np.float32)) for x in outputs]
+    with _INTERPRETER, np.errstate(all="ignore"):
+        kernel[grid](*(_Tensor(x) for x in (*arrays, *results)), **constants)
+    return [result.astype(x.dtype) for result, x in zip(results, outputs)]
+
+
+def over_batch(function):
+    """`function` of a pytree of arrays whose axis 0 is the batch, mappable by vmap: the new axis joins the batch.
+
+    A kernel launch has no batching rule of its own. Outputs have the batch in front, too.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(arrays):
+        return function(arrays)
+
+    @call.def_vmap
+    def rule(axis_size, in_batched, arrays):
+        def join(x, batched):
+            if not batched:
+                x = jnp.broadcast_to(x[None], (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        outputs = call(jax.tree.map(join, arrays, in_batched[0]))
+        apart = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), outputs)
+        return apart, jax.tree.map(lambda x: True, outputs)
+
+    return call
+
+
+def tiles(operator: str, part: str, dtype: str, K: int, V: int) -> dict:
+    """Block sizes, warps and stages of one kernel: `TILES`, or what `tuning`'s table says of operator/triton/part/dtype
+    and of K x V, rounded up to powers of two. BK and BV are cut to the sizes at hand."""
+    K, V = power_of_two(K), power_of_two(V)
+    chosen = tuning.lookup(TILES, operator, "triton", part, dtype, f"{K}x{V}")
+    return chosen | {"BK": min(chosen["BK"], K), "BV": min(chosen["BV"], V)}
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that holds n, 16 at least: what a matrix unit takes."""
+    return max(16, 1 << (n - 1).bit_length())

@@ -1,0 +1,287 @@
+"""What the Triton forms of linear attention and the delta rule share: sizes, precision, and one function a kernel.
+
+Arrays keep the operator's layout, (B, T, heads, dim). States at chunk boundaries are (B, H, N, K, V) and scores
+(B, H, N, C, C), both float32. Per-head gradients of shared q and k are summed over their group outside the kernels.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.common import decay, segments
+from kernels_pallas.gpu import launch as triton
+
+LARGEST = 256  # K and V; beyond, a tile of scores' operands leaves the registers
+SUB = 16  # tokens of a sub-chunk, per-channel decay
+
+
+class Form(NamedTuple):
+    """What is fixed at tracing. XH: heads of q and k. GH heads (1 or H) of GK channels (1 or K): the decay's.
+
+    inputs, mixed, sums: precision of products of two inputs, of what was computed from them, of sums by products.
+    bfloat16 inputs multiply as they are, and what came of them as two bfloat16 terms: rounding it to one costs up to
+    3e-2 of a gradient's rms at its worst position, and TF32 lets a delta rule with beta = 2 drift. float32 is IEEE.
+    """
+
+    operator: str
+    dtype: str
+    T: int
+    XH: int
+    H: int
+    K: int
+    V: int
+    GH: int
+    GK: int
+    C: int
+    inputs: str
+    mixed: str
+    sums: str
+
+    @property
+    def sizes(self):
+        return {name: getattr(self, name) for name in ("T", "XH", "H", "GH", "K", "V", "GK", "C")}
+
+    @property
+    def N(self):
+        return -(-self.T // self.C)
+
+    def tiles(self, part, whole_K=False):
+        """The tile table's constants for one kernel; whole_K: a block is all of K."""
+        tiles = triton.tiles(self.operator, part, self.dtype, self.K, self.V)
+        if whole_K:
+            tiles["BK"] = triton.power_of_two(self.K)
+        return tiles | {"BG": tiles["BK"] if self.GK > 1 else 1}
+
+    def precisions(self):
+        return {
+            "INPUTS": triton.precision(self.inputs),
+            "MIXED": triton.precision(self.mixed),
+        }
+
+
+def form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, default_chunk) -> Form:
+    T, XH, K = q_BTGK.shape[1:]
+    H, V = v_BTHV.shape[2:]
+    dtypes = {x.dtype for x in (q_BTGK, k_BTGK, v_BTHV)}
+    narrow = dtypes == {jnp.dtype(jnp.bfloat16)}
+    wide = jnp.dtype(jnp.float32) in dtypes
+    GH, GK = (1, 1) if log_decay_BTHK is None else log_decay_BTHK.shape[2:]
+    return Form(
+        operator,
+        "float32" if wide else "bfloat16",
+        *(T, XH, H, K, V, GH, GK),
+        C=min(chunk_size or default_chunk, triton.power_of_two(T)),
+        inputs="ieee" if wide else "bf16" if narrow else "bf16x2",
+        mixed="ieee" if wide else "bf16x2",
+        sums="ieee" if wide else "tf32x3",
+    )
+
+
+def fitting_chunk(longest: int, words: int) -> int:
+    """The longest chunk of at most `longest` tokens that fits shared memory, or the shortest, 16.
+
+    words: 32-bit words that a program holds there per token of a chunk.
+    """
+    C = longest
+    while C > 16 and 4 * words * C > triton.shared_limit():
+        C //= 2
+    return C
+
+
+def too_long(K: int, C: int, words: int) -> str | None:
+    """Why chunks of C tokens do not fit shared memory, and what does; None where they fit."""
+    takes, limit = 4 * words * C, triton.shared_limit()
+    if takes <= limit:
+        return None
+    return (
+        f"K = {K} and chunks of {C} take {takes >> 10} KiB of shared memory, of {limit >> 10}: "
+        f"give chunk_size={fitting_chunk(C, words)}"
+    )
+
+
+def unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
+    """Why the Triton kernels cannot run this call, or None."""
+    K, V = q_BTGK.shape[-1], v_BTHV.shape[-1]
+    if max(K, V) > LARGEST:
+        return f"K and V go to {LARGEST}; got {K} and {V} (split V over heads, or take 'chunked')"
+    B, _, H, _ = v_BTHV.shape
+    if B * H > triton.LARGEST_GRID:
+        return f"B x H goes to {triton.LARGEST_GRID}; got {B} x {H} (split the batch, or take 'chunked')"
+    if initial_state_BHKV.dtype != jnp.float32:
+        return f"states are float32; got {initial_state_BHKV.dtype} ('chunked' takes float64)"
+    if chunk_size is not None and chunk_size > 128:
+        return f"chunk_size goes to 128; got {chunk_size}"
+    return triton.why_not()
+
+
+def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
+    """The decay as kernels take it: a document's first token is a reset; None is zeros of one head."""
+    if log_decay_BTHK is None:
+        log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:2], 1, 1))
+    if segment_ids_BT is not None:
+        starts_BT = segments.starts(segment_ids_BT)
+        log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], decay.RESET, log_decay_BTHK)
+    return log_decay_BTHK
+
+
+def every_head(form, g_BTHK):
+    """The decay of `with_resets` as XLA's forms take it, of every head's own."""
+    return jnp.broadcast_to(g_BTHK, (*g_BTHK.shape[:2], form.H, form.GK))
+
+
+def launch(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
+    """`kernel` over (grid, B * H), with the form's sizes and the table's tiles. Outputs: (shape behind B, dtype)."""
+    B = inputs[0].shape[0]
+    outputs = [jax.ShapeDtypeStruct((B, *shape), dtype) for shape, dtype in outputs]
+    tiles = form.tiles(part, whole_K)
+    blocks = {"K": -(-form.K // tiles["BK"]), "V": -(-form.V // tiles["BV"]), "N": form.N}
+    first = math.prod(blocks.get(axis, axis) for axis in grid)
+    return triton.launch(
+        kernel, inputs, outputs, (first, B * form.H), **form.sizes, **tiles, **constants
+    )
+
+
+def kernels():
+    """The kernels' modules, imported here and nowhere earlier."""
+    triton.prepare()
+    from kernels_pallas.gpu import chunks, scores
+
+    return chunks, scores
+
+
+def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0):
+    """States that enter each chunk (BHNKV) and the last one; reverse: cotangents of those that leave, and of the first."""
+    chunks, _ = kernels()
+    shape_HKV = form.H, form.K, form.V
+    return launch(
+        form,
+        "states",
+        chunks.states,
+        (x_BTGK, y_BTHV, g_BTHK, start_BHKV),
+        [((form.H, form.N, form.K, form.V), jnp.float32), (shape_HKV, jnp.float32)],
+        ("K", "V"),
+        REVERSE=reverse,
+        SCALE=scale,
+        MIXED=triton.precision(form.mixed),
+    )
+
+
+def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
+    """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i), per channel: (B, H, N, C, C)."""
+    _, pairs = kernels()
+    (scores_BHNCC,) = launch(
+        form,
+        "scores",
+        pairs.scores,
+        (x_BTGK, y_BTGK, g_BTHK),
+        [((form.H, form.N, form.C, form.C), jnp.float32)],
+        ("N", form.C // SUB),
+        STRICT=strict,
+        SUB=SUB,
+        MIXED=triton.precision(form.mixed),
+    )
+    return scores_BHNCC
+
+
+def outputs(
+    form, q_BTGK, k_BTGK, y_BTHV, g_BTHK, states, scores, *, scale, strict=False, dtype=None
+):
+    """scale ((q exp(through)) S + A y); the scores are None where one decay serves a head."""
+    chunks, _ = kernels()
+    (o_BTHV,) = launch(
+        form,
+        "outputs",
+        chunks.outputs,
+        (q_BTGK, k_BTGK, y_BTHV, g_BTHK, states, states if scores is None else scores),
+        [((form.T, form.H, form.V), dtype or y_BTHV.dtype)],
+        ("N", "V"),
+        STRICT=strict,
+        SCALE=scale,
+        **form.precisions(),
+    )
+    return o_BTHV
+
+
+def gradients_of_values(
+    form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, dstates, scores, *, scale, dtype=jnp.float32
+):
+    """dy of `outputs` and `states`; without dstates that of `outputs` alone."""
+    chunks, _ = kernels()
+    leaving = dstates is not None
+    unread = g_BTHK  # an operand that the kernel does not touch
+    (dy_BTHV,) = launch(
+        form,
+        "gradients_of_values",
+        chunks.gradients_of_values,
+        (
+            *(q_BTGK, k_BTGK, g_BTHK, do_BTHV),
+            dstates if leaving else unread,
+            unread if scores is None else scores,
+        ),
+        [((form.T, form.H, form.V), dtype)],
+        ("N", "V"),
+        LEAVING=leaving,
+        SCALE=scale,
+        **form.precisions(),
+    )
+    return dy_BTHV
+
+
+def gradients_of_keys(
+    form, q_BTGK, k_BTGK, y_BTHV, g_BTHK, do_BTHV, states, dstates, *, scale, strict=False
+):
+    """dq and dk (B, T, XH, K) and dg, float32, of `outputs` and (with dstates) `states`."""
+    chunks, pairs = kernels()
+    B = q_BTGK.shape[0]
+    leaving = dstates is not None
+    per_channel = form.GK > 1
+    blocks = -(-form.K // form.tiles("gradients_of_keys")["BK"])
+    dx = ((form.T, form.H, form.K), jnp.float32)
+    dg = dx if per_channel else ((blocks, form.T, form.H), jnp.float32)
+    dq_BTHK, dk_BTHK, dg_BTHK = launch(
+        form,
+        "gradients_of_keys",
+        chunks.gradients_of_keys,
+        (q_BTGK, k_BTGK, y_BTHV, g_BTHK, do_BTHV, states, dstates if leaving else states),
+        [dx, dx, dg],
+        ("N", "K"),
+        STRICT=strict,
+        LEAVING=leaving,
+        SCALE=scale,
+        SUMS=form.sums,
+        **form.precisions(),
+    )
+    if per_channel:
+        (dscores_BHNCC,) = launch(
+            form,
+            "gradients_of_scores",
+            pairs.gradients_of_scores,
+            (do_BTHV, y_BTHV),
+            [((form.H, form.N, form.C, form.C), jnp.float32)],
+            ("N",),
+            STRICT=strict,
+            SCALE=scale,
+            INPUTS=triton.precision(form.inputs),
+        )
+        dq_BTHK, dk_BTHK, dg_BTHK = launch(
+            form,
+            "gradients",
+            pairs.gradients,
+            (q_BTGK, k_BTGK, g_BTHK, dscores_BHNCC, dq_BTHK, dk_BTHK, dg_BTHK),
+            [dx, dx, dx],
+            ("N", form.C // SUB, "K"),
+            STRICT=strict,
+            SUB=SUB,
+            MIXED=triton.precision(form.mixed),
+        )
+    else:
+        dg_BTHK = jnp.sum(dg_BTHK, axis=1)[..., None]
+
+    def over_group(x_BTHK):
+        return jnp.sum(x_BTHK.reshape(B, form.T, form.XH, -1, form.K), axis=3)
+
+    if form.GH == 1:
+        dg_BTHK = jnp.sum(dg_BTHK, axis=2, keepdims=True)
+    return over_group(dq_BTHK), over_group(dk_BTHK), dg_BTHK

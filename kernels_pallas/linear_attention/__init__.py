@@ -1,5 +1,0 @@
-"""The `linear_attention` operator: api.py is public, reference.py defines it, the rest are implementations."""
-
-from kernels_pallas.linear_attention.api import linear_attention, step
-
-__all__ = ["linear_attention", "step"]

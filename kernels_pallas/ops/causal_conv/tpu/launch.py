@@ -1,0 +1,267 @@
+"""The short causal convolution, its activation and norm as Mosaic TPU kernels: one pass over HBM, forward and backward.
+
+The grid is (rows of the batch, chunks of time, channels). Forward, x is read and y written. Backward, x and the gradient
+of y are read, everything is computed again, and dx is written; time runs backwards, so that the gradients of the next
+tokens' sums, dz, are in VMEM when dx_t = sum_j w_{I-1-j} dz_{t+j} needs them. The gradients of w and bias are sums in VMEM.
+The inputs before a chunk are a block of 16 tokens of x of its own.
+
+Tokens lie along sublanes, where a shift by one costs several operations in registers; but from memory that is 128
+channels wide, 8 tokens are loaded in one from any row. So the tokens of a chunk are first copied to such columns, in float32.
+Two tokens of bfloat16 share a sublane's word, and are taken apart by a shift and a mask: even tokens become one
+column, odd ones another ("parts"), which also halves the different loads of a tap. Results go back the same way.
+
+silu(z) is h u, h = z/2, u = 2 / (1 + exp(-2h)); `pallas_tpu` halves w and bias for it. Its derivative by h is
+u (1 + h (2 - u)). (1 + tanh h is the same u, without digits where h is far below 0: the norm of such a head shows it.)
+Of the norm y = a r, r = (sum a^2 + eps)^(-1/2) a head, it is da = r (g - a r^2 sum g a). Sums over a head's lanes that
+are no 128 are a product with zeros and ones.
+
+Documents: `age` counts the inputs before a token that its taps may reach, and `room` the tokens behind it whose taps reach it,
+both cut at I-1 and written 128 times side by side. A tap of lag j counts where age >= j.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.common import kernel_vjp
+from kernels_pallas.dispatch import devices, manual_axes, tuning
+from kernels_pallas.ops.causal_conv import reference, shifted
+from kernels_pallas.ops.causal_conv.tpu import kernels
+from kernels_pallas.ops.causal_conv.tpu.kernels import LANES, ROWS
+
+HALO = 16  # tokens: the shortest block of bfloat16
+WIDEST = 1024  # channels that heads may take to fill whole registers
+VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, or more
+# Where `tuned.json` says nothing else: tokens and channels of a block.
+SIZES = {"chunk_size": 512, "width": 512}
+
+
+def unsupported(x_BTD, w, bias, initial_state, start_BT, finish) -> str | None:
+    """Why the kernel cannot run this call, or None."""
+    for name, array in (("x", x_BTD), ("w", w)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('shifted' takes all)"
+    if w.shape[0] > HALO + 1:
+        return f"the width is {w.shape[0]}; it takes up to {HALO + 1} ('shifted' takes any)"
+    plan = Plan.of(x_BTD, w, bias, start_BT, finish)
+    if plan.group * LANES > WIDEST:
+        return (
+            f"heads of {plan.K} channels fill registers of {LANES} only in groups of {plan.group * LANES} channels; it takes "
+            f"groups of up to {WIDEST}, such as divisors and multiples of {LANES} need"
+        )
+    if plan.vmem_bytes > VMEM_BYTES:
+        return f"{plan.D} channels take {plan.vmem_bytes >> 20} MiB of VMEM, of {VMEM_BYTES >> 20}; give it fewer at a time"
+    return None
+
+
+def pallas_tpu(x_BTD, w, bias, initial_state, start_BT, finish):
+    """Same contract as `reference.recurrent`."""
+    plan = Plan.of(x_BTD, w, bias, start_BT, finish)
+    if bias is not None:
+        w = jnp.concatenate([w.astype(jnp.float32), bias.astype(jnp.float32)[None]])
+    w = w.astype(jnp.float32) * (0.5 if plan.silu else 1.0)
+    w = jnp.pad(w, ((0, 0), (0, plan.all_channels - plan.D)))
+    return _conv((plan, finish), start_BT, x_BTD, w, initial_state)
+
+
+def _forward(form, start_BT, x_BTD, w, initial_state):
+    """w: float32, with the bias below the taps, and silu's half in both."""
+    plan, _ = form
+    (y_BTD,) = _call(
+        plan,
+        kernels.forward,
+        [*_inputs(x_BTD, w, initial_state), *_marks(plan, start_BT, x_BTD.dtype)[:1]],
+        [(x_BTD, "time")],
+        [plan.halo + plan.rows, *([plan.rows] if plan.K else [])],
+    )
+    tail = reference.tail(x_BTD, initial_state, start_BT)
+    return (y_BTD, tail), ()
+
+
+def _backward(form, start_BT, arrays, _, gradients):
+    (plan, _), (x_BTD, w, initial_state), (g_BTD, g_tail) = form, arrays, gradients
+    first = (plan.B, plan.p, plan.halo, plan.all_channels)
+    dx_BTD, dw, dz = _call(
+        plan,
+        kernels.backward,
+        [*_inputs(x_BTD, w, initial_state), *_marks(plan, start_BT, x_BTD.dtype), (g_BTD, "time")],
+        [
+            (x_BTD, "time"),
+            (jax.ShapeDtypeStruct(w.shape, jnp.float32), "sum"),
+            (jax.ShapeDtypeStruct(first, jnp.float32), "first"),
+        ],
+        [plan.halo + plan.rows, plan.rows + plan.halo, *([plan.rows] * 2 if plan.K else [])],
+    )
+    dz_BSD = jnp.moveaxis(dz, 1, 2).reshape(plan.B, HALO, -1)[..., : plan.D]
+    last = max(plan.T - (plan.width - 1), 0)  # the tail has none of the inputs before it
+    start_last = None if start_BT is None else start_BT[:, last:]
+    _, tail_vjp = jax.vjp(
+        lambda x, z: reference.tail(x, z, start_last), x_BTD[:, last:], initial_state
+    )
+    dx_tail, d_initial = tail_vjp(g_tail)
+    dx_BTD = dx_BTD.at[:, last:].add(dx_tail)
+    d_initial = d_initial + _initial_gradient(plan, dz_BSD, w, start_BT).astype(d_initial.dtype)
+    return dx_BTD, dw, d_initial
+
+
+def _plain(form, start_BT, x_BTD, w, initial_state):
+    plan, finish = form
+    w = w[:, : plan.D] * (2.0 if plan.silu else 1.0)
+    bias = w[plan.width] if plan.bias else None
+    return shifted.shifted(x_BTD, w[: plan.width], bias, initial_state, start_BT, finish)
+
+
+_conv = kernel_vjp.differentiable(_forward, _backward, _plain, keep=False)  # cheap to do again
+
+
+def _inputs(x_BTD, w, initial_state):
+    """What both kernels read first."""
+    missing = HALO - initial_state.shape[1]
+    initial_BSD = jnp.pad(initial_state, ((0, 0), (missing, 0), (0, 0)))
+    return (x_BTD, "time"), (x_BTD, "before"), (initial_BSD, "initial"), (w, "w")
+
+
+def _marks(plan, start_BT, dtype):
+    """`age` and `room` (see the top of the file), (B, T, LANES), or nothing."""
+    if start_BT is None:
+        return []
+    T = start_BT.shape[1]
+
+    def counted(starts_at):
+        """Tokens until `starts_at(j)` first says that a document starts between a token and the one j from it."""
+        count_BT, going_BT = jnp.zeros(start_BT.shape, dtype), True
+        for j in range(1, plan.width):
+            going_BT = going_BT & ~starts_at(j)
+            count_BT = count_BT + going_BT.astype(dtype)
+        return jnp.broadcast_to(count_BT[..., None], (*start_BT.shape, LANES)), "mark"
+
+    return [
+        counted(lambda j: jnp.pad(start_BT, ((0, 0), (j - 1, 0)))[:, :T]),
+        counted(lambda j: jnp.pad(start_BT, ((0, 0), (0, j)))[:, j:]),
+    ]
+
+
+def _initial_gradient(plan, dz_BSD, w, start_BT):
+    """Of the initial state, from dz of the first HALO tokens."""
+    n = plan.width - 1
+    if start_BT is not None:
+        start_BS = jnp.pad(start_BT, ((0, 0), (0, HALO)))[:, :HALO]
+        (age_BSL, _), _ = _marks(plan, start_BS, jnp.float32)
+    gradient = jnp.zeros((plan.B, n, plan.D))
+    for j in range(1, plan.width):
+        kept = dz_BSD if start_BT is None else jnp.where(age_BSL[..., :1] >= j, dz_BSD, 0)
+        reached = kept[:, :j] * w[n - j, : plan.D][None, None]
+        gradient = gradient + jnp.pad(reached, ((0, 0), (n - j, 0), (0, 0)))
+    return gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes. A block is C tokens of d channels. p tokens share a word of 32 bits. `group` columns of LANES channels hold
+    whole heads of K, and are worked on together."""
+
+    B: int
+    T: int
+    D: int
+    width: int
+    bias: bool
+    packed: bool
+    silu: bool
+    K: int | None
+    eps: float
+    p: int
+    C: int
+    d: int
+    group: int
+
+    @classmethod
+    def of(cls, x_BTD, w, bias, start_BT, finish):
+        B, T, D = x_BTD.shape
+        K = None if finish.heads is None else D // finish.heads
+        group = 1 if K is None else math.lcm(K, LANES) // LANES
+        sizes = tuning.lookup(SIZES, "causal_conv", "pallas_tpu", str(x_BTD.dtype), str(D))
+        groups, most = pl.cdiv(D, group * LANES), max(1, sizes["width"] // (group * LANES))
+        n = min(range(min(groups, most), 0, -1), key=lambda n: pl.cdiv(groups, n) * n)
+        C = min(sizes["chunk_size"], pl.cdiv(T, 2 * ROWS) * 2 * ROWS)
+        flags = (bias is not None, start_BT is not None, finish.activation == "silu")
+        p = 4 // x_BTD.dtype.itemsize
+        return cls(B, T, D, w.shape[0], *flags, K, finish.eps, p, C, n * group * LANES, group)
+
+    @property
+    def chunks(self):
+        return pl.cdiv(self.T, self.C)
+
+    @property
+    def blocks(self):
+        return pl.cdiv(self.D, self.d)
+
+    @property
+    def all_channels(self):
+        return self.blocks * self.d
+
+    @property
+    def rows(self):
+        """Of words, in a block."""
+        return self.C // self.p
+
+    @property
+    def halo(self):
+        return HALO // self.p
+
+    @property
+    def vmem_bytes(self):
+        """What the backward kernel takes: blocks twice, for they are fetched ahead; columns; what stays for all time; registers that
+        are put away for a while."""
+        item = 4 // self.p
+        blocks = item * (3 * self.C * self.d + 2 * HALO * self.d + 2 * self.C * LANES)
+        blocks += 4 * self.all_channels * (HALO + pl.cdiv(self.width + 1, ROWS) * ROWS)
+        columns = 4 * LANES * self.group * (self.C + HALO) * (4 if self.K else 2)
+        return 2 * blocks + columns + 4 * HALO * self.all_channels + (1 << 20)
+
+    def spec(self, kind: str, array, backward: bool):
+        """The window of a block on an array. backward: the grid begins at the last chunk."""
+
+        def chunk(t):
+            return self.chunks - 1 - t if backward else t
+
+        def before(t):
+            return jnp.maximum(chunk(t) * (self.C // HALO) - 1, 0)
+
+        shape, index = {
+            "time": ((1, self.C, self.d), lambda b, t, k: (b, chunk(t), k)),
+            "before": ((1, HALO, self.d), lambda b, t, k: (b, before(t), k)),
+            "initial": ((1, HALO, self.d), lambda b, t, k: (b, 0, k)),
+            "w": ((array.shape[0], self.d), lambda b, t, k: (0, k)),
+            "mark": ((1, self.C, LANES), lambda b, t, k: (b, chunk(t), 0)),
+            "sum": (array.shape, lambda b, t, k: (0, 0)),
+            "first": ((1, *array.shape[1:]), lambda b, t, k: (b, 0, 0, 0)),
+        }[kind]
+        return pl.BlockSpec(shape, index)
+
+
+def _call(plan: Plan, kernel, inputs, outputs, columns):
+    """One pass of `kernel` over `inputs`, (array, kind) each; outputs likewise. columns: how many rows each has."""
+    backward = kernel is kernels.backward
+    scratch = [pltpu.VMEM((plan.p, plan.group, rows, LANES), jnp.float32) for rows in columns]
+    if backward:
+        later = (plan.all_channels // LANES, plan.p, plan.halo, LANES)
+        scratch.append(pltpu.VMEM(later, jnp.float32))
+    order = "arbitrary" if backward else "parallel"
+    return pl.pallas_call(
+        functools.partial(kernel, plan),
+        grid=(plan.B, plan.chunks, plan.blocks),
+        in_specs=[plan.spec(kind, array, backward) for array, kind in inputs],
+        out_specs=[plan.spec(kind, array, backward) for array, kind in outputs],
+        out_shape=manual_axes.shapes([x for x, _ in outputs], [x for x, _ in inputs]),
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(order,) * 3, vmem_limit_bytes=VMEM_BYTES + (8 << 20)
+        ),
+        interpret=devices.interpreting(),
+        name=f"causal_conv_{kernel.__name__}",
+    )(*(array for array, _ in inputs))

@@ -1,0 +1,109 @@
+"""The elementwise recurrence, real or complex: the public function."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import dispatch
+from kernels_pallas.common import arguments, checks, dtypes, segments
+from kernels_pallas.dispatch import explicit_axes
+from kernels_pallas.ops.diagonal_scan import chunked, reference
+from kernels_pallas.ops.diagonal_scan.gpu import launch
+from kernels_pallas.ops.diagonal_scan.tpu import launch
+
+
+def _by_decay(function):
+    """Of an implementation that knows a document's start by its decay alone, which is 0."""
+    return lambda *, start_BT1, **call: function(**call)
+
+
+IMPLEMENTATIONS = (
+    dispatch.Implementation(
+        "pallas_tpu", _by_decay(launch.pallas_tpu), _by_decay(launch.unsupported), "tpu"
+    ),
+    dispatch.Implementation(
+        "triton", _by_decay(launch.triton), _by_decay(launch.unsupported), "gpu"
+    ),
+    dispatch.Implementation("chunked", chunked.chunked),
+    dispatch.Implementation("reference", reference.recurrent),
+)
+
+
+@explicit_axes.automatic(("BTD", "BD"), x_BTD="BTD")
+def diagonal_scan(
+    x_BTD: jax.Array,
+    decay_BTD: jax.Array | None = None,
+    *,
+    log_decay: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The diagonal linear recurrence, each channel on its own:
+
+        h_t = a_t * h_{t-1} + x_t        (reverse: h_t = a_t * h_{t+1} + x_t)
+
+    with a = decay_BTD or exp(log_decay). LRU (arXiv 2303.06349, eq. 2), RG-LRU (arXiv 2402.19427, eq. 4), S5 and
+    Mamba-1 (arXiv 2312.00752, eq. 2a) are this with their own a and x. Any T; runs as a chunked scan with its own
+    backward pass, which keeps a and h and nothing else.
+
+    Args:
+      x_BTD: (B, T, D), floating or complex.
+      decay_BTD: (B, T, D), or (D,) for one decay at all times. Any value: negative, above 1, complex.
+      log_decay: instead of decay_BTD, of the same shapes, real or complex, real part <= 0. -inf forgets all that came
+        before, and its gradient is 0. Positive values are not checked unless `kernels_pallas.common.checks` is on.
+      initial_state: (B, D), the h before the first token (reverse: after the last); None is zero. It belongs to the
+        document of the token it meets first.
+      segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another. NaN and Inf do not
+        either, but for kernels (a document's start is a product with 0).
+      reverse: run from the last token to the first.
+      implementation: 'pallas_tpu', 'triton' (real), 'chunked', 'reference', or None for the best here.
+
+    Returns:
+      h_BTD in x's dtype (complex where the decay or the initial state makes it so), and the final state (B, D): h at
+      the last token (reverse: the first) before it is rounded to that dtype. States are float32 or complex64 at
+      least, whatever x is.
+
+    Raises:
+      ValueError: not exactly one of decay_BTD and log_decay, shapes that do not fit, an unknown implementation, or (with checks on) a
+        positive log_decay.
+    """
+    operator = "diagonal_scan"
+    if (decay_BTD is None) == (log_decay is None):
+        raise ValueError(f"{operator}: give exactly one of decay_BTD and log_decay")
+    arguments.check_array(operator, "x", x_BTD)
+    arguments.check_flag(operator, "reverse", reverse)
+    if x_BTD.ndim != 3:
+        raise ValueError(f"{operator}: x must be (B, T, D); got {x_BTD.shape}")
+    if not jnp.issubdtype(x_BTD.dtype, jnp.inexact):
+        raise ValueError(f"{operator}: x must be floating or complex; got {x_BTD.dtype}")
+    B, T, D = x_BTD.shape
+    given = "decay_BTD" if log_decay is None else "log_decay"
+    decay = decay_BTD if log_decay is None else log_decay
+    arguments.check_shape(operator, given, decay, (B, T, D), (D,))
+    if initial_state is None:
+        initial_state = jnp.zeros_like(x_BTD, shape=(B, D))
+    arguments.check_shape(operator, "initial_state", initial_state, (B, D))
+
+    dtype = dtypes.common(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
+    if log_decay is not None:
+        checks.not_positive(operator, "log_decay", jnp.real(log_decay))
+        decay = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
+    decay = decay.astype(dtype)
+    decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
+    start_BT1 = None
+    if segment_ids is not None:
+        arguments.check_segment_ids(operator, segment_ids, x_BTD)
+        start_BT1 = segments.starts(segment_ids, reverse=reverse)[..., None]
+        decay_BTD = jnp.where(start_BT1, 0, decay_BTD)
+    if arguments.nothing(x_BTD):
+        output_dtype = reference.output_dtype(x_BTD.dtype, dtype)
+        return jnp.zeros_like(x_BTD, output_dtype), initial_state.astype(dtype)
+    call = {
+        "x_BTD": x_BTD,
+        "decay_BTD": decay_BTD,
+        "initial_state_BD": initial_state.astype(dtype),
+        "start_BT1": start_BT1,
+        "reverse": reverse,
+    }
+    return dispatch.run(operator, IMPLEMENTATIONS, implementation, **call)

@@ -1,0 +1,122 @@
+"""The real diagonal recurrence as Triton kernels, forward and backward, either direction (sm80 and later).
+
+Two levels, as in `chunked.py`: every chunk's map h -> A h + b at once; the states that enter each, one after the other;
+every state, all chunks at once. Decays above 1 are right as long as those of one chunk multiply to a float32. A document's
+start is a decay of 0, which lets pass what is not finite. Backward, with carry c from token t+1 to t,
+
+    l_t = g_t + c_t      c_{t-1} = a_t l_t      dx_t = l_t      da_t = l_t h_{t-1}
+
+is the same in the other direction. Kept are the inputs and the states that enter each chunk, from which h is made again
+in float32: the one given out may be rounded. Only sums of x and decays that stand in front; nothing is divided.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.common import kernel_vjp
+from kernels_pallas.dispatch import tuning
+from kernels_pallas.gpu import launch
+from kernels_pallas.ops.diagonal_scan import chunked
+
+TILES = {"C": 64, "BD": 128, "num_warps": 4, "num_stages": 2}
+
+
+def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
+    for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('chunked' takes all)"
+    if x_BTD.shape[0] > launch.LARGEST_GRID:
+        return f"B goes to {launch.LARGEST_GRID}; got {x_BTD.shape[0]} (split the batch, or take 'chunked')"
+    return launch.why_not()
+
+
+def triton(x_BTD, decay_BTD, initial_state_BD, reverse=False):
+    """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
+    h_BTD, final_BD = _scan(
+        reverse,
+        None,
+        x_BTD,
+        decay_BTD.astype(jnp.float32),
+        initial_state_BD.astype(jnp.float32),
+    )
+    return h_BTD, final_BD.astype(initial_state_BD.dtype)
+
+
+def _forward(reverse, _, *arrays):
+    @launch.over_batch
+    def forward(arrays):
+        x_BTD, decay_BTD, initial_BD = arrays
+        entering_BND, final_BD = _entering(x_BTD, decay_BTD, initial_BD, reverse)
+        h_BTD = _states(x_BTD, decay_BTD, entering_BND, reverse, x_BTD.dtype)
+        return h_BTD, final_BD, entering_BND
+
+    h_BTD, final_BD, entering_BND = forward(arrays)
+    return (h_BTD, final_BD), entering_BND
+
+
+def _backward(reverse, _, arrays, entering_BND, cotangents):
+    @launch.over_batch
+    def backward(arrays):
+        (x_BTD, decay_BTD, initial_BD), entering_BND, (g_BTD, g_final_BD) = arrays
+        h_BTD = _states(x_BTD, decay_BTD, entering_BND, reverse, jnp.float32)
+        carry_BND, d_initial_BD = _entering(g_BTD, decay_BTD, g_final_BD, not reverse, adjoint=True)
+        dx_BTD, ddecay_BTD = _launch(
+            "gradients",
+            (g_BTD, decay_BTD, h_BTD, initial_BD, carry_BND),
+            [(x_BTD.shape, x_BTD.dtype), (x_BTD.shape, jnp.float32)],
+            REVERSE=reverse,
+        )
+        return dx_BTD, ddecay_BTD, d_initial_BD
+
+    return backward((arrays, entering_BND, cotangents))
+
+
+def _plain(reverse, _, x_BTD, decay_BTD, initial_BD):
+    return chunked.chunked(x_BTD, decay_BTD, initial_BD, reverse=reverse)
+
+
+_scan = kernel_vjp.differentiable(_forward, _backward, _plain)
+
+
+def _entering(x_BTD, decay_BTD, initial_BD, reverse, adjoint=False):
+    """The state that enters each chunk, and the one behind the last."""
+    B, T, D = x_BTD.shape
+    shape_BND = B, -(-T // _tiles(D)["C"]), D
+    product_BND, local_BND = _launch(
+        "maps",
+        (x_BTD, decay_BTD),
+        [(shape_BND, jnp.float32)] * 2,
+        REVERSE=reverse,
+        ADJOINT=adjoint,
+    )
+    return _launch(
+        "carry",
+        (product_BND, local_BND, initial_BD),
+        [(shape_BND, jnp.float32), ((B, D), jnp.float32)],
+        REVERSE=reverse,
+    )
+
+
+def _states(x_BTD, decay_BTD, entering_BND, reverse, dtype):
+    inputs = x_BTD, decay_BTD, entering_BND
+    (h_BTD,) = _launch("scan", inputs, [(x_BTD.shape, dtype)], REVERSE=reverse)
+    return h_BTD
+
+
+def _tiles(D):
+    """Chunk, channels a program, warps, stages: the same for all three kernels, which meet at the chunks."""
+    tiles = tuning.lookup(TILES, "diagonal_scan", "triton", str(D))
+    return tiles | {"BD": min(tiles["BD"], launch.power_of_two(D))}
+
+
+def _launch(part, inputs, outputs, **constants):
+    launch.prepare()
+    from kernels_pallas.ops.diagonal_scan.gpu import kernels
+
+    B, T, D = inputs[0].shape
+    tiles = _tiles(D)
+    steps = 1 if part == "carry" else -(-T // tiles["C"])
+    outputs = [jax.ShapeDtypeStruct(*output) for output in outputs]
+    kernel = getattr(kernels, part)
+    grid = steps * -(-D // tiles["BD"]), B
+    return launch.launch(kernel, inputs, outputs, grid, T=T, D=D, **tiles, **constants)

@@ -1,0 +1,404 @@
+"""The diagonal recurrence as Mosaic TPU kernels, forward and backward.
+
+The grid is (rows of the batch, channels, chunks of time); time is last and in order, and the state stays in VMEM from one
+chunk to the next. x, the decay and h pass through HBM once each; backward, x, the decay, the gradient of h, and the results.
+
+A register holds 8 x 128 numbers. A chunk of C tokens is cut into 8 runs of C/8, and row s of a register walks through run
+s, so that every operation works on eight tokens of 128 channels. Eight rows that lie equally far apart can be read at once from memory that is 128
+channels wide, if the distance is no multiple of 8 (else they share a bank), so a block is first copied to such columns, in
+float32, with 4 rows of nothing between runs:
+
+  1. Every run's map h -> A h + b, from C/8 steps.
+  2. The state that enters each run: eight steps on single rows.
+  3. Every state, from C/8 steps again.
+
+Backward, time runs the other way, and what is carried from token t+1 to t is c_t = a_{t+1} l_{t+1}, which begins as the
+gradient of the final state and ends as that of the initial one:
+
+    l_t = g_t + c_t      c_{t-1} = a_t l_t      dx_t = l_t      da_t = l_t h_{t-1}
+
+Kept from the forward pass is the state that enters each chunk; from it a chunk's h are made again, in float32: those that
+were given out may be rounded. Decays above 1 are right as long as those of one run, chunk_size / 8 tokens, multiply to a
+float32. A document's start is a decay of 0, which lets pass what is not finite. A complex number is a tuple of two arrays, real and imaginary ("planes"), a real one a tuple
+of one; between planes the transpose of a product with a is one with its conjugate.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.common import kernel_vjp
+from kernels_pallas.dispatch import devices, manual_axes, tuning
+from kernels_pallas.ops.diagonal_scan import chunked
+
+LANES, RUNS = 128, 8
+# Where `tuned.json` says nothing else. width: registers side by side, enough independent work to hide a step's latency
+SIZES = {"chunk_size": 256, "width": 8}
+UNROLL = 8
+GAP = 4  # rows between runs
+
+
+def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
+    """Why the kernel cannot run this call, or None."""
+    for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.complex64):
+            return f"{name} is {array.dtype}; it takes float32, bfloat16 and complex64 ('chunked' takes all)"
+    return None
+
+
+def pallas_tpu(x_BTD, decay_BTD, initial_state_BD, reverse=False):
+    """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
+    if not jnp.iscomplexobj(decay_BTD):
+        planes = (x_BTD,), (decay_BTD,), (initial_state_BD,)
+        (h_BTD,), (final_BD,) = _scan(reverse, None, *planes)
+        return h_BTD, final_BD
+    planes = ((jnp.real(z), jnp.imag(z)) for z in (x_BTD, decay_BTD, initial_state_BD))
+    h, final = _scan(reverse, None, *(tuple(p.astype(jnp.float32) for p in z) for z in planes))
+    return lax.complex(*h), lax.complex(*final)
+
+
+def _forward(reverse, _, x, decay, initial):
+    """Returns (h in x's dtype, the final state), and the states that enter chunks.
+
+    All are tuples of planes: x and decay (B, T, D), initial (B, D).
+    """
+    plan = _Plan.of(x, reverse)
+    P, states = plan.planes, [z[:, None, None] for z in initial]
+    outputs = _call(
+        plan,
+        _forward_kernel,
+        "diagonal_scan_forward",
+        [(z, kind) for planes, kind in ((x, "t"), (decay, "t"), (states, "s")) for z in planes],
+        [*((z.dtype, "t") for z in x), *((jnp.float32, kind) for kind in "ns" for _ in x)],
+    )
+    h, entering, final = outputs[:P], outputs[P : 2 * P], outputs[2 * P :]
+    return (h, tuple(z[:, 0, 0] for z in final)), entering
+
+
+def _backward(reverse, _, arrays, entering, gradients):
+    (x, decay, _), (g, g_final) = arrays, gradients
+    plan = _Plan.of(x, reverse)
+    P, states = plan.planes, [z[:, None, None] for z in g_final]
+    kinds = ((g, "t"), (decay, "t"), (x, "t"), (entering, "n"), (states, "s"))
+    outputs = _call(
+        plan,
+        _backward_kernel,
+        "diagonal_scan_backward",
+        [(z, kind) for planes, kind in kinds for z in planes],
+        [*((z.dtype, "t") for z in x), *((jnp.float32, kind) for kind in "ts" for _ in x)],
+    )
+    return outputs[:P], outputs[P : 2 * P], tuple(z[:, 0, 0] for z in outputs[2 * P :])
+
+
+def _plain(reverse, _, *planes):
+    x, decay, initial = (z[0] if len(z) == 1 else lax.complex(*z) for z in planes)
+    results = chunked.chunked(x, decay, initial, reverse=reverse)
+    if len(planes[0]) == 1:
+        return tuple((z,) for z in results)
+    return tuple((jnp.real(z), jnp.imag(z)) for z in results)
+
+
+_scan = kernel_vjp.differentiable(_forward, _backward, _plain)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Sizes. A block is b rows of the batch, C tokens, d channels. reverse: h_t comes from h_{t+1}."""
+
+    B: int
+    T: int
+    D: int
+    planes: int
+    reverse: bool
+    b: int
+    C: int
+    d: int
+
+    @classmethod
+    def of(cls, x, reverse):
+        """Blocks of up to `width` registers: of channels, as many as waste least; then of rows of the batch."""
+        (B, T, D), planes = x[0].shape, len(x)
+        kind = f"{D} {'real' if planes == 1 else 'complex'}"
+        sizes = tuning.lookup(SIZES, "diagonal_scan", "pallas_tpu", str(x[0].dtype), kind)
+        tiles, most = pl.cdiv(D, LANES), sizes["width"] // planes
+        width = min(
+            range(min(tiles, most), 0, -1),
+            key=lambda w: pl.cdiv(tiles, w) * max(w, most // 2),
+        )
+        rows = max(n for n in range(1, most // width + 1) if B % n == 0)
+        # a run is a multiple of 8 rows, so that it begins with a register, and a chunk with a tile of bfloat16
+        C = min(sizes["chunk_size"], pl.cdiv(T, 8 * RUNS) * 8 * RUNS)
+        return cls(B, T, D, planes, reverse, rows, C, width * LANES)
+
+    @property
+    def chunks(self) -> int:
+        return pl.cdiv(self.T, self.C)
+
+    @property
+    def columns(self) -> int:
+        return self.b * self.d // LANES
+
+    @property
+    def run(self) -> int:
+        return self.C // RUNS
+
+    def spec(self, kind: str, from_last: bool):
+        """The window of a block on an array over time ("t"), on states of every chunk ("n"), or on one state ("s").
+        from_last: the grid begins at the last chunk."""
+
+        def chunk(n):
+            return self.chunks - 1 - n if from_last else n
+
+        if kind == "t":
+            return pl.BlockSpec((self.b, self.C, self.d), lambda i, k, n: (i, chunk(n), k))
+        return pl.BlockSpec(
+            (self.b, None, 1, self.d),
+            lambda i, k, n: (i, chunk(n) if kind == "n" else 0, 0, k),
+        )
+
+    def shape(self, kind: str) -> tuple[int, ...]:
+        if kind == "t":
+            return self.B, self.T, self.D
+        return self.B, self.chunks if kind == "n" else 1, 1, self.D
+
+
+def _call(plan: _Plan, kernel, name: str, inputs, outputs):
+    """One pass of `kernel` over `inputs`, (array, kind) each; outputs are (dtype, kind) each."""
+    from_last = plan.reverse != (kernel is _backward_kernel)
+    block = RUNS * (plan.run + GAP)
+    kept = (1, RUNS, RUNS, block, block)
+    if kernel is _backward_kernel:
+        kept += (1, RUNS, block)
+    written = [jax.ShapeDtypeStruct(plan.shape(kind), dtype) for dtype, kind in outputs]
+    return tuple(
+        pl.pallas_call(
+            functools.partial(kernel, plan, from_last),
+            grid=(plan.B // plan.b, pl.cdiv(plan.D, plan.d), plan.chunks),
+            in_specs=[plan.spec(kind, from_last) for _, kind in inputs],
+            out_specs=[plan.spec(kind, from_last) for _, kind in outputs],
+            out_shape=manual_axes.shapes(written, [x for x, _ in inputs]),
+            scratch_shapes=[
+                pltpu.VMEM((plan.columns, n, LANES), jnp.float32)
+                for n in kept
+                for _ in range(plan.planes)
+            ],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary")
+            ),
+            interpret=devices.interpreting(),
+            name=name,
+        )(*(array for array, _ in inputs))
+    )
+
+
+def _forward_kernel(plan: _Plan, from_last: bool, *refs):
+    x_in, decay_in, initial, h, entering, final, *kept = _grouped(refs, plan.planes)
+    state, A, b, decay, x = kept
+    n = pl.program_id(2)
+
+    @pl.when(n == 0)
+    def _():
+        _to_columns(state, initial)
+
+    _to_columns(x, x_in)
+    _to_columns(decay, decay_in)
+    _from_columns(entering, state)
+    _states(_Walk(plan, from_last, n), decay, x, A, b, state)
+    _from_columns(h, x)
+
+    @pl.when(n == plan.chunks - 1)
+    def _():
+        _from_columns(final, state)
+
+
+def _states(walk, decay, x, A, b, state):
+    """Every h of a chunk, in place of x; `state` goes from the one that enters to the one that leaves, and A holds those
+    that enter each run."""
+    zero, one = _constants(walk.plan.planes)
+
+    def inputs(i):
+        return walk.tokens(decay, i, one), walk.tokens(x, i, zero)
+
+    def extend(i, carry):
+        (A, b), (a, x) = carry, inputs(i)
+        return _times(a, A), _plus(_times(a, b), x)
+
+    def emit(i, h):
+        a, x_i = inputs(i)
+        h = _plus(_times(a, h), x_i)
+        walk.put(x, i, h)
+        return h
+
+    entering = walk.entering(extend, A, b, state)
+    lax.fori_loop(0, walk.plan.run, emit, entering, unroll=_unroll())
+
+
+def _backward_kernel(plan: _Plan, from_last: bool, *refs):
+    g_in, decay_in, x_in, entering, g_final, *outputs_and_kept = _grouped(refs, plan.planes)
+    dx, d_decay, d_initial, state, A, b, g, decay, h_state, h_A, h = outputs_and_kept
+    n = pl.program_id(2)
+    walk = _Walk(plan, from_last, n)
+    zero, one = _constants(plan.planes)
+
+    @pl.when(n == 0)
+    def _():
+        _to_columns(state, g_final)
+
+    _to_columns(g, g_in)
+    _to_columns(decay, decay_in)
+    _to_columns(h, x_in)
+    _to_columns(h_state, entering)
+    _states(_Walk(plan, not from_last, plan.chunks - 1 - n), decay, h, h_A, b, h_state)
+
+    def inputs(i):
+        return _conjugate(walk.tokens(decay, i, one)), walk.tokens(g, i, zero)
+
+    def extend(i, carry):
+        (A, b), (a, g) = carry, inputs(i)
+        return _times(a, A), _times(a, _plus(g, b))
+
+    def emit(i, c, previous=None):
+        a, g_i = inputs(i)
+        l = _plus(g_i, c)
+        if previous is None:
+            previous = walk.read(h, i + 1)
+        walk.put(g, i, l)  # in place of g, and of the decay
+        walk.put(decay, i, _times(_conjugate(previous), l))
+        return _times(a, l)
+
+    entering = walk.entering(extend, A, b, state)
+    last = plan.run - 1
+    c = lax.fori_loop(0, last, emit, entering, unroll=_unroll())
+    emit(last, c, previous=tuple(ref[...] for ref in h_A))
+    _from_columns(dx, g)
+    _from_columns(d_decay, decay)
+
+    @pl.when(n == plan.chunks - 1)
+    def _():
+        _from_columns(d_initial, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """A walk through the runs of a chunk, all at once. from_last: against time, in chunks, runs and tokens alike.
+    chunk: counted as the walk goes."""
+
+    plan: _Plan
+    from_last: bool
+    chunk: jax.Array
+
+    def _token(self, i):
+        return self.plan.run - 1 - i if self.from_last else i
+
+    def _rows(self, i):
+        return pl.ds(self._token(i), RUNS, stride=self.plan.run + GAP)
+
+    def read(self, refs, i):
+        """Token i of every run, counted as the walk goes."""
+        return tuple(ref[:, self._rows(i), :] for ref in refs)
+
+    def tokens(self, refs, i, otherwise):
+        """As `read`; `otherwise` beyond the end of time."""
+        found = self.read(refs, i)
+        plan = self.plan
+        if plan.T % plan.C == 0:
+            return found
+        chunk = plan.chunks - 1 - self.chunk if self.from_last else self.chunk
+        run = lax.broadcasted_iota(jnp.int32, found[0].shape, 1)
+        inside = chunk * plan.C + run * plan.run + self._token(i) < plan.T
+        return tuple(jnp.where(inside, z, o) for z, o in zip(found, otherwise))
+
+    def put(self, refs, i, values):
+        for ref, z in zip(refs, values):
+            ref[:, self._rows(i), :] = z
+
+    def entering(self, extend, A, b, state):
+        """Steps 1 and 2 of the module's docstring: the states that enter the runs, also left in A."""
+        zero, one = (
+            tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.plan.planes)
+        )
+        maps = lax.fori_loop(0, self.plan.run, extend, (one, zero), unroll=_unroll())
+        for refs, values in zip((A, b), maps):
+            for ref, z in zip(refs, values):
+                ref[...] = z
+        carried = tuple(ref[...] for ref in state)
+        for s in reversed(range(RUNS)) if self.from_last else range(RUNS):
+            row = slice(s, s + 1)
+            A_s, b_s = (tuple(ref[:, row] for ref in refs) for refs in (A, b))
+            for ref, z in zip(A, carried):
+                ref[:, row] = z
+            carried = _plus(_applied(A_s, carried), b_s)
+        for ref, z in zip(state, carried):
+            ref[...] = z
+        return tuple(ref[...] for ref in A)
+
+
+def _unroll() -> int:
+    return 1 if devices.interpreting() else UNROLL
+
+
+def _grouped(refs, planes: int):
+    return [refs[i : i + planes] for i in range(0, len(refs), planes)]
+
+
+def _to_columns(columns, blocks) -> None:
+    """Blocks (b, rows, d) to columns (b * d / LANES, rows, LANES), in float32, with gaps where rows are those of runs."""
+    for to, source in zip(columns, blocks):
+        for row, lanes, column in _places(source.shape):
+            for here, there in _runs(source.shape[1]):
+                to[column, there] = source[row, here, lanes].astype(jnp.float32)
+
+
+def _from_columns(blocks, columns) -> None:
+    for to, source in zip(blocks, columns):
+        for row, lanes, column in _places(to.shape):
+            for here, there in _runs(to.shape[1]):
+                to[row, here, lanes] = source[column, there].astype(to.dtype)
+
+
+def _runs(rows: int):
+    """(rows of a block, their places in a column), run by run; a state is one row."""
+    if rows == 1:
+        return [(slice(0, 1), slice(0, 1))]
+    run = rows // RUNS
+    starts = [(s * run, s * (run + GAP)) for s in range(RUNS)]
+    return [(slice(i, i + run), slice(j, j + run)) for i, j in starts]
+
+
+def _places(shape):
+    """(row of the batch, its lanes, column) of every column of a block."""
+    b, _, d = shape
+    width = d // LANES
+    for column in range(b * width):
+        first = column % width * LANES
+        yield column // width, slice(first, first + LANES), column
+
+
+def _constants(planes: int):
+    """0 and 1."""
+    return (0.0,) * planes, (1.0, 0.0)[:planes]
+
+
+def _conjugate(x):
+    return (x[0], *(-p for p in x[1:]))
+
+
+def _times(x, y):
+    if len(x) == 1:
+        return (x[0] * y[0],)
+    return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
+
+
+def _applied(A, state):
+    """A state; of a state that is 0 nothing, though a product of decays may be infinite."""
+    some = functools.reduce(jnp.logical_or, (z != 0.0 for z in state))
+    return tuple(jnp.where(some, z, 0.0) for z in _times(A, state))
+
+
+def _plus(x, y):
+    return tuple(p + q for p, q in zip(x, y))

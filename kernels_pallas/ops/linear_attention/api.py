@@ -1,0 +1,154 @@
+"""Linear attention with any decay: the public functions."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import dispatch
+from kernels_pallas.common import arguments, segments
+from kernels_pallas.dispatch import explicit_axes
+from kernels_pallas.ops.linear_attention import chunked, reference
+from kernels_pallas.ops.linear_attention.gpu import launch
+from kernels_pallas.ops.linear_attention.tpu import launch
+
+
+def _one_token(
+    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
+):
+    del segment_ids_BT, chunk_size  # one token starts no document, so the state enters
+    dtype, H = initial_state_BHKV.dtype, v_BTHV.shape[2]
+    q_BHK, k_BHK = (arguments.repeat_heads(x, H)[:, 0].astype(dtype) for x in (q_BTGK, k_BTGK))
+    log_decay_BHK = None if log_decay_BTHK is None else log_decay_BTHK[:, 0]
+    o_BHV, state_BHKV = reference.step(
+        q_BHK, k_BHK, v_BTHV[:, 0].astype(dtype), log_decay_BHK, initial_state_BHKV
+    )
+    return (scale * o_BHV)[:, None].astype(v_BTHV.dtype), state_BHKV
+
+
+def _not_one_token(*, v_BTHV, **arguments):
+    T = v_BTHV.shape[1]
+    return None if T == 1 else f"it takes one token; got T = {T}"
+
+
+def _reference(
+    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
+):
+    del chunk_size
+    q_BTHK, k_BTHK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
+    return reference.recurrent(
+        q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale
+    )
+
+
+IMPLEMENTATIONS = (
+    dispatch.Implementation("one_token", _one_token, _not_one_token),
+    dispatch.Implementation("pallas_tpu", launch.pallas_tpu, launch.unsupported, platform="tpu"),
+    dispatch.Implementation("triton", launch.triton, launch.unsupported, platform="gpu"),
+    dispatch.Implementation("chunked", segments.isolated(chunked.chunked)),
+    dispatch.Implementation("reference", _reference),
+)
+
+
+@explicit_axes.automatic(("BTHV", "BHKV"), q_BTHK="BTGK", v_BTHV="BTHV")
+def linear_attention(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Linear attention with a decay, per head or per key channel:
+
+        S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+
+    No decay is linear attention (arXiv 2006.16236, eq. 9 without its normaliser); a fixed one per head is RetNet
+    (2307.08621) and Lightning Attention (2401.04658); one per token and head is Mamba-2's SSD (2405.21060, with
+    q, k, v = C, B, dt x) and mLSTM after its stabiliser (2405.04517); one per key channel is GLA (2312.06635, eq. 3),
+    HGRN2 (2404.07904) and RWKV-6. Any T, K, V. Reverse mode only (a custom VJP), to any order.
+
+    Args:
+      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves value heads g*H/G ... (g+1)*H/G - 1.
+      k_BTHK: (B, T, G, K).
+      v_BTHV: (B, T, H, V).
+      log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf forgets all that came before, and
+        its gradient is 0. Positive values are not checked unless `kernels_pallas.common.checks` is on.
+      scale: a number; None is K**-0.5. It multiplies the output while that is still float32.
+      initial_state: (B, H, K, V), the state before the first token; None is zero. It belongs to the first token's
+        document.
+      segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one to another. NaN and Inf
+        do not either, but for kernels (a reset is a product with 0), and for what overflows in a chunk.
+      chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and rounding only.
+      implementation: 'chunked', 'pallas_tpu', 'triton', 'one_token' (T = 1 only), 'reference', or None for the best here.
+
+    Returns:
+      o_BTHV in v's dtype, and the final state (B, H, K, V). States, gates and their sums are float32 (float64 where an
+      input is); bfloat16 q, k and v multiply each other as they are, with float32 sums, and what comes of them stays float32.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, a bad chunk_size or scale, an unknown implementation, or (with checks
+        on) a positive log_decay.
+      NotImplementedError: the named implementation cannot run this call.
+    """
+    name = "linear_attention"
+    arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
+    arguments.check_segment_ids(name, segment_ids, v_BTHV)
+    arguments.check_chunk_size(name, chunk_size)
+    arguments.check_scale(name, scale)
+    log_decay_BTHK = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
+    call = {
+        "q_BTGK": q_BTHK,
+        "k_BTGK": k_BTHK,
+        "v_BTHV": v_BTHV,
+        "log_decay_BTHK": log_decay_BTHK,
+        "initial_state_BHKV": arguments.normal_initial_state(
+            name, initial_state, q_BTHK, v_BTHV, k_BTHK, log_decay_BTHK
+        ),
+        "segment_ids_BT": segment_ids,
+        "chunk_size": chunk_size,
+    }
+    if arguments.nothing(q_BTHK, v_BTHV):
+        return jnp.zeros_like(v_BTHV), call["initial_state_BHKV"]
+    call["scale"] = q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale)
+    return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
+
+
+def step(
+    q_BHK: jax.Array,
+    k_BHK: jax.Array,
+    v_BHV: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    state: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of `linear_attention`, for decoding: constant time and memory.
+
+    Args:
+      q_BHK: (B, G, K), floating; G divides H.
+      k_BHK: (B, G, K).
+      v_BHV: (B, H, V).
+      log_decay: None, (H,), (B, H) or (B, H, K), <= 0.
+      scale: multiplies q; None is K**-0.5.
+      state: (B, H, K, V), as `linear_attention` and `step` return it; None is zero.
+
+    Returns:
+      o_BHV in v's dtype, and the next state, in float32 or wider.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit. They are named as for `linear_attention`, with T = 1.
+    """
+    name = "linear_attention.step"
+    q_BTHK, k_BTHK, v_BTHV = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV)
+    o_BTHV, state_BHKV = linear_attention(
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
+        arguments.one_token_decay(name, log_decay),
+        scale=scale,
+        initial_state=state,
+    )
+    return o_BTHV[:, 0], state_BHKV

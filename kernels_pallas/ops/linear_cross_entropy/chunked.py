@@ -1,0 +1,111 @@
+"""Losses of logits a piece of time at a time, with their own backward pass: B x T x W numbers are never held.
+
+Forward, a loop over pieces of c tokens of every row makes the piece's logits (B, c, W) and keeps its losses. Backward, it makes
+the logits once more, takes the loss's gradient with respect to them, and multiplies it out:
+
+    dlogits = d loss / d logits      dx = dlogits matrix      dmatrix += dlogits^T x      dbias += sum dlogits
+
+The sums over pieces are float32. Time is cut, not tokens in a row, so rows of a batch that are spread over devices stay there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.common import chunk_blocks, matmul
+from kernels_pallas.ops.linear_cross_entropy import reference
+
+LOGITS_OF_A_PIECE = 1 << 27  # half a gigabyte in float32
+TOKENS_OF_A_PIECE = (256, 4096)
+
+
+def heuristic_chunk_size(B: int, T: int, W: int) -> int:
+    """Tokens of each row in a piece.
+
+    Each piece reads and writes all of dmatrix, so that fewer than several hundred tokens would wait
+    for memory; more than a few thousand gain nothing. A length or a batch that is not known now (a
+    symbolic shape) is one piece. In between, the logits of a piece take up to half a gigabyte.
+    Pieces of a row are equal.
+    """
+    if not chunk_blocks.known(B, T):
+        return T
+    low, high = TOKENS_OF_A_PIECE
+    tokens = max(low, min(high, LOGITS_OF_A_PIECE // W))
+    pieces = -(-T // max(1, tokens // B))
+    return -(-T // pieces)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
+    """`loss` of the logits and its details, (B, T) in float32 or wider.
+
+    Gradients go to x, the matrix, the bias and what the loss has that is learned.
+    """
+
+    def piece_results(start, size):
+        x_BcD, tokens = _cut((x_BTD, per_token), start, size)
+        logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
+        return loss(logits_BcW, tokens, fixed, learned)
+
+    def one_piece(results, start, size):
+        return chunk_blocks.put_at(results, piece_results(start, size), start)
+
+    B, T, _ = x_BTD.shape
+    a_piece = jax.eval_shape(lambda: piece_results(0, chunk_size))
+    results = jax.tree.map(lambda z: jnp.zeros_like(z, shape=(B, T)), a_piece)
+    return _over_pieces(one_piece, results, chunk_size, T)
+
+
+def _forward(loss, layout, chunk_size, *operands):
+    return chunked(loss, layout, chunk_size, *operands), operands
+
+
+def _backward(loss, layout, chunk_size, saved, cotangents):
+    x_BTD, matrix, bias_W, per_token, fixed, learned = saved
+    g_BT, _ = cotangents
+
+    def one_piece(sums, start, size):
+        dx_BTD, dmatrix, dbias_W, dlearned = sums
+        x_BcD, tokens, g_Bc = _cut((x_BTD, per_token, g_BT), start, size)
+        given, mask_Bc = tokens
+        x_BcD, given = (reference.unmasked(z, mask_Bc) for z in (x_BcD, given))
+        tokens = given, mask_Bc
+        logits_BcW = reference.all_logits(x_BcD, matrix, bias_W, layout)
+        _, vjp = jax.vjp(lambda z, learned: loss(z, tokens, fixed, learned)[0], logits_BcW, learned)
+        dlogits_BcW, more = vjp(g_Bc)
+        dlearned = jax.tree.map(jnp.add, dlearned, more)
+        letters = layout.lower()
+        dx_BcD = matmul.einsum(f"btw,{letters}->btd", dlogits_BcW, matrix)
+        dmatrix = dmatrix + matmul.einsum(f"btw,btd->{letters}", dlogits_BcW, x_BcD)
+        if dbias_W is not None:
+            dbias_W = dbias_W + jnp.sum(dlogits_BcW, axis=(0, 1))
+        dx_BTD = chunk_blocks.put_at(dx_BTD, dx_BcD.astype(x_BTD.dtype), start)
+        return dx_BTD, dmatrix, dbias_W, dlearned
+
+    zeros = (
+        chunk_blocks.unwritten(x_BTD),
+        jnp.zeros_like(matrix, g_BT.dtype),
+        None if bias_W is None else jnp.zeros_like(bias_W, g_BT.dtype),
+        jax.tree.map(jnp.zeros_like, learned),
+    )
+    dx_BTD, dmatrix, dbias_W, dlearned = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
+    dbias_W = None if bias_W is None else dbias_W.astype(bias_W.dtype)
+    dx_BTD = chunk_blocks.written(dx_BTD, x_BTD)
+    return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None, dlearned
+
+
+chunked.defvjp(_forward, _backward)
+
+
+def _over_pieces(one_piece, carry, chunk_size: int, T: int):
+    """carry = one_piece(carry, start, size) over the pieces of time; the last may be shorter."""
+    full, rest = divmod(T, chunk_size)
+    if full:
+        carry = lax.fori_loop(0, full, lambda i, c: one_piece(c, i * chunk_size, chunk_size), carry)
+    return one_piece(carry, full * chunk_size, rest) if rest else carry
+
+
+def _cut(arrays, start, size: int):
+    return jax.tree.map(lambda z: lax.dynamic_slice_in_dim(z, start, size, axis=1), arrays)

@@ -1,0 +1,115 @@
+"""Losses of logits by their definitions, and with all logits at once."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.common import matmul
+
+# A loss is (logits (B,T,W), per_token, fixed, learned) -> loss (B,T), details: what else is known
+# of each token, without a gradient. Of the others only `learned` has one.
+# It is hashable, a static argument of the implementations.
+
+
+class TokenDetails(NamedTuple):
+    """nll_BT: -log p(target). log_z_BT: of the logits. correct_BT: 1 where no word is likelier than the target, or 0.
+    float32 or wider, whatever the mask says."""
+
+    nll_BT: jax.Array
+    log_z_BT: jax.Array
+    correct_BT: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """per_token: targets and mask (B, T). learned: the z-loss's weight. details: TokenDetails.
+    words_axis: the mesh axis that words are split over."""
+
+    softcap: float | None
+    words_axis: str | None = None
+
+    def __call__(self, logits_BTW, per_token, fixed, z_loss):
+        targets_BT, mask_BT = per_token
+        logits_BTW = capped(logits_BTW, self.softcap)
+        largest_BT = jax.lax.stop_gradient(jnp.max(logits_BTW, axis=-1))
+        first_word = 0
+        if self.words_axis is None:
+            log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
+        else:
+            first_word = jax.lax.axis_index(self.words_axis) * logits_BTW.shape[-1]
+            largest_BT = jax.lax.pmax(largest_BT, self.words_axis)
+            z_BT = self._sum(jnp.exp(logits_BTW - largest_BT[..., None]))
+            log_z_BT = largest_BT + jnp.log(z_BT)
+        # As a sum over W: a gather, and its gradient's scatter, are slow on accelerators.
+        # Not in the targets' dtype: bytes would count 256 words and more from 0 again.
+        word_W = first_word + jnp.arange(logits_BTW.shape[-1], dtype=jnp.int32)
+        chosen_BTW = word_W[None, None] == targets_BT[..., None]
+        target_logit_BT = self._sum(jnp.where(chosen_BTW, logits_BTW, 0))
+        nll_BT = log_z_BT - target_logit_BT
+        correct_BT = (target_logit_BT >= largest_BT).astype(nll_BT.dtype)
+        details = jax.lax.stop_gradient(TokenDetails(nll_BT, log_z_BT, correct_BT))
+        return masked(nll_BT + z_loss.astype(log_z_BT.dtype) * log_z_BT**2, mask_BT), details
+
+    def _sum(self, x_BTW):
+        """Over all words."""
+        x_BT = jnp.sum(x_BTW, axis=-1)
+        return x_BT if self.words_axis is None else jax.lax.psum(x_BT, self.words_axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """KL(teacher || student). per_token: the teacher's hidden states or logits, and mask; fixed: its matrix and bias. No details."""
+
+    softcap: float | None
+    teacher_softcap: float | None
+    temperature: float
+    teacher_layout: str | None
+
+    def __call__(self, logits_BTW, per_token, fixed, learned):
+        teacher_BTW, mask_BT = per_token
+        if self.teacher_layout is not None:
+            teacher_BTW = all_logits(teacher_BTW, *fixed, self.teacher_layout)
+        teacher_BTW = capped(teacher_BTW.astype(logits_BTW.dtype), self.teacher_softcap)
+        log_p_BTW = jax.nn.log_softmax(teacher_BTW / self.temperature, axis=-1)
+        log_q_BTW = jax.nn.log_softmax(capped(logits_BTW, self.softcap) / self.temperature, axis=-1)
+        # p log p is 0 where p is: a teacher may have ruled a word out with a logit of -inf
+        p_BTW = jnp.exp(log_p_BTW)
+        difference_BTW = jnp.where(p_BTW > 0, log_p_BTW - log_q_BTW, 0)
+        return masked(jnp.sum(p_BTW * difference_BTW, axis=-1), mask_BT), ()
+
+
+def capped(logits, softcap):
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def masked(loss_BT, mask_BT):
+    return loss_BT if mask_BT is None else jnp.where(mask_BT, loss_BT, 0)
+
+
+def unmasked(x_BTD, mask_BT):
+    """x, 0 where the mask is: there neither x nor its gradient counts, and a product with 0 would let pass what is not finite."""
+    if mask_BT is None or not jnp.issubdtype(x_BTD.dtype, jnp.floating):
+        return x_BTD
+    return jnp.where(mask_BT[..., None], x_BTD, 0)
+
+
+def all_logits(x_BTD, matrix, bias_W, layout: str):
+    """x times the matrix, whose layout is "WD" or "DW"; float32 or wider."""
+    logits_BTW = matmul.einsum(f"btd,{layout.lower()}->btw", x_BTD, matrix)
+    return (
+        logits_BTW if bias_W is None else logits_BTW + bias_W[None, None].astype(logits_BTW.dtype)
+    )
+
+
+def whole(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
+    """`loss` of all logits at once, with its details."""
+    del chunk_size
+    per_token, fixed = jax.lax.stop_gradient((per_token, fixed))
+    arrays = jax.lax.stop_gradient((x_BTD, matrix, bias_W))
+    _, details = loss(all_logits(*arrays, layout), per_token, fixed, jax.lax.stop_gradient(learned))
+    given, mask_BT = per_token
+    x_BTD, given = (unmasked(z, mask_BT) for z in (x_BTD, given))
+    logits_BTW = all_logits(x_BTD, matrix, bias_W, layout)
+    return loss(logits_BTW, (given, mask_BT), fixed, learned)[0], details

@@ -1,0 +1,232 @@
+"""Softmax attention in blocks, in memory that grows with T and not with T * T, with its own backward pass.
+
+For every block of C queries the blocks of C keys it can see are visited in turn; running maximum m, sum l and output o
+are corrected as m grows (the online softmax of arXiv 1805.02867, in blocks as in FlashAttention, arXiv 2205.14135).
+Blocks that nobody sees are not visited, so a window costs O(T * window): by index which those are is known from the block's place,
+by positions from the range of positions and documents in it. The backward pass keeps
+q, k, v, o (unrounded: dS is a difference) and the log of each row's sum, and makes the probabilities of each block again (arXiv 2307.08691, section
+3.1):
+
+    P = exp(s - log_sum)    dS = P * (g v^T - rowsum(g * o))    dv += P^T g    dq += dS k    dk += dS^T q
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.common import chunk_blocks, dtypes, kernel_vjp, matmul
+
+BLOCK_SIZE = 128
+
+
+def chunked(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
+    """Same contract as `reference.naive`."""
+    T, S, G = q_BTHK.shape[1], *v_BSGV.shape[1:3]
+    C, E = block_sizes(T, S)
+    k_BGSK, v_BGSV = (keys_first(z, E) for z in (k_BSGK, v_BSGV))
+    visibility = visibility.padded(chunk_blocks.missing(T, C), chunk_blocks.missing(S, E))
+    q_BGRTK = queries_first(q_BTHK, G, C)
+    o_BGRTV = _attend((scale, (C, E)), visibility, q_BGRTK, k_BGSK, v_BGSV)
+    return time_first(o_BGRTV, T).astype(q_BTHK.dtype)
+
+
+def block_sizes(T: int, S: int) -> tuple[int, int]:
+    """C queries and E keys."""
+    return tuple(
+        min(BLOCK_SIZE, size) if chunk_blocks.known(size) else BLOCK_SIZE for size in (T, S)
+    )
+
+
+def queries_first(q_BTHK, G, C):
+    """(B, G, R, T, K), T padded to whole blocks."""
+    B, T, H, K = q_BTHK.shape
+    q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, chunk_blocks.missing(T, C)), (0, 0)))
+
+
+def keys_first(z_BSGX, E):
+    """(B, G, S, X), S padded to whole blocks."""
+    S = z_BSGX.shape[1]
+    return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, chunk_blocks.missing(S, E)), (0, 0)))
+
+
+def time_first(o_BGRTV, T):
+    """(B, T, H, V), without the padding."""
+    B, G, R, _, V = o_BGRTV.shape
+    return o_BGRTV[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, V)
+
+
+def _key_blocks(i, count, visibility, C):
+    """The first key block that query block i can see, and the one after the last."""
+    first, last = 0, count
+    if visibility.aligned and visibility.causal:
+        last = i + 1
+    if visibility.aligned and visibility.window is not None:
+        reach = visibility.window - 1
+        first = jnp.maximum(0, (i * C - reach) // C)
+        last = jnp.minimum(last, ((i + 1) * C - 1 + reach) // C + 1)
+    return first, last
+
+
+def _cut(z, i, size):
+    return lax.dynamic_slice_in_dim(z, i * size, size, axis=z.ndim - 2)
+
+
+def _add(z, block, i, size):
+    return lax.dynamic_update_slice_in_dim(z, _cut(z, i, size) + block, i * size, axis=z.ndim - 2)
+
+
+def _product(subscripts, x, y, dtype):
+    """Operands in the input's dtype, sums in float32 or wider."""
+    accumulate = dtypes.common(dtype, jnp.float32)
+    return jnp.einsum(
+        subscripts, x.astype(dtype), y.astype(dtype), preferred_element_type=accumulate
+    )
+
+
+def _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes):
+    """Scaled logits of a block, -inf where they are not seen."""
+    C, E = sizes
+    logits_BGRCE = scale * _product("bgrck,bgek->bgrce", q_BGRCK, k_BGEK, q_BGRCK.dtype)
+    seen_BCE = visibility.block(i * C, C, j * E, E).mask()
+    return jnp.where(seen_BCE[:, None, None], logits_BGRCE, -jnp.inf)
+
+
+def nothing_seen(q_BGRTK, v_BGSV):
+    """The running m, l and o of every query before it has met a key."""
+    accumulate = dtypes.common(q_BGRTK.dtype, jnp.float32)
+    l_BGRT = jnp.zeros_like(q_BGRTK[..., 0], accumulate)
+    o_BGRTV = jnp.zeros_like(q_BGRTK, accumulate, (*l_BGRT.shape, v_BGSV.shape[3]))
+    return jnp.full_like(l_BGRT, -jnp.inf), l_BGRT, o_BGRTV
+
+
+def see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
+    """The running m, l and o after the queries have met these keys, or such of them as they see."""
+    C, E = sizes
+    count = k_BGSK.shape[2] // E
+    seen_NM = visibility.blocks_seen(C, E)
+
+    def query_block(_, block):
+        i, running = block
+        q_BGRCK = _cut(q_BGRTK, i, C)
+
+        def key_block(j, running):
+            m_BGRC, l_BGRC, o_BGRCV = running
+            logits_BGRCE = _logits(q_BGRCK, _cut(k_BGSK, j, E), visibility, i, j, scale, sizes)
+            new_m_BGRC = jnp.maximum(m_BGRC, jnp.max(logits_BGRCE, axis=-1))
+            shift_BGRC = jnp.where(new_m_BGRC == -jnp.inf, 0, new_m_BGRC)  # nothing seen so far
+            p_BGRCE = jnp.exp(logits_BGRCE - shift_BGRC[..., None])
+            keep_BGRC = jnp.exp(m_BGRC - shift_BGRC)
+            added_BGRCV = _product("bgrce,bgev->bgrcv", p_BGRCE, _cut(v_BGSV, j, E), v_BGSV.dtype)
+            l_BGRC = l_BGRC * keep_BGRC + matmul.sum_last(p_BGRCE)[..., 0]
+            return new_m_BGRC, l_BGRC, o_BGRCV * keep_BGRC[..., None] + added_BGRCV
+
+        first, last = _key_blocks(i, count, visibility, C)
+        return None, lax.fori_loop(first, last, _where_seen(seen_NM, i, key_block), running)
+
+    def by_block(z):  # the time axis -> blocks first
+        z = z.reshape(*z.shape[:3], -1, C, *z.shape[4:])
+        return jnp.moveaxis(z, 3, 0)
+
+    def joined(z):
+        z = jnp.moveaxis(z, 0, 3)
+        return z.reshape(*z.shape[:3], -1, *z.shape[5:])
+
+    blocks = jnp.arange(q_BGRTK.shape[3] // C), jax.tree.map(by_block, running)
+    return jax.tree.map(joined, lax.scan(query_block, None, blocks)[1])
+
+
+def output(running):
+    """o, and the log of each row's sum; 0 both where a query has seen nothing."""
+    m_BGRT, l_BGRT, o_BGRTV = running
+    some_BGRT = l_BGRT > 0
+    total_BGRT = jnp.where(some_BGRT, l_BGRT, 1)
+    log_sum_BGRT = jnp.where(some_BGRT, m_BGRT + jnp.log(total_BGRT), 0)
+    return o_BGRTV / total_BGRT[..., None], log_sum_BGRT
+
+
+def see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
+    """Adds to dq what these keys give it, in float32 or wider, and returns theirs: (dq, dk, dv).
+
+    saved: q, the cotangent of o, each row's log_sum over all its keys, and rowsum(g * o).
+    """
+    q_BGRTK, g_BGRTV, log_sum_BGRT, drop_BGRT = saved
+    C, E = sizes
+    count = k_BGSK.shape[2] // E
+    dtype = q_BGRTK.dtype
+    seen_NM = visibility.blocks_seen(C, E)
+
+    def query_block(carry, i):
+        *carry, dq_BGRTK = carry
+        q_BGRCK, g_BGRCV = _cut(q_BGRTK, i, C), _cut(g_BGRTV, i, C)
+        log_sum_BGRC1 = _cut(log_sum_BGRT[..., None], i, C)
+        drop_BGRC1 = _cut(drop_BGRT[..., None], i, C)
+
+        def key_block(j, carry):
+            dk_BGSK, dv_BGSV, dq_BGRCK = carry
+            k_BGEK = _cut(k_BGSK, j, E)
+            logits_BGRCE = _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes)
+            p_BGRCE = jnp.exp(logits_BGRCE - log_sum_BGRC1)
+            dv_BGEV = _product("bgrce,bgrcv->bgev", p_BGRCE, g_BGRCV, dtype)
+            dp_BGRCE = _product("bgrcv,bgev->bgrce", g_BGRCV, _cut(v_BGSV, j, E), dtype)
+            ds_BGRCE = scale * p_BGRCE * (dp_BGRCE - drop_BGRC1)
+            dk_BGEK = _product("bgrce,bgrck->bgek", ds_BGRCE, q_BGRCK, dtype)
+            dq_BGRCK = dq_BGRCK + _product("bgrce,bgek->bgrck", ds_BGRCE, k_BGEK, dtype)
+            return _add(dk_BGSK, dk_BGEK, j, E), _add(dv_BGSV, dv_BGEV, j, E), dq_BGRCK
+
+        first, last = _key_blocks(i, count, visibility, C)
+        carry = (*carry, _cut(dq_BGRTK, i, C))
+        *carry, dq_BGRCK = lax.fori_loop(first, last, _where_seen(seen_NM, i, key_block), carry)
+        dq_BGRTK = lax.dynamic_update_slice_in_dim(dq_BGRTK, dq_BGRCK, i * C, axis=3)
+        return (*carry, dq_BGRTK), None
+
+    zeros = (jnp.zeros_like(z, dq_BGRTK.dtype) for z in (k_BGSK, v_BGSV))
+    start = (*zeros, dq_BGRTK)
+    (dk_BGSK, dv_BGSV, dq_BGRTK), _ = lax.scan(
+        query_block, start, jnp.arange(q_BGRTK.shape[3] // C)
+    )
+    return dq_BGRTK, dk_BGSK, dv_BGSV
+
+
+def _where_seen(seen_NM, i, key_block):
+    """key_block, left out where no query of block i sees any key."""
+    if seen_NM is None:
+        return key_block
+    return lambda j, carry: lax.cond(seen_NM[i, j], key_block, lambda j, carry: carry, j, carry)
+
+
+def _forward(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
+    running = nothing_seen(q_BGRTK, v_BGSV)
+    o_BGRTV, log_sum_BGRT = output(see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, *form))
+    return o_BGRTV, (o_BGRTV, log_sum_BGRT)
+
+
+def _backward(form, visibility, arrays, residuals, g_BGRTV):
+    (q_BGRTK, k_BGSK, v_BGSV), (o_BGRTV, log_sum_BGRT) = arrays, residuals
+    dtype = q_BGRTK.dtype
+    dq_BGRTK = jnp.zeros_like(q_BGRTK, dtypes.common(dtype, jnp.float32))
+    saved = q_BGRTK, g_BGRTV, log_sum_BGRT, matmul.sum_last(g_BGRTV * o_BGRTV)[..., 0]
+    gradients = see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, *form)
+    return tuple(z.astype(dtype) for z in gradients)
+
+
+def plain(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
+    """The same for JAX to differentiate: blocks of queries with all keys, each recomputed."""
+    scale, (C, _) = form
+    T, S = q_BGRTK.shape[3], k_BGSK.shape[2]
+
+    @jax.checkpoint
+    def query_block(i):
+        q_BGRCK = _cut(q_BGRTK, i, C)
+        logits_BGRCS = _logits(q_BGRCK, k_BGSK, visibility, i, 0, scale, (C, S))
+        m_BGRC1 = lax.stop_gradient(jnp.max(logits_BGRCS, axis=-1, keepdims=True))
+        p_BGRCS = jnp.exp(logits_BGRCS - jnp.where(m_BGRC1 == -jnp.inf, 0, m_BGRC1))
+        l_BGRC1 = jnp.sum(p_BGRCS, axis=-1, keepdims=True)
+        o_BGRCV = _product("bgrcs,bgsv->bgrcv", p_BGRCS, v_BGSV, p_BGRCS.dtype)
+        return o_BGRCV / jnp.where(l_BGRC1 > 0, l_BGRC1, 1)
+
+    o_NBGRCV = lax.map(query_block, jnp.arange(T // C))
+    return jnp.moveaxis(o_NBGRCV, 0, 3).reshape(*q_BGRTK.shape[:4], -1)
+
+
+_attend = kernel_vjp.differentiable(_forward, _backward, plain)

@@ -1,0 +1,121 @@
+"""One layer of a stack: token mixer and channel mixer, each with its norm and its residual connection."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels import mixers, sharding
+from seqmodels.array_typing import Array, DType, State
+from seqmodels.modules import channel_mixers, norms
+from seqmodels.modules.pattern import MixerSpec
+
+NORM_POSITIONS = ("pre", "post", "sandwich", "residual")
+# Options in a pattern that are the layer's own, not its mixer's: "gla(channel_mixer='moe(num_experts=8)')".
+LAYER_OPTIONS = ("channel_mixer", "d_ff", "mixer_residual", "channel_residual")
+
+
+class Block(nn.Module):
+    """x <- x + mixer(norm(x)); x <- x + channel_mixer(norm(x)).
+
+    norm_position: "pre" as above; "post" norms the sum, x <- norm(x + f(x)); "sandwich" norms before f and after
+      it, x <- x + norm(f(norm(x))); "residual" norms what the residual connection carries, too, x <- norm(x);
+      x <- x + f(x) (MiniMax-01, arXiv 2501.08313).
+    channel_mixer: see `channel_mixers.make`; None for stacks of mixers alone (Mamba). channel_bias: its projections have biases.
+    mixer_residual, channel_residual: (a, b) of x <- a x + b f(x) around either.
+    """
+
+    spec: MixerSpec
+    d_model: int
+    channel_mixer: str | None = "swiglu"
+    d_ff: int | None = None
+    channel_bias: bool = False
+    norm: str = "rms_norm"
+    norm_eps: float = 1e-5
+    norm_position: str = "pre"
+    mixer_residual: tuple[float, float] = (1.0, 1.0)
+    channel_residual: tuple[float, float] = (1.0, 1.0)
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.nowrap
+    def make_mixer(self, **keywords) -> mixers.Mixer:
+        """The token mixer; its own options win over the stack's."""
+        shared = {"d_model": self.d_model, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        own = {k: v for k, v in self.spec.options if k not in LAYER_OPTIONS}
+        return mixers.make(self.spec.name, **(shared | own), **keywords)
+
+    @nn.nowrap
+    def _setting(self, name: str):
+        """The layer's own, where the pattern gives one."""
+        return dict(self.spec.options).get(name, getattr(self, name))
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Array,
+        segment_ids_BT: Array | None,
+        state: State,
+        fresh_B: Array | None,
+        layer: mixers.Layer,
+    ) -> tuple[Array, State]:
+        mixer = self.make_mixer(name="mixer")
+        if fresh_B is not None:
+            state = clear_rows(state, mixer.init_state(x_BTD.shape[0]), fresh_B)
+
+        def mix(h_BTD):
+            return mixer(h_BTD, segment_ids_BT, state, layer=layer)
+
+        x_BTD, state = self._residual("mixer", mix, x_BTD)
+        if (channel_mixer := self._setting("channel_mixer")) is not None:
+            channels = channel_mixers.make(
+                channel_mixer,
+                d_ff=self._setting("d_ff"),
+                use_bias=self.channel_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name="channel_mixer",
+            )
+            x_BTD, _ = self._residual("channel", lambda h_BTD: (channels(h_BTD), None), x_BTD)
+        return x_BTD, state
+
+    def _residual(self, which: str, f, x_BTD: Array) -> tuple[Array, State]:
+        name, weights = f"{which}_norm", tuple(self._setting(f"{which}_residual"))
+
+        def norm(suffix, h_BTD):
+            return make_norm(self.norm, self.norm_eps, name + suffix)(h_BTD)
+
+        h_BTD = x_BTD if self.norm_position == "post" else norm("", x_BTD)
+        if self.norm_position == "residual":
+            x_BTD = h_BTD
+        y_BTD, state = f(h_BTD.astype(self.dtype))
+        if self.norm_position == "sandwich":
+            y_BTD = norm("_after", y_BTD)
+        if weights != (1.0, 1.0):
+            x_BTD, y_BTD = x_BTD * weights[0], y_BTD * weights[1]
+        x_BTD = sharding.constrain(x_BTD + y_BTD)
+        return (norm("", x_BTD) if self.norm_position == "post" else x_BTD), state
+
+
+def make_norm(name: str, eps: float, module_name: str) -> nn.Module:
+    """The normalisation called `name`; an unknown one lists the choices."""
+    if name not in norms.NORMS:
+        raise ValueError(f"unknown norm {name!r}; choose one of {', '.join(sorted(norms.NORMS))}")
+    return norms.NORMS[name](eps=eps, name=module_name)
+
+
+def clear_rows(state: State, empty: State, rows_B: Array) -> State:
+    """Puts `empty` in the given rows of a state. Leaves without a batch axis stay."""
+
+    def clear(leaf, empty_leaf):
+        if leaf.ndim == 0:
+            return leaf
+        return jnp.where(rows_B.reshape((-1,) + (1,) * (leaf.ndim - 1)), empty_leaf, leaf)
+
+    return jax.tree.map(clear, state, empty)
+
+
+def take_rows(state: State, rows_N: Array, axis: int = 0) -> State:
+    """The given rows of a state, in this order. axis: of the batch; leaves that end before it have none, and stay."""
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.ndim <= axis else jnp.take(leaf, rows_N, axis), state
+    )

@@ -1,0 +1,190 @@
+"""Channel mixers: what acts on every token by itself, between two token mixers."""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels import fields, operators
+from seqmodels.array_typing import Array, DType
+from seqmodels.modules import layers, pattern
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+# name: (activation of the gate or of the hidden layer, whether there is a gate)
+_KINDS: dict[str, tuple[Callable[[Array], Array], bool]] = {
+    "swiglu": (jax.nn.silu, True),  # GLU variants, arXiv 2002.05202
+    "geglu": (jax.nn.gelu, True),
+    "sglu": (_identity, True),  # TransNormerLLM, arXiv 2307.14995, eq. 11: no activation
+    "gelu": (jax.nn.gelu, False),
+}
+
+
+def names() -> list[str]:
+    """Every channel mixer."""
+    return sorted([*_KINDS, "moe"])
+
+
+def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **keywords) -> nn.Module:
+    """The channel mixer that `text` names, with options as in a pattern: "swiglu", "moe(num_experts=8, experts_per_token=2)".
+
+    d_ff, use_bias: of the stack; the text's own options win.
+
+    Raises:
+      ValueError: an unknown channel mixer or option; the choices are listed.
+    """
+    specs = pattern.parse(text) if isinstance(text, str) else [pattern.MixerSpec("")]
+    name, options = specs[0].name, dict(specs[0].options)
+    if len(specs) != 1 or name not in names():
+        raise ValueError(f"channel_mixer is {text!r}; choose one of {', '.join(names())}")
+    if name == "moe":
+        module, shared = MixtureOfExperts, {"d_ff": d_ff}
+    else:
+        module, shared = ChannelMixer, {"kind": name, "d_ff": d_ff, "use_bias": use_bias}
+    known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "kind"}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(
+            f"channel mixer {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
+        )
+    kinds = typing.get_type_hints(module)
+    for option, value in options.items():
+        fields.checked(f"{option} of channel mixer {name}", value, kinds[option])
+    return module(**(shared | keywords | options))
+
+
+class ChannelMixer(nn.Module):
+    """Gated kinds: W_down(act(W_gate x) * W_up x). Ungated: W_down act(W_up x).
+
+    kind: swiglu, geglu, sglu (no activation) or gelu (no gate).
+    d_ff: the hidden width F; None is 8/3 D for gated kinds (the parameters of an ungated 4 D), rounded up to a
+      multiple of 64, and 4 D for ungated ones.
+    """
+
+    kind: str = "swiglu"
+    d_ff: int | None = None
+    use_bias: bool = False
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        if self.kind not in _KINDS:
+            raise ValueError(
+                f"unknown channel mixer {self.kind!r}; choose one of {', '.join(names())}"
+            )
+        activation, gated = _KINDS[self.kind]
+        D = x_BTD.shape[-1]
+        F = self.d_ff or (-(-8 * D // (3 * 64)) * 64 if gated else 4 * D)
+
+        def dense(features, name, axes):
+            return layers.dense(
+                features,
+                name,
+                axes=axes,
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+            )
+
+        up_BTF = dense(F, "up", ("embed", "mlp"))(x_BTD)
+        if gated:
+            gate_BTF = dense(F, "gate", ("embed", "mlp"))(x_BTD)
+            hidden_BTF = layers.gated(up_BTF, gate_BTF, activation)
+        else:
+            hidden_BTF = layers.recomputed(activation)(up_BTF)
+        return dense(D, "down", ("mlp", "embed"))(hidden_BTF)
+
+
+class MixtureOfExperts(nn.Module):
+    """y = sum over the chosen experts e of w_e SwiGLU_e(x) + sigmoid(w_s . x) SwiGLU_s(x)
+    (Shazeer et al., arXiv 1701.06538; shared expert: DeepSeekMoE, arXiv 2401.06066; its gate: Qwen1.5-MoE).
+
+    p = softmax(W_r x), W_r too in float32; the experts with the `experts_per_token` largest p are chosen, and their w are these p,
+    divided by their sum where `normalize`. Every chosen expert sees its token: no capacity, nothing is dropped, so a token's
+    result depends on no other token. Rows are sorted by expert, and each product is one `jax.lax.ragged_dot`; the experts
+    that were not chosen cost nothing where the backend has a kernel for it.
+
+    num_experts, experts_per_token: X and A. d_ff: F of every expert; None is that of "swiglu".
+    shared_d_ff: width of an expert that every token sees; None: there is none. shared_gate: whether it is scaled by its gate.
+
+    There is no loss that balances the experts: the place of this module is weights that were trained with one.
+    """
+
+    num_experts: int = 8
+    experts_per_token: int = 2
+    d_ff: int | None = None
+    normalize: bool = True
+    shared_d_ff: int | None = None
+    shared_gate: bool = True
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        X, A, D = self.num_experts, self.experts_per_token, x_BTD.shape[-1]
+        if not 1 <= A <= X:
+            raise ValueError(f"moe: experts_per_token {A} must be between 1 and num_experts {X}")
+        F = self.d_ff or -(-8 * D // (3 * 64)) * 64
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        router = layers.dense(
+            X,
+            "router",
+            axes=("embed", None),
+            use_bias=False,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+        )
+        p_BTX = jax.nn.softmax(router(x_BTD.astype(jnp.float32)))
+        w_BTA, expert_BTA = jax.lax.top_k(p_BTX, A)
+        if self.normalize:
+            w_BTA /= jnp.sum(w_BTA, axis=-1, keepdims=True)
+        # Letters that no mesh axis splits, but for B and T: each device sorts its own tokens, and has every expert.
+        arrays = {
+            "x_BTM": (x_BTD.astype(self.dtype), "BTM"),
+            "w_BTA": (w_BTA, "BTA"),
+            "expert_BTA": (expert_BTA, "BTA"),
+            "gate_XMF": (self._kernels("gate", (X, D, F), ("embed", "mlp")), "XMF"),
+            "up_XMF": (self._kernels("up", (X, D, F), ("embed", "mlp")), "XMF"),
+            "down_XFM": (self._kernels("down", (X, F, D), ("mlp", "embed")), "XFM"),
+        }
+        y_BTD = operators.on_parts(_chosen_experts, arrays, "BTM")
+        if self.shared_d_ff is not None:
+            shared_BTD = ChannelMixer("swiglu", self.shared_d_ff, name="shared", **dtypes)(x_BTD)
+            if self.shared_gate:
+                gate = layers.dense(
+                    1, "shared_gate", axes=("embed", None), use_bias=False, **dtypes
+                )
+                shared_BTD *= jax.nn.sigmoid(gate(x_BTD))
+            y_BTD += shared_BTD
+        return y_BTD
+
+    def _kernels(self, name: str, shape: tuple[int, int, int], axes: tuple[str, str]) -> Array:
+        init = nn.with_logical_partitioning(
+            nn.initializers.lecun_normal(batch_axis=(0,)), (None, *axes)
+        )
+        return self.param(f"{name}_kernel", init, shape, self.param_dtype).astype(self.dtype)
+
+
+def _chosen_experts(axis_name, x_BTM, w_BTA, expert_BTA, gate_XMF, up_XMF, down_XFM):
+    del axis_name  # tokens do not meet
+    (B, T, D), A, X = x_BTM.shape, w_BTA.shape[-1], gate_XMF.shape[0]
+    expert_R = expert_BTA.reshape(-1)  # R rows: a token and an expert of its own each
+    order_R = jnp.argsort(expert_R, stable=True)
+    x_RM = x_BTM.reshape(B * T, D)[order_R // A]
+    count_X = jnp.bincount(expert_R, length=X).astype(jnp.int32)
+
+    def product(rows, kernels):
+        return jax.lax.ragged_dot(
+            rows, kernels, count_X, preferred_element_type=jnp.float32
+        ).astype(x_BTM.dtype)
+
+    hidden_RF = layers.gated(product(x_RM, up_XMF), product(x_RM, gate_XMF), jax.nn.silu)
+    y_RM = product(hidden_RF, down_XFM)[jnp.argsort(order_R)]
+    y_BTAM = y_RM.reshape(B, T, A, D).astype(jnp.float32) * w_BTA[..., None]
+    return jnp.sum(y_BTAM, axis=2).astype(x_BTM.dtype)

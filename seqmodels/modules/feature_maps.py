@@ -1,0 +1,139 @@
+"""Feature maps phi of linear attention, by name: what stands in for softmax's exp(q . k).
+
+`FeatureMap(name)` is a Linen module; maps without parameters are modules with none. x_BTHK becomes phi_BTHF.
+
+    name               phi(x)                                            F      source
+    identity           x                                                 K
+    elu                elu(x): negative weights allowed                  K      TransNormer T1, arXiv 2210.10340
+    elu_plus_one       elu(x) + 1                                        K      arXiv 2006.16236, eq. 7
+    relu               relu(x)                                           K
+    silu               x sigmoid(x)                                      K      arXiv 2307.14995
+    softmax            softmax(x)                                        K      arXiv 1812.01243
+    t2r                relu(W x + b), b one number a head                E      arXiv 2103.13076, eq. 6
+    hedgehog_paper     exp(z) || exp(-z), z = W x + b                    2E     arXiv 2402.04347, eq. 6
+    hedgehog_softmax   max(softmax(z) || softmax(-z), 1e-12), z = W x    2E     LoLCATs, arXiv 2410.10254
+    hedgehog_joint     softmax(2 z || -2 z), z = W x + b                 2E     flash-linear-attention
+
+The three Hedgehog forms differ: phi sums to 2 in hedgehog_softmax, to 1 in hedgehog_joint, and is not normalised
+in hedgehog_paper, which overflows float32 where |z| > 88.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels.array_typing import Array, DType
+from seqmodels.modules import layers
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _elu_plus_one(x: Array) -> Array:
+    return jax.nn.elu(x) + 1.0
+
+
+def _both_signs(f: Callable[[Array], Array], z: Array) -> Array:
+    return jnp.concatenate([f(z), f(-z)], axis=-1)
+
+
+def _hedgehog_paper(z: Array) -> Array:
+    return _both_signs(jnp.exp, z)
+
+
+def _hedgehog_softmax(z: Array) -> Array:
+    return jnp.maximum(_both_signs(jax.nn.softmax, z), 1e-12)  # the floor is part of the definition
+
+
+def _hedgehog_joint(z: Array) -> Array:
+    return jax.nn.softmax(_both_signs(lambda z: 2.0 * z, z), axis=-1)
+
+
+def rectangular_identity(key: Array, shape: tuple[int, ...], dtype: DType = jnp.float32) -> Array:
+    """Initializer: every head's (K, E) matrix has ones on its diagonal and zeros elsewhere."""
+    del key
+    return jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=dtype), shape)
+
+
+# U(-sqrt(6/K), sqrt(6/K)) for each head.
+_KAIMING = nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Map:
+    """phi = function(W x + b). kernel_init None: no W. bias: None, "channel" (H,E) or "head" (H,1)."""
+
+    function: Callable[[Array], Array]
+    nonnegative: bool
+    kernel_init: Callable | None = None
+    bias: str | None = None
+    width: int = 1
+
+
+_MAPS = {
+    "identity": _Map(_identity, nonnegative=False),
+    "elu": _Map(jax.nn.elu, nonnegative=False),
+    "elu_plus_one": _Map(_elu_plus_one, nonnegative=True),
+    "relu": _Map(jax.nn.relu, nonnegative=True),
+    "silu": _Map(jax.nn.silu, nonnegative=False),
+    "softmax": _Map(jax.nn.softmax, nonnegative=True),
+    "t2r": _Map(jax.nn.relu, True, _KAIMING, "head"),
+    "hedgehog_paper": _Map(_hedgehog_paper, True, rectangular_identity, "channel", 2),
+    "hedgehog_softmax": _Map(_hedgehog_softmax, True, rectangular_identity, None, 2),
+    "hedgehog_joint": _Map(_hedgehog_joint, True, rectangular_identity, "channel", 2),
+}
+
+
+def names() -> list[str]:
+    """Every feature map."""
+    return sorted(_MAPS)
+
+
+def _get(name: str) -> _Map:
+    if name not in _MAPS:
+        raise ValueError(f"unknown feature map {name!r}; choose one of {', '.join(names())}")
+    return _MAPS[name]
+
+
+def is_nonnegative(name: str) -> bool:
+    """Whether phi >= 0, so that the sum of weights may be divided by. ValueError for an unknown name."""
+    return _get(name).nonnegative
+
+
+def output_dim(name: str, K: int, features: int | None = None) -> int:
+    """F, the last dimension of phi, for heads of K channels. ValueError for an unknown name."""
+    feature_map = _get(name)
+    return feature_map.width * (K if feature_map.kernel_init is None else features or K)
+
+
+class FeatureMap(nn.Module):
+    """phi_BTHF of x_BTHK, with one W_HKE (and b) a head where the map learns; see the table above.
+
+    W starts as the identity (t2r: Kaiming uniform), b at 0. Kept and computed in float32, returned in x's dtype.
+
+    kind: a name of the table.
+    features: E of the learned maps; None is K.
+    """
+
+    kind: str
+    features: int | None = None
+
+    @nn.compact
+    def __call__(self, x_BTHK: Array) -> Array:
+        feature_map = _get(self.kind)
+        z = x_BTHK.astype(jnp.float32)
+        if feature_map.kernel_init is not None:
+            H, K = x_BTHK.shape[2:]
+            E = self.features or K
+            init = nn.with_logical_partitioning(feature_map.kernel_init, ("heads", None, None))
+            W_HKE = self.param("kernel", init, (H, K, E), jnp.float32)
+            z = jnp.einsum("BTHK,HKE->BTHE", z, W_HKE)
+            if feature_map.bias is not None:
+                shape = (H, E if feature_map.bias == "channel" else 1)
+                init = layers.undecayed(nn.initializers.zeros, ("heads", None))
+                z = z + self.param("bias", init, shape, jnp.float32)[None, None]
+        return feature_map.function(z).astype(x_BTHK.dtype)

@@ -1,0 +1,80 @@
+"""The short causal convolution that stands before the recurrence of most modern mixers."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from seqmodels.array_typing import Array, DType
+from seqmodels.modules import layers
+from seqmodels.operators import causal_conv
+
+
+def uniform_fan_in(width: int) -> Callable:
+    """U(-1/sqrt(width), 1/sqrt(width)): what the published depthwise convolutions start from (PyTorch's default)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        bound = width**-0.5
+        return nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
+
+    return init
+
+
+def identity_taps(key, shape, dtype=jnp.float32):
+    """Initializer: y_t = x_t. The last tap is the token's own."""
+    return jnp.zeros(shape, dtype).at[-1].set(1.0)
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution of `width` taps, then an activation, then the L2 norm of each head's channels.
+
+    y_t = act(bias + sum_i w_i * x_{t-(width-1)+i}), / sqrt(sum y_t^2 + eps). The state is the last width-1 inputs,
+    (B, width-1, D).
+
+    activation: silu is computed with the convolution, any other after it.
+    l2_norm_heads: heads of D / l2_norm_heads channels each; None: no norm.
+    kernel_init: None is `uniform_fan_in`, for kernel and bias; with another one the bias starts at 0.
+    """
+
+    width: int = 4
+    use_bias: bool = False
+    activation: Callable[[Array], Array] | None = nn.silu
+    l2_norm_heads: int | None = None
+    kernel_init: Callable | None = None
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, segment_ids_BT: Array | None = None, state: Array | None = None
+    ) -> tuple[Array, Array]:
+        D = x_BTD.shape[-1]
+        fused = self.activation is None or self.activation is nn.silu
+        if not fused and self.l2_norm_heads is not None:
+            raise ValueError("ShortConv: l2_norm_heads goes with activation=nn.silu or None")
+        init = self.kernel_init or uniform_fan_in(self.width)
+        w_ID = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, (None, "heads")),
+            (self.width, D),
+            self.param_dtype,
+        )
+        bias_D = None
+        if self.use_bias:
+            bias_init = nn.initializers.zeros if self.kernel_init else init
+            bias_init = layers.undecayed(bias_init, ("heads",))
+            bias_D = self.param("bias", bias_init, (D,), self.param_dtype).astype(self.dtype)
+        y_BTD, state = causal_conv(
+            x_BTD.astype(self.dtype),
+            w_ID.astype(self.dtype),
+            bias=bias_D,
+            activation="silu" if self.activation is nn.silu else None,
+            l2_norm_heads=self.l2_norm_heads,
+            initial_state=state,
+            segment_ids=segment_ids_BT,
+        )
+        return (y_BTD if fused else self.activation(y_BTD)), state
+
+    def init_state(self, batch: int, features: int) -> Array:
+        """No earlier inputs: zeros (B, width-1, D)."""
+        return jnp.zeros((batch, self.width - 1, features), self.dtype)

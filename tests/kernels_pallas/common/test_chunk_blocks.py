@@ -1,0 +1,91 @@
+"""How long spans are, and how they are written."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels_pallas import (
+    delta_rule,
+    diagonal_plus_low_rank,
+    diagonal_scan,
+    linear_attention,
+    linear_cross_entropy,
+    softmax_attention,
+)
+from kernels_pallas.common import chunk_blocks
+from kernels_pallas.dispatch import devices
+
+
+@pytest.mark.parametrize(
+    "chunks, heads, widest, expected",
+    [
+        (32, 4, 64, 4),  # 16 pairs
+        (32, 4, 256, 1),  # 4
+        (10, 4, 64, 4),  # 4, 4 and 2: no more even with three
+        (9, 4, 64, 3),  # 3, 3 and 3, not 4, 4 and 1
+        (3, 1, 64, 3),  # no longer than the sequence
+        (32, 100, 64, 1),  # every head, at least one chunk
+        (32, 1, 4096, 1),
+    ],
+)
+def test_on_cpu_a_span_stays_in_cache(chunks, heads, widest, expected):
+    assert chunk_blocks.chunks_in_one(chunks, heads, widest, accelerator_pairs=64) == expected
+
+
+def test_on_an_accelerator_it_is_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(devices, "current", lambda: devices.Target("gpu", "any"))
+    assert chunk_blocks.chunks_in_one(32, 4, 64) == 32
+    assert chunk_blocks.chunks_in_one(32, 4, 64, accelerator_pairs=64) == 16
+    assert chunk_blocks.chunks_in_one(32, 100, 64, accelerator_pairs=64) == 1
+
+
+T, H, K = 160, 2, 8
+SHAPES = {"q": (1, T, H, K), "beta": (1, T, H), "x": (1, T, K), "matrix": (24, K)}
+TAKES = {
+    linear_attention: "qqq",
+    delta_rule: ("q", "q", "q", "beta"),
+    diagonal_plus_low_rank: "qqqqq",
+    softmax_attention: "qqq",
+    diagonal_scan: "xx",
+    linear_cross_entropy: ("x", "matrix"),
+}
+
+
+@pytest.mark.parametrize("operator", TAKES, ids=lambda operator: operator.__name__)
+def test_a_loop_writes_bfloat16_without_converting_the_whole(operator, monkeypatch):
+    """Otherwise a call's time grows with the square of its length: XLA's CPU backend writes
+    float32 and narrows all of it.
+    """
+    monkeypatch.setattr(chunk_blocks, "CPU_STATE_ROWS", 16)
+    keywords = {
+        softmax_attention: {"implementation": "chunked"},
+        linear_cross_entropy: {"targets_BT": jnp.zeros((1, T), jnp.int32), "chunk_size": 16},
+    }.get(operator, {})
+
+    def loss(*arrays):
+        results = operator(*arrays, **keywords)
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(results))
+
+    arrays = [jnp.ones(SHAPES[name], jnp.bfloat16) for name in TAKES[operator]]
+    gradients = jax.grad(loss, tuple(range(len(arrays))))
+    text = jax.jit(gradients).lower(*arrays).compile().as_text()
+    assert "dynamic-update-slice(" in text  # so there is something to see
+    assert not _converted_buffers(text)
+
+
+def _converted_buffers(text):
+    """Instructions that convert what a dynamic-update-slice gave, or that write into what was
+    converted for it.
+    """
+    opcode, found = {}, []
+    for line in text.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%(\S+) = \S+ ([\w-]+)\(%?([\w.-]*)", line)
+        if match is None:
+            continue
+        name, opcode[name], operand = match[1], match[2], match[3]
+        pair = opcode[name], opcode.get(operand)
+        if pair in (("convert", "dynamic-update-slice"), ("dynamic-update-slice", "convert")):
+            found.append(line.strip())
+    return found

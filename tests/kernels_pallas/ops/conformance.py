@@ -1,0 +1,459 @@
+"""The conformance suite of the recurrences: every implementation of every operator runs through it.
+
+An operator describes itself once, as an `OperatorCase`; its test file is a subclass of `Suite` with that case.
+A new implementation inherits all of it by adding its name to `case.implementations`.
+
+Truth is the recurrent form in float64, on the same (for bfloat16: the same rounded) inputs and cotangents. Compared are
+the output, the final state, and the gradient of every input, the initial state and the gates included, under random
+cotangents of both the output and the final state.
+
+The error at a position: the rms of the difference over the last axis (a head's vector; for arrays of rank below 4,
+gates and the like, each entry is a position of its own), divided by the rms of the whole true tensor. Its maximum over
+all positions counts, so a single wrong token cannot hide in an average. The scale is each tensor's own: where a decay
+of -50 a token leaves a gradient of 1e-21, it is that gradient that must be right to five digits. Where truth is zero
+everywhere, the result must be zero exactly; where its rms lies below 1e-30, float32 (which ends at 1e-38) has no
+digits left to compare, and 1e-30 is the scale. A tensor that comes back in bfloat16 is allowed, on top of the tolerance,
+what writing the truth itself in bfloat16 costs at its worst position.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.dispatch import devices
+
+KERNELS_LENGTH = 100
+KERNELS = ("pallas_tpu", "triton")  # interpreted here: seconds of compiling for each program
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+LENGTHS = (1, 63, 64, 100, 128, 1000)
+SMALLEST_SCALE = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one problem. Operators without heads use K as their width."""
+
+    B: int = 2
+    T: int = 100
+    H: int = 2
+    G: int = 2
+    K: int = 8
+    V: int = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorCase:
+    """What the suite has to know about an operator.
+
+    make_inputs: (rng, shape, regime) -> float32 arrays by name, "initial_state" among them.
+    call: (inputs, implementation=..., segment_ids=None) -> (output, final state): the public operator.
+    step: (inputs of one token, no time axis, without "initial_state"; state) -> (output, state).
+    regimes: names that make_inputs knows. Those of equal array shapes share one compiled program.
+    typical: regimes in which every token reaches every later one (weak decay), for the structural tests; the first is in
+      the fast cut.
+    fast: (T, regime) pairs of the fast cut, the last of them in bfloat16, too; the full product is marked slow.
+    fast_kernels: those for kernels, with documents; of their structural tests one is fast, and those of other typical
+      regimes are exhaustive.
+    kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no time for. So are, at all
+      lengths but KERNELS_LENGTH, its tests without documents and in bfloat16: one program a length and form is left.
+    rounded: the inputs that are bfloat16 in the bfloat16 tests.
+    grouped: whether G < H is a legal shape.
+    """
+
+    name: str
+    implementations: tuple[str, ...]
+    make_inputs: Callable[[np.random.Generator, Shape, str], dict[str, np.ndarray]]
+    call: Callable[..., Any]
+    step: Callable[..., Any]
+    regimes: tuple[str, ...]
+    typical: tuple[str, ...]
+    fast: tuple[tuple[int, str], ...]
+    rounded: tuple[str, ...]
+    grouped: bool = True
+    fast_kernels: tuple[tuple[int, str], ...] = ()
+    kernels_skip: Callable[[int, str], bool] = lambda T, regime: False
+
+
+def position_error(got, truth) -> float:
+    """Largest error at any position, relative to the rms of the true tensor (see the module's docstring)."""
+    wide = np.complex128 if np.iscomplexobj(truth) else np.float64
+    got, truth = np.asarray(got).astype(wide), np.asarray(truth).astype(wide)
+    assert got.shape == truth.shape, f"{got.shape} is not {truth.shape}"
+    if not np.isfinite(got).all():
+        return np.inf
+    square = np.abs(got - truth) ** 2
+    error = np.sqrt(np.mean(square, axis=-1) if truth.ndim >= 4 else square).max()
+    scale = np.sqrt(np.mean(np.abs(truth) ** 2))
+    if scale == 0.0:
+        return 0.0 if error == 0.0 else np.inf
+    return float(error / max(scale, SMALLEST_SCALE))
+
+
+def assert_close(got: dict, truth: dict, tolerance: float) -> None:
+    """Every tensor within tolerance at every position; all failures are listed."""
+    assert got.keys() == truth.keys()
+    errors = {name: position_error(got[name], truth[name]) for name in truth}
+    wrong = {
+        name: f"{error:.2e}"
+        for name, error in errors.items()
+        if not error < tolerance + _own_rounding(got[name].dtype, truth[name])
+    }
+    assert not wrong, f"error at a position above {tolerance:g} of the tensor's rms: {wrong}"
+
+
+def _own_rounding(dtype, truth) -> float:
+    """What writing the truth itself in bfloat16 costs: over 2e-2 where one position is 20 times the rms."""
+    if dtype != jnp.bfloat16:
+        return 0.0
+    return position_error(np.asarray(truth).astype(dtype), truth)
+
+
+def inputs_of(case: OperatorCase, shape: Shape, regime: str) -> dict[str, np.ndarray]:
+    """The case's inputs, the same ones for the same arguments."""
+    seed = zlib.crc32(repr((case.name, shape, regime)).encode())
+    return case.make_inputs(np.random.default_rng(seed), shape, regime)
+
+
+def cotangents_of(output, final, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random cotangents of the output and the final state, in float32 (complex64) until cast."""
+    rng = np.random.default_rng(seed)
+
+    def normal(x):
+        real = rng.standard_normal(x.shape).astype(np.float32)
+        if not jnp.issubdtype(x.dtype, jnp.complexfloating):
+            return real
+        return real + 1j * rng.standard_normal(x.shape).astype(np.float32)
+
+    return normal(output), normal(final)
+
+
+@functools.cache
+def _everything(case: OperatorCase, implementation: str):
+    """jit of inputs -> output, final state and gradients, under the given cotangents."""
+
+    @jax.jit
+    def run(inputs, cotangents, segment_ids):
+        def forward(inputs):
+            return case.call(inputs, implementation=implementation, segment_ids=segment_ids)
+
+        (output, final), vjp = jax.vjp(forward, inputs)
+        (gradients,) = vjp((cotangents[0].astype(output.dtype), cotangents[1].astype(final.dtype)))
+        named = {f"gradient of {name}": gradient for name, gradient in gradients.items()}
+        return {"output": output, "final state": final, **named}
+
+    return run
+
+
+def everything(case, implementation, inputs, segment_ids=None, cotangents=None) -> dict:
+    """Output, final state and all gradients of one call, by name, as arrays."""
+    if cotangents is None:
+        shapes = jax.eval_shape(
+            lambda x: case.call(x, implementation="reference", segment_ids=segment_ids), inputs
+        )
+        cotangents = cotangents_of(*shapes)
+    return _everything(case, implementation)(inputs, cotangents, segment_ids)
+
+
+def truth(case, inputs, segment_ids=None, cotangents=None) -> dict:
+    """The same from the recurrent form in float64, on exactly these inputs."""
+    with jax.enable_x64(True):
+        wide = {
+            name: np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+            for name, x in inputs.items()
+        }
+        named = everything(case, "reference", wide, segment_ids, cotangents)
+        return {name: np.asarray(x) for name, x in named.items()}
+
+
+def over_time(inputs: dict, take: Callable) -> dict:
+    """`take` applied to the inputs that have a time axis (axis 1); "initial_state" and fixed decays have none."""
+    return {
+        name: take(x) if name != "initial_state" and x.ndim >= 3 else x
+        for name, x in inputs.items()
+    }
+
+
+def documents(B: int, T: int, seed: int = 0) -> np.ndarray:
+    """Segment ids with boundaries of all kinds: single tokens, chunk edges, ids that come back, none in row 0."""
+    rng = np.random.default_rng(seed)
+    ids = np.ones((B, T), np.int32)
+    for b in range(1, B):
+        cuts = {0, 1, 16, 17, 64, 65, 128} | set(rng.integers(0, T, 3).tolist())
+        starts = np.isin(np.arange(T), list(cuts))
+        ids[b] = np.cumsum(starts) % 3
+    return ids
+
+
+class Suite:
+    """Subclass as `class TestX(Suite): case = CASE`. Tests are made for each of the case's implementations."""
+
+    case: OperatorCase
+
+    @pytest.fixture(autouse=True)
+    def _interpreted(self):
+        """Kernels, named by the tests, run interpreted: everything here is on a CPU."""
+        with devices.interpreted():
+            yield
+
+    def pytest_generate_tests(self, metafunc):
+        case, names = metafunc.cls.case, metafunc.fixturenames
+        product = []
+        for implementation in case.implementations:
+            kernel = implementation in KERNELS
+            if kernel and metafunc.function.__name__ == "test_what_is_not_finite_stays_apart":
+                continue  # kernels multiply by a mask
+            if "length_and_regime" in names:
+                test = metafunc.function.__name__
+                one_length = test != "test_float32_packed_documents"
+                if kernel:
+                    fast = () if one_length else case.fast_kernels
+                else:
+                    fast = case.fast[-1:] if test == "test_bfloat16" else case.fast
+                pairs = [(T, regime) for T in LENGTHS for regime in case.regimes]
+                cases = [(f"T{pair[0]}-{pair[1]}", pair, pair in fast) for pair in pairs]
+                skipped = {
+                    (T, regime)
+                    for T, regime in pairs
+                    if kernel
+                    and (case.kernels_skip(T, regime) or one_length and T != KERNELS_LENGTH)
+                }
+            else:
+                named = not kernel or metafunc.function.__name__ == "test_packed_equals_separate"
+                cases = [(x, x, named and x == case.typical[0]) for x in case.typical]
+                skipped = set(case.typical[1:]) if kernel else set()
+            for name, value, fast in cases:
+                marks = [] if fast else [pytest.mark.slow]
+                marks += [pytest.mark.exhaustive] if value in skipped else []
+                label = f"{implementation}-{name}"
+                product.append(pytest.param(implementation, value, marks=marks, id=label))
+        what = "length_and_regime" if "length_and_regime" in names else "typical"
+        metafunc.parametrize(f"implementation, {what}", product)
+
+    def test_float32(self, implementation, length_and_regime):
+        T, regime = length_and_regime
+        inputs = inputs_of(self.case, Shape(T=T), regime)
+        got = everything(self.case, implementation, inputs)
+        assert_close(got, truth(self.case, inputs), TOLERANCE["float32"])
+
+    def test_float32_packed_documents(self, implementation, length_and_regime):
+        T, regime = length_and_regime
+        inputs, ids = inputs_of(self.case, Shape(T=T), regime), documents(2, T)
+        got = everything(self.case, implementation, inputs, ids)
+        assert_close(got, truth(self.case, inputs, ids), TOLERANCE["float32"])
+
+    def test_bfloat16(self, implementation, length_and_regime):
+        T, regime = length_and_regime
+        inputs = inputs_of(self.case, Shape(T=T), regime)
+        inputs = {
+            name: x.real.astype(jnp.bfloat16) if name in self.case.rounded else x
+            for name, x in inputs.items()
+        }
+        shapes = jax.eval_shape(lambda x: self.case.call(x, implementation="reference"), inputs)
+        cotangents = tuple(
+            c.astype(shape.dtype).astype(c.dtype)
+            for c, shape in zip(cotangents_of(*shapes), shapes)
+        )
+        got = everything(self.case, implementation, inputs, None, cotangents)
+        expected = truth(self.case, inputs, None, cotangents)
+        assert_close(got, expected, TOLERANCE["bfloat16"])
+
+    def test_grouped_heads(self, implementation, typical):
+        G = 2 if self.case.grouped else 4
+        inputs = inputs_of(self.case, Shape(B=2, T=100, H=4, G=G), typical)
+        ids = documents(2, 100)
+        got = everything(self.case, implementation, inputs, ids)
+        assert_close(got, truth(self.case, inputs, ids), TOLERANCE["float32"])
+
+    def test_packed_equals_separate(self, implementation, typical):
+        """Four documents in a row are those four in a batch, gradients too; the lengths miss the chunk edges."""
+        T, N = 136, 4
+        inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
+        ids = np.repeat(np.arange(N, dtype=np.int32), T // N)[None]
+        cotangents = cotangents_of(
+            *jax.eval_shape(lambda x: self.case.call(x, implementation="reference"), inputs)
+        )
+        got = everything(self.case, implementation, inputs, ids, cotangents)
+
+        def separate(x):
+            return x.reshape(N, T // N, *x.shape[2:])
+
+        def last(x):
+            return np.concatenate([np.zeros((N - 1, *x.shape[1:]), x.dtype), x])
+
+        apart = over_time(inputs, separate)
+        initial = inputs["initial_state"]
+        apart["initial_state"] = np.concatenate(
+            [initial, np.zeros((N - 1, *initial.shape[1:]), initial.dtype)]
+        )
+        apart_cotangents = separate(cotangents[0]), last(cotangents[1])
+        one_by_one = everything(self.case, implementation, apart, None, apart_cotangents)
+        together = {}
+        for name, x in one_by_one.items():
+            if name == "final state":
+                together[name] = x[-1:]
+            elif name == "gradient of initial_state":
+                together[name] = x[:1]
+            else:
+                together[name] = x.reshape(got[name].shape) if x.ndim > 1 and x.shape[0] == N else x
+        assert_close(got, together, TOLERANCE["float32"])
+
+    def test_documents_do_not_touch(self, implementation, typical):
+        """Exactly: a document's outputs and gradients keep every bit when the documents around it change."""
+        T, start, stop = 100, 37, 80
+        inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
+        inside = (np.arange(T) >= start) & (np.arange(T) < stop)
+        ids = (1 + inside + 2 * (np.arange(T) >= stop)).astype(np.int32)[None]
+
+        def changed(x):
+            mask = inside.reshape(1, T, *[1] * (x.ndim - 2))
+            return np.where(mask, x, 0.5 * np.roll(x, 3, axis=1))
+
+        other = over_time(inputs, changed)
+        other["initial_state"] = inputs["initial_state"] + 1
+        first = everything(self.case, implementation, inputs, ids)
+        second = everything(self.case, implementation, other, ids)
+        for name, x in first.items():
+            if name in ("final state", "gradient of initial_state") or x.ndim < 3:
+                continue
+            here = np.asarray(x)[:, start:stop]
+            np.testing.assert_array_equal(
+                here, np.asarray(second[name])[:, start:stop], err_msg=name
+            )
+            assert np.abs(here).max() > 0, name
+
+    def test_what_is_not_finite_stays_apart(self, implementation, typical):
+        """A token, or an initial state, that is not finite: other documents keep every bit, padding's neighbours too."""
+        T, edges = 100, (0, 37, 80, 100)
+        clean = inputs_of(self.case, Shape(B=1, T=T), typical)
+        ids = np.repeat([2, 1, 0], np.diff(edges)).astype(np.int32)[None]
+        shapes = jax.eval_shape(lambda x: self.case.call(x, implementation="reference"), clean)
+        cotangents = cotangents_of(*shapes)
+        places = [("initial_state", 0, np.nan)]
+        for name, x in clean.items():
+            if name != "initial_state" and x.ndim >= 3:
+                # -inf is a legal log decay
+                places += [
+                    (name, 50, np.nan),
+                    (name, 90, np.nan if name == "log_decay" else np.inf),
+                ]
+        for call in (implementation, "reference"):
+            expected = everything(self.case, call, clean, ids, cotangents)
+            for name, t, value in places:
+                bad = {**clean, name: clean[name].copy()}
+                bad[name][(0, ...) if name == "initial_state" else (0, t)] = value
+                document = np.searchsorted(edges, t, side="right") - 1
+                inside = (np.arange(T) >= t) & (np.arange(T) < edges[document + 1])
+                behind = np.where(inside.reshape(1, T, *[1] * (cotangents[0].ndim - 2)), np.nan, 1)
+                got = everything(
+                    self.case, call, bad, ids, (cotangents[0] * behind.astype("f"), cotangents[1])
+                )
+                others = (np.arange(T) < edges[document]) | (np.arange(T) >= edges[document + 1])
+                for of, x in got.items():
+                    if of in ("final state", "gradient of initial_state") or x.ndim < 3:
+                        continue
+                    np.testing.assert_array_equal(
+                        np.asarray(x)[:, others], np.asarray(expected[of])[:, others], err_msg=of
+                    )
+                assert not np.isfinite(got["output"][0, t]).all(), (call, name)
+                if document < 2:
+                    np.testing.assert_array_equal(got["final state"], expected["final state"])
+
+    def test_pieces_equal_whole(self, implementation, typical):
+        """Cut anywhere, with the state carried: the same outputs, and the same gradients through the state."""
+        case, cut = self.case, 37
+        inputs = inputs_of(case, Shape(T=100), typical)
+
+        def pieces(inputs, *, implementation, segment_ids):
+            del segment_ids
+            first = over_time(inputs, lambda x: x[:, :cut])
+            second = over_time(inputs, lambda x: x[:, cut:])
+            o_first, state = case.call(first, implementation=implementation)
+            o_second, final = case.call(
+                {**second, "initial_state": state}, implementation=implementation
+            )
+            return jnp.concatenate([o_first, o_second], axis=1), final
+
+        got = everything(dataclasses.replace(case, call=pieces), implementation, inputs)
+        whole = everything(case, implementation, inputs)
+        assert_close(got, whole, TOLERANCE["float32"])
+
+    def test_step_by_step_equals_whole(self, implementation, typical):
+        inputs = inputs_of(self.case, Shape(T=100), typical)
+        timed = {name: x for name, x in inputs.items() if name != "initial_state" and x.ndim >= 3}
+        fixed = {name: x for name, x in inputs.items() if name not in (*timed, "initial_state")}
+
+        @jax.jit
+        def decode(timed, fixed, state):
+            def body(state, token):
+                output, state = self.case.step({**token, **fixed}, state)
+                return state, output
+
+            time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), timed)
+            state, outputs = jax.lax.scan(body, state, time_first)
+            return jnp.moveaxis(outputs, 0, 1), state
+
+        output, final = decode(timed, fixed, inputs["initial_state"])
+        whole = everything(self.case, implementation, inputs)
+        assert_close(
+            {"output": output, "final state": final},
+            {name: whole[name] for name in ("output", "final state")},
+            TOLERANCE["float32"],
+        )
+
+    def test_transformations(self, implementation, typical):
+        """vmap is a loop, remat changes nothing, and eager is jit."""
+        case = self.case
+        inputs = inputs_of(case, Shape(T=100), typical)
+        whole = everything(case, implementation, inputs)
+
+        def run(call):
+            return everything(dataclasses.replace(case, call=call), implementation, inputs)
+
+        def rematerialised(inputs, **keywords):
+            return jax.checkpoint(lambda x: case.call(x, **keywords))(inputs)
+
+        def mapped(inputs, **keywords):
+            def one_row(row, fixed):
+                row = {name: x[None] for name, x in row.items()}
+                output, final = case.call({**row, **fixed}, **keywords)
+                return output[0], final[0]
+
+            fixed = {name: x for name, x in inputs.items() if x.ndim < 2}
+            rows = {name: x for name, x in inputs.items() if name not in fixed}
+            return jax.vmap(one_row, in_axes=(0, None))(rows, fixed)
+
+        # A rematerialised program is fused otherwise, so it is not equal to the bit.
+        assert_close(run(rematerialised), whole, TOLERANCE["float32"])
+        assert_close(run(mapped), whole, TOLERANCE["float32"])
+        output, final = case.call(inputs, implementation=implementation)
+        eager = {"output": output, "final state": final}
+        assert_close(eager, {name: whole[name] for name in eager}, TOLERANCE["float32"])
+
+    def test_causality_by_gradient(self, implementation, typical):
+        """The output at t takes no gradient from later tokens, exactly, and some from every earlier one."""
+        T = 100
+        inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
+        output, final = jax.eval_shape(
+            lambda x: self.case.call(x, implementation="reference"), inputs
+        )
+        for t in (0, 15, 16, 63, 64, 98):
+            at_t = np.zeros(output.shape, np.float32)
+            at_t[:, t] = 1.0
+            cotangents = at_t, np.zeros(final.shape, np.float32)
+            got = everything(self.case, implementation, inputs, None, cotangents)
+            reached = np.zeros(T, bool)
+            for name, gradient in got.items():
+                if not name.startswith("gradient") or name.endswith("initial_state"):
+                    continue
+                if gradient.ndim >= 3:
+                    touched = np.abs(np.asarray(gradient)).reshape(T, -1).max(axis=1) > 0
+                    assert not touched[t + 1 :].any(), f"{name}: output {t} sees the future"
+                    reached |= touched
+            assert reached[: t + 1].all(), f"output {t} does not see its whole past"
