@@ -29,7 +29,7 @@ from experiments.training.checkpoints import SaveFailed, is_disk_full
 from kernels_pallas.dispatch import absent_tpu
 from seqmodels.fields import expected
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _OUR_CODE = tuple(
     _ROOT / name for name in ("experiments", "seqmodels", "kernels_pallas", "configs", "tests")
 )

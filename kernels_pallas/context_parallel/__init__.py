@@ -1,0 +1,25 @@
+"""The operators with time split over a mesh axis (context parallelism, also called sequence parallelism over time)."""
+
+from kernels_pallas.context_parallel.operators import (
+    associative_scan,
+    causal_conv,
+    delta_rule,
+    diagonal_plus_low_rank,
+    diagonal_scan,
+    linear_attention,
+    shift,
+    softmax_attention,
+    zigzag_order,
+)
+
+__all__ = [
+    "associative_scan",
+    "causal_conv",
+    "delta_rule",
+    "diagonal_plus_low_rank",
+    "diagonal_scan",
+    "linear_attention",
+    "shift",
+    "softmax_attention",
+    "zigzag_order",
+]

@@ -39,6 +39,7 @@ import jax
 from kernels_pallas.dispatch import devices
 
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("triton", "jax-triton")}
+_SHARED_ROOMS = ("common", "dispatch", "tpu", "gpu")
 _decided: dict[str, str | None] = {}
 
 
@@ -107,10 +108,11 @@ def versions(platform: str) -> dict[str, str]:
 @functools.cache
 def _source(operator: str) -> str:
     """A digest of what the operator is computed by."""
-    here, digest = pathlib.Path(__file__).parent, hashlib.sha256()
-    for folder in (here, here / operator):
-        for path in sorted([*folder.glob("*.py"), *folder.glob("*.json")]):
-            digest.update(path.read_bytes())
+    package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
+    for folder in (*_SHARED_ROOMS, f"ops/{operator}"):
+        for path in sorted((package / folder).rglob("*.*")):
+            if path.suffix in (".py", ".json"):
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -94,7 +94,7 @@ def precision(name: str) -> str:
     return f"{name} rounded" if devices.interpreting() and name.startswith("bf16") else name
 
 
-def launch(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants):
+def run(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants):
     """Runs `kernel` over `grid`: a list of arrays as `outputs` (shapes and dtypes) says.
 
     Raises:

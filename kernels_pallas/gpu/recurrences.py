@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import decay, segments
-from kernels_pallas.gpu import launch as triton
+from kernels_pallas.gpu import launch
 
 LARGEST = 256  # K and V; beyond, a tile of scores' operands leaves the registers
 SUB = 16  # tokens of a sub-chunk, per-channel decay
@@ -49,15 +49,15 @@ class Form(NamedTuple):
 
     def tiles(self, part, whole_K=False):
         """The tile table's constants for one kernel; whole_K: a block is all of K."""
-        tiles = triton.tiles(self.operator, part, self.dtype, self.K, self.V)
+        tiles = launch.tiles(self.operator, part, self.dtype, self.K, self.V)
         if whole_K:
-            tiles["BK"] = triton.power_of_two(self.K)
+            tiles["BK"] = launch.power_of_two(self.K)
         return tiles | {"BG": tiles["BK"] if self.GK > 1 else 1}
 
     def precisions(self):
         return {
-            "INPUTS": triton.precision(self.inputs),
-            "MIXED": triton.precision(self.mixed),
+            "INPUTS": launch.precision(self.inputs),
+            "MIXED": launch.precision(self.mixed),
         }
 
 
@@ -72,7 +72,7 @@ def form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, defaul
         operator,
         "float32" if wide else "bfloat16",
         *(T, XH, H, K, V, GH, GK),
-        C=min(chunk_size or default_chunk, triton.power_of_two(T)),
+        C=min(chunk_size or default_chunk, launch.power_of_two(T)),
         inputs="ieee" if wide else "bf16" if narrow else "bf16x2",
         mixed="ieee" if wide else "bf16x2",
         sums="ieee" if wide else "tf32x3",
@@ -85,14 +85,14 @@ def fitting_chunk(longest: int, words: int) -> int:
     words: 32-bit words that a program holds there per token of a chunk.
     """
     C = longest
-    while C > 16 and 4 * words * C > triton.shared_limit():
+    while C > 16 and 4 * words * C > launch.shared_limit():
         C //= 2
     return C
 
 
 def too_long(K: int, C: int, words: int) -> str | None:
     """Why chunks of C tokens do not fit shared memory, and what does; None where they fit."""
-    takes, limit = 4 * words * C, triton.shared_limit()
+    takes, limit = 4 * words * C, launch.shared_limit()
     if takes <= limit:
         return None
     return (
@@ -107,13 +107,13 @@ def unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
     if max(K, V) > LARGEST:
         return f"K and V go to {LARGEST}; got {K} and {V} (split V over heads, or take 'chunked')"
     B, _, H, _ = v_BTHV.shape
-    if B * H > triton.LARGEST_GRID:
-        return f"B x H goes to {triton.LARGEST_GRID}; got {B} x {H} (split the batch, or take 'chunked')"
+    if B * H > launch.LARGEST_GRID:
+        return f"B x H goes to {launch.LARGEST_GRID}; got {B} x {H} (split the batch, or take 'chunked')"
     if initial_state_BHKV.dtype != jnp.float32:
         return f"states are float32; got {initial_state_BHKV.dtype} ('chunked' takes float64)"
     if chunk_size is not None and chunk_size > 128:
         return f"chunk_size goes to 128; got {chunk_size}"
-    return triton.why_not()
+    return launch.why_not()
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
@@ -131,21 +131,21 @@ def every_head(form, g_BTHK):
     return jnp.broadcast_to(g_BTHK, (*g_BTHK.shape[:2], form.H, form.GK))
 
 
-def launch(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
+def run_kernel(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
     """`kernel` over (grid, B * H), with the form's sizes and the table's tiles. Outputs: (shape behind B, dtype)."""
     B = inputs[0].shape[0]
     outputs = [jax.ShapeDtypeStruct((B, *shape), dtype) for shape, dtype in outputs]
     tiles = form.tiles(part, whole_K)
     blocks = {"K": -(-form.K // tiles["BK"]), "V": -(-form.V // tiles["BV"]), "N": form.N}
     first = math.prod(blocks.get(axis, axis) for axis in grid)
-    return triton.launch(
+    return launch.launch(
         kernel, inputs, outputs, (first, B * form.H), **form.sizes, **tiles, **constants
     )
 
 
 def kernels():
     """The kernels' modules, imported here and nowhere earlier."""
-    triton.prepare()
+    launch.prepare()
     from kernels_pallas.gpu import chunks, scores
 
     return chunks, scores
@@ -155,7 +155,7 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
     """States that enter each chunk (BHNKV) and the last one; reverse: cotangents of those that leave, and of the first."""
     chunks, _ = kernels()
     shape_HKV = form.H, form.K, form.V
-    return launch(
+    return run_kernel(
         form,
         "states",
         chunks.states,
@@ -164,14 +164,14 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
         ("K", "V"),
         REVERSE=reverse,
         SCALE=scale,
-        MIXED=triton.precision(form.mixed),
+        MIXED=launch.precision(form.mixed),
     )
 
 
 def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
     """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i), per channel: (B, H, N, C, C)."""
     _, pairs = kernels()
-    (scores_BHNCC,) = launch(
+    (scores_BHNCC,) = run_kernel(
         form,
         "scores",
         pairs.scores,
@@ -180,7 +180,7 @@ def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
         ("N", form.C // SUB),
         STRICT=strict,
         SUB=SUB,
-        MIXED=triton.precision(form.mixed),
+        MIXED=launch.precision(form.mixed),
     )
     return scores_BHNCC
 
@@ -190,7 +190,7 @@ def outputs(
 ):
     """scale ((q exp(through)) S + A y); the scores are None where one decay serves a head."""
     chunks, _ = kernels()
-    (o_BTHV,) = launch(
+    (o_BTHV,) = run_kernel(
         form,
         "outputs",
         chunks.outputs,
@@ -211,7 +211,7 @@ def gradients_of_values(
     chunks, _ = kernels()
     leaving = dstates is not None
     unread = g_BTHK  # an operand that the kernel does not touch
-    (dy_BTHV,) = launch(
+    (dy_BTHV,) = run_kernel(
         form,
         "gradients_of_values",
         chunks.gradients_of_values,
@@ -240,7 +240,7 @@ def gradients_of_keys(
     blocks = -(-form.K // form.tiles("gradients_of_keys")["BK"])
     dx = ((form.T, form.H, form.K), jnp.float32)
     dg = dx if per_channel else ((blocks, form.T, form.H), jnp.float32)
-    dq_BTHK, dk_BTHK, dg_BTHK = launch(
+    dq_BTHK, dk_BTHK, dg_BTHK = run_kernel(
         form,
         "gradients_of_keys",
         chunks.gradients_of_keys,
@@ -254,7 +254,7 @@ def gradients_of_keys(
         **form.precisions(),
     )
     if per_channel:
-        (dscores_BHNCC,) = launch(
+        (dscores_BHNCC,) = run_kernel(
             form,
             "gradients_of_scores",
             pairs.gradients_of_scores,
@@ -263,9 +263,9 @@ def gradients_of_keys(
             ("N",),
             STRICT=strict,
             SCALE=scale,
-            INPUTS=triton.precision(form.inputs),
+            INPUTS=launch.precision(form.inputs),
         )
-        dq_BTHK, dk_BTHK, dg_BTHK = launch(
+        dq_BTHK, dk_BTHK, dg_BTHK = run_kernel(
             form,
             "gradients",
             pairs.gradients,
@@ -274,7 +274,7 @@ def gradients_of_keys(
             ("N", form.C // SUB, "K"),
             STRICT=strict,
             SUB=SUB,
-            MIXED=triton.precision(form.mixed),
+            MIXED=launch.precision(form.mixed),
         )
     else:
         dg_BTHK = jnp.sum(dg_BTHK, axis=1)[..., None]

@@ -17,7 +17,7 @@ import matplotlib.pyplot  # noqa: F401
 
 from experiments.data import tokenizers  # noqa: F401
 from experiments.launch import cli  # noqa: F401
-from experiments.training import checkpoints, loop, plots, run_record
+from experiments.training import checkpoints, loop, plots, run_record  # noqa: F401
 from tests.experiments import tiny  # noqa: F401
 
 _CONFIG = """

@@ -73,7 +73,3 @@ def main(argv):
         print(report.targets_text(cpu_peers.targets(timed)))
     print(f"results: {_OUT.value}")
     return 1 if any("WRONG" in v for row in timed for v in row["verdicts"].values()) else 0
-
-
-if __name__ == "__main__":
-    cli.run(main, config_from=None)

@@ -49,7 +49,3 @@ def main(argv):
     except ValueError as error:
         raise cli.UserError(str(error)) from error
     print(f"results: {_OUT.value}")
-
-
-if __name__ == "__main__":
-    cli.run(main, config_from=None)

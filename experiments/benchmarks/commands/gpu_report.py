@@ -59,7 +59,3 @@ def main(argv):
             print(report.text_table([static_triton.line(row) for row in rows]), flush=True)
             static_triton.save(out, rows)
     print(f"results: {_OUT.value}")
-
-
-if __name__ == "__main__":
-    cli.run(main, config_from=None)

@@ -59,7 +59,3 @@ def main(argv):
         change=change,
     )
     print(comparison.table(rows, contexts))
-
-
-if __name__ == "__main__":
-    cli.run(main, config_from=None)

@@ -187,7 +187,3 @@ def _implementations(op: str) -> tuple[str, ...]:
             f"--implementations: {op} has none of {', '.join(_IMPLEMENTATIONS.value)}; choose from {', '.join(has)}"
         )
     return _chosen("implementations", wanted, has)
-
-
-if __name__ == "__main__":
-    cli.run(main, config_from=None)

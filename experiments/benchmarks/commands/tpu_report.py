@@ -76,7 +76,3 @@ def _plans() -> list[tuple[str, str, str]]:
         if shape in _SHAPE.value or _SHAPE.value == ["all"]
         for topology in _TOPOLOGY.value
     ]
-
-
-if __name__ == "__main__":
-    cli.run(main, config_from=None)

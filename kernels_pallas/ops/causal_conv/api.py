@@ -6,12 +6,11 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, chunk_blocks, segments
 from kernels_pallas.dispatch import explicit_axes
-from kernels_pallas.ops.causal_conv import reference, shifted
-from kernels_pallas.ops.causal_conv.tpu import launch
+from kernels_pallas.ops.causal_conv import reference, shifted, tpu
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("pallas_tpu", launch.pallas_tpu, launch.unsupported, platform="tpu"),
-    dispatch.Implementation("shifted", shifted.shifted),
+    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported, platform="tpu"),
+    dispatch.Implementation("shifted", shifted.run),
     dispatch.Implementation("reference", reference.recurrent),
 )
 FEW = 16  # tokens: below, as in decoding, XLA's form is as good as a kernel

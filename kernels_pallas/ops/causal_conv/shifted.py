@@ -18,7 +18,7 @@ from kernels_pallas.common import dtypes, segments
 from kernels_pallas.ops.causal_conv import reference
 
 
-def shifted(x_BTD, w, bias, initial_state, start_BT, finish):
+def run(x_BTD, w, bias, initial_state, start_BT, finish):
     """Same contract as `reference.recurrent`."""
     entered_BSD = jnp.concatenate([initial_state, x_BTD], axis=1)
     run_BS = None

@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, segments
 from kernels_pallas.dispatch import explicit_axes
-from kernels_pallas.ops.delta_rule import chunked, reference
-from kernels_pallas.ops.delta_rule.gpu import launch
-from kernels_pallas.ops.delta_rule.tpu import launch
+from kernels_pallas.ops.delta_rule import chunked, gpu, reference, tpu
 
 
 def _not_one_token(*, v_BTHV, **others):
@@ -83,14 +81,14 @@ def _scale_of(operator, scale, q_BTGK):
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _scaled(_delta_rule_one_token), _not_one_token),
-    dispatch.Implementation("pallas_tpu", launch.pallas_tpu, launch.unsupported, "tpu"),
-    dispatch.Implementation("triton", launch.triton, launch.unsupported, "gpu"),
-    dispatch.Implementation("chunked", segments.isolated(chunked.chunked)),
+    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported, "tpu"),
+    dispatch.Implementation("triton", gpu.run, gpu.unsupported, "gpu"),
+    dispatch.Implementation("chunked", segments.isolated(chunked.run)),
     dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )
 DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _diagonal_plus_low_rank_one_token, _not_one_token),
-    dispatch.Implementation("chunked", segments.isolated(chunked.chunked_diagonal_plus_low_rank)),
+    dispatch.Implementation("chunked", segments.isolated(chunked.run_diagonal_plus_low_rank)),
     dispatch.Implementation("reference", _diagonal_plus_low_rank_reference),
 )
 

@@ -71,7 +71,7 @@ class Chunks(NamedTuple):
     local_KV: jax.Array | None = None
 
 
-def chunked(
+def run(
     q_BTGK,
     k_BTGK,
     v_BTHV,
@@ -94,7 +94,7 @@ def chunked(
     return _run(form, inputs, initial_state_BHKV, reflects)
 
 
-def chunked_diagonal_plus_low_rank(
+def run_diagonal_plus_low_rank(
     q_BTHK,
     k_BTHK,
     v_BTHV,

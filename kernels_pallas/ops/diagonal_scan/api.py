@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, checks, dtypes, segments
 from kernels_pallas.dispatch import explicit_axes
-from kernels_pallas.ops.diagonal_scan import chunked, reference
-from kernels_pallas.ops.diagonal_scan.gpu import launch
-from kernels_pallas.ops.diagonal_scan.tpu import launch
+from kernels_pallas.ops.diagonal_scan import chunked, gpu, reference, tpu
 
 
 def _by_decay(function):
@@ -17,13 +15,9 @@ def _by_decay(function):
 
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation(
-        "pallas_tpu", _by_decay(launch.pallas_tpu), _by_decay(launch.unsupported), "tpu"
-    ),
-    dispatch.Implementation(
-        "triton", _by_decay(launch.triton), _by_decay(launch.unsupported), "gpu"
-    ),
-    dispatch.Implementation("chunked", chunked.chunked),
+    dispatch.Implementation("pallas_tpu", _by_decay(tpu.run), _by_decay(tpu.unsupported), "tpu"),
+    dispatch.Implementation("triton", _by_decay(gpu.run), _by_decay(gpu.unsupported), "gpu"),
+    dispatch.Implementation("chunked", chunked.run),
     dispatch.Implementation("reference", reference.recurrent),
 )
 

@@ -45,7 +45,7 @@ GROWING = 2.0**32
 LASTING = 7 / 8
 
 
-def chunked(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
+def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
     """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
     dtype = decay_BTD.dtype
     h_BTD, final_BD = _scan(reverse, x_BTD.astype(dtype), decay_BTD, initial_state_BD, start_BT1)

@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, segments
 from kernels_pallas.dispatch import explicit_axes
-from kernels_pallas.ops.linear_attention import chunked, reference
-from kernels_pallas.ops.linear_attention.gpu import launch
-from kernels_pallas.ops.linear_attention.tpu import launch
+from kernels_pallas.ops.linear_attention import chunked, gpu, reference, tpu
 
 
 def _one_token(
@@ -41,9 +39,9 @@ def _reference(
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _one_token, _not_one_token),
-    dispatch.Implementation("pallas_tpu", launch.pallas_tpu, launch.unsupported, platform="tpu"),
-    dispatch.Implementation("triton", launch.triton, launch.unsupported, platform="gpu"),
-    dispatch.Implementation("chunked", segments.isolated(chunked.chunked)),
+    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported, platform="tpu"),
+    dispatch.Implementation("triton", gpu.run, gpu.unsupported, platform="gpu"),
+    dispatch.Implementation("chunked", segments.isolated(chunked.run)),
     dispatch.Implementation("reference", _reference),
 )
 

@@ -35,7 +35,7 @@ from kernels_pallas.dispatch import tuning
 CHUNK_SIZE = 64
 
 
-def chunked(
+def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
     """The chunked form. Arguments are normalised by `api.py`; chunk_size is a power of two, at least 16, or None."""

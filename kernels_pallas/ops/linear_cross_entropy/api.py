@@ -13,7 +13,7 @@ from kernels_pallas.ops.linear_cross_entropy.reference import TokenDetails
 # once forward, where one would not pay; with backward 2.0 to 2.4 times as many, of which making the logits again is a third:
 # there one might.
 IMPLEMENTATIONS = (
-    dispatch.Implementation("chunked", chunked.chunked),
+    dispatch.Implementation("chunked", chunked.run),
     dispatch.Implementation("reference", reference.whole),
 )
 LAYOUTS = ("WD", "DW")

@@ -38,7 +38,7 @@ def heuristic_chunk_size(B: int, T: int, W: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
+def run(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
     """`loss` of the logits and its details, (B, T) in float32 or wider.
 
     Gradients go to x, the matrix, the bias and what the loss has that is learned.
@@ -59,7 +59,7 @@ def chunked(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, l
 
 
 def _forward(loss, layout, chunk_size, *operands):
-    return chunked(loss, layout, chunk_size, *operands), operands
+    return run(loss, layout, chunk_size, *operands), operands
 
 
 def _backward(loss, layout, chunk_size, saved, cotangents):
@@ -96,7 +96,7 @@ def _backward(loss, layout, chunk_size, saved, cotangents):
     return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None, dlearned
 
 
-chunked.defvjp(_forward, _backward)
+run.defvjp(_forward, _backward)
 
 
 def _over_pieces(one_piece, carry, chunk_size: int, T: int):

@@ -17,7 +17,7 @@ FEW_LOGITS = 128 * 128
 IMPLEMENTATIONS = (
     dispatch.Implementation("splash", library.splash, library.no_splash, "tpu"),
     dispatch.Implementation("cudnn", library.cudnn, library.no_cudnn, "gpu"),
-    dispatch.Implementation("chunked", isolated(chunked.chunked)),
+    dispatch.Implementation("chunked", isolated(chunked.run)),
     dispatch.Implementation("xla", isolated(library.xla)),
     dispatch.Implementation("reference", isolated(reference.naive, one_query=True)),
 )

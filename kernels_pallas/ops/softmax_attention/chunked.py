@@ -19,7 +19,7 @@ from kernels_pallas.common import chunk_blocks, dtypes, kernel_vjp, matmul
 BLOCK_SIZE = 128
 
 
-def chunked(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
+def run(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     """Same contract as `reference.naive`."""
     T, S, G = q_BTHK.shape[1], *v_BSGV.shape[1:3]
     C, E = block_sizes(T, S)

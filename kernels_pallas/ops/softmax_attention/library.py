@@ -56,7 +56,7 @@ def _differentiable(attend):
         return jax.tree.unflatten(jax.tree.structure(vjp), residuals)(g_BTHV)
 
     def plain(scale, visibility, *qkv):
-        return chunked.chunked(*qkv, visibility, scale)
+        return chunked.run(*qkv, visibility, scale)
 
     # Its residuals hold copies of q, k and v, too much to be kept where the rest is recomputed.
     return kernel_vjp.differentiable(forward, backward, plain, call=attend, keep=False)

@@ -148,7 +148,7 @@ def test_peak_memory_sees_what_a_call_held():
     ],
 )
 def test_mistakes_are_explained(flag, message):
-    command = [sys.executable, "-m", "experiments.bench cpu_peers", flag]
+    command = [sys.executable, "-m", "experiments.bench", "cpu_peers", flag]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: {message}")

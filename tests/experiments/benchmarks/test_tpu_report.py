@@ -85,7 +85,7 @@ def test_abstract_inputs_are_those_of_the_problem(op):
     ],
 )
 def test_mistakes_end_with_code_2(flag, message):
-    command = [sys.executable, "-m", "experiments.bench tpu_report", flag]
+    command = [sys.executable, "-m", "experiments.bench", "tpu_report", flag]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 2
     assert message in process.stderr and "Traceback" not in process.stderr

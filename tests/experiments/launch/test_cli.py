@@ -13,7 +13,7 @@ from experiments.training import run_record
 from seqmodels.language_model import config_fields
 from tests.experiments import called, tiny
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def error_of(function, *arguments) -> str:

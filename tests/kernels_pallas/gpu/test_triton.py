@@ -330,7 +330,8 @@ def test_compiles_for_every_target(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "experiments.bench gpu_report",
+        "experiments.bench",
+        "gpu_report",
         "--shape=small",
         f"--out={tmp_path}",
     ]

@@ -59,7 +59,7 @@ def unsupported(x_BTD, w, bias, initial_state, start_BT, finish) -> str | None:
     return None
 
 
-def pallas_tpu(x_BTD, w, bias, initial_state, start_BT, finish):
+def run(x_BTD, w, bias, initial_state, start_BT, finish):
     """Same contract as `reference.recurrent`."""
     plan = Plan.of(x_BTD, w, bias, start_BT, finish)
     if bias is not None:
@@ -113,7 +113,7 @@ def _plain(form, start_BT, x_BTD, w, initial_state):
     plan, finish = form
     w = w[:, : plan.D] * (2.0 if plan.silu else 1.0)
     bias = w[plan.width] if plan.bias else None
-    return shifted.shifted(x_BTD, w[: plan.width], bias, initial_state, start_BT, finish)
+    return shifted.run(x_BTD, w[: plan.width], bias, initial_state, start_BT, finish)
 
 
 _conv = kernel_vjp.differentiable(_forward, _backward, _plain, keep=False)  # cheap to do again

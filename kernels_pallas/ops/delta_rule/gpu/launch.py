@@ -53,7 +53,7 @@ def _words(form) -> int:
     return times_K * launch.power_of_two(form.K) + beside
 
 
-def triton(
+def run(
     q_BTGK,
     k_BTGK,
     v_BTHV,
@@ -102,7 +102,7 @@ def _backward(static, _, arrays, residuals, cotangents):
         du_BTHV = recurrences.gradients_of_values(
             form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, None, scores, scale=scale
         )
-        dr_BTHV, dstates, dstart_BHKV = recurrences.launch(
+        dr_BTHV, dstates, dstart_BHKV = recurrences.run_kernel(
             form,
             "gradients_of_writes",
             _kernels().gradients_of_writes,
@@ -142,7 +142,7 @@ def _backward(static, _, arrays, residuals, cotangents):
 def _plain(static, _, q_BTGK, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
     form, _, scale = static
     arrays = q_BTGK, k_BTGK, v_BTHV, beta_BTH, recurrences.every_head(form, g_BTHK), start_BHKV
-    return chunked.chunked(*arrays, None, scale=scale)
+    return chunked.run(*arrays, None, scale=scale)
 
 
 _run = kernel_vjp.differentiable(_forward, _backward, _plain)
@@ -172,7 +172,7 @@ def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
     """Scores of keys with keys (None where one decay serves a head), inverses, U, states and the last state."""
     found = recurrences.scores(form, k_BTGK, k_BTGK, g_BTHK, strict=True) if form.GK > 1 else None
     parts = (2,) if exact else ()  # float64 as two float32 terms
-    (X_BHNCC,) = recurrences.launch(
+    (X_BHNCC,) = recurrences.run_kernel(
         form,
         "inverses",
         _kernels().inverses,
@@ -184,7 +184,7 @@ def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
         MIXED=_precision(form, exact),
         SUMS="fp64" if exact else form.sums,
     )
-    u_BTHV, states_BHNKV, final_BHKV = recurrences.launch(
+    u_BTHV, states_BHNKV, final_BHKV = recurrences.run_kernel(
         form,
         "writes",
         _kernels().writes,

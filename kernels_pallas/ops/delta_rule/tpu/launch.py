@@ -20,10 +20,10 @@ from kernels_pallas.ops.delta_rule.tpu import per_channel, per_token
 from kernels_pallas.ops.delta_rule.tpu.tiling import VMEM_BYTES, Plan, plan_of, unsupported
 from kernels_pallas.tpu import primitives
 
-__all__ = ["pallas_tpu", "unsupported"]
+__all__ = ["run", "unsupported"]
 
 
-def pallas_tpu(
+def run(
     q_BTGK,
     k_BTGK,
     v_BTHV,
@@ -105,7 +105,7 @@ def _chunked(plan, _, q, k, v, gates, g, S_BHKV):
         log_decay_BTHK = g.reshape(B, T, H, plan.K)
     q, k, v = (x.reshape(B, T, heads, -1) for x, heads in ((q, G), (k, G), (v, H)))
     arrays = q, k, v, beta_BTH, log_decay_BTHK, S_BHKV
-    o_BTHV, final_BHKV = chunked.chunked(*arrays, None, scale=plan.scale)
+    o_BTHV, final_BHKV = chunked.run(*arrays, None, scale=plan.scale)
     return o_BTHV.reshape(B, T, -1), final_BHKV
 
 

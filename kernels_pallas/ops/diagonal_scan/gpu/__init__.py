@@ -1,0 +1,5 @@
+"""Triton kernels of `diagonal_scan`: `run` is the implementation, `unsupported` says which calls it refuses."""
+
+from kernels_pallas.ops.diagonal_scan.gpu.launch import run, unsupported
+
+__all__ = ["run", "unsupported"]

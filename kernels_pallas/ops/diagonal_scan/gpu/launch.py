@@ -30,7 +30,7 @@ def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None
     return launch.why_not()
 
 
-def triton(x_BTD, decay_BTD, initial_state_BD, reverse=False):
+def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
     """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
     h_BTD, final_BD = _scan(
         reverse,
@@ -72,7 +72,7 @@ def _backward(reverse, _, arrays, entering_BND, cotangents):
 
 
 def _plain(reverse, _, x_BTD, decay_BTD, initial_BD):
-    return chunked.chunked(x_BTD, decay_BTD, initial_BD, reverse=reverse)
+    return chunked.run(x_BTD, decay_BTD, initial_BD, reverse=reverse)
 
 
 _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
@@ -119,4 +119,4 @@ def _launch(part, inputs, outputs, **constants):
     outputs = [jax.ShapeDtypeStruct(*output) for output in outputs]
     kernel = getattr(kernels, part)
     grid = steps * -(-D // tiles["BD"]), B
-    return launch.launch(kernel, inputs, outputs, grid, T=T, D=D, **tiles, **constants)
+    return launch.run(kernel, inputs, outputs, grid, T=T, D=D, **tiles, **constants)

@@ -51,7 +51,7 @@ def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None
     return None
 
 
-def pallas_tpu(x_BTD, decay_BTD, initial_state_BD, reverse=False):
+def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
     """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
     if not jnp.iscomplexobj(decay_BTD):
         planes = (x_BTD,), (decay_BTD,), (initial_state_BD,)
@@ -97,7 +97,7 @@ def _backward(reverse, _, arrays, entering, gradients):
 
 def _plain(reverse, _, *planes):
     x, decay, initial = (z[0] if len(z) == 1 else lax.complex(*z) for z in planes)
-    results = chunked.chunked(x, decay, initial, reverse=reverse)
+    results = chunked.run(x, decay, initial, reverse=reverse)
     if len(planes[0]) == 1:
         return tuple((z,) for z in results)
     return tuple((jnp.real(z), jnp.imag(z)) for z in results)

@@ -29,7 +29,7 @@ def _form_of(*arrays_and_chunk_size):
     return recurrences.form_of("linear_attention", *arrays_and_chunk_size, CHUNK_SIZE)
 
 
-def triton(
+def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
     """The Triton form. Arguments are normalised by `api.py`."""
@@ -80,7 +80,7 @@ def _backward(static, _, arrays, residuals, cotangents):
 def _plain(static, _, q_BTGK, k_BTGK, v_BTHV, g_BTHK, start_BHKV):
     form, scale = static
     arrays = q_BTGK, k_BTGK, v_BTHV, recurrences.every_head(form, g_BTHK), start_BHKV
-    return chunked.chunked(*arrays, None, form.C, scale)
+    return chunked.run(*arrays, None, form.C, scale)
 
 
 _run = kernel_vjp.differentiable(_forward, _backward, _plain)

@@ -25,10 +25,10 @@ from kernels_pallas.dispatch import devices, manual_axes
 from kernels_pallas.ops.linear_attention import chunked
 from kernels_pallas.ops.linear_attention.tpu.tiling import VMEM_BYTES, Plan, plan_of, unsupported
 
-__all__ = ["pallas_tpu", "unsupported"]
+__all__ = ["run", "unsupported"]
 
 
-def pallas_tpu(
+def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
     """The kernels. Arguments are normalised by `api.py`."""
@@ -96,7 +96,7 @@ def _chunked(plan, _, q, k, v, gates, state):
     elif plan.decay == "channel":
         gates, state = gates.reshape(B, T, H, plan.K), state.swapaxes(2, 3)
     q, k, v = (x.reshape(B, T, n, -1) for x, n in ((q, G), (k, G), (v, H)))
-    o, final = chunked.chunked(q, k, v, gates, state, None, None, plan.scale)
+    o, final = chunked.run(q, k, v, gates, state, None, None, plan.scale)
     return o.reshape(B, T, -1), final.swapaxes(2, 3) if plan.decay == "channel" else final
 
 
