@@ -31,6 +31,7 @@ import numpy as np
 
 import kernels_pallas
 from kernels_pallas import dispatch
+from kernels_pallas.common.decay import kind as decay_kind
 from kernels_pallas.dispatch import absent_tpu, devices, verification
 from kernels_pallas.ops.causal_conv import api as causal_conv_api
 from kernels_pallas.ops.delta_rule import api as delta_rule_api
@@ -204,7 +205,9 @@ def _matrix_inputs(rng, sizes, variant, dtype):
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
     inputs = {"q": q, "k": k, "v": v} | {"initial state": _normal(rng, (B, H, K, V)) / K**0.5}
     if variant != "none":
-        inputs["log_decay"] = _log_decay(rng, {"head": (B, T, H), "channel": (B, T, H, K)}[variant])
+        inputs["log_decay"] = _log_decay(
+            rng, {"per_token": (B, T, H), "per_channel": (B, T, H, K)}[variant]
+        )
     narrow = {name: inputs[name].astype(jnp.dtype(dtype)) for name in "qkv"}
     return inputs | narrow
 
@@ -215,10 +218,8 @@ def _delta_rule_inputs(rng, sizes, variant, dtype):
 
 
 def _matrix_kind(*, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, **others):
-    """A document's start is a decay to nothing, so documents without a decay are of kind 'head'."""
-    variant = "none" if segment_ids_BT is None else "head"
-    if log_decay_BTHK is not None:
-        variant = "channel" if log_decay_BTHK.shape[-1] > 1 else "head"
+    """A document's start is a decay to nothing, so documents without a decay are of kind 'per_token'."""
+    variant = decay_kind(log_decay_BTHK, segment_ids=segment_ids_BT)
     return variant, _dtype(q_BTGK, k_BTGK, v_BTHV)
 
 
@@ -334,7 +335,7 @@ def _conv(x, variant, ids_BT, implementation):
     return outputs
 
 
-_DECAYS = ("none", "head", "channel")
+_DECAYS = ("none", "per_token", "per_channel")
 CASES = {
     "linear_attention": Case(
         *(linear_attention_api.IMPLEMENTATIONS, _DECAYS, _matrix_kind),

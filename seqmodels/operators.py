@@ -333,14 +333,14 @@ def embedding(table_WD: Array, tokens_BT: Array) -> Array:
 
 
 def linear_cross_entropy(
-    x_BTD: Array, matrix: Array, targets_BT: Array, *, layout: str = "WD", **keywords
+    x_BTD: Array, matrix: Array, labels_BT: Array, *, layout: str = "WD", **keywords
 ) -> tuple[Array, kernels_pallas.TokenDetails]:
     """`kernels_pallas.linear_cross_entropy` with details; tokens and words are split, and no logits or sums of them gathered."""
     time = "t" if sharding.axes_of("t", x_BTD.shape[1]) else "T"
     arrays = {
         "x_BTD": (x_BTD, f"B{time}E"),
         "matrix": (matrix, layout.replace("D", "E")),
-        "targets_BT": (targets_BT, f"B{time}"),
+        "labels_BT": (labels_BT, f"B{time}"),
     }
     words = sharding.axes_of("W", matrix.shape[layout.index("W")])
 

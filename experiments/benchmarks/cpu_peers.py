@@ -52,12 +52,12 @@ def _jla(kind: str):
 
 
 COMPARISONS = (
-    Comparison("Gated DeltaNet", "delta_rule", "token", "transformers", _transformers, LIMIT),
-    Comparison("Gated DeltaNet", "delta_rule", "token", "jla", _jla("gated_deltanet"), LIMIT),
-    Comparison("KDA", "delta_rule", "channel", "jla", _jla("kda"), LIMIT),
+    Comparison("Gated DeltaNet", "delta_rule", "per_token", "transformers", _transformers, LIMIT),
+    Comparison("Gated DeltaNet", "delta_rule", "per_token", "jla", _jla("gated_deltanet"), LIMIT),
+    Comparison("KDA", "delta_rule", "per_channel", "jla", _jla("kda"), LIMIT),
     Comparison("DeltaNet", "delta_rule", "none", "jla", _jla("deltanet"), LIMIT),
-    Comparison("Mamba-2 SSD", "linear_attention", "token", "jla", _jla("simple_gla"), LIMIT),
-    Comparison("GLA", "linear_attention", "channel", "jla", _jla("gla"), LIMIT),
+    Comparison("Mamba-2 SSD", "linear_attention", "per_token", "jla", _jla("simple_gla"), LIMIT),
+    Comparison("GLA", "linear_attention", "per_channel", "jla", _jla("gla"), LIMIT),
 )
 NAMES = tuple(dict.fromkeys(comparison.name for comparison in COMPARISONS))
 

@@ -75,11 +75,11 @@ def _mlstm(x):
 
 
 COMPARISONS = (
-    Comparison("Mamba-2 SSD", "linear_attention", "token", "fla", _simple_gla, LIMIT),
-    Comparison("GLA", "linear_attention", "channel", "fla", _gla, LIMIT),
+    Comparison("Mamba-2 SSD", "linear_attention", "per_token", "fla", _simple_gla, LIMIT),
+    Comparison("GLA", "linear_attention", "per_channel", "fla", _gla, LIMIT),
     Comparison("DeltaNet", "delta_rule", "none", "fla", _delta_net, LIMIT),
-    Comparison("Gated DeltaNet", "delta_rule", "token", "fla", _gated_delta_net, LIMIT),
-    Comparison("mLSTM", "linear_attention", "token", "mlstm_kernels", _mlstm, 1.0),
+    Comparison("Gated DeltaNet", "delta_rule", "per_token", "fla", _gated_delta_net, LIMIT),
+    Comparison("mLSTM", "linear_attention", "per_token", "mlstm_kernels", _mlstm, 1.0),
 )
 
 
@@ -94,7 +94,7 @@ def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[flo
     flops = 2 * (2 * K * V + CHUNK / 2 * (K + V))
     if op == "delta_rule":
         flops += 2 * (K * V + CHUNK / 2 * (K + V))
-    gate = {"none": 0, "token": 4, "channel": 4 * K}[variant] + 4 * (op == "delta_rule")
+    gate = {"none": 0, "per_token": 4, "per_channel": 4 * K}[variant] + 4 * (op == "delta_rule")
     moved = 2 * (2 * K + 2 * V) + gate
     if backward:  # inputs and the output's cotangent read again, a gradient of each input written
         moved += 2 * (2 * K + 2 * V) + gate + 2 * (2 * K + V) + gate

@@ -13,7 +13,7 @@ import numpy as np
 import kernels_pallas
 from experiments.benchmarks.entries import Arrays, Entry, Problem, jax_entry
 
-DECAYS = ("none", "head", "token", "channel")
+DECAYS = ("none", "per_head", "per_token", "per_channel")
 DEFINITION = "reference"  # the recurrent form: truth, and what ratios refer to
 
 
@@ -66,13 +66,13 @@ class OperatorCase:
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        api = importlib.import_module(f"kernels_pallas.{self.name}.api")
+        api = importlib.import_module(f"kernels_pallas.ops.{self.name}.api")
         return tuple(implementation.name for implementation in api.IMPLEMENTATIONS)
 
     @property
     def shapes(self) -> dict[str, dict[str, Any]]:
         """Published workloads by name."""
-        return importlib.import_module(f"kernels_pallas.{self.name}.shapes").SHAPES
+        return importlib.import_module(f"kernels_pallas.ops.{self.name}.shapes").SHAPES
 
     def function(
         self, implementation: str, variant: str, shape: Shape
@@ -99,7 +99,7 @@ def _qkv(rng, shape: Shape, T: int) -> Arrays:
 def _decay(rng, shape: Shape, T: int, decay: str) -> Arrays:
     """Log decays as trained models have them: half-lives from a few tokens to a few thousand."""
     B, H, K = shape.B, shape.H, shape.K
-    size = {"head": (H,), "token": (B, T, H), "channel": (B, T, H, K)}.get(decay)
+    size = {"per_head": (H,), "per_token": (B, T, H), "per_channel": (B, T, H, K)}.get(decay)
     if size is None:
         return {}
     return {"log_decay": -np.exp(rng.uniform(np.log(3e-4), np.log(0.3), size)).astype(np.float32)}
@@ -266,8 +266,7 @@ def published(case: OperatorCase, name: str) -> tuple[Shape, int, str]:
     sizes = dict(case.shapes[name])
     length, variant = sizes.pop("T"), case.variants[0]
     if "decay" in sizes:
-        decay = sizes.pop("decay")
-        variant = {None: "none", "fixed": "head", "head": "token"}.get(decay, decay)
+        variant = sizes.pop("decay")
     if sizes.pop("complex", False):
         variant = "complex"
     if sizes.get("window"):

@@ -21,11 +21,11 @@ BY_CHANNEL = tuple(TARGET_WIDTH)
 FOLDER = Path(__file__).resolve().parents[2] / "kernels_pallas" / "reports" / "tpu"
 # Most static cycles a token and head in kernels, on v6e at the target shape: forward, and with backward.
 TARGETS = {
-    ("linear_attention", "token"): (3, 9),
-    ("linear_attention", "channel"): (10, 30),
+    ("linear_attention", "per_token"): (3, 9),
+    ("linear_attention", "per_channel"): (10, 30),
     ("delta_rule", "none"): (15, 45),
-    ("delta_rule", "token"): (15, 45),
-    ("delta_rule", "channel"): (20, 60),
+    ("delta_rule", "per_token"): (15, 45),
+    ("delta_rule", "per_channel"): (20, 60),
 }
 NOTE = (
     "Compiled figures, not runs: VLIW bundles of the compiled kernels, one a cycle where nothing stalls, without any wait "

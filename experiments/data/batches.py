@@ -27,7 +27,7 @@ class Dataset:
     whatever was read ahead. The train split never ends; the others end after one pass.
 
     A batch is a dict of arrays of one shape (rows of this process, T):
-      inputs int32; targets int32 (0 where there is none); segment_ids int32 (documents of a row
+      inputs int32; labels int32 (0 where there is none); segment_ids int32 (documents of a row
       count from 1, padding is 0); loss_mask float32 (0 where there is no target); num_bytes int32
       (bytes of text that the target stands for; 0 for the synthetic tasks).
     In text the target of a document's last token is the tokenizer's document_id.
@@ -51,7 +51,7 @@ def empty(rows: int, seq_len: int) -> dict[str, np.ndarray]:
     """A batch of padding only, to be written into."""
     return {
         "inputs": np.zeros((rows, seq_len), np.int32),
-        "targets": np.zeros((rows, seq_len), np.int32),
+        "labels": np.zeros((rows, seq_len), np.int32),
         "segment_ids": np.zeros((rows, seq_len), np.int32),
         "loss_mask": np.zeros((rows, seq_len), np.float32),
         "num_bytes": np.zeros((rows, seq_len), np.int32),

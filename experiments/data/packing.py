@@ -163,7 +163,7 @@ class _Lane:
                 raise ValueError(f"Empty corpus: every document of {d.what} is empty.")
         return self.tokens
 
-    def fill(self, inputs_T, targets_T, segment_ids_T, loss_mask_T, num_bytes_T) -> bool:
+    def fill(self, inputs_T, labels_T, segment_ids_T, loss_mask_T, num_bytes_T) -> bool:
         """Writes the lane's next row; False where the stream had ended before it."""
         filled, segment = 0, 0
         while filled < len(inputs_T) and (tokens_N2 := self.current()) is not None:
@@ -172,7 +172,7 @@ class _Lane:
             used = slice(filled, filled + len(piece_N2) - 1)
             segment += len(piece_N2) > 1
             inputs_T[used] = piece_N2[:-1, 0]
-            targets_T[used], num_bytes_T[used] = piece_N2[1:].T
+            labels_T[used], num_bytes_T[used] = piece_N2[1:].T
             segment_ids_T[used] = segment
             loss_mask_T[used] = 1.0
             filled = used.stop

@@ -52,13 +52,13 @@ def score(
     scores: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0))] * len(sequences)
     for first in range(0, len(rows), B):
         places = {}
-        batch = {key: np.zeros((B, T), np.int32) for key in ("inputs", "targets", "segment_ids")}
+        batch = {key: np.zeros((B, T), np.int32) for key in ("inputs", "labels", "segment_ids")}
         for row, numbers in enumerate(rows[first : first + B]):
             start = 0
             for segment, number in enumerate(numbers, start=1):
                 tokens = np.asarray(sequences[number], np.int32)
                 place = places[number] = (row, slice(start, start + len(tokens) - 1))
-                batch["inputs"][place], batch["targets"][place] = tokens[:-1], tokens[1:]
+                batch["inputs"][place], batch["labels"][place] = tokens[:-1], tokens[1:]
                 batch["segment_ids"][place] = segment
                 start += len(tokens) - 1
         nll_BT, correct_BT = jax.device_get(_nll_and_correct(model, params, batch))

@@ -66,7 +66,7 @@ def check_stages(config, plan: Plan, teacher: teachers.Teacher) -> None:
         return tasks.Model(model, nn.unbox(tasks.abstract_params(model)))
 
     row = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
-    batch = {name: row for name in ("inputs", "targets", "segment_ids")}
+    batch = {name: row for name in ("inputs", "labels", "segment_ids")}
 
     def student(specs):
         return language_model.from_config(students.student_config(teacher.model_config, specs))

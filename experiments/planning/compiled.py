@@ -17,7 +17,7 @@ from kernels_pallas.tools import tpu_bundles, tpu_compile
 
 Row = dict[str, object]
 GIB = 2**30
-_BATCH = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.float32}
+_BATCH = {"inputs": np.int32, "labels": np.int32, "segment_ids": np.int32, "loss_mask": np.float32}
 _TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 
 

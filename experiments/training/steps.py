@@ -97,7 +97,7 @@ class Program:
 
         Raises ValueError for token ids that the model does not have.
         """
-        for name in ("inputs", "targets"):
+        for name in ("inputs", "labels"):
             sampling.check_ids(self.model, batch[name])
         return distributed.global_batch(self.batch_sharding, batch)
 
@@ -205,7 +205,7 @@ def cross_entropy(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Arr
 
     def head(x_BTD, matrix, layout):
         return operators.linear_cross_entropy(
-            x_BTD, matrix, batch["targets"],
+            x_BTD, matrix, batch["labels"],
             layout=layout, logit_softcap=model.logit_softcap, z_loss=z_loss,
         )  # fmt: skip
 

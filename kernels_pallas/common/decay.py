@@ -64,6 +64,22 @@ class Sums(NamedTuple):
     levels: tuple[Level, ...]
 
 
+KINDS = ("none", "per_head", "per_token", "per_channel")
+
+
+def kind(log_decay, *, segment_ids=None) -> str:
+    """Names the decay of a call: the one place that decides.
+
+    "none" is None, "per_head" has the shape (H,), "per_token" (B, T, H) or (B, T, H, 1), "per_channel" (B, T, H, K).
+    segment_ids: for kernels, which write a document's first token as a reset, so that documents without a decay are "per_token".
+    """
+    if log_decay is None:
+        return "none" if segment_ids is None else "per_token"
+    if log_decay.ndim == 1:
+        return "per_head"
+    return "per_channel" if log_decay.ndim == 4 and log_decay.shape[-1] > 1 else "per_token"
+
+
 STRETCH_BLOCK = 128  # tokens of a stretch whose sums are one matrix product
 LARGEST_CONSTANT = 256  # tokens of a chunk whose pairs may be constants of a program
 BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of whole blocks

@@ -15,16 +15,16 @@ class Implementation:
 
     name: what a caller writes in `implementation=`.
     call: the function, with the operator's normalised arguments.
-    unsupported: given the call's keyword arguments, why it cannot run, or None if it can.
+    unsupported_reason: given the call's keyword arguments, why it cannot run, or None if it can.
     platform: the one it is a kernel for, 'tpu' or 'gpu'; None runs anywhere.
     """
 
     name: str
     call: Callable[..., Any]
-    unsupported: Callable[..., str | None] = lambda **arguments: None
+    unsupported_reason: Callable[..., str | None] = lambda **arguments: None
     platform: str | None = None
 
-    def why_not(self, arguments) -> str | None:
+    def reason_against(self, arguments) -> str | None:
         """Why this call cannot run on the current target, or None."""
         target = devices.current()
         if self.platform not in (None, target.platform):
@@ -34,7 +34,7 @@ class Implementation:
                 "jax_enable_x64 is on, and Mosaic's compiler takes no 64-bit indices (it may end "
                 "the process); turn it off, or take a form that is no kernel"
             )
-        return self.unsupported(**arguments)
+        return self.unsupported_reason(**arguments)
 
 
 def choose(
@@ -68,9 +68,9 @@ def _choose(operator, implementations, name, arguments) -> Implementation:
     if name is None:
         reasons = []
         for implementation in implementations:
-            reason = implementation.why_not(arguments)
+            reason = implementation.reason_against(arguments)
             if reason is None and implementation.platform is not None:
-                reason = verification.why_not(operator, implementation.name, arguments)
+                reason = verification.unverified_reason(operator, implementation.name, arguments)
             if reason is None:
                 return implementation
             reasons.append(f"{implementation.name}: {reason}")
@@ -80,9 +80,9 @@ def _choose(operator, implementations, name, arguments) -> Implementation:
     for implementation in implementations:
         if implementation.name == name:
             if devices.interpreting():
-                reason = implementation.unsupported(**arguments)
+                reason = implementation.unsupported_reason(**arguments)
             else:
-                reason = implementation.why_not(arguments)
+                reason = implementation.reason_against(arguments)
             if reason:
                 raise NotImplementedError(
                     f"{operator}: implementation {name!r} cannot run here: {reason}"

@@ -3,7 +3,7 @@
 `tuned.json` beside this file maps keys to sizes. A key is written operator/implementation/.../device kind; an implementation says what
 stands between, for instance
 
-    delta_rule/pallas_tpu/bfloat16/128x128 head/TPU v6 lite      {"chunk_size": 128, "heads": 8}
+    delta_rule/pallas_tpu/bfloat16/128x128 per_token/TPU v6 lite      {"chunk_size": 128, "heads": 8}
     delta_rule/triton/writes/bfloat16                            {"BV": 32, "num_warps": 8}
 
 An entry holds for its key and for all that continue it (the second: for every shape and GPU), and the longer key wins. K

@@ -1,7 +1,7 @@
 """Whether a kernel may serve where nobody named it: a check on the first use, remembered.
 
 A kernel proven by compiling and interpreting may be wrong on hardware that its tests never saw. So when
-`implementation=None` is about to choose a kernel, `why_not` wants a passed check (`selfcheck.check`, forward and
+`implementation=None` is about to choose a kernel, `unverified_reason` wants a passed check (`selfcheck.check`, forward and
 backward against the chunked form) of this operator, implementation, kind of call, kind of device,
 of these versions of JAX, the kernel's compiler and our own source, and with 64-bit types on or off
 as they are now.
@@ -43,7 +43,7 @@ _SHARED_ROOMS = ("common", "dispatch", "tpu", "gpu")
 _decided: dict[str, str | None] = {}
 
 
-def why_not(operator: str, implementation: str, arguments: dict) -> str | None:
+def unverified_reason(operator: str, implementation: str, arguments: dict) -> str | None:
     """Why the kernel does not serve this call, or None; checks what is not on record. Warns once a process."""
     from kernels_pallas import selfcheck  # it imports the operators, which import this
 

@@ -57,7 +57,7 @@ def recorded():
         _RECORD.reset(token)
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """Why Triton kernels cannot run in this process, or None."""
     runs = not devices.interpreting() and _RECORD.get() is None
     needed = ("triton", "jax_triton") if runs else ("triton",)

@@ -101,7 +101,7 @@ def too_long(K: int, C: int, words: int) -> str | None:
     )
 
 
-def unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
+def unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
     """Why the Triton kernels cannot run this call, or None."""
     K, V = q_BTGK.shape[-1], v_BTHV.shape[-1]
     if max(K, V) > LARGEST:
@@ -113,7 +113,7 @@ def unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
         return f"states are float32; got {initial_state_BHKV.dtype} ('chunked' takes float64)"
     if chunk_size is not None and chunk_size > 128:
         return f"chunk_size goes to 128; got {chunk_size}"
-    return launch.why_not()
+    return launch.unsupported_reason()
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
@@ -138,7 +138,7 @@ def run_kernel(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **co
     tiles = form.tiles(part, whole_K)
     blocks = {"K": -(-form.K // tiles["BK"]), "V": -(-form.V // tiles["BV"]), "N": form.N}
     first = math.prod(blocks.get(axis, axis) for axis in grid)
-    return launch.launch(
+    return launch.run(
         kernel, inputs, outputs, (first, B * form.H), **form.sizes, **tiles, **constants
     )
 

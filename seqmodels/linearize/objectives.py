@@ -48,7 +48,7 @@ def distillation(
     x_BTD, matrix, layout = _hidden(model, params, batch)
     loss_BT, metrics = jnp.zeros(batch["inputs"].shape, jnp.float32), {}
     ce_BT, details = operators.linear_cross_entropy(
-        x_BTD, matrix, batch["targets"], layout=layout, logit_softcap=model.logit_softcap
+        x_BTD, matrix, batch["labels"], layout=layout, logit_softcap=model.logit_softcap
     )
     if ce:
         loss_BT = loss_BT + ce * ce_BT

@@ -25,9 +25,9 @@ def concatenated(*parts):
 
 
 def segments(batch):
-    """(inputs, targets, mask) of every segment, row by row."""
+    """(inputs, labels, mask) of every segment, row by row."""
     for row, ids in enumerate(batch["segment_ids"]):
         for segment in range(1, ids.max() + 1):
             (at,) = np.nonzero(ids == segment)
             assert np.array_equal(at, np.arange(at[0], at[-1] + 1)), "a segment is one run"
-            yield tuple(batch[k][row, at] for k in ("inputs", "targets", "loss_mask"))
+            yield tuple(batch[k][row, at] for k in ("inputs", "labels", "loss_mask"))

@@ -429,7 +429,7 @@ def test_a_token_that_the_model_lacks_is_refused_where_it_comes_up(folder, tmp_p
     resolved = loop.resolve(config, make_dataset(config.data, "train"))
     assert resolved.model.vocab_size == size
     program = steps.build(resolved, config.data.seq_len, jax.devices()[:1])
-    batch = {"inputs": np.zeros((2, 4), np.int32), "targets": np.full((2, 4), size)}
+    batch = {"inputs": np.zeros((2, 4), np.int32), "labels": np.full((2, 4), size)}
     with pytest.raises(ValueError, match=f"token id {size} is not in the model's vocabulary"):
         program.put(batch)
     exported = pretrained.find(str(run))

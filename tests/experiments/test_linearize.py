@@ -76,7 +76,7 @@ def test_every_stage_fits_the_teacher(case):
         name: jax.ShapeDtypeStruct((4, 64), dtype)
         for name, dtype in (
             ("inputs", jnp.int32),
-            ("targets", jnp.int32),
+            ("labels", jnp.int32),
             ("segment_ids", jnp.int32),
         )
     }

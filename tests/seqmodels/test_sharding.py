@@ -45,11 +45,11 @@ def test_sharded_outputs_equal_single_device_ones():
 def test_words_are_split_in_the_embedding_and_the_loss():
     rng = np.random.default_rng(0)
     table_WD = jnp.asarray(0.3 * rng.standard_normal((24, 8)), jnp.float32)
-    tokens_BT, targets_BT = jnp.asarray(rng.integers(0, 24, (2, 4, 6)), jnp.int32)
+    tokens_BT, labels_BT = jnp.asarray(rng.integers(0, 24, (2, 4, 6)), jnp.int32)
 
-    def value(embed, cross_entropy, table_WD, tokens_BT, targets_BT):
+    def value(embed, cross_entropy, table_WD, tokens_BT, labels_BT):
         x_BTD = 3.0 * embed(table_WD, tokens_BT)
-        losses_BT, found = cross_entropy(x_BTD, table_WD, targets_BT, z_loss=0.1)
+        losses_BT, found = cross_entropy(x_BTD, table_WD, labels_BT, z_loss=0.1)
         return jnp.sum(losses_BT**2), (losses_BT, found)
 
     def plain(*arguments):
@@ -73,7 +73,7 @@ def test_words_are_split_in_the_embedding_and_the_loss():
 
     tokens = place(*sharding.BATCH_SPEC)
     split = jax.jit(split, in_shardings=(place("tensor"), tokens, tokens), out_shardings=place())
-    arguments = table_WD, tokens_BT, targets_BT
+    arguments = table_WD, tokens_BT, labels_BT
     expected = jax.jit(plain)(*arguments)
     suite.assert_close(split(*arguments), expected, 2e-5, "")
     logits = re.findall(r"f32\[[\d,]*24[\d,]*\]", split.lower(*arguments).compile().as_text())

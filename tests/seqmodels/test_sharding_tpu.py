@@ -54,7 +54,7 @@ def compiled(mesh, **parallel):
     program = steps.build(config, TIME, tpu_compile.devices("v6e:2x2"))
     batch = {
         name: jax.ShapeDtypeStruct((ROWS, TIME), jnp.int32)
-        for name in ("inputs", "targets", "segment_ids", "loss_mask")
+        for name in ("inputs", "labels", "segment_ids", "loss_mask")
     }
     traced = program.train_step.trace(program.abstract_state, batch)
     executable = traced.lower(lowering_platforms=("tpu",)).compile()

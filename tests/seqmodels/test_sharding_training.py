@@ -42,7 +42,7 @@ def batch():
     tokens = rng.integers(0, WORDS, (ROWS, TIME + 1)).astype(np.int32)
     return {
         "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
+        "labels": tokens[:, 1:],
         "segment_ids": np.sort(rng.integers(1, 4, (ROWS, TIME)), axis=1).astype(np.int32),
         "loss_mask": (rng.random((ROWS, TIME)) < 0.8).astype(np.float32),
     }

@@ -48,7 +48,7 @@ def main(argv):
         if target not in known:
             raise cli.UserError(f"--target: unknown {target!r}; choose from {', '.join(known)}")
     with launch.recorded():
-        if reason := launch.why_not():
+        if reason := launch.unsupported_reason():
             raise cli.UserError(reason)
     out = cli.output_folder(_OUT.value)
     print(static_triton.NOTE, flush=True)

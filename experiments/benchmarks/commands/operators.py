@@ -44,7 +44,7 @@ _LENGTHS = flags.DEFINE_list(
 )
 _DECAY = flags.DEFINE_list(
     "decay",
-    ["none", "token", "channel"],
+    ["none", "per_token", "per_channel"],
     f"of the matrix recurrences: any of {', '.join(operators.DECAYS)}",
 )
 _SHAPE = flags.DEFINE_string(

@@ -4,7 +4,7 @@ A task is a frozen dataclass. Its fields are its options; a field `eval_x` other
 place of `x` in the validation and test splits. It has
   vocab_size, chance   as a Dataset has them
   row_length           T: the length that its examples are padded to
-  example(rng)         (inputs, targets, loss_mask), one array each of the example's own length
+  example(rng)         (inputs, labels, loss_mask), one array each of the example's own length
 """
 
 import dataclasses
@@ -80,9 +80,9 @@ def task_batches(
             if position < count:
                 example = position if order is None else order[position]
                 philox = np.random.Philox(key=np.append(key, np.uint64(example)))
-                inputs, targets, mask = task.example(np.random.Generator(philox))
+                inputs, labels, mask = task.example(np.random.Generator(philox))
                 batch["inputs"][row, : len(inputs)] = inputs
-                batch["targets"][row, : len(inputs)] = np.where(mask, targets, 0)
+                batch["labels"][row, : len(inputs)] = np.where(mask, labels, 0)
                 batch["segment_ids"][row, : len(inputs)] = 1
                 batch["loss_mask"][row, : len(inputs)] = mask
         return batch

@@ -66,8 +66,8 @@ class ModularArithmetic:
             return self._chain(rng, length // 2)
         tokens, value = self._tree(rng, length - 1, "+-*" if self.multiply else "+-")
         inputs = np.asarray(tokens + [self._token("=")])
-        targets = np.full(len(inputs), value)
-        return inputs, targets, lengths.last_only(len(inputs))
+        labels = np.full(len(inputs), value)
+        return inputs, labels, lengths.last_only(len(inputs))
 
     def _token(self, operator: str) -> int:
         return self.modulus + OPERATORS.index(operator)

@@ -83,8 +83,8 @@ class MQAR:
             inputs = np.zeros(n, np.int64)
         inputs[0 : 2 * d : 2], inputs[1 : 2 * d : 2] = keys, values
         inputs[queries] = keys
-        targets = np.zeros(n, np.int64)
-        targets[queries] = values
+        labels = np.zeros(n, np.int64)
+        labels[queries] = values
         mask = np.zeros(n, np.float32)
         mask[queries] = 1.0
-        return inputs, targets, mask
+        return inputs, labels, mask

@@ -54,8 +54,8 @@ class SelectiveCopying:
         inputs = np.full(self.seq_len, self.vocab_size - 2)
         inputs[places] = data
         inputs[start:] = self.vocab_size - 1
-        targets = np.zeros(self.seq_len, np.int64)
-        targets[start:] = data
+        labels = np.zeros(self.seq_len, np.int64)
+        labels[start:] = data
         mask = np.zeros(self.seq_len, np.float32)
         mask[start:] = 1.0
-        return inputs, targets, mask
+        return inputs, labels, mask

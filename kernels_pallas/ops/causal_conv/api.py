@@ -9,7 +9,7 @@ from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.causal_conv import reference, shifted, tpu
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported, platform="tpu"),
+    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, platform="tpu"),
     dispatch.Implementation("shifted", shifted.run),
     dispatch.Implementation("reference", reference.recurrent),
 )

@@ -81,8 +81,8 @@ def _scale_of(operator, scale, q_BTGK):
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _scaled(_delta_rule_one_token), _not_one_token),
-    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported, "tpu"),
-    dispatch.Implementation("triton", gpu.run, gpu.unsupported, "gpu"),
+    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, "tpu"),
+    dispatch.Implementation("triton", gpu.run, gpu.unsupported_reason, "gpu"),
     dispatch.Implementation("chunked", segments.isolated(chunked.run)),
     dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )

@@ -15,8 +15,10 @@ def _by_decay(function):
 
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("pallas_tpu", _by_decay(tpu.run), _by_decay(tpu.unsupported), "tpu"),
-    dispatch.Implementation("triton", _by_decay(gpu.run), _by_decay(gpu.unsupported), "gpu"),
+    dispatch.Implementation(
+        "pallas_tpu", _by_decay(tpu.run), _by_decay(tpu.unsupported_reason), "tpu"
+    ),
+    dispatch.Implementation("triton", _by_decay(gpu.run), _by_decay(gpu.unsupported_reason), "gpu"),
     dispatch.Implementation("chunked", chunked.run),
     dispatch.Implementation("reference", reference.recurrent),
 )

@@ -39,8 +39,8 @@ def _reference(
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _one_token, _not_one_token),
-    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported, platform="tpu"),
-    dispatch.Implementation("triton", gpu.run, gpu.unsupported, platform="gpu"),
+    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, platform="tpu"),
+    dispatch.Implementation("triton", gpu.run, gpu.unsupported_reason, platform="gpu"),
     dispatch.Implementation("chunked", segments.isolated(chunked.run)),
     dispatch.Implementation("reference", _reference),
 )

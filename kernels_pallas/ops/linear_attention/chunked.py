@@ -39,13 +39,13 @@ def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
     """The chunked form. Arguments are normalised by `api.py`; chunk_size is a power of two, at least 16, or None."""
-    per_channel = log_decay_BTHK is not None and log_decay_BTHK.shape[-1] > 1
+    decay = decay_sums.kind(log_decay_BTHK)
+    per_channel = decay == "per_channel"
     if per_channel:
         q_BTGK, k_BTGK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
     B, T, G, K = q_BTGK.shape
     H, V = v_BTHV.shape[2:]
     R = H // G
-    decay = "none" if log_decay_BTHK is None else "channel" if per_channel else "head"
     key = ("linear_attention", "chunked", str(v_BTHV.dtype), f"{K}x{V} {decay}")
     C = chunk_size or tuning.lookup({"chunk_size": CHUNK_SIZE}, *key)["chunk_size"]
     C = chunk_blocks.chunk_length(C, T, least=16)

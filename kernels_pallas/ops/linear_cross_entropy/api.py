@@ -23,7 +23,7 @@ LAYOUTS = ("WD", "DW")
 def linear_cross_entropy(
     x_BTD: jax.Array,
     matrix: jax.Array,
-    targets_BT: jax.Array,
+    labels_BT: jax.Array,
     *,
     layout: str = "WD",
     bias_W: jax.Array | None = None,
@@ -45,13 +45,13 @@ def linear_cross_entropy(
     Args:
       x_BTD: (B, T, D), the last norm's output. With a bfloat16 matrix too, products take them as they are, and sum in float32.
       matrix: (W, D), as a tied embedding is held, or (D, W) with layout="DW", as a dense layer's kernel is.
-      targets_BT: int (B, T), each in 0 ... W-1 where the mask is not 0. What lies outside counts as a logit of 0.
+      labels_BT: int (B, T), each in 0 ... W-1 where the mask is not 0. What lies outside counts as a logit of 0.
       bias_W: (W,) or None.
       mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient, whatever x is there. It is no weight.
       z_loss: a number, or an array of shape () with a gradient of its own.
       chunk_size: tokens of each row whose logits are held at once; None picks by shape (`chunked.heuristic_chunk_size`).
       words_axis: inside `jax.shard_map`, a mesh axis over which the words are split: the matrix and the bias are this rank's
-        words, in the order of ranks, and targets count all. Logits stay where they are; three numbers a token are summed.
+        words, in the order of ranks, and labels count all. Logits stay where they are; three numbers a token are summed.
       details: also return what else is known of each token: -log p, log Z, whether the target is the likeliest.
       implementation: 'chunked', 'reference' (all logits at once), or None for the best here.
 
@@ -64,15 +64,15 @@ def linear_cross_entropy(
     """
     operator = "linear_cross_entropy"
     _check_product(operator, "x", "matrix", x_BTD, matrix, layout)
-    arguments.check_shape(operator, "targets_BT", targets_BT, x_BTD.shape[:2])
-    arguments.check_integers(operator, "targets_BT", targets_BT)
+    arguments.check_shape(operator, "labels_BT", labels_BT, x_BTD.shape[:2])
+    arguments.check_integers(operator, "labels_BT", labels_BT)
     softcap = _softcap(operator, "logit_softcap", logit_softcap)
     arguments.check_number_or_scalar(operator, "z_loss", z_loss)
     arguments.check_flag(operator, "details", details)
     loss = reference.CrossEntropy(softcap, words_axis)
     loss_BT, token_details = _run(
         operator, loss, layout, chunk_size, implementation,
-        x_BTD, matrix, bias_W, targets_BT, mask_BT, (), jnp.asarray(z_loss),
+        x_BTD, matrix, bias_W, labels_BT, mask_BT, (), jnp.asarray(z_loss),
     )  # fmt: skip
     return (loss_BT, token_details) if details else loss_BT
 

@@ -24,14 +24,14 @@ class TokenDetails(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """per_token: targets and mask (B, T). learned: the z-loss's weight. details: TokenDetails.
+    """per_token: labels and mask (B, T). learned: the z-loss's weight. details: TokenDetails.
     words_axis: the mesh axis that words are split over."""
 
     softcap: float | None
     words_axis: str | None = None
 
     def __call__(self, logits_BTW, per_token, fixed, z_loss):
-        targets_BT, mask_BT = per_token
+        labels_BT, mask_BT = per_token
         logits_BTW = capped(logits_BTW, self.softcap)
         largest_BT = jax.lax.stop_gradient(jnp.max(logits_BTW, axis=-1))
         first_word = 0
@@ -43,12 +43,12 @@ class CrossEntropy:
             z_BT = self._sum(jnp.exp(logits_BTW - largest_BT[..., None]))
             log_z_BT = largest_BT + jnp.log(z_BT)
         # As a sum over W: a gather, and its gradient's scatter, are slow on accelerators.
-        # Not in the targets' dtype: bytes would count 256 words and more from 0 again.
+        # Not in the labels' dtype: bytes would count 256 words and more from 0 again.
         word_W = first_word + jnp.arange(logits_BTW.shape[-1], dtype=jnp.int32)
-        chosen_BTW = word_W[None, None] == targets_BT[..., None]
-        target_logit_BT = self._sum(jnp.where(chosen_BTW, logits_BTW, 0))
-        nll_BT = log_z_BT - target_logit_BT
-        correct_BT = (target_logit_BT >= largest_BT).astype(nll_BT.dtype)
+        chosen_BTW = word_W[None, None] == labels_BT[..., None]
+        label_logit_BT = self._sum(jnp.where(chosen_BTW, logits_BTW, 0))
+        nll_BT = log_z_BT - label_logit_BT
+        correct_BT = (label_logit_BT >= largest_BT).astype(nll_BT.dtype)
         details = jax.lax.stop_gradient(TokenDetails(nll_BT, log_z_BT, correct_BT))
         return masked(nll_BT + z_loss.astype(log_z_BT.dtype) * log_z_BT**2, mask_BT), details
 

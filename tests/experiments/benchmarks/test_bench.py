@@ -325,7 +325,10 @@ def test_published_shapes_are_problems(case):
     [
         ({"op": ["gated"]}, "choose from linear_attention, delta_rule"),
         ({"op": ["all", "gated"]}, "choose from linear_attention, delta_rule"),
-        ({"op": ["all", "delta_rule"], "decay": ["scalar"]}, "none, head, token, channel"),
+        (
+            {"op": ["all", "delta_rule"], "decay": ["scalar"]},
+            "none, per_head, per_token, per_channel",
+        ),
         ({"op": ["delta_rule"], "lengths": ["1k"]}, "--lengths is 1k; give numbers"),
         ({"op": ["delta_rule"], "lengths": ["0"]}, "--lengths has 0; it must be at least 1"),
         (
@@ -333,7 +336,7 @@ def test_published_shapes_are_problems(case):
             "choose from pallas_tpu, shifted, reference",
         ),
         ({"op": ["causal_conv"], "implementations": ["chunked"]}, "has none of chunked"),
-        ({"op": ["delta_rule"], "decay": ["scalar"]}, "none, head, token, channel"),
+        ({"op": ["delta_rule"], "decay": ["scalar"]}, "none, per_head, per_token, per_channel"),
         ({"op": ["delta_rule"], "passes": ["backward"]}, "forward, forward_backward"),
         ({"op": ["causal_conv"], "shape": "big"}, "no shape 'big'; choose one of mamba2_2.7b"),
     ],

@@ -34,7 +34,7 @@ def test_rows_and_files(tmp_path):
 
 def test_targets_are_judged_at_their_shape():
     row = {
-        "op": "delta_rule", "decay": "token", "shape": "target", "dtype": "bfloat16", "topology": "v6e:2x2",
+        "op": "delta_rule", "decay": "per_token", "shape": "target", "dtype": "bfloat16", "topology": "v6e:2x2",
         "implementation": "pallas_tpu", "pass": "forward", "kernel_cycles": 14.0, "xla_cycles": 1.0, "unestimated_bytes": 0,
         "hbm_ratio": 1.4, "kernels": [{"name": "k", "spills": 3, "spill_share": 0.02}],
     }  # fmt: skip
@@ -43,7 +43,9 @@ def test_targets_are_judged_at_their_shape():
     assert static_cost.targets([row | {"shape": "small"}]) == []
 
 
-@pytest.mark.parametrize("op, variant", [("delta_rule", "channel"), ("diagonal_scan", "complex")])
+@pytest.mark.parametrize(
+    "op, variant", [("delta_rule", "per_channel"), ("diagonal_scan", "complex")]
+)
 def test_models_arrays_give_the_operators_results(op, variant):
     case, shape = operators.CASES[op], operators.Shape(H=2, K=4, V=6, D=5)
     inputs = operators.make_problem(case, shape, 5, variant, "float32").inputs

@@ -60,7 +60,7 @@ def test_accuracy_is_not_traded_for_speed():
 
 
 def test_tuning_here_times_the_chunked_form_and_writes_the_table(tmp_path, capsys, monkeypatch):
-    tiny = {"small": {"B": 1, "T": 64, "G": 1, "H": 1, "K": 4, "V": 4, "decay": None}}
+    tiny = {"small": {"B": 1, "T": 64, "G": 1, "H": 1, "K": 4, "V": 4, "decay": "none"}}
     monkeypatch.setattr(linear_attention_shapes, "SHAPES", tiny)
     monkeypatch.setitem(tune.CANDIDATES, "chunked", {"chunk_size": (16, 64)})
     _main(

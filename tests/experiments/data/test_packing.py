@@ -41,28 +41,28 @@ def test_one_pass_holds_every_byte_once_as_input_and_as_target_and_every_end(seq
         b"z" * (seq_len + 1),
     ]
     documents = [d for d in documents if d] + [b""]
-    inputs, targets = [], []
+    inputs, labels = [], []
     for batch in packed(documents, seq_len=seq_len):
         assert batch["inputs"].shape == (4, seq_len)
         inputs.append(batch["inputs"][batch["segment_ids"] > 0])
-        targets.append(batch["targets"][batch["loss_mask"] > 0])
+        labels.append(batch["labels"][batch["loss_mask"] > 0])
         padding = batch["segment_ids"] == 0
         assert not any(batch[k][padding].any() for k in batch)
         np.testing.assert_array_equal(batch["loss_mask"] > 0, ~padding)
-        np.testing.assert_array_equal(batch["num_bytes"], ~padding & (batch["targets"] < 256))
+        np.testing.assert_array_equal(batch["num_bytes"], ~padding & (batch["labels"] < 256))
     order = batches.EpochOrder(len(documents), 0)
     documents = [documents[order[i]] for i in range(len(documents))]
     expected = np.concatenate([[256, *d] for d in documents if d])
     np.testing.assert_array_equal(np.concatenate(inputs), expected)
     # What follows each token is the next one; the last document's end is followed by no other's start.
-    np.testing.assert_array_equal(np.concatenate(targets), [*expected[1:], 256])
+    np.testing.assert_array_equal(np.concatenate(labels), [*expected[1:], 256])
 
 
 def test_rows_by_hand():
     """Documents that end inside a row, at its end, and a token behind it."""
     iterator = iter(packed([b"abc"], train=True, seq_len=3, batch_size=1))
     a, b, c, end = 97, 98, 99, 256
-    for inputs, targets, ids in (
+    for inputs, labels, ids in (
         ([end, a, b], [a, b, c], [1, 1, 1]),
         ([c, end, a], [end, a, b], [1, 2, 2]),  # the rest of a document, as a segment of its own
         ([b, c, end], [c, end, a], [1, 1, 2]),
@@ -70,9 +70,9 @@ def test_rows_by_hand():
         ([end, a, b], [a, b, c], [1, 1, 1]),
     ):
         batch = next(iterator)
-        for key, row in (("inputs", inputs), ("targets", targets), ("segment_ids", ids)):
+        for key, row in (("inputs", inputs), ("labels", labels), ("segment_ids", ids)):
             assert batch[key].tolist() == [row], key
-    # A position as saved by runs that had no targets at documents' ends: all but the last token are used up.
+    # A position as saved by runs that had no labels at documents' ends: all but the last token are used up.
     iterator.set_state(iterator.get_state() | {"document": [0], "offset": [3]})
     assert next(iterator)["inputs"].tolist() == [[c, end, a]]
 
@@ -80,15 +80,15 @@ def test_rows_by_hand():
 @pytest.mark.parametrize("seq_len", [2, 3, 4, 16])
 def test_a_piece_of_a_document_has_no_end(seq_len):
     parts = [text.Piece(b"abc"), text.Piece(b"d"), b"ef", b"", text.Piece(b"")]
-    inputs, targets = [], []
+    inputs, labels = [], []
     for batch in packed(parts, seq_len=seq_len, batch_size=2):
         np.testing.assert_array_equal(batch["loss_mask"] > 0, batch["segment_ids"] > 0)
         inputs.append(batch["inputs"][batch["segment_ids"] > 0])
-        targets.append(batch["targets"][batch["segment_ids"] > 0])
+        labels.append(batch["labels"][batch["segment_ids"] > 0])
     expected = {b"abc": ([256, *b"ab"], [*b"abc"]), b"d": ([256], [*b"d"])}
     expected |= {b"ef": ([256, *b"ef"], [*b"ef", 256]), b"": ([], [])}
     order = packing.one_pass_order(len(parts))
-    for found, part in ((inputs, 0), (targets, 1)):
+    for found, part in ((inputs, 0), (labels, 1)):
         rows = [expected[parts[order[i]]][part] for i in range(len(parts))]
         assert np.concatenate(found).tolist() == sum(rows, [])
 
@@ -98,7 +98,7 @@ def test_the_start_of_one_pass_is_a_sample():
     documents = [bytes([i]) for i in range(200)]
     (first, *_), (other, *_) = (list(packed(documents, seed=seed)) for seed in (0, 1))
     assert_same([first], [other])
-    seen = first["targets"][first["num_bytes"] > 0]
+    seen = first["labels"][first["num_bytes"] > 0]
     assert 60 < seen.mean() < 140 and seen.max() > 150
 
 
@@ -106,10 +106,10 @@ def test_targets_follow_their_inputs_and_end_with_the_document():
     documents = random_documents()
     ends = 0
     for batch in packed(documents):
-        for inputs, targets, mask in segments(batch):
-            np.testing.assert_array_equal(targets[:-1], inputs[1:])
+        for inputs, labels, mask in segments(batch):
+            np.testing.assert_array_equal(labels[:-1], inputs[1:])
             assert mask.all()
-            ends += targets[-1] == 256
+            ends += labels[-1] == 256
             assert 256 not in inputs[1:], "a segment holds one document"
     assert ends == len(documents)
 
@@ -124,7 +124,7 @@ def test_only_the_end_of_a_pass_is_padded():
 def test_an_epoch_is_every_document_and_the_next_has_another_order():
     documents = [bytes([i]) for i in range(40)]  # two tokens each: a row of 16 holds 8
     rows = take(iter(packed(documents, train=True, batch_size=1)), 15)
-    seen = np.concatenate([b["targets"][b["num_bytes"] > 0] for b in rows]).reshape(3, 40)
+    seen = np.concatenate([b["labels"][b["num_bytes"] > 0] for b in rows]).reshape(3, 40)
     for epoch in seen:
         assert sorted(epoch) == list(range(40))
     assert len({tuple(epoch) for epoch in seen}) == 3
@@ -157,14 +157,12 @@ def test_the_rows_of_a_batch_come_from_different_documents():
     documents = [bytes([i]) * 500 for i in range(8)]
     read = take(iter(packed(documents, train=True, batch_size=8)), 80)
     for batch in read[:20]:
-        assert len(set(batch["targets"][:, 0])) == 8
+        assert len(set(batch["labels"][:, 0])) == 8
     # A lane is one stream, of documents and their ends: what follows each token is the next one.
     for lane in range(8):
-        inputs, targets = (
-            np.concatenate([b[k][lane] for b in read]) for k in ("inputs", "targets")
-        )
-        np.testing.assert_array_equal(inputs[1:], targets[:-1])
-        assert np.flatnonzero(targets == 256).tolist() == [500, 1001]
+        inputs, labels = (np.concatenate([b[k][lane] for b in read]) for k in ("inputs", "labels"))
+        np.testing.assert_array_equal(inputs[1:], labels[:-1])
+        assert np.flatnonzero(labels == 256).tolist() == [500, 1001]
 
 
 @pytest.fixture
@@ -232,8 +230,8 @@ def resized(documents, batch_sizes, batches_each, seq_len=16):
         if state is not None:
             stream.set_state(state)
         for batch in take(stream, batches_each):
-            targets = batch["targets"][batch["loss_mask"] > 0]
-            np.add.at(count_N, place_W[targets[targets < 256]], 1)
+            labels = batch["labels"][batch["loss_mask"] > 0]
+            np.add.at(count_N, place_W[labels[labels < 256]], 1)
         state = json.loads(json.dumps(stream.get_state()))
     return count_N, state
 

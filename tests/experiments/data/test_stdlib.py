@@ -113,11 +113,11 @@ def test_batches_of_it(config):
     dataset = make_dataset(config, "validation")
     assert dataset.vocab_size == 257
     batches = list(dataset)
-    targets = np.concatenate([b["targets"][b["loss_mask"] > 0] for b in batches])
-    data = bytes(targets[targets < 256].astype(np.uint8))
+    labels = np.concatenate([b["labels"][b["loss_mask"] > 0] for b in batches])
+    data = bytes(labels[labels < 256].astype(np.uint8))
     assert sorted(data.splitlines()) == sorted(split_bytes(config, "validation").splitlines())
     source = documents(config, "validation")
-    assert (targets == 256).sum() == sum(len(source[i]) > 0 for i in range(len(source)))
+    assert (labels == 256).sum() == sum(len(source[i]) > 0 for i in range(len(source)))
 
 
 def test_a_tfds_dataset_by_name(config, library, tmp_path):

@@ -18,15 +18,15 @@ def examples(name, count=200, split="train", **options):
 @pytest.mark.parametrize("supervise", ["last", "all"])
 def test_parity(supervise):
     task, drawn = examples("parity", 400, supervise=supervise)
-    for bits, targets, mask in drawn:
+    for bits, labels, mask in drawn:
         assert set(bits) <= {0, 1}
         for t in range(len(bits)):
-            assert targets[t] == sum(bits[: t + 1]) % 2
+            assert labels[t] == sum(bits[: t + 1]) % 2
         counts = [supervise == "all" and t >= 2 or t == len(bits) - 1 for t in range(len(bits))]
         assert mask.tolist() == counts, "prefixes of 3 bits and more"
     found = [len(bits) for bits, _, _ in drawn]
     assert min(found) == 3 and max(found) == 40 == task.row_length
-    assert 0.4 < np.mean([targets[-1] for _, targets, _ in drawn]) < 0.6
+    assert 0.4 < np.mean([labels[-1] for _, labels, _ in drawn]) < 0.6
 
 
 def expression(task, inputs):
@@ -40,10 +40,10 @@ def expression(task, inputs):
 def test_modular_arithmetic(brackets, multiply):
     task, drawn = examples("modular_arithmetic", 400, brackets=brackets, multiply=multiply)
     characters = set()
-    for inputs, targets, mask in drawn:
+    for inputs, labels, mask in drawn:
         written = expression(task, inputs)
         assert written[-1] == "=" and written.count("=") == 1
-        assert targets[-1] == eval(written[:-1]) % 5
+        assert labels[-1] == eval(written[:-1]) % 5
         assert mask.tolist() == [0] * (len(inputs) - 1) + [1]
         characters |= set(written)
     operators = "+-*" if multiply else "+-"
@@ -55,33 +55,33 @@ def test_modular_arithmetic(brackets, multiply):
 
 def test_modular_arithmetic_supervised_at_every_number():
     task, drawn = examples("modular_arithmetic", supervise="all", modulus=7)
-    for inputs, targets, mask in drawn:
+    for inputs, labels, mask in drawn:
         written = expression(task, inputs)
         for t, character in enumerate(written):
             assert mask[t] == (character.isdigit() or character == "=")
             if mask[t]:
-                assert targets[t] == eval(written[: t + 1].rstrip("=")) % 7
+                assert labels[t] == eval(written[: t + 1].rstrip("=")) % 7
 
 
 @pytest.mark.parametrize("seq_len,num_pairs", [(64, 4), (128, 8), (512, 64), (32, 8)])
 def test_mqar(seq_len, num_pairs):
     _, drawn = examples("mqar", 300, seq_len=seq_len, num_pairs=num_pairs)
     gaps, fillers = [], []
-    for inputs, targets, mask in drawn:
+    for inputs, labels, mask in drawn:
         assert len(inputs) == seq_len
         pairs = dict(zip(inputs[0 : 2 * num_pairs : 2], inputs[1 : 2 * num_pairs : 2]))
         assert len(pairs) == num_pairs == len(set(pairs.values()))
         assert all(1 <= k < 4096 <= v < 8192 for k, v in pairs.items())
         (queries,) = np.nonzero(mask)
         assert len(queries) == num_pairs and set(inputs[queries]) == set(pairs)
-        assert all(targets[q] == pairs[inputs[q]] for q in queries)
+        assert all(labels[q] == pairs[inputs[q]] for q in queries)
         gap = (queries - 2 * num_pairs) / 2
         assert (gap >= 0).all() and (gap == gap.astype(int)).all()
         gaps += gap.astype(int).tolist()
         rest = np.ones(seq_len, bool)
         rest[: 2 * num_pairs] = rest[queries] = False
         fillers += inputs[rest].tolist()
-        assert not targets[mask == 0].any()
+        assert not labels[mask == 0].any()
     if seq_len > 4 * num_pairs:  # else every place is taken
         assert np.mean(gaps) < (seq_len - 2 * num_pairs) / 4 - 1, "near queries are likelier"
     if fillers:
@@ -94,9 +94,9 @@ def test_mqar_of_mixed_sizes_trains_on_halves_and_tests_on_the_whole():
     sizes = [(len(inputs), int(mask.sum())) for inputs, _, mask in drawn]
     assert set(sizes) == {(64, 8), (32, 4), (16, 2)} and task.row_length == 64
     assert min(sizes.count(size) for size in set(sizes)) > 70
-    for inputs, targets, mask in drawn:
+    for inputs, labels, mask in drawn:
         pairs = dict(zip(inputs[0 : 2 * int(mask.sum()) : 2], inputs[1 : 2 * int(mask.sum()) : 2]))
-        assert all(targets[q] == pairs[inputs[q]] for q in np.flatnonzero(mask))
+        assert all(labels[q] == pairs[inputs[q]] for q in np.flatnonzero(mask))
     _, held_out = examples("mqar", 50, split="test", **options)
     assert {(len(inputs), int(mask.sum())) for inputs, _, mask in held_out} == {(64, 8)}
 
@@ -129,11 +129,11 @@ def test_word_problem(group, order):
     if group[0] == "A":
         matrices = [m for m in matrices if np.linalg.det(m) > 0]
     seen = set()
-    for inputs, targets, mask in drawn:
+    for inputs, labels, mask in drawn:
         product = np.eye(n)
         for t, g in enumerate(inputs):
             product = matrices[g] @ product
-            np.testing.assert_array_equal(product, matrices[targets[t]])
+            np.testing.assert_array_equal(product, matrices[labels[t]])
         assert mask.all() and len(inputs) == 40
         seen |= set(inputs.tolist())
     assert len(seen) > 0.9 * order
@@ -155,11 +155,11 @@ def test_word_problem_of_swaps_and_of_several_tokens_an_element():
 def test_selective_copying():
     _, drawn = examples("selective_copying", seq_len=64, num_tokens=8)
     places = set()
-    for inputs, targets, mask in drawn:
+    for inputs, labels, mask in drawn:
         context = inputs[:-8]
         assert (inputs[-8:] == 15).all() and mask.tolist() == [0] * 56 + [1] * 8
-        np.testing.assert_array_equal(context[context != 14], targets[-8:])
-        assert set(targets[-8:]) <= set(range(14))
+        np.testing.assert_array_equal(context[context != 14], labels[-8:])
+        assert set(labels[-8:]) <= set(range(14))
         places |= set(np.flatnonzero(context != 14).tolist())
     assert len(places) == 56
 
@@ -172,14 +172,14 @@ class TestEveryTask:
         for batch in take(iter(train), 20):
             shape = batch["inputs"].shape
             assert shape[0] == 8 and all(array.shape == shape for array in batch.values())
-            assert [batch[k].dtype.name for k in ("inputs", "targets", "segment_ids", "loss_mask")] == [
+            assert [batch[k].dtype.name for k in ("inputs", "labels", "segment_ids", "loss_mask")] == [
                 "int32", "int32", "int32", "float32",
             ]  # fmt: skip
             padding = batch["segment_ids"] == 0
             assert not any(array[padding].any() for array in batch.values())
-            assert not batch["targets"][batch["loss_mask"] == 0].any()
+            assert not batch["labels"][batch["loss_mask"] == 0].any()
             assert batch["loss_mask"].sum(1).min() >= 1
-            for key in ("inputs", "targets"):
+            for key in ("inputs", "labels"):
                 assert batch[key].min() >= 0 and batch[key].max() < train.vocab_size
 
     def test_one_pass_has_every_example_and_full_shapes(self, name):

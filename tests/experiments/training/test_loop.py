@@ -73,10 +73,10 @@ def test_leaves_its_record(whole_run):
     assert set(result["baselines_bits_per_byte"]) == {"gzip -9", "byte bigram"}
     test_set = make_dataset(config.data, "test")
     batch = next(iter(test_set))
-    targets = batch["targets"][batch["loss_mask"] > 0]
-    scored = targets[targets < 256].astype(np.uint8).tobytes()
+    labels = batch["labels"][batch["loss_mask"] > 0]
+    scored = labels[labels < 256].astype(np.uint8).tobytes()
     # Ends of documents cost bits, and are no bytes.
-    assert len(scored) == bytes_scored and len(targets) == result["tokens"]
+    assert len(scored) == bytes_scored and len(labels) == result["tokens"]
     bits = result["loss"] * result["tokens"] / np.log(2)
     np.testing.assert_allclose(result["bits_per_byte"], bits / bytes_scored, rtol=1e-9)
     of_corpus = summary.scored_bytes(data.documents(config.data, "test"), bytes_scored)
@@ -278,7 +278,7 @@ def test_the_logits_are_never_held(tmp_path):
     B, T = 1, 65536
     program = steps.build(config, T, jax.devices()[:1])
     int_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    batch = {"inputs": int_BT, "targets": int_BT, "segment_ids": int_BT}
+    batch = {"inputs": int_BT, "labels": int_BT, "segment_ids": int_BT}
     batch["loss_mask"] = jax.ShapeDtypeStruct((B, T), jnp.float32)
     step = program.train_step.lower(program.abstract_state, batch).compile()
     temporary = step.memory_analysis().temp_size_in_bytes

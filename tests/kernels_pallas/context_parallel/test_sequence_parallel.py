@@ -122,14 +122,14 @@ def _check(operator, W, exchange, regimes, T, implementation="chunked", **keywor
 
 
 slow, exhaustive = pytest.mark.slow, [pytest.mark.slow, pytest.mark.exhaustive]
-HEAD = ("head mixed", "head resets", "head strong", "head weak")
-CHANNEL = ("channel mixed", "channel resets", "channel strong", "channel weak")
+HEAD = ("per_token mixed", "per_token resets", "per_token strong", "per_token weak")
+CHANNEL = ("per_channel mixed", "per_channel resets", "per_channel strong", "per_channel weak")
 SIGNS = ("none", "one key, beta 2", "repeated keys, any beta")
 EQUAL = [
     pytest.param("linear_attention", 8, "all_gather", HEAD, 504),
     pytest.param("linear_attention", 4, "all_scan", CHANNEL, 400, marks=slow),
     pytest.param("linear_attention", 2, "ring", ("none",), 200, marks=slow),
-    pytest.param("linear_attention", 4, "all_gather", ("fixed",), 400, marks=exhaustive),
+    pytest.param("linear_attention", 4, "all_gather", ("per_head",), 400, marks=exhaustive),
     pytest.param("delta_rule", 4, "all_gather", SIGNS, 400, marks=slow),
     pytest.param("delta_rule", 8, "all_scan", CHANNEL, 504, marks=exhaustive),
     pytest.param("delta_rule", 2, "ring", HEAD, 126, marks=exhaustive),
@@ -315,9 +315,9 @@ def test_softmax_attention_in_an_order_of_the_callers(exchange):
 @pytest.mark.parametrize(
     "operator, W, exchange, regime",
     [
-        ("linear_attention", 4, "all_gather", "head weak"),
-        pytest.param("linear_attention", 8, "all_scan", "channel mixed", marks=exhaustive),
-        pytest.param("delta_rule", 4, "all_gather", "head weak", marks=exhaustive),
+        ("linear_attention", 4, "all_gather", "per_token weak"),
+        pytest.param("linear_attention", 8, "all_scan", "per_channel mixed", marks=exhaustive),
+        pytest.param("delta_rule", 4, "all_gather", "per_token weak", marks=exhaustive),
         pytest.param("diagonal_scan", 4, "all_gather", "log", marks=exhaustive),
     ],
 )
@@ -339,9 +339,9 @@ def test_bfloat16(operator, W, exchange, regime):
 @pytest.mark.parametrize(
     "operator, regime",
     [
-        ("linear_attention", "head mixed"),
+        ("linear_attention", "per_token mixed"),
         pytest.param("diagonal_scan", "log", marks=exhaustive),
-        pytest.param("linear_attention", "channel mixed", marks=exhaustive),
+        pytest.param("linear_attention", "per_channel mixed", marks=exhaustive),
     ],
 )
 def test_kernels(operator, regime):
@@ -353,8 +353,8 @@ def test_kernels(operator, regime):
 @pytest.mark.parametrize(
     "operator, regime",
     [
-        ("linear_attention", "fixed"),
-        pytest.param("delta_rule", "fixed", marks=exhaustive),
+        ("linear_attention", "per_head"),
+        pytest.param("delta_rule", "per_head", marks=exhaustive),
         pytest.param("diagonal_scan", "fixed", marks=exhaustive),
     ],
 )
@@ -532,7 +532,7 @@ def _collectives(text, W):
 def _compiled(operator, exchange, W, T, packed, **sizes):
     """The program of a sequence's loss and gradients: no final state, no initial one."""
     shape = Shape(B=1, T=T, H=2, G=1, **sizes)
-    regime = {"linear_attention": "head weak", "delta_rule": "none", "diagonal_scan": "log"}
+    regime = {"linear_attention": "per_token weak", "delta_rule": "none", "diagonal_scan": "log"}
     inputs = inputs_of(CASES[operator], shape, regime[operator])
     del inputs["initial_state"]
     case = _over_ranks(operator, W, exchange)

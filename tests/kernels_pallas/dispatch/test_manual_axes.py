@@ -26,7 +26,7 @@ ARRAYS = {name: (B, T, H, K) for name in ("q", "k", "v", "a", "b", "log_decay_BT
     "matrix": (W, D),
     "initial_state": (B, H, K, K),
 }
-WITH_TIME = {"q", "k", "v", "a", "b", "log_decay_BTHK", "beta", "x", "segment_ids", "targets_BT"}
+WITH_TIME = {"q", "k", "v", "a", "b", "log_decay_BTHK", "beta", "x", "segment_ids", "labels_BT"}
 KEYWORDS = {"bias", "initial_state"}
 CALLS = {
     "linear_attention": ("linear_attention", "q k v log_decay initial_state", {}),
@@ -102,7 +102,7 @@ def test_equals_the_whole(name, split):
     """Results, and gradients; those of what every device has are sums over devices."""
     inputs = _inputs(CALLS[name][1].split())
     if name == "linear_cross_entropy":
-        inputs["targets_BT"] = np.arange(B * T, dtype=np.int32).reshape(B, T) % W
+        inputs["labels_BT"] = np.arange(B * T, dtype=np.int32).reshape(B, T) % W
     else:
         inputs["segment_ids"] = np.array([[1, 1, 1, 2, 2, 1, 1, 1] * 2] * B, np.int32)
     split_names = WITH_TIME | ({"initial_state"} if split == "batch" else set())
@@ -134,11 +134,11 @@ def test_words_split_over_devices():
     summed over the parts.
     """
     inputs = _inputs(["x", "matrix"])
-    targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % W
+    labels = np.arange(B * T, dtype=np.int32).reshape(B, T) % W
 
     def loss(axis, inputs):
         call = functools.partial(
-            kernels_pallas.linear_cross_entropy, targets_BT=targets, chunk_size=6
+            kernels_pallas.linear_cross_entropy, labels_BT=labels, chunk_size=6
         )
         return call(inputs["x"], inputs["matrix"], words_axis=axis)
 
@@ -157,7 +157,7 @@ def test_explicit_axes(name):
     """Arrays whose types have their shardings, in and out, and through the gradient."""
     inputs = _inputs(CALLS[name][1].split())
     if name == "linear_cross_entropy":
-        inputs["targets_BT"] = np.arange(B * T, dtype=np.int32).reshape(B, T) % W
+        inputs["labels_BT"] = np.arange(B * T, dtype=np.int32).reshape(B, T) % W
     call = _function(kernels_pallas, name)
     expected = _with_gradients(call, inputs)
     mesh = jax.make_mesh(

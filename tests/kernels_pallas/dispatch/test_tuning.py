@@ -9,8 +9,8 @@ import pytest
 
 from kernels_pallas import linear_attention
 from kernels_pallas.dispatch import tuning
-from kernels_pallas.ops.delta_rule.tpu import tiling as delta_rule_plan
-from kernels_pallas.ops.linear_attention.tpu import tiling as linear_attention_plan
+from kernels_pallas.ops.delta_rule.tpu import tiling as delta_rule_tiling
+from kernels_pallas.ops.linear_attention.tpu import tiling as linear_attention_tiling
 from kernels_pallas.tools import tpu_compile
 
 TABLE = {
@@ -64,13 +64,13 @@ def test_saving_merges_and_removes(tmp_path):
 
 def _arrays(K, V, decay, dtype, H=8):
     q, v = (jax.ShapeDtypeStruct((1, 1024, H, n), dtype) for n in (K, V))
-    gate = {"none": None, "head": (1, 1024, H, 1), "channel": (1, 1024, H, K)}[decay]
+    gate = {"none": None, "per_token": (1, 1024, H, 1), "per_channel": (1, 1024, H, K)}[decay]
     return q, q, v, gate and jax.ShapeDtypeStruct(gate, jnp.float32)
 
 
 def test_every_entry_for_tpus_fits():
-    """What the table says is what the plan takes: a size that did not fit would be replaced in silence."""
-    planners = {"linear_attention": linear_attention_plan, "delta_rule": delta_rule_plan}
+    """What the table says is what the tiling takes: a size that did not fit would be replaced in silence."""
+    planners = {"linear_attention": linear_attention_tiling, "delta_rule": delta_rule_tiling}
     kinds = {part.device_kind for part in tpu_compile.PARTS.values()}
     keys = {key: sizes for key, sizes in tuning._table().items() if "/pallas_tpu/" in key}
     assert keys
@@ -83,27 +83,27 @@ def test_every_entry_for_tpus_fits():
         widths, decay = shape.split()
         arrays = _arrays(*map(int, widths.split("x")), decay, jnp.dtype(dtype))
         with _device(kind):
-            plan = planners[op].plan_of(*arrays, None, None, 1.0)
-        assert plan.vmem_bytes <= planners[op].VMEM_BYTES
-        taken = {"chunk_size": plan.C, "heads": plan.heads}
+            tiling = planners[op].tiling_of(*arrays, None, None, 1.0)
+        assert tiling.vmem_bytes <= planners[op].VMEM_BYTES
+        taken = {"chunk_size": tiling.C, "heads": tiling.heads}
         assert taken | sizes == taken, key
 
 
-@pytest.mark.parametrize("planner", [linear_attention_plan, delta_rule_plan])
+@pytest.mark.parametrize("planner", [linear_attention_tiling, delta_rule_tiling])
 def test_plans_ask_the_table_and_a_given_chunk_size_wins(planner):
-    arrays = _arrays(128, 128, "head", jnp.bfloat16)
+    arrays = _arrays(128, 128, "per_token", jnp.bfloat16)
     with _device("TPU v99"), tuning.asked() as found:
-        planner.plan_of(*arrays, None, None, 1.0)
+        planner.tiling_of(*arrays, None, None, 1.0)
     (key,) = found
-    assert key.endswith("/pallas_tpu/bfloat16/128x128 head/TPU v99")
+    assert key.endswith("/pallas_tpu/bfloat16/128x128 per_token/TPU v99")
     with _device("TPU v99"), tuning.trying({key: {"chunk_size": 32, "heads": 2}}):
-        plan = planner.plan_of(*arrays, None, None, 1.0)
-        assert (plan.C, plan.heads) == (32, 2)
-        assert planner.plan_of(*arrays, None, 64, 1.0).C == 64
+        tiling = planner.tiling_of(*arrays, None, None, 1.0)
+        assert (tiling.C, tiling.heads) == (32, 2)
+        assert planner.tiling_of(*arrays, None, 64, 1.0).C == 64
         too_much = {key: {"chunk_size": 1024, "heads": 8}}
         with tuning.trying(too_much):
-            plan = planner.plan_of(*arrays, None, None, 1.0)
-        assert plan.heads < 8 or plan.C < 1024
+            tiling = planner.tiling_of(*arrays, None, None, 1.0)
+        assert tiling.heads < 8 or tiling.C < 1024
 
 
 def test_the_chunked_form_asks_too():

@@ -324,15 +324,15 @@ def test_every_dtype_that_a_kernel_takes_is_checked():
 @pytest.mark.parametrize("operator", ["linear_attention", "delta_rule"])
 def test_float16_passes_its_check_interpreted(operator):
     with devices.interpreted():
-        result = selfcheck.check(operator, "triton", "head", "float16", selfcheck.TINY)
+        result = selfcheck.check(operator, "triton", "per_token", "float16", selfcheck.TINY)
     assert result.problem is None
 
 
 def test_every_operator_with_a_kernel_has_checks():
-    for module in pkgutil.iter_modules(kernels_pallas.__path__):
+    for module in pkgutil.iter_modules(kernels_pallas.ops.__path__):
         if not module.ispkg:
             continue
-        api = importlib.import_module(f"kernels_pallas.{module.name}.api")
+        api = importlib.import_module(f"kernels_pallas.ops.{module.name}.api")
         if any(x.platform for x in getattr(api, "IMPLEMENTATIONS", ())):
             assert module.name in selfcheck.CASES
             assert selfcheck.kernels(module.name, ("tpu",))
@@ -340,7 +340,12 @@ def test_every_operator_with_a_kernel_has_checks():
 
 @pytest.mark.parametrize(
     "variant, decay, ids",
-    [("none", None, False), ("head", None, True), ("head", 1, True), ("channel", 8, False)],
+    [
+        ("none", None, False),
+        ("per_token", None, True),
+        ("per_token", 1, True),
+        ("per_channel", 8, False),
+    ],
 )
 def test_kinds_of_the_matrix_recurrences(variant, decay, ids, monkeypatch):
     seen = []
@@ -460,10 +465,10 @@ def test_every_kernel_passes_interpreted(operator):
 @pytest.mark.parametrize(
     "operator, variant",
     [
-        ("linear_attention", "head"),
+        ("linear_attention", "per_token"),
         ("diagonal_scan", "real"),
         ("causal_conv", "silu norm packed"),
-        pytest.param("delta_rule", "head", marks=pytest.mark.exhaustive),
+        pytest.param("delta_rule", "per_token", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_check_at_its_real_size(operator, variant):

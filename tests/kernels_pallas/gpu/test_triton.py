@@ -75,20 +75,20 @@ def _triton(case: OperatorCase, typical: str, fast) -> OperatorCase:
 
 
 class TestLinearAttention(Interpreted):
-    case = _triton(test_linear_attention.CASE, "head weak", ((63, "head mixed"),))
+    case = _triton(test_linear_attention.CASE, "per_token weak", ((63, "per_token mixed"),))
     slow = (
-        *((1, "head weak"), (64, "none"), (100, "fixed"), (128, "head strong")),
-        *((100, "head resets"), (100, "channel extreme"), (128, "channel mixed")),
-        *((63, "channel strong"), (100, "channel resets"), (100, "channel weak")),
+        *((1, "per_token weak"), (64, "none"), (100, "per_head"), (128, "per_token strong")),
+        *((100, "per_token resets"), (100, "per_channel extreme"), (128, "per_channel mixed")),
+        *((63, "per_channel strong"), (100, "per_channel resets"), (100, "per_channel weak")),
     )
 
 
 class TestDeltaRule(Interpreted):
-    case = _triton(test_delta_rule.DELTA_RULE, "head weak", ((63, "head mixed"),))
+    case = _triton(test_delta_rule.DELTA_RULE, "per_token weak", ((63, "per_token mixed"),))
     slow = (
         *((1, "beta 1"), (64, "none"), (100, "one key, beta 2"), (100, "beta 2")),
-        *((100, "repeated keys, any beta"), (100, "long keys"), (128, "head strong")),
-        *((100, "head resets"), (100, "channel extreme"), (64, "channel mixed")),
+        *((100, "repeated keys, any beta"), (100, "long keys"), (128, "per_token strong")),
+        *((100, "per_token resets"), (100, "per_channel extreme"), (64, "per_channel mixed")),
     )
 
 
@@ -113,10 +113,10 @@ def test_reverse_scan():
 @pytest.mark.parametrize(
     "operator, regime, K, V",
     [
-        ("linear_attention", "channel mixed", 20, 144),
-        ("delta_rule", "head mixed", 96, 40),
-        pytest.param("linear_attention", "channel mixed", 96, 40, marks=pytest.mark.exhaustive),
-        pytest.param("delta_rule", "head mixed", 20, 144, marks=pytest.mark.exhaustive),
+        ("linear_attention", "per_channel mixed", 20, 144),
+        ("delta_rule", "per_token mixed", 96, 40),
+        pytest.param("linear_attention", "per_channel mixed", 96, 40, marks=pytest.mark.exhaustive),
+        pytest.param("delta_rule", "per_token mixed", 20, 144, marks=pytest.mark.exhaustive),
     ],
 )
 def test_widths_that_are_no_blocks(operator, regime, K, V):
@@ -178,7 +178,7 @@ def test_limits_are_named(call, message):
 
 def _delta_rule_shapes(K, dtype, decay):
     shapes = [((1, 300, 2, K), dtype)] * 3 + [((1, 300, 2), jnp.float32)]
-    shapes += {"none": [], "channel": [((1, 300, 2, K), jnp.float32)]}[decay]
+    shapes += {"none": [], "per_channel": [((1, 300, 2, K), jnp.float32)]}[decay]
     return [jax.ShapeDtypeStruct(*x) for x in shapes]
 
 
@@ -192,13 +192,13 @@ def _traced_for_a_gpu():
 @pytest.mark.parametrize(
     "K, dtype, decay, chunk, given, capability, message",
     [  # what fits, in bytes of shared memory: 166912 on sm_80, 232448 on sm_90, 101376 on sm_86
-        (64, jnp.float32, "channel", 32, None, None, None),
-        (128, jnp.float32, "channel", 64, 64, None, "of 163: give chunk_size=32"),
-        (128, jnp.float32, "channel", 64, 64, 9.0, None),
-        (128, jnp.float32, "channel", 64, 64, 8.6, "of 99: give chunk_size=32"),
-        (200, jnp.float32, "channel", 16, None, None, None),
-        (200, jnp.float32, "channel", 32, None, 9.0, None),
-        (256, jnp.bfloat16, "channel", 32, None, 9.0, None),
+        (64, jnp.float32, "per_channel", 32, None, None, None),
+        (128, jnp.float32, "per_channel", 64, 64, None, "of 163: give chunk_size=32"),
+        (128, jnp.float32, "per_channel", 64, 64, 9.0, None),
+        (128, jnp.float32, "per_channel", 64, 64, 8.6, "of 99: give chunk_size=32"),
+        (200, jnp.float32, "per_channel", 16, None, None, None),
+        (200, jnp.float32, "per_channel", 32, None, 9.0, None),
+        (256, jnp.bfloat16, "per_channel", 32, None, 9.0, None),
         (256, jnp.bfloat16, "none", 64, None, None, None),
         (256, jnp.float32, "none", 64, 64, None, "of 163: give chunk_size=32"),
     ],
@@ -206,14 +206,14 @@ def _traced_for_a_gpu():
 def test_chunks_fit_shared_memory(K, dtype, decay, chunk, given, capability, message, monkeypatch):
     """What nobody named is cut until it fits; what was named is refused before it compiles."""
     monkeypatch.setattr(devices, "compute_capability", lambda: capability)
-    unsupported, form_of = launch.unsupported, launch._form_of
+    unsupported_reason, form_of = launch.unsupported_reason, launch._form_of
     shapes = _delta_rule_shapes(K, dtype, decay)
-    qkv, log_decay = shapes[:3], shapes[4] if decay == "channel" else None
+    qkv, log_decay = shapes[:3], shapes[4] if decay == "per_channel" else None
     names = ("q_BTGK", "k_BTGK", "v_BTHV")
     call = dict(zip(names, qkv)) | {"log_decay_BTHK": log_decay, "chunk_size": given}
     state = jax.ShapeDtypeStruct((1, 2, K, K), jnp.float32)
     with _traced_for_a_gpu(), gpu_launch.recorded():
-        reason = unsupported(**call, initial_state_BHKV=state)
+        reason = unsupported_reason(**call, initial_state_BHKV=state)
         assert reason is None if message is None else message in reason
         assert chunk == form_of(*qkv, log_decay, given).C
 
@@ -240,12 +240,12 @@ for launch in launches:
 @pytest.mark.parametrize(
     "K, dtype, decay",
     [
-        (128, "float32", "channel"),
+        (128, "float32", "per_channel"),
         *(
             pytest.param(*x, marks=pytest.mark.exhaustive)
             for x in (
-                *((256, "float32", "channel"), (256, "float32", "none")),
-                *((256, "bfloat16", "channel"), (256, "bfloat16", "none")),
+                *((256, "float32", "per_channel"), (256, "float32", "none")),
+                *((256, "bfloat16", "per_channel"), (256, "bfloat16", "none")),
             )
         ),
     ],

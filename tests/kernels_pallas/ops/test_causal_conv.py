@@ -195,9 +195,9 @@ def test_kernels_compile_for_tpus(part):
     program = tpu_bundles.measure(part, both, x, w, ids, x)
     assert [k.name for k in program.kernels] == ["causal_conv_backward", "causal_conv_forward"]
     finish = reference.Finish("silu", 16)
-    plan = launch.Plan.of(x, w, None, ids, finish)
+    tiling = launch.Tiling.of(x, w, None, ids, finish)
     for kernel in program.kernels:
-        assert 0 < kernel.vmem_bytes < plan.vmem_bytes < launch.VMEM_BYTES
+        assert 0 < kernel.vmem_bytes < tiling.vmem_bytes < launch.VMEM_BYTES
         assert kernel.hbm_bytes <= 1.1 * kernel.least_hbm_bytes
     assert program.hbm_bytes <= 2 * program.least_hbm_bytes
 

@@ -48,14 +48,14 @@ def _gate(rng, size, kind):
 
 
 def _log_decay(rng, shape, words):
-    """{} or the log_decay named by the last two of a regime's words, such as "head weak"."""
+    """{} or the log_decay named by the last two of a regime's words, such as "per_token weak"."""
     B, T, H, K = shape.B, shape.T, shape.H, shape.K
     match words:
-        case [*_, "fixed"]:
+        case [*_, "per_head"]:
             return {"log_decay": np.log1p(-(2.0 ** -np.linspace(5, 8, H))).astype(np.float32)}
-        case [*_, "head", kind]:
+        case [*_, "per_token", kind]:
             return {"log_decay": _gate(rng, (B, T, H), kind)}
-        case [*_, "channel", kind]:
+        case [*_, "per_channel", kind]:
             return {"log_decay": _gate(rng, (B, T, H, K), kind)}
     return {}
 
@@ -72,7 +72,7 @@ def _delta_rule_inputs(rng, shape: Shape, regime: str):
             beta = np.full_like(beta, 2.0)
         case "repeated keys, any beta":
             k = k[:, np.arange(T) % 3]
-        case "one key, beta 2" | "one key, beta 2 channel zero":
+        case "one key, beta 2" | "one key, beta 2 per_channel zero":
             k, beta = k[:, np.zeros(T, int)], np.full_like(beta, 2.0)
         case "long keys":  # beta |k|^2 up to 2, with |k| up to 3
             length = 1 + 2 * rng.random((B, T, G, 1)).astype(np.float32)
@@ -123,7 +123,7 @@ def _stepper(one_token, names):
 
 DECAYS = tuple(
     f"{axis} {kind}"
-    for axis in ("head", "channel")
+    for axis in ("per_token", "per_channel")
     for kind in ("weak", "strong", "mixed", "resets", "extreme")
 )
 DELTA_RULE = OperatorCase(
@@ -134,14 +134,14 @@ DELTA_RULE = OperatorCase(
     step=_stepper(step, ("q", "k", "v", "beta")),
     regimes=(
         *("none", "beta 0", "beta 1", "beta 2", "repeated keys, any beta", "one key, beta 2"),
-        "one key, beta 2 channel zero",
-        *("long keys", "fixed", *DECAYS),
+        "one key, beta 2 per_channel zero",
+        *("long keys", "per_head", *DECAYS),
     ),
-    typical=("head weak",),
+    typical=("per_token weak",),
     fast=(
-        *((100, "one key, beta 2"), (100, "channel mixed"), (100, "channel extreme")),
-        (100, "one key, beta 2 channel zero"),
-        *((100, "head extreme"), (100, "head resets")),
+        *((100, "one key, beta 2"), (100, "per_channel mixed"), (100, "per_channel extreme")),
+        (100, "one key, beta 2 per_channel zero"),
+        *((100, "per_token extreme"), (100, "per_token resets")),
     ),
     rounded=("q", "k", "v"),
 )
@@ -151,8 +151,8 @@ DIAGONAL_PLUS_LOW_RANK = OperatorCase(
     make_inputs=_diagonal_plus_low_rank_inputs,
     call=_caller(diagonal_plus_low_rank, ("q", "k", "v", "a", "b")),
     step=_stepper(step_diagonal_plus_low_rank, ("q", "k", "v", "a", "b")),
-    regimes=("none", "twice", "fixed", *DECAYS),
-    typical=("channel weak",),
+    regimes=("none", "twice", "per_head", *DECAYS),
+    typical=("per_channel weak",),
     fast=(),
     rounded=("q", "k", "v", "a", "b"),
 )
@@ -177,7 +177,7 @@ class TestDiagonalPlusLowRank(Suite):
 
 def test_general_form_holds_the_delta_rule():
     """a = -beta k, b = exp(g) k, k = beta k; and RWKV-7 is another of its cases, written here with its own (V, K) state."""
-    x = inputs_of(DELTA_RULE, Shape(), "channel weak")
+    x = inputs_of(DELTA_RULE, Shape(), "per_channel weak")
     q, k, v, beta, g, S = (x[n] for n in ("q", "k", "v", "beta", "log_decay", "initial_state"))
     scaled = beta[..., None] * k
     general = diagonal_plus_low_rank(q, scaled, v, -scaled, np.exp(g) * k, g, initial_state=S)
@@ -208,7 +208,7 @@ def test_rwkv7():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decay", ["none", "channel weak"])
+@pytest.mark.parametrize("decay", ["none", "per_channel weak"])
 def test_many_heads_and_tokens_in_spans(decay):
     """More chunks than one span holds, and a last span that is not full."""
     inputs = inputs_of(DELTA_RULE, Shape(B=1, T=300, H=16, G=16, K=4, V=4), decay)
@@ -302,7 +302,7 @@ def test_published_shapes_fit():
         **{f"low rank {n}": s for n, s in DIAGONAL_PLUS_LOW_RANK_SHAPES.items()},
     }.items():
         B, T, G, H, K, V = (shape[n] for n in "BTGHKV")
-        decay = {None: None, "head": (B, T, H), "channel": (B, T, H, K)}[shape["decay"]]
+        decay = {"none": None, "per_token": (B, T, H), "per_channel": (B, T, H, K)}[shape["decay"]]
         sizes = [(B, T, G, K), (B, T, G, K), (B, T, H, V)]
         low_rank = name.startswith("low rank")
         sizes += [(B, T, H, K)] * 2 if low_rank else [(B, T, H)]

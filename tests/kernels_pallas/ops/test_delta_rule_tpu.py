@@ -11,7 +11,7 @@ import pytest
 from kernels_pallas import delta_rule
 from kernels_pallas.dispatch import devices
 from kernels_pallas.ops.delta_rule.shapes import SHAPES
-from kernels_pallas.ops.delta_rule.tpu import tiling
+from kernels_pallas.ops.delta_rule.tpu.tiling import VMEM_BYTES, tiling_of
 from kernels_pallas.tools import tpu_compile
 from kernels_pallas.tpu import primitives
 from tests.kernels_pallas.ops.conformance import (
@@ -36,9 +36,9 @@ class TestPallasTPU(Suite):
     """
 
     case = dataclasses.replace(DELTA_RULE, implementations=("pallas_tpu",))
-    kind_at = {1: "head", 63: "channel", 64: "none", 100: "head", 128: "head"}
-    fast = (100, "head resets")
-    in_bfloat16_too = (100, "head mixed")
+    kind_at = {1: "per_token", 63: "per_channel", 64: "none", 100: "per_token", 128: "per_token"}
+    fast = (100, "per_token resets")
+    in_bfloat16_too = (100, "per_token mixed")
     # Twelve seconds each, of what wraps every kernel alike.
     as_in_linear_attention = ("test_pieces_equal_whole", "test_transformations")
 
@@ -59,7 +59,7 @@ class TestPallasTPU(Suite):
                 many_chunks_of_another_kind = (
                     T == 1000
                     and other_test
-                    and (_kind(regime) != "channel" or test == "test_bfloat16")
+                    and (_kind(regime) != "per_channel" or test == "test_bfloat16")
                 )
                 if many_chunks_of_another_kind or (
                     T in self.kind_at and (other_test or self.kind_at[T] != _kind(regime))
@@ -77,7 +77,7 @@ class TestPallasTPU(Suite):
 
 def _kind(regime):
     words = regime.split()
-    return words[-2] if words[-2:-1] and words[-2] in ("head", "channel") else "none"
+    return words[-2] if words[-2:-1] and words[-2] in ("per_token", "per_channel") else "none"
 
 
 def _check(shape, regime, segment_ids=None, dtype="float32", **keywords):
@@ -99,8 +99,8 @@ def _check(shape, regime, segment_ids=None, dtype="float32", **keywords):
 @pytest.mark.parametrize(
     "chunk_size, regime",
     [
-        *((16, "head mixed"), (64, "channel mixed"), (256, "none")),
-        pytest.param(256, "channel mixed", marks=pytest.mark.exhaustive),
+        *((16, "per_token mixed"), (64, "per_channel mixed"), (256, "none")),
+        pytest.param(256, "per_channel mixed", marks=pytest.mark.exhaustive),
     ],
 )
 def test_chunk_sizes(chunk_size, regime):
@@ -112,11 +112,11 @@ def test_chunk_sizes(chunk_size, regime):
     "K, V, regime",
     [
         pytest.param(64, 64, "none", marks=pytest.mark.exhaustive),
-        (64, 64, "channel mixed"),
-        (128, 64, "head mixed"),
+        (64, 64, "per_channel mixed"),
+        (128, 64, "per_token mixed"),
         (100, 130, "none"),
-        (100, 130, "channel mixed"),
-        (256, 512, "head mixed"),
+        (100, 130, "per_channel mixed"),
+        (256, 512, "per_token mixed"),
     ],
 )
 def test_widths(K, V, regime):
@@ -135,7 +135,7 @@ def test_widths(K, V, regime):
     ],
 )
 def test_heads(G, H, K, V):
-    for regime in ("none", "head mixed", "channel mixed"):
+    for regime in ("none", "per_token mixed", "per_channel mixed"):
         shape = Shape(B=1, T=40, H=H, G=G, K=K, V=V)
         _check(shape, regime, documents(2, 40)[1:], chunk_size=16)
 
@@ -177,7 +177,9 @@ def _published(name):
     sizes = [(B, T, G, K), (B, T, G, K), (B, T, H, V)]
     arrays = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
     arrays.append(jax.ShapeDtypeStruct((B, T, H), jnp.float32))
-    decay = {None: None, "head": (B, T, H), "channel": (B, T, H, K)}[SHAPES[name]["decay"]]
+    decay = {"none": None, "per_token": (B, T, H), "per_channel": (B, T, H, K)}[
+        SHAPES[name]["decay"]
+    ]
     if decay is not None:
         arrays.append(jax.ShapeDtypeStruct(decay, jnp.float32))
     return arrays
@@ -207,9 +209,9 @@ def test_compiles(name, part):
     arrays = _published(name)
     compiled = tpu_compile.compile_for(part, _forward_and_backward, *arrays)
     assert len(compiled.listings) == 2
-    plan = _plan(part, arrays)
+    tiling = _tiling(part, arrays)
     for listing in compiled.listings.values():
-        assert 0 < listing.vmem_bytes <= plan.vmem_bytes <= tiling.VMEM_BYTES
+        assert 0 < listing.vmem_bytes <= tiling.vmem_bytes <= VMEM_BYTES
 
 
 @pytest.mark.exhaustive
@@ -219,17 +221,17 @@ def test_float32_compiles(name, part):
     arrays = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in _published(name)]
     compiled = tpu_compile.compile_for(part, _forward_and_backward, *arrays)
     for listing in compiled.listings.values():
-        assert 0 < listing.vmem_bytes <= _plan(part, arrays).vmem_bytes
+        assert 0 < listing.vmem_bytes <= _tiling(part, arrays).vmem_bytes
 
 
-def _plan(part, arrays):
+def _tiling(part, arrays):
     q, k, v, _, *log_decay = arrays
     decay = None
     if log_decay:
         shape = log_decay[0].shape
         decay = jax.ShapeDtypeStruct(shape if len(shape) == 4 else (*shape, 1), jnp.float32)
     with tpu_compile.tracing_for(part):
-        return tiling.plan_of(q, k, v, decay, None, None, 1.0)
+        return tiling_of(q, k, v, decay, None, None, 1.0)
 
 
 def test_unsupported():

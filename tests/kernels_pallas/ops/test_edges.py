@@ -28,7 +28,7 @@ RECURRENCES = {
 STATES = {"diagonal_scan": "BD", "causal_conv": "BSD"} | dict.fromkeys([*RECURRENCES][:3], "BHKV")
 OTHERS = {
     "softmax_attention": {"q": "BTHK", "k": "BTGK", "v": "BTGV"},
-    "linear_cross_entropy": {"x": "BTD", "matrix": "WD", "targets": "BT"},
+    "linear_cross_entropy": {"x": "BTD", "matrix": "WD", "labels": "BT"},
     "linear_kl_divergence": {"x": "BTD", "matrix": "WD", "teacher": "BTW"},
 }
 EMPTY = [(name, letter) for name in RECURRENCES for letter in "BTHKVD"] + [
@@ -42,7 +42,7 @@ def _arrays(name, sizes):
     for given, letters in (RECURRENCES | OTHERS)[name].items():
         x = rng.standard_normal([sizes[letter] for letter in letters]).astype(np.float32)
         x = -abs(x) if given == "log_decay" else x
-        arrays.append(np.zeros(x.shape, np.int32) if given == "targets" else x)
+        arrays.append(np.zeros(x.shape, np.int32) if given == "labels" else x)
     return arrays
 
 

@@ -48,12 +48,12 @@ def _extreme(rng, case, regime):
 @pytest.mark.parametrize(
     "case, regime",
     [
-        (LINEAR_ATTENTION, "channel weak"),
-        (DELTA_RULE, "head weak"),
+        (LINEAR_ATTENTION, "per_channel weak"),
+        (DELTA_RULE, "per_token weak"),
         (DIAGONAL_SCAN, "weak"),
-        pytest.param(LINEAR_ATTENTION, "head weak", marks=pytest.mark.slow),
-        pytest.param(DELTA_RULE, "channel weak", marks=pytest.mark.slow),
-        pytest.param(DIAGONAL_PLUS_LOW_RANK, "channel weak", marks=pytest.mark.slow),
+        pytest.param(LINEAR_ATTENTION, "per_token weak", marks=pytest.mark.slow),
+        pytest.param(DELTA_RULE, "per_channel weak", marks=pytest.mark.slow),
+        pytest.param(DIAGONAL_PLUS_LOW_RANK, "per_channel weak", marks=pytest.mark.slow),
         pytest.param(DIAGONAL_SCAN, "log", marks=pytest.mark.slow),
     ],
     ids=lambda x: getattr(x, "name", x),

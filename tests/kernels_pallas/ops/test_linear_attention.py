@@ -49,11 +49,11 @@ def _inputs(rng, shape: Shape, regime: str):
         "v": rng.standard_normal((B, T, H, V)).astype(np.float32),
         "initial_state": rng.standard_normal((B, H, K, V)).astype(np.float32),
     }
-    if regime == "fixed":
+    if regime == "per_head":
         inputs["log_decay"] = np.log1p(-(2.0 ** -np.linspace(5, 8, H))).astype(np.float32)
     elif regime != "none":
         axis, kind = regime.split()
-        size = {"head": (B, T, H), "channel": (B, T, H, K)}[axis]
+        size = {"per_token": (B, T, H), "per_channel": (B, T, H, K)}[axis]
         inputs["log_decay"] = _gate(rng, size, kind)
     return inputs
 
@@ -72,7 +72,7 @@ def _step(token, state):
 
 def _skip(T, regime):
     """All at one length and at many chunks; at the others the regimes of one kind of decay."""
-    kinds = {1: "head", 63: "channel", 64: "none", 128: "head"}
+    kinds = {1: "per_token", 63: "per_channel", 64: "none", 128: "per_token"}
     return T in kinds and not regime.startswith(kinds[T])
 
 
@@ -84,20 +84,29 @@ CASE = OperatorCase(
     step=_step,
     regimes=(
         "none",
-        "fixed",
+        "per_head",
         *(
             f"{axis} {kind}"
-            for axis in ("head", "channel")
+            for axis in ("per_token", "per_channel")
             for kind in ("weak", "strong", "mixed", "resets", "extreme")
         ),
     ),
-    typical=("head weak", "channel weak", "none"),
+    typical=("per_token weak", "per_channel weak", "none"),
     fast=(
-        *((1, "head weak"), (100, "none"), (100, "head strong"), (100, "head resets")),
-        *((100, "channel mixed"), (100, "channel resets"), (100, "channel extreme")),
+        *(
+            (1, "per_token weak"),
+            (100, "none"),
+            (100, "per_token strong"),
+            (100, "per_token resets"),
+        ),
+        *((100, "per_channel mixed"), (100, "per_channel resets"), (100, "per_channel extreme")),
     ),
     kernels_skip=_skip,
-    fast_kernels=((100, "head resets"), (100, "channel mixed"), (100, "channel extreme")),
+    fast_kernels=(
+        (100, "per_token resets"),
+        (100, "per_channel mixed"),
+        (100, "per_channel extreme"),
+    ),
     rounded=("q", "k", "v"),
 )
 
@@ -113,7 +122,7 @@ def _arrays(B=2, T=5, G=2, H=2, K=8, V=4, dtype=np.float32):
 
 
 def test_chunk_size_changes_rounding_only():
-    inputs = inputs_of(CASE, Shape(T=130), "fixed")
+    inputs = inputs_of(CASE, Shape(T=130), "per_head")
     expected = truth(CASE, inputs)
     for chunk_size in (16, 64, 128):
 
@@ -138,7 +147,7 @@ def test_float64_stays_float64():
     with jax.enable_x64(True):
         inputs = {
             name: x.astype(np.float64)
-            for name, x in inputs_of(CASE, Shape(T=40), "channel mixed").items()
+            for name, x in inputs_of(CASE, Shape(T=40), "per_channel mixed").items()
         }
         got = everything(CASE, "chunked", inputs)
         assert all(x.dtype == np.float64 for x in got.values())
@@ -249,7 +258,7 @@ def test_published_shapes_fit():
         B, T, G, H, K, V = (shape[n] for n in "BTGHKV")
         sizes = {"q": (B, T, G, K), "k": (B, T, G, K), "v": (B, T, H, V)}
         x = {n: jax.ShapeDtypeStruct(size, jnp.bfloat16) for n, size in sizes.items()}
-        decays = {"fixed": (H,), "head": (B, T, H), "channel": (B, T, H, K)}
+        decays = {"per_head": (H,), "per_token": (B, T, H), "per_channel": (B, T, H, K)}
         x["log_decay"] = jax.ShapeDtypeStruct(decays[shape["decay"]], jnp.float32)
         o, state = jax.eval_shape(_call, x)
         assert o.shape == (B, T, H, V) and state.shape == (B, H, K, V), name

@@ -9,7 +9,7 @@ import pytest
 from kernels_pallas import linear_attention
 from kernels_pallas.dispatch import devices
 from kernels_pallas.ops.linear_attention.shapes import SHAPES
-from kernels_pallas.ops.linear_attention.tpu import tiling
+from kernels_pallas.ops.linear_attention.tpu.tiling import VMEM_BYTES, tiling_of
 from kernels_pallas.tools import tpu_compile
 from tests.kernels_pallas.ops.conformance import (
     TOLERANCE,
@@ -34,14 +34,14 @@ def _check(shape, regime, segment_ids=None, **keywords):
     assert_close(got, truth(CASE, inputs, segment_ids), TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("regime", ["head mixed", "channel mixed"])
+@pytest.mark.parametrize("regime", ["per_token mixed", "per_channel mixed"])
 @pytest.mark.parametrize("chunk_size", [16, 64, pytest.param(256, marks=pytest.mark.slow)])
 def test_chunk_sizes(chunk_size, regime):
     _check(Shape(B=1, T=140, H=1, G=1), regime, chunk_size=chunk_size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regime", ["none", "head resets", "channel mixed"])
+@pytest.mark.parametrize("regime", ["none", "per_token resets", "per_channel mixed"])
 @pytest.mark.parametrize(
     "K, V", [(64, 64), (128, 64), (64, 192), (100, 130), (256, 256), (128, 513)]
 )
@@ -62,7 +62,7 @@ def test_widths(K, V, regime):
     ],
 )
 def test_heads(G, H, K, V):
-    for regime in ("head mixed", "channel mixed"):
+    for regime in ("per_token mixed", "per_channel mixed"):
         _check(Shape(B=2, T=40, H=H, G=G, K=K, V=V), regime, documents(2, 40), chunk_size=16)
 
 
@@ -70,8 +70,8 @@ def test_how_a_call_is_cut():
     def cut(G, H, K, V, decay=None):
         q, v = (jnp.zeros((1, 8, n, w), jnp.bfloat16) for n, w in ((G, K), (H, V)))
         g = None if decay is None else jnp.zeros((1, 8, H, decay))
-        plan = tiling.plan_of(q, q, v, g, None, None, 1.0)
-        return plan.K, plan.V, plan.heads, plan.keys, plan.shared
+        tiling = tiling_of(q, q, v, g, None, None, 1.0)
+        return tiling.K, tiling.V, tiling.heads, tiling.keys, tiling.shared
 
     assert cut(16, 16, 128, 128) == (128, 128, 4, 4, 1)
     assert cut(16, 16, 128, 128, decay=128) == (128, 128, 2, 2, 1)
@@ -121,7 +121,7 @@ def _abstract(name, dtype):
     """The inputs and cotangents of a published shape; without its batch, which changes the grid alone."""
     s = SHAPES[name]
     T, G, H, K, V = (s[n] for n in "TGHKV")
-    decay = {"fixed": (H,), "head": (1, T, H), "channel": (1, T, H, K)}[s["decay"]]
+    decay = {"per_head": (H,), "per_token": (1, T, H), "per_channel": (1, T, H, K)}[s["decay"]]
     struct = jax.ShapeDtypeStruct
     inputs = {"q": struct((1, T, G, K), dtype), "k": struct((1, T, G, K), dtype)}
     inputs |= {"v": struct((1, T, H, V), dtype), "log_decay": struct(decay, jnp.float32)}
@@ -129,18 +129,18 @@ def _abstract(name, dtype):
     return inputs, (inputs["v"], inputs["initial_state"])
 
 
-def _plan(inputs):
-    def plan(q, k, v, log_decay, initial_state):
+def _tiling(inputs):
+    def tiling(q, k, v, log_decay, initial_state):
         del initial_state
         if log_decay.ndim == 1:
             log_decay = jnp.broadcast_to(log_decay[None, None], v.shape[:3])
         log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        plans.append(tiling.plan_of(q, k, v, log_decay, None, None, 1.0))
+        tilings.append(tiling_of(q, k, v, log_decay, None, None, 1.0))
         return q
 
-    plans = []
-    jax.eval_shape(lambda inputs: plan(**inputs), inputs)
-    return plans[0]
+    tilings = []
+    jax.eval_shape(lambda inputs: tiling(**inputs), inputs)
+    return tilings[0]
 
 
 LARGEST = [("v6e", "gla_1.3b", jnp.bfloat16), ("v5e", "mlstm_7b", jnp.float32)]
@@ -171,6 +171,6 @@ def test_compiles(part, name, dtype):
     compiled = tpu_compile.compile_for(part, _with_gradients, inputs, cotangents)
     assert len(compiled.listings) == 2
     with tpu_compile.tracing_for(part):
-        predicted = _plan(inputs).vmem_bytes
+        predicted = _tiling(inputs).vmem_bytes
     for listing in compiled.listings.values():
-        assert 0 < listing.vmem_bytes <= min(1.25 * predicted, tiling.VMEM_BYTES)
+        assert 0 < listing.vmem_bytes <= min(1.25 * predicted, VMEM_BYTES)

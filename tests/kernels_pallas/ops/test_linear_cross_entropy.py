@@ -24,11 +24,11 @@ def _inputs(rng, scale=1.0):
 
 def _given(rng, form):
     mask_BT = (rng.random((B, T)) < 0.8).astype(np.float32)
-    if form == "targets":
-        targets_BT = np.where(
+    if form == "labels":
+        labels_BT = np.where(
             mask_BT == 0, -1, rng.integers(0, W, (B, T))
         )  # what a mask hides may be anything
-        return {"targets_BT": targets_BT.astype(np.int32), "mask_BT": mask_BT}
+        return {"labels_BT": labels_BT.astype(np.int32), "mask_BT": mask_BT}
     if form == "teacher logits":
         logits = 3 * rng.standard_normal((B, T, W))
         logits[:, :, ::7] = -np.inf
@@ -43,7 +43,7 @@ def _given(rng, form):
 
 @functools.partial(jax.jit, static_argnames=("options", "form"))
 def _losses_and_gradients(inputs, given, g_BT, *, form, options):
-    operator = linear_cross_entropy if form == "targets" else linear_kl_divergence
+    operator = linear_cross_entropy if form == "labels" else linear_kl_divergence
 
     def losses(inputs):
         inputs = dict(inputs)
@@ -71,8 +71,8 @@ OPTIONS = {
     "hot": (("temperature", 2.0), ("logit_softcap", 5.0), ("teacher_logit_softcap", 4.0)),
 }
 CASES = [
-    ("targets", "plain"),
-    ("targets", "capped, z"),
+    ("labels", "plain"),
+    ("labels", "capped, z"),
     ("teacher", "plain"),
     ("teacher", "hot"),
     ("teacher logits", "plain"),
@@ -102,18 +102,18 @@ def test_losses_and_gradients(form, options, dtype):
 @pytest.mark.parametrize("chunk_size", [1, 37, 64, None])
 def test_any_piece_and_layout(chunk_size):
     rng = np.random.default_rng(1)
-    inputs, given = _inputs(rng, scale=30.0), _given(rng, "targets")  # logits of several hundred
+    inputs, given = _inputs(rng, scale=30.0), _given(rng, "labels")  # logits of several hundred
     g_BT = np.ones((B, T), np.float32)
-    expected = _truth(inputs, given, g_BT, "targets", ())
+    expected = _truth(inputs, given, g_BT, "labels", ())
     options = (("chunk_size", chunk_size),)
     assert_close(
-        _losses_and_gradients(inputs, given, g_BT, form="targets", options=options),
+        _losses_and_gradients(inputs, given, g_BT, form="labels", options=options),
         expected,
         TOLERANCE["float32"],
     )
     turned = inputs | {"matrix": inputs["matrix"].T}
     options = (*options, ("layout", "DW"))
-    got = dict(_losses_and_gradients(turned, given, g_BT, form="targets", options=options))
+    got = dict(_losses_and_gradients(turned, given, g_BT, form="labels", options=options))
     got["gradient of matrix"] = got["gradient of matrix"].T
     assert_close(got, expected, TOLERANCE["float32"])
 
@@ -121,12 +121,12 @@ def test_any_piece_and_layout(chunk_size):
 def test_loss_is_that_of_its_definition():
     """In numpy, against no implementation."""
     rng = np.random.default_rng(2)
-    inputs, given = _inputs(rng), _given(rng, "targets")
+    inputs, given = _inputs(rng), _given(rng, "labels")
     logits = inputs["x"].astype(np.float64) @ inputs["matrix"].T + inputs["bias_W"]
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    expected = -np.log(np.take_along_axis(p, np.maximum(given["targets_BT"], 0)[..., None], -1))
+    expected = -np.log(np.take_along_axis(p, np.maximum(given["labels_BT"], 0)[..., None], -1))
     got = linear_cross_entropy(
-        inputs["x"], inputs["matrix"], given["targets_BT"], bias_W=inputs["bias_W"]
+        inputs["x"], inputs["matrix"], given["labels_BT"], bias_W=inputs["bias_W"]
     )
     seen = given["mask_BT"] != 0
     np.testing.assert_allclose(got[seen], expected[..., 0][seen], rtol=1e-5)
@@ -140,16 +140,16 @@ def test_loss_is_that_of_its_definition():
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])
 def test_details_are_those_of_the_logits(implementation):
     rng = np.random.default_rng(3)
-    inputs, given = _inputs(rng), _given(rng, "targets")
+    inputs, given = _inputs(rng), _given(rng, "labels")
     logits = 5 * np.tanh((inputs["x"] @ inputs["matrix"].T) / 5)
     log_z = np.log(np.exp(logits).sum(-1))
-    targets = rng.integers(0, W, (B, T))
-    targets[0] = logits[0].argmax(-1)
-    chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    labels = rng.integers(0, W, (B, T))
+    labels[0] = logits[0].argmax(-1)
+    chosen = np.take_along_axis(logits, labels[..., None], -1)[..., 0]
 
     def total(x):
         loss_BT, details = linear_cross_entropy(
-            x, inputs["matrix"], targets, logit_softcap=5.0, z_loss=0.1, details=True,
+            x, inputs["matrix"], labels, logit_softcap=5.0, z_loss=0.1, details=True,
             mask_BT=given["mask_BT"], chunk_size=16, implementation=implementation,
         )  # fmt: skip
         return loss_BT.sum() + sum(z.sum() for z in details), (loss_BT, details)
@@ -157,7 +157,7 @@ def test_details_are_those_of_the_logits(implementation):
     gradient, (loss_BT, details) = jax.grad(total, has_aux=True)(inputs["x"])
     np.testing.assert_allclose(details.nll_BT, log_z - chosen, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(details.log_z_BT, log_z, rtol=1e-5)
-    np.testing.assert_array_equal(details.correct_BT, logits.argmax(-1) == targets)
+    np.testing.assert_array_equal(details.correct_BT, logits.argmax(-1) == labels)
     seen = given["mask_BT"] != 0
     np.testing.assert_allclose(
         loss_BT[seen], (details.nll_BT + 0.1 * details.log_z_BT**2)[seen], rtol=1e-6
@@ -172,22 +172,22 @@ def test_words_that_the_dtype_of_targets_does_not_reach():
     """A byte counts to 255: word 256 is not word 0."""
     rng = np.random.default_rng(0)
     x, matrix = (rng.standard_normal(n).astype(np.float32) for n in ((1, 4, 3), (259, 3)))
-    targets = np.array([[0, 1, 2, 255]])
+    labels = np.array([[0, 1, 2, 255]])
     got, expected = (
-        linear_cross_entropy(x, matrix, targets.astype(dtype)) for dtype in (np.uint8, np.int32)
+        linear_cross_entropy(x, matrix, labels.astype(dtype)) for dtype in (np.uint8, np.int32)
     )
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("form", ["targets", "teacher"])
+@pytest.mark.parametrize("form", ["labels", "teacher"])
 def test_memory_does_not_grow_with_the_logits(form):
     """Forward and backward, as compiled: eight times the tokens take no more than what x and its gradient grow by."""
 
     def temporary(T, W, chunk_size):
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         x, matrix = shape((2, T, 32)), shape((W, 32))
-        if form == "targets":
-            given = {"targets_BT": jax.ShapeDtypeStruct((2, T), jnp.int32)}
+        if form == "labels":
+            given = {"labels_BT": jax.ShapeDtypeStruct((2, T), jnp.int32)}
         else:
             given = {"teacher_BTE": shape((2, T, 16)), "teacher_matrix": shape((W, 16))}
         run = _losses_and_gradients.lower(
@@ -222,8 +222,8 @@ def test_pieces_that_nobody_chose():
     [
         ({"layout": "TD"}, "unknown layout 'TD'; choose one of WD, DW"),
         ({"layout": "DW"}, r"matrix must be \(D, W\) with x's D = 12; got \(50, 12\)"),
-        ({"targets_BT": jnp.zeros((B, T))}, "targets_BT has dtype float32; expected integers"),
-        ({"targets_BT": jnp.zeros((B, 1), int)}, r"targets_BT has shape \(2, 1\); expected"),
+        ({"labels_BT": jnp.zeros((B, T))}, "labels_BT has dtype float32; expected integers"),
+        ({"labels_BT": jnp.zeros((B, 1), int)}, r"labels_BT has shape \(2, 1\); expected"),
         ({"bias_W": jnp.zeros(3)}, r"bias_W has shape \(3,\); expected \(50,\)"),
         ({"mask_BT": jnp.zeros((B,))}, r"mask_BT has shape \(2,\)"),
         ({"logit_softcap": 0.0}, "logit_softcap is 0.0; expected a positive number"),
@@ -233,7 +233,7 @@ def test_pieces_that_nobody_chose():
 )
 def test_errors_name_what_was_given(change, message):
     arguments = {"x_BTD": jnp.zeros((B, T, D)), "matrix": jnp.zeros((W, D))}
-    arguments |= {"targets_BT": jnp.zeros((B, T), int)} | change
+    arguments |= {"labels_BT": jnp.zeros((B, T), int)} | change
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments)
 
@@ -265,12 +265,12 @@ def test_a_masked_token_may_be_anything(implementation, value):
     x, teacher = rng.standard_normal((2, B, T, D)).astype(np.float32)
     matrix = rng.standard_normal((W, D)).astype(np.float32)
     mask = rng.random((B, T)) < 0.6
-    targets = rng.integers(0, W, (B, T))
+    labels = rng.integers(0, W, (B, T))
     bad_x, bad_teacher = (np.where(mask[..., None], z, np.float32(value)) for z in (x, teacher))
 
     def losses(x, matrix, teacher):
         arguments = {"mask_BT": mask, "chunk_size": 2, "implementation": implementation}
-        cross = linear_cross_entropy(x, matrix, targets, z_loss=0.1, **arguments)
+        cross = linear_cross_entropy(x, matrix, labels, z_loss=0.1, **arguments)
         return cross, linear_kl_divergence(x, matrix, teacher, matrix, **arguments)
 
     def total(x, matrix, teacher):
@@ -280,7 +280,7 @@ def test_a_masked_token_may_be_anything(implementation, value):
         got, expected = function(bad_x, matrix, bad_teacher), function(x, matrix, teacher)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
     _, details = linear_cross_entropy(
-        bad_x, matrix, targets, mask_BT=mask, details=True, implementation=implementation
+        bad_x, matrix, labels, mask_BT=mask, details=True, implementation=implementation
     )
     assert not np.isfinite(np.asarray(details.nll_BT)[~mask]).any()
 
@@ -291,7 +291,7 @@ def test_the_weight_of_the_z_loss_has_a_gradient(implementation):
     lets it.
     """
     rng = np.random.default_rng(0)
-    inputs, given = _inputs(rng), _given(rng, "targets")
+    inputs, given = _inputs(rng), _given(rng, "labels")
     g_BT = rng.standard_normal((B, T)).astype(np.float32)
 
     def loss(z_loss, matrix):

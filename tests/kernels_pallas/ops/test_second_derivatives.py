@@ -64,9 +64,9 @@ def _recurrences():
         ("causal_conv", "width 4 bias silu norm", "shifted"),
     }
     regimes = {
-        "linear_attention": ("none", "head mixed", "channel mixed"),
-        "delta_rule": ("none", "head mixed", "channel mixed"),
-        "diagonal_plus_low_rank": ("channel mixed",),
+        "linear_attention": ("none", "per_token mixed", "per_channel mixed"),
+        "delta_rule": ("none", "per_token mixed", "per_channel mixed"),
+        "diagonal_plus_low_rank": ("per_channel mixed",),
         "diagonal_scan": ("log resets", "complex weak"),
         "causal_conv": ("width 4 bias silu norm",),
     }
@@ -80,7 +80,7 @@ def _recurrences():
                 if form == "triton" and regime.startswith("complex"):
                     continue
                 marks = [] if (operator, regime, form) in fast else [pytest.mark.slow]
-                if operator == "delta_rule" and form != "chunked" and regime != "head mixed":
+                if operator == "delta_rule" and form != "chunked" and regime != "per_token mixed":
                     marks.append(pytest.mark.exhaustive)
                 label = f"{operator}-{regime}-{form}"
                 yield pytest.param(operator, regime, form, marks=marks, id=label)

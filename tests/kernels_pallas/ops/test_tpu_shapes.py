@@ -26,7 +26,7 @@ def _recurrence(operator, pick, dtype, B, T):
     G, shared = pick(1, 1, 2, 3, 4), pick(1, 2, 3, 4, 5, 8, 16)
     K, V = pick(1, 8, 64, 100, 128, 192, 256), pick(1, 64, 128, 130, 256)
     return _recurrence_of(
-        operator, pick("none", "head", "channel"), dtype, B, T, G, G * shared, K, V
+        operator, pick("none", "per_token", "per_channel"), dtype, B, T, G, G * shared, K, V
     )
 
 
@@ -35,7 +35,7 @@ def _recurrence_of(operator, decay, dtype, B, T, G, H, K, V):
     if operator is delta_rule:
         arrays.append(((B, T, H), f32))
     if decay != "none":
-        arrays.append(((B, T, H) if decay == "head" else (B, T, H, K), f32))
+        arrays.append(((B, T, H) if decay == "per_token" else (B, T, H, K), f32))
     return operator, arrays
 
 
@@ -108,11 +108,11 @@ def _kernels(function, *shapes) -> int:
 # More value heads of a key head than a grid step takes: of blocks of less than a register, the
 # array has more than one.
 GROUPED = [
-    (linear_attention, "channel", bf16, 1, 64, 1, 3, 64, 128),
-    (linear_attention, "channel", f32, 1, 64, 1, 4, 192, 128),
+    (linear_attention, "per_channel", bf16, 1, 64, 1, 3, 64, 128),
+    (linear_attention, "per_channel", f32, 1, 64, 1, 4, 192, 128),
     (delta_rule, "none", bf16, 1, 64, 1, 16, 64, 64),
     (delta_rule, "none", f32, 1, 64, 1, 4, 64, 128),
-    (delta_rule, "channel", f32, 1, 64, 2, 6, 64, 64),
+    (delta_rule, "per_channel", f32, 1, 64, 2, 6, 64, 64),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The bodies of the TPU kernels of `causal_conv`; the top of `pallas_tpu.py` explains them, and holds the plan."""
+"""The bodies of the TPU kernels of `causal_conv`; the top of `pallas_tpu.py` explains them, and holds the tiling."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,19 +12,19 @@ LANES, ROWS = 128, 8  # of a register
 SUM_ROWS = 64  # rows whose head sums are taken together
 
 
-def forward(plan, x, before, initial, w, *refs):
-    age, (y, seen, *held) = (refs[0] if plan.packed else None), refs[plan.packed :]
+def forward(tiling, x, before, initial, w, *refs):
+    age, (y, seen, *held) = (refs[0] if tiling.packed else None), refs[tiling.packed :]
     chunk, block = pl.program_id(1), pl.program_id(2)
 
     def group(column):
-        at = Group(plan, chunk, block, column, w, seen, age)
+        at = Group(tiling, chunk, block, column, w, seen, age)
         at.take(x, before, initial)
 
         def sums(row, _):
             taps = at.taps(row)
-            for c in range(plan.group):
+            for c in range(tiling.group):
                 a = [at.activated(h)[0] for h in at.sums(taps, c)]
-                if plan.K is None:
+                if tiling.K is None:
                     at.write(y, c, row, a)
                 else:
                     at.hold(held[0], c, row, a)
@@ -32,39 +32,39 @@ def forward(plan, x, before, initial, w, *refs):
         def norm(row, _):
             a = at.held(held[0], row)
             r = at.inverse_norms(a)
-            for c in range(plan.group):
-                at.write(y, c, row, [a[q][c] * r[q][c] for q in range(plan.p)])
+            for c in range(tiling.group):
+                at.write(y, c, row, [a[q][c] * r[q][c] for q in range(tiling.p)])
 
-        _each(plan.rows, ROWS, sums)
-        if plan.K is not None:
-            _each(plan.rows, _together(plan), norm)
+        _each(tiling.rows, ROWS, sums)
+        if tiling.K is not None:
+            _each(tiling.rows, _together(tiling), norm)
 
-    _each_group(plan, group)
+    _each_group(tiling, group)
 
 
-def backward(plan, x, before, initial, w, *refs):
-    marks, refs = refs[: 2 * plan.packed], refs[2 * plan.packed :]
+def backward(tiling, x, before, initial, w, *refs):
+    marks, refs = refs[: 2 * tiling.packed], refs[2 * tiling.packed :]
     age, room = marks or (None, None)
     g, dx, dw, first, seen, dz, *held, later = refs
     b, t, block = (pl.program_id(axis) for axis in range(3))
-    chunk = plan.chunks - 1 - t
+    chunk = tiling.chunks - 1 - t
 
     @pl.when((b == 0) & (t == 0) & (block == 0))
     def _():
         dw[...] = jnp.zeros(dw.shape, jnp.float32)
 
     def group(column):
-        at = Group(plan, chunk, block, column, w, seen, age)
+        at = Group(tiling, chunk, block, column, w, seen, age)
         at.take(x, before, initial)
-        nth = block * (plan.d // LANES) + column
-        for c in range(plan.group):
-            dz[:, c, plan.rows :] = jnp.where(t == 0, 0.0, later[nth + c])
+        nth = block * (tiling.d // LANES) + column
+        for c in range(tiling.group):
+            dz[:, c, tiling.rows :] = jnp.where(t == 0, 0.0, later[nth + c])
 
         def sums(row, totals):
             taps, g_here = at.taps(row), at.read(g, row, ROWS)
-            for c in range(plan.group):
+            for c in range(tiling.group):
                 a, slope = zip(*(at.activated(h) for h in at.sums(taps, c)))
-                if plan.K is None:
+                if tiling.K is None:
                     dh = [_times(s, g_here[q][c]) for q, s in enumerate(slope)]
                     at.hold(dz, c, row, dh)
                     totals = at.with_products(totals, taps, c, dh)
@@ -77,39 +77,39 @@ def backward(plan, x, before, initial, w, *refs):
             a, slope, g_here = (
                 at.held(held[0], row),
                 at.held(held[1], row),
-                at.read(g, row, _together(plan)),
+                at.read(g, row, _together(tiling)),
             )
             r = at.inverse_norms(a)
             along = at.head_sums(a, g_here)
-            for c in range(plan.group):
+            for c in range(tiling.group):
                 dh = []
-                for q in range(plan.p):
+                for q in range(tiling.p):
                     da = r[q][c] * (g_here[q][c] - a[q][c] * (r[q][c] * r[q][c] * along[q][c]))
-                    dh.append(da * slope[q][c] if plan.silu else da)
+                    dh.append(da * slope[q][c] if tiling.silu else da)
                 at.hold(dz, c, row, dh)
 
         def products(row, totals):
             taps = at.taps(row)
-            for c in range(plan.group):
-                dh = [dz[q, c, pl.ds(row, ROWS)] for q in range(plan.p)]
+            for c in range(tiling.group):
+                dh = [dz[q, c, pl.ds(row, ROWS)] for q in range(tiling.p)]
                 totals = at.with_products(totals, taps, c, dh)
             return totals
 
-        totals = [jnp.zeros((ROWS, LANES), jnp.float32)] * (plan.group * w.shape[0])
-        totals = _each(plan.rows, ROWS, sums, totals)
-        if plan.K is not None:
-            _each(plan.rows, _together(plan), norm)
-            totals = _each(plan.rows, ROWS, products, totals)
-        for c in range(plan.group):
+        totals = [jnp.zeros((ROWS, LANES), jnp.float32)] * (tiling.group * w.shape[0])
+        totals = _each(tiling.rows, ROWS, sums, totals)
+        if tiling.K is not None:
+            _each(tiling.rows, _together(tiling), norm)
+            totals = _each(tiling.rows, ROWS, products, totals)
+        for c in range(tiling.group):
             channels = pl.ds(pl.multiple_of((nth + c) * LANES, LANES), LANES)
             for i in range(w.shape[0]):
                 total = totals[c * w.shape[0] + i]
                 dw[i : i + 1, channels] += jnp.sum(total, axis=0, keepdims=True)
-            later[nth + c] = dz[:, c, : plan.halo]
-            first[0, :, :, channels] = dz[:, c, : plan.halo]
-        _each(plan.rows, ROWS, lambda row, _: at.write_dx(dx, dz, room, row))
+            later[nth + c] = dz[:, c, : tiling.halo]
+            first[0, :, :, channels] = dz[:, c, : tiling.halo]
+        _each(tiling.rows, ROWS, lambda row, _: at.write_dx(dx, dz, room, row))
 
-    _each_group(plan, group)
+    _each_group(tiling, group)
 
 
 def _each(rows: int, step: int, body, carry=None):
@@ -119,16 +119,16 @@ def _each(rows: int, step: int, body, carry=None):
     return lax.fori_loop(0, steps, lambda i, z: body(i * step, z), carry, unroll=unroll)
 
 
-def _each_group(plan, body) -> None:
+def _each_group(tiling, body) -> None:
     def one(i, _):
-        body(i * plan.group)
+        body(i * tiling.group)
 
-    lax.fori_loop(0, plan.d // (plan.group * LANES), one, None)
+    lax.fori_loop(0, tiling.d // (tiling.group * LANES), one, None)
 
 
-def _together(plan) -> int:
+def _together(tiling) -> int:
     """Rows whose head sums are taken at a time."""
-    return next(n for n in range(SUM_ROWS, 0, -ROWS) if plan.rows % n == 0)
+    return next(n for n in range(SUM_ROWS, 0, -ROWS) if tiling.rows % n == 0)
 
 
 def _times(slope, g):
@@ -138,13 +138,13 @@ def _times(slope, g):
 class Group:
     """`group` columns of a block, and what is done to them. Values are lists over parts, and columns within."""
 
-    def __init__(self, plan, chunk, block, column, w, seen, age):
-        self.plan, self.chunk, self.block, self.column = plan, chunk, block, column
+    def __init__(self, tiling, chunk, block, column, w, seen, age):
+        self.tiling, self.chunk, self.block, self.column = tiling, chunk, block, column
         self.seen, self.age = seen, age
         rows = range(w.shape[0])
         self.w = [
             [jnp.broadcast_to(w[i : i + 1, self.lanes(c)], (ROWS, LANES)) for i in rows]
-            for c in range(plan.group)
+            for c in range(tiling.group)
         ]
 
     def lanes(self, c):
@@ -152,27 +152,27 @@ class Group:
 
     def take(self, x, before, initial) -> None:
         """x to columns, behind the tokens before it."""
-        plan = self.plan
-        for c in range(plan.group):
+        tiling = self.tiling
+        for c in range(tiling.group):
             earlier = self._parts(before[0, :, self.lanes(c)])
             entering = self._parts(initial[0, :, self.lanes(c)])
             here = self._parts(x[0, :, self.lanes(c)])
-            for q in range(plan.p):
+            for q in range(tiling.p):
                 halo = jnp.where(self.chunk == 0, entering[q], earlier[q])
-                self.seen[q, c, : plan.halo] = self._inside(halo, q, c, timed=False)
-                self.seen[q, c, plan.halo :] = self._inside(here[q], q, c)
+                self.seen[q, c, : tiling.halo] = self._inside(halo, q, c, timed=False)
+                self.seen[q, c, tiling.halo :] = self._inside(here[q], q, c)
 
     def read(self, ref, row, rows):
         """[part][column] of a block."""
-        p = self.plan.p
+        p = self.tiling.p
         found = []
-        for c in range(self.plan.group):
+        for c in range(self.tiling.group):
             words = ref[0, pl.ds(_aligned(row * p, p * ROWS), rows * p), self.lanes(c)]
             found.append([self._inside(z, q, c, row) for q, z in enumerate(self._parts(words))])
         return [list(z) for z in zip(*found)]
 
     def _parts(self, words):
-        if self.plan.p == 1:
+        if self.tiling.p == 1:
             return [words]
         words = pltpu.bitcast(words, jnp.int32)
         both = words << 16, words & jnp.int32(-(1 << 16))
@@ -180,18 +180,18 @@ class Group:
 
     def _inside(self, z, q, c, row=0, timed=True):
         """Zero beyond the ends of time and channels, where it would do harm."""
-        plan, inside = self.plan, None
-        if timed and plan.T % plan.C:
-            token = (row + primitives.iota(z.shape, 0)) * plan.p + q
-            inside = token < plan.T - self.chunk * plan.C
-        if plan.K is not None and plan.D % (plan.group * LANES):
-            channel = self.block * plan.d + (self.column + c) * LANES
-            own = primitives.iota(z.shape, 1) < plan.D - channel
+        tiling, inside = self.tiling, None
+        if timed and tiling.T % tiling.C:
+            token = (row + primitives.iota(z.shape, 0)) * tiling.p + q
+            inside = token < tiling.T - self.chunk * tiling.C
+        if tiling.K is not None and tiling.D % (tiling.group * LANES):
+            channel = self.block * tiling.d + (self.column + c) * LANES
+            own = primitives.iota(z.shape, 1) < tiling.D - channel
             inside = own if inside is None else inside & own
         return z if inside is None else jnp.where(inside, z, 0.0)
 
     def write(self, ref, c, row, parts) -> None:
-        p, rows, z = self.plan.p, parts[0].shape[0], parts[0]
+        p, rows, z = self.tiling.p, parts[0].shape[0], parts[0]
         if p == 2:
             if devices.interpreting():  # which knows neither of the two below
                 z, row, rows = jnp.stack(parts, axis=1), row * p, rows * p
@@ -207,27 +207,27 @@ class Group:
                 ref[q, c, pl.ds(_aligned(row, ROWS), z.shape[0])] = z
 
     def held(self, ref, row):
-        plan = self.plan
-        rows = pl.ds(_aligned(row, ROWS), _together(plan))
-        return [[ref[q, c, rows] for c in range(plan.group)] for q in range(plan.p)]
+        tiling = self.tiling
+        rows = pl.ds(_aligned(row, ROWS), _together(tiling))
+        return [[ref[q, c, rows] for c in range(tiling.group)] for q in range(tiling.p)]
 
     def _marked(self, ref, row):
         """[part][lag]: whether the tap counts."""
-        plan = self.plan
+        tiling = self.tiling
         if ref is None:
             return None
-        words = ref[0, pl.ds(_aligned(row * plan.p, plan.p * ROWS), ROWS * plan.p)]
-        return [[count >= j for j in range(plan.width)] for count in self._parts(words)]
+        words = ref[0, pl.ds(_aligned(row * tiling.p, tiling.p * ROWS), ROWS * tiling.p)]
+        return [[count >= j for j in range(tiling.width)] for count in self._parts(words)]
 
     def taps(self, row):
         """[part][column][lag], zero where the tap lies in another document."""
-        return self._shifted(self.seen, row + self.plan.halo, -1, self._marked(self.age, row))
+        return self._shifted(self.seen, row + self.tiling.halo, -1, self._marked(self.age, row))
 
     def _shifted(self, ref, row, sign, counts):
-        plan, loaded = self.plan, {}
+        tiling, loaded = self.tiling, {}
 
         def load(q, c, lag):
-            rows, part = divmod(q + sign * lag, plan.p)
+            rows, part = divmod(q + sign * lag, tiling.p)
             key = part, c, rows
             if key not in loaded:
                 loaded[key] = ref[part, c, pl.ds(row + rows, ROWS)]
@@ -235,12 +235,12 @@ class Group:
             return z if counts is None or lag == 0 else jnp.where(counts[q][lag], z, 0.0)
 
         return [
-            [[load(q, c, lag) for lag in range(plan.width)] for c in range(plan.group)]
-            for q in range(plan.p)
+            [[load(q, c, lag) for lag in range(tiling.width)] for c in range(tiling.group)]
+            for q in range(tiling.p)
         ]
 
     def _weighted(self, taps, c):
-        n = self.plan.width - 1
+        n = self.tiling.width - 1
         total = self.w[c][n] * taps[0]
         for lag in range(1, n + 1):
             total = total + self.w[c][n - lag] * taps[lag]
@@ -248,52 +248,52 @@ class Group:
 
     def sums(self, taps, c):
         """h of each part."""
-        h = [self._weighted(taps[q][c], c) for q in range(self.plan.p)]
-        return [z + self.w[c][self.plan.width] for z in h] if self.plan.bias else h
+        h = [self._weighted(taps[q][c], c) for q in range(self.tiling.p)]
+        return [z + self.w[c][self.tiling.width] for z in h] if self.tiling.bias else h
 
     def activated(self, h):
         """The activation, and its derivative (None: 1)."""
-        if not self.plan.silu:
+        if not self.tiling.silu:
             return h, None
         u = 2.0 / (1.0 + jnp.exp(-2.0 * h))
         return h * u, u * (1.0 + h * (2.0 - u))
 
     def with_products(self, totals, taps, c, dh):
         """The sums for w and bias, with those of these tokens."""
-        plan, totals = self.plan, list(totals)
-        for q in range(plan.p):
-            for lag in range(plan.width):
-                i = c * len(self.w[c]) + plan.width - 1 - lag
+        tiling, totals = self.tiling, list(totals)
+        for q in range(tiling.p):
+            for lag in range(tiling.width):
+                i = c * len(self.w[c]) + tiling.width - 1 - lag
                 totals[i] = totals[i] + dh[q] * taps[q][c][lag]
-            if plan.bias:
-                i = c * len(self.w[c]) + plan.width
+            if tiling.bias:
+                i = c * len(self.w[c]) + tiling.width
                 totals[i] = totals[i] + dh[q]
         return totals
 
     def write_dx(self, ref, dz, room, row) -> None:
         later = self._shifted(dz, row, 1, self._marked(room, row))
-        for c in range(self.plan.group):
-            parts = [self._weighted(later[q][c], c) for q in range(self.plan.p)]
+        for c in range(self.tiling.group):
+            parts = [self._weighted(later[q][c], c) for q in range(self.tiling.p)]
             self.write(ref, c, row, parts)
 
     def inverse_norms(self, a):
-        return [[lax.rsqrt(s + self.plan.eps) for s in sums] for sums in self.head_sums(a, a)]
+        return [[lax.rsqrt(s + self.tiling.eps) for s in sums] for sums in self.head_sums(a, a)]
 
     def head_sums(self, x, y):
         """[part][column] of the sums of x y over each head, for each of its channels."""
-        plan = self.plan
+        tiling = self.tiling
         products = [[z * s for z, s in zip(*columns)] for columns in zip(x, y)]
-        if plan.K % LANES == 0:
-            return [[primitives.row_sums(sum(z[1:], start=z[0]))] * plan.group for z in products]
-        N = plan.group * LANES
-        head = tuple(primitives.iota((N, N), axis) // plan.K for axis in (0, 1))
+        if tiling.K % LANES == 0:
+            return [[primitives.row_sums(sum(z[1:], start=z[0]))] * tiling.group for z in products]
+        N = tiling.group * LANES
+        head = tuple(primitives.iota((N, N), axis) // tiling.K for axis in (0, 1))
         ones = (head[0] == head[1]).astype(jnp.float32).astype(jnp.bfloat16)
-        terms = 3 if plan.p == 1 else 2
+        terms = 3 if tiling.p == 1 else 2
         results = []
         for columns in products:
             z = jnp.concatenate(columns, axis=1) if len(columns) > 1 else columns[0]
             z = primitives.Products(narrow=True).dot(z, ones, terms=terms)
-            results.append([z[:, c * LANES : (c + 1) * LANES] for c in range(plan.group)])
+            results.append([z[:, c * LANES : (c + 1) * LANES] for c in range(tiling.group)])
         return results
 
 

@@ -41,79 +41,87 @@ VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, o
 SIZES = {"chunk_size": 512, "width": 512}
 
 
-def unsupported(x_BTD, w, bias, initial_state, start_BT, finish) -> str | None:
+def unsupported_reason(x_BTD, w, bias, initial_state, start_BT, finish) -> str | None:
     """Why the kernel cannot run this call, or None."""
     for name, array in (("x", x_BTD), ("w", w)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('shifted' takes all)"
     if w.shape[0] > HALO + 1:
         return f"the width is {w.shape[0]}; it takes up to {HALO + 1} ('shifted' takes any)"
-    plan = Plan.of(x_BTD, w, bias, start_BT, finish)
-    if plan.group * LANES > WIDEST:
+    tiling = Tiling.of(x_BTD, w, bias, start_BT, finish)
+    if tiling.group * LANES > WIDEST:
         return (
-            f"heads of {plan.K} channels fill registers of {LANES} only in groups of {plan.group * LANES} channels; it takes "
+            f"heads of {tiling.K} channels fill registers of {LANES} only in groups of {tiling.group * LANES} channels; it takes "
             f"groups of up to {WIDEST}, such as divisors and multiples of {LANES} need"
         )
-    if plan.vmem_bytes > VMEM_BYTES:
-        return f"{plan.D} channels take {plan.vmem_bytes >> 20} MiB of VMEM, of {VMEM_BYTES >> 20}; give it fewer at a time"
+    if tiling.vmem_bytes > VMEM_BYTES:
+        return f"{tiling.D} channels take {tiling.vmem_bytes >> 20} MiB of VMEM, of {VMEM_BYTES >> 20}; give it fewer at a time"
     return None
 
 
 def run(x_BTD, w, bias, initial_state, start_BT, finish):
     """Same contract as `reference.recurrent`."""
-    plan = Plan.of(x_BTD, w, bias, start_BT, finish)
+    tiling = Tiling.of(x_BTD, w, bias, start_BT, finish)
     if bias is not None:
         w = jnp.concatenate([w.astype(jnp.float32), bias.astype(jnp.float32)[None]])
-    w = w.astype(jnp.float32) * (0.5 if plan.silu else 1.0)
-    w = jnp.pad(w, ((0, 0), (0, plan.all_channels - plan.D)))
-    return _conv((plan, finish), start_BT, x_BTD, w, initial_state)
+    w = w.astype(jnp.float32) * (0.5 if tiling.silu else 1.0)
+    w = jnp.pad(w, ((0, 0), (0, tiling.all_channels - tiling.D)))
+    return _conv((tiling, finish), start_BT, x_BTD, w, initial_state)
 
 
 def _forward(form, start_BT, x_BTD, w, initial_state):
     """w: float32, with the bias below the taps, and silu's half in both."""
-    plan, _ = form
+    tiling, _ = form
     (y_BTD,) = _call(
-        plan,
+        tiling,
         kernels.forward,
-        [*_inputs(x_BTD, w, initial_state), *_marks(plan, start_BT, x_BTD.dtype)[:1]],
+        [*_inputs(x_BTD, w, initial_state), *_marks(tiling, start_BT, x_BTD.dtype)[:1]],
         [(x_BTD, "time")],
-        [plan.halo + plan.rows, *([plan.rows] if plan.K else [])],
+        [tiling.halo + tiling.rows, *([tiling.rows] if tiling.K else [])],
     )
     tail = reference.tail(x_BTD, initial_state, start_BT)
     return (y_BTD, tail), ()
 
 
 def _backward(form, start_BT, arrays, _, gradients):
-    (plan, _), (x_BTD, w, initial_state), (g_BTD, g_tail) = form, arrays, gradients
-    first = (plan.B, plan.p, plan.halo, plan.all_channels)
+    (tiling, _), (x_BTD, w, initial_state), (g_BTD, g_tail) = form, arrays, gradients
+    first = (tiling.B, tiling.p, tiling.halo, tiling.all_channels)
     dx_BTD, dw, dz = _call(
-        plan,
+        tiling,
         kernels.backward,
-        [*_inputs(x_BTD, w, initial_state), *_marks(plan, start_BT, x_BTD.dtype), (g_BTD, "time")],
+        [
+            *_inputs(x_BTD, w, initial_state),
+            *_marks(tiling, start_BT, x_BTD.dtype),
+            (g_BTD, "time"),
+        ],
         [
             (x_BTD, "time"),
             (jax.ShapeDtypeStruct(w.shape, jnp.float32), "sum"),
             (jax.ShapeDtypeStruct(first, jnp.float32), "first"),
         ],
-        [plan.halo + plan.rows, plan.rows + plan.halo, *([plan.rows] * 2 if plan.K else [])],
+        [
+            tiling.halo + tiling.rows,
+            tiling.rows + tiling.halo,
+            *([tiling.rows] * 2 if tiling.K else []),
+        ],
     )
-    dz_BSD = jnp.moveaxis(dz, 1, 2).reshape(plan.B, HALO, -1)[..., : plan.D]
-    last = max(plan.T - (plan.width - 1), 0)  # the tail has none of the inputs before it
+    dz_BSD = jnp.moveaxis(dz, 1, 2).reshape(tiling.B, HALO, -1)[..., : tiling.D]
+    last = max(tiling.T - (tiling.width - 1), 0)  # the tail has none of the inputs before it
     start_last = None if start_BT is None else start_BT[:, last:]
     _, tail_vjp = jax.vjp(
         lambda x, z: reference.tail(x, z, start_last), x_BTD[:, last:], initial_state
     )
     dx_tail, d_initial = tail_vjp(g_tail)
     dx_BTD = dx_BTD.at[:, last:].add(dx_tail)
-    d_initial = d_initial + _initial_gradient(plan, dz_BSD, w, start_BT).astype(d_initial.dtype)
+    d_initial = d_initial + _initial_gradient(tiling, dz_BSD, w, start_BT).astype(d_initial.dtype)
     return dx_BTD, dw, d_initial
 
 
 def _plain(form, start_BT, x_BTD, w, initial_state):
-    plan, finish = form
-    w = w[:, : plan.D] * (2.0 if plan.silu else 1.0)
-    bias = w[plan.width] if plan.bias else None
-    return shifted.run(x_BTD, w[: plan.width], bias, initial_state, start_BT, finish)
+    tiling, finish = form
+    w = w[:, : tiling.D] * (2.0 if tiling.silu else 1.0)
+    bias = w[tiling.width] if tiling.bias else None
+    return shifted.run(x_BTD, w[: tiling.width], bias, initial_state, start_BT, finish)
 
 
 _conv = kernel_vjp.differentiable(_forward, _backward, _plain, keep=False)  # cheap to do again
@@ -126,7 +134,7 @@ def _inputs(x_BTD, w, initial_state):
     return (x_BTD, "time"), (x_BTD, "before"), (initial_BSD, "initial"), (w, "w")
 
 
-def _marks(plan, start_BT, dtype):
+def _marks(tiling, start_BT, dtype):
     """`age` and `room` (see the top of the file), (B, T, LANES), or nothing."""
     if start_BT is None:
         return []
@@ -135,7 +143,7 @@ def _marks(plan, start_BT, dtype):
     def counted(starts_at):
         """Tokens until `starts_at(j)` first says that a document starts between a token and the one j from it."""
         count_BT, going_BT = jnp.zeros(start_BT.shape, dtype), True
-        for j in range(1, plan.width):
+        for j in range(1, tiling.width):
             going_BT = going_BT & ~starts_at(j)
             count_BT = count_BT + going_BT.astype(dtype)
         return jnp.broadcast_to(count_BT[..., None], (*start_BT.shape, LANES)), "mark"
@@ -146,22 +154,22 @@ def _marks(plan, start_BT, dtype):
     ]
 
 
-def _initial_gradient(plan, dz_BSD, w, start_BT):
+def _initial_gradient(tiling, dz_BSD, w, start_BT):
     """Of the initial state, from dz of the first HALO tokens."""
-    n = plan.width - 1
+    n = tiling.width - 1
     if start_BT is not None:
         start_BS = jnp.pad(start_BT, ((0, 0), (0, HALO)))[:, :HALO]
-        (age_BSL, _), _ = _marks(plan, start_BS, jnp.float32)
-    gradient = jnp.zeros((plan.B, n, plan.D))
-    for j in range(1, plan.width):
+        (age_BSL, _), _ = _marks(tiling, start_BS, jnp.float32)
+    gradient = jnp.zeros((tiling.B, n, tiling.D))
+    for j in range(1, tiling.width):
         kept = dz_BSD if start_BT is None else jnp.where(age_BSL[..., :1] >= j, dz_BSD, 0)
-        reached = kept[:, :j] * w[n - j, : plan.D][None, None]
+        reached = kept[:, :j] * w[n - j, : tiling.D][None, None]
         gradient = gradient + jnp.pad(reached, ((0, 0), (n - j, 0), (0, 0)))
     return gradient
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Tiling:
     """Sizes. A block is C tokens of d channels. p tokens share a word of 32 bits. `group` columns of LANES channels hold
     whole heads of K, and are worked on together."""
 
@@ -244,19 +252,19 @@ class Plan:
         return pl.BlockSpec(shape, index)
 
 
-def _call(plan: Plan, kernel, inputs, outputs, columns):
+def _call(tiling: Tiling, kernel, inputs, outputs, columns):
     """One pass of `kernel` over `inputs`, (array, kind) each; outputs likewise. columns: how many rows each has."""
     backward = kernel is kernels.backward
-    scratch = [pltpu.VMEM((plan.p, plan.group, rows, LANES), jnp.float32) for rows in columns]
+    scratch = [pltpu.VMEM((tiling.p, tiling.group, rows, LANES), jnp.float32) for rows in columns]
     if backward:
-        later = (plan.all_channels // LANES, plan.p, plan.halo, LANES)
+        later = (tiling.all_channels // LANES, tiling.p, tiling.halo, LANES)
         scratch.append(pltpu.VMEM(later, jnp.float32))
     order = "arbitrary" if backward else "parallel"
     return pl.pallas_call(
-        functools.partial(kernel, plan),
-        grid=(plan.B, plan.chunks, plan.blocks),
-        in_specs=[plan.spec(kind, array, backward) for array, kind in inputs],
-        out_specs=[plan.spec(kind, array, backward) for array, kind in outputs],
+        functools.partial(kernel, tiling),
+        grid=(tiling.B, tiling.chunks, tiling.blocks),
+        in_specs=[tiling.spec(kind, array, backward) for array, kind in inputs],
+        out_specs=[tiling.spec(kind, array, backward) for array, kind in outputs],
         out_shape=manual_axes.shapes([x for x, _ in outputs], [x for x, _ in inputs]),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(

@@ -28,12 +28,12 @@ SHARED_WORDS = {
 }
 
 
-def unsupported(
+def unsupported_reason(
     *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
 ):
     if chunk_size is not None and chunk_size > 64:
         return f"chunk_size goes to 64; got {chunk_size}"
-    if reason := recurrences.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
+    if reason := recurrences.unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
         return reason
     form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
     return recurrences.too_long(form.K, form.C, _words(form))

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from kernels_pallas.common.decay import kind
 from kernels_pallas.dispatch import devices, tuning
 from kernels_pallas.tpu.primitives import Products, head_cuts
 
@@ -11,19 +12,19 @@ CHUNK_SIZE = 128
 FLOAT32_CHUNK_SIZE = 32  # as `chunked`: where beta is 2, longer ones lose accuracy
 # Value heads a grid step, where they fit and `tuned.json` says nothing else: they fill each other's gaps
 # (`tpu_blocks.in_turns`).
-HEADS = {None: 8, "head": 8, "channel": 4}
+HEADS = {"none": 8, "per_token": 8, "per_channel": 4}
 # libtpu 0.0.42 packs a TPU7x's bundles in a time that grows much faster than their number: four heads with a decay per
 # channel took 77 s for one pass of the backward kernel, two take 13 s for everything.
-TPU7X_HEADS = {None: 4, "head": 4, "channel": 2}
+TPU7X_HEADS = {"none": 4, "per_token": 4, "per_channel": 2}
 FLOAT32_HEADS = 2  # it is there to be exact: a smaller kernel compiles sooner
 VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, or more
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """Sizes of one call, and how it is cut: hashable, chosen before tracing. K and V are whole 64s.
 
     heads: value heads a grid step; keys: key heads a grid step.
-    decay: None, "head" or "channel".
+    decay: "none", "per_token" or "per_channel".
     """
 
     B: int
@@ -35,7 +36,7 @@ class Plan(NamedTuple):
     C: int
     heads: int
     keys: int
-    decay: str | None
+    decay: str
     products: Products
     scale: float
 
@@ -64,7 +65,7 @@ class Plan(NamedTuple):
         keys, values, state = self.keys * self.K, self.heads * self.V, self.K * self.V
         blocks = self.C * item * (4 * keys + 3 * values) + 12 * self.heads * state
         arrays = 32
-        if self.decay == "channel":
+        if self.decay == "per_channel":
             blocks += 8 * self.C * self.heads * self.K
             arrays = 80
         wide = max(self.C, self.K, self.V, 128)  # a narrower array fills its lanes all the same
@@ -79,32 +80,30 @@ def best_sizes(decay, narrow, K, V) -> dict[str, int]:
     if narrow:
         heads = (TPU7X_HEADS if devices.current().kind == "TPU7x" else HEADS)[decay]
         heuristic = {"chunk_size": CHUNK_SIZE, "heads": heads}
-    dtype, shape = "bfloat16" if narrow else "float32", f"{K}x{V} {decay or 'none'}"
+    dtype, shape = "bfloat16" if narrow else "float32", f"{K}x{V} {decay}"
     return tuning.lookup(heuristic, "delta_rule", "pallas_tpu", dtype, shape)
 
 
-def plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale) -> Plan:
+def tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale) -> Tiling:
     """How a call is cut: as many heads a step as fit."""
     B, T, H, V = v_BTHV.shape
     G, K = k_BTGK.shape[2:]
     narrow = all(x.dtype == jnp.bfloat16 for x in (q_BTGK, k_BTGK, v_BTHV))
     products = Products(narrow, exact=not narrow)
-    decay = None if segment_ids_BT is None else "head"
-    if log_decay_BTHK is not None:
-        decay = "head" if log_decay_BTHK.shape[-1] == 1 else "channel"
+    decay = kind(log_decay_BTHK, segment_ids=segment_ids_BT)
     best = best_sizes(decay, narrow, K, V)
     C = min(chunk_size or best["chunk_size"], max(16, 1 << (T - 1).bit_length()))
     for unit in (64, 128):
         K, V = (-(-x // unit) * unit for x in (K, V))
-        per_channel = decay == "channel"
+        per_channel = decay == "per_channel"
         cuts = head_cuts(G, H, K, V, best["heads"], per_channel=per_channel, own_keys=True)
         if cuts:
             break
-    plans = [Plan(B, T, G, H, K, V, C, *cut, decay, products, float(scale)) for cut in cuts]
-    return next((plan for plan in plans if plan.vmem_bytes <= VMEM_BYTES), plans[-1])
+    tilings = [Tiling(B, T, G, H, K, V, C, *cut, decay, products, float(scale)) for cut in cuts]
+    return next((tiling for tiling in tilings if tiling.vmem_bytes <= VMEM_BYTES), tilings[-1])
 
 
-def unsupported(
+def unsupported_reason(
     *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, initial_state_BHKV, chunk_size, **_
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot run a call, and what comes nearest."""
@@ -113,14 +112,14 @@ def unsupported(
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {x.dtype}; it takes float32 and bfloat16 ('chunked' takes any)"
 
-    def plan(chunk_size):
-        return plan_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 1.0)
+    def tiling(chunk_size):
+        return tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, 1.0)
 
-    wanted = plan(chunk_size)
+    wanted = tiling(chunk_size)
     if wanted.vmem_bytes <= VMEM_BYTES:
         return None
     smaller = [C for C in (256, 128, 64, 32, 16) if C < wanted.C]
-    fitting = [C for C in smaller if plan(C).vmem_bytes <= VMEM_BYTES]
+    fitting = [C for C in smaller if tiling(C).vmem_bytes <= VMEM_BYTES]
     advice = f"give chunk_size={fitting[0]}" if fitting else "use 'chunked', or smaller heads"
     return (
         f"K = {q_BTGK.shape[3]}, V = {v_BTHV.shape[3]} and chunks of {wanted.C} take about "

@@ -1,5 +1,5 @@
-"""Triton kernels of `diagonal_scan`: `run` is the implementation, `unsupported` says which calls it refuses."""
+"""Triton kernels of `diagonal_scan`: `run` is the implementation, `unsupported_reason` says which calls it refuses."""
 
-from kernels_pallas.ops.diagonal_scan.gpu.launch import run, unsupported
+from kernels_pallas.ops.diagonal_scan.gpu.launch import run, unsupported_reason
 
-__all__ = ["run", "unsupported"]
+__all__ = ["run", "unsupported_reason"]

@@ -21,13 +21,13 @@ from kernels_pallas.ops.diagonal_scan import chunked
 TILES = {"C": 64, "BD": 128, "num_warps": 4, "num_stages": 2}
 
 
-def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
+def unsupported_reason(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
     for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('chunked' takes all)"
     if x_BTD.shape[0] > launch.LARGEST_GRID:
         return f"B goes to {launch.LARGEST_GRID}; got {x_BTD.shape[0]} (split the batch, or take 'chunked')"
-    return launch.why_not()
+    return launch.unsupported_reason()
 
 
 def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):

@@ -43,7 +43,7 @@ UNROLL = 8
 GAP = 4  # rows between runs
 
 
-def unsupported(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
+def unsupported_reason(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
     """Why the kernel cannot run this call, or None."""
     for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
         if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.complex64):
@@ -67,10 +67,10 @@ def _forward(reverse, _, x, decay, initial):
 
     All are tuples of planes: x and decay (B, T, D), initial (B, D).
     """
-    plan = _Plan.of(x, reverse)
-    P, states = plan.planes, [z[:, None, None] for z in initial]
+    tiling = _Tiling.of(x, reverse)
+    P, states = tiling.planes, [z[:, None, None] for z in initial]
     outputs = _call(
-        plan,
+        tiling,
         _forward_kernel,
         "diagonal_scan_forward",
         [(z, kind) for planes, kind in ((x, "t"), (decay, "t"), (states, "s")) for z in planes],
@@ -82,11 +82,11 @@ def _forward(reverse, _, x, decay, initial):
 
 def _backward(reverse, _, arrays, entering, gradients):
     (x, decay, _), (g, g_final) = arrays, gradients
-    plan = _Plan.of(x, reverse)
-    P, states = plan.planes, [z[:, None, None] for z in g_final]
+    tiling = _Tiling.of(x, reverse)
+    P, states = tiling.planes, [z[:, None, None] for z in g_final]
     kinds = ((g, "t"), (decay, "t"), (x, "t"), (entering, "n"), (states, "s"))
     outputs = _call(
-        plan,
+        tiling,
         _backward_kernel,
         "diagonal_scan_backward",
         [(z, kind) for planes, kind in kinds for z in planes],
@@ -107,7 +107,7 @@ _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Tiling:
     """Sizes. A block is b rows of the batch, C tokens, d channels. reverse: h_t comes from h_{t+1}."""
 
     B: int
@@ -167,25 +167,25 @@ class _Plan:
         return self.B, self.chunks if kind == "n" else 1, 1, self.D
 
 
-def _call(plan: _Plan, kernel, name: str, inputs, outputs):
+def _call(tiling: _Tiling, kernel, name: str, inputs, outputs):
     """One pass of `kernel` over `inputs`, (array, kind) each; outputs are (dtype, kind) each."""
-    from_last = plan.reverse != (kernel is _backward_kernel)
-    block = RUNS * (plan.run + GAP)
+    from_last = tiling.reverse != (kernel is _backward_kernel)
+    block = RUNS * (tiling.run + GAP)
     kept = (1, RUNS, RUNS, block, block)
     if kernel is _backward_kernel:
         kept += (1, RUNS, block)
-    written = [jax.ShapeDtypeStruct(plan.shape(kind), dtype) for dtype, kind in outputs]
+    written = [jax.ShapeDtypeStruct(tiling.shape(kind), dtype) for dtype, kind in outputs]
     return tuple(
         pl.pallas_call(
-            functools.partial(kernel, plan, from_last),
-            grid=(plan.B // plan.b, pl.cdiv(plan.D, plan.d), plan.chunks),
-            in_specs=[plan.spec(kind, from_last) for _, kind in inputs],
-            out_specs=[plan.spec(kind, from_last) for _, kind in outputs],
+            functools.partial(kernel, tiling, from_last),
+            grid=(tiling.B // tiling.b, pl.cdiv(tiling.D, tiling.d), tiling.chunks),
+            in_specs=[tiling.spec(kind, from_last) for _, kind in inputs],
+            out_specs=[tiling.spec(kind, from_last) for _, kind in outputs],
             out_shape=manual_axes.shapes(written, [x for x, _ in inputs]),
             scratch_shapes=[
-                pltpu.VMEM((plan.columns, n, LANES), jnp.float32)
+                pltpu.VMEM((tiling.columns, n, LANES), jnp.float32)
                 for n in kept
-                for _ in range(plan.planes)
+                for _ in range(tiling.planes)
             ],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary")
@@ -196,8 +196,8 @@ def _call(plan: _Plan, kernel, name: str, inputs, outputs):
     )
 
 
-def _forward_kernel(plan: _Plan, from_last: bool, *refs):
-    x_in, decay_in, initial, h, entering, final, *kept = _grouped(refs, plan.planes)
+def _forward_kernel(tiling: _Tiling, from_last: bool, *refs):
+    x_in, decay_in, initial, h, entering, final, *kept = _grouped(refs, tiling.planes)
     state, A, b, decay, x = kept
     n = pl.program_id(2)
 
@@ -208,10 +208,10 @@ def _forward_kernel(plan: _Plan, from_last: bool, *refs):
     _to_columns(x, x_in)
     _to_columns(decay, decay_in)
     _from_columns(entering, state)
-    _states(_Walk(plan, from_last, n), decay, x, A, b, state)
+    _states(_Walk(tiling, from_last, n), decay, x, A, b, state)
     _from_columns(h, x)
 
-    @pl.when(n == plan.chunks - 1)
+    @pl.when(n == tiling.chunks - 1)
     def _():
         _from_columns(final, state)
 
@@ -219,7 +219,7 @@ def _forward_kernel(plan: _Plan, from_last: bool, *refs):
 def _states(walk, decay, x, A, b, state):
     """Every h of a chunk, in place of x; `state` goes from the one that enters to the one that leaves, and A holds those
     that enter each run."""
-    zero, one = _constants(walk.plan.planes)
+    zero, one = _constants(walk.tiling.planes)
 
     def inputs(i):
         return walk.tokens(decay, i, one), walk.tokens(x, i, zero)
@@ -235,15 +235,15 @@ def _states(walk, decay, x, A, b, state):
         return h
 
     entering = walk.entering(extend, A, b, state)
-    lax.fori_loop(0, walk.plan.run, emit, entering, unroll=_unroll())
+    lax.fori_loop(0, walk.tiling.run, emit, entering, unroll=_unroll())
 
 
-def _backward_kernel(plan: _Plan, from_last: bool, *refs):
-    g_in, decay_in, x_in, entering, g_final, *outputs_and_kept = _grouped(refs, plan.planes)
+def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
+    g_in, decay_in, x_in, entering, g_final, *outputs_and_kept = _grouped(refs, tiling.planes)
     dx, d_decay, d_initial, state, A, b, g, decay, h_state, h_A, h = outputs_and_kept
     n = pl.program_id(2)
-    walk = _Walk(plan, from_last, n)
-    zero, one = _constants(plan.planes)
+    walk = _Walk(tiling, from_last, n)
+    zero, one = _constants(tiling.planes)
 
     @pl.when(n == 0)
     def _():
@@ -253,7 +253,7 @@ def _backward_kernel(plan: _Plan, from_last: bool, *refs):
     _to_columns(decay, decay_in)
     _to_columns(h, x_in)
     _to_columns(h_state, entering)
-    _states(_Walk(plan, not from_last, plan.chunks - 1 - n), decay, h, h_A, b, h_state)
+    _states(_Walk(tiling, not from_last, tiling.chunks - 1 - n), decay, h, h_A, b, h_state)
 
     def inputs(i):
         return _conjugate(walk.tokens(decay, i, one)), walk.tokens(g, i, zero)
@@ -272,13 +272,13 @@ def _backward_kernel(plan: _Plan, from_last: bool, *refs):
         return _times(a, l)
 
     entering = walk.entering(extend, A, b, state)
-    last = plan.run - 1
+    last = tiling.run - 1
     c = lax.fori_loop(0, last, emit, entering, unroll=_unroll())
     emit(last, c, previous=tuple(ref[...] for ref in h_A))
     _from_columns(dx, g)
     _from_columns(d_decay, decay)
 
-    @pl.when(n == plan.chunks - 1)
+    @pl.when(n == tiling.chunks - 1)
     def _():
         _from_columns(d_initial, state)
 
@@ -288,15 +288,15 @@ class _Walk:
     """A walk through the runs of a chunk, all at once. from_last: against time, in chunks, runs and tokens alike.
     chunk: counted as the walk goes."""
 
-    plan: _Plan
+    tiling: _Tiling
     from_last: bool
     chunk: jax.Array
 
     def _token(self, i):
-        return self.plan.run - 1 - i if self.from_last else i
+        return self.tiling.run - 1 - i if self.from_last else i
 
     def _rows(self, i):
-        return pl.ds(self._token(i), RUNS, stride=self.plan.run + GAP)
+        return pl.ds(self._token(i), RUNS, stride=self.tiling.run + GAP)
 
     def read(self, refs, i):
         """Token i of every run, counted as the walk goes."""
@@ -305,12 +305,12 @@ class _Walk:
     def tokens(self, refs, i, otherwise):
         """As `read`; `otherwise` beyond the end of time."""
         found = self.read(refs, i)
-        plan = self.plan
-        if plan.T % plan.C == 0:
+        tiling = self.tiling
+        if tiling.T % tiling.C == 0:
             return found
-        chunk = plan.chunks - 1 - self.chunk if self.from_last else self.chunk
+        chunk = tiling.chunks - 1 - self.chunk if self.from_last else self.chunk
         run = lax.broadcasted_iota(jnp.int32, found[0].shape, 1)
-        inside = chunk * plan.C + run * plan.run + self._token(i) < plan.T
+        inside = chunk * tiling.C + run * tiling.run + self._token(i) < tiling.T
         return tuple(jnp.where(inside, z, o) for z, o in zip(found, otherwise))
 
     def put(self, refs, i, values):
@@ -320,9 +320,9 @@ class _Walk:
     def entering(self, extend, A, b, state):
         """Steps 1 and 2 of the module's docstring: the states that enter the runs, also left in A."""
         zero, one = (
-            tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.plan.planes)
+            tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.tiling.planes)
         )
-        maps = lax.fori_loop(0, self.plan.run, extend, (one, zero), unroll=_unroll())
+        maps = lax.fori_loop(0, self.tiling.run, extend, (one, zero), unroll=_unroll())
         for refs, values in zip((A, b), maps):
             for ref, z in zip(refs, values):
                 ref[...] = z

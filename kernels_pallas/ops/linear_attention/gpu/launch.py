@@ -16,10 +16,10 @@ CHUNK_SIZE = 64
 SHARED_WORDS = {"bfloat16": 224, "float32": 288}
 
 
-def unsupported(
+def unsupported_reason(
     *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
 ):
-    if reason := recurrences.unsupported(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
+    if reason := recurrences.unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
         return reason
     form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
     return recurrences.too_long(form.K, form.C, SHARED_WORDS[form.dtype])

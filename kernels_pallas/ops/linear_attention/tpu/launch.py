@@ -23,16 +23,21 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.common import decay, kernel_vjp, segments
 from kernels_pallas.dispatch import devices, manual_axes
 from kernels_pallas.ops.linear_attention import chunked
-from kernels_pallas.ops.linear_attention.tpu.tiling import VMEM_BYTES, Plan, plan_of, unsupported
+from kernels_pallas.ops.linear_attention.tpu.tiling import (
+    VMEM_BYTES,
+    Tiling,
+    tiling_of,
+    unsupported_reason,
+)
 
-__all__ = ["run", "unsupported"]
+__all__ = ["run", "unsupported_reason"]
 
 
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
     """The kernels. Arguments are normalised by `api.py`."""
-    plan = plan_of(
+    tiling = tiling_of(
         q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size=chunk_size, scale=scale
     )
     B, T, H, V = v_BTHV.shape
@@ -43,21 +48,21 @@ def run(
         starts_BT = segments.starts(segment_ids_BT)
         log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], decay.RESET, log_decay_BTHK)
     q, k, v = (
-        _flat(x.astype(plan.dtype), plan, width)
-        for x, width in ((q_BTGK, plan.K), (k_BTGK, plan.K), (v_BTHV, plan.V))
+        _flat(x.astype(tiling.dtype), tiling, width)
+        for x, width in ((q_BTGK, tiling.K), (k_BTGK, tiling.K), (v_BTHV, tiling.V))
     )
     gates = None
-    if plan.decay == "head":
-        g_BTH = _padded(log_decay_BTHK[..., 0], (0, plan.T - T), axis=1)
-        gates = g_BTH.transpose(0, 2, 1).reshape(B, H, plan.chunks, 1, plan.C)
-    elif plan.decay == "channel":
-        gates = _flat(log_decay_BTHK, plan, plan.K)
-    state = _padded(_padded(initial_state_BHKV, (0, plan.K - K), 2), (0, plan.V - V), 3)
-    if plan.decay == "channel":
+    if tiling.decay == "per_token":
+        g_BTH = _padded(log_decay_BTHK[..., 0], (0, tiling.T - T), axis=1)
+        gates = g_BTH.transpose(0, 2, 1).reshape(B, H, tiling.chunks, 1, tiling.C)
+    elif tiling.decay == "per_channel":
+        gates = _flat(log_decay_BTHK, tiling, tiling.K)
+    state = _padded(_padded(initial_state_BHKV, (0, tiling.K - K), 2), (0, tiling.V - V), 3)
+    if tiling.decay == "per_channel":
         state = state.swapaxes(2, 3)
-    o, final = _run(plan, None, q, k, v, gates, state)
-    o_BTHV = o.reshape(B, plan.T, H, plan.V)[:, :T, :, :V].astype(v_BTHV.dtype)
-    if plan.decay == "channel":
+    o, final = _run(tiling, None, q, k, v, gates, state)
+    o_BTHV = o.reshape(B, tiling.T, H, tiling.V)[:, :T, :, :V].astype(v_BTHV.dtype)
+    if tiling.decay == "per_channel":
         final = final.swapaxes(2, 3)
     return o_BTHV, final[:, :, :K, :V]
 
@@ -69,43 +74,43 @@ def _padded(x, amount, axis):
     return jnp.pad(x, widths) if any(amount) else x
 
 
-def _flat(x_BTHK, plan, width):
+def _flat(x_BTHK, tiling, width):
     """(B, T, H, K) to (B, whole chunks, H * whole width)."""
     B, T, H, K = x_BTHK.shape
     x = _padded(x_BTHK, (0, width - K), 3).reshape(B, T, H * width)
-    return _padded(x, (0, plan.T - T), 1)
+    return _padded(x, (0, tiling.T - T), 1)
 
 
-def _without_states(plan, _, *arrays):
-    return tuple(_forward(plan, False, *arrays))
+def _without_states(tiling, _, *arrays):
+    return tuple(_forward(tiling, False, *arrays))
 
 
-def _with_states(plan, _, *arrays):
-    o, final, states = _forward(plan, True, *arrays)
+def _with_states(tiling, _, *arrays):
+    o, final, states = _forward(tiling, True, *arrays)
     return (o, final), states
 
 
-def _gradients(plan, _, arrays, states, cotangents):
-    return _backward(plan, *arrays[:-1], states, *cotangents)
+def _gradients(tiling, _, arrays, states, cotangents):
+    return _backward(tiling, *arrays[:-1], states, *cotangents)
 
 
-def _chunked(plan, _, q, k, v, gates, state):
-    B, T, G, H = plan.B, plan.T, plan.G, plan.H
-    if plan.decay == "head":
+def _chunked(tiling, _, q, k, v, gates, state):
+    B, T, G, H = tiling.B, tiling.T, tiling.G, tiling.H
+    if tiling.decay == "per_token":
         gates = gates.reshape(B, H, T).swapaxes(1, 2)[..., None]
-    elif plan.decay == "channel":
-        gates, state = gates.reshape(B, T, H, plan.K), state.swapaxes(2, 3)
+    elif tiling.decay == "per_channel":
+        gates, state = gates.reshape(B, T, H, tiling.K), state.swapaxes(2, 3)
     q, k, v = (x.reshape(B, T, n, -1) for x, n in ((q, G), (k, G), (v, H)))
-    o, final = chunked.run(q, k, v, gates, state, None, None, plan.scale)
-    return o.reshape(B, T, -1), final.swapaxes(2, 3) if plan.decay == "channel" else final
+    o, final = chunked.run(q, k, v, gates, state, None, None, tiling.scale)
+    return o.reshape(B, T, -1), final.swapaxes(2, 3) if tiling.decay == "per_channel" else final
 
 
 _run = kernel_vjp.differentiable(_with_states, _gradients, _chunked, call=_without_states)
 
 
-def _specs(plan: Plan, backward: bool) -> dict[str, pl.BlockSpec]:
+def _specs(tiling: Tiling, backward: bool) -> dict[str, pl.BlockSpec]:
     """Blocks by what they hold. Grid: rows, groups of heads, chunks (backward: from the last), steps of a group."""
-    C, N, J = plan.C, plan.chunks, plan.shared
+    C, N, J = tiling.C, tiling.chunks, tiling.shared
 
     def at(n):
         return N - 1 - n if backward else n
@@ -118,14 +123,14 @@ def _specs(plan: Plan, backward: bool) -> dict[str, pl.BlockSpec]:
         """Written behind the last chunk: until then the block stays where it is."""
         return b, x * J + jnp.where(n == N - 1, j, 0), 0, 0
 
-    state = (plan.heads, *plan.state)
-    gates = (1, plan.heads, 1, 1, C), lambda b, x, n, j: (b, x * J + j, at(n), 0, 0)
-    if plan.decay == "channel":
-        gates = (1, C, plan.heads * plan.K), lambda b, x, n, j: (b, at(n), x * J + j)
+    state = (tiling.heads, *tiling.state)
+    gates = (1, tiling.heads, 1, 1, C), lambda b, x, n, j: (b, x * J + j, at(n), 0, 0)
+    if tiling.decay == "per_channel":
+        gates = (1, C, tiling.heads * tiling.K), lambda b, x, n, j: (b, at(n), x * J + j)
     return {
-        "key": pl.BlockSpec((1, C, plan.keys * plan.K), lambda b, x, n, j: (b, at(n), x)),
+        "key": pl.BlockSpec((1, C, tiling.keys * tiling.K), lambda b, x, n, j: (b, at(n), x)),
         "value": pl.BlockSpec(
-            (1, C, plan.heads * plan.V), lambda b, x, n, j: (b, at(n), x * J + j)
+            (1, C, tiling.heads * tiling.V), lambda b, x, n, j: (b, at(n), x * J + j)
         ),
         "gates": pl.BlockSpec(*gates),
         "states": pl.BlockSpec((1, 1, *state), lambda b, x, n, j: (b, at(n), x * J + j, 0, 0)),
@@ -134,17 +139,17 @@ def _specs(plan: Plan, backward: bool) -> dict[str, pl.BlockSpec]:
     }
 
 
-def _call(plan: Plan, name, kernel, inputs, outputs, scratch):
+def _call(tiling: Tiling, name, kernel, inputs, outputs, scratch):
     """inputs: (kind, array); outputs: (kind, shape, dtype); the chunk module's constants come in front."""
-    specs = _specs(plan, name == "backward")
-    constants = plan.chunk.constants(plan, backward=name == "backward")
+    specs = _specs(tiling, name == "backward")
+    constants = tiling.chunk.constants(tiling, backward=name == "backward")
     fixed = [pl.BlockSpec(x.shape, lambda b, g, n, j, rank=x.ndim: (0,) * rank) for x in constants]
     given = [(kind, x) for kind, x in inputs if x is not None]
     operands = manual_axes.alike((*constants, *(x for _, x in given)))
     written = [jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in outputs]
     return pl.pallas_call(
-        functools.partial(kernel, plan, len(constants)),
-        grid=(plan.B, plan.H // (plan.heads * plan.shared), plan.chunks, plan.shared),
+        functools.partial(kernel, tiling, len(constants)),
+        grid=(tiling.B, tiling.H // (tiling.heads * tiling.shared), tiling.chunks, tiling.shared),
         in_specs=[*fixed, *(specs[kind] for kind, _ in given)],
         out_specs=[specs[kind] for kind, _, _ in outputs],
         out_shape=manual_axes.shapes(written, operands),
@@ -154,31 +159,31 @@ def _call(plan: Plan, name, kernel, inputs, outputs, scratch):
             vmem_limit_bytes=VMEM_BYTES + (8 << 20),
         ),
         interpret=devices.interpreting(),
-        name=f"linear_attention_{plan.decay or 'no'}_decay_{name}",
+        name=f"linear_attention_{tiling.decay}_decay_{name}",
     )(*operands)
 
 
-def _forward(plan: Plan, keep: bool, q, k, v, gates, state):
+def _forward(tiling: Tiling, keep: bool, q, k, v, gates, state):
     outputs = [("value", v.shape, v.dtype), ("last", state.shape, jnp.float32)]
     if keep:
-        outputs.append(("states", (plan.B, plan.chunks, plan.H, *plan.state), plan.dtype))
+        outputs.append(("states", (tiling.B, tiling.chunks, tiling.H, *tiling.state), tiling.dtype))
     inputs = [("key", q), ("key", k), ("value", v), ("gates", gates), ("first", state)]
-    scratch = [(plan.shared, plan.heads, *plan.state)]
-    return _call(plan, "forward", _forward_kernel, inputs, outputs, scratch)
+    scratch = [(tiling.shared, tiling.heads, *tiling.state)]
+    return _call(tiling, "forward", _forward_kernel, inputs, outputs, scratch)
 
 
-def _backward(plan: Plan, q, k, v, gates, states, d_o, d_final):
+def _backward(tiling: Tiling, q, k, v, gates, states, d_o, d_final):
     inputs = [("key", q), ("key", k), ("value", v), ("gates", gates), ("states", states)]
     inputs += [("value", d_o), ("first", d_final)]
     outputs = [("key", q.shape, q.dtype), ("key", k.shape, k.dtype), ("value", v.shape, v.dtype)]
     if gates is not None:
         outputs.append(("gates", gates.shape, gates.dtype))
     outputs.append(("last", d_final.shape, jnp.float32))
-    scratch = [(plan.shared, plan.heads, *plan.state)]
-    if plan.shared > 1:
-        scratch += [(plan.C, plan.keys * plan.K)] * 2
+    scratch = [(tiling.shared, tiling.heads, *tiling.state)]
+    if tiling.shared > 1:
+        scratch += [(tiling.C, tiling.keys * tiling.K)] * 2
     d_q, d_k, d_v, *d_gates, d_state = _call(
-        plan, "backward", _backward_kernel, inputs, outputs, scratch
+        tiling, "backward", _backward_kernel, inputs, outputs, scratch
     )
     return d_q, d_k, d_v, d_gates[0] if d_gates else None, d_state
 
@@ -187,16 +192,16 @@ def _lanes(ref, h, width):
     return ref[0, :, h * width : (h + 1) * width]
 
 
-def _gates(plan, refs, h):
+def _gates(tiling, refs, h):
     """One head's gates: None, a row (1, C), or (C, K)."""
-    if plan.decay is None:
+    if tiling.decay == "none":
         return None
-    return refs[0][0, h, 0] if plan.decay == "head" else _lanes(refs[0], h, plan.K)
+    return refs[0][0, h, 0] if tiling.decay == "per_token" else _lanes(refs[0], h, tiling.K)
 
 
-def _forward_kernel(plan: Plan, fixed: int, *refs):
+def _forward_kernel(tiling: Tiling, fixed: int, *refs):
     constants, (q_ref, k_ref, v_ref, *refs) = refs[:fixed], refs[fixed:]
-    gates_ref, refs = (refs[:1], refs[1:]) if plan.decay else ((), refs)
+    gates_ref, refs = (refs[:1], refs[1:]) if tiling.decay != "none" else ((), refs)
     first_ref, o_ref, last_ref, *states_ref, S_ref = refs
     n, j = pl.program_id(2), pl.program_id(3)
 
@@ -204,36 +209,36 @@ def _forward_kernel(plan: Plan, fixed: int, *refs):
     def _():
         S_ref[j] = first_ref[0]
 
-    for x in range(plan.keys):
-        q_CK, k_CK = (_lanes(ref, x, plan.K) for ref in (q_ref, k_ref))
-        shared = plan.chunk.shared(plan, q_CK, k_CK)
-        copies = plan.heads // plan.keys
+    for x in range(tiling.keys):
+        q_CK, k_CK = (_lanes(ref, x, tiling.K) for ref in (q_ref, k_ref))
+        shared = tiling.chunk.shared(tiling, q_CK, k_CK)
+        copies = tiling.heads // tiling.keys
         for h in range(x * copies, (x + 1) * copies):
             S = S_ref[j, h]
             if states_ref:
-                states_ref[0][0, 0, h] = S.astype(plan.dtype)
-            o_CV, S_ref[j, h] = plan.chunk.forward(
-                plan,
+                states_ref[0][0, 0, h] = S.astype(tiling.dtype)
+            o_CV, S_ref[j, h] = tiling.chunk.forward(
+                tiling,
                 constants,
                 q_CK,
                 k_CK,
                 shared,
-                _lanes(v_ref, h, plan.V),
-                _gates(plan, gates_ref, h),
+                _lanes(v_ref, h, tiling.V),
+                _gates(tiling, gates_ref, h),
                 S,
             )
-            o_ref[0, :, h * plan.V : (h + 1) * plan.V] = o_CV.astype(o_ref.dtype)
+            o_ref[0, :, h * tiling.V : (h + 1) * tiling.V] = o_CV.astype(o_ref.dtype)
 
-    @pl.when(n == plan.chunks - 1)
+    @pl.when(n == tiling.chunks - 1)
     def _():
         last_ref[0] = S_ref[j]
 
 
-def _backward_kernel(plan: Plan, fixed: int, *refs):
+def _backward_kernel(tiling: Tiling, fixed: int, *refs):
     constants, (q_ref, k_ref, v_ref, *refs) = refs[:fixed], refs[fixed:]
-    gates_ref, refs = (refs[:1], refs[1:]) if plan.decay else ((), refs)
+    gates_ref, refs = (refs[:1], refs[1:]) if tiling.decay != "none" else ((), refs)
     states_ref, d_o_ref, first_ref, d_q_ref, d_k_ref, d_v_ref, *refs = refs
-    d_gates_ref, refs = (refs[:1], refs[1:]) if plan.decay else ((), refs)
+    d_gates_ref, refs = (refs[:1], refs[1:]) if tiling.decay != "none" else ((), refs)
     last_ref, d_S_ref, *sums_ref = refs
     n, j = pl.program_id(2), pl.program_id(3)
 
@@ -241,42 +246,42 @@ def _backward_kernel(plan: Plan, fixed: int, *refs):
     def _():
         d_S_ref[j] = first_ref[0]
 
-    for x in range(plan.keys):
-        q_CK, k_CK = (_lanes(ref, x, plan.K) for ref in (q_ref, k_ref))
-        shared = plan.chunk.shared(plan, q_CK, k_CK)
-        copies = plan.heads // plan.keys
+    for x in range(tiling.keys):
+        q_CK, k_CK = (_lanes(ref, x, tiling.K) for ref in (q_ref, k_ref))
+        shared = tiling.chunk.shared(tiling, q_CK, k_CK)
+        copies = tiling.heads // tiling.keys
         d_q_CK = d_k_CK = None
         for h in range(x * copies, (x + 1) * copies):
-            d = plan.chunk.backward(
-                plan,
+            d = tiling.chunk.backward(
+                tiling,
                 constants,
                 q_CK,
                 k_CK,
                 shared,
-                _lanes(v_ref, h, plan.V),
-                _gates(plan, gates_ref, h),
+                _lanes(v_ref, h, tiling.V),
+                _gates(tiling, gates_ref, h),
                 states_ref[0, 0, h],
-                _lanes(d_o_ref, h, plan.V),
+                _lanes(d_o_ref, h, tiling.V),
                 d_S_ref[j, h],
             )
-            d_v_ref[0, :, h * plan.V : (h + 1) * plan.V] = d.v.astype(d_v_ref.dtype)
-            if plan.decay == "head":
+            d_v_ref[0, :, h * tiling.V : (h + 1) * tiling.V] = d.v.astype(d_v_ref.dtype)
+            if tiling.decay == "per_token":
                 d_gates_ref[0][0, h, 0] = d.gates
-            elif plan.decay == "channel":
-                d_gates_ref[0][0, :, h * plan.K : (h + 1) * plan.K] = d.gates
+            elif tiling.decay == "per_channel":
+                d_gates_ref[0][0, :, h * tiling.K : (h + 1) * tiling.K] = d.gates
             d_S_ref[j, h] = d.S
             d_q_CK, d_k_CK = (d.q, d.k) if d_q_CK is None else (d_q_CK + d.q, d_k_CK + d.k)
-        lanes = slice(x * plan.K, (x + 1) * plan.K)
-        _write_key_gradients(plan, lanes, (d_q_ref, d_k_ref), sums_ref, (d_q_CK, d_k_CK))
+        lanes = slice(x * tiling.K, (x + 1) * tiling.K)
+        _write_key_gradients(tiling, lanes, (d_q_ref, d_k_ref), sums_ref, (d_q_CK, d_k_CK))
 
-    @pl.when(n == plan.chunks - 1)
+    @pl.when(n == tiling.chunks - 1)
     def _():
         last_ref[0] = d_S_ref[j]
 
 
-def _write_key_gradients(plan, lanes, refs, sums_refs, gradients):
+def _write_key_gradients(tiling, lanes, refs, sums_refs, gradients):
     """A key head's gradients; where several steps share it, their sum, in float32, behind the last."""
-    if plan.shared == 1:
+    if tiling.shared == 1:
         for ref, d in zip(refs, gradients):
             ref[0, :, lanes] = d.astype(ref.dtype)
         return

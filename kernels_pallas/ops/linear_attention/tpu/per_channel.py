@@ -28,17 +28,17 @@ from kernels_pallas.tpu.products import Gradients, dot, fine
 SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
 
 
-def constants(plan, backward):
+def constants(tiling, backward):
     """(C, C) int32: the level at which i and j part."""
     del backward
-    i, j = np.arange(plan.C)[:, None], np.arange(plan.C)[None]
+    i, j = np.arange(tiling.C)[:, None], np.arange(tiling.C)[None]
     level = np.frexp((i ^ j).astype(np.float64))[1] - 1
     return (jnp.asarray(np.where(i < j, NEVER_MEET, level), jnp.int32),)
 
 
-def shared(plan, q_CK, k_CK):
+def shared(tiling, q_CK, k_CK):
     """What all value heads of a key head need once: the scores, of which the diagonal decays by nothing."""
-    return dot(plan.narrow, q_CK, k_CK, (1, 1))
+    return dot(tiling.narrow, q_CK, k_CK, (1, 1))
 
 
 def _tree(g_CK):
@@ -126,10 +126,10 @@ def _from_right(x, U):
     return _joined(jnp.zeros_like(x_MUK), x_MUK)
 
 
-def _with_level(plan, n, level_CC, A_CC, q_CK, k_CK):
+def _with_level(tiling, n, level_CC, A_CC, q_CK, k_CK):
     """A_ij = sum_K q_i k_j where i and j part at level n, for q and k decayed up to there."""
     U = 1 << n
-    rows = dot(plan.narrow, _right(q_CK, U), k_CK, (1, 1))
+    rows = dot(tiling.narrow, _right(q_CK, U), k_CK, (1, 1))
     if U < SUBLANES:
         return jnp.where(level_CC == n, rows, A_CC)
     left, right = _halves(A_CC, U)
@@ -137,30 +137,30 @@ def _with_level(plan, n, level_CC, A_CC, q_CK, k_CK):
     return _joined(left, jnp.where(mask, rows.reshape(right.shape), right))
 
 
-def forward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK):
+def forward(tiling, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK):
     """The chunk's output and the state behind it, float32."""
-    narrow = plan.narrow
+    narrow = tiling.narrow
     level_CC = constants[0][...]
-    q_CK, k_CK = q_CK.astype(jnp.float32) * plan.scale, k_CK.astype(jnp.float32)
-    A_CC = jnp.where(level_CC == SELF, s_CC * plan.scale, 0.0)
+    q_CK, k_CK = q_CK.astype(jnp.float32) * tiling.scale, k_CK.astype(jnp.float32)
+    A_CC = jnp.where(level_CC == SELF, s_CC * tiling.scale, 0.0)
     for n, (through, behind) in enumerate(_tree(g_CK)):
-        if 1 << n < plan.C:
-            A_CC = _with_level(plan, n, level_CC, A_CC, q_CK * through, k_CK * behind)
+        if 1 << n < tiling.C:
+            A_CC = _with_level(tiling, n, level_CC, A_CC, q_CK * through, k_CK * behind)
     o_CV = dot(narrow, A_CC, v_CV) + dot(narrow, q_CK * through, S_VK, (1, 1))
-    total_1K = through[plan.C - 1 :]
+    total_1K = through[tiling.C - 1 :]
     return o_CV, S_VK * total_1K + dot(narrow, v_CV, k_CK * behind, (0, 0))
 
 
-def backward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK, d_o_CV, d_S_VK):
+def backward(tiling, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK, d_o_CV, d_S_VK):
     """The chunk's gradients, from the cotangents of its output and of the state behind it."""
-    narrow, C = plan.narrow, plan.C
+    narrow, C = tiling.narrow, tiling.C
     level_CC = constants[0][...]
-    q_CK, k_CK = q_CK.astype(jnp.float32) * plan.scale, k_CK.astype(jnp.float32)
+    q_CK, k_CK = q_CK.astype(jnp.float32) * tiling.scale, k_CK.astype(jnp.float32)
     tree = list(_tree(g_CK))
     *levels, (q_in_CK, k_out_CK) = [(q_CK * a, k_CK * b) for a, b in tree]
-    A_CC = jnp.where(level_CC == SELF, s_CC * plan.scale, 0.0)
+    A_CC = jnp.where(level_CC == SELF, s_CC * tiling.scale, 0.0)
     for n, (ql_CK, kl_CK) in enumerate(levels):
-        A_CC = _with_level(plan, n, level_CC, A_CC, ql_CK, kl_CK)
+        A_CC = _with_level(tiling, n, level_CC, A_CC, ql_CK, kl_CK)
     d_A_CC = dot(narrow, d_o_CV, v_CV, (1, 1))
     d_v_CV = dot(narrow, A_CC, d_o_CV, (0, 0)) + dot(narrow, k_out_CK, d_S_VK, (1, 1))
     d_q_in_CK, d_k_out_CK = dot(narrow, d_o_CV, S_VK), fine(narrow, v_CV, d_S_VK)
@@ -188,7 +188,7 @@ def backward(plan, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK, d_o_CV, d_S_VK
         p_CK = p_CK + _from_right(d_ql * ql, U)
         e_CK = e_CK + d_kl_CK * kl_CK
     d_g_CK = d_g.reshape(p_CK.shape) + p_CK
-    return Gradients(d_q_CK * plan.scale, d_k_CK, d_v_CV, d_g_CK, d_S)
+    return Gradients(d_q_CK * tiling.scale, d_k_CK, d_v_CV, d_g_CK, d_S)
 
 
 def _down(d_whole, p_CK, e_CK, U):
