@@ -19,7 +19,8 @@ true, text, "(1.0, 0.5)"; and None for the fields that this text says may be Non
         mixer_residual, channel_residual    (a, b) of x <- a x + b f(x)
         tied_embeddings     whether the output matrix is the embedding
         embedding_scale     multiplies the embedded tokens
-        float32_residual    whether the stream that blocks add to is float32 whatever dtype says (Mamba)
+        float32_residual    whether the stream that blocks add to is float32 whatever dtype says
+          (Mamba)
         learned_positions   how many positions have a vector of their own; None: there are none
         logit_softcap       c of c tanh(logits / c); None: logits are as they are
         remat               what the backward pass recomputes: none, full, operators, dots

@@ -1,10 +1,12 @@
-"""DeltaNet 340M: 24 layers, width 1024, 8 heads of 128, vocabulary 32,000 (arXiv 2406.06484; 2502.10297, appendix).
+"""DeltaNet 340M: 24 layers, width 1024, 8 heads of 128, vocabulary 32,000 (arXiv 2406.06484;
+2502.10297, appendix).
 
     python -m experiments.train --config=configs/delta_net_340m.py \
         --config.data.paths=/data/fineweb --config.data.tokenizer=/data/tokenizer.json
 
-15 billion tokens in batches of half a million, context 2048. Hardware: a v5p-8 or 8 GPUs of 80 GB. Not run to
-the end here; tests run its `:smoke` cut and compile the whole model (`python -m experiments.bench --op=compile`).
+15 billion tokens in batches of half a million, context 2048. Hardware: a v5p-8 or 8 GPUs of 80 GB.
+Not run to the end here; tests run its `:smoke` cut and compile the whole model (`python -m
+experiments.bench --op=compile`).
 """
 
 from configs import common

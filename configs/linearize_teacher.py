@@ -1,4 +1,5 @@
-"""A small softmax transformer, byte by byte: the teacher that the linearization tests and tables have without a download.
+"""A small softmax transformer, byte by byte: the teacher that the linearization tests and tables
+have without a download.
 
 python -m experiments.train --config=configs/linearize_teacher.py --workdir=runs/teacher
 """

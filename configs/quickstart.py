@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/quickstart.py
 
-Three minutes on two cores, with everything from building the corpus to the picture; WORKSPACE.md has
-what was measured.
+Three minutes on two cores, with everything from building the corpus to the picture; WORKSPACE.md
+has what was measured.
 """
 
 from configs import common

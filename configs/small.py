@@ -1,4 +1,5 @@
-"""Any one mixer at a small size, on the quickstart's text: the same width, depth, data and steps for each.
+"""Any one mixer at a small size, on the quickstart's text: the same width, depth, data and steps
+for each.
 
     python -m experiments.train --config=configs/small.py:gla
     python -m experiments.train --config=configs/small.py:mamba2,smoke

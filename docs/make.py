@@ -1,7 +1,9 @@
-"""Writes what the docs take from the code: the table of mixers (README.md, docs/mixers.md) and the picture of the stack.
+"""Writes what the docs take from the code: the table of mixers (README.md, docs/mixers.md) and the
+picture of the stack.
 
 python docs/make.py            writes them
-python docs/make.py --check    exit code 1, and which file, where one of them is not what the code says (CI)
+python docs/make.py --check    exit code 1, and which file, where one of them is not what the code
+  says (CI)
 """
 
 import ast
@@ -25,7 +27,8 @@ MARKS = "<!-- mixers: python docs/make.py -->", "<!-- end of mixers -->"
 
 
 def described(name: str) -> dict[str, str]:
-    """What a mixer's own file says of it: title, equation, papers, path, and the operators that it calls."""
+    """What a mixer's own file says of it: title, equation, papers, path, and the operators that it
+    calls."""
     cls = mixers.mixer_class(name)
     path = Path(inspect.getsourcefile(cls))
     text = " ".join(cls.__doc__.split("\n\n")[0].split())
@@ -47,7 +50,8 @@ def described(name: str) -> dict[str, str]:
 
 
 def called(path: Path) -> list[str]:
-    """The operators that a mixer's file, or a mixer's file that it builds on, takes from seqmodels.operators."""
+    """The operators that a mixer's file, or a mixer's file that it builds on, takes from
+    seqmodels.operators."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "seqmodels.operators":
@@ -83,7 +87,8 @@ def page(rows: dict[str, dict]) -> str:
 
 
 def picture(rows: dict[str, dict]) -> str:
-    """Operators at the bottom, above each the mixers built on it, and what a model goes through on top; SVG."""
+    """Operators at the bottom, above each the mixers built on it, and what a model goes through on
+    top; SVG."""
     width, column, line = 1000, 250, 20
     shapes = []
 

@@ -1,19 +1,22 @@
-"""Weights from any source to a folder that other programs read, to our own layout, or to a run to go on from.
+"""Weights from any source to a folder that other programs read, to our own layout, or to a run to
+go on from.
 
-    python -m experiments.convert --source=gguf:smollm2 --to=workdir --out=runs/smollm2
-    python -m experiments.convert --source=folder_or_hub_name --to=seqmodels --out=exported --dtype=bfloat16
+    python -m experiments.convert --source=gguf:smollm2 --to=workdir --out=runs/smollm2 python -m
+    experiments.convert --source=folder_or_hub_name --to=seqmodels --out=exported --dtype=bfloat16
     python -m experiments.convert --source=runs/quickstart-20261121-120000 --to=llama --out=exported
 
-Sources: a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra [smollm]), a hub name such as
-HuggingFaceTB/SmolLM2-135M, or the workdir of a run (its latest checkpoint). Layouts: "workdir", with which train
-(--config=configs/workdir.py:runs/smollm2), evaluate and generate go on; "seqmodels", which holds every model of ours; or a
-model_type such as llama, where that layout can say what the model is.
+Sources: a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the
+extra [smollm]), a hub name such as HuggingFaceTB/SmolLM2-135M, or the workdir of a run (its latest
+checkpoint). Layouts: "workdir", with which train (--config=configs/workdir.py:runs/smollm2),
+evaluate and generate go on; "seqmodels", which holds every model of ours; or a model_type such as
+llama, where that layout can say what the model is.
 
-The tokenizer goes along, with what its files say of tokens: which begin and end a text or a turn, and the chat templates. From bytes
-other programs' layouts get a tokenizer.json of them.
+The tokenizer goes along, with what its files say of tokens: which begin and end a text or a turn,
+and the chat templates. From bytes other programs' layouts get a tokenizer.json of them.
 
-A run trains float32 parameters, whatever its source is stored in, and computes in the source's dtype (float16 in float32). Exported
-again, each tensor has the dtype that it came in; --dtype sets another for all but decays and the like, which stay float32.
+A run trains float32 parameters, whatever its source is stored in, and computes in the source's
+dtype (float16 in float32). Exported again, each tensor has the dtype that it came in; --dtype sets
+another for all but decays and the like, which stay float32.
 """
 
 import resource

@@ -1,19 +1,25 @@
-"""Scores a model: perplexity by position and by length of context, retrieval from long texts, tasks of the evaluation harness.
+"""Scores a model: perplexity by position and by length of context, retrieval from long texts, tasks
+of the evaluation harness.
 
     python -m experiments.evaluate --workdir=runs/quickstart-20261121-120000 --split=test
     python -m experiments.evaluate --workdir=... --config.data.seq_len=4096 --max_batches=20
     python -m experiments.evaluate --workdir=... --context_lengths=256,1024,4096
-    python -m experiments.evaluate --workdir=... --retrieval=passkey,s_niah_2 --lengths=1024,8192 --depths=0,0.5,1
-    python -m experiments.evaluate --workdir=... --lm_eval_tasks=arc_easy        # needs pip install '.[eval]'
+    python -m experiments.evaluate --workdir=... --retrieval=passkey,s_niah_2 --lengths=1024,8192
+      --depths=0,0.5,1
+    python -m experiments.evaluate --workdir=... --lm_eval_tasks=arc_easy        # needs pip install
+      '.[eval]'
     python -m experiments.evaluate --model=gguf:SmolLM2.gguf --data=text --config.data.paths=docs
 
-What is scored is the latest checkpoint of a run (--workdir), or any source of pretrained weights (--model), as `convert` takes
-them. Without --retrieval and --lm_eval_tasks it is scored on a split of the run's data, or of --data: loss, perplexity, bits per byte,
-accuracy; by position, or for tasks by length. Every option of the data can be overridden, so a model can be scored on other
+What is scored is the latest checkpoint of a run (--workdir), or any source of pretrained weights
+(--model), as `convert` takes them. Without --retrieval and --lm_eval_tasks it is scored on a split
+of the run's data, or of --data: loss, perplexity, bits per byte, accuracy; by position, or for
+tasks by length. Every option of the data can be overridden, so a model can be scored on other
 lengths or other text. Beside the tables JSON and pictures are written, into the workdir or --out.
 
---context_lengths scores the same text again in rows of each length: every target once, from at most so many tokens before it.
---retrieval: see experiments/data/needles.py for the tasks.   --lm_eval_tasks: see experiments/inference/lm_eval_adapter.py.
+--context_lengths scores the same text again in rows of each length: every target once, from at most
+  so many tokens before it.
+--retrieval: see experiments/data/needles.py for the tasks.   --lm_eval_tasks: see
+  experiments/inference/lm_eval_adapter.py.
 """
 
 import dataclasses
@@ -75,7 +81,8 @@ _FEWSHOT = flags.DEFINE_integer("lm_eval_fewshot", None, "solved examples shown 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is scored. params lie as `program` has them. step: of a run. found: as a pretrained model's files have it."""
+    """What is scored. params lie as `program` has them. step: of a run. found: as a pretrained
+    model's files have it."""
 
     name: str
     config: ConfigDict
@@ -154,7 +161,8 @@ def _config(flag) -> ConfigDict:
 
 
 def _dataset(config):
-    """(dataset, tokens a row) of what is scored on; (None, as trained) where nothing of the data is read."""
+    """(dataset, tokens a row) of what is scored on; (None, as trained) where nothing of the data is
+    read."""
     if _RETRIEVAL.value or _TASKS.value:
         return None, config.data.get("seq_len", 8)
     if _SPLIT.value == "train" and not _MAX_BATCHES.value:
@@ -281,8 +289,8 @@ def _run_tasks(subject: Subject, out: Path, first: bool) -> None:
 
 
 def _as_the_harness_asks(subject: Subject) -> dict[str, Any]:
-    """Runs have learned documents with their first token; pretrained models are asked as the harness asks transformers', with no
-    more than their context."""
+    """Runs have learned documents with their first token; pretrained models are asked as the
+    harness asks transformers', with no more than their context."""
     found, positions = subject.found, subject.program.model.learned_positions
     if found is None:
         run = pretrained.of_run(subject.config, subject.params, _WORKDIR.value)

@@ -1,13 +1,17 @@
-"""Continues prompts with the latest checkpoint of a run, or a pretrained model: one as a stream, several together.
+"""Continues prompts with the latest checkpoint of a run, or a pretrained model: one as a stream,
+several together.
 
-    python -m experiments.generate --workdir=runs/quickstart-20261121-120000 --prompt="def " --length=300 --temperature=0.8
-    python -m experiments.generate --workdir=... --prompt="def " --prompt="class A" --stop=";" --temperature=0
-    python -m experiments.generate --model=gguf:smollm2 --chat --prompt="What is a state space?"
+    python -m experiments.generate --workdir=runs/quickstart-20261121-120000 --prompt="def "
+    --length=300 --temperature=0.8 python -m experiments.generate --workdir=... --prompt="def "
+    --prompt="class A" --stop=";" --temperature=0 python -m experiments.generate
+    --model=gguf:smollm2 --chat --prompt="What is a state space?"
 
-The prompt is read first; then each token costs the same time and the same memory, however much was read, in stacks of recurrent
-and windowed layers. An empty prompt starts a new document. Generation ends early where the model ends its text or
-turn or starts another document, and before a stop string. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the extra
-[smollm]), or a hub name; --chat puts the prompt into the model's chat template, also of a run that `convert` made of such a model.
+The prompt is read first; then each token costs the same time and the same memory, however much was
+read, in stacks of recurrent and windowed layers. An empty prompt starts a new document. Generation
+ends early where the model ends its text or turn or starts another document, and before a stop
+string. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the
+one of the extra [smollm]), or a hub name; --chat puts the prompt into the model's chat template,
+also of a run that `convert` made of such a model.
 """
 
 from pathlib import Path

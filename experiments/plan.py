@@ -1,14 +1,18 @@
-"""Plans a training run on TPUs that are not there: memory, traffic, collectives and an estimate of time, from the compiled step.
+"""Plans a training run on TPUs that are not there: memory, traffic, collectives and an estimate of
+time, from the compiled step.
 
-    python -m experiments.plan --config=configs/gated_delta_net_1300m.py --topology=v5p:4x4x8 --mesh=data=8,fsdp=16
-    python -m experiments.plan --config=configs/delta_net_340m.py --topology=v6e:4x4 --sweep --batch_size=256,512
-    python -m experiments.plan --config=configs/delta_net_340m.py --topology=v5p:2x2x1,v5p:2x4x4,v5p:4x4x8 --mesh=seq=-1 \
+    python -m experiments.plan --config=configs/gated_delta_net_1300m.py --topology=v5p:4x4x8
+    --mesh=data=8,fsdp=16 python -m experiments.plan --config=configs/delta_net_340m.py
+    --topology=v6e:4x4 --sweep --batch_size=256,512 python -m experiments.plan
+    --config=configs/delta_net_340m.py --topology=v5p:2x2x1,v5p:2x4x4,v5p:4x4x8 --mesh=seq=-1 \
         --tokens_per_device=32768 --exchange=all_gather,all_scan,ring
 
-Compiles the program that train runs, for every combination of --topology, --mesh, --exchange and --batch_size, through libtpu
-(pip install -e '.[tpu]'); nothing is run, and no accelerator is needed. A compilation takes about a minute or more of one
-core, whatever the slice. Prints each plan, then all of them, the fastest first, and writes plan.json, tables.md and pictures into
---out, beside what other calls have put there. Fields of the config are overridden as in train: --config.data.seq_len=131072.
+Compiles the program that train runs, for every combination of --topology, --mesh, --exchange and
+--batch_size, through libtpu (pip install -e '.[tpu]'); nothing is run, and no accelerator is
+needed. A compilation takes about a minute or more of one core, whatever the slice. Prints each
+plan, then all of them, the fastest first, and writes plan.json, tables.md and pictures into --out,
+beside what other calls have put there. Fields of the config are overridden as in train:
+--config.data.seq_len=131072.
 """
 
 import os

@@ -1,11 +1,12 @@
 """Trains a model.
 
-    python -m experiments.train --config=configs/quickstart.py
-    python -m experiments.train --config=configs/quickstart.py:smoke --config.train.steps=20 --workdir=/tmp/run
+    python -m experiments.train --config=configs/quickstart.py python -m experiments.train
+    --config=configs/quickstart.py:smoke --config.train.steps=20 --workdir=/tmp/run
 
-Everything lands in --workdir. The same command with the same --workdir goes on from its last checkpoint, with another data.batch_size
-if it is told so; where the text has changed it refuses, and with --new_data begins that from its start. On many hosts it is the same
-command on each, with a --workdir that all share: LAUNCH.md.
+Everything lands in --workdir. The same command with the same --workdir goes on from its last
+checkpoint, with another data.batch_size if it is told so; where the text has changed it refuses,
+and with --new_data begins that from its start. On many hosts it is the same command on each, with a
+--workdir that all share: LAUNCH.md.
 """
 
 from pathlib import Path

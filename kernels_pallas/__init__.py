@@ -10,7 +10,8 @@ Three recurrences carry every mixer of `seqmodels`; two neighbours stand beside 
 
 and, at a model's end, `linear_cross_entropy` and `linear_kl_divergence`: losses without the logits.
 
-Letters: B batch, T time, H (value) heads, G key heads, K key dim, V value dim, N chunks, C chunk length.
+Letters: B batch, T time, H (value) heads, G key heads, K key dim, V value dim, N chunks, C chunk
+  length.
 """
 
 from kernels_pallas.ops.causal_conv.api import causal_conv

@@ -1,18 +1,22 @@
 """A small numerical check of every kernel, forward and backward, against the chunked form.
 
-    python -m kernels_pallas.selfcheck                      all kernels for the device at hand; a table for an issue
+    python -m kernels_pallas.selfcheck                      all kernels for the device at hand; a
+      table for an issue
     python -m kernels_pallas.selfcheck --op=delta_rule      of one operator
-    python -m kernels_pallas.selfcheck --interpret          on a CPU, through the interpreters, at tiny sizes (minutes)
+    python -m kernels_pallas.selfcheck --interpret          on a CPU, through the interpreters, at
+      tiny sizes (minutes)
 
-Exit code 1 if a kernel is wrong or cannot run. `first_use` makes the same checks, one at a time, before a kernel serves where
-no implementation was named; what is found here is recorded for it.
+Exit code 1 if a kernel is wrong or cannot run. `first_use` makes the same checks, one at a time,
+before a kernel serves where no implementation was named; what is found here is recorded for it.
 
-Compared are the output and the final state, as computed for inference and for training, and the gradients of all inputs,
-under random cotangents. Sizes are those that models use: heads of 128 in groups, more than one chunk, the last one not
-whole, an initial state, documents that end inside chunks. The chunked form (of a convolution the shifted one) gets the same (rounded) inputs in float32, and
-products at the highest precision. The error is the suite's: at each position the rms of the difference over the last axis
-(arrays of rank below 4: of each entry) over the rms of the whole tensor; the largest counts, less the largest that
-writing the truth itself in the result's dtype makes (a bfloat16 entry of 20 times the rms is off by 4e-2 of it).
+Compared are the output and the final state, as computed for inference and for training, and the
+gradients of all inputs, under random cotangents. Sizes are those that models use: heads of 128 in
+groups, more than one chunk, the last one not whole, an initial state, documents that end inside
+chunks. The chunked form (of a convolution the shifted one) gets the same (rounded) inputs in
+float32, and products at the highest precision. The error is the suite's: at each position the rms
+of the difference over the last axis (arrays of rank below 4: of each entry) over the rms of the
+whole tensor; the largest counts, less the largest that writing the truth itself in the result's
+dtype makes (a bfloat16 entry of 20 times the rms is off by 4e-2 of it).
 """
 
 import argparse
@@ -82,8 +86,10 @@ class Case:
 
 
 class Result(NamedTuple):
-    """forward, gradient: the largest errors, None where nothing was computed. problem: what is wrong, or None.
-    raised: an exception stood in the way; refused: the implementation does not support this kind of call."""
+    """forward, gradient: the largest errors, None where nothing was computed. problem: what is
+    wrong, or None.
+    raised: an exception stood in the way; refused: the implementation does not support this kind of
+      call."""
 
     operator: str
     implementation: str
@@ -98,7 +104,8 @@ class Result(NamedTuple):
 
 
 def check(operator: str, implementation: str, variant: str, dtype: str, sizes=FULL) -> Result:
-    """Runs one check on this process's first device. What goes wrong is in the result; nothing raises."""
+    """Runs one check on this process's first device. What goes wrong is in the result; nothing
+    raises."""
     start = time.perf_counter()
     call = (operator, implementation, variant, dtype)
     try:
@@ -140,7 +147,8 @@ def _errors(operator, implementation, variant, dtype, sizes) -> tuple[dict, dict
 
             return jax.jit(run)
 
-        # Rounded as the outputs are: division by a small norm multiplies what rounding takes from them.
+        # Rounded as the outputs are: division by a small norm multiplies what rounding takes from
+        # them.
         shapes = jax.eval_shape(lambda x: case.call(x, variant, ids_BT, case.truth), inputs)
         cotangents = {name: _normal(rng, x.shape, x.dtype) for name, x in shapes.items()}
         with jax.default_matmul_precision("highest"):
@@ -218,7 +226,8 @@ def _delta_rule_inputs(rng, sizes, variant, dtype):
 
 
 def _matrix_kind(*, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, **others):
-    """A document's start is a decay to nothing, so documents without a decay are of kind 'per_token'."""
+    """A document's start is a decay to nothing, so documents without a decay are of kind
+    'per_token'."""
     variant = decay_kind(log_decay_BTHK, segment_ids=segment_ids_BT)
     return variant, _dtype(q_BTGK, k_BTGK, v_BTHV)
 

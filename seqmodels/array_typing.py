@@ -5,7 +5,8 @@
     D  model width           K  key dim of a head        L  layers
     I  convolution taps      V  value dim of a head      N, C  chunks and chunk length
 
-A name's letters are the array's axes in order, and the letters of einsum strings. No shape comments are needed.
+A name's letters are the array's axes in order, and the letters of einsum strings. No shape comments
+are needed.
 """
 
 from typing import Any

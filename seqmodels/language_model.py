@@ -31,8 +31,8 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class ModelState:
-    """What decoding carries: one state a layer, the document the last token belonged to, and, for learned positions, the place
-    of the next token in it."""
+    """What decoding carries: one state a layer, the document the last token belonged to, and, for
+    learned positions, the place of the next token in it."""
 
     prefix: tuple[State, ...]
     scanned: tuple[State, ...]
@@ -41,8 +41,9 @@ class ModelState:
     next_position_B: Array | None = None
 
     def take_rows(self, rows_N: Array) -> "ModelState":
-        """The state of the sequences with these indices, in this order: to reorder the beams of a search, to give one several
-        continuations, to leave finished ones out. (`x[rows]` of every leaf would take layers where they are scanned.)"""
+        """The state of the sequences with these indices, in this order: to reorder the beams of a
+        search, to give one several continuations, to leave finished ones out. (`x[rows]` of every
+        leaf would take layers where they are scanned.)"""
         taken = blocks.take_rows(self.replace(scanned=()), rows_N)
         return taken.replace(scanned=blocks.take_rows(self.scanned, rows_N, axis=1))
 
@@ -51,23 +52,28 @@ class LanguageModel(nn.Module):
     """logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
 
     With state None nothing is carried and none is returned: training. To prefill or decode pass
-    `init_state(batch)` and then the state of the last call; any split of a sequence gives the same logits. A row
-    whose first token has another segment id than the row's last one starts from nothing.
+    `init_state(batch)` and then the state of the last call; any split of a sequence gives the same
+    logits. A row whose first token has another segment id than the row's last one starts from
+    nothing.
 
-    head: (x_BTD, matrix, layout) -> what is returned in place of the logits, from the last hidden states and the output
-      matrix, "WD" or "DW" by its layout: a loss that never holds all logits (`kernels_pallas.linear_cross_entropy`).
+    head: (x_BTD, matrix, layout) -> what is returned in place of the logits, from the last hidden
+      states and the output matrix, "WD" or "DW" by its layout: a loss that never holds all logits
+      (`kernels_pallas.linear_cross_entropy`).
     mixers: one MixerSpec a layer (`from_config` makes them of a pattern such as
       "3*gated_delta_net + attention(window=256)").
     channel_mixer, d_ff, channel_bias, norm, norm_eps, norm_position, mixer_residual,
       channel_residual: see `blocks.Block`; `blocks.LAYER_OPTIONS` of a layer's own win.
-    tied_embeddings: the output matrix is the embedding. embedding_scale multiplies the embedded tokens.
-    learned_positions: how many places in a document have a learned vector, added to the token's (GPT-2); None: there are none.
+    tied_embeddings: the output matrix is the embedding. embedding_scale multiplies the embedded
+      tokens.
+    learned_positions: how many places in a document have a learned vector, added to the token's
+      (GPT-2); None: there are none.
     logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
-    remat: what the backward pass recomputes: "none", "full" (every block from its input), "operators" (all but operators'
-      results and the states between their chunks), "dots" (all but projections). A state from another of the mesh's parts of
-      time is kept by each.
+    remat: what the backward pass recomputes: "none", "full" (every block from its input),
+      "operators" (all but operators' results and the states between their chunks), "dots" (all but
+      projections). A state from another of the mesh's parts of time is kept by each.
     scan_layers: compile a repeated group of blocks once and scan over it.
-    dtype, param_dtype: of activations and matmuls, and of parameters, but for those that are used in float32. Logits are float32.
+    dtype, param_dtype: of activations and matmuls, and of parameters, but for those that are used
+      in float32. Logits are float32.
     float32_residual: the stream that blocks add to is float32, whatever dtype says (Mamba).
     """
 
@@ -252,15 +258,16 @@ class LanguageModel(nn.Module):
     def _block_class(self, in_scan: bool = False):
         if self.remat == "none":
             return self.block
-        # Under scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed.
+        # Under scan XLA cannot merge the recomputation with the forward pass, so no barrier is
+        # needed.
         return nn.remat(self.block, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_scan)
 
     def _block_options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in _SHARED_FIELDS}
 
     def _lower_bounds(self) -> Array | None:
-        """Forget-gate bounds that grow with depth: cumsum(softmax(p_LD, over layers)) less its first row
-        (HGRN, arXiv 2311.04823, section 3.3). Zeros at the start: layer l has l/L."""
+        """Forget-gate bounds that grow with depth: cumsum(softmax(p_LD, over layers)) less its
+        first row (HGRN, arXiv 2311.04823, section 3.3). Zeros at the start: layer l has l/L."""
         L = len(self.mixers)
         widths = {
             self._mixer(spec).lower_bound_width()

@@ -1,9 +1,11 @@
-"""The operators of `kernels_pallas` on whatever mesh is in scope, with their names and signatures, and what else moves along time.
+"""The operators of `kernels_pallas` on whatever mesh is in scope, with their names and signatures,
+and what else moves along time.
 
-Without a mesh they are the plain ones. Inside `sharding.scope` each runs under `jax.shard_map` on its device's rows, time and
-heads: the compiler cannot partition a kernel, and would gather a sequence to scan it. Where time is split, the parts exchange
-states as `sharding.Options.exchange` says (`kernels_pallas.context_parallel`). A size that its mesh axes do not divide, such
-as one row or one token in decoding, stays whole on every device; heads must divide.
+Without a mesh they are the plain ones. Inside `sharding.scope` each runs under `jax.shard_map` on
+its device's rows, time and heads: the compiler cannot partition a kernel, and would gather a
+sequence to scan it. Where time is split, the parts exchange states as `sharding.Options.exchange`
+says (`kernels_pallas.context_parallel`). A size that its mesh axes do not divide, such as one row
+or one token in decoding, stays whole on every device; heads must divide.
 """
 
 import functools
@@ -24,11 +26,13 @@ from seqmodels.array_typing import Array
 
 
 def on_parts(function: Callable, arrays: dict[str, tuple[Any, str]], results: Any) -> Any:
-    """function(axis_name, **arrays) on each device's part of the arrays; the plain call, with axis_name None, without a mesh.
+    """function(axis_name, **arrays) on each device's part of the arrays; the plain call, with
+    axis_name None, without a mesh.
 
-    arrays: by name, each with a letter an axis: B, T, H (heads) and D (channels of heads) are split, the others are not. A
-      letter stands for one size. Arrays may be None.
-    results: the letters of what is returned, a pytree of strings. A result that has no T is the same on all parts of time.
+    arrays: by name, each with a letter an axis: B, T, H (heads) and D (channels of heads) are
+      split, the others are not. A letter stands for one size. Arrays may be None.
+    results: the letters of what is returned, a pytree of strings. A result that has no T is the
+      same on all parts of time.
     axis_name: the mesh axis that time is split over, or None.
     """
     values = {name: value for name, (value, _) in arrays.items()}
@@ -75,7 +79,8 @@ def _split_heads(heads: int, what: str = "heads") -> int:
 
 
 def _operator(name: str, arrays, results, *, choices=sharding.EXCHANGES, **keywords):
-    """The operator `name`, or its sequence-parallel form where time is split; `choices` are the exchanges it knows."""
+    """The operator `name`, or its sequence-parallel form where time is split; `choices` are the
+    exchanges it knows."""
 
     def local(axis_name, **values):
         if axis_name is None:
@@ -115,7 +120,8 @@ def _matrix_recurrence(
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """Of the operators whose state is (B, H, K, V); `others` are the arrays that only one of them has."""
+    """Of the operators whose state is (B, H, K, V); `others` are the arrays that only one of them
+    has."""
     arrays = {
         "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
         "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
@@ -224,7 +230,8 @@ def softmax_attention(
     kv_positions_BS: Array | None = None,
     **keywords,
 ) -> Array:
-    """`kernels_pallas.softmax_attention`; keywords are its window, causal, scale and implementation.
+    """`kernels_pallas.softmax_attention`; keywords are its window, causal, scale and
+    implementation.
 
     Where positions are given, keys are slots of a cache, of which every part of time has all.
     """
@@ -253,7 +260,8 @@ def softmax_attention(
 def associative_scan(compose: Callable, elements: Any, letters: str) -> Any:
     """`lax.associative_scan` over time: what each token's element and all before it compose to.
 
-    elements: a pytree of arrays, each with `letters`. compose: (first, then) -> both, on such pytrees; it broadcasts.
+    elements: a pytree of arrays, each with `letters`. compose: (first, then) -> both, on such
+      pytrees; it broadcasts.
     """
     leaves, structure = jax.tree.flatten(elements)
 
@@ -281,7 +289,8 @@ def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> 
 
 
 def starts(segment_ids_BT: Array) -> Array:
-    """`kernels_pallas.common.segments.starts`: True where a token begins a new document; the first token does not."""
+    """`kernels_pallas.common.segments.starts`: True where a token begins a new document; the first
+    token does not."""
     return segment_ids_BT != previous(segment_ids_BT)
 
 
@@ -291,16 +300,19 @@ def run_index(segment_ids_BT: Array) -> Array:
 
 
 def positions(segment_ids_BT: Array) -> Array:
-    """`kernels_pallas.common.segments.positions`: index of each token within its document, the row's first from 0."""
+    """`kernels_pallas.common.segments.positions`: index of each token within its document, the
+    row's first from 0."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     start_index_BT = jnp.where(starts(segment_ids_BT), index_T[None], 0)
     return index_T[None] - associative_scan(jnp.maximum, start_index_BT, "BT")
 
 
 def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
-    """Inside `on_parts`, elementwise: the state that enters this part of time, and the one after the last part.
+    """Inside `on_parts`, elementwise: the state that enters this part of time, and the one after
+    the last part.
 
-    A part makes decay * S + state of what enters it; `initial` enters the first. All are (B, ..., V).
+    A part makes decay * S + state of what enters it; `initial` enters the first. All are (B, ...,
+    V).
     """
     exchange = sharding.options().exchange
     blocks = collectives.check_blocks("entering_state", exchange, None, state.shape[-1])
@@ -309,7 +321,8 @@ def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
 
 
 def with_earlier(axis_name, old_BS, x_BT) -> Array:
-    """Inside `on_parts`: [the S tokens before this part of time, x_BT]. `old_BS` come before the first part."""
+    """Inside `on_parts`: [the S tokens before this part of time, x_BT]. `old_BS` come before the
+    first part."""
     if axis_name is not None:
         old_BS = collectives.before(collectives.Ranks(axis_name), x_BT, old_BS.shape[1], old_BS)
     return jnp.concatenate([old_BS, x_BT], axis=1)
@@ -335,7 +348,8 @@ def embedding(table_WD: Array, tokens_BT: Array) -> Array:
 def linear_cross_entropy(
     x_BTD: Array, matrix: Array, labels_BT: Array, *, layout: str = "WD", **keywords
 ) -> tuple[Array, kernels_pallas.TokenDetails]:
-    """`kernels_pallas.linear_cross_entropy` with details; tokens and words are split, and no logits or sums of them gathered."""
+    """`kernels_pallas.linear_cross_entropy` with details; tokens and words are split, and no logits
+    or sums of them gathered."""
     time = "t" if sharding.axes_of("t", x_BTD.shape[1]) else "T"
     arrays = {
         "x_BTD": (x_BTD, f"B{time}E"),

@@ -1,15 +1,20 @@
-"""A pipeline over the mesh axis `pipe`: each of its devices holds consecutive layers, and microbatches pass through them.
+"""A pipeline over the mesh axis `pipe`: each of its devices holds consecutive layers, and
+microbatches pass through them.
 
-GPipe (arXiv 1811.06965): with P stages and M microbatches, the program is one loop of M + P - 1 turns. In each turn all stages
-run at once, each on another microbatch, and then hand their results on. A stage is idle, that is, works on what nobody will
-read, in P - 1 of the turns. Differentiating the loop gives the backward schedule, with as many turns and twice the work a turn.
+GPipe (arXiv 1811.06965): with P stages and M microbatches, the program is one loop of M + P - 1
+turns. In each turn all stages run at once, each on another microbatch, and then hand their results
+on. A stage is idle, that is, works on what nobody will read, in P - 1 of the turns. Differentiating
+the loop gives the backward schedule, with as many turns and twice the work a turn.
 
-With `split_backward` a turn of the backward pass finds gradients of activations alone, and keeps what went into every dense
-layer and the gradient of what came out. The weights' gradients are made of these when all turns are over, for all microbatches
-at once and with no stage idle (2BP, arXiv 2405.18047): (M + P - 1) p1 + M p2 in place of (M + P - 1) (p1 + p2). It holds these
-activations of all microbatches for that; of the layers themselves only a stage's inputs are kept, and the rest is recomputed.
+With `split_backward` a turn of the backward pass finds gradients of activations alone, and keeps
+what went into every dense layer and the gradient of what came out. The weights' gradients are made
+of these when all turns are over, for all microbatches at once and with no stage idle (2BP, arXiv
+2405.18047): (M + P - 1) p1 + M p2 in place of (M + P - 1) (p1 + p2). It holds these activations of
+all microbatches for that; of the layers themselves only a stage's inputs are kept, and the rest is
+recomputed.
 
-Stages are a leading axis of arrays, split over `pipe`; the compiler makes handing on a collective-permute.
+Stages are a leading axis of arrays, split over `pipe`; the compiler makes handing on a
+collective-permute.
 """
 
 import functools
@@ -25,7 +30,8 @@ from seqmodels.array_typing import Array
 
 
 class Layer(NamedTuple):
-    """x_BTD after one layer is call(module, params, index, x_BTD, rows, shared), where `module` is unbound.
+    """x_BTD after one layer is call(module, params, index, x_BTD, rows, shared), where `module` is
+    unbound.
 
     call: (apply, index, x_BTD, rows, shared) -> x_BTD, where apply(*arguments) applies the module.
     """
@@ -76,9 +82,11 @@ class _Pipe(NamedTuple):
 
 
 def run(layer: Layer, params_L, index_L: Array, x_BTD: Array, rows: Any, shared: Any) -> Array:
-    """x_BTD after `layer(params, index, x_BTD, rows, shared)` for each of L stacked layers, in the pipeline of the mesh in scope.
+    """x_BTD after `layer(params, index, x_BTD, rows, shared)` for each of L stacked layers, in the
+    pipeline of the mesh in scope.
 
-    rows: a pytree of arrays (B, ...) that go with x_BTD. shared: a pytree of arrays that all layers read.
+    rows: a pytree of arrays (B, ...) that go with x_BTD. shared: a pytree of arrays that all layers
+      read.
 
     Raises:
       ValueError: L is not divisible by the stages, or the batch by the microbatches.
@@ -136,7 +144,8 @@ def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep: bool 
         lambda leaf_M: jnp.concatenate([leaf_M, jnp.repeat(leaf_M[-1:], P - 1, axis=0)]), inputs_M
     )
     _, (left_SBTD, entered) = jax.lax.scan(turn, held_S, arriving)
-    # Of all turns and stages: the last stage's are brought to all devices at once, not turn by turn.
+    # Of all turns and stages: the last stage's are brought to all devices at once, not turn by
+    # turn.
     return left_SBTD[P - 1 :, -1], entered
 
 
@@ -145,9 +154,11 @@ def _all_stages(stage):
 
 
 def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
-    """Each stage's array to the next stage, and what arrives to the first; or back, from the last one on.
+    """Each stage's array to the next stage, and what arrives to the first; or back, from the last
+    one on.
 
-    A shift by padding, not by concatenation: the partitioner makes that a message to the neighbour, and gathers for this.
+    A shift by padding, not by concatenation: the partitioner makes that a message to the neighbour,
+    and gathers for this.
     """
     ends = [(0, 0)] * (held_S.ndim - 1)
     handed_S = (
@@ -234,7 +245,8 @@ _split.defvjp(_split_forward, _split_backward)
 
 
 def _dense_layers(pipe, params_SN, shared, index_SN, entered):
-    """Parameters that are kernels of dense layers, and the others; and what a stage's dense layers return, as shapes."""
+    """Parameters that are kernels of dense layers, and the others; and what a stage's dense layers
+    return, as shapes."""
     first = functools.partial(jax.tree.map, lambda leaf: leaf[0, 0])
     x_SBTD, rows_S = entered
     _, seen = jax.eval_shape(

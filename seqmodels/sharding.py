@@ -2,14 +2,16 @@
 
 Mesh axes:      pipe    groups of consecutive layers (`pipeline`)
                 data    copies of the model, each with its part of the batch
-                fsdp    parts of the batch too, with parameters and optimizer state split among them (ZeRO-3)
+                fsdp    parts of the batch too, with parameters and optimizer state split among them
+                  (ZeRO-3)
                 seq     parts of the sequence
                 tensor  heads, feed-forward channels and words
-Any product of them is one line of a config, `config.mesh = {"data": 2, "seq": 4}`. Logical axes of parameters (see
-`layers`) are mapped to them by RULES; axes of activations, by the letters of their names, by `split`.
+Any product of them is one line of a config, `config.mesh = {"data": 2, "seq": 4}`. Logical axes of
+parameters (see `layers`) are mapped to them by RULES; axes of activations, by the letters of their
+names, by `split`.
 
-A program is traced inside `scope(mesh, ...)`: operators (`seqmodels.operators`) then run on each device's part, and
-everything else is partitioned by the compiler.
+A program is traced inside `scope(mesh, ...)`: operators (`seqmodels.operators`) then run on each
+device's part, and everything else is partitioned by the compiler.
 """
 
 import contextlib
@@ -62,14 +64,17 @@ ZERO_STAGES = (0, 1, 2, 3)
 class Options:
     """How a mesh is used; `config.parallel` has these fields.
 
-    exchange: how states pass along `seq`: "all_gather" (LASP-2, arXiv 2502.07563), "all_scan" (ZeCO, arXiv 2507.01004) or
-      "ring" (LASP-1, arXiv 2404.02882). Softmax attention gathers, or with "ring" goes round one.
-    zero: what ZeRO (arXiv 1910.02054) splits over `data` and `seq`, whose devices otherwise hold copies: 0 nothing, 1 the
-      optimizer state, 2 gradients too, 3 parameters too. The axis `fsdp` always splits all three.
-    offload: the optimizer state lies in the host's pinned memory, and is updated there (ZeRO-Offload, arXiv 2101.06840).
+    exchange: how states pass along `seq`: "all_gather" (LASP-2, arXiv 2502.07563), "all_scan"
+      (ZeCO, arXiv 2507.01004) or "ring" (LASP-1, arXiv 2404.02882). Softmax attention gathers, or
+      with "ring" goes round one.
+    zero: what ZeRO (arXiv 1910.02054) splits over `data` and `seq`, whose devices otherwise hold
+      copies: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too. The axis `fsdp`
+      always splits all three.
+    offload: the optimizer state lies in the host's pinned memory, and is updated there
+      (ZeRO-Offload, arXiv 2101.06840).
     microbatches: of the pipeline, where `pipe` > 1; 0 is as many as stages.
-    split_backward: the pipeline's backward pass first finds the gradients of inputs, then those of weights (2BP,
-      arXiv 2405.18047).
+    split_backward: the pipeline's backward pass first finds the gradients of inputs, then those of
+      weights (2BP, arXiv 2405.18047).
     """
 
     exchange: str = "all_gather"
@@ -102,13 +107,15 @@ class Options:
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
-    """A mesh with the given size for each of MESH_AXES; one of them may be -1: whatever devices are left.
+    """A mesh with the given size for each of MESH_AXES; one of them may be -1: whatever devices are
+    left.
 
-    Several TPU slices, or several hosts with GPUs, share an outer part of `data` where that divides, else of the next axes.
+    Several TPU slices, or several hosts with GPUs, share an outer part of `data` where that
+    divides, else of the next axes.
 
     Raises:
-      ValueError: an unknown axis, sizes whose product is not the number of devices, or axes that cannot be laid along the torus of
-        a slice; the numbers are given.
+      ValueError: an unknown axis, sizes whose product is not the number of devices, or axes that
+        cannot be laid along the torus of a slice; the numbers are given.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: 1 for axis in MESH_AXES} | dict(sizes)
@@ -145,7 +152,8 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
 
 
 def _slices(devices) -> list[list]:
-    """Devices that fast links join: a TPU slice's, or a host's GPUs. jax.make_mesh takes those of one at a time."""
+    """Devices that fast links join: a TPU slice's, or a host's GPUs. jax.make_mesh takes those of
+    one at a time."""
     slices = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
@@ -172,7 +180,8 @@ _OPTIONS = contextvars.ContextVar("options")
 
 @contextlib.contextmanager
 def scope(mesh: Mesh, options: Options | None = None):
-    """What is traced inside runs on `mesh`. Enter it inside the function that is given to jit, whose shardings name the devices."""
+    """What is traced inside runs on `mesh`. Enter it inside the function that is given to jit,
+    whose shardings name the devices."""
     token = _OPTIONS.set(options or Options())
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -187,7 +196,8 @@ def options() -> Options:
 
 
 def sizes() -> dict[str, int]:
-    """Of the mesh axes in scope that the compiler partitions over; {} where there are none, or all have size 1."""
+    """Of the mesh axes in scope that the compiler partitions over; {} where there are none, or all
+    have size 1."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_types) != {AxisType.Auto} or mesh.size == 1:
         return {}
@@ -195,8 +205,9 @@ def sizes() -> dict[str, int]:
 
 
 def axes_of(letter: str, size: int) -> tuple[str, ...]:
-    """The mesh axes in scope over which a dimension of activations is split, by its letter: B, T, H and G for heads, D for their
-    channels, W for words; t is time where tokens do not meet, of which the pipeline's stages each take a part.
+    """The mesh axes in scope over which a dimension of activations is split, by its letter: B, T, H
+    and G for heads, D for their channels, W for words; t is time where tokens do not meet, of which
+    the pipeline's stages each take a part.
 
     () where the size does not divide: then every device has all of it.
     """
@@ -233,13 +244,15 @@ def stages() -> int:
 
 
 def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None) -> Any:
-    """A NamedSharding for every leaf of a tree whose arrays carry logical axis names (as `Module.init` gives it,
-    or an optimizer state made of such). Arrays without names are replicated.
+    """A NamedSharding for every leaf of a tree whose arrays carry logical axis names (as
+    `Module.init` gives it, or an optimizer state made of such). Arrays without names are
+    replicated.
 
     zero: D is split over COPY_AXES too.
 
     Raises:
-      ValueError: a dimension is not divisible by the axes it is split over; names the leaf and the numbers.
+      ValueError: a dimension is not divisible by the axes it is split over; names the leaf and the
+        numbers.
     """
     rules = RULES
     if zero:
@@ -277,7 +290,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 class Placement:
-    """Where the parameters of a training run, their gradients and the optimizer's state lie, and how a step keeps them there.
+    """Where the parameters of a training run, their gradients and the optimizer's state lie, and
+    how a step keeps them there.
 
     params, grads: a NamedSharding for each leaf.
 
@@ -305,7 +319,8 @@ class Placement:
         return jax.lax.with_sharding_constraint(grads, self.grads)
 
     def update(self, update: Callable, grads, opt_state, params) -> tuple[Any, Any]:
-        """`update(grads, opt_state, params)`, on the devices or, with `offload`, on the host. Returns updates and state."""
+        """`update(grads, opt_state, params)`, on the devices or, with `offload`, on the host.
+        Returns updates and state."""
         if self._host is None:
             return update(grads, opt_state, params)
         grads, params = (jax.device_put(tree, self._host_params) for tree in (grads, params))
@@ -330,7 +345,8 @@ def _on_host(function: Callable) -> Callable:
 def check_batch(
     mesh: Mesh, batch_size: int, seq_len: int, options: Options | None = None, accumulate: int = 1
 ) -> None:
-    """Raises ValueError, with the numbers, where a batch does not divide over microbatches and the mesh."""
+    """Raises ValueError, with the numbers, where a batch does not divide over microbatches and the
+    mesh."""
     stages = mesh.shape[STAGE_AXIS]
     pieces = ((options and options.microbatches) or stages) if stages > 1 else 1
     for name, count in (("train.accumulate", accumulate), ("parallel.microbatches", pieces)):

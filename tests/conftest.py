@@ -1,7 +1,8 @@
 """Eight simulated devices in one process, strict shapes, quick compilation: set before JAX starts.
 
-Tests run small programs once, so compiling them is most of the work, and half of that is optimisation. It is off here;
-SEQMODELS_TESTS_OPTIMIZED=1 leaves it on, which `.ci/run` does for the operators on the newest JAX.
+Tests run small programs once, so compiling them is most of the work, and half of that is
+optimisation. It is off here; SEQMODELS_TESTS_OPTIMIZED=1 leaves it on, which `.ci/run` does for the
+operators on the newest JAX.
 """
 
 import gc

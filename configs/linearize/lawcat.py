@@ -1,4 +1,5 @@
-"""LAWCAT (arXiv 2509.18467): identity convolutions on q and k and normalised GLA, no window; layer-wise transfer, then LoRA.
+"""LAWCAT (arXiv 2509.18467): identity convolutions on q and k and normalised GLA, no window;
+layer-wise transfer, then LoRA.
 
     python -m experiments.linearize --config=configs/linearize/lawcat.py:smollm
 

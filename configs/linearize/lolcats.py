@@ -1,8 +1,10 @@
-"""LoLCATs (arXiv 2410.10254): a window of softmax and Hedgehog's map before it under one denominator; attention transfer, then LoRA.
+"""LoLCATs (arXiv 2410.10254): a window of softmax and Hedgehog's map before it under one
+denominator; attention transfer, then LoRA.
 
     python -m experiments.linearize --config=configs/linearize/lolcats.py:smollm
 
-Arguments: no_transfer leaves the first stage out (the paper's ablation); hybrid, smollm, gpu, tiny: configs/linearize/common.py.
+Arguments: no_transfer leaves the first stage out (the paper's ablation); hybrid, smollm, gpu, tiny:
+  configs/linearize/common.py.
 """
 
 from configs.linearize import common

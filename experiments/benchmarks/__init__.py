@@ -1,4 +1,5 @@
-"""What `experiments.bench` measures: operators, generation and compilation. Importable, and open to peers.
+"""What `experiments.bench` measures: operators, generation and compilation. Importable, and open to
+peers.
 
 entries         an Entry is one way to compute a case: ours by name, or another library's
 operators       the five operators as cases: sizes, inputs, how each is called

@@ -17,7 +17,8 @@ from experiments.training import steps
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """depths: layers of the whole and of the cut. batch, length: of the tokens; compile time hardly depends on them."""
+    """depths: layers of the whole and of the cut. batch, length: of the tokens; compile time hardly
+    depends on them."""
 
     depths: tuple[int, int] = (24, 4)
     batch: int = 8

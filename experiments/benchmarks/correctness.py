@@ -1,8 +1,9 @@
 """The gate in front of the clock: an implementation that is wrong is reported, and not timed.
 
-Truth is the recurrent definition in float64, on the same rounded inputs and cotangents. The error at a position is the
-rms of the difference over the last axis (for arrays of rank below 4: of each entry), over the rms of the whole true
-tensor; the largest one counts, so that one wrong token cannot hide in an average.
+Truth is the recurrent definition in float64, on the same rounded inputs and cotangents. The error
+at a position is the rms of the difference over the last axis (for arrays of rank below 4: of each
+entry), over the rms of the whole true tensor; the largest one counts, so that one wrong token
+cannot hide in an average.
 """
 
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 from experiments.benchmarks.entries import Arrays, Entry, Problem, with_gradients
 from kernels_pallas.selfcheck import position_error
 
-# On accelerators a float32 product is rounded to TF32 or bfloat16 by default, so the wider tolerance holds there.
+# On accelerators a float32 product is rounded to TF32 or bfloat16 by default, so the wider
+# tolerance holds there.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 3e-2}
 
 

@@ -1,7 +1,9 @@
-"""Our chunked forms beside transformers' and jax-linear-attention's on the CPU: what `experiments.bench cpu_peers` measures.
+"""Our chunked forms beside transformers' and jax-linear-attention's on the CPU: what
+`experiments.bench cpu_peers` measures.
 
-jax-linear-attention pins another JAX than the oracles' Python can have, so a run compares with the peers that its
-interpreter has; each peer's figures are kept in <peer>.json with ours of the same run, and one table shows them all.
+jax-linear-attention pins another JAX than the oracles' Python can have, so a run compares with the
+peers that its interpreter has; each peer's figures are kept in <peer>.json with ours of the same
+run, and one table shows them all.
 """
 
 import dataclasses
@@ -82,8 +84,8 @@ def peer_entry(comparison: Comparison) -> Entry:
 
 
 def compare(name: str, settings: Settings, log=print) -> list[dict]:
-    """Ours and the peers that are here, checked against the recurrence in float64, then timed in turn; a row a peer and
-    pass. `note` says why a figure is missing."""
+    """Ours and the peers that are here, checked against the recurrence in float64, then timed in
+    turn; a row a peer and pass. `note` says why a figure is missing."""
     chosen = [c for c in COMPARISONS if c.name == name]
     sweeping = sweep.Settings(
         shape=settings.shape,
@@ -124,7 +126,8 @@ def _figures(row: dict) -> dict:
 
 
 def memory(name: str, settings: Settings, log=print) -> list[dict]:
-    """Peak memory of forward+backward of ours and of each peer, one sequence, each in a process of its own."""
+    """Peak memory of forward+backward of ours and of each peer, one sequence, each in a process of
+    its own."""
     rows = []
     for comparison in (c for c in COMPARISONS if c.name == name):
         for which in (OURS, comparison.package):
@@ -192,8 +195,9 @@ def targets(rows: Sequence[dict]) -> list[report.Target]:
 
 
 def save(folder: Path, parts: dict[str, list[dict]]) -> None:
-    """Puts rows ("timing", "memory") into <peer>.json, each part whole in place of the older one, and writes tables.md
-    from all peers' files. What was not measured because the peer is not here replaces nothing."""
+    """Puts rows ("timing", "memory") into <peer>.json, each part whole in place of the older one,
+    and writes tables.md from all peers' files. What was not measured because the peer is not here
+    replaces nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = machine.environment()
     for package, distributions in _DISTRIBUTIONS.items():

@@ -1,4 +1,5 @@
-"""What can be timed: an Entry turns inputs into a compiled call. Ours are `jax_entry`; a peer library writes its own."""
+"""What can be timed: an Entry turns inputs into a compiled call. Ours are `jax_entry`; a peer
+library writes its own."""
 
 import dataclasses
 import time
@@ -22,9 +23,11 @@ class Problem:
 class Prepared:
     """A call that is ready to be timed.
 
-    run: makes one call on arrays that are where they have to be, and returns when its results are there. Forward, they
-      are the outputs by name; with backward, also "gradient of <input>" for every input.
-    temp_bytes: memory beside inputs and outputs, as the compiler plans it; None where it does not say.
+    run: makes one call on arrays that are where they have to be, and returns when its results are
+      there. Forward, they are the outputs by name; with backward, also "gradient of <input>" for
+      every input.
+    temp_bytes: memory beside inputs and outputs, as the compiler plans it; None where it does not
+      say.
     total_bytes: that with inputs and outputs.
     """
 
@@ -36,7 +39,8 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """name: as it stands in tables.   prepare: (problem, backward) -> Prepared; raises NotImplementedError, saying why,
+    """name: as it stands in tables.   prepare: (problem, backward) -> Prepared; raises
+      NotImplementedError, saying why,
     for a problem that it cannot do."""
 
     name: str
@@ -55,7 +59,8 @@ def with_gradients(call: Callable[[Arrays], Arrays]) -> Callable[[Arrays, Arrays
 
 
 def jax_entry(name: str, call: Callable[[Arrays], Arrays]) -> Entry:
-    """An Entry of a function from inputs by name to outputs by name, compiled ahead of time for the default device."""
+    """An Entry of a function from inputs by name to outputs by name, compiled ahead of time for the
+    default device."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         function = with_gradients(call) if backward else call

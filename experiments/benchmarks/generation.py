@@ -1,4 +1,5 @@
-"""Time a generated token after reading more and more: constant for a recurrent stack, not for full attention."""
+"""Time a generated token after reading more and more: constant for a recurrent stack, not for full
+attention."""
 
 import dataclasses
 import functools
@@ -14,7 +15,8 @@ from experiments.benchmarks import pictures, timing
 from experiments.benchmarks.report import Row, Section, Target
 from seqmodels import language_model
 
-# What is timed: a stack of one mixer each. The cache of full attention holds what was read and what is generated.
+# What is timed: a stack of one mixer each. The cache of full attention holds what was read and what
+# is generated.
 PATTERNS = {
     "gated_delta_net": "gated_delta_net(num_heads={heads}, head_dim={head_dim}, expand_v=1.0)",
     "attention": "attention(num_heads={heads}, head_dim={head_dim}, max_length={length})",
@@ -23,7 +25,8 @@ PATTERNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """contexts: tokens read before the clock starts, `piece` at a time. tokens: generated in one measurement."""
+    """contexts: tokens read before the clock starts, `piece` at a time. tokens: generated in one
+    measurement."""
 
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
     batch: int = 1
@@ -92,8 +95,8 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
 
 
 def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
-    """One row for each model and context. A model's contexts are timed in turn, the models one after the other: what a
-    large cache leaves behind would fall on the smaller model."""
+    """One row for each model and context. A model's contexts are timed in turn, the models one
+    after the other: what a large cache leaves behind would fall on the smaller model."""
     rows = []
     for name, pattern in PATTERNS.items():
         log(f"generation: {name} reads {', '.join(map(str, settings.contexts))} tokens")

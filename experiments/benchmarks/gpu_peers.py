@@ -1,7 +1,8 @@
-"""Our Triton kernels beside flash-linear-attention and mlstm_kernels: what `experiments.bench gpu_peers` measures.
+"""Our Triton kernels beside flash-linear-attention and mlstm_kernels: what `experiments.bench
+gpu_peers` measures.
 
-TFLA's mLSTM with sigmoid gates and no normaliser is linear attention with one decay a head: its forget gate's input is the
-logit of our decay, its input gate is open.
+TFLA's mLSTM with sigmoid gates and no normaliser is linear attention with one decay a head: its
+forget gate's input is the logit of our decay, its input gate is open.
 """
 
 import dataclasses
@@ -89,7 +90,8 @@ def peer_entry(comparison: Comparison) -> Entry:
 
 
 def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[float, float]:
-    """(FLOPs, bytes) of chunks of CHUNK: matrix products; bfloat16 inputs read and results written once."""
+    """(FLOPs, bytes) of chunks of CHUNK: matrix products; bfloat16 inputs read and results written
+    once."""
     K, V, tokens = SHAPE.K, SHAPE.V, B * T * SHAPE.H
     flops = 2 * (2 * K * V + CHUNK / 2 * (K + V))
     if op == "delta_rule":
@@ -103,7 +105,8 @@ def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[flo
 
 
 def measure(comparison: Comparison, lengths, rounds: int, log=print) -> list[dict]:
-    """Checks ours and the peer at T 300, then times those that are right, in turn, in one run; cuDNN attention beside."""
+    """Checks ours and the peer at T 300, then times those that are right, in turn, in one run;
+    cuDNN attention beside."""
     case = operators.CASES[comparison.op]
     ours = case.entry("triton", comparison.variant, SHAPE)
     entries = [ours, peer_entry(comparison)]
@@ -171,7 +174,8 @@ def not_run(comparison: Comparison, lengths) -> list[dict]:
 
 
 def line(row: dict) -> dict:
-    """A row of the table. bound: the share of the roofline's time, the larger of FLOPs and bytes, that ours reaches."""
+    """A row of the table. bound: the share of the roofline's time, the larger of FLOPs and bytes,
+    that ours reaches."""
     ms = row.get("ms", {})
     ours, peer = ms.get("triton"), ms.get(row["peer"])
     compute, bandwidth = _peak()
@@ -198,7 +202,8 @@ def _peak() -> tuple[float | None, float | None]:
 
 
 def crossings(rows: list[dict]) -> list[str]:
-    """From which length on ours is faster than cuDNN attention, at it and all longer ones, for each comparison and pass."""
+    """From which length on ours is faster than cuDNN attention, at it and all longer ones, for each
+    comparison and pass."""
     found = []
     for name, which in sorted({(row["comparison"], row["pass"]) for row in rows}):
         faster = {

@@ -19,7 +19,8 @@ DEFINITION = "reference"  # the recurrent form: truth, and what ratios refer to
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a problem beside its length. G: key heads (None is H). D: width where there are no heads (None is H V).
+    """Sizes of a problem beside its length. G: key heads (None is H). D: width where there are no
+    heads (None is H V).
     I: taps of a convolution."""
 
     B: int = 1
@@ -44,7 +45,8 @@ class Shape:
 class OperatorCase:
     """What the benchmark has to know about an operator.
 
-    variants: the forms that are timed each on its own; the first is a shape's, unless it says another.
+    variants: the forms that are timed each on its own; the first is a shape's, unless it says
+      another.
     make_inputs: (rng, shape, T, variant) -> float32 (complex64) arrays by name.
     call: (inputs, implementation, variant, shape) -> outputs by name.
     rounded: the inputs that take the dtype asked for; the others (states, gates) stay float32.

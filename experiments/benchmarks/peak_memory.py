@@ -1,4 +1,5 @@
-"""Peak memory of one call on a CPU, in a process of its own: measured, beside the compiler's plan. Linux only."""
+"""Peak memory of one call on a CPU, in a process of its own: measured, beside the compiler's plan.
+Linux only."""
 
 import concurrent.futures
 import multiprocessing
@@ -9,9 +10,11 @@ from experiments.benchmarks.entries import Prepared
 
 
 def measure(prepare: Callable[[], Prepared], *arguments) -> dict:
-    """What prepare(*arguments).run() adds at its peak to the process's memory, results with it, inputs without.
+    """What prepare(*arguments).run() adds at its peak to the process's memory, results with it,
+    inputs without.
 
-    prepare: a function of a module, for it goes to a fresh process. Bytes; `planned` is the compiler's temp_bytes.
+    prepare: a function of a module, for it goes to a fresh process. Bytes; `planned` is the
+      compiler's temp_bytes.
     """
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:

@@ -1,7 +1,7 @@
 """Other libraries as entries of the benchmark: what `gpu_peers` and `cpu_peers` share.
 
-A peer is numpy in, its own arrays inside, the same names out, so that the correctness gate and the clock are those of
-`experiments.bench`. Initial and final states take part.
+A peer is numpy in, its own arrays inside, the same names out, so that the correctness gate and the
+clock are those of `experiments.bench`. Initial and final states take part.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ OUTPUTS = ("output", "final state")
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """op, variant: ours. package: the peer's module. call: (inputs, the peer's arrays) -> (output, final state).
+    """op, variant: ours. package: the peer's module. call: (inputs, the peer's arrays) -> (output,
+    final state).
 
     limit: the most that our forward+backward may take, as a share of the peer's.
     """
@@ -31,7 +32,8 @@ class Comparison:
 
 
 def torch_entry(comparison: Comparison, device: str, install: str) -> Entry:
-    """The peer's call in torch; with backward, the gradient of every input by torch's autograd. install: how to get it."""
+    """The peer's call in torch; with backward, the gradient of every input by torch's autograd.
+    install: how to get it."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         _installed(comparison, install)
@@ -80,7 +82,8 @@ def _installed(comparison: Comparison, install: str):
 
 
 class _Tensors(dict):
-    """Torch results by name, as float32 numpy arrays where one is looked at, not while the clock runs."""
+    """Torch results by name, as float32 numpy arrays where one is looked at, not while the clock
+    runs."""
 
     def items(self):
         for name, x in super().items():

@@ -12,7 +12,8 @@ from experiments.benchmarks.report import Row
 
 
 def time_a_token(rows: list[Row], path: Path, title: str) -> None:
-    """Time a token over T, both logarithmic: a row of panels for each operator and variant, a column for each pass."""
+    """Time a token over T, both logarithmic: a row of panels for each operator and variant, a
+    column for each pass."""
     rows = [row for row in rows if "seconds" in row]
     cases = list(dict.fromkeys((row["operator"], row["variant"]) for row in rows))
     passes = list(dict.fromkeys(row["pass"] for row in rows))

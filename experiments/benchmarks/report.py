@@ -22,7 +22,8 @@ class Target(NamedTuple):
 class Section:
     """One benchmark's part.
 
-    settings: what it was run with. rows: all that was measured, for JSON; table: what of it is printed.
+    settings: what it was run with. rows: all that was measured, for JSON; table: what of it is
+      printed.
     notes: lines beside the table. wrong: whether an implementation gave wrong results.
     """
 

@@ -1,4 +1,5 @@
-"""Kernels as compiled for a TPU: what `experiments.bench tpu_report` measures, keeps and prints. Nothing is run."""
+"""Kernels as compiled for a TPU: what `experiments.bench tpu_report` measures, keeps and prints.
+Nothing is run."""
 
 import importlib.metadata
 import json
@@ -14,12 +15,14 @@ from kernels_pallas.tools import tpu_bundles, tpu_compile
 OPS = ("linear_attention", "delta_rule", "diagonal_scan", "causal_conv")
 PASSES = ("forward", "forward+backward")
 IMPLEMENTATIONS = ("pallas_tpu", "chunked", "shifted")  # the last two are XLA's
-# The size that the targets are set at, Griffin's width for the scan, and that of q and k for the convolution.
+# The size that the targets are set at, Griffin's width for the scan, and that of q and k for the
+# convolution.
 TARGET_SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128, "I": 4}
 TARGET_WIDTH = {"diagonal_scan": 2560, "causal_conv": 2048}
 BY_CHANNEL = tuple(TARGET_WIDTH)
 FOLDER = Path(__file__).resolve().parents[2] / "kernels_pallas" / "reports" / "tpu"
-# Most static cycles a token and head in kernels, on v6e at the target shape: forward, and with backward.
+# Most static cycles a token and head in kernels, on v6e at the target shape: forward, and with
+# backward.
 TARGETS = {
     ("linear_attention", "per_token"): (3, 9),
     ("linear_attention", "per_channel"): (10, 30),
@@ -55,7 +58,8 @@ def workload(case: operators.OperatorCase, name: str) -> tuple[operators.Shape, 
 
 
 def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
-    """The inputs' shapes and dtypes, from inputs of two and of three tokens: the real ones may take gigabytes."""
+    """The inputs' shapes and dtypes, from inputs of two and of three tokens: the real ones may take
+    gigabytes."""
     short, longer = (
         case.make_inputs(np.random.default_rng(0), shape, length, variant) for length in (2, 3)
     )
@@ -104,8 +108,9 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
 
 
 def as_models_call(call, inputs: dict):
-    """`call` from arrays as a model has them, and the shapes of those arrays: heads side by side, (B, T, H K), as a
-    projection gives them, and a complex array as the two real ones that it is computed from. Results likewise."""
+    """`call` from arrays as a model has them, and the shapes of those arrays: heads side by side,
+    (B, T, H K), as a projection gives them, and a complex array as the two real ones that it is
+    computed from. Results likewise."""
 
     def given(x, name):
         if jnp.iscomplexobj(x):
@@ -161,8 +166,8 @@ def key(row: dict) -> tuple:
 
 
 def save(folder: Path, new: list[dict]) -> None:
-    """Puts rows into the folder's JSON files, one an operator and part, in place of older ones of the same key, and
-    writes all of them as tables.md."""
+    """Puts rows into the folder's JSON files, one an operator and part, in place of older ones of
+    the same key, and writes all of them as tables.md."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({_file(row) for row in new}):
         path = folder / name

@@ -1,4 +1,5 @@
-"""Triton kernels as compiled for GPUs: what `experiments.bench gpu_report` measures, keeps and prints. Nothing is run."""
+"""Triton kernels as compiled for GPUs: what `experiments.bench gpu_report` measures, keeps and
+prints. Nothing is run."""
 
 import importlib.metadata
 import json
@@ -21,7 +22,8 @@ _GPU = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "
 
 
 def rows(op: str, shape_name: str, dtype: str, capabilities) -> list[dict]:
-    """One row a kernel of the pass with gradients, variant and capability; a kernel launched twice alike stands once."""
+    """One row a kernel of the pass with gradients, variant and capability; a kernel launched twice
+    alike stands once."""
     case = operators.CASES[op]
     shape, T, variants = static_cost.workload(case, shape_name)
     found = []
@@ -66,7 +68,8 @@ def key(row: dict) -> tuple:
 
 
 def save(folder: Path, new: list[dict]) -> None:
-    """Puts rows into triton.json, in place of older ones of the same programs, and writes all of it as triton.md."""
+    """Puts rows into triton.json, in place of older ones of the same programs, and writes all of it
+    as triton.md."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "triton.json"
     saved = json.loads(path.read_text()) if path.exists() else {"rows": []}

@@ -1,6 +1,8 @@
-"""Operators over length: every implementation is checked, and those that are right are timed in turn.
+"""Operators over length: every implementation is checked, and those that are right are timed in
+turn.
 
-A new kernel takes part by standing in its operator's IMPLEMENTATIONS; another library through `peers`.
+A new kernel takes part by standing in its operator's IMPLEMENTATIONS; another library through
+`peers`.
 """
 
 import dataclasses
@@ -20,8 +22,10 @@ _SECONDS = ("seconds", "seconds_lower", "seconds_upper")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """implementations: None is all that the operator has. rounds, seconds: see `timing.interleaved`.
-    check_length: of the problem they are checked on; the default is several chunks and a part of one.
+    """implementations: None is all that the operator has. rounds, seconds: see
+    `timing.interleaved`.
+    check_length: of the problem they are checked on; the default is several chunks and a part of
+      one.
     """
 
     shape: operators.Shape = operators.Shape()
@@ -68,7 +72,8 @@ def run(
     peers: Sequence[Entry] = (),
     log: Callable[[str], None] = print,
 ) -> tuple[list[Row], list[Row]]:
-    """Checks every entry, and times those that are right. Returns (rows of timings, rows of checks)."""
+    """Checks every entry, and times those that are right. Returns (rows of timings, rows of
+    checks)."""
     names = case.implementations if settings.implementations is None else settings.implementations
     entries = [case.entry(name, variant, settings.shape) for name in names]
     checks, sound = _check(case, variant, settings, [*entries, *peers], log)
@@ -200,7 +205,8 @@ def display(row: Row) -> Row:
 
 
 def targets(operator: str, rows: list[Row]) -> list[Target]:
-    """Chunked against recurrent at T 2048, and time a token at T 16384 against 1024, where they are asked of it."""
+    """Chunked against recurrent at T 2048, and time a token at T 16384 against 1024, where they are
+    asked of it."""
     at = {
         (row["T"], row["variant"], row["pass"]): row
         for row in rows

@@ -1,4 +1,5 @@
-"""Round-robin timing: what else the machine does falls on everyone alike, so that ratios hold where figures do not."""
+"""Round-robin timing: what else the machine does falls on everyone alike, so that ratios hold where
+figures do not."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -25,15 +26,17 @@ def interleaved(
     block_seconds: float = 0.02,
     together: Callable[[Hashable], Hashable] = lambda key: key,
 ) -> dict[Hashable, Timing]:
-    """Times each call once a round, after warming up. The order is drawn anew each round (the same draws every time), so
-    that no call always follows the one that left the caches at their worst.
+    """Times each call once a round, after warming up. The order is drawn anew each round (the same
+    draws every time), so that no call always follows the one that left the caches at their worst.
 
-    rounds: how many, but at least MIN_ROUNDS. seconds: a call that has used up so much leaves after MIN_ROUNDS, and one
-    that has used up four times as much leaves at once; its rounds are then fewer.
-    block_seconds: shorter calls are repeated until a measurement lasts this long; with 0 each is made at most 3 +
-    rounds times.
-    together: calls for which it is equal follow each other in a round. What one leaves behind, memory that it gave back
-    and the next has to be given again, then falls on one call of the others, not on half of them.
+    rounds: how many, but at least MIN_ROUNDS. seconds: a call that has used up so much leaves after
+    MIN_ROUNDS, and one that has used up four times as much leaves at once; its rounds are then
+    fewer.
+    block_seconds: shorter calls are repeated until a measurement lasts this long; with 0 each is
+    made at most 3 + rounds times.
+    together: calls for which it is equal follow each other in a round. What one leaves behind,
+    memory that it gave back and the next has to be given again, then falls on one call of the
+    others, not on half of them.
     """
     repeats = {key: _repeats(call, block_seconds) for key, call in calls.items()}
     samples = {key: [] for key in calls}

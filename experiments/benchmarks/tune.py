@@ -1,11 +1,13 @@
-"""Finds chunk and block sizes for the table that `kernels_pallas.dispatch.tuning` reads: what `bench --tune` does.
+"""Finds chunk and block sizes for the table that `kernels_pallas.dispatch.tuning` reads: what
+`bench --tune` does.
 
-A call is traced to learn which keys it looks up. Then one size after another takes its candidates, the rest standing as
-they are. The sizes in use stay unless another is worth it (2 % in cycles, 4 % in time), and of those near the best the
-smallest is taken: it compiles sooner. The cost is that of forward and
-backward together: they share their chunks, since a call does not know whether it will be differentiated. On a
-topology it is static cycles in kernels, as compiled (no run, no waiting for HBM); on the device at hand, time, where all
-candidates of a size run in turn. A candidate that does not fit or compile is out; nothing that raises is ever chosen.
+A call is traced to learn which keys it looks up. Then one size after another takes its candidates,
+the rest standing as they are. The sizes in use stay unless another is worth it (2 % in cycles, 4 %
+in time), and of those near the best the smallest is taken: it compiles sooner. The cost is that of
+forward and backward together: they share their chunks, since a call does not know whether it will
+be differentiated. On a topology it is static cycles in kernels, as compiled (no run, no waiting for
+HBM); on the device at hand, time, where all candidates of a size run in turn. A candidate that does
+not fit or compile is out; nothing that raises is ever chosen.
 """
 
 import importlib.metadata
@@ -21,7 +23,8 @@ from kernels_pallas.dispatch import tuning
 from kernels_pallas.tools import tpu_bundles, tpu_compile
 
 OPS = ("linear_attention", "delta_rule", "diagonal_scan")
-# By implementation and the sizes' names, going up: of candidates that come to the same the smallest is taken.
+# By implementation and the sizes' names, going up: of candidates that come to the same the smallest
+# is taken.
 CANDIDATES = {
     "pallas_tpu": {"chunk_size": (64, 128, 256), "heads": (2, 4, 8), "width": (4, 8, 16)},
     "triton": {
@@ -34,7 +37,8 @@ CANDIDATES = {
     },
     "chunked": {"chunk_size": (32, 64, 128, 256)},
 }
-# Longer chunks of the delta rule lose accuracy in float32 where beta is 2: that size is not speed's to choose.
+# Longer chunks of the delta rule lose accuracy in float32 where beta is 2: that size is not speed's
+# to choose.
 FIXED = {("delta_rule", "float32"): ("chunk_size",)}
 PLATFORMS = {"tpu": ("pallas_tpu",), "gpu": ("triton", "chunked"), "cpu": ("chunked",)}
 FOLDER = Path(tuning.__file__).parent
@@ -52,7 +56,8 @@ class Job(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What came out for one key. costs: of every choice of sizes that was tried, None where it raised; unit: theirs."""
+    """What came out for one key. costs: of every choice of sizes that was tried, None where it
+    raised; unit: theirs."""
 
     key: str
     sizes: dict[str, int]
@@ -61,7 +66,8 @@ class Found(NamedTuple):
 
 
 def jobs(ops, shapes, dtype: str, implementations, topologies) -> list[Job]:
-    """shapes: 'target', published names, or None for all there are; those that an operator lacks are passed over."""
+    """shapes: 'target', published names, or None for all there are; those that an operator lacks
+    are passed over."""
     found = []
     for op in ops:
         case = operators.CASES[op]
@@ -118,7 +124,8 @@ def _descend(job, key, start, best, measure) -> Found:
 
 
 def _call(job: Job) -> tuple[Callable, Any]:
-    """A fresh function (no cache knows it) of inputs and cotangents, forward and backward; and their shapes."""
+    """A fresh function (no cache knows it) of inputs and cotangents, forward and backward; and
+    their shapes."""
     case = operators.CASES[job.op]
     shape, T, _ = static_cost.workload(case, job.shape)
     inputs = static_cost.abstract_inputs(case, shape, T, job.variant, job.dtype)
@@ -182,7 +189,8 @@ def _timed(job: Job, rounds: int, seconds: float):
 
 
 def save(folder: Path, found: list[Found]) -> None:
-    """Sizes into the folder's tuned.json, what was tried into reports/tuning.json, in place of older ones of the same keys."""
+    """Sizes into the folder's tuned.json, what was tried into reports/tuning.json, in place of
+    older ones of the same keys."""
     folder.mkdir(parents=True, exist_ok=True)
     table, evidence = folder / tuning.TABLE.name, folder / "reports" / "tuning.json"
     if not table.exists():

@@ -8,7 +8,8 @@ ConfigDict or a dict, fills in what is missing and rejects what it does not know
 
 Every dataset
   name             python_stdlib, text, tfds, or a task (below)
-  batch_size=16    rows of a global batch; must divide over the processes; a run can go on with another
+  batch_size=16    rows of a global batch; must divide over the processes; a run can go on with
+    another
   eval_batch_size=0   the same for validation and test; 0 is batch_size
   seed=0           order of the training documents, or the examples of a task
   prefetch=2       batches read ahead on a thread; 0 reads in the caller's thread

@@ -1,8 +1,8 @@
 """What a text model's bits per byte are to be held against, on the same held-out bytes.
 
-A model here says where each document ends, too, and pays for it (`packing`). So do these: both are told of the ends of all
-documents (a `text.Piece` has none), and both divide by the bytes of the text alone. Empty documents are passed over, as
-packing does.
+A model here says where each document ends, too, and pays for it (`packing`). So do these: both are
+told of the ends of all documents (a `text.Piece` has none), and both divide by the bytes of the
+text alone. Empty documents are passed over, as packing does.
 """
 
 import gzip
@@ -18,8 +18,9 @@ END = 256  # after a document's last byte, and before its first
 def gzip_bits_per_byte(held_out: Iterable[bytes]) -> float:
     """8 x the size of `gzip -9` of the documents, over their number of bytes.
 
-    gzip reads them as one file, in which a byte 0 stands for each document's end, with its 32 KB window, and has seen no
-    training text: it is a reference point that everyone knows, not a trained competitor.
+    gzip reads them as one file, in which a byte 0 stands for each document's end, with its 32 KB
+    window, and has seen no training text: it is a reference point that everyone knows, not a
+    trained competitor.
     """
     documents = [document for document in held_out if document]
     if not documents:
@@ -33,9 +34,10 @@ def bigram_bits_per_byte(
 ) -> float:
     """Bits per byte of a byte-bigram model fitted on `train`, on `held_out`; both are documents.
 
-    p(b | a) = (count(a, b) + smoothing) / (count(a) + 257 smoothing), a and b among the 256 bytes and END. A document's first
-    byte is predicted from END, and END from its last byte, so every byte and every end is predicted once, as a byte-level
-    model of this repository does, and smoothing=1 is add-one.
+    p(b | a) = (count(a, b) + smoothing) / (count(a) + 257 smoothing), a and b among the 256 bytes
+    and END. A document's first byte is predicted from END, and END from its last byte, so every
+    byte and every end is predicted once, as a byte-level model of this repository does, and
+    smoothing=1 is add-one.
     """
     counts, held = (
         sum(map(_bigrams, documents), np.zeros((257, 257))) for documents in (train, held_out)

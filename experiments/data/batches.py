@@ -76,8 +76,8 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> ran
 
 
 def join_states(states: list[State]) -> State:
-    """The position of a whole dataset from those of its shares, in their order: lists, which have an entry for each
-    row, one after the other; all else is the same in all shares."""
+    """The position of a whole dataset from those of its shares, in their order: lists, which have
+    an entry for each row, one after the other; all else is the same in all shares."""
     joined = {}
     for key, value in states[0].items():
         values = [state[key] for state in states]
@@ -103,8 +103,8 @@ def check_state(state: State, names: Sequence[str]) -> None:
 
 
 class EpochOrder:
-    """An endless shuffle of 0 ... n-1 with random access: `[i]` lies in epoch i // n, and every epoch
-    has an order of its own.
+    """An endless shuffle of 0 ... n-1 with random access: `[i]` lies in epoch i // n, and every
+    epoch has an order of its own.
 
     A Feistel network is a bijection of the 4^h >= n numbers of 2h bits whatever its round function;
     a place outside [0, n) is sent through again until it falls inside (cycle walking: Black and
@@ -154,7 +154,8 @@ class Prefetched(grain.IterDataset):
 
 
 class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain's, closed once: its `__del__` closes again, and fails where Python is shutting down, or where it was never whole."""
+    """Grain's, closed once: its `__del__` closes again, and fails where Python is shutting down, or
+    where it was never whole."""
 
     _done = True
 

@@ -1,13 +1,17 @@
-"""Text with a fact hidden in it, and a question that only the fact answers; of any length, at any depth.
+"""Text with a fact hidden in it, and a question that only the fact answers; of any length, at any
+depth.
 
-    passkey    a five-digit pass key in a few sentences that repeat   (landmark attention, arXiv 2305.16300, section 4.2)
-    s_niah_1   a seven-digit number, kept under a word, in the same   (RULER, arXiv 2404.06654, section 3 and table 2)
+    passkey    a five-digit pass key in a few sentences that repeat   (landmark attention, arXiv
+      2305.16300, section 4.2)
+    s_niah_1   a seven-digit number, kept under a word, in the same   (RULER, arXiv 2404.06654,
+      section 3 and table 2)
     s_niah_2   the same in prose that does not repeat
     s_niah_3   a UUID, kept under a word, in prose
 
-The three forms are RULER's single needle in a haystack: form 2 takes away the contrast between needle and noise, form 3 asks for
-32 hexadecimal digits and no slip. Its haystacks are essays; here the prose is made up from a seed, so that nothing has to
-be downloaded and no text is ever too short. The wording is our own: figures compare with each other, not with published ones.
+The three forms are RULER's single needle in a haystack: form 2 takes away the contrast between
+needle and noise, form 3 asks for 32 hexadecimal digits and no slip. Its haystacks are essays; here
+the prose is made up from a seed, so that nothing has to be downloaded and no text is ever too
+short. The wording is our own: figures compare with each other, not with published ones.
 """
 
 import dataclasses
@@ -72,7 +76,8 @@ def _prose(rng: np.random.Generator) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """value: what is asked for. haystack: sentences without end. before, needle, after: text with {key} and {value}."""
+    """value: what is asked for. haystack: sentences without end. before, needle, after: text with
+    {key} and {value}."""
 
     value: Callable[[np.random.Generator], str]
     haystack: Callable[[np.random.Generator], Iterator[str]]
@@ -107,7 +112,8 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """prompt_N: token ids.  answer: the text that has to follow.  answer_tokens: to generate for it.
+    """prompt_N: token ids.  answer: the text that has to follow.  answer_tokens: to generate for
+      it.
     depth: where the needle really begins, as a share of the haystack's tokens."""
 
     prompt_N: np.ndarray
@@ -126,13 +132,15 @@ def make_example(
     seed: int = 0,
     number: int = 0,
 ) -> Example:
-    """Example `number` of a form: as many whole sentences as fit, so that prompt and answer have `length` tokens at most.
+    """Example `number` of a form: as many whole sentences as fit, so that prompt and answer have
+    `length` tokens at most.
 
     encode: a prompt to its token ids, with what stands before a text.
-    depth: 0 puts the needle before all other sentences, 1 behind them. The same (seed, number) hides the same
-    value under the same key at every length and depth.
+    depth: 0 puts the needle before all other sentences, 1 behind them. The same (seed, number)
+    hides the same value under the same key at every length and depth.
 
-    Raises ValueError for an unknown form, a depth outside [0, 1], and a length without room for needle and question.
+    Raises ValueError for an unknown form, a depth outside [0, 1], and a length without room for
+    needle and question.
     """
     if form not in FORMS:
         raise ValueError(f"unknown retrieval task {form!r}; choose one of {', '.join(FORMS)}")

@@ -1,9 +1,9 @@
 """Documents into rows of fixed length: concatenate and split, in lanes.
 
 A document's tokens are [document id, t_1, ..., t_n, document id]: the id that the next document
-starts with is what its last token is followed by, so that a model learns where a text ends. Every t_i
-and the end are predicted exactly once, from the tokens before them in the same row, so summed losses
-are those of the whole text, byte for byte, and of where its documents end.
+starts with is what its last token is followed by, so that a model learns where a text ends. Every
+t_i and the end are predicted exactly once, from the tokens before them in the same row, so summed
+losses are those of the whole text, byte for byte, and of where its documents end.
 
 A document that is cut for reading (`text.Piece`) has no such end: what follows is not told.
 
@@ -16,7 +16,8 @@ short documents whole, but leaves holes and must read ahead, and its rows then d
 Lanes. Row r of every batch belongs to lane r, and lane r reads documents r, r + B, r + 2B, ... of
 the shuffled stream. So a batch holds B different documents, a process reads only its own lanes, and
 the global batch is the same for any number of processes. A one-pass split has a single lane, which
-every process reads whole and takes its rows from: all processes then see the same number of batches.
+every process reads whole and takes its rows from: all processes then see the same number of
+batches.
 
 A run can go on with another batch size. Lanes that stay go on where they are, to the first document
 that nobody has been given; from there on documents are dealt to all lanes anew. So no document is
@@ -50,7 +51,8 @@ def packed_batches(
     """Batches of `rows` out of each global batch of packed documents.
 
     documents: random access to bytes (`len`, `[i]`).  what: names the corpus in errors.
-    train=True repeats for ever in a new order each epoch; False is one pass, in an order that does not
+    train=True repeats for ever in a new order each epoch; False is one pass, in an order that does
+      not
     depend on seed: an evaluation's first batches are a sample, not the corpus's first files.
     """
     if seq_len < 1:
@@ -66,11 +68,12 @@ def packed_batches(
 
 
 def document_tokens(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
-    """A document from its start to its end: (N, 2), of each token its id and the bytes of text it stands for. A Piece has no
-    end, and an empty document its start alone.
+    """A document from its start to its end: (N, 2), of each token its id and the bytes of text it
+    stands for. A Piece has no end, and an empty document its start alone.
 
-    The bytes are those of num_bytes_W. What it cannot know (text that a normalizer changes, spaces that are dropped,
-    characters that the vocabulary lacks) is counted at the last token, so that they add up to len(data), always.
+    The bytes are those of num_bytes_W. What it cannot know (text that a normalizer changes, spaces
+    that are dropped, characters that the vocabulary lacks) is counted at the last token, so that
+    they add up to len(data), always.
     """
     start = [tokenizer.document_id]
     end = start * (len(data) > 0 and not isinstance(data, Piece))
@@ -92,7 +95,8 @@ _RESTART = "Bring back the text it was saved with, or go on from this one's star
 class PackIterDataset(grain.IterDataset):
     """Packs a MapDataset of token arrays; see the module's docstring.
 
-    order: of the documents.  endless: epoch after epoch, in lanes; else its first epoch, in one lane.
+    order: of the documents.  endless: epoch after epoch, in lanes; else its first epoch, in one
+                              lane.
     """
 
     def __init__(self, documents, order, endless, *, seq_len, batch_size, rows, what):
@@ -105,7 +109,8 @@ class PackIterDataset(grain.IterDataset):
 
     @functools.cached_property
     def corpus(self) -> dict[str, int | str]:
-        """By what a saved position knows the documents again: how many there are, and a hash of some of them."""
+        """By what a saved position knows the documents again: how many there are, and a hash of
+        some of them."""
         n = len(self.documents)
         content = hashlib.sha256()
         for i in range(0, n, -(-n // _SAMPLED)):
@@ -122,7 +127,8 @@ class PackIterDataset(grain.IterDataset):
 class _Lane:
     """A place in the stream: a document's number and how many of its tokens are used up.
 
-    deals: rising pairs (first, lanes): from document `first` on, documents are dealt to so many lanes in turn.
+    deals: rising pairs (first, lanes): from document `first` on, documents are dealt to so many
+      lanes in turn.
     index: the lane's number among them.
     """
 
@@ -143,7 +149,8 @@ class _Lane:
     def current(self) -> np.ndarray | None:
         """The current document's tokens, empty documents passed over; None at the stream's end."""
         d, skipped = self.dataset, 0
-        # A lane meets documents at random, so only a long run of empty ones says that all of them are.
+        # A lane meets documents at random, so only a long run of empty ones says that all of them
+        # are.
         patience = len(d.documents) + (1000 if d.endless else 0)
         while self.tokens is None:
             if not d.endless and self.document >= len(d.documents):
@@ -216,7 +223,8 @@ class _PackIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: batches.State) -> None:
-        """state: of this process's lanes, or of all, as all processes' states are joined; then of any number of lanes."""
+        """state: of this process's lanes, or of all, as all processes' states are joined; then of
+        any number of lanes."""
         d = self._dataset
         batches.check_state(state, ("document", "offset", "lanes", "corpus"))
         _check_corpus(d, state["corpus"])
@@ -236,7 +244,8 @@ class _PackIterator(grain.DatasetIterator):
 
 
 def _deal_anew(deals, positions, lanes: int):
-    """(deals, positions) with which a stream goes on in another number of lanes; see the module's docstring."""
+    """(deals, positions) with which a stream goes on in another number of lanes; see the module's
+    docstring."""
     left_out = [document + (offset > 0) for document, offset in positions[lanes:]]
     if left_out:
         logging.warning(

@@ -1,9 +1,9 @@
 """Text files of the user's own, as random-access documents.
 
 A file is a document, or each of its lines is (`documents="lines"`). A long document is cut, after a
-line's end where there is one, into documents of about `document_bytes`: no more than that is held in
-memory at once, and a corpus that is one big file still gives every row of a batch a place of its own.
-Only the last of them ends as documents do (`Piece`).
+line's end where there is one, into documents of about `document_bytes`: no more than that is held
+in memory at once, and a corpus that is one big file still gives every row of a batch a place of its
+own. Only the last of them ends as documents do (`Piece`).
 """
 
 import glob
@@ -22,13 +22,15 @@ DOCUMENTS = ("files", "lines")
 
 
 class Piece(bytes):
-    """A part of a document that goes on in another one: its stop is no end that a model should learn."""
+    """A part of a document that goes on in another one: its stop is no end that a model should
+    learn."""
 
 
 class TextFiles:
     """Spans of files: `[i]` reads document i as bytes, a Piece where it was cut.
 
-    names: file names; file_N, start_N, stop_N: the file and the bytes of each document; ends_N: whether it ends there.
+    names: file names; file_N, start_N, stop_N: the file and the bytes of each document; ends_N:
+      whether it ends there.
     """
 
     def __init__(self, names, file_N, start_N, stop_N, ends_N):
@@ -130,7 +132,8 @@ def _list(paths) -> list[str]:
 
 
 def _spans(path: str, share, lines: bool, document_bytes: int):
-    """Starts and stops of the documents in one file's share [from, to) of its length, and whether they end there."""
+    """Starts and stops of the documents in one file's share [from, to) of its length, and whether
+    they end there."""
     size = os.path.getsize(path)
     none = np.zeros(0, np.int64)
     if size == 0:

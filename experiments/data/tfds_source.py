@@ -38,8 +38,9 @@ def quiet():
 
 
 def prepare(builder) -> None:
-    """Downloads and writes the dataset if it is not there. Of several processes, on one host or with a disk in common, one
-    does and the others wait; into a bucket (gs://) all write the same."""
+    """Downloads and writes the dataset if it is not there. Of several processes, on one host or
+    with a disk in common, one does and the others wait; into a bucket (gs://) all write the same.
+    """
     if builder.data_path.exists():
         return
     if "://" in str(builder.data_path):

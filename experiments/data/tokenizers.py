@@ -111,7 +111,8 @@ class FileTokenizer:
 
 def open_file(path: str):
     """The library's tokenizer of a file, which reads every text whole and always alike: without the
-    truncation, the padding and the random choices (BPE dropout) that a file may have been saved with."""
+    truncation, the padding and the random choices (BPE dropout) that a file may have been saved
+    with."""
     import tokenizers  # a compiled library that runs on bytes need not load
 
     file = pathlib.Path(path).expanduser()
@@ -162,10 +163,12 @@ def _spelling(tokenizer, text: str) -> str:
 
 
 def bytes_as_file() -> str:
-    """A tokenizer.json of the ByteTokenizer's ids, for programs that read nothing else; document_id is "<|endoftext|>"."""
+    """A tokenizer.json of the ByteTokenizer's ids, for programs that read nothing else; document_id
+    is "<|endoftext|>"."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    # Byte-level files spell a byte that is no visible character of Latin-1 as one of those that follow there.
+    # Byte-level files spell a byte that is no visible character of Latin-1 as one of those that
+    # follow there.
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (b for b in range(256) if b not in visible)
     letter = {b: b for b in visible} | {b: 256 + n for n, b in enumerate(others)}
@@ -181,10 +184,11 @@ def bytes_as_file() -> str:
 
 
 def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
-    """Whether a model of `vocab_size` tokens has the tokenizer's ids, but for a few that it never learned.
+    """Whether a model of `vocab_size` tokens has the tokenizer's ids, but for a few that it never
+    learned.
 
-    Tokenizers of pretrained models get a token or two that the embedding lacks: a tenth, or 256, is allowed for. Such an
-    id is refused where it comes up.
+    Tokenizers of pretrained models get a token or two that the embedding lacks: a tenth, or 256, is
+    allowed for. Such an id is refused where it comes up.
     """
     spare = max(vocab_size // 10, 256)
     return tokenizer.vocab_size <= vocab_size + spare and tokenizer.document_id < vocab_size

@@ -1,4 +1,5 @@
-"""Conversations as text, by the Jinja template of a model: what transformers' `apply_chat_template` makes of it."""
+"""Conversations as text, by the Jinja template of a model: what transformers' `apply_chat_template`
+makes of it."""
 
 import datetime
 import json
@@ -13,7 +14,8 @@ except ImportError as error:
 
 
 class _Generation(ext.Extension):
-    """{% generation %}: says what an assistant wrote, to those who train on that alone; it is shown as it is."""
+    """{% generation %}: says what an assistant wrote, to those who train on that alone; it is shown
+    as it is."""
 
     tags = {"generation"}
 
@@ -38,7 +40,8 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is None; what a model thought has several names, and templates ask for one or another."""
+    """Without what is None; what a model thought has several names, and templates ask for one or
+    another."""
     said = {k: v for k, v in message.items() if v is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     thought = next((said[name] for name in names if name in said), None)
@@ -52,10 +55,11 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The text of a conversation up to where the answer begins, in a sandbox: a template is a part of somebody's file.
+    """The text of a conversation up to where the answer begins, in a sandbox: a template is a part
+    of somebody's file.
 
-    special: the texts of special tokens, "bos_token" and others. tools: JSON schemas. documents: with "title" and "text".
-    Raises ValueError for whatever the template makes happen.
+    special: the texts of special tokens, "bos_token" and others. tools: JSON schemas. documents:
+    with "title" and "text". Raises ValueError for whatever the template makes happen.
     """
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]

@@ -1,10 +1,12 @@
 """Our models in EleutherAI's lm-evaluation-harness (`pip install '.[eval]'`).
 
-    python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=arc_easy,lambada_openai
-    python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=mine --lm_eval_path=folder_of_yaml_files
+    python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=arc_easy,lambada_openai python
+    -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=mine
+    --lm_eval_path=folder_of_yaml_files
 
-What a request means (where context and continuation part, which token stands before an empty context, rolling windows) is the
-harness's own, as its model for transformers has it; so the same weights get the same scores.
+What a request means (where context and continuation part, which token stands before an empty
+context, rolling windows) is the harness's own, as its model for transformers has it; so the same
+weights get the same scores.
 """
 
 import difflib
@@ -29,15 +31,18 @@ class HarnessModel(TemplateLM):
     """A language model with its parameters and its tokenizer (`experiments.data.tokenizers`).
 
     batch_size: prompts generated together.   tokens_a_batch: of scoring, see `scoring.score`.
-    max_length: tokens that the model may see; longer requests lose tokens from the left, as the harness has it. None: as many
-      as there are, and of generation as many as the shortest cache of a full-attention layer holds.
-    prefix_token: what stands before an empty context and before a text whose perplexity is asked for; None is the tokenizer's
-      document_id. The harness takes a Hugging Face tokenizer's bos token, or its eos token.
-    document_starts: puts it before all contexts, which models want that have learned documents with it.
-    encode: text to ids with the special tokens that a pretrained model's tokenizer file puts there, as the harness asks it of
-      transformers; None adds none.
-    stop_tokens: that end a generated text; None is document_id.
-    A generated text begins with the space that stands before its first word, under every tokenizer; the harness's model for
+    max_length: tokens that the model may see; longer requests lose tokens from the left, as the
+      harness has it. None: as many as there are, and of generation as many as the shortest cache of
+      a full-attention layer holds.
+    prefix_token: what stands before an empty context and before a text whose perplexity is asked
+      for; None is the tokenizer's document_id. The harness takes a Hugging Face tokenizer's bos
+      token, or its eos token.
+    document_starts: puts it before all contexts, which models want that have learned documents with
+      it.
+    encode: text to ids with the special tokens that a pretrained model's tokenizer file puts there,
+      as the harness asks it of transformers; None adds none.
+    stop_tokens: that end a generated text; None is document_id. A generated text begins with the
+    space that stands before its first word, under every tokenizer; the harness's model for
     transformers decodes it alone, and has no such space with SentencePiece.
     """
 
@@ -113,7 +118,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
         for number, request in enumerate(requests):
-            # The prefix stands before them in any case; the harness has a tokenizer file's own beside it.
+            # The prefix stands before them in any case; the harness has a tokenizer file's own
+            # beside it.
             plain = False if self._document_starts else None
             tokens = self.tok_encode(request.args[0], add_special_tokens=plain)
             rolling = utils.get_rolling_token_windows(
@@ -192,9 +198,11 @@ def run(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any]:
-    """The harness's results: "results" (task -> metric -> value), "n-samples", versions and configs of the tasks.
+    """The harness's results: "results" (task -> metric -> value), "n-samples", versions and configs
+    of the tasks.
 
-    path: a folder of task files of your own.   include_defaults: read the harness's own, too, which takes seconds.
+    path: a folder of task files of your own.   include_defaults: read the harness's own, too, which
+                                                takes seconds.
     limit: examples a task.
     Raises ValueError for a task that is not there, with close matches.
     """

@@ -1,4 +1,5 @@
-"""A pretrained model with its tokenizer, as programs need it: to generate, to score, or to go on from as a run."""
+"""A pretrained model with its tokenizer, as programs need it: to generate, to score, or to go on
+from as a run."""
 
 import dataclasses
 import functools
@@ -24,7 +25,8 @@ _WHOLE_TEXT = "<|endoftext|>"  # what separates documents in pretraining, where 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """found: the weights and configs as they were. tokenizer: its `document_id` is an id that the model has."""
+    """found: the weights and configs as they were. tokenizer: its `document_id` is an id that the
+    model has."""
 
     found: checkpoints_io.Pretrained
     model: language_model.LanguageModel
@@ -43,7 +45,8 @@ class Loaded:
         return {self.tokenizer.document_id, *self.found.tokens.eos}
 
     def with_max_len(self, max_len: int) -> "Loaded":
-        """The same with full-attention layers that hold `max_len` tokens; ValueError beyond the model's context."""
+        """The same with full-attention layers that hold `max_len` tokens; ValueError beyond the
+        model's context."""
         found = self.found
         config = checkpoints_io.with_max_len(found.model_config, max_len, found.source)
         found = dataclasses.replace(found, model_config=config)
@@ -63,8 +66,9 @@ class Loaded:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """The ids of a conversation, [{"role": "user", "content": "..."}], by the model's chat template, up to where its answer
-        begins. Tools and documents: as the template takes them; there may be a template for tools.
+        """The ids of a conversation, [{"role": "user", "content": "..."}], by the model's chat
+        template, up to where its answer begins. Tools and documents: as the template takes them;
+        there may be a template for tools.
 
         Raises ValueError where the model has no template, or it does not take these messages.
         """
@@ -84,9 +88,11 @@ class Loaded:
 
 
 def load(source: str, tokenizer: str = "", **options) -> Loaded:
-    """The model of `source` with the tokenizer that comes with it, or the given one. Options: `load_pretrained`'s.
+    """The model of `source` with the tokenizer that comes with it, or the given one. Options:
+    `load_pretrained`'s.
 
-    Raises ValueError for the folder of a run, and where there is no tokenizer, or it is of another vocabulary.
+    Raises ValueError for the folder of a run, and where there is no tokenizer, or it is of another
+    vocabulary.
     """
     if (Path(source) / "checkpoints").is_dir():
         raise ValueError(f"{source} is the folder of a run: give it as --workdir")
@@ -120,7 +126,8 @@ def _is_of_bytes(found: checkpoints_io.Pretrained) -> bool:
 
 
 def _with_given(found: checkpoints_io.Pretrained, tokenizer: str) -> checkpoints_io.Pretrained:
-    """The model with a tokenizer that a user gives, 'bytes' or the path of a file; with its own where none is given.
+    """The model with a tokenizer that a user gives, 'bytes' or the path of a file; with its own
+    where none is given.
 
     Raises ValueError for one that is another model's.
     """
@@ -138,10 +145,12 @@ def _with_given(found: checkpoints_io.Pretrained, tokenizer: str) -> checkpoints
 
 
 def check_vocabulary(size: int, name: str, vocab_size: int, source: str) -> None:
-    """Raises ValueError if a tokenizer of `size` ids has so many more, or fewer, than the model that it must be another's.
+    """Raises ValueError if a tokenizer of `size` ids has so many more, or fewer, than the model
+    that it must be another's.
 
-    Models round their vocabularies up, and tokenizers get a token or two that the model never learned: a tenth, or 256
-    ids, is allowed for. An id that the model has not is refused where it comes up.
+    Models round their vocabularies up, and tokenizers get a token or two that the model never
+    learned: a tenth, or 256 ids, is allowed for. An id that the model has not is refused where it
+    comes up.
     """
     if abs(size - vocab_size) > max(vocab_size // 10, 256):
         raise ValueError(
@@ -163,8 +172,8 @@ def layouts() -> list[str]:
 
 
 def find(source: str, **options) -> checkpoints_io.Pretrained:
-    """What `source` holds: as `load_pretrained` takes it, with its options, or the workdir of a run: its latest checkpoint, in
-    the dtypes that it was trained in."""
+    """What `source` holds: as `load_pretrained` takes it, with its options, or the workdir of a
+    run: its latest checkpoint, in the dtypes that it was trained in."""
     if not (Path(source) / "checkpoints").is_dir():
         return checkpoints_io.load_pretrained(source, **options)
     config = run_record.load_config(Path(source))
@@ -179,8 +188,8 @@ def find(source: str, **options) -> checkpoints_io.Pretrained:
 def of_run(config, params, workdir: str) -> checkpoints_io.Pretrained:
     """The model of a run with these parameters, and what it knows of tokens.
 
-    What stands beside its tokenizer counts, as in any folder; a text begins and ends with the run's document token where that says
-    nothing.
+    What stands beside its tokenizer counts, as in any folder; a text begins and ends with the run's
+    document token where that says nothing.
     """
     kept = {"model_type": own_layout.MODEL_TYPE}
     name, path, tokens = config.data.get("tokenizer"), None, checkpoints_io.SpecialTokens()
@@ -209,8 +218,9 @@ def write(
 ) -> list[Path]:
     """Writes a model to the folder `out` in one of `layouts`; returns what was written.
 
-    dtype: of the tensors, but for what models keep in float32, such as decays; None is what they had, or those that a run began
-      from. A workdir's are float32. tokenizer: the path of a file, or 'bytes', where the model came without one.
+    dtype: of the tensors, but for what models keep in float32, such as decays; None is what they
+      had, or those that a run began from. A workdir's are float32. tokenizer: the path of a file,
+      or 'bytes', where the model came without one.
     Raises ValueError, before anything is written, for a tokenizer that is not the model's.
     """
     if layout == WORKDIR:
@@ -234,11 +244,13 @@ def write(
 
 
 def write_workdir(workdir: Path, loaded: Loaded) -> Path:
-    """A run at step 0 with these weights: what train, evaluate and generate take. Returns the checkpoint's folder.
+    """A run at step 0 with these weights: what train, evaluate and generate take. Returns the
+    checkpoint's folder.
 
-    Its config has this model and tokenizer, AdamW at 1e-5, and python_stdlib as data; every field can be overridden. Parameters are
-    float32, whatever they were stored in: a step of training is smaller than what bfloat16 can add to most of them. Activations
-    keep the model's dtype, and `find` the stored ones for an export.
+    Its config has this model and tokenizer, AdamW at 1e-5, and python_stdlib as data; every field
+    can be overridden. Parameters are float32, whatever they were stored in: a step of training is
+    smaller than what bfloat16 can add to most of them. Activations keep the model's dtype, and
+    `find` the stored ones for an export.
     """
     if (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already; give another folder")
@@ -275,7 +287,8 @@ class NothingRead:
 
 
 def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
-    """The token that stands before documents: what separated them in pretraining, as far as the files tell."""
+    """The token that stands before documents: what separated them in pretraining, as far as the
+    files tell."""
     file, tokens = _open(path), found.tokens
     candidates = [file.token_to_id(_WHOLE_TEXT), tokens.bos, *tokens.eos]
     for i in candidates:

@@ -24,12 +24,14 @@ def evaluate(
     encode: Callable[[str], Sequence[int]] | None = None,
     stop_tokens: Collection[int] | None = None,
 ) -> list[dict]:
-    """Rows task, length, depth, examples, accuracy: the share of examples whose answer is in what the model says next,
-    greedily, up to the end of the line.
+    """Rows task, length, depth, examples, accuracy: the share of examples whose answer is in what
+    the model says next, greedily, up to the end of the line.
 
     lengths: tokens of a prompt and its answer.   See `needles` for the tasks.
-    encode: a prompt to its ids; None starts a document.   stop_tokens: as `sampling.generate` has them.
-    Raises ValueError for what `needles.make_example` and `sampling.generate` refuse, before anything is generated.
+    encode: a prompt to its ids; None starts a document.   stop_tokens: as `sampling.generate` has
+      them.
+    Raises ValueError for what `needles.make_example` and `sampling.generate` refuse, before
+      anything is generated.
     """
     encode = encode or functools.partial(sampling.prompt_tokens, tokenizer=tokenizer)
     cells = [(form, length, depth) for form in forms for length in lengths for depth in depths]

@@ -1,13 +1,17 @@
-"""Text from a language model: prompts of different lengths read together, then one token a call with a state of constant size.
+"""Text from a language model: prompts of different lengths read together, then one token a call
+with a state of constant size.
 
-How prompts are read. A packed row leaves one state, that of its last document, so several prompts in a row would lose all
-states but the last. Here every prompt has a row, and the padding that makes rows equal stands before it, as a document of its
-own. Documents never touch, whatever the mixer: a prompt starts from nothing wherever in its row it starts, and the state that
-leaves the row is the one it has alone. All rows end together, so all decode together, and a full-attention cache holds
-no more tokens than the longest prompt has. What padding costs is kept small by sorting: prompts of one batch are of similar length.
+How prompts are read. A packed row leaves one state, that of its last document, so several prompts
+in a row would lose all states but the last. Here every prompt has a row, and the padding that makes
+rows equal stands before it, as a document of its own. Documents never touch, whatever the mixer: a
+prompt starts from nothing wherever in its row it starts, and the state that leaves the row is the
+one it has alone. All rows end together, so all decode together, and a full-attention cache holds no
+more tokens than the longest prompt has. What padding costs is kept small by sorting: prompts of one
+batch are of similar length.
 
-Rows are fed in pieces whose lengths are powers of two, of which the longest prompt's length is a sum. So prompts of all
-lengths need log2(MAX_PIECE) + 1 compiled programs at most, and memory is that of one piece, however long they are.
+Rows are fed in pieces whose lengths are powers of two, of which the longest prompt's length is a
+sum. So prompts of all lengths need log2(MAX_PIECE) + 1 compiled programs at most, and memory is
+that of one piece, however long they are.
 """
 
 import functools
@@ -36,8 +40,9 @@ def sample_token(
 ) -> Array:
     """Token ids (B,) drawn from softmax(logits / temperature).
 
-    temperature: 0 takes the most likely token. top_k: only among the k most likely. top_p: only among the fewest whose
-    probability reaches p, at the given temperature (nucleus sampling, arXiv 1904.09751); the most likely always stays.
+    temperature: 0 takes the most likely token. top_k: only among the k most likely. top_p: only
+    among the fewest whose probability reaches p, at the given temperature (nucleus sampling, arXiv
+    1904.09751); the most likely always stays.
     """
     if temperature < jnp.finfo(jnp.float32).tiny:  # smaller ones are 0 to many devices
         return jnp.argmax(logits_BW, axis=-1).astype(jnp.int32)
@@ -107,12 +112,13 @@ def stream_batch(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields token_B, the next token of every prompt, `length` times; whoever has enough stops asking.
+    """Yields token_B, the next token of every prompt, `length` times; whoever has enough stops
+    asking.
 
     prompts: token ids, at least one each, of any lengths. Each goes on as it does alone.
-    numbers: with `seed` they fix what is drawn, one a prompt; None counts from 0.
-    Raises ValueError for an empty prompt, ids outside the vocabulary, options out of range, and where a full-attention layer's
-    cache is too short.
+    numbers: with `seed` they fix what is drawn, one a prompt; None counts from 0. Raises ValueError
+    for an empty prompt, ids outside the vocabulary, options out of range, and where a
+    full-attention layer's cache is too short.
     """
     check_options(temperature, top_k, top_p)
     _check_prompts(model, prompts)
@@ -152,7 +158,8 @@ def pieces(length: int) -> list[int]:
 def stream_tokens(
     model, params, prompt: Sequence[int], length: int, *, stop_token: int | None = None, **options
 ) -> Iterator[int]:
-    """Yields up to `length` tokens that continue one prompt; ends before `stop_token`. Options as `stream_batch` has them."""
+    """Yields up to `length` tokens that continue one prompt; ends before `stop_token`. Options as
+    `stream_batch` has them."""
     for token_B in stream_batch(model, params, [prompt], length, **options):
         if token_B[0] == stop_token:
             return
@@ -171,11 +178,13 @@ def generate(
     stop_tokens: Collection[int] | None = None,
     **options,
 ) -> list[str]:
-    """The text that follows each prompt (token ids): up to `length` tokens, or to the first stop string or token, left out.
+    """The text that follows each prompt (token ids): up to `length` tokens, or to the first stop
+    string or token, left out.
 
-    batch_size: prompts that are read and continued together, sorted by length; the last batch is filled up, so that all
-      have one shape. A batch ends when all its rows have.
-    stop_tokens: None is the tokenizer's document_id.   options: as `stream_batch` has them, without numbers.
+    batch_size: prompts that are read and continued together, sorted by length; the last batch is
+      filled up, so that all have one shape. A batch ends when all its rows have.
+    stop_tokens: None is the tokenizer's document_id.   options: as `stream_batch` has them, without
+                                                        numbers.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -204,8 +213,9 @@ def stream_texts(
     stop_tokens: Collection[int] | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(row, text) of the first `rows` of `stream_batch`'s rows as it comes, each up to its first stop string or token; ends
-    when all have. prompts: what each row goes on from; None where the tokens are whole documents."""
+    """(row, text) of the first `rows` of `stream_batch`'s rows as it comes, each up to its first
+    stop string or token; ends when all have. prompts: what each row goes on from; None where the
+    tokens are whole documents."""
     stop_tokens = [tokenizer.document_id] if stop_tokens is None else stop_tokens
     texts = [TextStream(tokenizer, stop, prompt) for prompt in prompts or [()] * rows]
     for token_B in tokens:
@@ -223,11 +233,13 @@ def stream_texts(
 
 
 class TextStream:
-    """Text as tokens come: never half a character, nothing from the first stop string on, nor what may be its beginning.
+    """Text as tokens come: never half a character, nothing from the first stop string on, nor what
+    may be its beginning.
 
-    What `add` and `end` return, joined, is what the tokens add to `tokenizer.decode` of the prompt: the space before the first
-    word, too. It is cut before the first stop string. Stop strings are looked for in the text with its special tokens in it,
-    which is not shown, so that "<|im_end|>" stops.
+    What `add` and `end` return, joined, is what the tokens add to `tokenizer.decode` of the prompt:
+    the space before the first word, too. It is cut before the first stop string. Stop strings are
+    looked for in the text with its special tokens in it, which is not shown, so that "<|im_end|>"
+    stops.
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
@@ -260,8 +272,9 @@ class TextStream:
         return text + self._take(len(self._held))
 
     def _go_on_from(self, tokens: list[int]) -> None:
-        """Takes the text of `tokens` as told. They are decoded again with the next ones, whose text may depend on what is
-        before them; since the text of `tokens` is whole, no character is cut where they begin."""
+        """Takes the text of `tokens` as told. They are decoded again with the next ones, whose text
+        may depend on what is before them; since the text of `tokens` is whole, no character is cut
+        where they begin."""
         self._context, self._pending = tokens, []
         self._told = self._tokenizer.decode(tokens)
 
@@ -291,7 +304,8 @@ class TextStream:
 
 
 def stream_text(tokens: Iterator[int], tokenizer, prompt: Sequence[int] = ()) -> Iterator[str]:
-    """Text as the tokens come, never half a character. Joined, it is what they add to `tokenizer.decode` of the prompt."""
+    """Text as the tokens come, never half a character. Joined, it is what they add to
+    `tokenizer.decode` of the prompt."""
     stream = TextStream(tokenizer, prompt=prompt)
     for token in tokens:
         yield stream.add(token)
@@ -335,8 +349,8 @@ def check_ids(model, tokens: Sequence[int] | np.ndarray) -> None:
 
 
 def context_limit(model) -> tuple[int, str] | None:
-    """The tokens that the model can read, and what ends there: the shortest full-attention cache, or learned positions; None where
-    nothing does."""
+    """The tokens that the model can read, and what ends there: the shortest full-attention cache,
+    or learned positions; None where nothing does."""
 
     def is_cache(x):
         return isinstance(x, KeyValueCache)
@@ -357,7 +371,8 @@ def context_limit(model) -> tuple[int, str] | None:
 
 
 def check_length(model, prompt_tokens: int, length: int) -> None:
-    """Raises ValueError if there is nothing to generate, or the model cannot read the prompt and what is generated."""
+    """Raises ValueError if there is nothing to generate, or the model cannot read the prompt and
+    what is generated."""
     if length < 1:
         raise ValueError(f"{length} tokens are to be generated; it must be 1 at least")
     limit, what = context_limit(model) or (None, None)

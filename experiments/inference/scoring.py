@@ -22,14 +22,14 @@ def _nll_and_correct(model, params, batch):
 def score(
     model, params, sequences: Sequence[Sequence[int]], *, tokens_a_batch: int = 4096
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(nll_N, correct_N) of each sequence: of its tokens but the first, -log p (float32, nats) given all before them, and
-    whether each is the likeliest.
+    """(nll_N, correct_N) of each sequence: of its tokens but the first, -log p (float32, nats)
+    given all before them, and whether each is the likeliest.
 
-    A row holds as many sequences as fit, each a document of its own, so that no sequence sees another. Rows are as long as a
-    power of two that holds the longest sequence, or the learned positions if those are fewer, and there are as many as
-    tokens_a_batch allows: one compiled program.
-    Raises ValueError for a sequence of fewer than two tokens, for more than the model has learned positions for, and for ids
-    outside the vocabulary.
+    A row holds as many sequences as fit, each a document of its own, so that no sequence sees
+    another. Rows are as long as a power of two that holds the longest sequence, or the learned
+    positions if those are fewer, and there are as many as tokens_a_batch allows: one compiled
+    program. Raises ValueError for a sequence of fewer than two tokens, for more than the model has
+    learned positions for, and for ids outside the vocabulary.
     """
     for i, sequence in enumerate(sequences):
         if len(sequence) < 2:
@@ -68,7 +68,8 @@ def score(
 
 
 def _rows(lengths: Sequence[int], row_length: int) -> Iterator[list[int]]:
-    """Numbers of the sequences of each row: the longest that is left, and the shortest ones that still fit."""
+    """Numbers of the sequences of each row: the longest that is left, and the shortest ones that
+    still fit."""
     left = deque(sorted(range(len(lengths)), key=lambda number: -lengths[number]))
     while left:
         row = [left.popleft()]

@@ -3,7 +3,8 @@
 0    done
 2    a mistake of the user's: an unknown flag, field, name or file; one message, no traceback
 3    the loss was not finite           4    a checkpoint could not be written
-5    another process of the run failed, or is missing; its reason is printed. Where its own code is 2 or 3, so is everybody's
+5    another process of the run failed, or is missing; its reason is printed. Where its own code is
+  2 or 3, so is everybody's
 130, 143   stopped by Ctrl-C, SIGTERM, after saving (with several processes always 143)
 141  nobody reads what it prints any more, as in `... | head`
 """
@@ -89,10 +90,12 @@ def run(
 ) -> None:
     """absl's app.run(main) with the exit codes above.
 
-    config_from: "file": --config=path.py[:argument], a flag that the program defines; "workdir": the config in the folder that
-    --workdir names, of which a flag is made here; or a function that makes it, given what says a flag's text or None. All can be
-    overridden by --config.x.y=value. None: no config.
-    many_hosts: the program can be one of several processes, as `distributed` says; it has the flags for it.
+    config_from: "file": --config=path.py[:argument], a flag that the program defines; "workdir":
+    the config in the folder that --workdir names, of which a flag is made here; or a function that
+    makes it, given what says a flag's text or None. All can be overridden by --config.x.y=value.
+    None: no config.
+    many_hosts: the program can be one of several processes, as `distributed` says; it has the flags
+      for it.
     """
     absent_tpu.pass_over()
     if many_hosts:
@@ -101,7 +104,8 @@ def run(
     def quiet_main(argv):
         if _flag_value(sys.argv, "verbosity") is None:  # absl's own default for programs is INFO
             logging.set_verbosity(logging.WARNING)
-        # Orbax logs each failure of a save several times over, with tracebacks; it is raised, and said once, anyway.
+        # Orbax logs each failure of a save several times over, with tracebacks; it is raised, and
+        # said once, anyway.
         logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
         return _explained(main_of_all if many_hosts else main, argv)
 
@@ -156,7 +160,8 @@ def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
 
 
 def _nobody_reads() -> bool:
-    """Whether the program at the other end of standard output has ended; then what is left to write goes nowhere."""
+    """Whether the program at the other end of standard output has ended; then what is left to write
+    goes nowhere."""
     output = select.poll()
     output.register(sys.stdout, 0)
     gone = any(event & select.POLLERR for _, event in output.poll(0))
@@ -185,7 +190,8 @@ def numbers(flag: str, texts: Sequence[str], kind: type = int, least: float = 1)
 
 
 def output_folder(path: str | Path) -> Path:
-    """The folder, made where it is not there. Raises OSError, which names it, where nothing can be written into it."""
+    """The folder, made where it is not there. Raises OSError, which names it, where nothing can be
+    written into it."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -277,8 +283,8 @@ def _flag_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def _explained(function, argv):
-    """Calls function(argv). A ValueError that our own code raised, or an OSError that it wrote itself, is a user's mistake; one from
-    a library is a defect, and keeps its traceback."""
+    """Calls function(argv). A ValueError that our own code raised, or an OSError that it wrote
+    itself, is a user's mistake; one from a library is a defect, and keeps its traceback."""
     try:
         return function(argv)
     except (ValueError, OSError) as error:

@@ -1,22 +1,26 @@
-"""One run on many hosts: which process this is, starting and ending together, and who reads which rows of a batch.
+"""One run on many hosts: which process this is, starting and ending together, and who reads which
+rows of a batch.
 
     --distributed=auto   several processes if the environment says so (the default)
     --distributed=on     several processes, or an error that says what is missing
     --distributed=off    this process alone
 
 What says so, in this order:
-  1. --coordinator=HOST:PORT --num_processes=N --process_id=I, or SEQMODELS_COORDINATOR, SEQMODELS_NUM_PROCESSES,
-     SEQMODELS_PROCESS_ID in the environment: a free port of process 0's host, the same on all processes.
-  2. GKE with TPUs: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID; for several slices MEGASCALE_COORDINATOR_ADDRESS,
-     MEGASCALE_NUM_SLICES, MEGASCALE_SLICE_ID.
-  3. Slurm's srun: SLURM_JOB_ID, SLURM_STEP_NODELIST, SLURM_STEP_NUM_TASKS, SLURM_PROCID, SLURM_LOCALID.
-  4. Open MPI's mpirun: OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_LOCAL_RANK. Its host 0 is not always told:
-     with several hosts SEQMODELS_COORDINATOR is needed as well.
-  5. A Cloud TPU VM: the metadata server's worker-network-endpoints, agent-worker-number and, for several slices, tpu-env.
+  1. --coordinator=HOST:PORT --num_processes=N --process_id=I, or SEQMODELS_COORDINATOR,
+     SEQMODELS_NUM_PROCESSES, SEQMODELS_PROCESS_ID in the environment: a free port of process 0's
+     host, the same on all processes.
+  2. GKE with TPUs: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID; for several slices
+     MEGASCALE_COORDINATOR_ADDRESS, MEGASCALE_NUM_SLICES, MEGASCALE_SLICE_ID.
+  3. Slurm's srun: SLURM_JOB_ID, SLURM_STEP_NODELIST, SLURM_STEP_NUM_TASKS, SLURM_PROCID,
+    SLURM_LOCALID.
+  4. Open MPI's mpirun: OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_LOCAL_RANK. Its
+     host 0 is not always told: with several hosts SEQMODELS_COORDINATOR is needed as well.
+  5. A Cloud TPU VM: the metadata server's worker-network-endpoints, agent-worker-number and, for
+    several slices, tpu-env.
 
-JAX has the same detection inside `jax.distributed.initialize`, but what it found cannot be asked for, and without the number
-of processes a missing one cannot be named. All processes meet at the coordinator's port first (rendezvous.py); JAX's own
-service gets any free port of the same host.
+JAX has the same detection inside `jax.distributed.initialize`, but what it found cannot be asked
+for, and without the number of processes a missing one cannot be named. All processes meet at the
+coordinator's port first (rendezvous.py); JAX's own service gets any free port of the same host.
 """
 
 import contextlib
@@ -76,7 +80,8 @@ def define_flags() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One process's place among all. source: what told. local_device: the only device of its host it may use; None: all."""
+    """One process's place among all. source: what told. local_device: the only device of its host
+    it may use; None: all."""
 
     source: str
     host: str
@@ -87,7 +92,8 @@ class Job:
 
 
 def detect(given: Mapping[str, str | int | None], environment: Mapping[str, str]) -> Job | None:
-    """What flags (`coordinator`, `num_processes`, `process_id`) and environment say; None where they say nothing.
+    """What flags (`coordinator`, `num_processes`, `process_id`) and environment say; None where
+    they say nothing.
 
     Raises ValueError where they say half of it, or what cannot be.
     """
@@ -107,10 +113,11 @@ def detect(given: Mapping[str, str | int | None], environment: Mapping[str, str]
 
 @contextlib.contextmanager
 def session(options: flags.FlagValues) -> Iterator[None]:
-    """Between all processes' start and the end of the last of them, if there are several; before any other use of JAX.
+    """Between all processes' start and the end of the last of them, if there are several; before
+    any other use of JAX.
 
-    An exception tells all others, which then end with its reason, wherever they are: with its exit code where starting again would
-    not help (2 and 3), else with 5.
+    An exception tells all others, which then end with its reason, wherever they are: with its exit
+    code where starting again would not help (2 and 3), else with 5.
     """
     job = _job(options)
     if job is None:
@@ -126,7 +133,8 @@ def session(options: flags.FlagValues) -> Iterator[None]:
 
 
 def fail(error: BaseException, code: int) -> None:
-    """Where there are several processes: tells the others, and ends this one if it fails only because of another.
+    """Where there are several processes: tells the others, and ends this one if it fails only
+    because of another.
 
     code: with which this one is about to exit.
     """
@@ -169,7 +177,8 @@ def told_by_first(value: bool) -> bool:
 
 
 def check_shared(folder: Path) -> None:
-    """Raises ValueError on all processes if one of them does not see what process 0 writes into `folder`."""
+    """Raises ValueError on all processes if one of them does not see what process 0 writes into
+    `folder`."""
     if jax.process_count() == 1:
         return
     token = np.random.SeedSequence().entropy % 2**31
@@ -195,8 +204,9 @@ def check_shared(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataShare:
-    """Which part of every batch this process reads: the `index`-th of `count` equal ones. Processes that hold different stretches of
-    the same rows read the same part; `first` is true on one of them."""
+    """Which part of every batch this process reads: the `index`-th of `count` equal ones. Processes
+    that hold different stretches of the same rows read the same part; `first` is true on one of
+    them."""
 
     index: int = 0
     count: int = 1
@@ -226,7 +236,8 @@ def data_share(batch_sharding: jax.sharding.Sharding) -> DataShare:
 
 
 def global_batch(batch_sharding: jax.sharding.Sharding, batch: dict[str, np.ndarray]) -> dict:
-    """The global batch on the devices, of which each process gives the rows of its share, at full length."""
+    """The global batch on the devices, of which each process gives the rows of its share, at full
+    length."""
     count = data_share(batch_sharding).count
     return {
         name: jax.make_array_from_process_local_data(
@@ -273,7 +284,8 @@ def _start(job: Job, timeout: float, heartbeat: int) -> None:
 
 
 def _end() -> None:
-    """A barrier, however long one process has still to do, before JAX's own, which waits only so long."""
+    """A barrier, however long one process has still to do, before JAX's own, which waits only so
+    long."""
     global _member
     _member.leave()
     jax.distributed.shutdown()

@@ -1,12 +1,14 @@
 """Where the processes of a run find each other, and hear of each other's end.
 
-Process 0 keeps a hub; every process, 0 included, connects to it and stays connected until all are done. JAX's own service
-needs this company: where a process is missing it aborts without saying which, and a killed one it notices by heartbeats that
-stay away, a minute or two later, and without a reason. A connection that closes is noticed at once.
+Process 0 keeps a hub; every process, 0 included, connects to it and stays connected until all are
+done. JAX's own service needs this company: where a process is missing it aborts without saying
+which, and a killed one it notices by heartbeats that stay away, a minute or two later, and without
+a reason. A connection that closes is noticed at once.
 
-Messages are JSON, one a line. To the hub: who one is; then {"failed": reason, "code": own exit code, "echo": whether it may follow
-from another's failure} or {"done": true}. From the hub: {"start": the address for JAX's service}; then {"stop": reasons, "of": whose,
-"code": with which to exit} or {"finish": true}.
+Messages are JSON, one a line. To the hub: who one is; then {"failed": reason, "code": own exit
+code, "echo": whether it may follow from another's failure} or {"done": true}. From the hub:
+{"start": the address for JAX's service}; then {"stop": reasons, "of": whose, "code": with which to
+exit} or {"finish": true}.
 """
 
 import asyncio
@@ -165,8 +167,8 @@ class Hub:
 class Member:
     """A process's connection to the hub. `start_at` is where JAX's service is to be.
 
-    Raises Incomplete where process 0 does not answer or processes are missing, ValueError where they disagree on how many they are or
-    which they are.
+    Raises Incomplete where process 0 does not answer or processes are missing, ValueError where
+    they disagree on how many they are or which they are.
     """
 
     def __init__(
@@ -199,9 +201,11 @@ class Member:
         self._state = "leaving"
 
     def fail(self, reason: str, code: int, echo: bool) -> tuple[str, int] | None:
-        """Tells all others that this process fails, and will exit with `code`. echo: perhaps only because another one did.
+        """Tells all others that this process fails, and will exit with `code`. echo: perhaps only
+        because another one did.
 
-        Returns the reason of the others and the exit code that follows from it, where it was not this one that failed first.
+        Returns the reason of the others and the exit code that follows from it, where it was not
+        this one that failed first.
         """
         self._state = "failing"
         with contextlib.suppress(OSError):
@@ -258,7 +262,8 @@ def _connect(address: tuple[str, int], process: int, timeout: float) -> socket.s
 
 
 def _keep_alive(connection) -> None:
-    """A host that vanishes closes nothing: the kernel asks after 20 s of silence, and gives up 20 s later."""
+    """A host that vanishes closes nothing: the kernel asks after 20 s of silence, and gives up 20 s
+    later."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, option):

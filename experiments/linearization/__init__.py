@@ -1,1 +1,2 @@
-"""What `python -m experiments.linearize` runs: teachers, the stages' tasks, the table and the picture."""
+"""What `python -m experiments.linearize` runs: teachers, the stages' tasks, the table and the
+picture."""

@@ -1,4 +1,5 @@
-"""Linearizations of one teacher side by side: each run into a folder of its own, scored alike, and printed as a table."""
+"""Linearizations of one teacher side by side: each run into a folder of its own, scored alike, and
+printed as a table."""
 
 import itertools
 import json
@@ -30,9 +31,11 @@ def compare(
     change=lambda config: None,
     devices=None,
 ) -> dict[str, dict]:
-    """A row a method, and the teacher's first, as workdir/table.json has them; see `experiments.bench linearizations`.
+    """A row a method, and the teacher's first, as workdir/table.json has them; see
+    `experiments.bench linearizations`.
 
-    change: applied to each method's config. A row that is there is read; a run that was stopped goes on.
+    change: applied to each method's config. A row that is there is read; a run that was stopped
+      goes on.
     """
     rows, configs = {}, {TEACHER: _config(methods[0], argument)}
     configs |= {name: _config(name, argument) for name in methods}  # told at once: a wrong name

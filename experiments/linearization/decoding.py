@@ -1,4 +1,5 @@
-"""What a token costs when much has been read: time and bytes of state against the length of the context."""
+"""What a token costs when much has been read: time and bytes of state against the length of the
+context."""
 
 import statistics
 import time
@@ -39,9 +40,11 @@ def state_bytes(model_config: dict[str, Any], context: int) -> int:
 def seconds_a_token(
     model_config: dict[str, Any], params, context: int, tokens: int = 8, rounds: int = 3
 ) -> float:
-    """Of one sequence's decoding, the median of `rounds` runs of `tokens` steps, compilation left out.
+    """Of one sequence's decoding, the median of `rounds` runs of `tokens` steps, compilation left
+    out.
 
-    The cache is `context` tokens long and empty: a step reads all its slots, filled or not, so that nothing needs to be prefilled.
+    The cache is `context` tokens long and empty: a step reads all its slots, filled or not, so that
+    nothing needs to be prefilled.
     """
     model = language_model.from_config(with_context(model_config, context))
 

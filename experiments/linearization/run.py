@@ -1,4 +1,5 @@
-"""A linearization from the teacher to the student: its stages, one after the other, each a run of `experiments.training.loop`."""
+"""A linearization from the teacher to the student: its stages, one after the other, each a run of
+`experiments.training.loop`."""
 
 import dataclasses
 import json
@@ -25,7 +26,8 @@ from seqmodels.modules import pattern
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a config means: for each stage its name and the mixers of its student; and those of the last student."""
+    """What a config means: for each stage its name and the mixers of its student; and those of the
+    last student."""
 
     stages: tuple[str, ...]
     specs: tuple[tuple[pattern.MixerSpec, ...], ...]
@@ -33,7 +35,8 @@ class Plan:
 
 
 def make_plan(config, teacher: language_model.LanguageModel) -> Plan:
-    """Raises ValueError for layers that are not there, or that a stage leaves out after another has converted them."""
+    """Raises ValueError for layers that are not there, or that a stage leaves out after another has
+    converted them."""
     fields = config.linearize
     layers = students.choose_layers(teacher.mixers, fields.layers, fields.keep_every, fields.keep)
     names = tuple(sorted(fields.stages, key=lambda name: (len(name), name)))
@@ -57,9 +60,11 @@ def make_plan(config, teacher: language_model.LanguageModel) -> Plan:
 
 
 def check_stages(config, plan: Plan, teacher: teachers.Teacher) -> None:
-    """Traces the loss of every stage, so that what the last one lacks is told before the first has run.
+    """Traces the loss of every stage, so that what the last one lacks is told before the first has
+    run.
 
-    Raises ValueError for patterns that match nothing, losses that no layer gives, and what else does not fit.
+    Raises ValueError for patterns that match nothing, losses that no layer gives, and what else
+    does not fit.
     """
 
     def abstract(model):
@@ -96,11 +101,12 @@ def stage_config(config, name: str, model_config: dict[str, Any], last: bool) ->
 
 
 def linearize(config, workdir: str | Path, devices=None) -> dict:
-    """Runs all stages and returns what is in workdir/result.json; workdir/student is a run's folder of the student's, for
-    `experiments.evaluate` and `experiments.generate`.
+    """Runs all stages and returns what is in workdir/result.json; workdir/student is a run's folder
+    of the student's, for `experiments.evaluate` and `experiments.generate`.
 
-    Every stage lies in a folder of its own. A workdir in which some are done goes on after them, and within a stage from its
-    last checkpoint. Checkpoints hold what a stage trains; all else is the teacher's, or comes from the stages before.
+    Every stage lies in a folder of its own. A workdir in which some are done goes on after them,
+    and within a stage from its last checkpoint. Checkpoints hold what a stage trains; all else is
+    the teacher's, or comes from the stages before.
 
     Raises: as `loop.train`; ValueError for what does not fit the teacher.
     """
@@ -183,8 +189,8 @@ def _chosen(teacher, student):
 
 
 def _save_student(config, model_config, params, folder: Path) -> None:
-    """As a run's folder, with one checkpoint of step 0 that has parameters alone, in the place of an earlier one; a student that
-    somebody has trained further stays."""
+    """As a run's folder, with one checkpoint of step 0 that has parameters alone, in the place of
+    an earlier one; a student that somebody has trained further stays."""
     earlier = Checkpoints(folder, keep=1, training=False)
     trained_further = bool(earlier.latest_step())
     earlier.close()

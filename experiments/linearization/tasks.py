@@ -25,13 +25,15 @@ class Model:
 
 
 def make_task(stage, teacher: Model, student: Model) -> steps.Task:
-    """The Task of `config.linearize.stages.<stage>` (configs/linearize/common.py): of the student's parameters, those that
-    `train` matches are trained, those that `lora` matches get adapters, and all others are frozen.
+    """The Task of `config.linearize.stages.<stage>` (configs/linearize/common.py): of the student's
+    parameters, those that `train` matches are trained, those that `lora` matches get adapters, and
+    all others are frozen.
 
-    With objective "transfer" the tree is a `transfer.TransferModel`'s, and only its student's layers can be trained; with "distill" it
-    is the student's, and the teacher's is beside it.
+    With objective "transfer" the tree is a `transfer.TransferModel`'s, and only its student's
+    layers can be trained; with "distill" it is the student's, and the teacher's is beside it.
 
-    Raises ValueError for an unknown objective, a pattern that matches nothing, or a stage that trains nothing or to no end.
+    Raises ValueError for an unknown objective, a pattern that matches nothing, or a stage that
+    trains nothing or to no end.
     """
     if stage.objective not in OBJECTIVES:
         raise ValueError(

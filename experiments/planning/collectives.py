@@ -20,8 +20,9 @@ class Collective(NamedTuple):
     """One collective instruction, of one device.
 
     axes: the mesh axes along which its groups lie, such as "fsdp" or "data+fsdp".
-    size: devices of a group. times: in a step. received: bytes that the device gets from others each time, the least there can
-      be: of an all-gather (n-1)/n of the result, of a reduce-scatter (n-1)/n of the operand, of an all-reduce both.
+    size: devices of a group. times: in a step. received: bytes that the device gets from others
+      each time, the least there can be: of an all-gather (n-1)/n of the result, of a reduce-scatter
+      (n-1)/n of the operand, of an all-reduce both.
     receivers: positions in the mesh of the devices that a permute sends to; None is all.
     seconds: each time, alone on the links of its axes.
     """
@@ -76,7 +77,8 @@ def of(visit: hlo.Visit, program: hlo.Program, mesh: Mesh, where: parts.Slice) -
 def _seconds(kind: str, given: int, received: float, group: list, where: parts.Slice) -> float:
     """Bytes at the group's bandwidth, or a hop's latency for every hop, whichever is longer.
 
-    An all-to-all sends each byte over half the way round, on average: a quarter of the group's chips.
+    An all-to-all sends each byte over half the way round, on average: a quarter of the group's
+    chips.
     """
     if kind == "collective-permute":
         # Each link carries the messages of as many devices as one message takes links.
@@ -93,7 +95,8 @@ def _seconds(kind: str, given: int, received: float, group: list, where: parts.S
 def _groups(instruction: hlo.Instruction, devices: int) -> list[tuple[int, ...]]:
     """Positions in the mesh of the devices that talk to each other. Of a permute: (source, target).
 
-    Groups come as lists; as a shape that numbers are put into, after a transposition; or as axes of a mesh of XLA's own.
+    Groups come as lists; as a shape that numbers are put into, after a transposition; or as axes of
+    a mesh of XLA's own.
     """
     if pairs := instruction.attribute("source_target_pairs"):
         numbers = _numbers(pairs)
@@ -131,7 +134,8 @@ def _iota(shape: list[int], order: str | None) -> np.ndarray:
 
 
 def _along(ids: np.ndarray, names: list[str], along: str) -> list[tuple[int, ...]]:
-    """Groups along some axes, of which one may be only a factor: 'x':(2)4 is the 4 of x = 2 * 4 * rest."""
+    """Groups along some axes, of which one may be only a factor: 'x':(2)4 is the 4 of x = 2 * 4 *
+    rest."""
     for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", along):
         i = names.index(name)
         split = (int(before), int(size), ids.shape[i] // (int(before) * int(size)))
@@ -144,7 +148,8 @@ def _along(ids: np.ndarray, names: list[str], along: str) -> list[tuple[int, ...
 
 
 def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
-    """Mesh axes whose index varies within a group; "part of" them where a group that is no pair is not all of it."""
+    """Mesh axes whose index varies within a group; "part of" them where a group that is no pair is
+    not all of it."""
     shape = mesh.devices.shape
     varying, sizes = set(), set()
     for group in groups:
@@ -157,7 +162,8 @@ def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
 
 
 def grouped(found: list[Collective]) -> list[dict]:
-    """A row for every kind and axes: how many a step, what the device that receives most gets in a step, seconds."""
+    """A row for every kind and axes: how many a step, what the device that receives most gets in a
+    step, seconds."""
     rows = []
 
     def key(c):

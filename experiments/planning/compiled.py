@@ -39,8 +39,9 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """text: of the optimised program; None where it needs more HBM than there is. memory: XLA's buffers of one device, in bytes;
-    results take the place of the state, which is donated. xla: what XLA counts. kernels: FLOPs of Pallas kernels, by name."""
+    """text: of the optimised program; None where it needs more HBM than there is. memory: XLA's
+    buffers of one device, in bytes; results take the place of the state, which is donated. xla:
+    what XLA counts. kernels: FLOPs of Pallas kernels, by name."""
 
     text: str | None
     memory: Row
@@ -51,8 +52,8 @@ class Compiled(NamedTuple):
 
 
 def plan(case: Case) -> Row:
-    """Compiles the training step, and reads what it needs and does. A step that needs more HBM than there is makes a row too:
-    with `needed_bytes`, and without what a compiled program tells."""
+    """Compiles the training step, and reads what it needs and does. A step that needs more HBM than
+    there is makes a row too: with `needed_bytes`, and without what a compiled program tells."""
     return read(case, compile_step(case))
 
 
@@ -196,7 +197,8 @@ def costs(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
 
 
 def kernel_flops(jaxpr) -> Mapping[str, float]:
-    """FLOPs of the dots of every Pallas kernel, over its grid, by the name it was given. On one device's arrays."""
+    """FLOPs of the dots of every Pallas kernel, over its grid, by the name it was given. On one
+    device's arrays."""
     found = {}
     for call in tpu_bundles.pallas_calls(jaxpr):
         steps_of_grid = math.prod(call.params["grid_mapping"].grid)

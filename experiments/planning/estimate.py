@@ -1,19 +1,22 @@
 """What a compiled step costs, and a model of how long it takes.
 
 Counted, of one device and one step, loops as often as they run:
-    FLOPs       of dots and convolutions, and of Pallas kernels' own dots (`kernel_flops`); element by element work is not counted
-    HBM bytes   operands and results of every operation that lie in HBM, of slices and updates only what they touch, and copies
+    FLOPs       of dots and convolutions, and of Pallas kernels' own dots (`kernel_flops`); element
+      by element work is not counted
+    HBM bytes   operands and results of every operation that lie in HBM, of slices and updates only
+      what they touch, and copies
                 between HBM and VMEM; a Pallas kernel's operands and results once each
     collectives as `collectives.Collective`
 
-The time: operations run in the compiler's order, one after the other, each as long as its FLOPs at peak, its bytes at HBM
-bandwidth, or the compiler's own `estimated_cycles` take, whichever is longest; the last where the part's clock is known (v5e, v5p),
-and without it work element by element takes no time but its bytes'. Copies and collectives that have a start and a done run
-beside them, each kind one after the other, and a done waits. A Pallas kernel reaches KERNEL_SHARE of peak in its dots; other
-dots of float32 take the passes that their precision asks for.
+The time: operations run in the compiler's order, one after the other, each as long as its FLOPs at
+peak, its bytes at HBM bandwidth, or the compiler's own `estimated_cycles` take, whichever is
+longest; the last where the part's clock is known (v5e, v5p), and without it work element by element
+takes no time but its bytes'. Copies and collectives that have a start and a done run beside them,
+each kind one after the other, and a done waits. A Pallas kernel reaches KERNEL_SHARE of peak in its
+dots; other dots of float32 take the passes that their precision asks for.
 
-So it is an optimist's figure for what it counts: no stall, no overhead of launching, no skew between devices, no input pipeline.
-It orders meshes; it promises no time.
+So it is an optimist's figure for what it counts: no stall, no overhead of launching, no skew
+between devices, no input pipeline. It orders meshes; it promises no time.
 """
 
 import dataclasses
@@ -25,10 +28,12 @@ from jax.sharding import Mesh
 
 from experiments.planning import collectives, hlo, parts
 
-# As compiled for v6e (kernels_pallas/reports/tpu), our kernels do 0.25 to 0.68 of the dots that their bundles' two matrix units
-# could, forward and backward of linear_attention and delta_rule in all decays; the mean is 0.51.
+# As compiled for v6e (kernels_pallas/reports/tpu), our kernels do 0.25 to 0.68 of the dots that
+# their bundles' two matrix units could, forward and backward of linear_attention and delta_rule in
+# all decays; the mean is 0.51.
 KERNEL_SHARE = 0.5
-# Passes of bfloat16 products that a float32 product takes: https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.Precision
+# Passes of bfloat16 products that a float32 product takes:
+# https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.Precision
 _PASSES = {"highest": 6, "high": 3}
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all",
@@ -150,7 +155,8 @@ def _passes(instruction: hlo.Instruction) -> int:
 
 
 def kernel_flops(instruction: str, known: Mapping[str, float]) -> float:
-    """Of the kernel whose name the instruction has: 'name.1', or 'jvp_name_.1' under a transformation. 0 of an unknown one."""
+    """Of the kernel whose name the instruction has: 'name.1', or 'jvp_name_.1' under a
+    transformation. 0 of an unknown one."""
     name = re.sub(r"(\.\d+|\.clone)+$", "", instruction).rstrip("_")
     fitting = [key for key in known if name == key or name.endswith(f"_{key}")]
     return known[max(fitting, key=len)] if fitting else 0.0

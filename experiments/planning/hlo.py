@@ -1,7 +1,9 @@
-"""Reading a compiled program's text: what runs how often, what it multiplies and moves, and what devices tell each other.
+"""Reading a compiled program's text: what runs how often, what it multiplies and moves, and what
+devices tell each other.
 
-XLA's own `cost_analysis` counts the body of a loop once, and nothing of a Pallas kernel. Here a loop's body counts as often as it
-runs: the compiler's `known_trip_count`, or what going round with the counter alone gives (`planning.loops`).
+XLA's own `cost_analysis` counts the body of a loop once, and nothing of a Pallas kernel. Here a
+loop's body counts as often as it runs: the compiler's `known_trip_count`, or what going round with
+the counter alone gives (`planning.loops`).
 """
 
 import functools
@@ -104,7 +106,8 @@ class Program:
         }
 
     def trips(self, loop: Instruction, computation: str) -> int:
-        """How often the body of a `while` runs; once, and it is noted in `unknown_loops`, where the text does not say."""
+        """How often the body of a `while` runs; once, and it is noted in `unknown_loops`, where the
+        text does not say."""
         if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
             return int(known[1])
         if loop.name not in self._trips:
@@ -144,7 +147,8 @@ _NOT_ENTERED = {
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """Of `type operation(operands), attributes`, where a type may be a tuple and operands carry types."""
+    """Of `type operation(operands), attributes`, where a type may be a tuple and operands carry
+    types."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     result, rest = text[:end], text[end:].lstrip()
     opening = rest.index("(")
@@ -181,7 +185,8 @@ def flops(program: Program, visit: Visit) -> int:
 
 
 def _convolution_flops(instruction: Instruction, left, right, out) -> int:
-    """Positions of the window that meet padding, or holes of a dilation, multiply nothing and are not counted."""
+    """Positions of the window that meet padding, or holes of a dilation, multiply nothing and are
+    not counted."""
     lhs_labels, rhs_labels, out_labels = re.split(r"_|->", instruction.attribute("dim_labels"))
     window = instruction.attribute("window") or ""
     fields = dict(re.findall(r"(\w+)=([\d_x\-]+)", window))

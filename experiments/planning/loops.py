@@ -1,7 +1,7 @@
 """How often a loop of a compiled program runs, found by going round with its counters alone.
 
-Compilers leave counters that start anywhere, step by more than one where they unrolled, and compare as u32 or s32; so the few
-scalar instructions between a counter and its test are carried out.
+Compilers leave counters that start anywhere, step by more than one where they unrolled, and compare
+as u32 or s32; so the few scalar instructions between a counter and its test are carried out.
 """
 
 import operator
@@ -63,7 +63,8 @@ def trips(program, loop, computation: str) -> int | None:
 
 
 def _value(program, computation: str, name: str, element) -> int:
-    """Of a scalar instruction. element(index): of the tuple that a loop is given, or of a fusion's parameters."""
+    """Of a scalar instruction. element(index): of the tuple that a loop is given, or of a fusion's
+    parameters."""
     instruction = program.by_name[computation][name]
     operation, attributes = instruction.operation, instruction.attributes
     if operation == "constant" and re.fullmatch(r"-?\d+|true|false", attributes):

@@ -1,19 +1,23 @@
-"""What a plan takes TPU slices to be: peak, memory and links of each part, with where each number is from.
+"""What a plan takes TPU slices to be: peak, memory and links of each part, with where each number
+is from.
 
-A device is what JAX calls one: a chip, and on tpu7x half of one. `tpu_compile.PARTS` has its HBM, HBM bandwidth and peak.
+A device is what JAX calls one: a chip, and on tpu7x half of one. `tpu_compile.PARTS` has its HBM,
+HBM bandwidth and peak.
 
-Links (ICI): every chip has two a dimension of its torus. Google publishes the bytes a second that all of a chip's links move
-in both directions together:
+Links (ICI): every chip has two a dimension of its torus. Google publishes the bytes a second that
+all of a chip's links move in both directions together:
 
     v5e     400 GB/s, 2D   https://docs.cloud.google.com/tpu/docs/v5e
-    v6e     800 GB/s, 2D   https://docs.cloud.google.com/tpu/docs/v6e  (3200 Gbps one way; 800 GB/s in tpu7x's table)
+    v6e     800 GB/s, 2D   https://docs.cloud.google.com/tpu/docs/v6e  (3200 Gbps one way; 800 GB/s
+      in tpu7x's table)
     v5p    1200 GB/s, 3D   https://docs.cloud.google.com/tpu/docs/v5p
     tpu7x  1200 GB/s, 3D   https://docs.cloud.google.com/tpu/docs/tpu7x
 
-which is 50, 100, 100 and 100 GB/s a link and direction. "How to Scale Your Model" (https://jax-ml.github.io/scaling-book/tpus,
-chapter 2) plans with 45, 90 and 90 of these for v5e, v5p and v6e, about 1 microsecond a hop, and no ring in a dimension that does
-not close: on v5e and v6e one of fewer than 16 chips, on v5p (and, we take it, tpu7x) any of a slice whose shape is not made of
-cubes of 4 x 4 x 4. So do we.
+which is 50, 100, 100 and 100 GB/s a link and direction. "How to Scale Your Model"
+(https://jax-ml.github.io/scaling-book/tpus, chapter 2) plans with 45, 90 and 90 of these for v5e,
+v5p and v6e, about 1 microsecond a hop, and no ring in a dimension that does not close: on v5e and
+v6e one of fewer than 16 chips, on v5p (and, we take it, tpu7x) any of a slice whose shape is not
+made of cubes of 4 x 4 x 4. So do we.
 """
 
 import math
@@ -23,7 +27,8 @@ from kernels_pallas.tools import tpu_compile
 
 LINK_EFFICIENCY = 0.9
 HOP_SECONDS = 1e-6
-# Slices to name where one is unknown. libtpu takes more shapes than Google rents out; these are rented out.
+# Slices to name where one is unknown. libtpu takes more shapes than Google rents out; these are
+# rented out.
 KNOWN = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -33,7 +38,8 @@ KNOWN = {
 
 
 class Links(NamedTuple):
-    """chip_bytes_per_second: of all of a chip's links, both ways. devices: of a chip, that share them."""
+    """chip_bytes_per_second: of all of a chip's links, both ways. devices: of a chip, that share
+    them."""
 
     chip_bytes_per_second: float
     dimensions: int
@@ -108,11 +114,12 @@ def hops(where: Slice, a, b) -> int:
 
 
 def group_bandwidth(where: Slice, group: list) -> tuple[float, int]:
-    """(bytes a second that a device of the group receives from the others, hops to the farthest), when all groups of a mesh axis
-    are at it at once.
+    """(bytes a second that a device of the group receives from the others, hops to the farthest),
+    when all groups of a mesh axis are at it at once.
 
-    group: devices. In every dimension of the torus in which the group extends, it has one link, or two where it is the whole
-    of a ring; with other groups' chips between its own they share the links. A group that is no box of chips gets one link.
+    group: devices. In every dimension of the torus in which the group extends, it has one link, or
+    two where it is the whole of a ring; with other groups' chips between its own they share the
+    links. A group that is no box of chips gets one link.
     """
     link = where.links.bytes_per_second
     places = sorted({tuple(device.coords) for device in group})

@@ -122,8 +122,8 @@ def text(row: Row) -> str:
 
 
 def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> None:
-    """Puts plans into the folder's plan.json, in place of older ones of the same case, and writes all of them as tables.md,
-    memory.png and, of several numbers of devices, scaling.png."""
+    """Puts plans into the folder's plan.json, in place of older ones of the same case, and writes
+    all of them as tables.md, memory.png and, of several numbers of devices, scaling.png."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plan.json"
     old = json.loads(path.read_text())["plans"] if path.exists() else []
@@ -184,7 +184,8 @@ def memory_bars(rows: list[Row], path: Path) -> None:
 
 
 def scaling(rows: list[Row], path: Path) -> None:
-    """Estimated time a token and device, and the collectives' share of it, over devices; a curve for each exchange."""
+    """Estimated time a token and device, and the collectives' share of it, over devices; a curve
+    for each exchange."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     rows = [row for row in rows if "estimate" in row]
     for i, exchange in enumerate(dict.fromkeys(row["exchange"] for row in rows)):

@@ -1,10 +1,12 @@
-"""Checkpoints of a run: training state and data position, in `workdir/checkpoints/<step>`, by Orbax.
+"""Checkpoints of a run: training state and data position, in `workdir/checkpoints/<step>`, by
+Orbax.
 
-A checkpoint holds three parts: "params", "training" (step and optimizer state) and "data" (a JSON file for each share of the batch that
-a process reads). All processes write it and read it, in one folder; it can be restored on another mesh and by another number of
-processes, data position included. Saving runs in the background. A step's directory appears by a rename once all of it is
-written, so a process killed at any moment leaves whole checkpoints and at most one temporary directory, which the next training
-run removes.
+A checkpoint holds three parts: "params", "training" (step and optimizer state) and "data" (a JSON
+file for each share of the batch that a process reads). All processes write it and read it, in one
+folder; it can be restored on another mesh and by another number of processes, data position
+included. Saving runs in the background. A step's directory appears by a rename once all of it is
+written, so a process killed at any moment leaves whole checkpoints and at most one temporary
+directory, which the next training run removes.
 """
 
 import contextlib
@@ -37,10 +39,12 @@ class SaveFailed(RuntimeError):
 
 
 class DataPosition:
-    """A data iterator as a part of a checkpoint: its `get_state()` as JSON, one file for each share of the batch.
+    """A data iterator as a part of a checkpoint: its `get_state()` as JSON, one file for each share
+    of the batch.
 
-    Reading puts the shares together (`batches.join_states`), of which the iterator takes its own, so the next batches are those
-    the run that wrote it would have seen, whatever the number of processes: no example is repeated or skipped.
+    Reading puts the shares together (`batches.join_states`), of which the iterator takes its own,
+    so the next batches are those the run that wrote it would have seen, whatever the number of
+    processes: no example is repeated or skipped.
     """
 
     def __init__(self, iterator, share: DataShare = DataShare()):  # noqa: B008, frozen
@@ -74,8 +78,9 @@ class DataPosition:
 class Checkpoints:
     """The checkpoints of one run.
 
-    workdir: the run's folder. keep: how many of the latest checkpoints stay. training: whether this run writes: then
-    what an interrupted save left behind is removed. share: of the batch, that this process reads.
+    workdir: the run's folder. keep: how many of the latest checkpoints stay. training: whether this
+    run writes: then what an interrupted save left behind is removed. share: of the batch, that this
+    process reads.
     """
 
     def __init__(
@@ -111,8 +116,8 @@ class Checkpoints:
         return self.directory / str(step)
 
     def save(self, state: TrainState, data_iterator) -> None:
-        """Starts saving. Returns once the values are copied; the next `poll`, `save` or `wait` raises SaveFailed if the last
-        save failed."""
+        """Starts saving. Returns once the values are copied; the next `poll`, `save` or `wait`
+        raises SaveFailed if the last save failed."""
         self.wait()
         step = int(state.step)
         if step == self.latest_step():
@@ -142,7 +147,8 @@ class Checkpoints:
         self._pending = None
 
     def restore(self, step: int, abstract_state: TrainState, data_iterator) -> TrainState:
-        """The state of `step`, laid out as `abstract_state` says; sets the data iterator, if there is one, to where it stood."""
+        """The state of `step`, laid out as `abstract_state` says; sets the data iterator, if there
+        is one, to where it stood."""
         abstract = _parts(abstract_state)
         self._check_same_trees(step, abstract)
         if data_iterator is not None:
@@ -166,7 +172,8 @@ class Checkpoints:
                 raise
 
     def _check_same_trees(self, step: int, abstract: dict) -> None:
-        """Raises ValueError, listing the parameters that differ, if checkpoint `step` is of another model or optimizer."""
+        """Raises ValueError, listing the parameters that differ, if checkpoint `step` is of another
+        model or optimizer."""
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # Orbax warns that "data" has no metadata
         try:
@@ -204,7 +211,8 @@ class Checkpoints:
 
 
 def _remove(folder: Path) -> None:
-    """A save that failed in this very process may still be writing its other parts, so this tries for ten seconds."""
+    """A save that failed in this very process may still be writing its other parts, so this tries
+    for ten seconds."""
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

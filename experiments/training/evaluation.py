@@ -1,4 +1,5 @@
-"""Scores of a model on one split: loss, accuracy, perplexity, bits per byte; over positions and over sequence lengths."""
+"""Scores of a model on one split: loss, accuracy, perplexity, bits per byte; over positions and
+over sequence lengths."""
 
 import itertools
 import math
@@ -17,8 +18,9 @@ from seqmodels import sharding
 class Scores:
     """Sums over the tokens that count, float64.
 
-    In text they are all tokens of all documents, and each document's end: what it costs to say where a text ends is in the
-    loss, in accuracy and in bits per byte, which divide by the bytes of the text alone.
+    In text they are all tokens of all documents, and each document's end: what it costs to say
+    where a text ends is in the loss, in accuracy and in bits per byte, which divide by the bytes of
+    the text alone.
     """
 
     def __init__(self):
@@ -55,7 +57,8 @@ class Scores:
         return scores
 
     def by_position(self, buckets: int = 16) -> list[dict]:
-        """Rows first, last, tokens, loss, perplexity, accuracy over how many tokens of its document precede a prediction."""
+        """Rows first, last, tokens, loss, perplexity, accuracy over how many tokens of its document
+        precede a prediction."""
         return bucket_table(self._by_position, buckets)
 
     def late_loss(self) -> float:
@@ -69,7 +72,8 @@ class Scores:
 
 
 def bucket_table(sums: np.ndarray, buckets: int) -> list[dict]:
-    """Cuts the occupied places into at most `buckets` stretches of equal width; empty ones are left out."""
+    """Cuts the occupied places into at most `buckets` stretches of equal width; empty ones are left
+    out."""
     used = np.flatnonzero(sums[2])
     width = -(-(used[-1] - used[0] + 1) // buckets)
     table = []
@@ -112,9 +116,11 @@ def evaluate(program: Program, params, dataset, max_batches: int | None = None) 
 def by_context(
     config, params, make_dataset, lengths: Sequence[int], max_batches: int | None = None
 ) -> dict[int, Scores]:
-    """Scores of the same text cut into rows of each length: every target counts once, and sees at most so many tokens.
+    """Scores of the same text cut into rows of each length: every target counts once, and sees at
+    most so many tokens.
 
-    params: as `steps.build(config, ...)` has them.   make_dataset: config -> the split.   max_batches: of config's own size; for
+    params: as `steps.build(config, ...)` has them.   make_dataset: config -> the split.
+      max_batches: of config's own size; for
     the other lengths, as many tokens.
     """
     scores = {}

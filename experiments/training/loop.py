@@ -24,14 +24,18 @@ def train(
 ) -> dict:
     """Trains what `config` describes and returns what is in workdir/result.json.
 
-    A workdir that holds checkpoints is resumed from the latest. See configs/common.py for the fields.
+    A workdir that holds checkpoints is resumed from the latest. See configs/common.py for the
+    fields.
     devices: to train on; None is all there are.
-    make_task: (resolved config, seq_len) -> steps.Task, where it is not the config's language model that is trained whole.
+    make_task: (resolved config, seq_len) -> steps.Task, where it is not the config's language model
+      that is trained whole.
     new_data: what is resumed begins its data anew, which may be other than the checkpoint's.
 
     Raises:
-      ValueError: something in the config is wrong, or the workdir's checkpoint is of another model; nothing was written.
-      NonFiniteLoss: a loss, gradient or parameter was not finite; the state that has it was not saved.
+      ValueError: something in the config is wrong, or the workdir's checkpoint is of another model;
+        nothing was written.
+      NonFiniteLoss: a loss, gradient or parameter was not finite; the state that has it was not
+        saved.
       SaveFailed: a checkpoint could not be written; earlier ones are intact.
       Stopped: SIGTERM or Ctrl-C; the state was saved.
     """
@@ -202,8 +206,9 @@ class Clock:
 
 
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C instead of dying; a second one kills as usual. With several processes JAX listens for SIGTERM to any of
-    them and agrees on a step at which all stop; Ctrl-C is passed on as SIGTERM."""
+    """Notes SIGTERM and Ctrl-C instead of dying; a second one kills as usual. With several
+    processes JAX listens for SIGTERM to any of them and agrees on a step at which all stop; Ctrl-C
+    is passed on as SIGTERM."""
 
     def __init__(self):
         self.signal = None

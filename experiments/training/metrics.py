@@ -1,4 +1,5 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases by config; and what the person at the terminal sees."""
+"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases by config; and what the
+person at the terminal sees."""
 
 import hashlib
 import importlib
@@ -19,8 +20,9 @@ FILE_NAME = "metrics.jsonl"
 class MetricWriter:
     """Writes rows of named numbers, on process 0.
 
-    config: `tensorboard` (bool) and `wandb` (a project's name, "" for none) turn those on; a missing package is a ValueError
-    that names the extra, and so is W&B without a key. start_step: rows after it, of a run that went on past its last checkpoint, are dropped, and so are the
+    config: `tensorboard` (bool) and `wandb` (a project's name, "" for none) turn those on; a
+    missing package is a ValueError that names the extra, and so is W&B without a key. start_step:
+    rows after it, of a run that went on past its last checkpoint, are dropped, and so are the
     scores of an earlier end.
     """
 
@@ -102,7 +104,8 @@ def _import_extra(package: str, extra: str):
 
 
 class Progress:
-    """A bar with loss, tokens/s and time left on a terminal; log lines where there is none. On process 0."""
+    """A bar with loss, tokens/s and time left on a terminal; log lines where there is none. On
+    process 0."""
 
     def __init__(self, start_step: int, steps: int):
         self._steps = steps

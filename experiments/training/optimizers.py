@@ -67,8 +67,8 @@ def _sgd(config, boxed_params):
 
 
 def _muon(config, boxed_params):
-    """Muon: the momentum of each matrix, orthogonalised; Adam for the rest. The update's rms is 0.2 as Adam's is, so one learning rate
-    serves both (Moonlight, arXiv 2502.16982, section 2.2)."""
+    """Muon: the momentum of each matrix, orthogonalised; Adam for the rest. The update's rms is 0.2
+    as Adam's is, so one learning rate serves both (Moonlight, arXiv 2502.16982, section 2.2)."""
     return contrib.muon(
         learning_rate=-1.0,  # a direction: the sign and the rate come after weight decay
         beta=0.95,
@@ -109,10 +109,11 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer `config.name`: adamw, lamb, lion, muon, schedule_free or sgd.
 
-    config: name, b1, b2, eps, weight_decay, clip (maximum global norm of the gradient; None or 0 for none).
+    config: name, b1, b2, eps, weight_decay, clip (maximum global norm of the gradient; None or 0
+      for none).
     boxed_params: see `rank`; only shapes and names are read.
-    offload: the update runs on the host, after `clip` has run on the devices, where the norm of all parts is known. The state
-      is of the same form.
+    offload: the update runs on the host, after `clip` has run on the devices, where the norm of all
+      parts is known. The state is of the same form.
 
     Raises ValueError for an unknown name, one that cannot be offloaded, or numbers out of range.
     """
@@ -167,7 +168,8 @@ def clip(config, grads):
 
 
 def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:
-    """u <- u |p| / |u| with the norms of one layer's parameter (LAMB, arXiv 1904.00962, algorithm 2); where one is 0, u stays."""
+    """u <- u |p| / |u| with the norms of one layer's parameter (LAMB, arXiv 1904.00962, algorithm
+    2); where one is 0, u stays."""
 
     def rescale(u, p, rank):
         axes = tuple(range(u.ndim - rank, u.ndim))
@@ -182,7 +184,8 @@ def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:
 
 
 def evaluation_params(params, opt_state):
-    """The parameters to evaluate and sample with: Schedule-Free's average (arXiv 2405.15682), else `params`."""
+    """The parameters to evaluate and sample with: Schedule-Free's average (arXiv 2405.15682), else
+    `params`."""
 
     def is_average(x):
         return isinstance(x, contrib.ScheduleFreeState)

@@ -15,7 +15,8 @@ def loss_curve(
 ) -> None:
     """Training loss (faint, and smoothed by a running mean) and validation loss over steps.
 
-    rows: of metrics.jsonl. scale: of nats to `unit`. baselines: name -> value in `unit`, drawn as level lines.
+    rows: of metrics.jsonl. scale: of nats to `unit`. baselines: name -> value in `unit`, drawn as
+      level lines.
     """
     train = np.array([(r["step"], r["loss"]) for r in rows if "loss" in r]).reshape(-1, 2)
     held_out = np.array([(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r])
@@ -76,7 +77,8 @@ def _save(figure, path: Path) -> None:
 
 
 def lines(panels: dict[str, dict[str, list[tuple]]], x: str, path: Path) -> None:
-    """Panels side by side: of each its y axis, and its lines' points by name. Both axes are logarithmic."""
+    """Panels side by side: of each its y axis, and its lines' points by name. Both axes are
+    logarithmic."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 1.6, 3.8), layout="constrained"
     )

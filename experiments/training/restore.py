@@ -7,8 +7,9 @@ from experiments.training.steps import Program
 
 
 def reading_config(config):
-    """A copy of a run's config for programs that only read its parameters: they are restored in the dtype that they are multiplied
-    in, which gives the same numbers in less memory. Schedule-Free's are first computed, in their own."""
+    """A copy of a run's config for programs that only read its parameters: they are restored in the
+    dtype that they are multiplied in, which gives the same numbers in less memory. Schedule-Free's
+    are first computed, in their own."""
     config = config.copy_and_resolve_references()
     if "dtype" in config.model and config.optimizer.name != "schedule_free":
         with config.unlocked():
@@ -17,7 +18,8 @@ def reading_config(config):
 
 
 def evaluation_params(program: Program, config, workdir: Path, step: int | None = None):
-    """(step, parameters to evaluate and sample with) of checkpoint `step` of a run; None is the latest.
+    """(step, parameters to evaluate and sample with) of checkpoint `step` of a run; None is the
+    latest.
 
     Raises ValueError where there is no such checkpoint, or it is of another model.
     """

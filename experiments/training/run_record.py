@@ -1,4 +1,5 @@
-"""What a run leaves in its workdir beside metrics and checkpoints: config.json, run.json and result.json."""
+"""What a run leaves in its workdir beside metrics and checkpoints: config.json, run.json and
+result.json."""
 
 import datetime
 import importlib.metadata
@@ -64,7 +65,8 @@ def holds_linearization(workdir: str | Path) -> bool:
 
 
 def record_start(workdir: Path, step: int, changes: list[str]) -> None:
-    """Adds to run.json, a list with an entry for each start of the run: versions, git commit, device, command."""
+    """Adds to run.json, a list with an entry for each start of the run: versions, git commit,
+    device, command."""
     path = workdir / "run.json"
     starts = json.loads(path.read_text()) if path.exists() else []
     device = jax.devices()[0]
@@ -86,7 +88,8 @@ def record_start(workdir: Path, step: int, changes: list[str]) -> None:
 
 
 def git_state() -> dict | None:
-    """Commit and whether the tree has uncommitted changes; None where this code is not in a git checkout."""
+    """Commit and whether the tree has uncommitted changes; None where this code is not in a git
+    checkout."""
 
     def git(*arguments):
         folder = Path(__file__).parent

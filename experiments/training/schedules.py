@@ -1,8 +1,9 @@
 """Learning-rate schedules by name: functions step -> learning rate, usable under jit.
 
-n is the update, from 0; N the updates of the run (`train.steps`); W `warmup_steps`; lr0 `learning_rate`; m `final_fraction`;
-s = (n - W) / (N - W) in [0, 1]. Up to W the rate grows linearly, by (n + 1) / W: the first update is not wasted on a rate of zero.
-After it come the formulas below.
+n is the update, from 0; N the updates of the run (`train.steps`); W `warmup_steps`; lr0
+`learning_rate`; m `final_fraction`; s = (n - W) / (N - W) in [0, 1]. Up to W the rate grows
+linearly, by (n + 1) / W: the first update is not wasted on a rate of zero. After it come the
+formulas below.
 """
 
 from collections.abc import Callable
@@ -30,14 +31,16 @@ def warmup_cosine(s, config, steps):
 
 
 def wsd(s, config, steps):
-    """Warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4.2): lr0 until the last `decay_fraction` of the N updates,
-    then down to m lr0, linearly in n (arXiv 2405.18392 found that no worse than an exponential)."""
+    """Warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4.2): lr0 until the last
+    `decay_fraction` of the N updates, then down to m lr0, linearly in n (arXiv 2405.18392 found
+    that no worse than an exponential)."""
     n = config.warmup_steps + s * (steps - config.warmup_steps)
     return 1 - (1 - config.final_fraction) * _final_decay(n, config, steps)
 
 
 def rex(s, config, steps):
-    """lr0 (m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2)): the reflected exponential, REX (arXiv 2107.04197, section 4)."""
+    """lr0 (m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2)): the reflected exponential, REX (arXiv
+    2107.04197, section 4)."""
     m = config.final_fraction
     return m + (1 - m) * (1 - s) / (0.5 + 0.5 * (1 - s))
 
@@ -51,12 +54,15 @@ def names() -> list[str]:
 
 
 def power(config, learning_rate: float, steps: int, batch_size: int, length: int) -> Schedule:
-    """The Power scheduler (arXiv 2408.13359, eqs. 7 and 8), agnostic of batch size and number of tokens:
+    """The Power scheduler (arXiv 2408.13359, eqs. 7 and 8), agnostic of batch size and number of
+    tokens:
 
       eta(t) = min(lr0, B a t^b),     t tokens seen so far, B sequences in a batch
-      lr = (t / t_W) eta(t_W) in the warmup; eta(t) after it; f eta(t_(N - d)) in the last d = `decay_fraction` N updates,
+      lr = (t / t_W) eta(t_W) in the warmup; eta(t) after it; f eta(t_(N - d)) in the last d =
+        `decay_fraction` N updates,
 
-    f falling linearly from 1 to m. The paper takes a = 4 (`power_a`), b = -0.51 (`power_b`) and lr0 = 0.02, under muP.
+    f falling linearly from 1 to m. The paper takes a = 4 (`power_a`), b = -0.51 (`power_b`) and lr0
+    = 0.02, under muP.
     """
 
     def schedule(step):
@@ -76,7 +82,8 @@ def make_schedule(
 ) -> Schedule:
     """The schedule `config.name` for a run of `steps` updates.
 
-    config: name, warmup_steps, final_fraction; decay_fraction (wsd, power); power_a, power_b (power).
+    config: name, warmup_steps, final_fraction; decay_fraction (wsd, power); power_a, power_b
+      (power).
     batch_size, length: sequences in a batch and tokens in a sequence; only `power` looks at them.
     Raises ValueError for an unknown name, a warmup longer than the run, or a fraction out of range.
     """

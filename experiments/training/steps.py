@@ -1,4 +1,5 @@
-"""The compiled parts of an experiment: initial state, training step, evaluation sums; and how they lie on the mesh."""
+"""The compiled parts of an experiment: initial state, training step, evaluation sums; and how they
+lie on the mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,15 +24,19 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a step trains, and by what loss: by default all of a language model, by cross-entropy (`language_modelling`).
+    """What a step trains, and by what loss: by default all of a language model, by cross-entropy
+    (`language_modelling`).
 
-    boxed_params: the parameters that are trained and saved, abstract, boxed with their logical axis names.
+    boxed_params: the parameters that are trained and saved, abstract, boxed with their logical axis
+      names.
     init: (key, start) -> their values; unboxed or not.   start: arrays that it begins from.
-    loss: (params, frozen, batch) -> loss_BT, metrics. The gradient is that of the mean loss over all tokens that count; the metrics,
-      also (B, T) each, are averaged alike, and one is called "loss".
+    loss: (params, frozen, batch) -> loss_BT, metrics. The gradient is that of the mean loss over
+      all tokens that count; the metrics, also (B, T) each, are averaged alike, and one is called
+      "loss".
     token_losses: (params, frozen, batch) -> nll_BT, correct_BT of `model`, for evaluation.
     model_params: (params, frozen) -> all parameters of `model`.
-    frozen, boxed_frozen: parameters that the losses read and nothing changes: neither saved nor part of the optimizer's state.
+    frozen, boxed_frozen: parameters that the losses read and nothing changes: neither saved nor
+      part of the optimizer's state.
     """
 
     model: language_model.LanguageModel
@@ -46,15 +51,17 @@ class Task:
 
 
 def language_modelling(config, seq_len: int) -> Task:
-    """The Task of a config by itself: its model, from random values or given parameters, by cross-entropy plus train.z_loss times the mean of
-    (log Z)^2 (PaLM, arXiv 2204.02311, section 5)."""
+    """The Task of a config by itself: its model, from random values or given parameters, by
+    cross-entropy plus train.z_loss times the mean of (log Z)^2 (PaLM, arXiv 2204.02311, section 5).
+    """
     model = language_model.from_config(config.model)
     model.check_length(seq_len)
 
     def init(key, start=()):
         if start:
             return start
-        # Seven tokens: hardly a mesh divides them, so that nothing is sent for values that nobody reads.
+        # Seven tokens: hardly a mesh divides them, so that nothing is sent for values that nobody
+        # reads.
         return model.init(key, jnp.zeros((1, min(seq_len, 7)), jnp.int32))["params"]
 
     def loss(params, frozen, batch):
@@ -73,9 +80,11 @@ class Program:
     """What a config means, ready to run.
 
     abstract_state: shapes, dtypes and shardings of the TrainState, for restoring into.
-    init: (seed, start=the task's) -> TrainState.   train_step: (state, batch) -> (state, metrics); the state given is donated.
+    init: (seed, start=the task's) -> TrainState.   train_step: (state, batch) -> (state, metrics);
+      the state given is donated.
     token_losses: (params, batch) -> nll_BT, correct_BT (float32), wherever the mask is.
-    evaluation_params: (params, opt_state) -> what to evaluate with.   model_params: of that -> the parameters of `model`.
+    evaluation_params: (params, opt_state) -> what to evaluate with.   model_params: of that -> the
+      parameters of `model`.
     """
 
     model: language_model.LanguageModel
@@ -103,7 +112,8 @@ class Program:
 
 
 def build(config, seq_len: int, devices=None, task: Task | None = None) -> Program:
-    """The Program of a resolved config whose batches have `seq_len` tokens a row, on `devices` (None: all). Compiles nothing.
+    """The Program of a resolved config whose batches have `seq_len` tokens a row, on `devices`
+    (None: all). Compiles nothing.
 
     task: what is trained; None is `language_modelling`.
 
@@ -214,7 +224,8 @@ def cross_entropy(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Arr
 
 
 def _train_step(loss_of, optimizer, clip, placement, accumulate: int):
-    """One update. The loss is the mean over all tokens that count, on all devices and in all microbatches."""
+    """One update. The loss is the mean over all tokens that count, on all devices and in all
+    microbatches."""
 
     def loss_and_metrics(params, frozen, batch, weight):
         loss_BT, metrics = loss_of(params, frozen, batch)

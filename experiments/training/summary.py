@@ -1,4 +1,5 @@
-"""What a run says at its end: scores beside baselines, a sample, a picture, result.json; or why it had to stop."""
+"""What a run says at its end: scores beside baselines, a sample, a picture, result.json; or why it
+had to stop."""
 
 import math
 from pathlib import Path
@@ -27,8 +28,8 @@ def check_sample(config, model, tokenizer) -> None:
 
 
 def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dict:
-    """Adds a sample to the scores of the test split; on process 0 baselines and file names too, and writes result.json and
-    loss.png."""
+    """Adds a sample to the scores of the test split; on process 0 baselines and file names too, and
+    writes result.json and loss.png."""
     if tokenizer is not None and config.sample.length:
         prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
         tokens = sampling.stream_tokens(
@@ -97,7 +98,8 @@ def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate:
 
 
 def scored_bytes(documents, count: int) -> list[bytes]:
-    """The documents in which the first `count` bytes of a split's one pass lie, the last one cut there; in the corpus's order."""
+    """The documents in which the first `count` bytes of a split's one pass lie, the last one cut
+    there; in the corpus's order."""
     order = packing.one_pass_order(len(documents))
     numbers = (order[i] for i in range(len(documents)))
     pieces = first_bytes(documents, numbers, count)

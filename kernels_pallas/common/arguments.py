@@ -1,7 +1,7 @@
 """What the two matrix recurrences ask of their arguments, checked once and brought to one form.
 
-Every implementation then sees: q scaled and float, heads of q and k dividing those of v, a finite log_decay of rank 4
-or None, and a float32 (or wider) initial state.
+Every implementation then sees: q scaled and float, heads of q and k dividing those of v, a finite
+log_decay of rank 4 or None, and a float32 (or wider) initial state.
 """
 
 import numbers
@@ -69,7 +69,8 @@ def check_integers(operator: str, name: str, array) -> None:
 
 
 def check_scale(operator: str, scale) -> None:
-    """Raises ValueError where a scale is given that is no number: what is compiled in cannot be an array."""
+    """Raises ValueError where a scale is given that is no number: what is compiled in cannot be an
+    array."""
     if scale is not None and not is_number(scale):
         raise ValueError(
             f"{operator}: scale is {scale!r}; expected a number or None (multiply q by one that is learned)"
@@ -138,9 +139,11 @@ def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> 
 
 
 def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
-    """Brings log_decay, None or (H,) or (B,T,H) or (B,T,H,K), to None or (B,T,H,1) or (B,T,H,K) in float32 or wider.
+    """Brings log_decay, None or (H,) or (B,T,H) or (B,T,H,K), to None or (B,T,H,1) or (B,T,H,K) in
+    float32 or wider.
 
-    What lies below `decay_sums.RESET` becomes it, which changes neither results nor gradients: its exponential is 0 already.
+    What lies below `decay_sums.RESET` becomes it, which changes neither results nor gradients: its
+    exponential is 0 already.
     """
     if log_decay is None:
         return None
@@ -156,7 +159,8 @@ def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
 
 
 def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) -> jax.Array:
-    """Zeros where there is no initial state; in float32, or wider where an input is: q, v or one of the others (or None)."""
+    """Zeros where there is no initial state; in float32, or wider where an input is: q, v or one of
+    the others (or None)."""
     B, _, H, V = v_BTHV.shape
     shape_BHKV = (B, H, q_BTGK.shape[3], V)
     dtype = state_dtype(q_BTGK, v_BTHV, *(x for x in others if x is not None))

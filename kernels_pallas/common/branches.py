@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 @jax.custom_batching.custom_vmap
 def anywhere(flags) -> jax.Array:
-    """Whether any flag is set, in any row of a batch that `jax.vmap` adds: it would run both branches of a condition for each."""
+    """Whether any flag is set, in any row of a batch that `jax.vmap` adds: it would run both
+    branches of a condition for each."""
     return jnp.any(flags)
 
 

@@ -1,7 +1,8 @@
-"""Checks of values, off unless asked for: shapes are always checked, values only where someone looks for a fault.
+"""Checks of values, off unless asked for: shapes are always checked, values only where someone
+looks for a fault.
 
-On with the environment variable SEQMODELS_CHECKS=1, or inside `with checks.enabled():`. Read when a call is traced:
-a function compiled with the checks off stays without them.
+On with the environment variable SEQMODELS_CHECKS=1, or inside `with checks.enabled():`. Read when a
+call is traced: a function compiled with the checks off stays without them.
 """
 
 import contextlib
@@ -25,9 +26,11 @@ def enabled(on: bool = True):
 
 
 def not_positive(operator: str, name: str, array: jax.Array) -> None:
-    """With checks on: raises ValueError where a real array has an entry above 0, or NaN; -inf is legal.
+    """With checks on: raises ValueError where a real array has an entry above 0, or NaN; -inf is
+    legal.
 
-    On concrete arrays at once; under jit when the program runs, as JAX's runtime error with the same message in it.
+    On concrete arrays at once; under jit when the program runs, as JAX's runtime error with the
+    same message in it.
     """
     if not _ON.get():
         return

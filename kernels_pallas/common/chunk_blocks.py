@@ -1,4 +1,5 @@
-"""Spans: stretches of time that a chunked form treats at once, one after the other, cut from its arrays and put back in place."""
+"""Spans: stretches of time that a chunked form treats at once, one after the other, cut from its
+arrays and put back in place."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ def chunks_in_one(
 ) -> int:
     """How many of a sequence's chunks make a span, so that spans are as even as can be.
 
-    heads: of all rows together, which a span always holds. widest: the larger of K and V. On CPU a span is to stay in
-    cache from one product to the next: 16 (chunk, head) pairs at a width of 64, where fewer gain nothing, 4 at 256,
-    where more take longer (two cores, forward and backward). On an accelerator it is `accelerator_pairs`, None for the
-    whole sequence: there parallel work counts, and a loop costs launches.
+    heads: of all rows together, which a span always holds. widest: the larger of K and V. On CPU a
+    span is to stay in cache from one product to the next: 16 (chunk, head) pairs at a width of 64,
+    where fewer gain nothing, 4 at 256, where more take longer (two cores, forward and backward). On
+    an accelerator it is `accelerator_pairs`, None for the whole sequence: there parallel work
+    counts, and a loop costs launches.
     """
     pairs = accelerator_pairs
     if devices.current().platform == "cpu":
@@ -45,10 +47,12 @@ def missing(T: int, L: int) -> int:
 
 
 def take(tree, n, L: int):
-    """Span n of arrays (B, T, ...). Cut where it is used: a transposed copy of the whole costs more than the rest.
+    """Span n of arrays (B, T, ...). Cut where it is used: a transposed copy of the whole costs more
+    than the rest.
 
-    On CPU each span is read in memory's order, before anything transposes it: fused, the two read a head's row here and
-    there from memory, and wait for each (16 heads of 64 x 64: 80 us, apart 25 and 20; jaxlib 0.11.2).
+    On CPU each span is read in memory's order, before anything transposes it: fused, the two read a
+    head's row here and there from memory, and wait for each (16 heads of 64 x 64: 80 us, apart 25
+    and 20; jaxlib 0.11.2).
     """
 
     on_cpu = devices.current().platform == "cpu"

@@ -1,25 +1,27 @@
 """Sums of log decay inside a chunk, stable by construction.
 
-A chunked recurrence needs, for tokens j < i of one chunk, the decay between them, exp(g_{j+1} + ... + g_i) with
-every g <= 0. The usual difference of two cumulative sums loses all digits where the decay is strong, and split into
-exp(cumsum_i) * exp(-cumsum_j) it overflows. Here nothing is ever subtracted. What forgets everything, -inf or any
-number whose exponential is 0 in float64 too, comes as the finite `RESET` (`recurrence_arguments.normal_log_decay`),
-so that no sum overflows and none multiplies 0 by inf.
+A chunked recurrence needs, for tokens j < i of one chunk, the decay between them, exp(g_{j+1} + ...
++ g_i) with every g <= 0. The usual difference of two cumulative sums loses all digits where the
+decay is strong, and split into exp(cumsum_i) * exp(-cumsum_j) it overflows. Here nothing is ever
+subtracted. What forgets everything, -inf or any number whose exponential is 0 in float64 too, comes
+as the finite `RESET` (`recurrence_arguments.normal_log_decay`), so that no sum overflows and none
+multiplies 0 by inf.
 
-A chunk is halved again and again. Two tokens j < i part at exactly one level, j into the left half of a block and
-i into its right half, and there
+A chunk is halved again and again. Two tokens j < i part at exactly one level, j into the left half
+of a block and i into its right half, and there
 
     g_{j+1} + ... + g_i  =  after_j  +  through_i,
     after_j   = the sum over the tokens behind j, up to the middle of that block,
     through_i = the sum from the middle up to i,
 
-two pure sums of non-positive numbers. Both exponentials are at most 1; a reset gives 0 with derivative 0.
-The sums from the chunk's start and to its end, for what enters and leaves it, are of the same kind. For a decay per
-channel each level's rectangle is one matrix product, (q exp(through)) (k exp(after))^T, so that no (C, C, K) array of
-pairs exists.
+two pure sums of non-positive numbers. Both exponentials are at most 1; a reset gives 0 with
+derivative 0. The sums from the chunk's start and to its end, for what enters and leaves it, are of
+the same kind. For a decay per channel each level's rectangle is one matrix product, (q
+exp(through)) (k exp(after))^T, so that no (C, C, K) array of pairs exists.
 
-The same sub-division in two levels (blocks of 16, pairs inside them one by one) is "secondary chunking" in GLA
-(arXiv 2312.06635, section 4.3). Arrays are (..., C, K) with K = 1 for one decay per head; C is a power of two.
+The same sub-division in two levels (blocks of 16, pairs inside them one by one) is "secondary
+chunking" in GLA (arXiv 2312.06635, section 4.3). Arrays are (..., C, K) with K = 1 for one decay
+per head; C is a power of two.
 """
 
 import functools
@@ -49,9 +51,11 @@ class Sums(NamedTuple):
     """The sums of one chunk.
 
     log_decay_CK: what was summed.
-    through_CK: from the chunk's start up to and with token i: what the entering state has decayed by at i.
+    through_CK: from the chunk's start up to and with token i: what the entering state has decayed
+      by at i.
     before_CK: the same without token i (for recurrences that read the state before it decays).
-    after_CK: over the tokens behind j, up to the chunk's end: what token j has decayed by in the leaving state.
+    after_CK: over the tokens behind j, up to the chunk's end: what token j has decayed by in the
+      leaving state.
     total_K: over the whole chunk.
     levels: smallest halves first; none where they were not asked for.
     """
@@ -70,8 +74,10 @@ KINDS = ("none", "per_head", "per_token", "per_channel")
 def kind(log_decay, *, segment_ids=None) -> str:
     """Names the decay of a call: the one place that decides.
 
-    "none" is None, "per_head" has the shape (H,), "per_token" (B, T, H) or (B, T, H, 1), "per_channel" (B, T, H, K).
-    segment_ids: for kernels, which write a document's first token as a reset, so that documents without a decay are "per_token".
+    "none" is None, "per_head" has the shape (H,), "per_token" (B, T, H) or (B, T, H, 1),
+    "per_channel" (B, T, H, K).
+    segment_ids: for kernels, which write a document's first token as a reset, so that documents
+      without a decay are "per_token".
     """
     if log_decay is None:
         return "none" if segment_ids is None else "per_token"
@@ -134,7 +140,8 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
 
 
 def _halvings(log_decay_CK: jax.Array) -> Sums:
-    """The sums of `chunk_sums` by matrix products with zeros and ones: no chain of additions for XLA to recompute."""
+    """The sums of `chunk_sums` by matrix products with zeros and ones: no chain of additions for
+    XLA to recompute."""
     *lead, C, K = log_decay_CK.shape
     (through_CK, *through), (before_CK, *before), (after_CK, *after) = _level_sums(log_decay_CK)
     levels = []
@@ -155,7 +162,8 @@ def _level_sums(log_decay_CK):
 
 
 def _level_sums_backward(_, cotangents):
-    # Batched by hand: XLA's CPU backend (jaxlib 0.10.2) copies all pieces, transposed, to sum over a middle axis.
+    # Batched by hand: XLA's CPU backend (jaxlib 0.10.2) copies all pieces, transposed, to sum over
+    # a middle axis.
     C = cotangents[0][0].shape[-2]
     total_CK = 0.0
     for rows, pieces in zip(_summed_tokens(C, cotangents[0][0].dtype), cotangents):
@@ -208,13 +216,15 @@ def _bounds(C: int, levels: bool):
 
 
 def pair_decay(log_decay_C1: jax.Array, *, before: bool = False) -> jax.Array:
-    """D_ij = exp(g_{j+1} + ... + g_i) for j < i, 1 for j = i, 0 for j > i: (..., C, 1) to (..., C, C).
+    """D_ij = exp(g_{j+1} + ... + g_i) for j < i, 1 for j = i, 0 for j > i: (..., C, 1) to (..., C,
+    C).
 
-    With `before`, the sum stops in front of i, and the diagonal is 0: D_ij = exp(g_{j+1} + ... + g_{i-1}) for j < i.
-    For one decay per head there are few numbers and a direct way is the fastest: pairs in one block of 16 by their
-    own sums; the others by the product of three exponentials, from the start of i's block to i, over the whole blocks
-    between, and behind j to the end of j's block. The derivative by g_t is the sum of dD_ij D_ij over the pairs that t
-    lies between, one product with zeros and ones: nothing is subtracted there either.
+    With `before`, the sum stops in front of i, and the diagonal is 0: D_ij = exp(g_{j+1} + ... +
+    g_{i-1}) for j < i. For one decay per head there are few numbers and a direct way is the
+    fastest: pairs in one block of 16 by their own sums; the others by the product of three
+    exponentials, from the start of i's block to i, over the whole blocks between, and behind j to
+    the end of j's block. The derivative by g_t is the sum of dD_ij D_ij over the pairs that t lies
+    between, one product with zeros and ones: nothing is subtracted there either.
     """
     return _pair_decay(log_decay_C1, before)
 
@@ -224,7 +234,8 @@ def _pair_decay(log_decay_C1, before):
     *lead, C, _ = log_decay_C1.shape
     U = min(C, BLOCK)
     A = C // U
-    # One leading axis: XLA's CPU backend (jaxlib 0.10.2) writes out of bounds in the derivative at rank 7.
+    # One leading axis: XLA's CPU backend (jaxlib 0.10.2) writes out of bounds in the derivative at
+    # rank 7.
     g_AU = log_decay_C1.reshape(-1, A, U)
     same_AUU = jnp.where(_lower(U, -1 if before else 0), sums_between(g_AU, before), -jnp.inf)
     through_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if before else g_AU, axis=-1))
@@ -262,7 +273,8 @@ _pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 
 
 def sums_between(g_U: jax.Array, before: bool) -> jax.Array:
-    """sum of g over j+1..i (with `before`: j+1..i-1), zero where that is empty: (..., U) to (..., U, U)."""
+    """sum of g over j+1..i (with `before`: j+1..i-1), zero where that is empty: (..., U) to (...,
+    U, U)."""
     U = g_U.shape[-1]
     up_to_UU = _lower(U, -1 if before else 0)  # s <= i, or s < i
     terms_UU = jnp.where(up_to_UU, g_U[..., None, :], 0.0)
@@ -294,10 +306,11 @@ def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, after_MUK) -> jax.Ar
 def decayed_scores(
     q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, before: bool = False, rectangle=rectangle
 ) -> jax.Array:
-    """A_ij = sum_K q_iK k_jK exp(g_{j+1} + ... + g_i)_K for j <= i, 0 for j > i: (..., C, C), float32 or wider.
+    """A_ij = sum_K q_iK k_jK exp(g_{j+1} + ... + g_i)_K for j <= i, 0 for j > i: (..., C, C),
+    float32 or wider.
 
-    With `before`, the sums stop in front of i, and the diagonal is 0. q, k and the sums have the same shape (..., C, K), or
-    K = 1 for the sums. rectangle: what gives each level's.
+    With `before`, the sums stop in front of i, and the diagonal is 0. q, k and the sums have the
+    same shape (..., C, K), or K = 1 for the sums. rectangle: what gives each level's.
     """
     *lead, C, K = q_CK.shape
     accumulate = dtypes.common(q_CK, k_CK, sums.through_CK)
@@ -314,7 +327,8 @@ def decayed_scores(
 
 
 def _assemble(diagonal, rectangles) -> jax.Array:
-    """The lower triangle from its diagonal (..., C, 1, 1) and each level's rectangles (..., M, U, U)."""
+    """The lower triangle from its diagonal (..., C, 1, 1) and each level's rectangles (..., M, U,
+    U)."""
     blocks = diagonal
     for rectangle in rectangles:
         *lead, M, U, _ = rectangle.shape
@@ -326,7 +340,8 @@ def _assemble(diagonal, rectangles) -> jax.Array:
 
 
 def through(log_decay_BTX: jax.Array) -> jax.Array:
-    """Over a whole stretch (B, T, ...), any T: the sums from the first token up to and with each one. Entries as in `chunk_sums`."""
+    """Over a whole stretch (B, T, ...), any T: the sums from the first token up to and with each
+    one. Entries as in `chunk_sums`."""
     return _stretch_sums(log_decay_BTX, np.tri(STRETCH_BLOCK), reverse=False)
 
 
@@ -336,7 +351,8 @@ def after(log_decay_BTX: jax.Array) -> jax.Array:
 
 
 def _stretch_sums(log_decay_BTX, rows_CC, reverse: bool):
-    """Sums in blocks by a matrix product, then of blocks: on a TPU a cumulative sum of all tokens moves memory around more."""
+    """Sums in blocks by a matrix product, then of blocks: on a TPU a cumulative sum of all tokens
+    moves memory around more."""
     (B, T, *X), C = log_decay_BTX.shape, STRETCH_BLOCK
     padding = ((0, 0), (0, -T % C)) + ((0, 0),) * len(X)
     g_BNCX = jnp.pad(log_decay_BTX, padding).reshape(B, -1, C, *X)

@@ -1,4 +1,5 @@
-"""Matrix products that keep narrow inputs narrow, and never round what was computed from them; sums as products."""
+"""Matrix products that keep narrow inputs narrow, and never round what was computed from them; sums
+as products."""
 
 import functools
 
@@ -12,11 +13,12 @@ from kernels_pallas.common import dtypes
 def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Two-operand einsum with a float32 (or wider) result, in the backward pass too.
 
-    Two bfloat16 operands, which are then a caller's inputs, go to the matrix unit as they are. If one is float32, a
-    decayed key, a score, a state or a cotangent, the product is a float32 one: rounding such an operand to bfloat16 costs
-    up to 3e-2 of the result's rms where its entries are heavy-tailed. How a device multiplies float32 is
-    `jax_default_matmul_precision`, as everywhere in JAX (TF32 on GPU, bfloat16 passes on TPU). Each letter of an operand
-    must stand in the other or in the result. Cotangents come back in the dtype of their operand.
+    Two bfloat16 operands, which are then a caller's inputs, go to the matrix unit as they are. If
+    one is float32, a decayed key, a score, a state or a cotangent, the product is a float32 one:
+    rounding such an operand to bfloat16 costs up to 3e-2 of the result's rms where its entries are
+    heavy-tailed. How a device multiplies float32 is `jax_default_matmul_precision`, as everywhere
+    in JAX (TF32 on GPU, bfloat16 passes on TPU). Each letter of an operand must stand in the other
+    or in the result. Cotangents come back in the dtype of their operand.
     """
     accumulate = dtypes.common(x.dtype, y.dtype, jnp.float32)
 
@@ -28,7 +30,8 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
     if x.dtype != y.dtype or x.dtype == accumulate:
         return wide(x, y)
-    # XLA's CPU backend refuses some bfloat16 products with a float32 result; widening gives the same numbers.
+    # XLA's CPU backend refuses some bfloat16 products with a float32 result; widening gives the
+    # same numbers.
     return jax.lax.platform_dependent(x, y, cpu=wide, default=narrow)
 
 
@@ -51,7 +54,8 @@ einsum.defvjp(_forward, _backward)
 def sum_last(x: jax.Array) -> jax.Array:
     """The sum over the last axis, which stays: (..., K) to (..., 1).
 
-    On CPU a product with ones: XLA's reduction of the minor axis (jaxlib 0.10.2) takes ten times as long there.
+    On CPU a product with ones: XLA's reduction of the minor axis (jaxlib 0.10.2) takes ten times as
+    long there.
     """
     return _sum_last(x.shape[-1], x)
 
@@ -82,7 +86,8 @@ def finite_rows(x: jax.Array) -> jax.Array:
 
 
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x scale, where scale broadcasts to x. One number a row, (..., 1): its gradient is summed by `sum_last`."""
+    """x scale, where scale broadcasts to x. One number a row, (..., 1): its gradient is summed by
+    `sum_last`."""
     if scale.shape[-1] > 1:
         return dtypes.multiply(x, scale)
     return _rows_scaled(x, jnp.broadcast_to(scale, (*x.shape[:-1], 1)))

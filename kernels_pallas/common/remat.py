@@ -1,6 +1,8 @@
-"""What of an operator a caller that recomputes the rest may keep: its results, and the states its backward pass reads.
+"""What of an operator a caller that recomputes the rest may keep: its results, and the states its
+backward pass reads.
 
-jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(kept.NAME, kept.EXCHANGED))
+jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(kept.NAME,
+kept.EXCHANGED))
 """
 
 import jax

@@ -1,7 +1,8 @@
 """Packed documents: what `segment_ids_BT` means to every operator.
 
-A document is a run of equal ids. The state (or convolution tap) that enters a token is kept exactly when the
-token before it, in the same row, has the same id. The first token of a row keeps `initial_state`.
+A document is a run of equal ids. The state (or convolution tap) that enters a token is kept exactly
+when the token before it, in the same row, has the same id. The first token of a row keeps
+`initial_state`.
 """
 
 import jax
@@ -13,14 +14,16 @@ from kernels_pallas.common import matmul
 def starts(segment_ids_BT: jax.Array, reverse: bool = False) -> jax.Array:
     """True where a token begins a new document; column 0 is False, so an initial state enters.
 
-    reverse: seen from the end, where a document begins at its last token; then the last column is False.
+    reverse: seen from the end, where a document begins at its last token; then the last column is
+      False.
     """
     changed_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     return jnp.pad(changed_BT, ((0, 0), (0, 1) if reverse else (1, 0)))
 
 
 def run_index(segment_ids_BT: jax.Array) -> jax.Array:
-    """Number of document starts up to and including each token: equal for two tokens iff one document holds both."""
+    """Number of document starts up to and including each token: equal for two tokens iff one
+    document holds both."""
     return count_starts(starts(segment_ids_BT))
 
 
@@ -39,10 +42,10 @@ def positions(segment_ids_BT: jax.Array) -> jax.Array:
 def isolated(operator):
     """A matrix recurrence in which what is not finite stays in its document, where one is given.
 
-    From a token (or an initial state) that is not finite on, its head's outputs are NaN up to the document's end; gradients
-    are those of the others. A product with a mask of 0 would let it pass. It costs a pass over the arguments, so documents
-    alone are kept apart: without them, a chunk's earlier tokens may be NaN too. So may other documents where finite arguments
-    overflow.
+    From a token (or an initial state) that is not finite on, its head's outputs are NaN up to the
+    document's end; gradients are those of the others. A product with a mask of 0 would let it pass.
+    It costs a pass over the arguments, so documents alone are kept apart: without them, a chunk's
+    earlier tokens may be NaN too. So may other documents where finite arguments overflow.
     """
 
     def call(*, initial_state_BHKV, segment_ids_BT, **inputs):

@@ -1,14 +1,16 @@
-"""The inverse of a unit lower triangular matrix: what couples the tokens of one chunk of a delta rule.
+"""The inverse of a unit lower triangular matrix: what couples the tokens of one chunk of a delta
+rule.
 
-It is never formed through powers of the matrix (a Neumann series): the powers of a strictly lower triangular matrix with
-entries up to 2 grow past 1e30 before they vanish, while the inverse itself stays small. Diagonal blocks of 16 are
-inverted row by row, by substitution, and neighbours are joined by block substitution,
+It is never formed through powers of the matrix (a Neumann series): the powers of a strictly lower
+triangular matrix with entries up to 2 grow past 1e30 before they vanish, while the inverse itself
+stays small. Diagonal blocks of 16 are inverted row by row, by substitution, and neighbours are
+joined by block substitution,
 
     [I + A11     0   ]^-1     [X1  0 ]
     [  A21    I + A22]     =  [Y   X2]          Y = -X2 A21 X1,
 
-two matrix products a level. On two CPU cores, for 512 matrices of 64 x 64, this takes half the time of
-`jax.lax.linalg.triangular_solve` for the whole (jaxlib 0.10.2), and is as exact.
+two matrix products a level. On two CPU cores, for 512 matrices of 64 x 64, this takes half the time
+of `jax.lax.linalg.triangular_solve` for the whole (jaxlib 0.10.2), and is as exact.
 """
 
 import jax
@@ -20,9 +22,11 @@ BLOCK = 16
 
 
 def inverse(A_CC: jax.Array) -> jax.Array:
-    """(I + A)^{-1} for A (..., C, C) strictly lower triangular, C a power of two; at the highest matmul precision.
+    """(I + A)^{-1} for A (..., C, C) strictly lower triangular, C a power of two; at the highest
+    matmul precision.
 
-    The derivative belongs to whoever solves with it: of U = (I + A)^{-1} R it is dR = (I + A)^{-T} dU, dA = -dR U^T.
+    The derivative belongs to whoever solves with it: of U = (I + A)^{-1} R it is dR = (I + A)^{-T}
+    dU, dA = -dR U^T.
     """
     *lead, C, _ = A_CC.shape
     A_MCC = A_CC.reshape(-1, C, C)
@@ -32,7 +36,8 @@ def inverse(A_CC: jax.Array) -> jax.Array:
     def substitute(i, X_MUU):
         row_M1U = jax.lax.dynamic_slice_in_dim(diagonal_MUU, i, 1, axis=-2)
         known_M1U = jax.lax.dynamic_slice_in_dim(X_MUU, i, 1, axis=-2)
-        # As a product: XLA's CPU backend (jaxlib 0.10.2) takes 20 times as long for the sum over rows.
+        # As a product: XLA's CPU backend (jaxlib 0.10.2) takes 20 times as long for the sum over
+        # rows.
         new_M1U = known_M1U - _dot(row_M1U, X_MUU)
         return jax.lax.dynamic_update_slice_in_dim(X_MUU, new_M1U, i, axis=-2)
 

@@ -1,4 +1,5 @@
-"""The operators with time split over a mesh axis (context parallelism, also called sequence parallelism over time)."""
+"""The operators with time split over a mesh axis (context parallelism, also called sequence
+parallelism over time)."""
 
 from kernels_pallas.context_parallel.operators import (
     associative_scan,

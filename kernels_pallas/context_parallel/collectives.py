@@ -1,27 +1,35 @@
-"""What ranks along a mesh axis tell each other, so that a recurrence runs through all their stretches of time.
+"""What ranks along a mesh axis tell each other, so that a recurrence runs through all their
+stretches of time.
 
-Over one rank's stretch every recurrence here is an affine map of the state that enters it, E = D S + L: L is what the
-stretch leaves when it starts from nothing, D what it makes of what entered, a vector of decays or a matrix. Where a
-document begins inside the stretch D is 0, and where one begins between two ranks nothing enters. So the states that enter,
+Over one rank's stretch every recurrence here is an affine map of the state that enters it, E = D S
++ L: L is what the stretch leaves when it starts from nothing, D what it makes of what entered, a
+vector of decays or a matrix. Where a document begins inside the stretch D is 0, and where one
+begins between two ranks nothing enters. So the states that enter,
 
-    S_0 = 0        S_r = c_r (D_{r-1} S_{r-1} + L_{r-1}),        c_r = 1 iff one document spans ranks r-1 and r,
+    S_0 = 0        S_r = c_r (D_{r-1} S_{r-1} + L_{r-1}),        c_r = 1 iff one document spans
+      ranks r-1 and r,
 
-are all that ranks need of each other. The cotangent of L is the same recurrence, backwards: with g_r that of S_r,
+are all that ranks need of each other. The cotangent of L is the same recurrence, backwards: with
+g_r that of S_r,
 
     dL_r = c_{r+1} (g_{r+1} + D_{r+1}^T dL_{r+1})        dD_r = dL_r S_r^T.
 
-`entering` computes both with the same code. A rank's own part of either pass needs nothing that was sent.
+`entering` computes both with the same code. A rank's own part of either pass needs nothing that was
+sent.
 
 Exchanges (W ranks; a state is B H K V numbers, of 4 bytes each):
-  all_gather  every rank receives all L and D in one collective, and composes what it needs: (W-1) states a rank (LASP-2,
-              arXiv 2502.07563, algorithms 2 and 4, here with decays). Latency of one collective.
-  all_scan    columns of the state in N blocks, each passed on from rank to rank as soon as it is there: one state a rank,
-              D stays at home. Latency of (W + N - 2) messages of 1/N state (ZeCO, arXiv 2507.01004).
-  ring        all_scan with one block: one state a rank in W - 1 messages, one after the other (LASP-1, arXiv 2404.02882).
+  all_gather  every rank receives all L and D in one collective, and composes what it needs: (W-1)
+              states a rank (LASP-2, arXiv 2502.07563, algorithms 2 and 4, here with decays).
+              Latency of one collective.
+  all_scan    columns of the state in N blocks, each passed on from rank to rank as soon as it is
+              there: one state a rank, D stays at home. Latency of (W + N - 2) messages of 1/N state
+              (ZeCO, arXiv 2507.01004).
+  ring        all_scan with one block: one state a rank in W - 1 messages, one after the other
+              (LASP-1, arXiv 2404.02882).
 
-Everything here is called inside `jax.shard_map`, and works with its `check_vma` on and off: what is replicated is first
-made varying, and what is returned as replicated is a `psum` of one rank's value, so that transposition does the right thing
-either way.
+Everything here is called inside `jax.shard_map`, and works with its `check_vma` on and off: what is
+replicated is first made varying, and what is returned as replicated is a `psum` of one rank's
+value, so that transposition does the right thing either way.
 """
 
 import functools
@@ -59,7 +67,8 @@ class Ranks(NamedTuple):
         return self._replace(reverse=not self.reverse)
 
     def send(self, x: jax.Array, pairs) -> jax.Array:
-        """What comes to this rank's place, for pairs (from place, to place); zeros where nothing does."""
+        """What comes to this rank's place, for pairs (from place, to place); zeros where nothing
+        does."""
         if self.reverse:
             pairs = [(self.count - 1 - a, self.count - 1 - b) for a, b in pairs]
         return lax.ppermute(x, self.axis_name, pairs)
@@ -124,7 +133,8 @@ def check_blocks(operator: str, exchange: str, blocks: int | None, columns: int)
 
 
 def pack(arrays, lead: int) -> jax.Array:
-    """Arrays (or None) that share their first `lead` axes, as one real floating array with one axis more."""
+    """Arrays (or None) that share their first `lead` axes, as one real floating array with one axis
+    more."""
     arrays = [_real(x) for x in arrays if x is not None]
     dtype = dtypes.common(*(x.dtype for x in arrays))
     flat = [x.astype(dtype).reshape(*x.shape[:lead], -1) for x in arrays]
@@ -132,7 +142,8 @@ def pack(arrays, lead: int) -> jax.Array:
 
 
 def unpack(packed: jax.Array, like, lead: int) -> list:
-    """The arrays that `pack` was given ones `like`; the packed array may have other lengths on its first `lead` axes."""
+    """The arrays that `pack` was given ones `like`; the packed array may have other lengths on its
+    first `lead` axes."""
     arrays, start = [], 0
     for x in like:
         if x is None:
@@ -171,7 +182,8 @@ def _fills_bytes(dtype) -> bool:
 
 
 class Form(NamedTuple):
-    """How states are exchanged. matrix: D is (..., K, K), and acts on the state's axis -2; else D multiplies it."""
+    """How states are exchanged. matrix: D is (..., K, K), and acts on the state's axis -2; else D
+    multiplies it."""
 
     exchange: str
     ranks: Ranks
@@ -182,13 +194,16 @@ class Form(NamedTuple):
 def entering(
     form: Form, local: jax.Array, decay: jax.Array, first_B=None, last_B=None, initial=None
 ) -> tuple[jax.Array, jax.Array]:
-    """The state that enters this rank's stretch, and the one that the last rank's leaves, the same on all ranks.
+    """The state that enters this rank's stretch, and the one that the last rank's leaves, the same
+    on all ranks.
 
     Args:
       form: how.
       local: (B, ..., V), what the stretch leaves when nothing enters.
-      decay: what it makes of a state that enters: of local's rank and broadcast to it, or (..., K, K).
-      first_B, last_B: ids of the documents of the stretch's first and last token, or None: one document.
+      decay: what it makes of a state that enters: of local's rank and broadcast to it, or (..., K,
+        K).
+      first_B, last_B: ids of the documents of the stretch's first and last token, or None: one
+        document.
       initial: the state before the first rank's, the same on all ranks, or None: zero.
     """
     ranks = form.ranks
@@ -224,7 +239,8 @@ def _entering(form, local, decay, ids):
 
 
 def exchange(form: Form, local, decay, ids):
-    """The state that enters, and whether (a flag a row, or None: yes) it is of the document of the rank before.
+    """The state that enters, and whether (a flag a row, or None: yes) it is of the document of the
+    rank before.
 
     Both are `kept`: where the rest of a layer is recomputed, nothing is sent a second time.
     """
@@ -279,7 +295,8 @@ def _gather(form, local, decay, ids):
     if form.matrix:
         state = _compose_matrices(form, local_W, decay_W, joined_WB, before_W)
     else:
-        # weight_j = c_here (c D)_{here-1} ... (c D)_{j+1} for j < here: a product of what stands behind j.
+        # weight_j = c_here (c D)_{here-1} ... (c D)_{j+1} for j < here: a product of what stands
+        # behind j.
         def over(flags, x):
             return flags.reshape(*flags.shape, *[1] * (x.ndim - flags.ndim))
 
@@ -314,7 +331,8 @@ def _compose_matrices(form, local_W, decay_W, joined_WB, before_W):
 
 
 def _scan(form, local, decay, ids):
-    """Block b leaves the rank in place r at step r + b: a wave through the ranks, each in turn at its next block."""
+    """Block b leaves the rank in place r at step r + b: a wave through the ranks, each in turn at
+    its next block."""
     ranks, N = form.ranks, form.blocks
     W, here = ranks.count, ranks.index
     first_B, last_B = ids
@@ -323,7 +341,8 @@ def _scan(form, local, decay, ids):
     joined_B = None if first_B is None else jnp.zeros_like(first_B, bool)
 
     def block(x, b):
-        """Columns of block b; those of D, where it has as many, too. Out of range some other: it is not sent."""
+        """Columns of block b; those of D, where it has as many, too. Out of range some other: it is
+        not sent."""
         return lax.dynamic_slice_in_dim(x, b * width, width, axis=x.ndim - 1)
 
     def decay_of(b):
@@ -349,7 +368,8 @@ def _scan(form, local, decay, ids):
 def before(
     ranks: Ranks, x_BTX: jax.Array, count: int, initial: jax.Array | None = None
 ) -> jax.Array:
-    """The `count` tokens before this rank's stretch, oldest first, of however many ranks: (B, count, ...).
+    """The `count` tokens before this rank's stretch, oldest first, of however many ranks: (B,
+    count, ...).
 
     initial: (B, count, ...), what stands before the first rank's; None is zeros.
     """

@@ -1,6 +1,8 @@
-"""The operators over a mesh axis that time is split over: each rank holds one stretch of every sequence.
+"""The operators over a mesh axis that time is split over: each rank holds one stretch of every
+sequence.
 
-Inside `jax.shard_map`, arrays are this rank's stretch, and ranks follow each other in the order of `lax.axis_index`:
+Inside `jax.shard_map`, arrays are this rank's stretch, and ranks follow each other in the order of
+`lax.axis_index`:
 
     mesh = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
     time = PartitionSpec(None, "seq")
@@ -11,25 +13,30 @@ Inside `jax.shard_map`, arrays are this rank's stretch, and ranks follow each ot
 
 with `check_vma`, jax.shard_map's default, or without it.
 
-Signatures are those of `kernels_pallas`, and so are results and all gradients, to rounding. Beside them:
+Signatures are those of `kernels_pallas`, and so are results and all gradients, to rounding. Beside
+them:
 
   axis_name      the mesh axis, or a tuple of axes: ranks then follow each other with
                  the last one fastest.
-  exchange       how states travel: 'all_gather', 'all_scan', 'ring' (see `exchanges`); softmax attention has its own.
-  blocks         of 'all_scan', how many blocks of columns a state is passed on in; None is the largest divisor of their
+  exchange       how states travel: 'all_gather', 'all_scan', 'ring' (see `exchanges`); softmax
+    attention has its own.
+  blocks         of 'all_scan', how many blocks of columns a state is passed on in; None is the
+    largest divisor of their
                  number up to 8.
-  initial_state  is the state before the whole sequence, the same on all ranks; the final state is that behind the whole
-                 sequence, the same on all ranks, from one all-reduce that is left out where it is not used.
+  initial_state  is the state before the whole sequence, the same on all ranks; the final state is
+                 that behind the whole sequence, the same on all ranks, from one all-reduce that is
+                 left out where it is not used.
   segment_ids    this rank's; documents may span any number of ranks.
 
-Under `jax.checkpoint` the backward pass would repeat an exchange. A policy that saves what has the name `kept.EXCHANGED` keeps
-the states that entered, and sends them once; `kept.NAME` does so with a ring's output. Gathered keys, of which there are W
-times as many, are gathered again.
+Under `jax.checkpoint` the backward pass would repeat an exchange. A policy that saves what has the
+name `kept.EXCHANGED` keeps the states that entered, and sends them once; `kept.NAME` does so with a
+ring's output. Gathered keys, of which there are W times as many, are gathered again.
 
-All ranks have stretches of one length, any length. Operators run through the public functions, so that every implementation
-serves. A stretch's document borders and its ranks' are handled here; nothing else crosses from one rank to another. Every
-function raises ValueError, before anything is compiled, for an unknown exchange, an axis that is not mapped, or blocks that
-do not divide, and what the plain operator raises (NotImplementedError, too, for an implementation that cannot run).
+All ranks have stretches of one length, any length. Operators run through the public functions, so
+that every implementation serves. A stretch's document borders and its ranks' are handled here;
+nothing else crosses from one rank to another. Every function raises ValueError, before anything is
+compiled, for an unknown exchange, an axis that is not mapped, or blocks that do not divide, and
+what the plain operator raises (NotImplementedError, too, for an implementation that cannot run).
 """
 
 import functools
@@ -64,15 +71,17 @@ def linear_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels_pallas.linear_attention` with time split over `axis_name`.
 
-    What a stretch leaves, L = sum_t (k_t decayed to its end) v_t^T, is one matrix product, made first. The operator starts
-    from no state, so that it needs nothing of the exchange of L and both can run at once; what entered is added behind
-    them, o_t += (q_t decayed from the start) S. The backward pass is the same: the cotangent of S is one matrix product of
-    q and o's cotangent, and the operator's own backward pass needs nothing of its exchange. Nothing runs over the sequence
-    twice; what one device would not have is 2 T K V multiply-adds a head forward and 4 backward (5 with a decay a head).
+    What a stretch leaves, L = sum_t (k_t decayed to its end) v_t^T, is one matrix product, made
+    first. The operator starts from no state, so that it needs nothing of the exchange of L and both
+    can run at once; what entered is added behind them, o_t += (q_t decayed from the start) S. The
+    backward pass is the same: the cotangent of S is one matrix product of q and o's cotangent, and
+    the operator's own backward pass needs nothing of its exchange. Nothing runs over the sequence
+    twice; what one device would not have is 2 T K V multiply-adds a head forward and 4 backward (5
+    with a decay a head).
 
-    Received by a rank, forward, in numbers of 4 bytes: all_gather (W-1) B H (K V + X), X the width of the decay (K a channel,
-    1 a head) and 8 more a row for segment ids; all_scan and ring B H K V and 4 more a row and block for ids. Backward the same
-    without ids.
+    Received by a rank, forward, in numbers of 4 bytes: all_gather (W-1) B H (K V + X), X the width
+    of the decay (K a channel, 1 a head) and 8 more a row for segment ids; all_scan and ring B H K V
+    and 4 more a row and block for ids. Backward the same without ids.
 
     In bfloat16 the output is rounded once more than on one device.
     """
@@ -130,15 +139,18 @@ def delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels_pallas.delta_rule` with time split over `axis_name`.
 
-    What a stretch makes of the state that enters is now a matrix M (K, K) a head. The operator is linear in v and in its
-    initial state together, so one run of it with K columns more, values [v, 0] from the state [0, I], gives
-    [o, O] and [L, M]: the output without what entered, what o would read of it, and the map E = M S + L. Then
-    o_t += O_t S. Nothing is computed twice; what one device would not have is those K columns beside V in everything that has
-    a width of V (the inverse in a chunk does not), 2 T K V multiply-adds for O S, and W K K V for composing the maps, in
-    float32 at the highest precision. The exchange follows the operator, and backward stands before it.
+    What a stretch makes of the state that enters is now a matrix M (K, K) a head. The operator is
+    linear in v and in its initial state together, so one run of it with K columns more, values [v,
+    0] from the state [0, I], gives [o, O] and [L, M]: the output without what entered, what o would
+    read of it, and the map E = M S + L. Then o_t += O_t S. Nothing is computed twice; what one
+    device would not have is those K columns beside V in everything that has a width of V (the
+    inverse in a chunk does not), 2 T K V multiply-adds for O S, and W K K V for composing the maps,
+    in float32 at the highest precision. The exchange follows the operator, and backward stands
+    before it.
 
-    Received by a rank, forward and backward alike, in numbers of 4 bytes: all_gather (W-1) B H (K V + K K), and forward 8 more
-    a row for segment ids; all_scan and ring B H K V, for M stays at home.
+    Received by a rank, forward and backward alike, in numbers of 4 bytes: all_gather (W-1) B H (K V
+    + K K), and forward 8 more a row for segment ids; all_scan and ring B H K V, for M stays at
+    home.
 
     In bfloat16 the output is rounded once more than on one device.
     """
@@ -164,7 +176,8 @@ def diagonal_plus_low_rank(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`kernels_pallas.diagonal_plus_low_rank` with time split over `axis_name`: as `delta_rule` here, with its costs."""
+    """`kernels_pallas.diagonal_plus_low_rank` with time split over `axis_name`: as `delta_rule`
+    here, with its costs."""
     inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids
     keywords = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
     operator = kernels_pallas.diagonal_plus_low_rank
@@ -186,14 +199,16 @@ def diagonal_scan(
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels_pallas.diagonal_scan` with time split over `axis_name`.
 
-    The map of a stretch, h -> A h + b, is reduced from its tokens' maps first (x and the decay are read, nothing is written
-    over time), then exchanged; the operator runs once, from the state that really enters. Backward, what h's cotangent alone
-    gives that state is reduced and exchanged in the same way, and the operator's own backward pass runs once, with the true
-    cotangents at both ends. The state has no K: it is T times smaller than the sequence, so its exchange is a matter of
-    latency, and hiding it behind a run without the state would cost more, a second pass to add what the state contributes.
+    The map of a stretch, h -> A h + b, is reduced from its tokens' maps first (x and the decay are
+    read, nothing is written over time), then exchanged; the operator runs once, from the state that
+    really enters. Backward, what h's cotangent alone gives that state is reduced and exchanged in
+    the same way, and the operator's own backward pass runs once, with the true cotangents at both
+    ends. The state has no K: it is T times smaller than the sequence, so its exchange is a matter
+    of latency, and hiding it behind a run without the state would cost more, a second pass to add
+    what the state contributes.
 
-    Received by a rank, forward and backward alike, in numbers of 4 bytes (8 if complex): all_gather 2 (W-1) B D, forward 8
-    more a row for segment ids; all_scan and ring B D.
+    Received by a rank, forward and backward alike, in numbers of 4 bytes (8 if complex): all_gather
+    2 (W-1) B D, forward 8 more a row for segment ids; all_scan and ring B D.
     """
     name = "diagonal_scan"
     arguments.check_array(name, "x", x_BTD)
@@ -254,26 +269,30 @@ def softmax_attention(
 ) -> jax.Array:
     """`kernels_pallas.softmax_attention` with time split over `axis_name`.
 
-    all_gather  every rank receives all keys and values, in one collective, and attends with its own queries; backward
-                one reduce-scatter brings their gradients home (LASP-2H, arXiv 2502.07563, section 3.3). Received a rank:
-                (W-1) B T G (K + V) numbers of k's dtype, and 4 more a token for segment ids.
-    ring        keys and values go round, and each rank merges what its queries make of them by log-sum-exp (ring attention,
-                arXiv 2310.01889); backward they go round again, with their gradients, in float32, behind them. The same
-                bytes in W - 1 messages, of which one is held at a time. Memory does not grow with W.
-    window      given with no positions, whatever `exchange` says, only the window-1 tokens before the stretch are
-                received (causal=False: and as many behind it), from as many ranks as have them: the bytes do not grow with W.
+    all_gather  every rank receives all keys and values, in one collective, and attends with its own
+                queries; backward one reduce-scatter brings their gradients home (LASP-2H, arXiv
+                2502.07563, section 3.3). Received a rank: (W-1) B T G (K + V) numbers of k's dtype,
+                and 4 more a token for segment ids.
+    ring        keys and values go round, and each rank merges what its queries make of them by
+                log-sum-exp (ring attention, arXiv 2310.01889); backward they go round again, with
+                their gradients, in float32, behind them. The same bytes in W - 1 messages, of which
+                one is held at a time. Memory does not grow with W.
+    window      given with no positions, whatever `exchange` says, only the window-1 tokens before
+                the stretch are received (causal=False: and as many behind it), from as many ranks
+                as have them: the bytes do not grow with W.
 
-    A causal ring over contiguous stretches would leave the first ranks idle: blocks that nobody sees cost nothing. So each
-    rank first trades half of its stretch for the one that balances it (zigzag: halves r and 2W-1-r of 2W), and its output
-    back, where T is even and no positions are given: two messages a way, and nobody else has to know. A caller whose whole
-    sequence lies in another order, such as `zigzag_order`, says so by positions, and gives ids of
-    documents for both sides.
+    A causal ring over contiguous stretches would leave the first ranks idle: blocks that nobody
+    sees cost nothing. So each rank first trades half of its stretch for the one that balances it
+    (zigzag: halves r and 2W-1-r of 2W), and its output back, where T is even and no positions are
+    given: two messages a way, and nobody else has to know. A caller whose whole sequence lies in
+    another order, such as `zigzag_order`, says so by positions, and gives ids of documents for both
+    sides.
 
-    Arguments are those of the plain operator, and this rank's. k and v may be other tokens than q's (then with
-    causal=False or with positions), in equal numbers on all ranks. Positions are those in the whole
-    sequence. Where kv_segment_ids_BS are given, ids are compared as they are, else a document is a
-    run of equal ids. `implementation` serves 'all_gather' and windows; the ring is its own
-    ('chunked').
+    Arguments are those of the plain operator, and this rank's. k and v may be other tokens than q's
+    (then with causal=False or with positions), in equal numbers on all ranks. Positions are those
+    in the whole sequence. Where kv_segment_ids_BS are given, ids are compared as they are, else a
+    document is a run of equal ids. `implementation` serves 'all_gather' and windows; the ring is
+    its own ('chunked').
     """
     name = "softmax_attention"
     collectives.check_exchange(name, exchange, ("all_gather", "ring"))
@@ -321,8 +340,9 @@ def causal_conv(
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels_pallas.causal_conv` with time split over `axis_name`.
 
-    The I-1 tokens before a stretch are received from the rank before, or from several where stretches are shorter, with
-    their segment ids: B (I-1) (D + 4) numbers of x's dtype, in one message a rank; backward B (I-1) D come back.
+    The I-1 tokens before a stretch are received from the rank before, or from several where
+    stretches are shorter, with their segment ids: B (I-1) (D + 4) numbers of x's dtype, in one
+    message a rank; backward B (I-1) D come back.
     """
     name = "causal_conv"
     ranks = collectives.ranks(name, axis_name)
@@ -353,7 +373,8 @@ def shift(
 ) -> jax.Array:
     """x of `count` tokens earlier: y_t = x_{t-count}, of any dtype and trailing axes.
 
-    initial_state: (B, count, ...), what stands before the whole sequence, oldest first, the same on all ranks; None is zeros.
+    initial_state: (B, count, ...), what stands before the whole sequence, oldest first, the same on
+      all ranks; None is zeros.
     segment_ids: int (B, T); where token t-count is of another document, y_t is zero.
     """
     arguments.check_array("shift", "x", x_BTX)
@@ -388,10 +409,12 @@ def associative_scan(
     axis_name: str | tuple[str, ...],
     reverse: bool = False,
 ) -> Any:
-    """`lax.associative_scan` over time (axis 1): what the elements of all tokens up to each one compose to.
+    """`lax.associative_scan` over time (axis 1): what the elements of all tokens up to each one
+    compose to.
 
-    For whatever else runs along time: the stabiliser of an mLSTM (m -> max(a + m, b), gates alone), positions, counts. Of
-    each rank one element a row is gathered, in one collective; its gradient is JAX's own.
+    For whatever else runs along time: the stabiliser of an mLSTM (m -> max(a + m, b), gates alone),
+    positions, counts. Of each rank one element a row is gathered, in one collective; its gradient
+    is JAX's own.
 
     Args:
       compose: (first, then) -> both, associative, on pytrees like `elements`; it broadcasts.
@@ -423,11 +446,12 @@ def associative_scan(
 
 
 def zigzag_order(ranks: int, length: int) -> np.ndarray:
-    """Which token of a sequence stands where, for ranks that share causal attention evenly: rank r has parts r and 2W-1-r of 2W.
+    """Which token of a sequence stands where, for ranks that share causal attention evenly: rank r
+    has parts r and 2W-1-r of 2W.
 
-    x[:, zigzag_order(W, T)] split over W ranks is the zigzag layout, and the order itself their positions; `np.argsort` of
-    it undoes it. For models of softmax attention alone: `softmax_attention`'s ring finds the balance by itself, and
-    recurrences need time in order.
+    x[:, zigzag_order(W, T)] split over W ranks is the zigzag layout, and the order itself their
+    positions; `np.argsort` of it undoes it. For models of softmax attention alone:
+    `softmax_attention`'s ring finds the balance by itself, and recurrences need time in order.
 
     Raises:
       ValueError: the length is not a multiple of 2 W.
@@ -441,7 +465,8 @@ def zigzag_order(ranks: int, length: int) -> np.ndarray:
 
 
 def _by_map(operator, inputs, how, keywords):
-    """A recurrence whose stretch maps a state by a matrix. inputs: q, k, v, the operator's own, initial_state, segment_ids."""
+    """A recurrence whose stretch maps a state by a matrix. inputs: q, k, v, the operator's own,
+    initial_state, segment_ids."""
     name = operator.__name__
     arguments.check_qkv(name, *inputs[:3])
     form = _form(name, *how, columns=inputs[2].shape[-1], matrix=True)

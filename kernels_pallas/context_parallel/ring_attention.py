@@ -1,9 +1,12 @@
-"""Softmax attention over keys that several ranks hold: gathered, in a window, or going round a ring.
+"""Softmax attention over keys that several ranks hold: gathered, in a window, or going round a
+ring.
 
-The halves of `sequence_parallel.softmax_attention`, which says what each costs. In the ring, keys, values, their positions and
-documents are one message; a rank holds one message while it sends it on. Its queries keep a running maximum, sum and output
-(`softmax_attention/chunked.py`), corrected with each message, which is the log-sum-exp merge of the ring's parts. Backward,
-each row's final log-sum makes the probabilities of any part again; gradients of keys and values follow their keys around.
+The halves of `sequence_parallel.softmax_attention`, which says what each costs. In the ring, keys,
+values, their positions and documents are one message; a rank holds one message while it sends it
+on. Its queries keep a running maximum, sum and output (`softmax_attention/chunked.py`), corrected
+with each message, which is the log-sum-exp merge of the ring's parts. Backward, each row's final
+log-sum makes the probabilities of any part again; gradients of keys and values follow their keys
+around.
 """
 
 import dataclasses
@@ -18,7 +21,8 @@ from kernels_pallas.ops.softmax_attention.visibility import Visibility
 
 
 def gathered(ranks, attend, qkv, given):
-    """Every rank's keys, this rank's queries. attend: the plain operator. given: ids and positions, or None each."""
+    """Every rank's keys, this rank's queries. attend: the plain operator. given: ids and positions,
+    or None each."""
     q_BTHK, k_BSGK, v_BSGV = qkv
     (B, T), S = q_BTHK.shape[:2], k_BSGK.shape[1]
     segment_ids_BT, kv_segment_BS = given["segment_ids"], given["kv_segment_ids_BS"]
@@ -46,7 +50,8 @@ def gathered(ranks, attend, qkv, given):
 
 
 def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
-    """The window's tokens before the stretch (and behind it, where not causal) from the ranks that have them."""
+    """The window's tokens before the stretch (and behind it, where not causal) from the ranks that
+    have them."""
     q_BTHK, *kv = qkv
     (B, T), W = q_BTHK.shape[:2], ranks.count
     reach = min(window - 1, (W - 1) * T)

@@ -1,7 +1,8 @@
-"""What one rank's stretch of time makes of the state that enters it, and what its tokens read of that state.
+"""What one rank's stretch of time makes of the state that enters it, and what its tokens read of
+that state.
 
-The parts of `sequence_parallel` that exchange nothing, one recurrence after the other, and the diagonal scan whole, whose
-backward pass exchanges in its middle.
+The parts of `sequence_parallel` that exchange nothing, one recurrence after the other, and the
+diagonal scan whole, whose backward pass exchanges in its middle.
 """
 
 import functools
@@ -16,14 +17,16 @@ from kernels_pallas.context_parallel import collectives
 
 
 def documents(segment_ids_BT):
-    """Each token's document, counted from the stretch's first; ids of the first and the last one. None without ids."""
+    """Each token's document, counted from the stretch's first; ids of the first and the last one.
+    None without ids."""
     if segment_ids_BT is None:
         return None, None, None
     return segments.run_index(segment_ids_BT), segment_ids_BT[:, 0], segment_ids_BT[:, -1]
 
 
 def written(k_BTGK, v_BTHV, log_decay_BTHX, run_BT):
-    """What a stretch leaves of its own, (B, H, K, V), and what remains of a state that entered, (B, H, X, 1)."""
+    """What a stretch leaves of its own, (B, H, K, V), and what remains of a state that entered, (B,
+    H, X, 1)."""
     B, T, H, V = v_BTHV.shape
     after, total = None, jnp.ones_like(v_BTHV, arguments.state_dtype(v_BTHV), (B, 1, 1))
     if log_decay_BTHX is not None:
@@ -116,7 +119,8 @@ def _scan_forward(call, x_BTD, decay_BTD, initial_BD, ends):
 def _scan_backward(call, saved, cotangents):
     vjp, decay_BTD, total_BD, joined_B = saved
     g_BTD, g_leaving_BD = cotangents
-    # Of the entering state's cotangent, what does not come from later ranks: g_t goes back through a_t to a_1.
+    # Of the entering state's cotangent, what does not come from later ranks: g_t goes back through
+    # a_t to a_1.
     back_BTD = decay_BTD * g_BTD.astype(decay_BTD.dtype)
     _, g_BD = _composed(decay_BTD, back_BTD, not call.reverse)
     g_BD = g_BD + collectives.decayed(total_BD, g_leaving_BD)

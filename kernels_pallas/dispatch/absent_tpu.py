@@ -1,4 +1,5 @@
-"""libtpu on a machine without a TPU: it compiles for one (`tpu_compile`), and complains at length where JAX starts it."""
+"""libtpu on a machine without a TPU: it compiles for one (`tpu_compile`), and complains at length
+where JAX starts it."""
 
 import glob
 import importlib.metadata
@@ -13,9 +14,11 @@ _SET_BY_JAX = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}  # when imported, witho
 
 
 def pass_over() -> None:
-    """Keeps JAX from starting libtpu where there is no TPU. For programs, before JAX's first use; libraries leave JAX alone.
+    """Keeps JAX from starting libtpu where there is no TPU. For programs, before JAX's first use;
+    libraries leave JAX alone.
 
-    Nothing changes where the user, or JAX on seeing a chip, has chosen platforms, or anything else speaks of a TPU.
+    Nothing changes where the user, or JAX on seeing a chip, has chosen platforms, or anything else
+    speaks of a TPU.
     """
     chosen = jax.config.jax_platforms is not None
     if chosen or importlib.util.find_spec("libtpu") is None or _may_be_there():
@@ -29,7 +32,8 @@ def pass_over() -> None:
 
 
 def tell_libtpu() -> None:
-    """Sets what libtpu would otherwise ask Google Cloud's metadata server, and that it guards no chip and logs nothing."""
+    """Sets what libtpu would otherwise ask Google Cloud's metadata server, and that it guards no
+    chip and logs nothing."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")

@@ -1,4 +1,5 @@
-"""Choosing an implementation of an operator: the one that was named, or the best that can run the call."""
+"""Choosing an implementation of an operator: the one that was named, or the best that can run the
+call."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -40,16 +41,19 @@ class Implementation:
 def choose(
     operator: str, implementations: Sequence[Implementation], name: str | None, **arguments
 ) -> Implementation:
-    """Returns the implementation called `name`, or for None the first of the list that supports the call.
+    """Returns the implementation called `name`, or for None the first of the list that supports the
+    call.
 
-    A named implementation that cannot run raises and says why; nothing is swapped in silence. For None, a kernel serves
-    once it has passed its check on this kind of device (`first_use`); a named one is not checked.
+    A named implementation that cannot run raises and says why; nothing is swapped in silence. For
+    None, a kernel serves once it has passed its check on this kind of device (`first_use`); a named
+    one is not checked.
 
     Arrays that are committed to another platform than the process's first are computed there.
 
     Raises:
       ValueError: the name is unknown (the choices are listed).
-      NotImplementedError: the named implementation does not support this call, or none does (with the reasons).
+      NotImplementedError: the named implementation does not support this call, or none does (with
+        the reasons).
     """
     device = devices.committed(jax.tree.leaves(arguments))
     if device is None or devices.platform_of(device) == devices.current().platform:

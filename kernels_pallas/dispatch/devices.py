@@ -1,8 +1,9 @@
 """What a call is being traced for, and whether kernels may run interpreted on a CPU.
 
-A kernel is written for one platform, 'tpu' or 'gpu'. It may be traced on a host that has neither: inside
-`jax.sharding.use_abstract_mesh` of a mesh with an abstract device, that device is the target. `with interpreted():` lets
-a kernel that is named in `implementation=` run on the CPU through its interpreter, far too slowly for anything but tests.
+A kernel is written for one platform, 'tpu' or 'gpu'. It may be traced on a host that has neither:
+inside `jax.sharding.use_abstract_mesh` of a mesh with an abstract device, that device is the
+target. `with interpreted():` lets a kernel that is named in `implementation=` run on the CPU
+through its interpreter, far too slowly for anything but tests.
 """
 
 import contextlib
@@ -15,14 +16,16 @@ _INTERPRETED = contextvars.ContextVar("interpreted", default=False)
 
 
 class Target(NamedTuple):
-    """platform: 'cpu', 'tpu' or 'gpu'. kind: the device's own name, such as 'TPU v6 lite' or 'NVIDIA H200'."""
+    """platform: 'cpu', 'tpu' or 'gpu'. kind: the device's own name, such as 'TPU v6 lite' or
+    'NVIDIA H200'."""
 
     platform: str
     kind: str
 
 
 def current() -> Target:
-    """The abstract device in scope, or where there is none `jax.default_device`'s, or else the process's first device."""
+    """The abstract device in scope, or where there is none `jax.default_device`'s, or else the
+    process's first device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = jax.config.jax_default_device or jax.devices()[0]
@@ -61,7 +64,8 @@ def compute_capability() -> float | None:
 
 @contextlib.contextmanager
 def interpreted(on: bool = True):
-    """Kernels that are traced inside the block run interpreted, where the target is a CPU. Read at tracing."""
+    """Kernels that are traced inside the block run interpreted, where the target is a CPU. Read at
+    tracing."""
     token = _INTERPRETED.set(on)
     try:
         yield

@@ -1,26 +1,28 @@
 """Whether a kernel may serve where nobody named it: a check on the first use, remembered.
 
-A kernel proven by compiling and interpreting may be wrong on hardware that its tests never saw. So when
-`implementation=None` is about to choose a kernel, `unverified_reason` wants a passed check (`selfcheck.check`, forward and
-backward against the chunked form) of this operator, implementation, kind of call, kind of device,
-of these versions of JAX, the kernel's compiler and our own source, and with 64-bit types on or off
-as they are now.
-What is not on record is checked then and there, in seconds. Failing, the next implementation
-serves, and one warning a process says what differed. A kernel that is named in `implementation=` is never checked.
+A kernel proven by compiling and interpreting may be wrong on hardware that its tests never saw. So
+when `implementation=None` is about to choose a kernel, `unverified_reason` wants a passed check
+(`selfcheck.check`, forward and backward against the chunked form) of this operator, implementation,
+kind of call, kind of device, of these versions of JAX, the kernel's compiler and our own source,
+and with 64-bit types on or off as they are now. What is not on record is checked then and there, in
+seconds. Failing, the next implementation serves, and one warning a process says what differed. A
+kernel that is named in `implementation=` is never checked.
 
-Records are kept for the process, and on disk in `cache_file()`. A file that cannot be read or written only means
-checking again. An exception is not written down: out of memory, say, it may have passed by the next process.
+Records are kept for the process, and on disk in `cache_file()`. A file that cannot be read or
+written only means checking again. An exception is not written down: out of memory, say, it may have
+passed by the next process.
 
-We are usually inside a trace here, of jit, grad, vmap or shard_map, perhaps under a mesh. All of that belongs to the
-thread that traces, so the check runs in a thread of its own, as in a fresh program, and no tracer can reach it.
+We are usually inside a trace here, of jit, grad, vmap or shard_map, perhaps under a mesh. All of
+that belongs to the thread that traces, so the check runs in a thread of its own, as in a fresh
+program, and no tracer can reach it.
 
-For an abstract target, a kind of device that this process does not have (compiling ahead of time), nothing can be run: the
-kernel is taken unchecked.
+For an abstract target, a kind of device that this process does not have (compiling ahead of time),
+nothing can be run: the kernel is taken unchecked.
 
-With several processes each checks on its own device and nothing is exchanged, because no process can know whether the
-others trace the same call now. The check has the same inputs and program everywhere, so that equal machines decide
-alike. A process that decides otherwise (broken hardware) warns, and compiles another program than the rest: name the
-implementation to rule that out.
+With several processes each checks on its own device and nothing is exchanged, because no process
+can know whether the others trace the same call now. The check has the same inputs and program
+everywhere, so that equal machines decide alike. A process that decides otherwise (broken hardware)
+warns, and compiles another program than the rest: name the implementation to rule that out.
 """
 
 import concurrent.futures
@@ -44,7 +46,8 @@ _decided: dict[str, str | None] = {}
 
 
 def unverified_reason(operator: str, implementation: str, arguments: dict) -> str | None:
-    """Why the kernel does not serve this call, or None; checks what is not on record. Warns once a process."""
+    """Why the kernel does not serve this call, or None; checks what is not on record. Warns once a
+    process."""
     from kernels_pallas import selfcheck  # it imports the operators, which import this
 
     case = selfcheck.CASES.get(operator)
@@ -151,7 +154,8 @@ def _recorded(key: str) -> tuple[str | None, bool]:
 
 
 def record(key: str, result) -> None:
-    """Writes a `selfcheck.Result` into the file, whole or not at all; other processes may be writing too."""
+    """Writes a `selfcheck.Result` into the file, whole or not at all; other processes may be
+    writing too."""
     if result.raised:
         return
     entry = {

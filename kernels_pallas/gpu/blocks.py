@@ -1,9 +1,10 @@
-"""What goes on inside the Triton kernels: masked tiles, products with their rounding said, sums of log decay.
+"""What goes on inside the Triton kernels: masked tiles, products with their rounding said, sums of
+log decay.
 
-Imported only by kernels' modules, which are imported only when one runs. A tile's rows are tokens, from `first`; rows
-behind T and columns behind the width load as 0, so a padded token neither writes nor decays the state. A decay per head
-is a tile of one column; a reset is finite. Sums of log decay are of like,
-non-positive terms only, never differences (`decay_sums`).
+Imported only by kernels' modules, which are imported only when one runs. A tile's rows are tokens,
+from `first`; rows behind T and columns behind the width load as 0, so a padded token neither writes
+nor decays the state. A decay per head is a tile of one column; a reset is finite. Sums of log decay
+are of like, non-positive terms only, never differences (`decay_sums`).
 """
 
 import triton
@@ -12,11 +13,13 @@ import triton.language as tl
 
 @triton.jit
 def dot(x, y, PRECISION: tl.constexpr):
-    """x y with float32 sums, and the rounding said: "ieee", "tf32x3", "bf16", "bf16x2", "bf16x3" or "fp64" (which stays).
+    """x y with float32 sums, and the rounding said: "ieee", "tf32x3", "bf16", "bf16x2", "bf16x3" or
+    "fp64" (which stays).
 
-    "bf16" rounds both to bfloat16. "bf16x2" takes what is bfloat16 as it is and anything else as a sum of two bfloat16
-    terms, without the product of the two smaller ones: 2^-16, on tensor cores at their fastest rate; "bf16x3" as a sum of
-    three, 2^-24. "... rounded" gives on an interpreter, which has no bfloat16 products, what "..." gives on a tensor core.
+    "bf16" rounds both to bfloat16. "bf16x2" takes what is bfloat16 as it is and anything else as a
+    sum of two bfloat16 terms, without the product of the two smaller ones: 2^-16, on tensor cores
+    at their fastest rate; "bf16x3" as a sum of three, 2^-24. "... rounded" gives on an interpreter,
+    which has no bfloat16 products, what "..." gives on a tensor core.
     """
     if PRECISION == "fp64":
         out = tl.dot(x.to(tl.float64), y.to(tl.float64), out_dtype=tl.float64)
@@ -61,7 +64,8 @@ def _rest(x, high, ROUNDED: tl.constexpr):
 
 @triton.jit
 def _to_bf16(x, ROUNDED: tl.constexpr):
-    """To the nearest, as a GPU rounds; the interpreter cuts off, so there the bits are rounded first."""
+    """To the nearest, as a GPU rounds; the interpreter cuts off, so there the bits are rounded
+    first."""
     if ROUNDED and x.dtype != tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -80,7 +84,8 @@ def _bf16_dot(x, y, ROUNDED: tl.constexpr):
 
 @triton.jit
 def load_tile(x, stride, first, T, left, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows first ... of x, whose rows are `stride` apart, and columns left ...; zeros outside (T, width)."""
+    """Rows first ... of x, whose rows are `stride` apart, and columns left ...; zeros outside (T,
+    width)."""
     i = first + tl.arange(0, ROWS)[:, None]
     c = left + tl.arange(0, COLUMNS)[None, :]
     return tl.load(x + i.to(tl.int64) * stride + c, mask=(i < T) & (c < width), other=0.0)
@@ -103,7 +108,8 @@ def load_through(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def load_after(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of log decay over the tokens behind j, up to the last of the C: token j + 1's own stands in row j."""
+    """Sums of log decay over the tokens behind j, up to the last of the C: token j + 1's own stands
+    in row j."""
     last = tl.minimum(T, first + C)
     return tl.cumsum(
         load_tile(g, stride, first + 1, last, left, width, C, COLUMNS), axis=0, reverse=True

@@ -1,14 +1,19 @@
-"""Triton kernels of the matrix recurrences, chunk by chunk, for any decay: states, outputs and their gradients.
+"""Triton kernels of the matrix recurrences, chunk by chunk, for any decay: states, outputs and
+their gradients.
 
-With x, y standing for whatever is multiplied (linear attention: k and v; the delta rule: k and what its tokens write):
+With x, y standing for whatever is multiplied (linear attention: k and v; the delta rule: k and what
+its tokens write):
 
-    states      S_next = diag(exp total) S + (x exp(after))^T y        sequential in chunks, parallel in blocks of S
+    states      S_next = diag(exp total) S + (x exp(after))^T y        sequential in chunks,
+      parallel in blocks of S
     outputs     o = scale ((q exp(through)) S + A y)                   parallel in chunks
-    A           the decayed scores (q k^T) * D of one decay a head, or loaded (`triton_scores`) of one a channel
+    A           the decayed scores (q k^T) * D of one decay a head, or loaded (`triton_scores`) of
+      one a channel
 
-and the gradients of both, recomputed from inputs and the states at chunk boundaries. The chunkwise form is that of GLA
-(arXiv 2312.06635, section 4) and Mamba-2's SSD (2405.21060, section 6). A grid's second axis is (batch, head); its first holds
-chunks and blocks of K or V. q and k have XH heads, which divide H; g has GH heads (1 or H) of GK channels (1 or K).
+and the gradients of both, recomputed from inputs and the states at chunk boundaries. The chunkwise
+form is that of GLA (arXiv 2312.06635, section 4) and Mamba-2's SSD (2405.21060, section 6). A
+grid's second axis is (batch, head); its first holds chunks and blocks of K or V. q and k have XH
+heads, which divide H; g has GH heads (1 or H) of GK channels (1 or K).
 """
 
 import triton
@@ -48,7 +53,8 @@ def states(
     SCALE: tl.constexpr,
     MIXED: tl.constexpr,
 ):
-    """States that enter each chunk, and the last; REVERSE: cotangents of those that leave each, and of the first."""
+    """States that enter each chunk, and the last; REVERSE: cotangents of those that leave each, and
+    of the first."""
     blocks = tl.cdiv(V, BV)
     k0 = tl.program_id(0) // blocks * BK
     v0 = tl.program_id(0) % blocks * BV
@@ -160,7 +166,8 @@ def gradients_of_values(
     INPUTS: tl.constexpr,
     MIXED: tl.constexpr,
 ):
-    """dy of one chunk and block of V: scale A^T do, and, LEAVING, (k exp(after)) dS of the state that leaves."""
+    """dy of one chunk and block of V: scale A^T do, and, LEAVING, (k exp(after)) dS of the state
+    that leaves."""
     blocks = tl.cdiv(V, BV)
     n = tl.program_id(0) // blocks
     v0 = tl.program_id(0) % blocks * BV
@@ -227,9 +234,10 @@ def gradients_of_keys(
 ):
     """dq, dk and dg of one chunk and block of K, for every value head.
 
-    One decay a head: all of them; dg (B, blocks of K, T, H) is still to be summed over the blocks. One a channel: what
-    comes through the states; the pairs of a chunk are added by `triton_scores.gradients`. dg_t is a sum of like terms:
-    what passed through t from the entering state, from tokens before it, and to the leaving state.
+    One decay a head: all of them; dg (B, blocks of K, T, H) is still to be summed over the blocks.
+    One a channel: what comes through the states; the pairs of a chunk are added by
+    `triton_scores.gradients`. dg_t is a sum of like terms: what passed through t from the entering
+    state, from tokens before it, and to the leaving state.
     """
     blocks = tl.cdiv(K, BK)
     n = tl.program_id(0) // blocks

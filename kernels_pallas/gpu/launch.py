@@ -1,12 +1,15 @@
-"""Launching Triton kernels from JAX: on a GPU through jax_triton, on a CPU through Triton's interpreter.
+"""Launching Triton kernels from JAX: on a GPU through jax_triton, on a CPU through Triton's
+interpreter.
 
-A kernel takes pointers, inputs before outputs, then constants by name; every size is a constant. `launch` is all that
-the operators use. Triton is imported inside functions: none of this is needed where no kernel runs.
+A kernel takes pointers, inputs before outputs, then constants by name; every size is a constant.
+`launch` is all that the operators use. Triton is imported inside functions: none of this is needed
+where no kernel runs.
 
-Under `targets.interpreted()` on a CPU a launch is a `jax.pure_callback` that runs the same kernel through Triton's
-interpreter, program by program, so that an operator's whole composition, its custom VJP included, runs as it would on a
-GPU. Outputs start as NaN there: an element that no program writes is seen. Triton decides when a kernel is decorated
-whether it is interpreted, hence once a process: `prepare`.
+Under `targets.interpreted()` on a CPU a launch is a `jax.pure_callback` that runs the same kernel
+through Triton's interpreter, program by program, so that an operator's whole composition, its
+custom VJP included, runs as it would on a GPU. Outputs start as NaN there: an element that no
+program writes is seen. Triton decides when a kernel is decorated whether it is interpreted, hence
+once a process: `prepare`.
 """
 
 import contextlib
@@ -90,7 +93,8 @@ def prepare() -> None:
 
 
 def precision(name: str) -> str:
-    """The name a kernel's dot takes: interpreted, what a tensor core would round is rounded explicitly."""
+    """The name a kernel's dot takes: interpreted, what a tensor core would round is rounded
+    explicitly."""
     return f"{name} rounded" if devices.interpreting() and name.startswith("bf16") else name
 
 
@@ -174,7 +178,8 @@ def _interpret(kernel, outputs, grid, constants, *inputs):
 
 
 def over_batch(function):
-    """`function` of a pytree of arrays whose axis 0 is the batch, mappable by vmap: the new axis joins the batch.
+    """`function` of a pytree of arrays whose axis 0 is the batch, mappable by vmap: the new axis
+    joins the batch.
 
     A kernel launch has no batching rule of its own. Outputs have the batch in front, too.
     """
@@ -198,8 +203,9 @@ def over_batch(function):
 
 
 def tiles(operator: str, part: str, dtype: str, K: int, V: int) -> dict:
-    """Block sizes, warps and stages of one kernel: `TILES`, or what `tuning`'s table says of operator/triton/part/dtype
-    and of K x V, rounded up to powers of two. BK and BV are cut to the sizes at hand."""
+    """Block sizes, warps and stages of one kernel: `TILES`, or what `tuning`'s table says of
+    operator/triton/part/dtype and of K x V, rounded up to powers of two. BK and BV are cut to the
+    sizes at hand."""
     K, V = power_of_two(K), power_of_two(V)
     chosen = tuning.lookup(TILES, operator, "triton", part, dtype, f"{K}x{V}")
     return chosen | {"BK": min(chosen["BK"], K), "BV": min(chosen["BV"], V)}

@@ -1,7 +1,9 @@
-"""What the Triton forms of linear attention and the delta rule share: sizes, precision, and one function a kernel.
+"""What the Triton forms of linear attention and the delta rule share: sizes, precision, and one
+function a kernel.
 
-Arrays keep the operator's layout, (B, T, heads, dim). States at chunk boundaries are (B, H, N, K, V) and scores
-(B, H, N, C, C), both float32. Per-head gradients of shared q and k are summed over their group outside the kernels.
+Arrays keep the operator's layout, (B, T, heads, dim). States at chunk boundaries are (B, H, N, K,
+V) and scores (B, H, N, C, C), both float32. Per-head gradients of shared q and k are summed over
+their group outside the kernels.
 """
 
 import math
@@ -18,11 +20,13 @@ SUB = 16  # tokens of a sub-chunk, per-channel decay
 
 
 class Form(NamedTuple):
-    """What is fixed at tracing. XH: heads of q and k. GH heads (1 or H) of GK channels (1 or K): the decay's.
+    """What is fixed at tracing. XH: heads of q and k. GH heads (1 or H) of GK channels (1 or K):
+    the decay's.
 
-    inputs, mixed, sums: precision of products of two inputs, of what was computed from them, of sums by products.
-    bfloat16 inputs multiply as they are, and what came of them as two bfloat16 terms: rounding it to one costs up to
-    3e-2 of a gradient's rms at its worst position, and TF32 lets a delta rule with beta = 2 drift. float32 is IEEE.
+    inputs, mixed, sums: precision of products of two inputs, of what was computed from them, of
+    sums by products. bfloat16 inputs multiply as they are, and what came of them as two bfloat16
+    terms: rounding it to one costs up to 3e-2 of a gradient's rms at its worst position, and TF32
+    lets a delta rule with beta = 2 drift. float32 is IEEE.
     """
 
     operator: str
@@ -132,7 +136,8 @@ def every_head(form, g_BTHK):
 
 
 def run_kernel(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
-    """`kernel` over (grid, B * H), with the form's sizes and the table's tiles. Outputs: (shape behind B, dtype)."""
+    """`kernel` over (grid, B * H), with the form's sizes and the table's tiles. Outputs: (shape
+    behind B, dtype)."""
     B = inputs[0].shape[0]
     outputs = [jax.ShapeDtypeStruct((B, *shape), dtype) for shape, dtype in outputs]
     tiles = form.tiles(part, whole_K)
@@ -152,7 +157,8 @@ def kernels():
 
 
 def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0):
-    """States that enter each chunk (BHNKV) and the last one; reverse: cotangents of those that leave, and of the first."""
+    """States that enter each chunk (BHNKV) and the last one; reverse: cotangents of those that
+    leave, and of the first."""
     chunks, _ = kernels()
     shape_HKV = form.H, form.K, form.V
     return run_kernel(
@@ -169,7 +175,8 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
 
 
 def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
-    """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i), per channel: (B, H, N, C, C)."""
+    """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i), per channel:
+    (B, H, N, C, C)."""
     _, pairs = kernels()
     (scores_BHNCC,) = run_kernel(
         form,

@@ -1,11 +1,13 @@
-"""Triton kernels of decayed scores with one decay a key channel, by sub-chunks, and their gradients.
+"""Triton kernels of decayed scores with one decay a key channel, by sub-chunks, and their
+gradients.
 
     A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K          j <= i (STRICT: j < i)
 
-A chunk is cut into sub-chunks of SUB tokens. For i in sub-chunk a and j in an earlier one b, the exponent is the sum
-behind j to the end of b, plus whole sub-chunks between, plus that from a's start to i: all non-positive, so each side
-takes its own exponential, at most 1, and the pair is a matrix product ("secondary chunking", GLA, arXiv 2312.06635,
-section 4.3). Inside a sub-chunk the columns are walked backwards, and one token's decay is added a step.
+A chunk is cut into sub-chunks of SUB tokens. For i in sub-chunk a and j in an earlier one b, the
+exponent is the sum behind j to the end of b, plus whole sub-chunks between, plus that from a's
+start to i: all non-positive, so each side takes its own exponential, at most 1, and the pair is a
+matrix product ("secondary chunking", GLA, arXiv 2312.06635, section 4.3). Inside a sub-chunk the
+columns are walked backwards, and one token's decay is added a step.
 """
 
 import triton
@@ -158,8 +160,8 @@ def gradients(
 ):
     """dx, dy and dg of one sub-chunk c and block of K, added to what came through the states.
 
-    dg_t collects, from every pair j < t <= i, the pair's own term: those with both in c; i in c and j before it; j in c
-    and i behind; and those on either side.
+    dg_t collects, from every pair j < t <= i, the pair's own term: those with both in c; i in c and
+    j before it; j in c and i behind; and those on either side.
     """
     blocks = tl.cdiv(K, BK)
     k0 = tl.program_id(0) % blocks * BK

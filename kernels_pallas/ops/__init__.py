@@ -1,1 +1,2 @@
-"""The operators, a folder each: api.py is public, reference.py defines it, the rest are implementations."""
+"""The operators, a folder each: api.py is public, reference.py defines it, the rest are
+implementations."""

@@ -1,4 +1,5 @@
-"""What a TPU kernel costs as compiled: static cycles, slots in use, spills, VMEM, HBM traffic. Nothing is run.
+"""What a TPU kernel costs as compiled: static cycles, slots in use, spills, VMEM, HBM traffic.
+Nothing is run.
 
     from kernels_pallas import tpu_bundles
 
@@ -6,9 +7,10 @@
     for kernel in program.kernels: print(kernel)
     program.cycles / tokens                                     # kernels and XLA's own operations
 
-A TPU core issues one VLIW bundle a cycle where nothing stalls. The compiler's listing has every bundle with the depth of its
-loop; a bundle counts as often as its loops go round, a branch (`pl.when`) as if always taken. So `cycles` has no waiting
-for HBM in it, and no stall: it is a figure to compare kernels with, of the order of a nanosecond each on a v6e.
+A TPU core issues one VLIW bundle a cycle where nothing stalls. The compiler's listing has every
+bundle with the depth of its loop; a bundle counts as often as its loops go round, a branch
+(`pl.when`) as if always taken. So `cycles` has no waiting for HBM in it, and no stall: it is a
+figure to compare kernels with, of the order of a nanosecond each on a v6e.
 
 Kernels are told apart by `pallas_call(name=...)`: give each its own.
 """
@@ -26,15 +28,18 @@ from kernels_pallas.tools import tpu_compile
 
 
 class Kernel(NamedTuple):
-    """One pallas_call. Shares and counts are of the grid loop's body, inner loops counted as often as they go round.
+    """One pallas_call. Shares and counts are of the grid loop's body, inner loops counted as often
+    as they go round.
 
     grid: and steps, its product, of which each core takes its part.
-    bundles: in the grid loop's body, each once. step_cycles: with inner loops gone round. cycles: of the whole grid, on one
-      core (v5p has two, and splits parallel axes between them).
-    mxu_share: of the cycles, those that issue to a matrix unit. load_share, store_share: of the vector load and store slots.
-    spills, fills: vector registers put to memory and taken back, a step. spill_share: of the kernel's bundles, those that
-      go where the compiler packs it without them.
-    hbm_bytes: blocks moved, a block again each time its index changes; None where the kernel moves data itself.
+    bundles: in the grid loop's body, each once. step_cycles: with inner loops gone round. cycles:
+      of the whole grid, on one core (v5p has two, and splits parallel axes between them).
+    mxu_share: of the cycles, those that issue to a matrix unit. load_share, store_share: of the
+      vector load and store slots.
+    spills, fills: vector registers put to memory and taken back, a step. spill_share: of the
+      kernel's bundles, those that go where the compiler packs it without them.
+    hbm_bytes: blocks moved, a block again each time its index changes; None where the kernel moves
+      data itself.
     least_hbm_bytes: every operand and result once.
     """
 
@@ -56,10 +61,11 @@ class Kernel(NamedTuple):
 
 
 class Program(NamedTuple):
-    """xla_cycles: the compiler's own estimates for the operations outside kernels, those in loops as often as they go
-    round. unestimated_bytes: what operations move for which it estimates nothing, such as a change of layout; they are not in
-    xla_cycles. hbm_bytes: blocks that kernels move, and operands and results of XLA's operations, as far as they lie in HBM;
-    None where there are loops. least_hbm_bytes: arguments and results of the program once."""
+    """xla_cycles: the compiler's own estimates for the operations outside kernels, those in loops
+    as often as they go round. unestimated_bytes: what operations move for which it estimates
+    nothing, such as a change of layout; they are not in xla_cycles. hbm_bytes: blocks that kernels
+    move, and operands and results of XLA's operations, as far as they lie in HBM; None where there
+    are loops. least_hbm_bytes: arguments and results of the program once."""
 
     compiled: tpu_compile.Compiled
     kernels: list[Kernel]
@@ -74,7 +80,8 @@ class Program(NamedTuple):
 
 
 class Loops(NamedTuple):
-    """A listing in figures: for each bundle, whether it is in the grid loop's body, and how often a pass goes over it."""
+    """A listing in figures: for each bundle, whether it is in the grid loop's body, and how often a
+    pass goes over it."""
 
     in_grid: np.ndarray
     times: np.ndarray
@@ -82,7 +89,8 @@ class Loops(NamedTuple):
 
 
 def measure(topology: str, function, *arguments) -> Program:
-    """Compiles `function(*arguments)` as `tpu_compile.compile_for` and reads what the compiler left."""
+    """Compiles `function(*arguments)` as `tpu_compile.compile_for` and reads what the compiler
+    left."""
     compiled = tpu_compile.compile_for(topology, function, *arguments)
     with tpu_compile.tracing_for(topology):
         calls = list(pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr))
@@ -143,10 +151,11 @@ _DELAY_SLOTS = 4  # bundles after a branch that are issued whichever way it goes
 def read_loops(bundles: str, steps: int) -> Loops:
     """Reads a `final_bundles` listing, of a kernel whose grid has `steps` steps.
 
-    A loop reaches from the bundle that starts a region to the branch back to it. It goes round as often as its exit test
-    says: to a limit, from 0, by the step of the tested counter; once where the limit is no constant. The grid loop's
-    counter runs a little past the steps, to fill and drain the pipeline; those rounds skip the body and do not count.
-    A grid of one step has no loop: all of it is the body.
+    A loop reaches from the bundle that starts a region to the branch back to it. It goes round as
+    often as its exit test says: to a limit, from 0, by the step of the tested counter; once where
+    the limit is no constant. The grid loop's counter runs a little past the steps, to fill and
+    drain the pipeline; those rounds skip the body and do not count. A grid of one step has no loop:
+    all of it is the body.
     """
     starts = [match.start() for match in _BUNDLE.finditer(bundles)]
     texts = [bundles[i:j] for i, j in zip(starts, [*starts[1:], len(bundles)])]
@@ -183,7 +192,8 @@ def _trips(bundles: str, predicate: str) -> int | None:
 
 
 def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Reads a `final_hlo-static-per-bundle-utilization` listing: slots of each unit, and their use bundle by bundle."""
+    """Reads a `final_hlo-static-per-bundle-utilization` listing: slots of each unit, and their use
+    bundle by bundle."""
     lines = text.splitlines()
     names = [name.strip() for name in lines[1].split(",")]
     capacity = dict(zip(names, map(int, lines[2].split())))
@@ -206,7 +216,8 @@ def pallas_calls(jaxpr):
 
 
 def _call_of(instruction: str, calls) -> Any:
-    """The pallas_call that became this instruction: 'name.1', or 'jvp_name_.1' under a transformation."""
+    """The pallas_call that became this instruction: 'name.1', or 'jvp_name_.1' under a
+    transformation."""
     name = re.sub(r"\.\d+$", "", instruction).rstrip("_")
     endings = [re.sub(r"\W", "_", str(call.params["name"])) for call in calls]
     named = [c for c, e in zip(calls, endings) if name == e or name.endswith(f"_{e}")]
@@ -250,8 +261,8 @@ _CALLED = re.compile(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)")
 
 
 def trip_counts(hlo: str) -> dict[str, int]:
-    """How often each `while` body of an optimised program runs: to the constant that its condition compares with, from 0
-    by 1, as `lax.scan` and `fori_loop` count; once where there is none."""
+    """How often each `while` body of an optimised program runs: to the constant that its condition
+    compares with, from 0 by 1, as `lax.scan` and `fori_loop` count; once where there is none."""
     limits, name = {}, None
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
@@ -263,7 +274,8 @@ def trip_counts(hlo: str) -> dict[str, int]:
 
 
 def xla_cycles(hlo: str) -> int:
-    """The sum of the compiler's `estimated_cycles` over the program, loop bodies as often as they run."""
+    """The sum of the compiler's `estimated_cycles` over the program, loop bodies as often as they
+    run."""
     trips = trip_counts(hlo)
     cycles: dict[str, int] = {}
     called: dict[str, list[str]] = {}
@@ -292,10 +304,11 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
 def xla_bytes(hlo: str) -> int | None:
-    """What operations outside kernels read and write in HBM, each operand and result whole; None with a loop. Of a slice
-    it is what is taken, and of an update in place what is put.
+    """What operations outside kernels read and write in HBM, each operand and result whole; None
+    with a loop. Of a slice it is what is taken, and of an update in place what is put.
 
-    Less what kernels find in VMEM, or leave there, since their own count takes all operands to be in HBM.
+    Less what kernels find in VMEM, or leave there, since their own count takes all operands to be
+    in HBM.
     """
     if trip_counts(hlo):
         return None
@@ -330,7 +343,8 @@ def _moved(shape, operation, sources) -> tuple[str, ...]:
 
 
 def unestimated_bytes(hlo: str) -> int:
-    """Operands and results, in HBM or VMEM, of the operations outside kernels, loops and prefetches without an estimate."""
+    """Operands and results, in HBM or VMEM, of the operations outside kernels, loops and prefetches
+    without an estimate."""
     total = 0
     for shape, operation, sources, line in _operations(hlo):
         if operation in ("kernel", "while") or operation.endswith("-start"):
@@ -342,7 +356,8 @@ def unestimated_bytes(hlo: str) -> int:
 
 
 def _operations(hlo: str):
-    """(result, operation, operands, line) of what the program's entry does; a Pallas kernel is a "kernel"."""
+    """(result, operation, operands, line) of what the program's entry does; a Pallas kernel is a
+    "kernel"."""
     entry = hlo[hlo.index("\nENTRY ") :].splitlines()
     found = [(*match.groups(), line) for line in entry if (match := _INSTRUCTION.match(line))]
     shapes = {name: shape for name, shape, *_ in found}

@@ -1,19 +1,23 @@
-"""Compiling for TPUs on a machine that has none, through libtpu from PyPI (`pip install -e '.[tpu]'`).
+"""Compiling for TPUs on a machine that has none, through libtpu from PyPI (`pip install -e
+'.[tpu]'`).
 
     from kernels_pallas import tpu_compile
 
     x = jax.ShapeDtypeStruct((1, 8192, 256), jnp.bfloat16)
-    compiled = tpu_compile.compile_for("v6e", function, x)     # a part, or a slice: "v6e:2x2", "v5p:4x4x8"
+    compiled = tpu_compile.compile_for("v6e", function, x)     # a part, or a slice: "v6e:2x2",
+      "v5p:4x4x8"
     compiled.hlo                            # the optimised program, scheduled
     compiled.memory.temp_size_in_bytes      # compiled.cost: what the compiler counts
-    compiled.listings                       # the machine code of each Pallas kernel; `tpu_bundles` reads it
+    compiled.listings                       # the machine code of each Pallas kernel; `tpu_bundles`
+      reads it
 
-Arguments are pytrees of ShapeDtypeStruct (or arrays, of which only shape and dtype count). The function is traced for
-the part: `targets.current()` is a TPU of that kind inside. A kernel that does not fit, or that Mosaic cannot lower, raises
-here as it would on the machine. Nothing is run, and no number from here is a time.
+Arguments are pytrees of ShapeDtypeStruct (or arrays, of which only shape and dtype count). The
+function is traced for the part: `targets.current()` is a TPU of that kind inside. A kernel that
+does not fit, or that Mosaic cannot lower, raises here as it would on the machine. Nothing is run,
+and no number from here is a time.
 
-Run with JAX_PLATFORMS=cpu. Several processes may compile at once. libtpu reads its environment once, when it is loaded:
-`_prepare_environment` and `absent_tpu` are the places that set it.
+Run with JAX_PLATFORMS=cpu. Several processes may compile at once. libtpu reads its environment
+once, when it is loaded: `_prepare_environment` and `absent_tpu` are the places that set it.
 """
 
 import atexit
@@ -36,13 +40,16 @@ from kernels_pallas.dispatch import absent_tpu
 
 
 class Part(NamedTuple):
-    """A TPU generation. Memory is that of one JAX device, which is a chip; on tpu7x it is half of one.
+    """A TPU generation. Memory is that of one JAX device, which is a chip; on tpu7x it is half of
+    one.
 
     topology: the smallest slice that libtpu compiles for.
     cores: TensorCores of a device; v5p's two appear as one ("megacore").
-    vmem_bytes: of one core. A kernel's own limit starts lower: `pltpu.CompilerParams(vmem_limit_bytes=...)`.
+    vmem_bytes: of one core. A kernel's own limit starts lower:
+      `pltpu.CompilerParams(vmem_limit_bytes=...)`.
     mxu: edge of a matrix unit, and how many a core has.
-    clock_hz: where peak FLOP/s, 2 * cores * units * edge**2 * clock, give it away; None where nothing published does.
+    clock_hz: where peak FLOP/s, 2 * cores * units * edge**2 * clock, give it away; None where
+      nothing published does.
     """
 
     topology: str
@@ -56,9 +63,10 @@ class Part(NamedTuple):
     clock_hz: float | None
 
 
-# HBM, bandwidth, peak: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. VMEM and matrix units: what JAX says in
-# `pltpu.get_tpu_info_for_chip` (tests compare). v6e's two 256 x 256 units would need 3.5 GHz for its published 918
-# TFLOP/s, so its clock, like tpu7x's, cannot be derived that way.
+# HBM, bandwidth, peak: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. VMEM and matrix
+# units: what JAX says in `pltpu.get_tpu_info_for_chip` (tests compare). v6e's two 256 x 256 units
+# would need 3.5 GHz for its published 918 TFLOP/s, so its clock, like tpu7x's, cannot be derived
+# that way.
 PARTS = {
     "v5e": Part("v5e:2x2", "TPU v5 lite", 1, 128 << 20, 16 << 30, 819e9, (128, 4), 197e12, 1.5e9),
     "v5p": Part("v5p:2x2x1", "TPU v5", 2, 64 << 20, 95 << 30, 2765e9, (128, 4), 459e12, 1.75e9),
@@ -68,9 +76,11 @@ PARTS = {
 
 
 class Listing(NamedTuple):
-    """What the compiler wrote about one Pallas kernel: its VLIW bundles, their use of the units, the VMEM it allocates.
+    """What the compiler wrote about one Pallas kernel: its VLIW bundles, their use of the units,
+    the VMEM it allocates.
 
-    spill_bundles: how many bundles fewer there are where the compiler packs the same without spills and fills.
+    spill_bundles: how many bundles fewer there are where the compiler packs the same without spills
+      and fills.
     """
 
     bundles: str
@@ -81,7 +91,8 @@ class Listing(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """listings: by the kernel's instruction in `hlo`, which is pallas_call's `name` and a number: 'my_kernel.1'."""
+    """listings: by the kernel's instruction in `hlo`, which is pallas_call's `name` and a number:
+    'my_kernel.1'."""
 
     part: str
     executable: Any
@@ -121,7 +132,8 @@ def devices(topology: str) -> list:
 
 @contextlib.contextmanager
 def tracing_for(topology: str):
-    """Inside, tracing takes the topology's device as its target, and mesh-less code sees one device."""
+    """Inside, tracing takes the topology's device as its target, and mesh-less code sees one
+    device."""
     part = PARTS[part_of(topology)]
     device = AbstractDevice(device_kind=part.device_kind, num_cores=part.cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
@@ -132,8 +144,8 @@ def compile_for(topology: str, function, *arguments) -> Compiled:
     """Compiles `function(*arguments)` for one device of the topology (see the top of the file).
 
     Raises:
-      ValueError, ImportError: as `devices`.
-      jax.errors.JaxRuntimeError, or Pallas' own errors: what compiling on the machine would raise, too much VMEM included.
+      ValueError, ImportError: as `devices`. jax.errors.JaxRuntimeError, or Pallas' own errors: what
+      compiling on the machine would raise, too much VMEM included.
     """
     device = devices(topology)[0]
 
@@ -161,8 +173,9 @@ def compile_for(topology: str, function, *arguments) -> Compiled:
 
 
 def without_listings() -> None:
-    """For a process that reads no kernel's listing: the compiler then writes none, which for a large program takes longer than
-    compiling it. Call it before anything else here; `compile_for` then has nothing to read, and raises."""
+    """For a process that reads no kernel's listing: the compiler then writes none, which for a
+    large program takes longer than compiling it. Call it before anything else here; `compile_for`
+    then has nothing to read, and raises."""
     _prepare_environment(listings=False)
 
 
@@ -233,7 +246,8 @@ def _listings(hlo: str) -> dict[str, Listing]:
             )
         blocks = memory.get(name, {}).get("blocks", [])
         spills = sum(b["block_size"] for b in blocks if "SPILL" in b["block_type"].upper())
-        # Not the block's size: that begins where operands end which XLA chose to keep in VMEM around the kernel.
+        # Not the block's size: that begins where operands end which XLA chose to keep in VMEM
+        # around the kernel.
         total = sum(a["size"] for b in blocks for a in b["allocations"])
         with_spills, without = (
             int(re.search(r"non empty scheduled bundles: *(\d+)", text)[1]) for text in texts[2:]

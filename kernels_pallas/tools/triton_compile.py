@@ -1,7 +1,9 @@
-"""Triton kernels compiled for GPUs that are not there: registers, spills, shared memory. Nothing is run.
+"""Triton kernels compiled for GPUs that are not there: registers, spills, shared memory. Nothing is
+run.
 
-A call is traced on shapes, its launches are recorded, and each is compiled by Triton and the ptxas that it ships to
-machine code for sm_80, sm_90 and sm_100. Interpreting and compiling exclude each other in one process.
+A call is traced on shapes, its launches are recorded, and each is compiled by Triton and the ptxas
+that it ships to machine code for sm_80, sm_90 and sm_100. Interpreting and compiling exclude each
+other in one process.
 """
 
 import re
@@ -20,9 +22,11 @@ TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "
 
 
 class Figures(NamedTuple):
-    """Of one launch. registers: a thread. spilled: bytes a thread keeps on its stack. shared: bytes a program.
+    """Of one launch. registers: a thread. spilled: bytes a thread keeps on its stack. shared: bytes
+    a program.
 
-    limit: the shared memory a program may have there. bytes: inputs read once and outputs written once.
+    limit: the shared memory a program may have there. bytes: inputs read once and outputs written
+      once.
     """
 
     kernel: str
@@ -36,7 +40,8 @@ class Figures(NamedTuple):
 
 
 def launches(function, *shapes) -> list[gpu_launch.Launch]:
-    """The launches of `function` on arrays of these shapes, in order; what runs them is named 'triton'."""
+    """The launches of `function` on arrays of these shapes, in order; what runs them is named
+    'triton'."""
     with gpu_launch.recorded() as found:
         jax.eval_shape(function, *shapes)
     return found
@@ -81,7 +86,8 @@ def compile_launch(launch: gpu_launch.Launch, capability: int) -> Figures:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes a thread, as the machine code states them. Kernels keep nothing on it but spills."""
+    """Registers and stack bytes a thread, as the machine code states them. Kernels keep nothing on
+    it but spills."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

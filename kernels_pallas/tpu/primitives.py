@@ -1,6 +1,8 @@
-"""What goes on inside the TPU kernels of the matrix recurrences: products, sums and inverses of one chunk in VMEM.
+"""What goes on inside the TPU kernels of the matrix recurrences: products, sums and inverses of one
+chunk in VMEM.
 
-Everything here takes and returns values, not references, and stands for a kernel's body: only what Mosaic lowers.
+Everything here takes and returns values, not references, and stands for a kernel's body: only what
+Mosaic lowers.
 """
 
 import dataclasses
@@ -18,14 +20,16 @@ SUBLANES = 8
 class Products:
     """Matrix products in a kernel, with the rounding said.
 
-    narrow: the inputs are bfloat16. They go to the matrix unit as they are; what was computed from them, in float32, goes
-      as a sum of two bfloat16 terms, and the product of the two smaller terms is left out (2^-16 of the whole). Rounding
-      it to one term costs up to twice the suite's 2e-2 at the worst position of a gradient.
-      Otherwise operands are float32 and products at the highest precision.
-    exact: float32 where rounding errors may never fade: `state` rounds once (see `delta_rule.reflections`).
+    narrow: the inputs are bfloat16. They go to the matrix unit as they are; what was computed from
+      them, in float32, goes as a sum of two bfloat16 terms, and the product of the two smaller
+      terms is left out (2^-16 of the whole). Rounding it to one term costs up to twice the suite's
+      2e-2 at the worst position of a gradient. Otherwise operands are float32 and products at the
+      highest precision.
+    exact: float32 where rounding errors may never fade: `state` rounds once (see
+      `delta_rule.reflections`).
 
-    The terms are cut explicitly, never left to a device's default precision, so an interpreted kernel rounds as a
-    compiled one does. axes: which axis of x and of y is summed over.
+    The terms are cut explicitly, never left to a device's default precision, so an interpreted
+    kernel rounds as a compiled one does. axes: which axis of x and of y is summed over.
     """
 
     narrow: bool
@@ -45,7 +49,8 @@ class Products:
         return sum(reversed(products[:-1]), start=products[-1])
 
     def precise(self, x, y, axes=(1, 0)):
-        """x y to 24 bits: of an inverse, whose errors may be hundreds of times those of its products."""
+        """x y to 24 bits: of an inverse, whose errors may be hundreds of times those of its
+        products."""
         return self.dot(x, y, axes, terms=3)
 
     def state(self, x, y, axes=(1, 0)):
@@ -57,10 +62,12 @@ class Products:
         return where.astype(jnp.bfloat16 if self.narrow else jnp.float32)
 
     def exact_product(self, x, y, axes, y_squares=None):
-        """A float32 product as two terms: of heads of 11 bits, whose products and sums are exact, and the small rest.
+        """A float32 product as two terms: of heads of 11 bits, whose products and sums are exact,
+        and the small rest.
 
-        y_squares: sums of y^2 that say how large y is, for each of its entries; None: those over all that is summed. Of
-        sums over tokens (axes (0, 0)), those whose product is 0, of other documents, have no part in how the rest is rounded.
+        y_squares: sums of y^2 that say how large y is, for each of its entries; None: those over
+        all that is summed. Of sums over tokens (axes (0, 0)), those whose product is 0, of other
+        documents, have no part in how the rest is rounded.
         """
         if y_squares is None:
             if axes == (0, 0):
@@ -74,8 +81,8 @@ class Products:
 def _terms(x, count):
     """x as a sum of bfloat16 arrays, largest first: itself, or `count` of them.
 
-    Interpreted, they are float32 arrays of the same values: XLA on a CPU may refuse bfloat16 products, and drops a
-    conversion to bfloat16 and back.
+    Interpreted, they are float32 arrays of the same values: XLA on a CPU may refuse bfloat16
+    products, and drops a conversion to bfloat16 and back.
     """
     interpreting = devices.interpreting()
     if x.dtype == jnp.bfloat16:
@@ -152,8 +159,8 @@ def lower(C: int, diagonal: int = 0):
 def in_turns(generators):
     """Runs generators in step, from `yield` to `yield`, and returns what each returns.
 
-    A head's products wait for one another; those of other heads fill the gaps, but only where the kernel's operations come
-    in that order: the compiler moves them little.
+    A head's products wait for one another; those of other heads fill the gaps, but only where the
+    kernel's operations come in that order: the compiler moves them little.
     """
     results, running = {}, dict(enumerate(generators))
     while running:
@@ -172,9 +179,9 @@ BLOCK = 32
 def inverse(products: Products, A_CC):
     """(I + A)^{-1} for A strictly lower triangular, in float32.
 
-    Diagonal blocks of 32 by substitution on the vector unit, all of a chunk's side by side in the lanes; then neighbours
-    are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products a level, to 24 bits. A generator, for
-    `in_turns`.
+    Diagonal blocks of 32 by substitution on the vector unit, all of a chunk's side by side in the
+    lanes; then neighbours are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products a level, to
+    24 bits. A generator, for `in_turns`.
     """
     C = A_CC.shape[0]
     U = min(C, BLOCK)
@@ -219,7 +226,8 @@ def _block_inverse(A_CC, U):
 
 
 def _strip_inverse(A_CC, U):
-    """The same for C of at most 128: row by row, the rows of all blocks at once, a block's columns in its own lanes."""
+    """The same for C of at most 128: row by row, the rows of all blocks at once, a block's columns
+    in its own lanes."""
     C = A_CC.shape[0]
     step = min(U, SUBLANES)
     lane = iota((step, C), 1)
@@ -265,12 +273,13 @@ def _diagonal(C):
 
 
 def halving_sums(g_CK):
-    """Sums of log decay (C, K), C a power of two, as `decay_sums` has them, for a decay per channel.
+    """Sums of log decay (C, K), C a power of two, as `decay_sums` has them, for a decay per
+    channel.
 
-    Returns: from the chunk's start through each token; behind each token to the chunk's end; then for halves of U = 1,
-    2, 4, ..., C/2 tokens, in left halves the sum behind a token to the half's end, in right halves the sum from the
-    half's start through the token. A block's sums are those of its halves and the total of one half, so each is an
-    addition of non-positive numbers only.
+    Returns: from the chunk's start through each token; behind each token to the chunk's end; then
+    for halves of U = 1, 2, 4, ..., C/2 tokens, in left halves the sum behind a token to the half's
+    end, in right halves the sum from the half's start through the token. A block's sums are those
+    of its halves and the total of one half, so each is an addition of non-positive numbers only.
     """
     C = g_CK.shape[0]
     through_CK, after_CK, levels = g_CK, jnp.zeros_like(g_CK), []
@@ -303,7 +312,8 @@ def _in_right_half(x_CK, U):
 
 
 def _sibling_last(x_CK, U):
-    """For every token the last row of the block of U tokens beside its own, in the same pair of blocks."""
+    """For every token the last row of the block of U tokens beside its own, in the same pair of
+    blocks."""
     C, K = x_CK.shape
     if U >= SUBLANES:
         last = x_CK.reshape(C // (2 * U), 2, U, K)[:, :, U - 1 :]
@@ -317,7 +327,8 @@ def _sibling_last(x_CK, U):
 
 
 def _sibling_total(x_CK, U):
-    """For every token the sum over the block of U tokens beside its own, in the same pair of blocks."""
+    """For every token the sum over the block of U tokens beside its own, in the same pair of
+    blocks."""
     C, K = x_CK.shape
     if U >= SUBLANES:
         total = jnp.sum(x_CK.reshape(C // (2 * U), 2, U, K), axis=2, keepdims=True)

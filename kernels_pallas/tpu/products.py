@@ -1,7 +1,8 @@
-"""Matrix products inside the TPU kernels of linear attention, rounded alike by the compiler and by the interpreter.
+"""Matrix products inside the TPU kernels of linear attention, rounded alike by the compiler and by
+the interpreter.
 
-narrow: the caller's inputs are bfloat16. Then both operands go to the matrix unit in bfloat16 and sums are float32.
-Otherwise operands are float32 and products at the highest precision.
+narrow: the caller's inputs are bfloat16. Then both operands go to the matrix unit in bfloat16 and
+sums are float32. Otherwise operands are float32 and products at the highest precision.
 """
 
 from typing import NamedTuple
@@ -23,8 +24,9 @@ class Gradients(NamedTuple):
 
 
 def operand(narrow, x):
-    """x as a product reads it. Interpreted, a bfloat16 operand is a float32 one that was rounded: XLA's CPU backend
-    refuses some bfloat16 products, and drops a conversion there and back, but not this operation."""
+    """x as a product reads it. Interpreted, a bfloat16 operand is a float32 one that was rounded:
+    XLA's CPU backend refuses some bfloat16 products, and drops a conversion there and back, but not
+    this operation."""
     if not narrow:
         return x.astype(jnp.float32)
     if not devices.interpreting():

@@ -1,4 +1,5 @@
-"""Pretrained weights in and out: Hugging Face folders (safetensors + config.json), GGUF files, and our own layout."""
+"""Pretrained weights in and out: Hugging Face folders (safetensors + config.json), GGUF files, and
+our own layout."""
 
 from seqmodels.checkpoints_io.pretrained import (
     Pretrained,

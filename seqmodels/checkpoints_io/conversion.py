@@ -1,4 +1,5 @@
-"""A source of tensors, through an architecture's rules, to parameters and back; one tensor (or what a rule joins) at a time."""
+"""A source of tensors, through an architecture's rules, to parameters and back; one tensor (or what
+a rule joins) at a time."""
 
 import functools
 import math
@@ -23,14 +24,15 @@ _OUTPUT = "lm_head.weight"  # in files of tied models often a copy of the embedd
 
 @functools.lru_cache(maxsize=16)
 def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"). Compiles nothing."""
+    """Shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"). Compiles
+    nothing."""
     return {path: nn.meta.unbox(leaf) for path, leaf in _walk(_boxed_params(model))}
 
 
 @functools.lru_cache(maxsize=4)
 def wide(model: LanguageModel) -> frozenset[str]:
-    """The paths of the parameters that are float32 whatever `param_dtype` says, but for norms: of decays, gates, routers, feature
-    maps."""
+    """The paths of the parameters that are float32 whatever `param_dtype` says, but for norms: of
+    decays, gates, routers, feature maps."""
     narrow = model.clone(param_dtype=jnp.bfloat16)
     return frozenset(
         path
@@ -45,7 +47,8 @@ def _boxed_params(model: LanguageModel) -> Mapping[str, Any]:
 
 
 class Slots:
-    """Where a parameter of one layer lies: "block_5/mixer/q/kernel" may be the row 3 of "blocks/block_1/mixer/q/kernel"."""
+    """Where a parameter of one layer lies: "block_5/mixer/q/kernel" may be the row 3 of
+    "blocks/block_1/mixer/q/kernel"."""
 
     def __init__(self, model: LanguageModel):
         self.model, self.leaves = model, abstract_params(model)
@@ -73,7 +76,8 @@ class Slots:
 
 
 def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
-    """The rules, sorted so that a stacked parameter's rows follow one another. Every parameter must have exactly one."""
+    """The rules, sorted so that a stacked parameter's rows follow one another. Every parameter must
+    have exactly one."""
     rules = list(rules)
     named = [path for rule in rules for path in rule.paths]
     if set(named) != set(slots.paths) or len(set(named)) < len(named):
@@ -101,8 +105,8 @@ def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, Entry]:
 
 
 def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequence[str]) -> None:
-    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra or misshapen. A tied model's
-    output matrix may be there."""
+    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra
+    or misshapen. A tied model's output matrix may be there."""
     found = source.entries
     patterns = [re.compile(pattern) for pattern in (*ignored, re.escape(_OUTPUT))]
     wrong = [
@@ -127,7 +131,8 @@ def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequenc
 
 
 def is_untied(source: Source, rules: Iterable[Rule], expected: Mapping[str, Entry]) -> bool:
-    """Whether a file has an output matrix beside the embedding, and not the same, where its config ties them."""
+    """Whether a file has an output matrix beside the embedding, and not the same, where its config
+    ties them."""
     found = source.entries
     embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
     if _OUTPUT in expected or not {_OUTPUT, embedding} <= found.keys():
@@ -143,7 +148,8 @@ def read_params(
     dtype_of: Callable[[str, Sequence[np.dtype]], np.dtype],
     put: Callable[[str, np.ndarray], Any],
 ) -> Params:
-    """The parameters, each handed to `put(path, array)` when it is whole: what `put` keeps, and one parameter, is in memory.
+    """The parameters, each handed to `put(path, array)` when it is whole: what `put` keeps, and one
+    parameter, is in memory.
 
     dtype_of: (path of the leaf, dtypes of the tensors it is made of) to the dtype it gets.
     """
@@ -175,7 +181,8 @@ def tensor_reader(
     slots: Slots,
     dtype: str | Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Entry], Callable[[str], np.ndarray]]:
-    """What `files.write` takes: the entries of all tensors, and a function that makes one of the parameters."""
+    """What `files.write` takes: the entries of all tensors, and a function that makes one of the
+    parameters."""
     leaves = dict(_walk(nn.meta.unbox(params)))
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     expected = {path: tuple(leaf.shape) for path, leaf in slots.leaves.items()}

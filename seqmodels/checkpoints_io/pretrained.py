@@ -26,10 +26,12 @@ _HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "max_length")
 class Pretrained:
     """A model as it was found.
 
-    model_config: what `language_model.from_config` takes. params: JAX arrays (or what `put` made of them).
-    hf_config: config.json as it was. tokenizer_path: a `tokenizers` file, if there is one. tokens: what the files say of tokens.
-    dtypes: in which the parameters lay in the files, by path ("block_3/mixer/q/kernel", scanned or not): given to
-      `save_pretrained`, a file comes out as it went in.
+    model_config: what `language_model.from_config` takes. params: JAX arrays (or what `put` made of
+      them).
+    hf_config: config.json as it was. tokenizer_path: a `tokenizers` file, if there is one. tokens:
+      what the files say of tokens.
+    dtypes: in which the parameters lay in the files, by path ("block_3/mixer/q/kernel", scanned or
+      not): given to `save_pretrained`, a file comes out as it went in.
     """
 
     model_config: dict[str, Any]
@@ -58,19 +60,25 @@ def load_pretrained(
     put: Callable[[str, np.ndarray], Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Pretrained:
-    """The model in a folder (config.json + safetensors), `gguf:<file>` (`gguf:smollm2`: of the extra [smollm]), or by a hub name.
+    """The model in a folder (config.json + safetensors), `gguf:<file>` (`gguf:smollm2`: of the
+    extra [smollm]), or by a hub name.
 
-    dtype: of parameters and activations (gates, decays, states and norms' sums stay float32); None is the files' own. Where it is
-      float16, activations are float32: they hold every number of the files, and grow beyond float16's 65504 in many models.
+    dtype: of parameters and activations (gates, decays, states and norms' sums stay float32); None
+      is the files' own. Where it is float16, activations are float32: they hold every number of the
+      files, and grow beyond float16's 65504 in many models.
     max_len: tokens that full-attention layers keep when decoding; None is the model's context.
-    put: (path, array) -> what to keep of a parameter, for instance device_put to a sharding; None is jnp.asarray.
-    overrides: fields of config.model to change, such as remat, scan_layers, or param_dtype by itself.
+    put: (path, array) -> what to keep of a parameter, for instance device_put to a sharding; None
+      is jnp.asarray.
+    overrides: fields of config.model to change, such as remat, scan_layers, or param_dtype by
+      itself.
 
-    Tensors are read one at a time, so that the memory is that of what `put` keeps, and of the largest parameter.
+    Tensors are read one at a time, so that the memory is that of what `put` keeps, and of the
+    largest parameter.
 
     Raises:
-      ValueError: an architecture that is not supported (those that are, are listed); files that are cut off or are not what they
-        say; tensors that are missing, extra or misshapen, by name; max_len beyond the model's context.
+      ValueError: an architecture that is not supported (those that are, are listed); files that are
+        cut off or are not what they say; tensors that are missing, extra or misshapen, by name;
+        max_len beyond the model's context.
     """
     hf_config, tensors, tokenizer_path, tokens = _open(str(source))
     if hf_config.get("model_type") == own_layout.MODEL_TYPE:
@@ -133,15 +141,20 @@ def save_pretrained(
 ) -> list[Path]:
     """Writes safetensors and config.json to `folder`; returns the files' paths.
 
-    architecture: "seqmodels", our own layout, which holds any config.model, or a model_type of the registry, for other programs.
-    dtype: of all tensors but those that every model keeps in float32, such as decays, which a recurrence raises to powers. Or of
-      each parameter, by path (`Pretrained.dtypes`). None, and a path that is not there, is its own.
-    hf_config: fields that config.json keeps where the model does not say otherwise, such as `bos_token_id`.
+    architecture: "seqmodels", our own layout, which holds any config.model, or a model_type of the
+      registry, for other programs.
+    dtype: of all tensors but those that every model keeps in float32, such as decays, which a
+      recurrence raises to powers. Or of each parameter, by path (`Pretrained.dtypes`). None, and a
+      path that is not there, is its own.
+    hf_config: fields that config.json keeps where the model does not say otherwise, such as
+      `bos_token_id`.
     tokenizer_path: a tokenizer.json to copy, with what describes it in its folder.
-    tokens: written as `special_tokens.write` does; None is what the files beside the tokenizer and `hf_config` say.
+    tokens: written as `special_tokens.write` does; None is what the files beside the tokenizer and
+      `hf_config` say.
 
     Raises:
-      ValueError: a model that this architecture cannot express, with what differs; parameters of another model.
+      ValueError: a model that this architecture cannot express, with what differs; parameters of
+        another model.
     """
     model_config = dict(model_config)
     model = language_model.from_config(model_config)
@@ -172,7 +185,8 @@ def save_pretrained(
 
 
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What differs between the models of two configs, "field: a, b" each; nothing where they compute the same."""
+    """What differs between the models of two configs, "field: a, b" each; nothing where they
+    compute the same."""
     a, b = (_what(language_model.from_config(dict(config))) for config in (a, b))
     return [f"{k}: {a.get(k)!r}, {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
@@ -286,7 +300,8 @@ def _from_hub(name: str) -> Path:
 
 
 def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str) -> dict[str, Any]:
-    """config.model whose full-attention layers hold `max_len` tokens when decoding (None: as many as they do).
+    """config.model whose full-attention layers hold `max_len` tokens when decoding (None: as many
+    as they do).
 
     Raises ValueError, naming the model by `name`, for more than they do now.
     """

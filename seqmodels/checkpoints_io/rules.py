@@ -1,9 +1,11 @@
-"""How tensors of a checkpoint and our parameters become each other: one rule serves both directions, exactly.
+"""How tensors of a checkpoint and our parameters become each other: one rule serves both
+directions, exactly.
 
-Their tensors have dotted names, "model.layers.3.self_attn.q_proj.weight". Our parameters have paths with the layer's own number,
-"block_3/mixer/q/kernel", wherever the layer stands in a scan. A rule's functions take and return NumPy arrays and move numbers
-about; they do not compute with them, so that a file comes out as it went in. Where a layout computes (norms whose gain is
-1 + weight), the module has an option for it instead.
+Their tensors have dotted names, "model.layers.3.self_attn.q_proj.weight". Our parameters have paths
+with the layer's own number, "block_3/mixer/q/kernel", wherever the layer stands in a scan. A rule's
+functions take and return NumPy arrays and move numbers about; they do not compute with them, so
+that a file comes out as it went in. Where a layout computes (norms whose gain is 1 + weight), the
+module has an option for it instead.
 """
 
 import dataclasses
@@ -33,7 +35,8 @@ def same(name: str, path: str) -> Rule:
 
 
 def transposed(name: str, path: str) -> Rule:
-    """A matrix with its axes exchanged: nn.Linear's weight (output, input) is our kernel (input, output)."""
+    """A matrix with its axes exchanged: nn.Linear's weight (output, input) is our kernel (input,
+    output)."""
     return moved(name, path, lambda x: x.T, lambda x: x.T)
 
 
@@ -65,7 +68,8 @@ def split(
     transpose: bool = True,
     axis: int = 0,
 ) -> Rule:
-    """One tensor whose `axis` is cut into consecutive parts of these widths, each (transposed) a parameter of ours."""
+    """One tensor whose `axis` is cut into consecutive parts of these widths, each (transposed) a
+    parameter of ours."""
     ends = np.cumsum(widths)[:-1]
 
     def into(x):

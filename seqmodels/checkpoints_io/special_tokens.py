@@ -1,16 +1,20 @@
-"""What a model's files say about tokens: which ids begin and end a text, and how a conversation is written.
+"""What a model's files say about tokens: which ids begin and end a text, and how a conversation is
+written.
 
-    generation_config.json   bos_token_id, pad_token_id, and eos_token_id: the end of a text, or a list with the ends of turns
+    generation_config.json   bos_token_id, pad_token_id, and eos_token_id: the end of a text, or a
+      list with the ends of turns
     config.json              the same fields
-    tokenizer_config.json    "bos_token": "<s>" and so on, and chat_template: Jinja, or several by name
+    tokenizer_config.json    "bos_token": "<s>" and so on, and chat_template: Jinja, or several by
+      name
     special_tokens_map.json  what the one above leaves out, in folders of older programs
     chat_template.jinja, additional_chat_templates/<name>.jinja
 
-An id is what the first file that names it says, as in transformers; tokenizer_config.json names it by its text. A run keeps these
-files beside its tokenizer.json and a GGUF file's metadata is written as such files, so that all are read in one way.
+An id is what the first file that names it says, as in transformers; tokenizer_config.json names it
+by its text. A run keeps these files beside its tokenizer.json and a GGUF file's metadata is written
+as such files, so that all are read in one way.
 
-Tokens that tokenizer_config.json (or added_tokens.json, in folders of older programs) lists or names, and tokenizer.json does not have
-among its added tokens, are added: they are never cut.
+Tokens that tokenizer_config.json (or added_tokens.json, in folders of older programs) lists or
+names, and tokenizer.json does not have among its added tokens, are added: they are never cut.
 """
 
 import contextlib
@@ -36,16 +40,19 @@ _TEMPLATE_FILE = "chat_template.jinja"
 _TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT = "default"  # the template of a conversation without tools
 _PLAIN = "PreTrainedTokenizerFast"
-# transformers' classes of tokenizers that have no special tokens but those they are told; others have a bos and an eos token.
+# transformers' classes of tokenizers that have no special tokens but those they are told; others
+# have a bos and an eos token.
 _TOLD_ALONE = (_PLAIN, "TokenizersBackend")
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """bos, pad: ids, if there are such tokens. eos: every id that ends a text or a turn, the text's own first.
+    """bos, pad: ids, if there are such tokens. eos: every id that ends a text or a turn, the text's
+    own first.
 
     names: the texts that chat templates are given, such as {"bos_token": "<s>"}.
-    chat_templates: Jinja by name. "default" writes a conversation, "tool_use" one with tools, if there is that template.
+    chat_templates: Jinja by name. "default" writes a conversation, "tool_use" one with tools, if
+      there is that template.
     """
 
     bos: int | None = None
@@ -95,8 +102,9 @@ def read(folder: Path, config: Mapping[str, Any] | None = None) -> SpecialTokens
 def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) -> list[Path]:
     """Writes to `folder` what `read` reads, but for config.json; returns the files' paths.
 
-    tokenizer: a tokenizer.json that is copied, with those of these files that stand beside it; where they say otherwise, what
-    `tokens` says is put in. None leaves out tokenizer_config.json: there is no tokenizer to describe.
+    tokenizer: a tokenizer.json that is copied, with those of these files that stand beside it;
+    where they say otherwise, what `tokens` says is put in. None leaves out tokenizer_config.json:
+    there is no tokenizer to describe.
     """
     beside = tokenizer.parent if tokenizer else None
     said = _fields(beside / _GENERATION_CONFIG) if beside else {}
@@ -129,7 +137,8 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
 
 
 def completed(tokenizer: Path) -> Path:
-    """A tokenizer.json with the tokens that it should have by the files beside it: itself, or a copy that has them."""
+    """A tokenizer.json with the tokens that it should have by the files beside it: itself, or a
+    copy that has them."""
     lacking = _lacking(tokenizer)
     if not lacking:
         return tokenizer
@@ -144,9 +153,11 @@ def completed(tokenizer: Path) -> Path:
 
 
 def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
-    """Puts a tokenizer.json and what describes it into the cache (`first_use.cache_folder`); returns its path.
+    """Puts a tokenizer.json and what describes it into the cache (`first_use.cache_folder`);
+    returns its path.
 
-    like: the tokenizer.json that it was made of; the files beside that one are kept, as `write` does.
+    like: the tokenizer.json that it was made of; the files beside that one are kept, as `write`
+      does.
     """
     folders = verification.cache_folder() / "tokenizers"
     folders.mkdir(parents=True, exist_ok=True)
@@ -188,7 +199,8 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with special_tokens_map.json where that counts: beside a file that lists no added tokens."""
+    """tokenizer_config.json, with special_tokens_map.json where that counts: beside a file that
+    lists no added tokens."""
     described = _fields(folder / _TOKENIZER_CONFIG)
     if "added_tokens_decoder" not in described:
         described |= _typed(_fields(folder / _SPECIAL_TOKENS_MAP))
@@ -196,7 +208,8 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _typed(value: Any) -> Any:
-    """What special_tokens_map.json has, as tokenizer_config.json writes it: tokens with options name their type."""
+    """What special_tokens_map.json has, as tokenizer_config.json writes it: tokens with options
+    name their type."""
     if isinstance(value, list):
         return [_typed(item) for item in value]
     if not isinstance(value, dict):
@@ -222,7 +235,8 @@ def _text(token: Any) -> Any:
 
 
 def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
-    """Added tokens, with their options, of the files beside a tokenizer.json that it lacks, or has with other options."""
+    """Added tokens, with their options, of the files beside a tokenizer.json that it lacks, or has
+    with other options."""
     described = _described(tokenizer.parent)
     named = list(_named(described).values())
     for field in ("extra_special_tokens", "additional_special_tokens"):

@@ -1,7 +1,8 @@
 """A language model's parameters as a list of layers, whatever way the model stacks them.
 
-A `LanguageModel` holds repeated layers stacked along a first axis and the others by themselves, as `LanguageModel.plan` says. Two
-models with other patterns stack the same layers in another way: a teacher's parameters go to its student through this list.
+A `LanguageModel` holds repeated layers stacked along a first axis and the others by themselves, as
+`LanguageModel.plan` says. Two models with other patterns stack the same layers in another way: a
+teacher's parameters go to its student through this list.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ def split(model, params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str,
 
 
 def join(model, shared: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The parameters of `model` with these layers: the inverse of `split`, for a model of any stacking."""
+    """The parameters of `model` with these layers: the inverse of `split`, for a model of any
+    stacking."""
     plan, params = model.plan, dict(shared)
     period, first = len(plan.period), len(plan.prefix)
     end = first + plan.repeats * period

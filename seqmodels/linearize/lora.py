@@ -1,7 +1,9 @@
-"""Low-rank adapters as a transform of parameters: W + alpha / r A B (LoRA, Hu et al., arXiv 2106.09685, section 4.1).
+"""Low-rank adapters as a transform of parameters: W + alpha / r A B (LoRA, Hu et al., arXiv
+2106.09685, section 4.1).
 
-A model never sees them: it is applied to `merge(params, adapters, alpha)`, and gradients go to the adapters through that. So any
-`kernel` of a Dense layer can have them, stacked over scanned layers or not, and a merged model is the adapted model bit for bit.
+A model never sees them: it is applied to `merge(params, adapters, alpha)`, and gradients go to the
+adapters through that. So any `kernel` of a Dense layer can have them, stacked over scanned layers
+or not, and a merged model is the adapted model bit for bit.
 """
 
 from typing import Any
@@ -19,10 +21,12 @@ A, B = "lora_A", "lora_B"
 
 
 def init(key: Array, boxed_params: dict[str, Any], pattern: str, rank: int) -> dict[str, Any]:
-    """Boxed adapters of every `kernel` of two axes whose path `pattern` matches, as Dense layers' are: A (..., in, r) ~ U(-sqrt(3/in), sqrt(3/in)), B (..., r, out)
-    zeros, float32, so that at first they add nothing.
+    """Boxed adapters of every `kernel` of two axes whose path `pattern` matches, as Dense layers'
+    are: A (..., in, r) ~ U(-sqrt(3/in), sqrt(3/in)), B (..., r, out) zeros, float32, so that at
+    first they add nothing.
 
-    boxed_params: as `Module.init` gives them; only shapes and names are read. Leading axes are the scan's.
+    boxed_params: as `Module.init` gives them; only shapes and names are read. Leading axes are the
+      scan's.
 
     Raises:
       ValueError: a rank below 1, or a pattern that matches no kernel of a Dense layer.
@@ -59,7 +63,8 @@ def init(key: Array, boxed_params: dict[str, Any], pattern: str, rank: int) -> d
 
 
 def merge(params: dict[str, Any], adapters: dict[str, Any], alpha: float) -> dict[str, Any]:
-    """The parameters with every adapter added to its kernel, in float32, kept in the kernel's dtype."""
+    """The parameters with every adapter added to its kernel, in float32, kept in the kernel's
+    dtype."""
     flat = partition.flatten(params)
     for path, delta in deltas(adapters, alpha).items():
         W = flat[path]
@@ -81,8 +86,8 @@ def deltas(adapters: dict[str, Any], alpha: float) -> dict[str, Array]:
 
 
 def remainders(params: dict[str, Any], adapters: dict[str, Any], alpha: float) -> dict[str, Any]:
-    """What rounding loses in `merge`, by the path of its kernel: kernel + delta - merged, float64 on the host. With it `unmerge`
-    is exact."""
+    """What rounding loses in `merge`, by the path of its kernel: kernel + delta - merged, float64
+    on the host. With it `unmerge` is exact."""
     flat, merged = (partition.flatten(tree) for tree in (params, merge(params, adapters, alpha)))
     return {
         path: _wide(flat[path]) + _wide(delta) - _wide(merged[path])

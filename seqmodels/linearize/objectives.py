@@ -42,8 +42,9 @@ def distillation(
     kl: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """ce * cross-entropy + kl * temperature^2 * KL(teacher || student), both at the temperature in the KL, from hidden states: no
-    logits are held. student, teacher: (model, parameters); the teacher is read only where kl is not 0."""
+    """ce * cross-entropy + kl * temperature^2 * KL(teacher || student), both at the temperature in
+    the KL, from hidden states: no logits are held. student, teacher: (model, parameters); the
+    teacher is read only where kl is not 0."""
     model, params = student
     x_BTD, matrix, layout = _hidden(model, params, batch)
     loss_BT, metrics = jnp.zeros(batch["inputs"].shape, jnp.float32), {}
@@ -82,8 +83,9 @@ def _hidden(model, params, batch):
 
 
 def selection_penalty(params: dict[str, Any], target: int, power: float = 2.0) -> Array:
-    """(sum_l round(r_l) - target)^2 + sum_l (1 - |2 r_l - 1|^power) over the selective layers (LinVideo, arXiv 2510.08318,
-    eqs. 4-5). round has the gradient of the identity. LinVideo lowers `power` during training: here a stage has one.
+    """(sum_l round(r_l) - target)^2 + sum_l (1 - |2 r_l - 1|^power) over the selective layers
+    (LinVideo, arXiv 2510.08318, eqs. 4-5). round has the gradient of the identity. LinVideo lowers
+    `power` during training: here a stage has one.
 
     Raises:
       ValueError: no selective layer, or a target that is not among their numbers.

@@ -1,4 +1,5 @@
-"""Which parameters are trained: trees cut in two by patterns on their paths, and put together again."""
+"""Which parameters are trained: trees cut in two by patterns on their paths, and put together
+again."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +22,8 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def matches(pattern: str) -> Callable[[str], bool]:
-    """Whether a path has a part that the regular expression matches; an empty pattern matches nothing.
+    """Whether a path has a part that the regular expression matches; an empty pattern matches
+    nothing.
 
     Raises ValueError for what is no regular expression.
     """
@@ -50,7 +52,8 @@ def merge(*trees: dict[str, Any]) -> dict[str, Any]:
 
 
 def require(tree: dict[str, Any], pattern: str, what: str) -> None:
-    """Raises ValueError, with some of the paths there are, where a pattern that is not empty matches none."""
+    """Raises ValueError, with some of the paths there are, where a pattern that is not empty
+    matches none."""
     paths = sorted(flatten(tree))
     if pattern and not any(map(matches(pattern), paths)):
         some = ", ".join(paths[:: max(1, len(paths) // 8)][:8])

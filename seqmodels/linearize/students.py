@@ -27,11 +27,13 @@ def choose_layers(
     """The indices of the layers to convert.
 
     layers: "all" softmax layers, or indices and ranges such as "0-7,12".
-    keep_every: of every so many layers among them one stays softmax; 0 keeps none. keep: which, the "last" (Liger-H keeps one after
-      seven, arXiv 2503.01496) or the "first" (mmMamba, arXiv 2502.13145).
+    keep_every: of every so many layers among them one stays softmax; 0 keeps none. keep: which, the
+      "last" (Liger-H keeps one after seven, arXiv 2503.01496) or the "first" (mmMamba, arXiv
+      2502.13145).
 
     Raises:
-      ValueError: layers that are not there, or are no softmax layers; an unknown `keep`; nothing left to convert.
+      ValueError: layers that are not there, or are no softmax layers; an unknown `keep`; nothing
+        left to convert.
     """
     softmax = [i for i, spec in enumerate(specs) if spec.name == CONVERTIBLE]
     named = softmax if layers == "all" else _indices(layers, len(specs))
@@ -75,14 +77,16 @@ def _indices(text: str, count: int) -> list[int]:
 def student_specs(
     teacher: language_model.LanguageModel, student: str, layers: Sequence[int]
 ) -> tuple[pattern.MixerSpec, ...]:
-    """The teacher's mixers with those of `layers` replaced by the pattern `student`, gone over again and again.
+    """The teacher's mixers with those of `layers` replaced by the pattern `student`, gone over
+    again and again.
 
-    A mixer that is softmax attention with another way to mix (`mixers.attention`) takes every option of the teacher's layer
-    that its class does not define anew, and of a window only softmax attention itself; others take heads and head dimension. What
-    the pattern says wins.
+    A mixer that is softmax attention with another way to mix (`mixers.attention`) takes every
+    option of the teacher's layer that its class does not define anew, and of a window only softmax
+    attention itself; others take heads and head dimension. What the pattern says wins.
 
     Raises:
-      ValueError: a pattern that cannot be read, an unknown mixer, or one that cannot stand in a teacher's layer.
+      ValueError: a pattern that cannot be read, an unknown mixer, or one that cannot stand in a
+        teacher's layer.
     """
     try:
         choices = pattern.parse(student)
@@ -138,12 +142,14 @@ def seed_params(
     student: language_model.LanguageModel,
     seed: str = "auto",
 ) -> dict[str, Any]:
-    """The student's first parameters: of every layer whose mixer stays, and of all outside of mixers, the source's; new mixers
-    are initialised, and then, with seed "auto", take what fits:
+    """The student's first parameters: of every layer whose mixer stays, and of all outside of
+    mixers, the source's; new mixers are initialised, and then, with seed "auto", take what fits:
 
     mixers on softmax attention's projections   each parameter of the same name and shape
-    mamba2                                      x, B, C, o from v, k, q, o, heads repeated (Mamba-in-the-Llama, arXiv 2408.15237)
-    others                                      nothing (gated delta nets: InfiniteVL, arXiv 2512.08829)
+    mamba2                                      x, B, C, o from v, k, q, o, heads repeated
+      (Mamba-in-the-Llama, arXiv 2408.15237)
+    others                                      nothing (gated delta nets: InfiniteVL, arXiv
+      2512.08829)
     """
     if seed not in SEEDS:
         raise ValueError(f"unknown seed {seed!r}; choose one of {', '.join(SEEDS)}")
@@ -187,7 +193,8 @@ def _taken_over(new, source, mixer):
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """What `chosen` found: the layers' mixers, r of each selective layer by its index, and the parameters."""
+    """What `chosen` found: the layers' mixers, r of each selective layer by its index, and the
+    parameters."""
 
     specs: tuple[pattern.MixerSpec, ...]
     mix: dict[int, float]
@@ -196,7 +203,8 @@ class Chosen:
 
 
 def chosen(model: language_model.LanguageModel, params: dict[str, Any]) -> Chosen:
-    """Every selective layer as the one of softmax attention and LoLCATs' linear part that it chose: r >= 1/2 stays softmax."""
+    """Every selective layer as the one of softmax attention and LoLCATs' linear part that it chose:
+    r >= 1/2 stays softmax."""
     shared, layers = layer_trees.split(model, params)
     mix = {
         i: float(jax.nn.sigmoid(layers[i]["mixer"]["mix_logit"][0]))

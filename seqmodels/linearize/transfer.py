@@ -1,8 +1,9 @@
-"""Teacher-forced transfer, layer by layer: every student layer sees what the teacher's layer sees, all in one pass.
+"""Teacher-forced transfer, layer by layer: every student layer sees what the teacher's layer sees,
+all in one pass.
 
-A `TransferModel` is a language model whose layers are pairs. The teacher's layer carries the hidden states on; the student's reads
-them, and how far it is off is sown. Nothing is kept between layers but the hidden states, so layers are scanned over and recomputed
-like any model's.
+A `TransferModel` is a language model whose layers are pairs. The teacher's layer carries the hidden
+states on; the student's reads them, and how far it is off is sown. Nothing is kept between layers
+but the hidden states, so layers are scanned over and recomputed like any model's.
 """
 
 import dataclasses
@@ -18,9 +19,10 @@ from seqmodels.linearize import layer_trees, partition
 from seqmodels.modules import blocks, pattern
 
 TEACHER, STUDENT = "teacher", "student"
-# What can be compared, each the mean square over channels of student less teacher: "heads" what the output projection reads, "mixer"
-# what it gives, "block" what the layer gives. "relative" is "mixer" over the teacher's mean square: for reports. Feature maps sow more:
-# "attention_map", "attention_map_kl".
+# What can be compared, each the mean square over channels of student less teacher: "heads" what the
+# output projection reads, "mixer" what it gives, "block" what the layer gives. "relative" is
+# "mixer" over the teacher's mean square: for reports. Feature maps sow more: "attention_map",
+# "attention_map_kl".
 DISTANCES = ("heads", "mixer", "block")
 
 
@@ -45,7 +47,8 @@ class Pair:
 
 
 class PairBlock(blocks.Block):
-    """Both layers of a `Pair` (`spec`) on the same input; the teacher's output goes on. Where they are the same there is one."""
+    """Both layers of a `Pair` (`spec`) on the same input; the teacher's output goes on. Where they
+    are the same there is one."""
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, state, fresh_B, layer):
@@ -76,8 +79,9 @@ _FIELDS = [
 class TransferModel(language_model.LanguageModel):
     """A `LanguageModel` of `Pair`s; its parameters are `params`' result. `losses` runs it.
 
-    Where a layer is not converted there is the teacher's alone, and all outside of layers is the teacher's: what a student has in
-    their place, which an earlier stage may have trained, is `kept`.
+    Where a layer is not converted there is the teacher's alone, and all outside of layers is the
+    teacher's: what a student has in their place, which an earlier stage may have trained, is
+    `kept`.
     """
 
     block = PairBlock
@@ -100,7 +104,8 @@ def make_model(
 
 
 def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, Any]:
-    """A TransferModel's parameters of (model, parameters) of both. Leaves may be boxed and abstract."""
+    """A TransferModel's parameters of (model, parameters) of both. Leaves may be boxed and
+    abstract."""
     shared, theirs = layer_trees.split(*teacher)
     _, own = layer_trees.split(*student)
     layers = [
@@ -111,7 +116,8 @@ def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, An
 
 
 def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
-    """What of a student's (model, parameters) `params` leaves out. Leaves may be boxed and abstract."""
+    """What of a student's (model, parameters) `params` leaves out. Leaves may be boxed and
+    abstract."""
     shared, own = layer_trees.split(*student)
     pairs = enumerate(zip(model.mixers, own))
     return {
@@ -123,7 +129,8 @@ def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
 def student_params(
     model: TransferModel, student, params: dict[str, Any], kept: dict[str, Any]
 ) -> dict[str, Any]:
-    """The student's parameters: converted layers out of a TransferModel's, the rest as it was `kept`."""
+    """The student's parameters: converted layers out of a TransferModel's, the rest as it was
+    `kept`."""
     _, layers = layer_trees.split(model, params)
     own = [
         layer[STUDENT] if pair.converted else kept["layers"][str(i)]
@@ -157,7 +164,8 @@ def _mean_square(x: Array) -> Array:
 
 
 def _watched(block, x_BTD, segment_ids_BT, layer):
-    """The block's output, and what its mixer's output projection reads ("heads") and gives ("mixer")."""
+    """The block's output, and what its mixer's output projection reads ("heads") and gives
+    ("mixer")."""
     seen = {}
 
     def watch(call, arguments, keywords, context):

@@ -8,7 +8,8 @@ import importlib
 
 from seqmodels.mixers.base import Layer, Mixer
 
-# name: (module, class). Modules are imported when asked for, so that one mixer's needs are not everyone's.
+# name: (module, class). Modules are imported when asked for, so that one mixer's needs are not
+#   everyone's.
 _MIXERS = {
     "attention": ("attention", "Attention"),
     "delta_net": ("delta_net", "DeltaNet"),
@@ -41,7 +42,8 @@ def names() -> list[str]:
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The class called `name`. Raises ValueError, listing the choices, for a name that is not registered."""
+    """The class called `name`. Raises ValueError, listing the choices, for a name that is not
+    registered."""
     if name not in _MIXERS:
         raise ValueError(f"unknown mixer {name!r}; choose one of {', '.join(names())}")
     module, attribute = _MIXERS[name]

@@ -28,15 +28,18 @@ class KeyValueCache:
 
 
 class Attention(base.Mixer):
-    """o_t = W_o softmax(q_t . k_s / sqrt(K)) v_s over s <= t, rotary positions (arXiv 1706.03762, 2104.09864).
+    """o_t = W_o softmax(q_t . k_s / sqrt(K)) v_s over s <= t, rotary positions (arXiv 1706.03762,
+    2104.09864).
 
     num_heads, num_kv_heads: H query heads in G key/value groups; G = 1 is multi-query, None is H.
     head_dim: K; None is D / H.
-    window: a token sees itself and window-1 tokens before it; None sees all, and then the cache holds
-      `max_length` tokens: decoding past it is the caller's error (`experiments.generate` checks).
-    rope_base: None leaves positions out. rope_fraction: the part of each head's channels that is rotated.
-      rope_scaling: for long contexts, see `positions.frequencies`.
-    qk_norm: RMS norm on each head's q and k before the rotation; a name of `norms.NORMS` takes that one. norm_eps: theirs.
+    window: a token sees itself and window-1 tokens before it; None sees all, and then the cache
+      holds `max_length` tokens: decoding past it is the caller's error (`experiments.generate`
+      checks).
+    rope_base: None leaves positions out. rope_fraction: the part of each head's channels that is
+      rotated. rope_scaling: for long contexts, see `positions.frequencies`.
+    qk_norm: RMS norm on each head's q and k before the rotation; a name of `norms.NORMS` takes that
+      one. norm_eps: theirs.
     use_bias: of the projections; o_bias of the output's, None the same.
     output_gate: y = W_o (o * sigmoid(W_g x)) (arXiv 2505.06708).
     """
@@ -83,7 +86,8 @@ class Attention(base.Mixer):
         o_BTHK, state = self._attend(q_BTHK, k_BTGK, v_BTGK, position_BT, segment_ids_BT, state)
         return self._output(x_BTD, o_BTHK), state
 
-    # Linearized students (liger, lolcats, ...) are subclasses: the same projections around another way to mix.
+    # Linearized students (liger, lolcats, ...) are subclasses: the same projections around another
+    # way to mix.
 
     def _queries_keys_values(self, x_BTD):
         """Before the rotation."""
@@ -108,7 +112,8 @@ class Attention(base.Mixer):
         """Softmax attention over these tokens and those in the cache, and the cache after them."""
         new = (k_BTGK, v_BTGK, position_BT, segment_ids_BT)
         if state is None:
-            # Without a state the tokens may be more than a cache holds: it is as long as they are then.
+            # Without a state the tokens may be more than a cache holds: it is as long as they are
+            # then.
             _, state = self._extend(self._empty(*position_BT.shape), *new)
             seen = {"k_BTGK": k_BTGK, "v_BTGV": v_BTGK, "segment_ids": segment_ids_BT}
         else:
@@ -128,7 +133,8 @@ class Attention(base.Mixer):
         return self.merge_heads(o_BTHK, use_bias=o_bias)
 
     def _extend(self, cache: KeyValueCache, k_BTGK, v_BTGK, position_BT, segment_ids_BT):
-        """Adds new tokens to the cache. Returns what these tokens may look at, and the cache after them."""
+        """Adds new tokens to the cache. Returns what these tokens may look at, and the cache after
+        them."""
         B, T = position_BT.shape
         if segment_ids_BT is None:
             segment_ids_BT = jnp.zeros((B, T), jnp.int32)

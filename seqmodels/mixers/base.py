@@ -16,8 +16,8 @@ class Layer:
 
     index: 0-based, a traced scalar under scan over layers.
     count: number of layers L.
-    lower_bound_D: the learned, layer-wise increasing forget-gate bound of HGRN and HGRN2, for mixers whose
-      class sets `uses_lower_bound`.
+    lower_bound_D: the learned, layer-wise increasing forget-gate bound of HGRN and HGRN2, for
+      mixers whose class sets `uses_lower_bound`.
     """
 
     index: int | Array
@@ -28,13 +28,15 @@ class Layer:
 class Mixer(nn.Module):
     """y_BTD, state = mixer(x_BTD, segment_ids_BT=None, state=None).
 
-    Training, prefill and decoding are this one call with different T. `state` is a pytree of fixed size in T;
-    None starts from nothing. Feeding a sequence in any pieces, each with the state the last one returned, gives
-    what feeding it whole gives. A state that is passed in belongs to the document of the first token.
+    Training, prefill and decoding are this one call with different T. `state` is a pytree of fixed
+    size in T; None starts from nothing. Feeding a sequence in any pieces, each with the state the
+    last one returned, gives what feeding it whole gives. A state that is passed in belongs to the
+    document of the first token.
 
     d_model: width D of input and output.
     dtype: of the matmuls and activations; states, gates and norms are float32 whatever it says.
-    param_dtype: of the parameters, but for those that are used in float32: of gates, decays, norms and feature maps.
+    param_dtype: of the parameters, but for those that are used in float32: of gates, decays, norms
+      and feature maps.
     implementation: which form of the operator to use; None picks the best.
     """
 

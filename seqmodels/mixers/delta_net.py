@@ -24,11 +24,12 @@ class State:
 
 
 class DeltaRuleMixer(base.Mixer):
-    """S_t = (I - beta_t,n k_t,n k_t,n^T) ... (I - beta_t,1 k_t,1 k_t,1^T) alpha_t S_{t-1} + what the n steps write.
+    """S_t = (I - beta_t,n k_t,n k_t,n^T) ... (I - beta_t,1 k_t,1 k_t,1^T) alpha_t S_{t-1} + what
+    the n steps write.
 
-    q, k, v = silu(conv(W x)), q and k of unit length; beta = sigmoid(W_b x); alpha = exp(-exp(A_log)
-    softplus(W_a x + dt_bias)) a head, or 1; o_t = S_t^T q_t / sqrt(K); y = W_o RMSNorm(o), or
-    W_o (RMSNorm(o) * silu(W_g x)). Norm and gain are a head's.
+    q, k, v = silu(conv(W x)), q and k of unit length; beta = sigmoid(W_b x); alpha =
+    exp(-exp(A_log) softplus(W_a x + dt_bias)) a head, or 1; o_t = S_t^T q_t / sqrt(K); y = W_o
+    RMSNorm(o), or W_o (RMSNorm(o) * silu(W_g x)). Norm and gain are a head's.
 
     num_heads: G heads of q and k. num_v_heads: H heads of v, beta and alpha; None is G.
     head_dim: K; None is key_width D / G. expand_v: V / K.
@@ -135,7 +136,8 @@ class DeltaRuleMixer(base.Mixer):
 
 
 def _on_step(x: Array, n: int, *, last: bool) -> Array:
-    """(B, T, ...) to (B, T n, ...): x on the first or last of each token's n steps, zeros on the others."""
+    """(B, T, ...) to (B, T n, ...): x on the first or last of each token's n steps, zeros on the
+    others."""
     before, after = (n - 1, 0) if last else (0, n - 1)
     padded = jnp.pad(x[:, :, None], ((0, 0), (0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
     return padded.reshape(x.shape[0], -1, *x.shape[2:])
@@ -145,7 +147,8 @@ class DeltaNet(DeltaRuleMixer):
     """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;  o_t = S_t^T q_t / sqrt(K)
     (Yang et al., arXiv 2406.06484, eq. 4 and section 3.3).
 
-    Projections, options and initial values: `DeltaRuleMixer`. use_gate: gate the normed output by silu(W_g x).
+    Projections, options and initial values: `DeltaRuleMixer`. use_gate: gate the normed output by
+    silu(W_g x).
     """
 
     use_gate: bool = False

@@ -1,11 +1,13 @@
-"""DeltaProduct: several delta-rule steps a token, so that its transition is a product of Householder matrices."""
+"""DeltaProduct: several delta-rule steps a token, so that its transition is a product of
+Householder matrices."""
 
 from seqmodels.mixers import delta_net
 
 
 class DeltaProduct(delta_net.DeltaRuleMixer):
     """S_t = A_t S_{t-1} + B_t;  A_t = prod_{j=n..1} (I - beta_t,j k_t,j k_t,j^T);
-    B_t = sum_j (prod_{i=n..j+1} (I - beta_t,i k_t,i k_t,i^T)) beta_t,j k_t,j v_t,j^T;  o_t = S_t^T q_t / sqrt(K)
+    B_t = sum_j (prod_{i=n..j+1} (I - beta_t,i k_t,i k_t,i^T)) beta_t,j k_t,j v_t,j^T;  o_t = S_t^T
+      q_t / sqrt(K)
     (Siems et al., arXiv 2502.10297, section 3).
 
     k, v and beta have n copies, each with its own projection and convolution; q has one.

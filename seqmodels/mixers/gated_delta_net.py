@@ -9,7 +9,8 @@ class GatedDeltaNet(delta_net.DeltaRuleMixer):
 
     alpha = exp(-exp(A_log) softplus(W_a x + dt_bias)) a head; y = W_o (RMSNorm(o) * silu(W_g x)).
     A ~ U(0, 16); dt_bias is the inverse softplus of dt ~ LogU(1e-3, 0.1).
-    Projections and options: `DeltaRuleMixer`. head_dim None is 3/4 D / G, as published. use_gate: the factor silu(W_g x).
+    Projections and options: `DeltaRuleMixer`. head_dim None is 3/4 D / G, as published. use_gate:
+      the factor silu(W_g x).
     """
 
     expand_v: float = 2.0

@@ -16,7 +16,8 @@ def inverse_softplus(y: Array) -> Array:
 
 
 def log_uniform_dt_bias(dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4):
-    """Initializer: the inverse softplus of dt ~ LogU(dt_min, dt_max), not under dt_floor (Mamba, arXiv 2312.00752)."""
+    """Initializer: the inverse softplus of dt ~ LogU(dt_min, dt_max), not under dt_floor (Mamba,
+    arXiv 2312.00752)."""
 
     def init(key, shape, dtype=jnp.float32):
         log_dt = jax.random.uniform(key, shape, dtype, jnp.log(dt_min), jnp.log(dt_max))
@@ -26,7 +27,8 @@ def log_uniform_dt_bias(dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: flo
 
 
 def log_uniform_A(A_min: float, A_max: float):
-    """Initializer: log A with A ~ U(A_min, A_max). A_min = 0 draws from (0, A_max], so the log is finite."""
+    """Initializer: log A with A ~ U(A_min, A_max). A_min = 0 draws from (0, A_max], so the log is
+    finite."""
 
     def init(key, shape, dtype=jnp.float32):
         return jnp.log(A_max - jax.random.uniform(key, shape, dtype, 0.0, A_max - A_min))
@@ -35,7 +37,8 @@ def log_uniform_A(A_min: float, A_max: float):
 
 
 class SoftplusDecay(nn.Module):
-    """log a_t = -exp(A_log) dt_t, dt_t = softplus(x_t + dt_bias), one a head (Mamba-2, arXiv 2405.21060, section 7).
+    """log a_t = -exp(A_log) dt_t, dt_t = softplus(x_t + dt_bias), one a head (Mamba-2, arXiv
+    2405.21060, section 7).
 
     Returns (log_decay_BTH, dt_BTH), float32.
 

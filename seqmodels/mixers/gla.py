@@ -13,8 +13,9 @@ class GLA(base.Mixer):
     """S_t = diag(alpha_t) S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t / sqrt(K)
     (Yang et al., arXiv 2312.06635, section 4.1 and eq. 3).
 
-    q, k, v = W x, with no map and no convolution; log alpha = logsigmoid(W_up W_down x + b) / `gate_temperature`;
-    y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. b starts at 0. The state is S_BHKV.
+    q, k, v = W x, with no map and no convolution; log alpha = logsigmoid(W_up W_down x + b) /
+    `gate_temperature`; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. b starts at 0.
+    The state is S_BHKV.
 
     num_heads: H. expand_k, expand_v: widths of all heads of k and of v, in D.
     gate_rank: width of W_down x.

@@ -1,4 +1,5 @@
-"""LAWCAT: a softmax layer's projections, short convolutions on q and k, and normalised gated linear attention."""
+"""LAWCAT: a softmax layer's projections, short convolutions on q and k, and normalised gated linear
+attention."""
 
 import flax.linen as nn
 import flax.struct
@@ -13,7 +14,8 @@ from seqmodels.modules import feature_maps, positions, short_conv
 
 @flax.struct.dataclass
 class State:
-    """S_BHFV, its last column the sum of weights; the last inputs of the convolutions; the next token's place."""
+    """S_BHFV, its last column the sum of weights; the last inputs of the convolutions; the next
+    token's place."""
 
     S_BHFV: Array
     q_tail: Array | None
@@ -22,14 +24,18 @@ class State:
 
 
 class LAWCAT(attention.Attention):
-    """S_t = diag(a_t) S_{t-1} + phi(k_t) [v_t, 1]^T;  [n_t, d_t] = S_t^T phi(q_t);  y = W_o n_t / (d_t + eps)
-    (LAWCAT, arXiv 2509.18467; the paper's code is not public, so the normaliser's form and the gate are inferred).
+    """S_t = diag(a_t) S_{t-1} + phi(k_t) [v_t, 1]^T;  [n_t, d_t] = S_t^T phi(q_t);  y = W_o n_t /
+      (d_t + eps)
+    (LAWCAT, arXiv 2509.18467; the paper's code is not public, so the normaliser's form and the gate
+      are inferred).
 
-    q, k, v, W_o and every option of theirs are `Attention`'s. q and k pass causal depthwise convolutions that start as the
-    identity, are rotated, and go through a learned map. log a = logsigmoid(W_up W_down x + b) / gate_temperature, a feature of a
-    head; W_up starts at 0 and b at `gate_bias`, so that at first every feature is forgotten alike, and slowly.
+    q, k, v, W_o and every option of theirs are `Attention`'s. q and k pass causal depthwise
+    convolutions that start as the identity, are rotated, and go through a learned map. log a =
+    logsigmoid(W_up W_down x + b) / gate_temperature, a feature of a head; W_up starts at 0 and b at
+    `gate_bias`, so that at first every feature is forgotten alike, and slowly.
 
-    conv_width: taps; None: no convolutions. feature_map, features: `feature_maps`, never negative. gate_rank: of W_down; None: a = 1.
+    conv_width: taps; None: no convolutions. feature_map, features: `feature_maps`, never negative.
+      gate_rank: of W_down; None: a = 1.
     """
 
     window: None = None

@@ -1,4 +1,5 @@
-"""Liger Attention: a softmax layer's own projections as gated linear attention, beside a short softmax window."""
+"""Liger Attention: a softmax layer's own projections as gated linear attention, beside a short
+softmax window."""
 
 import flax.linen as nn
 import flax.struct
@@ -26,19 +27,23 @@ class Liger(attention.Attention):
     """y = W_o (mix S_t^T phi(q_t) + (1 - mix) o_window),  S_t = diag(a_t) S_{t-1} + phi(k_t) v_t^T
     (Liger, Lan et al., arXiv 2503.01496, eqs. 5-9 and table 1).
 
-    q, k, v, W_o and every option of theirs are `Attention`'s, so that a softmax layer's weights fit as they are; there are no
-    new parameters. phi is a softmax over a head's channels, of q and k before the rotation. o_window is softmax attention with
-    the rotation. The gate is made of the keys z = k before the rotation, in float32:
+    q, k, v, W_o and every option of theirs are `Attention`'s, so that a softmax layer's weights fit
+    as they are; there are no new parameters. phi is a softmax over a head's channels, of q and k
+    before the rotation. o_window is softmax attention with the rotation. The gate is made of the
+    keys z = k before the rotation, in float32:
 
         gla      log a = logsigmoid(z) / gate_temperature, a channel
         hgrn2    log a = logsigmoid(z) a channel, and 1 - sigmoid(z) in the place of phi(k)
         scalar   log a = logsigmoid(mean of a head's z) / gate_temperature
         none     a = 1
 
-    The paper's pooling of the keys is over windows of one in the released code: the gate's logits are the raw keys.
+    The paper's pooling of the keys is over windows of one in the released code: the gate's logits
+    are the raw keys.
 
-    window: None leaves the softmax part out, and then mix is 1. gate_source: "keys", or "projection" for a new W_g x, random at
-    first: the paper's ablation. feature_map, features: of phi; a learned one is another of its ablations.
+    window: None leaves the softmax part out, and then mix is 1. gate_source: "keys", or
+      "projection" for a new W_g x, random at
+    first: the paper's ablation. feature_map, features: of phi; a learned one is another of its
+      ablations.
     """
 
     window: int | None = 64

@@ -12,7 +12,8 @@ from seqmodels.operators import linear_attention
 
 @flax.struct.dataclass
 class State:
-    """S_BHFV = sum_s phi(k_s) v_s^T, with sum_s phi(k_s) as a last column where the output is normalised.
+    """S_BHFV = sum_s phi(k_s) v_s^T, with sum_s phi(k_s) as a last column where the output is
+    normalised.
 
     next_position_B: the place of the next token in its document.
     """
@@ -23,10 +24,11 @@ class State:
 
 class LinearAttention(base.Mixer):
     """o_t = sum_{s<=t} w_ts v_s / (sum_{s<=t} w_ts + eps),  w_ts = phi_q(q_t) . phi_k(k_s)
-    (Katharopoulos et al., arXiv 2006.16236, eqs. 8-9); with `normalize=False`, o_t = F^-1/2 sum_s w_ts v_s.
+    (Katharopoulos et al., arXiv 2006.16236, eqs. 8-9); with `normalize=False`, o_t = F^-1/2 sum_s
+      w_ts v_s.
 
-    q, k, v = W x, rotated before the map if `rope_base` is given; y = W_o o. The denominator is a column of ones
-    beside v, so it shares the state and the operator's one pass.
+    q, k, v = W x, rotated before the map if `rope_base` is given; y = W_o o. The denominator is a
+    column of ones beside v, so it shares the state and the operator's one pass.
 
     num_heads: H. head_dim: K and V; None is D / H.
     q_map, k_map: `feature_maps` by name; k_map None is q_map's name, with parameters of its own.

@@ -1,4 +1,5 @@
-"""LoLCATs' attention: softmax within a window and a learned linear part before it, under one denominator."""
+"""LoLCATs' attention: softmax within a window and a learned linear part before it, under one
+denominator."""
 
 import flax.linen as nn
 import flax.struct
@@ -13,9 +14,11 @@ from seqmodels.modules import attention_maps, feature_maps, layers, positions
 
 @flax.struct.dataclass
 class State:
-    """S_BHFV = sum phi(k_n) [v_n, 1]^T over the tokens before the window, and the window's tokens in a ring buffer.
+    """S_BHFV = sum phi(k_n) [v_n, 1]^T over the tokens before the window, and the window's tokens
+    in a ring buffer.
 
-    k_BSGK are rotated. filled_BS: slots that hold a token of the document. next_position_B: of the next token in it.
+    k_BSGK are rotated. filled_BS: slots that hold a token of the document. next_position_B: of the
+    next token in it.
     """
 
     S_BHFV: Array
@@ -26,21 +29,24 @@ class State:
 
 
 class LoLCATs(attention.Attention):
-    """y_m = W_o (sum_n a_mn v_n) / (sum_n a_mn)   (Zhang et al., arXiv 2410.10254, section 3.2 and eq. 7), where
+    """y_m = W_o (sum_n a_mn v_n) / (sum_n a_mn)   (Zhang et al., arXiv 2410.10254, section 3.2 and
+      eq. 7), where
 
-        a_mn = g exp(q_m . k_n / sqrt(K) - c_m)     for the `window` latest n, m among them; c_m the largest exponent
+        a_mn = g exp(q_m . k_n / sqrt(K) - c_m)     for the `window` latest n, m among them; c_m the
+          largest exponent
         a_mn = phi_q(q_m) . phi_k(k_n)              for those before
 
-    q, k, v, W_o and every option of theirs are `Attention`'s; phi comes after the rotation, one matrix a query head;
-    g = sigmoid(factor), one a head. The largest exponent is taken out of the softmax part only, as published, so what the
-    parts weigh against each other depends on it.
+    q, k, v, W_o and every option of theirs are `Attention`'s; phi comes after the rotation, one
+    matrix a query head; g = sigmoid(factor), one a head. The largest exponent is taken out of the
+    softmax part only, as published, so what the parts weigh against each other depends on it.
 
-    window: None leaves the softmax part out: Hedgehog (arXiv 2402.04347). feature_map, features: `feature_maps`, never negative;
-    features None is K. factor_init: of the factor; -2.1972 is g = 0.1. eps: added to the denominator without a window.
+    window: None leaves the softmax part out: Hedgehog (arXiv 2402.04347). feature_map, features:
+    `feature_maps`, never negative; features None is K. factor_init: of the factor; -2.1972 is g =
+    0.1. eps: added to the denominator without a window.
 
-    Sows "attention_map", the cross-entropy of these weights on softmax attention's (`attention_maps.cross_entropy`), and
-    "attention_map_kl", less softmax's own entropy: means over heads, (B, T). They are computed where the collection
-    "intermediates" is asked for.
+    Sows "attention_map", the cross-entropy of these weights on softmax attention's
+    (`attention_maps.cross_entropy`), and "attention_map_kl", less softmax's own entropy: means over
+    heads, (B, T). They are computed where the collection "intermediates" is asked for.
     """
 
     window: int | None = 64
@@ -77,7 +83,8 @@ class LoLCATs(attention.Attention):
         run_BT = jnp.zeros((B, T), jnp.int32)
         if segment_ids_BT is not None:
             run_BT = operators.run_index(segment_ids_BT)
-        # Along S: the w tokens before, then these. Token t is at t + w; at t is the one that leaves its window.
+        # Along S: the w tokens before, then these. Token t is at t + w; at t is the one that leaves
+        # its window.
         k_BSGK, v_BSGV, filled_BS, run_BS = (
             jnp.concatenate([before, now], axis=1)
             for before, now in (
@@ -147,10 +154,12 @@ class LoLCATs(attention.Attention):
 def window_sums(
     q_BTHK: Array, k_BSGK: Array, v_BSGV: Array, filled_BS: Array, run_BS: Array, window: int
 ) -> Array:
-    """sum_n exp(q_t . k_n / sqrt(K) - c_t) [v_n, 1] over the `window` latest tokens n of t's document, t among them; float32.
+    """sum_n exp(q_t . k_n / sqrt(K) - c_t) [v_n, 1] over the `window` latest tokens n of t's
+    document, t among them; float32.
 
-    c_t is the largest exponent. Keys begin `window` tokens before the queries: S = window + T. Queries are taken in blocks of
-    `window`, each with the two blocks of keys it can see: memory and time are O(T * window).
+    c_t is the largest exponent. Keys begin `window` tokens before the queries: S = window + T.
+    Queries are taken in blocks of `window`, each with the two blocks of keys it can see: memory and
+    time are O(T * window).
     """
     (B, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
     C = min(window, T)

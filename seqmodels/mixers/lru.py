@@ -22,10 +22,10 @@ class LRU(base.Mixer):
     """h_t = lambda * h_{t-1} + exp(gamma_log) * B x_t;  y_t = Re(C h_t) + D * x_t
     (Orvieto et al., arXiv 2303.06349, section 3 and appendix A).
 
-    lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1. At the start lambda is uniform on the ring
-    r_min <= |lambda| <= r_max with phase in [0, max_phase], exp(gamma_log) = sqrt(1 - |lambda|^2),
-    B ~ N(0, 1/(2D)) and C ~ N(0, 1/K) in each of the real and imaginary parts, D ~ N(0, 1).
-    There is no nonlinearity in it: the channel mixer is that.
+    lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1. At the start lambda is uniform
+    on the ring r_min <= |lambda| <= r_max with phase in [0, max_phase], exp(gamma_log) = sqrt(1 -
+    |lambda|^2), B ~ N(0, 1/(2D)) and C ~ N(0, 1/K) in each of the real and imaginary parts, D ~
+    N(0, 1). There is no nonlinearity in it: the channel mixer is that.
 
     d_state: K complex states; None is D.
     """
@@ -77,7 +77,8 @@ class LRU(base.Mixer):
         return (y_BTD + x_BTD * D_D[None, None]).astype(self.dtype), State(h_BK)
 
     def _nu_log_init(self, key, shape, dtype=jnp.float32):
-        # |lambda|^2 uniform, so that lambda is uniform over the ring's area; u > 0 keeps the logarithm finite.
+        # |lambda|^2 uniform, so that lambda is uniform over the ring's area; u > 0 keeps the
+        # logarithm finite.
         u = jax.random.uniform(key, shape, dtype, minval=1e-6, maxval=1.0)
         return jnp.log(-0.5 * jnp.log(u * (self.r_max**2 - self.r_min**2) + self.r_min**2))
 

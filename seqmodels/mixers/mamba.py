@@ -25,12 +25,13 @@ class Mamba(base.Mixer):
     """h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t^T;  o_t = h_t C_t + D * x_t
     (Gu & Dao, arXiv 2312.00752, section 3 and appendix C).
 
-    x = silu(conv(W_x u) + bias) of the input u; B, C = W_B x, W_C x; dt = softplus(W_dt W_r x + dt_bias) a channel;
-    y = W_o (o * silu(W_z u)). A = -exp(A_log) is (E, K).
-    A_log = log(1..K) in every channel, D = 1, dt ~ LogU(1e-3, 0.1), W_dt ~ U(-1, 1) / sqrt(R).
+    x = silu(conv(W_x u) + bias) of the input u; B, C = W_B x, W_C x; dt = softplus(W_dt W_r x +
+    dt_bias) a channel; y = W_o (o * silu(W_z u)). A = -exp(A_log) is (E, K). A_log = log(1..K) in
+    every channel, D = 1, dt ~ LogU(1e-3, 0.1), W_dt ~ U(-1, 1) / sqrt(R).
 
     expand: E = expand D is the inner width. d_state: K. dt_rank: R; None is D / 16, rounded up.
-    negative_eigenvalues: the decay s becomes 2s - 1, in [-1, 1] (Grazzi et al., arXiv 2411.12537, section 4.1).
+    negative_eigenvalues: the decay s becomes 2s - 1, in [-1, 1] (Grazzi et al., arXiv 2411.12537,
+      section 4.1).
     use_bias: of W_x, W_z and W_o. conv_bias: of the convolution.
     chunk_size: the (E, K) states of so many tokens exist at once, in both passes.
     """
@@ -94,9 +95,11 @@ class Mamba(base.Mixer):
 
     @nn.nowrap
     def _scan(self, axis_name, x_BTE, dt_BTE, B_BTK, C_BTK, A_EK, start_BT, h_BEK):
-        """The recurrence, chunk after chunk. A chunk's states are recomputed for its gradient, not kept.
+        """The recurrence, chunk after chunk. A chunk's states are recomputed for its gradient, not
+        kept.
 
-        A part of time that others come before is gone through twice: first for its decay and its own state, without outputs.
+        A part of time that others come before is gone through twice: first for its decay and its
+        own state, without outputs.
         """
         B, T, E = x_BTE.shape
         K = A_EK.shape[1]

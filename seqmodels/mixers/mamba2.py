@@ -24,9 +24,9 @@ class Mamba2(base.Mixer):
     """S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T;  o_t = S_t^T C_t + D x_t
     (Dao & Gu, arXiv 2405.21060, eq. 16 and section 7).
 
-    x, B, C = silu(conv(W u) + bias) of the input u; dt = softplus(W_dt u + dt_bias), A = -exp(A_log) and D one a head;
-    y = W_o RMSNorm(o * silu(W_z u)), the mean square being over the heads of one group, the gain over all.
-    A ~ U(1, 16), dt ~ LogU(1e-3, 0.1), D = 1.
+    x, B, C = silu(conv(W u) + bias) of the input u; dt = softplus(W_dt u + dt_bias), A =
+    -exp(A_log) and D one a head; y = W_o RMSNorm(o * silu(W_z u)), the mean square being over the
+    heads of one group, the gain over all. A ~ U(1, 16), dt ~ LogU(1e-3, 0.1), D = 1.
 
     expand: E = expand D is the width of x and z. head_dim: V; there are H = E / V heads.
     d_state: K, the width of B and C. num_groups: G; the H / G heads of a group share B and C.

@@ -15,7 +15,8 @@ INPUT_GATES = ("exp", "sigmoid")
 
 @flax.struct.dataclass
 class State:
-    """S_BHKV = [C || n] e^-m: the memory, its normaliser as a last column, and their log scale m_BH.
+    """S_BHKV = [C || n] e^-m: the memory, its normaliser as a last column, and their log scale
+    m_BH.
 
     Without `normalize` there is no n; with a sigmoid gate no m.
     """
@@ -26,16 +27,17 @@ class State:
 
 class MLSTM(base.Mixer):
     """C_t = f_t C_{t-1} + i_t k_t v_t^T,  n_t = f_t n_{t-1} + i_t k_t,  q scaled by K^-1/2,
-    h_t = C_t^T q_t / max(|n_t . q_t|, 1)  (Beck et al., arXiv 2405.04517, eqs. 19-27; layer of arXiv 2503.13427).
+    h_t = C_t^T q_t / max(|n_t . q_t|, 1)  (Beck et al., arXiv 2405.04517, eqs. 19-27; layer of
+      arXiv 2503.13427).
 
-    f = sigmoid(W_f x), i = exp(W_i x) or sigmoid(W_i x) (arXiv 2503.14376), preactivations soft-capped to
-    c tanh(. / c); y = W_o (sigmoid(W_g x) * LayerNorm(h)), the norm on each head with a gain a channel. W_i and
-    W_f start at 0 with biases -10 and linspace(3, 6) over heads.
+    f = sigmoid(W_f x), i = exp(W_i x) or sigmoid(W_i x) (arXiv 2503.14376), preactivations
+    soft-capped to c tanh(. / c); y = W_o (sigmoid(W_g x) * LayerNorm(h)), the norm on each head
+    with a gain a channel. W_i and W_f start at 0 with biases -10 and linspace(3, 6) over heads.
 
-    With the exponential gate everything is held times e^-m_t, m_t = max(log f_t + m_{t-1}, log i_t), which
-    `stabiliser` finds first, from the gates alone. Then f_t e^(m_{t-1} - m_t) <= 1 is an ordinary decay,
-    i_t e^-m_t <= 1 scales the key, n is a column of ones beside v, and the denominator reads
-    max(|n . q|, e^-m) + eps.
+    With the exponential gate everything is held times e^-m_t, m_t = max(log f_t + m_{t-1}, log
+    i_t), which `stabiliser` finds first, from the gates alone. Then f_t e^(m_{t-1} - m_t) <= 1 is
+    an ordinary decay, i_t e^-m_t <= 1 scales the key, n is a column of ones beside v, and the
+    denominator reads max(|n . q|, e^-m) + eps.
 
     num_heads: H. qk_dim_factor, v_dim_factor: widths of all heads of q and k, and of v, in D.
     input_gate: "exp" or "sigmoid". normalize: False, for the sigmoid gate only, has h = C^T q.
@@ -92,9 +94,10 @@ class MLSTM(base.Mixer):
         i_BTH = self._gate(x_BTD, "i", nn.initializers.constant(self.input_gate_bias))
         m_BH, floor_BTH = None, 1.0
         if self.input_gate == "exp":
-            # m only sets the scale numerator, denominator and state share: the output's derivative with respect
-            # to it is 0 but for the share eps / denominator of eps. It is a constant to the backward pass, in all
-            # places alike, so that no gradient meets e^-m (large) or a tie of the maximum.
+            # m only sets the scale numerator, denominator and state share: the output's derivative
+            # with respect to it is 0 but for the share eps / denominator of eps. It is a constant
+            # to the backward pass, in all places alike, so that no gradient meets e^-m (large) or a
+            # tie of the maximum.
             m_BTH = jax.lax.stop_gradient(stabiliser(log_f_BTH, i_BTH, state.m_BH, segment_ids_BT))
             previous_BTH = operators.previous(m_BTH, state.m_BH, "BTH")
             log_decay_BTH = log_f_BTH + jax.lax.stop_gradient(previous_BTH) - m_BTH
@@ -134,11 +137,12 @@ class MLSTM(base.Mixer):
 def stabiliser(
     log_f_BTH: Array, i_BTH: Array, m_BH: Array, segment_ids_BT: Array | None = None
 ) -> Array:
-    """m_t = max(log f_t + m_{t-1}, i_t) in float32, from m_BH at the first token and from 0 at a document's start.
+    """m_t = max(log f_t + m_{t-1}, i_t) in float32, from m_BH at the first token and from 0 at a
+    document's start.
 
-    Each token is the map m -> max(a + m, b), and such maps compose to such maps: (a', b') after (a, b) is
-    (a + a', max(b + a', b')). So all are found by an associative scan. A document's start ignores what enters:
-    a is -inf.
+    Each token is the map m -> max(a + m, b), and such maps compose to such maps: (a', b') after (a,
+    b) is (a + a', max(b + a', b')). So all are found by an associative scan. A document's start
+    ignores what enters: a is -inf.
     """
     a_BTH, b_BTH = log_f_BTH, i_BTH
     if segment_ids_BT is not None:

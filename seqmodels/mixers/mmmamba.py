@@ -28,12 +28,13 @@ class MMMamba(attention.Attention):
     """S_t = gamma_t S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t;  y = W_o (RMSNorm(o) * silu(W_g x))
     (mmMamba, Liao et al., arXiv 2502.13145, eqs. 6-10).
 
-    q, k, v = silu(conv(W x) + bias), W and W_o a softmax layer's, whose options these are; no rotation, no norm of q and k. gamma =
-    exp(-exp(A_log) softplus(W_dt x + dt_bias)), one a head. The norm is a head's. W_g starts Xavier uniform with gain 2^-2.5.
+    q, k, v = silu(conv(W x) + bias), W and W_o a softmax layer's, whose options these are; no
+    rotation, no norm of q and k. gamma = exp(-exp(A_log) softplus(W_dt x + dt_bias)), one a head.
+    The norm is a head's. W_g starts Xavier uniform with gain 2^-2.5.
 
-    seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A = e, so that little is
-      forgotten, and convolutions that pass their last input (silu after them still changes it). "scratch": dt_bias = 0, A ~ U(1, 16),
-      random convolutions and W_dt.
+    seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A =
+      e, so that little is forgotten, and convolutions that pass their last input (silu after them
+      still changes it). "scratch": dt_bias = 0, A ~ U(1, 16), random convolutions and W_dt.
     """
 
     rope_base: float | None = None

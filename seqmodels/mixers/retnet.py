@@ -22,8 +22,9 @@ class RetNet(base.Mixer):
     """S_t = gamma_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t / sqrt(K);  gamma_h = 1 - 2^(-5-h)
     (Sun et al., arXiv 2307.08621, eqs. 6 and 8).
 
-    q, k = rope(W x), v = W_v x; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. No parameter sets the
-    decay. Rotary positions without xPos' scaling and RMSNorm for GroupNorm, as in flash-linear-attention.
+    q, k = rope(W x), v = W_v x; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. No
+    parameter sets the decay. Rotary positions without xPos' scaling and RMSNorm for GroupNorm, as
+    in flash-linear-attention.
 
     num_heads: H. expand_k, expand_v: widths of all heads of k and of v, in D.
     """

@@ -16,7 +16,8 @@ MAX_SQRT_GRADIENT = 1000.0
 
 @flax.struct.dataclass
 class State:
-    """h_BE, the last inputs of the convolution, and whether the document has begun: its first token is written whole."""
+    """h_BE, the last inputs of the convolution, and whether the document has begun: its first token
+    is written whole."""
 
     h_BE: Array
     x_tail: Array
@@ -24,12 +25,13 @@ class State:
 
 
 class RGLRU(base.Mixer):
-    """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t);  log a_t = -c softplus(Lambda) * r_t, c = 8
+    """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t);  log a_t = -c softplus(Lambda) * r_t, c
+      = 8
     (De et al., arXiv 2402.19427, section 2.4).
 
-    x = conv(W_x u + b_x) + b_c of the input u; r, i = sigmoid(W x + b), W block-diagonal, one block a head;
-    y = W_o (h * gelu(W_g u + b_g)) + b_o. A document's first token is not scaled by sqrt(1 - a^2).
-    a^c ~ U(0.9, 0.999) where r = 1.
+    x = conv(W_x u + b_x) + b_c of the input u; r, i = sigmoid(W x + b), W block-diagonal, one block
+    a head; y = W_o (h * gelu(W_g u + b_g)) + b_o. A document's first token is not scaled by sqrt(1
+    - a^2). a^c ~ U(0.9, 0.999) where r = 1.
 
     num_heads: H blocks of the two gates. lru_width: E; None is D.
     """
@@ -124,7 +126,8 @@ def _decay_init(key, shape, dtype=jnp.float32):
 
 @jax.custom_jvp
 def sqrt_bounded_gradient(x: Array) -> Array:
-    """sqrt(x), x >= 0, whose derivative stops growing at 1000: that of sqrt(1 - a^2) is infinite at a = 1."""
+    """sqrt(x), x >= 0, whose derivative stops growing at 1000: that of sqrt(1 - a^2) is infinite at
+    a = 1."""
     return jnp.sqrt(x)
 
 

@@ -18,11 +18,14 @@ class State:
 
 
 class Selective(lolcats.LoLCATs):
-    """o = r o_softmax + (1 - r) o_linear,  r = sigmoid(mix_logit), one number a layer (LinVideo, arXiv 2510.08318, eq. 3).
+    """o = r o_softmax + (1 - r) o_linear,  r = sigmoid(mix_logit), one number a layer (LinVideo,
+      arXiv 2510.08318, eq. 3).
 
-    Both parts share a softmax layer's projections; the linear one is LoLCATs' without a window (Hedgehog's map). A penalty brings
-    r to 0 or 1 and as many to 1 as are wanted (`linearize.objectives.selection_penalty`); then the layer is replaced by
-    the one of the two that it chose (`linearize.students.chosen`). Where float32 rounds r to 1 this is softmax attention exactly.
+    Both parts share a softmax layer's projections; the linear one is LoLCATs' without a window
+    (Hedgehog's map). A penalty brings r to 0 or 1 and as many to 1 as are wanted
+    (`linearize.objectives.selection_penalty`); then the layer is replaced by the one of the two
+    that it chose (`linearize.students.chosen`). Where float32 rounds r to 1 this is softmax
+    attention exactly.
 
     mix_init: r at the start.
     """

@@ -25,16 +25,19 @@ class State:
 
 
 class TransNormer(base.Mixer):
-    """o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s;  y = W_o Norm(o), the norm over all heads together
+    """o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s;  y = W_o Norm(o), the norm over all heads
+      together
     (NormAttention; Qin et al., arXiv 2210.10340, section 4.1).
 
-    q, k, v = W x + b. Neither a denominator nor a 1/sqrt(K). In the paper's stack these are the last half of
-    the layers, after as many of `transnormer_local`. The weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
+    q, k, v = W x + b. Neither a denominator nor a 1/sqrt(K). In the paper's stack these are the
+    last half of the layers, after as many of `transnormer_local`. The weights start Xavier uniform,
+    q, k, v with gain 1/sqrt(2).
 
     num_heads: H; K = V = D / H.
     variant: "t1" has phi = elu, so weights may be negative; "t2" has phi = elu + 1.
     norm: of `norms.NORMS`, or "gated_rms_norm".
-    lrpe: adds relative positions, sum_i q_i k_i cos(theta_i (t - s)), which doubles K inside (see `LRPE`).
+    lrpe: adds relative positions, sum_i q_i k_i cos(theta_i (t - s)), which doubles K inside (see
+      `LRPE`).
     """
 
     num_heads: int = 4
@@ -86,8 +89,9 @@ class TransNormer(base.Mixer):
 
 
 class LRPE(nn.Module):
-    """x_t -> [x_t cos(theta t) || x_t sin(theta t)], so that q_t . k_s becomes sum_i q_i k_i cos(theta_i (t - s))
-    (linearized relative positional encoding, arXiv 2307.09270; TransNormerLLM, arXiv 2307.14995, section 3.1).
+    """x_t -> [x_t cos(theta t) || x_t sin(theta t)], so that q_t . k_s becomes sum_i q_i k_i
+    cos(theta_i (t - s)) (linearized relative positional encoding, arXiv 2307.09270; TransNormerLLM,
+    arXiv 2307.14995, section 3.1).
 
     theta_HK is learned, from 10000^(-2 i / (H K)) with i counting the channels of all heads.
     """

@@ -24,15 +24,17 @@ class TransNormerLLM(base.Mixer):
     """S_t = lambda_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t;  y = W_o (Norm(o) * u)
     (Qin et al., arXiv 2307.14995, eqs. 3 and 7-9).
 
-    q, k = silu(W x), v = W_v x, u = W_u x; the norm, SRMSNorm, over all heads together; no 1/sqrt(K).
-    lambda_h = exp(-slope_h), fixed; it weakens from layer to layer (outside a stack: the first layer's).
+    q, k = silu(W x), v = W_v x, u = W_u x; the norm, SRMSNorm, over all heads together; no
+    1/sqrt(K). lambda_h = exp(-slope_h), fixed; it weakens from layer to layer (outside a stack: the
+    first layer's).
 
     num_heads: H. head_dim: K = V; None is D / H.
-    slopes: "arithmetic", the paper's, "alibi", that of its released code, or "minimax" (see `decay_slopes`).
-    lrpe: relative positions with learned angles, doubling K inside; the paper's stack has them in its first
-      layer only: "transnormer_llm(lrpe=True) + 11*transnormer_llm".
-    value_activation, gate_activation: MiniMax-Text-01 (arXiv 2501.08313) takes "silu" and "sigmoid", with
-      norm "rms_norm" and "alibi" or "minimax" slopes.
+    slopes: "arithmetic", the paper's, "alibi", that of its released code, or "minimax" (see
+      `decay_slopes`).
+    lrpe: relative positions with learned angles, doubling K inside; the paper's stack has them in
+      its first layer only: "transnormer_llm(lrpe=True) + 11*transnormer_llm".
+    value_activation, gate_activation: MiniMax-Text-01 (arXiv 2501.08313) takes "silu" and
+      "sigmoid", with norm "rms_norm" and "alibi" or "minimax" slopes.
     """
 
     num_heads: int = 4
@@ -105,8 +107,8 @@ ACTIVATIONS = {"identity": _identity, "silu": jax.nn.silu, "sigmoid": jax.nn.sig
 
 
 def _alibi(heads: int) -> list[float]:
-    """2^(-8 (h+1) / H) for H a power of two; else those of the power of two below, and every second one of the
-    next power's (ALiBi, arXiv 2108.12409)."""
+    """2^(-8 (h+1) / H) for H a power of two; else those of the power of two below, and every second
+    one of the next power's (ALiBi, arXiv 2108.12409)."""
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     return slopes if power == heads else slopes + _alibi(2 * power)[::2][: heads - power]
@@ -131,9 +133,10 @@ SLOPES = {
 def decay_slopes(rule: str, heads: int, index: int | Array, count: int) -> Array:
     """slope_H of layer `index` (from 0) of `count`.
 
-    "arithmetic": 8 h/H (1 - l/L), as the paper states it; head 0 never forgets.
-    "alibi": 2^(-8 (h+1)/H) (1 - l/(L-1) + 1e-5), as the released code has it; the last layer hardly forgets.
-    "minimax": 2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), as transformers' MiniMax has it, for every H.
+    "arithmetic": 8 h/H (1 - l/L), as the paper states it; head 0 never forgets. "alibi": 2^(-8
+    (h+1)/H) (1 - l/(L-1) + 1e-5), as the released code has it; the last layer hardly forgets.
+    "minimax": 2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), as transformers' MiniMax has it, for
+    every H.
     """
     slopes, depth = SLOPES[rule]
     return jnp.asarray(slopes(heads), jnp.float32) * depth(index, count)

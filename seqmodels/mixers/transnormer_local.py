@@ -29,13 +29,15 @@ class State:
 
 
 class TransNormerLocal(base.Mixer):
-    """o_t = sum_s w_ts v_s over s <= t in t's block;  y = W_o Norm(o), the norm over all heads together
+    """o_t = sum_s w_ts v_s over s <= t in t's block;  y = W_o Norm(o), the norm over all heads
+      together
     (DiagAttention; Qin et al., arXiv 2210.10340, section 4.2).
 
-    Blocks are tokens n w ... n w + w - 1 of a document, w = `block_size`; q, k, v = W x + b. The weights start
-    Xavier uniform, q, k, v with gain 1/sqrt(2).
+    Blocks are tokens n w ... n w + w - 1 of a document, w = `block_size`; q, k, v = W x + b. The
+    weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
 
-    variant: "t1" has w_ts = relu(q_t . k_s / sqrt(K)), not normalised; "t2" the softmax of the same.
+    variant: "t1" has w_ts = relu(q_t . k_s / sqrt(K)), not normalised; "t2" the softmax of the
+      same.
     norm: of `norms.NORMS`, or "gated_rms_norm".
     """
 
@@ -93,8 +95,10 @@ class TransNormerLocal(base.Mixer):
 
     @nn.nowrap
     def _attend(self, axis_name, q_BTHK, **slots):
-        """What every token sees, of the slots from before this part of time (*_BS) and of its own (*_BT). Documents may start anywhere, so a document's blocks need not meet the chunks the work is cut into: C
-        queries look at their own C slots and the w before them, and a mask keeps those of the same block."""
+        """What every token sees, of the slots from before this part of time (*_BS) and of its own
+        (*_BT). Documents may start anywhere, so a document's blocks need not meet the chunks the
+        work is cut into: C queries look at their own C slots and the w before them, and a mask
+        keeps those of the same block."""
         B, T, H, K = q_BTHK.shape
         w = self.block_size
         k_BSHK, v_BSHK, position_BS, run_BS = (

@@ -19,16 +19,19 @@ def cross_entropy(
     eps: float = 1e-12,
     chunk_size: int = 64,
 ) -> tuple[Array, Array]:
-    """Of each query and head: -sum_n P_mn log Q_mn, and P's own entropy (their difference is the KL divergence).
+    """Of each query and head: -sum_n P_mn log Q_mn, and P's own entropy (their difference is the KL
+    divergence).
 
-        P_mn = softmax_n(q_m . k_n / sqrt(K))          Q_mn = phi(q_m) . phi(k_n) / sum_n' phi(q_m) . phi(k_n')
+        P_mn = softmax_n(q_m . k_n / sqrt(K))          Q_mn = phi(q_m) . phi(k_n) / sum_n' phi(q_m)
+          . phi(k_n')
 
-    over n <= m of the same document (Hedgehog, arXiv 2402.04347, eq. 5). With a window Q is LoLCATs' (arXiv 2410.10254, eq. 7):
-    factor exp(q_m . k_n / sqrt(K) - c_m) for the `window` latest n, the above for those before, under one denominator.
-    q and k are those that softmax attention takes: rotated. P is the target, and has no gradient.
+    over n <= m of the same document (Hedgehog, arXiv 2402.04347, eq. 5). With a window Q is
+    LoLCATs' (arXiv 2410.10254, eq. 7): factor exp(q_m . k_n / sqrt(K) - c_m) for the `window`
+    latest n, the above for those before, under one denominator. q and k are those that softmax
+    attention takes: rotated. P is the target, and has no gradient.
 
-    Queries are taken `chunk_size` at a time, and again in the backward pass: B x H x chunk_size x T weights are the most that is
-    held. Returns two arrays (B, T, H), float32.
+    Queries are taken `chunk_size` at a time, and again in the backward pass: B x H x chunk_size x T
+    weights are the most that is held. Returns two arrays (B, T, H), float32.
     """
     B, T, H, K = q_BTHK.shape
     N = -(-T // chunk_size)
@@ -38,7 +41,8 @@ def cross_entropy(
     k_BTHK = jnp.repeat(k_BTGK, H // k_BTGK.shape[2], axis=2).astype(jnp.float32)
     phi_k_BTHF = phi_k_BTHF.astype(jnp.float32)
 
-    # The last query, over and over, fills up the last piece: its rows are as sound as any, and are cut off again.
+    # The last query, over and over, fills up the last piece: its rows are as sound as any, and are
+    # cut off again.
     index_NC = jnp.minimum(jnp.arange(N * chunk_size), T - 1).reshape(N, chunk_size)
 
     def pieces(x):

@@ -1,4 +1,5 @@
-"""One layer of a stack: token mixer and channel mixer, each with its norm and its residual connection."""
+"""One layer of a stack: token mixer and channel mixer, each with its norm and its residual
+connection."""
 
 import flax.linen as nn
 import jax
@@ -10,17 +11,19 @@ from seqmodels.modules import channel_mixers, norms
 from seqmodels.modules.pattern import MixerSpec
 
 NORM_POSITIONS = ("pre", "post", "sandwich", "residual")
-# Options in a pattern that are the layer's own, not its mixer's: "gla(channel_mixer='moe(num_experts=8)')".
+# Options in a pattern that are the layer's own, not its mixer's:
+# "gla(channel_mixer='moe(num_experts=8)')".
 LAYER_OPTIONS = ("channel_mixer", "d_ff", "mixer_residual", "channel_residual")
 
 
 class Block(nn.Module):
     """x <- x + mixer(norm(x)); x <- x + channel_mixer(norm(x)).
 
-    norm_position: "pre" as above; "post" norms the sum, x <- norm(x + f(x)); "sandwich" norms before f and after
-      it, x <- x + norm(f(norm(x))); "residual" norms what the residual connection carries, too, x <- norm(x);
-      x <- x + f(x) (MiniMax-01, arXiv 2501.08313).
-    channel_mixer: see `channel_mixers.make`; None for stacks of mixers alone (Mamba). channel_bias: its projections have biases.
+    norm_position: "pre" as above; "post" norms the sum, x <- norm(x + f(x)); "sandwich" norms
+      before f and after it, x <- x + norm(f(norm(x))); "residual" norms what the residual
+      connection carries, too, x <- norm(x); x <- x + f(x) (MiniMax-01, arXiv 2501.08313).
+    channel_mixer: see `channel_mixers.make`; None for stacks of mixers alone (Mamba). channel_bias:
+      its projections have biases.
     mixer_residual, channel_residual: (a, b) of x <- a x + b f(x) around either.
     """
 
@@ -115,7 +118,8 @@ def clear_rows(state: State, empty: State, rows_B: Array) -> State:
 
 
 def take_rows(state: State, rows_N: Array, axis: int = 0) -> State:
-    """The given rows of a state, in this order. axis: of the batch; leaves that end before it have none, and stay."""
+    """The given rows of a state, in this order. axis: of the batch; leaves that end before it have
+    none, and stay."""
     return jax.tree.map(
         lambda leaf: leaf if leaf.ndim <= axis else jnp.take(leaf, rows_N, axis), state
     )

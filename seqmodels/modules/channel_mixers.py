@@ -32,7 +32,8 @@ def names() -> list[str]:
 
 
 def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **keywords) -> nn.Module:
-    """The channel mixer that `text` names, with options as in a pattern: "swiglu", "moe(num_experts=8, experts_per_token=2)".
+    """The channel mixer that `text` names, with options as in a pattern: "swiglu",
+    "moe(num_experts=8, experts_per_token=2)".
 
     d_ff, use_bias: of the stack; the text's own options win.
 
@@ -62,8 +63,8 @@ class ChannelMixer(nn.Module):
     """Gated kinds: W_down(act(W_gate x) * W_up x). Ungated: W_down act(W_up x).
 
     kind: swiglu, geglu, sglu (no activation) or gelu (no gate).
-    d_ff: the hidden width F; None is 8/3 D for gated kinds (the parameters of an ungated 4 D), rounded up to a
-      multiple of 64, and 4 D for ungated ones.
+    d_ff: the hidden width F; None is 8/3 D for gated kinds (the parameters of an ungated 4 D),
+      rounded up to a multiple of 64, and 4 D for ungated ones.
     """
 
     kind: str = "swiglu"
@@ -102,18 +103,21 @@ class ChannelMixer(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """y = sum over the chosen experts e of w_e SwiGLU_e(x) + sigmoid(w_s . x) SwiGLU_s(x)
-    (Shazeer et al., arXiv 1701.06538; shared expert: DeepSeekMoE, arXiv 2401.06066; its gate: Qwen1.5-MoE).
+    """y = sum over the chosen experts e of w_e SwiGLU_e(x) + sigmoid(w_s . x) SwiGLU_s(x) (Shazeer
+    et al., arXiv 1701.06538; shared expert: DeepSeekMoE, arXiv 2401.06066; its gate: Qwen1.5-MoE).
 
-    p = softmax(W_r x), W_r too in float32; the experts with the `experts_per_token` largest p are chosen, and their w are these p,
-    divided by their sum where `normalize`. Every chosen expert sees its token: no capacity, nothing is dropped, so a token's
-    result depends on no other token. Rows are sorted by expert, and each product is one `jax.lax.ragged_dot`; the experts
-    that were not chosen cost nothing where the backend has a kernel for it.
+    p = softmax(W_r x), W_r too in float32; the experts with the `experts_per_token` largest p are
+    chosen, and their w are these p, divided by their sum where `normalize`. Every chosen expert
+    sees its token: no capacity, nothing is dropped, so a token's result depends on no other token.
+    Rows are sorted by expert, and each product is one `jax.lax.ragged_dot`; the experts that were
+    not chosen cost nothing where the backend has a kernel for it.
 
     num_experts, experts_per_token: X and A. d_ff: F of every expert; None is that of "swiglu".
-    shared_d_ff: width of an expert that every token sees; None: there is none. shared_gate: whether it is scaled by its gate.
+    shared_d_ff: width of an expert that every token sees; None: there is none. shared_gate: whether
+      it is scaled by its gate.
 
-    There is no loss that balances the experts: the place of this module is weights that were trained with one.
+    There is no loss that balances the experts: the place of this module is weights that were
+    trained with one.
     """
 
     num_experts: int = 8
@@ -144,7 +148,8 @@ class MixtureOfExperts(nn.Module):
         w_BTA, expert_BTA = jax.lax.top_k(p_BTX, A)
         if self.normalize:
             w_BTA /= jnp.sum(w_BTA, axis=-1, keepdims=True)
-        # Letters that no mesh axis splits, but for B and T: each device sorts its own tokens, and has every expert.
+        # Letters that no mesh axis splits, but for B and T: each device sorts its own tokens, and
+        # has every expert.
         arrays = {
             "x_BTM": (x_BTD.astype(self.dtype), "BTM"),
             "w_BTA": (w_BTA, "BTA"),

@@ -1,21 +1,28 @@
 """Feature maps phi of linear attention, by name: what stands in for softmax's exp(q . k).
 
-`FeatureMap(name)` is a Linen module; maps without parameters are modules with none. x_BTHK becomes phi_BTHF.
+`FeatureMap(name)` is a Linen module; maps without parameters are modules with none. x_BTHK becomes
+phi_BTHF.
 
     name               phi(x)                                            F      source
     identity           x                                                 K
-    elu                elu(x): negative weights allowed                  K      TransNormer T1, arXiv 2210.10340
-    elu_plus_one       elu(x) + 1                                        K      arXiv 2006.16236, eq. 7
+    elu                elu(x): negative weights allowed                  K      TransNormer T1,
+      arXiv 2210.10340
+    elu_plus_one       elu(x) + 1                                        K      arXiv 2006.16236,
+      eq. 7
     relu               relu(x)                                           K
     silu               x sigmoid(x)                                      K      arXiv 2307.14995
     softmax            softmax(x)                                        K      arXiv 1812.01243
-    t2r                relu(W x + b), b one number a head                E      arXiv 2103.13076, eq. 6
-    hedgehog_paper     exp(z) || exp(-z), z = W x + b                    2E     arXiv 2402.04347, eq. 6
-    hedgehog_softmax   max(softmax(z) || softmax(-z), 1e-12), z = W x    2E     LoLCATs, arXiv 2410.10254
-    hedgehog_joint     softmax(2 z || -2 z), z = W x + b                 2E     flash-linear-attention
+    t2r                relu(W x + b), b one number a head                E      arXiv 2103.13076,
+      eq. 6
+    hedgehog_paper     exp(z) || exp(-z), z = W x + b                    2E     arXiv 2402.04347,
+      eq. 6
+    hedgehog_softmax   max(softmax(z) || softmax(-z), 1e-12), z = W x    2E     LoLCATs, arXiv
+      2410.10254
+    hedgehog_joint     softmax(2 z || -2 z), z = W x + b                 2E
+      flash-linear-attention
 
-The three Hedgehog forms differ: phi sums to 2 in hedgehog_softmax, to 1 in hedgehog_joint, and is not normalised
-in hedgehog_paper, which overflows float32 where |z| > 88.
+The three Hedgehog forms differ: phi sums to 2 in hedgehog_softmax, to 1 in hedgehog_joint, and is
+not normalised in hedgehog_paper, which overflows float32 where |z| > 88.
 """
 
 import dataclasses
@@ -100,7 +107,8 @@ def _get(name: str) -> _Map:
 
 
 def is_nonnegative(name: str) -> bool:
-    """Whether phi >= 0, so that the sum of weights may be divided by. ValueError for an unknown name."""
+    """Whether phi >= 0, so that the sum of weights may be divided by. ValueError for an unknown
+    name."""
     return _get(name).nonnegative
 
 
@@ -113,7 +121,8 @@ def output_dim(name: str, K: int, features: int | None = None) -> int:
 class FeatureMap(nn.Module):
     """phi_BTHF of x_BTHK, with one W_HKE (and b) a head where the map learns; see the table above.
 
-    W starts as the identity (t2r: Kaiming uniform), b at 0. Kept and computed in float32, returned in x's dtype.
+    W starts as the identity (t2r: Kaiming uniform), b at 0. Kept and computed in float32, returned
+    in x's dtype.
 
     kind: a name of the table.
     features: E of the learned maps; None is K.

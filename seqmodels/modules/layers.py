@@ -4,7 +4,8 @@
 names of the axes, which `seqmodels.sharding` maps to the mesh. A subclass of it, `Kernel` or
 `Undecayed`, says how the parameter is optimised.
 
-Names in use: "embed" (D), "heads" (heads times head dim, or heads), "mlp" (F), "vocab" (W), "norm", "layers".
+Names in use: "embed" (D), "heads" (heads times head dim, or heads), "mlp" (F), "vocab" (W), "norm",
+"layers".
 """
 
 import functools
@@ -79,7 +80,8 @@ def _dense_product_forward(precision, x, kernel_DF):
 
 
 def _dense_product_backward(precision, operands, dy):
-    """The kernel's gradient as x^T dy. By JAX's own order, (dy^T x)^T, XLA's CPU backend computes dy once more, transposed."""
+    """The kernel's gradient as x^T dy. By JAX's own order, (dy^T x)^T, XLA's CPU backend computes
+    dy once more, transposed."""
     x, kernel_DF = operands
     dx = jnp.einsum("...F,DF->...D", dy, kernel_DF, precision=precision)
     tokens = tuple(range(x.ndim - 1))
@@ -91,10 +93,11 @@ _dense_product.defvjp(_dense_product_forward, _dense_product_backward)
 
 
 def recomputed(function: Callable) -> Callable:
-    """A function of arrays, element by element or row by row, whose backward pass keeps its arguments and nothing else.
+    """A function of arrays, element by element or row by row, whose backward pass keeps its
+    arguments and nothing else.
 
-    Computing it again costs less than writing and reading what JAX would keep, four to six arrays for a gate: of
-    a Gated DeltaNet's training step, a third of the memory.
+    Computing it again costs less than writing and reading what JAX would keep, four to six arrays
+    for a gate: of a Gated DeltaNet's training step, a third of the memory.
     """
     return jax.checkpoint(function, prevent_cse=False)
 
@@ -114,7 +117,8 @@ def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[in
 
 
 class Matrix(nn.Module):
-    """The kernel of a dense layer without a bias, where the product is another's: kernel (D, features)."""
+    """The kernel of a dense layer without a bias, where the product is another's: kernel (D,
+    features)."""
 
     features: int
     axes: LogicalAxes

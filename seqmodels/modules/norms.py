@@ -10,10 +10,12 @@ from seqmodels.modules import layers
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich, arXiv 1910.07467).
+    """y = x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich, arXiv
+    1910.07467).
 
     On heads, x_BTHV, the gain is (V,): one shared by all heads.
-    groups: the mean is over each of so many equal parts of the last axis; the gain is for all of it.
+    groups: the mean is over each of so many equal parts of the last axis; the gain is for all of
+      it.
     zero_centred: the gain is 1 + scale, and scale starts at 0 (Gemma, arXiv 2403.08295).
     """
 
@@ -63,7 +65,8 @@ class LayerNorm(nn.Module):
 
 
 def srms_norm(x: Array, eps: float = 1e-5) -> Array:
-    """Simple RMS norm, no gain: x / sqrt(mean(x^2) + eps) (TransNormerLLM, arXiv 2307.14995, section 3.1)."""
+    """Simple RMS norm, no gain: x / sqrt(mean(x^2) + eps) (TransNormerLLM, arXiv 2307.14995,
+    section 3.1)."""
     mean = matmul.sum_last(jnp.square(x)) / x.shape[-1]
     return matmul.scaled(x, jax.lax.rsqrt(mean + eps))
 

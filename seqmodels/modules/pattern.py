@@ -1,4 +1,5 @@
-"""Which mixer stands in which layer, written as one line: "3*gated_delta_net + attention(window=256)"."""
+"""Which mixer stands in which layer, written as one line: "3*gated_delta_net +
+attention(window=256)"."""
 
 import ast
 import dataclasses
@@ -18,7 +19,8 @@ class MixerSpec:
 
 
 def parse(pattern: str) -> tuple[MixerSpec, ...]:
-    """Reads a pattern: names joined by +, each with options in parentheses, repeated by `n*`; groups nest.
+    """Reads a pattern: names joined by +, each with options in parentheses, repeated by `n*`;
+    groups nest.
 
     "2*(gla + attention(window=64, num_heads=8))" is gla, attention, gla, attention.
 
@@ -87,7 +89,8 @@ def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ScanPlan:
-    """Layers as: prefix, one by one; `period`, `repeats` times over in one scan; suffix, one by one."""
+    """Layers as: prefix, one by one; `period`, `repeats` times over in one scan; suffix, one by
+    one."""
 
     prefix: tuple[MixerSpec, ...]
     period: tuple[MixerSpec, ...]
@@ -96,7 +99,8 @@ class ScanPlan:
 
 
 def scan_plan(specs: tuple[MixerSpec, ...]) -> ScanPlan:
-    """Finds the repetition that leaves the fewest distinct blocks to compile; repeats is 0 if nothing repeats."""
+    """Finds the repetition that leaves the fewest distinct blocks to compile; repeats is 0 if
+    nothing repeats."""
     best, best_cost = ScanPlan(specs, (), 0, ()), len(specs)
     for start in range(len(specs)):
         for length in range(1, (len(specs) - start) // 2 + 1):

@@ -36,7 +36,8 @@ def rope(
     """Rotary embedding (RoFormer, arXiv 2104.09864, eq. 34), pairing channel i with i + K/2.
 
     Channel pair i turns by position * base^(-2i/K). K must be even. Angles are float32.
-    fraction: the first so large part of the channels is rotated as if it were all (GPT-NeoX, arXiv 2204.06745); the rest stays.
+    fraction: the first so large part of the channels is rotated as if it were all (GPT-NeoX, arXiv
+      2204.06745); the rest stays.
     scaling: see `frequencies`.
     """
     if fraction != 1.0:
@@ -66,19 +67,24 @@ SCALINGS = {
 def frequencies(
     K: int, base: float, scaling: Scaling | None = None, position_BT: Array | None = None
 ) -> tuple[Array, float]:
-    """The angle per token of each of K/2 channel pairs, (1, 1, K/2) or (B, T, K/2), and the factor of their cosines and sines.
+    """The angle per token of each of K/2 channel pairs, (1, 1, K/2) or (B, T, K/2), and the factor
+    of their cosines and sines.
 
-    Without a scaling they are base^(-2i/K) and 1. With one, `length` is the context that the model was first trained on:
+    Without a scaling they are base^(-2i/K) and 1. With one, `length` is the context that the model
+    was first trained on:
 
     ("linear", factor): all divided by `factor` (position interpolation, arXiv 2306.15595).
-    ("dynamic", factor, length): the base grows with the text ("NTK-aware" scaling): at position t >= length it is
-      base * (factor (t + 1) / length - (factor - 1))^(K / (K - 2)). Each token has the base of its own position, as where transformers
-      decodes token by token, so that what was read stays as it is; up to `length` nothing changes.
-    ("yarn", factor, length, amplitude, beta_fast, beta_slow, truncate): pairs that turn less than `beta_slow` times in `length`
-      tokens are divided by `factor`, those that turn more than `beta_fast` times stay, and between them is a blend, linear in i,
-      from whole i to whole i where `truncate` (arXiv 2309.00071, section 3.2).
-    ("llama3", factor, low, high, length): the same with `low` and `high` turns, and a blend that is linear in the number of turns
-      (Llama 3.1, arXiv 2407.21783, and its released config).
+    ("dynamic", factor, length): the base grows with the text ("NTK-aware" scaling): at position t
+    >= length it is
+      base * (factor (t + 1) / length - (factor - 1))^(K / (K - 2)). Each token has the base of its
+      own position, as where transformers decodes token by token, so that what was read stays as it
+      is; up to `length` nothing changes.
+    ("yarn", factor, length, amplitude, beta_fast, beta_slow, truncate): pairs that turn less than
+      `beta_slow` times in `length` tokens are divided by `factor`, those that turn more than
+      `beta_fast` times stay, and between them is a blend, linear in i, from whole i to whole i
+      where `truncate` (arXiv 2309.00071, section 3.2).
+    ("llama3", factor, low, high, length): the same with `low` and `high` turns, and a blend that is
+      linear in the number of turns (Llama 3.1, arXiv 2407.21783, and its released config).
     """
     index_11K = jnp.arange(K // 2, dtype=jnp.float32)[None, None]
     frequency_11K = base ** (-2.0 * index_11K / K)

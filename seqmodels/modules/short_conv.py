@@ -11,7 +11,8 @@ from seqmodels.operators import causal_conv
 
 
 def uniform_fan_in(width: int) -> Callable:
-    """U(-1/sqrt(width), 1/sqrt(width)): what the published depthwise convolutions start from (PyTorch's default)."""
+    """U(-1/sqrt(width), 1/sqrt(width)): what the published depthwise convolutions start from
+    (PyTorch's default)."""
 
     def init(key, shape, dtype=jnp.float32):
         bound = width**-0.5
@@ -26,14 +27,16 @@ def identity_taps(key, shape, dtype=jnp.float32):
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution of `width` taps, then an activation, then the L2 norm of each head's channels.
+    """Depthwise causal convolution of `width` taps, then an activation, then the L2 norm of each
+    head's channels.
 
-    y_t = act(bias + sum_i w_i * x_{t-(width-1)+i}), / sqrt(sum y_t^2 + eps). The state is the last width-1 inputs,
-    (B, width-1, D).
+    y_t = act(bias + sum_i w_i * x_{t-(width-1)+i}), / sqrt(sum y_t^2 + eps). The state is the last
+    width-1 inputs, (B, width-1, D).
 
     activation: silu is computed with the convolution, any other after it.
     l2_norm_heads: heads of D / l2_norm_heads channels each; None: no norm.
-    kernel_init: None is `uniform_fan_in`, for kernel and bias; with another one the bias starts at 0.
+    kernel_init: None is `uniform_fan_in`, for kernel and bias; with another one the bias starts at
+      0.
     """
 
     width: int = 4

@@ -1,4 +1,5 @@
-"""Several processes of a binary on this machine, forked from one that has imported everything: starting one costs no imports."""
+"""Several processes of a binary on this machine, forked from one that has imported everything:
+starting one costs no imports."""
 
 import multiprocessing
 import os
@@ -30,7 +31,8 @@ def get_config():
 
 
 class Launcher:
-    """Starts processes of `python -m experiments.<binary>` on loopback, in the environment that `tests/conftest.py` sets."""
+    """Starts processes of `python -m experiments.<binary>` on loopback, in the environment that
+    `tests/conftest.py` sets."""
 
     def __init__(self):
         self._context = multiprocessing.get_context("forkserver")
@@ -48,8 +50,8 @@ class Launcher:
         binary: str = "train",
         hook: tuple[str, int] | None = None,
     ) -> "Processes":
-        """Process 0 to processes - 1, or those in `only`. hook: the name of a function here, and the process that calls it at
-        every step with (step, workdir)."""
+        """Process 0 to processes - 1, or those in `only`. hook: the name of a function here, and
+        the process that calls it at every step with (step, workdir)."""
         logs.mkdir(parents=True, exist_ok=True)
         share = [
             f"--coordinator=localhost:{port or _free_port()}",
@@ -72,7 +74,8 @@ class Processes:
         self.started, self._logs = started, logs
 
     def wait(self, seconds: float) -> dict[int, int]:
-        """Exit codes by process; fails, and kills, where one is still running after so many seconds."""
+        """Exit codes by process; fails, and kills, where one is still running after so many
+        seconds."""
         deadline = time.monotonic() + seconds
         for process in self.started.values():
             process.join(max(0, deadline - time.monotonic()))

@@ -101,7 +101,8 @@ def test_a_folder_becomes_a_run_that_is_trained_on_and_exported(folder, tmp_path
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
 def test_a_run_from_narrow_weights(folder, tmp_path, stored):
-    """It trains float32 parameters, that start from the stored numbers, and is exported in the dtypes that the folder had."""
+    """It trains float32 parameters, that start from the stored numbers, and is exported in the
+    dtypes that the folder had."""
     there, run, back, own = (tmp_path / name for name in ("there", "run", "back", "own"))
     convert(folder, "llama", there, dtype=stored)
     convert(there, "workdir", run)
@@ -381,7 +382,8 @@ def test_a_run_that_nothing_else_is_known_of_ends_texts_as_its_documents(tmp_pat
         "bos_token": "<|endoftext|>",
         "eos_token": "<|endoftext|>",
     }
-    # A token of a file, and an id after the file's: documents begin with them in an exported folder, too.
+    # A token of a file, and an id after the file's: documents begin with them in an exported
+    # folder, too.
     run.data.tokenizer = str(tmp_path / "tokenizer.json")
     for token, start in (("<bot>", 2), ("", write_tokenizer(tmp_path))):
         run.data.document_token = token

@@ -56,7 +56,8 @@ def rows(model, params, prompts, length=6, **options):
 
 @pytest.mark.slow
 def test_prompts_of_different_lengths_go_on_together_as_they_do_alone(many_states):
-    # What is drawn does not depend on the other rows, either; one token each, since sampling compiles anew.
+    # What is drawn does not depend on the other rows, either; one token each, since sampling
+    # compiles anew.
     for options in ({"temperature": 0}, {"temperature": 2.0, "top_k": 9, "length": 1}):
         together = rows(*many_states, PROMPTS, **options)
         for number, prompt in enumerate(PROMPTS):

@@ -1,4 +1,5 @@
-"""Linearizations of a tiny teacher by config: every method's stages fit, a run resumes to the same student, mistakes are told."""
+"""Linearizations of a tiny teacher by config: every method's stages fit, a run resumes to the same
+student, mistakes are told."""
 
 import json
 
@@ -67,7 +68,8 @@ def marks(case):
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=marks(c)) for c in METHODS], ids=label)
 def test_every_stage_fits_the_teacher(case):
-    """Traced, not compiled: patterns match, losses and their gradients have the shapes of what is trained."""
+    """Traced, not compiled: patterns match, losses and their gradients have the shapes of what is
+    trained."""
     module, argument = case
     config = module.get_config(",".join(filter(None, [argument, "tiny"])))
     model = language_model.from_config(TEACHER)

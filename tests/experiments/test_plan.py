@@ -1,4 +1,5 @@
-"""The plan: reading compiled programs, the model of a slice's links and time, what is refused, and one config from end to end."""
+"""The plan: reading compiled programs, the model of a slice's links and time, what is refused, and
+one config from end to end."""
 
 import functools
 import json
@@ -167,7 +168,8 @@ def test_the_estimates_arithmetic():
     peak, bandwidth = 918e12, 1640e9
     dot, matrix = 2 * 1024**3, 2 * 1024**2
     assert cost.flops == 3 * dot + 9.18e8 and cost.kernel_flops == 9.18e8
-    # The copy reads HBM and writes VMEM; the gather has its operand and result there, the slice reads what it keeps.
+    # The copy reads HBM and writes VMEM; the gather has its operand and result there, the slice
+    # reads what it keeps.
     loop = matrix + (matrix // 2 + matrix) + 2 * (matrix // 2)
     sliced, kernel = 2 * 4 * 1024 + 4, 4 * 4 * 1024 + 4 * 1024  # one row, the index; whole operands
     assert cost.hbm_bytes == 3 * loop + sliced + kernel
@@ -180,7 +182,8 @@ def test_the_estimates_arithmetic():
     assert cost.compute_seconds == pytest.approx(operations)
     assert cost.seconds == pytest.approx(operations + 3 * waits)
 
-    # Where the part's clock is known, the compiler's cycles count: here of the fusion, a million more than anything else.
+    # Where the part's clock is known, the compiler's cycles count: here of the fusion, a million
+    # more than anything else.
     cycles = HLO.replace(
         "calls=%fused", 'calls=%fused, backend_config={"estimated_cycles":"1000000"}'
     )

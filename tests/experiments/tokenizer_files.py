@@ -32,7 +32,8 @@ def _added_token():
 
 
 def _fallback(space: bool, before: bool, strip: bool = True):
-    """SentencePiece's BPE as converted: all bytes, and some characters; `before`: a space is put before a document."""
+    """SentencePiece's BPE as converted: all bytes, and some characters; `before`: a space is put
+    before a document."""
     tokenizer = hf.Tokenizer(models.BPE(byte_fallback=True, unk_token="[UNK]"))
     steps = [normalizers.Prepend(SPACE)] * before + [normalizers.Replace(" ", SPACE)]
     tokenizer.normalizer = normalizers.Sequence(steps)

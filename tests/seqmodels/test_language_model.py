@@ -92,7 +92,8 @@ def test_a_state_that_has_read_more_than_the_learned_positions_leave():
 
 @pytest.mark.slow
 def test_scan_over_layers_and_remat_change_nothing():
-    """In float64, where rounding neither fails nor hides anything; HGRN asks how deep in the stack it is."""
+    """In float64, where rounding neither fails nor hides anything; HGRN asks how deep in the stack
+    it is."""
     pattern = {"pattern": "hgrn + attention(window=5)"}
     model, params, tokens_BT = make(**pattern)
     plan = model.plan
@@ -203,7 +204,8 @@ def test_a_wrong_choice_lists_the_right_ones(changes, message):
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_rows_of_the_state_of_every_mixer(scan_layers):
-    """Every leaf along its axis of the batch, wherever that stands; it is the one that another batch changes."""
+    """Every leaf along its axis of the batch, wherever that stands; it is the one that another
+    batch changes."""
     rows_N = np.array([2, 0, 0, 1])
     random = np.random.default_rng(0)
     for name in mixers.names():
@@ -227,7 +229,8 @@ def test_rows_of_the_state_of_every_mixer(scan_layers):
 
 
 def test_rows_of_a_state_go_on_as_before():
-    """Under jit, with learned positions and documents: a row's continuation does not see what became of the others."""
+    """Under jit, with learned positions and documents: a row's continuation does not see what
+    became of the others."""
     model, params, tokens_BT = make(**LEARNED, num_layers=2)
     rows_N = jnp.array([2, 0])
 
@@ -245,7 +248,8 @@ def test_rows_of_a_state_go_on_as_before():
 
 
 def test_a_float32_residual_keeps_small_steps():
-    """Below the spacing of a bfloat16 residual, what blocks add to it is lost; the stream of Mamba is float32 for that."""
+    """Below the spacing of a bfloat16 residual, what blocks add to it is lost; the stream of Mamba
+    is float32 for that."""
     fields = {"pattern": "hgrn", "num_layers": 6, "embedding_scale": 60.0}
     model, params, tokens_BT = make(**fields)
 

@@ -1,4 +1,5 @@
-"""Students against what their methods promise before any training, and the transforms of parameters behind them."""
+"""Students against what their methods promise before any training, and the transforms of parameters
+behind them."""
 
 import functools
 
@@ -60,7 +61,8 @@ def test_a_student_that_keeps_softmax_is_the_teacher_exactly():
 
 
 def attention_and(name, seed=0, **options):
-    """(y of full softmax attention, y of the student's mixer) with the teacher's weights, x, its other parameters as initialised."""
+    """(y of full softmax attention, y of the student's mixer) with the teacher's weights, x, its
+    other parameters as initialised."""
     common = {"d_model": D, "num_heads": 4, "num_kv_heads": 2, "rope_base": 100.0}
     x_BTD = suite.normal(2, T, D, seed=seed)
     full = mixers.make("attention", max_length=T, **common)
@@ -367,7 +369,8 @@ def test_transfer_compares_layers_on_the_teachers_hidden_states():
 
 
 def test_transfer_leaves_what_it_does_not_convert():
-    """A kept layer, and what is outside of layers, after an earlier stage trained them; the teacher's pass reads the teacher's."""
+    """A kept layer, and what is outside of layers, after an earlier stage trained them; the
+    teacher's pass reads the teacher's."""
     model, params = teacher()
     new, own = student("liger(window=4)", "1,3")
     shared, layers = layer_trees.split(new, own)
@@ -426,7 +429,8 @@ def test_the_loss_on_attention_maps(window):
 
 @pytest.mark.slow
 def test_the_loss_on_attention_maps_where_pieces_do_not_divide_the_row():
-    """The gradient as well; softmax's weights are the target, so that without a window q and k have none."""
+    """The gradient as well; softmax's weights are the target, so that without a window q and k have
+    none."""
     q, k = suite.normal(1, T, 2, 4, seed=1), suite.normal(1, T, 1, 4, seed=2)
     phi_q, phi_k = (jax.nn.softmax(suite.normal(1, T, 2, 6, seed=s)) for s in (3, 4))
 

@@ -1,4 +1,5 @@
-"""The pipeline and its backward pass in two against layers in a row: values, all gradients, and what the program sends."""
+"""The pipeline and its backward pass in two against layers in a row: values, all gradients, and
+what the program sends."""
 
 import re
 

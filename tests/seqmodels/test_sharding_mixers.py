@@ -1,4 +1,5 @@
-"""Every mixer with time split over four devices and rows over two gives what it gives on one: outputs, states and gradients."""
+"""Every mixer with time split over four devices and rows over two gives what it gives on one:
+outputs, states and gradients."""
 
 import functools
 
@@ -15,7 +16,8 @@ MESH = {"data": 2, "seq": 4}
 
 
 def program(cases, mesh=None, options=None, dtype=jnp.float32):
-    """(params of each case, x_BTD, segment_ids_BT, cotangent_BTD) -> for each case y, state, gradients of params and x."""
+    """(params of each case, x_BTD, segment_ids_BT, cotangent_BTD) -> for each case y, state,
+    gradients of params and x."""
 
     def one(case, params, x_BTD, segment_ids_BT, cotangent_BTD):
         def loss(params, x_BTD):
@@ -45,7 +47,8 @@ def program(cases, mesh=None, options=None, dtype=jnp.float32):
 
 
 def check(cases, limit=2e-5, exact=False, **options):
-    """Both programs agree; exact: with the one device's in float64. A sum that cancels, as the gradient of a key's bias does, is measured against all gradients."""
+    """Both programs agree; exact: with the one device's in float64. A sum that cancels, as the
+    gradient of a key's bias does, is measured against all gradients."""
     B, T, D = suite.B, suite.T, suite.D
     params = {str(case): suite.random_params(case) for case in cases}
     arguments = (
@@ -95,6 +98,6 @@ def test_exchanges(name, exchange):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [case for case in suite.all_cases() if case.variant], ids=str)
 def test_every_variant(case):
-    """Eigenvalues down to -1 keep what was written, and its rounding, for longer: two float32 programs
-    may be twice as far from each other as each is from the truth."""
+    """Eigenvalues down to -1 keep what was written, and its rounding, for longer: two float32
+    programs may be twice as far from each other as each is from the truth."""
     check([case], limit=suite.ERROR_FLOAT32, exact=True)

@@ -1,4 +1,5 @@
-"""The same training run on meshes of eight simulated devices: curves of loss and gradient norm lie on one another."""
+"""The same training run on meshes of eight simulated devices: curves of loss and gradient norm lie
+on one another."""
 
 import functools
 
@@ -11,8 +12,9 @@ from configs import common
 from experiments.training import steps
 
 ROWS, TIME, WORDS = 8, 32, 48
-# Three mixers a period, four periods: one for each stage of a pipeline. None of them norms what it reads from its state: that
-# may be tiny, at a document's start, and a norm's gradient then turns rounding into more.
+# Three mixers a period, four periods: one for each stage of a pipeline. None of them norms what it
+# reads from its state: that may be tiny, at a document's start, and a norm's gradient then turns
+# rounding into more.
 MODEL = {
     "pattern": "rg_lru(num_heads=2) + linear_attention(num_heads=2) + "
     "attention(num_heads=2, num_kv_heads=1, window=9)",
@@ -32,7 +34,8 @@ def config(mesh, accumulate=1, **parallel):
     config.parallel.update(parallel)
     config.train.update({"accumulate": accumulate, "z_loss": 1e-3})
     config.schedule.warmup_steps = 1
-    # Adam's first step is the gradient's sign where eps is small, and rounding decides the sign of a gradient of nothing.
+    # Adam's first step is the gradient's sign where eps is small, and rounding decides the sign of
+    # a gradient of nothing.
     config.optimizer.update({"learning_rate": 1e-3, "eps": 1e-3})
     return config
 

@@ -5,10 +5,11 @@
     python -m experiments.bench cpu_peers --only='Gated DeltaNet' --length=4096 --rounds=9
     python -m experiments.bench cpu_peers --parts=memory
 
-Each side is checked against the float64 recurrence first, warmed up, and timed in turn, many times, in one process. A peer
-that is not installed is 'not run': jax-linear-attention needs an interpreter of its own (Python >= 3.12, and the JAX that it
-pins). Memory is that of T 65536, each in a fresh process. Figures go to <peer>.json in --out, with the hardware and the
-versions, and to tables.md, in place of those peers' older ones. Exit code 1 if a result was wrong.
+Each side is checked against the float64 recurrence first, warmed up, and timed in turn, many times,
+in one process. A peer that is not installed is 'not run': jax-linear-attention needs an interpreter
+of its own (Python >= 3.12, and the JAX that it pins). Memory is that of T 65536, each in a fresh
+process. Figures go to <peer>.json in --out, with the hardware and the versions, and to tables.md,
+in place of those peers' older ones. Exit code 1 if a result was wrong.
 """
 
 import os

@@ -4,9 +4,10 @@
     python -m experiments.bench gpu_peers
     python -m experiments.bench gpu_peers --only='GLA,Gated DeltaNet' --lengths=2048,65536
 
-At 65,536 tokens in all, 16 heads, K = V = 128, bfloat16: each side is checked against the float64 recurrence first, warmed
-up, and timed in turn, many times, in one process; cuDNN attention at the same sizes beside them. Writes gpu_peers.json and
-gpu_peers.md into --out, with the hardware and the versions. Without a GPU the table says "not run".
+At 65,536 tokens in all, 16 heads, K = V = 128, bfloat16: each side is checked against the float64
+recurrence first, warmed up, and timed in turn, many times, in one process; cuDNN attention at the
+same sizes beside them. Writes gpu_peers.json and gpu_peers.md into --out, with the hardware and the
+versions. Without a GPU the table says "not run".
 """
 
 import os

@@ -1,17 +1,18 @@
-"""Times the operators, generation and compilation: ratios within one run, each implementation checked before its clock starts.
+"""Times the operators, generation and compilation: ratios within one run, each implementation
+checked before its clock starts.
 
-    python -m experiments.bench --op=delta_rule
-    python -m experiments.bench --op=linear_attention --lengths=1024,4096 --decay=channel --dtype=bfloat16
-    python -m experiments.bench --op=diagonal_scan --shape=rg_lru_2b
-    python -m experiments.bench --op=generation,compile
-    python -m experiments.bench --tune --op=delta_rule --topology=v6e --shape=target,qwen3_next_80b
+    python -m experiments.bench --op=delta_rule python -m experiments.bench --op=linear_attention
+    --lengths=1024,4096 --decay=channel --dtype=bfloat16 python -m experiments.bench
+    --op=diagonal_scan --shape=rg_lru_2b python -m experiments.bench --op=generation,compile python
+    -m experiments.bench --tune --op=delta_rule --topology=v6e --shape=target,qwen3_next_80b
 
-Prints tables and whether the targets are met; writes result.json, tables.md and a picture each into --out. Exit code 1
-if an implementation was wrong. Memory is the compiler's plan beside inputs and outputs, not a measurement.
+Prints tables and whether the targets are met; writes result.json, tables.md and a picture each into
+--out. Exit code 1 if an implementation was wrong. Memory is the compiler's plan beside inputs and
+outputs, not a measurement.
 
---tune looks for chunk and block sizes instead (`benchmarks/tune.py`), by static cycles on TPU topologies, which needs no TPU
-(pip install -e '.[tpu]'), or by time on the device at hand, and writes them into the table that the operators read,
-kernels_pallas/tuned.json.
+--tune looks for chunk and block sizes instead (`benchmarks/tune.py`), by static cycles on TPU
+topologies, which needs no TPU (pip install -e '.[tpu]'), or by time on the device at hand, and
+writes them into the table that the operators read, kernels_pallas/tuned.json.
 """
 
 import dataclasses
@@ -138,7 +139,8 @@ def _tune() -> None:
 
 
 def _plan(op: str) -> Callable[[Path, str], report.Section]:
-    """What is to be measured, as a function of the folder and the pictures' title. Raises UserError for bad flags."""
+    """What is to be measured, as a function of the folder and the pictures' title. Raises UserError
+    for bad flags."""
     lengths = _LENGTHS.value and tuple(cli.numbers("lengths", _LENGTHS.value))
     if op == "compile":
         return functools.partial(compile_time.section, compile_time.Settings())

@@ -1,13 +1,17 @@
 """What each TPU kernel costs as compiled, on a machine without a TPU: compiled figures, not runs.
 
-    python -m experiments.bench tpu_report                                        every kernel on v6e at the targets' shape
-    python -m experiments.bench tpu_report --op=delta_rule --topology=v5e,v6e:2x2,tpu7x --implementation=pallas_tpu
-    python -m experiments.bench tpu_report --op=diagonal_scan --shape=rg_lru_2b,small --dtype=float32
+    python -m experiments.bench tpu_report                                        every kernel on
+      v6e at the targets' shape
+    python -m experiments.bench tpu_report --op=delta_rule --topology=v5e,v6e:2x2,tpu7x
+      --implementation=pallas_tpu
+    python -m experiments.bench tpu_report --op=diagonal_scan --shape=rg_lru_2b,small
+      --dtype=float32
 
-Compiles each operator's kernels and its chunked XLA form, forward and with backward, through libtpu (pip install -e '.[tpu]').
-Prints, for each kernel, grid, VLIW bundles in the loop body, static cycles, use of the matrix unit and of the load and store
-slots, spills, VMEM, and HBM bytes moved against the least possible. Results go to kernels_pallas/reports/tpu as JSON and a
-table, in place of older ones of the same kernels, so that a slower kernel shows in a diff.
+Compiles each operator's kernels and its chunked XLA form, forward and with backward, through libtpu
+(pip install -e '.[tpu]'). Prints, for each kernel, grid, VLIW bundles in the loop body, static
+cycles, use of the matrix unit and of the load and store slots, spills, VMEM, and HBM bytes moved
+against the least possible. Results go to kernels_pallas/reports/tpu as JSON and a table, in place
+of older ones of the same kernels, so that a slower kernel shows in a diff.
 """
 
 import os

@@ -91,8 +91,8 @@ def task_batches(
 
 
 class TaskIterDataset(grain.IterDataset):
-    """make_batch(number of its first example), until `count` examples are through. A position is that number, so that it holds
-    for any batch size."""
+    """make_batch(number of its first example), until `count` examples are through. A position is
+    that number, so that it holds for any batch size."""
 
     def __init__(self, make_batch, count: int, batch_size: int):
         super().__init__()

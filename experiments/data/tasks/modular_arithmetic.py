@@ -24,8 +24,9 @@ OPERATORS = "+-*()="
 
 @dataclasses.dataclass(frozen=True)
 class ModularArithmetic:
-    """supervise: "last" (the paper) or, without brackets, "all": also at every number, the value of the
-    expression so far, if that has min_length or more. multiply: whether * is among the operators. Chance: 1/modulus.
+    """supervise: "last" (the paper) or, without brackets, "all": also at every number, the value of
+    the expression so far, if that has min_length or more. multiply: whether * is among the
+    operators. Chance: 1/modulus.
     """
 
     modulus: int = 5

@@ -23,7 +23,8 @@ from experiments.data.tasks import lengths
 @dataclasses.dataclass(frozen=True)
 class MQAR:
     """seq_len: N, even, at least 4 D.  num_pairs: D.  random_non_queries: fill with random tokens.
-    min_pairs: a training example has N and D, or both halved as often as leaves at least so many pairs, each as likely;
+    min_pairs: a training example has N and D, or both halved as often as leaves at least so many
+      pairs, each as likely;
     0: N and D alone, which is what the other splits have unless eval_min_pairs is given.
     Chance: 1/vocab_size, or 2/vocab_size knowing that answers are values.
     """

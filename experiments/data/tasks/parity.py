@@ -2,7 +2,8 @@
 
 Source: "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", arXiv 2411.12537,
 section 5.1 (after arXiv 2207.02098): trained on lengths 3-40, tested on 40-256, the answer scored.
-A recurrence whose transition has no negative eigenvalue cannot solve it at every length (Theorem 1).
+A recurrence whose transition has no negative eigenvalue cannot solve it at every length (Theorem
+1).
 
 Inputs are bits; the target at a position is the parity of the bits up to and with it. Lengths are
 uniform in [min_length, max_length], rows padded to max_length. (In the authors' data the length

@@ -1,12 +1,12 @@
 """Selective copying: remember the data tokens of a sequence, in order, among blanks.
 
-Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752, section
-4.1.1 (sequences of 4096, a vocabulary of 16, 16 tokens to remember), after the selective form of the
-copy task of arXiv 1901.07214.
+Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752,
+section 4.1.1 (sequences of 4096, a vocabulary of 16, 16 tokens to remember), after the selective
+form of the copy task of arXiv 1901.07214.
 
-Tokens 0 ... W-3 are data, W-2 is the blank, W-1 the marker. Of seq_len inputs the last num_tokens are
-markers; the data tokens stand at random places before them, blanks at all others. The target at the
-i-th marker is the i-th data token, and nothing else counts. Whether the paper's 4096 counts the
+Tokens 0 ... W-3 are data, W-2 is the blank, W-1 the marker. Of seq_len inputs the last num_tokens
+are markers; the data tokens stand at random places before them, blanks at all others. The target at
+the i-th marker is the i-th data token, and nothing else counts. Whether the paper's 4096 counts the
 markers is not said there; here seq_len does.
 """
 

@@ -9,7 +9,8 @@ from kernels_pallas.common import arguments, chunk_blocks, dtypes, matmul, segme
 
 
 class Finish(NamedTuple):
-    """What is done to the sums: the activation, then each of `heads` equal parts divided by its length."""
+    """What is done to the sums: the activation, then each of `heads` equal parts divided by its
+    length."""
 
     activation: str | None = None
     heads: int | None = None
@@ -57,12 +58,14 @@ def demoted(z, dtype):
 
 
 def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1e-6):
-    """One token of `causal_conv`, for decoding: z = bias + w[-1] x + sum_{i<I-1} w[i] tail[i], finished as there.
+    """One token of `causal_conv`, for decoding: z = bias + w[-1] x + sum_{i<I-1} w[i] tail[i],
+    finished as there.
 
     Args:
       x_BD: the token's input.
       w: (I, D), w[-1] on this token.
-      tail: (B, I-1, D), the inputs before it, oldest first, as `causal_conv` or an earlier step returned it.
+      tail: (B, I-1, D), the inputs before it, oldest first, as `causal_conv` or an earlier step
+        returned it.
       bias: (D,) or None.
       activation, l2_norm_heads, eps: as in `causal_conv`.
 
@@ -88,7 +91,8 @@ def _step(x_BD, w, tail, bias, finish):
 
 
 def recurrent(x_BTD, w, bias, initial_state, start_BT, finish):
-    """`step` over time, the tail emptied where a document starts. Arguments are normalised by `api.py`."""
+    """`step` over time, the tail emptied where a document starts. Arguments are normalised by
+    `api.py`."""
 
     def scan_step(tail, token):
         x_BD, start_B = token

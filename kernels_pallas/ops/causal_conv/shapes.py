@@ -1,4 +1,5 @@
-"""Published workloads of `causal_conv`, for benchmarks and kernel tuning. B is chosen to fill a device."""
+"""Published workloads of `causal_conv`, for benchmarks and kernel tuning. B is chosen to fill a
+device."""
 
 # name: B, T, D (channels), I (width).
 SHAPES = {

@@ -1,12 +1,15 @@
-"""The short causal convolution as I shifted multiply-adds, which XLA fuses into one pass, with its own backward pass.
+"""The short causal convolution as I shifted multiply-adds, which XLA fuses into one pass, with its
+own backward pass.
 
-Let e be the I-1 inputs that enter followed by x, z_t = bias + sum_i w_i e_{t+i}, and g the gradient of z. Then
+Let e be the I-1 inputs that enter followed by x, z_t = bias + sum_i w_i e_{t+i}, and g the gradient
+of z. Then
 
     de_p = sum_i w_i g_{p-i}        dw_i = sum_{b,t} g_t e_{t+i}
 
-each again I shifted products. A tap counts where both its ends lie in one document. Backward, z is computed again, and
-activation and norm are differentiated there: nothing is kept but the arguments. `lax.conv_general_dilated` with
-D feature groups is the same sum; on two CPU cores it was 15 to 450 times slower at width 4 and 100 at width 16.
+each again I shifted products. A tap counts where both its ends lie in one document. Backward, z is
+computed again, and activation and norm are differentiated there: nothing is kept but the arguments.
+`lax.conv_general_dilated` with D feature groups is the same sum; on two CPU cores it was 15 to 450
+times slower at width 4 and 100 at width 16.
 """
 
 import functools
@@ -29,7 +32,8 @@ def run(x_BTD, w, bias, initial_state, start_BT, finish):
 
 
 def _kept(tap_BTD, run_BS, first, second, length):
-    """The tap, zero where its two ends (beginning at `first` and `second` of run_BS) lie in different documents."""
+    """The tap, zero where its two ends (beginning at `first` and `second` of run_BS) lie in
+    different documents."""
     if run_BS is None or first == second:
         return tap_BTD
     same_BT = run_BS[:, first : first + length] == run_BS[:, second : second + length]

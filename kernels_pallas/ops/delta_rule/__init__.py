@@ -1,4 +1,5 @@
-"""The `delta_rule` operator: api.py is public, reference.py defines it, the rest are implementations."""
+"""The `delta_rule` operator: api.py is public, reference.py defines it, the rest are
+implementations."""
 
 from kernels_pallas.ops.delta_rule.api import (
     delta_rule,

@@ -1,27 +1,32 @@
 """The delta rule and the general diagonal-plus-low-rank recurrence, chunk by chunk, in plain XLA.
 
-Inside a chunk of C tokens the vectors u_i that the erasing part writes depend on each other through a strictly lower
-triangular matrix, so one triangular solve (the WY or UT form: DeltaNet, arXiv 2406.06484, section 3.2; with decay, Gated
-DeltaNet, arXiv 2412.06464, section 3.3; per channel, Kimi Linear, arXiv 2510.26692, section 3) makes each chunk an
-affine map of the state that enters it. With sums of log decay from the chunk's start (through: with token i, before:
-without it), behind token j to the chunk's end (after), and between j and i (D, inside the products):
+Inside a chunk of C tokens the vectors u_i that the erasing part writes depend on each other through
+a strictly lower triangular matrix, so one triangular solve (the WY or UT form: DeltaNet, arXiv
+2406.06484, section 3.2; with decay, Gated DeltaNet, arXiv 2412.06464, section 3.3; per channel,
+Kimi Linear, arXiv 2510.26692, section 3) makes each chunk an affine map of the state that enters
+it. With sums of log decay from the chunk's start (through: with token i, before: without it),
+behind token j to the chunk's end (after), and between j and i (D, inside the products):
 
-    delta rule   (I + A) U = beta v - (beta k exp(through)) S     A_ij = beta_i (k_i . D_ij k_j),  j < i
-    general      (I - A) U = A' V + (b exp(before)) S             A_ij = b_i . D_i-1,j a_j,  A'_ij = b_i . D_i-1,j k_j
-    output       o = (q exp(through)) S + (q . D w) U [+ (q . D k) V]          w = k (delta rule), a (general)
+    delta rule   (I + A) U = beta v - (beta k exp(through)) S     A_ij = beta_i (k_i . D_ij k_j),  j
+      < i
+    general      (I - A) U = A' V + (b exp(before)) S             A_ij = b_i . D_i-1,j a_j,  A'_ij =
+      b_i . D_i-1,j k_j
+    output       o = (q exp(through)) S + (q . D w) U [+ (q . D k) V]          w = k (delta rule), a
+      (general)
     next state   S' = exp(total) S + (w exp(after))^T U [+ (k exp(after))^T V]
 
-`Chunks` holds these maps, whichever of the two they came from; one pass over the chunks, forward and backward, serves
-both. A document's first token is a reset (`decay_sums.RESET`; and its b reads nothing). Without a decay
-and without documents nothing is multiplied by exponentials that are 1.
+`Chunks` holds these maps, whichever of the two they came from; one pass over the chunks, forward
+and backward, serves both. A document's first token is a reset (`decay_sums.RESET`; and its b reads
+nothing). Without a decay and without documents nothing is multiplied by exponentials that are 1.
 
-The sequence is cut into spans of chunks. A scan goes over the spans; the chunks of a span are treated at once but for
-the state, which goes from one to the next. The backward pass keeps the inputs and each chunk's entering state,
-recomputes the maps of one span at a time, and takes the derivative of the pass by hand, of the maps by `jax.vjp`.
-Chunks of 32: longer ones take more products and lose accuracy where beta is 2, shorter ones store more states.
+The sequence is cut into spans of chunks. A scan goes over the spans; the chunks of a span are
+treated at once but for the state, which goes from one to the next. The backward pass keeps the
+inputs and each chunk's entering state, recomputes the maps of one span at a time, and takes the
+derivative of the pass by hand, of the maps by `jax.vjp`. Chunks of 32: longer ones take more
+products and lose accuracy where beta is 2, shorter ones store more states.
 
-In float32, rounding is held down further where tokens' transitions come near reflections and little is forgotten: see
-`reflections`.
+In float32, rounding is held down further where tokens' transitions come near reflections and little
+is forgotten: see `reflections`.
 """
 
 import functools
@@ -56,7 +61,8 @@ class Chunks(NamedTuple):
     S' = decay_K1 S + w_CK^T U + local_KV
 
     decay_K1: None where nothing decays.
-    lost_CC: what A_CC has lost to rounding, where that counts (see `reflections`); it has no gradient.
+    lost_CC: what A_CC has lost to rounding, where that counts (see `reflections`); it has no
+      gradient.
     """
 
     A_CC: jax.Array
@@ -199,10 +205,11 @@ def _state_decay(sums):
 
 
 def _decayed_products(sums, H, *, before=False):
-    """A function of rows and columns: sum_K row_iK column_jK exp(g_{j+1} + ... + g_i)_K, zero for j > i.
+    """A function of rows and columns: sum_K row_iK column_jK exp(g_{j+1} + ... + g_i)_K, zero for j
+    > i.
 
-    With `before` the sum of decays stops in front of i, and the diagonal is zero. Where all channels decay alike, heads
-    that share rows and columns share their products.
+    With `before` the sum of decays stops in front of i, and the diagonal is zero. Where all
+    channels decay alike, heads that share rows and columns share their products.
     """
     if _per_channel(sums):
 
@@ -256,7 +263,8 @@ def _repeat_heads(x_MBGCK, H):
 
 
 def _pass(chunks: Chunks, S_BHKV):
-    """Through the chunks of a span: their outputs, the state that leaves and those that entered each."""
+    """Through the chunks of a span: their outputs, the state that leaves and those that entered
+    each."""
     state_dot = compensated.state_product(chunks.lost_CC)
 
     def one_chunk(S_BHKV, inputs):
@@ -391,9 +399,11 @@ def _chunks(span, form, dtype):
 
 
 def _chunk(x_BLHK, C, dtype):
-    """(B, L, H, K) to (M, B, H, C, K) in float32 or wider, which is what everything in a chunk is computed in.
+    """(B, L, H, K) to (M, B, H, C, K) in float32 or wider, which is what everything in a chunk is
+    computed in.
 
-    U is a long alternating sum where beta is near 2; with bfloat16 operands it loses all but a digit.
+    U is a long alternating sum where beta is near 2; with bfloat16 operands it loses all but a
+    digit.
     """
     B, _, H, K = x_BLHK.shape
     return x_BLHK.reshape(B, -1, C, H, K).transpose(1, 0, 3, 2, 4).astype(dtype)

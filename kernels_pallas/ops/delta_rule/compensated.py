@@ -1,9 +1,11 @@
-"""Float32 where a token's transition comes near a reflection: what rounding loses is known, and given back.
+"""Float32 where a token's transition comes near a reflection: what rounding loses is known, and
+given back.
 
-With beta |k|^2 = 2 and little or no decay the transition is a reflection: nothing ever fades, and where one key comes
-again and again the same rounding error of k.k acts at every token, in one direction, so that after T tokens it has grown to
-T times itself. Where that can happen, decided as the program runs (`occur`), products are split into a part that is exact
-and a small rest, what A lost to rounding is kept beside it, and the triangular system is solved with one correction.
+With beta |k|^2 = 2 and little or no decay the transition is a reflection: nothing ever fades, and
+where one key comes again and again the same rounding error of k.k acts at every token, in one
+direction, so that after T tokens it has grown to T times itself. Where that can happen, decided as
+the program runs (`occur`), products are split into a part that is exact and a small rest, what A
+lost to rounding is kept beside it, and the triangular system is solved with one correction.
 """
 
 import functools
@@ -14,11 +16,12 @@ import jax.numpy as jnp
 
 from kernels_pallas.common import branches, chunk_blocks, decay, matmul
 
-# Rounding is held down where some beta |k|^2 is above this. An error's sum over time is beta / (2 - beta) of one token's:
-# itself up to 1, which is as far as a DeltaNet with positive eigenvalues goes (and the roundings of its |k|).
+# Rounding is held down where some beta |k|^2 is above this. An error's sum over time is beta / (2 -
+# beta) of one token's: itself up to 1, which is as far as a DeltaNet with positive eigenvalues goes
+# (and the roundings of its |k|).
 REFLECTING = 1.01
-# And only where some state keeps more than KEPT over WINDOW tokens: else an error's sum stays below that of
-# WINDOW / (1 - KEPT) tokens.
+# And only where some state keeps more than KEPT over WINDOW tokens: else an error's sum stays below
+# that of WINDOW / (1 - KEPT) tokens.
 WINDOW, KEPT = 16, 1 / 4
 
 precise = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -30,7 +33,8 @@ def squared(x_BTHK):
 
 
 def occur(sizes_BTH, log_decay_BTHK):
-    """Whether rounding must be held down: some window of tokens reflects (beta |k|^2 is `sizes`), and forgets little."""
+    """Whether rounding must be held down: some window of tokens reflects (beta |k|^2 is `sizes`),
+    and forgets little."""
     sizes_BTH, log_decay_BTHK = jax.lax.stop_gradient((sizes_BTH, log_decay_BTHK))
     reflects_BTH = ~(sizes_BTH <= REFLECTING)  # what is not a number does
     if log_decay_BTHK is None:
@@ -84,18 +88,21 @@ def _unless_zero(used, lost):
 
 
 def state_product(lost_CC):
-    """An einsum for the products by which states become states: where something is lost, rounded once."""
+    """An einsum for the products by which states become states: where something is lost, rounded
+    once."""
     if lost_CC is None:
         return jnp.einsum
     return lambda subscripts, x, y: sum(_split_product(subscripts, x, y))
 
 
 def solve(A_CC, lost_CC, X_CC, R_CV):
-    """U of (I + A) U = R, from the inverse X of I + A; where A has lost something, with one correction by the residual."""
+    """U of (I + A) U = R, from the inverse X of I + A; where A has lost something, with one
+    correction by the residual."""
     U_CV = precise("...ij,...jV->...iV", X_CC, R_CV)
     if lost_CC is None:
         return U_CV
-    # A unit of its own for every document's U: what is multiplied by 0 must not change how the rest is rounded.
+    # A unit of its own for every document's U: what is multiplied by 0 must not change how the rest
+    # is rounded.
     linked_CC = (A_CC != 0) | (jnp.swapaxes(A_CC, -1, -2) != 0)
     squares_CV = precise("...ij,...jV->...iV", linked_CC.astype(U_CV.dtype), U_CV**2) + U_CV**2
     exact_CV, rest_CV = _split_product("...ij,...jV->...iV", A_CC, U_CV, squares_CV)
@@ -114,9 +121,11 @@ def solve_transposed(A_CC, lost_CC, X_CC, R_CV):
 
 
 def _split_product(subscripts, x, y, y_squares=None):
-    """x y in float32 as two terms: of heads of 11 bits, whose products and sums are exact, and the small rest.
+    """x y in float32 as two terms: of heads of 11 bits, whose products and sums are exact, and the
+    small rest.
 
-    y_squares: sums of y^2 that say how large y is, for each of its entries; None: those over all that is summed.
+    y_squares: sums of y^2 that say how large y is, for each of its entries; None: those over all
+      that is summed.
     """
     x_letters, y_letters = subscripts.split("->")[0].replace("...", "").split(",")
     (summed,) = set(x_letters) & set(y_letters) - set(subscripts.split("->")[1])

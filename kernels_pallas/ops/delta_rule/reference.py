@@ -1,4 +1,5 @@
-"""The delta rule by its definition: one token at a time. Every other form is tested against this one."""
+"""The delta rule by its definition: one token at a time. Every other form is tested against this
+one."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ from kernels_pallas.common import segments
 
 
 def step(q_BHK, k_BHK, v_BHV, beta_BH, log_decay_BHK, state_BHKV):
-    """One token: decay S, read k from the decayed S, write the beta-weighted error; o = S^T q. q is already scaled."""
+    """One token: decay S, read k from the decayed S, write the beta-weighted error; o = S^T q. q is
+    already scaled."""
     if log_decay_BHK is not None:
         state_BHKV = jnp.exp(log_decay_BHK)[..., None] * state_BHKV
     error_BHV = v_BHV - jnp.einsum("BHK,BHKV->BHV", k_BHK, state_BHKV)
@@ -16,7 +18,8 @@ def step(q_BHK, k_BHK, v_BHV, beta_BH, log_decay_BHK, state_BHKV):
 
 
 def step_diagonal_plus_low_rank(q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, log_decay_BHK, state_BHKV):
-    """One token of S <- diag(exp g) S + a (b^T S) + k v^T, where b reads S before it decays; o = S^T q."""
+    """One token of S <- diag(exp g) S + a (b^T S) + k v^T, where b reads S before it decays; o =
+    S^T q."""
     read_BHV = jnp.einsum("BHK,BHKV->BHV", b_BHK, state_BHKV)
     if log_decay_BHK is not None:
         state_BHKV = jnp.exp(log_decay_BHK)[..., None] * state_BHKV

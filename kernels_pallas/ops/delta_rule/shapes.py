@@ -1,13 +1,16 @@
-"""Published workloads of `delta_rule` and `diagonal_plus_low_rank`, for benchmarks and kernel tuning.
+"""Published workloads of `delta_rule` and `diagonal_plus_low_rank`, for benchmarks and kernel
+tuning.
 
-B is chosen to fill a device. G key heads serve H value heads; decay is "none", "per_token" (one per token and head) or
-"per_channel" (one per key channel as well).
+B is chosen to fill a device. G key heads serve H value heads; decay is "none", "per_token" (one per
+token and head) or "per_channel" (one per key channel as well).
 """
 
 SHAPES = {
-    # DeltaNet (arXiv 2406.06484): 1.3B parameters, width 2048, heads of 128, trained on 2048 tokens.
+    # DeltaNet (arXiv 2406.06484): 1.3B parameters, width 2048, heads of 128, trained on 2048
+    # tokens.
     "delta_net_1.3b": {"B": 8, "T": 2048, "G": 16, "H": 16, "K": 128, "V": 128, "decay": "none"},
-    # Gated DeltaNet (2412.06464): 1.3B, width 2400; heads of 256 over 0.75 of the width, values twice as wide.
+    # Gated DeltaNet (2412.06464): 1.3B, width 2400; heads of 256 over 0.75 of the width, values
+    # twice as wide.
     "gated_delta_net_1.3b": {
         "B": 4,
         "T": 4096,

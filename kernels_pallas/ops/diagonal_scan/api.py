@@ -39,30 +39,34 @@ def diagonal_scan(
 
         h_t = a_t * h_{t-1} + x_t        (reverse: h_t = a_t * h_{t+1} + x_t)
 
-    with a = decay_BTD or exp(log_decay). LRU (arXiv 2303.06349, eq. 2), RG-LRU (arXiv 2402.19427, eq. 4), S5 and
-    Mamba-1 (arXiv 2312.00752, eq. 2a) are this with their own a and x. Any T; runs as a chunked scan with its own
-    backward pass, which keeps a and h and nothing else.
+    with a = decay_BTD or exp(log_decay). LRU (arXiv 2303.06349, eq. 2), RG-LRU (arXiv 2402.19427,
+    eq. 4), S5 and Mamba-1 (arXiv 2312.00752, eq. 2a) are this with their own a and x. Any T; runs
+    as a chunked scan with its own backward pass, which keeps a and h and nothing else.
 
     Args:
       x_BTD: (B, T, D), floating or complex.
-      decay_BTD: (B, T, D), or (D,) for one decay at all times. Any value: negative, above 1, complex.
-      log_decay: instead of decay_BTD, of the same shapes, real or complex, real part <= 0. -inf forgets all that came
-        before, and its gradient is 0. Positive values are not checked unless `kernels_pallas.common.checks` is on.
-      initial_state: (B, D), the h before the first token (reverse: after the last); None is zero. It belongs to the
-        document of the token it meets first.
-      segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to another. NaN and Inf do not
-        either, but for kernels (a document's start is a product with 0).
+      decay_BTD: (B, T, D), or (D,) for one decay at all times. Any value: negative, above 1,
+        complex.
+      log_decay: instead of decay_BTD, of the same shapes, real or complex, real part <= 0. -inf
+        forgets all that came before, and its gradient is 0. Positive values are not checked unless
+        `kernels_pallas.common.checks` is on.
+      initial_state: (B, D), the h before the first token (reverse: after the last); None is zero.
+        It belongs to the document of the token it meets first.
+      segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to
+        another. NaN and Inf do not either, but for kernels (a document's start is a product with
+        0).
       reverse: run from the last token to the first.
-      implementation: 'pallas_tpu', 'triton' (real), 'chunked', 'reference', or None for the best here.
+      implementation: 'pallas_tpu', 'triton' (real), 'chunked', 'reference', or None for the best
+        here.
 
     Returns:
-      h_BTD in x's dtype (complex where the decay or the initial state makes it so), and the final state (B, D): h at
-      the last token (reverse: the first) before it is rounded to that dtype. States are float32 or complex64 at
-      least, whatever x is.
+      h_BTD in x's dtype (complex where the decay or the initial state makes it so), and the final
+      state (B, D): h at the last token (reverse: the first) before it is rounded to that dtype.
+      States are float32 or complex64 at least, whatever x is.
 
     Raises:
-      ValueError: not exactly one of decay_BTD and log_decay, shapes that do not fit, an unknown implementation, or (with checks on) a
-        positive log_decay.
+      ValueError: not exactly one of decay_BTD and log_decay, shapes that do not fit, an unknown
+        implementation, or (with checks on) a positive log_decay.
     """
     operator = "diagonal_scan"
     if (decay_BTD is None) == (log_decay is None):

@@ -1,33 +1,41 @@
 """The diagonal recurrence in two levels, with its own backward pass.
 
-Time is cut into N chunks of C tokens. A run of tokens is the affine map h -> A h + b, and maps compose:
-(A2, b2) after (A1, b1) is (A2 A1, A2 b1 + b2).
+Time is cut into N chunks of C tokens. A run of tokens is the affine map h -> A h + b, and maps
+compose: (A2, b2) after (A1, b1) is (A2 A1, A2 b1 + b2).
 
   1. Every chunk's map, all chunks at once: C steps over arrays (B, N, D) that stay in cache.
-  2. The state that enters each chunk: N steps, of one state each, so that two chunks' decays are never multiplied.
-  3. Every state: again C steps over all chunks at once, each from its entering state, written in place.
+  2. The state that enters each chunk: N steps, of one state each, so that two chunks' decays are
+    never multiplied.
+  3. Every state: again C steps over all chunks at once, each from its entering state, written in
+    place.
 
 Two things are decided as the program runs, by the maps of step 1 (`branches`):
 
-  - Where the decays of a chunk grow beyond 2^32 together, maps are of no use: their product may be infinite, or their
-    rounding larger than what they act on, though every state is small. Then the recurrence runs token by token.
-  - Where a chunk keeps more than 7/8, the rounding of A, up to 128 times that of one product, adds up over some
-    1 / (1 - |A|) chunks. Then step 2 is repeated on what it missed: the difference between the state that a chunk
-    leaves, token by token from the one that enters, and the one that its map gave.
+  - Where the decays of a chunk grow beyond 2^32 together, maps are of no use: their product may be
+    infinite, or their rounding larger than what they act on, though every state is small. Then the
+    recurrence runs token by token.
+  - Where a chunk keeps more than 7/8, the rounding of A, up to 128 times that of one product, adds
+    up over some 1 / (1 - |A|) chunks. Then step 2 is repeated on what it missed: the difference
+    between the state that a chunk leaves, token by token from the one that enters, and the one that
+    its map gave.
 
-Otherwise x and the decay are read twice and h is written once. `associative_scan` over all tokens instead makes about
-2 log2(T) arrays whose sizes add up to several times that, slice by strided slice; so does one inside each chunk.
-On two CPU cores this form was 2 to 10 times faster than either (float32, B * D 64 to 2048, T 1024 to 16384), and C between
-64 and 256 made no difference beyond the noise: 128.
+Otherwise x and the decay are read twice and h is written once. `associative_scan` over all tokens
+instead makes about 2 log2(T) arrays whose sizes add up to several times that, slice by strided
+slice; so does one inside each chunk. On two CPU cores this form was 2 to 10 times faster than
+either (float32, B * D 64 to 2048, T 1024 to 16384), and C between 64 and 256 made no difference
+beyond the noise: 128.
 
-Backward. With the incoming gradient g_t (that of the final state is added by letting it enter the scan):
+Backward. With the incoming gradient g_t (that of the final state is added by letting it enter the
+scan):
 
     l_t = g_t + a_{t+1} l_{t+1}      dx_t = l_t      da_t = l_t h_{t-1}      dh_0 = a_1 l_1
 
-which is the same scan run the other way with the decays moved by one. Only a and h are kept. Nothing is conjugated:
-JAX's cotangents are those of the transpose (the gradient of a real loss is the conjugate of the steepest ascent).
+which is the same scan run the other way with the decays moved by one. Only a and h are kept.
+Nothing is conjugated: JAX's cotangents are those of the transpose (the gradient of a real loss is
+the conjugate of the steepest ascent).
 
-A document's start is selected, not multiplied: its decay is 0, but the state before it may not be finite.
+A document's start is selected, not multiplied: its decay is 0, but the state before it may not be
+finite.
 """
 
 import functools
@@ -160,7 +168,8 @@ def _backward(reverse, saved, gradients):
     g_BTD, g_final_BD = gradients
 
     def neighbour(z_BTD, edge_B1D, later):
-        """Each token's, in the order in which the scan meets them: of the one behind it (`later`), or before."""
+        """Each token's, in the order in which the scan meets them: of the one behind it (`later`),
+        or before."""
         if later == reverse:
             return jnp.concatenate([edge_B1D, z_BTD[:, :-1]], axis=1)
         return jnp.concatenate([z_BTD[:, 1:], edge_B1D], axis=1)

@@ -11,8 +11,10 @@ def step(x_BD, decay_BD, state_BD):
 
     Args:
       x_BD: the token's input.
-      decay_BD: its decay, real or complex, (B, D) or (D,); `jnp.exp(log_decay)` where that is what is at hand.
-      state_BD: what `diagonal_scan` returned as the final state, or an earlier step did; float32 or wider.
+      decay_BD: its decay, real or complex, (B, D) or (D,); `jnp.exp(log_decay)` where that is what
+        is at hand.
+      state_BD: what `diagonal_scan` returned as the final state, or an earlier step did; float32 or
+        wider.
 
     Returns:
       (h_BD in the dtype that `diagonal_scan` gives, the new state in the state's dtype).
@@ -33,7 +35,8 @@ def output_dtype(x_dtype, state_dtype):
 
 
 def unless(start, kept):
-    """What is kept of a state, and nothing where a document starts: a product with 0 would let pass what is not finite."""
+    """What is kept of a state, and nothing where a document starts: a product with 0 would let pass
+    what is not finite."""
     return kept if start is None else jnp.where(start, 0, kept)
 
 
@@ -45,7 +48,8 @@ def recurrent(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False)
         state_BD = unless(start_B1, decay_BD * state_BD) + x_BD
         return state_BD, state_BD
 
-    # In the state's dtype: XLA's CPU backend (jaxlib 0.10.2) converts a whole narrower buffer at each of its tokens.
+    # In the state's dtype: XLA's CPU backend (jaxlib 0.10.2) converts a whole narrower buffer at
+    # each of its tokens.
     inputs = x_BTD.astype(decay_BTD.dtype), decay_BTD, start_BT1
     inputs = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), inputs)
     final_BD, h_TBD = jax.lax.scan(scan_step, initial_state_BD, inputs, reverse=reverse)

@@ -1,4 +1,5 @@
-"""Published workloads of `diagonal_scan`, for benchmarks and kernel tuning. B is chosen to fill a device."""
+"""Published workloads of `diagonal_scan`, for benchmarks and kernel tuning. B is chosen to fill a
+device."""
 
 # name: B, T, D (the scan's width), and whether the state is complex.
 SHAPES = {

@@ -1,24 +1,28 @@
-"""Linear attention in chunks: matrix products inside a chunk, the recurrence only from chunk to chunk.
+"""Linear attention in chunks: matrix products inside a chunk, the recurrence only from chunk to
+chunk.
 
-With D_ij the decay between tokens j <= i of a chunk, b_i that from the chunk's start to i, r_j that behind j to the
-chunk's end (`decay_sums`), and S the state that enters the chunk,
+With D_ij the decay between tokens j <= i of a chunk, b_i that from the chunk's start to i, r_j that
+behind j to the chunk's end (`decay_sums`), and S the state that enters the chunk,
 
-    o_i = sum_{j<=i} D_ij (q_i . k_j) v_j + S^T (b_i q_i)        S_next = diag(b_C) S + sum_j (r_j k_j) v_j^T.
+    o_i = sum_{j<=i} D_ij (q_i . k_j) v_j + S^T (b_i q_i)        S_next = diag(b_C) S + sum_j (r_j
+      k_j) v_j^T.
 
-This is the chunkwise form of GLA (arXiv 2312.06635, section 4), Lightning Attention-2 (2401.04658, algorithm 1) and
-Mamba-2's SSD (2405.21060, section 6). Where the decay is per head, b, r and D multiply on the side of v and of the
-scores, so that heads which share q and k share q k^T and neither q nor k is copied. Documents are masks: a pair counts
-when no boundary lies between, the entering state up to the first boundary, the leaving state behind the last one.
+This is the chunkwise form of GLA (arXiv 2312.06635, section 4), Lightning Attention-2 (2401.04658,
+algorithm 1) and Mamba-2's SSD (2405.21060, section 6). Where the decay is per head, b, r and D
+multiply on the side of v and of the scores, so that heads which share q and k share q k^T and
+neither q nor k is copied. Documents are masks: a pair counts when no boundary lies between, the
+entering state up to the first boundary, the leaving state behind the last one.
 
-The backward pass is our own. The forward pass keeps its inputs and the state at the start of each span (some chunks);
-the backward pass walks the spans in reverse and differentiates each, recomputed, with the states' cotangent carried:
-memory is O(T K + (T/C) K V). The gradient of the gates comes from D, b and r themselves, sums of like terms; the known
-shortcut reverse_cumsum(q dq - k dk) is a difference of large numbers where the decay is strong.
+The backward pass is our own. The forward pass keeps its inputs and the state at the start of each
+span (some chunks); the backward pass walks the spans in reverse and differentiates each,
+recomputed, with the states' cotangent carried: memory is O(T K + (T/C) K V). The gradient of the
+gates comes from D, b and r themselves, sums of like terms; the known shortcut reverse_cumsum(q dq -
+k dk) is a difference of large numbers where the decay is strong.
 
-Spans: the chunks of a span are computed at once, the spans one after the other, each cut from the inputs and put into
-the outputs in place. On CPU a span is only as large as stays in cache from one matrix product to the next (two cores,
-B 2, H 8, K = V = 64, float32: the whole sequence as one span takes twice the time), on an accelerator it is the whole
-sequence.
+Spans: the chunks of a span are computed at once, the spans one after the other, each cut from the
+inputs and put into the outputs in place. On CPU a span is only as large as stays in cache from one
+matrix product to the next (two cores, B 2, H 8, K = V = 64, float32: the whole sequence as one span
+takes twice the time), on an accelerator it is the whole sequence.
 """
 
 import functools
@@ -38,7 +42,8 @@ CHUNK_SIZE = 64
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """The chunked form. Arguments are normalised by `api.py`; chunk_size is a power of two, at least 16, or None."""
+    """The chunked form. Arguments are normalised by `api.py`; chunk_size is a power of two, at
+    least 16, or None."""
     decay = decay_sums.kind(log_decay_BTHK)
     per_channel = decay == "per_channel"
     if per_channel:
@@ -78,7 +83,8 @@ def run(
 
 
 class _Form(NamedTuple):
-    """What is fixed at tracing: chunk and span length, heads in a group, where the decay stands, the output's scale."""
+    """What is fixed at tracing: chunk and span length, heads in a group, where the decay stands,
+    the output's scale."""
 
     C: int
     L: int
@@ -149,9 +155,11 @@ def _span(form, state_BGKW, inputs, runs):
 
 
 def _chunks(form, state_EKW, inputs, runs):
-    """M chunks: their outputs, and the state behind the last. E rows (batch and group); W is R heads of V each.
+    """M chunks: their outputs, and the state behind the last. E rows (batch and group); W is R
+    heads of V each.
 
-    log_decay is None, (M, E, C, R) for one decay per head, or (M, E, C, K) for one per channel, with R = 1.
+    log_decay is None, (M, E, C, R) for one decay per head, or (M, E, C, K) for one per channel,
+    with R = 1.
     runs: the number of each token's document, and of the one whose state enters the chunk, or None.
     """
     R = form.R
@@ -218,7 +226,8 @@ def _through_chunks(state_EKW, keep_MEKW, written_MEKW):
 
 
 def _masks(runs):
-    """Who may touch whom: pairs of one document; tokens of the entering document, of the leaving one; both the same."""
+    """Who may touch whom: pairs of one document; tokens of the entering document, of the leaving
+    one; both the same."""
     if runs is None:
         return None, None, None, None
     run_MEC, before_ME = runs

@@ -1,4 +1,5 @@
-"""Linear attention by its definition: one token at a time. Every other form is tested against this one."""
+"""Linear attention by its definition: one token at a time. Every other form is tested against this
+one."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ from kernels_pallas.common import segments
 
 
 def step(q_BHK, k_BHK, v_BHV, log_decay_BHK, state_BHKV):
-    """One token: S <- diag(exp g) S + k v^T; o = S^T q. `log_decay` is (B,H,K), (B,H,1) or None; without scale."""
+    """One token: S <- diag(exp g) S + k v^T; o = S^T q. `log_decay` is (B,H,K), (B,H,1) or None;
+    without scale."""
     if log_decay_BHK is not None:
         state_BHKV = jnp.exp(log_decay_BHK)[..., None] * state_BHKV
     state_BHKV = state_BHKV + k_BHK[..., :, None] * v_BHV[..., None, :]
@@ -19,8 +21,8 @@ def recurrent(
 ):
     """The recurrence as one `lax.scan` over time.
 
-    Arguments are normalised by `api.py`: q and k have as many heads as v, log_decay is
-    (B,T,H,K), (B,T,H,1) or None, the initial state is never None. Arithmetic is in the state's dtype.
+    Arguments are normalised by `api.py`: q and k have as many heads as v, log_decay is (B,T,H,K),
+    (B,T,H,1) or None, the initial state is never None. Arithmetic is in the state's dtype.
     """
     dtype = initial_state_BHKV.dtype
 

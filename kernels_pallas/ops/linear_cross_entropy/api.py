@@ -1,4 +1,5 @@
-"""Losses from hidden states and the output matrix, without holding the logits: the public functions."""
+"""Losses from hidden states and the output matrix, without holding the logits: the public
+functions."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ from kernels_pallas.dispatch import explicit_axes, manual_axes
 from kernels_pallas.ops.linear_cross_entropy import chunked, reference
 from kernels_pallas.ops.linear_cross_entropy.reference import TokenDetails
 
-# No kernel. By XLA's estimates for v6e (three shapes of shapes.py, bfloat16), pieces cost 8 to 11 % more cycles than all logits at
-# once forward, where one would not pay; with backward 2.0 to 2.4 times as many, of which making the logits again is a third:
-# there one might.
+# No kernel. By XLA's estimates for v6e (three shapes of shapes.py, bfloat16), pieces cost 8 to 11 %
+# more cycles than all logits at once forward, where one would not pay; with backward 2.0 to 2.4
+# times as many, of which making the logits again is a third: there one might.
 IMPLEMENTATIONS = (
     dispatch.Implementation("chunked", chunked.run),
     dispatch.Implementation("reference", reference.whole),
@@ -35,29 +36,40 @@ def linear_cross_entropy(
     details: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, TokenDetails]:
-    """Cross-entropy of each token from hidden states, with logits made and used a piece of time at a time:
+    """Cross-entropy of each token from hidden states, with logits made and used a piece of time at
+    a time:
 
-        logits = x matrix^T + bias      (c tanh(logits / c) with a soft cap c: Gemma 2, arXiv 2408.00118)
-        log Z = logsumexp(logits)       loss = log Z - logits[target] + z_loss (log Z)^2     (PaLM, arXiv 2204.02311, section 5)
+        logits = x matrix^T + bias      (c tanh(logits / c) with a soft cap c: Gemma 2, arXiv
+          2408.00118)
+        log Z = logsumexp(logits)       loss = log Z - logits[target] + z_loss (log Z)^2     (PaLM,
+          arXiv 2204.02311, section 5)
 
-    Memory beside arguments and results: a piece's logits and, backward, the gradients; never B x T x W numbers.
+    Memory beside arguments and results: a piece's logits and, backward, the gradients; never B x T
+    x W numbers.
 
     Args:
-      x_BTD: (B, T, D), the last norm's output. With a bfloat16 matrix too, products take them as they are, and sum in float32.
-      matrix: (W, D), as a tied embedding is held, or (D, W) with layout="DW", as a dense layer's kernel is.
-      labels_BT: int (B, T), each in 0 ... W-1 where the mask is not 0. What lies outside counts as a logit of 0.
+      x_BTD: (B, T, D), the last norm's output. With a bfloat16 matrix too, products take them as
+        they are, and sum in float32.
+      matrix: (W, D), as a tied embedding is held, or (D, W) with layout="DW", as a dense layer's
+        kernel is.
+      labels_BT: int (B, T), each in 0 ... W-1 where the mask is not 0. What lies outside counts as
+        a logit of 0.
       bias_W: (W,) or None.
-      mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient, whatever x is there. It is no weight.
+      mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient, whatever x
+        is there. It is no weight.
       z_loss: a number, or an array of shape () with a gradient of its own.
-      chunk_size: tokens of each row whose logits are held at once; None picks by shape (`chunked.heuristic_chunk_size`).
-      words_axis: inside `jax.shard_map`, a mesh axis over which the words are split: the matrix and the bias are this rank's
-        words, in the order of ranks, and labels count all. Logits stay where they are; three numbers a token are summed.
-      details: also return what else is known of each token: -log p, log Z, whether the target is the likeliest.
+      chunk_size: tokens of each row whose logits are held at once; None picks by shape
+        (`chunked.heuristic_chunk_size`).
+      words_axis: inside `jax.shard_map`, a mesh axis over which the words are split: the matrix and
+        the bias are this rank's words, in the order of ranks, and labels count all. Logits stay
+        where they are; three numbers a token are summed.
+      details: also return what else is known of each token: -log p, log Z, whether the target is
+        the likeliest.
       implementation: 'chunked', 'reference' (all logits at once), or None for the best here.
 
     Returns:
-      loss_BT, float32 (or wider). Gradients go to x, the matrix and the bias. With details=True also TokenDetails, which
-      have no gradient.
+      loss_BT, float32 (or wider). Gradients go to x, the matrix and the bias. With details=True
+      also TokenDetails, which have no gradient.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown layout or implementation.
@@ -95,22 +107,26 @@ def linear_kl_divergence(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Divergence of each token's distribution from a teacher's, for distillation (Hinton et al., arXiv 1503.02531):
+    """Divergence of each token's distribution from a teacher's, for distillation (Hinton et al.,
+    arXiv 1503.02531):
 
-        p = softmax(teacher's logits / temperature)      q = softmax(logits / temperature)      KL = sum_w p (log p - log q)
+        p = softmax(teacher's logits / temperature)      q = softmax(logits / temperature)      KL =
+          sum_w p (log p - log q)
 
-    Without the factor temperature^2 that keeps its gradient's size. Logits, masks and memory as in `linear_cross_entropy`.
+    Without the factor temperature^2 that keeps its gradient's size. Logits, masks and memory as in
+    `linear_cross_entropy`.
 
     Args:
-      teacher_BTE: with teacher_matrix: the teacher's hidden states (B, T, E), whose logits are made a piece at a time as well.
-        Without: its logits (B, T, W).
+      teacher_BTE: with teacher_matrix: the teacher's hidden states (B, T, E), whose logits are made
+        a piece at a time as well. Without: its logits (B, T, W).
       teacher_matrix: (W, E), or (E, W) with teacher_layout="DW".
 
     Returns:
       kl_BT, float32 (or wider). Gradients go to x, the matrix and the bias; none to the teacher.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, a temperature that is not positive, an unknown layout or implementation.
+      ValueError: shapes or dtypes that do not fit, a temperature that is not positive, an unknown
+        layout or implementation.
     """
     operator = "linear_kl_divergence"
     W = _check_product(operator, "x", "matrix", x_BTD, matrix, layout)

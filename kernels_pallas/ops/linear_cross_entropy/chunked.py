@@ -1,11 +1,15 @@
-"""Losses of logits a piece of time at a time, with their own backward pass: B x T x W numbers are never held.
+"""Losses of logits a piece of time at a time, with their own backward pass: B x T x W numbers are
+never held.
 
-Forward, a loop over pieces of c tokens of every row makes the piece's logits (B, c, W) and keeps its losses. Backward, it makes
-the logits once more, takes the loss's gradient with respect to them, and multiplies it out:
+Forward, a loop over pieces of c tokens of every row makes the piece's logits (B, c, W) and keeps
+its losses. Backward, it makes the logits once more, takes the loss's gradient with respect to them,
+and multiplies it out:
 
-    dlogits = d loss / d logits      dx = dlogits matrix      dmatrix += dlogits^T x      dbias += sum dlogits
+    dlogits = d loss / d logits      dx = dlogits matrix      dmatrix += dlogits^T x      dbias +=
+      sum dlogits
 
-The sums over pieces are float32. Time is cut, not tokens in a row, so rows of a batch that are spread over devices stay there.
+The sums over pieces are float32. Time is cut, not tokens in a row, so rows of a batch that are
+spread over devices stay there.
 """
 
 import functools

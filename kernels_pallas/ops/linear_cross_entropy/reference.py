@@ -14,8 +14,8 @@ from kernels_pallas.common import matmul
 
 
 class TokenDetails(NamedTuple):
-    """nll_BT: -log p(target). log_z_BT: of the logits. correct_BT: 1 where no word is likelier than the target, or 0.
-    float32 or wider, whatever the mask says."""
+    """nll_BT: -log p(target). log_z_BT: of the logits. correct_BT: 1 where no word is likelier than
+    the target, or 0. float32 or wider, whatever the mask says."""
 
     nll_BT: jax.Array
     log_z_BT: jax.Array
@@ -60,7 +60,8 @@ class CrossEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """KL(teacher || student). per_token: the teacher's hidden states or logits, and mask; fixed: its matrix and bias. No details."""
+    """KL(teacher || student). per_token: the teacher's hidden states or logits, and mask; fixed:
+    its matrix and bias. No details."""
 
     softcap: float | None
     teacher_softcap: float | None
@@ -89,7 +90,8 @@ def masked(loss_BT, mask_BT):
 
 
 def unmasked(x_BTD, mask_BT):
-    """x, 0 where the mask is: there neither x nor its gradient counts, and a product with 0 would let pass what is not finite."""
+    """x, 0 where the mask is: there neither x nor its gradient counts, and a product with 0 would
+    let pass what is not finite."""
     if mask_BT is None or not jnp.issubdtype(x_BTD.dtype, jnp.floating):
         return x_BTD
     return jnp.where(mask_BT[..., None], x_BTD, 0)

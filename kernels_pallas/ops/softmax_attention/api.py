@@ -38,28 +38,33 @@ def softmax_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """o_t = sum_s p_ts v_s with p_t = softmax_s(scale * q_t . k_s) over the s that t may see (arXiv 1706.03762, eq. 1).
+    """o_t = sum_s p_ts v_s with p_t = softmax_s(scale * q_t . k_s) over the s that t may see (arXiv
+    1706.03762, eq. 1).
 
-    Training, prefill and decoding from a cache are this one call. In training token t is at index t of q, k and v.
-    Given positions instead, keys are slots of a cache of any length S in any order: t sees slot s iff it is filled
-    (kv_position >= 0), not later (causal), and inside the window. A query that sees nothing gives 0, and gets and
-    passes no gradient. NaN and Inf reach those that see them alone, in gradients too; but for 'cudnn', 'splash' and, with
-    one query (decoding), 'xla' and 'chunked', where what is hidden counts as 0 times itself.
+    Training, prefill and decoding from a cache are this one call. In training token t is at index t
+    of q, k and v. Given positions instead, keys are slots of a cache of any length S in any order:
+    t sees slot s iff it is filled (kv_position >= 0), not later (causal), and inside the window. A
+    query that sees nothing gives 0, and gets and passes no gradient. NaN and Inf reach those that
+    see them alone, in gradients too; but for 'cudnn', 'splash' and, with one query (decoding),
+    'xla' and 'chunked', where what is hidden counts as 0 times itself.
 
     Args:
       q_BTHK: (B, T, H, K), floating.
-      k_BTGK, v_BTGV: (B, S, G, K) and (B, S, G, V), of q's dtype. G divides H: key head g serves query heads
-        g*H/G ... (g+1)*H/G - 1 (G = 1: multi-query, arXiv 1911.02150; arXiv 2305.13245). S = T unless positions are
-        given or causal is False.
-      window: a token sees itself and the window-1 tokens before it (causal=False: also after it); None sees all.
+      k_BTGK, v_BTGV: (B, S, G, K) and (B, S, G, V), of q's dtype. G divides H: key head g serves
+        query heads g*H/G ... (g+1)*H/G - 1 (G = 1: multi-query, arXiv 1911.02150; arXiv
+        2305.13245). S = T unless positions are given or causal is False.
+      window: a token sees itself and the window-1 tokens before it (causal=False: also after it);
+        None sees all.
       causal: whether later tokens are hidden.
       segment_ids: int (B, T); a document is a run of equal ids, and sees only itself.
-      kv_segment_ids_BS: int (B, S), where keys are not the queries' own tokens: then ids are compared as they are.
+      kv_segment_ids_BS: int (B, S), where keys are not the queries' own tokens: then ids are
+        compared as they are.
       q_positions_BT, kv_positions_BS: int (B, T) and (B, S), both or neither; -1 is an empty slot.
       scale: None is K**-0.5.
-      implementation: 'reference' (float32, every logit), 'xla' (jax.nn.dot_product_attention), 'chunked' (blocks,
-        memory O(T), a window costs O(T * window)), 'cudnn' (GPUs: bfloat16, by index, no segments), 'splash' (TPUs:
-        by index), or None: splash or cuDNN where they can, else 'xla' for few logits, else 'chunked'.
+      implementation: 'reference' (float32, every logit), 'xla' (jax.nn.dot_product_attention),
+        'chunked' (blocks, memory O(T), a window costs O(T * window)), 'cudnn' (GPUs: bfloat16, by
+        index, no segments), 'splash' (TPUs: by index), or None: splash or cuDNN where they can,
+        else 'xla' for few logits, else 'chunked'.
 
     Returns:
       o_BTHV in q's dtype; softmax statistics are float32 or wider.
@@ -109,7 +114,8 @@ def step(
     window: int | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """One token of `softmax_attention` against a cache that already holds its own key and value. Returns o_BHV."""
+    """One token of `softmax_attention` against a cache that already holds its own key and value.
+    Returns o_BHV."""
     name = "softmax_attention.step"
     (q_BTHK,) = arguments.one_token(name, q=q_BHK)
     arguments.check_shape(name, "q_position", q_position_B, q_BHK.shape[:1])
@@ -145,7 +151,8 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window, causal) -> None:
 
 
 def _signed(x):
-    """Integers in int32 or wider: the age of a key is a difference, which unsigned ones do not have."""
+    """Integers in int32 or wider: the age of a key is a difference, which unsigned ones do not
+    have."""
     if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
         return x
     return jnp.asarray(x).astype(dtypes.common(x.dtype, jnp.int32))

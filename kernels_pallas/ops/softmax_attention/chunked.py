@@ -1,13 +1,16 @@
-"""Softmax attention in blocks, in memory that grows with T and not with T * T, with its own backward pass.
+"""Softmax attention in blocks, in memory that grows with T and not with T * T, with its own
+backward pass.
 
-For every block of C queries the blocks of C keys it can see are visited in turn; running maximum m, sum l and output o
-are corrected as m grows (the online softmax of arXiv 1805.02867, in blocks as in FlashAttention, arXiv 2205.14135).
-Blocks that nobody sees are not visited, so a window costs O(T * window): by index which those are is known from the block's place,
-by positions from the range of positions and documents in it. The backward pass keeps
-q, k, v, o (unrounded: dS is a difference) and the log of each row's sum, and makes the probabilities of each block again (arXiv 2307.08691, section
-3.1):
+For every block of C queries the blocks of C keys it can see are visited in turn; running maximum m,
+sum l and output o are corrected as m grows (the online softmax of arXiv 1805.02867, in blocks as in
+FlashAttention, arXiv 2205.14135). Blocks that nobody sees are not visited, so a window costs O(T *
+window): by index which those are is known from the block's place, by positions from the range of
+positions and documents in it. The backward pass keeps q, k, v, o (unrounded: dS is a difference)
+and the log of each row's sum, and makes the probabilities of each block again (arXiv 2307.08691,
+section 3.1):
 
-    P = exp(s - log_sum)    dS = P * (g v^T - rowsum(g * o))    dv += P^T g    dq += dS k    dk += dS^T q
+    P = exp(s - log_sum)    dS = P * (g v^T - rowsum(g * o))    dv += P^T g    dq += dS k    dk +=
+      dS^T q
 """
 
 import jax

@@ -1,4 +1,5 @@
-"""What is not finite reaches those that see it, and nobody else: a product with a weight of 0 would let it pass."""
+"""What is not finite reaches those that see it, and nobody else: a product with a weight of 0 would
+let it pass."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ BLOCK_SIZE = 128
 
 
 def isolated(attend, *, one_query=False):
-    """`attend`, whose output is NaN exactly where the query, or a key or value that it sees, is not finite.
+    """`attend`, whose output is NaN exactly where the query, or a key or value that it sees, is not
+    finite.
 
-    Gradients are those of the other outputs. Costs a pass over q, k and v, so that one query, a decoding step, which reads
-    them once, goes without unless `one_query`; who sees what is asked only where it matters.
+    Gradients are those of the other outputs. Costs a pass over q, k and v, so that one query, a
+    decoding step, which reads them once, goes without unless `one_query`; who sees what is asked
+    only where it matters.
     """
 
     def call(q_BTHK, k_BSGK, v_BSGV, visibility, scale):

@@ -1,6 +1,8 @@
-"""Softmax attention by what JAX has: `jax.nn.dot_product_attention` (XLA, cuDNN on GPUs) and splash attention on TPUs.
+"""Softmax attention by what JAX has: `jax.nn.dot_product_attention` (XLA, cuDNN on GPUs) and splash
+attention on TPUs.
 
-All want K == V: the narrower side is padded with zero columns, which change neither logits nor outputs.
+All want K == V: the narrower side is padded with zero columns, which change neither logits nor
+outputs.
 """
 
 import functools
@@ -63,7 +65,8 @@ def _differentiable(attend):
 
 
 def cudnn(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """cuDNN's fused attention, forward and backward. Same contract, for calls that `no_cudnn` lets through."""
+    """cuDNN's fused attention, forward and backward. Same contract, for calls that `no_cudnn` lets
+    through."""
     return _cudnn(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
 
 
@@ -102,7 +105,8 @@ def no_cudnn(*, q, v, visibility) -> str | None:
 
 
 def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """JAX's splash attention (Pallas, TPU), which skips the blocks that the mask rules out. Any T: padded to 128."""
+    """JAX's splash attention (Pallas, TPU), which skips the blocks that the mask rules out. Any T:
+    padded to 128."""
     return _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
 
 

@@ -1,4 +1,5 @@
-"""Published workloads of `softmax_attention`, for benchmarks and kernel tuning. B is chosen to fill a device."""
+"""Published workloads of `softmax_attention`, for benchmarks and kernel tuning. B is chosen to fill
+a device."""
 
 # name: B, T, query heads H, key/value heads G, head dim K = V, window.
 SHAPES = {

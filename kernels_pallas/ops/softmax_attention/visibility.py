@@ -14,9 +14,9 @@ class Visibility:
       s's slot is filled: kv_position >= 0;    causal: kv_position <= q_position;
       window: |q_position - kv_position| < window;    segments: q_segment == kv_segment.
 
-    Positions are (B or 1, T) and (B or 1, S), segments too or None. `aligned` says that token t is at index t on both
-    sides, so that whole blocks can be left out knowing their indices alone; `by_index`, that positions are indices,
-    and every slot is filled.
+    Positions are (B or 1, T) and (B or 1, S), segments too or None. `aligned` says that token t is
+    at index t on both sides, so that whole blocks can be left out knowing their indices alone;
+    `by_index`, that positions are indices, and every slot is filled.
     """
 
     q_position_BT: jax.Array
@@ -69,7 +69,8 @@ class Visibility:
         )
 
     def blocks_seen(self, queries: int, keys: int) -> jax.Array | None:
-        """Which blocks of so many queries and keys hold a pair that may see each other, (N, M); None where `aligned`.
+        """Which blocks of so many queries and keys hold a pair that may see each other, (N, M);
+        None where `aligned`.
 
         From ranges of positions and of documents, so a block that is called seen may hold none.
         """
@@ -89,7 +90,8 @@ class Visibility:
         if self.causal:
             seen &= kv_low[:, None, :] <= q_high[:, :, None]
         if self.window is not None:
-            # Each side stays in range: an empty block's kv_low is the largest integer, its kv_high the least.
+            # Each side stays in range: an empty block's kv_low is the largest integer, its kv_high
+            # the least.
             seen &= q_low[:, :, None] - self.window < jnp.maximum(kv_high, -1)[:, None, :]
             seen &= kv_low[:, None, :] - self.window < q_high[:, :, None]
         if self.q_segment_BT is not None:

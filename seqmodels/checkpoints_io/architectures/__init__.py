@@ -1,19 +1,24 @@
-"""Published architectures by the `model_type` of their config.json. A family is a file here and a line in `_MODULES`.
+"""Published architectures by the `model_type` of their config.json. A family is a file here and a
+line in `_MODULES`.
 
 To add one, write `<family>.py` with an `ARCHITECTURE`, four things that all say only what differs:
 
-- `model_config(config)`: config.json to the dict that `language_model.from_config` takes, without dtypes. Read fields through
-  `HFConfig` (`integer`, `number`, `flag`, `choice`), which refuses a hostile value by name; refuse with ValueError
-  what we cannot compute. Per-layer differences go into the pattern: `pattern.to_text` writes one of a list of MixerSpec.
-- `hf_config(model, specs)`: the inverse, as far as the family can express it. It need not check: the framework reads its
-  result back with `model_config` and refuses to export where that is another model. `model` has every field, defaults too.
-- `rules(model, specs)`: every tensor, as `rules.Rule`s; see `checkpoints_io.rules` for the usual ones (linear, conv1d, split), `moved`
-  for any other exact move of one tensor and `Rule` for several. Layers are "block_{i}" for all i, scanned or not.
+- `model_config(config)`: config.json to the dict that `language_model.from_config` takes, without
+  dtypes. Read fields through `HFConfig` (`integer`, `number`, `flag`, `choice`), which refuses a
+  hostile value by name; refuse with ValueError what we cannot compute. Per-layer differences go
+  into the pattern: `pattern.to_text` writes one of a list of MixerSpec.
+- `hf_config(model, specs)`: the inverse, as far as the family can express it. It need not check:
+  the framework reads its result back with `model_config` and refuses to export where that is
+  another model. `model` has every field, defaults too.
+- `rules(model, specs)`: every tensor, as `rules.Rule`s; see `checkpoints_io.rules` for the usual
+  ones (linear, conv1d, split), `moved` for any other exact move of one tensor and `Rule` for
+  several. Layers are "block_{i}" for all i, scanned or not.
 - `ignored`: regular expressions (full match) of tensors in files that carry nothing: buffers.
 
-The framework streams tensors through the rules both ways, stacks scanned layers, finds missing, extra and misshapen
-tensors, casts, shards. Nothing computed may be lost: test a family with transformers' model as the oracle by
-`tests/seqmodels/checkpoints_io/oracle_suite.py` (logits to 1e-4, the file byte-equal after a round trip).
+The framework streams tensors through the rules both ways, stacks scanned layers, finds missing,
+extra and misshapen tensors, casts, shards. Nothing computed may be lost: test a family with
+transformers' model as the oracle by `tests/seqmodels/checkpoints_io/oracle_suite.py` (logits to
+1e-4, the file byte-equal after a round trip).
 """
 
 import dataclasses
@@ -48,7 +53,8 @@ _MODULES = {
 
 
 _MOST_LAYERS, _LARGEST = 10_000, 2**31
-# What other families compute with and none of these: a config.json that has one, with another value, is of no model here.
+# What other families compute with and none of these: a config.json that has one, with another
+# value, is of no model here.
 _UNSUPPORTED = {
     "quantization_config": None,
     "attn_logit_softcapping": None,
@@ -66,13 +72,15 @@ _UNSUPPORTED = {
 
 
 class HFConfig:
-    """A config.json whose fields are read with a check of what they are. `name` is the file, for messages."""
+    """A config.json whose fields are read with a check of what they are. `name` is the file, for
+    messages."""
 
     def __init__(self, fields: dict[str, Any], name: str):
         self.fields, self.name = fields, name
 
     def with_defaults(self, **fields) -> "HFConfig":
-        """The same where fields that are absent (null is not) have these values, as their library gives them."""
+        """The same where fields that are absent (null is not) have these values, as their library
+        gives them."""
         return HFConfig(fields | self.fields, self.name)
 
     def integer(self, field: str, default: int | None = None) -> int:
@@ -180,13 +188,15 @@ def names() -> list[str]:
 
 
 def check_supported(config: HFConfig) -> None:
-    """Refuses, by name and value, fields that change what is computed and that no architecture here reads."""
+    """Refuses, by name and value, fields that change what is computed and that no architecture here
+    reads."""
     for field, neutral in _UNSUPPORTED.items():
         config.require(field, neutral)
 
 
 def get(model_type: object) -> Architecture:
-    """The architecture of a config.json's model_type. Raises ValueError, listing the supported ones."""
+    """The architecture of a config.json's model_type. Raises ValueError, listing the supported
+    ones."""
     if not isinstance(model_type, str) or model_type not in _MODULES:
         raise ValueError(
             f"unknown architecture {model_type!r}; supported are {', '.join(names())}, and seqmodels for our own"

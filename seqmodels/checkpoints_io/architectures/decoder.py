@@ -1,6 +1,8 @@
-"""What the softmax decoders of the Llama line share: names, rotary positions, and config.json's fields.
+"""What the softmax decoders of the Llama line share: names, rotary positions, and config.json's
+fields.
 
-x <- x + attention(norm(x)); x <- x + SwiGLU(norm(x)), RMS norms, no biases but those a family names.
+x <- x + attention(norm(x)); x <- x + SwiGLU(norm(x)), RMS norms, no biases but those a family
+names.
 """
 
 import math
@@ -74,12 +76,12 @@ def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
 
 
 def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, Any]:
-    """rope_base, rope_scaling and rope_fraction, of `rope_parameters` or the older `rope_theta`, `rope_scaling` and
-    `partial_rotary_factor`; and max_length, which is `max_position_embeddings` or what a scaling reaches beyond it. What is None
-    is the mixer's default.
+    """rope_base, rope_scaling and rope_fraction, of `rope_parameters` or the older `rope_theta`,
+    `rope_scaling` and `partial_rotary_factor`; and max_length, which is `max_position_embeddings`
+    or what a scaling reaches beyond it. What is None is the mixer's default.
 
-    fraction: of each head's channels that is rotated where the config does not say; None: all are, whatever it says otherwise is
-      refused.
+    fraction: of each head's channels that is rotated where the config does not say; None: all are,
+      whatever it says otherwise is refused.
     """
     rope = _rope_section(config)
     kind = rope.get("rope_type", "default")
@@ -87,7 +89,8 @@ def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, A
         raise ValueError(
             f"{config.name}: rope scaling {kind!r} is not supported; {', '.join(_SCALINGS)} are"
         )
-    # As in transformers, fields that a kind does not read may be there; not those that say that something else was meant.
+    # As in transformers, fields that a kind does not read may be there; not those that say that
+    # something else was meant.
     if nested := [k for k, v in rope.fields.items() if isinstance(v, dict)]:
         raise ValueError(
             f"{rope.name}: {nested[0]} is an object; one rotation for each type of layers is not supported"
@@ -137,8 +140,8 @@ def _scaling_values(config: HFConfig, rope: HFConfig, kind: str) -> tuple[float 
 
 
 def _rope_section(config: HFConfig) -> HFConfig:
-    """`rope_parameters` and the older `rope_scaling` as one. Files that have both say the same twice, or the older one was added by
-    hand, for longer texts, beside one without a scaling."""
+    """`rope_parameters` and the older `rope_scaling` as one. Files that have both say the same
+    twice, or the older one was added by hand, for longer texts, beside one without a scaling."""
     merged: dict[str, Any] = {}
     for field in ("rope_parameters", "rope_scaling"):
         section = {k: v for k, v in config.section(field).fields.items() if v is not None}
@@ -156,7 +159,8 @@ def _rope_section(config: HFConfig) -> HFConfig:
 
 
 def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any]:
-    """The inverse of `rope_options`, with what programs older than rope_parameters read. partial: with the fraction."""
+    """The inverse of `rope_options`, with what programs older than rope_parameters read. partial:
+    with the fraction."""
     kind, *values = options["rope_scaling"] or ("default",)
     theta = float(options["rope_base"] or 10_000.0)
     scaling = {"rope_type": kind} | dict(zip(_SCALINGS.get(kind, ()), values))

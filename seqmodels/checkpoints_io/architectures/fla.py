@@ -1,7 +1,7 @@
 """What the layouts of flash-linear-attention (github.com/fla-org/flash-linear-attention) share.
 
-x <- x + mixer(norm(x)); x <- x + SwiGLU(norm(x)), RMS norms, "attn" for every mixer, and softmax attention where `attn` of
-config.json says so.
+x <- x + mixer(norm(x)); x <- x + SwiGLU(norm(x)), RMS norms, "attn" for every mixer, and softmax
+attention where `attn` of config.json says so.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,10 +27,12 @@ def architecture(
     hidden_ratio: int = 4,
     extra: Callable[[], Iterable[rules.Rule]] = tuple,
 ) -> Architecture:
-    """A family of which a file says: its mixer, options of it from config.json and back, and its tensors' names.
+    """A family of which a file says: its mixer, options of it from config.json and back, and its
+    tensors' names.
 
-    options: config to the mixer's options. fields: (options, d_model) to config.json's. tensors: (options, their prefix, our path)
-    to rules. refused: fields of which only this value is supported. extra: rules that belong to no layer.
+    options: config to the mixer's options. fields: (options, d_model) to config.json's. tensors:
+    (options, their prefix, our path) to rules. refused: fields of which only this value is
+    supported. extra: rules that belong to no layer.
     """
 
     def model_config(config: HFConfig) -> dict[str, Any]:
@@ -94,7 +96,8 @@ def architecture(
 
 
 def heads_options(config: HFConfig, heads: int, expand_k: float, expand_v: float) -> dict[str, Any]:
-    """What GLA and RetNet have in common, with their defaults: as many key heads as value heads, of widths of their own."""
+    """What GLA and RetNet have in common, with their defaults: as many key heads as value heads, of
+    widths of their own."""
     H = config.integer("num_heads", heads)
     config.require("num_kv_heads", H)
     return {
@@ -131,7 +134,8 @@ def short_convs(theirs: str, ours: str, names: str = "qkv") -> Iterable[rules.Ru
 
 
 def _softmax_layers(config: HFConfig, D: int, L: int) -> dict[int, MixerSpec]:
-    """The layers of `attn`: one object or a list of them, each {layers, num_heads, num_kv_heads, qkv_bias, window_size, rope_theta}."""
+    """The layers of `attn`: one object or a list of them, each {layers, num_heads, num_kv_heads,
+    qkv_bias, window_size, rope_theta}."""
     found = config.get("attn") or []
     layers: dict[int, MixerSpec] = {}
     for item in found if isinstance(found, list) else [found]:

@@ -1,4 +1,5 @@
-"""GPT-2 (Radford et al., 2019): learned positions, LayerNorm, biases everywhere, an ungated MLP with the tanh form of GELU.
+"""GPT-2 (Radford et al., 2019): learned positions, LayerNorm, biases everywhere, an ungated MLP
+with the tanh form of GELU.
 
 Its projections are stored (input, output) as ours are, with q, k and v as one.
 """

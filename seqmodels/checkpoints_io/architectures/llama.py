@@ -1,4 +1,5 @@
-"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288, 2407.21783), and what is built like them: SmolLM, SmolLM2, TinyLlama."""
+"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288, 2407.21783), and what is built like them: SmolLM,
+SmolLM2, TinyLlama."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, decoder
 

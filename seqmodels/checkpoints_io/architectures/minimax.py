@@ -1,4 +1,5 @@
-"""MiniMax-Text-01 (arXiv 2501.08313): lightning attention, some softmax attention, weighted residuals, a mixture of experts."""
+"""MiniMax-Text-01 (arXiv 2501.08313): lightning attention, some softmax attention, weighted
+residuals, a mixture of experts."""
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts

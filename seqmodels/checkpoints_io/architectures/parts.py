@@ -18,7 +18,8 @@ def spec(name: str, **options) -> MixerSpec:
 
 
 def options_of(specs: Sequence[MixerSpec], name: str) -> dict[str, Any]:
-    """The options, defaults too, of the first layer whose mixer is `name`. The framework finds out where others differ."""
+    """The options, defaults too, of the first layer whose mixer is `name`. The framework finds out
+    where others differ."""
     for layer in specs:
         if layer.name == name:
             return decoder.option_values(layer)
@@ -55,7 +56,8 @@ def listed(config: HFConfig, field: str, kind: type, default: Sequence[Any] = ()
 
 
 def expert_count(config: HFConfig, field: str, default: int) -> int:
-    """Experts of a layer: each has tensors of its own, so a number beyond reason is refused before they are named."""
+    """Experts of a layer: each has tensors of its own, so a number beyond reason is refused before
+    they are named."""
     count = config.integer(field, default)
     if count > _MOST_EXPERTS:
         raise ValueError(
@@ -103,7 +105,8 @@ def gated_mlp(
 def packed_linear(
     name: str, ours: str, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """One nn.Linear whose output features are, one after another, those of several of ours, {ours: features}."""
+    """One nn.Linear whose output features are, one after another, those of several of ours, {ours:
+    features}."""
     paths = [f"{ours}/{own}" for own in widths]
     sizes = list(widths.values())
     yield rules.split(f"{name}.weight", [f"{p}/kernel" for p in paths], sizes)
@@ -133,7 +136,8 @@ def packed_conv1d(
 def packed_heads(
     name: str, ours: str, heads: int, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """One nn.Linear whose output features are, head after head, those of several of ours, {ours: features of a head}."""
+    """One nn.Linear whose output features are, head after head, those of several of ours, {ours:
+    features of a head}."""
     ends = np.cumsum(list(widths.values()))
 
     def into(x):
@@ -152,7 +156,8 @@ def packed_heads(
 
 
 def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterator[rules.Rule]:
-    """A SwiGLU an expert, `{theirs}.{e}.{name}.weight` for e < count, as kernels stacked over experts.
+    """A SwiGLU an expert, `{theirs}.{e}.{name}.weight` for e < count, as kernels stacked over
+    experts.
 
     names: of the gate, the product beside it, and the product down.
     """

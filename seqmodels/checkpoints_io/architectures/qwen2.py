@@ -1,4 +1,5 @@
-"""Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): biases on q, k and v, and windows on the upper layers, if any."""
+"""Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): biases on q, k and v, and windows on the upper
+layers, if any."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,8 @@ from seqmodels.modules.pattern import MixerSpec
 
 
 def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfig:
-    """A config whose `layer_types` says all of the windows: none without `use_sliding_window`, and where the config lists no types
-    those of the layers that `slides`."""
+    """A config whose `layer_types` says all of the windows: none without `use_sliding_window`, and
+    where the config lists no types those of the layers that `slides`."""
     L = config.integer("num_hidden_layers")
     used = config.flag("use_sliding_window", False) and config.get("sliding_window") is not None
     fields = dict(config.fields)

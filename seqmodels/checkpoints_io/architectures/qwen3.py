@@ -1,4 +1,5 @@
-"""Qwen3, dense (arXiv 2505.09388): RMS norm on the heads of q and k, no biases, a head dimension of its own."""
+"""Qwen3, dense (arXiv 2505.09388): RMS norm on the heads of q and k, no biases, a head dimension of
+its own."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, decoder
 from seqmodels.checkpoints_io.architectures.qwen2 import hf_config, layers

@@ -1,4 +1,5 @@
-"""Qwen3-Next (Qwen team, 2025): three Gated DeltaNets to one gated softmax attention, and a mixture of experts in every layer."""
+"""Qwen3-Next (Qwen team, 2025): three Gated DeltaNets to one gated softmax attention, and a mixture
+of experts in every layer."""
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts

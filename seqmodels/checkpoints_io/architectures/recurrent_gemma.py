@@ -1,4 +1,5 @@
-"""RecurrentGemma (arXiv 2404.07839), which is Griffin (arXiv 2402.19427): RG-LRU layers and windowed multi-query attention."""
+"""RecurrentGemma (arXiv 2404.07839), which is Griffin (arXiv 2402.19427): RG-LRU layers and
+windowed multi-query attention."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,5 @@
-"""SmolLM3 (Hugging Face, 2025): Llama whose every fourth layer has no positions (NoPE, arXiv 2501.18795).
+"""SmolLM3 (Hugging Face, 2025): Llama whose every fourth layer has no positions (NoPE, arXiv
+2501.18795).
 
 SmolLM and SmolLM2 are Llama, and say so in their config.json.
 """

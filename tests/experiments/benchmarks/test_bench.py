@@ -1,4 +1,5 @@
-"""The benchmark: every operator runs, what is wrong is not timed, tables line up, mistakes are explained."""
+"""The benchmark: every operator runs, what is wrong is not timed, tables line up, mistakes are
+explained."""
 
 import dataclasses
 import json

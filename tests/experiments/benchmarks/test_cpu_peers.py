@@ -1,4 +1,5 @@
-"""cpu_peers: peers are checked before they are timed, missing ones are named, files keep the other peers' figures."""
+"""cpu_peers: peers are checked before they are timed, missing ones are named, files keep the other
+peers' figures."""
 
 import dataclasses
 import importlib

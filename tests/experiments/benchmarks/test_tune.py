@@ -1,4 +1,5 @@
-"""bench --tune: sizes by cost, never by less than the noise; the table it writes; mistakes are explained."""
+"""bench --tune: sizes by cost, never by less than the noise; the table it writes; mistakes are
+explained."""
 
 import json
 

@@ -54,7 +54,8 @@ def test_one_pass_holds_every_byte_once_as_input_and_as_target_and_every_end(seq
     documents = [documents[order[i]] for i in range(len(documents))]
     expected = np.concatenate([[256, *d] for d in documents if d])
     np.testing.assert_array_equal(np.concatenate(inputs), expected)
-    # What follows each token is the next one; the last document's end is followed by no other's start.
+    # What follows each token is the next one; the last document's end is followed by no other's
+    # start.
     np.testing.assert_array_equal(np.concatenate(labels), [*expected[1:], 256])
 
 
@@ -72,7 +73,8 @@ def test_rows_by_hand():
         batch = next(iterator)
         for key, row in (("inputs", inputs), ("labels", labels), ("segment_ids", ids)):
             assert batch[key].tolist() == [row], key
-    # A position as saved by runs that had no labels at documents' ends: all but the last token are used up.
+    # A position as saved by runs that had no labels at documents' ends: all but the last token are
+    # used up.
     iterator.set_state(iterator.get_state() | {"document": [0], "offset": [3]})
     assert next(iterator)["inputs"].tolist() == [[c, end, a]]
 
@@ -219,8 +221,9 @@ def test_the_seed_decides_the_order(config):
 
 
 def resized(documents, batch_sizes, batches_each, seq_len=16):
-    """Bytes read of each document, by its place in the order, and the last position, of a stream that goes on in lanes of another
-    number again and again. Documents are one byte each, repeated."""
+    """Bytes read of each document, by its place in the order, and the last position, of a stream
+    that goes on in lanes of another number again and again. Documents are one byte each, repeated.
+    """
     order = batches.EpochOrder(len(documents), 0)
     place_W = np.empty(256, int)
     place_W[[documents[order[i]][0] for i in range(len(documents))]] = range(len(documents))

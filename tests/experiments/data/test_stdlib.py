@@ -161,7 +161,8 @@ def test_gzip_baseline():
 
 
 def test_bigram_baseline_by_hand():
-    # Trained on "ab": END->a, a->b and b->END once each; held out "ab" and "b": three bytes, two ends.
+    # Trained on "ab": END->a, a->b and b->END once each; held out "ab" and "b": three bytes, two
+    # ends.
     seen, unseen = np.log2(2 / 258), np.log2(1 / 258)
     expected = -(4 * seen + unseen) / 3
     result = baselines.bigram_bits_per_byte([b"ab"], [b"ab", b"b", b""])

@@ -131,7 +131,8 @@ def test_a_tokenizer_file(tmp_path):
 
 
 def random_texts(count=60, seed=0):
-    """Words, spaces and lines as they come; what only some vocabularies spell; special tokens by name."""
+    """Words, spaces and lines as they come; what only some vocabularies spell; special tokens by
+    name."""
     parts = [
         "the",
         "cat",

@@ -1,4 +1,5 @@
-"""EleutherAI's harness on our models; its own model for transformers, with the same weights, is the oracle."""
+"""EleutherAI's harness on our models; its own model for transformers, with the same weights, is the
+oracle."""
 
 import json
 import math
@@ -120,7 +121,8 @@ def instances(kind, arguments):
 
 def test_scores_are_those_of_transformers_request_by_request(ours, theirs):
     pairs = [(t[: 5 + i], t[5 + i :]) for i, t in enumerate(TEXTS)]
-    # An empty context with a text from above would share that one's logits: the harness takes them for the same.
+    # An empty context with a text from above would share that one's logits: the harness takes them
+    # for the same.
     pairs += [("", "the mice saw 5 cats"), (END + TEXTS[0], " begins with its first token")]
     pairs += [("ends in spaces  ", "word"), (" ".join(TEXTS), " and more")]
     requests = instances("loglikelihood", pairs)

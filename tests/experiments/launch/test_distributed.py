@@ -379,7 +379,8 @@ def test_killed_in_the_middle_of_a_save(launcher, folder):
 
 @pytest.mark.exhaustive
 def test_process_0_killed(launcher, folder):
-    """With it JAX's service dies, whose clients abort the process, with a reason of their own: whoever is first."""
+    """With it JAX's service dies, whose clients abort the process, with a reason of their own:
+    whoever is first."""
     go = arguments(folder, folder / "headless", **MESH)
     run = launcher.start(folder / "headless_logs", go, **TWO, hook=("kill_at_step_8", 0))
     run.started[0].join(240)

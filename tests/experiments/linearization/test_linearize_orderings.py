@@ -56,7 +56,8 @@ def perplexity(rows, *names):
 
 
 def test_liger_needs_its_parts(rows):
-    """Full < ungated and window only < without the window << a learned feature map (Liger, arXiv 2503.01496, table 6)."""
+    """Full < ungated and window only < without the window << a learned feature map (Liger, arXiv
+    2503.01496, table 6)."""
     full, ungated, window, no_window, feature_map = perplexity(
         rows, "liger", "liger:ungated", "window", "liger:no_window", "liger:feature_map"
     )

@@ -96,7 +96,8 @@ def test_leaves_its_record(whole_run):
 
 @pytest.mark.slow
 def test_a_model_learns_where_documents_end(tmp_path):
-    """Of "abab." nothing goes on after the dot: what a document ends with is as sure as its letters."""
+    """Of "abab." nothing goes on after the dot: what a document ends with is as sure as its
+    letters."""
     config = tiny.make_config(tmp_path)
     (tmp_path / "text.txt").write_text("abab.\n" * 900)
     config.data.documents = "lines"
@@ -134,7 +135,8 @@ def test_three_steps_and_three_more_are_six_bit_for_bit(whole_run, tmp_path, cap
 
 
 def stopped_after_3(config, whole, workdir):
-    """Makes `workdir` the whole run as it stood before its last checkpoint; returns a config to change."""
+    """Makes `workdir` the whole run as it stood before its last checkpoint; returns a config to
+    change."""
     shutil.copytree(whole, workdir)
     shutil.rmtree(workdir / "checkpoints" / "6")
     return config.copy_and_resolve_references()

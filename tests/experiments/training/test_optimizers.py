@@ -241,7 +241,8 @@ def test_clip_bounds_the_global_norm():
 
 
 def test_schedule_free_evaluates_its_average():
-    """With learning rate r and constant gradient g: z_t = -t r g, and x_t is the mean of z_1 to z_t."""
+    """With learning rate r and constant gradient g: z_t = -t r g, and x_t is the mean of z_1 to
+    z_t."""
     params = {"kernel": jnp.zeros((2, 2))}
     optimizer = optimizers.make_optimizer(config("schedule_free", clip=0), lambda n: 0.1, params)
     opt_state, current = optimizer.init(params), params

@@ -1,4 +1,5 @@
-"""Decays between tokens of a chunk, against plain float64 loops; products that round their operands."""
+"""Decays between tokens of a chunk, against plain float64 loops; products that round their
+operands."""
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,8 @@ def test_products_of_narrow_inputs_are_exact_to_float32_and_so_is_the_backward_p
 
 @pytest.mark.parametrize("T", [5, 128, 300])
 def test_sums_of_a_stretch(T):
-    """Decays from its start and to its end, resets among them, and their gradients, against float64."""
+    """Decays from its start and to its end, resets among them, and their gradients, against
+    float64."""
     rng = np.random.default_rng(T)
     g_BTHX = -rng.exponential(0.1, (2, T, 2, 3))
     g_BTHX[0, T // 2, 0] = decay.RESET

@@ -1,4 +1,5 @@
-"""Operators over a mesh axis against the definition on one device, in float64; and what the compiled programs send."""
+"""Operators over a mesh axis against the definition on one device, in float64; and what the
+compiled programs send."""
 
 import collections
 import dataclasses
@@ -50,7 +51,8 @@ def _mesh(W):
 
 
 def _sharded(function, W, check_vma=False):
-    """function(inputs, segment_ids) -> (output over time, final state), on W ranks; inputs split where they have time."""
+    """function(inputs, segment_ids) -> (output over time, final state), on W ranks; inputs split
+    where they have time."""
 
     def call(inputs, *, implementation=None, segment_ids=None):
         T = segment_ids.shape[1]
@@ -90,8 +92,9 @@ def _over_ranks(operator, W, exchange, check_vma=False, **keywords):
 
 
 def _documents(T, kind):
-    """whole: one document a row. packed: row 0 one that begins inside the second eighth and ends in the last but one, row 1
-    borders of all kinds: on eighths (which are ranks' borders), beside them, single tokens, none for long, ids that come back."""
+    """whole: one document a row. packed: row 0 one that begins inside the second eighth and ends in
+    the last but one, row 1 borders of all kinds: on eighths (which are ranks' borders), beside
+    them, single tokens, none for long, ids that come back."""
     ids = np.ones((2, T), np.int32)
     if kind == "packed":
         L = T // 8
@@ -147,7 +150,8 @@ def test_equals_one_device(operator, W, exchange, regimes, T):
 
 @pytest.mark.parametrize("exchange", ["all_gather", "ring"])
 def test_a_scan_grows_from_nothing(exchange):
-    """Decays of 3 for 100 tokens multiply to infinity; of zeros, as padding makes them, nothing grows."""
+    """Decays of 3 for 100 tokens multiply to infinity; of zeros, as padding makes them, nothing
+    grows."""
     x = np.zeros((2, 400, 3), np.float32)
     x[:, 390:] = 1
     decay = np.full(x.shape, 3, np.float32)
@@ -195,7 +199,8 @@ def _conv(inputs, *, implementation=None, segment_ids=None):
 
 @pytest.mark.parametrize("width, T", [(4, 200), pytest.param(6, 16, marks=slow)])
 def test_causal_conv(width, T):
-    """The second: stretches of two tokens, so that the five before come from three ranks, or from before them all."""
+    """The second: stretches of two tokens, so that the five before come from three ranks, or from
+    before them all."""
     rng = np.random.default_rng(0)
     sizes = {"x": (2, T, 6), "w": (width, 6), "bias": (6,), "initial_state": (2, width - 1, 6)}
     inputs = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
@@ -507,7 +512,8 @@ def test_associative_scan_and_shift():
 
 
 def _collectives(text, W):
-    """Of a compiled program, forward and backward: kinds of collectives, and the bytes that come to a rank from others."""
+    """Of a compiled program, forward and backward: kinds of collectives, and the bytes that come to
+    a rank from others."""
     kinds, received = ([], []), np.zeros((2, W), int)
     sizes = {"f32": 4, "s32": 4, "bf16": 2}
     pattern = r"= (\w+)\[([\d,]*)\]\S* (all-\w+|reduce-scatter|collective-permute)\("
@@ -583,8 +589,9 @@ def test_what_is_sent(operator, exchange):
         pytest.param("linear_attention", "all_gather", {"all_gather": 2}, marks=slow),
         pytest.param("delta_rule", "ring", {"collective_permute": 2 * 3}, marks=slow),
         ("diagonal_scan", "all_gather", {"all_gather": 2}),
-        # A loop of one hop forward and of two backward, then home; two messages each to zigzag, to zigzag once more, from it, and
-        # for the gradients of both. The documents' ids at stretches' ends are gathered again.
+        # A loop of one hop forward and of two backward, then home; two messages each to zigzag, to
+        # zigzag once more, from it, and for the gradients of both. The documents' ids at stretches'
+        # ends are gathered again.
         pytest.param(
             "softmax_attention",
             "ring",
@@ -594,7 +601,8 @@ def test_what_is_sent(operator, exchange):
     ],
 )
 def test_what_is_recomputed_is_not_sent_again(operator, exchange, sent):
-    """A backward pass that keeps the states that entered, or a ring's output, has as many collectives as one that keeps all."""
+    """A backward pass that keeps the states that entered, or a ring's output, has as many
+    collectives as one that keeps all."""
     sizes = {name: (1, 32, 2, 4) for name in "qkv"} | {"beta": (1, 32, 2), "x": (1, 32, 6)}
     names = NAMES | {"softmax_attention": "qkv", "diagonal_scan": "xx"}
     inputs = [jax.ShapeDtypeStruct(sizes[name], jnp.float32) for name in names[operator]]
@@ -617,7 +625,8 @@ def test_what_is_recomputed_is_not_sent_again(operator, exchange, sent):
 
 @pytest.mark.slow
 def test_what_softmax_attention_sends():
-    """Keys and values, once, and their gradients back; with a window the tokens before the stretch alone."""
+    """Keys and values, once, and their gradients back; with a window the tokens before the stretch
+    alone."""
     W, L, G, K, V = 8, 4, 1, 8, 12
     sizes = {"q": (1, W * L, 2, K), "k": (1, W * L, G, K), "v": (1, W * L, G, V)}
     qkv = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes.values()]

@@ -57,8 +57,9 @@ def test_all_scan_on_256_chips(operator):
 @pytest.mark.parametrize("operator, more", [("linear_attention", 0), ("delta_rule", MAP)])
 @pytest.mark.parametrize("topology", ["v5p:2x4x4", "v5p:4x8x8"])
 def test_all_gather(operator, more, topology):
-    """One collective a way, of the others' states (and of the delta rule's maps). From 64 chips on, where the torus closes, libtpu
-    itself writes a gather as an all-reduce of zeros but in one place, and twice as much is received."""
+    """One collective a way, of the others' states (and of the delta rule's maps). From 64 chips on,
+    where the torus closes, libtpu itself writes a gather as an all-reduce of zeros but in one
+    place, and twice as much is received."""
     W, rows = sent(operator, "all_gather", topology)
     ((kind, received),) = rows
     least = 2 * (W - 1) * (STATE + more)

@@ -14,7 +14,8 @@ PLUGINS = {"libtpu": True, "jax_plugins": False}
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with libtpu and no TPU, whose user said nothing: (config, environment, what is installed)."""
+    """A machine with libtpu and no TPU, whose user said nothing: (config, environment, what is
+    installed)."""
     config = SimpleNamespace(jax_platforms=None)
     config.update = lambda name, value: setattr(config, name, value)
     monkeypatch.setattr(absent_tpu, "jax", SimpleNamespace(config=config))

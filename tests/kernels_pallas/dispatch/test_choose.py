@@ -1,4 +1,5 @@
-"""Choosing an implementation: the named one or an error that says why, the first that can run for None."""
+"""Choosing an implementation: the named one or an error that says why, the first that can run for
+None."""
 
 import types
 

@@ -1,4 +1,5 @@
-"""The table of sizes: what an entry holds for, and that every entry of it fits the part that it is for."""
+"""The table of sizes: what an entry holds for, and that every entry of it fits the part that it is
+for."""
 
 import contextlib
 import json
@@ -69,7 +70,8 @@ def _arrays(K, V, decay, dtype, H=8):
 
 
 def test_every_entry_for_tpus_fits():
-    """What the table says is what the tiling takes: a size that did not fit would be replaced in silence."""
+    """What the table says is what the tiling takes: a size that did not fit would be replaced in
+    silence."""
     planners = {"linear_attention": linear_attention_tiling, "delta_rule": delta_rule_tiling}
     kinds = {part.device_kind for part in tpu_compile.PARTS.values()}
     keys = {key: sizes for key, sizes in tuning._table().items() if "/pallas_tpu/" in key}

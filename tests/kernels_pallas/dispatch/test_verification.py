@@ -1,4 +1,5 @@
-"""A kernel that nobody named serves once it has passed its check; the checks themselves, interpreted."""
+"""A kernel that nobody named serves once it has passed its check; the checks themselves,
+interpreted."""
 
 import dataclasses
 import functools
@@ -141,7 +142,8 @@ def test_a_named_kernel_is_not_checked(kind):
 
 @_each("right", "wrong")
 def test_inside_a_trace(kind, monkeypatch):
-    """No tracer enters the check, and no mesh: under jit, grad, vmap, scan and shard_map it decides as outside."""
+    """No tracer enters the check, and no mesh: under jit, grad, vmap, scan and shard_map it decides
+    as outside."""
     expected = "kernel" if kind == "right" else "chunked"
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("rows",))
     rows = jax.sharding.PartitionSpec("rows")

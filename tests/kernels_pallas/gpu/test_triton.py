@@ -1,4 +1,5 @@
-"""The Triton kernels: the conformance suite through Triton's interpreter, and compilation for GPUs that are not here."""
+"""The Triton kernels: the conformance suite through Triton's interpreter, and compilation for GPUs
+that are not here."""
 
 import contextlib
 import dataclasses
@@ -32,10 +33,12 @@ from tests.kernels_pallas.ops.conformance import (
 
 
 class Interpreted(Suite):
-    """The suite with implementation='triton', on a cut of lengths and regimes: a program takes milliseconds here.
+    """The suite with implementation='triton', on a cut of lengths and regimes: a program takes
+    milliseconds here.
 
-    The case's `fast` pairs are in the fast suite, with documents; `slow` ones, and the structural tests, are not. Most of
-    those run packed and in bfloat16 only: one row of the packed ones is one document.
+    The case's `fast` pairs are in the fast suite, with documents; `slow` ones, and the structural
+    tests, are not. Most of those run packed and in bfloat16 only: one row of the packed ones is one
+    document.
     """
 
     slow: tuple[tuple[int, str], ...]

@@ -1,19 +1,20 @@
 """The conformance suite of the recurrences: every implementation of every operator runs through it.
 
-An operator describes itself once, as an `OperatorCase`; its test file is a subclass of `Suite` with that case.
-A new implementation inherits all of it by adding its name to `case.implementations`.
+An operator describes itself once, as an `OperatorCase`; its test file is a subclass of `Suite` with
+that case. A new implementation inherits all of it by adding its name to `case.implementations`.
 
-Truth is the recurrent form in float64, on the same (for bfloat16: the same rounded) inputs and cotangents. Compared are
-the output, the final state, and the gradient of every input, the initial state and the gates included, under random
-cotangents of both the output and the final state.
+Truth is the recurrent form in float64, on the same (for bfloat16: the same rounded) inputs and
+cotangents. Compared are the output, the final state, and the gradient of every input, the initial
+state and the gates included, under random cotangents of both the output and the final state.
 
-The error at a position: the rms of the difference over the last axis (a head's vector; for arrays of rank below 4,
-gates and the like, each entry is a position of its own), divided by the rms of the whole true tensor. Its maximum over
-all positions counts, so a single wrong token cannot hide in an average. The scale is each tensor's own: where a decay
-of -50 a token leaves a gradient of 1e-21, it is that gradient that must be right to five digits. Where truth is zero
-everywhere, the result must be zero exactly; where its rms lies below 1e-30, float32 (which ends at 1e-38) has no
-digits left to compare, and 1e-30 is the scale. A tensor that comes back in bfloat16 is allowed, on top of the tolerance,
-what writing the truth itself in bfloat16 costs at its worst position.
+The error at a position: the rms of the difference over the last axis (a head's vector; for arrays
+of rank below 4, gates and the like, each entry is a position of its own), divided by the rms of the
+whole true tensor. Its maximum over all positions counts, so a single wrong token cannot hide in an
+average. The scale is each tensor's own: where a decay of -50 a token leaves a gradient of 1e-21, it
+is that gradient that must be right to five digits. Where truth is zero everywhere, the result must
+be zero exactly; where its rms lies below 1e-30, float32 (which ends at 1e-38) has no digits left to
+compare, and 1e-30 is the scale. A tensor that comes back in bfloat16 is allowed, on top of the
+tolerance, what writing the truth itself in bfloat16 costs at its worst position.
 """
 
 import dataclasses
@@ -53,16 +54,19 @@ class OperatorCase:
     """What the suite has to know about an operator.
 
     make_inputs: (rng, shape, regime) -> float32 arrays by name, "initial_state" among them.
-    call: (inputs, implementation=..., segment_ids=None) -> (output, final state): the public operator.
+    call: (inputs, implementation=..., segment_ids=None) -> (output, final state): the public
+      operator.
     step: (inputs of one token, no time axis, without "initial_state"; state) -> (output, state).
     regimes: names that make_inputs knows. Those of equal array shapes share one compiled program.
-    typical: regimes in which every token reaches every later one (weak decay), for the structural tests; the first is in
-      the fast cut.
-    fast: (T, regime) pairs of the fast cut, the last of them in bfloat16, too; the full product is marked slow.
-    fast_kernels: those for kernels, with documents; of their structural tests one is fast, and those of other typical
-      regimes are exhaustive.
-    kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no time for. So are, at all
-      lengths but KERNELS_LENGTH, its tests without documents and in bfloat16: one program a length and form is left.
+    typical: regimes in which every token reaches every later one (weak decay), for the structural
+      tests; the first is in the fast cut.
+    fast: (T, regime) pairs of the fast cut, the last of them in bfloat16, too; the full product is
+      marked slow.
+    fast_kernels: those for kernels, with documents; of their structural tests one is fast, and
+      those of other typical regimes are exhaustive.
+    kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no
+      time for. So are, at all lengths but KERNELS_LENGTH, its tests without documents and in
+      bfloat16: one program a length and form is left.
     rounded: the inputs that are bfloat16 in the bfloat16 tests.
     grouped: whether G < H is a legal shape.
     """
@@ -82,7 +86,8 @@ class OperatorCase:
 
 
 def position_error(got, truth) -> float:
-    """Largest error at any position, relative to the rms of the true tensor (see the module's docstring)."""
+    """Largest error at any position, relative to the rms of the true tensor (see the module's
+    docstring)."""
     wide = np.complex128 if np.iscomplexobj(truth) else np.float64
     got, truth = np.asarray(got).astype(wide), np.asarray(truth).astype(wide)
     assert got.shape == truth.shape, f"{got.shape} is not {truth.shape}"
@@ -109,7 +114,8 @@ def assert_close(got: dict, truth: dict, tolerance: float) -> None:
 
 
 def _own_rounding(dtype, truth) -> float:
-    """What writing the truth itself in bfloat16 costs: over 2e-2 where one position is 20 times the rms."""
+    """What writing the truth itself in bfloat16 costs: over 2e-2 where one position is 20 times the
+    rms."""
     if dtype != jnp.bfloat16:
         return 0.0
     return position_error(np.asarray(truth).astype(dtype), truth)
@@ -173,7 +179,8 @@ def truth(case, inputs, segment_ids=None, cotangents=None) -> dict:
 
 
 def over_time(inputs: dict, take: Callable) -> dict:
-    """`take` applied to the inputs that have a time axis (axis 1); "initial_state" and fixed decays have none."""
+    """`take` applied to the inputs that have a time axis (axis 1); "initial_state" and fixed decays
+    have none."""
     return {
         name: take(x) if name != "initial_state" and x.ndim >= 3 else x
         for name, x in inputs.items()
@@ -181,7 +188,8 @@ def over_time(inputs: dict, take: Callable) -> dict:
 
 
 def documents(B: int, T: int, seed: int = 0) -> np.ndarray:
-    """Segment ids with boundaries of all kinds: single tokens, chunk edges, ids that come back, none in row 0."""
+    """Segment ids with boundaries of all kinds: single tokens, chunk edges, ids that come back,
+    none in row 0."""
     rng = np.random.default_rng(seed)
     ids = np.ones((B, T), np.int32)
     for b in range(1, B):
@@ -192,7 +200,8 @@ def documents(B: int, T: int, seed: int = 0) -> np.ndarray:
 
 
 class Suite:
-    """Subclass as `class TestX(Suite): case = CASE`. Tests are made for each of the case's implementations."""
+    """Subclass as `class TestX(Suite): case = CASE`. Tests are made for each of the case's
+    implementations."""
 
     case: OperatorCase
 
@@ -272,7 +281,8 @@ class Suite:
         assert_close(got, truth(self.case, inputs, ids), TOLERANCE["float32"])
 
     def test_packed_equals_separate(self, implementation, typical):
-        """Four documents in a row are those four in a batch, gradients too; the lengths miss the chunk edges."""
+        """Four documents in a row are those four in a batch, gradients too; the lengths miss the
+        chunk edges."""
         T, N = 136, 4
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         ids = np.repeat(np.arange(N, dtype=np.int32), T // N)[None]
@@ -305,7 +315,8 @@ class Suite:
         assert_close(got, together, TOLERANCE["float32"])
 
     def test_documents_do_not_touch(self, implementation, typical):
-        """Exactly: a document's outputs and gradients keep every bit when the documents around it change."""
+        """Exactly: a document's outputs and gradients keep every bit when the documents around it
+        change."""
         T, start, stop = 100, 37, 80
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         inside = (np.arange(T) >= start) & (np.arange(T) < stop)
@@ -329,7 +340,8 @@ class Suite:
             assert np.abs(here).max() > 0, name
 
     def test_what_is_not_finite_stays_apart(self, implementation, typical):
-        """A token, or an initial state, that is not finite: other documents keep every bit, padding's neighbours too."""
+        """A token, or an initial state, that is not finite: other documents keep every bit,
+        padding's neighbours too."""
         T, edges = 100, (0, 37, 80, 100)
         clean = inputs_of(self.case, Shape(B=1, T=T), typical)
         ids = np.repeat([2, 1, 0], np.diff(edges)).astype(np.int32)[None]
@@ -366,7 +378,8 @@ class Suite:
                     np.testing.assert_array_equal(got["final state"], expected["final state"])
 
     def test_pieces_equal_whole(self, implementation, typical):
-        """Cut anywhere, with the state carried: the same outputs, and the same gradients through the state."""
+        """Cut anywhere, with the state carried: the same outputs, and the same gradients through
+        the state."""
         case, cut = self.case, 37
         inputs = inputs_of(case, Shape(T=100), typical)
 
@@ -437,7 +450,8 @@ class Suite:
         assert_close(eager, {name: whole[name] for name in eager}, TOLERANCE["float32"])
 
     def test_causality_by_gradient(self, implementation, typical):
-        """The output at t takes no gradient from later tokens, exactly, and some from every earlier one."""
+        """The output at t takes no gradient from later tokens, exactly, and some from every earlier
+        one."""
         T = 100
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         output, final = jax.eval_shape(

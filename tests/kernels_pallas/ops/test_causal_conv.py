@@ -26,7 +26,8 @@ from tests.kernels_pallas.ops.conformance import (
     truth,
 )
 
-# What is done to the sums, by what the name of w says: to the suite, options are part of the inputs' structure.
+# What is done to the sums, by what the name of w says: to the suite, options are part of the
+# inputs' structure.
 OPTIONS = {
     "w": {},
     "w silu": {"activation": "silu"},

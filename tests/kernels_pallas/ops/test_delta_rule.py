@@ -1,4 +1,5 @@
-"""delta_rule and diagonal_plus_low_rank: the conformance suite, and what only these operators promise."""
+"""delta_rule and diagonal_plus_low_rank: the conformance suite, and what only these operators
+promise."""
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +177,8 @@ class TestDiagonalPlusLowRank(Suite):
 
 
 def test_general_form_holds_the_delta_rule():
-    """a = -beta k, b = exp(g) k, k = beta k; and RWKV-7 is another of its cases, written here with its own (V, K) state."""
+    """a = -beta k, b = exp(g) k, k = beta k; and RWKV-7 is another of its cases, written here with
+    its own (V, K) state."""
     x = inputs_of(DELTA_RULE, Shape(), "per_channel weak")
     q, k, v, beta, g, S = (x[n] for n in ("q", "k", "v", "beta", "log_decay", "initial_state"))
     scaled = beta[..., None] * k
@@ -187,7 +189,8 @@ def test_general_form_holds_the_delta_rule():
 
 
 def test_rwkv7():
-    """The recurrence as RWKV-7 writes it, S_t = S_{t-1} (diag(w) - kk^T (eta * kk)) + v^T k, against the docstring's map."""
+    """The recurrence as RWKV-7 writes it, S_t = S_{t-1} (diag(w) - kk^T (eta * kk)) + v^T k,
+    against the docstring's map."""
     rng = np.random.default_rng(0)
     T, K, V = 20, 8, 12
     r, k, kk = _normal(rng, T, K), _normal(rng, T, K), _unit(rng, T, K)
@@ -218,7 +221,8 @@ def test_many_heads_and_tokens_in_spans(decay):
 
 @pytest.mark.slow
 def test_rounding_where_it_is_not_held_down():
-    """Up to `reflections.REFLECTING` an error's sum stays small without more: one key at every token, as long as one likes."""
+    """Up to `reflections.REFLECTING` an error's sum stays small without more: one key at every
+    token, as long as one likes."""
     inputs = inputs_of(DELTA_RULE, Shape(B=1, T=2000, H=1, G=1, K=16, V=4), "one key, beta 2")
     inputs["beta"] = np.full_like(inputs["beta"], 1.0099)
     got = everything(DELTA_RULE, "chunked", inputs)
@@ -252,7 +256,8 @@ def test_rounding_is_held_down_where_decay_is_slight(decay, channels, packed):
 
 
 def test_where_rounding_is_held_down():
-    """Where some token reflects and the window around it keeps its state; one answer for a batch that vmap adds."""
+    """Where some token reflects and the window around it keeps its state; one answer for a batch
+    that vmap adds."""
 
     def occurs(size, *decays):
         sizes_BTH = jnp.ones((1, 40, 2)).at[0, 20, 1].set(size)

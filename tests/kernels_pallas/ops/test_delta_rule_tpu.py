@@ -1,4 +1,5 @@
-"""delta_rule's TPU kernels: the conformance suite interpreted, sizes and cuts, and all parts, compiled."""
+"""delta_rule's TPU kernels: the conformance suite interpreted, sizes and cuts, and all parts,
+compiled."""
 
 import dataclasses
 import itertools
@@ -29,10 +30,12 @@ from tests.kernels_pallas.ops.test_delta_rule import DELTA_RULE
 
 
 class TestPallasTPU(Suite):
-    """Every regime over eight chunks with documents; those of a decay a channel without, too; every other length with
-    documents and the regimes of one kind of decay, in turn; the rest is exhaustive.
+    """Every regime over eight chunks with documents; those of a decay a channel without, too; every
+    other length with documents and the regimes of one kind of decay, in turn; the rest is
+    exhaustive.
 
-    A program a length and kind: tens of seconds of compiling each, where the regimes that share it take one.
+    A program a length and kind: tens of seconds of compiling each, where the regimes that share it
+    take one.
     """
 
     case = dataclasses.replace(DELTA_RULE, implementations=("pallas_tpu",))
@@ -142,7 +145,8 @@ def test_heads(G, H, K, V):
 
 @pytest.mark.slow
 def test_inverse_where_its_powers_explode():
-    """I + A with A of 2s: the inverse stays within 2, A's powers pass 1e30. In two ways of rounding, and C of all kinds."""
+    """I + A with A of 2s: the inverse stays within 2, A's powers pass 1e30. In two ways of
+    rounding, and C of all kinds."""
     for C in (16, 64, 128, 256):
         A = np.tril(np.full((C, C), 2.0, np.float32), -1)
         expected = np.linalg.inv(np.eye(C) + A.astype(np.float64))
@@ -172,7 +176,8 @@ def test_halving_sums_and_their_transpose():
 
 
 def _published(name):
-    """A published shape's arrays. With few tokens XLA would keep them in VMEM, and that would be counted."""
+    """A published shape's arrays. With few tokens XLA would keep them in VMEM, and that would be
+    counted."""
     B, T, G, H, K, V = (SHAPES[name][n] for n in "BTGHKV")
     sizes = [(B, T, G, K), (B, T, G, K), (B, T, H, V)]
     arrays = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
@@ -194,7 +199,8 @@ def _forward_and_backward(*arrays, **keywords):
 
 
 def _compiled():
-    """In CI every kernel on every part, in the shape that compiles fastest, and the largest shape on one."""
+    """In CI every kernel on every part, in the shape that compiles fastest, and the largest shape
+    on one."""
     kernels = ("delta_net_1.3b", "gated_delta_net_1.3b", "small_channel")
     for name in SHAPES:
         for part in tpu_compile.PARTS:

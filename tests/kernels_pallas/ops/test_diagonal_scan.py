@@ -1,4 +1,5 @@
-"""diagonal_scan: the conformance suite, the reverse direction, and what only this operator promises."""
+"""diagonal_scan: the conformance suite, the reverse direction, and what only this operator
+promises."""
 
 import dataclasses
 
@@ -42,7 +43,8 @@ def _inputs(rng, shape: Shape, regime: str):
         case "any sign":
             gate = np.where(uniform < 0.1, 0.0, 2.2 * rng.random(size) - 1.1)
         case "log fixed":
-            # A phase loses one rounding of exp(log_decay) for each token that it reaches back, in any form.
+            # A phase loses one rounding of exp(log_decay) for each token that it reaches back, in
+            # any form.
             gate = -np.linspace(0.1 if regime.startswith("complex") else 0.0, 0.5, D)
         case "log":
             gate = -np.choose(rng.integers(0, 4, size), [1e-3, 0.3, 4.0, 50.0]) * uniform
@@ -79,7 +81,8 @@ def _step(token, state):
 
 
 def _skip(T, regime):
-    """A program takes seconds to compile: all kinds of decay at one length, and one or two at the others."""
+    """A program takes seconds to compile: all kinds of decay at one length, and one or two at the
+    others."""
     kinds = {
         1: ("log",),
         63: ("weak",),
@@ -179,7 +182,8 @@ def test_gradients_are_those_of_the_definition_by_finite_differences():
 
 
 def _zeros_in_front(rng, kind, T=300, D=4):
-    """Decays above 1 where nothing is there yet, as left padding makes them: their product is infinite, the state is not."""
+    """Decays above 1 where nothing is there yet, as left padding makes them: their product is
+    infinite, the state is not."""
     number = _complex_normal if kind == "complex" else _normal
     x = number(rng, (2, T, D))
     for row in x:
@@ -210,7 +214,8 @@ def test_growth_of_nothing_is_nothing(kind):
 
 
 def test_a_tiny_state_may_grow_by_more_than_float32_holds():
-    """1e-30 times 2^200 is 1.6e30, though 2^128 is infinite; and what has shrunk by 1e-45 may grow again."""
+    """1e-30 times 2^200 is 1.6e30, though 2^128 is infinite; and what has shrunk by 1e-45 may grow
+    again."""
     decay = np.concatenate([np.full(200, 2.0), np.full(45, 0.1), np.full(45, 10.0)])
     decay = decay.astype(np.float32)[None, :, None]
     start, zeros = np.full((1, 1), 1e-30, np.float32), np.zeros_like(decay)
@@ -252,7 +257,8 @@ def test_one_condition_for_a_whole_batch_that_vmap_adds():
 
 
 def test_the_reference_scans_wide_arrays_only():
-    """XLA's CPU backend converts a whole narrow one at each token: the time of bfloat16 grew with T^2."""
+    """XLA's CPU backend converts a whole narrow one at each token: the time of bfloat16 grew with
+    T^2."""
     x = jax.ShapeDtypeStruct((1, 8, 2), jnp.bfloat16)
     program = jax.make_jaxpr(lambda x: diagonal_scan(x, x, implementation="reference"))(x)
     scans = [e for e in program.jaxpr.eqns if e.primitive.name == "scan"]
@@ -344,7 +350,8 @@ def _compiled():
 
 @pytest.mark.parametrize("name, part", list(_compiled()))
 def test_kernels_compile_for_tpus(name, part):
-    """Forward and backward, at published sizes, within the VMEM of the part, without spills, each array moved once."""
+    """Forward and backward, at published sizes, within the VMEM of the part, without spills, each
+    array moved once."""
     shape = SHAPES[name]
     dtype = jnp.complex64 if shape["complex"] else jnp.float32
     x = jax.ShapeDtypeStruct((shape["B"], shape["T"], shape["D"]), dtype)

@@ -1,4 +1,5 @@
-"""Random arguments from the ends of what is legal, for every operator: chunked against the recurrence in float64."""
+"""Random arguments from the ends of what is legal, for every operator: chunked against the
+recurrence in float64."""
 
 import jax
 import numpy as np

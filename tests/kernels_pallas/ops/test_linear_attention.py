@@ -171,7 +171,8 @@ def test_bfloat16_keeps_its_output_and_float32_states():
 
 
 def test_memory_of_the_backward_pass_is_not_T_states():
-    """What the compiled gradient allocates is a few times the inputs; a state for each token would be 64 times."""
+    """What the compiled gradient allocates is a few times the inputs; a state for each token would
+    be 64 times."""
     T, K = 4096, 64
     x = {name: jax.ShapeDtypeStruct((1, T, 1, K), jnp.float32) for name in "qkv"}
     x["log_decay"] = jax.ShapeDtypeStruct((1, T, 1), jnp.float32)
@@ -185,7 +186,8 @@ def test_memory_of_the_backward_pass_is_not_T_states():
 
 
 def test_a_shared_key_head_is_not_copied():
-    """With one decay a head, no array of the program has q's or k's width once for every value head."""
+    """With one decay a head, no array of the program has q's or k's width once for every value
+    head."""
     B, T, G, H, K, V = 1, 128, 1, 6, 40, 24
     x = {name: jnp.zeros(x.shape) for name, x in _arrays(B, T, G, H, K, V).items()}
     x["log_decay"] = jnp.zeros((B, T, H))

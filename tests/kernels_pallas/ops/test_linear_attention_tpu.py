@@ -1,4 +1,5 @@
-"""linear_attention's TPU kernels beside the conformance suite: sizes and cuts, interpreted; all parts, compiled."""
+"""linear_attention's TPU kernels beside the conformance suite: sizes and cuts, interpreted; all
+parts, compiled."""
 
 import dataclasses
 
@@ -118,7 +119,8 @@ def _with_gradients(inputs, cotangents):
 
 
 def _abstract(name, dtype):
-    """The inputs and cotangents of a published shape; without its batch, which changes the grid alone."""
+    """The inputs and cotangents of a published shape; without its batch, which changes the grid
+    alone."""
     s = SHAPES[name]
     T, G, H, K, V = (s[n] for n in "TGHKV")
     decay = {"per_head": (H,), "per_token": (1, T, H), "per_channel": (1, T, H, K)}[s["decay"]]
@@ -150,7 +152,8 @@ COMPILED += [("v5e", name, jnp.float32) for name in ("small", "small_channel", "
 
 
 def _marks(part, name, dtype):
-    """In CI every kernel on every part, in the shape that compiles fastest, and the largest shapes on one."""
+    """In CI every kernel on every part, in the shape that compiles fastest, and the largest shapes
+    on one."""
     if (part, name, dtype) in FAST:
         return []
     everywhere = name in ("mamba2_2.7b", "small_channel") and dtype == jnp.bfloat16

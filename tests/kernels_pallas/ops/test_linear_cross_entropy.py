@@ -1,4 +1,5 @@
-"""linear_cross_entropy and linear_kl_divergence: against float64, in little memory, and mistakes explained."""
+"""linear_cross_entropy and linear_kl_divergence: against float64, in little memory, and mistakes
+explained."""
 
 import functools
 
@@ -181,7 +182,8 @@ def test_words_that_the_dtype_of_targets_does_not_reach():
 
 @pytest.mark.parametrize("form", ["labels", "teacher"])
 def test_memory_does_not_grow_with_the_logits(form):
-    """Forward and backward, as compiled: eight times the tokens take no more than what x and its gradient grow by."""
+    """Forward and backward, as compiled: eight times the tokens take no more than what x and its
+    gradient grow by."""
 
     def temporary(T, W, chunk_size):
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -260,7 +262,8 @@ def test_errors_about_the_teacher(change, message):
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 def test_a_masked_token_may_be_anything(implementation, value):
-    """Losses and gradients are those of finite tokens, of the teacher too; details tell what is there."""
+    """Losses and gradients are those of finite tokens, of the teacher too; details tell what is
+    there."""
     rng, (B, T, D, W) = np.random.default_rng(0), (2, 5, 3, 7)
     x, teacher = rng.standard_normal((2, B, T, D)).astype(np.float32)
     matrix = rng.standard_normal((W, D)).astype(np.float32)

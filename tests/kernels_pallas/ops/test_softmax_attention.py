@@ -1,4 +1,5 @@
-"""softmax_attention: every implementation against the definition in float64, per position; what is seen, exactly."""
+"""softmax_attention: every implementation against the definition in float64, per position; what is
+seen, exactly."""
 
 import functools
 
@@ -111,8 +112,9 @@ def test_float16(implementation):
 
 @pytest.mark.parametrize("implementation", ["chunked", pytest.param("xla", marks=pytest.mark.slow)])
 def test_bfloat16_of_short_documents(implementation):
-    """The first tokens of documents have gradients several times the tensor's rms. There rounding the exact answer to
-    bfloat16 can by itself cost 2% of that rms, so the error counts against the position's own size where that is larger.
+    """The first tokens of documents have gradients several times the tensor's rms. There rounding
+    the exact answer to bfloat16 can by itself cost 2% of that rms, so the error counts against the
+    position's own size where that is larger.
     """
     qkv, keywords = _inputs(300, "window", True, jnp.bfloat16)
     got, expected = _everything(qkv, keywords, implementation), _truth(qkv, keywords)
@@ -142,7 +144,8 @@ def test_definition_by_numpy():
 
 @pytest.mark.parametrize("implementation", ["chunked", "xla"])
 def test_cache_with_empty_and_shuffled_slots(implementation):
-    """Slots in any order, a third of them empty; rows of the batch at different places; some queries see nothing."""
+    """Slots in any order, a third of them empty; rows of the batch at different places; some
+    queries see nothing."""
     T, S = 5, 150
     qkv, _ = _inputs(T, "window", False, S=S)
     rng = np.random.default_rng(0)
@@ -199,7 +202,8 @@ def test_step_by_step_and_pieces_equal_whole():
 
 
 def test_separate_segments_of_keys():
-    """With kv_segment_ids_BS the ids are compared as they are: those of a cache and those of new tokens."""
+    """With kv_segment_ids_BS the ids are compared as they are: those of a cache and those of new
+    tokens."""
     qkv, _ = _inputs(4, "causal", False, S=6)
     positions = {
         "q_positions_BT": np.array([[3, 4, 0, 1]] * 2, np.int32),

@@ -1,4 +1,5 @@
-"""Compiling for TPUs here, and reading what the compiler wrote. A listing of a small kernel lies in tpu_listing/."""
+"""Compiling for TPUs here, and reading what the compiler wrote. A listing of a small kernel lies in
+tpu_listing/."""
 
 import importlib.util
 import subprocess
@@ -120,7 +121,8 @@ def test_several_processes_compile_at_once():
 
 
 def test_reads_a_listing():
-    """Counted by hand in the file: 6 bundles before the grid loop, 10 rounds of a loop around 3 rounds of another."""
+    """Counted by hand in the file: 6 bundles before the grid loop, 10 rounds of a loop around 3
+    rounds of another."""
     loops = tpu_bundles.read_loops((LISTING / "final_bundles.txt").read_text(), steps=4)
     assert loops.grid_trips == 4
     assert not loops.in_grid[:6].any() and loops.in_grid[6]
@@ -193,7 +195,8 @@ def test_bytes_of_xla_are_operands_and_results():
 
 
 def test_bytes_of_prefetches_are_those_of_their_slices():
-    """Half of x comes to VMEM as a slice, y whole; the kernel reads both there and writes its result to HBM."""
+    """Half of x comes to VMEM as a slice, y whole; the kernel reads both there and writes its
+    result to HBM."""
     hlo = """
 ENTRY %main (x: f32[1024], y: f32[512]) -> f32[512] {
   %x = f32[1024]{0:T(1024)} parameter(0)

@@ -1,4 +1,5 @@
-"""What every architecture must pass, with transformers' PyTorch model as the oracle: in, logits, out, and in again by them."""
+"""What every architecture must pass, with transformers' PyTorch model as the oracle: in, logits,
+out, and in again by them."""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ def check(
     adjust=None,
     steps: bool = False,
 ):
-    """`oracle`: a causal language model of transformers, tiny; its weights are made random here. Returns our Pretrained.
+    """`oracle`: a causal language model of transformers, tiny; its weights are made random here.
+    Returns our Pretrained.
 
-    adjust: called with the oracle to bring its random weights to where more of the definition is felt.
+    adjust: called with the oracle to bring its random weights to where more of the definition is
+      felt.
     steps: decode, too, and compare.
     """
     weights.randomize(oracle.eval())

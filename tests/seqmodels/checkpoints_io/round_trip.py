@@ -13,7 +13,8 @@ from seqmodels.checkpoints_io import architectures, files
 
 
 def check_tensors(theirs, ours) -> None:
-    """The folders' files are byte-equal; where theirs keeps buffers, which ours leaves out, all other tensors are."""
+    """The folders' files are byte-equal; where theirs keeps buffers, which ours leaves out, all
+    other tensors are."""
     name = "model.safetensors"
     if (ours / name).read_bytes() == (theirs / name).read_bytes():
         return
@@ -28,7 +29,8 @@ def check_tensors(theirs, ours) -> None:
 
 
 def check_bytes(theirs, ours, architecture):
-    """What is loaded and written again in the dtypes it had is the same file, to the byte; what was loaded."""
+    """What is loaded and written again in the dtypes it had is the same file, to the byte; what was
+    loaded."""
     loaded = checkpoints_io.load_pretrained(theirs)
     checkpoints_io.save_pretrained(
         ours,

@@ -1,4 +1,5 @@
-"""flash-linear-attention's layouts: names and shapes as its modules have them, logits by the definitions in float64 NumPy."""
+"""flash-linear-attention's layouts: names and shapes as its modules have them, logits by the
+definitions in float64 NumPy."""
 
 import json
 

@@ -200,7 +200,8 @@ def test_tekken_begins_words_at_capitals(whole):
 
 
 def test_llama_3_takes_words_whole_and_begins_with_bos(whole):
-    """As its own tokenizer does (ignore_merges), and as llama.cpp does where the file has no add_bos_token."""
+    """As its own tokenizer does (ignore_merges), and as llama.cpp does where the file has no
+    add_bos_token."""
     metadata = gguf_header.read(whole, SIZES).metadata
     tokens = [t if t != "[unused0]" else "cat" for t in metadata["tokenizer.ggml.tokens"]]
     metadata["tokenizer.ggml.tokens"] = tokens  # no merge makes it

@@ -1,4 +1,5 @@
-"""SentencePiece tokenizers in GGUF metadata, against their definition; and what such files say of special tokens."""
+"""SentencePiece tokenizers in GGUF metadata, against their definition; and what such files say of
+special tokens."""
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ def metadata(**fields):
 
 
 def by_definition(text):
-    """Of all neighbours that are a piece together, those of the highest score are joined, the leftmost first."""
+    """Of all neighbours that are a piece together, those of the highest score are joined, the
+    leftmost first."""
     parts = list((SPACE + text).replace(" ", SPACE))
     while True:
         pairs = ["".join(pair) for pair in zip(parts, parts[1:])]
@@ -47,7 +49,8 @@ def by_definition(text):
 
 def test_neighbours_are_joined_by_score():
     tokenizer = gguf_tokenizer.make(metadata(), "tiny.gguf")
-    # bc has a higher score than ab and comes first, which leaves a + bc; without a c there is ab, then _ab.
+    # bc has a higher score than ab and comes first, which leaves a + bc; without a c there is ab,
+    # then _ab.
     assert tokenizer.encode("abc ab").tokens == ["<s>", SPACE, "abc", f"{SPACE}ab"]
     random = np.random.default_rng(0)
     for length in random.integers(1, 25, 200):
@@ -61,7 +64,8 @@ def test_neighbours_are_joined_by_score():
 def test_control_tokens_stand_apart_and_bytes_are_no_text():
     tokenizer = gguf_tokenizer.make(metadata(), "tiny.gguf")
     tokens = tokenizer.encode("ab<end>ab<tool>xy<0x41>", add_special_tokens=False).tokens
-    # A space is put before what follows a special token, too; <0x41> in a text is seven characters, and xy is not in use.
+    # A space is put before what follows a special token, too; <0x41> in a text is seven characters,
+    # and xy is not in use.
     byte = [BYTES[ord(c)] for c in "0x41"]
     assert tokens == [
         *(f"{SPACE}ab", "<end>", f"{SPACE}ab", "<tool>", SPACE, BYTES[ord("x")], BYTES[ord("y")]),
@@ -110,7 +114,8 @@ def test_tokens_of_one_score_are_told():
 def test_a_unigram_model_takes_the_likeliest_spelling():
     fields = {"model": "t5", "unknown_token_id": 0, "remove_extra_whitespaces": True}
     tokenizer = gguf_tokenizer.make(metadata(**fields), "tiny.gguf")
-    # "_abc": _ab + c is -13, _ + abc -16, _ + a + bc -20.5. "_aabc": _ + a + abc is -26, _ + a + a + bc -30.5.
+    # "_abc": _ab + c is -13, _ + abc -16, _ + a + bc -20.5. "_aabc": _ + a + abc is -26, _ + a + a
+    # + bc -30.5.
     assert tokenizer.encode("abc").tokens == [f"{SPACE}ab", "c", "</s>"]
     assert tokenizer.encode("aabc").tokens == [SPACE, "a", "abc", "</s>"]
     assert tokenizer.encode("  ab   ab ").tokens == [f"{SPACE}ab", f"{SPACE}ab", "</s>"]

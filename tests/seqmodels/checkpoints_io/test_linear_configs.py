@@ -78,7 +78,8 @@ def softmax_options(model_type, **fields):
 
 
 def test_rotations():
-    """As a fraction of each head and scaled, from new fields and old; all of the head where a family knows no fraction."""
+    """As a fraction of each head and scaled, from new fields and old; all of the head where a
+    family knows no fraction."""
     parameters = {"rope_theta": 5e5, "partial_rotary_factor": 0.25} | LINEAR_BY_2
     options = {"rope_base": 5e5, "rope_fraction": 0.25, "rope_scaling": ("linear", 2.0)}
     older = {

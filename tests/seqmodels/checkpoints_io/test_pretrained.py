@@ -1,4 +1,5 @@
-"""Our own layout, and what is said of files that do not fit; the published layouts are in tests/seqmodels/oracles."""
+"""Our own layout, and what is said of files that do not fit; the published layouts are in
+tests/seqmodels/oracles."""
 
 import json
 import sys
@@ -156,7 +157,8 @@ def test_dtypes(hybrid, tmp_path):
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_narrow_files(tmp_path, stored):
-    """They take the memory that they took; float16, in which activations overflow, is computed in float32."""
+    """They take the memory that they took; float16, in which activations overflow, is computed in
+    float32."""
     checkpoints_io.save_pretrained(tmp_path, LLAMA, random_params(LLAMA), dtype=stored)
     loaded = checkpoints_io.load_pretrained(tmp_path)
     assert loaded.params["embed"]["embedding"].dtype == stored
@@ -204,7 +206,8 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
 
 
 def test_a_second_output_matrix_of_a_tied_model(tmp_path):
-    """A copy of the embedding is nothing new; another matrix is the model's, whatever config.json says of ties."""
+    """A copy of the embedding is nothing new; another matrix is the model's, whatever config.json
+    says of ties."""
 
     def load(change):
         def add(arrays):

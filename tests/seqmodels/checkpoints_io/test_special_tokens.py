@@ -13,7 +13,8 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def put(folder, **fields):
-    """JSON files by name, with a tokenizer.json of WORDS, of which the last is an added token alone."""
+    """JSON files by name, with a tokenizer.json of WORDS, of which the last is an added token
+    alone."""
     folder.mkdir(exist_ok=True, parents=True)
     words = {word: i for word, i in WORDS.items() if word != "<pad>"}
     tokenizer = {"model": {"vocab": words}, "added_tokens": [{"id": 5, "content": "<pad>"}]}

@@ -1,7 +1,8 @@
-"""What every mixer must do, whatever its recurrence: the checks that `test_mixers.py` runs over the registry.
+"""What every mixer must do, whatever its recurrence: the checks that `test_mixers.py` runs over the
+registry.
 
-A registered mixer is tested with no further line. `SMALL_OPTIONS` is for those whose defaults are too large for
-the suite's width, or that have forms worth a run of their own.
+A registered mixer is tested with no further line. `SMALL_OPTIONS` is for those whose defaults are
+too large for the suite's width, or that have forms worth a run of their own.
 """
 
 import dataclasses
@@ -16,8 +17,8 @@ import optax
 from seqmodels import mixers
 from seqmodels.modules import blocks, norms
 
-# name: option sets. The first goes through every check, the others through those of `consistency` and
-# `gradients`. A mixer that is not here runs with its defaults.
+# name: option sets. The first goes through every check, the others through those of `consistency`
+# and `gradients`. A mixer that is not here runs with its defaults.
 SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     "attention": (
         {"max_length": 32, "num_kv_heads": 2},
@@ -54,8 +55,8 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
 }
 
 B, T, D, LAYERS = 4, 20, 32, 2
-# Each row holds documents of these lengths: 1, and around a convolution's width. The last one holds the last
-# PIECES[1] tokens, so that the second piece needs no segment ids.
+# Each row holds documents of these lengths: 1, and around a convolution's width. The last one holds
+# the last PIECES[1] tokens, so that the second piece needs no segment ids.
 DOCUMENT_LENGTHS = ([20], [9, 11], [1, 2, 5, 12], [4, 1, 1, 14])
 PIECES = (9, 11)
 MORE = 3  # tokens fed after the end, to see what a state does
@@ -149,7 +150,8 @@ def check_consistency(case: Case):
     mixer, layer, segment_ids_BT = case.make(), case.layer(), segment_ids()
     start_BT = np.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
     empty = mixer.init_state(B)
-    # What the steps read: the sequence, more of it, and that again after each of the other two states.
+    # What the steps read: the sequence, more of it, and that again after each of the other two
+    # states.
     time = np.concatenate([np.arange(T)] + 3 * [np.arange(T, T + MORE)])
     after_packed, after_pieces = T + MORE, T + 2 * MORE
 
@@ -213,7 +215,8 @@ class Recall(nn.Module):
 
 @functools.cache
 def training_step(case: Case):
-    """(params, Adam's state), batch -> new ones, loss, gradients of params and x. One program for two checks.
+    """(params, Adam's state), batch -> new ones, loss, gradients of params and x. One program for
+    two checks.
 
     The loss is cross entropy where mask_BT, plus y . cotangent_BTD.
     """
@@ -270,8 +273,8 @@ def check_gradients(case: Case):
 
 
 def check_trains(case: Case):
-    """One layer learns to remember: one token is a value (0-3) and the others are blank (4); every token after it
-    must name it. The loss leaves log 4 = 1.39 and ends under half of it."""
+    """One layer learns to remember: one token is a value (0-3) and the others are blank (4); every
+    token after it must name it. The loss leaves log 4 = 1.39 and ends under half of it."""
     step, start = training_step(case)
     rng, rows = np.random.default_rng(0), 2 * B
     embedding_WD = rng.standard_normal((5, D)).astype(np.float32)
@@ -293,7 +296,8 @@ def check_trains(case: Case):
 
 
 def check_state(case: Case):
-    """`init_state` is pure and has the structure, shapes and dtypes of every state returned, for any T."""
+    """`init_state` is pure and has the structure, shapes and dtypes of every state returned, for
+    any T."""
     params = jax.eval_shape(lambda: _initialised(case))
     for dtype in (jnp.float32, jnp.bfloat16):
         mixer = case.make(dtype=dtype)
@@ -312,7 +316,8 @@ def check_state(case: Case):
 
 
 def check_layers(case: Case):
-    """With the layer's index traced, as under nn.scan over layers: runs, and gives what an int gives."""
+    """With the layer's index traced, as under nn.scan over layers: runs, and gives what an int
+    gives."""
     mixer = case.make()
     params = [random_params(case, seed) for seed in range(LAYERS)]
     layers = [case.layer(index) for index in range(LAYERS)]

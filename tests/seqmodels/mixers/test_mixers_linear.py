@@ -1,7 +1,8 @@
-"""The mixers on `linear_attention` against their definitions: parameters, initial values, equations.
+"""The mixers on `linear_attention` against their definitions: parameters, initial values,
+equations.
 
-Each equation is written out once more in NumPy float64, one token after the other. What all mixers share is in
-`mixer_suite.py`.
+Each equation is written out once more in NumPy float64, one token after the other. What all mixers
+share is in `mixer_suite.py`.
 """
 
 import functools

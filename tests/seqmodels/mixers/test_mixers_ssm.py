@@ -1,4 +1,5 @@
-"""Delta-rule mixers, Mamba, Mamba-2, RG-LRU, LRU and HGRN: each against its definition, written out in float64."""
+"""Delta-rule mixers, Mamba, Mamba-2, RG-LRU, LRU and HGRN: each against its definition, written out
+in float64."""
 
 import flax.linen as nn
 import jax
@@ -289,7 +290,8 @@ def test_definition(case):
 
 
 def test_mamba2_has_the_published_width():
-    """130M: D 768 has 24 heads of 64; 2 D^2 for x and z each, D E for the output, and one group of B and C."""
+    """130M: D 768 has 24 heads of 64; 2 D^2 for x and z each, D E for the output, and one group of
+    B and C."""
     mixer = mixers.make("mamba2", d_model=768)
     shapes = jax.eval_shape(mixer.init, jax.random.key(0), jnp.zeros((1, 1, 768)))
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -370,7 +372,8 @@ def test_rg_lru_keeps_1_minus_a_squared_where_a_rounds_to_1():
 
 
 def test_mamba_keeps_one_chunk_of_states():
-    """What the backward pass of the scan keeps does not hold (T, E, K): no array of that many values is made."""
+    """What the backward pass of the scan keeps does not hold (T, E, K): no array of that many
+    values is made."""
     length, E, K = 256, 64, 8
     mixer = mixers.make("mamba", d_model=E // 2, d_state=K, chunk_size=16)
     x = jax.ShapeDtypeStruct((1, length, E // 2), jnp.float32)

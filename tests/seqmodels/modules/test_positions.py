@@ -5,7 +5,8 @@ from seqmodels.modules import positions
 
 
 def test_scaled_frequencies():
-    """Wavelengths beyond T / low are `factor` times longer, those below T / high stay, and the rest lies between."""
+    """Wavelengths beyond T / low are `factor` times longer, those below T / high stay, and the rest
+    lies between."""
     frequency_K, _ = positions.frequencies(12, 100.0)
     scaled_K, _ = positions.frequencies(12, 100.0, ("llama3", 8.0, 1.0, 4.0, 40))
     ratio_K = np.asarray(scaled_K / frequency_K)

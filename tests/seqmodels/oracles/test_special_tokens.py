@@ -1,4 +1,5 @@
-"""What files say of tokens, as transformers reads it: of folders, of what we write of them, of a run's and a GGUF file's."""
+"""What files say of tokens, as transformers reads it: of folders, of what we write of them, of a
+run's and a GGUF file's."""
 
 import json
 

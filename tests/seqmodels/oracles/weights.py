@@ -4,7 +4,8 @@ import torch
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> None:
-    """Matrices N(0, 1/fan_in), vectors as they are plus N(0, 0.3^2): no parameter is left at 0 or 1."""
+    """Matrices N(0, 1/fan_in), vectors as they are plus N(0, 0.3^2): no parameter is left at 0 or
+    1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

@@ -1,4 +1,5 @@
-"""The bodies of the TPU kernels of `causal_conv`; the top of `pallas_tpu.py` explains them, and holds the tiling."""
+"""The bodies of the TPU kernels of `causal_conv`; the top of `pallas_tpu.py` explains them, and
+holds the tiling."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -113,7 +114,8 @@ def backward(tiling, x, before, initial, w, *refs):
 
 
 def _each(rows: int, step: int, body, carry=None):
-    """body(row, carry) for every `step`th row: straight code, so that the compiler can fill each one's gaps."""
+    """body(row, carry) for every `step`th row: straight code, so that the compiler can fill each
+    one's gaps."""
     steps = rows // step
     unroll = 1 if devices.interpreting() else steps
     return lax.fori_loop(0, steps, lambda i, z: body(i * step, z), carry, unroll=unroll)
@@ -136,7 +138,8 @@ def _times(slope, g):
 
 
 class Group:
-    """`group` columns of a block, and what is done to them. Values are lists over parts, and columns within."""
+    """`group` columns of a block, and what is done to them. Values are lists over parts, and
+    columns within."""
 
     def __init__(self, tiling, chunk, block, column, w, seen, age):
         self.tiling, self.chunk, self.block, self.column = tiling, chunk, block, column

@@ -1,22 +1,27 @@
-"""The short causal convolution, its activation and norm as Mosaic TPU kernels: one pass over HBM, forward and backward.
+"""The short causal convolution, its activation and norm as Mosaic TPU kernels: one pass over HBM,
+forward and backward.
 
-The grid is (rows of the batch, chunks of time, channels). Forward, x is read and y written. Backward, x and the gradient
-of y are read, everything is computed again, and dx is written; time runs backwards, so that the gradients of the next
-tokens' sums, dz, are in VMEM when dx_t = sum_j w_{I-1-j} dz_{t+j} needs them. The gradients of w and bias are sums in VMEM.
-The inputs before a chunk are a block of 16 tokens of x of its own.
+The grid is (rows of the batch, chunks of time, channels). Forward, x is read and y written.
+Backward, x and the gradient of y are read, everything is computed again, and dx is written; time
+runs backwards, so that the gradients of the next tokens' sums, dz, are in VMEM when dx_t = sum_j
+w_{I-1-j} dz_{t+j} needs them. The gradients of w and bias are sums in VMEM. The inputs before a
+chunk are a block of 16 tokens of x of its own.
 
-Tokens lie along sublanes, where a shift by one costs several operations in registers; but from memory that is 128
-channels wide, 8 tokens are loaded in one from any row. So the tokens of a chunk are first copied to such columns, in float32.
-Two tokens of bfloat16 share a sublane's word, and are taken apart by a shift and a mask: even tokens become one
-column, odd ones another ("parts"), which also halves the different loads of a tap. Results go back the same way.
+Tokens lie along sublanes, where a shift by one costs several operations in registers; but from
+memory that is 128 channels wide, 8 tokens are loaded in one from any row. So the tokens of a chunk
+are first copied to such columns, in float32. Two tokens of bfloat16 share a sublane's word, and are
+taken apart by a shift and a mask: even tokens become one column, odd ones another ("parts"), which
+also halves the different loads of a tap. Results go back the same way.
 
-silu(z) is h u, h = z/2, u = 2 / (1 + exp(-2h)); `pallas_tpu` halves w and bias for it. Its derivative by h is
-u (1 + h (2 - u)). (1 + tanh h is the same u, without digits where h is far below 0: the norm of such a head shows it.)
-Of the norm y = a r, r = (sum a^2 + eps)^(-1/2) a head, it is da = r (g - a r^2 sum g a). Sums over a head's lanes that
-are no 128 are a product with zeros and ones.
+silu(z) is h u, h = z/2, u = 2 / (1 + exp(-2h)); `pallas_tpu` halves w and bias for it. Its
+derivative by h is u (1 + h (2 - u)). (1 + tanh h is the same u, without digits where h is far below
+0: the norm of such a head shows it.) Of the norm y = a r, r = (sum a^2 + eps)^(-1/2) a head, it is
+da = r (g - a r^2 sum g a). Sums over a head's lanes that are no 128 are a product with zeros and
+ones.
 
-Documents: `age` counts the inputs before a token that its taps may reach, and `room` the tokens behind it whose taps reach it,
-both cut at I-1 and written 128 times side by side. A tap of lag j counts where age >= j.
+Documents: `age` counts the inputs before a token that its taps may reach, and `room` the tokens
+behind it whose taps reach it, both cut at I-1 and written 128 times side by side. A tap of lag j
+counts where age >= j.
 """
 
 import dataclasses
@@ -141,7 +146,8 @@ def _marks(tiling, start_BT, dtype):
     T = start_BT.shape[1]
 
     def counted(starts_at):
-        """Tokens until `starts_at(j)` first says that a document starts between a token and the one j from it."""
+        """Tokens until `starts_at(j)` first says that a document starts between a token and the one
+        j from it."""
         count_BT, going_BT = jnp.zeros(start_BT.shape, dtype), True
         for j in range(1, tiling.width):
             going_BT = going_BT & ~starts_at(j)
@@ -170,8 +176,8 @@ def _initial_gradient(tiling, dz_BSD, w, start_BT):
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes. A block is C tokens of d channels. p tokens share a word of 32 bits. `group` columns of LANES channels hold
-    whole heads of K, and are worked on together."""
+    """Sizes. A block is C tokens of d channels. p tokens share a word of 32 bits. `group` columns
+    of LANES channels hold whole heads of K, and are worked on together."""
 
     B: int
     T: int
@@ -223,8 +229,8 @@ class Tiling:
 
     @property
     def vmem_bytes(self):
-        """What the backward kernel takes: blocks twice, for they are fetched ahead; columns; what stays for all time; registers that
-        are put away for a while."""
+        """What the backward kernel takes: blocks twice, for they are fetched ahead; columns; what
+        stays for all time; registers that are put away for a while."""
         item = 4 // self.p
         blocks = item * (3 * self.C * self.d + 2 * HALO * self.d + 2 * self.C * LANES)
         blocks += 4 * self.all_channels * (HALO + pl.cdiv(self.width + 1, ROWS) * ROWS)
@@ -253,7 +259,8 @@ class Tiling:
 
 
 def _call(tiling: Tiling, kernel, inputs, outputs, columns):
-    """One pass of `kernel` over `inputs`, (array, kind) each; outputs likewise. columns: how many rows each has."""
+    """One pass of `kernel` over `inputs`, (array, kind) each; outputs likewise. columns: how many
+    rows each has."""
     backward = kernel is kernels.backward
     scratch = [pltpu.VMEM((tiling.p, tiling.group, rows, LANES), jnp.float32) for rows in columns]
     if backward:

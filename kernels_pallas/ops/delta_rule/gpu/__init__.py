@@ -1,4 +1,5 @@
-"""Triton kernels of `delta_rule`: `run` is the implementation, `unsupported_reason` says which calls it refuses."""
+"""Triton kernels of `delta_rule`: `run` is the implementation, `unsupported_reason` says which
+calls it refuses."""
 
 from kernels_pallas.ops.delta_rule.gpu.launch import run, unsupported_reason
 

@@ -1,10 +1,11 @@
 """Triton kernels of the delta rule: what couples the tokens of a chunk, and the states.
 
-With `triton_chunks`' names, token i of a chunk writes u_i = beta_i (v_i - pred_i), where pred = (k exp(through)) S + (k k^T * D) u
-is what its key finds. So (I + A) U = beta (v - (k exp(through)) S), A = beta (k k^T * D) below the diagonal (the UT form:
-DeltaNet, arXiv 2406.06484, section 3.2; with decay, Gated DeltaNet, 2412.06464, section 3.3). What follows from U is
-linear attention with U for values. The inverse is by substitution in blocks of 16, which are then joined in pairs,
-X <- X - X S X with S what lies below them; never by powers.
+With `triton_chunks`' names, token i of a chunk writes u_i = beta_i (v_i - pred_i), where pred = (k
+exp(through)) S + (k k^T * D) u is what its key finds. So (I + A) U = beta (v - (k exp(through)) S),
+A = beta (k k^T * D) below the diagonal (the UT form: DeltaNet, arXiv 2406.06484, section 3.2; with
+decay, Gated DeltaNet, 2412.06464, section 3.3). What follows from U is linear attention with U for
+values. The inverse is by substitution in blocks of 16, which are then joined in pairs, X <- X - X S
+X with S what lies below them; never by powers.
 """
 
 import triton
@@ -70,7 +71,8 @@ def inverses(
     MIXED: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """(I + A)^-1 of one chunk: (B, H, N, C, C). scores: k k^T * D below the diagonal, of one decay a channel."""
+    """(I + A)^-1 of one chunk: (B, H, N, C, C). scores: k k^T * D below the diagonal, of one decay
+    a channel."""
     n = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -195,7 +197,8 @@ def gradients_of_writes(
     EXACT: tl.constexpr,
     MIXED: tl.constexpr,
 ):
-    """dR = (I + A)^-T dU, cotangents of the states that leave each chunk, and of the first. BK is all of K.
+    """dR = (I + A)^-T dU, cotangents of the states that leave each chunk, and of the first. BK is
+    all of K.
 
     du: what U has from the outputs of its own chunk.
     """

@@ -1,13 +1,16 @@
-"""The delta rule as Triton kernels, forward and backward: no decay, one a head or one a channel (sm80 and later).
+"""The delta rule as Triton kernels, forward and backward: no decay, one a head or one a channel
+(sm80 and later).
 
-Forward: each chunk's inverse, all at once; then what the tokens write, U, and the states, sequential in chunks; then linear
-attention's outputs with U for values. Backward: the same again, the states' cotangents in reverse, and linear attention's
-gradients twice, for what queries and for what keys read. Only the inputs are kept.
+Forward: each chunk's inverse, all at once; then what the tokens write, U, and the states,
+sequential in chunks; then linear attention's outputs with U for values. Backward: the same again,
+the states' cotangents in reverse, and linear attention's gradients twice, for what queries and for
+what keys read. Only the inputs are kept.
 
-float32 without a decay, or with one a head, which may be 0, carries states, inverses and U in float64 from chunk to
-chunk: reflections forget no error (`reflections`), and data-centre GPUs multiply float64 as fast as IEEE float32. With
-one a channel the scores of keys with keys are float32, and so is the rest: where those decays are 0, errors grow. What
-comes of bfloat16 inputs multiplies as two bfloat16 terms, and without a decay, for the same reason, as three.
+float32 without a decay, or with one a head, which may be 0, carries states, inverses and U in
+float64 from chunk to chunk: reflections forget no error (`reflections`), and data-centre GPUs
+multiply float64 as fast as IEEE float32. With one a channel the scores of keys with keys are
+float32, and so is the rest: where those decays are 0, errors grow. What comes of bfloat16 inputs
+multiplies as two bfloat16 terms, and without a decay, for the same reason, as three.
 """
 
 import jax.numpy as jnp
@@ -169,7 +172,8 @@ def _states_of(form):
 
 
 def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
-    """Scores of keys with keys (None where one decay serves a head), inverses, U, states and the last state."""
+    """Scores of keys with keys (None where one decay serves a head), inverses, U, states and the
+    last state."""
     found = recurrences.scores(form, k_BTGK, k_BTGK, g_BTHK, strict=True) if form.GK > 1 else None
     parts = (2,) if exact else ()  # float64 as two float32 terms
     (X_BHNCC,) = recurrences.run_kernel(

@@ -1,4 +1,5 @@
-"""TPU kernels of `delta_rule`: `run` is the implementation, `unsupported_reason` says which calls it refuses."""
+"""TPU kernels of `delta_rule`: `run` is the implementation, `unsupported_reason` says which calls
+it refuses."""
 
 from kernels_pallas.ops.delta_rule.tpu.launch import run, unsupported_reason
 

@@ -1,9 +1,10 @@
 """The delta rule as Mosaic TPU kernels, forward and backward.
 
-A grid step is one chunk of some heads; the steps of a sequence follow one another, and the heads' states stay in VMEM
-between them. All of a chunk's algebra is inside the step (`tpu_head_decay.py`), so that HBM sees the inputs once and the
-outputs once. For the backward pass the forward one also writes the state that enters each chunk; the rest is computed
-again. Heads lie side by side in the lanes, as projections give them, so nothing is transposed but the gates.
+A grid step is one chunk of some heads; the steps of a sequence follow one another, and the heads'
+states stay in VMEM between them. All of a chunk's algebra is inside the step (`tpu_head_decay.py`),
+so that HBM sees the inputs once and the outputs once. For the backward pass the forward one also
+writes the state that enters each chunk; the rest is computed again. Heads lie side by side in the
+lanes, as projections give them, so nothing is transposed but the gates.
 """
 
 import functools

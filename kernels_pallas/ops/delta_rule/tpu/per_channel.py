@@ -1,8 +1,9 @@
 """One chunk of the delta rule inside a TPU kernel, with a decay per key channel.
 
-As `tpu_head_decay.py`, with the decays inside the products. A chunk is halved again and again (see `decay_sums`): tokens
-j < i part at one level, and there the decay between them is exp(after_j) exp(through_i), two exponentials of sums from
-that level's middle. A token is in one half only, so a level has one exponential per token and channel.
+As `tpu_head_decay.py`, with the decays inside the products. A chunk is halved again and again (see
+`decay_sums`): tokens j < i part at one level, and there the decay between them is exp(after_j)
+exp(through_i), two exponentials of sums from that level's middle. A token is in one half only, so a
+level has one exponential per token and channel.
 
     level l   E = exp(after_j) in left halves of 2^l tokens, exp(through_i) in right halves
               (k E)(k E)^T and (q E)(k E)^T, of which A and Z take the pairs that part there
@@ -28,7 +29,8 @@ class Gates(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What the forward pass of one chunk has computed. levels: E_CK of each. lost_CC: what A has lost to rounding."""
+    """What the forward pass of one chunk has computed. levels: E_CK of each. lost_CC: what A has
+    lost to rounding."""
 
     levels: list[jnp.ndarray]
     through_CK: jnp.ndarray

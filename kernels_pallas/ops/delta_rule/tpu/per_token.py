@@ -1,14 +1,14 @@
 """One chunk of the delta rule inside a TPU kernel, with no decay or one decay per token and head.
 
-The maps of `chunked.py`, with every decay applied to what a product gives, not to what goes in: q and k, the caller's own
-bfloat16 arrays, reach the matrix unit as they are.
+The maps of `chunked.py`, with every decay applied to what a product gives, not to what goes in: q
+and k, the caller's own bfloat16 arrays, reach the matrix unit as they are.
 
     A = beta * (k k^T) D  below the diagonal        Z = scale * (q k^T) D  with it
     R = beta * (v - through * k S)        U = (I + A)^{-1} R
     o = scale * through * q S + Z U        S' = total S + k^T (after * U)
 
-D_ij = exp(g_{j+1} + ... + g_i) is the exponential of a product with zeros and ones, in which nothing is subtracted.
-`tpu_channel_decay.py` has the same functions for a decay per channel.
+D_ij = exp(g_{j+1} + ... + g_i) is the exponential of a product with zeros and ones, in which
+nothing is subtracted. `tpu_channel_decay.py` has the same functions for a decay per channel.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,8 @@ from kernels_pallas.tpu.primitives import Products, lower, row_of, row_sums
 class Gates(NamedTuple):
     """Of one head. Without a decay D is None, and so are the three that follow.
 
-    through_C1: what the entering state has decayed by at token i; after_C1: what token j has in the leaving state.
+    through_C1: what the entering state has decayed by at token i; after_C1: what token j has in the
+      leaving state.
     """
 
     beta_C1: jnp.ndarray
@@ -33,7 +34,8 @@ class Gates(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What the forward pass of one chunk has computed. lost_CC: what A has lost to rounding, where that counts."""
+    """What the forward pass of one chunk has computed. lost_CC: what A has lost to rounding, where
+    that counts."""
 
     qk_CC: jnp.ndarray
     kk_CC: jnp.ndarray
@@ -108,12 +110,14 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
 
 
 def solve(p, A_CC, lost_CC, X_CC, R_CV, axis):
-    """(I + A)^{-1} R, or with axis 0 of the transposed, corrected by its residual where rounding counts."""
+    """(I + A)^{-1} R, or with axis 0 of the transposed, corrected by its residual where rounding
+    counts."""
     axes = (axis, 0)
     U_CV = p.precise(X_CC, R_CV, axes)
     if lost_CC is None:
         return U_CV
-    # A unit of its own for every document's U: what is multiplied by 0 must not change how the rest is rounded.
+    # A unit of its own for every document's U: what is multiplied by 0 must not change how the rest
+    # is rounded.
     squares_CV = U_CV * U_CV
     linked_CC = p.ones((A_CC != 0) | (A_CC.T != 0))
     squares_CV = squares_CV + p.dot(linked_CC, squares_CV)
@@ -186,7 +190,8 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
 
 
 def _decay_cotangent(p, pairs_CC, through_C1, after_C1):
-    """Of g_s: the sum over i >= s > j of what the decay between j and i has, and likewise from and to the chunk's ends."""
+    """Of g_s: the sum over i >= s > j of what the decay between j and i has, and likewise from and
+    to the chunk's ends."""
     C = pairs_CC.shape[0]
     between_CC = p.dot(pairs_CC, p.ones(~lower(C))) + through_C1
     return jnp.sum(jnp.where(lower(C), between_CC, after_C1), axis=0, keepdims=True)

@@ -10,11 +10,12 @@ from kernels_pallas.tpu.primitives import Products, head_cuts
 
 CHUNK_SIZE = 128
 FLOAT32_CHUNK_SIZE = 32  # as `chunked`: where beta is 2, longer ones lose accuracy
-# Value heads a grid step, where they fit and `tuned.json` says nothing else: they fill each other's gaps
-# (`tpu_blocks.in_turns`).
+# Value heads a grid step, where they fit and `tuned.json` says nothing else: they fill each other's
+# gaps (`tpu_blocks.in_turns`).
 HEADS = {"none": 8, "per_token": 8, "per_channel": 4}
-# libtpu 0.0.42 packs a TPU7x's bundles in a time that grows much faster than their number: four heads with a decay per
-# channel took 77 s for one pass of the backward kernel, two take 13 s for everything.
+# libtpu 0.0.42 packs a TPU7x's bundles in a time that grows much faster than their number: four
+# heads with a decay per channel took 77 s for one pass of the backward kernel, two take 13 s for
+# everything.
 TPU7X_HEADS = {"none": 4, "per_token": 4, "per_channel": 2}
 FLOAT32_HEADS = 2  # it is there to be exact: a smaller kernel compiles sooner
 VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, or more
@@ -60,7 +61,8 @@ class Tiling(NamedTuple):
 
     @property
     def vmem_bytes(self):
-        """What the backward kernel takes: blocks twice, for they are fetched ahead; states; what the algebra holds."""
+        """What the backward kernel takes: blocks twice, for they are fetched ahead; states; what
+        the algebra holds."""
         item = 2 if self.products.narrow else 4
         keys, values, state = self.keys * self.K, self.heads * self.V, self.K * self.V
         blocks = self.C * item * (4 * keys + 3 * values) + 12 * self.heads * state

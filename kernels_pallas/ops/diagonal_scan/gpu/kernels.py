@@ -1,7 +1,9 @@
-"""Triton kernels of the real diagonal recurrence: a chunk's map, its states from the one that enters, its gradients.
+"""Triton kernels of the real diagonal recurrence: a chunk's map, its states from the one that
+enters, its gradients.
 
-A program walks the C tokens of one chunk for BD channels; the grid is (chunks times blocks of channels, batch), so
-all chunks run at once; in between, `carry` walks the chunks. REVERSE walks time from its end.
+A program walks the C tokens of one chunk for BD channels; the grid is (chunks times blocks of
+channels, batch), so all chunks run at once; in between, `carry` walks the chunks. REVERSE walks
+time from its end.
 """
 
 import triton
@@ -10,7 +12,8 @@ import triton.language as tl
 
 @triton.jit
 def _program(T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
-    """This program's chunk (as a block), channels, their offsets at batch b's first token, and those among chunks."""
+    """This program's chunk (as a block), channels, their offsets at batch b's first token, and
+    those among chunks."""
     blocks = tl.cdiv(D, BD)
     n = tl.program_id(0) // blocks + tl.full((BD,), 0, tl.int32)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
@@ -64,7 +67,8 @@ def carry(
     BD: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """The state that enters each of T chunks, from their maps, and the one behind the last; for all of them one program."""
+    """The state that enters each of T chunks, from their maps, and the one behind the last; for all
+    of them one program."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     b = tl.program_id(1).to(tl.int64)
     h = tl.load(initial + b * D + d, mask=d < D, other=0.0)
@@ -121,7 +125,8 @@ def gradients(
     BD: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """l_t = g_t + c_t, c of the token before = a_t l_t; dx_t = l_t, da_t = l_t h_{t-1}. REVERSE is that of h's scan."""
+    """l_t = g_t + c_t, c of the token before = a_t l_t; dx_t = l_t, da_t = l_t h_{t-1}. REVERSE is
+    that of h's scan."""
     n, d, at, at_chunk = _program(T, D, C, BD)
     b = tl.program_id(1).to(tl.int64)
     c = tl.load(entering + at_chunk, mask=d < D, other=0.0)

@@ -1,13 +1,16 @@
-"""The real diagonal recurrence as Triton kernels, forward and backward, either direction (sm80 and later).
+"""The real diagonal recurrence as Triton kernels, forward and backward, either direction (sm80 and
+later).
 
-Two levels, as in `chunked.py`: every chunk's map h -> A h + b at once; the states that enter each, one after the other;
-every state, all chunks at once. Decays above 1 are right as long as those of one chunk multiply to a float32. A document's
-start is a decay of 0, which lets pass what is not finite. Backward, with carry c from token t+1 to t,
+Two levels, as in `chunked.py`: every chunk's map h -> A h + b at once; the states that enter each,
+one after the other; every state, all chunks at once. Decays above 1 are right as long as those of
+one chunk multiply to a float32. A document's start is a decay of 0, which lets pass what is not
+finite. Backward, with carry c from token t+1 to t,
 
     l_t = g_t + c_t      c_{t-1} = a_t l_t      dx_t = l_t      da_t = l_t h_{t-1}
 
-is the same in the other direction. Kept are the inputs and the states that enter each chunk, from which h is made again
-in float32: the one given out may be rounded. Only sums of x and decays that stand in front; nothing is divided.
+is the same in the other direction. Kept are the inputs and the states that enter each chunk, from
+which h is made again in float32: the one given out may be rounded. Only sums of x and decays that
+stand in front; nothing is divided.
 """
 
 import jax
@@ -104,7 +107,8 @@ def _states(x_BTD, decay_BTD, entering_BND, reverse, dtype):
 
 
 def _tiles(D):
-    """Chunk, channels a program, warps, stages: the same for all three kernels, which meet at the chunks."""
+    """Chunk, channels a program, warps, stages: the same for all three kernels, which meet at the
+    chunks."""
     tiles = tuning.lookup(TILES, "diagonal_scan", "triton", str(D))
     return tiles | {"BD": min(tiles["BD"], launch.power_of_two(D))}
 

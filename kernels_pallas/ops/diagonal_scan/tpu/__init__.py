@@ -1,4 +1,5 @@
-"""TPU kernels of `diagonal_scan`: `run` is the implementation, `unsupported_reason` says which calls it refuses."""
+"""TPU kernels of `diagonal_scan`: `run` is the implementation, `unsupported_reason` says which
+calls it refuses."""
 
 from kernels_pallas.ops.diagonal_scan.tpu.launch import run, unsupported_reason
 

@@ -1,26 +1,30 @@
 """The diagonal recurrence as Mosaic TPU kernels, forward and backward.
 
-The grid is (rows of the batch, channels, chunks of time); time is last and in order, and the state stays in VMEM from one
-chunk to the next. x, the decay and h pass through HBM once each; backward, x, the decay, the gradient of h, and the results.
+The grid is (rows of the batch, channels, chunks of time); time is last and in order, and the state
+stays in VMEM from one chunk to the next. x, the decay and h pass through HBM once each; backward,
+x, the decay, the gradient of h, and the results.
 
-A register holds 8 x 128 numbers. A chunk of C tokens is cut into 8 runs of C/8, and row s of a register walks through run
-s, so that every operation works on eight tokens of 128 channels. Eight rows that lie equally far apart can be read at once from memory that is 128
-channels wide, if the distance is no multiple of 8 (else they share a bank), so a block is first copied to such columns, in
-float32, with 4 rows of nothing between runs:
+A register holds 8 x 128 numbers. A chunk of C tokens is cut into 8 runs of C/8, and row s of a
+register walks through run s, so that every operation works on eight tokens of 128 channels. Eight
+rows that lie equally far apart can be read at once from memory that is 128 channels wide, if the
+distance is no multiple of 8 (else they share a bank), so a block is first copied to such columns,
+in float32, with 4 rows of nothing between runs:
 
   1. Every run's map h -> A h + b, from C/8 steps.
   2. The state that enters each run: eight steps on single rows.
   3. Every state, from C/8 steps again.
 
-Backward, time runs the other way, and what is carried from token t+1 to t is c_t = a_{t+1} l_{t+1}, which begins as the
-gradient of the final state and ends as that of the initial one:
+Backward, time runs the other way, and what is carried from token t+1 to t is c_t = a_{t+1} l_{t+1},
+which begins as the gradient of the final state and ends as that of the initial one:
 
     l_t = g_t + c_t      c_{t-1} = a_t l_t      dx_t = l_t      da_t = l_t h_{t-1}
 
-Kept from the forward pass is the state that enters each chunk; from it a chunk's h are made again, in float32: those that
-were given out may be rounded. Decays above 1 are right as long as those of one run, chunk_size / 8 tokens, multiply to a
-float32. A document's start is a decay of 0, which lets pass what is not finite. A complex number is a tuple of two arrays, real and imaginary ("planes"), a real one a tuple
-of one; between planes the transpose of a product with a is one with its conjugate.
+Kept from the forward pass is the state that enters each chunk; from it a chunk's h are made again,
+in float32: those that were given out may be rounded. Decays above 1 are right as long as those of
+one run, chunk_size / 8 tokens, multiply to a float32. A document's start is a decay of 0, which
+lets pass what is not finite. A complex number is a tuple of two arrays, real and imaginary
+("planes"), a real one a tuple of one; between planes the transpose of a product with a is one with
+its conjugate.
 """
 
 import dataclasses
@@ -37,7 +41,8 @@ from kernels_pallas.dispatch import devices, manual_axes, tuning
 from kernels_pallas.ops.diagonal_scan import chunked
 
 LANES, RUNS = 128, 8
-# Where `tuned.json` says nothing else. width: registers side by side, enough independent work to hide a step's latency
+# Where `tuned.json` says nothing else. width: registers side by side, enough independent work to
+# hide a step's latency
 SIZES = {"chunk_size": 256, "width": 8}
 UNROLL = 8
 GAP = 4  # rows between runs
@@ -121,7 +126,8 @@ class _Tiling:
 
     @classmethod
     def of(cls, x, reverse):
-        """Blocks of up to `width` registers: of channels, as many as waste least; then of rows of the batch."""
+        """Blocks of up to `width` registers: of channels, as many as waste least; then of rows of
+        the batch."""
         (B, T, D), planes = x[0].shape, len(x)
         kind = f"{D} {'real' if planes == 1 else 'complex'}"
         sizes = tuning.lookup(SIZES, "diagonal_scan", "pallas_tpu", str(x[0].dtype), kind)
@@ -131,7 +137,8 @@ class _Tiling:
             key=lambda w: pl.cdiv(tiles, w) * max(w, most // 2),
         )
         rows = max(n for n in range(1, most // width + 1) if B % n == 0)
-        # a run is a multiple of 8 rows, so that it begins with a register, and a chunk with a tile of bfloat16
+        # a run is a multiple of 8 rows, so that it begins with a register, and a chunk with a tile
+        # of bfloat16
         C = min(sizes["chunk_size"], pl.cdiv(T, 8 * RUNS) * 8 * RUNS)
         return cls(B, T, D, planes, reverse, rows, C, width * LANES)
 
@@ -148,7 +155,8 @@ class _Tiling:
         return self.C // RUNS
 
     def spec(self, kind: str, from_last: bool):
-        """The window of a block on an array over time ("t"), on states of every chunk ("n"), or on one state ("s").
+        """The window of a block on an array over time ("t"), on states of every chunk ("n"), or on
+        one state ("s").
         from_last: the grid begins at the last chunk."""
 
         def chunk(n):
@@ -217,8 +225,8 @@ def _forward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 
 def _states(walk, decay, x, A, b, state):
-    """Every h of a chunk, in place of x; `state` goes from the one that enters to the one that leaves, and A holds those
-    that enter each run."""
+    """Every h of a chunk, in place of x; `state` goes from the one that enters to the one that
+    leaves, and A holds those that enter each run."""
     zero, one = _constants(walk.tiling.planes)
 
     def inputs(i):
@@ -285,7 +293,8 @@ def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """A walk through the runs of a chunk, all at once. from_last: against time, in chunks, runs and tokens alike.
+    """A walk through the runs of a chunk, all at once. from_last: against time, in chunks, runs and
+    tokens alike.
     chunk: counted as the walk goes."""
 
     tiling: _Tiling
@@ -347,7 +356,8 @@ def _grouped(refs, planes: int):
 
 
 def _to_columns(columns, blocks) -> None:
-    """Blocks (b, rows, d) to columns (b * d / LANES, rows, LANES), in float32, with gaps where rows are those of runs."""
+    """Blocks (b, rows, d) to columns (b * d / LANES, rows, LANES), in float32, with gaps where rows
+    are those of runs."""
     for to, source in zip(columns, blocks):
         for row, lanes, column in _places(source.shape):
             for here, there in _runs(source.shape[1]):

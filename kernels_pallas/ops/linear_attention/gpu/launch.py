@@ -1,9 +1,9 @@
 """Linear attention as Triton kernels, forward and backward, for all four decays (sm80 and later).
 
-Forward: states at chunk boundaries (sequential in chunks, parallel in blocks of the state), then every chunk's output
-at once; with a decay per channel the chunk's scores come between. Backward: the states again, their cotangents the same
-way in reverse, then dv, dq, dk and the gates' gradient of every chunk at once. Between the passes only the inputs are
-kept.
+Forward: states at chunk boundaries (sequential in chunks, parallel in blocks of the state), then
+every chunk's output at once; with a decay per channel the chunk's scores come between. Backward:
+the states again, their cotangents the same way in reverse, then dv, dq, dk and the gates' gradient
+of every chunk at once. Between the passes only the inputs are kept.
 """
 
 from kernels_pallas.common import kernel_vjp

@@ -1,4 +1,5 @@
-"""TPU kernels of `linear_attention`: `run` is the implementation, `unsupported_reason` says which calls it refuses."""
+"""TPU kernels of `linear_attention`: `run` is the implementation, `unsupported_reason` says which
+calls it refuses."""
 
 from kernels_pallas.ops.linear_attention.tpu.launch import run, unsupported_reason
 

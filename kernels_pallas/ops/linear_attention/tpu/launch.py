@@ -1,16 +1,17 @@
 """Linear attention as Mosaic TPU kernels, forward and backward.
 
-A grid step is one chunk of some heads. The steps of a sequence follow one another with the heads' states in VMEM, and all
-of a chunk's algebra is inside the step (`tpu_head_decay.py`, `tpu_channel_decay.py`): HBM sees each input and output
-once. Heads lie side by side in the lanes, (B, T, H K), as projections leave them. A document's start is a reset.
+A grid step is one chunk of some heads. The steps of a sequence follow one another with the heads'
+states in VMEM, and all of a chunk's algebra is inside the step (`tpu_head_decay.py`,
+`tpu_channel_decay.py`): HBM sees each input and output once. Heads lie side by side in the lanes,
+(B, T, H K), as projections leave them. A document's start is a reset.
 
-For the backward pass the forward one also writes the state that enters each chunk, in the dtype that the matrix unit
-reads: K V / C numbers a token and head, as many as q at K = V = C. Computing the states again would cost a pass over k and v,
-which is two such arrays, and one product more a chunk. The backward pass takes the chunks in reverse with the state's
-cotangent in VMEM.
+For the backward pass the forward one also writes the state that enters each chunk, in the dtype
+that the matrix unit reads: K V / C numbers a token and head, as many as q at K = V = C. Computing
+the states again would cost a pass over k and v, which is two such arrays, and one product more a
+chunk. The backward pass takes the chunks in reverse with the state's cotangent in VMEM.
 
-Several value heads may share a key head. Then the steps of one chunk follow one another (the last grid axis), the
-key head stays in VMEM between them, and its gradient is summed there.
+Several value heads may share a key head. Then the steps of one chunk follow one another (the last
+grid axis), the key head stays in VMEM between them, and its gradient is summed there.
 """
 
 import functools
@@ -109,7 +110,8 @@ _run = kernel_vjp.differentiable(_with_states, _gradients, _chunked, call=_witho
 
 
 def _specs(tiling: Tiling, backward: bool) -> dict[str, pl.BlockSpec]:
-    """Blocks by what they hold. Grid: rows, groups of heads, chunks (backward: from the last), steps of a group."""
+    """Blocks by what they hold. Grid: rows, groups of heads, chunks (backward: from the last),
+    steps of a group."""
     C, N, J = tiling.C, tiling.chunks, tiling.shared
 
     def at(n):
@@ -140,7 +142,8 @@ def _specs(tiling: Tiling, backward: bool) -> dict[str, pl.BlockSpec]:
 
 
 def _call(tiling: Tiling, name, kernel, inputs, outputs, scratch):
-    """inputs: (kind, array); outputs: (kind, shape, dtype); the chunk module's constants come in front."""
+    """inputs: (kind, array); outputs: (kind, shape, dtype); the chunk module's constants come in
+    front."""
     specs = _specs(tiling, name == "backward")
     constants = tiling.chunk.constants(tiling, backward=name == "backward")
     fixed = [pl.BlockSpec(x.shape, lambda b, g, n, j, rank=x.ndim: (0,) * rank) for x in constants]

@@ -1,22 +1,24 @@
 """A chunk of linear attention with a decay per key channel, inside a TPU kernel.
 
-A chunk is halved again and again, as in `decay_sums`: tokens j < i part at one level, j into a left half of U tokens and i
-into the right half beside it, and there
+A chunk is halved again and again, as in `decay_sums`: tokens j < i part at one level, j into a left
+half of U tokens and i into the right half beside it, and there
 
     exp(g_{j+1} + ... + g_i) = through_i * behind_j,
-    through_i = the product of the decays from the middle up to i,  behind_j = that of the tokens after j, up to the middle.
+    through_i = the product of the decays from the middle up to i,  behind_j = that of the tokens
+      after j, up to the middle.
 
-Here these are products of decays in [0, 1], each level's from the level below by one multiplication:
+Here these are products of decays in [0, 1], each level's from the level below by one
+multiplication:
 
     through'_i = through_i, times the whole left half where i is in the right one,
     behind'_j  = behind_j, times the whole right half where j is in the left one.
 
-No exponent is ever added up or subtracted; a reset is a factor 0. Each level is one product (q through)(k behind)^T, of which
-the pairs that part there are kept; at the top, through and behind decay what enters and what leaves. The state stands as
-(V, K): its decay lies along the lanes.
+No exponent is ever added up or subtracted; a reset is a factor 0. Each level is one product (q
+through)(k behind)^T, of which the pairs that part there are kept; at the top, through and behind
+decay what enters and what leaves. The state stands as (V, K): its decay lies along the lanes.
 
-Backward, each level has p_i = (the cotangent of log through_i) and e_j, that of log behind_j, and the gradient of g is their
-sum back through the same tree, top down: sums of like terms.
+Backward, each level has p_i = (the cotangent of log through_i) and e_j, that of log behind_j, and
+the gradient of g is their sum back through the same tree, top down: sums of like terms.
 """
 
 import jax.numpy as jnp
@@ -37,7 +39,8 @@ def constants(tiling, backward):
 
 
 def shared(tiling, q_CK, k_CK):
-    """What all value heads of a key head need once: the scores, of which the diagonal decays by nothing."""
+    """What all value heads of a key head need once: the scores, of which the diagonal decays by
+    nothing."""
     return dot(tiling.narrow, q_CK, k_CK, (1, 1))
 
 
@@ -192,8 +195,8 @@ def backward(tiling, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK, d_o_CV, d_S_
 
 
 def _down(d_whole, p_CK, e_CK, U):
-    """The cotangent of the whole sums of blocks of 2 U tokens to that of blocks of U: (blocks, 1, K), or from 8 rows down a
-    row for each token, (C/8, 8, K)."""
+    """The cotangent of the whole sums of blocks of 2 U tokens to that of blocks of U: (blocks, 1,
+    K), or from 8 rows down a row for each token, (C/8, 8, K)."""
     C, K = p_CK.shape
     if U >= SUBLANES:
         right = jnp.sum(_halves(p_CK, U)[1], axis=1, keepdims=True)

@@ -1,16 +1,18 @@
 """A chunk of linear attention with one decay a head, or none, inside a TPU kernel.
 
-With g the log decays of a chunk's tokens, D_ij = exp(g_{j+1} + ... + g_i) for j <= i and 0 above, b_i = exp(g_1 + ... + g_i),
-r_j = exp(g_{j+1} + ... + g_C), and S (K, V) the state that enters,
+With g the log decays of a chunk's tokens, D_ij = exp(g_{j+1} + ... + g_i) for j <= i and 0 above,
+b_i = exp(g_1 + ... + g_i), r_j = exp(g_{j+1} + ... + g_C), and S (K, V) the state that enters,
 
     o = scale * ((q k^T * D) v + b q S)        S' = b_C S + (r k)^T v.
 
-Every exponent is a sum of g itself, by a product with zeros and ones: sum_s [s <= i] g_s [s > j] for D, and with a
-column of ones [s <= i] g_s for b, 128 times side by side, as a multiplication along the lanes wants it. r is D's last row.
-bfloat16 inputs keep 16 bits of g in these sums, float32 ones all. Nothing is subtracted.
+Every exponent is a sum of g itself, by a product with zeros and ones: sum_s [s <= i] g_s [s > j]
+for D, and with a column of ones [s <= i] g_s for b, 128 times side by side, as a multiplication
+along the lanes wants it. r is D's last row. bfloat16 inputs keep 16 bits of g in these sums,
+float32 ones all. Nothing is subtracted.
 
-The gradient of g_s is a sum over what decays across s, P_ij = (the cotangent of D_ij) * D_ij for i >= s > j, with the
-entering state as one more j (c_i) and the leaving state as one more i (e_j): again products with zeros and ones.
+The gradient of g_s is a sum over what decays across s, P_ij = (the cotangent of D_ij) * D_ij for i
+>= s > j, with the entering state as one more j (c_i) and the leaving state as one more i (e_j):
+again products with zeros and ones.
 """
 
 import jax.numpy as jnp
@@ -44,7 +46,8 @@ def _masks(C):
 
 
 def _decays(tiling, constants, g_1C):
-    """D (C, C), b (C, 128 equal lanes), r (1, C), b_C (1, 128 equal lanes); D alone is set without a decay."""
+    """D (C, C), b (C, 128 equal lanes), r (1, C), b_C (1, 128 equal lanes); D alone is set without
+    a decay."""
     C = tiling.C
     lower_CC, _ = _masks(C)
     if g_1C is None:

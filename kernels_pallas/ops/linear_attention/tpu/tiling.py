@@ -1,4 +1,5 @@
-"""How a call of linear attention is cut for the TPU kernels: chunk, heads a grid step, what VMEM that takes."""
+"""How a call of linear attention is cut for the TPU kernels: chunk, heads a grid step, what VMEM
+that takes."""
 
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ from kernels_pallas.dispatch import tuning
 from kernels_pallas.ops.linear_attention.tpu import per_channel, per_token
 from kernels_pallas.tpu.primitives import head_cuts
 
-# Value heads a grid step, where they fit and `tuned.json` says nothing else: one head's chain of products fills another's gaps. More help little and take longer
-# to compile; float32, whose products are six times as long, gets half, and large states two.
+# Value heads a grid step, where they fit and `tuned.json` says nothing else: one head's chain of
+# products fills another's gaps. More help little and take longer to compile; float32, whose
+# products are six times as long, gets half, and large states two.
 HEADS = {"none": 4, "per_token": 4, "per_channel": 2}
 LARGE = 256 * 256  # K V from which a state counts as large
 VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core or more
@@ -60,8 +62,8 @@ class Tiling(NamedTuple):
 
     @property
     def vmem_bytes(self):
-        """What the backward kernel takes, a little more than less: blocks twice, for they are fetched ahead; the states;
-        and what of a chunk's arrays does not stay in registers."""
+        """What the backward kernel takes, a little more than less: blocks twice, for they are
+        fetched ahead; the states; and what of a chunk's arrays does not stay in registers."""
         item = jnp.dtype(self.dtype).itemsize
         lanes = max(self.K, 128), max(self.V, 128)
         keys, values, state = self.keys * self.K, self.heads * self.V, lanes[0] * lanes[1]
@@ -77,9 +79,10 @@ class Tiling(NamedTuple):
 
 
 def best_chunk_size(decay, narrow, K, V) -> int:
-    """Fewest static cycles on v6e. A longer chunk touches the state less often and its own pairs more, which cost most where
-    they decay: 256 pays without a decay (forward and backward 4.1 against 4.9 cycles a token and head at K = V = 128),
-    and with one a head where the state is large (14.0 against 17.1 at K = 256, V = 512; 8.4 against 7.9 at 128)."""
+    """Fewest static cycles on v6e. A longer chunk touches the state less often and its own pairs
+    more, which cost most where they decay: 256 pays without a decay (forward and backward 4.1
+    against 4.9 cycles a token and head at K = V = 128), and with one a head where the state is
+    large (14.0 against 17.1 at K = 256, V = 512; 8.4 against 7.9 at 128)."""
     if narrow and (decay == "none" or (decay == "per_token" and K * V >= LARGE)):
         return 256
     return 128
