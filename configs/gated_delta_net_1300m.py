@@ -1,4 +1,4 @@
-"""Gated DeltaNet 1.3B: 21 layers, width 2048, 6 heads of 256 keys and 512 values (arXiv 2412.06464,
+r"""Gated DeltaNet 1.3B: 21 layers, width 2048, 6 heads of 256 keys and 512 values (arXiv 2412.06464,
 table 1's budget).
 
     python -m experiments.train --config=configs/gated_delta_net_1300m.py --config.mesh.data=1

@@ -10,9 +10,9 @@ multiplies 0 by inf.
 A chunk is halved again and again. Two tokens j < i part at exactly one level, j into the left half
 of a block and i into its right half, and there
 
-    g_{j+1} + ... + g_i  =  after_j  +  through_i,
-    after_j   = the sum over the tokens behind j, up to the middle of that block,
-    through_i = the sum from the middle up to i,
+    g_{j+1} + ... + g_i  =  g_reversed_j  +  g_cumsum_i,
+    g_reversed_j   = the sum over the tokens behind j, up to the middle of that block,
+    g_cumsum_i = the sum from the middle up to i,
 
 two pure sums of non-positive numbers. Both exponentials are at most 1; a reset gives 0 with
 derivative 0. The sums from the chunk's start and to its end, for what enters and leaves it, are of
@@ -37,34 +37,34 @@ from kernels_pallas.common import dtypes, matmul
 class Level(NamedTuple):
     """One halving: M blocks of two halves of U tokens each, U = 1, 2, 4, ..., C/2.
 
-    through_MUK: right halves, the sum from the middle up to and with token i.
-    before_MUK: right halves, the same without token i.
-    after_MUK: left halves, the sum over the tokens behind j up to the middle.
+    g_cumsum_MUK: right halves, the sum from the middle up to and with token i.
+    g_exclusive_MUK: right halves, the same without token i.
+    g_reversed_MUK: left halves, the sum over the tokens behind j up to the middle.
     """
 
-    through_MUK: jax.Array
-    before_MUK: jax.Array
-    after_MUK: jax.Array
+    g_cumsum_MUK: jax.Array
+    g_exclusive_MUK: jax.Array
+    g_reversed_MUK: jax.Array
 
 
 class Sums(NamedTuple):
     """The sums of one chunk.
 
     log_decay_CK: what was summed.
-    through_CK: from the chunk's start up to and with token i: what the entering state has decayed
+    g_cumsum_CK: from the chunk's start up to and with token i: what the entering state has decayed
       by at i.
-    before_CK: the same without token i (for recurrences that read the state before it decays).
-    after_CK: over the tokens behind j, up to the chunk's end: what token j has decayed by in the
+    g_exclusive_CK: the same without token i (for recurrences that read the state before it decays).
+    g_reversed_CK: over the tokens behind j, up to the chunk's end: what token j has decayed by in the
       leaving state.
-    total_K: over the whole chunk.
+    g_total_K: over the whole chunk.
     levels: smallest halves first; none where they were not asked for.
     """
 
     log_decay_CK: jax.Array
-    through_CK: jax.Array
-    before_CK: jax.Array
-    after_CK: jax.Array
-    total_K: jax.Array
+    g_cumsum_CK: jax.Array
+    g_exclusive_CK: jax.Array
+    g_reversed_CK: jax.Array
+    g_total_K: jax.Array
     levels: tuple[Level, ...]
 
 
@@ -107,7 +107,7 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
         whole = _sums_of(_summed_tokens(C, log_decay_CK.dtype, levels=False), log_decay_CK)
         return Sums(log_decay_CK, *whole, whole[0][..., -1, :], ())
     tokens = _halvings(log_decay_CK.reshape(*lead, C // U, U, K))
-    blocks = _halvings(tokens.total_K)
+    blocks = _halvings(tokens.g_total_K)
 
     def whole(of_token, of_block):
         return (of_token + of_block[..., None, :]).reshape(*lead, C, K)
@@ -116,7 +116,7 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
         Level(*(x.reshape(*lead, -1, *x.shape[-2:]) for x in level)) for level in tokens.levels
     ]
     for level in blocks.levels:
-        M = level.before_MUK.shape[-3]
+        M = level.g_exclusive_MUK.shape[-3]
 
         def half(of_token, of_block, right, M=M):
             of_token = of_token.reshape(*lead, M, 2, -1, U, K)[..., right, :, :, :]
@@ -124,17 +124,17 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
 
         levels.append(
             Level(
-                half(tokens.through_CK, level.before_MUK, 1),
-                half(tokens.before_CK, level.before_MUK, 1),
-                half(tokens.after_CK, level.after_MUK, 0),
+                half(tokens.g_cumsum_CK, level.g_exclusive_MUK, 1),
+                half(tokens.g_exclusive_CK, level.g_exclusive_MUK, 1),
+                half(tokens.g_reversed_CK, level.g_reversed_MUK, 0),
             )
         )
     return Sums(
         log_decay_CK,
-        whole(tokens.through_CK, blocks.before_CK),
-        whole(tokens.before_CK, blocks.before_CK),
-        whole(tokens.after_CK, blocks.after_CK),
-        blocks.total_K,
+        whole(tokens.g_cumsum_CK, blocks.g_exclusive_CK),
+        whole(tokens.g_exclusive_CK, blocks.g_exclusive_CK),
+        whole(tokens.g_reversed_CK, blocks.g_reversed_CK),
+        blocks.g_total_K,
         tuple(levels),
     )
 
@@ -143,18 +143,20 @@ def _halvings(log_decay_CK: jax.Array) -> Sums:
     """The sums of `chunk_sums` by matrix products with zeros and ones: no chain of additions for
     XLA to recompute."""
     *lead, C, K = log_decay_CK.shape
-    (through_CK, *through), (before_CK, *before), (after_CK, *after) = _level_sums(log_decay_CK)
+    (g_cumsum_CK, *g_cumsum), (g_exclusive_CK, *g_exclusive), (g_reversed_CK, *g_reversed) = (
+        _level_sums(log_decay_CK)
+    )
     levels = []
-    for level, halves in enumerate(zip(through, before, after)):
+    for level, halves in enumerate(zip(g_cumsum, g_exclusive, g_reversed)):
         shape = (*lead, C >> (level + 1), 1 << level, K)
         levels.append(Level(*(x.reshape(shape) for x in halves)))
-    total_K = through_CK[..., C - 1, :]
-    return Sums(log_decay_CK, through_CK, before_CK, after_CK, total_K, tuple(levels))
+    g_total_K = g_cumsum_CK[..., C - 1, :]
+    return Sums(log_decay_CK, g_cumsum_CK, g_exclusive_CK, g_reversed_CK, g_total_K, tuple(levels))
 
 
 @jax.custom_vjp
 def _level_sums(log_decay_CK):
-    """Through, before and after: each a list, of the whole chunk and of its levels."""
+    """The sums g_cumsum, g_exclusive and g_reversed: each a list, of the whole chunk and of its levels."""
     C = log_decay_CK.shape[-2]
     edges = [C + level * C // 2 for level in range(C.bit_length() - 1)]
     rows = _summed_tokens(C, log_decay_CK.dtype)
@@ -202,44 +204,44 @@ def _tokens(C: int):
 def _bounds(C: int, levels: bool):
     """The first and the last token of each row's sum, as columns."""
     i = np.arange(C)
-    through, before, after = [(0 * i, i)], [(0 * i, i - 1)], [(i + 1, 0 * i + C - 1)]
+    g_cumsum, g_exclusive, g_reversed = [(0 * i, i)], [(0 * i, i - 1)], [(i + 1, 0 * i + C - 1)]
     for level in range(C.bit_length() - 1 if levels else 0):
         middle = (i >> (level + 1) << (level + 1)) + (1 << level)
         right = i & (1 << level) > 0
-        through.append((middle[right], i[right]))
-        before.append((middle[right], i[right] - 1))
-        after.append((i[~right] + 1, middle[~right] - 1))
+        g_cumsum.append((middle[right], i[right]))
+        g_exclusive.append((middle[right], i[right] - 1))
+        g_reversed.append((i[~right] + 1, middle[~right] - 1))
     return [
         tuple(np.concatenate(bounds)[:, None] for bounds in zip(*rows))
-        for rows in (through, before, after)
+        for rows in (g_cumsum, g_exclusive, g_reversed)
     ]
 
 
-def pair_decay(log_decay_C1: jax.Array, *, before: bool = False) -> jax.Array:
+def pair_decay(log_decay_C1: jax.Array, *, exclusive: bool = False) -> jax.Array:
     """D_ij = exp(g_{j+1} + ... + g_i) for j < i, 1 for j = i, 0 for j > i: (..., C, 1) to (..., C,
     C).
 
-    With `before`, the sum stops in front of i, and the diagonal is 0: D_ij = exp(g_{j+1} + ... +
+    With `exclusive`, the sum stops in front of i, and the diagonal is 0: D_ij = exp(g_{j+1} + ... +
     g_{i-1}) for j < i. For one decay per head there are few numbers and a direct way is the
     fastest: pairs in one block of 16 by their own sums; the others by the product of three
     exponentials, from the start of i's block to i, over the whole blocks between, and behind j to
     the end of j's block. The derivative by g_t is the sum of dD_ij D_ij over the pairs that t lies
     between, one product with zeros and ones: nothing is subtracted there either.
     """
-    return _pair_decay(log_decay_C1, before)
+    return _pair_decay(log_decay_C1, exclusive)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _pair_decay(log_decay_C1, before):
+def _pair_decay(log_decay_C1, exclusive):
     *lead, C, _ = log_decay_C1.shape
     U = min(C, BLOCK)
     A = C // U
     # One leading axis: XLA's CPU backend (jaxlib 0.10.2) writes out of bounds in the derivative at
     # rank 7.
     g_AU = log_decay_C1.reshape(-1, A, U)
-    same_AUU = jnp.where(_lower(U, -1 if before else 0), sums_between(g_AU, before), -jnp.inf)
-    through_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if before else g_AU, axis=-1))
-    between_AA = jnp.exp(sums_between(jnp.sum(g_AU, axis=-1), before=True))
+    same_AUU = jnp.where(_lower(U, -1 if exclusive else 0), sums_between(g_AU, exclusive), -jnp.inf)
+    through_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if exclusive else g_AU, axis=-1))
+    between_AA = jnp.exp(sums_between(jnp.sum(g_AU, axis=-1), exclusive=True))
     after_AU = jnp.exp(jax.lax.cumsum(_advanced(g_AU), axis=g_AU.ndim - 1, reverse=True))
     apart_AUAU = through_AU[..., None, None] * (
         between_AA[..., :, None, :, None] * after_AU[..., None, None, :, :]
@@ -255,28 +257,28 @@ def _pair_decay(log_decay_C1, before):
     return D_AUAU.reshape(*lead, C, C)
 
 
-def _pair_decay_forward(log_decay_C1, before):
-    D_CC = _pair_decay(log_decay_C1, before)
+def _pair_decay_forward(log_decay_C1, exclusive):
+    D_CC = _pair_decay(log_decay_C1, exclusive)
     return D_CC, D_CC
 
 
-def _pair_decay_backward(before, D_CC, dD_CC):
+def _pair_decay_backward(exclusive, D_CC, dD_CC):
     C = D_CC.shape[-1]
     behind_CC = _lower(C, -1).T.astype(D_CC.dtype)  # j < t
     highest = jax.lax.Precision.HIGHEST
     pairs_CC = jnp.einsum("...ij,jt->...it", dD_CC * D_CC, behind_CC, precision=highest)
-    up_to_CC = _lower(C, -1 if before else 0)  # t <= i, or t < i
+    up_to_CC = _lower(C, -1 if exclusive else 0)  # t <= i, or t < i
     return (jnp.sum(jnp.where(up_to_CC, pairs_CC, 0.0), axis=-2)[..., None],)
 
 
 _pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 
 
-def sums_between(g_U: jax.Array, before: bool) -> jax.Array:
-    """sum of g over j+1..i (with `before`: j+1..i-1), zero where that is empty: (..., U) to (...,
+def sums_between(g_U: jax.Array, exclusive: bool) -> jax.Array:
+    """sum of g over j+1..i (with `exclusive`: j+1..i-1), zero where that is empty: (..., U) to (...,
     U, U)."""
     U = g_U.shape[-1]
-    up_to_UU = _lower(U, -1 if before else 0)  # s <= i, or s < i
+    up_to_UU = _lower(U, -1 if exclusive else 0)  # s <= i, or s < i
     terms_UU = jnp.where(up_to_UU, g_U[..., None, :], 0.0)
     behind_UU = _lower(U, -1).astype(g_U.dtype)  # j < s
     return jnp.einsum("...is,sj->...ij", terms_UU, behind_UU, precision=jax.lax.Precision.HIGHEST)
@@ -295,34 +297,34 @@ def _advanced(g_U):
     return jnp.concatenate([g_U[..., 1:], jnp.zeros_like(g_U[..., :1])], axis=-1)
 
 
-def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, after_MUK) -> jax.Array:
+def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, g_reversed_MUK) -> jax.Array:
     """The scores of a level's pairs: sum_K q_iK exp(rows_iK) k_jK exp(after_jK)."""
-    q_MUK, k_MUK = q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.exp(after_MUK)
+    q_MUK, k_MUK = q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.exp(g_reversed_MUK)
     if q_MUK.shape[-2] == 1:
         return matmul.sum_last(q_MUK * k_MUK)
     return matmul.einsum("...iK,...jK->...ij", q_MUK, k_MUK)
 
 
 def decayed_scores(
-    q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, before: bool = False, rectangle=rectangle
+    q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, exclusive: bool = False, rectangle=rectangle
 ) -> jax.Array:
     """A_ij = sum_K q_iK k_jK exp(g_{j+1} + ... + g_i)_K for j <= i, 0 for j > i: (..., C, C),
     float32 or wider.
 
-    With `before`, the sums stop in front of i, and the diagonal is 0. q, k and the sums have the
+    With `exclusive`, the sums stop in front of i, and the diagonal is 0. q, k and the sums have the
     same shape (..., C, K), or K = 1 for the sums. rectangle: what gives each level's.
     """
     *lead, C, K = q_CK.shape
-    accumulate = dtypes.common(q_CK, k_CK, sums.through_CK)
+    accumulate = dtypes.common(q_CK, k_CK, sums.g_cumsum_CK)
     q_CK, k_CK = q_CK.astype(accumulate), k_CK.astype(accumulate)
-    diagonal = jnp.zeros((*lead, C, 1), accumulate) if before else matmul.sum_last(q_CK * k_CK)
+    diagonal = jnp.zeros((*lead, C, 1), accumulate) if exclusive else matmul.sum_last(q_CK * k_CK)
     rectangles = []
     for level in sums.levels:
-        half = level.after_MUK.shape[-2]
+        half = level.g_reversed_MUK.shape[-2]
         q_MUK = q_CK.reshape(*lead, -1, 2, half, K)[..., 1, :, :]
         k_MUK = k_CK.reshape(*lead, -1, 2, half, K)[..., 0, :, :]
-        rows_MUK = level.before_MUK if before else level.through_MUK
-        rectangles.append(rectangle(q_MUK, k_MUK, rows_MUK, level.after_MUK))
+        rows_MUK = level.g_exclusive_MUK if exclusive else level.g_cumsum_MUK
+        rectangles.append(rectangle(q_MUK, k_MUK, rows_MUK, level.g_reversed_MUK))
     return _assemble(diagonal.reshape(*lead, C, 1, 1), rectangles)
 
 
@@ -339,13 +341,13 @@ def _assemble(diagonal, rectangles) -> jax.Array:
     return blocks[..., 0, :, :]
 
 
-def through(log_decay_BTX: jax.Array) -> jax.Array:
+def g_cumsum(log_decay_BTX: jax.Array) -> jax.Array:
     """Over a whole stretch (B, T, ...), any T: the sums from the first token up to and with each
     one. Entries as in `chunk_sums`."""
     return _stretch_sums(log_decay_BTX, np.tri(STRETCH_BLOCK), reverse=False)
 
 
-def after(log_decay_BTX: jax.Array) -> jax.Array:
+def g_reversed(log_decay_BTX: jax.Array) -> jax.Array:
     """The same over the tokens behind each one, up to the stretch's end."""
     return _stretch_sums(log_decay_BTX, np.tri(STRETCH_BLOCK, k=-1).T, reverse=True)
 

@@ -30,7 +30,7 @@ def written(k_BTGK, v_BTHV, log_decay_BTHX, run_BT):
     B, T, H, V = v_BTHV.shape
     after, total = None, jnp.ones_like(v_BTHV, arguments.state_dtype(v_BTHV), (B, 1, 1))
     if log_decay_BTHX is not None:
-        after = jnp.exp(decay.after(log_decay_BTHX))
+        after = jnp.exp(decay.g_reversed(log_decay_BTHX))
         total = jnp.exp(jnp.sum(log_decay_BTHX, axis=1))
     if run_BT is not None:
         leaves_BT11 = (run_BT == run_BT[:, -1:])[:, :, None, None]
@@ -51,7 +51,7 @@ def read(q_BTGK, state_BHKV, log_decay_BTHX, run_BT):
     H = state_BHKV.shape[1]
     through = None
     if log_decay_BTHX is not None:
-        through = jnp.exp(decay.through(log_decay_BTHX))
+        through = jnp.exp(decay.g_cumsum(log_decay_BTHX))
     if run_BT is not None:
         enters_BT11 = (run_BT == 0)[:, :, None, None]
         through = jnp.where(enters_BT11, 1.0 if through is None else through, 0.0)

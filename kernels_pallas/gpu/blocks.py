@@ -101,13 +101,13 @@ def store_tile(x, stride, first, T, left, width, tile, ROWS: tl.constexpr, COLUM
 
 
 @triton.jit
-def load_through(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
+def load_g_cumsum(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of log decay from the first of C tokens up to and with token i."""
     return tl.cumsum(load_tile(g, stride, first, T, left, width, C, COLUMNS), axis=0)
 
 
 @triton.jit
-def load_after(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
+def load_g_reversed(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of log decay over the tokens behind j, up to the last of the C: token j + 1's own stands
     in row j."""
     last = tl.minimum(T, first + C)
@@ -117,7 +117,7 @@ def load_after(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def load_total(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
+def load_g_total(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum over all C tokens, as a column (COLUMNS, 1)."""
     return tl.sum(load_tile(g, stride, first, T, left, width, C, COLUMNS), axis=0)[:, None]
 

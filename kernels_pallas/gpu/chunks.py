@@ -21,10 +21,10 @@ import triton.language as tl
 
 from kernels_pallas.gpu.blocks import (
     dot,
-    load_after,
-    load_through,
+    load_g_cumsum,
+    load_g_reversed,
+    load_g_total,
     load_tile,
-    load_total,
     pair_decay,
     store_tile,
 )
@@ -72,10 +72,10 @@ def states(
             n = N - 1 - step
         store_tile(out + (bh * N + n) * K * V, V, k0, K, v0, V, S, BK, BV)
         if REVERSE:
-            decay = load_through(g, GH * GK, n * C, T, g0, GK, C, BG)
+            decay = load_g_cumsum(g, GH * GK, n * C, T, g0, GK, C, BG)
         else:
-            decay = load_after(g, GH * GK, n * C, T, g0, GK, C, BG)
-        total = load_total(g, GH * GK, n * C, T, g0, GK, C, BG)
+            decay = load_g_reversed(g, GH * GK, n * C, T, g0, GK, C, BG)
+        total = load_g_total(g, GH * GK, n * C, T, g0, GK, C, BG)
         x_CK = load_tile(x, XH * K, n * C, T, k0, K, C, BK) * tl.exp(decay)
         y_CV = load_tile(y, H * V, n * C, T, v0, V, C, BV)
         S = S * tl.exp(total) + SCALE * dot(tl.trans(x_CK), y_CV, MIXED)
@@ -126,7 +126,7 @@ def outputs(
         q_CK = load_tile(q, XH * K, n * C, T, k0, K, C, BK)
         S_KV = load_tile(S, V, k0, K, v0, V, BK, BV)
         if GK > 1:
-            q_CK = q_CK * tl.exp(load_through(g, GH * GK, n * C, T, k0, GK, C, BG))
+            q_CK = q_CK * tl.exp(load_g_cumsum(g, GH * GK, n * C, T, k0, GK, C, BG))
         else:
             k_CK = load_tile(k, XH * K, n * C, T, k0, K, C, BK)
             A += dot(q_CK, tl.trans(k_CK), INPUTS)
@@ -134,7 +134,7 @@ def outputs(
     if GK > 1:
         A = load_tile(scores + (bh * N + n) * C * C, C, 0, C, 0, C, C, C)
     else:
-        acc *= tl.exp(load_through(g, GH * GK, n * C, T, 0, 1, C, 1))
+        acc *= tl.exp(load_g_cumsum(g, GH * GK, n * C, T, 0, 1, C, 1))
         A *= pair_decay(g, GH * GK, n * C, T, C, STRICT)
     y_CV = load_tile(y, H * V, n * C, T, v0, V, C, BV)
     acc = SCALE * (acc + dot(A, y_CV, MIXED))
@@ -189,14 +189,14 @@ def gradients_of_values(
                 A += dot(q_CK, tl.trans(k_CK), INPUTS)
             if LEAVING:
                 if GK > 1:
-                    k_CK = k_CK * tl.exp(load_after(g, GH * GK, n * C, T, k0, GK, C, BG))
+                    k_CK = k_CK * tl.exp(load_g_reversed(g, GH * GK, n * C, T, k0, GK, C, BG))
                 dS_KV = load_tile(dS + (bh * N + n) * K * V, V, k0, K, v0, V, BK, BV)
                 acc += dot(k_CK, dS_KV, MIXED)
     if GK > 1:
         A = load_tile(scores + (bh * N + n) * C * C, C, 0, C, 0, C, C, C)
     else:
         A *= pair_decay(g, GH * GK, n * C, T, C, False)
-        acc *= tl.exp(load_after(g, GH * GK, n * C, T, 0, 1, C, 1))
+        acc *= tl.exp(load_g_reversed(g, GH * GK, n * C, T, 0, 1, C, 1))
     do_CV = load_tile(do, H * V, n * C, T, v0, V, C, BV)
     acc += SCALE * dot(tl.trans(A), do_CV, MIXED)
     store_tile(dy, H * V, n * C, T, v0, V, acc, C, BV)
@@ -271,11 +271,11 @@ def gradients_of_keys(
     g0 = k0 if GK > 1 else 0
     q_CK = load_tile(q, XH * K, n * C, T, k0, K, C, BK)
     k_CK = load_tile(k, XH * K, n * C, T, k0, K, C, BK)
-    dq_CK *= SCALE * tl.exp(load_through(g, GH * GK, n * C, T, g0, GK, C, BG))
-    dk_CK *= tl.exp(load_after(g, GH * GK, n * C, T, g0, GK, C, BG))
+    dq_CK *= SCALE * tl.exp(load_g_cumsum(g, GH * GK, n * C, T, g0, GK, C, BG))
+    dk_CK *= tl.exp(load_g_reversed(g, GH * GK, n * C, T, g0, GK, C, BG))
     entered = q_CK.to(tl.float32) * dq_CK
     left = k_CK.to(tl.float32) * dk_CK
-    total = load_total(g, GH * GK, n * C, T, g0, GK, C, BG)
+    total = load_g_total(g, GH * GK, n * C, T, g0, GK, C, BG)
     kept = tl.exp(total) * dtotal[:, None]
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]

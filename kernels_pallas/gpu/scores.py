@@ -15,10 +15,10 @@ import triton.language as tl
 
 from kernels_pallas.gpu.blocks import (
     dot,
-    load_after,
-    load_through,
+    load_g_cumsum,
+    load_g_reversed,
+    load_g_total,
     load_tile,
-    load_total,
     store_tile,
 )
 
@@ -80,11 +80,11 @@ def scores(
         first = n * C + other * SUB
         block = zeros
         for k0 in range(0, K, BK):
-            through = load_through(g, H * K, t0, T, k0, K, SUB, BK)
-            after = load_after(g, H * K, first, T, k0, K, SUB, BK)
+            through = load_g_cumsum(g, H * K, t0, T, k0, K, SUB, BK)
+            after = load_g_reversed(g, H * K, first, T, k0, K, SUB, BK)
             # Whole sub-chunks between the two.
             end = tl.minimum(T, t0)
-            gap = tl.trans(load_total(g, H * K, first + SUB, end, k0, K, C, BK))
+            gap = tl.trans(load_g_total(g, H * K, first + SUB, end, k0, K, C, BK))
             x_SK = load_tile(x, XH * K, t0, T, k0, K, SUB, BK) * tl.exp(through)
             y_SK = load_tile(y, XH * K, first, T, k0, K, SUB, BK) * tl.exp(after + gap)
             block += dot(x_SK, tl.trans(y_SK), MIXED)
@@ -177,9 +177,9 @@ def gradients(
     first = n * C
     t0 = first + c * SUB
     i = tl.arange(0, SUB)[:, None]
-    through = load_through(g, H * K, t0, T, k0, K, SUB, BK)
-    after = load_after(g, H * K, t0, T, k0, K, SUB, BK)
-    total = tl.trans(load_total(g, H * K, t0, T, k0, K, SUB, BK))
+    through = load_g_cumsum(g, H * K, t0, T, k0, K, SUB, BK)
+    after = load_g_reversed(g, H * K, t0, T, k0, K, SUB, BK)
+    total = tl.trans(load_g_total(g, H * K, t0, T, k0, K, SUB, BK))
     x_SK = load_tile(x, XH * K, t0, T, k0, K, SUB, BK).to(tl.float32)
     y_SK = load_tile(y, XH * K, t0, T, k0, K, SUB, BK).to(tl.float32)
     dx_SK = tl.full((SUB, BK), 0.0, tl.float32)
@@ -189,7 +189,7 @@ def gradients(
     for step in range(c):
         other = c - 1 - step
         t1 = first + other * SUB
-        decay = load_after(g, H * K, t1, T, k0, K, SUB, BK) + gap
+        decay = load_g_reversed(g, H * K, t1, T, k0, K, SUB, BK) + gap
         y_other = load_tile(y, XH * K, t1, T, k0, K, SUB, BK) * tl.exp(decay)
         dA_SS = load_tile(dA, C, c * SUB, C, other * SUB, C, SUB, SUB)
         dx_SK += dot(dA_SS, y_other, MIXED)
@@ -197,22 +197,22 @@ def gradients(
         gap_right = tl.full((1, BK), 0.0, tl.float32)
         for right in range(c + 1, C // SUB):
             t2 = first + right * SUB
-            decay = load_through(g, H * K, t2, T, k0, K, SUB, BK) + gap_right
+            decay = load_g_cumsum(g, H * K, t2, T, k0, K, SUB, BK) + gap_right
             x_right = load_tile(x, XH * K, t2, T, k0, K, SUB, BK) * tl.exp(decay)
             dA_SS = load_tile(dA, C, right * SUB, C, other * SUB, C, SUB, SUB)
             around = tl.sum(x_right * dot(dA_SS, y_other, MIXED), axis=0)[None, :]
             dg_SK += tl.exp(total) * around
-            gap_right += tl.trans(load_total(g, H * K, t2, T, k0, K, SUB, BK))
-        gap += tl.trans(load_total(g, H * K, t1, T, k0, K, SUB, BK))
+            gap_right += tl.trans(load_g_total(g, H * K, t2, T, k0, K, SUB, BK))
+        gap += tl.trans(load_g_total(g, H * K, t1, T, k0, K, SUB, BK))
     dx_SK *= tl.exp(through)
     gap = tl.full((1, BK), 0.0, tl.float32)
     for right in range(c + 1, C // SUB):
         t2 = first + right * SUB
-        decay = load_through(g, H * K, t2, T, k0, K, SUB, BK) + gap
+        decay = load_g_cumsum(g, H * K, t2, T, k0, K, SUB, BK) + gap
         x_right = load_tile(x, XH * K, t2, T, k0, K, SUB, BK) * tl.exp(decay)
         dA_SS = load_tile(dA, C, right * SUB, C, c * SUB, C, SUB, SUB)
         dy_SK += dot(tl.trans(dA_SS), x_right, MIXED)
-        gap += tl.trans(load_total(g, H * K, t2, T, k0, K, SUB, BK))
+        gap += tl.trans(load_g_total(g, H * K, t2, T, k0, K, SUB, BK))
     dy_SK *= tl.exp(after)
     dg_SK += tl.cumsum(x_SK * dx_SK, axis=0, reverse=True)
     left = y_SK * dy_SK

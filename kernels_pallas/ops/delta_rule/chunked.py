@@ -158,13 +158,13 @@ def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *
     q_MBHCK, k_MBHCK = (_repeat_heads(x, H) for x in (q_MBGCK, k_MBGCK))
     return Chunks(
         A_CC=scaled(jnp.tril(products(k_MBGCK, k_MBGCK), -1), beta_MBHC1),
-        read_CK=_decayed(scaled(k_MBHCK, -beta_MBHC1), sums.through_CK),
+        read_CK=_decayed(scaled(k_MBHCK, -beta_MBHC1), sums.g_cumsum_CK),
         write_CV=scaled(v_MBHCV, beta_MBHC1),
-        q_CK=_decayed(q_MBHCK, sums.through_CK),
+        q_CK=_decayed(q_MBHCK, sums.g_cumsum_CK),
         scores_CC=products(q_MBGCK, k_MBGCK),
-        w_CK=_decayed(k_MBHCK, sums.after_CK),
+        w_CK=_decayed(k_MBHCK, sums.g_reversed_CK),
         decay_K1=_state_decay(sums),
-        lost_CC=beta_MBHC1 * _lost(k_MBHCK, k_MBHCK, sums, before=False) if exact else None,
+        lost_CC=beta_MBHC1 * _lost(k_MBHCK, k_MBHCK, sums, exclusive=False) if exact else None,
     )
 
 
@@ -174,18 +174,18 @@ def _diagonal_plus_low_rank_chunks(
     H = v_MBHCV.shape[2]
     sums = _decay_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H)
-    products_before = _decayed_products(sums, H, before=True)
+    products_exclusive = _decayed_products(sums, H, exclusive=True)
     return Chunks(
-        A_CC=-products_before(b_MBHCK, a_MBHCK),
-        read_CK=_decayed(b_MBHCK, sums.before_CK),
-        write_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products_before(b_MBHCK, k_MBHCK), v_MBHCV),
-        q_CK=_decayed(q_MBHCK, sums.through_CK),
+        A_CC=-products_exclusive(b_MBHCK, a_MBHCK),
+        read_CK=_decayed(b_MBHCK, sums.g_exclusive_CK),
+        write_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products_exclusive(b_MBHCK, k_MBHCK), v_MBHCV),
+        q_CK=_decayed(q_MBHCK, sums.g_cumsum_CK),
         scores_CC=products(q_MBHCK, a_MBHCK),
-        w_CK=_decayed(a_MBHCK, sums.after_CK),
+        w_CK=_decayed(a_MBHCK, sums.g_reversed_CK),
         decay_K1=_state_decay(sums),
-        lost_CC=-_lost(b_MBHCK, a_MBHCK, sums, before=True) if exact else None,
+        lost_CC=-_lost(b_MBHCK, a_MBHCK, sums, exclusive=True) if exact else None,
         local_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products(q_MBHCK, k_MBHCK), v_MBHCV),
-        local_KV=jnp.einsum("MBHCK,MBHCV->MBHKV", _decayed(k_MBHCK, sums.after_CK), v_MBHCV),
+        local_KV=jnp.einsum("MBHCK,MBHCV->MBHKV", _decayed(k_MBHCK, sums.g_reversed_CK), v_MBHCV),
     )
 
 
@@ -201,10 +201,10 @@ def _decayed(x_MBHCK, log_decay_MBHCK):
 
 
 def _state_decay(sums):
-    return None if sums.total_K is None else jnp.exp(sums.total_K)[..., None]
+    return None if sums.g_total_K is None else jnp.exp(sums.g_total_K)[..., None]
 
 
-def _decayed_products(sums, H, *, before=False):
+def _decayed_products(sums, H, *, exclusive=False):
     """A function of rows and columns: sum_K row_iK column_jK exp(g_{j+1} + ... + g_i)_K, zero for j
     > i.
 
@@ -215,44 +215,46 @@ def _decayed_products(sums, H, *, before=False):
 
         def per_channel(rows_MBGCK, columns_MBGCK):
             rows_MBHCK, columns_MBHCK = (_repeat_heads(x, H) for x in (rows_MBGCK, columns_MBGCK))
-            return decay.decayed_scores(rows_MBHCK, columns_MBHCK, sums, before=before)
+            return decay.decayed_scores(rows_MBHCK, columns_MBHCK, sums, exclusive=exclusive)
 
         return per_channel
-    D_MBHCC = _pair_decay(sums, before)
+    D_MBHCC = _pair_decay(sums, exclusive)
 
     def per_head(rows_MBGCK, columns_MBGCK):
         scores_MBGCC = jnp.einsum("MBGiK,MBGjK->MBGij", rows_MBGCK, columns_MBGCK)
         scores_MBHCC = _repeat_heads(scores_MBGCC, H)
         if D_MBHCC is None:
-            return jnp.tril(scores_MBHCC, -1 if before else 0)
+            return jnp.tril(scores_MBHCC, -1 if exclusive else 0)
         return scores_MBHCC * D_MBHCC
 
     return per_head
 
 
 def _per_channel(sums):
-    return sums.total_K is not None and sums.total_K.shape[-1] > 1
+    return sums.g_total_K is not None and sums.g_total_K.shape[-1] > 1
 
 
-def _pair_decay(sums, before):
+def _pair_decay(sums, exclusive):
     if sums.log_decay_CK is None:
         return None
-    return decay.pair_decay(sums.log_decay_CK, before=before)
+    return decay.pair_decay(sums.log_decay_CK, exclusive=exclusive)
 
 
-def _lost(rows_MBHCK, columns_MBHCK, sums, *, before):
+def _lost(rows_MBHCK, columns_MBHCK, sums, *, exclusive):
     """What a chunk's A has lost to rounding. It has no gradient."""
     rows_MBHCK, columns_MBHCK, sums = jax.lax.stop_gradient((rows_MBHCK, columns_MBHCK, sums))
     if _per_channel(sums):
         lost_MBHCC = decay.decayed_scores(
-            *(rows_MBHCK, columns_MBHCK, sums), before=before, rectangle=compensated.lost_rectangle
+            *(rows_MBHCK, columns_MBHCK, sums),
+            exclusive=exclusive,
+            rectangle=compensated.lost_rectangle,
         )
     else:
         lost_MBHCC = compensated.lost_product(rows_MBHCK, columns_MBHCK)
     if sums.log_decay_CK is not None and not _per_channel(sums):
         scores_MBHCC = jnp.einsum("MBHiK,MBHjK->MBHij", rows_MBHCK, columns_MBHCK)
-        between_MBHCC = decay.sums_between(sums.log_decay_CK[..., 0], before)
-        D_MBHCC = _pair_decay(sums, before)
+        between_MBHCC = decay.sums_between(sums.log_decay_CK[..., 0], exclusive)
+        D_MBHCC = _pair_decay(sums, exclusive)
         lost_MBHCC = compensated.lost_decayed(scores_MBHCC, lost_MBHCC, D_MBHCC, between_MBHCC)
     return jnp.tril(lost_MBHCC, -1)
 

@@ -67,12 +67,12 @@ def lost_decayed(scores, lost, D, sums):
     return _unless_zero(used, ((scores - used) + scores * jnp.expm1(sums)) + lost * D)
 
 
-def lost_rectangle(q_MUK, k_MUK, rows_MUK, after_MUK):
+def lost_rectangle(q_MUK, k_MUK, rows_MUK, g_reversed_MUK):
     """The same of `decay_sums.rectangle`."""
-    used = _as_computed(decay.rectangle(q_MUK, k_MUK, rows_MUK, after_MUK))
+    used = _as_computed(decay.rectangle(q_MUK, k_MUK, rows_MUK, g_reversed_MUK))
     products = "...iK,...jK->...ij"
     change = precise(products, q_MUK * jnp.expm1(rows_MUK), k_MUK)
-    change += precise(products, q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.expm1(after_MUK))
+    change += precise(products, q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.expm1(g_reversed_MUK))
     exact, rest = _split_product(products, q_MUK, k_MUK)
     return _unless_zero(used, ((exact - used) + change) + rest)
 

@@ -174,7 +174,7 @@ def _chunks(form, state_EKW, inputs, runs):
     through = after = total = None
     if log_decay_MECX is not None:
         sums = decay_sums.chunk_sums(log_decay_MECX, levels=form.per_channel)
-        through, after, total = map(jnp.exp, (sums.through_CK, sums.after_CK, sums.total_K))
+        through, after, total = map(jnp.exp, (sums.g_cumsum_CK, sums.g_reversed_CK, sums.g_total_K))
     through = _masked(enters_MEC, through)
     after = _masked(leaves_MEC, after)
     total = _masked(stays_ME, total)

@@ -18,31 +18,31 @@ def _log_decay(C, K, seed=0):
     return log_decay.astype(np.float32)
 
 
-def _between(log_decay_CK, before):
+def _between(log_decay_CK, exclusive):
     """exp of the sum over j+1..i (before: to i-1) for each pair, by slices: (C, C, K), float64."""
     C, K = log_decay_CK.shape
     D_CCK = np.zeros((C, C, K))
     for i in range(C):
-        for j in range(i if before else i + 1):
-            stop = i if before else i + 1
+        for j in range(i if exclusive else i + 1):
+            stop = i if exclusive else i + 1
             D_CCK[i, j] = np.exp(log_decay_CK[j + 1 : stop].astype(np.float64).sum(axis=0))
     return D_CCK
 
 
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("C", [1, 8, 16, 64, pytest.param(512, marks=pytest.mark.slow)])
-def test_decays_are_right_to_float32(C, before):
+def test_decays_are_right_to_float32(C, exclusive):
     K = 3
     log_decay_CK = _log_decay(C, K)
-    D_CCK = _between(log_decay_CK, before)
+    D_CCK = _between(log_decay_CK, exclusive)
     rng = np.random.default_rng(1)
     q_CK, k_CK = rng.standard_normal((2, C, K)).astype(np.float32)
 
     @jax.jit
     def compute(log_decay_CK):
         sums = decay.chunk_sums(log_decay_CK)
-        scores_CC = decay.decayed_scores(q_CK, k_CK, sums, before=before)
-        return sums, decay.pair_decay(log_decay_CK[:, 1:2], before=before), scores_CC
+        scores_CC = decay.decayed_scores(q_CK, k_CK, sums, exclusive=exclusive)
+        return sums, decay.pair_decay(log_decay_CK[:, 1:2], exclusive=exclusive), scores_CC
 
     sums, D_CC, scores_CC = compute(log_decay_CK)
     np.testing.assert_allclose(D_CC, D_CCK[:, :, 1], rtol=1e-5, atol=1e-35)
@@ -52,10 +52,10 @@ def test_decays_are_right_to_float32(C, before):
     exact = log_decay_CK.astype(np.float64)
     for i in range(C):
         expected = (exact[: i + 1], exact[:i], exact[i + 1 :])
-        got = (sums.through_CK, sums.before_CK, sums.after_CK)
+        got = (sums.g_cumsum_CK, sums.g_exclusive_CK, sums.g_reversed_CK)
         for part, x in zip(expected, got):
             np.testing.assert_allclose(np.exp(x[i]), np.exp(part.sum(0)), rtol=2e-5, atol=1e-35)
-    np.testing.assert_allclose(np.exp(sums.total_K), np.exp(exact.sum(0)), rtol=2e-5, atol=1e-35)
+    np.testing.assert_allclose(np.exp(sums.g_total_K), np.exp(exact.sum(0)), rtol=2e-5, atol=1e-35)
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -83,7 +83,7 @@ def test_no_gradient_passes_a_reset_and_none_is_nan():
         ones_CK = jnp.ones((32, 3))
         scores_CC = decay.decayed_scores(ones_CK, ones_CK, sums)
         D_CC = decay.pair_decay(log_decay_CK[:, :1])
-        return scores_CC.sum() + D_CC.sum() + jnp.exp(sums.total_K).sum()
+        return scores_CC.sum() + D_CC.sum() + jnp.exp(sums.g_total_K).sum()
 
     gradient_CK = jax.jit(jax.grad(total))(log_decay_CK)
     assert np.isfinite(gradient_CK).all() and np.abs(gradient_CK).max() > 0
@@ -123,14 +123,14 @@ def test_sums_of_a_stretch(T):
     g_BTHX[1, 3:200, 1] *= 500
     later_BTHX = np.concatenate([g_BTHX[:, 1:], np.zeros_like(g_BTHX[:, :1])], axis=1)
     expected = {
-        decay.through: np.exp(np.cumsum(g_BTHX, axis=1)),
-        decay.after: np.exp(np.cumsum(later_BTHX[:, ::-1], axis=1)[:, ::-1]),
+        decay.g_cumsum: np.exp(np.cumsum(g_BTHX, axis=1)),
+        decay.g_reversed: np.exp(np.cumsum(later_BTHX[:, ::-1], axis=1)[:, ::-1]),
     }
     for sums, decay_BTHX in expected.items():
         got, vjp = jax.vjp(lambda g, sums=sums: jnp.exp(sums(g)), g_BTHX.astype(np.float32))
         np.testing.assert_allclose(got, decay_BTHX, rtol=2e-5, atol=1e-30)
         (d_g_BTHX,) = vjp(jnp.ones_like(got))
-        if sums is decay.through:
+        if sums is decay.g_cumsum:
             d_expected = np.cumsum(decay_BTHX[:, ::-1], axis=1)[:, ::-1]
         else:
             earlier_BTHX = np.roll(decay_BTHX, 1, axis=1)

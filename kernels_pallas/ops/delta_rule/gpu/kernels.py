@@ -13,10 +13,10 @@ import triton.language as tl
 
 from kernels_pallas.gpu.blocks import (
     dot,
-    load_after,
-    load_through,
+    load_g_cumsum,
+    load_g_reversed,
+    load_g_total,
     load_tile,
-    load_total,
     pair_decay,
     store_tile,
 )
@@ -150,8 +150,8 @@ def writes(
     for n in range(N):
         store_tile(out + (bh * N + n) * K * V, V, 0, K, v0, V, S, BK, BV)
         k_CK = load_tile(k, XH * K, n * C, T, 0, K, C, BK)
-        through = tl.exp(load_through(g, GH * GK, n * C, T, 0, GK, C, BG))
-        after = tl.exp(load_after(g, GH * GK, n * C, T, 0, GK, C, BG))
+        through = tl.exp(load_g_cumsum(g, GH * GK, n * C, T, 0, GK, C, BG))
+        after = tl.exp(load_g_reversed(g, GH * GK, n * C, T, 0, GK, C, BG))
         if GK > 1:
             found = dot(k_CK * through, S, MIXED)
         else:
@@ -161,7 +161,7 @@ def writes(
         X_CC = _load_inverse(X, bh * N + n, C, EXACT)
         U_CV = dot(X_CC, R_CV, MIXED)
         store_tile(u, H * V, n * C, T, v0, V, U_CV, C, BV)
-        S *= tl.exp(load_total(g, GH * GK, n * C, T, 0, GK, C, BG))
+        S *= tl.exp(load_g_total(g, GH * GK, n * C, T, 0, GK, C, BG))
         if GK > 1:
             S += dot(tl.trans(k_CK * after), U_CV, MIXED)
         else:
@@ -218,7 +218,7 @@ def gradients_of_writes(
         n = N - 1 - step
         store_tile(out + (bh * N + n) * K * V, V, 0, K, v0, V, dS, BK, BV)
         k_CK = load_tile(k, XH * K, n * C, T, 0, K, C, BK)
-        after = tl.exp(load_after(g, GH * GK, n * C, T, 0, GK, C, BG))
+        after = tl.exp(load_g_reversed(g, GH * GK, n * C, T, 0, GK, C, BG))
         dU_CV = load_tile(du + at, H * V, n * C, T, v0, V, C, BV)
         if GK > 1:
             dU_CV += dot(k_CK * after, dS, MIXED)
@@ -227,8 +227,8 @@ def gradients_of_writes(
         X_CC = _load_inverse(X, bh * N + n, C, EXACT)
         dR_CV = dot(tl.trans(X_CC), dU_CV, MIXED)
         store_tile(dr + at, H * V, n * C, T, v0, V, dR_CV, C, BV)
-        through = tl.exp(load_through(g, GH * GK, n * C, T, 0, GK, C, BG))
-        dS *= tl.exp(load_total(g, GH * GK, n * C, T, 0, GK, C, BG))
+        through = tl.exp(load_g_cumsum(g, GH * GK, n * C, T, 0, GK, C, BG))
+        dS *= tl.exp(load_g_total(g, GH * GK, n * C, T, 0, GK, C, BG))
         q_CK = load_tile(q, XH * K, n * C, T, 0, K, C, BK)
         do_CV = load_tile(do + at, H * V, n * C, T, v0, V, C, BV)
         dR_CV *= load_tile(beta, H, n * C, T, 0, 1, C, 1)
