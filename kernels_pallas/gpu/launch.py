@@ -5,7 +5,7 @@ A kernel takes pointers, inputs before outputs, then constants by name; every si
 `launch` is all that the operators use. Triton is imported inside functions: none of this is needed
 where no kernel runs.
 
-Under `targets.interpreted()` on a CPU a launch is a `jax.pure_callback` that runs the same kernel
+Under `devices.interpreted()` on a CPU a launch is a `jax.pure_callback` that runs the same kernel
 through Triton's interpreter, program by program, so that an operator's whole composition, its
 custom VJP included, runs as it would on a GPU. Outputs start as NaN there: an element that no
 program writes is seen. Triton decides when a kernel is decorated whether it is interpreted, hence

@@ -12,7 +12,7 @@
       reads it
 
 Arguments are pytrees of ShapeDtypeStruct (or arrays, of which only shape and dtype count). The
-function is traced for the part: `targets.current()` is a TPU of that kind inside. A kernel that
+function is traced for the part: `devices.current()` is a TPU of that kind inside. A kernel that
 does not fit, or that Mosaic cannot lower, raises here as it would on the machine. Nothing is run,
 and no number from here is a time.
 

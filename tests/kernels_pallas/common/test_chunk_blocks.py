@@ -61,7 +61,7 @@ def test_a_loop_writes_bfloat16_without_converting_the_whole(operator, monkeypat
     monkeypatch.setattr(chunk_blocks, "CPU_STATE_ROWS", 16)
     keywords = {
         softmax_attention: {"implementation": "chunked"},
-        linear_cross_entropy: {"targets_BT": jnp.zeros((1, T), jnp.int32), "chunk_size": 16},
+        linear_cross_entropy: {"labels_BT": jnp.zeros((1, T), jnp.int32), "chunk_size": 16},
     }.get(operator, {})
 
     def loss(*arrays):
