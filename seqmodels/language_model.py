@@ -10,21 +10,21 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import remat as remat_names
+from kernels_pallas.common import remat
 from kernels_pallas.ops.linear_cross_entropy.reference import all_logits, capped
 from seqmodels import fields, mixers, operators, pipeline, sharding
 from seqmodels.array_typing import Array, DType, State
 from seqmodels.modules import blocks, channel_mixers, layers, norms, pattern, positions
 
-_EXCHANGED = jax.checkpoint_policies.save_only_these_names(remat_names.EXCHANGED)
+_ENTERING_STATES = jax.checkpoint_policies.save_only_these_names(remat.ENTERING_STATES)
 REMAT_POLICIES = {
     "none": None,
-    "full": _EXCHANGED,
+    "full": _ENTERING_STATES,
     "operators": jax.checkpoint_policies.save_only_these_names(
-        remat_names.NAME, remat_names.EXCHANGED
+        remat.OPERATOR_RESIDUALS, remat.ENTERING_STATES
     ),
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _EXCHANGED
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ENTERING_STATES
     ),
 }
 

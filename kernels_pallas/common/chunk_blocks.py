@@ -9,7 +9,7 @@ from kernels_pallas.dispatch import devices
 CPU_STATE_ROWS = 1024  # of a width: how many (chunk, head) pairs make a span
 
 
-def chunks_in_one(
+def chunks_per_block(
     chunks: int, heads: int, widest: int, *, accelerator_pairs: int | None = None
 ) -> int:
     """How many of a sequence's chunks make a span, so that spans are as even as can be.
@@ -39,14 +39,14 @@ def known(*sizes) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def missing(T: int, L: int) -> int:
+def padding(T: int, L: int) -> int:
     """How many tokens to add so that pieces of L divide T; so written that a symbolic sum is seen
     to be a multiple.
     """
     return -(-T // L) * L - T
 
 
-def take(tree, n, L: int):
+def read(tree, n, L: int):
     """Span n of arrays (B, T, ...). Cut where it is used: a transposed copy of the whole costs more
     than the rest.
 
@@ -64,7 +64,7 @@ def take(tree, n, L: int):
     return jax.tree.map(one, tree)
 
 
-def unwritten(tree):
+def buffers_like(tree):
     """Buffers for arrays like these: `put` writes a span of them, `written` gives the arrays back.
 
     On CPU a narrow float is held by its bits: at every write of a span XLA's CPU backend (jaxlib
@@ -74,12 +74,12 @@ def unwritten(tree):
     return jax.tree.map(lambda x: jnp.empty_like(x, _held_as(x.dtype)), tree)
 
 
-def put(buffers, spans, n, L: int):
+def write(buffers, spans, n, L: int):
     """The buffers with span n overwritten."""
-    return put_at(buffers, spans, n * L)
+    return write_at(buffers, spans, n * L)
 
 
-def put_at(buffers, pieces, start):
+def write_at(buffers, pieces, start):
     """The buffers with a piece of time overwritten that begins at `start`."""
 
     def one(buffer, piece):
@@ -90,7 +90,7 @@ def put_at(buffers, pieces, start):
     return jax.tree.map(one, buffers, pieces)
 
 
-def written(buffers, like):
+def from_buffers(buffers, like):
     """The arrays that the buffers hold, in the dtypes of `like`."""
 
     def one(buffer, x):

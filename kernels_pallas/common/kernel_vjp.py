@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 
-from kernels_pallas.common.remat import kept
+from kernels_pallas.common import remat
 
 
 def differentiable(
@@ -19,7 +19,7 @@ def differentiable(
     plain: Callable,
     *,
     call: Callable | None = None,
-    keep: bool = True,
+    save: bool = True,
 ):
     """Returns f(form, fixed, *arrays) -> outputs, with reverse derivatives of any order.
 
@@ -32,7 +32,7 @@ def differentiable(
       plain: (form, fixed, *arrays) -> outputs, equal to `forward`'s, of what JAX differentiates.
       call: (form, fixed, *arrays) -> outputs, where nothing is differentiated; None is `forward`
         without its residuals.
-      keep: whether a caller that recomputes the rest may keep outputs and residuals (`kept`).
+      save: whether outputs and residuals get the checkpoint name of operator residuals (`remat`).
     """
 
     def only_outputs(form, fixed, *arrays):
@@ -44,8 +44,8 @@ def differentiable(
 
     def run_forward(form, fixed, *arrays):
         outputs, residuals = with_residuals(form, fixed, *arrays)
-        if keep:
-            outputs, residuals = kept((outputs, residuals))
+        if save:
+            outputs, residuals = remat.named((outputs, residuals))
         return outputs, (fixed, arrays, residuals)
 
     def run_backward(form, saved, cotangents):

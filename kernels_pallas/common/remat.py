@@ -1,17 +1,18 @@
-"""What of an operator a caller that recomputes the rest may keep: its results, and the states its
-backward pass reads.
+"""Names (`checkpoint_name`) of what an operator computes, for policies of `jax.checkpoint`.
 
-jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(kept.NAME,
-kept.EXCHANGED))
+A layer recomputed in the backward pass runs its operators twice, unless its policy saves these:
+
+    jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(
+        remat.OPERATOR_RESIDUALS, remat.ENTERING_STATES))
 """
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-NAME = "operator"
-EXCHANGED = "exchanged"  # a state from another part of the mesh: as large as a token's, and sent again if it is not kept
+OPERATOR_RESIDUALS = "operator_residuals"  # results, and the states that the backward pass reads
+ENTERING_STATES = "entering_states"  # received from another shard, each as large as one token's
 
 
-def kept(arrays, name: str = NAME):
-    """The arrays, with the name that such a policy goes by."""
+def named(arrays, name: str = OPERATOR_RESIDUALS):
+    """Gives every array of a pytree the name that a checkpoint policy selects it by."""
     return jax.tree.map(lambda x: checkpoint_name(x, name), arrays)

@@ -40,8 +40,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.common import arguments, dtypes
-from kernels_pallas.common.remat import EXCHANGED, kept
+from kernels_pallas.common import arguments, dtypes, remat
 
 EXCHANGES = ("all_gather", "all_scan", "ring")
 MOST_BLOCKS = 8  # of all_scan, where the caller does not say
@@ -242,10 +241,10 @@ def exchange(form: Form, local, decay, ids):
     """The state that enters, and whether (a flag a row, or None: yes) it is of the document of the
     rank before.
 
-    Both are `kept`: where the rest of a layer is recomputed, nothing is sent a second time.
+    Both have a checkpoint name (`remat`): where the rest of a layer is recomputed, nothing is sent a second time.
     """
     run = _gather if form.exchange == "all_gather" else _scan
-    return kept(run(form, local, decay, ids), EXCHANGED)
+    return remat.named(run(form, local, decay, ids), remat.ENTERING_STATES)
 
 
 def exchange_back(form: Form, g, decay, joined_B):

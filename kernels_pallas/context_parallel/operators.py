@@ -29,7 +29,7 @@ them:
   segment_ids    this rank's; documents may span any number of ranks.
 
 Under `jax.checkpoint` the backward pass would repeat an exchange. A policy that saves what has the
-name `kept.EXCHANGED` keeps the states that entered, and sends them once; `kept.NAME` does so with a
+name `remat.ENTERING_STATES` sends them once; `remat.OPERATOR_RESIDUALS` does so with a
 ring's output. Gathered keys, of which there are W times as many, are gathered again.
 
 All ranks have stretches of one length, any length. Operators run through the public functions, so

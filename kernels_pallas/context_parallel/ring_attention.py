@@ -118,17 +118,17 @@ def _forward(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
 
     def see(running, packed):
         held = _held(payload, packed, q_BGRTK, visibility, sizes)
-        return chunked.see(running, q_BGRTK, *held, scale, sizes)
+        return chunked.update(running, q_BGRTK, *held, scale, sizes)
 
     def hop(carry, _):
         running, packed = carry
         arriving = ranks.send(packed, _round(ranks))
         return (see(running, packed), arriving), None
 
-    running = chunked.nothing_seen(q_BGRTK, v_BSGV)
+    running = chunked.initial(q_BGRTK, v_BSGV)
     carry = running, collectives.pack(payload, lead=2)
     (running, packed), _ = lax.scan(hop, carry, length=ranks.count - 1)
-    o_BGRTV, log_sum_BGRT = chunked.output(see(running, packed))
+    o_BGRTV, log_sum_BGRT = chunked.normalized(see(running, packed))
     return o_BGRTV, (o_BGRTV, log_sum_BGRT)
 
 
@@ -142,7 +142,7 @@ def _backward(static, visibility, arrays, residuals, g_BGRTV):
     def see(dq_BGRTK, d_BGSX, packed):
         """dq with this part's share, and the part's own gradients with this rank's."""
         held = _held(payload, packed, q_BGRTK, visibility, sizes)
-        dq_BGRTK, *d_kv = chunked.see_back(dq_BGRTK, rows, *held, scale, sizes)
+        dq_BGRTK, *d_kv = chunked.update_backward(dq_BGRTK, rows, *held, scale, sizes)
         return dq_BGRTK, d_BGSX + jnp.concatenate(d_kv, axis=-1)[:, :, :S]
 
     def hop(carry, _):

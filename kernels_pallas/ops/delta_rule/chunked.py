@@ -42,11 +42,11 @@ from kernels_pallas.common import (
     decay,
     dtypes,
     matmul,
+    remat,
     segments,
     triangular_inverse,
 )
 from kernels_pallas.common.matmul import scaled
-from kernels_pallas.common.remat import kept
 from kernels_pallas.ops.delta_rule import compensated
 
 CHUNK = 32
@@ -94,7 +94,7 @@ def run(
     if initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = _repeat_heads(compensated.squared(k_BTGK), v_BTHV.shape[2])
         sizes_BTH = dtypes.multiply(jnp.abs(beta_BTH), squared_BTH)
-        reflects = compensated.occur(sizes_BTH, log_decay_BTHK)
+        reflects = compensated.needed(sizes_BTH, log_decay_BTHK)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, q_BTGK.shape[-1], v_BTHV, chunk_size, scale)
     return _run(form, inputs, initial_state_BHKV, reflects)
@@ -118,7 +118,7 @@ def run_diagonal_plus_low_rank(
     reflects = None
     if initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = compensated.squared(a_BTHK) * compensated.squared(b_BTHK)
-        reflects = compensated.occur(jnp.sqrt(squared_BTH), log_decay_BTHK)
+        reflects = compensated.needed(jnp.sqrt(squared_BTH), log_decay_BTHK)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
     form = _form(_diagonal_plus_low_rank_chunks, q_BTHK.shape[-1], v_BTHV, chunk_size, 1.0)
     return _run(form, inputs, initial_state_BHKV, reflects)
@@ -145,7 +145,7 @@ class _Form(NamedTuple):
 def _form(chunks, K, v_BTHV, chunk_size, scale) -> _Form:
     B, T, H, V = v_BTHV.shape
     C = chunk_blocks.chunk_length(CHUNK if chunk_size is None else chunk_size, T)
-    M = chunk_blocks.chunks_in_one(
+    M = chunk_blocks.chunks_per_block(
         -(-T // C), B * H, max(K, V), accelerator_pairs=ACCELERATOR_PAIRS
     )
     return _Form(chunks, scale, C, M)
@@ -341,17 +341,20 @@ def _run_forward(form, inputs, S_BHKV, reflects):
     def over_spans(exact, wholes, S_BHKV):
         def one_span(carry, n):
             S_BHKV, o_BTHV = carry
-            span = _chunks(chunk_blocks.take(wholes, n, L), form, S_BHKV.dtype)
+            span = _chunks(chunk_blocks.read(wholes, n, L), form, S_BHKV.dtype)
             o_MBHCV, S_BHKV, S_MBHKV = _pass(form.chunks(*span, exact=exact), S_BHKV)
-            return (S_BHKV, chunk_blocks.put(o_BTHV, _tokens(o_MBHCV.astype(dtype)), n, L)), S_MBHKV
+            return (
+                S_BHKV,
+                chunk_blocks.write(o_BTHV, _tokens(o_MBHCV.astype(dtype)), n, L),
+            ), S_MBHKV
 
         v_BTHV = wholes[2]
-        start = S_BHKV, chunk_blocks.unwritten(v_BTHV)
+        start = S_BHKV, chunk_blocks.buffers_like(v_BTHV)
         return jax.lax.scan(one_span, start, jnp.arange(v_BTHV.shape[1] // L))
 
     (S_BHKV, o_BTHV), S_NMBHKV = branches.either(reflects, over_spans, wholes, S_BHKV)
-    o_BTHV = chunk_blocks.written(o_BTHV, inputs[2])
-    o_BTHV, S_NMBHKV = kept((o_BTHV[:, :T], S_NMBHKV))
+    o_BTHV = chunk_blocks.from_buffers(o_BTHV, inputs[2])
+    o_BTHV, S_NMBHKV = remat.named((o_BTHV[:, :T], S_NMBHKV))
     return (o_BTHV, S_BHKV), (inputs, S_NMBHKV, reflects)
 
 
@@ -366,20 +369,20 @@ def _run_backward(form, residuals, cotangents):
         def one_span(carry, at):
             dS_BHKV, dinputs = carry
             n, S_MBHKV = at
-            span, do_BLHV = chunk_blocks.take((wholes, do_BTHV), n, L)
+            span, do_BLHV = chunk_blocks.read((wholes, do_BTHV), n, L)
             chunks, form_vjp = jax.vjp(
                 lambda *span: form.chunks(*_chunks(span, form, wide), exact=exact), *span
             )
             do_MBHCV = _chunk(do_BLHV, form.C, wide)
             dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV)
-            return (dS_BHKV, chunk_blocks.put(dinputs, form_vjp(dchunks), n, L)), None
+            return (dS_BHKV, chunk_blocks.write(dinputs, form_vjp(dchunks), n, L)), None
 
-        start = dS_BHKV, chunk_blocks.unwritten(wholes)
+        start = dS_BHKV, chunk_blocks.buffers_like(wholes)
         numbered = jnp.arange(S_NMBHKV.shape[0]), S_NMBHKV
         return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
 
     dS_BHKV, dinputs = branches.either(reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV)
-    dinputs = chunk_blocks.written(dinputs, inputs)
+    dinputs = chunk_blocks.from_buffers(dinputs, inputs)
     return jax.tree.map(lambda dx: dx[:, :T], dinputs), dS_BHKV, None
 
 
@@ -389,7 +392,7 @@ _run.defvjp(_run_forward, _run_backward)
 def _padded(arrays, L):
     """(B, T, H, K) to a multiple of L tokens, by some that neither decay nor write."""
     return jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, chunk_blocks.missing(x.shape[1], L)), (0, 0), (0, 0))),
+        lambda x: jnp.pad(x, ((0, 0), (0, chunk_blocks.padding(x.shape[1], L)), (0, 0), (0, 0))),
         arrays,
     )
 

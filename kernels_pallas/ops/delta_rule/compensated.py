@@ -32,7 +32,7 @@ def squared(x_BTHK):
     return matmul.sum_last(x_BTHK.astype(jnp.float32) ** 2)[..., 0]
 
 
-def occur(sizes_BTH, log_decay_BTHK):
+def needed(sizes_BTH, log_decay_BTHK):
     """Whether rounding must be held down: some window of tokens reflects (beta |k|^2 is `sizes`),
     and forgets little."""
     sizes_BTH, log_decay_BTHK = jax.lax.stop_gradient((sizes_BTH, log_decay_BTHK))
@@ -42,7 +42,7 @@ def occur(sizes_BTH, log_decay_BTHK):
 
     def windows(x):
         x = jnp.pad(
-            x, ((0, 0), (0, chunk_blocks.missing(x.shape[1], WINDOW))) + ((0, 0),) * (x.ndim - 2)
+            x, ((0, 0), (0, chunk_blocks.padding(x.shape[1], WINDOW))) + ((0, 0),) * (x.ndim - 2)
         )
         return x.reshape(x.shape[0], -1, WINDOW, *x.shape[2:])
 

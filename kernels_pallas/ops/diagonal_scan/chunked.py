@@ -44,8 +44,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.common import branches, chunk_blocks
-from kernels_pallas.common.remat import kept
+from kernels_pallas.common import branches, chunk_blocks, remat
 from kernels_pallas.ops.diagonal_scan import reference
 
 CHUNK_SIZE = 128
@@ -63,7 +62,7 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
 def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
     T = x_BTD.shape[1]
     C = min(CHUNK_SIZE, T) if chunk_blocks.known(T) else CHUNK_SIZE
-    missing = chunk_blocks.missing(T, C)
+    missing = chunk_blocks.padding(T, C)
 
     def in_chunks(z_BTD, fill):
         """Padded by tokens that leave the state as it is, from whichever end it comes."""
@@ -159,7 +158,7 @@ def _scan(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
 
 
 def _forward(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
-    h_BTD, final_BD = kept(_scan(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1))
+    h_BTD, final_BD = remat.named(_scan(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1))
     return (h_BTD, final_BD), (decay_BTD, h_BTD, initial_state_BD, start_BT1)
 
 

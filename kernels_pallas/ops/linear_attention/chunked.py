@@ -31,9 +31,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import arguments, chunk_blocks, dtypes, matmul, segments
+from kernels_pallas.common import arguments, chunk_blocks, dtypes, matmul, remat, segments
 from kernels_pallas.common import decay as decay_sums
-from kernels_pallas.common.remat import kept
 from kernels_pallas.dispatch import tuning
 
 CHUNK_SIZE = 64
@@ -55,7 +54,7 @@ def run(
     C = chunk_size or tuning.lookup({"chunk_size": CHUNK_SIZE}, *key)["chunk_size"]
     C = chunk_blocks.chunk_length(C, T, least=16)
     chunks = -(-T // C)
-    M = chunk_blocks.chunks_in_one(chunks, B * H, max(K, V))
+    M = chunk_blocks.chunks_per_block(chunks, B * H, max(K, V))
     N = -(-chunks // M)
     padding = N * M * C - T
 
@@ -101,14 +100,14 @@ def _over_spans(form, inputs, state_BGKW, runs):
 def _forward(form, inputs, state_BGKW, runs):
     def body(carry, n):
         state_BGKW, o_BTGW = carry
-        o_BLGW, next_BGKW = _span(form, state_BGKW, *chunk_blocks.take((inputs, runs), n, form.L))
-        return (next_BGKW, chunk_blocks.put(o_BTGW, o_BLGW, n, form.L)), state_BGKW
+        o_BLGW, next_BGKW = _span(form, state_BGKW, *chunk_blocks.read((inputs, runs), n, form.L))
+        return (next_BGKW, chunk_blocks.write(o_BTGW, o_BLGW, n, form.L)), state_BGKW
 
     v_BTGW = inputs[2]
     N = v_BTGW.shape[1] // form.L
-    start = state_BGKW, chunk_blocks.unwritten(v_BTGW)
+    start = state_BGKW, chunk_blocks.buffers_like(v_BTGW)
     (final_BGKW, o_BTGW), state_NBGKW = jax.lax.scan(body, start, jnp.arange(N))
-    o_BTGW, state_NBGKW = kept((chunk_blocks.written(o_BTGW, v_BTGW), state_NBGKW))
+    o_BTGW, state_NBGKW = remat.named((chunk_blocks.from_buffers(o_BTGW, v_BTGW), state_NBGKW))
     return (o_BTGW, final_BGKW), (inputs, state_NBGKW, runs)
 
 
@@ -119,15 +118,15 @@ def _backward(form, saved, cotangents):
     def body(carry, at):
         d_state_BGKW, d_inputs = carry
         n, state_BGKW = at
-        span, runs_BL, d_o_BLGW = chunk_blocks.take((inputs, runs, d_o_BTGW), n, form.L)
+        span, runs_BL, d_o_BLGW = chunk_blocks.read((inputs, runs, d_o_BTGW), n, form.L)
         _, vjp = jax.vjp(lambda state, span: _span(form, state, span, runs_BL), state_BGKW, span)
         d_state_BGKW, d_span = vjp((d_o_BLGW, d_state_BGKW))
-        return (d_state_BGKW, chunk_blocks.put(d_inputs, d_span, n, form.L)), None
+        return (d_state_BGKW, chunk_blocks.write(d_inputs, d_span, n, form.L)), None
 
-    start = d_final_BGKW, chunk_blocks.unwritten(inputs)
+    start = d_final_BGKW, chunk_blocks.buffers_like(inputs)
     numbered = jnp.arange(state_NBGKW.shape[0]), state_NBGKW
     (d_state_BGKW, d_inputs), _ = jax.lax.scan(body, start, numbered, reverse=True)
-    return chunk_blocks.written(d_inputs, inputs), d_state_BGKW, None
+    return chunk_blocks.from_buffers(d_inputs, inputs), d_state_BGKW, None
 
 
 _over_spans.defvjp(_forward, _backward)

@@ -54,7 +54,7 @@ def run(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learn
         return loss(logits_BcW, tokens, fixed, learned)
 
     def one_piece(results, start, size):
-        return chunk_blocks.put_at(results, piece_results(start, size), start)
+        return chunk_blocks.write_at(results, piece_results(start, size), start)
 
     B, T, _ = x_BTD.shape
     a_piece = jax.eval_shape(lambda: piece_results(0, chunk_size))
@@ -85,18 +85,18 @@ def _backward(loss, layout, chunk_size, saved, cotangents):
         dmatrix = dmatrix + matmul.einsum(f"btw,btd->{letters}", dlogits_BcW, x_BcD)
         if dbias_W is not None:
             dbias_W = dbias_W + jnp.sum(dlogits_BcW, axis=(0, 1))
-        dx_BTD = chunk_blocks.put_at(dx_BTD, dx_BcD.astype(x_BTD.dtype), start)
+        dx_BTD = chunk_blocks.write_at(dx_BTD, dx_BcD.astype(x_BTD.dtype), start)
         return dx_BTD, dmatrix, dbias_W, dlearned
 
     zeros = (
-        chunk_blocks.unwritten(x_BTD),
+        chunk_blocks.buffers_like(x_BTD),
         jnp.zeros_like(matrix, g_BT.dtype),
         None if bias_W is None else jnp.zeros_like(bias_W, g_BT.dtype),
         jax.tree.map(jnp.zeros_like, learned),
     )
     dx_BTD, dmatrix, dbias_W, dlearned = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
     dbias_W = None if bias_W is None else dbias_W.astype(bias_W.dtype)
-    dx_BTD = chunk_blocks.written(dx_BTD, x_BTD)
+    dx_BTD = chunk_blocks.from_buffers(dx_BTD, x_BTD)
     return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None, dlearned
 
 

@@ -15,8 +15,8 @@ from kernels_pallas.ops.softmax_attention.visibility import Visibility
 FEW_LOGITS = 128 * 128
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("splash", library.splash, library.no_splash, "tpu"),
-    dispatch.Implementation("cudnn", library.cudnn, library.no_cudnn, "gpu"),
+    dispatch.Implementation("splash", library.splash, library.splash_unsupported_reason, "tpu"),
+    dispatch.Implementation("cudnn", library.cudnn, library.cudnn_unsupported_reason, "gpu"),
     dispatch.Implementation("chunked", isolated(chunked.run)),
     dispatch.Implementation("xla", isolated(library.xla)),
     dispatch.Implementation("reference", isolated(reference.naive, one_query=True)),

@@ -27,7 +27,7 @@ def run(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     T, S, G = q_BTHK.shape[1], *v_BSGV.shape[1:3]
     C, E = block_sizes(T, S)
     k_BGSK, v_BGSV = (keys_first(z, E) for z in (k_BSGK, v_BSGV))
-    visibility = visibility.padded(chunk_blocks.missing(T, C), chunk_blocks.missing(S, E))
+    visibility = visibility.padded(chunk_blocks.padding(T, C), chunk_blocks.padding(S, E))
     q_BGRTK = queries_first(q_BTHK, G, C)
     o_BGRTV = _attend((scale, (C, E)), visibility, q_BGRTK, k_BGSK, v_BGSV)
     return time_first(o_BGRTV, T).astype(q_BTHK.dtype)
@@ -44,13 +44,13 @@ def queries_first(q_BTHK, G, C):
     """(B, G, R, T, K), T padded to whole blocks."""
     B, T, H, K = q_BTHK.shape
     q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, chunk_blocks.missing(T, C)), (0, 0)))
+    return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, chunk_blocks.padding(T, C)), (0, 0)))
 
 
 def keys_first(z_BSGX, E):
     """(B, G, S, X), S padded to whole blocks."""
     S = z_BSGX.shape[1]
-    return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, chunk_blocks.missing(S, E)), (0, 0)))
+    return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, chunk_blocks.padding(S, E)), (0, 0)))
 
 
 def time_first(o_BGRTV, T):
@@ -95,7 +95,7 @@ def _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes):
     return jnp.where(seen_BCE[:, None, None], logits_BGRCE, -jnp.inf)
 
 
-def nothing_seen(q_BGRTK, v_BGSV):
+def initial(q_BGRTK, v_BGSV):
     """The running m, l and o of every query before it has met a key."""
     accumulate = dtypes.common(q_BGRTK.dtype, jnp.float32)
     l_BGRT = jnp.zeros_like(q_BGRTK[..., 0], accumulate)
@@ -103,7 +103,7 @@ def nothing_seen(q_BGRTK, v_BGSV):
     return jnp.full_like(l_BGRT, -jnp.inf), l_BGRT, o_BGRTV
 
 
-def see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
+def update(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
     """The running m, l and o after the queries have met these keys, or such of them as they see."""
     C, E = sizes
     count = k_BGSK.shape[2] // E
@@ -139,7 +139,7 @@ def see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
     return jax.tree.map(joined, lax.scan(query_block, None, blocks)[1])
 
 
-def output(running):
+def normalized(running):
     """o, and the log of each row's sum; 0 both where a query has seen nothing."""
     m_BGRT, l_BGRT, o_BGRTV = running
     some_BGRT = l_BGRT > 0
@@ -148,7 +148,7 @@ def output(running):
     return o_BGRTV / total_BGRT[..., None], log_sum_BGRT
 
 
-def see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
+def update_backward(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
     """Adds to dq what these keys give it, in float32 or wider, and returns theirs: (dq, dk, dv).
 
     saved: q, the cotangent of o, each row's log_sum over all its keys, and rowsum(g * o).
@@ -199,8 +199,8 @@ def _where_seen(seen_NM, i, key_block):
 
 
 def _forward(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
-    running = nothing_seen(q_BGRTK, v_BGSV)
-    o_BGRTV, log_sum_BGRT = output(see(running, q_BGRTK, k_BGSK, v_BGSV, visibility, *form))
+    running = initial(q_BGRTK, v_BGSV)
+    o_BGRTV, log_sum_BGRT = normalized(update(running, q_BGRTK, k_BGSK, v_BGSV, visibility, *form))
     return o_BGRTV, (o_BGRTV, log_sum_BGRT)
 
 
@@ -209,7 +209,7 @@ def _backward(form, visibility, arrays, residuals, g_BGRTV):
     dtype = q_BGRTK.dtype
     dq_BGRTK = jnp.zeros_like(q_BGRTK, dtypes.common(dtype, jnp.float32))
     saved = q_BGRTK, g_BGRTV, log_sum_BGRT, matmul.sum_last(g_BGRTV * o_BGRTV)[..., 0]
-    gradients = see_back(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, *form)
+    gradients = update_backward(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, *form)
     return tuple(z.astype(dtype) for z in gradients)
 
 

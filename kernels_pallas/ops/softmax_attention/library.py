@@ -61,11 +61,11 @@ def _differentiable(attend):
         return chunked.run(*qkv, visibility, scale)
 
     # Its residuals hold copies of q, k and v, too much to be kept where the rest is recomputed.
-    return kernel_vjp.differentiable(forward, backward, plain, call=attend, keep=False)
+    return kernel_vjp.differentiable(forward, backward, plain, call=attend, save=False)
 
 
 def cudnn(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """cuDNN's fused attention, forward and backward. Same contract, for calls that `no_cudnn` lets
+    """cuDNN's fused attention, forward and backward. Same contract, for calls that `cudnn_unsupported_reason` lets
     through."""
     return _cudnn(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
 
@@ -84,7 +84,7 @@ def _cudnn(scale, visibility, q_BTHK, k_BSGK, v_BSGV):
     return o_BTHV[..., :V]
 
 
-def no_cudnn(*, q, v, visibility) -> str | None:
+def cudnn_unsupported_reason(*, q, v, visibility) -> str | None:
     """Why cuDNN cannot run this call, or None."""
     K = max(q.shape[3], v.shape[3])
     kind = devices.current().kind
@@ -152,7 +152,7 @@ def _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV):
     return o_BHTV.swapaxes(1, 2)[:, :T, :, :V].astype(dtype)
 
 
-def no_splash(*, q, v, visibility) -> str | None:
+def splash_unsupported_reason(*, q, v, visibility) -> str | None:
     """Why splash attention cannot run this call, or None."""
     if not visibility.aligned:
         return "splash attention masks by index: it takes no positions, and as many keys as queries"

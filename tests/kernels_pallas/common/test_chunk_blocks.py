@@ -31,14 +31,14 @@ from kernels_pallas.dispatch import devices
     ],
 )
 def test_on_cpu_a_span_stays_in_cache(chunks, heads, widest, expected):
-    assert chunk_blocks.chunks_in_one(chunks, heads, widest, accelerator_pairs=64) == expected
+    assert chunk_blocks.chunks_per_block(chunks, heads, widest, accelerator_pairs=64) == expected
 
 
 def test_on_an_accelerator_it_is_what_was_asked_for(monkeypatch):
     monkeypatch.setattr(devices, "current", lambda: devices.Target("gpu", "any"))
-    assert chunk_blocks.chunks_in_one(32, 4, 64) == 32
-    assert chunk_blocks.chunks_in_one(32, 4, 64, accelerator_pairs=64) == 16
-    assert chunk_blocks.chunks_in_one(32, 100, 64, accelerator_pairs=64) == 1
+    assert chunk_blocks.chunks_per_block(32, 4, 64) == 32
+    assert chunk_blocks.chunks_per_block(32, 4, 64, accelerator_pairs=64) == 16
+    assert chunk_blocks.chunks_per_block(32, 100, 64, accelerator_pairs=64) == 1
 
 
 T, H, K = 160, 2, 8

@@ -614,7 +614,7 @@ def test_what_is_recomputed_is_not_sent_again(operator, exchange, sent):
         return results if operator == "softmax_attention" else results[0]
 
     over_ranks = jax.shard_map(call, mesh=_mesh(4), in_specs=TIME, out_specs=TIME, check_vma=False)
-    name = remat.NAME if operator == "softmax_attention" else remat.EXCHANGED
+    name = remat.OPERATOR_RESIDUALS if operator == "softmax_attention" else remat.ENTERING_STATES
     policy = jax.checkpoint_policies.save_only_these_names(name)
     recomputed = jax.checkpoint(over_ranks, policy=policy)
     gradients = jax.grad(lambda inputs, ids: jnp.sum(jnp.sin(recomputed(ids, *inputs))))

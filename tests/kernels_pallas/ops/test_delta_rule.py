@@ -264,7 +264,7 @@ def test_where_rounding_is_held_down():
         log_decay_BTHK = jnp.full((1, 40, 2, 3), -0.2)
         for tokens, decay in decays:
             log_decay_BTHK = log_decay_BTHK.at[0, tokens, 1, 2].set(decay)
-        return compensated.occur(sizes_BTH, log_decay_BTHK)
+        return compensated.needed(sizes_BTH, log_decay_BTHK)
 
     window = slice(16, 32)
     assert not occurs(1.0, (window, 0.0))
@@ -273,7 +273,7 @@ def test_where_rounding_is_held_down():
     assert occurs(jnp.nan, (window, -0.01))
     assert not occurs(2.0, (slice(0, 16), 0.0))
     assert not occurs(2.0, (window, 0.0), (18, -1000.0))
-    assert jax.vmap(compensated.occur, in_axes=(0, None))(jnp.full((3, 1, 9, 1), 2.0), None).all()
+    assert jax.vmap(compensated.needed, in_axes=(0, None))(jnp.full((3, 1, 9, 1), 2.0), None).all()
 
 
 def test_wrong_arguments():

@@ -341,9 +341,9 @@ def test_what_cudnn_takes(monkeypatch, change, K, message):
         *((1, 4), 4, ids, (change.get("positions"),) * 2),
         *(change.get("causal", True), change.get("window")),
     )
-    reason = library.no_cudnn(q=x, v=x, visibility=visibility)
+    reason = library.cudnn_unsupported_reason(q=x, v=x, visibility=visibility)
     assert reason is None if message is None else message in reason
-    float32 = library.no_cudnn(q=x.astype(jnp.float32), v=x, visibility=visibility)
+    float32 = library.cudnn_unsupported_reason(q=x.astype(jnp.float32), v=x, visibility=visibility)
     assert "q is float32" in float32
 
 
@@ -351,7 +351,7 @@ def test_splash_takes_no_ids_of_the_keys_own():
     q, ids = jnp.zeros((1, 4, 1, 8)), jnp.zeros((1, 4), int)
     for own, message in ((None, None), (ids + 1, "one array of segment ids")):
         visibility = api._visibility((1, 4), 4, (ids, own), (None, None), False, None)
-        reason = library.no_splash(q=q, v=q, visibility=visibility)
+        reason = library.splash_unsupported_reason(q=q, v=q, visibility=visibility)
         assert reason is None if message is None else message in reason
 
 

@@ -129,7 +129,7 @@ def _plain(form, start_BT, x_BTD, w, initial_state):
     return shifted.run(x_BTD, w[: tiling.width], bias, initial_state, start_BT, finish)
 
 
-_conv = kernel_vjp.differentiable(_forward, _backward, _plain, keep=False)  # cheap to do again
+_conv = kernel_vjp.differentiable(_forward, _backward, _plain, save=False)  # cheap to do again
 
 
 def _inputs(x_BTD, w, initial_state):
