@@ -98,3 +98,13 @@ class Mixer(nn.Module):
         """The output projection from all heads to D."""
         o_BTE = o_BTHV.reshape(*o_BTHV.shape[:2], -1)
         return self.project(o_BTE, self.d_model, name, axes=("heads", "embed"), **keywords)
+
+
+class ChunkedMixer(Mixer):
+    """A mixer whose operator works on chunks of time.
+
+    chunk_size: tokens per chunk, a power of two of at least 16; None leaves it to the operator's
+      implementation. It changes speed and rounding, and nothing else.
+    """
+
+    chunk_size: int | None = None

@@ -23,7 +23,7 @@ class State:
     v_tail: Array | None
 
 
-class DeltaRuleMixer(base.Mixer):
+class DeltaRuleMixer(base.ChunkedMixer):
     """S_t = (I - beta_t,n k_t,n k_t,n^T) ... (I - beta_t,1 k_t,1 k_t,1^T) alpha_t S_{t-1} + what
     the n steps write.
 
@@ -120,6 +120,7 @@ class DeltaRuleMixer(base.Mixer):
             None if log_decay is None else _on_step(log_decay, n, last=False),
             initial_state=state.S_BHKV,
             segment_ids=None if segment_ids_BT is None else jnp.repeat(segment_ids_BT, n, axis=1),
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o.reshape(B, T, n, H, V)[:, :, n - 1])

@@ -9,7 +9,7 @@ from seqmodels.modules import layers, norms
 from seqmodels.operators import linear_attention
 
 
-class GLA(base.Mixer):
+class GLA(base.ChunkedMixer):
     """S_t = diag(alpha_t) S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t / sqrt(K)
     (Yang et al., arXiv 2312.06635, section 4.1 and eq. 3).
 
@@ -49,6 +49,7 @@ class GLA(base.Mixer):
             jax.nn.log_sigmoid(gate_BTHK.astype(jnp.float32)) / self.gate_temperature,
             initial_state=state,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         gate_BTHV = self.project_heads(x_BTD, H, V, "g")

@@ -10,7 +10,7 @@ from seqmodels.modules import norms
 from seqmodels.operators import linear_attention
 
 
-class HGRN2(base.Mixer):
+class HGRN2(base.ChunkedMixer):
     """S_t = diag(g_t) S_{t-1} + (1 - g_t) v_t^T;  o_t = S_t^T q_t;  g = lb + (1 - lb) sigmoid(W_f
       x)
     (Qin et al., arXiv 2404.07904, eq. 7 and section 3.3).
@@ -48,6 +48,7 @@ class HGRN2(base.Mixer):
             scale=1.0,
             initial_state=state,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         o_BTD = o_BTHV.reshape(x_BTD.shape)

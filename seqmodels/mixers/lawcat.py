@@ -36,6 +36,7 @@ class LAWCAT(attention.Attention):
 
     conv_width: taps; None: no convolutions. feature_map, features: `feature_maps`, never negative.
       gate_rank: of W_down; None: a = 1.
+    chunk_size: as in `base.ChunkedMixer`.
     """
 
     window: None = None
@@ -46,6 +47,7 @@ class LAWCAT(attention.Attention):
     gate_temperature: float = 16.0
     gate_bias: float = 4.0
     eps: float = 1e-12
+    chunk_size: int | None = None
 
     def _sizes(self):
         if self.window is not None:
@@ -117,6 +119,7 @@ class LAWCAT(attention.Attention):
             scale=1.0,
             initial_state=state.S_BHFV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         sums_BTHV = sums_BTHV.astype(jnp.float32)

@@ -44,6 +44,7 @@ class Liger(attention.Attention):
       "projection" for a new W_g x, random at
     first: the paper's ablation. feature_map, features: of phi; a learned one is another of its
       ablations.
+    chunk_size: as in `base.ChunkedMixer`.
     """
 
     window: int | None = 64
@@ -53,6 +54,7 @@ class Liger(attention.Attention):
     gate_temperature: float = 16.0
     feature_map: str = "softmax"
     features: int | None = None
+    chunk_size: int | None = None
 
     def _sizes(self):
         for option, choices in (("gate", GATES), ("gate_source", GATE_SOURCES)):
@@ -103,6 +105,7 @@ class Liger(attention.Attention):
             scale=1.0,
             initial_state=None if state is None else state.S_BHFV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         cache = None

@@ -22,7 +22,7 @@ class State:
     next_position_B: Array
 
 
-class LinearAttention(base.Mixer):
+class LinearAttention(base.ChunkedMixer):
     """o_t = sum_{s<=t} w_ts v_s / (sum_{s<=t} w_ts + eps),  w_ts = phi_q(q_t) . phi_k(k_s)
     (Katharopoulos et al., arXiv 2006.16236, eqs. 8-9); with `normalize=False`, o_t = F^-1/2 sum_s
       w_ts v_s.
@@ -100,6 +100,7 @@ class LinearAttention(base.Mixer):
             scale=1.0 if self.normalize else None,
             initial_state=state.S_BHFV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         if self.normalize:

@@ -47,6 +47,8 @@ class LoLCATs(attention.Attention):
     Sows "attention_map", the cross-entropy of these weights on softmax attention's
     (`attention_maps.cross_entropy`), and "attention_map_kl", less softmax's own entropy: means over
     heads, (B, T). They are computed where the collection "intermediates" is asked for.
+
+    chunk_size: as in `base.ChunkedMixer`.
     """
 
     window: int | None = 64
@@ -54,6 +56,7 @@ class LoLCATs(attention.Attention):
     features: int | None = None
     factor_init: float = -2.1972
     eps: float = 1e-12
+    chunk_size: int | None = None
 
     def _sizes(self):
         if not feature_maps.is_nonnegative(self.feature_map):
@@ -110,6 +113,7 @@ class LoLCATs(attention.Attention):
             scale=1.0,
             initial_state=state.S_BHFV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         sums_BTHV = sums_BTHV.astype(jnp.float32)

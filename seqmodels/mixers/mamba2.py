@@ -20,7 +20,7 @@ class State:
     C_tail: Array
 
 
-class Mamba2(base.Mixer):
+class Mamba2(base.ChunkedMixer):
     """S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T;  o_t = S_t^T C_t + D x_t
     (Dao & Gu, arXiv 2405.21060, eq. 16 and section 7).
 
@@ -85,6 +85,7 @@ class Mamba2(base.Mixer):
             scale=1.0,
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         D_H = layers.gate_parameter(self, "D", nn.initializers.ones, (H,))

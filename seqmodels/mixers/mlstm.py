@@ -25,7 +25,7 @@ class State:
     m_BH: Array | None
 
 
-class MLSTM(base.Mixer):
+class MLSTM(base.ChunkedMixer):
     """C_t = f_t C_{t-1} + i_t k_t v_t^T,  n_t = f_t n_{t-1} + i_t k_t,  q scaled by K^-1/2,
     h_t = C_t^T q_t / max(|n_t . q_t|, 1)  (Beck et al., arXiv 2405.04517, eqs. 19-27; layer of
       arXiv 2503.13427).
@@ -117,6 +117,7 @@ class MLSTM(base.Mixer):
             log_decay_BTH,
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         if self.normalize:

@@ -35,11 +35,13 @@ class MMMamba(attention.Attention):
     seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A =
       e, so that little is forgotten, and convolutions that pass their last input (silu after them
       still changes it). "scratch": dt_bias = 0, A ~ U(1, 16), random convolutions and W_dt.
+    chunk_size: as in `base.ChunkedMixer`.
     """
 
     rope_base: float | None = None
     conv_width: int = 2
     seed: str = "mimic"
+    chunk_size: int | None = None
 
     def _sizes(self):
         if self.seed not in SEEDS:
@@ -90,6 +92,7 @@ class MMMamba(attention.Attention):
             scale=1.0,
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         # Xavier's variance is the mean of fans'; the gain squared is 2^-5.

@@ -18,7 +18,7 @@ class State:
     next_position_B: Array
 
 
-class RetNet(base.Mixer):
+class RetNet(base.ChunkedMixer):
     """S_t = gamma_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t / sqrt(K);  gamma_h = 1 - 2^(-5-h)
     (Sun et al., arXiv 2307.08621, eqs. 6 and 8).
 
@@ -58,6 +58,7 @@ class RetNet(base.Mixer):
             log_decay(H),
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         gate_BTHV = self.project_heads(x_BTD, H, V, "g")

@@ -24,7 +24,7 @@ class State:
     next_position_B: Array
 
 
-class TransNormer(base.Mixer):
+class TransNormer(base.ChunkedMixer):
     """o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s;  y = W_o Norm(o), the norm over all heads
       together
     (NormAttention; Qin et al., arXiv 2210.10340, section 4.1).
@@ -76,6 +76,7 @@ class TransNormer(base.Mixer):
             scale=1.0,
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         o_BTD = NORMS[self.norm](name="o_norm")(o_BTHK.reshape(x_BTD.shape))

@@ -20,7 +20,7 @@ class State:
     next_position_B: Array
 
 
-class TransNormerLLM(base.Mixer):
+class TransNormerLLM(base.ChunkedMixer):
     """S_t = lambda_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t;  y = W_o (Norm(o) * u)
     (Qin et al., arXiv 2307.14995, eqs. 3 and 7-9).
 
@@ -86,6 +86,7 @@ class TransNormerLLM(base.Mixer):
             scale=1.0,
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         norm = norms.NORMS[self.norm](eps=self.norm_eps, name="o_norm")
