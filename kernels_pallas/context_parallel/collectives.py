@@ -43,7 +43,7 @@ from jax import lax
 from kernels_pallas.common import arguments, dtypes
 from kernels_pallas.common.remat import EXCHANGED, kept
 
-EXCHANGES = ("all_gather", "all_scan", "ring")
+COLLECTIVES = ("all_gather", "all_scan", "ring")
 MOST_BLOCKS = 8  # of all_scan, where the caller does not say
 
 
@@ -102,18 +102,18 @@ def ranks(operator: str, axis_name, reverse: bool = False) -> Ranks:
     return Ranks(names[0] if len(names) == 1 else names, reverse)
 
 
-def check_exchange(operator: str, exchange: str, choices=EXCHANGES) -> None:
-    if exchange not in choices:
+def check_collective(operator: str, collective: str, choices=COLLECTIVES) -> None:
+    if collective not in choices:
         listed = ", ".join(map(repr, choices))
-        raise ValueError(f"{operator}: unknown exchange {exchange!r}; choose one of {listed}")
+        raise ValueError(f"{operator}: unknown collective {collective!r}; choose one of {listed}")
 
 
-def check_blocks(operator: str, exchange: str, blocks: int | None, columns: int) -> int:
+def check_blocks(operator: str, collective: str, blocks: int | None, columns: int) -> int:
     """The number of blocks that a state of so many columns is passed on in."""
-    if exchange != "all_scan":
+    if collective != "all_scan":
         if blocks is not None:
             raise ValueError(
-                f"{operator}: blocks is for exchange='all_scan'; this is {exchange!r}: leave blocks out"
+                f"{operator}: blocks is for collective='all_scan'; this is {collective!r}: leave blocks out"
             )
         return 1
     if blocks is None:
@@ -185,7 +185,7 @@ class Form(NamedTuple):
     """How states are exchanged. matrix: D is (..., K, K), and acts on the state's axis -2; else D
     multiplies it."""
 
-    exchange: str
+    collective: str
     ranks: Ranks
     blocks: int = 1
     matrix: bool = False
@@ -238,17 +238,17 @@ def _entering(form, local, decay, ids):
     return _forward(form, local, decay, ids)[0]
 
 
-def exchange(form: Form, local, decay, ids):
+def prefix_state(form: Form, local, decay, ids):
     """The state that enters, and whether (a flag a row, or None: yes) it is of the document of the
     rank before.
 
     Both are `kept`: where the rest of a layer is recomputed, nothing is sent a second time.
     """
-    run = _gather if form.exchange == "all_gather" else _scan
+    run = _gather if form.collective == "all_gather" else _scan
     return kept(run(form, local, decay, ids), EXCHANGED)
 
 
-def exchange_back(form: Form, g, decay, joined_B):
+def prefix_state_gradient(form: Form, g, decay, joined_B):
     """The cotangent of `local`, where that of the state that enters is g."""
     if joined_B is not None:  # what came from another document gave nothing
         joined = _over_state(joined_B, g)
@@ -256,17 +256,17 @@ def exchange_back(form: Form, g, decay, joined_B):
     if form.matrix:
         decay = jnp.swapaxes(decay, -1, -2)
     form = form._replace(ranks=form.ranks.backwards())
-    return exchange(form, g, decay, (None, None))[0]
+    return prefix_state(form, g, decay, (None, None))[0]
 
 
 def _forward(form, local, decay, ids):
-    state, joined_B = exchange(form, local, decay, ids)
+    state, joined_B = prefix_state(form, local, decay, ids)
     return state, (decay, state, joined_B)
 
 
 def _backward(form, saved, g):
     decay, state, joined_B = saved
-    d_local = exchange_back(form, g, decay, joined_B)
+    d_local = prefix_state_gradient(form, g, decay, joined_B)
     if form.matrix:
         d_decay = jnp.einsum("...KV,...JV->...KJ", d_local, state, precision=lax.Precision.HIGHEST)
     else:

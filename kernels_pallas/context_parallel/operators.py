@@ -18,7 +18,7 @@ them:
 
   axis_name      the mesh axis, or a tuple of axes: ranks then follow each other with
                  the last one fastest.
-  exchange       how states travel: 'all_gather', 'all_scan', 'ring' (see `exchanges`); softmax
+  collective       how states travel: 'all_gather', 'all_scan', 'ring' (see `collectives`); softmax
     attention has its own.
   blocks         of 'all_scan', how many blocks of columns a state is passed on in; None is the
     largest divisor of their
@@ -28,14 +28,14 @@ them:
                  left out where it is not used.
   segment_ids    this rank's; documents may span any number of ranks.
 
-Under `jax.checkpoint` the backward pass would repeat an exchange. A policy that saves what has the
+Under `jax.checkpoint` the backward pass would repeat an collective. A policy that saves what has the
 name `kept.EXCHANGED` keeps the states that entered, and sends them once; `kept.NAME` does so with a
 ring's output. Gathered keys, of which there are W times as many, are gathered again.
 
 All ranks have stretches of one length, any length. Operators run through the public functions, so
 that every implementation serves. A stretch's document borders and its ranks' are handled here;
 nothing else crosses from one rank to another. Every function raises ValueError, before anything is
-compiled, for an unknown exchange, an axis that is not mapped, or blocks that do not divide, and
+compiled, for an unknown collective, an axis that is not mapped, or blocks that do not divide, and
 what the plain operator raises (NotImplementedError, too, for an implementation that cannot run).
 """
 
@@ -61,7 +61,7 @@ def linear_attention(
     log_decay: jax.Array | None = None,
     *,
     axis_name: str | tuple[str, ...],
-    exchange: str = "all_gather",
+    collective: str = "all_gather",
     blocks: int | None = None,
     scale: float | None = None,
     initial_state: jax.Array | None = None,
@@ -72,10 +72,10 @@ def linear_attention(
     """`kernels_pallas.linear_attention` with time split over `axis_name`.
 
     What a stretch leaves, L = sum_t (k_t decayed to its end) v_t^T, is one matrix product, made
-    first. The operator starts from no state, so that it needs nothing of the exchange of L and both
+    first. The operator starts from no state, so that it needs nothing of the collective of L and both
     can run at once; what entered is added behind them, o_t += (q_t decayed from the start) S. The
     backward pass is the same: the cotangent of S is one matrix product of q and o's cotangent, and
-    the operator's own backward pass needs nothing of its exchange. Nothing runs over the sequence
+    the operator's own backward pass needs nothing of its collective. Nothing runs over the sequence
     twice; what one device would not have is 2 T K V multiply-adds a head forward and 4 backward (5
     with a decay a head).
 
@@ -88,7 +88,7 @@ def linear_attention(
     name = "linear_attention"
     arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
     arguments.check_segment_ids(name, segment_ids, v_BTHV)
-    form = _form(name, axis_name, exchange, blocks, v_BTHV.shape[-1])
+    form = _form(name, axis_name, collective, blocks, v_BTHV.shape[-1])
     q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids = manual_axes.alike(
         (q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids), axis_name
     )
@@ -129,7 +129,7 @@ def delta_rule(
     log_decay: jax.Array | None = None,
     *,
     axis_name: str | tuple[str, ...],
-    exchange: str = "all_gather",
+    collective: str = "all_gather",
     blocks: int | None = None,
     scale: float | None = None,
     initial_state: jax.Array | None = None,
@@ -145,7 +145,7 @@ def delta_rule(
     read of it, and the map E = M S + L. Then o_t += O_t S. Nothing is computed twice; what one
     device would not have is those K columns beside V in everything that has a width of V (the
     inverse in a chunk does not), 2 T K V multiply-adds for O S, and W K K V for composing the maps,
-    in float32 at the highest precision. The exchange follows the operator, and backward stands
+    in float32 at the highest precision. The collective follows the operator, and backward stands
     before it.
 
     Received by a rank, forward and backward alike, in numbers of 4 bytes: all_gather (W-1) B H (K V
@@ -156,7 +156,7 @@ def delta_rule(
     """
     inputs = q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay, initial_state, segment_ids
     keywords = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
-    return _by_map(kernels_pallas.delta_rule, inputs, (axis_name, exchange, blocks), keywords)
+    return _by_map(kernels_pallas.delta_rule, inputs, (axis_name, collective, blocks), keywords)
 
 
 def diagonal_plus_low_rank(
@@ -168,7 +168,7 @@ def diagonal_plus_low_rank(
     log_decay: jax.Array | None = None,
     *,
     axis_name: str | tuple[str, ...],
-    exchange: str = "all_gather",
+    collective: str = "all_gather",
     blocks: int | None = None,
     scale: float | None = None,
     initial_state: jax.Array | None = None,
@@ -181,7 +181,7 @@ def diagonal_plus_low_rank(
     inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids
     keywords = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
     operator = kernels_pallas.diagonal_plus_low_rank
-    return _by_map(operator, inputs, (axis_name, exchange, blocks), keywords)
+    return _by_map(operator, inputs, (axis_name, collective, blocks), keywords)
 
 
 def diagonal_scan(
@@ -189,7 +189,7 @@ def diagonal_scan(
     decay_BTD: jax.Array | None = None,
     *,
     axis_name: str | tuple[str, ...],
-    exchange: str = "all_gather",
+    collective: str = "all_gather",
     blocks: int | None = None,
     log_decay: jax.Array | None = None,
     initial_state: jax.Array | None = None,
@@ -203,7 +203,7 @@ def diagonal_scan(
     read, nothing is written over time), then exchanged; the operator runs once, from the state that
     really enters. Backward, what h's cotangent alone gives that state is reduced and exchanged in
     the same way, and the operator's own backward pass runs once, with the true cotangents at both
-    ends. The state has no K: it is T times smaller than the sequence, so its exchange is a matter
+    ends. The state has no K: it is T times smaller than the sequence, so its collective is a matter
     of latency, and hiding it behind a run without the state would cost more, a second pass to add
     what the state contributes.
 
@@ -212,7 +212,7 @@ def diagonal_scan(
     """
     name = "diagonal_scan"
     arguments.check_array(name, "x", x_BTD)
-    form = _form(name, axis_name, exchange, blocks, x_BTD.shape[-1], reverse=reverse)
+    form = _form(name, axis_name, collective, blocks, x_BTD.shape[-1], reverse=reverse)
     x_BTD, decay_BTD, log_decay, initial_state, segment_ids = manual_axes.alike(
         (x_BTD, decay_BTD, log_decay, initial_state, segment_ids), axis_name
     )
@@ -257,7 +257,7 @@ def softmax_attention(
     v_BTGV: jax.Array,
     *,
     axis_name: str | tuple[str, ...],
-    exchange: str = "all_gather",
+    collective: str = "all_gather",
     window: int | None = None,
     causal: bool = True,
     segment_ids: jax.Array | None = None,
@@ -277,7 +277,7 @@ def softmax_attention(
                 log-sum-exp (ring attention, arXiv 2310.01889); backward they go round again, with
                 their gradients, in float32, behind them. The same bytes in W - 1 messages, of which
                 one is held at a time. Memory does not grow with W.
-    window      given with no positions, whatever `exchange` says, only the window-1 tokens before
+    window      given with no positions, whatever `collective` says, only the window-1 tokens before
                 the stretch are received (causal=False: and as many behind it), from as many ranks
                 as have them: the bytes do not grow with W.
 
@@ -295,7 +295,7 @@ def softmax_attention(
     its own ('chunked').
     """
     name = "softmax_attention"
-    collectives.check_exchange(name, exchange, ("all_gather", "ring"))
+    collectives.check_collective(name, collective, ("all_gather", "ring"))
     ranks = collectives.ranks(name, axis_name)
     inputs = q_BTHK, k_BTGK, v_BTGV, segment_ids, kv_segment_ids_BS, q_positions_BT, kv_positions_BS
     q_BTHK, k_BTGK, v_BTGV, *others = manual_axes.alike(inputs, axis_name)
@@ -309,16 +309,16 @@ def softmax_attention(
     if 0 in (*q_BTHK.shape, *v_BTGV.shape):
         return attend(q_BTHK, k_BTGK, v_BTGV)  # of no positions: what is seen makes no difference
     by_index = q_positions_BT is None and kv_segment_ids_BS is None
-    if exchange == "ring" and implementation not in (None, "chunked"):
+    if collective == "ring" and implementation not in (None, "chunked"):
         raise NotImplementedError(
-            f"{name}: implementation {implementation!r} cannot run with exchange='ring', which is 'chunked' itself"
+            f"{name}: implementation {implementation!r} cannot run with collective='ring', which is 'chunked' itself"
         )
     if by_index and window is not None and k_BTGK.shape[1] == q_BTHK.shape[1]:
         attend = functools.partial(attend, implementation=implementation)
         return ring_attention.windowed(
             ranks, attend, (q_BTHK, k_BTGK, v_BTGV), given["segment_ids"], window, causal
         )
-    if exchange == "ring":
+    if collective == "ring":
         qkv = q_BTHK, k_BTGK, v_BTGV
         return ring_attention.ring(ranks, qkv, given, by_index, window, causal, scale)
     attend = functools.partial(attend, implementation=implementation)
@@ -481,11 +481,11 @@ def _by_map(operator, inputs, how, keywords):
     return shard_maps.by_map(name, form, run, q_BTHK, v_BTHV, initial_state, segment_ids)
 
 
-def _form(name, axis_name, exchange, blocks, columns, *, reverse=False, matrix=False):
-    collectives.check_exchange(name, exchange)
+def _form(name, axis_name, collective, blocks, columns, *, reverse=False, matrix=False):
+    collectives.check_collective(name, collective)
     ranks = collectives.ranks(name, axis_name, reverse)
-    blocks = collectives.check_blocks(name, exchange, blocks, columns)
-    return collectives.Form(exchange, ranks, blocks, matrix)
+    blocks = collectives.check_blocks(name, collective, blocks, columns)
+    return collectives.Form(collective, ranks, blocks, matrix)
 
 
 def _as_on_one_device(operator, *arrays, **keywords):

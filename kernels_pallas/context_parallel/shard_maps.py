@@ -1,8 +1,8 @@
 """What one rank's stretch of time makes of the state that enters it, and what its tokens read of
 that state.
 
-The parts of `sequence_parallel` that exchange nothing, one recurrence after the other, and the
-diagonal scan whole, whose backward pass exchanges in its middle.
+The parts of `sequence_parallel` that collective nothing, one recurrence after the other, and the
+diagonal scan whole, whose backward pass collectives in its middle.
 """
 
 import functools
@@ -111,7 +111,7 @@ def _scan_forward(call, x_BTD, decay_BTD, initial_BD, ends):
     total_BD, local_BD = _composed(decay_BTD, x_BTD.astype(decay_BTD.dtype), call.reverse)
     entered_BD = jnp.where(call.form.ranks.index == 0, initial_BD, 0)
     local_BD = local_BD + collectives.decayed(total_BD, entered_BD)
-    state_BD, joined_B = collectives.exchange(call.form, local_BD, total_BD, ends)
+    state_BD, joined_B = collectives.prefix_state(call.form, local_BD, total_BD, ends)
     results, vjp = jax.vjp(call.local, x_BTD, decay_BTD, entered_BD + state_BD)
     return results, (vjp, decay_BTD, total_BD, joined_B)
 
@@ -124,7 +124,7 @@ def _scan_backward(call, saved, cotangents):
     back_BTD = decay_BTD * g_BTD.astype(decay_BTD.dtype)
     _, g_BD = _composed(decay_BTD, back_BTD, not call.reverse)
     g_BD = g_BD + collectives.decayed(total_BD, g_leaving_BD)
-    from_later_BD = collectives.exchange_back(call.form, g_BD, total_BD, joined_B)
+    from_later_BD = collectives.prefix_state_gradient(call.form, g_BD, total_BD, joined_B)
     d_x_BTD, d_decay_BTD, d_state_BD = vjp((g_BTD, g_leaving_BD + from_later_BD))
     d_initial_BD = jnp.where(call.form.ranks.index == 0, d_state_BD, 0)
     return d_x_BTD, d_decay_BTD, d_initial_BD, (None, None)
