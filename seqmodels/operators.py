@@ -314,17 +314,17 @@ def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
     A part makes decay * S + state of what enters it; `initial` enters the first. All are (B, ...,
     V).
     """
-    collective = sharding.options().collective
-    blocks = collectives.check_blocks("entering_state", collective, None, state.shape[-1])
-    form = collectives.Form(collective, collectives.Ranks(axis_name), blocks)
-    return collectives.entering(form, state, decay, initial=initial)
+    collective, columns = sharding.options().collective, state.shape[-1]
+    form = collectives.form("entering_state", axis_name, collective, None, columns)
+    return collectives.entering_state(form, state, decay, initial=initial)
 
 
 def with_earlier(axis_name, old_BS, x_BT) -> Array:
     """Inside `on_parts`: [the S tokens before this part of time, x_BT]. `old_BS` come before the
     first part."""
     if axis_name is not None:
-        old_BS = collectives.before(collectives.Ranks(axis_name), x_BT, old_BS.shape[1], old_BS)
+        ranks, S = collectives.Ranks(axis_name), old_BS.shape[1]
+        old_BS = collectives.preceding_tokens(ranks, x_BT, S, old_BS)
     return jnp.concatenate([old_BS, x_BT], axis=1)
 
 

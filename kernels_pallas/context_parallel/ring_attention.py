@@ -12,6 +12,7 @@ around.
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kernels_pallas.common import kernel_vjp, segments
@@ -57,9 +58,9 @@ def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
     reach = min(window - 1, (W - 1) * T)
     payload = *kv, segment_ids_BT
     packed = collectives.pack(payload, lead=2)
-    parts = [collectives.before(ranks, packed, reach), packed]
+    parts = [collectives.preceding_tokens(ranks, packed, reach), packed]
     if not causal:
-        behind = collectives.before(ranks.backwards(), packed[:, ::-1], reach)
+        behind = collectives.preceding_tokens(ranks.reversed(), packed[:, ::-1], reach)
         parts.append(behind[:, ::-1])
     k_BSGK, v_BSGV, segment_BS = collectives.unpack(jnp.concatenate(parts, axis=1), payload, lead=2)
     S = k_BSGK.shape[1]
@@ -110,6 +111,26 @@ def ring(ranks, qkv, given, by_index, window, causal, scale):
     o_BGRTV = _ring((ranks, scale, sizes), visibility, q_BGRTK, k_BSGK, v_BSGV)
     o_BTHV = chunked.time_first(o_BGRTV, T).astype(q_BTHK.dtype)
     return _from_zigzag(ranks, o_BTHV) if balanced else o_BTHV
+
+
+def zigzag_order(ranks: int, length: int) -> np.ndarray:
+    """Returns the order of tokens in which ranks share causal attention evenly.
+
+    Rank r has parts r and 2W-1-r of 2W: x[:, zigzag_order(W, T)] split over W ranks is the zigzag
+    layout, the order itself holds its positions, and `np.argsort` of it undoes it. For models of
+    softmax attention alone: the ring of `softmax_attention` balances itself, and recurrences need
+    time in order.
+
+    Raises:
+      ValueError: the length is not a multiple of 2 W.
+    """
+    if length % (2 * ranks):
+        raise ValueError(
+            f"zigzag_order: {length} tokens do not divide into 2 parts for each of {ranks} ranks: "
+            f"use a multiple of {2 * ranks}"
+        )
+    parts = np.arange(length).reshape(2 * ranks, -1)
+    return np.concatenate([parts[[r, 2 * ranks - 1 - r]].reshape(-1) for r in range(ranks)])
 
 
 def _forward(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
