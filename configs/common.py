@@ -44,7 +44,7 @@ true, text, "(1.0, 0.5)"; and None for the fields that this text says may be Non
         z_loss              weight of the mean of (log Z)^2 in the loss
     checkpoint  every: so many steps; keep: so many of the latest ones
     mesh        seqmodels.sharding: sizes of pipe, data, fsdp, seq, tensor; -1 is what is left
-    parallel    how they are used: exchange of states along seq, zero, offload, and the pipeline's
+    parallel    how they are used: the collective of states along seq, zero, offload, and the pipeline's
                 microbatches and split_backward; see seqmodels.sharding.Options
     sample      prompt, length and temperature of a text generated at the end; length 0: none
     tensorboard, wandb   True, and a project's name, write there too (extras of the same names)
@@ -116,9 +116,18 @@ def _typed(kind: Any, default: Any) -> Any:
     return FieldReference(default, kind | int if float in get_args(kind) else kind)
 
 
+RENAMED = {("parallel", "exchange"): "collective"}  # fields by the names that older runs saved
+
+
 def with_defaults(fields: Mapping[str, Any]) -> ConfigDict:
     """Returns a saved config with every field's type, and with defaults for fields it lacks."""
     config = get_config()
+    fields = {
+        section: {RENAMED.get((section, name), name): value for name, value in values.items()}
+        if isinstance(values, Mapping)
+        else values
+        for section, values in fields.items()
+    }
     if (name := fields.get("data", {}).get("name")) in DATASETS:
         config.data = default_config(name)
     with config.ignore_type():

@@ -5,9 +5,9 @@ time, from the compiled step.
     --mesh=data=8,fsdp=16 python -m experiments.plan --config=configs/delta_net_340m.py
     --topology=v6e:4x4 --sweep --batch_size=256,512 python -m experiments.plan
     --config=configs/delta_net_340m.py --topology=v5p:2x2x1,v5p:2x4x4,v5p:4x4x8 --mesh=seq=-1 \
-        --tokens_per_device=32768 --exchange=all_gather,all_scan,ring
+        --tokens_per_device=32768 --collective=all_gather,all_scan,ring
 
-Compiles the program that train runs, for every combination of --topology, --mesh, --exchange and
+Compiles the program that train runs, for every combination of --topology, --mesh, --collective and
 --batch_size, through libtpu (pip install -e '.[tpu]'); nothing is run, and no accelerator is
 needed. A compilation takes about a minute or more of one core, whatever the slice. Prints each
 plan, then all of them, the fastest first, and writes plan.json, tables.md and pictures into --out,
@@ -41,8 +41,10 @@ _MESH = flags.DEFINE_multi_string(
     [],
     "such as data=8,fsdp=16, one of them -1 for what is left; the config's without it. Repeat it for more",
 )
-_EXCHANGE = flags.DEFINE_list(
-    "exchange", [], f"of states along seq: {', '.join(sharding.EXCHANGES)}; the config's without it"
+_COLLECTIVE = flags.DEFINE_list(
+    "collective",
+    [],
+    f"of states along seq: {', '.join(sharding.COLLECTIVES)}; the config's without it",
 )
 _BATCH = flags.DEFINE_list("batch_size", [], "rows of the global batch; the config's without it")
 _TOKENS = flags.DEFINE_integer(
@@ -89,9 +91,9 @@ def _cases() -> tuple[list[cases.Case], list[str]]:
     if not _TOPOLOGY.value:
         known = "; ".join(f"{part}: {', '.join(shapes)}" for part, shapes in parts.KNOWN.items())
         raise cli.UserError(f"give a slice: --topology=v5p:4x4x8. There are {known}")
-    if _SWEEP.value and (_MESH.value or _TOKENS.value or _EXCHANGE.value):
+    if _SWEEP.value and (_MESH.value or _TOKENS.value or _COLLECTIVE.value):
         raise cli.UserError(
-            "--sweep chooses the meshes itself: leave --mesh, --exchange and --tokens_per_device out"
+            "--sweep chooses the meshes itself: leave --mesh, --collective and --tokens_per_device out"
         )
     if _TOKENS.value and _BATCH.value:
         raise cli.UserError(
@@ -107,9 +109,9 @@ def _cases() -> tuple[list[cases.Case], list[str]]:
             chosen, left_out = chosen + more, left_out + why
             continue
         chosen += [
-            cases.make(config, where, mesh, exchange, batch, _TOKENS.value)
+            cases.make(config, where, mesh, collective, batch, _TOKENS.value)
             for mesh in meshes
-            for exchange in _EXCHANGE.value or [None]
+            for collective in _COLLECTIVE.value or [None]
             for batch in batches
         ]
     return chosen, left_out

@@ -3,8 +3,8 @@ and what else moves along time.
 
 Without a mesh they are the plain ones. Inside `sharding.scope` each runs under `jax.shard_map` on
 its device's rows, time and heads: the compiler cannot partition a kernel, and would gather a
-sequence to scan it. Where time is split, the parts exchange states as `sharding.Options.exchange`
-says (`kernels_pallas.context_parallel`). A size that its mesh axes do not divide, such as one row
+sequence to scan it. Where time is split, states pass along it by `sharding.Options.collective`
+(`kernels_pallas.context_parallel`). A size that its mesh axes do not divide, such as one row
 or one token in decoding, stays whole on every device; heads must divide.
 """
 
@@ -78,17 +78,17 @@ def _split_heads(heads: int, what: str = "heads") -> int:
     return heads // ways
 
 
-def _operator(name: str, arrays, results, *, choices=sharding.EXCHANGES, **keywords):
+def _operator(name: str, arrays, results, *, choices=sharding.COLLECTIVES, **keywords):
     """The operator `name`, or its sequence-parallel form where time is split; `choices` are the
-    exchanges it knows."""
+    collectives it knows."""
 
     def local(axis_name, **values):
         if axis_name is None:
             return getattr(kernels_pallas, name)(**values, **keywords)
         how = {"axis_name": axis_name}
         if choices:
-            exchange = sharding.options().exchange
-            how["exchange"] = exchange if exchange in choices else choices[0]
+            collective = sharding.options().collective
+            how["collective"] = collective if collective in choices else choices[0]
         return getattr(context_parallel, name)(**values, **keywords, **how)
 
     return on_parts(local, arrays, results)
@@ -314,17 +314,17 @@ def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
     A part makes decay * S + state of what enters it; `initial` enters the first. All are (B, ...,
     V).
     """
-    exchange = sharding.options().exchange
-    blocks = collectives.check_blocks("entering_state", exchange, None, state.shape[-1])
-    form = collectives.Form(exchange, collectives.Ranks(axis_name), blocks)
-    return collectives.entering(form, state, decay, initial=initial)
+    collective, columns = sharding.options().collective, state.shape[-1]
+    form = collectives.form("entering_state", axis_name, collective, None, columns)
+    return collectives.entering_state(form, state, decay, initial=initial)
 
 
 def with_earlier(axis_name, old_BS, x_BT) -> Array:
     """Inside `on_parts`: [the S tokens before this part of time, x_BT]. `old_BS` come before the
     first part."""
     if axis_name is not None:
-        old_BS = collectives.before(collectives.Ranks(axis_name), x_BT, old_BS.shape[1], old_BS)
+        ranks, S = collectives.Ranks(axis_name), old_BS.shape[1]
+        old_BS = collectives.preceding_tokens(ranks, x_BT, S, old_BS)
     return jnp.concatenate([old_BS, x_BT], axis=1)
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from jax.experimental import compute_on
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas.context_parallel.collectives import COLLECTIVES
 from seqmodels.array_typing import Array
 from seqmodels.fields import checked
 from seqmodels.modules import layers
@@ -56,7 +57,6 @@ RULES = (
 )
 
 BATCH_SPEC = PartitionSpec(BATCH_AXES, TIME_AXIS)
-EXCHANGES = ("all_gather", "all_scan", "ring")
 ZERO_STAGES = (0, 1, 2, 3)
 
 
@@ -64,7 +64,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 class Options:
     """How a mesh is used; `config.parallel` has these fields.
 
-    exchange: how states pass along `seq`: "all_gather" (LASP-2, arXiv 2502.07563), "all_scan"
+    collective: how states pass along `seq`: "all_gather" (LASP-2, arXiv 2502.07563), "all_scan"
       (ZeCO, arXiv 2507.01004) or "ring" (LASP-1, arXiv 2404.02882). Softmax attention gathers, or
       with "ring" goes round one.
     zero: what ZeRO (arXiv 1910.02054) splits over `data` and `seq`, whose devices otherwise hold
@@ -77,16 +77,16 @@ class Options:
       weights (2BP, arXiv 2405.18047).
     """
 
-    exchange: str = "all_gather"
+    collective: str = "all_gather"
     zero: int = 0
     offload: bool = False
     microbatches: int = 0
     split_backward: bool = False
 
     def __post_init__(self):
-        if self.exchange not in EXCHANGES:
+        if self.collective not in COLLECTIVES:
             raise ValueError(
-                f"parallel.exchange is {self.exchange!r}; choose one of {', '.join(EXCHANGES)}"
+                f"parallel.collective is {self.collective!r}; choose one of {', '.join(COLLECTIVES)}"
             )
         if self.zero not in ZERO_STAGES:
             raise ValueError(

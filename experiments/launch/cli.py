@@ -24,6 +24,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from configs import common
 from experiments.launch import distributed, rendezvous
 from experiments.training import run_record
 from experiments.training.checkpoints import SaveFailed, is_disk_full
@@ -238,7 +239,9 @@ def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
 
 def _unknown_field(config, dotted: str, node, name: str, walked: str) -> str:
     fields = sorted(node.keys()) if isinstance(node, ConfigDict) else []
-    near = [f"{walked}.{match}" for match in difflib.get_close_matches(name, fields, cutoff=0.7)]
+    renamed = common.RENAMED.get((walked.removeprefix("config."), name))
+    near = [f"{walked}.{renamed}"] if renamed else []
+    near += [f"{walked}.{match}" for match in difflib.get_close_matches(name, fields, cutoff=0.7)]
     last = dotted.split(".")[-1]
     near += [f"config.{path}" for path in _paths(config) if path.split(".")[-1] == last]
     has = f"it has {', '.join(fields)}" if fields else f"{walked} is a value, not a section"

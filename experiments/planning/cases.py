@@ -1,4 +1,4 @@
-"""Which programs a plan compiles: a config on slices, meshes, exchanges and batch sizes; and what
+"""Which programs a plan compiles: a config on slices, meshes, collectives and batch sizes; and what
 is wrong before any is."""
 
 import math
@@ -49,7 +49,7 @@ def make(
     config: ConfigDict,
     where: parts.Slice,
     mesh: Mapping[str, int] | None = None,
-    exchange: str | None = None,
+    collective: str | None = None,
     batch_size: int | None = None,
     tokens_per_device: int | None = None,
 ) -> Case:
@@ -64,8 +64,10 @@ def make(
     with config.unlocked():
         if mesh is not None:
             config.mesh = ConfigDict(dict(mesh))
-        if exchange is not None:
-            config.parallel = ConfigDict(dict(config.get("parallel", {})) | {"exchange": exchange})
+        if collective is not None:
+            config.parallel = ConfigDict(
+                dict(config.get("parallel", {})) | {"collective": collective}
+            )
         if batch_size is not None:
             config.data.batch_size = batch_size
         if tokens_per_device is not None:

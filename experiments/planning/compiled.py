@@ -130,7 +130,7 @@ def described(case: Case) -> Row:
         "topology": where.topology,
         "devices": len(where.devices),
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "exchange": parallel.get("exchange") if mesh.shape.get("seq", 1) > 1 else None,
+        "collective": parallel.get("collective") if mesh.shape.get("seq", 1) > 1 else None,
         "zero": parallel.get("zero", 0),
         "pattern": config.model.pattern,
         "remat": config.model.get("remat"),

@@ -26,7 +26,7 @@ NOTE = (
 def name(row: Row) -> str:
     """Of a case, short enough for a table or an axis."""
     mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items()) or "1 device"
-    return f"{mesh} {row['exchange']}" if row["exchange"] else mesh
+    return f"{mesh} {row['collective']}" if row["collective"] else mesh
 
 
 def line(row: Row) -> Row:
@@ -142,7 +142,7 @@ def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> Non
 
 
 _CASE = (
-    "devices", "topology", "seq_len", "batch_size", "mesh", "exchange", "zero", "pattern", "remat", "accumulate", "parameters",
+    "devices", "topology", "seq_len", "batch_size", "mesh", "collective", "zero", "pattern", "remat", "accumulate", "parameters",
     "state_bytes",
 )  # fmt: skip
 
@@ -185,14 +185,14 @@ def memory_bars(rows: list[Row], path: Path) -> None:
 
 def scaling(rows: list[Row], path: Path) -> None:
     """Estimated time a token and device, and the collectives' share of it, over devices; a curve
-    for each exchange."""
+    for each collective."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     rows = [row for row in rows if "estimate" in row]
-    for i, exchange in enumerate(dict.fromkeys(row["exchange"] for row in rows)):
-        here = [row for row in rows if row["exchange"] == exchange]
+    for i, collective in enumerate(dict.fromkeys(row["collective"] for row in rows)):
+        here = [row for row in rows if row["collective"] == collective]
         x = [row["devices"] for row in here]
         look = {"color": f"C{i}", "marker": "o", "markersize": 4}
-        label = exchange or "no seq axis"
+        label = collective or "no seq axis"
         left.plot(x, [line(row)["ns a token and device"] for row in here], label=label, **look)
         for what, style in (("waiting", "-"), ("communication", ":")):
             shares = [

@@ -1,5 +1,4 @@
-"""The operators with time split over a mesh axis (context parallelism, also called sequence
-parallelism over time)."""
+"""The operators with time split over a mesh axis: context parallelism (see `operators`)."""
 
 from kernels_pallas.context_parallel.operators import (
     associative_scan,
@@ -10,8 +9,8 @@ from kernels_pallas.context_parallel.operators import (
     linear_attention,
     shift,
     softmax_attention,
-    zigzag_order,
 )
+from kernels_pallas.context_parallel.ring_attention import zigzag_order
 
 __all__ = [
     "associative_scan",

@@ -1,17 +1,16 @@
-"""Softmax attention over keys that several ranks hold: gathered, in a window, or going round a
-ring.
+"""Softmax attention to keys that several ranks hold: gathered, in a window, or going round a ring.
 
-The halves of `sequence_parallel.softmax_attention`, which says what each costs. In the ring, keys,
-values, their positions and documents are one message; a rank holds one message while it sends it
-on. Its queries keep a running maximum, sum and output (`softmax_attention/chunked.py`), corrected
-with each message, which is the log-sum-exp merge of the ring's parts. Backward, each row's final
-log-sum makes the probabilities of any part again; gradients of keys and values follow their keys
-around.
+`operators.softmax_attention` says what each costs. In the ring one message has keys, values, their
+positions and documents, and a rank holds one message while it sends it on. Each rank's queries keep
+a running maximum, sum and output (`softmax_attention/chunked.py`), corrected by each message: the
+log-sum-exp merge. Backward, each query's final log-sum gives the probabilities of any message
+again, and the gradients of keys and values follow their keys round.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kernels_pallas.common import kernel_vjp, segments
@@ -21,20 +20,25 @@ from kernels_pallas.ops.softmax_attention.visibility import Visibility
 
 
 def gathered(ranks, attend, qkv, given):
-    """Every rank's keys, this rank's queries. attend: the plain operator. given: ids and positions,
-    or None each."""
+    """Attends with this rank's queries to all ranks' keys.
+
+    attend: the plain operator. given: ids and positions by keyword, each may be None.
+    """
     q_BTHK, k_BSGK, v_BSGV = qkv
     (B, T), S = q_BTHK.shape[:2], k_BSGK.shape[1]
     segment_ids_BT, kv_segment_BS = given["segment_ids"], given["kv_segment_ids_BS"]
     own = segment_ids_BT is not None and kv_segment_BS is None
+    # Sent: keys, values, and their ids and positions where given, in one all-gather.
     payload = k_BSGK, v_BSGV, segment_ids_BT if own else kv_segment_BS, given["kv_positions_BS"]
     packed = lax.all_gather(collectives.pack(payload, lead=2), ranks.axis_name, axis=1, tiled=True)
     k_BSGK, v_BSGV, kv_segment_BS, kv_position_BS = collectives.unpack(packed, payload, lead=2)
+    # Positions in the whole sequence.
     q_position_BT = given["q_positions_BT"]
     if kv_position_BS is None:
         q_position_BT = _positions(ranks, B, T)
         kv_position_BS = jnp.arange(S * ranks.count, dtype=jnp.int32)[None]
         kv_position_BS = jnp.broadcast_to(kv_position_BS, (B, S * ranks.count))
+    # Documents are runs of equal ids, counted over the whole sequence.
     if own:
         kv_segment_BS = segments.run_index(kv_segment_BS)
         segment_ids_BT = lax.dynamic_slice_in_dim(kv_segment_BS, ranks.index * T, T, axis=1)
@@ -50,17 +54,17 @@ def gathered(ranks, attend, qkv, given):
 
 
 def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
-    """The window's tokens before the stretch (and behind it, where not causal) from the ranks that
-    have them."""
+    """Attends within a window, with its tokens from the ranks that hold them."""
     q_BTHK, *kv = qkv
     (B, T), W = q_BTHK.shape[:2], ranks.count
     reach = min(window - 1, (W - 1) * T)
     payload = *kv, segment_ids_BT
     packed = collectives.pack(payload, lead=2)
-    parts = [collectives.before(ranks, packed, reach), packed]
+    # Sent: the last `reach` tokens of the shards before, and the first of those after.
+    parts = [collectives.preceding_tokens(ranks, packed, reach), packed]
     if not causal:
-        behind = collectives.before(ranks.backwards(), packed[:, ::-1], reach)
-        parts.append(behind[:, ::-1])
+        following = collectives.preceding_tokens(ranks.reversed(), packed[:, ::-1], reach)
+        parts.append(following[:, ::-1])
     k_BSGK, v_BSGV, segment_BS = collectives.unpack(jnp.concatenate(parts, axis=1), payload, lead=2)
     S = k_BSGK.shape[1]
     position_S = ranks.index * T - reach + jnp.arange(S, dtype=jnp.int32)
@@ -68,7 +72,7 @@ def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
     run_BS = None if segment_BS is None else segments.run_index(segment_BS)
     own = slice(reach, reach + T)
     if reach <= T:
-        # By index, as kernels want it: with queries for the other tokens, which are thrown away.
+        # Kernels tell tokens by their index: queries for the other tokens are added, and dropped.
         ids_BS = jnp.broadcast_to(jnp.where(exists_1S, 0 if run_BS is None else run_BS, -1), (B, S))
         q_BSHK = jnp.pad(q_BTHK, ((0, 0), (reach, S - reach - T), (0, 0), (0, 0)))
         return attend(q_BSHK, k_BSGK, v_BSGV, segment_ids=ids_BS)[:, own]
@@ -84,7 +88,7 @@ def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
 
 
 def ring(ranks, qkv, given, by_index, window, causal, scale):
-    """Keys and values go round. given: ids and positions, or None each."""
+    """Attends while keys and values go round the ranks. given: as `gathered`."""
     q_BTHK, k_BSGK, v_BSGV = qkv
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
@@ -93,6 +97,7 @@ def ring(ranks, qkv, given, by_index, window, causal, scale):
         q_position_BT, kv_position_BS = (_positions(ranks, B, size) for size in (T, S))
     if q_segment_BT is not None and kv_segment_BS is None:
         q_segment_BT = kv_segment_BS = _run_index(ranks, q_segment_BT)
+    # Sent to balance causal attention: halves of the shards, to the zigzag layout.
     balanced = by_index and causal and T % 2 == 0 and ranks.count > 1
     if balanced:
         everything = q_BTHK, k_BSGK, v_BSGV, q_segment_BT, q_position_BT
@@ -100,16 +105,37 @@ def ring(ranks, qkv, given, by_index, window, causal, scale):
         everything = collectives.unpack(packed, everything, lead=2)
         q_BTHK, k_BSGK, v_BSGV, q_segment_BT, q_position_BT = everything
         kv_segment_BS, kv_position_BS = q_segment_BT, q_position_BT
-    # `aligned` is False: all that is known of where a token stands is its position.
+    # Not `aligned`: a token's place is known by its position alone.
     visibility = Visibility(
         q_position_BT, kv_position_BS, q_segment_BT, kv_segment_BS, causal, window, aligned=False
     )
+    # Queries stay, in blocks of C; keys and values go round, in blocks of E.
     C, E = sizes = chunked.block_sizes(T, S)
     scale = K**-0.5 if scale is None else scale
     q_BGRTK = chunked.queries_first(q_BTHK, G, C)
     o_BGRTV = _ring((ranks, scale, sizes), visibility, q_BGRTK, k_BSGK, v_BSGV)
     o_BTHV = chunked.time_first(o_BGRTV, T).astype(q_BTHK.dtype)
     return _from_zigzag(ranks, o_BTHV) if balanced else o_BTHV
+
+
+def zigzag_order(ranks: int, length: int) -> np.ndarray:
+    """Returns the order of tokens in which ranks share causal attention evenly.
+
+    Rank r has parts r and 2W-1-r of 2W: x[:, zigzag_order(W, T)] split over W ranks is the zigzag
+    layout, the order itself holds its positions, and `np.argsort` of it undoes it. For models of
+    softmax attention alone: the ring of `softmax_attention` balances itself, and recurrences need
+    time in order.
+
+    Raises:
+      ValueError: the length is not a multiple of 2 W.
+    """
+    if length % (2 * ranks):
+        raise ValueError(
+            f"zigzag_order: {length} tokens do not divide into 2 parts for each of {ranks} ranks: "
+            f"use a multiple of {2 * ranks}"
+        )
+    parts = np.arange(length).reshape(2 * ranks, -1)
+    return np.concatenate([parts[[r, 2 * ranks - 1 - r]].reshape(-1) for r in range(ranks)])
 
 
 def _forward(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
@@ -121,6 +147,7 @@ def _forward(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
         return chunked.update(running, q_BGRTK, *held, scale, sizes)
 
     def hop(carry, _):
+        # The message travels on while this rank attends to it.
         running, packed = carry
         arriving = ranks.send(packed, _round(ranks))
         return (see(running, packed), arriving), None
@@ -140,12 +167,13 @@ def _backward(static, visibility, arrays, residuals, g_BGRTV):
     S, dtype = k_BSGK.shape[1], q_BGRTK.dtype
 
     def see(dq_BGRTK, d_BGSX, packed):
-        """dq with this part's share, and the part's own gradients with this rank's."""
+        # Adds the message's share of dq, and this rank's share of its keys' and values' gradients.
         held = _held(payload, packed, q_BGRTK, visibility, sizes)
         dq_BGRTK, *d_kv = chunked.update_backward(dq_BGRTK, rows, *held, scale, sizes)
         return dq_BGRTK, d_BGSX + jnp.concatenate(d_kv, axis=-1)[:, :, :S]
 
     def hop(carry, _):
+        # Keys and values travel on at once, their gradients when this rank has added to them.
         dq_BGRTK, d_BGSX, packed = carry
         arriving = ranks.send(packed, _round(ranks))
         dq_BGRTK, d_BGSX = see(dq_BGRTK, d_BGSX, packed)
@@ -157,13 +185,14 @@ def _backward(static, visibility, arrays, residuals, g_BGRTV):
     carry = dq_BGRTK, d_BGSX, collectives.pack(payload, lead=2)
     carry, _ = lax.scan(hop, carry, length=ranks.count - 1)
     dq_BGRTK, d_BGSX = see(*carry)
-    d_BGSX = ranks.send(d_BGSX, _round(ranks))  # home
+    # The last hop brings the gradients back to their keys' rank.
+    d_BGSX = ranks.send(d_BGSX, _round(ranks))
     d_k, d_v = (z.swapaxes(1, 2).astype(dtype) for z in jnp.split(d_BGSX, [K], axis=-1))
     return dq_BGRTK.astype(dtype), d_k, d_v
 
 
 def _plain(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
-    """The same with every rank's keys gathered."""
+    """Computes the same from all ranks' keys, gathered: for derivatives of higher order."""
     ranks, scale, sizes = static
     payload = _payload(visibility, k_BSGK, v_BSGV)
     packed = collectives.pack(payload, lead=2)
@@ -176,7 +205,7 @@ _ring = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 def _payload(visibility, k_BSGK, v_BSGV):
-    """What goes around with the keys."""
+    """Returns the arrays of a message: keys, values, and their positions and documents."""
     return k_BSGK, v_BSGV, visibility.kv_position_BS, visibility.kv_segment_BS
 
 
@@ -185,7 +214,7 @@ def _round(ranks):
 
 
 def _held(payload, packed, q_BGRTK, visibility, sizes):
-    """Keys, values and what is seen of them, as `chunked` takes them, from a message."""
+    """Returns a message's keys, values and visibility as `chunked` takes them."""
     k_BSGK, v_BSGV, kv_position_BS, kv_segment_BS = collectives.unpack(packed, payload, lead=2)
     visibility = dataclasses.replace(
         visibility, kv_position_BS=kv_position_BS, kv_segment_BS=kv_segment_BS
@@ -197,25 +226,26 @@ def _held(payload, packed, q_BGRTK, visibility, sizes):
 
 
 def _positions(ranks, B, T):
-    """Of the stretch's tokens in the whole sequence."""
+    """Returns the positions of this rank's tokens in the whole sequence."""
     position_T = ranks.index * T + jnp.arange(T, dtype=jnp.int32)
     return jnp.broadcast_to(position_T[None], (B, T))
 
 
 def _run_index(ranks, segment_ids_BT):
-    """`segments.run_index` of the whole sequence."""
+    """Returns this rank's part of the whole sequence's `segments.run_index`."""
     run_BT = segments.run_index(segment_ids_BT)
+    # Sent: each shard's first and last id, and how many documents begin within it.
     ends = segment_ids_BT[:, 0], segment_ids_BT[:, -1], run_BT[:, -1]
     gathered = ranks.gather(collectives.pack(ends, lead=1))
     first_WB, last_WB, starts_WB = collectives.unpack(gathered, ends, lead=1)
+    # Documents begun before this shard: within shards and at their borders, its own included.
     begins_WB = jnp.pad(first_WB[1:] != last_WB[:-1], ((1, 0), (0, 0)))
-    # before this rank: what its predecessors began, and what begins at each border up to its own
-    through_WB = jnp.cumsum(begins_WB + jnp.pad(starts_WB[:-1], ((1, 0), (0, 0))), axis=0)
-    return run_BT + jnp.take(through_WB, ranks.index, axis=0)[:, None]
+    begun_WB = jnp.cumsum(begins_WB + jnp.pad(starts_WB[:-1], ((1, 0), (0, 0))), axis=0)
+    return run_BT + jnp.take(begun_WB, ranks.index, axis=0)[:, None]
 
 
 def _to_zigzag(ranks, x_BTX):
-    """Of 2W parts of the sequence: from parts 2r and 2r+1 on rank r to parts r and 2W-1-r."""
+    """Sends parts of 2W: rank r, which has 2r and 2r+1, gets r and 2W-1-r. Two messages."""
     even, odd = (
         ranks.send(half, [(r, _zigzag_rank(ranks, 2 * r + n)) for r in range(ranks.count)])
         for n, half in enumerate(jnp.split(x_BTX, 2, axis=1))
@@ -226,6 +256,7 @@ def _to_zigzag(ranks, x_BTX):
 
 
 def _from_zigzag(ranks, x_BTX):
+    """Undoes `_to_zigzag`."""
     low, high = jnp.split(x_BTX, 2, axis=1)
     low_is_even = ranks.index % 2 == 0
     even_odd = jnp.where(low_is_even, low, high), jnp.where(low_is_even, high, low)

@@ -243,7 +243,7 @@ def test_kernels_count_their_own_dots():
 
 
 ROW = {
-    "topology": "v6e:2x2", "devices": 4, "mesh": {"data": 4}, "exchange": None, "zero": 0, "remat": "none",
+    "topology": "v6e:2x2", "devices": 4, "mesh": {"data": 4}, "collective": None, "zero": 0, "remat": "none",
     "batch_size": 64, "seq_len": 128, "accumulate": 1, "hbm_bytes_a_device": 32 << 30,
     "state_bytes": {"parameters": 8 << 30, "optimizer": 16 << 30}, "needed_bytes": 40 << 30,
     "pattern": "gla", "parameters": 10, "compile_seconds": 1.0, "compile_cpu_seconds": 1.0,
@@ -303,7 +303,7 @@ def test_mistakes_are_found_before_compiling():
     long = cases.make(config, where, cases.parse_mesh("fsdp=2,seq=2"), "ring", None, 1024)
     assert (long.config.data.batch_size, long.config.data.seq_len) == (2, 2048)
     row = compiled.described(long)
-    assert row["mesh"] == {"fsdp": 2, "seq": 2} and row["exchange"] == "ring"
+    assert row["mesh"] == {"fsdp": 2, "seq": 2} and row["collective"] == "ring"
     # 1.3 billion parameters and two moments of each, in float32, in halves.
     assert row["state_bytes"]["parameters"] == pytest.approx(4 * row["parameters"] / 2, rel=0.01)
     assert row["state_bytes"]["optimizer"] == pytest.approx(8 * row["parameters"] / 2, rel=0.01)

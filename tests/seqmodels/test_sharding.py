@@ -122,12 +122,12 @@ def test_a_mesh_that_cannot_be_says_why(sizes, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exchange": "broadcast"}, "choose one of all_gather, all_scan, ring"),
+        ({"collective": "broadcast"}, "choose one of all_gather, all_scan, ring"),
         ({"zero": 4}, "parallel.zero is 4; expected 0"),
         ({"microbatches": -1}, "microbatches is -1"),
         (
-            {"exchanges": "ring"},
-            "parallel has no field 'exchanges'; it has exchange, zero, offload",
+            {"collectives": "ring"},
+            "parallel has no field 'collectives'; it has collective, zero, offload",
         ),
     ],
 )

@@ -89,10 +89,10 @@ def test_every_mixer(case):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("exchange", ["all_scan", "ring"])
+@pytest.mark.parametrize("collective", ["all_scan", "ring"])
 @pytest.mark.parametrize("name", ["attention", "gated_delta_net", "gla", "mamba", "rg_lru"])
-def test_exchanges(name, exchange):
-    check([suite.Case(name)], exchange=exchange)
+def test_exchanges(name, collective):
+    check([suite.Case(name)], collective=collective)
 
 
 @pytest.mark.exhaustive

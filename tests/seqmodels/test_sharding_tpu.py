@@ -66,7 +66,7 @@ def compiled(mesh, **parallel):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("axis", ["data", "seq", "tensor"])
 def test_kernels_run_on_parts(axis):
-    """Forward and backward kernel in the scan over layers; along time, one exchange a way and
+    """Forward and backward kernel in the scan over layers; along time, one collective a way and
     nothing of the sequence's length."""
     _, hlo, collectives = compiled({axis: 4} if axis != "tensor" else {"tensor": 2, "data": 2})
     assert hlo.count("tpu_custom_call") >= 2

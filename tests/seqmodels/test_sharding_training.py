@@ -91,7 +91,10 @@ def test_meshes(mesh):
     ("mesh", "keywords"),
     [
         ({"pipe": 2, "data": 2, "seq": 2}, {"split_backward": True, "microbatches": 4}),
-        ({"data": 4, "seq": 2}, {"zero": 2, "offload": True, "accumulate": 2, "exchange": "ring"}),
+        (
+            {"data": 4, "seq": 2},
+            {"zero": 2, "offload": True, "accumulate": 2, "collective": "ring"},
+        ),
     ],
     ids=["split_backward", "zero_offload"],
 )

@@ -11,7 +11,7 @@ $plan --config=configs/gated_delta_net_1300m.py --topology=v5p:4x4x8 --mesh=data
 $plan --config=configs/gated_delta_net_1300m.py --topology=v5p:4x8x8 --mesh=data=8,fsdp=8,seq=4 --out=$kept/1300m
 # One sequence of a million tokens through the 340M config.
 $plan --config=configs/delta_net_340m.py --topology=v5p:2x4x4 --mesh=seq=32 --tokens_per_device=32768 --out=$kept/340m_million
-# 32k to 4M tokens at 32k a chip, by each exchange: the 340M config's sizes with gated linear attention.
+# 32k to 4M tokens at 32k a chip, by each collective: the 340M config's sizes with gated linear attention.
 gla="--config=configs/delta_net_340m.py --config.model.pattern=gla(num_heads=4) --tokens_per_device=32768 --out=$kept/lengths"
 $plan $gla --topology=v5p:2x2x1 --mesh=data=4
-$plan $gla --topology=v5p:2x2x1,v5p:2x2x4,v5p:2x4x4,v5p:4x4x4,v5p:4x4x8 --mesh=seq=-1 --exchange=all_gather,all_scan,ring
+$plan $gla --topology=v5p:2x2x1,v5p:2x2x4,v5p:2x4x4,v5p:4x4x4,v5p:4x4x8 --mesh=seq=-1 --collective=all_gather,all_scan,ring

@@ -28,6 +28,7 @@ def error_of(function, *arguments) -> str:
         ("optimzer.learning_rate=1", "config has no 'optimzer'; did you mean config.optimizer or"),
         ("optimizer.learning_rat=1", "did you mean config.optimizer.learning_rate?"),
         ("learning_rate=1", "did you mean config.optimizer.learning_rate?"),
+        ("parallel.exchange=ring", "did you mean config.parallel.collective?"),
         (
             "schedule.wormup=1",
             "config.schedule has no 'wormup'; it has decay_fraction, final_fraction",

@@ -13,7 +13,7 @@ import pytest
 from experiments import data
 from experiments.data import baselines, make_dataset
 from experiments.launch import cli
-from experiments.training import checkpoints, evaluation, loop, metrics, steps, summary
+from experiments.training import checkpoints, evaluation, loop, metrics, run_record, steps, summary
 from tests.experiments import processes, tiny
 
 ONE_DEVICE = slice(0, 1)
@@ -197,6 +197,22 @@ def test_changed_fields_are_named_on_resuming(whole_run, tmp_path, capfd):
     starts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [start["step"] for start in starts] == [0, 3]
     assert starts[1]["config_changes"] == ["config.train.log_every: 1 -> 2"]
+
+
+def test_goes_on_from_a_config_that_an_older_version_saved(whole_run, tmp_path):
+    """Its `parallel.collective` was called `parallel.exchange`; the run goes on, as it was."""
+    config, whole, _ = whole_run
+    config = stopped_after_3(config, whole, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    saved["parallel"]["exchange"] = saved["parallel"].pop("collective")
+    path.write_text(json.dumps(saved))
+    assert run_record.load_config(tmp_path / "run").parallel.collective == "all_gather"
+    train(config, tmp_path / "run")
+    assert_same_end(config, tmp_path / "run", whole)
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert starts[1]["step"] == 3 and starts[1]["config_changes"] == []
+    assert "exchange" not in json.loads(path.read_text())["parallel"]
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_stays(whole_run, tmp_path):

@@ -27,7 +27,7 @@ CHOICES = {
 } | {
     "model.channel_mixer": [None, *channel_mixers.names(), "moe(num_experts=2, d_ff=8)"],
     "schedule.name": schedules.names(),
-    "parallel.exchange": sharding.EXCHANGES,
+    "parallel.collective": sharding.COLLECTIVES,
 }
 NUMBERS = {
     "model.d_ff": [None, 24],
@@ -122,8 +122,8 @@ def test_every_field_has_a_value_here():
     assert {run["parallel.zero"] for run in RUNS} == set(sharding.ZERO_STAGES)
     split = {run["optimizer.name"] for run in RUNS if run["parallel.zero"]}
     assert split == set(optimizers.names())
-    used = {run["parallel.exchange"] for run in RUNS if "mesh.seq" in run}
-    assert used == set(sharding.EXCHANGES)
+    used = {run["parallel.collective"] for run in RUNS if "mesh.seq" in run}
+    assert used == set(sharding.COLLECTIVES)
 
 
 def test_every_field_is_documented():

@@ -69,7 +69,7 @@ def _sharded(function, W, check_vma=False):
 
 
 @functools.cache
-def _over_ranks(operator, W, exchange, check_vma=False, **keywords):
+def _over_ranks(operator, W, collective, check_vma=False, **keywords):
     """The operator's case, on W ranks."""
 
     def function(inputs, segment_ids, implementation):
@@ -77,8 +77,8 @@ def _over_ranks(operator, W, exchange, check_vma=False, **keywords):
         first = [inputs.pop(name) for name in NAMES[operator]]
         if operator == "diagonal_scan" and "decay" in inputs:
             inputs["decay_BTD"] = inputs.pop("decay")
-        if exchange is not None:
-            inputs["exchange"] = exchange
+        if collective is not None:
+            inputs["collective"] = collective
         return getattr(context_parallel, operator)(
             *first,
             **inputs,
@@ -112,10 +112,10 @@ def _expected(operator, shape, regime, kind):
     return inputs, ids, truth(case, inputs, ids)
 
 
-def _check(operator, W, exchange, regimes, T, implementation="chunked", **keywords):
+def _check(operator, W, collective, regimes, T, implementation="chunked", **keywords):
     """Equal to one device, in one compiled program if the regimes have arrays of one shape."""
     shape = Shape(T=T, H=4, G=2) if CASES[operator].grouped else Shape(T=T)
-    case = _over_ranks(operator, W, exchange, **keywords)
+    case = _over_ranks(operator, W, collective, **keywords)
     for regime in regimes:
         for kind in ("whole", "packed"):
             inputs, ids, expected = _expected(operator, shape, regime, kind)
@@ -143,13 +143,13 @@ EQUAL = [
 ]
 
 
-@pytest.mark.parametrize("operator, W, exchange, regimes, T", EQUAL)
-def test_equals_one_device(operator, W, exchange, regimes, T):
-    _check(operator, W, exchange, regimes, T)
+@pytest.mark.parametrize("operator, W, collective, regimes, T", EQUAL)
+def test_equals_one_device(operator, W, collective, regimes, T):
+    _check(operator, W, collective, regimes, T)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
-def test_a_scan_grows_from_nothing(exchange):
+@pytest.mark.parametrize("collective", ["all_gather", "ring"])
+def test_a_scan_grows_from_nothing(collective):
     """Decays of 3 for 100 tokens multiply to infinity; of zeros, as padding makes them, nothing
     grows."""
     x = np.zeros((2, 400, 3), np.float32)
@@ -158,7 +158,7 @@ def test_a_scan_grows_from_nothing(exchange):
     decay[1, 200] = 0
     inputs = {"x": x, "decay": decay, "initial_state": np.zeros((2, 3), np.float32)}
     ids = _documents(400, "whole")
-    got = everything(_over_ranks("diagonal_scan", 4, exchange), None, inputs, ids)
+    got = everything(_over_ranks("diagonal_scan", 4, collective), None, inputs, ids)
     with jax.enable_x64(True):
         wide = {name: z.astype(np.float64) for name, z in inputs.items()}
         h, final = CASES["diagonal_scan"].call(wide, implementation="reference")
@@ -170,7 +170,7 @@ def test_a_scan_grows_from_nothing(exchange):
 
 
 @pytest.mark.parametrize(
-    "regime, exchange",
+    "regime, collective",
     [
         ("log", "all_gather"),
         pytest.param("complex log resets", "all_scan", marks=exhaustive),
@@ -178,7 +178,7 @@ def test_a_scan_grows_from_nothing(exchange):
     ],
 )
 @pytest.mark.slow
-def test_reverse_scan(regime, exchange):
+def test_reverse_scan(regime, collective):
     inputs = inputs_of(CASES["diagonal_scan"], Shape(T=200), regime)
     ids = _documents(200, "packed")
     one = dataclasses.replace(
@@ -187,7 +187,7 @@ def test_reverse_scan(regime, exchange):
             inputs, reverse=True, **keywords
         ),
     )
-    got = everything(_over_ranks("diagonal_scan", 4, exchange, reverse=True), None, inputs, ids)
+    got = everything(_over_ranks("diagonal_scan", 4, collective, reverse=True), None, inputs, ids)
     assert_close(got, truth(one, inputs, ids), TOLERANCE["float32"])
 
 
@@ -245,13 +245,13 @@ def _attention(attend, inputs, **keywords):
 
 
 @functools.cache
-def _attention_cases(W, exchange, **keywords):
+def _attention_cases(W, collective, **keywords):
     """On one device, and over W ranks."""
 
     def over_ranks(inputs, segment_ids, implementation):
         del implementation
         attend = functools.partial(
-            context_parallel.softmax_attention, axis_name="seq", exchange=exchange
+            context_parallel.softmax_attention, axis_name="seq", collective=collective
         )
         return _attention(attend, inputs, segment_ids=segment_ids, **keywords)
 
@@ -263,7 +263,7 @@ def _attention_cases(W, exchange, **keywords):
 
 
 @pytest.mark.parametrize(
-    "W, exchange, keywords, T",
+    "W, collective, keywords, T",
     [
         pytest.param(4, "all_gather", {}, 252, marks=slow),
         (4, "ring", {}, 200),
@@ -275,12 +275,12 @@ def _attention_cases(W, exchange, **keywords):
         pytest.param(4, "ring", {"window": 10, "causal": False}, 100, marks=exhaustive),
     ],
 )
-def test_softmax_attention(W, exchange, keywords, T):
+def test_softmax_attention(W, collective, keywords, T):
     """Stretches even and odd (zigzag and not), windows within the stretch before and beyond it."""
     rng = np.random.default_rng(0)
     sizes = {"q": (2, T, 4, 8), "k": (2, T, 2, 8), "v": (2, T, 2, 12)}
     inputs = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
-    one, over_ranks = _attention_cases(W, exchange, **keywords)
+    one, over_ranks = _attention_cases(W, collective, **keywords)
     for kind in ("whole", "packed"):
         ids = _documents(T, kind)
         got = everything(over_ranks, None, inputs, ids)
@@ -288,8 +288,8 @@ def test_softmax_attention(W, exchange, keywords, T):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", ["ring", pytest.param("all_gather", marks=exhaustive)])
-def test_softmax_attention_in_an_order_of_the_callers(exchange):
+@pytest.mark.parametrize("collective", ["ring", pytest.param("all_gather", marks=exhaustive)])
+def test_softmax_attention_in_an_order_of_the_callers(collective):
     """The whole sequence lies in zigzag order, and positions say so; ids are one a document, given
     for both sides.
     """
@@ -305,7 +305,7 @@ def test_softmax_attention_in_an_order_of_the_callers(exchange):
         ids = {"segment_ids": segment_ids, "kv_segment_ids_BS": segment_ids}
         positions = {"q_positions_BT": position_BT, "kv_positions_BS": position_BT}
         return context_parallel.softmax_attention(
-            q, k, v, **ids, **positions, axis_name="seq", exchange=exchange
+            q, k, v, **ids, **positions, axis_name="seq", collective=collective
         )
 
     over_ranks = jax.jit(
@@ -318,7 +318,7 @@ def test_softmax_attention_in_an_order_of_the_callers(exchange):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "operator, W, exchange, regime",
+    "operator, W, collective, regime",
     [
         ("linear_attention", 4, "all_gather", "per_token weak"),
         pytest.param("linear_attention", 8, "all_scan", "per_channel mixed", marks=exhaustive),
@@ -326,7 +326,7 @@ def test_softmax_attention_in_an_order_of_the_callers(exchange):
         pytest.param("diagonal_scan", 4, "all_gather", "log", marks=exhaustive),
     ],
 )
-def test_bfloat16(operator, W, exchange, regime):
+def test_bfloat16(operator, W, collective, regime):
     case, T = CASES[operator], 200
     inputs = inputs_of(case, Shape(T=T), regime)
     inputs = {n: x.astype(jnp.bfloat16) if n in case.rounded else x for n, x in inputs.items()}
@@ -335,7 +335,7 @@ def test_bfloat16(operator, W, exchange, regime):
     cotangents = tuple(
         c.astype(shape.dtype).astype(c.dtype) for c, shape in zip(cotangents_of(*shapes), shapes)
     )
-    over_ranks = _over_ranks(operator, W, exchange)
+    over_ranks = _over_ranks(operator, W, collective)
     got = everything(over_ranks, "chunked", inputs, ids, cotangents)
     assert_close(got, truth(case, inputs, ids, cotangents), TOLERANCE["bfloat16"])
 
@@ -424,7 +424,7 @@ def test_ranks_over_two_mesh_axes():
 
         def attend(q, ids, axes=axes):
             return context_parallel.linear_attention(
-                q, q, q, segment_ids=ids, axis_name=axes, exchange="all_scan"
+                q, q, q, segment_ids=ids, axis_name=axes, collective="all_scan"
             )
 
         over_ranks = jax.shard_map(attend, mesh=mesh, in_specs=time, out_specs=(time, SAME))
@@ -454,7 +454,7 @@ def test_an_id_that_comes_back_is_another_document(operator):
     keywords = {"linear_attention": {}, "causal_conv": {"w": np.ones((4, 4), np.float32)}}.get(
         name, {}
     )
-    more = {"ring": {"exchange": "ring"}, "window": {"window": 6}}.get(how[0] if how else "", {})
+    more = {"ring": {"collective": "ring"}, "window": {"window": 6}}.get(how[0] if how else "", {})
     if name == "diagonal_scan":
         keywords = {"decay_BTD": np.full(4, 0.9, np.float32)}
 
@@ -535,13 +535,13 @@ def _collectives(text, W):
     return kinds, received
 
 
-def _compiled(operator, exchange, W, T, packed, **sizes):
+def _compiled(operator, collective, W, T, packed, **sizes):
     """The program of a sequence's loss and gradients: no final state, no initial one."""
     shape = Shape(B=1, T=T, H=2, G=1, **sizes)
     regime = {"linear_attention": "per_token weak", "delta_rule": "none", "diagonal_scan": "log"}
     inputs = inputs_of(CASES[operator], shape, regime[operator])
     del inputs["initial_state"]
-    case = _over_ranks(operator, W, exchange)
+    case = _over_ranks(operator, W, collective)
 
     def loss(inputs, ids):
         ids = None if not packed else ids
@@ -561,30 +561,30 @@ SENT = [
 ]
 
 
-@pytest.mark.parametrize("operator, exchange", SENT)
-def test_what_is_sent(operator, exchange):
+@pytest.mark.parametrize("operator, collective", SENT)
+def test_what_is_sent(operator, collective):
     """Collectives and bytes a rank in the compiled program, the same for sequences of any length."""
     W, B, H, K, V = 8, 1, 2, 8, 12
-    programs = [_compiled(operator, exchange, W, T, True, K=K, V=V) for T in (W * 2, W * 6)]
+    programs = [_compiled(operator, collective, W, T, True, K=K, V=V) for T in (W * 2, W * 6)]
     kinds, received = _collectives(programs[0], W)
     again = _collectives(programs[1], W)
     assert kinds == again[0]
     np.testing.assert_array_equal(received, again[1])
     state = {"diagonal_scan": K}.get(operator, H * K * V)
     own = {"linear_attention": H, "delta_rule": H * K * K, "diagonal_scan": K}[operator]
-    if exchange == "all_gather":
+    if collective == "all_gather":
         assert kinds == (["all-gather"], ["all-gather"])
         assert (received[0] == 4 * (W - 1) * B * (state + own + 8)).all()
         assert (received[1] == 4 * (W - 1) * B * (state + own)).all()
     else:
-        N = 6 if exchange == "all_scan" else 1
+        N = 6 if collective == "all_scan" else 1
         assert kinds == (["collective-permute"] * (W + N - 2),) * 2
         assert received[0].tolist() == [0] + [4 * B * (state + 4 * N)] * (W - 1)
         assert received[1].tolist() == [4 * B * state] * (W - 1) + [0]
 
 
 @pytest.mark.parametrize(
-    "operator, exchange, sent",
+    "operator, collective, sent",
     [
         pytest.param("linear_attention", "all_gather", {"all_gather": 2}, marks=slow),
         pytest.param("delta_rule", "ring", {"collective_permute": 2 * 3}, marks=slow),
@@ -600,7 +600,7 @@ def test_what_is_sent(operator, exchange):
         ),
     ],
 )
-def test_what_is_recomputed_is_not_sent_again(operator, exchange, sent):
+def test_what_is_recomputed_is_not_sent_again(operator, collective, sent):
     """A backward pass that keeps the states that entered, or a ring's output, has as many
     collectives as one that keeps all."""
     sizes = {name: (1, 32, 2, 4) for name in "qkv"} | {"beta": (1, 32, 2), "x": (1, 32, 6)}
@@ -609,7 +609,11 @@ def test_what_is_recomputed_is_not_sent_again(operator, exchange, sent):
 
     def call(ids, *inputs):
         results = getattr(context_parallel, operator)(
-            *inputs, axis_name="seq", exchange=exchange, segment_ids=ids, implementation="chunked"
+            *inputs,
+            axis_name="seq",
+            collective=collective,
+            segment_ids=ids,
+            implementation="chunked",
         )
         return results if operator == "softmax_attention" else results[0]
 
@@ -641,7 +645,7 @@ def test_what_softmax_attention_sends():
         loss = jax.grad(lambda *qkv: jnp.sum(over_ranks(*qkv) ** 2), argnums=(0, 1, 2))
         return _collectives(jax.jit(loss).lower(*qkv).compile().as_text(), W)
 
-    kinds, received = sent(exchange="all_gather")
+    kinds, received = sent(collective="all_gather")
     assert kinds == (["all-gather"], ["reduce-scatter"])
     assert (received == 4 * (W - 1) * L * G * (K + V)).all()
     kinds, received = sent(window=3)
@@ -666,9 +670,9 @@ def test_errors():
         jax.eval_shape(function, x)
 
     with pytest.raises(ValueError, match="'allgather'; choose one of 'all_gather', 'all_scan', 'r"):
-        call(exchange="allgather")
+        call(collective="allgather")
     with pytest.raises(ValueError, match="'all_scan'; choose one of 'all_gather', 'ring'"):
-        call(context_parallel.softmax_attention, exchange="all_scan")
+        call(context_parallel.softmax_attention, collective="all_scan")
     with pytest.raises(ValueError, match=r"no mesh axis 'time' is mapped here \(mapped: seq\)"):
         call(axis_name="time")
     with pytest.raises(
@@ -678,11 +682,11 @@ def test_errors():
     with pytest.raises(
         ValueError, match=r"blocks is 4; it must divide the state's 6 columns: .*6\]"
     ):
-        call(exchange="all_scan", blocks=4)
-    with pytest.raises(ValueError, match="blocks is for exchange='all_scan'; this is 'ring'"):
-        call(exchange="ring", blocks=2)
-    with pytest.raises(NotImplementedError, match="'xla' cannot run with exchange='ring'"):
-        call(context_parallel.softmax_attention, exchange="ring", implementation="xla")
+        call(collective="all_scan", blocks=4)
+    with pytest.raises(ValueError, match="blocks is for collective='all_scan'; this is 'ring'"):
+        call(collective="ring", blocks=2)
+    with pytest.raises(NotImplementedError, match="'xla' cannot run with collective='ring'"):
+        call(context_parallel.softmax_attention, collective="ring", implementation="xla")
     with pytest.raises(
         ValueError, match="100 tokens do not divide .* 4 ranks: use a multiple of 8"
     ):

@@ -14,7 +14,7 @@ STATE, MAP = 4 * B * H * K * V, 4 * B * H * K * K
 TIME = PartitionSpec(None, "seq")
 
 
-def sent(operator, exchange, topology):
+def sent(operator, collective, topology):
     """(kind, bytes that a chip receives) of each kind of collective, forward and backward."""
     where = parts.find(topology)
     W = len(where.devices)
@@ -24,7 +24,7 @@ def sent(operator, exchange, topology):
 
     def on_a_chip(*inputs):
         call = getattr(context_parallel, operator)
-        return call(*inputs, axis_name="seq", exchange=exchange)[0]
+        return call(*inputs, axis_name="seq", collective=collective)[0]
 
     over_chips = jax.shard_map(on_a_chip, mesh=mesh, in_specs=TIME, out_specs=TIME, check_vma=False)
 

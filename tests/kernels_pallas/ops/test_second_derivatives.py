@@ -173,7 +173,7 @@ def test_softmax_attention_on_a_ring():
         )
         def sharded(q, k, v, ids):
             attend = context_parallel.softmax_attention
-            return attend(q, k, v, axis_name="seq", segment_ids=ids, exchange=implementation)
+            return attend(q, k, v, axis_name="seq", segment_ids=ids, collective=implementation)
 
         return sharded(x["q"], x["k"], x["v"], ids)
 
