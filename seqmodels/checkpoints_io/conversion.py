@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmodels.checkpoints_io.files import Entry, Source
+from seqmodels.checkpoints_io.files import Source, TensorEntry
 from seqmodels.checkpoints_io.rules import Rule
 from seqmodels.language_model import LanguageModel
 
@@ -93,18 +93,20 @@ def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
     return sorted(rules, key=lambda rule: min(place[slots.paths[p][0]] for p in rule.paths))
 
 
-def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, Entry]:
+def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, TensorEntry]:
     """Name, shape and dtype of every tensor that the rules make of the model's parameters."""
     entries = {}
     for rule in rules:
         # A single stored byte behind each array: most rules only change its view.
         stands_for = [np.broadcast_to(np.int8(0), slots.shape(path)) for path in rule.paths]
         for name, array in zip(rule.names, rule.out(*stands_for), strict=True):
-            entries[name] = Entry(array.shape, np.dtype(slots.dtype(rule.paths[0])))
+            entries[name] = TensorEntry(array.shape, np.dtype(slots.dtype(rule.paths[0])))
     return entries
 
 
-def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequence[str]) -> None:
+def check_source(
+    source: Source, expected: Mapping[str, TensorEntry], ignored: Sequence[str]
+) -> None:
     """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra
     or misshapen. A tied model's output matrix may be there."""
     found = source.entries
@@ -130,7 +132,7 @@ def check_source(source: Source, expected: Mapping[str, Entry], ignored: Sequenc
         )
 
 
-def is_untied(source: Source, rules: Iterable[Rule], expected: Mapping[str, Entry]) -> bool:
+def is_untied(source: Source, rules: Iterable[Rule], expected: Mapping[str, TensorEntry]) -> bool:
     """Whether a file has an output matrix beside the embedding, and not the same, where its config
     ties them."""
     found = source.entries
@@ -180,7 +182,7 @@ def tensor_reader(
     rules: Sequence[Rule],
     slots: Slots,
     dtype: str | Mapping[str, str] | None = None,
-) -> tuple[dict[str, Entry], Callable[[str], np.ndarray]]:
+) -> tuple[dict[str, TensorEntry], Callable[[str], np.ndarray]]:
     """What `files.write` takes: the entries of all tensors, and a function that makes one of the
     parameters."""
     leaves = dict(_walk(nn.meta.unbox(params)))
@@ -210,7 +212,7 @@ def tensor_reader(
             chosen = dtype.get(path, chosen)
         elif dtype:
             chosen = np.float32 if slots.paths[path][0] in wide(slots.model) else dtype
-        entries[name] = Entry(entry.shape, np.dtype(chosen))
+        entries[name] = TensorEntry(entry.shape, np.dtype(chosen))
 
     def read(name):
         rule, i = rule_of[name]

@@ -1,33 +1,28 @@
-"""safetensors, read and written one tensor at a time: a file, or shards with an index.
+"""Tensors in safetensors files, read and written one at a time: one file, or shards with an index.
 
-A file is eight bytes that say how long the header is, a JSON header (name: dtype, shape, where its
-bytes lie), and the bytes (https://github.com/huggingface/safetensors#format). Nothing in it is
-executed. Every size and offset is checked when it is opened, so that reading cannot leave the file;
-whatever is wrong raises ValueError that names the file and the fault.
-
-A *source* of tensors is anything with `name`, for messages, `entries`, name to `Entry`, and
-`read(name)`, a NumPy array.
+The `safetensors` library checks and reads files. Writing is our own: the library takes pointers to
+all tensors of a file at once, and so needs memory for a whole file (docs/decisions). Nothing in a
+file is executed. Whatever is wrong with one raises a ValueError that names the file and the fault.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-_MAX_HEADER_BYTES = 100_000_000  # what the format's own library allows
 
-# In the order that the format's own writer lays tensors out in, last first.
+# In the library's order of dtypes: a file holds the tensors of the last ones first.
 _DTYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype(np.uint8),
@@ -45,12 +40,12 @@ _DTYPES = {
     "I64": np.dtype(np.int64),
     "U64": np.dtype(np.uint64),
 }
+_UNREADABLE = (_DTYPES["F8_E5M2"], _DTYPES["F8_E4M3"])
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A tensor that a source holds."""
+class TensorEntry(NamedTuple):
+    """Shape and dtype of a tensor that a source holds."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -61,57 +56,55 @@ class Entry:
 
 
 class Source(Protocol):
-    """Tensors by name, read one by one."""
+    """Tensors by name, read one by one. `name` says in messages where they lie."""
 
     name: str
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
 
     def read(self, name: str) -> np.ndarray: ...
 
 
 class SafetensorsFile:
-    """One safetensors file, its header checked. The file may be changed by nobody while it is read."""
+    """One safetensors file, checked when it is opened. It is mapped into memory and must not be
+    changed in place while it is read."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
         self.name = str(path)
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
-            header, self._data_start = _read_header(file, size, self.name)
-        header.pop("__metadata__", None)
-        self.entries: dict[str, Entry] = {}
-        self._begin: dict[str, int] = {}
-        for name, value in header.items():
-            self.entries[name], self._begin[name] = _entry(name, value, self.name)
-        self._check_layout(size - self._data_start)
-
-    def _check_layout(self, data_bytes: int) -> None:
-        end = 0
-        for name in sorted(self._begin, key=lambda n: (self._begin[n], self.entries[n].num_bytes)):
-            if self._begin[name] != end:
-                fault = "overlaps the one before" if self._begin[name] < end else "leaves a gap"
+        with self._errors_name_the_file():
+            self._file = safe_open(path, framework="numpy")
+            names = self._file.keys()
+            slices = {name: self._file.get_slice(name) for name in names}
+        self.entries: dict[str, TensorEntry] = {}
+        for name, tensor in slices.items():
+            shape, dtype = tensor.get_shape(), tensor.get_dtype()
+            if dtype not in _DTYPES:
                 raise ValueError(
-                    f"{self.name}: tensor {name!r} {fault}: it begins at byte {self._begin[name]}, not {end}"
+                    f"{self.name}: tensor {name!r} has dtype {dtype}; known are {', '.join(_DTYPES)}"
                 )
-            end += self.entries[name].num_bytes
-        if end != data_bytes:
-            fault = "it is cut off" if data_bytes < end else "bytes follow its last tensor"
-            raise ValueError(f"{self.name} holds {data_bytes} bytes of tensors, not {end}: {fault}")
+            self.entries[name] = TensorEntry(tuple(shape), _DTYPES[dtype])
 
     def read(self, name: str) -> np.ndarray:
-        entry = self.entries[name]
-        array = np.empty(entry.shape, entry.dtype)
-        with self.path.open("rb") as file:
-            file.seek(self._data_start + self._begin[name])
-            read = file.readinto(array.reshape(-1).view(np.uint8)) if array.size else 0
-        if read != entry.num_bytes:
-            raise ValueError(f"{self.name}: tensor {name!r} is cut off")
-        return array
+        if self.entries[name].dtype in _UNREADABLE:
+            raise ValueError(
+                f"{self.name}: tensor {name!r} is {self.entries[name].dtype}, which safetensors "
+                "does not read into NumPy"
+            )
+        with self._errors_name_the_file():
+            return self._file.get_tensor(name)
+
+    @contextlib.contextmanager
+    def _errors_name_the_file(self):
+        try:
+            yield
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{self.name} is cut off or not a safetensors file: {error}"
+            ) from error
 
 
 class ShardedFiles:
-    """The tensors that an index file names in its safetensors files, as one source. What else lies
-    in them is none of the model."""
+    """The tensors that an index names in the safetensors files beside it, as one source. Tensors of
+    these files that the index does not name are not part of the model."""
 
     def __init__(self, index: str | Path):
         index = Path(index)
@@ -139,8 +132,7 @@ class ShardedFiles:
 
 
 def open_folder(folder: str | Path) -> Source:
-    """The tensors of a folder: model.safetensors, or, as other programs have it where that is not
-    there, the shards of an index."""
+    """Opens model.safetensors or, as other programs do where there is none, the shards of an index."""
     folder = Path(folder)
     if (folder / SINGLE_FILE).is_file():
         return SafetensorsFile(folder / SINGLE_FILE)
@@ -152,28 +144,34 @@ def open_folder(folder: str | Path) -> Source:
 
 
 def read_json(path: str | Path) -> dict:
-    """The JSON object in a file. Raises ValueError, naming the file, if it holds anything else."""
+    """Reads the JSON object in a file; raises ValueError, naming the file, for anything else."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    return _json_object(path.read_bytes(), str(path))
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object; it is {type(value).__name__}")
+    return value
 
 
 def write(
     folder: str | Path,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, TensorEntry],
     read: Callable[[str], np.ndarray],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Path]:
-    """Writes tensors to `folder`, asking `read` for one at a time. Returns the files' paths.
+    """Writes tensors to `folder`, asking `read` for one at a time, and returns the files' paths.
 
-    One model.safetensors, or shards of at most `max_shard_bytes` (a larger tensor has one to
-    itself) and their index. Files get their names when all are whole; only then is what an earlier
-    call left in the folder removed, so that a failure leaves the folder as it was.
+    There is one model.safetensors, or shards of at most `max_shard_bytes` (a larger tensor has one
+    to itself) and their index. Files get their names when all are whole, and only then is what an
+    earlier call left removed: a failure leaves the folder as it was.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Entry]] = [{}]
+    shards: list[dict[str, TensorEntry]] = [{}]
     for name, entry in entries.items():
         held = sum(e.num_bytes for e in shards[-1].values())
         if shards[-1] and held + entry.num_bytes > max_shard_bytes:
@@ -203,28 +201,31 @@ def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def write_file(path: Path, entries: Mapping[str, Entry], read: Callable) -> None:
-    """Writes one safetensors file, byte for byte as the format's own library does."""
+def write_file(path: Path, entries: Mapping[str, TensorEntry], read: Callable) -> None:
+    """Writes one safetensors file, byte for byte as the library does, holding one tensor at a time.
+
+    A file is the length of its header (8 bytes), the header (JSON: dtype, shape and offsets of each
+    tensor, padded to 8 bytes), and the tensors' bytes.
+    """
     rank = {name: i for i, name in enumerate(_DTYPES)}
     order = sorted(entries, key=lambda n: (-rank[_dtype_name(entries[n].dtype)], n))
     header: dict = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name in order:
-        entry = entries[name]
-        offsets = [begin, begin + entry.num_bytes]
+        (shape, dtype), end = entries[name], begin + entries[name].num_bytes
         header[name] = {
-            "dtype": _dtype_name(entry.dtype),
-            "shape": list(entry.shape),
-            "data_offsets": offsets,
+            "dtype": _dtype_name(dtype),
+            "shape": list(shape),
+            "data_offsets": [begin, end],
         }
-        begin = offsets[1]
+        begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             array = np.asarray(read(name), order="C")
-            if array.shape != entries[name].shape or array.dtype != entries[name].dtype:
+            if (array.shape, array.dtype) != entries[name]:
                 raise ValueError(
                     f"tensor {name!r} is {array.dtype}{list(array.shape)}, announced as {entries[name]}"
                 )
@@ -235,59 +236,3 @@ def _dtype_name(dtype: np.dtype) -> str:
     if np.dtype(dtype) not in _DTYPE_NAMES:
         raise ValueError(f"safetensors has no dtype {dtype}; it has {', '.join(_DTYPES)}")
     return _DTYPE_NAMES[np.dtype(dtype)]
-
-
-def _read_header(file, size: int, name: str) -> tuple[dict, int]:
-    start = file.read(8)
-    if len(start) < 8:
-        raise ValueError(f"{name} is no safetensors file: it has {size} bytes")
-    length = struct.unpack("<Q", start)[0]
-    if length > min(size - 8, _MAX_HEADER_BYTES):
-        raise ValueError(
-            f"{name} is cut off or no safetensors file: it announces a header of {length} bytes and has {size} in all"
-        )
-    return _json_object(file.read(length), f"{name}: its header"), 8 + length
-
-
-def _json_object(data: bytes, what: str) -> dict:
-    def unique(pairs):
-        object_ = dict(pairs)
-        if len(object_) < len(pairs):
-            raise ValueError("a name stands in it twice")
-        return object_
-
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a JSON object; it is {type(value).__name__}")
-    return value
-
-
-def _entry(name: str, value, file: str) -> tuple[Entry, int]:
-    """A tensor's entry of the header, and where its bytes begin."""
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{file}: tensor {name!r} must have dtype, shape and data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(
-            f"{file}: tensor {name!r} has dtype {dtype!r}; known are {', '.join(_DTYPES)}"
-        )
-    if not _are_sizes(shape) or len(shape) > 32:
-        raise ValueError(f"{file}: tensor {name!r} has shape {shape!r}; it must be a list of sizes")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(
-            f"{file}: tensor {name!r} has data_offsets {offsets!r}; they must be [begin, end]"
-        )
-    entry = Entry(tuple(shape), _DTYPES[dtype])
-    if offsets[1] - offsets[0] != entry.num_bytes:
-        raise ValueError(
-            f"{file}: tensor {name!r}, {dtype} {shape}, takes {entry.num_bytes} bytes, "
-            f"and data_offsets {offsets} give {offsets[1] - offsets[0]}"
-        )
-    return entry, offsets[0]
-
-
-def _are_sizes(value) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)

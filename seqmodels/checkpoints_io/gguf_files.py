@@ -15,7 +15,7 @@ import numpy as np
 
 from seqmodels.checkpoints_io import gguf_header, gguf_tokenizer
 from seqmodels.checkpoints_io.architectures import HFConfig
-from seqmodels.checkpoints_io.files import Entry
+from seqmodels.checkpoints_io.files import TensorEntry
 from seqmodels.modules import positions
 
 SMOLLM2 = "smollm2"
@@ -100,7 +100,9 @@ class GGUFTensors:
             if ours in self.infos:  # blk.0 and blk.00
                 raise ValueError(f"{self.name}: {name!r} is another name of a tensor it has")
             self.infos[ours] = info
-        self.entries = {n: Entry(i.shape, self._dtype(n, i.kind)) for n, i in self.infos.items()}
+        self.entries = {
+            n: TensorEntry(i.shape, self._dtype(n, i.kind)) for n, i in self.infos.items()
+        }
 
     def _dtype(self, name: str, kind: int) -> np.dtype:
         types = self._quants.GGMLQuantizationType

@@ -338,7 +338,9 @@ def _main_dtype(tensors: files.Source) -> str:
 class _Renamed:
     """A source in which names that the table knows lack a prefix."""
 
-    def __init__(self, source: files.Source, prefix: str, expected: Mapping[str, files.Entry]):
+    def __init__(
+        self, source: files.Source, prefix: str, expected: Mapping[str, files.TensorEntry]
+    ):
         self.name, self._source = source.name, source
         self._theirs = {
             prefix + name if prefix + name in expected else name: name for name in source.entries
@@ -349,7 +351,7 @@ class _Renamed:
         return self._source.read(self._theirs[name])
 
 
-def _with_prefix(tensors: files.Source, expected: Mapping[str, files.Entry], prefix: str):
+def _with_prefix(tensors: files.Source, expected: Mapping[str, files.TensorEntry], prefix: str):
     if not prefix or any(name.startswith(prefix) for name in tensors.entries):
         return tensors
     return _Renamed(tensors, prefix, expected)

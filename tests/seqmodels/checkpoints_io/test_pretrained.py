@@ -180,7 +180,7 @@ def rewrite(folder, change, **fields):
     source = files.open_folder(folder)
     arrays = {name: source.read(name) for name in source.entries}
     change(arrays)
-    entries = {name: files.Entry(a.shape, a.dtype) for name, a in arrays.items()}
+    entries = {name: files.TensorEntry(a.shape, a.dtype) for name, a in arrays.items()}
     files.write(folder, entries, arrays.__getitem__)
     config = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps(config))
@@ -360,7 +360,7 @@ def test_gpt2_as_the_hub_has_it(tmp_path):
     arrays = {n.removeprefix("transformer."): source.read(n) for n in source.entries}
     arrays |= {f"h.{i}.attn.bias": np.ones((1, 1, 32, 32), bool) for i in range(3)}
     arrays["lm_head.weight"] = arrays["wte.weight"]
-    entries = {name: files.Entry(a.shape, a.dtype) for name, a in arrays.items()}
+    entries = {name: files.TensorEntry(a.shape, a.dtype) for name, a in arrays.items()}
     files.write(tmp_path, entries, arrays.__getitem__)
     check_same(checkpoints_io.load_pretrained(tmp_path).params, params)
 
