@@ -32,11 +32,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.data import default_config, make_dataset, needles
-from experiments.data.tokenizers import BYTES, make_tokenizer
-from experiments.inference import pretrained, retrieval, sampling
+from experiments.inference import pretrained, retrieval
 from experiments.launch import cli, distributed
 from experiments.training import evaluation, plots, restore, run_record, steps
 from seqmodels import sharding
+from seqmodels.text import sampling
+from seqmodels.text.tokenizers import BYTES, make_tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")

@@ -19,9 +19,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.inference import pretrained, sampling
+from experiments.inference import pretrained
 from experiments.launch import cli
 from experiments.training import restore, run_record, steps
+from seqmodels.text import sampling
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")

@@ -46,7 +46,7 @@ from ml_collections import ConfigDict
 
 from experiments.data import batches, packing, tasks, text
 from experiments.data.batches import SPLITS, Dataset
-from experiments.data.tokenizers import make_tokenizer
+from seqmodels.text.tokenizers import make_tokenizer
 
 __all__ = [
     "DATASETS",

@@ -10,7 +10,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from experiments.data import tokenizers
+from seqmodels.text import tokenizers
 
 SPLITS = ("train", "validation", "test")
 

@@ -34,7 +34,7 @@ from absl import logging
 
 from experiments.data import batches
 from experiments.data.text import Piece
-from experiments.data.tokenizers import Tokenizer
+from seqmodels.text.tokenizers import Tokenizer
 
 
 def packed_batches(

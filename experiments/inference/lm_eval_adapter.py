@@ -21,14 +21,14 @@ try:
 except ImportError as error:
     raise ValueError(f"lm_eval tasks need the extra: pip install '.[eval]' ({error})") from error
 
-from experiments.data.tokenizers import fits
-from experiments.inference import sampling, scoring
+from seqmodels.text import sampling, scoring
+from seqmodels.text.tokenizers import fits
 
 MAX_GENERATED = 256  # tokens, where a task does not say
 
 
 class HarnessModel(TemplateLM):
-    """A language model with its parameters and its tokenizer (`experiments.data.tokenizers`).
+    """A language model with its parameters and its tokenizer (`seqmodels.text.tokenizers`).
 
     batch_size: prompts generated together.   tokens_a_batch: of scoring, see `scoring.score`.
     max_length: tokens that the model may see; longer requests lose tokens from the left, as the

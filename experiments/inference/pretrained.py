@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from configs import common
-from experiments.data import default_config, tokenizers
+from experiments.data import default_config
 from experiments.training import restore, run_record, steps
 from experiments.training.checkpoints import Checkpoints, TrainState
 from seqmodels import checkpoints_io, language_model
 from seqmodels.checkpoints_io import architectures, files, own_layout, special_tokens
+from seqmodels.text import tokenizers
 
 WORKDIR = "workdir"
 _STORED_DTYPES = "stored_dtypes.json"  # in a workdir: Pretrained.dtypes of what it began from
@@ -161,7 +162,7 @@ def check_vocabulary(size: int, name: str, vocab_size: int, source: str) -> None
 
 def render_chat(template: str, messages, special: Mapping[str, str], tools=None, documents=None):
     """`chat_templates.render`; ValueError where jinja2 is not installed."""
-    from experiments.inference import chat_templates  # an extra
+    from seqmodels.text import chat_templates  # an extra
 
     return chat_templates.render(template, messages, special, tools, documents)
 

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Collection, Sequence
 
 from experiments.data import needles
-from experiments.inference import sampling
+from seqmodels.text import sampling
 
 LENGTHS = (256, 512, 1024)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

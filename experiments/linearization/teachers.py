@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.data import tokenizers
 from experiments.inference import pretrained
 from seqmodels import checkpoints_io, language_model, mixers
+from seqmodels.text import tokenizers
 
 
 @dataclasses.dataclass(frozen=True)

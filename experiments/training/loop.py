@@ -11,12 +11,13 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from experiments.data import make_dataset, tokenizers
+from experiments.data import make_dataset
 from experiments.launch import distributed
 from experiments.launch.cli import NonFiniteLoss, Stopped
 from experiments.training import evaluation, metrics, run_record, steps, summary
 from experiments.training.checkpoints import Checkpoints
 from seqmodels import sharding
+from seqmodels.text import tokenizers
 
 
 def train(

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.inference import sampling
 from experiments.launch import distributed
 from experiments.training import optimizers, schedules
 from experiments.training.checkpoints import TrainState
 from kernels_pallas import TokenDetails
 from seqmodels import language_model, operators, sharding
 from seqmodels.array_typing import Array
+from seqmodels.text import sampling
 
 Batch = dict[str, Array]
 

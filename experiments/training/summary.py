@@ -9,9 +9,9 @@ import jax
 from experiments import data
 from experiments.data import baselines, packing
 from experiments.data.text import Piece
-from experiments.inference import sampling
 from experiments.training import metrics, plots, run_record
 from experiments.training.checkpoints import Checkpoints
+from seqmodels.text import sampling
 
 _BIGRAM_TRAINING_BYTES = 64 << 20
 

@@ -6,7 +6,7 @@ import pytest
 
 # The harness and its model for transformers are there with the extras [eval] and [oracles].
 if any(importlib.util.find_spec(name) is None for name in ("lm_eval", "torch", "accelerate")):
-    collect_ignore = ["test_lm_eval_adapter.py"]
+    collect_ignore = ["inference/test_lm_eval_adapter.py"]
 
 
 @pytest.fixture(scope="session")

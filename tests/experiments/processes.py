@@ -16,9 +16,9 @@ import jax
 # What is slow to import, and starts no thread and no JAX backend.
 import matplotlib.pyplot  # noqa: F401
 
-from experiments.data import tokenizers  # noqa: F401
 from experiments.launch import cli  # noqa: F401
 from experiments.training import checkpoints, loop, plots, run_record  # noqa: F401
+from seqmodels.text import tokenizers  # noqa: F401
 from tests.experiments import tiny  # noqa: F401
 
 _CONFIG = """

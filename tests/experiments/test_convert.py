@@ -14,10 +14,11 @@ import tokenizers
 
 from configs import common
 from experiments.data import make_dataset
-from experiments.inference import pretrained, sampling
+from experiments.inference import pretrained
 from experiments.training import loop, restore, run_record, steps
 from experiments.training.checkpoints import Checkpoints, TrainState
 from seqmodels import checkpoints_io, language_model
+from seqmodels.text import sampling
 from tests.experiments import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -282,8 +283,8 @@ def test_templates_have_what_transformers_gives_them(template, expected):
 
 def test_without_jinja_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "experiments.inference.chat_templates", raising=False)
-    monkeypatch.delattr("experiments.inference.chat_templates", raising=False)
+    monkeypatch.delitem(sys.modules, "seqmodels.text.chat_templates", raising=False)
+    monkeypatch.delattr("seqmodels.text.chat_templates", raising=False)
     with pytest.raises(ValueError, match="chat templates need jinja2: pip install"):
         pretrained.render_chat("x", SAID, {})
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import data
-from experiments.inference import scoring
 from experiments.launch import cli
 from experiments.training import evaluation, metrics, plots, steps
 from seqmodels import language_model
+from seqmodels.text import scoring
 from tests.experiments import tiny
 
 

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.data.tokenizers import make_tokenizer
-from experiments.inference import sampling, scoring
 from seqmodels import language_model
+from seqmodels.text import sampling, scoring
+from seqmodels.text.tokenizers import make_tokenizer
 from tests.experiments import tokenizer_files
 
 SIZES = {"vocab_size": 13, "d_model": 16}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from experiments.data import batches, make_dataset, packing, text, tokenizers
+from experiments.data import batches, make_dataset, packing, text
+from seqmodels.text import tokenizers
 from tests.experiments.data_helpers import assert_same, concatenated, segments, take
 
 BYTES = tokenizers.ByteTokenizer()

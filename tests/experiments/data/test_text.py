@@ -11,8 +11,8 @@ from experiments.data import (
     split_bytes,
     splits,
     text,
-    tokenizers,
 )
+from seqmodels.text import tokenizers
 from tests.experiments import tokenizer_files
 
 SPLITS = ("train", "validation", "test")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from experiments.data import needles
-from experiments.data.tokenizers import make_tokenizer
-from experiments.inference import retrieval, sampling
+from experiments.inference import retrieval
+from seqmodels.text import sampling
+from seqmodels.text.tokenizers import make_tokenizer
 
 BYTES = make_tokenizer("bytes")
 

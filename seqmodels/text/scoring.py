@@ -7,15 +7,21 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from experiments.inference import sampling
-from experiments.training import steps
+from seqmodels import operators
+from seqmodels.text import sampling
 
 MIN_ROW = 64
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _nll_and_correct(model, params, batch):
-    _, details = steps.cross_entropy(model, params, batch)
+    def head(x_BTD, matrix, layout):
+        return operators.linear_cross_entropy(
+            x_BTD, matrix, batch["labels"], layout=layout, logit_softcap=model.logit_softcap
+        )
+
+    inputs = batch["inputs"], batch["segment_ids"]
+    (_, details), _ = model.apply({"params": params}, *inputs, head=head)
     return details.nll_BT, details.correct_BT
 
 
