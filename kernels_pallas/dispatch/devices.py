@@ -55,6 +55,18 @@ def committed(arrays) -> jax.Device | None:
     return None
 
 
+@contextlib.contextmanager
+def of(arrays):
+    """Inside, the target is the device that one of the arrays is committed to, where that is of
+    another platform than the current target. Gives whether it is."""
+    device = committed(arrays)
+    if device is None or platform_of(device) == current().platform:
+        yield False
+    else:
+        with jax.default_device(device):
+            yield True
+
+
 def compute_capability() -> float | None:
     """Of the GPU that a call is traced for, such as 9.0; None where it is not this process's."""
     device = jax.devices()[0]

@@ -7,13 +7,23 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, chunk_blocks, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.causal_conv import reference, shifted, tpu
+from kernels_pallas.ops.causal_conv.case import CASE
+
+FEW_TOKENS = 16
+
+
+def _too_few(*, x_BTD, **others):
+    T = x_BTD.shape[1]
+    if chunk_blocks.known(T) and T < FEW_TOKENS:
+        return f"for T = {T} tokens XLA's form is as fast"
+    return None
+
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, platform="tpu"),
+    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, "tpu", _too_few),
     dispatch.Implementation("shifted", shifted.run),
     dispatch.Implementation("reference", reference.recurrent),
 )
-FEW = 16  # tokens: below, as in decoding, XLA's form is as good as a kernel
 
 
 @explicit_axes.automatic(("BTD", "BSD"), x_BTD="BTD")
@@ -106,8 +116,8 @@ def causal_conv(
     if arguments.nothing(x_BTD):
         tail = call["initial_state"] if T == 0 else jnp.zeros_like(call["initial_state"])
         return jnp.zeros_like(x_BTD), reference.demoted(tail, tail_dtype)
-    served = IMPLEMENTATIONS
-    if implementation is None and chunk_blocks.known(T) and T < FEW:
-        served = tuple(each for each in IMPLEMENTATIONS if each.platform is None)
-    y_BTD, tail = dispatch.run(operator, served, implementation, **call)
+    y_BTD, tail = dispatch.run(OPERATOR, implementation, **call)
     return y_BTD, reference.demoted(tail, tail_dtype)
+
+
+OPERATOR = dispatch.Operator(causal_conv, IMPLEMENTATIONS, CASE)

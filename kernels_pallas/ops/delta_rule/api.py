@@ -7,6 +7,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.delta_rule import chunked, gpu, reference, tpu
+from kernels_pallas.ops.delta_rule.case import CASE, DIAGONAL_PLUS_LOW_RANK_CASE
 
 
 def _not_one_token(*, v_BTHV, **others):
@@ -174,7 +175,10 @@ def delta_rule(
         "scale": scale,
         "chunk_size": chunk_size,
     }
-    return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
+    return dispatch.run(OPERATOR, implementation, **call)
+
+
+OPERATOR = dispatch.Operator(delta_rule, IMPLEMENTATIONS, CASE)
 
 
 @explicit_axes.automatic(("BTHV", "BHKV"), q_BTHK="BTGK", v_BTHV="BTHV")
@@ -248,8 +252,12 @@ def diagonal_plus_low_rank(
         "segment_ids_BT": segment_ids,
         "chunk_size": chunk_size,
     }
-    implementations = DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS
-    return dispatch.run(name, implementations, implementation, **call)
+    return dispatch.run(DIAGONAL_PLUS_LOW_RANK, implementation, **call)
+
+
+DIAGONAL_PLUS_LOW_RANK = dispatch.Operator(
+    diagonal_plus_low_rank, DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS, DIAGONAL_PLUS_LOW_RANK_CASE
+)
 
 
 def step(

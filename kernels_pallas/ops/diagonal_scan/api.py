@@ -7,6 +7,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, checks, dtypes, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.diagonal_scan import chunked, gpu, reference, tpu
+from kernels_pallas.ops.diagonal_scan.case import CASE
 
 
 def _by_decay(function):
@@ -106,4 +107,7 @@ def diagonal_scan(
         "start_BT1": start_BT1,
         "reverse": reverse,
     }
-    return dispatch.run(operator, IMPLEMENTATIONS, implementation, **call)
+    return dispatch.run(OPERATOR, implementation, **call)
+
+
+OPERATOR = dispatch.Operator(diagonal_scan, IMPLEMENTATIONS, CASE)

@@ -7,6 +7,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.linear_attention import chunked, gpu, reference, tpu
+from kernels_pallas.ops.linear_attention.case import CASE
 
 
 def _one_token(
@@ -118,7 +119,10 @@ def linear_attention(
     if arguments.nothing(q_BTHK, v_BTHV):
         return jnp.zeros_like(v_BTHV), call["initial_state_BHKV"]
     call["scale"] = q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale)
-    return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
+    return dispatch.run(OPERATOR, implementation, **call)
+
+
+OPERATOR = dispatch.Operator(linear_attention, IMPLEMENTATIONS, CASE)
 
 
 def step(

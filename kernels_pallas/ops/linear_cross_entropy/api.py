@@ -83,7 +83,7 @@ def linear_cross_entropy(
     arguments.check_flag(operator, "details", details)
     loss = reference.CrossEntropy(softcap, words_axis)
     loss_BT, token_details = _run(
-        operator, loss, layout, chunk_size, implementation,
+        OPERATOR, loss, layout, chunk_size, implementation,
         x_BTD, matrix, bias_W, labels_BT, mask_BT, (), jnp.asarray(z_loss),
     )  # fmt: skip
     return (loss_BT, token_details) if details else loss_BT
@@ -161,10 +161,14 @@ def linear_kl_divergence(
         None if teacher_matrix is None else teacher_layout,
     )
     kl_BT, _ = _run(
-        operator, loss, layout, chunk_size, implementation,
+        KL_DIVERGENCE, loss, layout, chunk_size, implementation,
         x_BTD, matrix, bias_W, teacher_BTE, mask_BT, fixed, None,
     )  # fmt: skip
     return kl_BT
+
+
+OPERATOR = dispatch.Operator(linear_cross_entropy, IMPLEMENTATIONS)
+KL_DIVERGENCE = dispatch.Operator(linear_kl_divergence, IMPLEMENTATIONS)
 
 
 def _run(
@@ -174,14 +178,14 @@ def _run(
     B, T, _ = x_BTD.shape
     W = matrix.shape[layout.index("W")]
     if bias_W is not None:
-        arguments.check_shape(operator, "bias_W", bias_W, (W,))
-        arguments.check_float(operator, "bias_W", bias_W)
+        arguments.check_shape(operator.name, "bias_W", bias_W, (W,))
+        arguments.check_float(operator.name, "bias_W", bias_W)
     if mask_BT is not None:
-        arguments.check_shape(operator, "mask_BT", mask_BT, (B, T))
+        arguments.check_shape(operator.name, "mask_BT", mask_BT, (B, T))
         mask_BT = mask_BT != 0
     expected = "a positive integer (or None)"
-    arguments.check_count(operator, "chunk_size", chunk_size, expected)
-    chosen = dispatch.choose(operator, IMPLEMENTATIONS, implementation)
+    arguments.check_count(operator.name, "chunk_size", chunk_size, expected)
+    chosen = dispatch.choose(operator, implementation)
     if 0 in (B, T):
         none_BT = jnp.zeros_like(x_BTD, arguments.state_dtype(x_BTD, matrix), (B, T))
         return none_BT, TokenDetails(none_BT, none_BT, none_BT)

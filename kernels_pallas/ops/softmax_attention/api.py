@@ -8,16 +8,25 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, chunk_blocks, dtypes, segments
 from kernels_pallas.dispatch import explicit_axes, manual_axes
 from kernels_pallas.ops.softmax_attention import chunked, library, reference
+from kernels_pallas.ops.softmax_attention.case import CASE
 from kernels_pallas.ops.softmax_attention.finite import isolated
 from kernels_pallas.ops.softmax_attention.visibility import Visibility
 
 # Up to here all logits at once are as fast on a CPU as blocks, and simpler to fuse elsewhere.
 FEW_LOGITS = 128 * 128
 
+
+def _few_logits(*, q, v, visibility):
+    T, S = q.shape[1], v.shape[1]
+    if chunk_blocks.known(T, S) and T * S <= FEW_LOGITS:
+        return f"for {T} x {S} logits it is no faster than 'xla'"
+    return None
+
+
 IMPLEMENTATIONS = (
     dispatch.Implementation("splash", library.splash, library.no_splash, "tpu"),
     dispatch.Implementation("cudnn", library.cudnn, library.no_cudnn, "gpu"),
-    dispatch.Implementation("chunked", isolated(chunked.run)),
+    dispatch.Implementation("chunked", isolated(chunked.run), passed_over_reason=_few_logits),
     dispatch.Implementation("xla", isolated(library.xla)),
     dispatch.Implementation("reference", isolated(reference.naive, one_query=True)),
 )
@@ -87,21 +96,13 @@ def softmax_attention(
         return jnp.zeros_like(q_BTHK, shape=(*q_BTHK.shape[:3], v_BTGV.shape[3]))
     if q_BTHK.shape[3] == 0:  # all logits are 0, as those of one channel of zeros
         q_BTHK, k_BTGK = (jnp.pad(z, ((0, 0),) * 3 + ((0, 1),)) for z in (q_BTHK, k_BTGK))
-    implementations = IMPLEMENTATIONS
-    T, S = q_BTHK.shape[1], k_BTGK.shape[1]
-    if chunk_blocks.known(T, S) and T * S <= FEW_LOGITS:
-        implementations = sorted(implementations, key=lambda each: each.name == "chunked")
-    chosen = dispatch.choose(
-        "softmax_attention",
-        implementations,
-        implementation,
-        q=q_BTHK,
-        v=v_BTGV,
-        visibility=visibility,
-    )
+    chosen = dispatch.choose(OPERATOR, implementation, q=q_BTHK, v=v_BTGV, visibility=visibility)
     scale = q_BTHK.shape[3] ** -0.5 if scale is None else scale
     k_BTGK, v_BTGV = k_BTGK.astype(q_BTHK.dtype), v_BTGV.astype(q_BTHK.dtype)
     return chosen.call(*manual_axes.alike((q_BTHK, k_BTGK, v_BTGV, visibility)), scale)
+
+
+OPERATOR = dispatch.Operator(softmax_attention, IMPLEMENTATIONS, CASE)
 
 
 def step(

@@ -11,6 +11,7 @@ from tests.experiments import tiny
 def _train(folder, pattern):
     config = tiny.make_config(folder, pattern=pattern)
     config.train.steps = 1
+    config.schedule.warmup_steps = 0
     return loop.train(config, folder / "run", jax.devices()[:1])
 
 
