@@ -57,7 +57,8 @@ def _diagonal_plus_low_rank_inputs(rng, shape, regime):
 
 
 def _diagonal_plus_low_rank_kind(*, q_BTHK, k_BTHK, **others):
-    return linear_attention.recurrence_kind(q_BTGK=q_BTHK, k_BTGK=k_BTHK, **others)
+    del q_BTHK  # scaled already, in float32
+    return linear_attention.recurrence_kind(q_BTGK=k_BTHK, k_BTGK=k_BTHK, **others)
 
 
 CASE = dataclasses.replace(
