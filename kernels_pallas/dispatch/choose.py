@@ -20,11 +20,12 @@ _RECORDED = contextvars.ContextVar("recorded", default=None)
 class Implementation:
     """One way to compute an operator.
 
-    name: what a caller writes in `implementation=`.
-    call: the function, with the operator's normalised arguments.
-    unsupported_reason: given the call's keyword arguments, why it cannot run, or None if it can.
-    platform: the one it is a kernel for, 'tpu' or 'gpu'; None runs anywhere.
-    passed_over_reason: why it should serve only where it is named, although it can run, or None.
+    name: the value of `implementation=` that asks for it.
+    call: the function, on the operator's normalised arguments.
+    unsupported_reason: of the call's keyword arguments, the reason why it cannot run, or None.
+    platform: the one that it is a kernel for, 'tpu' or 'gpu'; None runs anywhere.
+    passed_over_reason: the reason why it should serve only where it is named, although it can run,
+      or None.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Implementation:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """What dispatch, the self-check, the benchmarks and the tests know of an operator.
+    """An operator, as dispatch, the self-check, the benchmarks and the tests know it.
 
     function: the public one.
     implementations: the best first.
@@ -66,8 +67,12 @@ class Operator:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which implementation serves a kind of call, such as "per_token bfloat16", and the better ones
-    by name, each with the reason why it does not."""
+    """The implementation that serves a kind of call.
+
+    kind: what of the call decides, and the dtype, such as "per_token bfloat16"; empty for operators
+      without kernels. passed_over: the better implementations, each with the reason why it does not
+      serve.
+    """
 
     operator: str
     kind: str
@@ -204,8 +209,7 @@ def _record(operator, implementation, passed_over, arguments) -> None:
 
 
 def run(operator: Operator, name: str | None, **arguments) -> Any:
-    """Calls what `choose` returns, with its arrays of one type under `jax.shard_map` (see
-    `manual_axes`).
-    """
+    """Calls what `choose` returns. Under `jax.shard_map` the arrays are made of one type before
+    (`manual_axes`)."""
     arguments = manual_axes.alike(arguments)
     return choose(operator, name, **arguments).call(**arguments)

@@ -29,9 +29,11 @@ TINY = Shape(B=1, T=40, G=1, H=2, K=16, V=16, D=32, window=13)
 
 
 class CheckResult(NamedTuple):
-    """forward, gradient: the largest errors, None where nothing was computed. problem: what is
-    wrong, or None. raised: an exception stood in the way. refused: the implementation does not
-    support this kind of call.
+    """What a check found.
+
+    forward, gradient: the largest errors, None where nothing was computed. problem: what is wrong,
+    or None. raised: an exception stood in the way. refused: the implementation does not support
+    this kind of call.
     """
 
     operator: str
@@ -71,7 +73,7 @@ def check(operator, implementation: str, kind: str, dtype: str, shape=FULL) -> C
 
 
 def _errors(operator, implementation, kind, dtype, shape) -> tuple[dict, dict]:
-    """Errors of outputs and of gradients, by name."""
+    """Returns the errors of outputs and of gradients, by name."""
     case = operator.case
     rng = np.random.default_rng(zlib.crc32(f"{operator.name} {kind}".encode()))
     device = jax.local_devices()[0]
@@ -86,8 +88,8 @@ def _errors(operator, implementation, kind, dtype, shape) -> tuple[dict, dict]:
         ids_BT = _documents(shape) if case.packed(kind) else None
 
         def everything(name):
-            """jit of (inputs, cotangents) -> results for inference, those for training, and
-            gradients; all by the calls' suffixes."""
+            """Returns the jit of (inputs, cotangents, ids) -> results for inference, those for
+            training, and gradients, all by the calls' suffixes; and the forward pass alone."""
 
             def forward(given, ids_BT):
                 return {
@@ -166,7 +168,7 @@ def _normal(rng, like):
 
 
 def _documents(shape) -> np.ndarray:
-    """Three documents; the second spans most chunk edges, the third has the first's id."""
+    """Returns ids of three documents; the second spans most chunk edges, the third has the first's id."""
     T = np.arange(shape.T)
     ids_T = 1 + ((T >= shape.T // 4) & (T < shape.T - shape.T // 10))
     return np.tile(ids_T.astype(np.int32), (shape.B, 1))

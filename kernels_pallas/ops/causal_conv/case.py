@@ -7,8 +7,8 @@ from kernels_pallas.dispatch.case import OperatorCase
 
 
 def _inputs(rng, shape, regime):
-    """The suite's regimes are "width <taps>", with "bias" or without; the others have shape.I taps
-    and a bias."""
+    """Draws inputs of a regime. Those of the suite are "width <taps>", with "bias" or without; the
+    others have shape.I taps and a bias."""
     B, T, D, words = shape.B, shape.T, shape.width, regime.split()
     taps = int(words[1]) if words[0] == "width" else shape.I
     sizes = {"x": (B, T, D), "w": (taps, D), "initial_state": (B, taps - 1, D)}

@@ -8,8 +8,8 @@ from kernels_pallas.dispatch.case import OperatorCase
 
 
 def _inputs(rng, shape, regime):
-    """A regime is "complex <law>" or, real, "<law>" or "real <law>"; laws that begin with "log" give
-    log_decay."""
+    """Draws inputs of a regime, "complex <law>" or, real, "<law>" or "real <law>". Laws that begin
+    with "log" give log_decay."""
     B, T, D = shape.B, shape.T, shape.width
     is_complex = regime.startswith("complex")
     law = regime.removeprefix("complex ").removeprefix("real ")

@@ -106,8 +106,8 @@ def linear_kl_divergence(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Computes the divergence of each token's distribution from a teacher's, for distillation (Hinton
-    et al., arXiv 1503.02531):
+    """Computes the divergence of each token's distribution from a teacher's, for distillation
+    (Hinton et al., arXiv 1503.02531):
 
         p = softmax(teacher's logits / temperature)      q = softmax(logits / temperature)
         KL = sum_w p (log p - log q)
@@ -201,8 +201,8 @@ def _run(
 
 
 def _check_product(operator, name, matrix_name, x_BTD, matrix, layout) -> int:
-    """Returns the size of the vocabulary. Raises ValueError where x, the matrix and its layout do not
-    fit."""
+    """Returns the size of the vocabulary. Raises ValueError where x, the matrix and its layout do
+    not fit."""
     if layout not in LAYOUTS:
         raise ValueError(
             f"{operator}: unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}"

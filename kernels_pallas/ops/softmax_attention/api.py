@@ -166,8 +166,8 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window, causal) -> None:
 
 
 def _signed(x):
-    """Brings integers to int32 or wider: the age of a key is a difference, and unsigned integers have
-    no negative ones."""
+    """Brings integers to int32 or wider: the age of a key is a difference, and unsigned integers
+    have no negative ones."""
     if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
         return x
     return jnp.asarray(x).astype(dtypes.common(x.dtype, jnp.int32))
