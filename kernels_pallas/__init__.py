@@ -14,6 +14,7 @@ Letters: B batch, T time, H (value) heads, G key heads, K key dim, V value dim, 
   length.
 """
 
+from kernels_pallas.dispatch import explain
 from kernels_pallas.ops.causal_conv.api import causal_conv
 from kernels_pallas.ops.delta_rule.api import delta_rule, diagonal_plus_low_rank
 from kernels_pallas.ops.diagonal_scan.api import diagonal_scan
@@ -31,6 +32,7 @@ __all__ = [
     "delta_rule",
     "diagonal_plus_low_rank",
     "diagonal_scan",
+    "explain",
     "linear_attention",
     "linear_cross_entropy",
     "linear_kl_divergence",

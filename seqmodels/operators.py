@@ -26,10 +26,10 @@ from seqmodels.array_typing import Array
 
 
 def on_parts(function: Callable, arrays: dict[str, tuple[Any, str]], results: Any) -> Any:
-    """function(axis_name, **arrays) on each device's part of the arrays; the plain call, with
-    axis_name None, without a mesh.
+    """Calls function(axis_name, **arrays) on each device's part of the arrays. Without a mesh this
+    is one plain call, with axis_name None.
 
-    arrays: by name, each with a letter an axis: B, T, H (heads) and D (channels of heads) are
+    arrays: by name, each with a letter per axis: B, T, H (heads) and D (channels of heads) are
       split, the others are not. A letter stands for one size. Arrays may be None.
     results: the letters of what is returned, a pytree of strings. A result that has no T is the
       same on all parts of time.
@@ -53,7 +53,7 @@ def on_parts(function: Callable, arrays: dict[str, tuple[Any, str]], results: An
 
 
 def _axes(arrays) -> dict[str, Any] | None:
-    """Which mesh axes split each letter; None where there is no mesh."""
+    """Returns the mesh axes that split each letter; None where there is no mesh."""
     if not sharding.sizes():
         return None
     lengths = {}
@@ -69,27 +69,32 @@ def _axes(arrays) -> dict[str, Any] | None:
 
 
 def _split_heads(heads: int, what: str = "heads") -> int:
-    """How many of them a device has. Raises ValueError where they do not divide."""
+    """Returns how many of the heads a device has. Raises ValueError where they do not divide."""
     ways = sharding.sizes().get(sharding.HEAD_AXIS, 1)
     if heads % ways:
         raise ValueError(
-            f"{heads} {what} cannot be split over mesh axis {sharding.HEAD_AXIS!r}: {heads} is not divisible by {ways}"
+            f"{heads} {what} cannot be split over mesh axis {sharding.HEAD_AXIS!r}: "
+            f"{heads} is not divisible by {ways}"
         )
     return heads // ways
 
 
-def _operator(name: str, arrays, results, *, choices=sharding.COLLECTIVES, **keywords):
-    """The operator `name`, or its sequence-parallel form where time is split; `choices` are the
-    collectives it knows."""
+def _operator(
+    plain: Callable, split: Callable, arrays, results, *, choices=sharding.COLLECTIVES, **keywords
+):
+    """Calls an operator: `plain`, or its context-parallel form `split` where time is split.
+
+    choices: the collectives that `split` knows.
+    """
 
     def local(axis_name, **values):
         if axis_name is None:
-            return getattr(kernels_pallas, name)(**values, **keywords)
+            return plain(**values, **keywords)
         how = {"axis_name": axis_name}
         if choices:
             collective = sharding.options().collective
             how["collective"] = collective if collective in choices else choices[0]
-        return getattr(context_parallel, name)(**values, **keywords, **how)
+        return split(**values, **keywords, **how)
 
     return on_parts(local, arrays, results)
 
@@ -101,7 +106,7 @@ def _log_decay(log_decay: Array | None) -> tuple[Array | None, str]:
 
 
 def _key_heads(x_BTGK: Array, v_BTHV: Array) -> Array:
-    """Heads that several of v's share, copied where that lets them be split as v's are."""
+    """Copies key heads, which several heads of v share, where that lets them be split as v's are."""
     G, H = x_BTGK.shape[2], v_BTHV.shape[2]
     ways = math.lcm(G, sharding.sizes().get(sharding.HEAD_AXIS, 1))
     if ways > G and H % ways == 0:
@@ -110,7 +115,8 @@ def _key_heads(x_BTGK: Array, v_BTHV: Array) -> Array:
 
 
 def _matrix_recurrence(
-    name: str,
+    plain: Callable,
+    split: Callable,
     q_BTHK: Array,
     k_BTHK: Array,
     v_BTHV: Array,
@@ -120,8 +126,7 @@ def _matrix_recurrence(
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """Of the operators whose state is (B, H, K, V); `others` are the arrays that only one of them
-    has."""
+    """Calls an operator whose state is (B, H, K, V). `others`: the arrays that it alone has."""
     arrays = {
         "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
         "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
@@ -131,14 +136,15 @@ def _matrix_recurrence(
         "initial_state": (initial_state, "BHKV"),
         "segment_ids": (segment_ids, "BT"),
     }
-    return _operator(name, arrays, ("BTHV", "BHKV"), **keywords)
+    return _operator(plain, split, arrays, ("BTHV", "BHKV"), **keywords)
 
 
 def linear_attention(
     q_BTHK: Array, k_BTHK: Array, v_BTHV: Array, log_decay: Array | None = None, **keywords
 ) -> tuple[Array, Array]:
-    """`kernels_pallas.linear_attention`, with its keywords."""
-    return _matrix_recurrence("linear_attention", q_BTHK, k_BTHK, v_BTHV, {}, log_decay, **keywords)
+    """Calls `kernels_pallas.linear_attention`, with its keywords."""
+    plain, split = kernels_pallas.linear_attention, context_parallel.linear_attention
+    return _matrix_recurrence(plain, split, q_BTHK, k_BTHK, v_BTHV, {}, log_decay, **keywords)
 
 
 def delta_rule(
@@ -149,9 +155,10 @@ def delta_rule(
     log_decay: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """`kernels_pallas.delta_rule`, with its keywords."""
+    """Calls `kernels_pallas.delta_rule`, with its keywords."""
+    plain, split = kernels_pallas.delta_rule, context_parallel.delta_rule
     others = {"beta_BTH": (beta_BTH, "BTH")}
-    return _matrix_recurrence("delta_rule", q_BTHK, k_BTHK, v_BTHV, others, log_decay, **keywords)
+    return _matrix_recurrence(plain, split, q_BTHK, k_BTHK, v_BTHV, others, log_decay, **keywords)
 
 
 def diagonal_plus_low_rank(
@@ -163,11 +170,10 @@ def diagonal_plus_low_rank(
     log_decay: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """`kernels_pallas.diagonal_plus_low_rank`, with its keywords."""
+    """Calls `kernels_pallas.diagonal_plus_low_rank`, with its keywords."""
+    plain, split = kernels_pallas.diagonal_plus_low_rank, context_parallel.diagonal_plus_low_rank
     others = {"a_BTHK": (a_BTHK, "BTHK"), "b_BTHK": (b_BTHK, "BTHK")}
-    return _matrix_recurrence(
-        "diagonal_plus_low_rank", q_BTHK, k_BTHK, v_BTHV, others, log_decay, **keywords
-    )
+    return _matrix_recurrence(plain, split, q_BTHK, k_BTHK, v_BTHV, others, log_decay, **keywords)
 
 
 def diagonal_scan(
@@ -179,7 +185,7 @@ def diagonal_scan(
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """`kernels_pallas.diagonal_scan`; keywords are its reverse and implementation."""
+    """Calls `kernels_pallas.diagonal_scan`. Keywords: reverse, implementation."""
 
     def letters(decay):
         return "D" if decay is not None and decay.ndim == 1 else "BTD"
@@ -191,7 +197,8 @@ def diagonal_scan(
         "initial_state": (initial_state, "BD"),
         "segment_ids": (segment_ids, "BT"),
     }
-    return _operator("diagonal_scan", arrays, ("BTD", "BD"), **keywords)
+    plain, split = kernels_pallas.diagonal_scan, context_parallel.diagonal_scan
+    return _operator(plain, split, arrays, ("BTD", "BD"), **keywords)
 
 
 def causal_conv(
@@ -204,7 +211,7 @@ def causal_conv(
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """`kernels_pallas.causal_conv`; keywords are its activation, eps and implementation."""
+    """Calls `kernels_pallas.causal_conv`. Keywords: activation, eps, implementation."""
     arrays = {
         "x_BTD": (x_BTD, "BTD"),
         "w": (w, "ID"),
@@ -214,9 +221,9 @@ def causal_conv(
     }
     if l2_norm_heads is not None:  # each device has whole heads
         l2_norm_heads = _split_heads(l2_norm_heads)
-    return _operator(
-        "causal_conv", arrays, ("BTD", "BID"), choices=(), l2_norm_heads=l2_norm_heads, **keywords
-    )
+    plain, split = kernels_pallas.causal_conv, context_parallel.causal_conv
+    keywords["l2_norm_heads"] = l2_norm_heads
+    return _operator(plain, split, arrays, ("BTD", "BID"), choices=(), **keywords)
 
 
 def softmax_attention(
@@ -230,10 +237,9 @@ def softmax_attention(
     kv_positions_BS: Array | None = None,
     **keywords,
 ) -> Array:
-    """`kernels_pallas.softmax_attention`; keywords are its window, causal, scale and
-    implementation.
+    """Calls `kernels_pallas.softmax_attention`. Keywords: window, causal, scale, implementation.
 
-    Where positions are given, keys are slots of a cache, of which every part of time has all.
+    Where positions are given, keys are slots of a cache, and every part of time has all of it.
     """
     cache = {
         "kv_segment_ids_BS": (kv_segment_ids_BS, "BS"),
@@ -249,7 +255,8 @@ def softmax_attention(
         "segment_ids": (segment_ids, f"B{time}"),
     }
     return _operator(
-        "softmax_attention",
+        kernels_pallas.softmax_attention,
+        context_parallel.softmax_attention,
         arrays if by_index else arrays | cache,
         f"B{time}HV",
         choices=("all_gather", "ring"),
@@ -258,7 +265,7 @@ def softmax_attention(
 
 
 def associative_scan(compose: Callable, elements: Any, letters: str) -> Any:
-    """`lax.associative_scan` over time: what each token's element and all before it compose to.
+    """Composes each token's element with all before it: `lax.associative_scan` over time.
 
     elements: a pytree of arrays, each with `letters`. compose: (first, then) -> both, on such
       pytrees; it broadcasts.
@@ -276,7 +283,7 @@ def associative_scan(compose: Callable, elements: Any, letters: str) -> Any:
 
 
 def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> Array:
-    """x_{t-1} of every token, and `first_B` (None: x itself) of the first."""
+    """Returns x_{t-1} for every token, and for the first `first_B` (None: x itself)."""
 
     def local(axis_name, x_BT, first_B):
         first_B1 = x_BT[:, :1] if first_B is None else first_B[:, None]
@@ -289,30 +296,31 @@ def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> 
 
 
 def starts(segment_ids_BT: Array) -> Array:
-    """`kernels_pallas.common.segments.starts`: True where a token begins a new document; the first
-    token does not."""
+    """Returns True where a token begins a new document; the first token does not
+    (`kernels_pallas.common.segments.starts`)."""
     return segment_ids_BT != previous(segment_ids_BT)
 
 
 def run_index(segment_ids_BT: Array) -> Array:
-    """`kernels_pallas.common.segments.run_index`: equal for two tokens iff one document holds both."""
+    """Returns numbers that are equal for two tokens iff one document holds both
+    (`kernels_pallas.common.segments.run_index`)."""
     return associative_scan(jnp.add, starts(segment_ids_BT).astype(jnp.int32), "BT")
 
 
 def positions(segment_ids_BT: Array) -> Array:
-    """`kernels_pallas.common.segments.positions`: index of each token within its document, the
-    row's first from 0."""
+    """Returns each token's index within its document; a row's first document counts from 0
+    (`kernels_pallas.common.segments.positions`)."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     start_index_BT = jnp.where(starts(segment_ids_BT), index_T[None], 0)
     return index_T[None] - associative_scan(jnp.maximum, start_index_BT, "BT")
 
 
 def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
-    """Inside `on_parts`, elementwise: the state that enters this part of time, and the one after
-    the last part.
+    """Returns the state that enters this part of time, and the one after the last part; for use
+    inside `on_parts`, elementwise.
 
-    A part makes decay * S + state of what enters it; `initial` enters the first. All are (B, ...,
-    V).
+    A part makes decay * S + state of the S that enters it; `initial` enters the first. All are
+    (B, ..., V).
     """
     collective, columns = sharding.options().collective, state.shape[-1]
     form = collectives.form("entering_state", axis_name, collective, None, columns)
@@ -320,8 +328,8 @@ def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
 
 
 def with_earlier(axis_name, old_BS, x_BT) -> Array:
-    """Inside `on_parts`: [the S tokens before this part of time, x_BT]. `old_BS` come before the
-    first part."""
+    """Returns [the S tokens before this part of time, x_BT]; for use inside `on_parts`. `old_BS`
+    come before the first part."""
     if axis_name is not None:
         ranks, S = collectives.Ranks(axis_name), old_BS.shape[1]
         old_BS = collectives.preceding_tokens(ranks, x_BT, S, old_BS)
@@ -329,7 +337,7 @@ def with_earlier(axis_name, old_BS, x_BT) -> Array:
 
 
 def embedding(table_WD: Array, tokens_BT: Array) -> Array:
-    """The rows of the table, (B, T, D); words are split, and each device looks up its own."""
+    """Returns the tokens' rows of the table, (B, T, D). Words are split; a device looks up its own."""
     words = sharding.axes_of("W", table_WD.shape[0])
 
     def local(_, table_WE, tokens_BT):
@@ -348,8 +356,8 @@ def embedding(table_WD: Array, tokens_BT: Array) -> Array:
 def linear_cross_entropy(
     x_BTD: Array, matrix: Array, labels_BT: Array, *, layout: str = "WD", **keywords
 ) -> tuple[Array, kernels_pallas.TokenDetails]:
-    """`kernels_pallas.linear_cross_entropy` with details; tokens and words are split, and no logits
-    or sums of them gathered."""
+    """Calls `kernels_pallas.linear_cross_entropy` with details. Tokens and words are split; logits
+    and their sums are not gathered."""
     time = "t" if sharding.axes_of("t", x_BTD.shape[1]) else "T"
     arrays = {
         "x_BTD": (x_BTD, f"B{time}E"),

@@ -40,7 +40,7 @@ def compile_step(config: ConfigDict) -> Row:
     size = (config.data.batch_size, config.data.seq_len)
     dtypes = {
         "inputs": np.int32,
-        "targets": np.int32,
+        "labels": np.int32,
         "segment_ids": np.int32,
         "loss_mask": np.float32,
     }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.entries import Arrays, Entry, Problem, with_gradients
-from kernels_pallas.selfcheck import position_error
+from kernels_pallas.dispatch.kernel_check import position_error
 
 # On accelerators a float32 product is rounded to TF32 or bfloat16 by default, so the wider
 # tolerance holds there.

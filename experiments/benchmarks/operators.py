@@ -1,7 +1,6 @@
-"""The five operators as cases: sizes, variants, inputs, and how each is called."""
+"""The operators as the benchmarks call them: published shapes, kinds of call, inputs."""
 
 import dataclasses
-import importlib
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -10,257 +9,124 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kernels_pallas
 from experiments.benchmarks.entries import Arrays, Entry, Problem, jax_entry
+from kernels_pallas import dispatch
+from kernels_pallas.common import regimes
+from kernels_pallas.dispatch.case import Shape
+from kernels_pallas.ops.causal_conv import api as causal_conv
+from kernels_pallas.ops.causal_conv import shapes as causal_conv_shapes
+from kernels_pallas.ops.delta_rule import api as delta_rule
+from kernels_pallas.ops.delta_rule import shapes as delta_rule_shapes
+from kernels_pallas.ops.diagonal_scan import api as diagonal_scan
+from kernels_pallas.ops.diagonal_scan import shapes as diagonal_scan_shapes
+from kernels_pallas.ops.linear_attention import api as linear_attention
+from kernels_pallas.ops.linear_attention import shapes as linear_attention_shapes
+from kernels_pallas.ops.softmax_attention import api as softmax_attention
+from kernels_pallas.ops.softmax_attention import shapes as softmax_attention_shapes
 
 DECAYS = ("none", "per_head", "per_token", "per_channel")
 DEFINITION = "reference"  # the recurrent form: truth, and what ratios refer to
+_DOCUMENT = 1000  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of a problem beside its length. G: key heads (None is H). D: width where there are no
-    heads (None is H V).
-    I: taps of a convolution."""
+class OperatorBenchmark:
+    """What is timed of an operator, on the regime "trained" of its case.
 
-    B: int = 1
-    H: int = 4
-    G: int | None = None
-    K: int = 64
-    V: int = 64
-    D: int | None = None
-    I: int = 4
-    window: int = 256
-
-    @property
-    def key_heads(self) -> int:
-        return self.G or self.H
-
-    @property
-    def width(self) -> int:
-        return self.D or self.H * self.V
-
-
-@dataclasses.dataclass(frozen=True)
-class OperatorCase:
-    """What the benchmark has to know about an operator.
-
-    variants: the forms that are timed each on its own; the first is a shape's, unless it says
-      another.
-    make_inputs: (rng, shape, T, variant) -> float32 (complex64) arrays by name.
-    call: (inputs, implementation, variant, shape) -> outputs by name.
-    rounded: the inputs that take the dtype asked for; the others (states, gates) stay float32.
-    letters: the sizes it has.
+    kinds: by the names that tables and flags have for them, the kinds of call that are timed each
+      on its own. The first is a shape's, unless it says another.
+    published: the module of its shapes.
     """
 
-    name: str
-    variants: tuple[str, ...]
-    make_inputs: Callable[[np.random.Generator, Shape, int, str], Arrays]
-    call: Callable[[Arrays, str, str, Shape], Arrays]
-    rounded: tuple[str, ...]
-    letters: str
+    operator: dispatch.Operator
+    kinds: dict[str, str]
+    published: Any
 
-    def sizes(self, shape: Shape) -> dict[str, int]:
-        """What of a shape makes a difference here, defaults filled in."""
-        known = dataclasses.asdict(shape) | {"G": shape.key_heads, "D": shape.width}
-        names = [*self.letters, *(["window"] if "window" in self.variants else [])]
-        return {name: known[name] for name in names}
+    @property
+    def name(self) -> str:
+        return self.operator.name
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return tuple(self.kinds)
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        return self.operator.case.rounded
+
+    @property
+    def letters(self) -> str:
+        return self.operator.case.letters
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        api = importlib.import_module(f"kernels_pallas.ops.{self.name}.api")
-        return tuple(implementation.name for implementation in api.IMPLEMENTATIONS)
+        return tuple(implementation.name for implementation in self.operator.implementations)
 
     @property
     def shapes(self) -> dict[str, dict[str, Any]]:
         """Published workloads by name."""
-        return importlib.import_module(f"kernels_pallas.ops.{self.name}.shapes").SHAPES
+        return self.published.SHAPES
+
+    def sizes(self, shape: Shape) -> dict[str, int]:
+        """Returns the sizes of a shape that the operator has, defaults filled in."""
+        known = dataclasses.asdict(shape) | {"G": shape.key_heads, "D": shape.width}
+        names = [*self.letters, *(["window"] if "window" in self.variants else [])]
+        return {name: known[name] for name in names}
+
+    def make_inputs(self, rng: np.random.Generator, shape: Shape, T: int, variant: str) -> Arrays:
+        shape = dataclasses.replace(shape, T=T)
+        if variant == "per_head":  # a number for each head, from the law that tokens have
+            fixed = {"log_decay": regimes.gate(rng, (shape.H,), "trained")}
+            return self.operator.case.inputs(rng, shape, "none trained") | fixed
+        return self.operator.case.inputs(rng, shape, f"{self.kinds[variant]} trained")
 
     def function(
         self, implementation: str, variant: str, shape: Shape
     ) -> Callable[[Arrays], Arrays]:
-        return lambda inputs: self.call(inputs, implementation, variant, shape)
+        """Returns a function of inputs by name to outputs by name."""
+        kind, case = self.kinds[variant], self.operator.case
+        options = case.options(kind, shape) | {"implementation": implementation}
+
+        def call(inputs):
+            if "packed" in kind:
+                B, T, _ = inputs["x"].shape
+                ids_BT = jnp.broadcast_to(jnp.arange(T)[None] // _DOCUMENT, (B, T))
+                return case.call(self.operator.function, inputs, segment_ids=ids_BT, **options)
+            return case.call(self.operator.function, inputs, **options)
+
+        return call
 
     def entry(self, implementation: str, variant: str, shape: Shape) -> Entry:
         return jax_entry(implementation, self.function(implementation, variant, shape))
 
 
-def _normal(rng, *shape):
-    return rng.standard_normal(shape, dtype=np.float32)
-
-
-def _qkv(rng, shape: Shape, T: int) -> Arrays:
-    B, G, K = shape.B, shape.key_heads, shape.K
-    return {
-        "q": _normal(rng, B, T, G, K),
-        "k": _normal(rng, B, T, G, K) / np.float32(K**0.5),
-        "v": _normal(rng, B, T, shape.H, shape.V),
-    }
-
-
-def _decay(rng, shape: Shape, T: int, decay: str) -> Arrays:
-    """Log decays as trained models have them: half-lives from a few tokens to a few thousand."""
-    B, H, K = shape.B, shape.H, shape.K
-    size = {"per_head": (H,), "per_token": (B, T, H), "per_channel": (B, T, H, K)}.get(decay)
-    if size is None:
-        return {}
-    return {"log_decay": -np.exp(rng.uniform(np.log(3e-4), np.log(0.3), size)).astype(np.float32)}
-
-
-def _linear_attention_inputs(rng, shape, T, decay):
-    initial_state = _normal(rng, shape.B, shape.H, shape.K, shape.V)
-    return (
-        _qkv(rng, shape, T)
-        | _decay(rng, shape, T, decay)
-        | {"initial_state": initial_state / np.float32(shape.K**0.5)}
-    )
-
-
-def _delta_rule_inputs(rng, shape, T, decay):
-    inputs = _linear_attention_inputs(rng, shape, T, decay)
-    k = inputs["k"]
-    inputs["k"] = k / np.linalg.norm(k, axis=-1, keepdims=True)
-    inputs["beta"] = rng.uniform(0, 1, (shape.B, T, shape.H)).astype(np.float32)
-    return inputs
-
-
-def _diagonal_scan_inputs(rng, shape, T, variant):
-    B, D = shape.B, shape.width
-    magnitude = rng.uniform(0.5, 0.999, (B, T, D)).astype(np.float32)
-    if variant == "real":
-        return {"x": _normal(rng, B, T, D), "decay": magnitude, "initial_state": _normal(rng, B, D)}
-    angle = rng.uniform(0, np.pi, (B, T, D)).astype(np.float32)
-    return {
-        "x": _normal(rng, B, T, D) + 1j * _normal(rng, B, T, D),
-        "decay": magnitude * np.exp(1j * angle),
-        "initial_state": _normal(rng, B, D) + 1j * _normal(rng, B, D),
-    }
-
-
-def _softmax_attention_inputs(rng, shape, T, variant):
-    B, G = shape.B, shape.key_heads
-    return {
-        "q": _normal(rng, B, T, shape.H, shape.K),
-        "k": _normal(rng, B, T, G, shape.K),
-        "v": _normal(rng, B, T, G, shape.V),
-    }
-
-
-def _causal_conv_inputs(rng, shape, T, variant):
-    B, D, I = shape.B, shape.width, shape.I
-    return {
-        "x": _normal(rng, B, T, D),
-        "w": _normal(rng, I, D),
-        "bias": _normal(rng, D),
-        "initial_state": _normal(rng, B, I - 1, D),
-    }
-
-
-def _outputs(results) -> Arrays:
-    return dict(zip(("output", "final state"), results))
-
-
-def _linear_attention(x, implementation, decay, shape):
-    return _outputs(
-        kernels_pallas.linear_attention(
-            x["q"], x["k"], x["v"], x.get("log_decay"),
-            initial_state=x["initial_state"], implementation=implementation,
-        )
-    )  # fmt: skip
-
-
-def _delta_rule(x, implementation, decay, shape):
-    return _outputs(
-        kernels_pallas.delta_rule(
-            x["q"], x["k"], x["v"], x["beta"], x.get("log_decay"),
-            initial_state=x["initial_state"], implementation=implementation,
-        )
-    )  # fmt: skip
-
-
-def _diagonal_scan(x, implementation, variant, shape):
-    return _outputs(
-        kernels_pallas.diagonal_scan(
-            x["x"], x["decay"], initial_state=x["initial_state"], implementation=implementation
-        )
-    )
-
-
-def _softmax_attention(x, implementation, variant, shape):
-    window = shape.window if variant == "window" else None
-    o_BTHV = kernels_pallas.softmax_attention(
-        x["q"], x["k"], x["v"], window=window, implementation=implementation
-    )
-    return {"output": o_BTHV}
-
-
-def _causal_conv(x, implementation, variant, shape):
-    """Documents are 1000 tokens long, heads shape.V channels wide."""
-    B, T, _ = x["x"].shape
-    ids_BT = jnp.broadcast_to(jnp.arange(T)[None] // 1000, (B, T)) if "packed" in variant else None
-    return _outputs(
-        kernels_pallas.causal_conv(
-            x["x"],
-            x["w"],
-            bias=x["bias"],
-            activation="silu" if "silu" in variant else None,
-            l2_norm_heads=shape.width // shape.V if "norm" in variant else None,
-            initial_state=x["initial_state"],
-            segment_ids=ids_BT,
-            implementation=implementation,
-        )
-    )
+def _same(*kinds: str) -> dict[str, str]:
+    return dict(zip(kinds, kinds))
 
 
 CASES = {
     case.name: case
     for case in (
-        OperatorCase(
-            name="linear_attention",
-            variants=DECAYS,
-            make_inputs=_linear_attention_inputs,
-            call=_linear_attention,
-            rounded=("q", "k", "v"),
-            letters="BHGKV",
+        OperatorBenchmark(linear_attention.OPERATOR, _same(*DECAYS), linear_attention_shapes),
+        OperatorBenchmark(delta_rule.OPERATOR, _same(*DECAYS), delta_rule_shapes),
+        OperatorBenchmark(diagonal_scan.OPERATOR, _same("real", "complex"), diagonal_scan_shapes),
+        OperatorBenchmark(
+            softmax_attention.OPERATOR,
+            {"full": "causal", "window": "causal window"},
+            softmax_attention_shapes,
         ),
-        OperatorCase(
-            name="delta_rule",
-            variants=DECAYS,
-            make_inputs=_delta_rule_inputs,
-            call=_delta_rule,
-            rounded=("q", "k", "v"),
-            letters="BHGKV",
-        ),
-        OperatorCase(
-            name="diagonal_scan",
-            variants=("real", "complex"),
-            make_inputs=_diagonal_scan_inputs,
-            call=_diagonal_scan,
-            rounded=("x",),
-            letters="BD",
-        ),
-        OperatorCase(
-            name="softmax_attention",
-            variants=("full", "window"),
-            make_inputs=_softmax_attention_inputs,
-            call=_softmax_attention,
-            rounded=("q", "k", "v"),
-            letters="BHGKV",
-        ),
-        OperatorCase(
-            name="causal_conv",
-            variants=("short", "silu", "silu norm", "silu norm packed"),
-            make_inputs=_causal_conv_inputs,
-            call=_causal_conv,
-            rounded=("x", "w", "bias", "initial_state"),
-            letters="BDVI",
+        OperatorBenchmark(
+            causal_conv.OPERATOR,
+            {"short": "sums", **_same("silu", "silu norm", "silu norm packed")},
+            causal_conv_shapes,
         ),
     )
 }
 
 
-def published(case: OperatorCase, name: str) -> tuple[Shape, int, str]:
-    """The shape called `name`, its length and its variant. Raises ValueError, listing the choices."""
+def published(case: OperatorBenchmark, name: str) -> tuple[Shape, int, str]:
+    """Returns the shape called `name`, its length and its variant. Raises ValueError, listing the
+    choices."""
     if name not in case.shapes:
         raise ValueError(
             f"{case.name} has no shape {name!r}; choose one of {', '.join(case.shapes)}"
@@ -273,21 +139,20 @@ def published(case: OperatorCase, name: str) -> tuple[Shape, int, str]:
         variant = "complex"
     if sizes.get("window"):
         variant = "window"
+    if "K" in sizes:
+        sizes.setdefault("V", sizes["K"])
     return Shape(**{k: v for k, v in sizes.items() if v is not None}), length, variant
 
 
-def make_problem(case: OperatorCase, shape: Shape, T: int, variant: str, dtype: str) -> Problem:
-    """Inputs and random cotangents, the same ones for the same arguments."""
-    rng = np.random.default_rng(zlib.crc32(repr((case.name, variant, shape, T)).encode()))
+def make_problem(
+    case: OperatorBenchmark, shape: Shape, T: int, variant: str, dtype: str
+) -> Problem:
+    """Returns inputs and random cotangents, the same ones for the same arguments."""
+    seed = zlib.crc32(repr((case.name, variant, dataclasses.astuple(shape), T)).encode())
+    rng = np.random.default_rng(seed)
     inputs = case.make_inputs(rng, shape, T, variant)
     if variant != "complex":
         inputs |= {name: inputs[name].astype(jnp.dtype(dtype)) for name in case.rounded}
     outputs = jax.eval_shape(case.function(DEFINITION, variant, shape), inputs)
-
-    def cotangent(output):
-        x = _normal(rng, *output.shape)
-        if jnp.issubdtype(output.dtype, jnp.complexfloating):
-            x = x + 1j * _normal(rng, *output.shape)
-        return x.astype(output.dtype)
-
-    return Problem(inputs, jax.tree.map(cotangent, outputs))
+    cotangents = jax.tree.map(lambda y: regimes.normal(rng, *y.shape, dtype=y.dtype), outputs)
+    return Problem(inputs, cotangents)

@@ -38,7 +38,7 @@ NOTE = (
 )
 
 
-def workload(case: operators.OperatorCase, name: str) -> tuple[operators.Shape, int, tuple]:
+def workload(case: operators.OperatorBenchmark, name: str) -> tuple[operators.Shape, int, tuple]:
     """(sizes, T, variants) of a shape: 'target' in every variant, or a published one in its own.
 
     Raises:

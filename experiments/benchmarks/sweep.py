@@ -39,7 +39,7 @@ class Settings:
 
 
 def section(
-    case: operators.OperatorCase,
+    case: operators.OperatorBenchmark,
     variants: Sequence[str],
     settings: Settings,
     folder: Path,
@@ -66,7 +66,7 @@ def section(
 
 
 def run(
-    case: operators.OperatorCase,
+    case: operators.OperatorBenchmark,
     variant: str,
     settings: Settings,
     peers: Sequence[Entry] = (),

@@ -1,5 +1,5 @@
 """Finds chunk and block sizes for the table that `kernels_pallas.dispatch.tuning` reads: what
-`bench --tune` does.
+`bench tune` does.
 
 A call is traced to learn which keys it looks up. Then one size after another takes its candidates,
 the rest standing as they are. The sizes in use stay unless another is worth it (2 % in cycles, 4 %

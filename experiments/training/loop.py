@@ -16,6 +16,7 @@ from experiments.launch import distributed
 from experiments.launch.cli import NonFiniteLoss, Stopped
 from experiments.training import evaluation, metrics, run_record, steps, summary
 from experiments.training.checkpoints import Checkpoints
+from kernels_pallas import dispatch
 from seqmodels import sharding
 from seqmodels.text import tokenizers
 
@@ -122,7 +123,10 @@ def train(
             validate(start)
         with StopSignals() as stop, contextlib.closing(checkpoints):
             for step in range(start + 1, config.train.steps + 1):
-                state, step_metrics = program.train_step(state, program.put(next(batches)))
+                with dispatch.recorded() as choices:  # the first step is traced, and no other
+                    state, step_metrics = program.train_step(state, program.put(next(batches)))
+                for choice in choices:
+                    progress.say(str(choice))
                 if pending:
                     report(*pending)
                 pending = (step, step_metrics)

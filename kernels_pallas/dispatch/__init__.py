@@ -1,6 +1,14 @@
 """Choosing an implementation: by name, or the best that has matched the chunked form on this kind
 of device."""
 
-from kernels_pallas.dispatch.choose import Implementation, choose, run
+from kernels_pallas.dispatch.choose import (
+    Choice,
+    Implementation,
+    Operator,
+    choose,
+    explain,
+    recorded,
+    run,
+)
 
-__all__ = ["Implementation", "choose", "run"]
+__all__ = ["Choice", "Implementation", "Operator", "choose", "explain", "recorded", "run"]

@@ -1,5 +1,6 @@
-"""libtpu on a machine without a TPU: it compiles for one (`tpu_compile`), and complains at length
-where JAX starts it."""
+"""Keeps libtpu quiet on a machine without a TPU, where it is installed to compile for one
+(`tools.tpu_compile`).
+"""
 
 import glob
 import importlib.metadata
@@ -33,7 +34,7 @@ def pass_over() -> None:
 
 def tell_libtpu() -> None:
     """Sets what libtpu would otherwise ask Google Cloud's metadata server, and that it guards no
-    chip and logs nothing."""
+    chip and writes no logs."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")

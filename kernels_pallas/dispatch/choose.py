@@ -1,32 +1,41 @@
 """Choosing an implementation of an operator: the one that was named, or the best that can run the
 call."""
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from kernels_pallas.dispatch import devices, manual_axes, verification
+from kernels_pallas.dispatch.case import OperatorCase
+
+_RECORDED = contextvars.ContextVar("recorded", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute an operator.
 
-    name: what a caller writes in `implementation=`.
-    call: the function, with the operator's normalised arguments.
-    unsupported_reason: given the call's keyword arguments, why it cannot run, or None if it can.
-    platform: the one it is a kernel for, 'tpu' or 'gpu'; None runs anywhere.
+    name: the value of `implementation=` that asks for it.
+    call: the function, on the operator's normalised arguments.
+    unsupported_reason: of the call's keyword arguments, the reason why it cannot run, or None.
+    platform: the one that it is a kernel for, 'tpu' or 'gpu'; None runs anywhere.
+    passed_over_reason: the reason why it should serve only where it is named, although it can run,
+      or None.
     """
 
     name: str
     call: Callable[..., Any]
     unsupported_reason: Callable[..., str | None] = lambda **arguments: None
     platform: str | None = None
+    passed_over_reason: Callable[..., str | None] = lambda **arguments: None
 
     def reason_against(self, arguments) -> str | None:
-        """Why this call cannot run on the current target, or None."""
+        """Returns why this call cannot run on the current target, or None."""
         target = devices.current()
         if self.platform not in (None, target.platform):
             return f"it is a kernel for {self.platform}; this is {target.platform}"
@@ -38,15 +47,99 @@ class Implementation:
         return self.unsupported_reason(**arguments)
 
 
-def choose(
-    operator: str, implementations: Sequence[Implementation], name: str | None, **arguments
-) -> Implementation:
-    """Returns the implementation called `name`, or for None the first of the list that supports the
-    call.
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """An operator, as dispatch, the self-check, the benchmarks and the tests know it.
+
+    function: the public one.
+    implementations: the best first.
+    case: how it is called and checked; None where it has no kernel that would have to be.
+    """
+
+    function: Callable[..., Any]
+    implementations: tuple[Implementation, ...]
+    case: OperatorCase | None = None
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The implementation that serves a kind of call.
+
+    kind: what of the call decides, and the dtype, such as "per_token bfloat16"; empty for operators
+      without kernels. passed_over: the better implementations, each with the reason why it does not
+      serve.
+    """
+
+    operator: str
+    kind: str
+    implementation: str
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        kind = f" ({self.kind})" if self.kind else ""
+        others = "".join(f". Not {name}: {reason}" for name, reason in self.passed_over.items())
+        return f"{self.operator}{kind}: {self.implementation}{others}"
+
+
+@contextlib.contextmanager
+def recorded():
+    """Gives a list that fills with the `Choice` of every operator that is traced inside, one for
+    each operator, kind of call and implementation.
+
+    What JAX finds in its caches is not traced.
+    """
+    found: list[Choice] = []
+    token = _RECORDED.set(found)
+    try:
+        yield found
+    finally:
+        _RECORDED.reset(token)
+
+
+def explain(operator: Callable, *arguments, **keywords) -> Choice:
+    """Says which implementation serves a call here, and of each better one why it does not.
+
+    operator: a public function, such as `kernels_pallas.delta_rule`. The arguments are its own,
+    arrays or `jax.ShapeDtypeStruct`. Nothing is computed; a kernel that has not been checked on
+    this kind of device is checked, as a call would.
+
+        >>> q = k = v = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+        >>> beta = jax.ShapeDtypeStruct((1, 4096, 8), jnp.float32)
+        >>> print(kernels_pallas.explain(kernels_pallas.delta_rule, q, k, v, beta))
+        delta_rule (none bfloat16): chunked. Not one_token: it takes one token; got T = 4096. Not
+        pallas_tpu: it is a kernel for tpu; this is cpu. Not triton: it is a kernel for gpu; this is
+        cpu
+
+    Raises:
+      ValueError: the operator's own, or it chooses nothing: no tokens, or not an operator.
+      NotImplementedError: the implementation that is named cannot run this call.
+    """
+    leaves, structure = jax.tree.flatten((arguments, keywords))
+    kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, kinds)}
+
+    def call(arrays):
+        given = [arrays.get(i, x) for i, x in enumerate(leaves)]
+        arguments, keywords = jax.tree.unflatten(structure, given)
+        return operator(*arguments, **keywords)
+
+    with devices.of(arrays.values()), recorded() as choices:
+        jax.eval_shape(call, arrays)
+    if not choices:
+        raise ValueError(f"{operator.__name__}: nothing is chosen for these arguments")
+    return choices[0]
+
+
+def choose(operator: Operator, name: str | None, **arguments) -> Implementation:
+    """Returns the implementation called `name`, or for None the first that supports the call.
 
     A named implementation that cannot run raises and says why; nothing is swapped in silence. For
-    None, a kernel serves once it has passed its check on this kind of device (`first_use`); a named
-    one is not checked.
+    None, a kernel serves once it has passed its check on this kind of device (`verification`); a
+    named one is not checked.
 
     Arrays that are committed to another platform than the process's first are computed there.
 
@@ -55,54 +148,68 @@ def choose(
       NotImplementedError: the named implementation does not support this call, or none does (with
         the reasons).
     """
-    device = devices.committed(jax.tree.leaves(arguments))
-    if device is None or devices.platform_of(device) == devices.current().platform:
-        return _choose(operator, implementations, name, arguments)
-    with jax.default_device(device):
-        chosen = _choose(operator, implementations, name, arguments)
+    leaves = jax.tree.leaves(arguments)
+    with devices.of(leaves) as moved:
+        chosen = _choose(operator, name, arguments)
+    if not moved:
+        return chosen
 
     def call(*args, **keywords):
-        with jax.default_device(device):
+        with devices.of(leaves):
             return chosen.call(*args, **keywords)
 
     return dataclasses.replace(chosen, call=call)
 
 
-def _choose(operator, implementations, name, arguments) -> Implementation:
-    if name is None:
-        reasons = []
-        for implementation in implementations:
-            reason = implementation.reason_against(arguments)
-            if reason is None and implementation.platform is not None:
-                reason = verification.unverified_reason(operator, implementation.name, arguments)
-            if reason is None:
-                return implementation
-            reasons.append(f"{implementation.name}: {reason}")
-        raise NotImplementedError(
-            f"{operator}: no implementation supports this call ({'; '.join(reasons)})"
+def _choose(operator, name, arguments) -> Implementation:
+    names = [implementation.name for implementation in operator.implementations]
+    if name is not None and name not in names:
+        raise ValueError(
+            f"{operator.name}: unknown implementation {name!r}; choose one of "
+            f"{', '.join(map(repr, names))}, or None"
         )
-    for implementation in implementations:
-        if implementation.name == name:
-            if devices.interpreting():
-                reason = implementation.unsupported_reason(**arguments)
-            else:
-                reason = implementation.reason_against(arguments)
-            if reason:
-                raise NotImplementedError(
-                    f"{operator}: implementation {name!r} cannot run here: {reason}"
-                )
+    passed_over = {}
+    for implementation in operator.implementations:
+        if name is None:
+            reason = _reason_against_unnamed(operator, implementation, arguments)
+        elif name != implementation.name:
+            reason = f"{name!r} was asked for"
+        elif devices.interpreting():
+            reason = implementation.unsupported_reason(**arguments)
+        else:
+            reason = implementation.reason_against(arguments)
+        if reason is None:
+            _record(operator, implementation, passed_over, arguments)
             return implementation
-    choices = ", ".join(repr(implementation.name) for implementation in implementations)
-    raise ValueError(
-        f"{operator}: unknown implementation {name!r}; choose one of {choices}, or None"
-    )
+        if name == implementation.name:
+            raise NotImplementedError(
+                f"{operator.name}: implementation {name!r} cannot run here: {reason}"
+            )
+        passed_over[implementation.name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise NotImplementedError(f"{operator.name}: no implementation supports this call ({reasons})")
 
 
-def run(
-    operator: str, implementations: Sequence[Implementation], name: str | None, **arguments
-) -> Any:
-    """Calls what `choose` returns, with its arrays of one type under `jax.shard_map` (see
-    `manual_axes`).
-    """
+def _reason_against_unnamed(operator, implementation, arguments) -> str | None:
+    reason = implementation.reason_against(arguments)
+    reason = reason or implementation.passed_over_reason(**arguments)
+    if reason is None and implementation.platform is not None:
+        reason = verification.unverified_reason(operator, implementation.name, arguments)
+    return reason
+
+
+def _record(operator, implementation, passed_over, arguments) -> None:
+    found = _RECORDED.get()
+    if found is None:
+        return
+    kind = " ".join(operator.case.kind_of(**arguments)) if operator.case else ""
+    known = ((x.operator, x.kind, x.implementation) for x in found)
+    if (operator.name, kind, implementation.name) not in known:
+        found.append(Choice(operator.name, kind, implementation.name, passed_over))
+
+
+def run(operator: Operator, name: str | None, **arguments) -> Any:
+    """Calls what `choose` returns. Under `jax.shard_map` the arrays are made of one type before
+    (`manual_axes`)."""
     arguments = manual_axes.alike(arguments)
-    return choose(operator, implementations, name, **arguments).call(**arguments)
+    return choose(operator, name, **arguments).call(**arguments)

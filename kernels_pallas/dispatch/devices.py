@@ -1,4 +1,4 @@
-"""What a call is being traced for, and whether kernels may run interpreted on a CPU.
+"""The device that a call is being traced for, and whether kernels may run interpreted on a CPU.
 
 A kernel is written for one platform, 'tpu' or 'gpu'. It may be traced on a host that has neither:
 inside `jax.sharding.use_abstract_mesh` of a mesh with an abstract device, that device is the
@@ -16,15 +16,18 @@ _INTERPRETED = contextvars.ContextVar("interpreted", default=False)
 
 
 class Target(NamedTuple):
-    """platform: 'cpu', 'tpu' or 'gpu'. kind: the device's own name, such as 'TPU v6 lite' or
-    'NVIDIA H200'."""
+    """A device to trace for.
+
+    platform: 'cpu', 'tpu' or 'gpu'. kind: the device's own name, such as 'TPU v6 lite' or
+    'NVIDIA H200'.
+    """
 
     platform: str
     kind: str
 
 
 def current() -> Target:
-    """The abstract device in scope, or where there is none `jax.default_device`'s, or else the
+    """Returns the abstract device in scope; where there is none, `jax.default_device`'s; else the
     process's first device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
@@ -39,7 +42,7 @@ def platform_of(device) -> str:
 
 
 def committed(arrays) -> jax.Device | None:
-    """The device that an array is committed to, as `jax.device_put(x, device)` leaves it.
+    """Returns the device that an array is committed to, as `jax.device_put(x, device)` leaves it.
 
     None where there is no such array, or where an abstract device is in scope. Inside jit nothing
     is known of where its arguments will lie: there `jax.default_device` has to name a device of
@@ -55,8 +58,21 @@ def committed(arrays) -> jax.Device | None:
     return None
 
 
+@contextlib.contextmanager
+def of(arrays):
+    """Sets the target, inside the block, to the device that one of the arrays is committed to, where
+    that is of another platform than the current target. Gives whether it is."""
+    device = committed(arrays)
+    if device is None or platform_of(device) == current().platform:
+        yield False
+    else:
+        with jax.default_device(device):
+            yield True
+
+
 def compute_capability() -> float | None:
-    """Of the GPU that a call is traced for, such as 9.0; None where it is not this process's."""
+    """Returns that of the GPU that a call is traced for, such as 9.0; None where it is not this
+    process's."""
     device = jax.devices()[0]
     found = getattr(device, "compute_capability", None)
     return float(found) if found and device.device_kind == current().kind else None
@@ -64,8 +80,7 @@ def compute_capability() -> float | None:
 
 @contextlib.contextmanager
 def interpreted(on: bool = True):
-    """Kernels that are traced inside the block run interpreted, where the target is a CPU. Read at
-    tracing."""
+    """Lets kernels that are traced inside the block run interpreted, where the target is a CPU."""
     token = _INTERPRETED.set(on)
     try:
         yield
@@ -74,5 +89,5 @@ def interpreted(on: bool = True):
 
 
 def interpreting() -> bool:
-    """Whether a kernel that is traced now is to be interpreted."""
+    """Returns whether a kernel that is traced now is to be interpreted."""
     return _INTERPRETED.get() and current().platform == "cpu"

@@ -2,8 +2,8 @@
 type has its sharding.
 
 Inside an operator those axes are the compiler's, as they are under a mesh with automatic ones:
-chunks, padding and loops have no sharding that anybody could name. What it returns is sharded as
-its letters are in the arguments.
+chunks, padding and loops have no sharding that anybody could name. The results are sharded as their
+letters are in the arguments.
 """
 
 import functools
@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def automatic(results, **letters: str):
-    """Makes a function of arrays serve under such a mesh.
+    """Decorates a function of arrays so that it serves under such a mesh.
 
-    results: the letters of what it returns, a pytree of strings, or one for all. letters: of its
+    results: the letters of the results, a pytree of strings, or one for all. letters: those of the
     arguments, as far as results take theirs from them.
     """
 

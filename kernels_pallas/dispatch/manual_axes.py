@@ -1,10 +1,10 @@
-"""Types under `jax.shard_map`, whose `check_vma` tracks which manual mesh axes an array varies
+"""Types under `jax.shard_map`, whose `check_vma` tracks the manual mesh axes that an array varies
 over.
 
-Loops ask that what they carry keeps its type, and custom derivatives that a cotangent has the type
-of its operand. So every operator first makes its operands alike; the transpose of that sums the
-gradient of a replicated operand over the devices that used it. What an operator makes itself, zeros
-to start from, it makes like an operand (`jnp.zeros_like` keeps the type).
+Loops require that what they carry keeps its type, and custom derivatives that a cotangent has the
+type of its operand. So every operator first makes its operands alike; the transpose of that sums
+the gradient of a replicated operand over the devices that used it. Arrays that an operator makes
+itself, such as zeros to start from, it makes like an operand (`jnp.zeros_like` keeps the type).
 Without the check, or outside shard_map, nothing varies and nothing is done.
 """
 
@@ -14,15 +14,14 @@ from jax import lax
 
 
 def varying(tree) -> frozenset[str]:
-    """The mesh axes that some array of a pytree varies over."""
+    """Returns the mesh axes that some array of a pytree varies over."""
     axes = (jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree) if _is_array(x))
     return frozenset().union(*axes)
 
 
 def alike(tree, axis_name: str | tuple[str, ...] = ()):
-    """The pytree, its arrays each made to vary over every axis that one of them varies over, and
-    over those named.
-    """
+    """Makes every array of a pytree vary over all axes that one of them varies over, and over those
+    named."""
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     axes = varying(tree).union(names)
 
@@ -34,7 +33,10 @@ def alike(tree, axis_name: str | tuple[str, ...] = ()):
 
 
 def shapes(outputs, inputs) -> list[jax.ShapeDtypeStruct]:
-    """What a kernel writes, with the type of what it reads: outputs have a shape and a dtype each."""
+    """Returns abstract arrays for what a kernel writes, with the type of what it reads.
+
+    outputs: anything that has a shape and a dtype each.
+    """
     axes = jax.typeof(inputs[0]).manual_axis_type
     return [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes) for x in outputs]
 

@@ -4,14 +4,13 @@ where it does not.
 `tuned.json` beside this file maps keys to sizes. A key is written
 operator/implementation/.../device kind; an implementation says what stands between, for instance
 
-    delta_rule/pallas_tpu/bfloat16/128x128 per_token/TPU v6 lite      {"chunk_size": 128, "heads":
-      8}
-    delta_rule/triton/writes/bfloat16                            {"BV": 32, "num_warps": 8}
+    delta_rule/pallas_tpu/bfloat16/128x128 per_token/TPU v6 lite  {"chunk_size": 128, "heads": 8}
+    delta_rule/triton/writes/bfloat16                             {"BV": 32, "num_warps": 8}
 
 An entry holds for its key and for all that continue it (the second: for every shape and GPU), and
 the longer key wins. K x V, the kind of decay and the device are met exactly or not at all: sizes
 for a neighbouring shape are no better than the rule, and may not fit. Nothing is ever tuned while a
-model runs; `python -m experiments.bench --tune` writes the table.
+model runs; `python -m experiments.bench tune` writes the table.
 """
 
 import contextlib
@@ -28,11 +27,11 @@ _ASKED = contextvars.ContextVar("asked", default=None)
 
 
 def lookup(heuristic: dict[str, int], operator: str, implementation: str, *rest: str) -> dict:
-    """The sizes of a call that is traced now.
+    """Returns the sizes of a call that is traced now.
 
     heuristic: what the implementation would take; the table may change any of it, and adds nothing.
     rest: what the sizes depend on, from the general to the special. The device's kind is added
-      here.
+    here.
     """
     key = (operator, implementation, *rest, devices.current().kind)
     found, tried = dict(heuristic), _TRIED.get() or {}
@@ -52,8 +51,8 @@ def _table() -> dict[str, dict[str, int]]:
 
 @contextlib.contextmanager
 def trying(sizes: dict[str, dict[str, int]]):
-    """Inside, these entries stand in front of the table's. Read at tracing: trace a function that
-    no cache knows."""
+    """Puts these entries in front of the table's, inside the block. They are read at tracing: trace
+    a function that no cache knows."""
     token = _TRIED.set(sizes)
     try:
         yield
@@ -63,8 +62,8 @@ def trying(sizes: dict[str, dict[str, int]]):
 
 @contextlib.contextmanager
 def asked():
-    """Gives a dict that fills with the whole keys that are looked up inside, and the sizes that
-    each got."""
+    """Gives a dict that fills with the whole keys that are looked up inside the block, and the sizes
+    that each got."""
     found = {}
     token = _ASKED.set(found)
     try:
@@ -74,7 +73,7 @@ def asked():
 
 
 def save(entries: dict[str, dict[str, int]], path: pathlib.Path = TABLE) -> None:
-    """Puts entries into the table, in place of those of the same keys; an empty one removes the
+    """Puts entries into the table, in the place of those of the same keys. An empty entry removes its
     key."""
     merged = json.loads(path.read_text()) | entries
     lines = [

@@ -2,19 +2,19 @@
 
 A kernel proven by compiling and interpreting may be wrong on hardware that its tests never saw. So
 when `implementation=None` is about to choose a kernel, `unverified_reason` wants a passed check
-(`selfcheck.check`, forward and backward against the chunked form) of this operator, implementation,
-kind of call, kind of device, of these versions of JAX, the kernel's compiler and our own source,
-and with 64-bit types on or off as they are now. What is not on record is checked then and there, in
-seconds. Failing, the next implementation serves, and one warning a process says what differed. A
-kernel that is named in `implementation=` is never checked.
+(`kernel_check.check`, forward and backward against the chunked form) of this operator,
+implementation, kind of call and kind of device, of these versions of JAX, the kernel's compiler and
+our own source, and with 64-bit types on or off as they are now. What is not on record is checked
+then and there, in seconds. Where the check fails, the next implementation serves, and one warning
+per process says what differed. A kernel that is named in `implementation=` is never checked.
 
 Records are kept for the process, and on disk in `cache_file()`. A file that cannot be read or
-written only means checking again. An exception is not written down: out of memory, say, it may have
-passed by the next process.
+written only means checking again. An exception is not written down: by the next process its cause,
+such as a lack of memory, may be gone.
 
-We are usually inside a trace here, of jit, grad, vmap or shard_map, perhaps under a mesh. All of
-that belongs to the thread that traces, so the check runs in a thread of its own, as in a fresh
-program, and no tracer can reach it.
+Operators are mostly called inside a trace (of jit, grad, vmap or shard_map, perhaps under a mesh).
+All of that belongs to the thread that traces, so the check runs in a thread of its own, as in a
+fresh program, and no tracer can reach it.
 
 For an abstract target, a kind of device that this process does not have (compiling ahead of time),
 nothing can be run: the kernel is taken unchecked.
@@ -38,57 +38,58 @@ import warnings
 
 import jax
 
-from kernels_pallas.dispatch import devices
+from kernels_pallas.dispatch import devices, kernel_check
 
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("triton", "jax-triton")}
-_SHARED_ROOMS = ("common", "dispatch", "tpu", "gpu")
+_SHARED_FOLDERS = ("common", "dispatch", "tpu", "gpu")
 _decided: dict[str, str | None] = {}
 
 
-def unverified_reason(operator: str, implementation: str, arguments: dict) -> str | None:
-    """Why the kernel does not serve this call, or None; checks what is not on record. Warns once a
-    process."""
-    from kernels_pallas import selfcheck  # it imports the operators, which import this
+def unverified_reason(operator, implementation: str, arguments: dict) -> str | None:
+    """Returns None if the kernel may be used for this call of a `dispatch.Operator`, else the
+    reason.
 
-    case = selfcheck.CASES.get(operator)
+    A kernel may be used once it has matched the chunked form, forward and backward, on this device
+    kind with these library versions. What is not on record is checked; the process's first failure
+    of each kind warns.
+    """
     target, device = devices.current(), jax.local_devices()[0]
-    if case is None or target.kind != device.device_kind:
+    if operator.case is None or target.kind != device.device_kind:
         return None
-    call = (operator, implementation, *case.kind(**arguments))
-    key = record_key(target, *call)
+    call = (implementation, *operator.case.kind_of(**arguments))
+    key = record_key(target, operator.name, *call)
     if key in _decided:
         return _decided[key]
     problem, known = _recorded(key)
     if not known:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            result = thread.submit(_check, jax.config.jax_enable_x64, *call).result()
+            result = thread.submit(_check, jax.config.jax_enable_x64, operator, *call).result()
         problem = result.problem
         record(key, result)
     if key not in _decided:  # another thread may have been first
         _decided[key] = problem
         if problem is not None:
-            warnings.warn(_explained(target, *call, problem), stacklevel=5)
+            warnings.warn(_explained(target, operator.name, *call, problem), stacklevel=6)
     return _decided[key]
 
 
-def _check(x64: bool, *call):
-    """`selfcheck.check` with the setting of the thread that asks."""
-    from kernels_pallas import selfcheck
-
+def _check(x64: bool, operator, *call) -> kernel_check.CheckResult:
+    """Checks with the setting of the thread that asks."""
     with jax.enable_x64(x64):
-        return selfcheck.check(*call)
+        return kernel_check.check(operator, *call)
 
 
-def _explained(target, operator, implementation, variant, dtype, problem) -> str:
+def _explained(target, operator, implementation, kind, dtype, problem) -> str:
     return (
-        f"{operator}: the kernel {implementation!r} failed its check on {target.kind} ({variant}, {dtype}): {problem}. "
-        "The next implementation serves in its place. Please report this: run `python -m kernels_pallas.selfcheck` and "
-        f"paste its table into an issue. implementation={implementation!r} runs the kernel unchecked."
+        f"{operator}: the kernel {implementation!r} failed its check on {target.kind} "
+        f"({kind}, {dtype}): {problem}. The next implementation serves in its place. Please report "
+        "this: run `python -m kernels_pallas.selfcheck` and paste its table into an issue. "
+        f"implementation={implementation!r} runs the kernel unchecked."
     )
 
 
 def record_key(target: devices.Target, operator: str, *call: str) -> str:
-    """What a record is kept by."""
+    """Returns the key of a check's record. call: implementation, kind, dtype."""
     found = ", ".join(f"{name} {version}" for name, version in versions(target.platform).items())
     x64 = " | x64" if jax.config.jax_enable_x64 else ""
     return (
@@ -98,7 +99,7 @@ def record_key(target: devices.Target, operator: str, *call: str) -> str:
 
 @functools.cache
 def versions(platform: str) -> dict[str, str]:
-    """Of JAX and of the compilers of the platform's kernels."""
+    """Returns the versions of JAX and of the compilers of the platform's kernels."""
     found = {}
     for name in ("jax", "jaxlib", *_COMPILERS.get(platform, ())):
         try:
@@ -110,9 +111,9 @@ def versions(platform: str) -> dict[str, str]:
 
 @functools.cache
 def _source(operator: str) -> str:
-    """A digest of what the operator is computed by."""
+    """Returns a digest of the source that computes the operator."""
     package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
-    for folder in (*_SHARED_ROOMS, f"ops/{operator}"):
+    for folder in (*_SHARED_FOLDERS, f"ops/{operator}"):
         for path in sorted((package / folder).rglob("*.*")):
             if path.suffix in (".py", ".json"):
                 digest.update(path.read_bytes())
@@ -120,12 +121,12 @@ def _source(operator: str) -> str:
 
 
 def cache_file() -> pathlib.Path:
-    """selfcheck.json in `cache_folder()`."""
+    """Returns the path of the records, selfcheck.json in `cache_folder()`."""
     return cache_folder() / "selfcheck.json"
 
 
 def cache_folder() -> pathlib.Path:
-    """$SEQMODELS_CACHE, or `seqmodels` in $XDG_CACHE_HOME or in ~/.cache.
+    """Returns $SEQMODELS_CACHE, or `seqmodels` in $XDG_CACHE_HOME or in ~/.cache.
 
     `~` is the user's home in all of them.
     """
@@ -146,7 +147,7 @@ def _records() -> dict:
 
 
 def _recorded(key: str) -> tuple[str | None, bool]:
-    """(the problem or None, whether there is a record)."""
+    """Returns the problem, or None, and whether there is a record."""
     entry = _records().get(key)
     if not isinstance(entry, dict) or not isinstance(entry.get("problem", 0), str | None):
         return None, False
@@ -154,8 +155,8 @@ def _recorded(key: str) -> tuple[str | None, bool]:
 
 
 def record(key: str, result) -> None:
-    """Writes a `selfcheck.Result` into the file, whole or not at all; other processes may be
-    writing too."""
+    """Writes a `kernel_check.CheckResult` into the file, whole or not at all: other processes may
+    be writing, too."""
     if result.raised:
         return
     entry = {

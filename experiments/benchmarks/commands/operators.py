@@ -1,18 +1,19 @@
 """Times the operators, generation and compilation: ratios within one run, each implementation
 checked before its clock starts.
 
-    python -m experiments.bench --op=delta_rule python -m experiments.bench --op=linear_attention
-    --lengths=1024,4096 --decay=channel --dtype=bfloat16 python -m experiments.bench
-    --op=diagonal_scan --shape=rg_lru_2b python -m experiments.bench --op=generation,compile python
-    -m experiments.bench --tune --op=delta_rule --topology=v6e --shape=target,qwen3_next_80b
+    python -m experiments.bench --op=delta_rule
+    python -m experiments.bench --op=linear_attention --lengths=1024,4096 --decay=per_channel
+    python -m experiments.bench --op=diagonal_scan --shape=rg_lru_2b --dtype=bfloat16
+    python -m experiments.bench --op=generation,compile
+    python -m experiments.bench tune --op=delta_rule --topology=v6e --shape=target,qwen3_next_80b
 
-Prints tables and whether the targets are met; writes result.json, tables.md and a picture each into
---out. Exit code 1 if an implementation was wrong. Memory is the compiler's plan beside inputs and
-outputs, not a measurement.
+Prints tables and whether the targets are met; writes result.json, tables.md and a picture of each
+into --out. Exit code 1 if an implementation was wrong. Memory is the compiler's plan beside inputs
+and outputs, not a measurement.
 
---tune looks for chunk and block sizes instead (`benchmarks/tune.py`), by static cycles on TPU
-topologies, which needs no TPU (pip install -e '.[tpu]'), or by time on the device at hand, and
-writes them into the table that the operators read, kernels_pallas/tuned.json.
+`tune` looks for chunk and block sizes (`benchmarks/tune.py`), by static cycles on TPU topologies,
+which needs no TPU (pip install -e '.[tpu]'), or by time on the device at hand, and writes them into
+the table that the operators read, kernels_pallas/dispatch/tuned.json.
 """
 
 import dataclasses
@@ -51,14 +52,15 @@ _DECAY = flags.DEFINE_list(
 _SHAPE = flags.DEFINE_string(
     "shape",
     None,
-    "a published shape, from kernels_pallas/<op>/shapes.py; for --tune several, and target; default there: all",
+    "a published shape, from kernels_pallas/ops/<op>/shapes.py; for tune several, and target; "
+    "default there: all",
 )
 _SIZES = {
     letter: flags.DEFINE_integer(name, None, f"in place of the shape's {letter}", lower_bound=1)
     for letter, name in {"B": "batch", "H": "heads", "K": "key_dim", "V": "value_dim"}.items()
 }
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, DTYPES, "of the operators' inputs; default: float32, for --tune bfloat16"
+    "dtype", None, DTYPES, "of the operators' inputs; default: float32, for tune bfloat16"
 )
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", None, "by name; default: all there are")
 _PASSES = flags.DEFINE_list("passes", list(sweep.PASSES), f"any of {', '.join(sweep.PASSES)}")
@@ -69,30 +71,27 @@ _SECONDS = flags.DEFINE_float(
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "folder for results; default: runs/bench/<op>-<time>, for --tune kernels_pallas",
+    "folder for results; default: runs/bench/<op>-<time>, for tune kernels_pallas/dispatch",
 )
-_TUNE = flags.DEFINE_bool("tune", False, "look for chunk and block sizes, and write them down")
 _NOT_FOR_TUNE = ("lengths", "decay", "batch", "heads", "key_dim", "value_dim", "passes")
 _TOPOLOGY = flags.DEFINE_list(
-    "topology", None, "for --tune: TPU parts (v5e, v5p, v6e, tpu7x) or slices; default: time here"
+    "topology", None, "for tune: TPU parts (v5e, v5p, v6e, tpu7x) or slices; default: time here"
 )
 
 
 def main(argv):
     cli.no_arguments(argv)
-    if _TUNE.value:
-        return _tune()
     if _TOPOLOGY.value:
-        raise cli.UserError("--topology: only --tune compiles for one; for costs see tpu_report")
+        raise cli.UserError("--topology: only tune compiles for one; for costs see tpu_report")
     ops = _ops(OPS)
-    plans = [_plan(op) for op in ops]  # all mistakes are found before the first clock starts
+    measurements = [_measurement(op) for op in ops]  # finds all mistakes before a clock starts
     name = f"{'-'.join(_OP.value)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     out = Path(_OUT.value or Path("runs/bench") / name)
     cli.output_folder(out)
     environment = machine.environment()
     print(machine.describe(environment))
     sections = []
-    for measure in plans:
+    for measure in measurements:
         section = measure(out, machine.describe(environment))
         sections.append(section)
         report.save(out, environment, sections)
@@ -102,15 +101,11 @@ def main(argv):
     return 1 if any(section.wrong for section in sections) else 0
 
 
-def _ops(known: tuple[str, ...]) -> tuple[str, ...]:
-    chosen = _chosen("op", _OP.value, (*known, "all"))
-    return known if "all" in chosen else chosen
-
-
-def _tune() -> None:
+def tune_main(argv) -> None:
+    cli.no_arguments(argv)
     for name in _NOT_FOR_TUNE:
         if flags.FLAGS[name].value != flags.FLAGS[name].default:
-            raise cli.UserError(f"--{name}: --tune takes all calls of --shape; leave it out")
+            raise cli.UserError(f"--{name}: tune takes all calls of --shape; leave it out")
     ops = _ops(tune.OPS)
     shapes = _SHAPE.value and tuple(_SHAPE.value.split(","))
     known = {op: ("target", *operators.CASES[op].shapes) for op in ops}
@@ -138,9 +133,14 @@ def _tune() -> None:
     print(f"{found} entries: {out}")
 
 
-def _plan(op: str) -> Callable[[Path, str], report.Section]:
-    """What is to be measured, as a function of the folder and the pictures' title. Raises UserError
-    for bad flags."""
+def _ops(known: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = _chosen("op", _OP.value, (*known, "all"))
+    return known if "all" in chosen else chosen
+
+
+def _measurement(op: str) -> Callable[[Path, str], report.Section]:
+    """Returns what measures `op`, a function of the folder and the pictures' title. Raises
+    UserError for bad flags."""
     lengths = _LENGTHS.value and tuple(cli.numbers("lengths", _LENGTHS.value))
     if op == "compile":
         return functools.partial(compile_time.section, compile_time.Settings())
@@ -178,14 +178,16 @@ def _chosen(flag: str, values: list[str], choices: tuple[str, ...]) -> tuple[str
 
 
 def _implementations(op: str) -> tuple[str, ...]:
-    """Those of --implementations that the operator has; it is a mistake if it has none of them."""
+    """Returns those of --implementations that the operator has. It is a mistake if it has none of
+    them."""
     has = operators.CASES[op].implementations
     if _IMPLEMENTATIONS.value is None:
         return has
     everywhere = {name for case in operators.CASES.values() for name in case.implementations}
     wanted = [name for name in _IMPLEMENTATIONS.value if name in has or name not in everywhere]
     if not wanted:
+        given = ", ".join(_IMPLEMENTATIONS.value)
         raise cli.UserError(
-            f"--implementations: {op} has none of {', '.join(_IMPLEMENTATIONS.value)}; choose from {', '.join(has)}"
+            f"--implementations: {op} has none of {given}; choose from {', '.join(has)}"
         )
     return _chosen("implementations", wanted, has)

@@ -1,5 +1,4 @@
-"""The `causal_conv` operator: api.py is public, reference.py defines it, the rest are
-implementations."""
+"""The `causal_conv` operator: `kernels_pallas.causal_conv` is public, `step` decodes one token."""
 
 from kernels_pallas.ops.causal_conv.reference import step
 

@@ -7,13 +7,23 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, chunk_blocks, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.causal_conv import reference, shifted, tpu
+from kernels_pallas.ops.causal_conv.case import CASE
+
+FEW_TOKENS = 16
+
+
+def _too_few(*, x_BTD, **others):
+    T = x_BTD.shape[1]
+    if chunk_blocks.known(T) and T < FEW_TOKENS:
+        return f"for T = {T} tokens XLA's form is as fast"
+    return None
+
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, platform="tpu"),
+    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, "tpu", _too_few),
     dispatch.Implementation("shifted", shifted.run),
     dispatch.Implementation("reference", reference.recurrent),
 )
-FEW = 16  # tokens: below, as in decoding, XLA's form is as good as a kernel
 
 
 @explicit_axes.automatic(("BTD", "BSD"), x_BTD="BTD")
@@ -29,47 +39,40 @@ def causal_conv(
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Depthwise causal convolution of width I, each channel on its own, and what follows it at
-    once:
+    """Computes a short depthwise causal convolution of width I, an activation and a norm:
 
         z_t = bias + sum_{i=0}^{I-1} w_i * x_{t-(I-1)+i}
         a_t = z_t, or silu(z_t) = z_t * sigmoid(z_t)
         y_t = a_t, or for each of H heads of D / H channels  a_t / sqrt(sum(a_t^2) + eps)
 
-    the short convolution before Mamba's and the delta rules' recurrences (arXiv 2312.00752, section
-    3.4), with the norm of the latter's q and k (arXiv 2406.06484, section 3.3). Work and memory
-    grow with T * I: made for widths of 2 to 32 or so.
-
-    As compiled for a v6e at B 1, T 8192, D 2048, width 4, bfloat16 (static cycles a token and 128
-    channels, no runs; reports/tpu/causal_conv_v6e.json): with silu 'pallas_tpu' takes 0.5 forward
-    and 1.8 with backward, 'shifted' 2.3 and 6.9; with silu and heads of 128 normed, 0.8 and 2.5
-    against 10.5 and 23.9. HBM: the kernel moves 1.04 of the least forward and 1.3 with backward,
-    'shifted' with the norm 5.5 and more.
+    This is the convolution before Mamba's and the delta rules' recurrences (arXiv 2312.00752,
+    section 3.4), with the norm that the latter have on q and k (2406.06484, section 3.3). Work and
+    memory grow with T * I: made for widths of 2 to 32 or so.
 
     Args:
       x_BTD: (B, T, D), floating or complex; any T, also below I-1.
       w: (I, D). w[-1] is on the current token, w[0] on the oldest. I = 1 is a scale.
       bias: (D,) or None.
       activation: None or 'silu'.
-      l2_norm_heads: H, or None for no norm. x must be real.
+      l2_norm_heads: H, or None for no norm. With it x must be real.
       eps: of the norm.
       initial_state: (B, I-1, D), the inputs before the first token, oldest first; None is zeros. It
-        belongs to the first token's document and is rounded to x's dtype. Complex where x is real,
-        it makes the tail complex.
-      segment_ids: int (B, T); a document is a run of equal ids, and no tap reaches from one into
+        belongs to the first token's document and is rounded to x's dtype. If it is complex where x
+        is real, the tail is complex.
+      segment_ids: int (B, T). A document is a run of equal ids, and no tap reaches from one into
         another.
       implementation: 'pallas_tpu' (float32 and bfloat16, widths to 17), 'shifted' (XLA),
-        'reference', or None for the best here; for fewer than 16 tokens None takes no kernel.
+        'reference', or None for the best here. Below 16 tokens None takes no kernel.
 
     Returns:
-      y_BTD in x's dtype (complex where w, the bias or the initial state makes it so; everything
-      before is float32 or wider), and the tail (B, I-1, D) in x's dtype: the last I-1 inputs of the
-      last token's document, zeros before them. Given as the next call's initial_state, it continues
-      exactly.
+      y_BTD in x's dtype (complex where w, the bias or the initial state makes it so; sums are
+      float32 or wider), and the tail (B, I-1, D) in x's dtype: the last I-1 inputs of the last
+      token's document, after zeros where there are fewer. Given as the next call's initial_state,
+      it continues exactly.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown activation or implementation.
-      NotImplementedError: a named implementation that does not take this call, with its reason.
+      NotImplementedError: the named implementation cannot run this call.
     """
     operator = "causal_conv"
     arguments.check_array(operator, "x", x_BTD)
@@ -106,8 +109,8 @@ def causal_conv(
     if arguments.nothing(x_BTD):
         tail = call["initial_state"] if T == 0 else jnp.zeros_like(call["initial_state"])
         return jnp.zeros_like(x_BTD), reference.demoted(tail, tail_dtype)
-    served = IMPLEMENTATIONS
-    if implementation is None and chunk_blocks.known(T) and T < FEW:
-        served = tuple(each for each in IMPLEMENTATIONS if each.platform is None)
-    y_BTD, tail = dispatch.run(operator, served, implementation, **call)
+    y_BTD, tail = dispatch.run(OPERATOR, implementation, **call)
     return y_BTD, reference.demoted(tail, tail_dtype)
+
+
+OPERATOR = dispatch.Operator(causal_conv, IMPLEMENTATIONS, CASE)

@@ -1,11 +1,8 @@
-"""The `delta_rule` operator: api.py is public, reference.py defines it, the rest are
-implementations."""
+"""The `delta_rule` operator and its general form, `diagonal_plus_low_rank`.
 
-from kernels_pallas.ops.delta_rule.api import (
-    delta_rule,
-    diagonal_plus_low_rank,
-    step,
-    step_diagonal_plus_low_rank,
-)
+`kernels_pallas` has the public functions; the steps decode one token. api.py says more.
+"""
 
-__all__ = ["delta_rule", "diagonal_plus_low_rank", "step", "step_diagonal_plus_low_rank"]
+from kernels_pallas.ops.delta_rule.api import step, step_diagonal_plus_low_rank
+
+__all__ = ["step", "step_diagonal_plus_low_rank"]

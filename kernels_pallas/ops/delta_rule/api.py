@@ -7,6 +7,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.delta_rule import chunked, gpu, reference, tpu
+from kernels_pallas.ops.delta_rule.case import CASE, DIAGONAL_PLUS_LOW_RANK_CASE
 
 
 def _not_one_token(*, v_BTHV, **others):
@@ -57,8 +58,8 @@ def _diagonal_plus_low_rank_reference(*, chunk_size, **call):
 
 
 def _scaled(implementation):
-    """An implementation that takes q scaled already, in float32 (or wider): it is not rounded
-    twice."""
+    """Wraps an implementation that takes q scaled already. The product is float32 (or wider), so
+    that q is not rounded twice."""
 
     def call(*, q_BTGK, scale, **others):
         q_BTGK = q_BTGK.astype(arguments.state_dtype(q_BTGK)) * scale
@@ -68,9 +69,8 @@ def _scaled(implementation):
 
 
 def _scale_of(operator, scale, q_BTGK):
-    """The scale as a number, and q: where it is learned, q is multiplied by it here, in float32 or
-    wider.
-    """
+    """Returns the scale as a number, and q. A learned scale multiplies q here, in float32 or wider,
+    and 1 is returned in its place."""
     if scale is None:
         return q_BTGK.shape[-1] ** -0.5, q_BTGK
     arguments.check_number_or_scalar(operator, "scale", scale)
@@ -108,45 +108,45 @@ def delta_rule(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The delta rule, with or without a decay: k's old value is read, and replaced by v as far as
-    beta says.
+    """Computes the delta rule, with or without a decay. Each token reads what the state holds under
+    its key, and replaces it by its value as far as beta says:
 
-        S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T        o_t =
-          scale * S_t^T q_t
+        S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T
+        o_t = scale * S_t^T q_t
 
     The state decays first, and k reads the decayed state. DeltaNet (arXiv 2406.06484, eq. 3) has no
     decay, Gated DeltaNet (2412.06464, eq. 10) one per token and head, KDA of Kimi Linear
     (2510.26692, eq. 1) one per key channel. beta in (1, 2] gives the negative eigenvalues that
     state tracking needs (2411.12537), and DeltaProduct (2502.10297) is this operator on an unrolled
     time axis. Keys of norm 1 (or beta |k|^2 <= 2) keep the state bounded; nothing here normalises
-    them. Any T, K, V. Reverse mode only (a custom VJP), to any order.
+    them. Any T, K and V. Reverse mode only (a custom VJP), to any order.
 
     Args:
-      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves value heads g*H/G ... (g+1)*H/G
-        - 1.
+      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves the value heads from g H/G to
+        (g+1) H/G - 1.
       k_BTHK: (B, T, G, K).
       v_BTHV: (B, T, H, V).
       beta_BTH: (B, T, H), floating; 0 leaves the decayed state as it is.
       log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf forgets all
         that came before, and its gradient is 0. Positive values are not checked unless
         `kernels_pallas.common.checks` is on.
-      scale: multiplies q, a number or a learned one, of shape (); None is K**-0.5.
+      scale: multiplies q. A number, or a learned one of shape (); None is K**-0.5.
       initial_state: (B, H, K, V), the state before the first token; None is zero. It belongs to the
         first token's document.
-      segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one
-        to another. NaN and Inf do not either, but for kernels (a reset is a product with 0), and
-        for what overflows in a chunk.
-      chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and
+      segment_ids: integers (B, T). A document is a run of equal ids, and nothing crosses from one
+        to another. This holds for NaN and Inf, too, except in kernels (where a reset is a product
+        with 0), and except for what overflows in a chunk.
+      chunk_size: a power of two, 16 or more; None is the implementation's own. It changes speed and
         rounding only.
       implementation: 'chunked', 'pallas_tpu', 'triton', 'one_token' (T = 1 only), 'reference', or
         None for the best here.
 
     Returns:
-      o_BTHV in v's dtype, and the final state (B, H, K, V). Everything between is float32 (float64
-      where v is), for narrower inputs too: what the tokens of a chunk write depends on each other,
-      and rounding it to bfloat16 leaves one digit; kernels give such operands to the matrix unit in
-      two bfloat16 terms or more. The chunked form's products follow `jax_default_matmul_precision`;
-      the inverse inside a chunk is at the highest.
+      o_BTHV in v's dtype, and the final state (B, H, K, V). All else is float32 (float64 where v
+      is), for narrower inputs too: the values that a chunk's tokens write depend on each other, and
+      rounding them to bfloat16 would leave one digit. Kernels give such operands to the matrix unit
+      in two or more bfloat16 terms. The chunked form's products follow
+      `jax_default_matmul_precision`; the inverse inside a chunk has the highest.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.
@@ -174,7 +174,10 @@ def delta_rule(
         "scale": scale,
         "chunk_size": chunk_size,
     }
-    return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
+    return dispatch.run(OPERATOR, implementation, **call)
+
+
+OPERATOR = dispatch.Operator(delta_rule, IMPLEMENTATIONS, CASE)
 
 
 @explicit_axes.automatic(("BTHV", "BHKV"), q_BTHK="BTGK", v_BTHV="BTHV")
@@ -192,22 +195,23 @@ def diagonal_plus_low_rank(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The general recurrence of the delta rule's kind, a diagonal and a matrix of rank one:
+    """Computes the general form of the delta rule, whose transition is a diagonal and a matrix of
+    rank one:
 
-        S_t = (diag(exp(log_decay_t)) + a_t b_t^T) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T
-          q_t
+        S_t = (diag(exp(log_decay_t)) + a_t b_t^T) S_{t-1} + k_t v_t^T
+        o_t = scale * S_t^T q_t
 
-    b reads the state before it decays. RWKV-7 (arXiv 2503.14456), which writes its state as (V, K),
-    S_t = S_{t-1} (diag(w) - kk^T (eta * kk)) + v^T k and o = S r, is this with q = r, log_decay =
-    log w, a = -(eta * kk), b = kk, scale = 1 and the same k and v; eta is its in-context learning
-    rate, kk its normalised removal key. The delta rule is a = -beta k, b = exp(log_decay) * k, k =
-    beta k; its own function is faster. The state stays bounded where diag(exp(log_decay)) + a b^T
-    does not stretch; nothing here enforces that. Any T, K, V. Reverse mode only (a custom VJP), to
+    b reads the state before it decays. RWKV-7 (arXiv 2503.14456) writes its state as (V, K), S_t =
+    S_{t-1} (diag(w) - kk^T (eta * kk)) + v^T k and o = S r. It is this with q = r, log_decay = log
+    w, a = -(eta * kk), b = kk, scale = 1 and the same k and v; eta is its in-context learning rate,
+    kk its normalised removal key. The delta rule is a = -beta k, b = exp(log_decay) * k, k = beta
+    k; its own function is faster. The state stays bounded where diag(exp(log_decay)) + a b^T does
+    not stretch; nothing here enforces that. Any T, K and V. Reverse mode only (a custom VJP), to
     any order.
 
     Args:
-      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves value heads g*H/G ... (g+1)*H/G
-        - 1.
+      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves the value heads from g H/G to
+        (g+1) H/G - 1.
       k_BTHK: (B, T, G, K).
       v_BTHV: (B, T, H, V).
       a_BTHK: (B, T, H, K), floating: the direction in which what b read is written back.
@@ -215,7 +219,8 @@ def diagonal_plus_low_rank(
       log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf clears a
         channel of diag(exp(.)), and its gradient is 0. Positive values are not checked unless
         `kernels_pallas.common.checks` is on.
-      scale, initial_state, segment_ids, chunk_size, implementation: as for `delta_rule`.
+      scale, initial_state, segment_ids, chunk_size: as for `delta_rule`.
+      implementation: 'chunked', 'one_token' (T = 1 only), 'reference', or None for the best here.
 
     Returns:
       o_BTHV in v's dtype, and the final state (B, H, K, V); precision as for `delta_rule`.
@@ -248,8 +253,12 @@ def diagonal_plus_low_rank(
         "segment_ids_BT": segment_ids,
         "chunk_size": chunk_size,
     }
-    implementations = DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS
-    return dispatch.run(name, implementations, implementation, **call)
+    return dispatch.run(DIAGONAL_PLUS_LOW_RANK, implementation, **call)
+
+
+DIAGONAL_PLUS_LOW_RANK = dispatch.Operator(
+    diagonal_plus_low_rank, DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS, DIAGONAL_PLUS_LOW_RANK_CASE
+)
 
 
 def step(
@@ -262,7 +271,7 @@ def step(
     scale: float | None = None,
     state: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of `delta_rule`, for decoding: constant time and memory.
+    """One token of `delta_rule`, for decoding, in constant time and memory.
 
     Args:
       q_BHK: (B, G, K), floating; G divides H.
@@ -277,7 +286,7 @@ def step(
       o_BHV in v's dtype, and the next state, in float32 or wider.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit. They are named as for `delta_rule`, with T = 1.
+      ValueError: shapes or dtypes that do not fit, named as for `delta_rule` with T = 1.
     """
     name = "delta_rule.step"
     inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, beta=beta_BH)
@@ -297,8 +306,8 @@ def step_diagonal_plus_low_rank(
     scale: float | None = None,
     state: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of `diagonal_plus_low_rank`, for decoding: `step` with a_BHK and b_BHK (B, H, K)
-    for beta."""
+    """One token of `diagonal_plus_low_rank`, for decoding: as `step`, with a_BHK and b_BHK, (B, H,
+    K) both, in the place of beta."""
     name = "diagonal_plus_low_rank.step"
     inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, a=a_BHK, b=b_BHK)
     log_decay = arguments.one_token_decay(name, log_decay)

@@ -1,5 +1,4 @@
-"""The `diagonal_scan` operator: api.py is public, reference.py defines it, the rest are
-implementations."""
+"""The `diagonal_scan` operator: `kernels_pallas.diagonal_scan` is public, `step` decodes one token."""
 
 from kernels_pallas.ops.diagonal_scan.reference import step
 

@@ -7,10 +7,11 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, checks, dtypes, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.diagonal_scan import chunked, gpu, reference, tpu
+from kernels_pallas.ops.diagonal_scan.case import CASE
 
 
 def _by_decay(function):
-    """Of an implementation that knows a document's start by its decay alone, which is 0."""
+    """Wraps a function that knows a document's start by its decay alone, which is 0."""
     return lambda *, start_BT1, **call: function(**call)
 
 
@@ -35,26 +36,26 @@ def diagonal_scan(
     reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The diagonal linear recurrence, each channel on its own:
+    """Computes the diagonal linear recurrence, each channel on its own:
 
         h_t = a_t * h_{t-1} + x_t        (reverse: h_t = a_t * h_{t+1} + x_t)
 
-    with a = decay_BTD or exp(log_decay). LRU (arXiv 2303.06349, eq. 2), RG-LRU (arXiv 2402.19427,
-    eq. 4), S5 and Mamba-1 (arXiv 2312.00752, eq. 2a) are this with their own a and x. Any T; runs
-    as a chunked scan with its own backward pass, which keeps a and h and nothing else.
+    with a = decay_BTD or exp(log_decay). LRU (arXiv 2303.06349, eq. 2), RG-LRU (2402.19427, eq. 4),
+    S5 and Mamba-1 (2312.00752, eq. 2a) are this with their own a and x. Any T. Runs as a chunked
+    scan with its own backward pass, whose residuals are a and h alone.
 
     Args:
       x_BTD: (B, T, D), floating or complex.
       decay_BTD: (B, T, D), or (D,) for one decay at all times. Any value: negative, above 1,
         complex.
-      log_decay: instead of decay_BTD, of the same shapes, real or complex, real part <= 0. -inf
-        forgets all that came before, and its gradient is 0. Positive values are not checked unless
-        `kernels_pallas.common.checks` is on.
+      log_decay: in the place of decay_BTD, of the same shapes, real or complex, real part <= 0.
+        -inf forgets all that came before, and its gradient is 0. Positive values are not checked
+        unless `kernels_pallas.common.checks` is on.
       initial_state: (B, D), the h before the first token (reverse: after the last); None is zero.
-        It belongs to the document of the token it meets first.
-      segment_ids: int (B, T); a document is a run of equal ids, and nothing crosses from one to
-        another. NaN and Inf do not either, but for kernels (a document's start is a product with
-        0).
+        It belongs to the document of the token that it meets first.
+      segment_ids: integers (B, T). A document is a run of equal ids, and nothing crosses from one
+        to another. This holds for NaN and Inf, too, except in kernels (where a document's start is
+        a product with 0).
       reverse: run from the last token to the first.
       implementation: 'pallas_tpu', 'triton' (real), 'chunked', 'reference', or None for the best
         here.
@@ -67,6 +68,7 @@ def diagonal_scan(
     Raises:
       ValueError: not exactly one of decay_BTD and log_decay, shapes that do not fit, an unknown
         implementation, or (with checks on) a positive log_decay.
+      NotImplementedError: the named implementation cannot run this call.
     """
     operator = "diagonal_scan"
     if (decay_BTD is None) == (log_decay is None):
@@ -106,4 +108,7 @@ def diagonal_scan(
         "start_BT1": start_BT1,
         "reverse": reverse,
     }
-    return dispatch.run(operator, IMPLEMENTATIONS, implementation, **call)
+    return dispatch.run(OPERATOR, implementation, **call)
+
+
+OPERATOR = dispatch.Operator(diagonal_scan, IMPLEMENTATIONS, CASE)

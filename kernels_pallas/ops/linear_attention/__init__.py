@@ -1,6 +1,5 @@
-"""The `linear_attention` operator: api.py is public, reference.py defines it, the rest are
-implementations."""
+"""The `linear_attention` operator: `kernels_pallas.linear_attention` is public, `step` decodes one token."""
 
-from kernels_pallas.ops.linear_attention.api import linear_attention, step
+from kernels_pallas.ops.linear_attention.api import step
 
-__all__ = ["linear_attention", "step"]
+__all__ = ["step"]

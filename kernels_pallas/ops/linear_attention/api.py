@@ -7,6 +7,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.linear_attention import chunked, gpu, reference, tpu
+from kernels_pallas.ops.linear_attention.case import CASE
 
 
 def _one_token(
@@ -59,19 +60,19 @@ def linear_attention(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Linear attention with a decay, per head or per key channel:
+    """Computes linear attention, with any decay or none:
 
         S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 
-    No decay is linear attention (arXiv 2006.16236, eq. 9 without its normaliser); a fixed one per
-    head is RetNet (2307.08621) and Lightning Attention (2401.04658); one per token and head is
-    Mamba-2's SSD (2405.21060, with q, k, v = C, B, dt x) and mLSTM after its stabiliser
-    (2405.04517); one per key channel is GLA (2312.06635, eq. 3), HGRN2 (2404.07904) and RWKV-6. Any
-    T, K, V. Reverse mode only (a custom VJP), to any order.
+    Without a decay this is linear attention (arXiv 2006.16236, eq. 9 without its normaliser). A
+    fixed decay per head is RetNet (2307.08621) and Lightning Attention (2401.04658). One per token
+    and head is Mamba-2's SSD (2405.21060, with q, k, v = C, B, dt x) and mLSTM after its stabiliser
+    (2405.04517). One per key channel is GLA (2312.06635, eq. 3), HGRN2 (2404.07904) and RWKV-6. Any
+    T, K and V. Reverse mode only (a custom VJP), to any order.
 
     Args:
-      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves value heads g*H/G ... (g+1)*H/G
-        - 1.
+      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves the value heads from g H/G to
+        (g+1) H/G - 1.
       k_BTHK: (B, T, G, K).
       v_BTHV: (B, T, H, V).
       log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf forgets all
@@ -80,18 +81,18 @@ def linear_attention(
       scale: a number; None is K**-0.5. It multiplies the output while that is still float32.
       initial_state: (B, H, K, V), the state before the first token; None is zero. It belongs to the
         first token's document.
-      segment_ids: integers (B, T); a document is a run of equal ids, and nothing crosses from one
-        to another. NaN and Inf do not either, but for kernels (a reset is a product with 0), and
-        for what overflows in a chunk.
-      chunk_size: a power of two, 16 or more; None is the implementation's own. Changes speed and
+      segment_ids: integers (B, T). A document is a run of equal ids, and nothing crosses from one
+        to another. This holds for NaN and Inf, too, except in kernels (where a reset is a product
+        with 0), and except for what overflows in a chunk.
+      chunk_size: a power of two, 16 or more; None is the implementation's own. It changes speed and
         rounding only.
       implementation: 'chunked', 'pallas_tpu', 'triton', 'one_token' (T = 1 only), 'reference', or
         None for the best here.
 
     Returns:
       o_BTHV in v's dtype, and the final state (B, H, K, V). States, gates and their sums are
-      float32 (float64 where an input is); bfloat16 q, k and v multiply each other as they are, with
-      float32 sums, and what comes of them stays float32.
+      float32 (float64 where an input is). Products of bfloat16 q, k and v take them as they are and
+      sum in float32; their results stay float32.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, a bad chunk_size or scale, an unknown
@@ -118,7 +119,10 @@ def linear_attention(
     if arguments.nothing(q_BTHK, v_BTHV):
         return jnp.zeros_like(v_BTHV), call["initial_state_BHKV"]
     call["scale"] = q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale)
-    return dispatch.run(name, IMPLEMENTATIONS, implementation, **call)
+    return dispatch.run(OPERATOR, implementation, **call)
+
+
+OPERATOR = dispatch.Operator(linear_attention, IMPLEMENTATIONS, CASE)
 
 
 def step(
@@ -130,7 +134,7 @@ def step(
     scale: float | None = None,
     state: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of `linear_attention`, for decoding: constant time and memory.
+    """One token of `linear_attention`, for decoding, in constant time and memory.
 
     Args:
       q_BHK: (B, G, K), floating; G divides H.
@@ -144,8 +148,7 @@ def step(
       o_BHV in v's dtype, and the next state, in float32 or wider.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit. They are named as for `linear_attention`, with T
-        = 1.
+      ValueError: shapes or dtypes that do not fit, named as for `linear_attention` with T = 1.
     """
     name = "linear_attention.step"
     q_BTHK, k_BTHK, v_BTHV = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV)

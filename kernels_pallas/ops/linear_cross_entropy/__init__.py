@@ -1,2 +1,2 @@
-"""The `linear_cross_entropy` operators: api.py is public, reference.py defines them, chunked.py
-never holds the logits."""
+"""The losses `linear_cross_entropy` and `linear_kl_divergence`: api.py is public, reference.py
+defines them, chunked.py never holds the logits."""

@@ -10,9 +10,6 @@ from kernels_pallas.dispatch import explicit_axes, manual_axes
 from kernels_pallas.ops.linear_cross_entropy import chunked, reference
 from kernels_pallas.ops.linear_cross_entropy.reference import TokenDetails
 
-# No kernel. By XLA's estimates for v6e (three shapes of shapes.py, bfloat16), pieces cost 8 to 11 %
-# more cycles than all logits at once forward, where one would not pay; with backward 2.0 to 2.4
-# times as many, of which making the logits again is a third: there one might.
 IMPLEMENTATIONS = (
     dispatch.Implementation("chunked", chunked.run),
     dispatch.Implementation("reference", reference.whole),
@@ -36,34 +33,36 @@ def linear_cross_entropy(
     details: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, TokenDetails]:
-    """Cross-entropy of each token from hidden states, with logits made and used a piece of time at
-    a time:
+    """Computes the cross-entropy of each token from hidden states, holding the logits of a piece of
+    time only:
 
-        logits = x matrix^T + bias      (c tanh(logits / c) with a soft cap c: Gemma 2, arXiv
-          2408.00118)
-        log Z = logsumexp(logits)       loss = log Z - logits[target] + z_loss (log Z)^2     (PaLM,
-          arXiv 2204.02311, section 5)
+        logits = x matrix^T + bias      (with a soft cap c: c tanh(logits / c); Gemma 2, arXiv
+                                         2408.00118)
+        log Z  = logsumexp(logits)
+        loss   = log Z - logits[label] + z_loss (log Z)^2      (PaLM, 2204.02311, section 5)
 
     Memory beside arguments and results: a piece's logits and, backward, the gradients; never B x T
     x W numbers.
 
     Args:
-      x_BTD: (B, T, D), the last norm's output. With a bfloat16 matrix too, products take them as
-        they are, and sum in float32.
+      x_BTD: (B, T, D), the last norm's output. Where the matrix is bfloat16, too, products take
+        both as they are, and sum in float32.
       matrix: (W, D), as a tied embedding is held, or (D, W) with layout="DW", as a dense layer's
         kernel is.
-      labels_BT: int (B, T), each in 0 ... W-1 where the mask is not 0. What lies outside counts as
-        a logit of 0.
+      labels_BT: int (B, T), each in 0 ... W-1 where the mask is not 0. A label outside counts as a
+        logit of 0.
+      layout: "WD" or "DW", the matrix's axes.
       bias_W: (W,) or None.
-      mask_BT: (B, T), bool or numbers; where it is 0 the loss is 0 and has no gradient, whatever x
+      mask_BT: (B, T), bool or numbers. Where it is 0 the loss is 0 and has no gradient, whatever x
         is there. It is no weight.
+      logit_softcap: c, a positive number; None caps nothing.
       z_loss: a number, or an array of shape () with a gradient of its own.
       chunk_size: tokens of each row whose logits are held at once; None picks by shape
         (`chunked.heuristic_chunk_size`).
-      words_axis: inside `jax.shard_map`, a mesh axis over which the words are split: the matrix and
+      words_axis: inside `jax.shard_map`, a mesh axis over which the words are split. The matrix and
         the bias are this rank's words, in the order of ranks, and labels count all. Logits stay
-        where they are; three numbers a token are summed.
-      details: also return what else is known of each token: -log p, log Z, whether the target is
+        where they are; three numbers per token are summed.
+      details: also return what else is known of each token: -log p, log Z, whether the label is
         the likeliest.
       implementation: 'chunked', 'reference' (all logits at once), or None for the best here.
 
@@ -83,7 +82,7 @@ def linear_cross_entropy(
     arguments.check_flag(operator, "details", details)
     loss = reference.CrossEntropy(softcap, words_axis)
     loss_BT, token_details = _run(
-        operator, loss, layout, chunk_size, implementation,
+        OPERATOR, loss, layout, chunk_size, implementation,
         x_BTD, matrix, bias_W, labels_BT, mask_BT, (), jnp.asarray(z_loss),
     )  # fmt: skip
     return (loss_BT, token_details) if details else loss_BT
@@ -107,19 +106,22 @@ def linear_kl_divergence(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Divergence of each token's distribution from a teacher's, for distillation (Hinton et al.,
-    arXiv 1503.02531):
+    """Computes the divergence of each token's distribution from a teacher's, for distillation
+    (Hinton et al., arXiv 1503.02531):
 
-        p = softmax(teacher's logits / temperature)      q = softmax(logits / temperature)      KL =
-          sum_w p (log p - log q)
+        p = softmax(teacher's logits / temperature)      q = softmax(logits / temperature)
+        KL = sum_w p (log p - log q)
 
-    Without the factor temperature^2 that keeps its gradient's size. Logits, masks and memory as in
-    `linear_cross_entropy`.
+    It leaves out the factor temperature^2 that keeps its gradient's size. Logits, masks and memory
+    are as in `linear_cross_entropy`.
 
     Args:
       teacher_BTE: with teacher_matrix: the teacher's hidden states (B, T, E), whose logits are made
         a piece at a time as well. Without: its logits (B, T, W).
       teacher_matrix: (W, E), or (E, W) with teacher_layout="DW".
+      temperature: a positive number.
+      The others: as for `linear_cross_entropy`; teacher_bias_W and teacher_logit_softcap are the
+        teacher's.
 
     Returns:
       kl_BT, float32 (or wider). Gradients go to x, the matrix and the bias; none to the teacher.
@@ -145,8 +147,8 @@ def linear_kl_divergence(
         )
         if teacher_W != W or teacher_BTE.shape[:2] != (B, T):
             raise ValueError(
-                f"{operator}: teacher and student must share batch, time and vocabulary; got {(B, T)} x {W} words and "
-                f"{teacher_BTE.shape[:2]} x {teacher_W}"
+                f"{operator}: teacher and student must share batch, time and vocabulary; got "
+                f"{(B, T)} x {W} words and {teacher_BTE.shape[:2]} x {teacher_W}"
             )
         if teacher_bias_W is not None:
             arguments.check_shape(operator, "teacher_bias_W", teacher_bias_W, (W,))
@@ -161,10 +163,14 @@ def linear_kl_divergence(
         None if teacher_matrix is None else teacher_layout,
     )
     kl_BT, _ = _run(
-        operator, loss, layout, chunk_size, implementation,
+        KL_DIVERGENCE, loss, layout, chunk_size, implementation,
         x_BTD, matrix, bias_W, teacher_BTE, mask_BT, fixed, None,
     )  # fmt: skip
     return kl_BT
+
+
+OPERATOR = dispatch.Operator(linear_cross_entropy, IMPLEMENTATIONS)
+KL_DIVERGENCE = dispatch.Operator(linear_kl_divergence, IMPLEMENTATIONS)
 
 
 def _run(
@@ -174,14 +180,14 @@ def _run(
     B, T, _ = x_BTD.shape
     W = matrix.shape[layout.index("W")]
     if bias_W is not None:
-        arguments.check_shape(operator, "bias_W", bias_W, (W,))
-        arguments.check_float(operator, "bias_W", bias_W)
+        arguments.check_shape(operator.name, "bias_W", bias_W, (W,))
+        arguments.check_float(operator.name, "bias_W", bias_W)
     if mask_BT is not None:
-        arguments.check_shape(operator, "mask_BT", mask_BT, (B, T))
+        arguments.check_shape(operator.name, "mask_BT", mask_BT, (B, T))
         mask_BT = mask_BT != 0
     expected = "a positive integer (or None)"
-    arguments.check_count(operator, "chunk_size", chunk_size, expected)
-    chosen = dispatch.choose(operator, IMPLEMENTATIONS, implementation)
+    arguments.check_count(operator.name, "chunk_size", chunk_size, expected)
+    chosen = dispatch.choose(operator, implementation)
     if 0 in (B, T):
         none_BT = jnp.zeros_like(x_BTD, arguments.state_dtype(x_BTD, matrix), (B, T))
         return none_BT, TokenDetails(none_BT, none_BT, none_BT)
@@ -195,7 +201,8 @@ def _run(
 
 
 def _check_product(operator, name, matrix_name, x_BTD, matrix, layout) -> int:
-    """The size of the vocabulary. ValueError where x, the matrix and its layout do not fit."""
+    """Returns the size of the vocabulary. Raises ValueError where x, the matrix and its layout do
+    not fit."""
     if layout not in LAYOUTS:
         raise ValueError(
             f"{operator}: unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}"
@@ -206,8 +213,9 @@ def _check_product(operator, name, matrix_name, x_BTD, matrix, layout) -> int:
         raise ValueError(f"{operator}: {name} must be (B, T, D); got {x_BTD.shape}")
     if matrix.ndim != 2 or matrix.shape[layout.index("D")] != x_BTD.shape[2]:
         raise ValueError(
-            f"{operator}: {matrix_name} must be ({', '.join(layout)}) with {name}'s D = {x_BTD.shape[2]}; got {matrix.shape} "
-            "(layout= says which of its axes is the vocabulary)"
+            f"{operator}: {matrix_name} must be ({', '.join(layout)}) with {name}'s D = "
+            f"{x_BTD.shape[2]}; got {matrix.shape} (layout= says which of its axes is the "
+            "vocabulary)"
         )
     if matrix.shape[layout.index("W")] == 0:
         raise ValueError(f"{operator}: {matrix_name} has no words; got {matrix.shape}")

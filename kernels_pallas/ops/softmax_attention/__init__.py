@@ -1,5 +1,4 @@
-"""The `softmax_attention` operator: api.py is public, reference.py defines it, the rest are
-implementations."""
+"""The `softmax_attention` operator: `kernels_pallas.softmax_attention` is public, `step` decodes one token."""
 
 from kernels_pallas.ops.softmax_attention.api import step
 

@@ -8,16 +8,25 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, chunk_blocks, dtypes, segments
 from kernels_pallas.dispatch import explicit_axes, manual_axes
 from kernels_pallas.ops.softmax_attention import chunked, library, reference
+from kernels_pallas.ops.softmax_attention.case import CASE
 from kernels_pallas.ops.softmax_attention.finite import isolated
 from kernels_pallas.ops.softmax_attention.visibility import Visibility
 
 # Up to here all logits at once are as fast on a CPU as blocks, and simpler to fuse elsewhere.
 FEW_LOGITS = 128 * 128
 
+
+def _few_logits(*, q, v, visibility):
+    T, S = q.shape[1], v.shape[1]
+    if chunk_blocks.known(T, S) and T * S <= FEW_LOGITS:
+        return f"for {T} x {S} logits it is no faster than 'xla'"
+    return None
+
+
 IMPLEMENTATIONS = (
     dispatch.Implementation("splash", library.splash, library.splash_unsupported_reason, "tpu"),
     dispatch.Implementation("cudnn", library.cudnn, library.cudnn_unsupported_reason, "gpu"),
-    dispatch.Implementation("chunked", isolated(chunked.run)),
+    dispatch.Implementation("chunked", isolated(chunked.run), passed_over_reason=_few_logits),
     dispatch.Implementation("xla", isolated(library.xla)),
     dispatch.Implementation("reference", isolated(reference.naive, one_query=True)),
 )
@@ -38,25 +47,26 @@ def softmax_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """o_t = sum_s p_ts v_s with p_t = softmax_s(scale * q_t . k_s) over the s that t may see (arXiv
-    1706.03762, eq. 1).
+    """Computes softmax attention, full or within a window (arXiv 1706.03762, eq. 1):
+
+        o_t = sum_s p_ts v_s,    p_t = softmax over the s that t may see of scale * q_t . k_s
 
     Training, prefill and decoding from a cache are this one call. In training token t is at index t
     of q, k and v. Given positions instead, keys are slots of a cache of any length S in any order:
-    t sees slot s iff it is filled (kv_position >= 0), not later (causal), and inside the window. A
-    query that sees nothing gives 0, and gets and passes no gradient. NaN and Inf reach those that
-    see them alone, in gradients too; but for 'cudnn', 'splash' and, with one query (decoding),
-    'xla' and 'chunked', where what is hidden counts as 0 times itself.
+    t sees slot s iff the slot is filled (kv_position >= 0), not later (causal), and inside the
+    window. A query that sees nothing gives 0, and gets and passes no gradient. NaN and Inf reach
+    only the tokens that see them, in gradients too. Exceptions, where a hidden value counts as 0
+    times itself: 'cudnn', 'splash' and, with one query (decoding), 'xla' and 'chunked'.
 
     Args:
       q_BTHK: (B, T, H, K), floating.
       k_BTGK, v_BTGV: (B, S, G, K) and (B, S, G, V), of q's dtype. G divides H: key head g serves
-        query heads g*H/G ... (g+1)*H/G - 1 (G = 1: multi-query, arXiv 1911.02150; arXiv
-        2305.13245). S = T unless positions are given or causal is False.
+        the query heads from g H/G to (g+1) H/G - 1 (grouped queries, arXiv 2305.13245; G = 1 is
+        multi-query, 1911.02150). S = T unless positions are given or causal is False.
       window: a token sees itself and the window-1 tokens before it (causal=False: also after it);
         None sees all.
       causal: whether later tokens are hidden.
-      segment_ids: int (B, T); a document is a run of equal ids, and sees only itself.
+      segment_ids: int (B, T). A document is a run of equal ids, and sees only itself.
       kv_segment_ids_BS: int (B, S), where keys are not the queries' own tokens: then ids are
         compared as they are.
       q_positions_BT, kv_positions_BS: int (B, T) and (B, S), both or neither; -1 is an empty slot.
@@ -87,21 +97,13 @@ def softmax_attention(
         return jnp.zeros_like(q_BTHK, shape=(*q_BTHK.shape[:3], v_BTGV.shape[3]))
     if q_BTHK.shape[3] == 0:  # all logits are 0, as those of one channel of zeros
         q_BTHK, k_BTGK = (jnp.pad(z, ((0, 0),) * 3 + ((0, 1),)) for z in (q_BTHK, k_BTGK))
-    implementations = IMPLEMENTATIONS
-    T, S = q_BTHK.shape[1], k_BTGK.shape[1]
-    if chunk_blocks.known(T, S) and T * S <= FEW_LOGITS:
-        implementations = sorted(implementations, key=lambda each: each.name == "chunked")
-    chosen = dispatch.choose(
-        "softmax_attention",
-        implementations,
-        implementation,
-        q=q_BTHK,
-        v=v_BTGV,
-        visibility=visibility,
-    )
+    chosen = dispatch.choose(OPERATOR, implementation, q=q_BTHK, v=v_BTGV, visibility=visibility)
     scale = q_BTHK.shape[3] ** -0.5 if scale is None else scale
     k_BTGK, v_BTGV = k_BTGK.astype(q_BTHK.dtype), v_BTGV.astype(q_BTHK.dtype)
     return chosen.call(*manual_axes.alike((q_BTHK, k_BTGK, v_BTGV, visibility)), scale)
+
+
+OPERATOR = dispatch.Operator(softmax_attention, IMPLEMENTATIONS, CASE)
 
 
 def step(
@@ -114,8 +116,21 @@ def step(
     window: int | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """One token of `softmax_attention` against a cache that already holds its own key and value.
-    Returns o_BHV."""
+    """One token of `softmax_attention`, against a cache that already holds its own key and value.
+
+    Args:
+      q_BHK: (B, H, K), floating.
+      k_BSGK, v_BSGV: (B, S, G, K) and (B, S, G, V), the slots of the cache.
+      q_position_B: int (B,), the token's place.
+      kv_positions_BS: int (B, S), the places of the slots; -1 is an empty one.
+      window, scale: as for `softmax_attention`.
+
+    Returns:
+      o_BHV in q's dtype.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
     name = "softmax_attention.step"
     (q_BTHK,) = arguments.one_token(name, q=q_BHK)
     arguments.check_shape(name, "q_position", q_position_B, q_BHK.shape[:1])
@@ -151,8 +166,8 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window, causal) -> None:
 
 
 def _signed(x):
-    """Integers in int32 or wider: the age of a key is a difference, which unsigned ones do not
-    have."""
+    """Brings integers to int32 or wider: the age of a key is a difference, and unsigned integers
+    have no negative ones."""
     if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
         return x
     return jnp.asarray(x).astype(dtypes.common(x.dtype, jnp.int32))
@@ -180,8 +195,8 @@ def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Vi
     if by_index:
         if S != T and (causal or window is not None):
             raise ValueError(
-                f"{operator}: {T} queries and {S} keys: with causal or a window, say where they are by "
-                "q_positions_BT and kv_positions_BS"
+                f"{operator}: {T} queries and {S} keys: with causal or a window, say where they "
+                "are by q_positions_BT and kv_positions_BS"
             )
         q_position_BT = jnp.arange(T, dtype=jnp.int32)[None]
         kv_position_BS = jnp.arange(S, dtype=jnp.int32)[None]
@@ -191,7 +206,8 @@ def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Vi
     if q_segment_BT is not None and kv_segment_BS is None:
         if S != T:
             raise ValueError(
-                f"{operator}: {T} queries and {S} keys: segment_ids needs kv_segment_ids_BS beside it"
+                f"{operator}: {T} queries and {S} keys: segment_ids needs kv_segment_ids_BS beside "
+                "it"
             )
         q_segment_BT = kv_segment_BS = segments.run_index(q_segment_BT)
     return Visibility(

@@ -307,7 +307,7 @@ def test_every_variant_is_a_problem(case):
 
 def test_a_wrong_answer_is_the_exit_code(monkeypatch, tmp_path):
     section = report.Section("x", {}, [], [], [], wrong=True)
-    monkeypatch.setattr(bench, "_plan", lambda op: lambda folder, title: section)
+    monkeypatch.setattr(bench, "_measurement", lambda op: lambda folder, title: section)
     assert _main(op=["causal_conv"], out=str(tmp_path)) == 1
 
 

@@ -1,4 +1,4 @@
-"""bench --tune: sizes by cost, never by less than the noise; the table it writes; mistakes are
+"""bench tune: sizes by cost, never by less than the noise; the table it writes; mistakes are
 explained."""
 
 import json
@@ -11,11 +11,11 @@ from experiments.benchmarks.commands import operators as bench
 from kernels_pallas.ops.linear_attention import shapes as linear_attention_shapes
 
 
-def _main(**values):
+def _main(main=bench.tune_main, **values):
     with flagsaver.flagsaver(**values):
         if not bench.flags.FLAGS.is_parsed():
             bench.flags.FLAGS.mark_as_parsed()
-        return bench.main(["bench"])
+        return main(["bench"])
 
 
 def _fake_measure(costs):
@@ -65,7 +65,6 @@ def test_tuning_here_times_the_chunked_form_and_writes_the_table(tmp_path, capsy
     monkeypatch.setattr(linear_attention_shapes, "SHAPES", tiny)
     monkeypatch.setitem(tune.CANDIDATES, "chunked", {"chunk_size": (16, 64)})
     _main(
-        tune=True,
         op=["linear_attention"],
         shape="small",
         dtype="float32",
@@ -87,10 +86,10 @@ def test_tuning_here_times_the_chunked_form_and_writes_the_table(tmp_path, capsy
 @pytest.mark.slow
 def test_tuning_a_topology(tmp_path, monkeypatch):
     monkeypatch.setitem(tune.CANDIDATES, "pallas_tpu", {"chunk_size": (64, 128), "heads": (2,)})
-    _main(tune=True, op=["linear_attention"], topology=["v6e"], shape="small", out=str(tmp_path))
+    _main(op=["linear_attention"], topology=["v6e"], shape="small", out=str(tmp_path))
     table = json.loads((tmp_path / "tuned.json").read_text())
     (key,) = table
-    assert key == "linear_attention/pallas_tpu/bfloat16/64x64 head/TPU v6 lite"
+    assert key == "linear_attention/pallas_tpu/bfloat16/64x64 per_token/TPU v6 lite"
     (row,) = json.loads((tmp_path / "reports" / "tuning.json").read_text())
     cost = {(x["chunk_size"], x["heads"]): x["cost"] for x in row["tried"]}
     assert len(cost) >= 3 and all(c > 0 for c in cost.values())
@@ -105,13 +104,13 @@ def test_tuning_a_topology(tmp_path, monkeypatch):
         ({"op": ["delta_rule"], "shape": "big"}, "unknown 'big'; choose of delta_rule: target"),
         ({"topology": ["v9"]}, "unknown TPU topology 'v9'; give one of v5e"),
         ({"implementations": ["pallas_tpu"]}, "unknown 'pallas_tpu'; choose from chunked"),
-        ({"lengths": ["512"]}, "--lengths: --tune takes all calls of --shape"),
-        ({"decay": ["none"]}, "--decay: --tune takes all calls of --shape"),
-        ({"key_dim": 64}, "--key_dim: --tune takes all calls of --shape"),
-        ({"tune": False, "topology": ["v6e"]}, "only --tune compiles for one"),
+        ({"lengths": ["512"]}, "--lengths: tune takes all calls of --shape"),
+        ({"decay": ["none"]}, "--decay: tune takes all calls of --shape"),
+        ({"key_dim": 64}, "--key_dim: tune takes all calls of --shape"),
+        ({"main": bench.main, "topology": ["v6e"]}, "only tune compiles for one"),
     ],
 )
 def test_mistakes_of_tuning(values, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        _main(**{"tune": True, "out": str(tmp_path / "none")} | values)
+        _main(**{"out": str(tmp_path / "none")} | values)
     assert not (tmp_path / "none").exists()

@@ -8,10 +8,12 @@ from seqmodels import mixers
 from tests.experiments import tiny
 
 
-def _train(folder, pattern):
-    config = tiny.make_config(folder, pattern=pattern)
-    config.train.steps = 1
-    return loop.train(config, folder / "run", jax.devices()[:1])
+def _train(folder, pattern, num_layers=1, steps=1, mesh=None):
+    config = tiny.make_config(folder, pattern=pattern, num_layers=num_layers)
+    config.train.steps = steps
+    config.schedule.warmup_steps = 0
+    config.mesh.update(mesh or {})
+    return loop.train(config, folder / "run", jax.devices()[: 4 if mesh else 1])
 
 
 def test_a_config_sets_the_chunk_size(tmp_path):
@@ -29,3 +31,24 @@ def test_mixers_without_chunks_say_so():
         mixers.make("rg_lru", d_model=8, chunk_size=32)
     without = {name for name in mixers.names() if "chunk_size" not in mixers.options(name)}
     assert without == {"attention", "hgrn", "lru", "rg_lru", "transnormer_local"}
+
+
+def test_the_first_step_says_what_serves_and_why_nothing_better_does(tmp_path, capsys):
+    """One line for each operator and kind of call, however many layers and steps there are."""
+    _train(tmp_path, "2*gla(num_heads=2) + attention(window=8, num_heads=2)", num_layers=3, steps=3)
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    (gla,) = [line for line in lines if line.startswith("linear_attention (")]
+    assert gla == (
+        "linear_attention (per_channel float32): chunked. Not one_token: it takes one token; "
+        "got T = 32. Not pallas_tpu: it is a kernel for tpu; this is cpu. Not triton: it is a "
+        "kernel for gpu; this is cpu"
+    )
+    (attention,) = [line for line in lines if line.startswith("softmax_attention (")]
+    assert attention.startswith("softmax_attention (causal window packed float32): xla. Not splash")
+    assert len([line for line in lines if line.startswith("linear_cross_entropy")]) == 1
+
+
+def test_a_run_on_a_mesh_says_it_too(tmp_path, capsys):
+    _train(tmp_path, "gla(num_heads=2, implementation='reference')", mesh={"data": 2, "seq": 2})
+    line = "linear_attention (per_channel float32): reference. Not one_token: 'reference' was asked"
+    assert line in capsys.readouterr().err

@@ -10,9 +10,12 @@ import pytest
 from kernels_pallas import (
     causal_conv,
     delta_rule,
+    diagonal_plus_low_rank,
     diagonal_scan,
     dispatch,
+    explain,
     linear_attention,
+    ops,
     softmax_attention,
 )
 from kernels_pallas.dispatch import devices
@@ -24,8 +27,13 @@ SMALL = dispatch.Implementation(
 ANY = dispatch.Implementation("any", lambda T: "any")
 
 
+def operator(T):
+    """What the fake implementations stand for."""
+
+
 def _chosen(implementations, name, T):
-    return dispatch.choose("operator", implementations, name, T=T).call(T)
+    chosen = dispatch.choose(dispatch.Operator(operator, implementations), name, T=T)
+    return chosen.call(T)
 
 
 def test_none_takes_the_first_that_supports_the_call():
@@ -114,7 +122,8 @@ def test_arrays_committed_to_the_cpu_take_no_kernel(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
 
     def chosen(x, name=None):
-        return dispatch.choose("operator", (kernel, plain), name, x=x).call(x)
+        served = dispatch.Operator(operator, (kernel, plain))
+        return dispatch.choose(served, name, x=x).call(x)
 
     assert chosen(free) == "kernel"
     assert chosen(held) == "cpu"  # while it is traced, too
@@ -135,3 +144,72 @@ def test_the_default_device_in_scope_is_the_target(monkeypatch):
     for device in (cpu, "cpu"):
         with jax.default_device(device):
             assert devices.current().platform == "cpu"
+
+
+def test_one_that_is_passed_over_serves_where_it_is_named():
+    slow = dispatch.Implementation(
+        "slow", lambda T: "slow", passed_over_reason=lambda T: "T is small" if T < 8 else None
+    )
+    assert _chosen((slow, ANY), None, 4) == "any"
+    assert _chosen((slow, ANY), None, 9) == "slow"
+    assert _chosen((slow, ANY), "slow", 4) == "slow"
+
+
+def test_what_serves_is_recorded_with_the_reasons_against_better_ones():
+    """Once for each operator, kind of call and implementation, and inside the block alone."""
+    kernel = dispatch.Implementation("kernel", lambda T: "kernel", platform="tpu")
+    with dispatch.recorded() as choices:
+        for name, T in ((None, 4), (None, 9), (None, 10), ("small", 4)):
+            _chosen((kernel, SMALL, ANY), name, T)
+    reason = "it is a kernel for tpu; this is cpu"
+    assert list(map(str, choices)) == [
+        f"operator: small. Not kernel: {reason}",
+        f"operator: any. Not kernel: {reason}. Not small: T = 9 is not below 8",
+    ]
+
+
+def test_explain():
+    """On arrays and on their shapes alike; every argument an operator has may be given."""
+    q, beta = jnp.zeros((1, 20, 2, 16), jnp.bfloat16), jnp.zeros((1, 20, 2))
+    ids = jnp.ones((1, 20), jnp.int32)
+    expected = {
+        "one_token": "it takes one token; got T = 20",
+        "pallas_tpu": "it is a kernel for tpu; this is cpu",
+        "triton": "it is a kernel for gpu; this is cpu",
+    }
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, beta, ids))
+    for x, b, i in ((q, beta, ids), shapes):
+        found = explain(delta_rule, x, x, x, b, scale=0.5, segment_ids=i, chunk_size=16)
+        assert found == dispatch.Choice("delta_rule", "per_token bfloat16", "chunked", expected)
+    named = explain(delta_rule, q, q, q, beta, implementation="reference")
+    assert named.implementation == "reference"
+    assert named.passed_over["chunked"] == "'reference' was asked for"
+    assert explain(softmax_attention, q, q, q, window=4).passed_over["chunked"].startswith("for 20")
+    x, w = jnp.zeros((1, 15, 8)), jnp.zeros((4, 8))
+    with tpu_compile.tracing_for("v6e"):
+        assert "T = 15" in explain(causal_conv, x, w).passed_over["pallas_tpu"]
+        assert explain(linear_attention, q, q, q).implementation == "pallas_tpu"
+
+
+def test_explain_raises_where_the_call_would_and_where_nothing_is_chosen():
+    q = jnp.zeros((1, 4, 2, 16))
+    with pytest.raises(NotImplementedError, match="it is a kernel for tpu; this is cpu"):
+        explain(linear_attention, q, q, q, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="linear_attention: nothing is chosen"):
+        explain(linear_attention, q[:, :0], q[:, :0], q[:, :0])
+
+
+@pytest.mark.parametrize(
+    "step, operator",
+    [
+        (ops.linear_attention.step, linear_attention),
+        (ops.delta_rule.step, delta_rule),
+        (ops.delta_rule.step_diagonal_plus_low_rank, diagonal_plus_low_rank),
+        (ops.diagonal_scan.step, diagonal_scan),
+        (ops.causal_conv.step, causal_conv),
+        (ops.softmax_attention.step, softmax_attention),
+    ],
+    ids=lambda x: x.__name__,
+)
+def test_every_operator_has_a_documented_step(step, operator):
+    assert step.__doc__.startswith(f"One token of `{operator.__name__}`")

@@ -1,7 +1,6 @@
 """A kernel that nobody named serves once it has passed its check; the checks themselves,
 interpreted."""
 
-import dataclasses
 import functools
 import importlib
 import json
@@ -17,8 +16,8 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from kernels_pallas import dispatch, selfcheck
-from kernels_pallas.dispatch import devices, verification
+from kernels_pallas import dispatch, ops, selfcheck
+from kernels_pallas.dispatch import case, devices, kernel_check, verification
 
 RUNS = []  # the kernels that were traced, by name
 
@@ -62,9 +61,28 @@ REPORTED = {
 }
 
 
+CASE = case.OperatorCase(
+    positional=("x",),
+    inputs=lambda rng, shape, regime: {"x": rng.standard_normal((1, 5)).astype(np.float32)},
+    kinds=("only",),
+    kind_of=lambda x: ("only", str(x.dtype)),
+    regimes=(),
+    rounded=("x",),
+    letters="",
+)
+
+
+def _operator(kind):
+    """The fake operator with the kernel of that kind."""
+
+    def fake(x, implementation=None, segment_ids=None):
+        return dispatch.choose(_operator(kind), implementation, x=x).call(x)
+
+    return dispatch.Operator(fake, LISTS[kind], CASE)
+
+
 def _call(kind, x, implementation=None):
-    chosen = dispatch.choose("fake", LISTS[kind], implementation, x=x)
-    return chosen.call(x)
+    return _operator(kind).function(x, implementation)
 
 
 @pytest.fixture(autouse=True)
@@ -81,17 +99,8 @@ def _new_process(monkeypatch):
 
 @pytest.fixture
 def kind(request, monkeypatch):
-    """Registers the fake operator with the kernel that the parameter names."""
-    case = selfcheck.Case(
-        implementations=LISTS[request.param],
-        variants=("only",),
-        kind=lambda x: ("only", str(x.dtype)),
-        inputs=lambda rng, sizes, variant, dtype: {
-            "x": rng.standard_normal((1, 5)).astype(jnp.dtype(dtype))
-        },
-        call=lambda inputs, variant, ids, name: {"output": _call(request.param, inputs["x"], name)},
-    )
-    monkeypatch.setitem(selfcheck.CASES, "fake", case)
+    """The program knows the fake operator with the kernel that the parameter names."""
+    monkeypatch.setitem(selfcheck.OPERATORS, "fake", _operator(request.param))
     return request.param
 
 
@@ -231,16 +240,16 @@ def test_dtypes_are_checked_each(kind):
 
 
 @_each("right")
-def test_a_check_holds_for_the_width_of_types_it_was_made_with(kind):
+def test_a_check_holds_for_the_width_of_types_it_was_made_with(kind, monkeypatch):
     """Under 64-bit types anew, and with them on in the thread that checks; each is remembered."""
     seen = []
-    case = selfcheck.CASES["fake"]
+    check = kernel_check.check
 
-    def call(inputs, variant, ids, name):
+    def watched(*call):
         seen.append(jax.config.jax_enable_x64)
-        return case.call(inputs, variant, ids, name)
+        return check(*call)
 
-    selfcheck.CASES["fake"] = dataclasses.replace(case, call=call)
+    monkeypatch.setattr(kernel_check, "check", watched)
     for x64 in (False, True):
         with jax.enable_x64(x64):
             assert _served(kind, jnp.ones((1, 4), jnp.float32))[0] == "kernel"
@@ -314,8 +323,9 @@ def test_an_abstract_target_is_served_unchecked(kind, monkeypatch):
 
 def test_every_dtype_that_a_kernel_takes_is_checked():
     """One that is used and not checked would serve on the word of another's check."""
-    triton = [dtype for name, _, dtype in selfcheck.kernels("delta_rule", ("gpu",))]
-    assert set(triton) == {"float32", "bfloat16", "float16"} == set(selfcheck.BOUND)
+    checks = selfcheck.checks(selfcheck.OPERATORS["delta_rule"], ("gpu",))
+    triton = [dtype for name, _, dtype in checks]
+    assert set(triton) == {"float32", "bfloat16", "float16"} == set(kernel_check.BOUND)
     with devices.interpreted():
         x = jax.ShapeDtypeStruct((1, 4, 1, 16), jnp.float16)
         call = functools.partial(kernels_pallas.linear_attention, implementation="triton")
@@ -326,22 +336,33 @@ def test_every_dtype_that_a_kernel_takes_is_checked():
 @pytest.mark.parametrize("operator", ["linear_attention", "delta_rule"])
 def test_float16_passes_its_check_interpreted(operator):
     with devices.interpreted():
-        result = selfcheck.check(operator, "triton", "per_token", "float16", selfcheck.TINY)
+        operator = selfcheck.OPERATORS[operator]
+        result = kernel_check.check(operator, "triton", "per_token", "float16", kernel_check.TINY)
     assert result.problem is None
 
 
 def test_every_operator_with_a_kernel_has_checks():
-    for module in pkgutil.iter_modules(kernels_pallas.ops.__path__):
-        if not module.ispkg:
-            continue
-        api = importlib.import_module(f"kernels_pallas.ops.{module.name}.api")
-        if any(x.platform for x in getattr(api, "IMPLEMENTATIONS", ())):
-            assert module.name in selfcheck.CASES
-            assert selfcheck.kernels(module.name, ("tpu",))
+    """Those of a public function that chooses a kernel anywhere."""
+    for operator in _operators():
+        if any(x.platform for x in operator.implementations):
+            assert selfcheck.OPERATORS[operator.name] is operator
+            assert selfcheck.checks(operator, ("tpu",))
+
+
+def _operators():
+    """Every `dispatch.Operator` of the operators' folders."""
+    for module in pkgutil.walk_packages(ops.__path__, "kernels_pallas.ops."):
+        if module.name.endswith(".api"):
+            found = vars(importlib.import_module(module.name)).values()
+            yield from (x for x in found if isinstance(x, dispatch.Operator))
+
+
+def _kind(operator, *arguments, **keywords):
+    return kernels_pallas.explain(operator, *arguments, **keywords).kind
 
 
 @pytest.mark.parametrize(
-    "variant, decay, ids",
+    "kind, decay, ids",
     [
         ("none", None, False),
         ("per_token", None, True),
@@ -349,61 +370,63 @@ def test_every_operator_with_a_kernel_has_checks():
         ("per_channel", 8, False),
     ],
 )
-def test_kinds_of_the_matrix_recurrences(variant, decay, ids, monkeypatch):
-    seen = []
-    monkeypatch.setattr(dispatch, "choose", lambda *a, **call: seen.append(call) or _Stop.raise_())
+def test_kinds_of_the_matrix_recurrences(kind, decay, ids):
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         x, gate = jnp.ones((1, 4, 2, 8), dtype), jnp.zeros((1, 4, 2, decay or 1))
         log_decay = None if decay is None else gate[..., 0] if decay == 1 else gate
-        segment_ids = jnp.ones((1, 4), jnp.int32) if ids else None
-        with pytest.raises(_Stop):
-            kernels_pallas.linear_attention(x, x, x, log_decay, segment_ids=segment_ids)
-        with pytest.raises(_Stop):
-            kernels_pallas.delta_rule(x, x, x, gate[..., 0], log_decay, segment_ids=segment_ids)
-        for operator in ("linear_attention", "delta_rule"):
-            assert selfcheck.CASES[operator].kind(**seen.pop(0)) == (variant, str(x.dtype))
+        keywords = {"segment_ids": jnp.ones((1, 4), jnp.int32) if ids else None}
+        for operator, inputs in (
+            (kernels_pallas.linear_attention, (x, x, x)),
+            (kernels_pallas.delta_rule, (x, x, x, gate[..., 0])),
+            (kernels_pallas.diagonal_plus_low_rank, (x, x, x, x, x)),
+        ):
+            assert _kind(operator, *inputs, log_decay, **keywords) == f"{kind} {x.dtype}"
 
 
-class _Stop(Exception):
-    @classmethod
-    def raise_(cls):
-        raise cls
-
-
-def test_other_kinds(monkeypatch):
-    seen = []
-    monkeypatch.setattr(dispatch, "choose", lambda *a, **call: seen.append(call) or _Stop.raise_())
+def test_other_kinds():
     x, ids = jnp.ones((1, 4, 2), jnp.bfloat16), jnp.ones((1, 4), jnp.int32)
-    for decay, expected in ((0.5, ("real", "bfloat16")), (0.5j, ("complex", "float32"))):
-        with pytest.raises(_Stop):
-            kernels_pallas.diagonal_scan(x, jnp.full((2,), decay))
-        assert selfcheck.CASES["diagonal_scan"].kind(**seen.pop()) == expected
+    for decay, expected in ((0.5, "real bfloat16"), (0.5j, "complex float32")):
+        assert _kind(kernels_pallas.diagonal_scan, x, jnp.full((2,), decay)) == expected
+    conv_kinds = selfcheck.OPERATORS["causal_conv"].case.kinds
     for options, expected in (
         ({}, "sums"),
         ({"activation": "silu", "segment_ids": ids}, "silu packed"),
         ({"activation": "silu", "l2_norm_heads": 1, "segment_ids": ids}, "silu norm packed"),
     ):
-        with pytest.raises(_Stop):
-            kernels_pallas.causal_conv(x, jnp.ones((4, 2)), **options)
-        kind = selfcheck.CASES["causal_conv"].kind(**seen.pop())
-        assert (
-            kind == (expected, "bfloat16") and expected in selfcheck.CASES["causal_conv"].variants
-        )
+        kind = _kind(kernels_pallas.causal_conv, x, jnp.ones((4, 2)), **options)
+        assert kind == f"{expected} bfloat16" and expected in conv_kinds
     for dtypes, expected in (
         ((jnp.float16, jnp.float16), "float16"),
         ((jnp.float16, jnp.bfloat16), "float16"),  # neither path of its own: the finer check
         ((jnp.float16, jnp.float32), "float32"),
     ):
-        assert selfcheck._dtype(*(jnp.ones(1, dtype) for dtype in dtypes)) == expected
+        assert case.checked_dtype(*(jnp.ones(1, dtype) for dtype in dtypes)) == expected
     q = x[..., None]
     for options, expected in (
         ({}, "causal"),
         ({"window": 2, "segment_ids": ids}, "causal window packed"),
         ({"causal": False}, "full"),
     ):
-        with pytest.raises(_Stop):
-            kernels_pallas.softmax_attention(q, q, q, **options)
-        assert selfcheck.CASES["softmax_attention"].kind(**seen.pop()) == (expected, "bfloat16")
+        kind = _kind(kernels_pallas.softmax_attention, q, q, q, **options)
+        assert kind == f"{expected} bfloat16"
+
+
+@pytest.mark.parametrize("operator", selfcheck.OPERATORS.values(), ids=lambda x: x.name)
+def test_a_case_makes_calls_of_its_kinds(operator):
+    """Of each kind the inputs and options that the check takes are a call of that kind, so that a
+    record is kept under what was checked."""
+    shape, case = kernel_check.TINY, operator.case
+    for kind in case.kinds:
+        inputs = case.inputs(np.random.default_rng(0), shape, f"{kind} check")
+        ids = np.ones((shape.B, shape.T), np.int32) if case.packed(kind) else None
+        with dispatch.recorded() as choices:
+            jax.eval_shape(
+                lambda x, case=case, kind=kind, ids=ids: case.call(
+                    operator.function, x, segment_ids=ids, **case.options(kind, shape)
+                ),
+                inputs,
+            )
+        assert [choice.kind for choice in choices] == [f"{kind} float32"]
 
 
 def _main(*arguments):
@@ -442,8 +465,7 @@ def test_the_programs_table_and_exit_code(kind, capsys):
 def test_kernels_of_other_machines_are_interpreted(kind, monkeypatch, capsys):
     kernel = _implementation("kernel", "tpu", **KERNELS[kind])
     monkeypatch.setitem(LISTS, kind, (kernel, *LISTS[kind][1:]))
-    case = dataclasses.replace(selfcheck.CASES["fake"], implementations=LISTS[kind])
-    monkeypatch.setitem(selfcheck.CASES, "fake", case)
+    monkeypatch.setitem(selfcheck.OPERATORS, "fake", _operator(kind))
     assert selfcheck.main(["--op=fake"]) == 0
     assert "no operator has a kernel for cpu" in capsys.readouterr().out
     assert selfcheck.main(["--op=fake", "--interpret"]) == (kind == "wrong")
@@ -476,5 +498,6 @@ def test_every_kernel_passes_interpreted(operator):
 def test_a_check_at_its_real_size(operator, variant):
     """More than one chunk, the last one not whole, as on a device."""
     with devices.interpreted():
-        result = selfcheck.check(operator, "pallas_tpu", variant, "bfloat16")
+        operator = selfcheck.OPERATORS[operator]
+        result = kernel_check.check(operator, "pallas_tpu", variant, "bfloat16")
     assert result.problem is None and result.gradient > 1e-6  # not compared with itself

@@ -21,9 +21,9 @@ from kernels_pallas.ops.delta_rule.gpu import launch
 from tests.kernels_pallas.ops import test_delta_rule, test_diagonal_scan, test_linear_attention
 from tests.kernels_pallas.ops.conformance import (
     TOLERANCE,
-    OperatorCase,
     Shape,
     Suite,
+    SuiteCase,
     assert_close,
     documents,
     everything,
@@ -73,7 +73,7 @@ class Interpreted(Suite):
             metafunc.parametrize("typical", marked)
 
 
-def _triton(case: OperatorCase, typical: str, fast) -> OperatorCase:
+def _triton(case: SuiteCase, typical: str, fast) -> SuiteCase:
     return dataclasses.replace(case, implementations=("triton",), typical=(typical,), fast=fast)
 
 

@@ -1,7 +1,8 @@
 """The conformance suite of the recurrences: every implementation of every operator runs through it.
 
-An operator describes itself once, as an `OperatorCase`; its test file is a subclass of `Suite` with
-that case. A new implementation inherits all of it by adding its name to `case.implementations`.
+What an operator's case (`ops/<operator>/case.py`) says of its calls and inputs is completed by a
+`SuiteCase`; the operator's test file is a subclass of `Suite` with that. A new implementation
+inherits all of it by adding its name to `implementations`.
 
 Truth is the recurrent form in float64, on the same (for bfloat16: the same rounded) inputs and
 cotangents. Compared are the output, the final state, and the gradient of every input, the initial
@@ -28,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.dispatch import devices
+from kernels_pallas import dispatch
+from kernels_pallas.dispatch import case, devices
 
 KERNELS_LENGTH = 100
 KERNELS = ("pallas_tpu", "triton")  # interpreted here: seconds of compiling for each program
@@ -38,51 +40,91 @@ SMALLEST_SCALE = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of one problem. Operators without heads use K as their width."""
+class Shape(case.Shape):
+    """Sizes of one problem. Operators without heads are K wide, unless D says another width."""
 
     B: int = 2
     T: int = 100
     H: int = 2
-    G: int = 2
+    G: int | None = 2
     K: int = 8
     V: int = 12
 
+    @property
+    def width(self) -> int:
+        return self.D or self.K
+
 
 @dataclasses.dataclass(frozen=True)
-class OperatorCase:
-    """What the suite has to know about an operator.
+class SuiteCase:
+    """What the suite has to know about an operator beside its case; made by `suite_case`.
 
-    make_inputs: (rng, shape, regime) -> float32 arrays by name, "initial_state" among them.
-    call: (inputs, implementation=..., segment_ids=None) -> (output, final state): the public
-      operator.
     step: (inputs of one token, no time axis, without "initial_state"; state) -> (output, state).
-    regimes: names that make_inputs knows. Those of equal array shapes share one compiled program.
+    implementations: those that run through the suite.
     typical: regimes in which every token reaches every later one (weak decay), for the structural
       tests; the first is in the fast cut.
     fast: (T, regime) pairs of the fast cut, the last of them in bfloat16, too; the full product is
       marked slow.
+    call: (inputs, implementation=..., segment_ids=None) -> (output, final state).
+    grouped: whether G < H is a legal shape.
     fast_kernels: those for kernels, with documents; of their structural tests one is fast, and
       those of other typical regimes are exhaustive.
     kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no
       time for. So are, at all lengths but KERNELS_LENGTH, its tests without documents and in
-      bfloat16: one program a length and form is left.
-    rounded: the inputs that are bfloat16 in the bfloat16 tests.
-    grouped: whether G < H is a legal shape.
+      bfloat16: one program per length and form is left.
     """
 
-    name: str
-    implementations: tuple[str, ...]
-    make_inputs: Callable[[np.random.Generator, Shape, str], dict[str, np.ndarray]]
-    call: Callable[..., Any]
+    operator: dispatch.Operator
     step: Callable[..., Any]
-    regimes: tuple[str, ...]
+    implementations: tuple[str, ...]
     typical: tuple[str, ...]
     fast: tuple[tuple[int, str], ...]
-    rounded: tuple[str, ...]
+    call: Callable[..., Any]
     grouped: bool = True
     fast_kernels: tuple[tuple[int, str], ...] = ()
     kernels_skip: Callable[[int, str], bool] = lambda T, regime: False
+
+    @property
+    def name(self) -> str:
+        return self.operator.name
+
+    @property
+    def regimes(self) -> tuple[str, ...]:
+        return self.operator.case.regimes
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        return self.operator.case.rounded
+
+
+def suite_case(operator: dispatch.Operator, **fields) -> SuiteCase:
+    """Calls the public function."""
+    return SuiteCase(operator, call=functools.partial(_call, operator), **fields)
+
+
+def _call(operator, inputs, **keywords):
+    return tuple(operator.case.call(operator.function, inputs, **keywords).values())
+
+
+def by_position(step, *names: str):
+    """Returns `SuiteCase.step` of a step that takes these inputs by position."""
+
+    def call(token, state):
+        others = dict(token)
+        given = [others.pop(name) for name in names]
+        return step(*given, **others, state=state)
+
+    return call
+
+
+@functools.cache
+def at(case: SuiteCase, regime: str) -> SuiteCase:
+    """The case with the options that a regime stands for."""
+    options = case.operator.case.options(regime, Shape())
+    if not options:
+        return case
+    call, step = (functools.partial(f, **options) for f in (case.call, case.step))
+    return dataclasses.replace(case, call=call, step=step)
 
 
 def position_error(got, truth) -> float:
@@ -121,10 +163,10 @@ def _own_rounding(dtype, truth) -> float:
     return position_error(np.asarray(truth).astype(dtype), truth)
 
 
-def inputs_of(case: OperatorCase, shape: Shape, regime: str) -> dict[str, np.ndarray]:
+def inputs_of(case: SuiteCase, shape: Shape, regime: str) -> dict[str, np.ndarray]:
     """The case's inputs, the same ones for the same arguments."""
     seed = zlib.crc32(repr((case.name, shape, regime)).encode())
-    return case.make_inputs(np.random.default_rng(seed), shape, regime)
+    return case.operator.case.inputs(np.random.default_rng(seed), shape, regime)
 
 
 def cotangents_of(output, final, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +183,7 @@ def cotangents_of(output, final, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
 
 
 @functools.cache
-def _everything(case: OperatorCase, implementation: str):
+def _everything(case: SuiteCase, implementation: str):
     """jit of inputs -> output, final state and gradients, under the given cotangents."""
 
     @jax.jit
@@ -203,7 +245,7 @@ class Suite:
     """Subclass as `class TestX(Suite): case = CASE`. Tests are made for each of the case's
     implementations."""
 
-    case: OperatorCase
+    case: SuiteCase
 
     @pytest.fixture(autouse=True)
     def _interpreted(self):
@@ -248,14 +290,14 @@ class Suite:
     def test_float32(self, implementation, length_and_regime):
         T, regime = length_and_regime
         inputs = inputs_of(self.case, Shape(T=T), regime)
-        got = everything(self.case, implementation, inputs)
-        assert_close(got, truth(self.case, inputs), TOLERANCE["float32"])
+        got = everything(at(self.case, regime), implementation, inputs)
+        assert_close(got, truth(at(self.case, regime), inputs), TOLERANCE["float32"])
 
     def test_float32_packed_documents(self, implementation, length_and_regime):
         T, regime = length_and_regime
         inputs, ids = inputs_of(self.case, Shape(T=T), regime), documents(2, T)
-        got = everything(self.case, implementation, inputs, ids)
-        assert_close(got, truth(self.case, inputs, ids), TOLERANCE["float32"])
+        got = everything(at(self.case, regime), implementation, inputs, ids)
+        assert_close(got, truth(at(self.case, regime), inputs, ids), TOLERANCE["float32"])
 
     def test_bfloat16(self, implementation, length_and_regime):
         T, regime = length_and_regime
@@ -264,21 +306,23 @@ class Suite:
             name: x.real.astype(jnp.bfloat16) if name in self.case.rounded else x
             for name, x in inputs.items()
         }
-        shapes = jax.eval_shape(lambda x: self.case.call(x, implementation="reference"), inputs)
+        shapes = jax.eval_shape(
+            lambda x: at(self.case, regime).call(x, implementation="reference"), inputs
+        )
         cotangents = tuple(
             c.astype(shape.dtype).astype(c.dtype)
             for c, shape in zip(cotangents_of(*shapes), shapes)
         )
-        got = everything(self.case, implementation, inputs, None, cotangents)
-        expected = truth(self.case, inputs, None, cotangents)
+        got = everything(at(self.case, regime), implementation, inputs, None, cotangents)
+        expected = truth(at(self.case, regime), inputs, None, cotangents)
         assert_close(got, expected, TOLERANCE["bfloat16"])
 
     def test_grouped_heads(self, implementation, typical):
         G = 2 if self.case.grouped else 4
         inputs = inputs_of(self.case, Shape(B=2, T=100, H=4, G=G), typical)
         ids = documents(2, 100)
-        got = everything(self.case, implementation, inputs, ids)
-        assert_close(got, truth(self.case, inputs, ids), TOLERANCE["float32"])
+        got = everything(at(self.case, typical), implementation, inputs, ids)
+        assert_close(got, truth(at(self.case, typical), inputs, ids), TOLERANCE["float32"])
 
     def test_packed_equals_separate(self, implementation, typical):
         """Four documents in a row are those four in a batch, gradients too; the lengths miss the
@@ -287,9 +331,11 @@ class Suite:
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         ids = np.repeat(np.arange(N, dtype=np.int32), T // N)[None]
         cotangents = cotangents_of(
-            *jax.eval_shape(lambda x: self.case.call(x, implementation="reference"), inputs)
+            *jax.eval_shape(
+                lambda x: at(self.case, typical).call(x, implementation="reference"), inputs
+            )
         )
-        got = everything(self.case, implementation, inputs, ids, cotangents)
+        got = everything(at(self.case, typical), implementation, inputs, ids, cotangents)
 
         def separate(x):
             return x.reshape(N, T // N, *x.shape[2:])
@@ -303,7 +349,9 @@ class Suite:
             [initial, np.zeros((N - 1, *initial.shape[1:]), initial.dtype)]
         )
         apart_cotangents = separate(cotangents[0]), last(cotangents[1])
-        one_by_one = everything(self.case, implementation, apart, None, apart_cotangents)
+        one_by_one = everything(
+            at(self.case, typical), implementation, apart, None, apart_cotangents
+        )
         together = {}
         for name, x in one_by_one.items():
             if name == "final state":
@@ -328,8 +376,8 @@ class Suite:
 
         other = over_time(inputs, changed)
         other["initial_state"] = inputs["initial_state"] + 1
-        first = everything(self.case, implementation, inputs, ids)
-        second = everything(self.case, implementation, other, ids)
+        first = everything(at(self.case, typical), implementation, inputs, ids)
+        second = everything(at(self.case, typical), implementation, other, ids)
         for name, x in first.items():
             if name in ("final state", "gradient of initial_state") or x.ndim < 3:
                 continue
@@ -345,7 +393,9 @@ class Suite:
         T, edges = 100, (0, 37, 80, 100)
         clean = inputs_of(self.case, Shape(B=1, T=T), typical)
         ids = np.repeat([2, 1, 0], np.diff(edges)).astype(np.int32)[None]
-        shapes = jax.eval_shape(lambda x: self.case.call(x, implementation="reference"), clean)
+        shapes = jax.eval_shape(
+            lambda x: at(self.case, typical).call(x, implementation="reference"), clean
+        )
         cotangents = cotangents_of(*shapes)
         places = [("initial_state", 0, np.nan)]
         for name, x in clean.items():
@@ -356,7 +406,7 @@ class Suite:
                     (name, 90, np.nan if name == "log_decay" else np.inf),
                 ]
         for call in (implementation, "reference"):
-            expected = everything(self.case, call, clean, ids, cotangents)
+            expected = everything(at(self.case, typical), call, clean, ids, cotangents)
             for name, t, value in places:
                 bad = {**clean, name: clean[name].copy()}
                 bad[name][(0, ...) if name == "initial_state" else (0, t)] = value
@@ -364,7 +414,11 @@ class Suite:
                 inside = (np.arange(T) >= t) & (np.arange(T) < edges[document + 1])
                 behind = np.where(inside.reshape(1, T, *[1] * (cotangents[0].ndim - 2)), np.nan, 1)
                 got = everything(
-                    self.case, call, bad, ids, (cotangents[0] * behind.astype("f"), cotangents[1])
+                    at(self.case, typical),
+                    call,
+                    bad,
+                    ids,
+                    (cotangents[0] * behind.astype("f"), cotangents[1]),
                 )
                 others = (np.arange(T) < edges[document]) | (np.arange(T) >= edges[document + 1])
                 for of, x in got.items():
@@ -380,7 +434,7 @@ class Suite:
     def test_pieces_equal_whole(self, implementation, typical):
         """Cut anywhere, with the state carried: the same outputs, and the same gradients through
         the state."""
-        case, cut = self.case, 37
+        case, cut = at(self.case, typical), 37
         inputs = inputs_of(case, Shape(T=100), typical)
 
         def pieces(inputs, *, implementation, segment_ids):
@@ -405,7 +459,7 @@ class Suite:
         @jax.jit
         def decode(timed, fixed, state):
             def body(state, token):
-                output, state = self.case.step({**token, **fixed}, state)
+                output, state = at(self.case, typical).step({**token, **fixed}, state)
                 return state, output
 
             time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), timed)
@@ -413,7 +467,7 @@ class Suite:
             return jnp.moveaxis(outputs, 0, 1), state
 
         output, final = decode(timed, fixed, inputs["initial_state"])
-        whole = everything(self.case, implementation, inputs)
+        whole = everything(at(self.case, typical), implementation, inputs)
         assert_close(
             {"output": output, "final state": final},
             {name: whole[name] for name in ("output", "final state")},
@@ -422,7 +476,7 @@ class Suite:
 
     def test_transformations(self, implementation, typical):
         """vmap is a loop, remat changes nothing, and eager is jit."""
-        case = self.case
+        case = at(self.case, typical)
         inputs = inputs_of(case, Shape(T=100), typical)
         whole = everything(case, implementation, inputs)
 
@@ -438,7 +492,8 @@ class Suite:
                 output, final = case.call({**row, **fixed}, **keywords)
                 return output[0], final[0]
 
-            fixed = {name: x for name, x in inputs.items() if x.ndim < 2}
+            shared = case.operator.case.unbatched
+            fixed = {name: x for name, x in inputs.items() if x.ndim < 2 or name in shared}
             rows = {name: x for name, x in inputs.items() if name not in fixed}
             return jax.vmap(one_row, in_axes=(0, None))(rows, fixed)
 
@@ -455,13 +510,13 @@ class Suite:
         T = 100
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         output, final = jax.eval_shape(
-            lambda x: self.case.call(x, implementation="reference"), inputs
+            lambda x: at(self.case, typical).call(x, implementation="reference"), inputs
         )
         for t in (0, 15, 16, 63, 64, 98):
             at_t = np.zeros(output.shape, np.float32)
             at_t[:, t] = 1.0
             cotangents = at_t, np.zeros(final.shape, np.float32)
-            got = everything(self.case, implementation, inputs, None, cotangents)
+            got = everything(at(self.case, typical), implementation, inputs, None, cotangents)
             reached = np.zeros(T, bool)
             for name, gradient in got.items():
                 if not name.startswith("gradient") or name.endswith("initial_state"):

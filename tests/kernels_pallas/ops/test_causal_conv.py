@@ -9,70 +9,34 @@ import pytest
 
 from kernels_pallas import causal_conv
 from kernels_pallas.dispatch import devices, tuning
-from kernels_pallas.ops.causal_conv import reference, step
+from kernels_pallas.ops.causal_conv import api, reference, step
 from kernels_pallas.ops.causal_conv.shapes import SHAPES
 from kernels_pallas.ops.causal_conv.tpu import launch
 from kernels_pallas.tools import tpu_bundles, tpu_compile
 from tests.kernels_pallas.ops.conformance import (
     TOLERANCE,
-    OperatorCase,
     Shape,
     Suite,
     assert_close,
+    at,
     cotangents_of,
     documents,
     everything,
     inputs_of,
+    suite_case,
     truth,
 )
 
-# What is done to the sums, by what the name of w says: to the suite, options are part of the
-# inputs' structure.
-OPTIONS = {
-    "w": {},
-    "w silu": {"activation": "silu"},
-    "w silu norm": {"activation": "silu", "l2_norm_heads": 2},
-}
+
+def _step(token, state, **options):
+    others = dict(token)
+    return step(others.pop("x"), others.pop("w"), state, **others, **options)
 
 
-def _inputs(rng, shape: Shape, regime: str):
-    width, D = int(regime.split()[1]), shape.K
-    name = " ".join(["w", *(word for word in ("silu", "norm") if word in regime)])
-    inputs = {
-        "x": rng.standard_normal((shape.B, shape.T, D)),
-        # flat: to the suite, arrays of rank 2 and more have a batch axis
-        name: rng.standard_normal(width * D),
-        "initial_state": rng.standard_normal((shape.B, width - 1, D)),
-    }
-    if "bias" in regime:
-        inputs["bias"] = rng.standard_normal(D)
-    return {name: x.astype(np.float32) for name, x in inputs.items()}
-
-
-def _split(inputs):
-    """x, w, the other arrays, and the options."""
-    inputs = dict(inputs)
-    x, name = inputs.pop("x"), next(name for name in inputs if name.startswith("w"))
-    return x, inputs.pop(name).reshape(-1, x.shape[-1]), inputs, OPTIONS[name]
-
-
-def _call(inputs, **keywords):
-    x, w, others, options = _split(inputs)
-    return causal_conv(x, w, **others, **options, **keywords)
-
-
-def _step(token, state):
-    x, w, others, options = _split(token)
-    return step(x, w, state, **others, **options)
-
-
-CASE = OperatorCase(
-    name="causal_conv",
+CASE = suite_case(
+    api.OPERATOR,
     implementations=("shifted", "pallas_tpu"),
-    make_inputs=_inputs,
-    call=_call,
     step=_step,
-    regimes=("width 2 silu", "width 4 bias", "width 16", "width 4 bias silu norm"),
     typical=("width 4 bias silu norm", "width 4 bias"),
     fast=(
         *((1, "width 4 bias"), (100, "width 4 bias silu norm"), (64, "width 16")),
@@ -86,7 +50,6 @@ CASE = OperatorCase(
             (1000, "width 4 bias silu norm"),
         )
     ),
-    rounded=("x", *OPTIONS, "bias", "initial_state"),
     grouped=False,
 )
 
@@ -97,11 +60,13 @@ class TestCausalConv(Suite):
     def test_causality_by_gradient(self, implementation, typical):
         """The output at t takes a gradient from its last `width` tokens and from no other."""
         inputs = inputs_of(self.case, Shape(B=1, T=40), typical)
+        call = at(self.case, typical).call
 
         @jax.jit
         def seen_from(t):
             def output(x):
-                return _call({**inputs, "x": x}, implementation=implementation)[0][0, t].sum()
+                y_BTD, _ = call({**inputs, "x": x}, implementation=implementation)
+                return y_BTD[0, t].sum()
 
             return jnp.abs(jax.grad(output)(inputs["x"])).max(axis=(0, 2)) > 0
 
@@ -161,8 +126,7 @@ def test_heads_and_registers(D, heads, dtype):
     options = {"activation": "silu", "l2_norm_heads": heads}
 
     def call(inputs, **keywords):
-        x, w, others, _ = _split(inputs)
-        return causal_conv(x, w, **others, **options, **keywords)
+        return CASE.call(inputs, **options, **keywords)
 
     case, ids = dataclasses.replace(CASE, call=call), documents(2, 40)
     sizes = {"causal_conv/pallas_tpu": {"chunk_size": 16, "width": 256}}

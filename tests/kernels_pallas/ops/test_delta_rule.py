@@ -7,155 +7,37 @@ import numpy as np
 import pytest
 
 from kernels_pallas import delta_rule, diagonal_plus_low_rank
-from kernels_pallas.ops.delta_rule import compensated, step, step_diagonal_plus_low_rank
+from kernels_pallas.common import regimes
+from kernels_pallas.ops.delta_rule import api, compensated, step, step_diagonal_plus_low_rank
 from kernels_pallas.ops.delta_rule.shapes import DIAGONAL_PLUS_LOW_RANK_SHAPES, SHAPES
 from tests.kernels_pallas.ops.conformance import (
-    OperatorCase,
     Shape,
     Suite,
     assert_close,
+    by_position,
     everything,
     inputs_of,
+    suite_case,
     truth,
 )
 
-
-def _normal(rng, *size):
-    return rng.standard_normal(size).astype(np.float32)
-
-
-def _unit(rng, *size):
-    x = rng.standard_normal(size)
-    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
-
-
-def _gate(rng, size, kind):
-    uniform = rng.random(size)
-    match kind:
-        case "zero":
-            gate = np.zeros(size)
-        case "weak":
-            gate = -0.02 * uniform
-        case "strong":
-            gate = np.full(size, -50.0)
-        case "mixed":
-            gate = -np.choose(rng.integers(0, 4, size), [1e-3, 0.3, 4.0, 50.0]) * uniform
-        case "resets":
-            gate = np.where(uniform < 0.05, -np.inf, -0.1 * uniform)
-        case "extreme":  # legal down to the least of float32: sums of two are -inf
-            least = np.finfo(np.float32).min
-            gate = np.choose(rng.integers(0, 7, size), [0, 0, -1e-30, -0.1, -800.0, -1e30, least])
-    return gate.astype(np.float32)
-
-
-def _log_decay(rng, shape, words):
-    """{} or the log_decay named by the last two of a regime's words, such as "per_token weak"."""
-    B, T, H, K = shape.B, shape.T, shape.H, shape.K
-    match words:
-        case [*_, "per_head"]:
-            return {"log_decay": np.log1p(-(2.0 ** -np.linspace(5, 8, H))).astype(np.float32)}
-        case [*_, "per_token", kind]:
-            return {"log_decay": _gate(rng, (B, T, H), kind)}
-        case [*_, "per_channel", kind]:
-            return {"log_decay": _gate(rng, (B, T, H, K), kind)}
-    return {}
-
-
-def _delta_rule_inputs(rng, shape: Shape, regime: str):
-    B, T, H, G, K, V = (getattr(shape, name) for name in "BTHGKV")
-    k, beta = _unit(rng, B, T, G, K), 2 * rng.random((B, T, H)).astype(np.float32)
-    match regime:
-        case "beta 0":
-            beta = np.zeros_like(beta)
-        case "beta 1":
-            beta = np.ones_like(beta)
-        case "beta 2":
-            beta = np.full_like(beta, 2.0)
-        case "repeated keys, any beta":
-            k = k[:, np.arange(T) % 3]
-        case "one key, beta 2" | "one key, beta 2 per_channel zero":
-            k, beta = k[:, np.zeros(T, int)], np.full_like(beta, 2.0)
-        case "long keys":  # beta |k|^2 up to 2, with |k| up to 3
-            length = 1 + 2 * rng.random((B, T, G, 1)).astype(np.float32)
-            k, beta = k * length, beta / np.repeat(length[..., 0] ** 2, H // G, axis=2)
-    return {
-        "q": _unit(rng, B, T, G, K),
-        "k": k,
-        "v": _normal(rng, B, T, H, V),
-        "beta": beta,
-        "initial_state": _normal(rng, B, H, K, V),
-        **_log_decay(rng, shape, regime.split()),
-    }
-
-
-def _diagonal_plus_low_rank_inputs(rng, shape: Shape, regime: str):
-    """As in RWKV-7: a = -(rate * b), b of norm 1. In "twice" the rate is 2, a reflection."""
-    B, T, H, G, K, V = (getattr(shape, name) for name in "BTHGKV")
-    b = _unit(rng, B, T, H, K)
-    rate = rng.random((B, T, H, K)).astype(np.float32)
-    return {
-        "q": _unit(rng, B, T, G, K),
-        "k": _unit(rng, B, T, G, K),
-        "v": _normal(rng, B, T, H, V),
-        "a": -(np.float32(2.0) if regime == "twice" else rate) * b,
-        "b": b,
-        "initial_state": _normal(rng, B, H, K, V),
-        **_log_decay(rng, shape, regime.split()),
-    }
-
-
-def _caller(operator, names):
-    def call(inputs, **keywords):
-        inputs = dict(inputs)
-        first = [inputs.pop(name) for name in names]
-        return operator(*first, **inputs, **keywords)
-
-    return call
-
-
-def _stepper(one_token, names):
-    def call(token, state):
-        token = dict(token)
-        first = [token.pop(name) for name in names]
-        return one_token(*first, **token, state=state)
-
-    return call
-
-
-DECAYS = tuple(
-    f"{axis} {kind}"
-    for axis in ("per_token", "per_channel")
-    for kind in ("weak", "strong", "mixed", "resets", "extreme")
-)
-DELTA_RULE = OperatorCase(
-    name="delta_rule",
+DELTA_RULE = suite_case(
+    api.OPERATOR,
     implementations=("chunked",),
-    make_inputs=_delta_rule_inputs,
-    call=_caller(delta_rule, ("q", "k", "v", "beta")),
-    step=_stepper(step, ("q", "k", "v", "beta")),
-    regimes=(
-        *("none", "beta 0", "beta 1", "beta 2", "repeated keys, any beta", "one key, beta 2"),
-        "one key, beta 2 per_channel zero",
-        *("long keys", "per_head", *DECAYS),
-    ),
+    step=by_position(step, "q", "k", "v", "beta"),
     typical=("per_token weak",),
     fast=(
         *((100, "one key, beta 2"), (100, "per_channel mixed"), (100, "per_channel extreme")),
         (100, "one key, beta 2 per_channel zero"),
         *((100, "per_token extreme"), (100, "per_token resets")),
     ),
-    rounded=("q", "k", "v"),
 )
-DIAGONAL_PLUS_LOW_RANK = OperatorCase(
-    name="diagonal_plus_low_rank",
+DIAGONAL_PLUS_LOW_RANK = suite_case(
+    api.DIAGONAL_PLUS_LOW_RANK,
     implementations=("chunked",),
-    make_inputs=_diagonal_plus_low_rank_inputs,
-    call=_caller(diagonal_plus_low_rank, ("q", "k", "v", "a", "b")),
-    step=_stepper(step_diagonal_plus_low_rank, ("q", "k", "v", "a", "b")),
-    regimes=("none", "twice", "per_head", *DECAYS),
+    step=by_position(step_diagonal_plus_low_rank, "q", "k", "v", "a", "b"),
     typical=("per_channel weak",),
     fast=(),
-    rounded=("q", "k", "v", "a", "b"),
 )
 
 
@@ -193,8 +75,8 @@ def test_rwkv7():
     against the docstring's map."""
     rng = np.random.default_rng(0)
     T, K, V = 20, 8, 12
-    r, k, kk = _normal(rng, T, K), _normal(rng, T, K), _unit(rng, T, K)
-    v, eta, w = _normal(rng, T, V), rng.random((T, K)), 0.5 + 0.5 * rng.random((T, K))
+    r, k, kk = regimes.normal(rng, T, K), regimes.normal(rng, T, K), regimes.unit(rng, T, K)
+    v, eta, w = regimes.normal(rng, T, V), rng.random((T, K)), 0.5 + 0.5 * rng.random((T, K))
     S_VK, outputs = np.zeros((V, K)), []
     for t in range(T):
         S_VK = S_VK @ (np.diag(w[t]) - np.outer(kk[t], eta[t] * kk[t])) + np.outer(v[t], k[t])
@@ -241,8 +123,8 @@ def test_rounding_where_it_is_not_held_down():
 def test_rounding_is_held_down_where_decay_is_slight(decay, channels, packed):
     """Reflections by one key for 10,000 tokens: an error of up to 9e-4, as without a decay."""
     rng, T = np.random.default_rng(0), 10_000
-    q, v = _normal(rng, 1, T, 1, 8), _normal(rng, 1, T, 1, 8)
-    k = np.repeat(_unit(rng, 1, 1, 1, 8), T, axis=1)
+    q, v = regimes.normal(rng, 1, T, 1, 8), regimes.normal(rng, 1, T, 1, 8)
+    k = np.repeat(regimes.unit(rng, 1, 1, 1, 8), T, axis=1)
     beta = np.full((1, T, 1), 2, np.float32)
     log_decay = np.full((1, T, 1, *channels), decay, np.float32)
     ids = (np.arange(T) >= T // 10).astype(np.int32)[None] if packed else None

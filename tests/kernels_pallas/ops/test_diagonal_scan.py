@@ -9,70 +9,26 @@ import numpy as np
 import pytest
 
 from kernels_pallas import diagonal_scan
-from kernels_pallas.common import checks
+from kernels_pallas.common import checks, regimes
 from kernels_pallas.dispatch import devices
-from kernels_pallas.ops.diagonal_scan import step
+from kernels_pallas.ops.diagonal_scan import api, step
 from kernels_pallas.ops.diagonal_scan.shapes import SHAPES
 from kernels_pallas.tools import tpu_bundles, tpu_compile
 from tests.kernels_pallas.ops.conformance import (
     TOLERANCE,
-    OperatorCase,
     Shape,
     Suite,
     assert_close,
     documents,
     everything,
     inputs_of,
+    suite_case,
     truth,
 )
 
 
-def _inputs(rng, shape: Shape, regime: str):
-    B, T, D = shape.B, shape.T, shape.K
-    kind = regime.removeprefix("complex ")
-    number = _complex_normal if regime.startswith("complex") else _normal
-    size = (D,) if kind in ("fixed", "log fixed") else (B, T, D)
-    uniform = rng.random(size)
-    match kind:
-        case "weak":
-            gate = 0.9 + 0.1 * uniform
-        case "fixed":
-            gate = np.linspace(-1.0, 0.999, D)
-        case "growing":  # to 1e12, and back
-            gate = np.where(np.arange(T)[:, None] // 50 % 2 == 0, 1.7, 0.3) + 0.1 * uniform
-        case "any sign":
-            gate = np.where(uniform < 0.1, 0.0, 2.2 * rng.random(size) - 1.1)
-        case "log fixed":
-            # A phase loses one rounding of exp(log_decay) for each token that it reaches back, in
-            # any form.
-            gate = -np.linspace(0.1 if regime.startswith("complex") else 0.0, 0.5, D)
-        case "log":
-            gate = -np.choose(rng.integers(0, 4, size), [1e-3, 0.3, 4.0, 50.0]) * uniform
-        case "log strong":
-            gate = np.full(size, -50.0)
-        case "log resets":
-            gate = np.where(uniform < 0.05, -np.inf, -0.1 * uniform)
-    if regime.startswith("complex"):
-        phase = 2 * np.pi * rng.random(size)
-        gate = gate + 1j * phase if kind.startswith("log") else gate * np.exp(1j * phase)
-    name = "log_decay" if kind.startswith("log") else "decay"
-    dtype = np.complex64 if regime.startswith("complex") else np.float32
-    # Complex decay with a real x is the usual form of S4D and of the first layer of an LRU.
-    x = _normal(rng, (B, T, D)) if regime == "complex log fixed" else number(rng, (B, T, D))
-    return {"x": x, name: gate.astype(dtype), "initial_state": number(rng, (B, D))}
-
-
-def _normal(rng, size):
-    return rng.standard_normal(size).astype(np.float32)
-
-
-def _complex_normal(rng, size):
-    return (_normal(rng, size) + 1j * _normal(rng, size)).astype(np.complex64)
-
-
 def _call(inputs, **keywords):
-    inputs = dict(inputs)
-    return diagonal_scan(inputs.pop("x"), inputs.pop("decay", None), **inputs, **keywords)
+    return CASE.call(inputs, **keywords)
 
 
 def _step(token, state):
@@ -93,24 +49,10 @@ def _skip(T, regime):
     return T in kinds and not regime.startswith(kinds[T])
 
 
-CASE = OperatorCase(
-    name="diagonal_scan",
+CASE = suite_case(
+    api.OPERATOR,
     implementations=("chunked", "pallas_tpu"),
-    make_inputs=_inputs,
-    call=_call,
     step=_step,
-    regimes=(
-        *("weak", "fixed", "any sign", "growing"),
-        *("log fixed", "log", "log strong", "log resets"),
-        *(
-            "complex weak",
-            "complex growing",
-            "complex any sign",
-            "complex log fixed",
-            "complex log",
-            "complex log resets",
-        ),
-    ),
     typical=("weak", "complex weak"),
     fast=(
         *((1, "weak"), (100, "log resets"), (64, "any sign"), (100, "fixed"), (100, "log strong")),
@@ -118,7 +60,6 @@ CASE = OperatorCase(
     ),
     kernels_skip=_skip,
     fast_kernels=((100, "log resets"),),
-    rounded=("x",),
     grouped=False,
 )
 
@@ -184,8 +125,8 @@ def test_gradients_are_those_of_the_definition_by_finite_differences():
 def _zeros_in_front(rng, kind, T=300, D=4):
     """Decays above 1 where nothing is there yet, as left padding makes them: their product is
     infinite, the state is not."""
-    number = _complex_normal if kind == "complex" else _normal
-    x = number(rng, (2, T, D))
+    dtype = np.complex64 if kind == "complex" else np.float32
+    x = regimes.normal(rng, 2, T, D, dtype=dtype)
     for row in x:
         row[: rng.integers(T - 20, T)] = 0
     decay = rng.uniform(1.2, 3.0, (2, T, D)) * rng.choice([-1.0, 1.0], (2, T, D))
@@ -230,7 +171,7 @@ def test_near_decay_1_chunks_are_as_exact_as_the_recurrence(turn):
     """The rounding of a chunk's decay adds up over as many chunks as a state lasts."""
     T, sizes = 20_000, np.array([0.9, 0.999, 0.9999, 0.99999, 1.0, -0.99999])
     decay = (sizes * np.exp(1j * turn)).astype(np.complex64) if turn else sizes.astype(np.float32)
-    x = np.abs(_normal(np.random.default_rng(0), (1, T, len(sizes)))).astype(decay.dtype)
+    x = np.abs(regimes.normal(np.random.default_rng(0), 1, T, len(sizes))).astype(decay.dtype)
     with jax.enable_x64(True):
         wide = np.result_type(decay, np.float64)
         exact = diagonal_scan(x.astype(wide), decay.astype(wide), implementation="reference")[0]

@@ -10,64 +10,23 @@ import pytest
 
 from kernels_pallas import linear_attention
 from kernels_pallas.common import checks
-from kernels_pallas.ops.linear_attention import step
+from kernels_pallas.ops.linear_attention import api, step
 from kernels_pallas.ops.linear_attention.shapes import SHAPES
 from tests.kernels_pallas.ops.conformance import (
     TOLERANCE,
-    OperatorCase,
     Shape,
     Suite,
     assert_close,
+    by_position,
     everything,
     inputs_of,
+    suite_case,
     truth,
 )
 
 
-def _gate(rng, size, kind):
-    uniform = rng.random(size)
-    match kind:
-        case "weak":
-            gate = -0.02 * uniform
-        case "strong":
-            gate = np.full(size, -50.0)
-        case "mixed":
-            gate = -np.choose(rng.integers(0, 4, size), [1e-3, 0.3, 4.0, 50.0]) * uniform
-        case "resets":
-            gate = np.where(uniform < 0.05, -np.inf, -0.1 * uniform)
-        case "extreme":  # legal down to the least of float32: sums of two are -inf
-            least = np.finfo(np.float32).min
-            gate = np.choose(rng.integers(0, 7, size), [0, 0, -1e-30, -0.1, -800.0, -1e30, least])
-    return gate.astype(np.float32)
-
-
-def _inputs(rng, shape: Shape, regime: str):
-    B, T, H, G, K, V = (getattr(shape, name) for name in "BTHGKV")
-    inputs = {
-        "q": rng.standard_normal((B, T, G, K)).astype(np.float32),
-        "k": rng.standard_normal((B, T, G, K)).astype(np.float32),
-        "v": rng.standard_normal((B, T, H, V)).astype(np.float32),
-        "initial_state": rng.standard_normal((B, H, K, V)).astype(np.float32),
-    }
-    if regime == "per_head":
-        inputs["log_decay"] = np.log1p(-(2.0 ** -np.linspace(5, 8, H))).astype(np.float32)
-    elif regime != "none":
-        axis, kind = regime.split()
-        size = {"per_token": (B, T, H), "per_channel": (B, T, H, K)}[axis]
-        inputs["log_decay"] = _gate(rng, size, kind)
-    return inputs
-
-
 def _call(inputs, **keywords):
-    inputs = dict(inputs)
-    qkv = [inputs.pop(name) for name in "qkv"]
-    return linear_attention(*qkv, **inputs, **keywords)
-
-
-def _step(token, state):
-    token = dict(token)
-    qkv = [token.pop(name) for name in "qkv"]
-    return step(*qkv, **token, state=state)
+    return CASE.call(inputs, **keywords)
 
 
 def _skip(T, regime):
@@ -76,21 +35,10 @@ def _skip(T, regime):
     return T in kinds and not regime.startswith(kinds[T])
 
 
-CASE = OperatorCase(
-    name="linear_attention",
+CASE = suite_case(
+    api.OPERATOR,
     implementations=("chunked", "pallas_tpu"),
-    make_inputs=_inputs,
-    call=_call,
-    step=_step,
-    regimes=(
-        "none",
-        "per_head",
-        *(
-            f"{axis} {kind}"
-            for axis in ("per_token", "per_channel")
-            for kind in ("weak", "strong", "mixed", "resets", "extreme")
-        ),
-    ),
+    step=by_position(step, "q", "k", "v"),
     typical=("per_token weak", "per_channel weak", "none"),
     fast=(
         *(
@@ -107,7 +55,6 @@ CASE = OperatorCase(
         (100, "per_channel mixed"),
         (100, "per_channel extreme"),
     ),
-    rounded=("q", "k", "v"),
 )
 
 

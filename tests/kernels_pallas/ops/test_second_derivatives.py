@@ -17,7 +17,7 @@ from tests.kernels_pallas.ops import (
     test_diagonal_scan,
     test_linear_attention,
 )
-from tests.kernels_pallas.ops.conformance import Shape, assert_close, documents, inputs_of
+from tests.kernels_pallas.ops.conformance import Shape, assert_close, at, documents, inputs_of
 
 TOLERANCE = 1e-4
 CASES = {
@@ -91,7 +91,7 @@ def test_recurrences(operator, regime, implementation):
     case = CASES[operator]
     G = 1 if case.grouped else 2
     inputs = inputs_of(case, Shape(B=2, T=20, H=2, G=G, K=4, V=4), regime)
-    call = functools.partial(case.call, segment_ids=documents(2, 20))
+    call = functools.partial(at(case, regime).call, segment_ids=documents(2, 20))
     _compare(call, inputs, implementation)
 
 
