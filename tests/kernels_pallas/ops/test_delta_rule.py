@@ -129,7 +129,7 @@ DECAYS = tuple(
 )
 DELTA_RULE = OperatorCase(
     name="delta_rule",
-    implementations=("chunked",),
+    implementations=("chunked", "naive_chunk"),
     make_inputs=_delta_rule_inputs,
     call=_caller(delta_rule, ("q", "k", "v", "beta")),
     step=_stepper(step, ("q", "k", "v", "beta")),
@@ -148,7 +148,7 @@ DELTA_RULE = OperatorCase(
 )
 DIAGONAL_PLUS_LOW_RANK = OperatorCase(
     name="diagonal_plus_low_rank",
-    implementations=("chunked",),
+    implementations=("chunked", "naive_chunk"),
     make_inputs=_diagonal_plus_low_rank_inputs,
     call=_caller(diagonal_plus_low_rank, ("q", "k", "v", "a", "b")),
     step=_stepper(step_diagonal_plus_low_rank, ("q", "k", "v", "a", "b")),

@@ -78,7 +78,7 @@ def _skip(T, regime):
 
 CASE = OperatorCase(
     name="linear_attention",
-    implementations=("chunked", "pallas_tpu"),
+    implementations=("chunked", "naive_chunk", "pallas_tpu"),
     make_inputs=_inputs,
     call=_call,
     step=_step,
@@ -224,7 +224,7 @@ def _renamed(x):
         ({"chunk_size": 48}, "chunk_size is 48; expected a power of two, 16 or more"),
         (
             {"implementation": "fast"},
-            "choose one of 'one_token', 'pallas_tpu', 'triton', 'chunked', 'reference', or None",
+            "choose one of 'one_token', 'pallas_tpu', 'triton', 'chunked', 'naive_chunk', 'reference', or None",
         ),
     ],
 )
