@@ -103,3 +103,16 @@ def from_buffers(buffers, like):
 def _held_as(dtype):
     narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 2
     return jnp.uint16 if narrow and devices.current().platform == "cpu" else dtype
+
+
+def to_chunks(x_BTHX: jax.Array, C: int, dtype=None) -> jax.Array:
+    """(B, T, H, X) to (N, B, H, C, X), zeros behind the last token where C does not divide T."""
+    x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, padding(x_BTHX.shape[1], C)), (0, 0), (0, 0)))
+    B, _, H, X = x_BTHX.shape
+    return x_BTHX.reshape(B, -1, C, H, X).transpose(1, 0, 3, 2, 4).astype(dtype or x_BTHX.dtype)
+
+
+def from_chunks(x_NBHCX: jax.Array) -> jax.Array:
+    """(N, B, H, C, X) to (B, N C, H, X)."""
+    N, B, H, C, X = x_NBHCX.shape
+    return x_NBHCX.transpose(1, 0, 3, 2, 4).reshape(B, N * C, H, X)

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.common import dtypes, matmul
+from kernels_pallas.common import dtypes, matmul, segments
 
 
 class Level(NamedTuple):
@@ -84,6 +84,27 @@ def kind(log_decay, *, segment_ids=None) -> str:
     if log_decay.ndim == 1:
         return "per_head"
     return "per_channel" if log_decay.ndim == 4 and log_decay.shape[-1] > 1 else "per_token"
+
+
+def with_resets(log_decay_BTHK, segment_ids_BT, dtype):
+    """The log decay of packed documents: each document's first token is a reset.
+
+    log_decay_BTHK: (B, T, H, K or 1), or None, which decays nothing and stays None where
+      segment_ids_BT is None too; else (B, T, 1, 1) of `dtype` comes back.
+    """
+    if segment_ids_BT is None:
+        return log_decay_BTHK
+    if log_decay_BTHK is None:
+        log_decay_BTHK = jnp.zeros((*segment_ids_BT.shape, 1, 1), dtype)
+    starts_BT = segments.starts(segment_ids_BT)
+    return jnp.where(starts_BT[:, :, None, None], RESET, log_decay_BTHK)
+
+
+def per_channel(log_decay_BTHK, segment_ids_BT, shape_BTHK, dtype) -> jax.Array:
+    """`with_resets`, broadcast to a number per channel; zeros where nothing decays."""
+    log_decay_BTHK = with_resets(log_decay_BTHK, segment_ids_BT, dtype)
+    zero = jnp.zeros((), dtype)
+    return jnp.broadcast_to(zero if log_decay_BTHK is None else log_decay_BTHK, shape_BTHK)
 
 
 STRETCH_BLOCK = 128  # tokens of a stretch whose sums are one matrix product
@@ -295,6 +316,15 @@ def _delayed(g_U):
 
 def _advanced(g_U):
     return jnp.concatenate([g_U[..., 1:], jnp.zeros_like(g_U[..., :1])], axis=-1)
+
+
+def naive_pair_decay(log_decay_CK: jax.Array, *, exclusive: bool = False) -> jax.Array:
+    """D_ij of each channel, pair by pair as docs/math defines it: (..., C, K) to (..., C, C, K)."""
+    i, j, s = jnp.ogrid[tuple(slice(log_decay_CK.shape[-2]) for _ in range(3))]
+    last = i - 1 if exclusive else i
+    between_CCC = ((j < s) & (s <= last)).astype(log_decay_CK.dtype)
+    sums_CCK = jnp.einsum("ijs,...sK->...ijK", between_CCC, log_decay_CK, precision="highest")
+    return jnp.where((j <= last)[..., 0, None], jnp.exp(sums_CCK), 0.0)
 
 
 def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, g_reversed_MUK) -> jax.Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, segments
 from kernels_pallas.dispatch import explicit_axes
-from kernels_pallas.ops.delta_rule import chunked, gpu, reference, tpu
+from kernels_pallas.ops.delta_rule import chunked, gpu, naive_chunk, reference, tpu
 from kernels_pallas.ops.delta_rule.case import CASE, DIAGONAL_PLUS_LOW_RANK_CASE
 
 
@@ -85,11 +85,15 @@ IMPLEMENTATIONS = (
     dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, "tpu"),
     dispatch.Implementation("triton", gpu.run, gpu.unsupported_reason, "gpu"),
     dispatch.Implementation("chunked", segments.isolated(chunked.run)),
+    dispatch.Implementation("naive_chunk", segments.isolated(naive_chunk.run)),
     dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )
 DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (
     dispatch.Implementation("one_token", _diagonal_plus_low_rank_one_token, _not_one_token),
     dispatch.Implementation("chunked", segments.isolated(chunked.run_diagonal_plus_low_rank)),
+    dispatch.Implementation(
+        "naive_chunk", segments.isolated(naive_chunk.run_diagonal_plus_low_rank)
+    ),
     dispatch.Implementation("reference", _diagonal_plus_low_rank_reference),
 )
 

@@ -89,7 +89,7 @@ def run(
     scale=1.0,
 ):
     """The delta rule in chunks. Arguments are normalised by `api.py`; the scale of q is a number."""
-    log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
+    log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     reflects = None
     if initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = _repeat_heads(compensated.squared(k_BTGK), v_BTHV.shape[2])
@@ -114,7 +114,7 @@ def run_diagonal_plus_low_rank(
     """The general transition in chunks. Arguments are normalised by `api.py`."""
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
-    log_decay_BTHK = _with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
+    log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     reflects = None
     if initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = compensated.squared(a_BTHK) * compensated.squared(b_BTHK)
@@ -122,15 +122,6 @@ def run_diagonal_plus_low_rank(
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
     form = _form(_diagonal_plus_low_rank_chunks, q_BTHK.shape[-1], v_BTHV, chunk_size, 1.0)
     return _run(form, inputs, initial_state_BHKV, reflects)
-
-
-def _with_resets(log_decay_BTHK, segment_ids_BT, dtype):
-    if segment_ids_BT is None:
-        return log_decay_BTHK
-    if log_decay_BTHK is None:
-        log_decay_BTHK = jnp.zeros((*segment_ids_BT.shape, 1, 1), dtype)
-    starts_BT = segments.starts(segment_ids_BT)
-    return jnp.where(starts_BT[:, :, None, None], decay.RESET, log_decay_BTHK)
 
 
 class _Form(NamedTuple):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, checks, dtypes, segments
 from kernels_pallas.dispatch import explicit_axes
-from kernels_pallas.ops.diagonal_scan import chunked, gpu, reference, tpu
+from kernels_pallas.ops.diagonal_scan import chunked, gpu, naive_chunk, reference, tpu
 from kernels_pallas.ops.diagonal_scan.case import CASE
 
 
@@ -21,6 +21,7 @@ IMPLEMENTATIONS = (
     ),
     dispatch.Implementation("triton", _by_decay(gpu.run), _by_decay(gpu.unsupported_reason), "gpu"),
     dispatch.Implementation("chunked", chunked.run),
+    dispatch.Implementation("naive_chunk", naive_chunk.run),
     dispatch.Implementation("reference", reference.recurrent),
 )
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, segments
 from kernels_pallas.dispatch import explicit_axes
-from kernels_pallas.ops.linear_attention import chunked, gpu, reference, tpu
+from kernels_pallas.ops.linear_attention import chunked, gpu, naive_chunk, reference, tpu
 from kernels_pallas.ops.linear_attention.case import CASE
 
 
@@ -43,6 +43,7 @@ IMPLEMENTATIONS = (
     dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, platform="tpu"),
     dispatch.Implementation("triton", gpu.run, gpu.unsupported_reason, platform="gpu"),
     dispatch.Implementation("chunked", segments.isolated(chunked.run)),
+    dispatch.Implementation("naive_chunk", segments.isolated(naive_chunk.run)),
     dispatch.Implementation("reference", _reference),
 )
 

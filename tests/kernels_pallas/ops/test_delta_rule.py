@@ -23,7 +23,10 @@ from tests.kernels_pallas.ops.conformance import (
 
 DELTA_RULE = suite_case(
     api.OPERATOR,
-    implementations=("chunked",),
+    implementations=(
+        "chunked",
+        "naive_chunk",
+    ),
     step=by_position(step, "q", "k", "v", "beta"),
     typical=("per_token weak",),
     fast=(
@@ -34,7 +37,10 @@ DELTA_RULE = suite_case(
 )
 DIAGONAL_PLUS_LOW_RANK = suite_case(
     api.DIAGONAL_PLUS_LOW_RANK,
-    implementations=("chunked",),
+    implementations=(
+        "chunked",
+        "naive_chunk",
+    ),
     step=by_position(step_diagonal_plus_low_rank, "q", "k", "v", "a", "b"),
     typical=("per_channel weak",),
     fast=(),

@@ -51,7 +51,7 @@ def _skip(T, regime):
 
 CASE = suite_case(
     api.OPERATOR,
-    implementations=("chunked", "pallas_tpu"),
+    implementations=("chunked", "naive_chunk", "pallas_tpu"),
     step=_step,
     typical=("weak", "complex weak"),
     fast=(
@@ -252,7 +252,7 @@ def test_the_backward_pass_keeps_the_decay_and_the_states_only():
         (lambda x: ((x, x), {"initial_state": x}), r"initial_state has shape .* expected \(2, 3\)"),
         (lambda x: ((x, x), {"segment_ids": x}), r"segment_ids has shape .* expected \(2, 5\)"),
         (lambda x: ((x, x), {"segment_ids": x[..., 0]}), "segment_ids has dtype float32; expected"),
-        (lambda x: ((x, x), {"implementation": "fast"}), "'chunked', 'reference'"),
+        (lambda x: ((x, x), {"implementation": "fast"}), "'chunked', 'naive_chunk', 'reference'"),
         (lambda x: ((x.astype(int), x), {}), "x must be floating or complex; got int"),
     ],
 )

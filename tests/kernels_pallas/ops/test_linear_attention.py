@@ -37,7 +37,7 @@ def _skip(T, regime):
 
 CASE = suite_case(
     api.OPERATOR,
-    implementations=("chunked", "pallas_tpu"),
+    implementations=("chunked", "naive_chunk", "pallas_tpu"),
     step=by_position(step, "q", "k", "v"),
     typical=("per_token weak", "per_channel weak", "none"),
     fast=(
@@ -171,7 +171,7 @@ def _renamed(x):
         ({"chunk_size": 48}, "chunk_size is 48; expected a power of two, 16 or more"),
         (
             {"implementation": "fast"},
-            "choose one of 'one_token', 'pallas_tpu', 'triton', 'chunked', 'reference', or None",
+            "choose one of 'one_token', 'pallas_tpu', 'triton', 'chunked', 'naive_chunk', 'reference', or None",
         ),
     ],
 )
