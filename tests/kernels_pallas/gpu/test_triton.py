@@ -223,8 +223,10 @@ def test_chunks_fit_shared_memory(K, dtype, decay, chunk, given, capability, mes
 
 COMPILED = """
 import jax
-from kernels_pallas import delta_rule, triton_call, triton_compile
-from tests.kernels_pallas import test_triton
+from kernels_pallas import delta_rule
+from kernels_pallas.gpu import launch as gpu_launch
+from kernels_pallas.tools import triton_compile
+from tests.kernels_pallas.gpu import test_triton
 def run(*arrays):
     outputs, vjp = jax.vjp(lambda *x: delta_rule(*x, implementation="triton"), *arrays)
     return vjp(outputs)
@@ -235,7 +237,7 @@ for launch in launches:
     if launch.kernel.__name__ in ("writes", "gradients_of_writes"):
         for capability in (80, 90):
             figures = triton_compile.compile_launch(launch, capability)
-            assert figures.shared <= triton_call.SHARED[8.0], figures
+            assert figures.shared <= gpu_launch.SHARED[8.0], figures
 """
 
 
