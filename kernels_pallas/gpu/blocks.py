@@ -1,10 +1,10 @@
 """Masked tiles, products with a stated rounding, and sums of log decay: what the bodies of the
 Triton kernels are made of.
 
-Imported only by modules of kernels, and these only when a kernel runs. A tile's rows are tokens from
-`first` on; rows behind T and columns behind the width load as 0, so a padded token neither writes
-nor decays the state. A decay per token is a tile of one column; a reset is finite. Sums of log decay
-have non-positive terms only and are never differences (docs/math/linear_attention.md).
+Imported only by modules of kernels, and these only when a kernel runs. A tile's rows are tokens
+from `first` on; rows behind T and columns behind the width load as 0, so a padded token neither
+writes nor decays the state. A decay per token is a tile of one column; a reset is finite. Sums of
+log decay have non-positive terms only and are never differences (docs/math/linear_attention.md).
 """
 
 import triton
@@ -93,8 +93,8 @@ def head(T, XH, H, GH):
 
 @triton.jit
 def load_tile(x, stride, first, T, left, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Loads ROWS rows of x from `first` on, `stride` apart, and COLUMNS columns from `left` on; zeros
-    outside (T, width)."""
+    """Loads ROWS rows of x from `first` on, `stride` apart, and COLUMNS columns from `left` on;
+    zeros outside (T, width)."""
     i = first + tl.arange(0, ROWS)[:, None]
     c = left + tl.arange(0, COLUMNS)[None, :]
     return tl.load(x + i.to(tl.int64) * stride + c, mask=(i < T) & (c < width), other=0.0)
@@ -117,7 +117,7 @@ def load_g_cumsum(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl
 
 @triton.jit
 def load_g_reversed(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums log decay over the tokens behind j to the last of the C: row j begins with token j + 1."""
+    """Sums log decay over the tokens behind token j, through the last of the C."""
     last = tl.minimum(T, first + C)
     return tl.cumsum(
         load_tile(g, stride, first + 1, last, left, width, C, COLUMNS), axis=0, reverse=True

@@ -8,9 +8,9 @@ the delta rule: y = U):
     outputs   o = scale ((q exp(g_cumsum)) S + A y)              chunks at once
     A         (q k^T) * D with a decay per token; loaded (`scores.py`) with one per channel
 
-and the gradients of both, recomputed from inputs and the states at chunk boundaries. A grid's second
-axis is (batch, head); its first holds chunks and blocks of K or V. q and k have XH heads, which
-divide H; g has GH heads (1 or H) of GK channels (1 or K).
+and the gradients of both, recomputed from inputs and the states at chunk boundaries. A grid's
+second axis is (batch, head); its first holds chunks and blocks of K or V. q and k have XH heads,
+which divide H; g has GH heads (1 or H) of GK channels (1 or K).
 """
 
 import triton
@@ -161,8 +161,8 @@ def gradients_of_keys(
 ):  # fmt: skip
     """Writes dq, dk and dg of one chunk and block of K, for every value head.
 
-    With a decay per token they are whole, but for a sum of dg (B, blocks of K, T, H) over the blocks.
-    With one per channel they are what passes through the states, to which
+    With a decay per token they are whole, but for a sum of dg (B, blocks of K, T, H) over the
+    blocks. With one per channel they are what passes through the states, to which
     `scores.gradients_of_operands` adds the pairs of a chunk. dg_s sums what crosses s: from the
     entering state, between tokens, to the leaving state (docs/math, "Gradient of each token's log
     decay").

@@ -7,8 +7,8 @@ Triton is imported inside functions: none of this is needed where no kernel runs
 Under `devices.interpreted()` on a CPU a launch is a `jax.pure_callback` that runs the same kernel
 through Triton's interpreter, program by program, so that an operator's whole composition, its
 custom VJP included, runs as it would on a GPU. Outputs start as NaN there, so that an element that
-no program writes is seen. Triton decides when a kernel is decorated, hence once per process, whether
-it is interpreted: `prepare`.
+no program writes is seen. Whether a kernel is interpreted is decided when it is decorated, hence
+once per process: `prepare`.
 """
 
 import contextlib

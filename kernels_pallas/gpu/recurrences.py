@@ -25,8 +25,8 @@ class TritonForm(NamedTuple):
     XH: heads of q and k. GH, GK: heads (1 or H) and channels (1 or K) of the decay.
     inputs, mixed, sums: precision of products of two inputs, of what was computed from them, and of
       sums by products. bfloat16 inputs multiply as they are, and what was computed from them as two
-      bfloat16 terms: one costs up to 3e-2 of a gradient's rms at its worst position, and with TF32 a
-      delta rule with beta = 2 drifts. float32 is IEEE.
+      bfloat16 terms: one costs up to 3e-2 of a gradient's rms at its worst position, and with TF32
+      a delta rule with beta = 2 drifts. float32 is IEEE.
     """
 
     operator: str
@@ -130,8 +130,8 @@ def unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | 
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
-    """Returns the decay as kernels take it: the first token of a document is a reset, and no decay is
-    zeros of one head."""
+    """Returns the decay as kernels take it: the first token of a document is a reset, and no decay
+    is zeros of one head."""
     if log_decay_BTHK is None:
         log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:2], 1, 1))
     if segment_ids_BT is not None:
@@ -170,8 +170,8 @@ def kernels():
 
 
 def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0):
-    """Computes the states that enter the chunks (BHNKV) and the last one; reverse: the cotangents of
-    those that leave, and of the first."""
+    """Computes the states that enter the chunks (BHNKV) and the last one; reverse: the cotangents
+    of those that leave, and of the first."""
     chunks, _ = kernels()
     shape_HKV = form.H, form.K, form.V
     return run_kernel(
@@ -187,8 +187,10 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
 
 
 def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
-    """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i), (B, H, N, C, C);
-    None where decay is per token, and kernels compute the scores themselves."""
+    """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i).
+
+    (B, H, N, C, C), or None where decay is per token, and kernels compute the scores themselves.
+    """
     if not form.per_channel:
         return None
     _, pairs = kernels()

@@ -1,12 +1,13 @@
-"""Triton kernels of decayed scores with a decay per key channel, by sub-chunks, and their gradients.
+"""Triton kernels of decayed scores with a decay per key channel, by sub-chunks, and their
+gradients.
 
     A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K          j <= i (STRICT: j < i)
 
 A chunk is cut into sub-chunks of SUB tokens. For i in sub-chunk a and j in an earlier one b, the
-exponent is g_reversed_j of b, plus whole sub-chunks between, plus g_cumsum_i of a: all non-positive,
-so each side takes its own exponential, at most 1, and the pair of sub-chunks is one matrix product
-("secondary chunking", GLA, arXiv 2312.06635, section 4.3). Inside a sub-chunk the columns are walked
-backwards, and each step adds the decay of one token.
+exponent is g_reversed_j of b, plus whole sub-chunks between, plus g_cumsum_i of a: all
+non-positive, so each side takes its own exponential, at most 1, and the pair of sub-chunks is one
+matrix product ("secondary chunking", GLA, arXiv 2312.06635, section 4.3). Inside a sub-chunk the
+columns are walked backwards, and each step adds the decay of one token.
 """
 
 import triton

@@ -38,7 +38,7 @@ class Products:
         return jnp.dtype(jnp.bfloat16 if self.narrow else jnp.float32)
 
     def terms(self, x, count=2):
-        """Cuts x into the operands of products: `count` bfloat16 terms (8 bits each), largest first.
+        """Cuts x into `count` bfloat16 terms of 8 bits, largest first, as products read it.
 
         A bfloat16 x is its own only term; without `narrow` so is a float32 one.
         """
@@ -80,9 +80,9 @@ class Products:
         """Multiplies float32 arrays, as two terms: the exact product of their leading 11 bits and
         the small rest.
 
-        y_squares: sums of y^2 that say how large y is, for each of its entries; None takes them over
-          all that is summed. Of sums over tokens (axes (0, 0)), those whose product is 0, of other
-          documents, have no part in how the rest is rounded.
+        y_squares: sums of y^2 that say how large y is, for each of its entries; None takes them
+          over all that is summed. In sums over tokens (axes (0, 0)) tokens of other documents,
+          whose products are 0, have no part in how the rest is rounded.
         """
         if y_squares is None:
             if axes == (0, 0):
@@ -170,8 +170,8 @@ INVERSE_BLOCK = 32  # tokens of a diagonal block that is inverted by substitutio
 def inverse(products: Products, A_CC):
     """Computes (I + A)^-1 in float32 for A strictly lower triangular. A generator, for `in_turns`.
 
-    Diagonal blocks are inverted by substitution on the vector unit, all of a chunk's side by side in
-    the lanes. Then neighbours are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products per
+    Diagonal blocks are inverted by substitution on the vector unit, all of a chunk's side by side
+    in the lanes. Then neighbours are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products per
     level, to 24 bits (docs/math/delta_rule.md, "The inverse").
     """
     C = A_CC.shape[0]

@@ -52,7 +52,8 @@ def head_cuts(G: int, H: int, K: int, V: int, most: int, *, per_channel: bool, o
     """Lists the (value heads, key heads) that a grid step may take, most first.
 
     Mosaic cuts an array's last dimension into whole registers of 128 lanes, or not at all. Heads
-    lie side by side there: H of V values, G of K keys, and H of K decays where decay is per channel.
+    lie side by side there: H of V values, G of K keys, and H of K decays where decay is per
+    channel.
 
     own_keys: every step writes gradients of the key heads that it reads to a place of its own, also
       where steps share one.
@@ -98,7 +99,7 @@ class RecurrenceTiling:
 
     @classmethod
     def of(cls, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale):
-        """Cuts a call: the longest chunk, then the most heads, that fit VMEM, or the last choice."""
+        """Cuts a call: the longest chunk, then the most heads, that fit VMEM."""
         B, T, H, V = v_BTHV.shape
         G, K = k_BTGK.shape[2:]
         decay = kind(log_decay_BTHK, segment_ids=segment_ids_BT)

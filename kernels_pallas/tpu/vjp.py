@@ -12,8 +12,8 @@ from kernels_pallas.tpu.tiling import RecurrenceTiling
 
 
 def pad_end(x, **amounts):
-    """Appends zeros to axes, as in pad_end(x, axis1=3): tokens that neither write nor decay, channels
-    that nothing reads."""
+    """Appends zeros to axes, as in pad_end(x, axis1=3): tokens that neither write nor decay,
+    channels that nothing reads."""
     widths = [(0, amounts.get(f"axis{n}", 0)) for n in range(x.ndim)]
     return jnp.pad(x, widths) if any(amounts.values()) else x
 

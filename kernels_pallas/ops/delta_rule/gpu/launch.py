@@ -8,9 +8,9 @@ residuals are the inputs alone.
 float32 without a decay or with one per token, which may be 0, carries states, inverses and U in
 float64 from chunk to chunk: a transition that is a reflection forgets no error (docs/math/
 delta_rule.md, "Compensated products"), and data-centre GPUs multiply float64 as fast as IEEE
-float32. With a decay per channel the scores of keys with keys are float32, and so is the rest: where
-such decays are 0, errors grow. What is computed from bfloat16 inputs multiplies as two bfloat16
-terms, and without a decay, for the same reason, as three.
+float32. With a decay per channel the scores of keys with keys are float32, and so is the rest:
+where such decays are 0, errors grow. What is computed from bfloat16 inputs multiplies as two
+bfloat16 terms, and without a decay, for the same reason, as three.
 """
 
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from kernels_pallas.gpu import launch, recurrences
 from kernels_pallas.ops.delta_rule import chunked
 
 CHUNK_SIZE = {"bfloat16": 64, "float32": 32}
-# Words of shared memory per token of a chunk, (times K, and beside), of the kernels that hold all of
-# K, by dtype and whether decay is per channel: as compiled for sm_80, sm_90 and sm_100 with the
+# Words of shared memory per token of a chunk, (times K, and beside), of the kernels that hold all
+# of K, by dtype and whether decay is per channel: as compiled for sm_80, sm_90 and sm_100 with the
 # tiles of `tuned.json`.
 SHARED_WORDS = {
     ("bfloat16", False): (2, 60),

@@ -2,8 +2,8 @@
 
 A grid step is one chunk of some heads; the steps of a sequence follow one another, and the heads'
 states stay in VMEM between them. All of a chunk's algebra is inside the step (`per_token.py`,
-`per_channel.py`), so that HBM sees the inputs once and the outputs once. The backward pass takes the
-chunks in reverse, each from the state that enters it, and computes all else again.
+`per_channel.py`), so that HBM sees the inputs once and the outputs once. The backward pass takes
+the chunks in reverse, each from the state that enters it, and computes all else again.
 """
 
 import functools
@@ -69,7 +69,7 @@ def _plain(tiling, _, q, k, v, gates, g, S_BHKV):
 
 
 def _specs(tiling: Tiling, backward: bool):
-    """Block specs by what a block holds. Grid: rows, groups of heads, chunks (backward: reversed)."""
+    """Block specs by what a block holds. Grid: rows, groups of heads, chunks (or reversed)."""
     C, heads, keys = tiling.C, tiling.heads, tiling.keys
     last = tiling.chunks - 1
     at = (lambda n: last - n) if backward else (lambda n: n)

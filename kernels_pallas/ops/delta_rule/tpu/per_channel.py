@@ -2,8 +2,8 @@
 
 As `per_token.py`, with the decays inside the products. A chunk is halved again and again
 (docs/math/linear_attention.md, "Per channel"): tokens j < i part at one level, and there the decay
-between them is exp(g_reversed_j) exp(g_cumsum_i), two exponentials of sums from that level's middle.
-A token is in one half only, so a level has one exponential per token and channel.
+between them is exp(g_reversed_j) exp(g_cumsum_i), two exponentials of sums from that level's
+middle. A token is in one half only, so a level has one exponential per token and channel.
 
     level l   E = exp(g_reversed_j) in left halves of 2^l tokens, exp(g_cumsum_i) in right halves;
               (k E)(k E)^T and (q E)(k E)^T, of which A and Z take the pairs that part there

@@ -48,7 +48,7 @@ class Chunk(NamedTuple):
 
 
 class ChunkGradients(NamedTuple):
-    """Gradients of one head of a chunk; dS: of the entering state, dg as the decay came in or None."""
+    """Gradients of one head of a chunk: dS that of the entering state, dg None without a decay."""
 
     dq_CK: jnp.ndarray
     dk_CK: jnp.ndarray
@@ -122,8 +122,8 @@ def solve(p, A_CC, A_rest_CC, X_CC, R_CV, axis):
     U_CV = p.precise(X_CC, R_CV, axes)
     if A_rest_CC is None:
         return U_CV
-    # How large U is in each document by itself: what is multiplied by 0 must not change how the rest
-    # is rounded.
+    # How large U is in each document by itself: what is multiplied by 0 must not change how the
+    # rest is rounded.
     squares_CV = U_CV * U_CV
     linked_CC = p.ones((A_CC != 0) | (A_CC.T != 0))
     squares_CV = squares_CV + p.dot(linked_CC, squares_CV)

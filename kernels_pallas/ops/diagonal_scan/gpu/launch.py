@@ -1,12 +1,11 @@
-"""The real diagonal recurrence as Triton kernels, forward and backward, either direction (sm80 and
-later).
+"""The real diagonal recurrence as Triton kernels, forward and backward (sm80 and later).
 
-The equations are those of docs/math/diagonal_scan.md, in two levels: the maps of all chunks at once;
-the states that enter them, one after the other; every state, all chunks at once. Decays above 1 are
-right as long as those of one chunk multiply to a float32. A document's start is a decay of 0, which
-lets pass what is not finite. The backward pass is the same in the other direction. The residuals are
-the inputs and the states that enter the chunks, from which h is computed again in float32: the one
-that the call returned may be rounded.
+The equations are those of docs/math/diagonal_scan.md, in two levels: the maps of all chunks at
+once; the states that enter them, one after the other; every state, all chunks at once. Decays above
+1 are right as long as those of one chunk multiply to a float32. A document's start is a decay of 0,
+which lets pass what is not finite. The backward pass is the same in the other direction. The
+residuals are the inputs and the states that enter the chunks, from which h is computed again in
+float32: the one that the call returned may be rounded.
 """
 
 import jax

@@ -131,8 +131,8 @@ class _Tiling:
 
     @classmethod
     def of(cls, x, reverse):
-        """Cuts a call into blocks of up to `width` registers: the channels that waste least, then as
-        many rows of the batch as fit."""
+        """Cuts a call into blocks of up to `width` registers: the channels that waste least, then
+        as many rows of the batch as fit."""
         (B, T, D), planes = x[0].shape, len(x)
         kind = f"{D} {'real' if planes == 1 else 'complex'}"
         sizes = tuning.lookup(SIZES, "diagonal_scan", "pallas_tpu", str(x[0].dtype), kind)
@@ -335,8 +335,8 @@ class _Walk:
             ref[:, self._rows(i), :] = z
 
     def entering(self, extend, A, b, state):
-        """Computes the states that enter the runs (steps 1 and 2 of the module's docstring), which A
-        is left with, too."""
+        """Computes the states that enter the runs (steps 1 and 2 of the module's docstring), which
+        A is left with, too."""
         zero, one = (
             tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.tiling.planes)
         )

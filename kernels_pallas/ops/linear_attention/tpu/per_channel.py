@@ -10,9 +10,9 @@ decays in [0, 1], each level's from the level below by one multiplication: a rig
 exp(g_cumsum) takes the whole decay of the left half, a left half's exp(g_reversed) that of the
 right. No exponent is ever added up or subtracted; a reset is a factor 0.
 
-Each level is one product (q exp(g_cumsum)) (k exp(g_reversed))^T, of which the pairs that part there
-are kept; at the top both decay what enters and what leaves. The state is stored as (V, K): its decay
-lies along the lanes.
+Each level is one product (q exp(g_cumsum)) (k exp(g_reversed))^T, of which the pairs that part
+there are kept; at the top both decay what enters and what leaves. The state is stored as (V, K):
+its decay lies along the lanes.
 
 Backward, each level has the cotangents p_i of g_cumsum_i and e_j of g_reversed_j, and the gradient
 of g is their sum back through the same tree, top down: sums of like terms.
@@ -36,8 +36,8 @@ def constants(tiling, backward):
 
 
 def _tree(g_CK):
-    """Yields (exp(g_cumsum), exp(g_reversed)) of each level's halves, smallest first, and at the end
-    those of the whole chunk."""
+    """Yields (exp(g_cumsum), exp(g_reversed)) of each level's halves, smallest first, and at the
+    end those of the whole chunk."""
     C = g_CK.shape[0]
     exp_g_cumsum, exp_g_reversed = jnp.exp(g_CK), jnp.ones_like(g_CK)
     U = 1
@@ -195,10 +195,10 @@ def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK, do_CV, dS_V
 
 
 def _to_halves(dg_total, p_CK, e_CK, U):
-    """Turns the cotangent of the whole sums of blocks of 2 U tokens into that of blocks of U: a left
-    half's whole sum is part of every p in the right half, a right half's of every e in the left.
+    """Turns the cotangent of the whole sums of blocks of 2 U tokens into that of blocks of U.
 
-    Shapes: (blocks, 1, K), or from 8 rows down a row for each token, (C/8, 8, K).
+    A left half's whole sum is part of every p in the right half, a right half's of every e in the
+    left. Shapes: (blocks, 1, K), or from 8 rows down a row for each token, (C/8, 8, K).
     """
     C, K = p_CK.shape
     if U >= SUBLANES:

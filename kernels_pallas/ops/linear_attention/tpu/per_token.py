@@ -1,8 +1,8 @@
 """One chunk of linear attention inside a TPU kernel, with one decay per token and head, or none.
 
 The equations are those of docs/math/linear_attention.md. Every exponent is a sum of g itself, by a
-product with zeros and ones: that of D_ij is sum_s [s <= i] g_s [s > j], and g_cumsum_i the same with
-a column of ones, 128 of them side by side, as a multiplication along the lanes wants it;
+product with zeros and ones: that of D_ij is sum_s [s <= i] g_s [s > j], and g_cumsum_i the same
+with a column of ones, 128 of them side by side, as a multiplication along the lanes wants it;
 exp(g_reversed) is D's last row. bfloat16 inputs keep 16 bits of g in these sums, float32 ones all.
 Nothing is subtracted. The gradient of g is a sum over pairs, again products with zeros and ones.
 """
@@ -16,7 +16,7 @@ from kernels_pallas.tpu.primitives import LANES, lower
 
 
 class ChunkGradients(NamedTuple):
-    """Gradients of one head of a chunk; S: of the entering state, g as the decay came in or None."""
+    """Gradients of one head of a chunk: S that of the entering state, g None without a decay."""
 
     q: jax.Array
     k: jax.Array

@@ -7,9 +7,9 @@ from kernels_pallas.tpu.tiling import VMEM_BYTES, RecurrenceTiling
 
 __all__ = ["VMEM_BYTES", "Tiling", "tiling_of", "unsupported_reason"]
 
-# Value heads per grid step: the chain of products of one head fills the gaps of another's. More help
-# little and take longer to compile; float32, whose products are six times as long, gets half, and
-# large states two.
+# Value heads per grid step: the chain of products of one head fills the gaps of another's. More
+# help little and take longer to compile; float32, whose products are six times as long, gets half,
+# and large states two.
 HEADS = {"none": 4, "per_token": 4, "per_channel": 2}
 LARGE = 256 * 256  # K V from which a state counts as large
 
