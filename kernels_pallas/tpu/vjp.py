@@ -1,5 +1,5 @@
-"""From the operators' arrays to those of the TPU kernels and back, and the kernels' custom VJP:
-what linear attention and the delta rule share.
+"""Arrays of the operators as the TPU kernels of the matrix recurrences read them, and the kernels'
+custom VJP: what linear attention and the delta rule share.
 
 Kernels read (B, chunks * C, heads * dim): heads lie side by side in the lanes, as projections leave
 them. For the backward pass the forward kernel also writes the state that enters each chunk.
@@ -24,13 +24,13 @@ def pad_tokens(x_BT, tiling: RecurrenceTiling):
 
 
 def flatten(x_BTHK, tiling: RecurrenceTiling, width: int, dtype):
-    """(B, T, H, K) to (B, chunks * C, H * width), padded."""
+    """Reshapes (B, T, H, K) to (B, chunks * C, H * width), padded with zeros."""
     x_BTHK = pad_end(pad_tokens(x_BTHK.astype(dtype), tiling), axis3=width - x_BTHK.shape[3])
     return x_BTHK.reshape(*x_BTHK.shape[:2], -1)
 
 
 def flat_inputs(tiling: RecurrenceTiling, q_BTGK, k_BTGK, v_BTHV, state_BHKV):
-    """q, k and v flattened, and the initial state padded."""
+    """Flattens q, k and v and pads the initial state."""
     q, k = (flatten(x, tiling, tiling.K, tiling.dtype) for x in (q_BTGK, k_BTGK))
     K, V = state_BHKV.shape[2:]
     state = pad_end(state_BHKV.astype(jnp.float32), axis2=tiling.K - K, axis3=tiling.V - V)
@@ -38,20 +38,20 @@ def flat_inputs(tiling: RecurrenceTiling, q_BTGK, k_BTGK, v_BTHV, state_BHKV):
 
 
 def outputs(tiling: RecurrenceTiling, o, final_BHKV, v_BTHV, K: int):
-    """o and the final state as the operator returns them, without padding, o in v's dtype."""
+    """Returns o and the final state without padding, o in v's dtype, as the operator does."""
     T, V = tiling.T, v_BTHV.shape[3]
     o_BTHV = o.reshape(tiling.B, -1, tiling.H, tiling.V)[:, :T, :, :V]
     return o_BTHV.astype(v_BTHV.dtype), final_BHKV[:, :, :K, :V]
 
 
 def apart(tiling: RecurrenceTiling, q, k, v):
-    """q, k and v of `flat_inputs` as (B, T, heads, dim)."""
+    """Reshapes q, k and v of `flat_inputs` to (B, T, heads, dim)."""
     heads = (tiling.G, tiling.G, tiling.H)
     return (x.reshape(*x.shape[:2], n, -1) for x, n in zip((q, k, v), heads))
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
-    """The decay, in which the first token of a document is a reset; None where there is neither."""
+    """Returns the decay with a reset at the first token of each document, or None without either."""
     if segment_ids_BT is None:
         return log_decay_BTHK
     if log_decay_BTHK is None:
