@@ -1,5 +1,7 @@
-"""Kernels as compiled for a TPU: what `experiments.bench tpu_report` measures, keeps and prints.
-Nothing is run."""
+"""Measures, stores and prints kernels as compiled for a TPU, for `bench tpu_report`.
+
+Nothing is run.
+"""
 
 import importlib.metadata
 import json
@@ -15,13 +17,13 @@ from kernels_pallas.tools import tpu_bundles, tpu_compile
 OPS = ("linear_attention", "delta_rule", "diagonal_scan", "causal_conv")
 PASSES = ("forward", "forward+backward")
 IMPLEMENTATIONS = ("pallas_tpu", "chunked", "shifted")  # the last two are XLA's
-# The size that the targets are set at, Griffin's width for the scan, and that of q and k for the
+# The sizes that targets are set at: Griffin's width for the scan, that of q and k for the
 # convolution.
 TARGET_SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128, "I": 4}
 TARGET_WIDTH = {"diagonal_scan": 2560, "causal_conv": 2048}
 BY_CHANNEL = tuple(TARGET_WIDTH)
 FOLDER = Path(__file__).resolve().parents[2] / "kernels_pallas" / "reports" / "tpu"
-# Most static cycles a token and head in kernels, on v6e at the target shape: forward, and with
+# Most static cycles per token and head in kernels, on v6e at the target shape: forward, and with
 # backward.
 TARGETS = {
     ("linear_attention", "per_token"): (3, 9),
@@ -31,15 +33,24 @@ TARGETS = {
     ("delta_rule", "per_channel"): (20, 60),
 }
 NOTE = (
-    "Compiled figures, not runs: VLIW bundles of the compiled kernels, one a cycle where nothing stalls, without any wait "
-    "for HBM. XLA's operations stand by the compiler's own estimates; where it gives none, as for a change of layout, "
-    "by the bytes they move, and are not in the cycles. What spills cost is the bundles that go where the compiler packs the "
-    "same kernel without them."
+    "Compiled figures, not runs: VLIW bundles of the compiled kernels, one per cycle where "
+    "nothing stalls, without any wait for HBM. XLA's operations count by the compiler's own "
+    "estimates; where it gives none, as for a change of layout, by the bytes they move, which "
+    "are not in the cycles. The cost of spills is the bundles that are saved where the compiler "
+    "packs the same kernel without them."
+)
+HEADING = (
+    "Written by `python -m experiments.bench tpu_report`. Cycles are per token and head (a scan "
+    "or convolution: per token and 128 channels). HBM: bytes that the program, or the kernel, "
+    "moves against reading its inputs and writing its results once. The program's arguments are "
+    "as a model has them: heads side by side, (B, T, heads * dim), as a projection gives them, "
+    "and complex numbers as two planes, as they are computed. From (B, T, heads, dim) arrays "
+    "that lie in memory as such, XLA would copy each to that layout first."
 )
 
 
 def workload(case: operators.OperatorBenchmark, name: str) -> tuple[operators.Shape, int, tuple]:
-    """(sizes, T, variants) of a shape: 'target' in every variant, or a published one in its own.
+    """Returns (sizes, T, variants): of 'target' every variant, of a published shape its own.
 
     Raises:
       ValueError: no such shape; the choices are listed.
@@ -58,8 +69,8 @@ def workload(case: operators.OperatorBenchmark, name: str) -> tuple[operators.Sh
 
 
 def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
-    """The inputs' shapes and dtypes, from inputs of two and of three tokens: the real ones may take
-    gigabytes."""
+    """Derives the inputs' shapes and dtypes from inputs of two and of three tokens: the real ones
+    may take gigabytes."""
     short, longer = (
         case.make_inputs(np.random.default_rng(0), shape, length, variant) for length in (2, 3)
     )
@@ -72,10 +83,10 @@ def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
 
 
 def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IMPLEMENTATIONS):
-    """A row for every variant, implementation and pass, as it is measured."""
+    """Yields a row for every variant, implementation and pass, as it is measured."""
     case = operators.CASES[op]
     shape, T, variants = workload(case, shape_name)
-    # Where each channel stands alone: a register holds 128 of them.
+    # Where channels are independent, a register holds 128 of them.
     heads = -(-shape.width // 128) if op in BY_CHANNEL else shape.H
     label = {"diagonal_scan": "numbers", "causal_conv": "form"}.get(op, "decay")
     for variant in variants:
@@ -108,9 +119,11 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
 
 
 def as_models_call(call, inputs: dict):
-    """`call` from arrays as a model has them, and the shapes of those arrays: heads side by side,
-    (B, T, H K), as a projection gives them, and a complex array as the two real ones that it is
-    computed from. Results likewise."""
+    """Returns `call` on arrays as a model has them, and the shapes of these.
+
+    Heads lie side by side, (B, T, H K), as a projection gives them, and a complex array is the two
+    real ones that it is computed from.
+    """
 
     def given(x, name):
         if jnp.iscomplexobj(x):
@@ -160,30 +173,22 @@ def variant_of(row: dict) -> str:
 
 
 def key(row: dict) -> tuple:
-    """What makes a row the same measurement as another."""
+    """Identifies a measurement: a row replaces an older one of the same key."""
     order = (row["op"], row["topology"], row["shape"], variant_of(row), row["dtype"])
     return (*order, PASSES.index(row["pass"]), IMPLEMENTATIONS.index(row["implementation"]))
 
 
 def save(folder: Path, new: list[dict]) -> None:
-    """Puts rows into the folder's JSON files, one an operator and part, in place of older ones of
+    """Puts rows into the folder's JSON files, one per operator and part, in place of older ones of
     the same key, and writes all of them as tables.md."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({_file(row) for row in new}):
         path = folder / name
         old = json.loads(path.read_text()) if path.exists() else []
-        kept = {key(row): row for row in [*old, *(row for row in new if _file(row) == name)]}
-        ordered = [kept[k] for k in sorted(kept)]
+        by_key = {key(row): row for row in [*old, *(row for row in new if _file(row) == name)]}
+        ordered = [by_key[k] for k in sorted(by_key)]
         path.write_text(json.dumps(ordered, indent=1) + "\n")
-    parts = [
-        "# TPU kernels, as compiled",
-        NOTE,
-        "Written by `python -m experiments.bench tpu_report`. Cycles are a token and head (a scan or convolution: a token and 128 channels). HBM: "
-        "bytes that the program, or the kernel, moves against reading its inputs and writing its results once. The program's "
-        "arguments are as a model has them: heads side by side, (B, T, heads * dim), as a projection gives them, and complex "
-        "numbers as two planes, as they are computed. From (B, T, heads, dim) arrays that lie in memory as such, XLA "
-        "would copy each to that layout first.",
-    ]
+    parts = ["# TPU kernels, as compiled", NOTE, HEADING]
     verdicts = []
     for path in sorted(folder.glob("*.json")):
         saved = json.loads(path.read_text())
@@ -201,7 +206,7 @@ def _file(row: dict) -> str:
 
 
 def program_line(row: dict) -> dict:
-    """A row of the table of programs."""
+    """Returns a row of the table of programs."""
     return {
         "shape": row["shape"],
         "variant": variant_of(row),
@@ -219,7 +224,7 @@ def program_line(row: dict) -> dict:
 
 
 def kernel_lines(row: dict) -> list[dict]:
-    """Rows of the table of kernels."""
+    """Returns rows of the table of kernels."""
     return [
         {
             "shape": row["shape"],
@@ -229,7 +234,7 @@ def kernel_lines(row: dict) -> list[dict]:
             "kernel": kernel["name"],
             "grid": "x".join(map(str, kernel["grid"])),
             "bundles": kernel["bundles"],
-            "cycles a step": kernel["step_cycles"],
+            "cycles per step": kernel["step_cycles"],
             "MXU %": 100 * kernel["mxu_share"],
             "load slots %": 100 * kernel["load_share"],
             "store slots %": 100 * kernel["store_share"],
@@ -246,7 +251,7 @@ def kernel_lines(row: dict) -> list[dict]:
 
 
 def targets(found: list[dict]) -> list[report.Target]:
-    """The targets that these rows bear on: those of v6e at the target shape in bfloat16."""
+    """Judges the targets that these rows bear on: those of v6e at the target shape in bfloat16."""
     verdicts = []
     for row in found:
         if (row["shape"], row["dtype"]) != ("target", "bfloat16"):
@@ -261,9 +266,12 @@ def targets(found: list[dict]) -> list[report.Target]:
         if limits := TARGETS.get((row["op"], variant)):
             limit = limits[PASSES.index(row["pass"])]
             cycles = row["kernel_cycles"]
-            claim = f"{name}: at most {limit} static cycles a token and head in kernels"
+            claim = f"{name}: at most {limit} static cycles per token and head in kernels"
             megabytes = row["unestimated_bytes"] / 1e6
-            text = f"{cycles:.2f} (XLA beside: {row['xla_cycles']:.2f}, and {megabytes:.0f} MB moved without estimate)"
+            text = (
+                f"{cycles:.2f} (XLA beside: {row['xla_cycles']:.2f}, and {megabytes:.0f} MB moved "
+                "without estimate)"
+            )
             verdicts.append(report.Target(claim, text, cycles <= limit))
         spilled = [
             f"{k['name']} {k['spills']}, which cost {100 * k['spill_share']:.1f}% of its bundles"
@@ -281,6 +289,6 @@ def targets(found: list[dict]) -> list[report.Target]:
 
 
 def check_topologies(names: list[str]) -> None:
-    """Raises ValueError (the choices are listed) or ImportError before anything is compiled."""
+    """Raises ValueError (with the choices) or ImportError before anything is compiled."""
     for name in names:
         tpu_compile.devices(name)

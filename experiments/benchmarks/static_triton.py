@@ -1,5 +1,7 @@
-"""Triton kernels as compiled for GPUs: what `experiments.bench gpu_report` measures, keeps and
-prints. Nothing is run."""
+"""Measures, stores and prints Triton kernels as compiled for GPUs, for `bench gpu_report`.
+
+Nothing is run.
+"""
 
 import importlib.metadata
 import json
@@ -15,15 +17,16 @@ from kernels_pallas.tools import triton_compile
 OPS = ("linear_attention", "delta_rule", "diagonal_scan")
 FOLDER = static_cost.FOLDER.parent / "gpu"
 NOTE = (
-    "Compiled figures, not runs: registers and stack a thread and shared memory a program, as Triton and ptxas leave them. "
-    "MB: each launch's arrays once; least: the call's inputs read and results written once."
+    "Compiled figures, not runs: registers and stack per thread and shared memory per program, as "
+    "Triton and ptxas leave them. MB: each launch's arrays once; least: the call's inputs read and "
+    "results written once."
 )
 _GPU = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
 
 
 def rows(op: str, shape_name: str, dtype: str, capabilities) -> list[dict]:
-    """One row a kernel of the pass with gradients, variant and capability; a kernel launched twice
-    alike stands once."""
+    """Returns one row per kernel of the pass with gradients, variant and capability; launches that
+    are alike share a row."""
     case = operators.CASES[op]
     shape, T, variants = static_cost.workload(case, shape_name)
     found = []
@@ -63,7 +66,7 @@ def _megabytes(tree) -> float:
 
 
 def key(row: dict) -> tuple:
-    """What makes rows one measurement: all of a program's kernels are replaced together."""
+    """Identifies a program: all of its kernels' rows are replaced together."""
     return tuple(row[name] for name in ("op", "shape", "variant", "dtype", "target"))
 
 
@@ -74,8 +77,8 @@ def save(folder: Path, new: list[dict]) -> None:
     path = folder / "triton.json"
     saved = json.loads(path.read_text()) if path.exists() else {"rows": []}
     replaced = {key(row) for row in new}
-    kept = [row for row in saved["rows"] if key(row) not in replaced]
-    ordered = sorted([*kept, *new], key=key)  # stable: kernels keep their order
+    others = [row for row in saved["rows"] if key(row) not in replaced]
+    ordered = sorted([*others, *new], key=key)  # stable: kernels keep their order
     versions = {name: importlib.metadata.version(name) for name in ("triton", "jax")}
     path.write_text(json.dumps({"versions": versions, "rows": ordered}, indent=1) + "\n")
     parts = [
@@ -90,7 +93,7 @@ def save(folder: Path, new: list[dict]) -> None:
 
 
 def line(row: dict) -> dict:
-    """A row of the table."""
+    """Returns a row of the table."""
     names = ("shape", "variant", "dtype", "target", "kernel", "warps", "registers", "spilled")
     return {name: row[name] for name in names} | {
         "grid": "x".join(map(str, row["grid"])),

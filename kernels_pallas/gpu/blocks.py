@@ -1,10 +1,10 @@
-"""What goes on inside the Triton kernels: masked tiles, products with their rounding said, sums of
-log decay.
+"""Masked tiles, products with a stated rounding, and sums of log decay: what the bodies of the
+Triton kernels are made of.
 
-Imported only by kernels' modules, which are imported only when one runs. A tile's rows are tokens,
-from `first`; rows behind T and columns behind the width load as 0, so a padded token neither writes
-nor decays the state. A decay per head is a tile of one column; a reset is finite. Sums of log decay
-are of like, non-positive terms only, never differences (`decay_sums`).
+Imported only by modules of kernels, and these only when a kernel runs. A tile's rows are tokens
+from `first` on; rows behind T and columns behind the width load as 0, so a padded token neither
+writes nor decays the state. A decay per token is a tile of one column; a reset is finite. Sums of
+log decay have non-positive terms only and are never differences (docs/math/linear_attention.md).
 """
 
 import triton
@@ -13,13 +13,13 @@ import triton.language as tl
 
 @triton.jit
 def dot(x, y, PRECISION: tl.constexpr):
-    """x y with float32 sums, and the rounding said: "ieee", "tf32x3", "bf16", "bf16x2", "bf16x3" or
-    "fp64" (which stays).
+    """Multiplies x and y with float32 sums and the rounding that PRECISION names.
 
-    "bf16" rounds both to bfloat16. "bf16x2" takes what is bfloat16 as it is and anything else as a
-    sum of two bfloat16 terms, without the product of the two smaller ones: 2^-16, on tensor cores
-    at their fastest rate; "bf16x3" as a sum of three, 2^-24. "... rounded" gives on an interpreter,
-    which has no bfloat16 products, what "..." gives on a tensor core.
+    "ieee" and "tf32x3" are Triton's. "bf16" rounds both operands to bfloat16. "bf16x2" takes a
+    bfloat16 operand as it is and any other as a sum of two bfloat16 terms, without the product of
+    the two smaller ones: 2^-16, at the fastest rate of tensor cores; "bf16x3" as a sum of three,
+    2^-24. "fp64" multiplies and returns float64. "... rounded" gives in the interpreter, which has
+    no bfloat16 products, what "..." gives on a tensor core.
     """
     if PRECISION == "fp64":
         out = tl.dot(x.to(tl.float64), y.to(tl.float64), out_dtype=tl.float64)
@@ -37,7 +37,7 @@ def dot(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def _terms_dot(x, y, TERMS: tl.constexpr, ROUNDED: tl.constexpr):
-    """Small products first. An operand that is bfloat16 is its own first term."""
+    """Adds the products of terms, smallest first. A bfloat16 operand is its own only term."""
     x0, y0 = _to_bf16(x, ROUNDED), _to_bf16(y, ROUNDED)
     x1, y1 = _rest(x, x0, ROUNDED), _rest(y, y0, ROUNDED)
     out = tl.full((x.shape[0], y.shape[1]), 0.0, tl.float32)
@@ -64,8 +64,8 @@ def _rest(x, high, ROUNDED: tl.constexpr):
 
 @triton.jit
 def _to_bf16(x, ROUNDED: tl.constexpr):
-    """To the nearest, as a GPU rounds; the interpreter cuts off, so there the bits are rounded
-    first."""
+    """Rounds to the nearest, as a GPU does; the interpreter cuts off, so the bits are rounded first
+    there."""
     if ROUNDED and x.dtype != tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -83,9 +83,18 @@ def _bf16_dot(x, y, ROUNDED: tl.constexpr):
 
 
 @triton.jit
+def head(T, XH, H, GH):
+    """This program's (row, head), bh, and where its tokens begin in arrays of (B, T) rows of key
+    heads (XH), value heads (H) and decays (GH, 1 or H)."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    return bh, b * T * XH + h // (H // XH), b * T * H + h, b * T * GH + h * (GH // H)
+
+
+@triton.jit
 def load_tile(x, stride, first, T, left, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows first ... of x, whose rows are `stride` apart, and columns left ...; zeros outside (T,
-    width)."""
+    """Loads ROWS rows of x from `first` on, `stride` apart, and COLUMNS columns from `left` on;
+    zeros outside (T, width)."""
     i = first + tl.arange(0, ROWS)[:, None]
     c = left + tl.arange(0, COLUMNS)[None, :]
     return tl.load(x + i.to(tl.int64) * stride + c, mask=(i < T) & (c < width), other=0.0)
@@ -93,7 +102,7 @@ def load_tile(x, stride, first, T, left, width, ROWS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def store_tile(x, stride, first, T, left, width, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse of `load_tile`, in x's dtype; what is outside (T, width) is not written."""
+    """Stores a tile as `load_tile` loads it, in x's dtype; nothing outside (T, width)."""
     i = first + tl.arange(0, ROWS)[:, None]
     c = left + tl.arange(0, COLUMNS)[None, :]
     at = x + i.to(tl.int64) * stride + c
@@ -102,14 +111,13 @@ def store_tile(x, stride, first, T, left, width, tile, ROWS: tl.constexpr, COLUM
 
 @triton.jit
 def load_g_cumsum(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of log decay from the first of C tokens up to and with token i."""
+    """Sums log decay from the first of C tokens through token i."""
     return tl.cumsum(load_tile(g, stride, first, T, left, width, C, COLUMNS), axis=0)
 
 
 @triton.jit
 def load_g_reversed(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of log decay over the tokens behind j, up to the last of the C: token j + 1's own stands
-    in row j."""
+    """Sums log decay over the tokens behind token j, through the last of the C."""
     last = tl.minimum(T, first + C)
     return tl.cumsum(
         load_tile(g, stride, first + 1, last, left, width, C, COLUMNS), axis=0, reverse=True
@@ -118,13 +126,13 @@ def load_g_reversed(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def load_g_total(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sum over all C tokens, as a column (COLUMNS, 1)."""
+    """Sums log decay over all C tokens, as a column (COLUMNS, 1)."""
     return tl.sum(load_tile(g, stride, first, T, left, width, C, COLUMNS), axis=0)[:, None]
 
 
 @triton.jit
 def pair_decay(g, stride, first, T, C: tl.constexpr, STRICT: tl.constexpr):
-    """D_ij = exp(g_{j+1} + ... + g_i) for j <= i (STRICT: j < i), else 0; one decay a head."""
+    """D_ij = exp(g_{j+1} + ... + g_i) for j <= i (STRICT: j < i), else 0; one decay per token."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     terms = tl.where(i > j, load_tile(g, stride, first, T, 0, 1, C, 1), 0.0)

@@ -2,14 +2,13 @@
 interpreter.
 
 A kernel takes pointers, inputs before outputs, then constants by name; every size is a constant.
-`launch` is all that the operators use. Triton is imported inside functions: none of this is needed
-where no kernel runs.
+Triton is imported inside functions: none of this is needed where no kernel runs.
 
 Under `devices.interpreted()` on a CPU a launch is a `jax.pure_callback` that runs the same kernel
 through Triton's interpreter, program by program, so that an operator's whole composition, its
-custom VJP included, runs as it would on a GPU. Outputs start as NaN there: an element that no
-program writes is seen. Triton decides when a kernel is decorated whether it is interpreted, hence
-once a process: `prepare`.
+custom VJP included, runs as it would on a GPU. Outputs start as NaN there, so that an element that
+no program writes is seen. Whether a kernel is interpreted is decided when it is decorated, hence
+once per process: `prepare`.
 """
 
 import contextlib
@@ -30,15 +29,15 @@ from kernels_pallas.dispatch import devices, manual_axes, tuning
 EXTRA = "pip install -e '.[triton]'"
 LARGEST_GRID = 65535  # CUDA's, in all dimensions but the first
 # Bytes of shared memory that a program may ask for, by compute capability (CUDA guide); the others
-# of sm_80 and later have 99 KiB. For a GPU that is not here, sm_80's.
+# of sm_80 and later have 99 KiB. For a GPU that is not in this machine, those of sm_80.
 SHARED = {8.0: 166912, 8.7: 166912, 9.0: 232448, 10.0: 232448, 10.3: 232448}
 TILES = {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}
 _RECORD = contextvars.ContextVar("record", default=None)
 _INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder is global
 
 
-class Launch(NamedTuple):
-    """One launch: what a compiler has to know, and what passes through memory."""
+class KernelLaunch(NamedTuple):
+    """What a compiler has to know of one launch, and the arrays that pass through memory."""
 
     kernel: Any
     inputs: tuple[jax.ShapeDtypeStruct, ...]
@@ -51,7 +50,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded():
-    """Launches that are traced inside the block are collected in the list it gives, and none runs."""
+    """Collects the launches that are traced inside the block in the list it gives; none runs."""
     launches = []
     token = _RECORD.set(launches)
     try:
@@ -61,7 +60,7 @@ def recorded():
 
 
 def unsupported_reason() -> str | None:
-    """Why Triton kernels cannot run in this process, or None."""
+    """Returns None if Triton kernels can run in this process, else the reason."""
     runs = not devices.interpreting() and _RECORD.get() is None
     needed = ("triton", "jax_triton") if runs else ("triton",)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -71,13 +70,13 @@ def unsupported_reason() -> str | None:
 
 
 def shared_limit() -> int:
-    """Bytes of shared memory that a program of the call that is traced now may ask for."""
+    """Bytes of shared memory that a program may ask for on the device that is traced for now."""
     capability = devices.compute_capability()
     return SHARED[8.0] if capability is None else SHARED.get(capability, 99 << 10)
 
 
 def prepare() -> None:
-    """Called before a kernel's module is imported: sets what Triton reads at decoration.
+    """Sets what Triton reads when it decorates a kernel: to call before its module is imported.
 
     Raises:
       RuntimeError: kernels are to be interpreted, and Triton was imported before for compiling.
@@ -87,19 +86,19 @@ def prepare() -> None:
             os.environ.setdefault("TRITON_INTERPRET", "1")
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(
-                "Triton kernels cannot be interpreted: triton was imported in this process for compiling; "
-                "set TRITON_INTERPRET=1 before that import"
+                "Triton kernels cannot be interpreted: triton was imported in this process for "
+                "compiling; set TRITON_INTERPRET=1 before that import"
             )
 
 
 def precision(name: str) -> str:
-    """The name a kernel's dot takes: interpreted, what a tensor core would round is rounded
-    explicitly."""
+    """Names the rounding for `blocks.dot`: interpreted kernels round explicitly what a tensor core
+    would round."""
     return f"{name} rounded" if devices.interpreting() and name.startswith("bf16") else name
 
 
 def run(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants):
-    """Runs `kernel` over `grid`: a list of arrays as `outputs` (shapes and dtypes) says.
+    """Runs a kernel over its grid and returns arrays of the shapes and dtypes of `outputs`.
 
     Raises:
       ImportError: jax_triton is missing or unusable on this machine; the message names the extra.
@@ -107,7 +106,7 @@ def run(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants
     if _RECORD.get() is not None:
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
         sizes = num_warps, num_stages
-        _RECORD.get().append(Launch(kernel, shapes, tuple(outputs), grid, *sizes, constants))
+        _RECORD.get().append(KernelLaunch(kernel, shapes, tuple(outputs), grid, *sizes, constants))
         return [jnp.zeros(x.shape, x.dtype) for x in outputs]
     if devices.interpreting():
         run = functools.partial(_interpret, kernel, outputs, grid, constants)
@@ -135,7 +134,7 @@ def run(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants
 
 
 class _Tensor:
-    """A numpy array with what Triton's interpreter asks of a torch tensor on the CPU."""
+    """A numpy array with the methods that Triton's interpreter calls on a torch tensor."""
 
     def __init__(self, array):
         self.array, self.dtype = array, str(array.dtype)
@@ -178,11 +177,8 @@ def _interpret(kernel, outputs, grid, constants, *inputs):
 
 
 def over_batch(function):
-    """`function` of a pytree of arrays whose axis 0 is the batch, mappable by vmap: the new axis
-    joins the batch.
-
-    A kernel launch has no batching rule of its own. Outputs have the batch in front, too.
-    """
+    """Makes a function of arrays whose axis 0 is the batch mappable by vmap: the new axis joins the
+    batch, for a launch has no batching rule of its own. Outputs have the batch in front, too."""
 
     @jax.custom_batching.custom_vmap
     def call(arrays):
@@ -202,15 +198,15 @@ def over_batch(function):
     return call
 
 
-def tiles(operator: str, part: str, dtype: str, K: int, V: int) -> dict:
-    """Block sizes, warps and stages of one kernel: `TILES`, or what `tuning`'s table says of
-    operator/triton/part/dtype and of K x V, rounded up to powers of two. BK and BV are cut to the
-    sizes at hand."""
+def tiles(operator: str, kernel: str, dtype: str, K: int, V: int) -> dict:
+    """Chooses block sizes, warps and stages of one kernel: `TILES`, or what `tuned.json` says of
+    operator/triton/kernel/dtype and of K x V, rounded up to powers of two, to which BK and BV are
+    cut."""
     K, V = power_of_two(K), power_of_two(V)
-    chosen = tuning.lookup(TILES, operator, "triton", part, dtype, f"{K}x{V}")
+    chosen = tuning.lookup(TILES, operator, "triton", kernel, dtype, f"{K}x{V}")
     return chosen | {"BK": min(chosen["BK"], K), "BV": min(chosen["BV"], V)}
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that holds n, 16 at least: what a matrix unit takes."""
+    """Rounds n up to a power of two, and to the 16 that a matrix unit takes at least."""
     return max(16, 1 << (n - 1).bit_length())

@@ -1,9 +1,9 @@
 """What the Triton forms of linear attention and the delta rule share: sizes, precision, and one
-function a kernel.
+function per kernel.
 
-Arrays keep the operator's layout, (B, T, heads, dim). States at chunk boundaries are (B, H, N, K,
-V) and scores (B, H, N, C, C), both float32. Per-head gradients of shared q and k are summed over
-their group outside the kernels.
+Arrays keep the operator's layout, (B, T, heads, dim). States at chunk boundaries are
+(B, H, N, K, V) and scores (B, H, N, C, C), both float32. Gradients of shared q and k are computed
+per value head and summed over their group outside the kernels.
 """
 
 import math
@@ -16,17 +16,17 @@ from kernels_pallas.common import decay, segments
 from kernels_pallas.gpu import launch
 
 LARGEST = 256  # K and V; beyond, a tile of scores' operands leaves the registers
-SUB = 16  # tokens of a sub-chunk, per-channel decay
+SUB = 16  # tokens of a sub-chunk, where decay is per channel
 
 
-class Form(NamedTuple):
-    """What is fixed at tracing. XH: heads of q and k. GH heads (1 or H) of GK channels (1 or K):
-    the decay's.
+class TritonForm(NamedTuple):
+    """Sizes and precision of one call, fixed at tracing.
 
-    inputs, mixed, sums: precision of products of two inputs, of what was computed from them, of
-    sums by products. bfloat16 inputs multiply as they are, and what came of them as two bfloat16
-    terms: rounding it to one costs up to 3e-2 of a gradient's rms at its worst position, and TF32
-    lets a delta rule with beta = 2 drift. float32 is IEEE.
+    XH: heads of q and k. GH, GK: heads (1 or H) and channels (1 or K) of the decay.
+    inputs, mixed, sums: precision of products of two inputs, of what was computed from them, and of
+      sums by products. bfloat16 inputs multiply as they are, and what was computed from them as two
+      bfloat16 terms: one costs up to 3e-2 of a gradient's rms at its worst position, and with TF32
+      a delta rule with beta = 2 drifts. float32 is IEEE.
     """
 
     operator: str
@@ -49,11 +49,35 @@ class Form(NamedTuple):
 
     @property
     def N(self):
+        """Chunks."""
         return -(-self.T // self.C)
 
-    def tiles(self, part, whole_K=False):
-        """The tile table's constants for one kernel; whole_K: a block is all of K."""
-        tiles = launch.tiles(self.operator, part, self.dtype, self.K, self.V)
+    @property
+    def per_channel(self) -> bool:
+        return self.GK > 1
+
+    @classmethod
+    def of(cls, operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, default_chunk):
+        """Reads sizes, dtypes and precision off a call."""
+        T, XH, K = q_BTGK.shape[1:]
+        H, V = v_BTHV.shape[2:]
+        dtypes = {x.dtype for x in (q_BTGK, k_BTGK, v_BTHV)}
+        narrow = dtypes == {jnp.dtype(jnp.bfloat16)}
+        wide = jnp.dtype(jnp.float32) in dtypes
+        GH, GK = (1, 1) if log_decay_BTHK is None else log_decay_BTHK.shape[2:]
+        return cls(
+            operator,
+            "float32" if wide else "bfloat16",
+            *(T, XH, H, K, V, GH, GK),
+            C=min(chunk_size or default_chunk, launch.power_of_two(T)),
+            inputs="ieee" if wide else "bf16" if narrow else "bf16x2",
+            mixed="ieee" if wide else "bf16x2",
+            sums="ieee" if wide else "tf32x3",
+        )
+
+    def tiles(self, kernel: str, whole_K=False):
+        """Block sizes, warps and stages of one kernel. whole_K: a block is all of K."""
+        tiles = launch.tiles(self.operator, kernel, self.dtype, self.K, self.V)
         if whole_K:
             tiles["BK"] = launch.power_of_two(self.K)
         return tiles | {"BG": tiles["BK"] if self.GK > 1 else 1}
@@ -65,26 +89,8 @@ class Form(NamedTuple):
         }
 
 
-def form_of(operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, default_chunk) -> Form:
-    T, XH, K = q_BTGK.shape[1:]
-    H, V = v_BTHV.shape[2:]
-    dtypes = {x.dtype for x in (q_BTGK, k_BTGK, v_BTHV)}
-    narrow = dtypes == {jnp.dtype(jnp.bfloat16)}
-    wide = jnp.dtype(jnp.float32) in dtypes
-    GH, GK = (1, 1) if log_decay_BTHK is None else log_decay_BTHK.shape[2:]
-    return Form(
-        operator,
-        "float32" if wide else "bfloat16",
-        *(T, XH, H, K, V, GH, GK),
-        C=min(chunk_size or default_chunk, launch.power_of_two(T)),
-        inputs="ieee" if wide else "bf16" if narrow else "bf16x2",
-        mixed="ieee" if wide else "bf16x2",
-        sums="ieee" if wide else "tf32x3",
-    )
-
-
 def fitting_chunk(longest: int, words: int) -> int:
-    """The longest chunk of at most `longest` tokens that fits shared memory, or the shortest, 16.
+    """Halves a chunk of `longest` tokens until it fits shared memory, down to 16.
 
     words: 32-bit words that a program holds there per token of a chunk.
     """
@@ -95,7 +101,7 @@ def fitting_chunk(longest: int, words: int) -> int:
 
 
 def too_long(K: int, C: int, words: int) -> str | None:
-    """Why chunks of C tokens do not fit shared memory, and what does; None where they fit."""
+    """Returns None if chunks of C tokens fit shared memory, else the reason and what fits."""
     takes, limit = 4 * words * C, launch.shared_limit()
     if takes <= limit:
         return None
@@ -106,13 +112,16 @@ def too_long(K: int, C: int, words: int) -> str | None:
 
 
 def unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | None:
-    """Why the Triton kernels cannot run this call, or None."""
+    """Returns None if the Triton kernels can run this call, else the reason."""
     K, V = q_BTGK.shape[-1], v_BTHV.shape[-1]
     if max(K, V) > LARGEST:
         return f"K and V go to {LARGEST}; got {K} and {V} (split V over heads, or take 'chunked')"
     B, _, H, _ = v_BTHV.shape
     if B * H > launch.LARGEST_GRID:
-        return f"B x H goes to {launch.LARGEST_GRID}; got {B} x {H} (split the batch, or take 'chunked')"
+        return (
+            f"B x H goes to {launch.LARGEST_GRID}; got {B} x {H} "
+            "(split the batch, or take 'chunked')"
+        )
     if initial_state_BHKV.dtype != jnp.float32:
         return f"states are float32; got {initial_state_BHKV.dtype} ('chunked' takes float64)"
     if chunk_size is not None and chunk_size > 128:
@@ -121,7 +130,8 @@ def unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | 
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
-    """The decay as kernels take it: a document's first token is a reset; None is zeros of one head."""
+    """Returns the decay as kernels take it: the first token of a document is a reset, and no decay
+    is zeros of one head."""
     if log_decay_BTHK is None:
         log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:2], 1, 1))
     if segment_ids_BT is not None:
@@ -131,16 +141,19 @@ def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
 
 
 def every_head(form, g_BTHK):
-    """The decay of `with_resets` as XLA's forms take it, of every head's own."""
+    """Broadcasts the decay of `with_resets` to every head, as the chunked form takes it."""
     return jnp.broadcast_to(g_BTHK, (*g_BTHK.shape[:2], form.H, form.GK))
 
 
-def run_kernel(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
-    """`kernel` over (grid, B * H), with the form's sizes and the table's tiles. Outputs: (shape
-    behind B, dtype)."""
+def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
+    """Runs a kernel over (grid, B * H), with the form's sizes and tiles.
+
+    outputs: (shape behind B, dtype). grid: what axis 0 is a product of: "K", "V" (blocks), "N"
+    (chunks), or numbers.
+    """
     B = inputs[0].shape[0]
     outputs = [jax.ShapeDtypeStruct((B, *shape), dtype) for shape, dtype in outputs]
-    tiles = form.tiles(part, whole_K)
+    tiles = form.tiles(kernel.__name__, whole_K)
     blocks = {"K": -(-form.K // tiles["BK"]), "V": -(-form.V // tiles["BV"]), "N": form.N}
     first = math.prod(blocks.get(axis, axis) for axis in grid)
     return launch.run(
@@ -149,7 +162,7 @@ def run_kernel(form, part, kernel, inputs, outputs, grid, *, whole_K=False, **co
 
 
 def kernels():
-    """The kernels' modules, imported here and nowhere earlier."""
+    """Returns the modules of kernels, which are imported here and nowhere earlier."""
     launch.prepare()
     from kernels_pallas.gpu import chunks, scores
 
@@ -157,13 +170,12 @@ def kernels():
 
 
 def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0):
-    """States that enter each chunk (BHNKV) and the last one; reverse: cotangents of those that
-    leave, and of the first."""
+    """Computes the states that enter the chunks (BHNKV) and the last one; reverse: the cotangents
+    of those that leave, and of the first."""
     chunks, _ = kernels()
     shape_HKV = form.H, form.K, form.V
     return run_kernel(
         form,
-        "states",
         chunks.states,
         (x_BTGK, y_BTHV, g_BTHK, start_BHKV),
         [((form.H, form.N, form.K, form.V), jnp.float32), (shape_HKV, jnp.float32)],
@@ -175,13 +187,16 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
 
 
 def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
-    """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i), per channel:
-    (B, H, N, C, C)."""
+    """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i).
+
+    (B, H, N, C, C), or None where decay is per token, and kernels compute the scores themselves.
+    """
+    if not form.per_channel:
+        return None
     _, pairs = kernels()
     (scores_BHNCC,) = run_kernel(
         form,
-        "scores",
-        pairs.scores,
+        pairs.decayed_scores,
         (x_BTGK, y_BTGK, g_BTHK),
         [((form.H, form.N, form.C, form.C), jnp.float32)],
         ("N", form.C // SUB),
@@ -195,11 +210,10 @@ def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
 def outputs(
     form, q_BTGK, k_BTGK, y_BTHV, g_BTHK, states, scores, *, scale, strict=False, dtype=None
 ):
-    """scale ((q exp(through)) S + A y); the scores are None where one decay serves a head."""
+    """o = scale ((q exp(g_cumsum)) S + A y), with the scores of `scores`."""
     chunks, _ = kernels()
     (o_BTHV,) = run_kernel(
         form,
-        "outputs",
         chunks.outputs,
         (q_BTGK, k_BTGK, y_BTHV, g_BTHK, states, states if scores is None else scores),
         [((form.T, form.H, form.V), dtype or y_BTHV.dtype)],
@@ -214,13 +228,12 @@ def outputs(
 def gradients_of_values(
     form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, dstates, scores, *, scale, dtype=jnp.float32
 ):
-    """dy of `outputs` and `states`; without dstates that of `outputs` alone."""
+    """Computes dy of `outputs` and `states`; without dstates that of `outputs` alone."""
     chunks, _ = kernels()
     leaving = dstates is not None
     unread = g_BTHK  # an operand that the kernel does not touch
     (dy_BTHV,) = run_kernel(
         form,
-        "gradients_of_values",
         chunks.gradients_of_values,
         (
             *(q_BTGK, k_BTGK, g_BTHK, do_BTHV),
@@ -239,17 +252,15 @@ def gradients_of_values(
 def gradients_of_keys(
     form, q_BTGK, k_BTGK, y_BTHV, g_BTHK, do_BTHV, states, dstates, *, scale, strict=False
 ):
-    """dq and dk (B, T, XH, K) and dg, float32, of `outputs` and (with dstates) `states`."""
+    """Computes dq, dk (B, T, XH, K) and dg, float32, of `outputs` and, with dstates, `states`."""
     chunks, pairs = kernels()
     B = q_BTGK.shape[0]
     leaving = dstates is not None
-    per_channel = form.GK > 1
     blocks = -(-form.K // form.tiles("gradients_of_keys")["BK"])
     dx = ((form.T, form.H, form.K), jnp.float32)
-    dg = dx if per_channel else ((blocks, form.T, form.H), jnp.float32)
+    dg = dx if form.per_channel else ((blocks, form.T, form.H), jnp.float32)
     dq_BTHK, dk_BTHK, dg_BTHK = run_kernel(
         form,
-        "gradients_of_keys",
         chunks.gradients_of_keys,
         (q_BTGK, k_BTGK, y_BTHV, g_BTHK, do_BTHV, states, dstates if leaving else states),
         [dx, dx, dg],
@@ -260,10 +271,10 @@ def gradients_of_keys(
         SUMS=form.sums,
         **form.precisions(),
     )
-    if per_channel:
+    if form.per_channel:
+        # Pairs inside a chunk, on top of what passes through the states.
         (dscores_BHNCC,) = run_kernel(
             form,
-            "gradients_of_scores",
             pairs.gradients_of_scores,
             (do_BTHV, y_BTHV),
             [((form.H, form.N, form.C, form.C), jnp.float32)],
@@ -274,8 +285,7 @@ def gradients_of_keys(
         )
         dq_BTHK, dk_BTHK, dg_BTHK = run_kernel(
             form,
-            "gradients",
-            pairs.gradients,
+            pairs.gradients_of_operands,
             (q_BTGK, k_BTGK, g_BTHK, dscores_BHNCC, dq_BTHK, dk_BTHK, dg_BTHK),
             [dx, dx, dx],
             ("N", form.C // SUB, "K"),
@@ -286,7 +296,7 @@ def gradients_of_keys(
     else:
         dg_BTHK = jnp.sum(dg_BTHK, axis=1)[..., None]
 
-    def over_group(x_BTHK):
+    def over_group(x_BTHK):  # summed over the value heads of a key head
         return jnp.sum(x_BTHK.reshape(B, form.T, form.XH, -1, form.K), axis=3)
 
     if form.GH == 1:

@@ -39,7 +39,7 @@ class Figures(NamedTuple):
     bytes: int
 
 
-def launches(function, *shapes) -> list[gpu_launch.Launch]:
+def launches(function, *shapes) -> list[gpu_launch.KernelLaunch]:
     """The launches of `function` on arrays of these shapes, in order; what runs them is named
     'triton'."""
     with gpu_launch.recorded() as found:
@@ -47,7 +47,7 @@ def launches(function, *shapes) -> list[gpu_launch.Launch]:
     return found
 
 
-def compile_launch(launch: gpu_launch.Launch, capability: int) -> Figures:
+def compile_launch(launch: gpu_launch.KernelLaunch, capability: int) -> Figures:
     """Compiles one launch for sm_<capability>.
 
     Raises:

@@ -1,14 +1,12 @@
-"""What each Triton kernel costs as compiled, on a machine without a GPU: compiled figures, not
-runs.
+"""What each Triton kernel costs as compiled, on a machine without a GPU: compiled figures, no runs.
 
-    python -m experiments.bench gpu_report                                        every kernel at
-      the targets' shape, bfloat16
+    python -m experiments.bench gpu_report     (every kernel at the targets' shape, bfloat16)
     python -m experiments.bench gpu_report --op=delta_rule --target=90 --dtype=float32
     python -m experiments.bench gpu_report --op=linear_attention --shape=mamba2_2.7b
 
 Compiles each operator's kernels, forward and backward, for sm_80, sm_90 and sm_100 (pip install -e
-'.[triton]'). Prints, for each, grid, warps, registers and spilled bytes a thread, shared memory a
-program, and bytes moved against the least possible. Results go to
+'.[triton]'). Prints for each its grid, warps, registers and spilled bytes per thread, shared memory
+per program, and bytes moved against the least possible. Results go to
 kernels_pallas/reports/gpu/triton.json and triton.md, in place of older ones of the same programs,
 so that a kernel that begins to spill shows in a diff.
 """

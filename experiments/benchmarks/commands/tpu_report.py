@@ -1,14 +1,12 @@
 """What each TPU kernel costs as compiled, on a machine without a TPU: compiled figures, not runs.
 
-    python -m experiments.bench tpu_report                                        every kernel on
-      v6e at the targets' shape
+    python -m experiments.bench tpu_report     (every kernel on v6e at the targets' shape)
     python -m experiments.bench tpu_report --op=delta_rule --topology=v5e,v6e:2x2,tpu7x
-      --implementation=pallas_tpu
-    python -m experiments.bench tpu_report --op=diagonal_scan --shape=rg_lru_2b,small
-      --dtype=float32
+    python -m experiments.bench tpu_report --implementation=pallas_tpu
+    python -m experiments.bench tpu_report --op=diagonal_scan --shape=rg_lru_2b --dtype=float32
 
 Compiles each operator's kernels and its chunked XLA form, forward and with backward, through libtpu
-(pip install -e '.[tpu]'). Prints, for each kernel, grid, VLIW bundles in the loop body, static
+(pip install -e '.[tpu]'). Prints for each kernel its grid, VLIW bundles in the loop body, static
 cycles, use of the matrix unit and of the load and store slots, spills, VMEM, and HBM bytes moved
 against the least possible. Results go to kernels_pallas/reports/tpu as JSON and a table, in place
 of older ones of the same kernels, so that a slower kernel shows in a diff.
@@ -33,20 +31,20 @@ _IMPLEMENTATIONS = flags.DEFINE_multi_enum(
     "implementation",
     list(static_cost.IMPLEMENTATIONS),
     static_cost.IMPLEMENTATIONS,
-    "which forms; may be given several times. XLA's, chunked and shifted, take longest to compile",
+    "may be given several times. XLA's, chunked and shifted, take longest to compile",
 )
 _OUT = flags.DEFINE_string("out", str(static_cost.FOLDER), "folder for results")
 
 
 def main(argv):
     cli.no_arguments(argv)
-    plans = _plans()  # all mistakes are found before anything is compiled
+    runs = _runs()  # all mistakes are found before anything is compiled
     out = cli.output_folder(_OUT.value)
     print(static_cost.NOTE, flush=True)
     found = []
-    for op, shape, topology in plans:
-        forms = _IMPLEMENTATIONS.value
-        for row in static_cost.rows(op, shape, topology, _DTYPE.value, forms):
+    for op, shape, topology in runs:
+        chosen = _IMPLEMENTATIONS.value
+        for row in static_cost.rows(op, shape, topology, _DTYPE.value, chosen):
             found.append(row)
             print(report.text_table([{"op": op} | static_cost.program_line(row)]), flush=True)
             if lines := static_cost.kernel_lines(row):
@@ -57,7 +55,8 @@ def main(argv):
     print(f"results: {_OUT.value}")
 
 
-def _plans() -> list[tuple[str, str, str]]:
+def _runs() -> list[tuple[str, str, str]]:
+    """Returns (operator, shape, topology) of what the flags ask for; raises UserError."""
     ops = static_cost.OPS if _OP.value == ["all"] else _OP.value
     for op in ops:
         if op not in static_cost.OPS:

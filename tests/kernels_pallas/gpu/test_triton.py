@@ -1,5 +1,5 @@
-"""The Triton kernels: the conformance suite through Triton's interpreter, and compilation for GPUs
-that are not here."""
+"""Tests the Triton kernels: the conformance suite through Triton's interpreter, and compilation for
+GPUs that are not in this machine."""
 
 import contextlib
 import dataclasses
@@ -33,11 +33,11 @@ from tests.kernels_pallas.ops.conformance import (
 
 
 class Interpreted(Suite):
-    """The suite with implementation='triton', on a cut of lengths and regimes: a program takes
-    milliseconds here.
+    """Runs the suite with implementation='triton' on part of its lengths and regimes, for a program
+    takes milliseconds in the interpreter.
 
-    The case's `fast` pairs are in the fast suite, with documents; `slow` ones, and the structural
-    tests, are not. Most of those run packed and in bfloat16 only: one row of the packed ones is one
+    The case's `fast` pairs run in the fast suite, with documents; `slow` ones and the structural
+    tests do not. Most slow pairs run packed and in bfloat16 only: one of the packed rows is one
     document.
     """
 
@@ -123,7 +123,7 @@ def test_reverse_scan():
     ],
 )
 def test_widths_that_are_no_blocks(operator, regime, K, V):
-    """K and V of several blocks, and not whole ones."""
+    """K and V are cut into several blocks, the last of them not whole."""
     case = {"linear_attention": TestLinearAttention, "delta_rule": TestDeltaRule}[operator].case
     inputs = inputs_of(case, Shape(B=1, T=70, H=2, G=1, K=K, V=V), regime)
     with devices.interpreted():
@@ -207,7 +207,8 @@ def _traced_for_a_gpu():
     ],
 )
 def test_chunks_fit_shared_memory(K, dtype, decay, chunk, given, capability, message, monkeypatch):
-    """What nobody named is cut until it fits; what was named is refused before it compiles."""
+    """A chunk that nobody asked for is halved until it fits; one that was given is refused before
+    it compiles."""
     monkeypatch.setattr(devices, "compute_capability", lambda: capability)
     unsupported_reason, form_of = launch.unsupported_reason, launch._form_of
     shapes = _delta_rule_shapes(K, dtype, decay)
@@ -223,8 +224,10 @@ def test_chunks_fit_shared_memory(K, dtype, decay, chunk, given, capability, mes
 
 COMPILED = """
 import jax
-from kernels_pallas import delta_rule, triton_call, triton_compile
-from tests.kernels_pallas import test_triton
+from kernels_pallas import delta_rule
+from kernels_pallas.gpu import launch as gpu_launch
+from kernels_pallas.tools import triton_compile
+from tests.kernels_pallas.gpu import test_triton
 def run(*arrays):
     outputs, vjp = jax.vjp(lambda *x: delta_rule(*x, implementation="triton"), *arrays)
     return vjp(outputs)
@@ -235,7 +238,7 @@ for launch in launches:
     if launch.kernel.__name__ in ("writes", "gradients_of_writes"):
         for capability in (80, 90):
             figures = triton_compile.compile_launch(launch, capability)
-            assert figures.shared <= triton_call.SHARED[8.0], figures
+            assert figures.shared <= gpu_launch.SHARED[8.0], figures
 """
 
 
@@ -254,7 +257,7 @@ for launch in launches:
     ],
 )
 def test_the_chosen_chunk_compiles_within_shared_memory(K, dtype, decay):
-    """In a process of its own: interpreting and compiling exclude each other."""
+    """Compiles in a process of its own: interpreting and compiling exclude each other."""
     code = COMPILED.format(K=K, dtype=dtype, decay=decay)
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(
@@ -294,7 +297,7 @@ def test_tiles_from_general_to_special(monkeypatch):
 
 
 def test_shared_key_heads_are_not_copied():
-    """No launch of the forward pass reads q or k once for every value head."""
+    """No launch of the forward pass reads q or k repeated for every value head."""
     B, T, G, H, K, V = 1, 128, 1, 6, 40, 24
     shapes = [
         jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, G, K), (B, T, G, K), (B, T, H, V))
@@ -329,7 +332,7 @@ def test_64_bit_types_change_no_launch(operator):
 
 @pytest.mark.slow
 def test_compiles_for_every_target(tmp_path):
-    """In a process of its own: interpreting and compiling exclude each other."""
+    """Compiles in a process of its own: interpreting and compiling exclude each other."""
     command = [
         sys.executable,
         "-m",
@@ -350,7 +353,7 @@ def test_compiles_for_every_target(tmp_path):
         assert 0 < row["registers"] <= 255 and row["shared"] <= row["limit"], row
 
 
-def test_the_kept_report_fits_every_target():
+def test_the_stored_report_fits_every_target():
     rows = json.loads((static_triton.FOLDER / "triton.json").read_text())["rows"]
     assert rows == sorted(rows, key=static_triton.key)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
@@ -358,7 +361,7 @@ def test_the_kept_report_fits_every_target():
 
 
 def test_under_shard_map_as_it_comes():
-    """With check_vma, rows split and a decay that every device has: gradients as on one device."""
+    """With check_vma, split rows and a replicated decay, gradients are those of one device."""
     q = np.random.default_rng(0).standard_normal((2, 16, 1, 16)).astype(np.float32)
     rows, same = jax.sharding.PartitionSpec("part"), jax.sharding.PartitionSpec()
     mesh = jax.make_mesh((2,), ("part",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])

@@ -1,4 +1,4 @@
-"""delta_rule's TPU kernels: the conformance suite interpreted, sizes and cuts, and all parts,
+"""Tests delta_rule's TPU kernels: the conformance suite, sizes and tilings, interpreted; every TPU,
 compiled."""
 
 import dataclasses
@@ -30,19 +30,18 @@ from tests.kernels_pallas.ops.test_delta_rule import DELTA_RULE
 
 
 class TestPallasTPU(Suite):
-    """Every regime over eight chunks with documents; those of a decay a channel without, too; every
-    other length with documents and the regimes of one kind of decay, in turn; the rest is
-    exhaustive.
+    """Runs every regime over eight chunks with documents, those of a decay per channel also
+    without, and every other length with documents and the regimes of one kind of decay, in turn.
 
-    A program a length and kind: tens of seconds of compiling each, where the regimes that share it
-    take one.
+    The rest is exhaustive: each length and kind of decay is a program that takes tens of seconds to
+    compile, while regimes that share it take one.
     """
 
     case = dataclasses.replace(DELTA_RULE, implementations=("pallas_tpu",))
     kind_at = {1: "per_token", 63: "per_channel", 64: "none", 100: "per_token", 128: "per_token"}
     fast = (100, "per_token resets")
     in_bfloat16_too = (100, "per_token mixed")
-    # Twelve seconds each, of what wraps every kernel alike.
+    # These take twelve seconds each, and what they test wraps every kernel alike.
     as_in_linear_attention = ("test_pieces_equal_whole", "test_transformations")
 
     test_what_is_not_finite_stays_apart = None  # kernels multiply by a mask
@@ -123,7 +122,7 @@ def test_chunk_sizes(chunk_size, regime):
     ],
 )
 def test_widths(K, V, regime):
-    """Whole lanes, half of them, and neither."""
+    """Widths of whole and half registers, and others."""
     _check(Shape(B=1, T=40, H=1, G=1, K=K, V=V), regime, chunk_size=16)
 
 
@@ -145,8 +144,7 @@ def test_heads(G, H, K, V):
 
 @pytest.mark.slow
 def test_inverse_where_its_powers_explode():
-    """I + A with A of 2s: the inverse stays within 2, A's powers pass 1e30. In two ways of
-    rounding, and C of all kinds."""
+    """Inverts I + A with A of 2s: the inverse stays within 2, where A's powers pass 1e30."""
     for C in (16, 64, 128, 256):
         A = np.tril(np.full((C, C), 2.0, np.float32), -1)
         expected = np.linalg.inv(np.eye(C) + A.astype(np.float64))
@@ -169,15 +167,15 @@ def test_halving_sums_and_their_transpose():
         masks.append(same & np.where(right, s <= i, s > i))
     for got, mask in zip(sums, masks, strict=True):
         np.testing.assert_allclose(got, mask.astype(np.float32) @ g, rtol=1e-5)
-    through, after, *levels = (rng.standard_normal(g.shape).astype(np.float32) for _ in masks)
-    got = primitives.halving_sums_cotangent(through, after, levels)
-    expected = sum(m.T.astype(np.float32) @ x for m, x in zip(masks, (through, after, *levels)))
+    cotangents = [rng.standard_normal(g.shape).astype(np.float32) for _ in masks]
+    got = primitives.halving_sums_cotangent(*cotangents[:2], cotangents[2:])
+    expected = sum(m.T.astype(np.float32) @ x for m, x in zip(masks, cotangents))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def _published(name):
-    """A published shape's arrays. With few tokens XLA would keep them in VMEM, and that would be
-    counted."""
+    """Arrays of a published shape. With few tokens XLA would place them in VMEM, which would count
+    as the kernel's."""
     B, T, G, H, K, V = (SHAPES[name][n] for n in "BTGHKV")
     sizes = [(B, T, G, K), (B, T, G, K), (B, T, H, V)]
     arrays = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
@@ -199,8 +197,8 @@ def _forward_and_backward(*arrays, **keywords):
 
 
 def _compiled():
-    """In CI every kernel on every part, in the shape that compiles fastest, and the largest shape
-    on one."""
+    """CI compiles every kernel for every TPU in the shape that compiles fastest, and the largest
+    shape for one."""
     kernels = ("delta_net_1.3b", "gated_delta_net_1.3b", "small_channel")
     for name in SHAPES:
         for part in tpu_compile.PARTS:
@@ -211,7 +209,7 @@ def _compiled():
 
 @pytest.mark.parametrize("name, part", list(_compiled()))
 def test_compiles(name, part):
-    """For the part itself, forward and backward, in the VMEM that was predicted."""
+    """Both passes compile, within the VMEM that the tiling estimates."""
     arrays = _published(name)
     compiled = tpu_compile.compile_for(part, _forward_and_backward, *arrays)
     assert len(compiled.listings) == 2
@@ -241,7 +239,7 @@ def _tiling(part, arrays):
 
 
 def test_unsupported():
-    """What cannot run says its limit and what would, before anything is compiled."""
+    """A call that cannot run names its limit and what would run, before anything is compiled."""
     wide = [jax.ShapeDtypeStruct((1, 64, 1, 2048), jnp.bfloat16)] * 3
     beta = jax.ShapeDtypeStruct((1, 64, 1), jnp.float32)
     with (

@@ -1,5 +1,5 @@
-"""linear_attention's TPU kernels beside the conformance suite: sizes and cuts, interpreted; all
-parts, compiled."""
+"""Tests linear_attention's TPU kernels beside the conformance suite: sizes and tilings,
+interpreted; every TPU, compiled."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_chunk_sizes(chunk_size, regime):
     "K, V", [(64, 64), (128, 64), (64, 192), (100, 130), (256, 256), (128, 513)]
 )
 def test_widths(K, V, regime):
-    """Whole lanes, half of them, and neither; V = 513 is mLSTM's with its normaliser."""
+    """Widths of whole and half registers, and others; V = 513 is mLSTM's with its normaliser."""
     _check(Shape(B=1, T=40, H=2, G=2, K=K, V=V), regime, chunk_size=32)
 
 
@@ -67,7 +67,7 @@ def test_heads(G, H, K, V):
         _check(Shape(B=2, T=40, H=H, G=G, K=K, V=V), regime, documents(2, 40), chunk_size=16)
 
 
-def test_how_a_call_is_cut():
+def test_tilings():
     def cut(G, H, K, V, decay=None):
         q, v = (jnp.zeros((1, 8, n, w), jnp.bfloat16) for n, w in ((G, K), (H, V)))
         g = None if decay is None else jnp.zeros((1, 8, H, decay))
@@ -119,7 +119,7 @@ def _with_gradients(inputs, cotangents):
 
 
 def _abstract(name, dtype):
-    """The inputs and cotangents of a published shape; without its batch, which changes the grid
+    """Inputs and cotangents of a published shape, without its batch, which changes the grid
     alone."""
     s = SHAPES[name]
     T, G, H, K, V = (s[n] for n in "TGHKV")
@@ -152,8 +152,8 @@ COMPILED += [("v5e", name, jnp.float32) for name in ("small", "small_channel", "
 
 
 def _marks(part, name, dtype):
-    """In CI every kernel on every part, in the shape that compiles fastest, and the largest shapes
-    on one."""
+    """CI compiles every kernel for every TPU in the shape that compiles fastest, and the largest
+    shapes for one."""
     if (part, name, dtype) in FAST:
         return []
     everywhere = name in ("mamba2_2.7b", "small_channel") and dtype == jnp.bfloat16
@@ -169,7 +169,7 @@ def _marks(part, name, dtype):
     ],
 )
 def test_compiles(part, name, dtype):
-    """Forward and backward, within the VMEM that was predicted, each array through HBM once."""
+    """Both passes compile, within the VMEM that the tiling estimates."""
     inputs, cotangents = _abstract(name, dtype)
     compiled = tpu_compile.compile_for(part, _with_gradients, inputs, cotangents)
     assert len(compiled.listings) == 2

@@ -1,6 +1,6 @@
-"""Random legal calls of every operator with TPU kernels, lowered for a TPU with their gradients.
+"""Lowers random legal calls of every operator with TPU kernels for a TPU, with their gradients.
 
-What a kernel does not take is passed over before, and what it takes Mosaic takes.
+A kernel refuses a call before it is lowered, and Mosaic lowers every call that it accepts.
 """
 
 import functools
@@ -85,7 +85,7 @@ def _random_call(operator, seed):
 
 
 def _with_gradients(call, arrays, packed):
-    """A function of the arrays (and ids), and their shapes."""
+    """Returns a function of the arrays (and ids), and their shapes."""
     shapes = [jax.ShapeDtypeStruct(*x) for x in arrays]
     ids = [jax.ShapeDtypeStruct(arrays[0][0][:2], jnp.int32)] if packed else []
 
@@ -99,14 +99,14 @@ def _with_gradients(call, arrays, packed):
 
 
 def _kernels(function, *shapes) -> int:
-    """How many a call is lowered to."""
+    """Counts the kernels that a call is lowered to."""
     with tpu_compile.tracing_for("v6e"):
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
     return lowered.as_text().count("tpu_custom_call")
 
 
-# More value heads of a key head than a grid step takes: of blocks of less than a register, the
-# array has more than one.
+# Key heads with more value heads than a grid step takes: their blocks are less than a register
+# wide, and the array holds several.
 GROUPED = [
     (linear_attention, "per_channel", bf16, 1, 64, 1, 3, 64, 128),
     (linear_attention, "per_channel", f32, 1, 64, 1, 4, 192, 128),

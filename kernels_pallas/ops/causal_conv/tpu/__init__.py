@@ -1,5 +1,4 @@
-"""TPU kernels of `causal_conv`: `run` is the implementation, `unsupported_reason` says which calls
-it refuses."""
+"""TPU kernels of `causal_conv`: the implementation, and which calls it refuses."""
 
 from kernels_pallas.ops.causal_conv.tpu.launch import run, unsupported_reason
 

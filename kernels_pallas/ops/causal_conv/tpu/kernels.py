@@ -1,5 +1,5 @@
-"""The bodies of the TPU kernels of `causal_conv`; the top of `pallas_tpu.py` explains them, and
-holds the tiling."""
+"""The bodies of the TPU kernels of `causal_conv`. The docstring of `launch.py` explains them and
+their names."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,7 +14,8 @@ SUM_ROWS = 64  # rows whose head sums are taken together
 
 
 def forward(tiling, x, before, initial, w, *refs):
-    age, (y, seen, *held) = (refs[0] if tiling.packed else None), refs[tiling.packed :]
+    """y of one block: taps, bias, activation, and per head the norm."""
+    age, (y, seen, *columns) = (refs[0] if tiling.packed else None), refs[tiling.packed :]
     chunk, block = pl.program_id(1), pl.program_id(2)
 
     def group(column):
@@ -22,16 +23,18 @@ def forward(tiling, x, before, initial, w, *refs):
         at.take(x, before, initial)
 
         def sums(row, _):
+            # z = bias + sum_i w_i x_{t-(I-1)+i}, and a = its activation
             taps = at.taps(row)
             for c in range(tiling.group):
                 a = [at.activated(h)[0] for h in at.sums(taps, c)]
                 if tiling.K is None:
                     at.write(y, c, row, a)
                 else:
-                    at.hold(held[0], c, row, a)
+                    at.store(columns[0], c, row, a)
 
         def norm(row, _):
-            a = at.held(held[0], row)
+            # y = a r
+            a = at.load(columns[0], row)
             r = at.inverse_norms(a)
             for c in range(tiling.group):
                 at.write(y, c, row, [a[q][c] * r[q][c] for q in range(tiling.p)])
@@ -44,9 +47,10 @@ def forward(tiling, x, before, initial, w, *refs):
 
 
 def backward(tiling, x, before, initial, w, *refs):
+    """dx of one block, and sums over blocks of the gradients of w and bias."""
     marks, refs = refs[: 2 * tiling.packed], refs[2 * tiling.packed :]
     age, room = marks or (None, None)
-    g, dx, dw, first, seen, dz, *held, later = refs
+    g, dx, dw, first, seen, dz, *columns, later = refs
     b, t, block = (pl.program_id(axis) for axis in range(3))
     chunk = tiling.chunks - 1 - t
 
@@ -58,28 +62,28 @@ def backward(tiling, x, before, initial, w, *refs):
         at = Group(tiling, chunk, block, column, w, seen, age)
         at.take(x, before, initial)
         nth = block * (tiling.d // LANES) + column
+        # dz of the tokens behind this block, which the grid has visited before.
         for c in range(tiling.group):
             dz[:, c, tiling.rows :] = jnp.where(t == 0, 0.0, later[nth + c])
 
         def sums(row, totals):
+            # The forward pass again; without a norm dz = g * the activation's slope, and dw.
             taps, g_here = at.taps(row), at.read(g, row, ROWS)
             for c in range(tiling.group):
                 a, slope = zip(*(at.activated(h) for h in at.sums(taps, c)))
                 if tiling.K is None:
                     dh = [_times(s, g_here[q][c]) for q, s in enumerate(slope)]
-                    at.hold(dz, c, row, dh)
+                    at.store(dz, c, row, dh)
                     totals = at.with_products(totals, taps, c, dh)
                 else:
-                    at.hold(held[0], c, row, a)
-                    at.hold(held[1], c, row, slope)
+                    at.store(columns[0], c, row, a)
+                    at.store(columns[1], c, row, slope)
             return totals
 
         def norm(row, _):
-            a, slope, g_here = (
-                at.held(held[0], row),
-                at.held(held[1], row),
-                at.read(g, row, _together(tiling)),
-            )
+            # da = r (g - a r^2 sum g a), and dz = da * slope
+            a, slope = (at.load(ref, row) for ref in columns)
+            g_here = at.read(g, row, _together(tiling))
             r = at.inverse_norms(a)
             along = at.head_sums(a, g_here)
             for c in range(tiling.group):
@@ -87,9 +91,10 @@ def backward(tiling, x, before, initial, w, *refs):
                 for q in range(tiling.p):
                     da = r[q][c] * (g_here[q][c] - a[q][c] * (r[q][c] * r[q][c] * along[q][c]))
                     dh.append(da * slope[q][c] if tiling.silu else da)
-                at.hold(dz, c, row, dh)
+                at.store(dz, c, row, dh)
 
         def products(row, totals):
+            # dw_i = sum_t dz_t x_{t-(I-1)+i}
             taps = at.taps(row)
             for c in range(tiling.group):
                 dh = [dz[q, c, pl.ds(row, ROWS)] for q in range(tiling.p)]
@@ -101,6 +106,7 @@ def backward(tiling, x, before, initial, w, *refs):
         if tiling.K is not None:
             _each(tiling.rows, _together(tiling), norm)
             totals = _each(tiling.rows, ROWS, products, totals)
+        # Totals of this block join dw; its first dz stay for the block before it in time.
         for c in range(tiling.group):
             channels = pl.ds(pl.multiple_of((nth + c) * LANES, LANES), LANES)
             for i in range(w.shape[0]):
@@ -108,14 +114,15 @@ def backward(tiling, x, before, initial, w, *refs):
                 dw[i : i + 1, channels] += jnp.sum(total, axis=0, keepdims=True)
             later[nth + c] = dz[:, c, : tiling.halo]
             first[0, :, :, channels] = dz[:, c, : tiling.halo]
+        # dx_t = sum_j w_{I-1-j} dz_{t+j}
         _each(tiling.rows, ROWS, lambda row, _: at.write_dx(dx, dz, room, row))
 
     _each_group(tiling, group)
 
 
 def _each(rows: int, step: int, body, carry=None):
-    """body(row, carry) for every `step`th row: straight code, so that the compiler can fill each
-    one's gaps."""
+    """Runs body(row, carry) for every `step`th row, unrolled, so that the compiler can fill the
+    gaps of one row with another."""
     steps = rows // step
     unroll = 1 if devices.interpreting() else steps
     return lax.fori_loop(0, steps, lambda i, z: body(i * step, z), carry, unroll=unroll)
@@ -138,8 +145,8 @@ def _times(slope, g):
 
 
 class Group:
-    """`group` columns of a block, and what is done to them. Values are lists over parts, and
-    columns within."""
+    """Reads, computes and writes `group` columns of a block. Values are lists over parts (tokens of
+    a word), and within over columns."""
 
     def __init__(self, tiling, chunk, block, column, w, seen, age):
         self.tiling, self.chunk, self.block, self.column = tiling, chunk, block, column
@@ -154,7 +161,7 @@ class Group:
         return pl.ds(pl.multiple_of((self.column + c) * LANES, LANES), LANES)
 
     def take(self, x, before, initial) -> None:
-        """x to columns, behind the tokens before it."""
+        """Copies x to columns, behind the tokens before it."""
         tiling = self.tiling
         for c in range(tiling.group):
             earlier = self._parts(before[0, :, self.lanes(c)])
@@ -166,7 +173,7 @@ class Group:
                 self.seen[q, c, tiling.halo :] = self._inside(here[q], q, c)
 
     def read(self, ref, row, rows):
-        """[part][column] of a block."""
+        """Reads rows of a block as [part][column]."""
         p = self.tiling.p
         found = []
         for c in range(self.tiling.group):
@@ -175,6 +182,7 @@ class Group:
         return [list(z) for z in zip(*found)]
 
     def _parts(self, words):
+        """Takes the tokens that share a word apart, to float32."""
         if self.tiling.p == 1:
             return [words]
         words = pltpu.bitcast(words, jnp.int32)
@@ -182,7 +190,7 @@ class Group:
         return [lax.bitcast_convert_type(z, jnp.float32) for z in both]
 
     def _inside(self, z, q, c, row=0, timed=True):
-        """Zero beyond the ends of time and channels, where it would do harm."""
+        """Sets to 0 what lies beyond the ends of time and channels, where it would do harm."""
         tiling, inside = self.tiling, None
         if timed and tiling.T % tiling.C:
             token = (row + primitives.iota(z.shape, 0)) * tiling.p + q
@@ -194,6 +202,7 @@ class Group:
         return z if inside is None else jnp.where(inside, z, 0.0)
 
     def write(self, ref, c, row, parts) -> None:
+        """Writes parts to rows of a block, in its dtype."""
         p, rows, z = self.tiling.p, parts[0].shape[0], parts[0]
         if p == 2:
             if devices.interpreting():  # which knows neither of the two below
@@ -204,18 +213,20 @@ class Group:
                 ref = ref.bitcast(jnp.uint32)
         ref[0, pl.ds(_aligned(row, ROWS), rows), self.lanes(c)] = z
 
-    def hold(self, ref, c, row, parts) -> None:
+    def store(self, ref, c, row, parts) -> None:
+        """Stores parts in scratch columns, where they are not None."""
         for q, z in enumerate(parts):
             if z is not None:
                 ref[q, c, pl.ds(_aligned(row, ROWS), z.shape[0])] = z
 
-    def held(self, ref, row):
+    def load(self, ref, row):
+        """Loads `_together` rows of scratch columns as [part][column]."""
         tiling = self.tiling
         rows = pl.ds(_aligned(row, ROWS), _together(tiling))
         return [[ref[q, c, rows] for c in range(tiling.group)] for q in range(tiling.p)]
 
     def _marked(self, ref, row):
-        """[part][lag]: whether the tap counts."""
+        """Says as [part][lag] whether a tap counts."""
         tiling = self.tiling
         if ref is None:
             return None
@@ -223,10 +234,11 @@ class Group:
         return [[count >= j for j in range(tiling.width)] for count in self._parts(words)]
 
     def taps(self, row):
-        """[part][column][lag], zero where the tap lies in another document."""
+        """Loads inputs as [part][column][lag], 0 where they belong to another document."""
         return self._shifted(self.seen, row + self.tiling.halo, -1, self._marked(self.age, row))
 
     def _shifted(self, ref, row, sign, counts):
+        """Loads columns at every lag, before (sign -1) or behind (1) each token."""
         tiling, loaded = self.tiling, {}
 
         def load(q, c, lag):
@@ -243,6 +255,7 @@ class Group:
         ]
 
     def _weighted(self, taps, c):
+        """Sums w_{I-1-lag} * taps[lag]."""
         n = self.tiling.width - 1
         total = self.w[c][n] * taps[0]
         for lag in range(1, n + 1):
@@ -250,19 +263,19 @@ class Group:
         return total
 
     def sums(self, taps, c):
-        """h of each part."""
+        """Computes z (with silu h = z/2) of each part."""
         h = [self._weighted(taps[q][c], c) for q in range(self.tiling.p)]
         return [z + self.w[c][self.tiling.width] for z in h] if self.tiling.bias else h
 
     def activated(self, h):
-        """The activation, and its derivative (None: 1)."""
+        """Computes the activation and its derivative (None: 1)."""
         if not self.tiling.silu:
             return h, None
         u = 2.0 / (1.0 + jnp.exp(-2.0 * h))
         return h * u, u * (1.0 + h * (2.0 - u))
 
     def with_products(self, totals, taps, c, dh):
-        """The sums for w and bias, with those of these tokens."""
+        """Adds these tokens' part to the gradients of w and bias."""
         tiling, totals = self.tiling, list(totals)
         for q in range(tiling.p):
             for lag in range(tiling.width):
@@ -274,16 +287,18 @@ class Group:
         return totals
 
     def write_dx(self, ref, dz, room, row) -> None:
+        """Writes dx, the taps of dz behind each token."""
         later = self._shifted(dz, row, 1, self._marked(room, row))
         for c in range(self.tiling.group):
             parts = [self._weighted(later[q][c], c) for q in range(self.tiling.p)]
             self.write(ref, c, row, parts)
 
     def inverse_norms(self, a):
+        """Computes r = (sum a^2 + eps)^(-1/2), as `head_sums`."""
         return [[lax.rsqrt(s + self.tiling.eps) for s in sums] for sums in self.head_sums(a, a)]
 
     def head_sums(self, x, y):
-        """[part][column] of the sums of x y over each head, for each of its channels."""
+        """Sums x y over each head, for each of its channels, as [part][column]."""
         tiling = self.tiling
         products = [[z * s for z, s in zip(*columns)] for columns in zip(x, y)]
         if tiling.K % LANES == 0:

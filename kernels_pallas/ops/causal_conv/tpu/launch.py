@@ -2,10 +2,10 @@
 forward and backward.
 
 The grid is (rows of the batch, chunks of time, channels). Forward, x is read and y written.
-Backward, x and the gradient of y are read, everything is computed again, and dx is written; time
-runs backwards, so that the gradients of the next tokens' sums, dz, are in VMEM when dx_t = sum_j
-w_{I-1-j} dz_{t+j} needs them. The gradients of w and bias are sums in VMEM. The inputs before a
-chunk are a block of 16 tokens of x of its own.
+Backward, x and the gradient of y are read, everything is computed again, and dx is written. Time
+runs backwards, so that the gradients of the next tokens' sums, dz, are in VMEM when
+dx_t = sum_j w_{I-1-j} dz_{t+j} needs them. The gradients of w and bias are sums in VMEM. The inputs
+before a chunk are a block of x of their own, of 16 tokens.
 
 Tokens lie along sublanes, where a shift by one costs several operations in registers; but from
 memory that is 128 channels wide, 8 tokens are loaded in one from any row. So the tokens of a chunk
@@ -13,15 +13,15 @@ are first copied to such columns, in float32. Two tokens of bfloat16 share a sub
 taken apart by a shift and a mask: even tokens become one column, odd ones another ("parts"), which
 also halves the different loads of a tap. Results go back the same way.
 
-silu(z) is h u, h = z/2, u = 2 / (1 + exp(-2h)); `pallas_tpu` halves w and bias for it. Its
-derivative by h is u (1 + h (2 - u)). (1 + tanh h is the same u, without digits where h is far below
-0: the norm of such a head shows it.) Of the norm y = a r, r = (sum a^2 + eps)^(-1/2) a head, it is
-da = r (g - a r^2 sum g a). Sums over a head's lanes that are no 128 are a product with zeros and
-ones.
+silu(z) is h u with h = z/2 and u = 2 / (1 + exp(-2h)); `run` halves w and bias for it. Its
+derivative by h is u (1 + h (2 - u)). (1 + tanh h is the same u, but has no digits where h is far
+below 0, and the norm of such a head shows it.) The norm is y = a r with r = (sum a^2 + eps)^(-1/2)
+per head, and its derivative da = r (g - a r^2 sum g a). Sums over heads of other widths than whole
+128s are products with zeros and ones.
 
 Documents: `age` counts the inputs before a token that its taps may reach, and `room` the tokens
-behind it whose taps reach it, both cut at I-1 and written 128 times side by side. A tap of lag j
-counts where age >= j.
+behind it whose taps reach it, both cut at I-1 and repeated over 128 lanes. A tap of lag j counts
+where age >= j.
 """
 
 import dataclasses
@@ -31,23 +31,23 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common import kernel_vjp
-from kernels_pallas.dispatch import devices, manual_axes, tuning
+from kernels_pallas.dispatch import tuning
 from kernels_pallas.ops.causal_conv import reference, shifted
 from kernels_pallas.ops.causal_conv.tpu import kernels
 from kernels_pallas.ops.causal_conv.tpu.kernels import LANES, ROWS
+from kernels_pallas.tpu import tiling as tpu_tiling
+from kernels_pallas.tpu.tiling import VMEM_BYTES
 
 HALO = 16  # tokens: the shortest block of bfloat16
 WIDEST = 1024  # channels that heads may take to fill whole registers
-VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB a core, or more
-# Where `tuned.json` says nothing else: tokens and channels of a block.
+# Tokens and channels of a block where `tuned.json` says nothing else.
 SIZES = {"chunk_size": 512, "width": 512}
 
 
 def unsupported_reason(x_BTD, w, bias, initial_state, start_BT, finish) -> str | None:
-    """Why the kernel cannot run this call, or None."""
+    """Returns None if the kernel can run this call, else the reason."""
     for name, array in (("x", x_BTD), ("w", w)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('shifted' takes all)"
@@ -56,16 +56,20 @@ def unsupported_reason(x_BTD, w, bias, initial_state, start_BT, finish) -> str |
     tiling = Tiling.of(x_BTD, w, bias, start_BT, finish)
     if tiling.group * LANES > WIDEST:
         return (
-            f"heads of {tiling.K} channels fill registers of {LANES} only in groups of {tiling.group * LANES} channels; it takes "
-            f"groups of up to {WIDEST}, such as divisors and multiples of {LANES} need"
+            f"heads of {tiling.K} channels fill registers of {LANES} only in groups of "
+            f"{tiling.group * LANES} channels; it takes groups of up to {WIDEST}, such as divisors "
+            f"and multiples of {LANES} need"
         )
     if tiling.vmem_bytes > VMEM_BYTES:
-        return f"{tiling.D} channels take {tiling.vmem_bytes >> 20} MiB of VMEM, of {VMEM_BYTES >> 20}; give it fewer at a time"
+        return (
+            f"{tiling.D} channels take {tiling.vmem_bytes >> 20} MiB of VMEM, of "
+            f"{VMEM_BYTES >> 20}; give it fewer at a time"
+        )
     return None
 
 
 def run(x_BTD, w, bias, initial_state, start_BT, finish):
-    """Same contract as `reference.recurrent`."""
+    """Runs the kernels, with the contract of `reference.recurrent`."""
     tiling = Tiling.of(x_BTD, w, bias, start_BT, finish)
     if bias is not None:
         w = jnp.concatenate([w.astype(jnp.float32), bias.astype(jnp.float32)[None]])
@@ -74,10 +78,14 @@ def run(x_BTD, w, bias, initial_state, start_BT, finish):
     return _conv((tiling, finish), start_BT, x_BTD, w, initial_state)
 
 
-def _forward(form, start_BT, x_BTD, w, initial_state):
-    """w: float32, with the bias below the taps, and silu's half in both."""
-    tiling, _ = form
-    (y_BTD,) = _call(
+def _forward(static, start_BT, x_BTD, w, initial_state):
+    """Returns ((y, the tail), no residuals).
+
+    static: the tiling and the `reference.Finish`. w: float32, with the bias below the taps, both
+      halved for silu.
+    """
+    tiling, _ = static
+    (y_BTD,) = _launch(
         tiling,
         kernels.forward,
         [*_inputs(x_BTD, w, initial_state), *_marks(tiling, start_BT, x_BTD.dtype)[:1]],
@@ -88,10 +96,10 @@ def _forward(form, start_BT, x_BTD, w, initial_state):
     return (y_BTD, tail), ()
 
 
-def _backward(form, start_BT, arrays, _, gradients):
-    (tiling, _), (x_BTD, w, initial_state), (g_BTD, g_tail) = form, arrays, gradients
+def _backward(static, start_BT, arrays, _, cotangents):
+    (tiling, _), (x_BTD, w, initial_state), (g_BTD, g_tail) = static, arrays, cotangents
     first = (tiling.B, tiling.p, tiling.halo, tiling.all_channels)
-    dx_BTD, dw, dz = _call(
+    dx_BTD, dw, dz = _launch(
         tiling,
         kernels.backward,
         [
@@ -110,8 +118,10 @@ def _backward(form, start_BT, arrays, _, gradients):
             *([tiling.rows] * 2 if tiling.K else []),
         ],
     )
+    # The initial state's gradient, from dz of the first tokens.
     dz_BSD = jnp.moveaxis(dz, 1, 2).reshape(tiling.B, HALO, -1)[..., : tiling.D]
-    last = max(tiling.T - (tiling.width - 1), 0)  # the tail has none of the inputs before it
+    # The tail's gradient: the tail holds inputs from the last I-1 tokens only.
+    last = max(tiling.T - (tiling.width - 1), 0)
     start_last = None if start_BT is None else start_BT[:, last:]
     _, tail_vjp = jax.vjp(
         lambda x, z: reference.tail(x, z, start_last), x_BTD[:, last:], initial_state
@@ -122,8 +132,8 @@ def _backward(form, start_BT, arrays, _, gradients):
     return dx_BTD, dw, d_initial
 
 
-def _plain(form, start_BT, x_BTD, w, initial_state):
-    tiling, finish = form
+def _plain(static, start_BT, x_BTD, w, initial_state):
+    tiling, finish = static
     w = w[:, : tiling.D] * (2.0 if tiling.silu else 1.0)
     bias = w[tiling.width] if tiling.bias else None
     return shifted.run(x_BTD, w[: tiling.width], bias, initial_state, start_BT, finish)
@@ -133,21 +143,21 @@ _conv = kernel_vjp.differentiable(_forward, _backward, _plain, save=False)  # ch
 
 
 def _inputs(x_BTD, w, initial_state):
-    """What both kernels read first."""
+    """The inputs that both kernels begin with, and what their blocks hold."""
     missing = HALO - initial_state.shape[1]
     initial_BSD = jnp.pad(initial_state, ((0, 0), (missing, 0), (0, 0)))
     return (x_BTD, "time"), (x_BTD, "before"), (initial_BSD, "initial"), (w, "w")
 
 
 def _marks(tiling, start_BT, dtype):
-    """`age` and `room` (see the top of the file), (B, T, LANES), or nothing."""
+    """`age` and `room` of the module's docstring, (B, T, LANES) each, or nothing."""
     if start_BT is None:
         return []
     T = start_BT.shape[1]
 
     def counted(starts_at):
-        """Tokens until `starts_at(j)` first says that a document starts between a token and the one
-        j from it."""
+        """Counts the tokens up to the first j for which `starts_at(j)` says that a document starts
+        between a token and the one j from it."""
         count_BT, going_BT = jnp.zeros(start_BT.shape, dtype), True
         for j in range(1, tiling.width):
             going_BT = going_BT & ~starts_at(j)
@@ -161,23 +171,28 @@ def _marks(tiling, start_BT, dtype):
 
 
 def _initial_gradient(tiling, dz_BSD, w, start_BT):
-    """Of the initial state, from dz of the first HALO tokens."""
+    """Gradient of the initial state, from dz of the first HALO tokens."""
     n = tiling.width - 1
     if start_BT is not None:
         start_BS = jnp.pad(start_BT, ((0, 0), (0, HALO)))[:, :HALO]
         (age_BSL, _), _ = _marks(tiling, start_BS, jnp.float32)
     gradient = jnp.zeros((tiling.B, n, tiling.D))
     for j in range(1, tiling.width):
-        kept = dz_BSD if start_BT is None else jnp.where(age_BSL[..., :1] >= j, dz_BSD, 0)
-        reached = kept[:, :j] * w[n - j, : tiling.D][None, None]
+        # The tap of lag j reads the initial state at the first j tokens.
+        own = dz_BSD if start_BT is None else jnp.where(age_BSL[..., :1] >= j, dz_BSD, 0)
+        reached = own[:, :j] * w[n - j, : tiling.D][None, None]
         gradient = gradient + jnp.pad(reached, ((0, 0), (n - j, 0), (0, 0)))
     return gradient
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes. A block is C tokens of d channels. p tokens share a word of 32 bits. `group` columns
-    of LANES channels hold whole heads of K, and are worked on together."""
+    """Sizes of one call and how it is cut.
+
+    width: taps. packed: documents are marked. K: channels per head of the norm, or None.
+    p: tokens that share a word of 32 bits. C, d: tokens and channels of a block.
+    group: columns of LANES channels that hold whole heads, and are worked on together.
+    """
 
     B: int
     T: int
@@ -220,7 +235,7 @@ class Tiling:
 
     @property
     def rows(self):
-        """Of words, in a block."""
+        """Rows of words in a block."""
         return self.C // self.p
 
     @property
@@ -229,8 +244,8 @@ class Tiling:
 
     @property
     def vmem_bytes(self):
-        """What the backward kernel takes: blocks twice, for they are fetched ahead; columns; what
-        stays for all time; registers that are put away for a while."""
+        """Estimates what the backward kernel takes: blocks twice, for they are fetched ahead,
+        columns, what stays for all time, and spilled registers."""
         item = 4 // self.p
         blocks = item * (3 * self.C * self.d + 2 * HALO * self.d + 2 * self.C * LANES)
         blocks += 4 * self.all_channels * (HALO + pl.cdiv(self.width + 1, ROWS) * ROWS)
@@ -238,7 +253,7 @@ class Tiling:
         return 2 * blocks + columns + 4 * HALO * self.all_channels + (1 << 20)
 
     def spec(self, kind: str, array, backward: bool):
-        """The window of a block on an array. backward: the grid begins at the last chunk."""
+        """The block spec of an array. backward: the grid begins at the last chunk."""
 
         def chunk(t):
             return self.chunks - 1 - t if backward else t
@@ -258,25 +273,24 @@ class Tiling:
         return pl.BlockSpec(shape, index)
 
 
-def _call(tiling: Tiling, kernel, inputs, outputs, columns):
-    """One pass of `kernel` over `inputs`, (array, kind) each; outputs likewise. columns: how many
-    rows each has."""
+def _launch(tiling: Tiling, kernel, inputs, outputs, columns):
+    """Launches a kernel. inputs, outputs: (array or shape, what its block holds).
+
+    columns: rows of each scratch array.
+    """
     backward = kernel is kernels.backward
-    scratch = [pltpu.VMEM((tiling.p, tiling.group, rows, LANES), jnp.float32) for rows in columns]
-    if backward:
-        later = (tiling.all_channels // LANES, tiling.p, tiling.halo, LANES)
-        scratch.append(pltpu.VMEM(later, jnp.float32))
-    order = "arbitrary" if backward else "parallel"
-    return pl.pallas_call(
+    scratch = [(tiling.p, tiling.group, rows, LANES) for rows in columns]
+    if backward:  # dz of the chunk that follows in time
+        scratch.append((tiling.all_channels // LANES, tiling.p, tiling.halo, LANES))
+    sides = (
+        [(tiling.spec(kind, array, backward), array) for array, kind in side]
+        for side in (inputs, outputs)
+    )
+    return tpu_tiling.launch(
         functools.partial(kernel, tiling),
-        grid=(tiling.B, tiling.chunks, tiling.blocks),
-        in_specs=[tiling.spec(kind, array, backward) for array, kind in inputs],
-        out_specs=[tiling.spec(kind, array, backward) for array, kind in outputs],
-        out_shape=manual_axes.shapes([x for x, _ in outputs], [x for x, _ in inputs]),
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(order,) * 3, vmem_limit_bytes=VMEM_BYTES + (8 << 20)
-        ),
-        interpret=devices.interpreting(),
-        name=f"causal_conv_{kernel.__name__}",
-    )(*(array for array, _ in inputs))
+        f"causal_conv_{kernel.__name__}",
+        (tiling.B, tiling.chunks, tiling.blocks),
+        *sides,
+        scratch,
+        semantics=("arbitrary" if backward else "parallel",) * 3,
+    )

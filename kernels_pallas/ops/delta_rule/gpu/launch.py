@@ -1,16 +1,16 @@
-"""The delta rule as Triton kernels, forward and backward: no decay, one a head or one a channel
-(sm80 and later).
+"""The delta rule as Triton kernels, forward and backward, for all four decays (sm80 and later).
 
-Forward: each chunk's inverse, all at once; then what the tokens write, U, and the states,
-sequential in chunks; then linear attention's outputs with U for values. Backward: the same again,
-the states' cotangents in reverse, and linear attention's gradients twice, for what queries and for
-what keys read. Only the inputs are kept.
+Forward: each chunk's inverse (I + A)^-1, all at once; then U and the states, sequential in chunks;
+then linear attention's outputs with U for values. Backward: the same again, the states' cotangents
+in reverse, and linear attention's gradients twice, for what queries and for what keys read. The
+residuals are the inputs alone.
 
-float32 without a decay, or with one a head, which may be 0, carries states, inverses and U in
-float64 from chunk to chunk: reflections forget no error (`reflections`), and data-centre GPUs
-multiply float64 as fast as IEEE float32. With one a channel the scores of keys with keys are
-float32, and so is the rest: where those decays are 0, errors grow. What comes of bfloat16 inputs
-multiplies as two bfloat16 terms, and without a decay, for the same reason, as three.
+float32 without a decay or with one per token, which may be 0, carries states, inverses and U in
+float64 from chunk to chunk: a transition that is a reflection forgets no error (docs/math/
+delta_rule.md, "Compensated products"), and data-centre GPUs multiply float64 as fast as IEEE
+float32. With a decay per channel the scores of keys with keys are float32, and so is the rest:
+where such decays are 0, errors grow. What is computed from bfloat16 inputs multiplies as two
+bfloat16 terms, and without a decay, for the same reason, as three.
 """
 
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ from kernels_pallas.gpu import launch, recurrences
 from kernels_pallas.ops.delta_rule import chunked
 
 CHUNK_SIZE = {"bfloat16": 64, "float32": 32}
-# Words of shared memory per token of a chunk, so many times K and so many beside, of the kernels
-# that hold all of K, by whether the decay is per channel: as compiled for sm_80, sm_90 and sm_100
-# with the tiles of `tuned.json`.
+# Words of shared memory per token of a chunk, (times K, and beside), of the kernels that hold all
+# of K, by dtype and whether decay is per channel: as compiled for sm_80, sm_90 and sm_100 with the
+# tiles of `tuned.json`.
 SHARED_WORDS = {
     ("bfloat16", False): (2, 60),
     ("bfloat16", True): (4, 81),
@@ -34,6 +34,7 @@ SHARED_WORDS = {
 def unsupported_reason(
     *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
 ):
+    """Returns None if the kernels can run this call, else the reason."""
     if chunk_size is not None and chunk_size > 64:
         return f"chunk_size goes to 64; got {chunk_size}"
     if reason := recurrences.unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
@@ -43,8 +44,9 @@ def unsupported_reason(
 
 
 def _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size):
-    """With the chunk that was given, or the longest up to the usual one that fits."""
-    form = recurrences.form_of("delta_rule", q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, 64)
+    """Takes the chunk that was given, or the longest up to the usual one that fits."""
+    arrays = q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK
+    form = recurrences.TritonForm.of("delta_rule", *arrays, chunk_size, 64)
     if chunk_size is None:
         usual = min(CHUNK_SIZE[form.dtype], form.C)
         form = form._replace(C=recurrences.fitting_chunk(usual, _words(form)))
@@ -52,7 +54,7 @@ def _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size):
 
 
 def _words(form) -> int:
-    times_K, beside = SHARED_WORDS[form.dtype, form.GK > 1]
+    times_K, beside = SHARED_WORDS[form.dtype, form.per_channel]
     return times_K * launch.power_of_two(form.K) + beside
 
 
@@ -67,10 +69,10 @@ def run(
     chunk_size,
     scale,
 ):
-    """The Triton form. Arguments are normalised by `api.py`; the scale of q is a number."""
+    """Runs the kernels. Arguments are normalised by `api.py`; the scale is a number."""
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = _form_of(*arrays, log_decay_BTHK, chunk_size)
-    exact = form.GK == 1 and form.dtype == "float32"
+    exact = not form.per_channel and form.dtype == "float32"
     mixed = form.mixed
     if log_decay_BTHK is None and mixed == "bf16x2":
         mixed = "bf16x3"
@@ -87,7 +89,7 @@ def _forward(static, _, *arrays):
     def forward(arrays):
         q_BTGK, k_BTGK, v_BTHV, _, g_BTHK, _ = arrays
         _, _, u_BTHV, states_BHNKV, final_BHKV = _writes(form, exact, *arrays[1:])
-        scores = recurrences.scores(form, q_BTGK, k_BTGK, g_BTHK) if form.GK > 1 else None
+        scores = recurrences.scores(form, q_BTGK, k_BTGK, g_BTHK)
         inputs = q_BTGK, k_BTGK, u_BTHV, g_BTHK, states_BHNKV, scores
         return recurrences.outputs(form, *inputs, scale=scale, dtype=v_BTHV.dtype), final_BHKV
 
@@ -100,14 +102,14 @@ def _backward(static, _, arrays, residuals, cotangents):
     @launch.over_batch
     def backward(arrays):
         (q_BTGK, k_BTGK, v_BTHV, beta_BTH, g_BTHK, _), (do_BTHV, dfinal_BHKV) = arrays
-        found, X, u_BTHV, states, _ = _writes(form, exact, *arrays[0][1:])
-        scores = recurrences.scores(form, q_BTGK, k_BTGK, g_BTHK) if form.GK > 1 else None
+        kk, X, u_BTHV, states, _ = _writes(form, exact, *arrays[0][1:])
+        scores = recurrences.scores(form, q_BTGK, k_BTGK, g_BTHK)
+        # dU = scale Z^T do of every chunk, then dR and dS' chunk by chunk, in reverse.
         du_BTHV = recurrences.gradients_of_values(
             form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, None, scores, scale=scale
         )
         dr_BTHV, dstates, dstart_BHKV = recurrences.run_kernel(
             form,
-            "gradients_of_writes",
             _kernels().gradients_of_writes,
             (q_BTGK, k_BTGK, beta_BTH, g_BTHK, X, do_BTHV, du_BTHV, dfinal_BHKV),
             [(u_BTHV.shape[1:], jnp.float32), *_states_of(form)],
@@ -117,10 +119,11 @@ def _backward(static, _, arrays, residuals, cotangents):
             EXACT=exact,
             MIXED=_precision(form, exact),
         )
+        # What queries read: linear attention of q, k and U.
         dq_BTGK, dk_BTGK, dg_BTHK = recurrences.gradients_of_keys(
             form, q_BTGK, k_BTGK, u_BTHV, g_BTHK, do_BTHV, states, dstates, scale=scale
         )
-        # What keys read: pred, an output with q = k whose cotangent is -beta dR.
+        # What keys read, v - R / beta: an output with q = k whose cotangent is -beta dR.
         dread_BTHV = -beta_BTH[..., None] * dr_BTHV
         rows, columns, dg_read_BTHK = recurrences.gradients_of_keys(
             *(form, k_BTGK, k_BTGK, u_BTHV, g_BTHK, dread_BTHV, states, None),
@@ -128,11 +131,12 @@ def _backward(static, _, arrays, residuals, cotangents):
             strict=True,
         )
         read_BTHV = recurrences.outputs(
-            *(form, k_BTGK, k_BTGK, u_BTHV, g_BTHK, states, found),
+            *(form, k_BTGK, k_BTGK, u_BTHV, g_BTHK, states, kk),
             scale=1.0,
             strict=True,
             dtype=jnp.float32,
         )
+        # R = beta (v - read), so dbeta = dR . (v - read) and dv = beta dR.
         dbeta_BTH = jnp.sum(dr_BTHV * (v_BTHV.astype(jnp.float32) - read_BTHV), axis=-1)
         dk_BTGK = (dk_BTGK + rows + columns).astype(k_BTGK.dtype)
         dv_BTHV = (-dread_BTHV).astype(v_BTHV.dtype)
@@ -159,10 +163,8 @@ def _kernels():
 
 
 def _precision(form, exact):
-    """Of products by which states become states."""
-    if exact:
-        return "fp64"
-    return launch.precision(form.mixed)
+    """Precision of products that carry a state from chunk to chunk."""
+    return "fp64" if exact else launch.precision(form.mixed)
 
 
 def _states_of(form):
@@ -172,15 +174,14 @@ def _states_of(form):
 
 
 def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
-    """Scores of keys with keys (None where one decay serves a head), inverses, U, states and the
-    last state."""
-    found = recurrences.scores(form, k_BTGK, k_BTGK, g_BTHK, strict=True) if form.GK > 1 else None
+    """Computes scores of keys with keys (None where decay is per token), inverses, U, the states
+    that enter the chunks and the last one."""
+    kk = recurrences.scores(form, k_BTGK, k_BTGK, g_BTHK, strict=True)
     parts = (2,) if exact else ()  # float64 as two float32 terms
     (X_BHNCC,) = recurrences.run_kernel(
         form,
-        "inverses",
         _kernels().inverses,
-        (k_BTGK, beta_BTH, g_BTHK, beta_BTH if found is None else found),
+        (k_BTGK, beta_BTH, g_BTHK, beta_BTH if kk is None else kk),
         [((form.H, form.N, *parts, form.C, form.C), jnp.float32)],
         ("N",),
         LEVELS=(form.C // 16).bit_length() - 1,
@@ -190,7 +191,6 @@ def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
     )
     u_BTHV, states_BHNKV, final_BHKV = recurrences.run_kernel(
         form,
-        "writes",
         _kernels().writes,
         (k_BTGK, v_BTHV, beta_BTH, g_BTHK, X_BHNCC, start_BHKV),
         [((form.T, form.H, form.V), jnp.float32), *_states_of(form)],
@@ -199,4 +199,4 @@ def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
         EXACT=exact,
         MIXED=_precision(form, exact),
     )
-    return found, X_BHNCC, u_BTHV, states_BHNKV, final_BHKV
+    return kk, X_BHNCC, u_BTHV, states_BHNKV, final_BHKV

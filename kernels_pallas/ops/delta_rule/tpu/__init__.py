@@ -1,5 +1,4 @@
-"""TPU kernels of `delta_rule`: `run` is the implementation, `unsupported_reason` says which calls
-it refuses."""
+"""TPU kernels of `delta_rule`: the implementation, and which calls it refuses."""
 
 from kernels_pallas.ops.delta_rule.tpu.launch import run, unsupported_reason
 

@@ -1,43 +1,45 @@
 """One chunk of the delta rule inside a TPU kernel, with a decay per key channel.
 
-As `tpu_head_decay.py`, with the decays inside the products. A chunk is halved again and again (see
-`decay_sums`): tokens j < i part at one level, and there the decay between them is exp(after_j)
-exp(through_i), two exponentials of sums from that level's middle. A token is in one half only, so a
-level has one exponential per token and channel.
+As `per_token.py`, with the decays inside the products. A chunk is halved again and again
+(docs/math/linear_attention.md, "Per channel"): tokens j < i part at one level, and there the decay
+between them is exp(g_reversed_j) exp(g_cumsum_i), two exponentials of sums from that level's
+middle. A token is in one half only, so a level has one exponential per token and channel.
 
-    level l   E = exp(after_j) in left halves of 2^l tokens, exp(through_i) in right halves
+    level l   E = exp(g_reversed_j) in left halves of 2^l tokens, exp(g_cumsum_i) in right halves;
               (k E)(k E)^T and (q E)(k E)^T, of which A and Z take the pairs that part there
-    A = beta * those of k        Z = scale * those of q, and q_i . k_i on the diagonal
-    R = beta * (v - (k through) S)        U = (I + A)^{-1} R
-    o = scale * (q through) S + Z U        S' = total S + (k after)^T U
+    A = beta * those of k           Z = scale * those of q, and q_i . k_i on the diagonal
+    R = beta * (v - (k exp(g_cumsum)) S)            U = (I + A)^-1 R
+    o = scale * (q exp(g_cumsum)) S + Z U           S' = exp(g_total) S + (k exp(g_reversed))^T U
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from kernels_pallas.ops.delta_rule.tpu.per_token import Cotangents, solve
+from kernels_pallas.ops.delta_rule.tpu.per_token import ChunkGradients, solve
 from kernels_pallas.tpu import primitives
 from kernels_pallas.tpu.primitives import Products, column_of, iota, lower, row_of, row_sums
 
 
 class Gates(NamedTuple):
-    """Of one head: beta and the log decay."""
+    """beta and the log decay of one head."""
 
     beta_C1: jnp.ndarray
     g_CK: jnp.ndarray
 
 
 class Chunk(NamedTuple):
-    """What the forward pass of one chunk has computed. levels: E_CK of each. lost_CC: what A has
-    lost to rounding."""
+    """Arrays of the forward pass that the backward pass reads again, as in `per_token.Chunk`.
+
+    levels: E_CK of each.
+    """
 
     levels: list[jnp.ndarray]
-    through_CK: jnp.ndarray
-    after_CK: jnp.ndarray
+    exp_g_cumsum_CK: jnp.ndarray
+    exp_g_reversed_CK: jnp.ndarray
     kk_CC: jnp.ndarray
     A_CC: jnp.ndarray
-    lost_CC: jnp.ndarray | None
+    A_rest_CC: jnp.ndarray | None
     X_CC: jnp.ndarray
     Z_CC: jnp.ndarray
     read_CV: jnp.ndarray
@@ -45,14 +47,14 @@ class Chunk(NamedTuple):
 
 
 def gates_of(p: Products, heads: int, rows_RC, g_CHK) -> list[Gates]:
-    """rows: beta of each head. g: the heads side by side."""
+    """Splits beta, a row per head, and g, the heads side by side, by head."""
     columns_CR = rows_RC.T
     K = g_CHK.shape[1] // heads
     return [Gates(columns_CR[:, h : h + 1], g_CHK[:, h * K : (h + 1) * K]) for h in range(heads)]
 
 
 def _parting(C, rows=1, columns=1):
-    """i xor j, whose highest bit is the level at which tokens i and j part; repeated down or along."""
+    """i xor j, whose highest bit is the level at which i and j part, repeated down or along."""
     shape = (rows * C, columns * C)
     return (iota(shape, 0) % C) ^ (iota(shape, 1) % C)
 
@@ -60,10 +62,11 @@ def _parting(C, rows=1, columns=1):
 def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
     C = k_CK.shape[0]
     sums = primitives.halving_sums(gates.g_CK)
-    through_CK, after_CK, *levels = (jnp.exp(x) for x in sums)
+    exp_g_cumsum_CK, exp_g_reversed_CK, *levels = (jnp.exp(x) for x in sums)
     yield
+    # q D k^T and k D k^T, level by level: a pair keeps the product of the level at which it parts.
     qk_CC, kk_CC = row_sums(q_CK * k_CK), jnp.zeros((C, C), jnp.float32)
-    lost_CC = kk_CC if p.exact else None
+    A_rest_CC = kk_CC if p.exact else None
     for level, E_CK in enumerate(levels):
         kE_CK = k_CK * E_CK
         both = p.dot(jnp.concatenate([q_CK * E_CK, kE_CK], axis=0), kE_CK, (1, 1))
@@ -71,34 +74,38 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
         qk_CC, kk_CC = jnp.where(here, both[:C], qk_CC), jnp.where(here, both[C:], kk_CC)
         if p.exact:
             exact_CC, rest_CC = p.exact_product(kE_CK, kE_CK, (1, 1))
-            lost_CC = jnp.where(here, (exact_CC - both[C:]) + rest_CC, lost_CC)
+            A_rest_CC = jnp.where(here, (exact_CC - both[C:]) + rest_CC, A_rest_CC)
         yield
     A_CC = jnp.where(lower(C, -1), gates.beta_C1 * kk_CC, 0.0)
     if p.exact:
-        lost_CC = jnp.where(lower(C, -1), gates.beta_C1 * lost_CC, 0.0)
+        A_rest_CC = jnp.where(lower(C, -1), gates.beta_C1 * A_rest_CC, 0.0)
     Z_CC = jnp.where(lower(C), scale * qk_CC, 0.0)
     X_CC = yield from primitives.inverse(p, A_CC)
-    read_CV = v_CV.astype(jnp.float32) - _state(p, k_CK * through_CK, S_KV)
+    # R / beta = v - (k exp(g_cumsum)) S, then U
+    read_CV = v_CV.astype(jnp.float32) - _state(p, k_CK * exp_g_cumsum_CK, S_KV)
     yield
-    U_CV = solve(p, A_CC, lost_CC, X_CC, gates.beta_C1 * read_CV, 1)
+    U_CV = solve(p, A_CC, A_rest_CC, X_CC, gates.beta_C1 * read_CV, 1)
     yield
-    return Chunk(levels, through_CK, after_CK, kk_CC, A_CC, lost_CC, X_CC, Z_CC, read_CV, U_CV)
+    decays = levels, exp_g_cumsum_CK, exp_g_reversed_CK
+    return Chunk(*decays, kk_CC, A_CC, A_rest_CC, X_CC, Z_CC, read_CV, U_CV)
 
 
 def _state(p, x, y, axes=(1, 0)):
-    """A product by which states become states: rounded once where that counts."""
+    """Multiplies what carries a state from chunk to chunk: rounded once where that counts."""
     return p.state(x, y, axes) if p.exact else p.dot(x, y, axes)
 
 
 def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
-    """The output, and the state that leaves. A generator, for `tpu_blocks.in_turns`."""
+    """Returns o and the state S' that leaves. A generator, for `primitives.in_turns`."""
     q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     C = k_CK.shape[0]
-    written_KV = _state(p, k_CK * c.after_CK, c.U_CV, (0, 0))
-    S_next_KV = column_of(c.through_CK[C - 1 :]) * S_KV + written_KV
+    # S' = exp(g_total) S + (k exp(g_reversed))^T U
+    local_KV = _state(p, k_CK * c.exp_g_reversed_CK, c.U_CV, (0, 0))
+    S_next_KV = column_of(c.exp_g_cumsum_CK[C - 1 :]) * S_KV + local_KV
     yield
-    o_CV = scale * p.dot(q_CK * c.through_CK, S_KV)
+    # o = scale (q exp(g_cumsum)) S + Z U
+    o_CV = scale * p.dot(q_CK * c.exp_g_cumsum_CK, S_KV)
     yield
     o_CV = o_CV + p.dot(c.Z_CC, c.U_CV)
     yield
@@ -106,45 +113,56 @@ def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
 
 
 def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS_KV):
-    """The Cotangents, from those of the output and of the state that leaves. A generator."""
+    """Returns the ChunkGradients, given do and the cotangent dS' of the state that leaves. A
+    generator, for `primitives.in_turns`."""
     q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     C = k_CK.shape[0]
-    beta_C1, through_CK, after_CK = gates.beta_C1, c.through_CK, c.after_CK
-    total_1K = through_CK[C - 1 :]
-    q_through_CK, k_through_CK, k_after_CK = q_CK * through_CK, k_CK * through_CK, k_CK * after_CK
-    dU_CV = _state(p, k_after_CK, dS_KV)
+    beta_C1 = gates.beta_C1
+    exp_g_cumsum_CK, exp_g_reversed_CK = c.exp_g_cumsum_CK, c.exp_g_reversed_CK
+    exp_g_total_1K = exp_g_cumsum_CK[C - 1 :]
+    # q and k as they read the entering state, k as the leaving state holds it.
+    q_read_CK, k_read_CK = q_CK * exp_g_cumsum_CK, k_CK * exp_g_cumsum_CK
+    k_local_CK = k_CK * exp_g_reversed_CK
+    # dU = Z^T do + (k exp(g_reversed)) dS'
+    dU_CV = _state(p, k_local_CK, dS_KV)
     yield
     dU_CV = dU_CV + p.dot(c.Z_CC, do_CV, (0, 0))
     yield
-    dR_CV = solve(p, c.A_CC, c.lost_CC, c.X_CC, dU_CV, 0)
+    # dR = (I + A)^-T dU;  dv = beta dR
+    dR_CV = solve(p, c.A_CC, c.A_rest_CC, c.X_CC, dU_CV, 0)
     dv_CV = beta_C1 * dR_CV
     yield
-    dS_next_KV = column_of(total_1K) * dS_KV - _state(p, k_through_CK, dv_CV, (0, 0))
+    # dS = exp(g_total) dS' - (beta k exp(g_cumsum))^T dR + scale (q exp(g_cumsum))^T do
+    dS_entering_KV = column_of(exp_g_total_1K) * dS_KV - _state(p, k_read_CK, dv_CV, (0, 0))
     yield
-    dS_next_KV = dS_next_KV + scale * p.dot(q_through_CK, do_CV, (0, 0))
+    dS_entering_KV = dS_entering_KV + scale * p.dot(q_read_CK, do_CV, (0, 0))
     yield
+    # dA = -dR U^T (j < i);  dZ = scale do U^T (j <= i)
     dA_CC = jnp.where(lower(C, -1), -p.dot(dR_CV, c.U_CV, (1, 1)), 0.0)
     yield
     dqk_CC = jnp.where(lower(C), scale * p.dot(do_CV, c.U_CV, (1, 1)), 0.0)
     yield
     dkk_CC = beta_C1 * dA_CC
+    # beta multiplies R and A.
     dbeta_C1 = row_sums(dR_CV * c.read_CV) + row_sums(dA_CC * c.kk_CC)
 
-    dq_through_CK = scale * p.dot(do_CV, S_KV, (1, 1))
+    # Parts of dq and dk that pass through a state, before its decay, and the pairs i = j.
+    dq_read_CK = scale * p.dot(do_CV, S_KV, (1, 1))
     yield
-    dk_through_CK = -p.dot(dv_CV, S_KV, (1, 1))
+    dk_read_CK = -p.dot(dv_CV, S_KV, (1, 1))
     yield
-    dk_after_CK = p.dot(c.U_CV, dS_KV, (1, 1))
+    dk_local_CK = p.dot(c.U_CV, dS_KV, (1, 1))
     yield
     dtotal_1K = row_of(row_sums(dS_KV * S_KV))
     diagonal_C1 = row_sums(jnp.where(_parting(C) == 0, dqk_CC, 0.0))
-    dq_CK = dq_through_CK * through_CK + diagonal_C1 * k_CK
-    dk_CK = dk_through_CK * through_CK + dk_after_CK * after_CK + diagonal_C1 * q_CK
-    dthrough_CK = dq_through_CK * q_through_CK + dk_through_CK * k_through_CK
-    dafter_CK = dk_after_CK * k_after_CK
+    dq_CK = dq_read_CK * exp_g_cumsum_CK + diagonal_C1 * k_CK
+    dk_CK = dk_read_CK * exp_g_cumsum_CK + dk_local_CK * exp_g_reversed_CK + diagonal_C1 * q_CK
+    dg_cumsum_CK = dq_read_CK * q_read_CK + dk_read_CK * k_read_CK
+    dg_reversed_CK = dk_local_CK * k_local_CK
     yield
 
+    # The other pairs, level by level: of the products (q E)(k E)^T and (k E)(k E)^T.
     dlevels = []
     dboth = jnp.concatenate([dqk_CC, dkk_CC], axis=0)
     dboth_T = jnp.concatenate([dqk_CC.T, dkk_CC.T], axis=1)
@@ -163,6 +181,6 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
         dqE_CK, dkE_CK = rows[:C], rows[C:] + columns
         dq_CK, dk_CK = dq_CK + dqE_CK * E_CK, dk_CK + dkE_CK * E_CK
         dlevels.append(dqE_CK * qE_CK + dkE_CK * kE_CK)
-    dg_CK = primitives.halving_sums_cotangent(dthrough_CK, dafter_CK, dlevels)
-    dg_CK = dg_CK + dtotal_1K * total_1K
-    return Cotangents(dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_CK, dS_next_KV)
+    dg_CK = primitives.halving_sums_cotangent(dg_cumsum_CK, dg_reversed_CK, dlevels)
+    dg_CK = dg_CK + dtotal_1K * exp_g_total_1K
+    return ChunkGradients(dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_CK, dS_entering_KV)

@@ -1,14 +1,14 @@
 """One chunk of the delta rule inside a TPU kernel, with no decay or one decay per token and head.
 
-The maps of `chunked.py`, with every decay applied to what a product gives, not to what goes in: q
-and k, the caller's own bfloat16 arrays, reach the matrix unit as they are.
+The equations are those of docs/math/delta_rule.md. Every decay is applied to what a product gives,
+not to what goes in: q and k, the caller's own bfloat16 arrays, reach the matrix unit as they are.
 
     A = beta * (k k^T) D  below the diagonal        Z = scale * (q k^T) D  with it
-    R = beta * (v - through * k S)        U = (I + A)^{-1} R
-    o = scale * through * q S + Z U        S' = total S + k^T (after * U)
+    R = beta * (v - exp(g_cumsum) * k S)            U = (I + A)^-1 R
+    o = scale * exp(g_cumsum) * q S + Z U           S' = exp(g_total) S + k^T (exp(g_reversed) * U)
 
 D_ij = exp(g_{j+1} + ... + g_i) is the exponential of a product with zeros and ones, in which
-nothing is subtracted. `tpu_channel_decay.py` has the same functions for a decay per channel.
+nothing is subtracted. `per_channel.py` has the same functions for a decay per channel.
 """
 
 from typing import NamedTuple
@@ -20,27 +20,26 @@ from kernels_pallas.tpu.primitives import Products, lower, row_of, row_sums
 
 
 class Gates(NamedTuple):
-    """Of one head. Without a decay D is None, and so are the three that follow.
-
-    through_C1: what the entering state has decayed by at token i; after_C1: what token j has in the
-      leaving state.
-    """
+    """beta of one head, and its decays; without a decay these are None."""
 
     beta_C1: jnp.ndarray
     D_CC: jnp.ndarray | None = None
-    through_C1: jnp.ndarray | None = None
-    after_C1: jnp.ndarray | None = None
-    total_11: jnp.ndarray | None = None
+    exp_g_cumsum_C1: jnp.ndarray | None = None
+    exp_g_reversed_C1: jnp.ndarray | None = None
+    exp_g_total_11: jnp.ndarray | None = None
 
 
 class Chunk(NamedTuple):
-    """What the forward pass of one chunk has computed. lost_CC: what A has lost to rounding, where
-    that counts."""
+    """Arrays of the forward pass that the backward pass reads again.
+
+    A_rest_CC: what A has lost to rounding, where that counts. X_CC: (I + A)^-1. read_CV: v - what k
+      reads of the entering state, so that R = beta * read.
+    """
 
     qk_CC: jnp.ndarray
     kk_CC: jnp.ndarray
     A_CC: jnp.ndarray
-    lost_CC: jnp.ndarray | None
+    A_rest_CC: jnp.ndarray | None
     X_CC: jnp.ndarray
     Z_CC: jnp.ndarray
     kS_CV: jnp.ndarray
@@ -48,8 +47,8 @@ class Chunk(NamedTuple):
     U_CV: jnp.ndarray
 
 
-class Cotangents(NamedTuple):
-    """Of one head's chunk; dg as the decay came in, or None."""
+class ChunkGradients(NamedTuple):
+    """Gradients of one head of a chunk: dS that of the entering state, dg None without a decay."""
 
     dq_CK: jnp.ndarray
     dk_CK: jnp.ndarray
@@ -60,25 +59,30 @@ class Cotangents(NamedTuple):
 
 
 def gates_of(p: Products, heads: int, rows_RC, g_CHK=None) -> list[Gates]:
-    """rows: beta of each head, then log decay of each, where there is one."""
+    """Computes the Gates of every head.
+
+    rows_RC: beta of each head, then the log decay of each where there is one.
+    """
     C = rows_RC.shape[1]
     if rows_RC.shape[0] == heads:
         columns_CR = rows_RC.T
         return [Gates(columns_CR[:, h : h + 1]) for h in range(heads)]
     beta_HC, g_HC = rows_RC[:heads], rows_RC[heads:]
+    # g_cumsum and g_reversed of all heads, by products with zeros and ones; then as columns.
     up_to, behind = p.ones(lower(C)), p.ones(~lower(C))  # at (i, s): s <= i, s > i
-    through_HC = jnp.exp(p.dot(g_HC, up_to, (1, 1)))
-    after_HC = jnp.exp(p.dot(g_HC, behind, (1, 1)))
-    columns_CR = jnp.concatenate([beta_HC, through_HC, after_HC], axis=0).T
+    exp_g_cumsum_HC = jnp.exp(p.dot(g_HC, up_to, (1, 1)))
+    exp_g_reversed_HC = jnp.exp(p.dot(g_HC, behind, (1, 1)))
+    columns_CR = jnp.concatenate([beta_HC, exp_g_cumsum_HC, exp_g_reversed_HC], axis=0).T
     gates = []
     for h in range(heads):
+        # D_ij sums s in j < s <= i.
         between_CC = p.dot(jnp.where(lower(C), g_HC[h : h + 1], 0.0), behind, (1, 1))
-        beta_C1, through_C1, after_C1 = (
+        beta_C1, exp_g_cumsum_C1, exp_g_reversed_C1 = (
             columns_CR[:, n : n + 1] for n in (h, heads + h, 2 * heads + h)
         )
         D_CC = jnp.where(lower(C), jnp.exp(between_CC), 0.0)
-        total_11 = through_HC[h : h + 1, C - 1 :]
-        gates.append(Gates(beta_C1, D_CC, through_C1, after_C1, total_11))
+        exp_g_total_11 = exp_g_cumsum_HC[h : h + 1, C - 1 :]
+        gates.append(Gates(beta_C1, D_CC, exp_g_cumsum_C1, exp_g_reversed_C1, exp_g_total_11))
     return gates
 
 
@@ -94,45 +98,50 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
     def below(products_CC):
         return jnp.where(lower(C, -1), gates.beta_C1 * _times(products_CC, gates.D_CC), 0.0)
 
-    lost_CC = None
+    # A and Z, and what A has lost to rounding.
+    A_rest_CC = None
     if p.exact:
         exact_CC, rest_CC = p.exact_product(k_CK, k_CK, (1, 1))
-        lost_CC = below((exact_CC - kk_CC) + rest_CC)
+        A_rest_CC = below((exact_CC - kk_CC) + rest_CC)
     A_CC = below(kk_CC)
     Z_CC = scale * (jnp.where(lower(C), qk_CC, 0.0) if gates.D_CC is None else qk_CC * gates.D_CC)
     X_CC = yield from primitives.inverse(p, A_CC)
-    kS_CV = _times(p.state(k_CK, S_KV), gates.through_C1)
+    # R / beta = v - exp(g_cumsum) k S, then U
+    kS_CV = _times(p.state(k_CK, S_KV), gates.exp_g_cumsum_C1)
     read_CV = v_CV.astype(jnp.float32) - kS_CV
     yield
-    U_CV = solve(p, A_CC, lost_CC, X_CC, gates.beta_C1 * read_CV, 1)
+    U_CV = solve(p, A_CC, A_rest_CC, X_CC, gates.beta_C1 * read_CV, 1)
     yield
-    return Chunk(qk_CC, kk_CC, A_CC, lost_CC, X_CC, Z_CC, kS_CV, read_CV, U_CV)
+    return Chunk(qk_CC, kk_CC, A_CC, A_rest_CC, X_CC, Z_CC, kS_CV, read_CV, U_CV)
 
 
-def solve(p, A_CC, lost_CC, X_CC, R_CV, axis):
-    """(I + A)^{-1} R, or with axis 0 of the transposed, corrected by its residual where rounding
-    counts."""
+def solve(p, A_CC, A_rest_CC, X_CC, R_CV, axis):
+    """Computes (I + A)^-1 R, or with axis 0 (I + A)^-T R, corrected by its residual where rounding
+    counts (docs/math/delta_rule.md, "Compensated products")."""
     axes = (axis, 0)
     U_CV = p.precise(X_CC, R_CV, axes)
-    if lost_CC is None:
+    if A_rest_CC is None:
         return U_CV
-    # A unit of its own for every document's U: what is multiplied by 0 must not change how the rest
-    # is rounded.
+    # How large U is in each document by itself: what is multiplied by 0 must not change how the
+    # rest is rounded.
     squares_CV = U_CV * U_CV
     linked_CC = p.ones((A_CC != 0) | (A_CC.T != 0))
     squares_CV = squares_CV + p.dot(linked_CC, squares_CV)
+    # R - (I + A) U, with A U as two terms, solved for once more.
     exact_CV, rest_CV = p.exact_product(A_CC, U_CV, axes, squares_CV)
-    residual_CV = R_CV - U_CV - exact_CV - (rest_CV + p.dot(lost_CC, U_CV, axes))
+    residual_CV = R_CV - U_CV - exact_CV - (rest_CV + p.dot(A_rest_CC, U_CV, axes))
     return U_CV + p.dot(X_CC, residual_CV, axes)
 
 
 def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
-    """The output, and the state that leaves. A generator, for `tpu_blocks.in_turns`."""
+    """Returns o and the state S' that leaves. A generator, for `primitives.in_turns`."""
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
-    written_KV = p.state(k_CK, _times(c.U_CV, gates.after_C1), (0, 0))
-    S_next_KV = _times(S_KV, gates.total_11) + written_KV
+    # S' = exp(g_total) S + k^T (exp(g_reversed) U)
+    local_KV = p.state(k_CK, _times(c.U_CV, gates.exp_g_reversed_C1), (0, 0))
+    S_next_KV = _times(S_KV, gates.exp_g_total_11) + local_KV
     yield
-    o_CV = scale * _times(p.dot(q_CK, S_KV), gates.through_C1)
+    # o = scale exp(g_cumsum) q S + Z U
+    o_CV = scale * _times(p.dot(q_CK, S_KV), gates.exp_g_cumsum_C1)
     yield
     o_CV = o_CV + p.dot(c.Z_CC, c.U_CV)
     yield
@@ -140,45 +149,54 @@ def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
 
 
 def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS_KV):
-    """The Cotangents, from those of the output and of the state that leaves. A generator."""
+    """Returns the ChunkGradients, given do and the cotangent dS' of the state that leaves. A
+    generator, for `primitives.in_turns`."""
     C = k_CK.shape[0]
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
-    beta_C1, D_CC, through_C1, after_C1, total_11 = gates
+    beta_C1, D_CC, exp_g_cumsum_C1, exp_g_reversed_C1, exp_g_total_11 = gates
+    # dU = Z^T do + exp(g_reversed) k dS'
     kdS_CV = p.state(k_CK, dS_KV)
     yield
-    dU_CV = p.dot(c.Z_CC, do_CV, (0, 0)) + _times(kdS_CV, after_C1)
+    dU_CV = p.dot(c.Z_CC, do_CV, (0, 0)) + _times(kdS_CV, exp_g_reversed_C1)
     yield
-    dR_CV = solve(p, c.A_CC, c.lost_CC, c.X_CC, dU_CV, 0)
+    # dR = (I + A)^-T dU;  dv = beta dR
+    dR_CV = solve(p, c.A_CC, c.A_rest_CC, c.X_CC, dU_CV, 0)
     dv_CV = beta_C1 * dR_CV
-    dkS_CV = _times(dv_CV, through_C1)  # less than zero: of -k S
-    dqS_CV = scale * _times(do_CV.astype(jnp.float32), through_C1)
+    # Cotangents of q S and, negated, of k S.
+    minus_dkS_CV = _times(dv_CV, exp_g_cumsum_C1)
+    dqS_CV = scale * _times(do_CV.astype(jnp.float32), exp_g_cumsum_C1)
     yield
-    dS_next_KV = _times(dS_KV, total_11) - p.state(k_CK, dkS_CV, (0, 0))
+    # dS = exp(g_total) dS' - (beta k exp(g_cumsum))^T dR + scale (q exp(g_cumsum))^T do
+    dS_entering_KV = _times(dS_KV, exp_g_total_11) - p.state(k_CK, minus_dkS_CV, (0, 0))
     yield
-    dS_next_KV = dS_next_KV + p.state(q_CK, dqS_CV, (0, 0))
+    dS_entering_KV = dS_entering_KV + p.state(q_CK, dqS_CV, (0, 0))
     yield
+    # dA = -dR U^T (j < i);  dZ = do U^T (j <= i)
     dA_CC = jnp.where(lower(C, -1), -p.dot(dR_CV, c.U_CV, (1, 1)), 0.0)
     yield
     dZ_CC = jnp.where(lower(C), p.dot(do_CV, c.U_CV, (1, 1)), 0.0)
     yield
     dkk_CC, dqk_CC = _times(beta_C1 * dA_CC, D_CC), _times(scale * dZ_CC, D_CC)
+    # beta multiplies R and A.
     dbeta_C1 = row_sums(dR_CV * c.read_CV) + row_sums(_times(dA_CC * c.kk_CC, D_CC))
     dg_1C = None
     if D_CC is not None:
+        # dg: pairs dA * A + dZ * Z, what reads the entering state, what reaches the leaving one.
         pairs_CC = dA_CC * c.A_CC + dZ_CC * c.Z_CC
-        of_through_C1 = row_sums(dqS_CV * p.dot(q_CK, S_KV) - dv_CV * c.kS_CV)
+        dg_cumsum_C1 = row_sums(dqS_CV * p.dot(q_CK, S_KV) - dv_CV * c.kS_CV)
         yield
-        of_after_C1 = row_sums(c.U_CV * kdS_CV) * after_C1
-        of_total_11 = jnp.sum(row_sums(dS_KV * S_KV), axis=0, keepdims=True) * total_11
-        dg_1C = _decay_cotangent(p, pairs_CC, of_through_C1, of_after_C1) + of_total_11
+        dg_reversed_C1 = row_sums(c.U_CV * kdS_CV) * exp_g_reversed_C1
+        dg_total_11 = jnp.sum(row_sums(dS_KV * S_KV), axis=0, keepdims=True) * exp_g_total_11
+        dg_1C = _decay_gradient(p, pairs_CC, dg_cumsum_C1, dg_reversed_C1) + dg_total_11
         yield
+    # dq and dk: from q S, k S, k^T U, and from the pairs.
     dq_CK = p.dot(dqS_CV, S_KV, (1, 1))
     yield
     dq_CK = dq_CK + p.dot(dqk_CC, k_CK)
     yield
-    dk_CK = p.dot(_times(c.U_CV, after_C1), dS_KV, (1, 1))
+    dk_CK = p.dot(_times(c.U_CV, exp_g_reversed_C1), dS_KV, (1, 1))
     yield
-    dk_CK = dk_CK - p.dot(dkS_CV, S_KV, (1, 1))
+    dk_CK = dk_CK - p.dot(minus_dkS_CV, S_KV, (1, 1))
     yield
     dk_CK = dk_CK + p.dot(dqk_CC, q_CK, (0, 0))
     yield
@@ -186,12 +204,11 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
     yield
     dk_CK = dk_CK + p.dot(dkk_CC, k_CK, (0, 0))
     yield
-    return Cotangents(dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_1C, dS_next_KV)
+    return ChunkGradients(dq_CK, dk_CK, dv_CV, row_of(dbeta_C1), dg_1C, dS_entering_KV)
 
 
-def _decay_cotangent(p, pairs_CC, through_C1, after_C1):
-    """Of g_s: the sum over i >= s > j of what the decay between j and i has, and likewise from and
-    to the chunk's ends."""
+def _decay_gradient(p, pairs_CC, dg_cumsum_C1, dg_reversed_C1):
+    """dg_s: the sum of pairs j < s <= i, of g_cumsum_i from s on, and of g_reversed_j before s."""
     C = pairs_CC.shape[0]
-    between_CC = p.dot(pairs_CC, p.ones(~lower(C))) + through_C1
-    return jnp.sum(jnp.where(lower(C), between_CC, after_C1), axis=0, keepdims=True)
+    between_CC = p.dot(pairs_CC, p.ones(~lower(C))) + dg_cumsum_C1
+    return jnp.sum(jnp.where(lower(C), between_CC, dg_reversed_C1), axis=0, keepdims=True)

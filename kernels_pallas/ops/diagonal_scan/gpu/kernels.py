@@ -1,9 +1,8 @@
-"""Triton kernels of the real diagonal recurrence: a chunk's map, its states from the one that
-enters, its gradients.
+"""Triton kernels of the real diagonal recurrence: maps of chunks, states, gradients.
 
-A program walks the C tokens of one chunk for BD channels; the grid is (chunks times blocks of
-channels, batch), so all chunks run at once; in between, `carry` walks the chunks. REVERSE walks
-time from its end.
+The equations are those of docs/math/diagonal_scan.md. A program walks the C tokens of one chunk for
+BD channels. The grid is (chunks times blocks of channels, batch), so all chunks run at once; in
+between, `carry` walks the chunks. REVERSE walks time from its end.
 """
 
 import triton
@@ -12,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def _program(T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
-    """This program's chunk (as a block), channels, their offsets at batch b's first token, and
-    those among chunks."""
+    """Returns this program's chunk (as a block), its channels, and their offsets at the row's first
+    token in arrays of tokens and at the chunk in arrays of chunks."""
     blocks = tl.cdiv(D, BD)
     n = tl.program_id(0) // blocks + tl.full((BD,), 0, tl.int32)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
@@ -23,18 +22,12 @@ def _program(T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr
 
 @triton.jit
 def maps(
-    x,
-    decay,
-    product,
-    local,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    REVERSE: tl.constexpr,
+    x, decay, product, local,
+    T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
     ADJOINT: tl.constexpr,
-):
-    """h -> product h + local over one chunk, where h' = a h + x; ADJOINT: where h' = a (h + x)."""
+):  # fmt: skip
+    """Writes the map h -> product h + local of one chunk, where h' = a h + x, or with ADJOINT
+    h' = a (h + x)."""
     n, d, at, at_chunk = _program(T, D, C, BD)
     A = tl.full((BD,), 1.0, tl.float32)
     h = tl.full((BD,), 0.0, tl.float32)
@@ -56,19 +49,11 @@ def maps(
 
 @triton.jit
 def carry(
-    product,
-    local,
-    initial,
-    entering,
-    final,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """The state that enters each of T chunks, from their maps, and the one behind the last; for all
-    of them one program."""
+    product, local, initial, entering, final,
+    T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Writes the state that enters each of T chunks, from their maps, and the one behind the last;
+    one program walks all chunks."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     b = tl.program_id(1).to(tl.int64)
     h = tl.load(initial + b * D + d, mask=d < D, other=0.0)
@@ -79,24 +64,17 @@ def carry(
         at = (b * T + n) * D + d
         tl.store(entering + at, h, mask=d < D)
         A = tl.load(product + at, mask=d < D, other=1.0)
-        # Of a state that is 0 nothing, though a product of decays may be infinite.
+        # A state that is 0 stays 0, though a product of decays may be infinite.
         h = tl.where(h == 0.0, 0.0, A * h) + tl.load(local + at, mask=d < D, other=0.0)
     tl.store(final + b * D + d, h, mask=d < D)
 
 
 @triton.jit
 def scan(
-    x,
-    decay,
-    entering,
-    out,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """h_t = a_t h_{t-1} + x_t over one chunk."""
+    x, decay, entering, out,
+    T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Writes h_t = a_t h_{t-1} + x_t of one chunk."""
     n, d, at, at_chunk = _program(T, D, C, BD)
     h = tl.load(entering + at_chunk, mask=d < D, other=0.0)
     for step in range(C):
@@ -112,21 +90,11 @@ def scan(
 
 @triton.jit
 def gradients(
-    g,
-    decay,
-    h,
-    initial,
-    entering,
-    dx,
-    ddecay,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """l_t = g_t + c_t, c of the token before = a_t l_t; dx_t = l_t, da_t = l_t h_{t-1}. REVERSE is
-    that of h's scan."""
+    g, decay, h, initial, entering, dx, ddecay,
+    T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Writes dx_t = l_t and da_t = l_t h_{t-1} of one chunk, where l_t = g_t + c_t and the token
+    before gets c = a_t l_t. REVERSE is that of the forward scan."""
     n, d, at, at_chunk = _program(T, D, C, BD)
     b = tl.program_id(1).to(tl.int64)
     c = tl.load(entering + at_chunk, mask=d < D, other=0.0)

@@ -1,16 +1,11 @@
-"""The real diagonal recurrence as Triton kernels, forward and backward, either direction (sm80 and
-later).
+"""The real diagonal recurrence as Triton kernels, forward and backward (sm80 and later).
 
-Two levels, as in `chunked.py`: every chunk's map h -> A h + b at once; the states that enter each,
-one after the other; every state, all chunks at once. Decays above 1 are right as long as those of
-one chunk multiply to a float32. A document's start is a decay of 0, which lets pass what is not
-finite. Backward, with carry c from token t+1 to t,
-
-    l_t = g_t + c_t      c_{t-1} = a_t l_t      dx_t = l_t      da_t = l_t h_{t-1}
-
-is the same in the other direction. Kept are the inputs and the states that enter each chunk, from
-which h is made again in float32: the one given out may be rounded. Only sums of x and decays that
-stand in front; nothing is divided.
+The equations are those of docs/math/diagonal_scan.md, in two levels: the maps of all chunks at
+once; the states that enter them, one after the other; every state, all chunks at once. Decays above
+1 are right as long as those of one chunk multiply to a float32. A document's start is a decay of 0,
+which lets pass what is not finite. The backward pass is the same in the other direction. The
+residuals are the inputs and the states that enter the chunks, from which h is computed again in
+float32: the one that the call returned may be rounded.
 """
 
 import jax
@@ -25,16 +20,20 @@ TILES = {"C": 64, "BD": 128, "num_warps": 4, "num_stages": 2}
 
 
 def unsupported_reason(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
+    """Returns None if the kernels can run this call, else the reason."""
     for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('chunked' takes all)"
     if x_BTD.shape[0] > launch.LARGEST_GRID:
-        return f"B goes to {launch.LARGEST_GRID}; got {x_BTD.shape[0]} (split the batch, or take 'chunked')"
+        return (
+            f"B goes to {launch.LARGEST_GRID}; got {x_BTD.shape[0]} "
+            "(split the batch, or take 'chunked')"
+        )
     return launch.unsupported_reason()
 
 
 def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
-    """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
+    """Runs h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
     h_BTD, final_BD = _scan(
         reverse,
         None,
@@ -61,10 +60,11 @@ def _backward(reverse, _, arrays, entering_BND, cotangents):
     @launch.over_batch
     def backward(arrays):
         (x_BTD, decay_BTD, initial_BD), entering_BND, (g_BTD, g_final_BD) = arrays
+        # h again, the carries that enter each chunk from behind, then dx and da.
         h_BTD = _states(x_BTD, decay_BTD, entering_BND, reverse, jnp.float32)
         carry_BND, d_initial_BD = _entering(g_BTD, decay_BTD, g_final_BD, not reverse, adjoint=True)
         dx_BTD, ddecay_BTD = _launch(
-            "gradients",
+            _kernels().gradients,
             (g_BTD, decay_BTD, h_BTD, initial_BD, carry_BND),
             [(x_BTD.shape, x_BTD.dtype), (x_BTD.shape, jnp.float32)],
             REVERSE=reverse,
@@ -82,18 +82,18 @@ _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 def _entering(x_BTD, decay_BTD, initial_BD, reverse, adjoint=False):
-    """The state that enters each chunk, and the one behind the last."""
+    """Computes the state that enters each chunk, and the one behind the last."""
     B, T, D = x_BTD.shape
     shape_BND = B, -(-T // _tiles(D)["C"]), D
     product_BND, local_BND = _launch(
-        "maps",
+        _kernels().maps,
         (x_BTD, decay_BTD),
         [(shape_BND, jnp.float32)] * 2,
         REVERSE=reverse,
         ADJOINT=adjoint,
     )
     return _launch(
-        "carry",
+        _kernels().carry,
         (product_BND, local_BND, initial_BD),
         [(shape_BND, jnp.float32), ((B, D), jnp.float32)],
         REVERSE=reverse,
@@ -102,25 +102,28 @@ def _entering(x_BTD, decay_BTD, initial_BD, reverse, adjoint=False):
 
 def _states(x_BTD, decay_BTD, entering_BND, reverse, dtype):
     inputs = x_BTD, decay_BTD, entering_BND
-    (h_BTD,) = _launch("scan", inputs, [(x_BTD.shape, dtype)], REVERSE=reverse)
+    (h_BTD,) = _launch(_kernels().scan, inputs, [(x_BTD.shape, dtype)], REVERSE=reverse)
     return h_BTD
 
 
 def _tiles(D):
-    """Chunk, channels a program, warps, stages: the same for all three kernels, which meet at the
+    """Chunk, channels per program, warps and stages: the same for all kernels, which meet at the
     chunks."""
     tiles = tuning.lookup(TILES, "diagonal_scan", "triton", str(D))
     return tiles | {"BD": min(tiles["BD"], launch.power_of_two(D))}
 
 
-def _launch(part, inputs, outputs, **constants):
+def _kernels():
     launch.prepare()
     from kernels_pallas.ops.diagonal_scan.gpu import kernels
 
+    return kernels
+
+
+def _launch(kernel, inputs, outputs, **constants):
     B, T, D = inputs[0].shape
     tiles = _tiles(D)
-    steps = 1 if part == "carry" else -(-T // tiles["C"])
+    steps = 1 if kernel is _kernels().carry else -(-T // tiles["C"])
     outputs = [jax.ShapeDtypeStruct(*output) for output in outputs]
-    kernel = getattr(kernels, part)
     grid = steps * -(-D // tiles["BD"]), B
     return launch.run(kernel, inputs, outputs, grid, T=T, D=D, **tiles, **constants)

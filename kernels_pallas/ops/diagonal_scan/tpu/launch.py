@@ -1,30 +1,31 @@
 """The diagonal recurrence as Mosaic TPU kernels, forward and backward.
 
-The grid is (rows of the batch, channels, chunks of time); time is last and in order, and the state
-stays in VMEM from one chunk to the next. x, the decay and h pass through HBM once each; backward,
-x, the decay, the gradient of h, and the results.
+The equations are those of docs/math/diagonal_scan.md. The grid is (rows of the batch, channels,
+chunks of time). Time is last and in order, and the state stays in VMEM from one chunk to the next.
+x, the decay and h pass through HBM once each; backward x, the decay, the gradient of h, and the
+results.
 
 A register holds 8 x 128 numbers. A chunk of C tokens is cut into 8 runs of C/8, and row s of a
 register walks through run s, so that every operation works on eight tokens of 128 channels. Eight
 rows that lie equally far apart can be read at once from memory that is 128 channels wide, if the
-distance is no multiple of 8 (else they share a bank), so a block is first copied to such columns,
-in float32, with 4 rows of nothing between runs:
+distance is no multiple of 8 (else they share a bank). So a block is first copied to such columns,
+in float32, with 4 unused rows between runs, and then
 
-  1. Every run's map h -> A h + b, from C/8 steps.
-  2. The state that enters each run: eight steps on single rows.
-  3. Every state, from C/8 steps again.
+  1. the map h -> A h + b of every run takes C/8 steps,
+  2. the state that enters each run takes eight steps on single rows,
+  3. every state takes C/8 steps again.
 
-Backward, time runs the other way, and what is carried from token t+1 to t is c_t = a_{t+1} l_{t+1},
-which begins as the gradient of the final state and ends as that of the initial one:
+Backward, time runs the other way. The carry from token t+1 to t is c_t = a_{t+1} l_{t+1}, which
+begins as the gradient of the final state and ends as that of the initial one:
 
     l_t = g_t + c_t      c_{t-1} = a_t l_t      dx_t = l_t      da_t = l_t h_{t-1}
 
-Kept from the forward pass is the state that enters each chunk; from it a chunk's h are made again,
-in float32: those that were given out may be rounded. Decays above 1 are right as long as those of
+The residuals are the states that enter the chunks. From them a chunk's h are computed again, in
+float32: those that the call returned may be rounded. Decays above 1 are right as long as those of
 one run, chunk_size / 8 tokens, multiply to a float32. A document's start is a decay of 0, which
 lets pass what is not finite. A complex number is a tuple of two arrays, real and imaginary
-("planes"), a real one a tuple of one; between planes the transpose of a product with a is one with
-its conjugate.
+("planes"), a real one a tuple of one; between planes the transpose of a product with a is a product
+with its conjugate.
 """
 
 import dataclasses
@@ -34,30 +35,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common import kernel_vjp
-from kernels_pallas.dispatch import devices, manual_axes, tuning
+from kernels_pallas.dispatch import devices, tuning
 from kernels_pallas.ops.diagonal_scan import chunked
+from kernels_pallas.tpu import tiling as tpu_tiling
 
 LANES, RUNS = 128, 8
-# Where `tuned.json` says nothing else. width: registers side by side, enough independent work to
-# hide a step's latency
+# The sizes where `tuned.json` says nothing else. width: registers side by side, enough independent
+# work to hide a step's latency.
 SIZES = {"chunk_size": 256, "width": 8}
 UNROLL = 8
 GAP = 4  # rows between runs
 
 
 def unsupported_reason(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
-    """Why the kernel cannot run this call, or None."""
+    """Returns None if the kernel can run this call, else the reason."""
     for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
         if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.complex64):
-            return f"{name} is {array.dtype}; it takes float32, bfloat16 and complex64 ('chunked' takes all)"
+            return (
+                f"{name} is {array.dtype}; it takes float32, bfloat16 and complex64 "
+                "('chunked' takes all)"
+            )
     return None
 
 
 def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
-    """h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
+    """Runs h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
     if not jnp.iscomplexobj(decay_BTD):
         planes = (x_BTD,), (decay_BTD,), (initial_state_BD,)
         (h_BTD,), (final_BD,) = _scan(reverse, None, *planes)
@@ -68,16 +72,15 @@ def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
 
 
 def _forward(reverse, _, x, decay, initial):
-    """Returns (h in x's dtype, the final state), and the states that enter chunks.
+    """Returns (h in x's dtype, the final state), and the states that enter the chunks.
 
     All are tuples of planes: x and decay (B, T, D), initial (B, D).
     """
     tiling = _Tiling.of(x, reverse)
     P, states = tiling.planes, [z[:, None, None] for z in initial]
-    outputs = _call(
+    outputs = _launch(
         tiling,
         _forward_kernel,
-        "diagonal_scan_forward",
         [(z, kind) for planes, kind in ((x, "t"), (decay, "t"), (states, "s")) for z in planes],
         [*((z.dtype, "t") for z in x), *((jnp.float32, kind) for kind in "ns" for _ in x)],
     )
@@ -85,15 +88,14 @@ def _forward(reverse, _, x, decay, initial):
     return (h, tuple(z[:, 0, 0] for z in final)), entering
 
 
-def _backward(reverse, _, arrays, entering, gradients):
-    (x, decay, _), (g, g_final) = arrays, gradients
+def _backward(reverse, _, arrays, entering, cotangents):
+    (x, decay, _), (g, g_final) = arrays, cotangents
     tiling = _Tiling.of(x, reverse)
     P, states = tiling.planes, [z[:, None, None] for z in g_final]
     kinds = ((g, "t"), (decay, "t"), (x, "t"), (entering, "n"), (states, "s"))
-    outputs = _call(
+    outputs = _launch(
         tiling,
         _backward_kernel,
-        "diagonal_scan_backward",
         [(z, kind) for planes, kind in kinds for z in planes],
         [*((z.dtype, "t") for z in x), *((jnp.float32, kind) for kind in "ts" for _ in x)],
     )
@@ -113,7 +115,10 @@ _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """Sizes. A block is b rows of the batch, C tokens, d channels. reverse: h_t comes from h_{t+1}."""
+    """Sizes of one call and how it is cut: a block is b rows of the batch, C tokens, d channels.
+
+    reverse: h_t comes from h_{t+1}.
+    """
 
     B: int
     T: int
@@ -126,8 +131,8 @@ class _Tiling:
 
     @classmethod
     def of(cls, x, reverse):
-        """Blocks of up to `width` registers: of channels, as many as waste least; then of rows of
-        the batch."""
+        """Cuts a call into blocks of up to `width` registers: the channels that waste least, then
+        as many rows of the batch as fit."""
         (B, T, D), planes = x[0].shape, len(x)
         kind = f"{D} {'real' if planes == 1 else 'complex'}"
         sizes = tuning.lookup(SIZES, "diagonal_scan", "pallas_tpu", str(x[0].dtype), kind)
@@ -137,8 +142,8 @@ class _Tiling:
             key=lambda w: pl.cdiv(tiles, w) * max(w, most // 2),
         )
         rows = max(n for n in range(1, most // width + 1) if B % n == 0)
-        # a run is a multiple of 8 rows, so that it begins with a register, and a chunk with a tile
-        # of bfloat16
+        # A run is a multiple of 8 rows, so that it begins with a register, and a chunk with a tile
+        # of bfloat16.
         C = min(sizes["chunk_size"], pl.cdiv(T, 8 * RUNS) * 8 * RUNS)
         return cls(B, T, D, planes, reverse, rows, C, width * LANES)
 
@@ -155,9 +160,11 @@ class _Tiling:
         return self.C // RUNS
 
     def spec(self, kind: str, from_last: bool):
-        """The window of a block on an array over time ("t"), on states of every chunk ("n"), or on
-        one state ("s").
-        from_last: the grid begins at the last chunk."""
+        """The block spec of an array over time ("t"), of states of every chunk ("n"), or of one
+        state ("s").
+
+        from_last: the grid begins at the last chunk.
+        """
 
         def chunk(n):
             return self.chunks - 1 - n if from_last else n
@@ -170,43 +177,35 @@ class _Tiling:
         )
 
     def shape(self, kind: str) -> tuple[int, ...]:
+        """The whole array's shape, of the kinds of `spec`."""
         if kind == "t":
             return self.B, self.T, self.D
         return self.B, self.chunks if kind == "n" else 1, 1, self.D
 
 
-def _call(tiling: _Tiling, kernel, name: str, inputs, outputs):
-    """One pass of `kernel` over `inputs`, (array, kind) each; outputs are (dtype, kind) each."""
-    from_last = tiling.reverse != (kernel is _backward_kernel)
+def _launch(tiling: _Tiling, kernel, inputs, outputs):
+    """Launches a kernel over inputs, (array, kind) each, to outputs, (dtype, kind) each."""
+    backward = kernel is _backward_kernel
+    from_last = tiling.reverse != backward
+    # Columns: a state, a map per run (A and b), and two blocks; backward also those of h.
     block = RUNS * (tiling.run + GAP)
-    kept = (1, RUNS, RUNS, block, block)
-    if kernel is _backward_kernel:
-        kept += (1, RUNS, block)
-    written = [jax.ShapeDtypeStruct(tiling.shape(kind), dtype) for dtype, kind in outputs]
-    return tuple(
-        pl.pallas_call(
-            functools.partial(kernel, tiling, from_last),
-            grid=(tiling.B // tiling.b, pl.cdiv(tiling.D, tiling.d), tiling.chunks),
-            in_specs=[tiling.spec(kind, from_last) for _, kind in inputs],
-            out_specs=[tiling.spec(kind, from_last) for _, kind in outputs],
-            out_shape=manual_axes.shapes(written, [x for x, _ in inputs]),
-            scratch_shapes=[
-                pltpu.VMEM((tiling.columns, n, LANES), jnp.float32)
-                for n in kept
-                for _ in range(tiling.planes)
-            ],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary")
-            ),
-            interpret=devices.interpreting(),
-            name=name,
-        )(*(array for array, _ in inputs))
+    rows = (1, RUNS, RUNS, block, block, *((1, RUNS, block) if backward else ()))
+    shapes = [(jax.ShapeDtypeStruct(tiling.shape(kind), dtype), kind) for dtype, kind in outputs]
+    sides = ([(tiling.spec(kind, from_last), x) for x, kind in side] for side in (inputs, shapes))
+    return tpu_tiling.launch(
+        functools.partial(kernel, tiling, from_last),
+        f"diagonal_scan{kernel.__name__.removesuffix('_kernel')}",
+        (tiling.B // tiling.b, pl.cdiv(tiling.D, tiling.d), tiling.chunks),
+        *sides,
+        [(tiling.columns, n, LANES) for n in rows for _ in range(tiling.planes)],
+        semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit=None,
     )
 
 
 def _forward_kernel(tiling: _Tiling, from_last: bool, *refs):
-    x_in, decay_in, initial, h, entering, final, *kept = _grouped(refs, tiling.planes)
-    state, A, b, decay, x = kept
+    x_in, decay_in, initial, h, entering, final, *scratch = _grouped(refs, tiling.planes)
+    state, A, b, decay, x = scratch
     n = pl.program_id(2)
 
     @pl.when(n == 0)
@@ -225,14 +224,18 @@ def _forward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 
 def _states(walk, decay, x, A, b, state):
-    """Every h of a chunk, in place of x; `state` goes from the one that enters to the one that
-    leaves, and A holds those that enter each run."""
+    """Writes every h of a chunk in place of x.
+
+    `state` goes from the state that enters to the one that leaves; A is left with those that enter
+    the runs.
+    """
     zero, one = _constants(walk.tiling.planes)
 
     def inputs(i):
         return walk.tokens(decay, i, one), walk.tokens(x, i, zero)
 
     def extend(i, carry):
+        # (a, x) after (A, b): h -> a A h + (a b + x)
         (A, b), (a, x) = carry, inputs(i)
         return _times(a, A), _plus(_times(a, b), x)
 
@@ -247,8 +250,8 @@ def _states(walk, decay, x, A, b, state):
 
 
 def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
-    g_in, decay_in, x_in, entering, g_final, *outputs_and_kept = _grouped(refs, tiling.planes)
-    dx, d_decay, d_initial, state, A, b, g, decay, h_state, h_A, h = outputs_and_kept
+    g_in, decay_in, x_in, entering, g_final, *others = _grouped(refs, tiling.planes)
+    dx, d_decay, d_initial, state, A, b, g, decay, h_state, h_A, h = others
     n = pl.program_id(2)
     walk = _Walk(tiling, from_last, n)
     zero, one = _constants(tiling.planes)
@@ -257,6 +260,7 @@ def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
     def _():
         _to_columns(state, g_final)
 
+    # The chunk's h again, from the state that enters it, in the direction of the forward pass.
     _to_columns(g, g_in)
     _to_columns(decay, decay_in)
     _to_columns(h, x_in)
@@ -267,20 +271,23 @@ def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
         return _conjugate(walk.tokens(decay, i, one)), walk.tokens(g, i, zero)
 
     def extend(i, carry):
+        # (a, g) after (A, b): c -> a (A c + b + g)
         (A, b), (a, g) = carry, inputs(i)
         return _times(a, A), _times(a, _plus(g, b))
 
     def emit(i, c, previous=None):
         a, g_i = inputs(i)
+        # l_t = g_t + c_t; dx_t = l_t in place of g, da_t = l_t h_{t-1} in place of the decay.
         l = _plus(g_i, c)
         if previous is None:
             previous = walk.read(h, i + 1)
-        walk.put(g, i, l)  # in place of g, and of the decay
+        walk.put(g, i, l)
         walk.put(decay, i, _times(_conjugate(previous), l))
         return _times(a, l)
 
     entering = walk.entering(extend, A, b, state)
     last = tiling.run - 1
+    # Before the first token of a run stands the state that entered it.
     c = lax.fori_loop(0, last, emit, entering, unroll=_unroll())
     emit(last, c, previous=tuple(ref[...] for ref in h_A))
     _from_columns(dx, g)
@@ -293,9 +300,10 @@ def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """A walk through the runs of a chunk, all at once. from_last: against time, in chunks, runs and
-    tokens alike.
-    chunk: counted as the walk goes."""
+    """Walks through the runs of a chunk, all at once.
+
+    from_last: against time, in chunks, runs and tokens alike. chunk: counted as the walk goes.
+    """
 
     tiling: _Tiling
     from_last: bool
@@ -308,11 +316,11 @@ class _Walk:
         return pl.ds(self._token(i), RUNS, stride=self.tiling.run + GAP)
 
     def read(self, refs, i):
-        """Token i of every run, counted as the walk goes."""
+        """Reads token i, counted as the walk goes, of every run."""
         return tuple(ref[:, self._rows(i), :] for ref in refs)
 
     def tokens(self, refs, i, otherwise):
-        """As `read`; `otherwise` beyond the end of time."""
+        """Reads as `read`, with `otherwise` beyond the end of time."""
         found = self.read(refs, i)
         tiling = self.tiling
         if tiling.T % tiling.C == 0:
@@ -327,7 +335,8 @@ class _Walk:
             ref[:, self._rows(i), :] = z
 
     def entering(self, extend, A, b, state):
-        """Steps 1 and 2 of the module's docstring: the states that enter the runs, also left in A."""
+        """Computes the states that enter the runs (steps 1 and 2 of the module's docstring), which
+        A is left with, too."""
         zero, one = (
             tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.tiling.planes)
         )
@@ -356,8 +365,8 @@ def _grouped(refs, planes: int):
 
 
 def _to_columns(columns, blocks) -> None:
-    """Blocks (b, rows, d) to columns (b * d / LANES, rows, LANES), in float32, with gaps where rows
-    are those of runs."""
+    """Copies blocks (b, rows, d) to columns (b * d / LANES, rows, LANES), in float32, with gaps
+    between runs."""
     for to, source in zip(columns, blocks):
         for row, lanes, column in _places(source.shape):
             for here, there in _runs(source.shape[1]):
@@ -372,7 +381,7 @@ def _from_columns(blocks, columns) -> None:
 
 
 def _runs(rows: int):
-    """(rows of a block, their places in a column), run by run; a state is one row."""
+    """Lists (rows of a block, their places in a column), run by run; a state is one row."""
     if rows == 1:
         return [(slice(0, 1), slice(0, 1))]
     run = rows // RUNS
@@ -381,7 +390,7 @@ def _runs(rows: int):
 
 
 def _places(shape):
-    """(row of the batch, its lanes, column) of every column of a block."""
+    """Yields (row of the batch, its lanes, column) for every column of a block."""
     b, _, d = shape
     width = d // LANES
     for column in range(b * width):
@@ -390,7 +399,7 @@ def _places(shape):
 
 
 def _constants(planes: int):
-    """0 and 1."""
+    """Zero and one, as planes."""
     return (0.0,) * planes, (1.0, 0.0)[:planes]
 
 
@@ -405,7 +414,7 @@ def _times(x, y):
 
 
 def _applied(A, state):
-    """A state; of a state that is 0 nothing, though a product of decays may be infinite."""
+    """A times a state; 0 where the state is 0, though a product of decays may be infinite."""
     some = functools.reduce(jnp.logical_or, (z != 0.0 for z in state))
     return tuple(jnp.where(some, z, 0.0) for z in _times(A, state))
 

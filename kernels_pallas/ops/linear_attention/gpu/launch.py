@@ -1,9 +1,9 @@
 """Linear attention as Triton kernels, forward and backward, for all four decays (sm80 and later).
 
 Forward: states at chunk boundaries (sequential in chunks, parallel in blocks of the state), then
-every chunk's output at once; with a decay per channel the chunk's scores come between. Backward:
-the states again, their cotangents the same way in reverse, then dv, dq, dk and the gates' gradient
-of every chunk at once. Between the passes only the inputs are kept.
+every chunk's output at once; with a decay per channel the chunks' scores come before. Backward: the
+states again, their cotangents the same way in reverse, then dv, dq, dk and dg of every chunk at
+once. The residuals are the inputs alone.
 """
 
 from kernels_pallas.common import kernel_vjp
@@ -19,6 +19,7 @@ SHARED_WORDS = {"bfloat16": 224, "float32": 288}
 def unsupported_reason(
     *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
 ):
+    """Returns None if the kernels can run this call, else the reason."""
     if reason := recurrences.unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
         return reason
     form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
@@ -26,13 +27,13 @@ def unsupported_reason(
 
 
 def _form_of(*arrays_and_chunk_size):
-    return recurrences.form_of("linear_attention", *arrays_and_chunk_size, CHUNK_SIZE)
+    return recurrences.TritonForm.of("linear_attention", *arrays_and_chunk_size, CHUNK_SIZE)
 
 
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """The Triton form. Arguments are normalised by `api.py`."""
+    """Runs the kernels. Arguments are normalised by `api.py`."""
     form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
     g_BTHK = recurrences.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     return _run((form, scale), None, q_BTGK, k_BTGK, v_BTHV, g_BTHK, initial_state_BHKV)
@@ -44,7 +45,7 @@ def _forward(static, _, *arrays):
     @launch.over_batch
     def forward(arrays):
         q_BTGK, k_BTGK, v_BTHV, g_BTHK, start_BHKV = arrays
-        scores = recurrences.scores(form, q_BTGK, k_BTGK, g_BTHK) if form.GK > 1 else None
+        scores = recurrences.scores(form, q_BTGK, k_BTGK, g_BTHK)
         states_BHNKV, final_BHKV = recurrences.states(form, k_BTGK, v_BTHV, g_BTHK, start_BHKV)
         inputs = q_BTGK, k_BTGK, v_BTHV, g_BTHK, states_BHNKV, scores
         return recurrences.outputs(form, *inputs, scale=scale), final_BHKV
@@ -58,11 +59,12 @@ def _backward(static, _, arrays, residuals, cotangents):
     @launch.over_batch
     def backward(arrays):
         (q_BTGK, k_BTGK, v_BTHV, g_BTHK, start_BHKV), (do_BTHV, dfinal_BHKV) = arrays
-        scores = recurrences.scores(form, q_BTGK, k_BTGK, g_BTHK) if form.GK > 1 else None
+        scores = recurrences.scores(form, q_BTGK, k_BTGK, g_BTHK)
         states, _ = recurrences.states(form, k_BTGK, v_BTHV, g_BTHK, start_BHKV)
         dstates, dstart_BHKV = recurrences.states(
             form, q_BTGK, do_BTHV, g_BTHK, dfinal_BHKV, reverse=True, scale=scale
         )
+        # dS' above; dv = scale A^T do + (k exp(g_reversed)) dS', then dq, dk and dg.
         dv_BTHV = recurrences.gradients_of_values(
             *(form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, dstates, scores),
             scale=scale,

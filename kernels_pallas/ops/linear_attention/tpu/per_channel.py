@@ -1,108 +1,101 @@
-"""A chunk of linear attention with a decay per key channel, inside a TPU kernel.
+"""One chunk of linear attention inside a TPU kernel, with a decay per key channel.
 
-A chunk is halved again and again, as in `decay_sums`: tokens j < i part at one level, j into a left
-half of U tokens and i into the right half beside it, and there
+A chunk is halved again and again (docs/math/linear_attention.md, "Per channel"): tokens j < i part
+at one level, j into a left half of U tokens and i into the right half beside it, and there
 
-    exp(g_{j+1} + ... + g_i) = through_i * behind_j,
-    through_i = the product of the decays from the middle up to i,  behind_j = that of the tokens
-      after j, up to the middle.
+    D_ij = exp(g_cumsum_i) * exp(g_reversed_j),
 
-Here these are products of decays in [0, 1], each level's from the level below by one
-multiplication:
+the decay from the middle through i times that behind j to the middle. Here both are products of
+decays in [0, 1], each level's from the level below by one multiplication: a right half's
+exp(g_cumsum) takes the whole decay of the left half, a left half's exp(g_reversed) that of the
+right. No exponent is ever added up or subtracted; a reset is a factor 0.
 
-    through'_i = through_i, times the whole left half where i is in the right one,
-    behind'_j  = behind_j, times the whole right half where j is in the left one.
+Each level is one product (q exp(g_cumsum)) (k exp(g_reversed))^T, of which the pairs that part
+there are kept; at the top both decay what enters and what leaves. The state is stored as (V, K):
+its decay lies along the lanes.
 
-No exponent is ever added up or subtracted; a reset is a factor 0. Each level is one product (q
-through)(k behind)^T, of which the pairs that part there are kept; at the top, through and behind
-decay what enters and what leaves. The state stands as (V, K): its decay lies along the lanes.
-
-Backward, each level has p_i = (the cotangent of log through_i) and e_j, that of log behind_j, and
-the gradient of g is their sum back through the same tree, top down: sums of like terms.
+Backward, each level has the cotangents p_i of g_cumsum_i and e_j of g_reversed_j, and the gradient
+of g is their sum back through the same tree, top down: sums of like terms.
 """
 
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.ops.linear_attention.tpu.per_token import ChunkGradients
 from kernels_pallas.tpu.primitives import SUBLANES, iota
-from kernels_pallas.tpu.products import Gradients, dot, fine
 
 SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
 
 
 def constants(tiling, backward):
-    """(C, C) int32: the level at which i and j part."""
+    """The level at which i and j part, (C, C) int32."""
     del backward
     i, j = np.arange(tiling.C)[:, None], np.arange(tiling.C)[None]
     level = np.frexp((i ^ j).astype(np.float64))[1] - 1
     return (jnp.asarray(np.where(i < j, NEVER_MEET, level), jnp.int32),)
 
 
-def shared(tiling, q_CK, k_CK):
-    """What all value heads of a key head need once: the scores, of which the diagonal decays by
-    nothing."""
-    return dot(tiling.narrow, q_CK, k_CK, (1, 1))
-
-
 def _tree(g_CK):
-    """(through, behind) by level, smallest halves first, and at the end those of the whole chunk."""
-    C, K = g_CK.shape
-    through, behind = jnp.exp(g_CK), jnp.ones_like(g_CK)
+    """Yields (exp(g_cumsum), exp(g_reversed)) of each level's halves, smallest first, and at the
+    end those of the whole chunk."""
+    C = g_CK.shape[0]
+    exp_g_cumsum, exp_g_reversed = jnp.exp(g_CK), jnp.ones_like(g_CK)
     U = 1
-    yield through, behind
+    yield exp_g_cumsum, exp_g_reversed
     while U < C:
-        through, behind = (_small_step if U < SUBLANES else _large_step)(through, behind, U)
-        yield through, behind
+        step = _small_step if U < SUBLANES else _large_step
+        exp_g_cumsum, exp_g_reversed = step(exp_g_cumsum, exp_g_reversed, U)
+        yield exp_g_cumsum, exp_g_reversed
         U *= 2
 
 
-def _small_step(through_CK, behind_CK, U):
-    """Halves inside a register's 8 rows."""
-    C, K = through_CK.shape
-    through, behind = (x.reshape(C // SUBLANES, SUBLANES, K) for x in (through_CK, behind_CK))
-    row = iota(through.shape, 1)
+def _small_step(cumsum_CK, reversed_CK, U):
+    """Joins halves inside a register's 8 rows."""
+    C, K = cumsum_CK.shape
+    cumsum, reversed_ = (x.reshape(C // SUBLANES, SUBLANES, K) for x in (cumsum_CK, reversed_CK))
+    row = iota(cumsum.shape, 1)
     right = row & U > 0
     # The last row of each half is that half's whole decay: seen from the half beside it.
     if U == 1:
-        beside = _swapped(through, 1, row)
+        beside = _swapped(cumsum, 1, row)
     elif U == 2:
-        lower, upper = (_swapped_last(through, first, row & 2 > 0) for first in (0, 4))
+        lower, upper = (_swapped_last(cumsum, first, row & 2 > 0) for first in (0, 4))
         beside = jnp.where(row < 4, lower, upper)
     else:
-        beside = _swapped_last(through, 0, right, 4)
-    through = jnp.where(right, through * beside, through)
-    behind = jnp.where(right, behind, behind * beside)
-    return through.reshape(C, K), behind.reshape(C, K)
+        beside = _swapped_last(cumsum, 0, right, 4)
+    cumsum = jnp.where(right, cumsum * beside, cumsum)
+    reversed_ = jnp.where(right, reversed_, reversed_ * beside)
+    return cumsum.reshape(C, K), reversed_.reshape(C, K)
 
 
 def _swapped_last(x, first, right, U=2):
-    """The last row of the other half, in a block of 2 U rows from `first` on."""
+    """Gives each row the last row of the other half, in a block of 2 U rows from `first` on."""
     left_last = x[:, first + U - 1 : first + U]
     right_last = x[:, first + 2 * U - 1 : first + 2 * U]
     return jnp.where(right, left_last, right_last)
 
 
 def _swapped(x, U, row):
-    """Neighbouring halves of U rows (1, 2 or 4) change places."""
+    """Swaps neighbouring halves of U rows (1, 2 or 4)."""
     up, down = _roll(x, SUBLANES - U), _roll(x, U)
     return down if U == 4 else jnp.where(row & U > 0, down, up)
 
 
 def _roll(x, by):
-    """Rows of each register, `by` places on."""
+    """Moves the rows of each register `by` places on."""
     return jnp.roll(x, by, axis=1)
 
 
-def _large_step(through_CK, behind_CK, U):
-    """Halves of whole registers."""
-    left, right = _halves(through_CK, U)
-    behind_left, behind_right = _halves(behind_CK, U)
-    through = _joined(left, right * left[:, U - 1 :])
-    return through, _joined(behind_left * right[:, U - 1 :], behind_right)
+def _large_step(cumsum_CK, reversed_CK, U):
+    """Joins halves of whole registers."""
+    left, right = _halves(cumsum_CK, U)
+    reversed_left, reversed_right = _halves(reversed_CK, U)
+    cumsum_CK = _joined(left, right * left[:, U - 1 :])
+    return cumsum_CK, _joined(reversed_left * right[:, U - 1 :], reversed_right)
 
 
 def _halves(x_CK, U):
-    """(M, U, K) twice: left halves and right halves."""
+    """Splits into left halves and right halves, (M, U, K) each."""
     C, K = x_CK.shape
     x = x_CK.reshape(C // (2 * U), 2, U, K)
     return x[:, 0], x[:, 1]
@@ -114,7 +107,7 @@ def _joined(left_MUK, right_MUK):
 
 
 def _right(x_CK, U):
-    """The rows of the right halves, (C/2, K); all rows where halves are smaller than a register."""
+    """Takes the rows of right halves, (C/2, K); all rows where halves are less than a register."""
     if U < SUBLANES:
         return x_CK
     _, right_MUK = _halves(x_CK, U)
@@ -122,92 +115,103 @@ def _right(x_CK, U):
 
 
 def _from_right(x, U):
-    """Back to all rows, zeros on the left."""
+    """Goes back from `_right` to all rows, zeros on the left."""
     if U < SUBLANES:
         return x
     x_MUK = x.reshape(-1, U, x.shape[1])
     return _joined(jnp.zeros_like(x_MUK), x_MUK)
 
 
-def _with_level(tiling, n, level_CC, A_CC, q_CK, k_CK):
-    """A_ij = sum_K q_i k_j where i and j part at level n, for q and k decayed up to there."""
-    U = 1 << n
-    rows = dot(tiling.narrow, _right(q_CK, U), k_CK, (1, 1))
-    if U < SUBLANES:
-        return jnp.where(level_CC == n, rows, A_CC)
-    left, right = _halves(A_CC, U)
-    mask = _halves(level_CC, U)[1] == n
-    return _joined(left, jnp.where(mask, rows.reshape(right.shape), right))
+def _scores(tiling, level_CC, qk_CC, levels):
+    """A_ij = sum_K q_i D_ij k_j, from q and k decayed at each level, and q k^T for i = j."""
+    A_CC = jnp.where(level_CC == SELF, qk_CC * tiling.scale, 0.0)
+    for n, (q_CK, k_CK) in enumerate(levels):
+        U = 1 << n
+        rows = tiling.products.rounded(_right(q_CK, U), k_CK, (1, 1))
+        if U < SUBLANES:
+            A_CC = jnp.where(level_CC == n, rows, A_CC)
+            continue
+        left, right = _halves(A_CC, U)
+        mask = _halves(level_CC, U)[1] == n
+        A_CC = _joined(left, jnp.where(mask, rows.reshape(right.shape), right))
+    return A_CC
 
 
-def forward(tiling, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK):
-    """The chunk's output and the state behind it, float32."""
-    narrow = tiling.narrow
-    level_CC = constants[0][...]
+def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK):
+    """Returns o and the state S' that leaves the chunk, in float32."""
+    p = tiling.products
     q_CK, k_CK = q_CK.astype(jnp.float32) * tiling.scale, k_CK.astype(jnp.float32)
-    A_CC = jnp.where(level_CC == SELF, s_CC * tiling.scale, 0.0)
-    for n, (through, behind) in enumerate(_tree(g_CK)):
-        if 1 << n < tiling.C:
-            A_CC = _with_level(tiling, n, level_CC, A_CC, q_CK * through, k_CK * behind)
-    o_CV = dot(narrow, A_CC, v_CV) + dot(narrow, q_CK * through, S_VK, (1, 1))
-    total_1K = through[tiling.C - 1 :]
-    return o_CV, S_VK * total_1K + dot(narrow, v_CV, k_CK * behind, (0, 0))
+    # q exp(g_cumsum) and k exp(g_reversed) of every level, then of the whole chunk.
+    tree = list(_tree(g_CK))
+    *levels, (q_state_CK, k_state_CK) = [(q_CK * a, k_CK * b) for a, b in tree]
+    A_CC = _scores(tiling, constants[0][...], qk_CC, levels)
+    # o = A v + (q exp(g_cumsum)) S
+    o_CV = p.rounded(A_CC, v_CV) + p.rounded(q_state_CK, S_VK, (1, 1))
+    # S' = exp(g_total) S + (k exp(g_reversed))^T v, transposed
+    exp_g_total_1K = tree[-1][0][tiling.C - 1 :]
+    return o_CV, S_VK * exp_g_total_1K + p.rounded(v_CV, k_state_CK, (0, 0))
 
 
-def backward(tiling, constants, q_CK, k_CK, s_CC, v_CV, g_CK, S_VK, d_o_CV, d_S_VK):
-    """The chunk's gradients, from the cotangents of its output and of the state behind it."""
-    narrow, C = tiling.narrow, tiling.C
+def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK, do_CV, dS_VK):
+    """Returns the ChunkGradients, given do and the cotangent dS' of the state that leaves."""
+    p, C = tiling.products, tiling.C
     level_CC = constants[0][...]
     q_CK, k_CK = q_CK.astype(jnp.float32) * tiling.scale, k_CK.astype(jnp.float32)
     tree = list(_tree(g_CK))
-    *levels, (q_in_CK, k_out_CK) = [(q_CK * a, k_CK * b) for a, b in tree]
-    A_CC = jnp.where(level_CC == SELF, s_CC * tiling.scale, 0.0)
-    for n, (ql_CK, kl_CK) in enumerate(levels):
-        A_CC = _with_level(tiling, n, level_CC, A_CC, ql_CK, kl_CK)
-    d_A_CC = dot(narrow, d_o_CV, v_CV, (1, 1))
-    d_v_CV = dot(narrow, A_CC, d_o_CV, (0, 0)) + dot(narrow, k_out_CK, d_S_VK, (1, 1))
-    d_q_in_CK, d_k_out_CK = dot(narrow, d_o_CV, S_VK), fine(narrow, v_CV, d_S_VK)
-    total_1K = tree[-1][0][C - 1 :]
-    kept_VK = d_S_VK * total_1K
-    d_total_1K = jnp.sum(kept_VK * S_VK.astype(jnp.float32), axis=0, keepdims=True)
-    d_S = kept_VK + dot(narrow, d_o_CV, q_in_CK, (0, 0))
+    *levels, (q_state_CK, k_state_CK) = [(q_CK * a, k_CK * b) for a, b in tree]
+    A_CC = _scores(tiling, level_CC, qk_CC, levels)
+    # dA = do v^T;  dv = A^T do + (k exp(g_reversed)) dS'
+    dA_CC = p.rounded(do_CV, v_CV, (1, 1))
+    dv_CV = p.rounded(A_CC, do_CV, (0, 0)) + p.rounded(k_state_CK, dS_VK, (1, 1))
+    # Parts of dq and dk that pass through a state, before its decay.
+    dq_state_CK, dk_state_CK = p.rounded(do_CV, S_VK), p.dot(v_CV, dS_VK)
+    # dS = exp(g_total) dS' + (q exp(g_cumsum))^T do, and dg_total = sum_V of exp(g_total) dS' * S.
+    decayed_dS_VK = dS_VK * tree[-1][0][C - 1 :]
+    dg_total_1K = jnp.sum(decayed_dS_VK * S_VK.astype(jnp.float32), axis=0, keepdims=True)
+    dS_entering_VK = decayed_dS_VK + p.rounded(do_CV, q_state_CK, (0, 0))
 
-    itself_CC = jnp.where(level_CC == SELF, d_A_CC, 0.0)
-    itself_C1 = jnp.sum(itself_CC, axis=1, keepdims=True)
-    d_q_CK = d_q_in_CK * tree[-1][0] + itself_C1 * k_CK
-    d_k_CK = d_k_out_CK * tree[-1][1] + itself_C1 * q_CK
-    p_CK, e_CK = d_q_in_CK * q_in_CK, d_k_out_CK * k_out_CK
-    d_g = d_total_1K[None]
+    # dq, dk: what passed through a state, and the pairs i = j, which do not decay.
+    diagonal_C1 = jnp.sum(jnp.where(level_CC == SELF, dA_CC, 0.0), axis=1, keepdims=True)
+    dq_CK = dq_state_CK * tree[-1][0] + diagonal_C1 * k_CK
+    dk_CK = dk_state_CK * tree[-1][1] + diagonal_C1 * q_CK
+    # dg, top down: p_i and e_j begin as what passed through a state, and each level adds its pairs.
+    p_CK, e_CK = dq_state_CK * q_state_CK, dk_state_CK * k_state_CK
+    dg = dg_total_1K[None]
     for n in reversed(range(len(levels))):
         U = 1 << n
-        (ql_CK, kl_CK), (through_CK, behind_CK) = levels[n], tree[n]
-        d_g = _down(d_g, p_CK, e_CK, U)
-        d_rows = jnp.where(_right(level_CC, U) == n, _right(d_A_CC, U), 0.0)
+        (ql_CK, kl_CK), (exp_g_cumsum_CK, exp_g_reversed_CK) = levels[n], tree[n]
+        dg = _to_halves(dg, p_CK, e_CK, U)
+        # Cotangents of this level's product, of the pairs that part here.
+        dA_rows = jnp.where(_right(level_CC, U) == n, _right(dA_CC, U), 0.0)
         ql = _right(ql_CK, U)
-        d_ql = fine(narrow, d_rows, kl_CK)
-        d_kl_CK = fine(narrow, d_rows, ql, (0, 0))
-        d_q_CK = d_q_CK + _from_right(d_ql * _right(through_CK, U), U)
-        d_k_CK = d_k_CK + d_kl_CK * behind_CK
-        p_CK = p_CK + _from_right(d_ql * ql, U)
-        e_CK = e_CK + d_kl_CK * kl_CK
-    d_g_CK = d_g.reshape(p_CK.shape) + p_CK
-    return Gradients(d_q_CK * tiling.scale, d_k_CK, d_v_CV, d_g_CK, d_S)
+        dql = p.dot(dA_rows, kl_CK)
+        dkl_CK = p.dot(dA_rows, ql, (0, 0))
+        dq_CK = dq_CK + _from_right(dql * _right(exp_g_cumsum_CK, U), U)
+        dk_CK = dk_CK + dkl_CK * exp_g_reversed_CK
+        p_CK = p_CK + _from_right(dql * ql, U)
+        e_CK = e_CK + dkl_CK * kl_CK
+    dg_CK = dg.reshape(p_CK.shape) + p_CK
+    return ChunkGradients(dq_CK * tiling.scale, dk_CK, dv_CV, dg_CK, dS_entering_VK)
 
 
-def _down(d_whole, p_CK, e_CK, U):
-    """The cotangent of the whole sums of blocks of 2 U tokens to that of blocks of U: (blocks, 1,
-    K), or from 8 rows down a row for each token, (C/8, 8, K)."""
+def _to_halves(dg_total, p_CK, e_CK, U):
+    """Turns the cotangent of the whole sums of blocks of 2 U tokens into that of blocks of U.
+
+    A left half's whole sum is part of every p in the right half, a right half's of every e in the
+    left. Shapes: (blocks, 1, K), or from 8 rows down a row for each token, (C/8, 8, K).
+    """
     C, K = p_CK.shape
     if U >= SUBLANES:
         right = jnp.sum(_halves(p_CK, U)[1], axis=1, keepdims=True)
         left = jnp.sum(_halves(e_CK, U)[0], axis=1, keepdims=True)
-        both = jnp.stack([d_whole + right, d_whole + left], axis=1)
+        both = jnp.stack([dg_total + right, dg_total + left], axis=1)
         return both.reshape(C // U, 1, K)
     row = iota((C // SUBLANES, SUBLANES, K), 1)
     p, e = (x.reshape(row.shape) for x in (p_CK, e_CK))
+    # Sums over the rows of each half, then swapped between halves.
     sums = jnp.where(row & U > 0, p, e)
     width = 1
     while width < U:
         sums = sums + _swapped(sums, width, row)
         width *= 2
-    return d_whole + _swapped(sums, U, row)
+    return dg_total + _swapped(sums, U, row)

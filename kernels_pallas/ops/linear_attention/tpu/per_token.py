@@ -1,133 +1,147 @@
-"""A chunk of linear attention with one decay a head, or none, inside a TPU kernel.
+"""One chunk of linear attention inside a TPU kernel, with one decay per token and head, or none.
 
-With g the log decays of a chunk's tokens, D_ij = exp(g_{j+1} + ... + g_i) for j <= i and 0 above,
-b_i = exp(g_1 + ... + g_i), r_j = exp(g_{j+1} + ... + g_C), and S (K, V) the state that enters,
-
-    o = scale * ((q k^T * D) v + b q S)        S' = b_C S + (r k)^T v.
-
-Every exponent is a sum of g itself, by a product with zeros and ones: sum_s [s <= i] g_s [s > j]
-for D, and with a column of ones [s <= i] g_s for b, 128 times side by side, as a multiplication
-along the lanes wants it. r is D's last row. bfloat16 inputs keep 16 bits of g in these sums,
-float32 ones all. Nothing is subtracted.
-
-The gradient of g_s is a sum over what decays across s, P_ij = (the cotangent of D_ij) * D_ij for i
->= s > j, with the entering state as one more j (c_i) and the leaving state as one more i (e_j):
-again products with zeros and ones.
+The equations are those of docs/math/linear_attention.md. Every exponent is a sum of g itself, by a
+product with zeros and ones: that of D_ij is sum_s [s <= i] g_s [s > j], and g_cumsum_i the same
+with a column of ones, 128 of them side by side, as a multiplication along the lanes wants it;
+exp(g_reversed) is D's last row. bfloat16 inputs keep 16 bits of g in these sums, float32 ones all.
+Nothing is subtracted. The gradient of g is a sum over pairs, again products with zeros and ones.
 """
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 
-from kernels_pallas.tpu.primitives import LANES, iota
-from kernels_pallas.tpu.products import Gradients, dot, fine, operand, terms, wide
+from kernels_pallas.tpu.primitives import LANES, lower
+
+
+class ChunkGradients(NamedTuple):
+    """Gradients of one head of a chunk: S that of the entering state, g None without a decay."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    g: jax.Array | None
+    S: jax.Array
 
 
 def constants(tiling, backward):
-    """[s > j | 1], by rows s, twice if narrow; for the backward pass also [s > j], by rows j."""
+    """Zeros and ones that sums of g are products with.
+
+    The first, by rows s: [s > j] and LANES columns of ones, repeated for each term of g. For the
+    backward pass also [s > j] by rows j, and K rows of ones below.
+    """
     if tiling.decay == "none":
         return ()
     token = jnp.arange(tiling.C)
     behind_SC = (token[:, None] > token[None]).astype(tiling.dtype)
     sums = jnp.concatenate([behind_SC, jnp.ones((tiling.C, LANES), tiling.dtype)], axis=1)
-    sums = jnp.concatenate([sums] * (2 if tiling.narrow else 1), axis=0)
+    sums = jnp.concatenate([sums] * (2 if tiling.products.narrow else 1), axis=0)
     if not backward:
         return (sums,)
     ones = jnp.ones((tiling.K, tiling.C), tiling.dtype)
     return sums, jnp.concatenate([behind_SC.T, ones], axis=0)
 
 
-def shared(tiling, q_CK, k_CK):
-    """What all value heads of a key head need once."""
-    return dot(tiling.narrow, q_CK, k_CK, (1, 1))
-
-
-def _masks(C):
-    i, j = iota((C, C), 0), iota((C, C), 1)
-    return j <= i, j < i
-
-
 def _decays(tiling, constants, g_1C):
-    """D (C, C), b (C, 128 equal lanes), r (1, C), b_C (1, 128 equal lanes); D alone is set without
-    a decay."""
+    """D (C, C), exp(g_cumsum) and exp(g_total) in every lane, (C, 128) and (1, 128), and
+    exp(g_reversed) (1, C). Without a decay D alone is set."""
     C = tiling.C
-    lower_CC, _ = _masks(C)
+    lower_CC = lower(C)
     if g_1C is None:
         return jnp.where(lower_CC, 1.0, 0.0), None, None, None
     sums = _sums(tiling, jnp.where(lower_CC, g_1C, 0.0), constants[0][...])
     D_CC = jnp.where(lower_CC, jnp.exp(sums[:, :C]), 0.0)
-    through = jnp.exp(sums[:, C:])
-    return D_CC, through, D_CC[C - 1 : C], through[C - 1 : C]
+    exp_g_cumsum = jnp.exp(sums[:, C:])
+    return D_CC, exp_g_cumsum, D_CC[C - 1 : C], exp_g_cumsum[C - 1 : C]
 
 
 def _sums(tiling, x_CC, zeros_and_ones):
-    """A product with zeros and ones (twice below each other, where x is two terms side by side)."""
-    x = jnp.concatenate(terms(tiling.narrow, x_CC), axis=1)
-    return dot(tiling.narrow, x, zeros_and_ones)
+    """Multiplies the terms of x, side by side, by zeros and ones, repeated below each other."""
+    x = jnp.concatenate(tiling.products.terms(x_CC), axis=1)
+    return tiling.products.rounded(x, zeros_and_ones)
 
 
-def forward(tiling, constants, q_CK, k_CK, s_CC, v_CV, g_1C, S_KV):
-    """The chunk's output and the state behind it, float32."""
-    narrow = tiling.narrow
-    D_CC, through, after_1C, total = _decays(tiling, constants, g_1C)
-    A_CC = s_CC * (D_CC * tiling.scale)
-    q_in_CK = q_CK.astype(jnp.float32) * tiling.scale
-    k_out_KC = k_CK.T
+def _lanes(x, width):
+    """Repeats an array whose 128 lanes are equal to `width` lanes."""
+    copies = -(-width // x.shape[1])
+    x = jnp.concatenate([x] * copies, axis=1) if copies > 1 else x
+    return x[:, :width]
+
+
+def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV):
+    """Returns o and the state S' that leaves the chunk, in float32."""
+    D_CC, exp_g_cumsum, exp_g_reversed_1C, exp_g_total = _decays(tiling, constants, g_1C)
+    # A = (q k^T) * D, with the scale; exp(g_cumsum) q reads the entering state.
+    A_CC = qk_CC * (D_CC * tiling.scale)
+    q_state_CK = q_CK.astype(jnp.float32) * tiling.scale
+    k_state_KC, S_next_KV = k_CK.T, S_KV
     if g_1C is not None:
-        q_in_CK = q_in_CK * wide(through, tiling.K)
-        k_out_KC = k_out_KC.astype(jnp.float32) * after_1C
-        kept_KV = S_KV * wide(total, tiling.V)
-    else:
-        kept_KV = S_KV
-    o_CV = _two_products(tiling, A_CC, v_CV, q_in_CK, S_KV)
-    return o_CV, kept_KV + dot(narrow, k_out_KC, v_CV)
+        q_state_CK = q_state_CK * _lanes(exp_g_cumsum, tiling.K)
+        k_state_KC = k_state_KC.astype(jnp.float32) * exp_g_reversed_1C
+        S_next_KV = S_KV * _lanes(exp_g_total, tiling.V)
+    # o = A v + (exp(g_cumsum) q) S
+    o_CV = _two_products(tiling, A_CC, v_CV, q_state_CK, S_KV)
+    # S' = exp(g_total) S + (exp(g_reversed) k)^T v
+    return o_CV, S_next_KV + tiling.products.rounded(k_state_KC, v_CV)
 
 
 def _two_products(tiling, x, y, u, w):
     """x y + u w, as one product with a longer sum where that is free."""
-    narrow = tiling.narrow
+    p = tiling.products
     if x.shape[1] % LANES or u.shape[1] % LANES:
-        return dot(narrow, x, y) + dot(narrow, u, w)
-    left = jnp.concatenate([operand(narrow, x), operand(narrow, u)], axis=1)
-    right = jnp.concatenate([operand(narrow, y), operand(narrow, w)], axis=0)
-    return dot(narrow, left, right)
+        return p.rounded(x, y) + p.rounded(u, w)
+    left = jnp.concatenate([*p.terms(x, 1), *p.terms(u, 1)], axis=1)
+    right = jnp.concatenate([*p.terms(y, 1), *p.terms(w, 1)], axis=0)
+    return p.rounded(left, right)
 
 
-def backward(tiling, constants, q_CK, k_CK, s_CC, v_CV, g_1C, S_KV, d_o_CV, d_S_KV):
-    """The chunk's gradients, from the cotangents of its output and of the state behind it."""
-    narrow, C, K = tiling.narrow, tiling.C, tiling.K
-    D_CC, through, _, total = _decays(tiling, constants, g_1C)
+def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV, do_CV, dS_KV):
+    """Returns the ChunkGradients, given do and the cotangent dS' of the state that leaves."""
+    p, C, K = tiling.products, tiling.C, tiling.K
+    D_CC, exp_g_cumsum, _, exp_g_total = _decays(tiling, constants, g_1C)
     D_CC = D_CC * tiling.scale
-    A_CC = s_CC * D_CC
-    d_s_CC = dot(narrow, d_o_CV, v_CV, (1, 1)) * D_CC
-    q_in_CK = q_CK.astype(jnp.float32) * tiling.scale
-    d_q_in_CK = dot(narrow, d_o_CV, S_KV, (1, 1)) * tiling.scale
-    d_k_out_CK = dot(narrow, v_CV, d_S_KV, (1, 1))
-    d_v_out_CV = dot(narrow, k_CK, d_S_KV)
+    A_CC = qk_CC * D_CC
+    # dA * D, with dA = do v^T
+    dqk_CC = p.rounded(do_CV, v_CV, (1, 1)) * D_CC
+    # Parts of dq, dk and dv that pass through a state, before its decay.
+    q_state_CK = q_CK.astype(jnp.float32) * tiling.scale
+    dq_state_CK = p.rounded(do_CV, S_KV, (1, 1)) * tiling.scale
+    dk_state_CK = p.rounded(v_CV, dS_KV, (1, 1))
+    dv_state_CV = p.rounded(k_CK, dS_KV)
     if g_1C is not None:
-        lower_CC, strict_CC = _masks(C)
+        # exp(g_reversed) along the lanes: the sums over tokens behind each one.
+        lower_CC = lower(C)
         behind = jnp.where(lower_CC, 0.0, g_1C)
-        ones = constants[0][:, C:]
-        after = jnp.exp(_sums(tiling, behind, ones))
-        q_in_CK = q_in_CK * wide(through, K)
-        d_q_in_CK = d_q_in_CK * wide(through, K)
-        d_k_out_CK = d_k_out_CK * wide(after, K)
-        d_v_out_CV = d_v_out_CV * wide(after, tiling.V)
-    d_v_CV = dot(narrow, A_CC, d_o_CV, (0, 0)) + d_v_out_CV
-    d_q_CK = dot(narrow, d_s_CC, k_CK) + d_q_in_CK
-    d_k_CK = dot(narrow, d_s_CC, q_CK, (0, 0)) + d_k_out_CK
-    d_entering_KV = dot(narrow, q_in_CK, d_o_CV, (0, 0))
+        exp_g_reversed = jnp.exp(_sums(tiling, behind, constants[0][:, C:]))
+        q_state_CK = q_state_CK * _lanes(exp_g_cumsum, K)
+        dq_state_CK = dq_state_CK * _lanes(exp_g_cumsum, K)
+        dk_state_CK = dk_state_CK * _lanes(exp_g_reversed, K)
+        dv_state_CV = dv_state_CV * _lanes(exp_g_reversed, tiling.V)
+    # dv, dq, dk: pairs of the chunk, and what passes through a state.
+    dv_CV = p.rounded(A_CC, do_CV, (0, 0)) + dv_state_CV
+    dq_CK = p.rounded(dqk_CC, k_CK) + dq_state_CK
+    dk_CK = p.rounded(dqk_CC, q_CK, (0, 0)) + dk_state_CK
+    # dS = exp(g_total) dS' + (exp(g_cumsum) q)^T do
+    dS_entering_KV = p.rounded(q_state_CK, do_CV, (0, 0))
     if g_1C is None:
-        return Gradients(d_q_CK, d_k_CK, d_v_CV, None, d_S_KV + d_entering_KV)
-    P_CC = jnp.where(strict_CC, d_s_CC * s_CC, 0.0)
-    c_CK = q_CK.astype(jnp.float32) * d_q_in_CK
-    e_CK = k_CK.astype(jnp.float32) * d_k_out_CK
+        return ChunkGradients(dq_CK, dk_CK, dv_CV, None, dS_KV + dS_entering_KV)
+    # dg_s: dD * D of pairs j < s <= i, with the entering state as one more j (c_i) and the leaving
+    # state as one more i (e_j).
+    P_CC = jnp.where(lower(C, -1), dqk_CC * qk_CC, 0.0)
+    c_CK = q_CK.astype(jnp.float32) * dq_state_CK
+    e_CK = k_CK.astype(jnp.float32) * dk_state_CK
     across_CC = sum(
         _two_products(tiling, P, constants[1][:C], c, constants[1][C:])
-        for P, c in zip(terms(narrow, P_CC), terms(narrow, c_CK))
+        for P, c in zip(p.terms(P_CC), p.terms(c_CK))
     )
-    leaving_CC = fine(narrow, e_CK, constants[1][C:])
-    kept_KV = d_S_KV * wide(total, tiling.V)
+    leaving_CC = p.dot(e_CK, constants[1][C:])
+    # And sum_KV of exp(g_total) dS' * S, which every token of the chunk decays.
+    decayed_dS_KV = dS_KV * _lanes(exp_g_total, tiling.V)
     whole_11 = jnp.sum(
-        jnp.sum(kept_KV * S_KV.astype(jnp.float32), axis=0, keepdims=True), axis=1, keepdims=True
+        jnp.sum(decayed_dS_KV * S_KV.astype(jnp.float32), axis=0, keepdims=True),
+        axis=1,
+        keepdims=True,
     )
-    d_g_1C = jnp.sum(jnp.where(lower_CC, across_CC, leaving_CC), axis=0, keepdims=True) + whole_11
-    return Gradients(d_q_CK, d_k_CK, d_v_CV, d_g_1C, kept_KV + d_entering_KV)
+    dg_1C = jnp.sum(jnp.where(lower_CC, across_CC, leaving_CC), axis=0, keepdims=True) + whole_11
+    return ChunkGradients(dq_CK, dk_CK, dv_CV, dg_1C, decayed_dS_KV + dS_entering_KV)

@@ -1,0 +1,87 @@
+"""Arrays of the operators as the TPU kernels of the matrix recurrences read them, and the kernels'
+custom VJP: what linear attention and the delta rule share.
+
+Kernels read (B, chunks * C, heads * dim): heads lie side by side in the lanes, as projections leave
+them. For the backward pass the forward kernel also writes the state that enters each chunk.
+"""
+
+import jax.numpy as jnp
+
+from kernels_pallas.common import decay, kernel_vjp, segments
+from kernels_pallas.tpu.tiling import RecurrenceTiling
+
+
+def pad_end(x, **amounts):
+    """Appends zeros to axes, as in pad_end(x, axis1=3): tokens that neither write nor decay,
+    channels that nothing reads."""
+    widths = [(0, amounts.get(f"axis{n}", 0)) for n in range(x.ndim)]
+    return jnp.pad(x, widths) if any(amounts.values()) else x
+
+
+def pad_tokens(x_BT, tiling: RecurrenceTiling):
+    """Pads (B, T, ...) to whole chunks."""
+    return pad_end(x_BT, axis1=tiling.chunks * tiling.C - tiling.T)
+
+
+def flatten(x_BTHK, tiling: RecurrenceTiling, width: int, dtype):
+    """Reshapes (B, T, H, K) to (B, chunks * C, H * width), padded with zeros."""
+    x_BTHK = pad_end(pad_tokens(x_BTHK.astype(dtype), tiling), axis3=width - x_BTHK.shape[3])
+    return x_BTHK.reshape(*x_BTHK.shape[:2], -1)
+
+
+def flat_inputs(tiling: RecurrenceTiling, q_BTGK, k_BTGK, v_BTHV, state_BHKV):
+    """Flattens q, k and v and pads the initial state."""
+    q, k = (flatten(x, tiling, tiling.K, tiling.dtype) for x in (q_BTGK, k_BTGK))
+    K, V = state_BHKV.shape[2:]
+    state = pad_end(state_BHKV.astype(jnp.float32), axis2=tiling.K - K, axis3=tiling.V - V)
+    return q, k, flatten(v_BTHV, tiling, tiling.V, tiling.dtype), state
+
+
+def outputs(tiling: RecurrenceTiling, o, final_BHKV, v_BTHV, K: int):
+    """Returns o and the final state without padding, o in v's dtype, as the operator does."""
+    T, V = tiling.T, v_BTHV.shape[3]
+    o_BTHV = o.reshape(tiling.B, -1, tiling.H, tiling.V)[:, :T, :, :V]
+    return o_BTHV.astype(v_BTHV.dtype), final_BHKV[:, :, :K, :V]
+
+
+def apart(tiling: RecurrenceTiling, q, k, v):
+    """Reshapes q, k and v of `flat_inputs` to (B, T, heads, dim)."""
+    heads = (tiling.G, tiling.G, tiling.H)
+    return (x.reshape(*x.shape[:2], n, -1) for x, n in zip((q, k, v), heads))
+
+
+def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
+    """Returns the decay with a reset at the first token of each document, or None without either."""
+    if segment_ids_BT is None:
+        return log_decay_BTHK
+    if log_decay_BTHK is None:
+        log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:3], 1))
+    starts_BT11 = segments.starts(segment_ids_BT)[:, :, None, None]
+    return jnp.where(starts_BT11, decay.RESET, log_decay_BTHK)
+
+
+def differentiable(forward, backward, plain):
+    """Returns run(tiling, None, *arrays) -> (o, final state), with derivatives of any order.
+
+    The last of the arrays is the initial state.
+
+    Args:
+      forward: (tiling, keep, *arrays) -> (o, final state), and with `keep` the states that enter
+        the chunks.
+      backward: (tiling, *arrays without the initial state, states, do, dfinal) -> the gradients of
+        all arrays.
+      plain: (tiling, None, *arrays) -> (o, final state) by the chunked form, for derivatives of
+        higher order.
+    """
+
+    def without_states(tiling, _, *arrays):
+        return tuple(forward(tiling, False, *arrays))
+
+    def with_states(tiling, _, *arrays):
+        o, final, states = forward(tiling, True, *arrays)
+        return (o, final), states
+
+    def gradients(tiling, _, arrays, states, cotangents):
+        return backward(tiling, *arrays[:-1], states, *cotangents)
+
+    return kernel_vjp.differentiable(with_states, gradients, plain, call=without_states)
