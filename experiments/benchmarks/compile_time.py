@@ -6,19 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from configs import delta_net_340m
 from experiments.benchmarks import timing
 from experiments.benchmarks.report import Row, Section, Target
+from experiments.data import batches
 from experiments.training import steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """depths: layers of the whole and of the cut. batch, length: of the tokens; compile time hardly
-    depends on them."""
+    """depths: layers of the whole model and of the cut one. batch, length: of the tokens, on which
+    compile time hardly depends."""
 
     depths: tuple[int, int] = (24, 4)
     batch: int = 8
@@ -27,7 +27,7 @@ class Settings:
 
 
 def step_config(num_layers: int, settings: Settings) -> ConfigDict:
-    """The published 340M, cut to `num_layers`; only shapes matter here."""
+    """Returns the published 340M config, cut to `num_layers`."""
     config = delta_net_340m.get_config()
     config.model.num_layers = num_layers
     config.data.update({"batch_size": settings.batch, "seq_len": settings.length})
@@ -35,16 +35,10 @@ def step_config(num_layers: int, settings: Settings) -> ConfigDict:
 
 
 def compile_step(config: ConfigDict) -> Row:
-    """Seconds to trace, lower and compile the training step of a config. Allocates no parameters."""
+    """Measures the seconds to trace, lower and compile a config's training step, on shapes alone."""
     program = steps.build(config, config.data.seq_len)
     size = (config.data.batch_size, config.data.seq_len)
-    dtypes = {
-        "inputs": np.int32,
-        "labels": np.int32,
-        "segment_ids": np.int32,
-        "loss_mask": np.float32,
-    }
-    batch = {name: jax.ShapeDtypeStruct(size, dtype) for name, dtype in dtypes.items()}
+    batch = {name: jax.ShapeDtypeStruct(size, x.dtype) for name, x in batches.empty(1, 1).items()}
     start = time.perf_counter()
     traced = program.train_step.trace(program.abstract_state, batch)
     traced_at = time.perf_counter()
@@ -62,8 +56,8 @@ def compile_step(config: ConfigDict) -> Row:
 
 
 def section(settings: Settings, folder: Path, title: str) -> Section:
-    """Measures; a ratio needs no picture."""
-    del folder, title
+    """Measures both depths."""
+    del folder, title  # no picture
     rows = run(settings)
     given = (
         dataclasses.asdict(settings) | step_config(max(settings.depths), settings).model.to_dict()
@@ -72,7 +66,7 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
 
 
 def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
-    """Compiles both depths in turn, from empty caches; one row a depth."""
+    """Compiles both depths in turn, from empty caches. Returns one row per depth."""
     found = {depth: [] for depth in settings.depths}
     log("compile: once to warm up")
     compile_step(step_config(min(settings.depths), settings))
@@ -101,7 +95,7 @@ def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
 
 
 def display(row: Row) -> Row:
-    """The columns of a printed table."""
+    """Returns the columns of a printed table."""
     return {
         "layers": row["layers"],
         "parameters, M": row["parameters"] / 1e6,

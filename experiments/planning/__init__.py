@@ -1,0 +1,1 @@
+"""What `experiments.plan` compiles, reads in the compiled step, and makes of it."""

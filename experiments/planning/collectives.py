@@ -1,18 +1,18 @@
-"""What devices tell each other in a compiled program: kind, mesh axes, bytes, how often, how long."""
+"""What devices send each other in a compiled program: kind, mesh axes, bytes, times, seconds."""
 
 import collections
 import itertools
-import re
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.planning import hlo, parts
+from experiments.planning import parts
+from kernels_pallas.tools import hlo
 
 KINDS = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
-    "collective-broadcast",
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-permute", "collective-broadcast",
 )  # fmt: skip
 
 
@@ -20,9 +20,9 @@ class Collective(NamedTuple):
     """One collective instruction, of one device.
 
     axes: the mesh axes along which its groups lie, such as "fsdp" or "data+fsdp".
-    size: devices of a group. times: in a step. received: bytes that the device gets from others
-      each time, the least there can be: of an all-gather (n-1)/n of the result, of a reduce-scatter
-      (n-1)/n of the operand, of an all-reduce both.
+    size: devices of a group. times: in a step.
+    received: bytes that the device gets from others each time, the least possible: of an all-gather
+      (n-1)/n of the result, of a reduce-scatter (n-1)/n of the operand, of an all-reduce both.
     receivers: positions in the mesh of the devices that a permute sends to; None is all.
     seconds: each time, alone on the links of its axes.
     """
@@ -37,19 +37,20 @@ class Collective(NamedTuple):
     receivers: frozenset[int] | None = None
 
 
-def of(visit: hlo.Visit, program: hlo.Program, mesh: Mesh, where: parts.Slice) -> Collective | None:
-    """The collective that this instruction starts, or is; None for anything else."""
+def read(
+    visit: hlo.Visit, module: hlo.HloModule, mesh: Mesh, where: parts.Slice
+) -> Collective | None:
+    """Returns the collective that this instruction is, or starts; None for anything else."""
     instruction = visit.instruction
     kind = instruction.operation.removesuffix("-start")
     if kind not in KINDS:
         return None
-    known = program.by_name[visit.computation]
-    operands = [known[name] for name in instruction.operands if name in known]
+    operands = module.operands(instruction, visit.computation)
     given = sum(array.bytes for operand in operands for array in operand.arrays)
     result = sum(array.bytes for array in instruction.arrays)
     if kind == "all-reduce" and visit.computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # a fusion that keeps a slice of the sum
-    groups = _groups(instruction, mesh.size)
+    groups = hlo.groups(instruction, mesh.size)
     size = max(map(len, groups))
     share = (size - 1) / max(size, 1)
     if instruction.operation == "all-gather-start":
@@ -75,10 +76,9 @@ def of(visit: hlo.Visit, program: hlo.Program, mesh: Mesh, where: parts.Slice) -
 
 
 def _seconds(kind: str, given: int, received: float, group: list, where: parts.Slice) -> float:
-    """Bytes at the group's bandwidth, or a hop's latency for every hop, whichever is longer.
+    """Returns the bytes' time at the group's bandwidth, or the hops' latency, whichever is longer.
 
-    An all-to-all sends each byte over half the way round, on average: a quarter of the group's
-    chips.
+    An all-to-all sends each byte half the way round on average, past a quarter of the group.
     """
     if kind == "collective-permute":
         # Each link carries the messages of as many devices as one message takes links.
@@ -92,64 +92,8 @@ def _seconds(kind: str, given: int, received: float, group: list, where: parts.S
     return max(received / bandwidth, hops * parts.HOP_SECONDS)
 
 
-def _groups(instruction: hlo.Instruction, devices: int) -> list[tuple[int, ...]]:
-    """Positions in the mesh of the devices that talk to each other. Of a permute: (source, target).
-
-    Groups come as lists; as a shape that numbers are put into, after a transposition; or as axes of
-    a mesh of XLA's own.
-    """
-    if pairs := instruction.attribute("source_target_pairs"):
-        numbers = _numbers(pairs)
-        return [p for p in zip(numbers[::2], numbers[1::2]) if p[0] != p[1]] or [(0,)]
-    text = instruction.attributes
-    if named := re.search(
-        rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*?)\}}", text
-    ):
-        axes, shape, order, along = named.groups()
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-        ids = _iota(_numbers(shape) if shape else [*sizes.values()], order).reshape(
-            [*sizes.values()]
-        )
-        return _along(ids, list(sizes), along)
-    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", text):
-        shape, of, order = iota.groups()
-        return [
-            tuple(map(int, group)) for group in _iota(_numbers(of), order).reshape(_numbers(shape))
-        ]
-    lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text)
-    groups = re.findall(r"\{([\d,]+)\}", lists[1] if lists else "")
-    return [tuple(_numbers(group)) for group in groups] or [tuple(range(devices))]
-
-
-_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text)]
-
-
-def _iota(shape: list[int], order: str | None) -> np.ndarray:
-    ids = np.arange(np.prod(shape)).reshape(shape)
-    return ids.transpose(_numbers(order)) if order else ids
-
-
-def _along(ids: np.ndarray, names: list[str], along: str) -> list[tuple[int, ...]]:
-    """Groups along some axes, of which one may be only a factor: 'x':(2)4 is the 4 of x = 2 * 4 *
-    rest."""
-    for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", along):
-        i = names.index(name)
-        split = (int(before), int(size), ids.shape[i] // (int(before) * int(size)))
-        ids = ids.reshape(ids.shape[:i] + split + ids.shape[i + 1 :])
-        names[i : i + 1] = [f"{name} before", name, f"{name} after"]
-    moved = [names.index(name) for name in re.findall(r"'([^']+)'", along)]
-    ids = np.moveaxis(ids, moved, range(-len(moved), 0))
-    size = int(np.prod(ids.shape[-len(moved) :]))
-    return [tuple(map(int, group)) for group in ids.reshape(-1, size)]
-
-
 def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
-    """Mesh axes whose index varies within a group; "part of" them where a group that is no pair is
-    not all of it."""
+    """Names the mesh axes whose index varies within a group, or "part of" them."""
     shape = mesh.devices.shape
     varying, sizes = set(), set()
     for group in groups:
@@ -162,8 +106,7 @@ def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
 
 
 def grouped(found: list[Collective]) -> list[dict]:
-    """A row for every kind and axes: how many a step, what the device that receives most gets in a
-    step, seconds."""
+    """Returns a row for each kind and axes; bytes are those of the device that receives most."""
     rows = []
 
     def key(c):

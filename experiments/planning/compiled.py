@@ -1,4 +1,4 @@
-"""One plan: the training step of a config, compiled for a slice and read."""
+"""One plan: the training step of a candidate, compiled for its slice and read."""
 
 import importlib.metadata
 import math
@@ -8,40 +8,21 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import numpy as np
-from ml_collections import ConfigDict
 
-from experiments.planning import collectives, estimate, hlo, parts
-from experiments.training import steps
-from kernels_pallas.tools import tpu_bundles, tpu_compile
+from experiments.data import batches
+from experiments.planning import collectives, estimate
+from experiments.planning.candidates import Candidate, Row
+from kernels_pallas.tools import hlo, tpu_bundles, tpu_compile
 
-Row = dict[str, object]
-GIB = 2**30
-_BATCH = {"inputs": np.int32, "labels": np.int32, "segment_ids": np.int32, "loss_mask": np.float32}
 _TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 
 
-class Case(NamedTuple):
-    """program: what `train` would run on the slice; it has been built, and nothing was compiled."""
+class CompiledStep(NamedTuple):
+    """text: of the optimised program; None where it needs more HBM than there is.
 
-    config: ConfigDict
-    where: parts.Slice
-    program: steps.Program
-
-    @property
-    def state_bytes(self) -> Row:
-        """Of parameters and optimizer state on one device."""
-        state = self.program.abstract_state
-        return {
-            "parameters": bytes_a_device(state.params),
-            "optimizer": bytes_a_device(state.opt_state),
-        }
-
-
-class Compiled(NamedTuple):
-    """text: of the optimised program; None where it needs more HBM than there is. memory: XLA's
-    buffers of one device, in bytes; results take the place of the state, which is donated. xla:
-    what XLA counts. kernels: FLOPs of Pallas kernels, by name."""
+    memory: XLA's buffers of one device, in bytes; results take the place of the donated state.
+    xla: what XLA counts. kernels: FLOPs of Pallas kernels by name.
+    """
 
     text: str | None
     memory: Row
@@ -51,19 +32,22 @@ class Compiled(NamedTuple):
     processor_seconds: float
 
 
-def plan(case: Case) -> Row:
-    """Compiles the training step, and reads what it needs and does. A step that needs more HBM than
-    there is makes a row too: with `needed_bytes`, and without what a compiled program tells."""
-    return read(case, compile_step(case))
+def plan(candidate: Candidate) -> Row:
+    """Compiles the training step, and reads what it needs and does.
+
+    A step that needs more HBM than there is makes a row too: with `needed_bytes`, and without what
+    only a compiled program tells.
+    """
+    return read(candidate, compile_step(candidate))
 
 
-def compile_step(case: Case) -> Compiled:
-    """The training step of the case, from tracing to machine code."""
-    config, where, program = case
+def compile_step(candidate: Candidate) -> CompiledStep:
+    """Traces, lowers and compiles the training step of a candidate."""
+    config, where, program = candidate
     shape = (config.data.batch_size, config.data.seq_len)
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
-        for name, dtype in _BATCH.items()
+        name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=program.batch_sharding)
+        for name, x in batches.empty(1, 1).items()
     }
     start = time.perf_counter(), time.process_time()
     with tpu_compile.tracing_for(where.topology):
@@ -85,7 +69,7 @@ def compile_step(case: Case) -> Compiled:
         counted = executable.cost_analysis()
         xla = {"flops": counted.get("flops"), "bytes": counted.get("bytes accessed")}
     took = time.perf_counter() - start[0], time.process_time() - start[1]
-    return Compiled(text, memory, xla, kernels, *took)
+    return CompiledStep(text, memory, xla, kernels, *took)
 
 
 def _bytes(number: str, unit: str) -> int:
@@ -103,9 +87,9 @@ def _memory(analysis) -> Row:
     return found | {"peak": peak, "needed": sum(found.values())}
 
 
-def read(case: Case, step: Compiled) -> Row:
-    """The row of a case: what was asked for, memory, and what the program does."""
-    row = described(case) | {
+def read(candidate: Candidate, step: CompiledStep) -> Row:
+    """Returns the candidate's row: what was asked for, memory, and what the program does."""
+    row = described(candidate) | {
         "memory": step.memory,
         "needed_bytes": step.memory["needed"],
         "compile_seconds": step.seconds,
@@ -113,13 +97,14 @@ def read(case: Case, step: Compiled) -> Row:
     }
     if step.text is None:
         return row | {"usable_bytes": step.memory["usable"]}
-    machine = estimate.Machine(case.where, case.program.batch_sharding.mesh, step.kernels)
-    return row | {"xla": step.xla} | costs(hlo.Program(step.text), machine, row)
+    mesh = candidate.program.batch_sharding.mesh
+    machine = estimate.Machine(candidate.where, mesh, step.kernels)
+    return row | {"xla": step.xla} | costs(hlo.HloModule(step.text), machine, row)
 
 
-def described(case: Case) -> Row:
-    """What was asked for, and what is known before compiling."""
-    config, where, program = case
+def described(candidate: Candidate) -> Row:
+    """Returns what was asked for, and what is known before compiling."""
+    config, where, program = candidate
     mesh = program.batch_sharding.mesh
     params = program.abstract_state.params
     embedding = math.prod(params["embed"]["embedding"].shape) if "embed" in params else 0
@@ -139,27 +124,18 @@ def described(case: Case) -> Row:
         "accumulate": config.train.accumulate,
         "parameters": parameters,
         "multiplied_parameters": parameters - (0 if tied else embedding),
-        "state_bytes": case.state_bytes,
+        "state_bytes": candidate.state_bytes,
         "hbm_bytes_a_device": where.part.hbm_bytes,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
     }
 
 
-def bytes_a_device(tree) -> int:
-    """Of arrays that say how they are split; what lies in the host's memory is not counted."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if "host" not in (leaf.sharding.memory_kind or "")
-    )
-
-
-def costs(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
-    """Costs, collectives and the estimate of a compiled step."""
+def costs(module: hlo.HloModule, machine: estimate.Machine, row: Row) -> Row:
+    """Returns costs, collectives and the estimate of a compiled step."""
     where = machine.where
-    talk = [c for v in text.visits() if (c := collectives.of(v, text, machine.mesh, where))]
-    cost = estimate.cost(text, machine)
+    sent = [c for v in module.visits() if (c := collectives.read(v, module, machine.mesh, where))]
+    cost = estimate.cost(module, machine)
     tokens = row["batch_size"] * row["seq_len"]
     peak = where.part.bf16_flops_per_second * row["devices"]
     useful = 6 * row["multiplied_parameters"] * tokens
@@ -168,17 +144,17 @@ def costs(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
         "flops": cost.flops,
         "kernel_flops": cost.kernel_flops,
         "hbm_bytes": cost.hbm_bytes,
-        "loops_counted_once": text.unknown_loops,
+        "loops_counted_once": module.unknown_loops,
         "model_flops": useful,
         "loops_once": {
-            "flops": sum(hlo.flops(text, visit) for visit in text.visits()),
+            "flops": sum(hlo.flops(module, visit) for visit in module.visits()),
             "bytes": sum(
-                estimate.hbm_bytes(text, visit.computation, visit.instruction)
-                for visit in text.visits()
+                estimate.hbm_bytes(module, visit.computation, visit.instruction)
+                for visit in module.visits()
                 if not visit.fused
             ),
         },
-        "collectives": collectives.grouped(talk),
+        "collectives": collectives.grouped(sent),
         "estimate": {
             "seconds": cost.seconds,
             "compute_seconds": cost.compute_seconds,
@@ -197,8 +173,7 @@ def costs(text: hlo.Program, machine: estimate.Machine, row: Row) -> Row:
 
 
 def kernel_flops(jaxpr) -> Mapping[str, float]:
-    """FLOPs of the dots of every Pallas kernel, over its grid, by the name it was given. On one
-    device's arrays."""
+    """Returns FLOPs of each Pallas kernel's dots, over its grid, by its name, on one device."""
     found = {}
     for call in tpu_bundles.pallas_calls(jaxpr):
         steps_of_grid = math.prod(call.params["grid_mapping"].grid)
@@ -208,7 +183,7 @@ def kernel_flops(jaxpr) -> Mapping[str, float]:
 
 
 def _dots(jaxpr) -> float:
-    """Of a kernel's body: loops as often as they go round, a branch as if taken."""
+    """Counts the dots of a kernel's body: loops as often as they run, branches as if taken."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params

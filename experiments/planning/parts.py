@@ -1,19 +1,17 @@
-"""What a plan takes TPU slices to be: peak, memory and links of each part, with where each number
-is from.
+"""TPU slices as a plan takes them: the links of each part, and where each number is from.
 
 A device is what JAX calls one: a chip, and on tpu7x half of one. `tpu_compile.PARTS` has its HBM,
 HBM bandwidth and peak.
 
-Links (ICI): every chip has two a dimension of its torus. Google publishes the bytes a second that
-all of a chip's links move in both directions together:
+Links (ICI): every chip has two per dimension of its torus. Google publishes the bytes per second
+that all of a chip's links move in both directions together:
 
     v5e     400 GB/s, 2D   https://docs.cloud.google.com/tpu/docs/v5e
-    v6e     800 GB/s, 2D   https://docs.cloud.google.com/tpu/docs/v6e  (3200 Gbps one way; 800 GB/s
-      in tpu7x's table)
+    v6e     800 GB/s, 2D   https://docs.cloud.google.com/tpu/docs/v6e (3200 Gbps one way)
     v5p    1200 GB/s, 3D   https://docs.cloud.google.com/tpu/docs/v5p
     tpu7x  1200 GB/s, 3D   https://docs.cloud.google.com/tpu/docs/tpu7x
 
-which is 50, 100, 100 and 100 GB/s a link and direction. "How to Scale Your Model"
+which is 50, 100, 100 and 100 GB/s per link and direction. "How to Scale Your Model"
 (https://jax-ml.github.io/scaling-book/tpus, chapter 2) plans with 45, 90 and 90 of these for v5e,
 v5p and v6e, about 1 microsecond a hop, and no ring in a dimension that does not close: on v5e and
 v6e one of fewer than 16 chips, on v5p (and, we take it, tpu7x) any of a slice whose shape is not
@@ -27,8 +25,7 @@ from kernels_pallas.tools import tpu_compile
 
 LINK_EFFICIENCY = 0.9
 HOP_SECONDS = 1e-6
-# Slices to name where one is unknown. libtpu takes more shapes than Google rents out; these are
-# rented out.
+# Slices to name where one is unknown: those that Google rents out. libtpu takes more shapes.
 KNOWN = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -38,8 +35,7 @@ KNOWN = {
 
 
 class Links(NamedTuple):
-    """chip_bytes_per_second: of all of a chip's links, both ways. devices: of a chip, that share
-    them."""
+    """chip_bytes_per_second: of all of a chip's links, both ways. devices: on a chip."""
 
     chip_bytes_per_second: float
     dimensions: int
@@ -47,7 +43,7 @@ class Links(NamedTuple):
 
     @property
     def bytes_per_second(self) -> float:
-        """One way, over one link, of each of the chip's devices."""
+        """The rate of each of the chip's devices, over one link, one way."""
         return LINK_EFFICIENCY * self.chip_bytes_per_second / (4 * self.dimensions * self.devices)
 
 
@@ -60,7 +56,7 @@ LINKS = {
 
 
 class Slice(NamedTuple):
-    """A slice's devices, in the order that libtpu lists them, and their places."""
+    """A slice's devices, in libtpu's order, and the shape of its torus."""
 
     topology: str
     devices: list
@@ -71,7 +67,7 @@ class Slice(NamedTuple):
         return tpu_compile.part_of(self.topology)
 
     @property
-    def part(self) -> tpu_compile.Part:
+    def part(self) -> tpu_compile.TpuPart:
         return tpu_compile.PARTS[self.name]
 
     @property
@@ -79,14 +75,14 @@ class Slice(NamedTuple):
         return LINKS[self.name]
 
     def closes(self, dimension: int) -> bool:
-        """Whether the chips along a dimension of the torus form a ring."""
+        """Returns whether the chips along a dimension of the torus form a ring."""
         if self.links.dimensions == 2:
             return self.shape[dimension] == 16
         return all(size % 4 == 0 for size in self.shape)
 
 
 def find(topology: str) -> Slice:
-    """The slice called so, such as 'v5p:4x4x8'.
+    """Returns the slice of a name such as 'v5p:4x4x8'.
 
     Raises:
       ValueError: libtpu has no such slice; the usual ones are listed.
@@ -105,7 +101,7 @@ def find(topology: str) -> Slice:
 
 
 def hops(where: Slice, a, b) -> int:
-    """Links between two devices, the shorter way round where a dimension closes."""
+    """Counts the links between two devices, the shorter way round where a dimension closes."""
     apart = 0
     for dimension, size in enumerate(where.shape):
         steps = abs(a.coords[dimension] - b.coords[dimension])
@@ -114,12 +110,11 @@ def hops(where: Slice, a, b) -> int:
 
 
 def group_bandwidth(where: Slice, group: list) -> tuple[float, int]:
-    """(bytes a second that a device of the group receives from the others, hops to the farthest),
-    when all groups of a mesh axis are at it at once.
+    """Returns bytes per second that a device receives from its group, and hops to the farthest.
 
-    group: devices. In every dimension of the torus in which the group extends, it has one link, or
-    two where it is the whole of a ring; with other groups' chips between its own they share the
-    links. A group that is no box of chips gets one link.
+    All groups of a mesh axis communicate at once. In each dimension of the torus a group has one
+    link, or two where it is the whole of a ring; groups whose chips lie between each other's share
+    the links. A group that is no box of chips gets one link.
     """
     link = where.links.bytes_per_second
     places = sorted({tuple(device.coords) for device in group})

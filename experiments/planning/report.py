@@ -1,6 +1,7 @@
-"""A plan for people: tables, JSON, and pictures."""
+"""Plans for people: what fits and what to change, tables, JSON, and pictures."""
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -10,27 +11,68 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments.benchmarks.report import markdown_table, text_table
-from experiments.planning import cases, compiled
+from experiments.planning.candidates import GIB, Row
+from seqmodels import sharding
 
-Row = compiled.Row
 NOTE = (
-    "Compiled programs, read; nothing was run. Memory is XLA's own, of one device. FLOPs (of matrix products), HBM bytes and "
-    "collectives are counted in the compiled program, loops as often as they run; XLA's own count takes a loop's body once and "
-    "nothing of a Pallas kernel. Time is a model (experiments/planning/estimate.py): operations one after the other, each at "
-    "peak, at HBM bandwidth or as the compiler estimates it; Pallas kernels at half of peak; collectives at 0.9 of the links' "
-    "published rate, hidden only where the compiler made them asynchronous. It orders meshes, and is too low by all that "
-    "stalls. MFU counts 6 FLOPs a parameter and token, without the embedding's and the recurrence's."
+    "Compiled programs, read; nothing was run. Memory is XLA's own, of one device. FLOPs (of "
+    "matrix products), HBM bytes and collectives are counted in the compiled program, loops as "
+    "often as they run; XLA's own count takes a loop's body once and nothing of a Pallas kernel. "
+    "Time is a model (experiments/planning/estimate.py): operations one after the other, each at "
+    "peak, at HBM bandwidth or as the compiler estimates it; Pallas kernels at half of peak; "
+    "collectives at 0.9 of the links' published rate, hidden only where the compiler made them "
+    "asynchronous. It orders meshes, and is too low by all that stalls. MFU counts 6 FLOPs a "
+    "parameter and token, without the embedding's and the recurrence's."
 )
 
 
+def usable_bytes(row: Row) -> int:
+    """Returns the HBM that a program may use; libtpu says how much where a program needs more."""
+    return row.get("usable_bytes", row["hbm_bytes_a_device"])
+
+
+def advice(row: Row) -> list[str]:
+    """Returns what to change so that a step fits, the cheapest first; [] where it does."""
+    limit = usable_bytes(row)
+    if row["needed_bytes"] <= limit and "estimate" in row:
+        return []
+    state = sum(row["state_bytes"].values())
+    free, rest = limit - state, row["needed_bytes"] - state
+    mesh, ways = row["mesh"], []
+    rows = row["batch_size"] // math.prod(mesh.get(axis, 1) for axis in sharding.BATCH_AXES)
+    if free > 0 and row["remat"] != "full":
+        ways.append("config.model.remat=full, which recomputes layers in the backward pass")
+    if free > 0 and rows > row["accumulate"]:
+        times = row["accumulate"] * max(rest / free, 2)
+        pieces = next(n for n in range(1, rows + 1) if rows % n == 0 and n >= min(times, rows))
+        ways.append(f"config.train.accumulate={pieces}: the same batch in smaller pieces")
+    elif free > 0:
+        ways.append("a larger seq axis, since a device has one row already")
+    if state > limit / 2 and row["zero"] < 3 and mesh.get("data", 1) * mesh.get("seq", 1) > 1:
+        ways.append(
+            "more of the mesh on fsdp, or config.parallel.zero=3: the state in smaller parts"
+        )
+    return [*ways, "a slice of more devices, or of a part with more HBM"]
+
+
+def verdict(row: Row) -> str:
+    """Says that the step fits, or by how much it does not and what to change."""
+    needed, limit = row["needed_bytes"] / GIB, usable_bytes(row) / GIB
+    ways = advice(row)
+    if not ways:
+        return f"fits: {needed:.1f} of {limit:.0f} GiB a device"
+    more = f"{needed - limit:.1f} more than a device has"
+    return f"does not fit: {needed:.1f} GiB, {more}. Try {'; or '.join(ways)}"
+
+
 def name(row: Row) -> str:
-    """Of a case, short enough for a table or an axis."""
+    """Names a plan shortly enough for a table or an axis."""
     mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items()) or "1 device"
     return f"{mesh} {row['collective']}" if row["collective"] else mesh
 
 
 def line(row: Row) -> Row:
-    """A row of the table of plans."""
+    """Returns a plan's row in the table of plans."""
     estimate, state = row.get("estimate", {}), row["state_bytes"]
     tokens = row["batch_size"] * row["seq_len"]
 
@@ -42,9 +84,9 @@ def line(row: Row) -> Row:
         "mesh": name(row),
         "batch": row["batch_size"],
         "T": row["seq_len"],
-        "state GiB": sum(state.values()) / compiled.GIB,
-        "needed GiB": row["needed_bytes"] / compiled.GIB,
-        "of": f"{cases.usable_bytes(row) / compiled.GIB:.0f}",
+        "state GiB": sum(state.values()) / GIB,
+        "needed GiB": row["needed_bytes"] / GIB,
+        "of": f"{usable_bytes(row) / GIB:.0f}",
         "TFLOP": scaled(row.get("flops"), 1e12),
         "HBM GB": scaled(row.get("hbm_bytes"), 1e9),
         "received GB": scaled(received(row), 1e9),
@@ -52,19 +94,19 @@ def line(row: Row) -> Row:
         "compute": estimate.get("compute_seconds"),
         "collectives": estimate.get("communication_seconds"),
         "waits": estimate.get("waiting_seconds"),
-        "ns a token and device": scaled(estimate.get("seconds"), 1e-9 * tokens / row["devices"]),
+        "ns per token and device": scaled(estimate.get("seconds"), 1e-9 * tokens / row["devices"]),
         "MFU %": scaled(estimate.get("mfu"), 0.01),
-        "": "fits" if not cases.advice(row) else "DOES NOT FIT",
+        "": "fits" if not advice(row) else "DOES NOT FIT",
     }
 
 
 def rank(row: Row) -> tuple:
-    """For sorting: what fits, the most tokens a second first."""
-    return bool(cases.advice(row)), -row.get("estimate", {}).get("tokens_per_second", 0.0)
+    """Sorts what fits before what does not, the most tokens per second first."""
+    return bool(advice(row)), -row.get("estimate", {}).get("tokens_per_second", 0.0)
 
 
 def received(row: Row) -> float | None:
-    """Bytes a device gets from others in a step."""
+    """Returns the bytes that a device gets from others in a step."""
     if "collectives" not in row:
         return None
     return sum(c["bytes received"] for c in row["collectives"])
@@ -85,48 +127,58 @@ def collective_lines(row: Row) -> list[Row]:
 
 
 def text(row: Row) -> str:
-    """One plan, for the terminal."""
-    memory, estimate = row.get("memory", {}), row.get("estimate")
-    head = f"{row['topology']} ({row['devices']} devices), {name(row)}, batch {row['batch_size']} x {row['seq_len']}"
+    """Returns one plan for the terminal."""
+    memory, estimate = row["state_bytes"] | row.get("memory", {}), row.get("estimate")
+    sizes = [f"{what} {size / GIB:.2f}" for what, size in memory.items() if size is not None]
     parts = [
-        f"{head}: {row['parameters']:,} parameters. Compiled in {row['compile_seconds']:.0f} s "
+        f"{_title(row)}: {row['parameters']:,} parameters. "
+        f"Compiled in {row['compile_seconds']:.0f} s "
         f"({row['compile_cpu_seconds']:.0f} s of processor time).",
-        "GiB a device: "
-        + ", ".join(
-            f"{k} {v / compiled.GIB:.2f}"
-            for k, v in (row["state_bytes"] | memory).items()
-            if v is not None
-        ),
+        f"GiB a device: {', '.join(sizes)}",
     ]
     if estimate:
-        once, xla = row["loops_once"], row["xla"]
+        once, xla, tera = row["loops_once"], row["xla"], 1e12
+        cycles = estimate["compiler_seconds"]
         parts += [
-            f"TFLOP a device and step: {row['flops'] / 1e12:.2f}, of which in Pallas kernels {row['kernel_flops'] / 1e12:.2f} "
-            f"(loops once, without kernels: {once['flops'] / 1e12:.2f}; XLA, with element by element: {xla['flops'] / 1e12:.2f}). "
-            f"HBM GB: {row['hbm_bytes'] / 1e9:.1f} (loops once: {once['bytes'] / 1e9:.1f}; XLA: {xla['bytes'] / 1e9:.1f}).",
+            f"TFLOP a device and step: {row['flops'] / tera:.2f}, of which in Pallas kernels "
+            f"{row['kernel_flops'] / tera:.2f} (loops once, without kernels: "
+            f"{once['flops'] / tera:.2f}; XLA, with element by element: "
+            f"{xla['flops'] / tera:.2f}). HBM GB: {row['hbm_bytes'] / 1e9:.1f} "
+            f"(loops once: {once['bytes'] / 1e9:.1f}; XLA: {xla['bytes'] / 1e9:.1f}).",
             text_table(collective_lines(row)) if row["collectives"] else "no collectives",
             f"step {estimate['seconds']:.3g} s: {estimate['compute_seconds']:.3g} s of operations, "
-            f"{estimate['communication_seconds']:.3g} s of collectives, {estimate['waiting_seconds']:.3g} s of them waited for; "
-            f"not under {estimate['floor_seconds']:.3g} s. {estimate['tokens_per_second']:,.0f} tokens a second, "
+            f"{estimate['communication_seconds']:.3g} s of collectives, "
+            f"{estimate['waiting_seconds']:.3g} s of them waited for; "
+            f"not under {estimate['floor_seconds']:.3g} s. "
+            f"{estimate['tokens_per_second']:,.0f} tokens a second, "
             f"MFU {100 * estimate['mfu']:.0f}%."
             + (
-                f" The compiler's own cycles for operations outside kernels: {estimate['compiler_seconds']:.3g} s."
-                if estimate["compiler_seconds"]
+                f" The compiler's own cycles for operations outside kernels: {cycles:.3g} s."
+                if cycles
                 else ""
             ),
         ]
         if row["loops_counted_once"]:
-            names = ", ".join(row["loops_counted_once"])
-            parts.append(f"Too low: the program does not say how often these loops run: {names}.")
-    return "\n".join([*parts, cases.verdict(row)])
+            loops = ", ".join(row["loops_counted_once"])
+            parts.append(f"Too low: the program does not say how often these loops run: {loops}.")
+    return "\n".join([*parts, verdict(row)])
+
+
+def _title(row: Row) -> str:
+    devices = f"{row['topology']} ({row['devices']} devices)"
+    return f"{devices}, {name(row)}, batch {row['batch_size']} x {row['seq_len']}"
 
 
 def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> None:
-    """Puts plans into the folder's plan.json, in place of older ones of the same case, and writes
-    all of them as tables.md, memory.png and, of several numbers of devices, scaling.png."""
+    """Puts plans into the folder's plan.json, in place of older ones of the same candidate.
+
+    Writes all of them as tables.md, memory.png and, of several numbers of devices, scaling.png.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plan.json"
     old = json.loads(path.read_text())["plans"] if path.exists() else []
+    # Plans of older versions call the collective an exchange.
+    old = [{{"exchange": "collective"}.get(k, k): v for k, v in row.items()} for row in old]
     kept = {_key(row): row for row in old} | {_key(row): row | {"command": command} for row in new}
     rows = sorted(kept.values(), key=_order)
     path.write_text(json.dumps({"plans": rows, "left_out": left_out}, indent=1) + "\n")
@@ -141,15 +193,15 @@ def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> Non
         scaling(rows, folder / "scaling.png")
 
 
-_CASE = (
-    "devices", "topology", "seq_len", "batch_size", "mesh", "collective", "zero", "pattern", "remat", "accumulate", "parameters",
-    "state_bytes",
+_SAME_IN = (
+    "devices", "topology", "seq_len", "batch_size", "mesh", "collective", "zero", "pattern",
+    "remat", "accumulate", "parameters", "state_bytes",
 )  # fmt: skip
 
 
 def _key(row: Row) -> str:
-    """What makes a plan the same as another."""
-    return json.dumps([row[field] for field in _CASE])
+    """Returns what two plans of the same candidate agree in."""
+    return json.dumps([row[field] for field in _SAME_IN])
 
 
 def _order(row: Row) -> tuple:
@@ -157,7 +209,7 @@ def _order(row: Row) -> tuple:
 
 
 def memory_bars(rows: list[Row], path: Path) -> None:
-    """What of a device's HBM goes where, a bar a plan."""
+    """Draws what takes a device's HBM, one bar per plan."""
     figure, axes = plt.subplots(figsize=(3.5 + 0.7 * len(rows), 4.5), layout="constrained")
     bottom = [0.0] * len(rows)
     for what in ("parameters", "optimizer", "other"):
@@ -165,12 +217,12 @@ def memory_bars(rows: list[Row], path: Path) -> None:
         for row in rows:
             state = row["state_bytes"]
             other = row["needed_bytes"] - sum(state.values())
-            heights.append((state | {"other": other})[what] / compiled.GIB)
+            heights.append((state | {"other": other})[what] / GIB)
         label = "activations, gradients, batch" if what == "other" else what
         axes.bar(range(len(rows)), heights, bottom=bottom, label=label)
         bottom = [a + b for a, b in zip(bottom, heights)]
     for i, row in enumerate(rows):
-        limit = cases.usable_bytes(row) / compiled.GIB
+        limit = usable_bytes(row) / GIB
         axes.plot(
             [i - 0.45, i + 0.45], [limit, limit], color="black", label="HBM" if i == 0 else None
         )
@@ -184,8 +236,10 @@ def memory_bars(rows: list[Row], path: Path) -> None:
 
 
 def scaling(rows: list[Row], path: Path) -> None:
-    """Estimated time a token and device, and the collectives' share of it, over devices; a curve
-    for each collective."""
+    """Draws estimated time per token and device, and the collectives' share, over devices.
+
+    There is one curve for each way in which states travel.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     rows = [row for row in rows if "estimate" in row]
     for i, collective in enumerate(dict.fromkeys(row["collective"] for row in rows)):
@@ -193,13 +247,13 @@ def scaling(rows: list[Row], path: Path) -> None:
         x = [row["devices"] for row in here]
         look = {"color": f"C{i}", "marker": "o", "markersize": 4}
         label = collective or "no seq axis"
-        left.plot(x, [line(row)["ns a token and device"] for row in here], label=label, **look)
+        left.plot(x, [line(row)["ns per token and device"] for row in here], label=label, **look)
         for what, style in (("waiting", "-"), ("communication", ":")):
             shares = [
                 100 * r["estimate"][f"{what}_seconds"] / r["estimate"]["seconds"] for r in here
             ]
             right.plot(x, shares, style, label=f"{label}, {_WORDS[what]}", **look)
-    left.set(ylabel="estimated ns a token and device", ylim=(0, None))
+    left.set(ylabel="estimated ns per token and device", ylim=(0, None))
     right.set(ylabel="collectives, % of the step", ylim=(0, None))
     for axes in (left, right):
         axes.set_xscale("log", base=2)

@@ -1,0 +1,1 @@
+"""Compiling and reading TPU and GPU programs without the hardware."""

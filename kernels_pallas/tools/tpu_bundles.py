@@ -1,16 +1,17 @@
 """What a TPU kernel costs as compiled: static cycles, slots in use, spills, VMEM, HBM traffic.
+
 Nothing is run.
 
-    from kernels_pallas import tpu_bundles
+    from kernels_pallas.tools import tpu_bundles
 
     program = tpu_bundles.measure("v6e", function, *shapes)     # as `tpu_compile.compile_for`
     for kernel in program.kernels: print(kernel)
     program.cycles / tokens                                     # kernels and XLA's own operations
 
-A TPU core issues one VLIW bundle a cycle where nothing stalls. The compiler's listing has every
-bundle with the depth of its loop; a bundle counts as often as its loops go round, a branch
-(`pl.when`) as if always taken. So `cycles` has no waiting for HBM in it, and no stall: it is a
-figure to compare kernels with, of the order of a nanosecond each on a v6e.
+A TPU core issues one VLIW bundle per cycle where nothing stalls. The compiler's listing has every
+bundle with the depth of its loop; a bundle counts as often as its loops run, a branch (`pl.when`)
+as if always taken. `cycles` therefore holds no wait for HBM and no stall: it is a figure to compare
+kernels by, of the order of a nanosecond each on a v6e.
 
 Kernels are told apart by `pallas_call(name=...)`: give each its own.
 """
@@ -24,23 +25,21 @@ import jax
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
-from kernels_pallas.tools import tpu_compile
+from kernels_pallas.tools import hlo, tpu_compile
 
 
-class Kernel(NamedTuple):
-    """One pallas_call. Shares and counts are of the grid loop's body, inner loops counted as often
-    as they go round.
+class KernelCost(NamedTuple):
+    """One pallas_call. Shares and counts are per pass of the grid loop's body, inner loops run.
 
-    grid: and steps, its product, of which each core takes its part.
-    bundles: in the grid loop's body, each once. step_cycles: with inner loops gone round. cycles:
-      of the whole grid, on one core (v5p has two, and splits parallel axes between them).
+    steps: the grid's product, of which each core takes its part.
+    bundles: in the grid loop's body, each once. step_cycles: the same with inner loops run.
+    cycles: of the whole grid on one core (v5p has two, and splits parallel axes between them).
     mxu_share: of the cycles, those that issue to a matrix unit. load_share, store_share: of the
       vector load and store slots.
-    spills, fills: vector registers put to memory and taken back, a step. spill_share: of the
-      kernel's bundles, those that go where the compiler packs it without them.
+    spills, fills: vector registers stored to memory and loaded back, per step. spill_share: of the
+      kernel's bundles, those that are gone where the compiler packs it without them.
     hbm_bytes: blocks moved, a block again each time its index changes; None where the kernel moves
-      data itself.
-    least_hbm_bytes: every operand and result once.
+      data itself. least_hbm_bytes: every operand and result once.
     """
 
     name: str
@@ -60,15 +59,18 @@ class Kernel(NamedTuple):
     least_hbm_bytes: int
 
 
-class Program(NamedTuple):
-    """xla_cycles: the compiler's own estimates for the operations outside kernels, those in loops
-    as often as they go round. unestimated_bytes: what operations move for which it estimates
-    nothing, such as a change of layout; they are not in xla_cycles. hbm_bytes: blocks that kernels
-    move, and operands and results of XLA's operations, as far as they lie in HBM; None where there
-    are loops. least_hbm_bytes: arguments and results of the program once."""
+class ProgramCost(NamedTuple):
+    """A program's kernels, and the operations of XLA's around them.
 
-    compiled: tpu_compile.Compiled
-    kernels: list[Kernel]
+    xla_cycles: the compiler's own estimates for the operations outside kernels, loops run.
+    unestimated_bytes: what the operations without an estimate move, such as a change of layout;
+      they are not in xla_cycles.
+    hbm_bytes: blocks that kernels move, and operands and results of XLA's operations as far as they
+      lie in HBM; None where there are loops. least_hbm_bytes: arguments and results once.
+    """
+
+    compiled: tpu_compile.CompiledProgram
+    kernels: list[KernelCost]
     xla_cycles: int
     unestimated_bytes: int
     hbm_bytes: int | None
@@ -79,18 +81,16 @@ class Program(NamedTuple):
         return self.xla_cycles + sum(kernel.cycles for kernel in self.kernels)
 
 
-class Loops(NamedTuple):
-    """A listing in figures: for each bundle, whether it is in the grid loop's body, and how often a
-    pass goes over it."""
+class ListingLoops(NamedTuple):
+    """For each bundle, whether it is in the grid loop's body, and how often a pass issues it."""
 
     in_grid: np.ndarray
     times: np.ndarray
     grid_trips: int
 
 
-def measure(topology: str, function, *arguments) -> Program:
-    """Compiles `function(*arguments)` as `tpu_compile.compile_for` and reads what the compiler
-    left."""
+def measure(topology: str, function, *arguments) -> ProgramCost:
+    """Compiles as `tpu_compile.compile_for` does, and reads what the program costs."""
     compiled = tpu_compile.compile_for(topology, function, *arguments)
     with tpu_compile.tracing_for(topology):
         calls = list(pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr))
@@ -100,22 +100,18 @@ def measure(topology: str, function, *arguments) -> Program:
         grid = call.params["grid_mapping"].grid
         kernels.append(_kernel(str(call.params["name"]), grid, call, listing))
     kernels.sort(key=lambda kernel: kernel.name)
-    traffic = xla_bytes(compiled.hlo)
+    module = hlo.HloModule(compiled.hlo)
+    traffic = xla_bytes(module)
     if traffic is not None:
         traffic += sum(kernel.hbm_bytes or kernel.least_hbm_bytes for kernel in kernels)
     memory = compiled.memory
     least = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return Program(
-        compiled,
-        kernels,
-        xla_cycles(compiled.hlo),
-        unestimated_bytes(compiled.hlo),
-        traffic,
-        least,
+    return ProgramCost(
+        compiled, kernels, xla_cycles(module), unestimated_bytes(module), traffic, least
     )
 
 
-def _kernel(name: str, grid, call, listing: tpu_compile.Listing) -> Kernel:
+def _kernel(name: str, grid, call, listing: tpu_compile.Listing) -> KernelCost:
     steps = math.prod(grid)
     loops = read_loops(listing.bundles, steps)
     capacity, used = read_utilization(listing.utilization)
@@ -124,7 +120,7 @@ def _kernel(name: str, grid, call, listing: tpu_compile.Listing) -> Kernel:
     count = {unit: int((times * used[unit]).sum()) for unit in used}
     outside = int(np.where(loops.in_grid, 0, loops.times).sum())
     least, moved = _traffic(call)
-    return Kernel(
+    return KernelCost(
         name=name,
         grid=tuple(grid),
         steps=steps,
@@ -145,17 +141,17 @@ def _kernel(name: str, grid, call, listing: tpu_compile.Listing) -> Kernel:
 
 _BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:LH|LB|LE|PB|PF|CT)? *: *>* *\{", re.MULTILINE)
 _BACK = re.compile(r"sbr\.rel \(!%(\w+)\) target = \$region(\d+)")
-_DELAY_SLOTS = 4  # bundles after a branch that are issued whichever way it goes
+_DELAY_SLOTS = 4  # bundles after a branch that are issued either way
 
 
-def read_loops(bundles: str, steps: int) -> Loops:
-    """Reads a `final_bundles` listing, of a kernel whose grid has `steps` steps.
+def read_loops(bundles: str, steps: int) -> ListingLoops:
+    """Reads a `final_bundles` listing of a kernel whose grid has `steps` steps.
 
-    A loop reaches from the bundle that starts a region to the branch back to it. It goes round as
-    often as its exit test says: to a limit, from 0, by the step of the tested counter; once where
-    the limit is no constant. The grid loop's counter runs a little past the steps, to fill and
-    drain the pipeline; those rounds skip the body and do not count. A grid of one step has no loop:
-    all of it is the body.
+    A loop reaches from the bundle that starts a region to the branch back to it. Its exit test
+    gives its trips: from 0 to a limit by the tested counter's step, or one where the limit is no
+    constant. The grid loop's counter runs a little past the steps, to fill and drain the pipeline;
+    those rounds skip the body and do not count. A grid of one step has no loop: the whole kernel is
+    the body.
     """
     starts = [match.start() for match in _BUNDLE.finditer(bundles)]
     texts = [bundles[i:j] for i, j in zip(starts, [*starts[1:], len(bundles)])]
@@ -172,16 +168,17 @@ def read_loops(bundles: str, steps: int) -> Loops:
             trips = _trips(bundles, predicate)
             if steps > 1 and "iteration index" in texts[first]:
                 in_grid[body] = True
-                # two cores share the grid of a v5p: then the counter's limit is below its steps
+                # Two cores share the grid of a v5p: then the counter's limit is below its steps.
                 grid_trips = min(steps, trips - 2) if trips and trips > 2 else steps
             else:
                 times[body] *= trips or 1
-    return Loops(in_grid, times, grid_trips)
+    return ListingLoops(in_grid, times, grid_trips)
 
 
 def _trips(bundles: str, predicate: str) -> int | None:
     test = re.search(
-        rf"%{predicate} = scmp\.ge\.s32\.totalorder (?:\([^)]*\), )?%(\w+), (\d+) /\* loop exit test",
+        rf"%{predicate} = scmp\.ge\.s32\.totalorder (?:\([^)]*\), )?%(\w+), (\d+) "
+        r"/\* loop exit test",
         bundles,
     )
     if test is None:
@@ -192,8 +189,7 @@ def _trips(bundles: str, predicate: str) -> int | None:
 
 
 def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Reads a `final_hlo-static-per-bundle-utilization` listing: slots of each unit, and their use
-    bundle by bundle."""
+    """Reads a utilization listing: the slots of each unit, and how many each bundle uses."""
     lines = text.splitlines()
     names = [name.strip() for name in lines[1].split(",")]
     capacity = dict(zip(names, map(int, lines[2].split())))
@@ -202,7 +198,7 @@ def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
 
 
 def pallas_calls(jaxpr):
-    """The equations of a jaxpr, and of those inside it, that are Pallas kernels."""
+    """Yields the equations that are Pallas kernels, of a jaxpr and of those inside it."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation
@@ -216,8 +212,7 @@ def pallas_calls(jaxpr):
 
 
 def _call_of(instruction: str, calls) -> Any:
-    """The pallas_call that became this instruction: 'name.1', or 'jvp_name_.1' under a
-    transformation."""
+    """Returns the pallas_call that became an instruction such as 'name.1' or 'jvp_name_.1'."""
     name = re.sub(r"\.\d+$", "", instruction).rstrip("_")
     endings = [re.sub(r"\W", "_", str(call.params["name"])) for call in calls]
     named = [c for c, e in zip(calls, endings) if name == e or name.endswith(f"_{e}")]
@@ -227,154 +222,120 @@ def _call_of(instruction: str, calls) -> Any:
     if len(shapes) != 1:
         known = sorted({str(call.params["name"]) for call in calls})
         raise ValueError(
-            f"kernel {instruction!r} of the compiled program is {len(shapes)} different pallas_calls; give each a name= of "
-            f"its own (there are {', '.join(known)})"
+            f"kernel {instruction!r} of the compiled program is {len(shapes)} different "
+            f"pallas_calls; give each a name= of its own (there are {', '.join(known)})"
         )
     return named[0]
 
 
 def _traffic(call) -> tuple[int, int | None]:
-    """(every operand and result once, blocks as often as they move or None)."""
+    """Returns the bytes of operands and results, and those of blocks moved, or None for these."""
     mapping = call.params["grid_mapping"]
     arrays = [v.aval for v in (*call.invars, *call.outvars)]
     least = sum(array.size * array.dtype.itemsize for array in arrays)
     points = np.array(list(itertools.product(*map(range, mapping.grid))), np.int32)
     moved = 0
     for block in mapping.block_mappings:
-        array, kept = block.array_aval, block.transformed_block_aval
+        array, ref = block.array_aval, block.transformed_block_aval
         whole = array.size * array.dtype.itemsize
         index_map = block.index_map_jaxpr
-        if str(kept).startswith("Ref<any>") or str(kept).startswith("Ref<hbm>"):
+        if str(ref).startswith(("Ref<any>", "Ref<hbm>")):
             return least, None
         if len(index_map.jaxpr.invars) != len(mapping.grid) or not mapping.grid:
             moved += whole
             continue
+        # A block is fetched when its index differs from the step's before.
         index = jax.vmap(jaxpr_as_fun(index_map))(*points.T)
         index = np.stack([np.broadcast_to(i, len(points)) for i in index], 1)
         fetches = 1 + int((index[1:] != index[:-1]).any(1).sum())
-        moved += min(fetches * math.prod(kept.shape) * array.dtype.itemsize, fetches * whole)
+        moved += fetches * min(math.prod(ref.shape) * array.dtype.itemsize, whole)
     return least, moved
 
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)")
+def xla_cycles(module: hlo.HloModule) -> int:
+    """Sums the compiler's `estimated_cycles`, loop bodies as often as they run.
+
+    Of a conditional's branches the dearest counts.
+    """
+
+    def total(computation: str) -> int:
+        cycles = 0
+        for instruction in module.computations[computation]:
+            if (estimate := instruction.estimated_cycles) is not None:
+                cycles += estimate
+                continue
+            loop = instruction.operation == "while"
+            times = module.trips(instruction, computation) if loop else 1
+            inner = [total(name) for name in instruction.called]
+            one = instruction.operation == "conditional"
+            cycles += times * (max(inner, default=0) if one else sum(inner))
+        return cycles
+
+    return total(module.entry)
 
 
-def trip_counts(hlo: str) -> dict[str, int]:
-    """How often each `while` body of an optimised program runs: to the constant that its condition
-    compares with, from 0 by 1, as `lax.scan` and `fori_loop` count; once where there is none."""
-    limits, name = {}, None
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            name = header[1]
-        elif limit := re.search(r"= s32\[\]\S* constant\((\d+)\)", line):
-            limits[name] = int(limit[1])
-    loops = re.findall(r" while\([^\n]*condition=%?([\w.\-]+), body=%?([\w.\-]+)", hlo)
-    return {body: limits.get(condition, 1) for condition, body in loops}
-
-
-def xla_cycles(hlo: str) -> int:
-    """The sum of the compiler's `estimated_cycles` over the program, loop bodies as often as they
-    run."""
-    trips = trip_counts(hlo)
-    cycles: dict[str, int] = {}
-    called: dict[str, list[str]] = {}
-    name = entry = None
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            name = header[1]
-            cycles[name], called[name] = 0, []
-            entry = name if line.startswith("ENTRY") else entry
-        elif name is not None:
-            if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
-                cycles[name] += int(estimate[1])
-            else:
-                called[name] += _CALLED.findall(line)
-
-    def total(name):
-        return trips.get(name, 1) * (cycles[name] + sum(map(total, called[name])))
-
-    return total(entry)
-
-
-_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # the others say their bits: f32, s8
-_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
-_INSTRUCTION = re.compile(r"^ *(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
-def xla_bytes(hlo: str) -> int | None:
-    """What operations outside kernels read and write in HBM, each operand and result whole; None
-    with a loop. Of a slice it is what is taken, and of an update in place what is put.
+def xla_bytes(module: hlo.HloModule) -> int | None:
+    """Returns what operations outside kernels read and write in HBM; None where there are loops.
 
-    Less what kernels find in VMEM, or leave there, since their own count takes all operands to be
-    in HBM.
+    Operands and results count whole, of a slice what is taken, of an update in place what is put.
+    What kernels find or leave in VMEM is subtracted, since their own count takes all of their
+    operands to be in HBM.
     """
-    if trip_counts(hlo):
+    if any(i.operation == "while" for body in module.computations.values() for i in body):
         return None
     total = 0
-    for shape, operation, sources, _ in _operations(hlo):
-        if operation == "kernel":
-            total -= sum(_bytes(x, in_hbm=False) for x in (shape, *sources))
-        elif operation.endswith(
-            "-start"
-        ):  # a copy of what it writes, all of the operand or a slice
-            written = re.sub(
-                r"^\(\(.*?\), ", "", shape
-            )  # a slice's result begins with its operands
-            written = _SHAPE.search(written)[0]
+    for instruction, operands in _operations(module):
+        if instruction.is_kernel:
+            total -= sum(_bytes(x, in_hbm=False) for x in (instruction.arrays, *operands))
+        elif instruction.operation.endswith("-start"):
+            # A copy of what it writes, of all of its operand or a slice of it. The result of a
+            # slice begins with its operands, in a tuple of their own.
+            first = sum(map(len, operands)) if instruction.result.startswith("((") else 0
+            written = instruction.arrays[first : first + 1]
             size = _bytes(written, in_hbm=True) or _bytes(written, in_hbm=False)
             total += _bytes(written, in_hbm=True)
-            total += min(size, sum(_bytes(x, in_hbm=True) for x in sources))
+            total += min(size, sum(_bytes(x, in_hbm=True) for x in operands))
         else:
-            total += sum(_bytes(x, in_hbm=True) for x in _moved(shape, operation, sources))
+            total += sum(_bytes(x, in_hbm=True) for x in _moved(instruction, operands))
     return total
 
 
-def _moved(shape, operation, sources) -> tuple[str, ...]:
-    """The arrays that an operation reads and writes."""
-    if operation == "slice":
-        return shape, shape
-    if (
-        operation == "dynamic-update-slice"
-    ):  # XLA copies first, as an operation of its own, where it cannot be in place
-        return sources[1], sources[1]
-    return shape, *sources
+def unestimated_bytes(module: hlo.HloModule) -> int:
+    """Returns what operations without an estimate move, in HBM or VMEM.
 
-
-def unestimated_bytes(hlo: str) -> int:
-    """Operands and results, in HBM or VMEM, of the operations outside kernels, loops and prefetches
-    without an estimate."""
+    Kernels, loops and prefetches are not among them.
+    """
     total = 0
-    for shape, operation, sources, line in _operations(hlo):
-        if operation in ("kernel", "while") or operation.endswith("-start"):
+    for instruction, operands in _operations(module):
+        if instruction.is_kernel or instruction.operation == "while":
             continue
-        if '"estimated_cycles"' not in line:
-            both = _moved(shape, operation, sources)
-            total += sum(_bytes(x, in_hbm=True) + _bytes(x, in_hbm=False) for x in both)
+        if instruction.operation.endswith("-start") or instruction.estimated_cycles is not None:
+            continue
+        moved = _moved(instruction, operands)
+        total += sum(_bytes(x, in_hbm=True) + _bytes(x, in_hbm=False) for x in moved)
     return total
 
 
-def _operations(hlo: str):
-    """(result, operation, operands, line) of what the program's entry does; a Pallas kernel is a
-    "kernel"."""
-    entry = hlo[hlo.index("\nENTRY ") :].splitlines()
-    found = [(*match.groups(), line) for line in entry if (match := _INSTRUCTION.match(line))]
-    shapes = {name: shape for name, shape, *_ in found}
-    for _, shape, operation, operands, line in found:
-        if operation in _FREE or operation.endswith("-done"):
-            continue
-        if 'custom_call_target="tpu_custom_call"' in line:
-            operation = "kernel"
-        sources = [shapes.get(x, "") for x in re.findall(r"%([\w.\-]+)", operands)]
-        yield shape, operation, sources, line
+def _operations(module: hlo.HloModule):
+    """Yields the program's own instructions that cost something, each with its operands' arrays."""
+    for instruction in module.computations[module.entry]:
+        if instruction.operation not in _FREE and not instruction.operation.endswith("-done"):
+            operands = module.operands(instruction, module.entry)
+            yield instruction, [operand.arrays for operand in operands]
 
 
-def _bytes(shape: str, in_hbm: bool) -> int:
-    """Of the arrays in a type that lie in HBM, or that lie in VMEM."""
-    total = 0
-    for dtype, dims, layout in _SHAPE.findall(shape):
-        if (not re.search(r"S\(\d", layout)) if in_hbm else "S(1)" in layout:
-            size = _BYTES.get(dtype) or int(re.sub(r"\D", "", dtype) or 0) // 8
-            total += size * math.prod(int(d) for d in dims.split(",") if d)
-    return total
+def _moved(instruction: hlo.Instruction, operands) -> list[list[hlo.Array]]:
+    """Returns the results and operands that an operation reads and writes."""
+    if instruction.operation == "slice":
+        return [instruction.arrays] * 2
+    if instruction.operation == "dynamic-update-slice":  # in place: a copy is its own operation
+        return [operands[1]] * 2
+    return [instruction.arrays, *operands]
+
+
+def _bytes(arrays: list[hlo.Array], in_hbm: bool) -> int:
+    """Returns the bytes of those arrays that lie in HBM, or of those that lie in VMEM."""
+    return sum(array.bytes for array in arrays if array.space == (0 if in_hbm else 1))

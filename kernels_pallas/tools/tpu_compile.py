@@ -1,23 +1,20 @@
-"""Compiling for TPUs on a machine that has none, through libtpu from PyPI (`pip install -e
-'.[tpu]'`).
+"""Compiling for TPUs on a machine that has none, by libtpu from PyPI (pip install -e '.[tpu]').
 
-    from kernels_pallas import tpu_compile
+    from kernels_pallas.tools import tpu_compile
 
     x = jax.ShapeDtypeStruct((1, 8192, 256), jnp.bfloat16)
-    compiled = tpu_compile.compile_for("v6e", function, x)     # a part, or a slice: "v6e:2x2",
-      "v5p:4x4x8"
-    compiled.hlo                            # the optimised program, scheduled
+    compiled = tpu_compile.compile_for("v6e", function, x)      # a part, or a slice: "v5p:4x4x8"
+    compiled.hlo                            # the optimised program, scheduled; `hlo` reads it
     compiled.memory.temp_size_in_bytes      # compiled.cost: what the compiler counts
-    compiled.listings                       # the machine code of each Pallas kernel; `tpu_bundles`
-      reads it
+    compiled.listings                       # machine code of each Pallas kernel; see `tpu_bundles`
 
-Arguments are pytrees of ShapeDtypeStruct (or arrays, of which only shape and dtype count). The
-function is traced for the part: `devices.current()` is a TPU of that kind inside. A kernel that
-does not fit, or that Mosaic cannot lower, raises here as it would on the machine. Nothing is run,
-and no number from here is a time.
+Arguments are pytrees of ShapeDtypeStruct, or of arrays, of which only shape and dtype count. The
+function is traced for the part: `dispatch.devices.current()` is a TPU of that kind inside. A kernel
+that does not fit, or that Mosaic cannot lower, raises here as it would on the machine. Nothing is
+run, and no number from here is a time.
 
-Run with JAX_PLATFORMS=cpu. Several processes may compile at once. libtpu reads its environment
-once, when it is loaded: `_prepare_environment` and `absent_tpu` are the places that set it.
+Run with JAX_PLATFORMS=cpu. Several processes may compile at once. libtpu reads its environment when
+it is loaded: `_prepare_environment` and `dispatch.absent_tpu` are the places that set it.
 """
 
 import atexit
@@ -37,19 +34,19 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from kernels_pallas.dispatch import absent_tpu
+from kernels_pallas.tools import hlo
 
 
-class Part(NamedTuple):
-    """A TPU generation. Memory is that of one JAX device, which is a chip; on tpu7x it is half of
-    one.
+class TpuPart(NamedTuple):
+    """A TPU generation. Memory is that of one JAX device: a chip, or half a chip of tpu7x.
 
     topology: the smallest slice that libtpu compiles for.
     cores: TensorCores of a device; v5p's two appear as one ("megacore").
     vmem_bytes: of one core. A kernel's own limit starts lower:
       `pltpu.CompilerParams(vmem_limit_bytes=...)`.
-    mxu: edge of a matrix unit, and how many a core has.
-    clock_hz: where peak FLOP/s, 2 * cores * units * edge**2 * clock, give it away; None where
-      nothing published does.
+    mxu: the edge of a matrix unit, and how many units a core has.
+    clock_hz: from peak FLOP/s = 2 * cores * units * edge**2 * clock; None where that gives no
+      possible clock.
     """
 
     topology: str
@@ -64,23 +61,26 @@ class Part(NamedTuple):
 
 
 # HBM, bandwidth, peak: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. VMEM and matrix
-# units: what JAX says in `pltpu.get_tpu_info_for_chip` (tests compare). v6e's two 256 x 256 units
-# would need 3.5 GHz for its published 918 TFLOP/s, so its clock, like tpu7x's, cannot be derived
-# that way.
+# units: `pltpu.get_tpu_info_for_chip` (tests compare). v6e's two 256 x 256 units would need 3.5 GHz
+# for the published 918 TFLOP/s, so that its clock, like tpu7x's, cannot be derived.
 PARTS = {
-    "v5e": Part("v5e:2x2", "TPU v5 lite", 1, 128 << 20, 16 << 30, 819e9, (128, 4), 197e12, 1.5e9),
-    "v5p": Part("v5p:2x2x1", "TPU v5", 2, 64 << 20, 95 << 30, 2765e9, (128, 4), 459e12, 1.75e9),
-    "v6e": Part("v6e:2x2", "TPU v6 lite", 1, 128 << 20, 32 << 30, 1640e9, (256, 2), 918e12, None),
-    "tpu7x": Part("tpu7x:2x2x1", "TPU7x", 1, 64 << 20, 96 << 30, 3690e9, (256, 2), 1153.5e12, None),
+    "v5e": TpuPart(
+        "v5e:2x2", "TPU v5 lite", 1, 128 << 20, 16 << 30, 819e9, (128, 4), 197e12, 1.5e9
+    ),
+    "v5p": TpuPart("v5p:2x2x1", "TPU v5", 2, 64 << 20, 95 << 30, 2765e9, (128, 4), 459e12, 1.75e9),
+    "v6e": TpuPart(
+        "v6e:2x2", "TPU v6 lite", 1, 128 << 20, 32 << 30, 1640e9, (256, 2), 918e12, None
+    ),
+    "tpu7x": TpuPart(
+        "tpu7x:2x2x1", "TPU7x", 1, 64 << 20, 96 << 30, 3690e9, (256, 2), 1153.5e12, None
+    ),
 }
 
 
 class Listing(NamedTuple):
-    """What the compiler wrote about one Pallas kernel: its VLIW bundles, their use of the units,
-    the VMEM it allocates.
+    """What the compiler wrote about a Pallas kernel: its VLIW bundles, units, VMEM and spills.
 
-    spill_bundles: how many bundles fewer there are where the compiler packs the same without spills
-      and fills.
+    spill_bundles: how many fewer bundles there are where it packs the kernel without spills.
     """
 
     bundles: str
@@ -90,9 +90,8 @@ class Listing(NamedTuple):
     spill_bundles: int
 
 
-class Compiled(NamedTuple):
-    """listings: by the kernel's instruction in `hlo`, which is pallas_call's `name` and a number:
-    'my_kernel.1'."""
+class CompiledProgram(NamedTuple):
+    """listings: by the kernel's instruction in `hlo`: pallas_call's name and a number, 'name.1'."""
 
     part: str
     executable: Any
@@ -103,17 +102,18 @@ class Compiled(NamedTuple):
 
 
 def part_of(topology: str) -> str:
-    """'v6e' of 'v6e:2x2' or 'v6e'. ValueError lists the parts."""
+    """Returns 'v6e' of 'v6e:2x2' or 'v6e'. ValueError lists the parts."""
     part = topology.split(":")[0]
     if part not in PARTS:
         raise ValueError(
-            f"unknown TPU topology {topology!r}; give one of {', '.join(PARTS)}, or a slice of one such as 'v6e:2x2'"
+            f"unknown TPU topology {topology!r}; give one of {', '.join(PARTS)}, "
+            "or a slice of one such as 'v6e:2x2'"
         )
     return part
 
 
 def devices(topology: str) -> list:
-    """The devices of a slice, to compile for: they cannot run anything.
+    """Returns the devices of a slice, to compile for; they cannot run anything.
 
     Raises:
       ValueError: an unknown part, or a shape the part does not come in.
@@ -132,26 +132,24 @@ def devices(topology: str) -> list:
 
 @contextlib.contextmanager
 def tracing_for(topology: str):
-    """Inside, tracing takes the topology's device as its target, and mesh-less code sees one
-    device."""
+    """Makes tracing inside target the topology's device; code without a mesh sees one device."""
     part = PARTS[part_of(topology)]
     device = AbstractDevice(device_kind=part.device_kind, num_cores=part.cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         yield
 
 
-def compile_for(topology: str, function, *arguments) -> Compiled:
-    """Compiles `function(*arguments)` for one device of the topology (see the top of the file).
+def compile_for(topology: str, function, *arguments) -> CompiledProgram:
+    """Compiles `function(*arguments)` for one device of the topology.
 
     Raises:
-      ValueError, ImportError: as `devices`. jax.errors.JaxRuntimeError, or Pallas' own errors: what
-      compiling on the machine would raise, too much VMEM included.
+      ValueError, ImportError: as `devices`.
+      jax.errors.JaxRuntimeError, or Pallas' own errors: what compiling on the machine would raise,
+        too much VMEM included.
     """
     device = devices(topology)[0]
 
-    def fresh(
-        *arguments,
-    ):  # a function of its own, so that nothing is taken from a cache without a listing
+    def fresh(*arguments):  # a function of its own: one from a cache would have no listing
         return function(*arguments)
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
@@ -160,12 +158,12 @@ def compile_for(topology: str, function, *arguments) -> Compiled:
         lowered = jitted.trace(*shapes).lower(lowering_platforms=("tpu",))
         _clear_dump()
         executable = lowered.compile()
-        hlo = executable.as_text()
-        listings = _listings(hlo)
-    return Compiled(
+        text = executable.as_text()
+        listings = _listings(text)
+    return CompiledProgram(
         part_of(topology),
         executable,
-        hlo,
+        text,
         executable.memory_analysis(),
         executable.cost_analysis(),
         listings,
@@ -173,9 +171,10 @@ def compile_for(topology: str, function, *arguments) -> Compiled:
 
 
 def without_listings() -> None:
-    """For a process that reads no kernel's listing: the compiler then writes none, which for a
-    large program takes longer than compiling it. Call it before anything else here; `compile_for`
-    then has nothing to read, and raises."""
+    """Makes the compiler write no listing, which for a large program takes longer than compiling.
+
+    Call it before anything else here. `compile_for` then has nothing to read, and raises.
+    """
     _prepare_environment(listings=False)
 
 
@@ -185,7 +184,7 @@ _PASSES = "(final_.*bundle|packed-bundles-(post-ra|no-spills-fills)).*"
 
 
 def _prepare_environment(listings: bool = True) -> None:
-    """What libtpu must find when it is loaded; does nothing the second time."""
+    """Sets what libtpu reads when it is loaded; does nothing the second time."""
     global _DUMP
     if _DUMP is not None:
         return
@@ -198,7 +197,7 @@ def _prepare_environment(listings: bool = True) -> None:
     absent_tpu.tell_libtpu()
     if not listings:
         return
-    # The listing of the last passes only: all seventy of a kernel would double the time.
+    # Listings of the last passes only: all seventy of a kernel would double the time.
     dump = (
         f"--xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true "
         f"--xla_jf_dump_llo_pass_label_regex=.*{_PASSES}"
@@ -219,12 +218,10 @@ def _clear_dump() -> None:
         path.unlink()
 
 
-def _listings(hlo: str) -> dict[str, Listing]:
-    names = re.findall(
-        r"^ *(?:ROOT )?%?(\S+) = [^\n]*custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"",
-        hlo,
-        re.MULTILINE,  # from a line's start: a kernel's own code is megabytes on one line
-    )
+def _listings(text: str) -> dict[str, Listing]:
+    """Reads the dump of each kernel in a program's text."""
+    bodies = hlo.HloModule(text).computations.values()
+    names = [instruction.name for body in bodies for instruction in body if instruction.is_kernel]
     memory = {}
     for path in _DUMP.glob("*vmem_report.html"):
         data = re.search(r"const DATA\s*=\s*(\{.*?\});", path.read_text(), re.DOTALL)
@@ -241,13 +238,13 @@ def _listings(hlo: str) -> dict[str, Listing]:
             texts += [path.read_text() for path in paths[:1]]
         if len(texts) < len(_ENDINGS):
             raise RuntimeError(
-                f"the compiler left no listing of kernel {name!r}: libtpu was loaded before tpu_compile could ask for one, "
-                "or the program came from JAX's compilation cache"
+                f"the compiler left no listing of kernel {name!r}: libtpu was loaded before "
+                "tpu_compile could ask for one, or the program came from JAX's compilation cache"
             )
         blocks = memory.get(name, {}).get("blocks", [])
         spills = sum(b["block_size"] for b in blocks if "SPILL" in b["block_type"].upper())
-        # Not the block's size: that begins where operands end which XLA chose to keep in VMEM
-        # around the kernel.
+        # Not the blocks' sizes: those begin where operands end that XLA keeps in VMEM around the
+        # kernel.
         total = sum(a["size"] for b in blocks for a in b["allocations"])
         with_spills, without = (
             int(re.search(r"non empty scheduled bundles: *(\d+)", text)[1]) for text in texts[2:]

@@ -1,9 +1,8 @@
-"""Triton kernels compiled for GPUs that are not there: registers, spills, shared memory. Nothing is
-run.
+"""Compiling Triton kernels for GPUs that are not there: registers, spills, shared memory.
 
 A call is traced on shapes, its launches are recorded, and each is compiled by Triton and the ptxas
-that it ships to machine code for sm_80, sm_90 and sm_100. Interpreting and compiling exclude each
-other in one process.
+that it ships to machine code for sm_80, sm_90 and sm_100. Nothing is run. Interpreting and
+compiling exclude each other in one process.
 """
 
 import re
@@ -21,12 +20,11 @@ CAPABILITIES = (80, 90, 100)
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 
 
-class Figures(NamedTuple):
-    """Of one launch. registers: a thread. spilled: bytes a thread keeps on its stack. shared: bytes
-    a program.
+class LaunchFigures(NamedTuple):
+    """One launch as compiled.
 
-    limit: the shared memory a program may have there. bytes: inputs read once and outputs written
-      once.
+    registers, spilled: per thread; spilled is in bytes. shared: bytes per program, of `limit` that
+      the GPU has. bytes: inputs read once and outputs written once.
     """
 
     kernel: str
@@ -40,14 +38,16 @@ class Figures(NamedTuple):
 
 
 def launches(function, *shapes) -> list[gpu_launch.KernelLaunch]:
-    """The launches of `function` on arrays of these shapes, in order; what runs them is named
-    'triton'."""
+    """Returns the launches of `function` on arrays of these shapes, in order.
+
+    The function must name the implementation 'triton'.
+    """
     with gpu_launch.recorded() as found:
         jax.eval_shape(function, *shapes)
     return found
 
 
-def compile_launch(launch: gpu_launch.KernelLaunch, capability: int) -> Figures:
+def compile_launch(launch: gpu_launch.KernelLaunch, capability: int) -> LaunchFigures:
     """Compiles one launch for sm_<capability>.
 
     Raises:
@@ -73,7 +73,7 @@ def compile_launch(launch: gpu_launch.KernelLaunch, capability: int) -> Figures:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = _resources(compiled.asm["cubin"])
-    return Figures(
+    return LaunchFigures(
         launch.kernel.__name__,
         launch.grid,
         launch.num_warps,
@@ -86,8 +86,7 @@ def compile_launch(launch: gpu_launch.KernelLaunch, capability: int) -> Figures:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes a thread, as the machine code states them. Kernels keep nothing on
-    it but spills."""
+    """Returns registers and stack bytes per thread; a kernel's stack holds spills alone."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -1,5 +1,5 @@
-"""The plan: reading compiled programs, the model of a slice's links and time, what is refused, and
-one config from end to end."""
+"""The plan: what a compiled program sends and takes, the model of a slice's links and time, what is
+refused, and one config from end to end."""
 
 import functools
 import json
@@ -13,7 +13,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from configs import gated_delta_net_1300m
-from experiments.planning import cases, collectives, compiled, estimate, hlo, parts, report
+from experiments.planning import candidates, collectives, compiled, estimate, parts, report
+from kernels_pallas.tools import hlo
 from seqmodels import sharding
 
 
@@ -49,12 +50,12 @@ def test_collectives_and_dots_of_a_compiled_program_with_loops():
         jax.ShapeDtypeStruct((16, 2, 64), jnp.float32),
     )
     text = jax.jit(both).lower(*shapes).compile().as_text()
-    program, where = hlo.Program(text), slice_of("v6e:2x4")
+    module, where = hlo.HloModule(text), slice_of("v6e:2x4")
     planned = mesh_of(
         where, data=2, fsdp=2, seq=2
     )  # the same positions, of devices that have places
     found = [
-        c for v in program.visits() if (c := collectives.of(v, program, planned, where)) is not None
+        c for v in module.visits() if (c := collectives.read(v, module, planned, where)) is not None
     ]
     rows = {
         (r["kind"], r["axes"]): (r["devices"], r["times a step"], r["bytes received"])
@@ -66,43 +67,7 @@ def test_collectives_and_dots_of_a_compiled_program_with_loops():
         ("collective-permute", "seq"): (2, 2, x),
         ("all-reduce", "data+seq"): (4, 1, 2 * x * 3 // 4),
     }
-    assert sum(v.times * hlo.flops(program, v) for v in program.visits()) == 5 * 2 * 8 * 64 * 64
-
-
-CONVOLUTIONS = {
-    "strided, padded": dict(window_strides=(2, 1), padding=((1, 2), (0, 3))),
-    "dilated": dict(window_strides=(1, 1), padding=((2, 2), (0, 0)), lhs_dilation=(2, 1), rhs_dilation=(1, 2)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_convolutions_count_as_xla_counts_them(case):
-    x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 3, 9, 8), (4, 3, 3, 3)))
-    lowered = jax.jit(lambda x, w: lax.conv_general_dilated(x, w, **CONVOLUTIONS[case])).lower(x, w)
-    program = hlo.Program(lowered.compiler_ir("hlo").as_hlo_text())
-    assert sum(hlo.flops(program, v) for v in program.visits()) == lowered.cost_analysis()["flops"]
-
-
-@pytest.mark.parametrize(
-    "groups, expected",
-    [
-        ("replica_groups={{0,1},{2,3}}", [(0, 1), (2, 3)]),
-        ("replica_groups=[2,2]<=[2,2]T(1,0)", [(0, 2), (1, 3)]),
-        ("replica_groups={}", [(0, 1, 2, 3)]),
-        (
-            "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=2], device_ids=([2,2]T(1,0)) {'axis_0'}",
-            [(0, 1), (2, 3)],
-        ),
-        ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [(0, 1), (2, 3)]),
-        ("replica_groups=mesh['a'=4] {'a':(1)2}", [(0, 2), (1, 3)]),
-        ("replica_groups=mesh['a'=4] {'a':(2)2}", [(0, 1), (2, 3)]),
-        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [(0, 1, 2, 3)]),
-        ("source_target_pairs={{0,1},{1,2},{3,3}}", [(0, 1), (1, 2)]),
-    ],
-)
-def test_groups(groups, expected):
-    instruction = hlo.Instruction("x", "f32[4]", "all-reduce", ("y",), f", {groups}, channel_id=1")
-    assert sorted(collectives._groups(instruction, 4)) == expected
+    assert sum(v.times * hlo.flops(module, v) for v in module.visits()) == 5 * 2 * 8 * 64 * 64
 
 
 HLO = """HloModule step, is_scheduled=true
@@ -155,16 +120,11 @@ ENTRY %main (p: f32[4,1024], weights: bf16[1024,1024]) -> f32[1024] {
 """
 
 
-def test_a_loop_whose_counter_is_unknown_counts_once_and_is_named():
-    program = hlo.Program(HLO.replace("s32[] constant(1)", "s32[] partition-id()"))
-    assert {v.times for v in program.visits()} == {1} and program.unknown_loops == ["loop"]
-
-
 def test_the_estimates_arithmetic():
     where = slice_of("v6e:2x2")
-    program = hlo.Program(HLO)  # whose loop counts from 1 by 2 to 7
+    module = hlo.HloModule(HLO)  # whose loop counts from 1 by 2 to 7
     machine = estimate.Machine(where, mesh_of(where, fsdp=2, data=2), {"kernel": 9.18e8})
-    cost = estimate.cost(program, machine)
+    cost = estimate.cost(module, machine)
     peak, bandwidth = 918e12, 1640e9
     dot, matrix = 2 * 1024**3, 2 * 1024**2
     assert cost.flops == 3 * dot + 9.18e8 and cost.kernel_flops == 9.18e8
@@ -189,7 +149,7 @@ def test_the_estimates_arithmetic():
     )
     where = slice_of("v5p:2x2x1")
     machine = estimate.Machine(where, mesh_of(where, fsdp=2, data=2), {})
-    without, cost = (estimate.cost(hlo.Program(text), machine) for text in (HLO, cycles))
+    without, cost = (estimate.cost(hlo.HloModule(text), machine) for text in (HLO, cycles))
     assert cost.compiler_cycles == 1e6
     assert cost.seconds - without.seconds == pytest.approx(1e6 / 1.75e9 - sliced / 2765e9)
 
@@ -251,7 +211,7 @@ ROW = {
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_change(tmp_path):
-    said = cases.verdict(ROW | {"usable_bytes": 31 << 30})
+    said = report.verdict(ROW | {"usable_bytes": 31 << 30})
     assert said.startswith("does not fit: 40.0 GiB, 9.0 more than a device has")
     assert "remat=full" in said and "accumulate=4" in said and "parallel.zero=3" in said
     assert "does not fit" in report.text(ROW)
@@ -268,12 +228,23 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(tmp_path):
     assert "DOES NOT FIT" in (tmp_path / "tables.md").read_text()
     # Six rows a device; 31 GiB where there is room for 8: four pieces, but 4 does not divide 6.
     few = ROW | {"batch_size": 24, "needed_bytes": 55 << 30}
-    assert "accumulate=6:" in cases.verdict(few)
+    assert "accumulate=6:" in report.verdict(few)
     long = ROW | {"batch_size": 4, "remat": "full", "state_bytes": {"parameters": 1 << 30}}
-    assert cases.advice(long)[0].startswith("a larger seq axis")
+    assert report.advice(long)[0].startswith("a larger seq axis")
     fits = ROW | {"needed_bytes": 30 << 30, "estimate": {"tokens_per_second": 1.0}}
-    assert cases.verdict(fits) == "fits: 30.0 of 32 GiB a device"
+    assert report.verdict(fits) == "fits: 30.0 of 32 GiB a device"
     assert sorted([ROW, fits], key=report.rank)[0] is fits
+
+
+def test_plans_of_older_versions_are_kept(tmp_path):
+    """Their collective was called an exchange."""
+    old = {"exchange" if name == "collective" else name: value for name, value in ROW.items()}
+    plans = [old | {"command": "old", "batch_size": size} for size in (64, 32)]
+    (tmp_path / "plan.json").write_text(json.dumps({"plans": plans, "left_out": []}))
+    report.save(tmp_path, "new", [ROW], [])
+    kept = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert [(row["batch_size"], row["command"]) for row in kept] == [(32, "old"), (64, "new")]
+    assert all("collective" in row and "exchange" not in row for row in kept)
 
 
 def test_mistakes_are_found_before_compiling():
@@ -284,23 +255,23 @@ def test_mistakes_are_found_before_compiling():
         parts.find("h100:2x2")
     for text in ("dta=8", "data", "data=--8", "data=2,data=2", "data=\N{SUPERSCRIPT TWO}"):
         with pytest.raises(ValueError, match="such as data=8,fsdp=16; the axes are pipe, data"):
-            cases.parse_mesh(text)
-    assert cases.parse_mesh("fsdp=-1,seq=2") == dict(pipe=1, data=1, fsdp=-1, seq=2, tensor=1)
+            candidates.parse_mesh(text)
+    assert candidates.parse_mesh("fsdp=-1,seq=2") == dict(pipe=1, data=1, fsdp=-1, seq=2, tensor=1)
     with pytest.raises(ValueError, match="does not fit 4 devices"):
-        cases.make(config, where, cases.parse_mesh("fsdp=8"))
+        candidates.make(config, where, candidates.parse_mesh("fsdp=8"))
     with pytest.raises(ValueError, match="not divisible by 4"):
-        cases.make(config, where, cases.parse_mesh("fsdp=-1"), batch_size=6)
+        candidates.make(config, where, candidates.parse_mesh("fsdp=-1"), batch_size=6)
     with config.unlocked():
         learned = config.copy_and_resolve_references()
         learned.model.learned_positions = 1024
     with pytest.raises(ValueError, match="rows of 4096 tokens, and the model has learned 1024 pos"):
-        cases.make(learned, where, cases.parse_mesh("fsdp=-1"))
+        candidates.make(learned, where, candidates.parse_mesh("fsdp=-1"))
     with pytest.raises(ValueError, match="a product of some of the slice's dimensions 2 x 4 x 4"):
-        cases.make(config, slice_of("v5p:2x4x4"), cases.parse_mesh("data=2,fsdp=8,seq=2"))
+        candidates.make(config, slice_of("v5p:2x4x4"), candidates.parse_mesh("data=2,fsdp=8,seq=2"))
     with pytest.raises(ValueError, match="a product of some of the slice's dimensions 2 x 4 x 4"):
-        mesh = cases.parse_mesh("data=2,fsdp=8,seq=2")
-        cases.make(config, slice_of("v5p:2x4x4"), mesh, tokens_per_device=1024)
-    long = cases.make(config, where, cases.parse_mesh("fsdp=2,seq=2"), "ring", None, 1024)
+        mesh = candidates.parse_mesh("data=2,fsdp=8,seq=2")
+        candidates.make(config, slice_of("v5p:2x4x4"), mesh, tokens_per_device=1024)
+    long = candidates.make(config, where, candidates.parse_mesh("fsdp=2,seq=2"), "ring", None, 1024)
     assert (long.config.data.batch_size, long.config.data.seq_len) == (2, 2048)
     row = compiled.described(long)
     assert row["mesh"] == {"fsdp": 2, "seq": 2} and row["collective"] == "ring"

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.dispatch import devices
-from kernels_pallas.tools import tpu_bundles, tpu_compile
+from kernels_pallas.tools import hlo, tpu_bundles, tpu_compile
 
 LISTING = Path(__file__).parent / "tpu_listing"
 X, W = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 128), (128, 128)))
@@ -107,7 +107,7 @@ def test_too_much_vmem_raises():
 @pytest.mark.slow
 def test_several_processes_compile_at_once():
     code = (
-        "import jax, jax.numpy as jnp; from kernels_pallas import tpu_compile as t; import time\n"
+        "import jax, jax.numpy as jnp; from kernels_pallas.tools import tpu_compile as t; import time\n"
         "for _ in range(5): t.compile_for('v6e', lambda x: x @ x, jax.ShapeDtypeStruct((128, 128), jnp.float32))\n"
         "time.sleep(3)"
     )
@@ -197,7 +197,7 @@ def test_bytes_of_xla_are_operands_and_results():
 def test_bytes_of_prefetches_are_those_of_their_slices():
     """Half of x comes to VMEM as a slice, y whole; the kernel reads both there and writes its
     result to HBM."""
-    hlo = """
+    module = hlo.HloModule("""
 ENTRY %main (x: f32[1024], y: f32[512]) -> f32[512] {
   %x = f32[1024]{0:T(1024)} parameter(0)
   %y = f32[512]{0:T(1024)} parameter(1)
@@ -208,14 +208,14 @@ ENTRY %main (x: f32[1024], y: f32[512]) -> f32[512] {
   %k.1 = f32[512]{0:T(1024)} custom-call(%slice-done, %copy-done), custom_call_target="tpu_custom_call"
   ROOT %neg = f32[512]{0:T(1024)} negate(%k.1)
 }
-"""
+""")
     read_ahead, in_vmem, negated = 2 * 4 * 512, 2 * 4 * 512, 2 * 4 * 512
-    assert tpu_bundles.xla_bytes(hlo) == read_ahead - in_vmem + negated
-    assert tpu_bundles.unestimated_bytes(hlo) == negated
+    assert tpu_bundles.xla_bytes(module) == read_ahead - in_vmem + negated
+    assert tpu_bundles.unestimated_bytes(module) == negated
 
 
 def test_a_slice_and_an_update_in_place_move_what_they_touch():
-    hlo = """
+    module = hlo.HloModule("""
 ENTRY %main (x: f32[1024]) -> f32[1024] {
   %x = f32[1024]{0:T(1024)} parameter(0)
   %zero = s32[] constant(0)
@@ -223,5 +223,37 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
   %slice = f32[8]{0:T(1024)} slice(%x), slice={[0:8]}
   ROOT %update = f32[1024]{0:T(1024)} dynamic-update-slice(%neg, %slice, %zero)
 }
-"""
-    assert tpu_bundles.xla_bytes(hlo) == 2 * 4 * 1024 + 2 * 4 * 8 + 2 * 4 * 8
+""")
+    assert tpu_bundles.xla_bytes(module) == 2 * 4 * 1024 + 2 * 4 * 8 + 2 * 4 * 8
+
+
+def test_cycles_of_loops_and_of_the_dearest_branch():
+    module = hlo.HloModule("""
+%cheap (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %one = f32[8]{0} negate(%a), backend_config={"estimated_cycles":"5"}
+}
+
+%dear (b: f32[8]) -> f32[8] {
+  %b = f32[8]{0} parameter(0)
+  ROOT %other = f32[8]{0} exponential(%b), backend_config={"estimated_cycles":"70"}
+}
+
+%body (c: f32[8]) -> f32[8] {
+  %c = f32[8]{0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %either = f32[8]{0} conditional(%i, %c, %c), branch_computations={%cheap, %dear}
+}
+
+%test (d: f32[8]) -> pred[] {
+  %d = f32[8]{0} parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %w = f32[8]{0} while(%x), condition=%test, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+""")
+    assert tpu_bundles.xla_cycles(module) == 3 * 70
+    assert tpu_bundles.xla_bytes(module) is None

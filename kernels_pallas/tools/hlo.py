@@ -1,0 +1,376 @@
+"""A reader of compiled programs' HLO text: what runs, how often, and which arrays it touches.
+
+    module = hlo.HloModule(executable.as_text())
+    for visit in module.visits():               # every instruction, in loops and fusions too
+        visit.times, visit.instruction.operation, visit.instruction.arrays
+
+XLA's own `cost_analysis` counts the body of a loop once. Here it counts as often as it runs: by
+the compiler's `known_trip_count`, or by carrying out the scalar instructions between the loop's
+counters and its test. Those are few, but a counter may start anywhere, step by more than one where
+the compiler unrolled, and be compared as u32 or s32.
+"""
+
+import functools
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}  # others say theirs: f32, s8, c64
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](\{[^}]*\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
+_HEAD = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+# The start of an asynchronous operation names what it runs; a reduction applies its computation to
+# single elements.
+_NOT_ENTERED = {
+    "async-update", "async-done", "reduce", "reduce-window", "scatter", "sort", "map",
+    "select-and-scatter", "all-reduce", "all-reduce-start", "reduce-scatter",
+}  # fmt: skip
+
+
+class Array(NamedTuple):
+    """space: the memory that it lies in: 0 is HBM and, on a TPU, 1 is VMEM."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    space: int
+
+    @property
+    def bytes(self) -> int:
+        digits = re.search(r"\d+", self.dtype)
+        bits = _BITS[self.dtype] if self.dtype in _BITS else int(digits[0])
+        return math.prod(self.shape) * bits // 8
+
+    @property
+    def in_hbm(self) -> bool:
+        return self.space == 0
+
+
+class Instruction(NamedTuple):
+    """operands: names in the same computation. attributes: the text after the operands; of a
+    constant or a parameter, its value or number."""
+
+    name: str
+    result: str
+    operation: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def arrays(self) -> list[Array]:
+        """The arrays of the result, of which a tuple has several."""
+        return [
+            Array(
+                dtype,
+                tuple(int(n.strip("<=")) for n in shape.split(",") if n),
+                int(space[1]) if (space := re.search(r"S\((\d+)", layout)) else 0,
+            )
+            for dtype, shape, layout in _ARRAY.findall(self.result)
+        ]
+
+    @property
+    def called(self) -> list[str]:
+        """The computations that this instruction runs; of a loop, its body."""
+        names = _CALLED.findall(self.attributes)
+        if branches := _BRANCHES.search(self.attributes):
+            names += re.findall(r"[\w.\-]+", branches[1])
+        return names
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether this is a Pallas TPU kernel."""
+        return 'custom_call_target="tpu_custom_call"' in self.attributes
+
+    @property
+    def estimated_cycles(self) -> int | None:
+        """The compiler's own estimate, if it made one."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=(\{{(?:[^{{}}]|\{{[^}}]*\}})*\}}|[^,\s]+)", self.attributes)
+        return found and found[1]
+
+
+class Visit(NamedTuple):
+    """times: in one run of the program. fused: inside a fusion, where it moves nothing itself."""
+
+    instruction: Instruction
+    computation: str
+    times: int
+    fused: bool
+
+
+class HloModule:
+    """A module's computations by name: the instructions of each, in the order they run in."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.roots: dict[str, str] = {}
+        self._trips: dict[str, int | None] = {}
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if header := _COMPUTATION.match(line):
+                name = header[2]
+                current = self.computations[name] = []
+                if header[1]:
+                    self.entry = name
+            elif head := _HEAD.match(line):
+                current.append(_instruction(head[2], line[head.end() :]))
+                if head[1]:
+                    self.roots[name] = head[2]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, dict[str, Instruction]]:
+        return {
+            name: {instruction.name: instruction for instruction in body}
+            for name, body in self.computations.items()
+        }
+
+    def root(self, computation: str) -> Instruction:
+        return self.by_name[computation][self.roots[computation]]
+
+    def operands(self, instruction: Instruction, computation: str) -> list[Instruction]:
+        known = self.by_name[computation]
+        return [known[name] for name in instruction.operands if name in known]
+
+    def trips(self, loop: Instruction, computation: str) -> int:
+        """Returns how often the body of a `while` runs.
+
+        Once where the text does not say; the loop is then one of `unknown_loops`.
+        """
+        if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
+            return int(known[1])
+        if loop.name not in self._trips:
+            self._trips[loop.name] = _counted_trips(self, loop, computation)
+        return self._trips[loop.name] or 1
+
+    @property
+    def unknown_loops(self) -> list[str]:
+        """The loops among those that `trips` was asked for whose number of trips is unknown."""
+        return [name for name, trips in self._trips.items() if trips is None]
+
+    def visits(self) -> Iterator[Visit]:
+        """Yields all that runs: in loops, calls, fusions, and all branches as if taken."""
+        yield from self._visits(self.entry, 1, False)
+
+    def within(self, fusion: str) -> Iterator[Visit]:
+        """Yields what a fused computation does, once."""
+        yield from self._visits(fusion, 1, True)
+
+    def _visits(self, computation: str, times: int, fused: bool) -> Iterator[Visit]:
+        for instruction in self.computations[computation]:
+            yield Visit(instruction, computation, times, fused)
+            if instruction.operation in _NOT_ENTERED:
+                continue
+            loop = instruction.operation == "while"
+            inner = times * (self.trips(instruction, computation) if loop else 1)
+            for name in instruction.called:
+                within = fused or instruction.operation == "fusion"
+                yield from self._visits(name, inner, within)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    """Parses `type operation(operands), attributes`: types may be tuples, operands have types."""
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    result, rest = text[:end], text[end:].lstrip()
+    opening = rest.index("(")
+    operation, closing = rest[:opening], _closing(rest, opening)
+    inside = rest[opening + 1 : closing]
+    attributes = inside if operation in ("constant", "parameter") else rest[closing + 1 :]
+    operands = re.findall(r"%([\w.\-]+)", inside) or re.findall(
+        r"([A-Za-z_][\w.\-]*)(?:,|$)", inside
+    )
+    return Instruction(name, result, operation, tuple(operands), attributes)
+
+
+def _closing(text: str, opening: int) -> int:
+    depth = 0
+    for found in re.finditer(r"[()]", text[opening:]):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return opening + found.start()
+    raise ValueError(f"unbalanced: {text[opening : opening + 80]!r}")
+
+
+def flops(module: HloModule, visit: Visit) -> int:
+    """Returns one run's multiplications and additions of a dot or a convolution, else 0."""
+    instruction, operation = visit.instruction, visit.instruction.operation
+    if operation not in ("dot", "convolution"):
+        return 0
+    left, right = (x.arrays[0].shape for x in module.operands(instruction, visit.computation)[:2])
+    out = instruction.arrays[0].shape
+    if operation == "dot":
+        summed = _numbers(instruction.attribute("lhs_contracting_dims") or "")
+        return 2 * math.prod(out) * math.prod(left[i] for i in summed)
+    return _convolution_flops(instruction, left, right, out)
+
+
+def _convolution_flops(instruction: Instruction, left, right, out) -> int:
+    """Counts what multiplies elements: no padding, no holes of a dilation."""
+    lhs_labels, rhs_labels, out_labels = re.split(r"_|->", instruction.attribute("dim_labels"))
+    window = instruction.attribute("window") or ""
+    fields = dict(re.findall(r"(\w+)=([\d_x\-]+)", window))
+    spatial = sorted(label for label in rhs_labels if label.isdigit())
+
+    def of(field, index, default):
+        return fields[field].split("x")[index] if field in fields else default
+
+    total = (
+        2 * out[out_labels.index("b")] * out[out_labels.index("f")] * right[rhs_labels.index("i")]
+    )
+    for index, label in enumerate(spatial):
+        low = int(of("pad", index, "0_0").split("_")[0])
+        total *= _window_hits(
+            left[lhs_labels.index(label)], right[rhs_labels.index(label)],
+            out[out_labels.index(label)], low,
+            *(int(of(f, index, "1")) for f in ("stride", "lhs_dilate", "rhs_dilate")),
+        )  # fmt: skip
+    return total // int(instruction.attribute("batch_group_count") or 1)
+
+
+@functools.cache
+def _window_hits(
+    size: int, window: int, outputs: int, low: int, stride: int, holes: int, spread: int
+) -> int:
+    """Counts the pairs (output, window position) of one dimension that fall on an element."""
+    (few, few_step), (many, many_step) = sorted([(outputs, stride), (window, spread)])
+    at_many = np.arange(many) * many_step - low
+    hits = 0
+    for i in range(few):
+        at = at_many + i * few_step
+        hits += int(((at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)).sum())
+    return hits
+
+
+def groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
+    """Returns the groups of devices that a collective joins; of a permute, (source, target) pairs.
+
+    Devices are numbers in the program's order. XLA writes groups as lists, as a shape that numbers
+    fill (transposed where it says so), or as axes of a mesh of its own.
+    """
+    if pairs := instruction.attribute("source_target_pairs"):
+        numbers = _numbers(pairs)
+        return [p for p in zip(numbers[::2], numbers[1::2]) if p[0] != p[1]] or [(0,)]
+    text = instruction.attributes
+    if named := re.search(
+        rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*?)\}}", text
+    ):
+        axes, shape, order, along = named.groups()
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+        ids = _iota(_numbers(shape) if shape else [*sizes.values()], order)
+        return _along(ids.reshape([*sizes.values()]), list(sizes), along)
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", text):
+        shape, of, order = iota.groups()
+        ids = _iota(_numbers(of), order).reshape(_numbers(shape))
+        return [tuple(map(int, group)) for group in ids]
+    lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text)
+    found = re.findall(r"\{([\d,]+)\}", lists[1] if lists else "")
+    return [tuple(_numbers(group)) for group in found] or [tuple(range(devices))]
+
+
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _iota(shape: list[int], order: str | None) -> np.ndarray:
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _along(ids: np.ndarray, names: list[str], along: str) -> list[tuple[int, ...]]:
+    """Groups devices along mesh axes. 'x':(2)4 is the 4 of an axis x of size 2 * 4 * rest."""
+    for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", along):
+        i = names.index(name)
+        split = (int(before), int(size), ids.shape[i] // (int(before) * int(size)))
+        ids = ids.reshape(ids.shape[:i] + split + ids.shape[i + 1 :])
+        names[i : i + 1] = [f"{name} before", name, f"{name} after"]
+    moved = [names.index(name) for name in re.findall(r"'([^']+)'", along)]
+    ids = np.moveaxis(ids, moved, range(-len(moved), 0))
+    size = int(np.prod(ids.shape[-len(moved) :]))
+    return [tuple(map(int, group)) for group in ids.reshape(-1, size)]
+
+
+_MOST_TRIPS = 1_000_000
+_BINARY = {
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "minimum": min,
+    "maximum": max, "and": operator.and_, "or": operator.or_,
+}  # fmt: skip
+_COMPARE = {
+    "LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq,
+    "NE": operator.ne,
+}  # fmt: skip
+_SAME = {"copy", "bitcast", "convert", "reshape"}
+
+
+class _Unknown(Exception):
+    """Raised for a value that depends on more than constants and counters."""
+
+
+def _counted_trips(module: HloModule, loop: Instruction, computation: str) -> int | None:
+    """Counts a loop's rounds by its counters alone; None where they come from elsewhere."""
+    condition, body = ((loop.attribute(name) or "").lstrip("%") for name in ("condition", "body"))
+    counters: dict[int, int] = {}  # by their index in the loop's tuple, those that matter
+
+    def outside(_):
+        raise _Unknown
+
+    def element(where: str, of: Instruction, index: int, counter: Callable) -> int:
+        if of.operation != "tuple":
+            raise _Unknown
+        return _value(module, where, of.operands[index], counter)
+
+    def now(index: int) -> int:
+        if index not in counters:
+            (start,) = module.operands(loop, computation)
+            counters[index] = element(computation, start, index, outside)
+        return counters[index]
+
+    try:
+        for rounds in range(_MOST_TRIPS):
+            if not _value(module, condition, module.roots[condition], now):
+                return rounds
+            known = -1
+            while known != len(counters):  # the next value of one may need another
+                known = len(counters)
+                later = {i: element(body, module.root(body), i, now) for i in list(counters)}
+            counters.update(later)
+    except _Unknown:
+        pass
+    return None
+
+
+def _value(module: HloModule, computation: str, name: str, element: Callable[[int], int]) -> int:
+    """Evaluates a scalar. element(index): of the loop's tuple, or of a fusion's operands."""
+    instruction = module.by_name[computation][name]
+    operation, attributes = instruction.operation, instruction.attributes
+    if operation == "constant" and re.fullmatch(r"-?\d+|true|false", attributes):
+        return {"true": 1, "false": 0}[attributes] if attributes.isalpha() else int(attributes)
+    if operation == "get-tuple-element":
+        if module.operands(instruction, computation)[0].operation == "parameter":
+            return element(int(instruction.attribute("index")))
+        raise _Unknown
+    if operation == "parameter":  # of a fusion
+        return element(int(attributes))
+
+    def operand(i: int) -> int:
+        return _value(module, computation, instruction.operands[i], element)
+
+    if operation in _SAME:
+        return operand(0)
+    if operation in _BINARY:
+        return _BINARY[operation](operand(0), operand(1))
+    if operation == "compare":
+        return _COMPARE[instruction.attribute("direction")](operand(0), operand(1))
+    if operation in ("fusion", "call"):
+        (inner,) = instruction.called
+        return _value(module, inner, module.roots[inner], operand)
+    raise _Unknown
