@@ -150,8 +150,7 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
         raise ValueError(
             f"{path}: unknown architecture {name!r}; supported in GGUF are {', '.join(_ARCHITECTURES)}"
         )
-    for field, neutral in _UNSUPPORTED.items():
-        metadata.require(f"{name}.{field}", neutral)
+    metadata.require(**{f"{name}.{field}": neutral for field, neutral in _UNSUPPORTED.items()})
     embedding = tensors.entries.get("model.embed_tokens.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{path} has no token embedding, token_embd.weight")
@@ -179,7 +178,7 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
         "rope_scaling": _rope_scaling(metadata, name, base, header),
         "tie_word_embeddings": "lm_head.weight" not in tensors.entries,
     }
-    metadata.require(f"{name}.rope.dimension_count", config["head_dim"])
+    metadata.require(**{f"{name}.rope.dimension_count": config["head_dim"]})
     if window := metadata.get(f"{name}.attention.sliding_window"):
         if name != "llama":
             raise ValueError(f"{path}: {name} with a sliding window is not supported in GGUF")

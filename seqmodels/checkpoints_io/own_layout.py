@@ -19,7 +19,7 @@ _FORMAT = 1
 
 
 def _model_config(config: HFConfig) -> dict[str, Any]:
-    config.require("format", _FORMAT)
+    config.require(format=_FORMAT)
     model = config.section("model").fields
     if not model:
         raise ValueError(f"{config.name} lacks 'model', the config.model of a seqmodels model")
