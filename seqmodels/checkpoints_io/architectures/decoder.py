@@ -188,8 +188,8 @@ def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any
     }
 
 
-def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec], **fields) -> dict[str, Any]:
-    """Writes config.json's fields for every family; `fields` add to them."""
+def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, Any]:
+    """Writes the fields of config.json that every family has; refuses other mixers."""
     if others := sorted({s.name for s in specs} - {"attention"}):
         raise ValueError(
             f"only softmax attention has a place in this layout; there is {', '.join(others)}"
@@ -210,7 +210,6 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec], **fields) -> di
         "max_position_embeddings": max(o["max_length"] for o in options),
         "sliding_window": min(windows) if windows else None,
         **rope_fields(rotated),
-        **fields,
     }
 
 

@@ -1,6 +1,8 @@
-"""What the layouts of flash-linear-attention (github.com/fla-org/flash-linear-attention) share: x <-
-x + mixer(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms. Every mixer is called "attn", and
-the field `attn` of config.json says which layers have softmax attention in its place."""
+"""What the layouts of flash-linear-attention (github.com/fla-org/flash-linear-attention) share.
+
+Layers are x <- x + mixer(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms. Tensors of every
+mixer are called "attn"; the field `attn` of config.json says which layers have softmax attention.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Gated DeltaNet (arXiv 2412.06464), as flash-linear-attention's GatedDeltaNetForCausalLM has it."""
+"""Gated DeltaNet (arXiv 2412.06464), as GatedDeltaNetForCausalLM of flash-linear-attention."""
 
 from seqmodels.checkpoints_io.architectures import Field, HFConfig, fields_of, fla, parts
 

@@ -23,9 +23,9 @@ def _model_config(config):
 
 
 def _hf_config(model, specs):
-    fields = decoder.hf_config(model, specs, **bias_fields(model, specs))
+    fields = decoder.hf_config(model, specs)
     del fields["sliding_window"]
-    return fields
+    return fields | bias_fields(model, specs)
 
 
 ARCHITECTURE = Architecture("llama", "LlamaForCausalLM", _model_config, _hf_config, decoder.tensors)

@@ -141,7 +141,7 @@ def linears(
 def packed_linear(
     name: str, ours: str, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """One nn.Linear whose output features are those of several of ours, {ours: features}, in turn."""
+    """One nn.Linear whose output features are, in turn, those of several of ours."""
     paths, sizes = [f"{ours}/{own}" for own in widths], list(widths.values())
     yield rules.split(f"{name}.weight", [f"{p}/kernel" for p in paths], sizes)
     if bias:

@@ -31,11 +31,11 @@ def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
     return decoder.layers(with_layer_types(config, lambda i: i >= first), options)
 
 
-def hf_config(model, specs, **fields):
-    """Writes config.json with the windows as Qwen's configs say them; `fields` add to it."""
+def hf_config(model, specs):
+    """Writes config.json with the windows as Qwen's configs say them."""
+    fields = decoder.hf_config(model, specs)
     types = decoder.layer_types(specs)
-    windows = {"layer_types": types, "use_sliding_window": "sliding_attention" in types}
-    return decoder.hf_config(model, specs, **windows, **fields)
+    return fields | {"layer_types": types, "use_sliding_window": "sliding_attention" in types}
 
 
 def _model_config(config):

@@ -17,8 +17,8 @@ def _model_config(config):
 
 
 def _hf_config(model, specs):
-    bias = parts.option_values(specs[0])["use_bias"]
-    return qwen2.hf_config(model, specs, attention_bias=bias)
+    fields = qwen2.hf_config(model, specs)
+    return fields | {"attention_bias": parts.option_values(specs[0])["use_bias"]}
 
 
 ARCHITECTURE = Architecture("qwen3", "Qwen3ForCausalLM", _model_config, _hf_config, decoder.tensors)

@@ -37,9 +37,9 @@ def _without_positions(spec):
 
 
 def _hf_config(model, specs):
+    fields = qwen2.hf_config(model, specs) | llama.bias_fields(model, specs)
     rotated = [int(parts.option_values(s)["rope_base"] is not None) for s in specs]
-    biases = llama.bias_fields(model, specs)
-    return qwen2.hf_config(model, specs, **biases, no_rope_layers=rotated)
+    return fields | {"no_rope_layers": rotated}
 
 
 ARCHITECTURE = Architecture(
