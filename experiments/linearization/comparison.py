@@ -151,7 +151,7 @@ def table(rows: dict[str, dict], contexts: tuple[int, ...]) -> str:
         cells = [name, f"{row['perplexity']:.3f}"]
         cells += [f"{row[key]:.4g}" if key in row else "" for key in ("transfer", "map_kl")]
         cells += [f"{row[key]:,}" if key in row else "" for key in ("trained", "tokens")]
-        cells += [f"{1 / r['seconds_a_token']:.1f}" for r in row["decoding"]]
+        cells += [f"{1 / r['seconds_per_token']:.1f}" for r in row["decoding"]]
         cells += [_bytes(r["state_bytes"]) for r in row["decoding"]]
         lines.append(cells)
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)

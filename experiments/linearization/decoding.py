@@ -37,7 +37,7 @@ def state_bytes(model_config: dict[str, Any], context: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def seconds_a_token(
+def seconds_per_token(
     model_config: dict[str, Any], params, context: int, tokens: int = 8, rounds: int = 3
 ) -> float:
     """Of one sequence's decoding, the median of `rounds` runs of `tokens` steps, compilation left
@@ -65,12 +65,12 @@ def seconds_a_token(
 
 
 def measure(model_config: dict[str, Any], params, contexts: Sequence[int]) -> list[dict]:
-    """Rows context, state_bytes, seconds_a_token."""
+    """Rows context, state_bytes, seconds_per_token."""
     return [
         {
             "context": context,
             "state_bytes": state_bytes(model_config, context),
-            "seconds_a_token": seconds_a_token(model_config, params, context),
+            "seconds_per_token": seconds_per_token(model_config, params, context),
         }
         for context in contexts
     ]
@@ -78,7 +78,7 @@ def measure(model_config: dict[str, Any], params, contexts: Sequence[int]) -> li
 
 def picture(rows: dict[str, list[dict]], path: Path) -> None:
     """Milliseconds a token and megabytes of state against the context, a line a model."""
-    what = {"seconds_a_token": ("milliseconds a token", 1e3), "state_bytes": ("MB of state", 1e-6)}
+    what = {"seconds_per_token": ("milliseconds per token", 1e3), "state_bytes": ("MB of state", 1e-6)}
     plots.lines(
         {
             label: {
