@@ -1,11 +1,11 @@
 """Turns a softmax transformer into a linear-time model.
 
     python -m experiments.linearize --config=configs/linearize/liger.py:smollm --workdir=/tmp/liger
-    python -m experiments.linearize --config=configs/linearize/lolcats.py
-    --config.linearize.teacher=runs/teacher
+    python -m experiments.linearize --config=configs/linearize/lolcats.py \\
+        --config.linearize.teacher=runs/teacher
 
-Everything lands in --workdir: a folder a stage, and `student`, which `experiments.evaluate` and
-`experiments.generate` take as their --workdir. The same command with the same --workdir goes on
+Everything goes to --workdir: a folder per stage, and `student`, which `experiments.evaluate` and
+`experiments.generate` take as their --workdir. The same command with the same --workdir resumes
 from its last checkpoint.
 """
 

@@ -1,15 +1,14 @@
-"""Datasets: packed text and synthetic tasks, through Grain, resumable and sharded by process.
+"""Makes datasets of packed text and synthetic tasks through Grain, resumable, sharded by process.
 
     dataset = make_dataset(config.data, "train")     # "validation", "test": one pass
     for batch in dataset: ...                        # see batches.Dataset
 
-`default_config(name)` gives the options of a dataset with these defaults; `make_dataset` takes a
-ConfigDict or a dict, fills in what is missing and rejects what it does not know.
+`default_config(name)` returns the options of a dataset with these defaults; `make_dataset` takes a
+ConfigDict or a dict, fills in missing options and rejects unknown ones.
 
 Every dataset
   name             python_stdlib, text, tfds, or a task (below)
-  batch_size=16    rows of a global batch; must divide over the processes; a run can go on with
-    another
+  batch_size=16    rows of a global batch, shared equally by processes; may change in a resumed run
   eval_batch_size=0   the same for validation and test; 0 is batch_size
   seed=0           order of the training documents, or the examples of a task
   prefetch=2       batches read ahead on a thread; 0 reads in the caller's thread
@@ -17,10 +16,10 @@ Every dataset
 Text (python_stdlib, text, tfds)
   seq_len=512      T: length of a packed row
   tokenizer="bytes"   or the path of a Hugging Face tokenizer.json
-  document_token=""   with a file: its token that stands before each document, and is the target of
-                   each document's last token; "" adds an id
+  document_token=""   of a tokenizer file: the token before each document, which is also the label
+                   of each document's last token; "" adds an id
 python_stdlib      the source of this Python's standard library (stdlib_corpus.py)
-  data_dir=""      where it is kept; "" is ~/.cache/seqmodels
+  data_dir=""      where it is kept; "" is $SEQMODELS_CACHE or ~/.cache/seqmodels
 text               files of your own (text.py)
   paths=""         files, folders, globs, with commas between them
   paths_validation="", paths_test=""   held-out files; both empty: `paths` is split 90/5/5
@@ -33,7 +32,7 @@ tfds               any TFDS dataset stored as array_record (tfds_source.py)
   train_split="train", validation_split="validation", test_split="test"   in TFDS's notation
 
 Tasks (tasks/): mqar, parity, modular_arithmetic, word_problem, selective_copying
-  num_examples=0   training examples, gone over again and again; 0 never repeats one
+  num_examples=0   training examples, repeated in a new order each epoch; 0 never repeats one
   eval_examples=1024   validation and test examples
   and the fields of the task's dataclass; a field eval_x other than 0 replaces x outside of training
 """
@@ -84,7 +83,7 @@ DATASETS = (*_TEXTS, *tasks.TASKS)
 
 
 def default_config(name: str) -> ConfigDict:
-    """Every option of a dataset, with its default: the `data` section of a config."""
+    """Returns every option of a dataset with its default: the `data` section of a config."""
     if name not in DATASETS:
         raise ValueError(
             f"Unknown dataset {name!r}{_hint(name, DATASETS)}; the choices are {', '.join(DATASETS)}."
@@ -96,10 +95,10 @@ def default_config(name: str) -> ConfigDict:
 def make_dataset(
     config: Mapping[str, Any], split: str, *, process_index: int = 0, process_count: int = 1
 ) -> Dataset:
-    """One split of the dataset that `config` (a config's `data` section) describes.
+    """Makes one split of the dataset that `config` (a config's `data` section) describes.
 
-    Of every global batch this process gets the rows [process_index, process_index + 1) *
-    batch_size / process_count. The global batches do not depend on the number of processes.
+    Of every global batch, which does not depend on the number of processes, this process gets the
+    rows [process_index, process_index + 1) * batch_size / process_count.
     """
     config = _filled(config)
     batches.check_split(split)
@@ -137,7 +136,7 @@ def make_dataset(
 
 
 def documents(config: Mapping[str, Any], split: str):
-    """The documents of a text dataset's split as bytes: `len` and `[i]`."""
+    """Returns a text dataset's documents of a split as bytes, with `len` and `[i]`."""
     config = _filled(config)
     batches.check_split(split)
     # TFDS takes seconds to import, and only two of the datasets need it.
@@ -170,13 +169,13 @@ def documents(config: Mapping[str, Any], split: str):
 
 
 def split_bytes(config: Mapping[str, Any], split: str) -> bytes:
-    """All the bytes of a text dataset's split, its documents one after the other."""
+    """Returns all bytes of a text dataset's split, its documents one after the other."""
     source = documents(config, split)
     return b"".join(source[i] for i in range(len(source)))
 
 
 def _filled(config: Mapping[str, Any]) -> ConfigDict:
-    """`config` with the defaults of what it leaves out; options that do not exist raise."""
+    """Fills in the defaults of missing options; unknown options raise."""
     if "name" not in config:
         raise ValueError(f"data.name is missing; the choices are {', '.join(DATASETS)}.")
     filled = default_config(config["name"])

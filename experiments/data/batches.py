@@ -1,4 +1,4 @@
-"""What every dataset hands out, and which rows of a global batch belong to a process."""
+"""Defines what every dataset yields, and which rows of a global batch belong to a process."""
 
 import atexit
 import dataclasses
@@ -14,24 +14,25 @@ from seqmodels.text import tokenizers
 
 SPLITS = ("train", "validation", "test")
 
-State = dict[str, Any]  # of an iterator: a dict, ready for JSON
+State = dict[str, Any]  # an iterator's position, ready for JSON
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """One split of one dataset, as this process sees it.
 
-    `iter(dataset)` starts a fresh Grain iterator: `next` gives a batch, `get_state` and `set_state`
-    (a small dict, ready for JSON) save and restore the position exactly, and Orbax takes
-    the iterator itself as a checkpointable. The state is that of the last batch handed out,
-    whatever was read ahead. The train split never ends; the others end after one pass.
+    `iter(dataset)` starts a fresh Grain iterator: `next` returns a batch, `get_state` and
+    `set_state` save and restore the position exactly, that of the last batch returned, whatever was
+    read ahead. Orbax takes the iterator itself as a checkpointable. The train split never ends; the
+    others end after one pass.
 
     A batch is a dict of arrays of one shape (rows of this process, T):
-      inputs int32; labels int32 (0 where there is none); segment_ids int32 (documents of a row
-      count from 1, padding is 0); loss_mask float32 (0 where there is no target); num_bytes int32
-      (bytes of text that the target stands for; 0 for the synthetic tasks).
-    In text the target of a document's last token is the tokenizer's document_id.
-    A row's length is `(segment_ids > 0).sum(-1)`.
+      inputs       int32
+      labels       int32; 0 where there is none. In text that of a document's last token is the
+                   tokenizer's document_id
+      segment_ids  int32: documents of a row count from 1, padding is 0
+      loss_mask    float32: 0 where there is no label
+      num_bytes    int32: bytes of text that the label stands for; 0 for the synthetic tasks
 
     vocab_size: ids lie in [0, vocab_size); a model takes its vocabulary from here.
     tokenizer: None for the synthetic tasks.
@@ -48,18 +49,14 @@ class Dataset:
 
 
 def empty(rows: int, seq_len: int) -> dict[str, np.ndarray]:
-    """A batch of padding only, to be written into."""
-    return {
-        "inputs": np.zeros((rows, seq_len), np.int32),
-        "labels": np.zeros((rows, seq_len), np.int32),
-        "segment_ids": np.zeros((rows, seq_len), np.int32),
-        "loss_mask": np.zeros((rows, seq_len), np.float32),
-        "num_bytes": np.zeros((rows, seq_len), np.int32),
-    }
+    """Returns a batch of padding alone, to be written into."""
+    dtypes = dict.fromkeys(("inputs", "labels", "segment_ids", "loss_mask", "num_bytes"), np.int32)
+    dtypes["loss_mask"] = np.float32
+    return {name: np.zeros((rows, seq_len), dtype) for name, dtype in dtypes.items()}
 
 
 def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """The rows of the global batch that one process supplies: equal, contiguous slices."""
+    """Returns the rows of the global batch that one process supplies: equal, contiguous slices."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1 row")
     if batch_size % process_count:
@@ -76,8 +73,10 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> ran
 
 
 def join_states(states: list[State]) -> State:
-    """The position of a whole dataset from those of its shares, in their order: lists, which have
-    an entry for each row, one after the other; all else is the same in all shares."""
+    """Joins the positions of a dataset's shares, in their order, to that of the whole dataset.
+
+    Lists, which have an entry per row, are concatenated; all else must be equal in all shares.
+    """
     joined = {}
     for key, value in states[0].items():
         values = [state[key] for state in states]
@@ -93,7 +92,7 @@ def join_states(states: list[State]) -> State:
 
 
 def check_state(state: State, names: Sequence[str]) -> None:
-    """Raises ValueError where a position is not of the kind that has these entries."""
+    """Raises ValueError for a position that has other entries than these."""
     if sorted(state) != sorted(names):
         raise ValueError(
             f"the data position that was saved has {', '.join(sorted(state)) or 'nothing'}, and one in this dataset has "
@@ -103,14 +102,14 @@ def check_state(state: State, names: Sequence[str]) -> None:
 
 
 class EpochOrder:
-    """An endless shuffle of 0 ... n-1 with random access: `[i]` lies in epoch i // n, and every
-    epoch has an order of its own.
+    """An endless shuffle of 0 ... n-1 with random access, without memory: `[i]` lies in epoch
+    i // n, and every epoch has an order of its own.
 
-    A Feistel network is a bijection of the 4^h >= n numbers of 2h bits whatever its round function;
-    a place outside [0, n) is sent through again until it falls inside (cycle walking: Black and
-    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No memory, however many documents.
-    Grain's own shuffle is of this kind, but takes 12 ms an element for n = 5, since it starts from
-    2^16 places, and (0.2.18) is no bijection for n = 4^k + 1.
+    A Feistel network permutes the 4^h >= n numbers of 2h bits, whatever its round function. A
+    number outside [0, n) is sent through again until it falls inside (cycle walking: Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Grain's own shuffle is of this kind,
+    but takes 12 ms per element for n = 5, as it starts from 2^16 numbers, and (0.2.18) does not
+    permute for n = 4^k + 1.
     """
 
     ROUNDS = 6
@@ -129,7 +128,8 @@ class EpochOrder:
         while True:
             left, right = place >> half, place & ones
             for key in keys:
-                # Multiply, fold, multiply; the high bits of a product depend on all of the input.
+                # The round function: multiply, fold, multiply. A product's high bits, which are
+                # taken, depend on all bits of the input.
                 mixed = (right ^ key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
                 mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF
                 left, right = right, left ^ mixed >> (64 - half)
@@ -154,8 +154,8 @@ class Prefetched(grain.IterDataset):
 
 
 class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain's, closed once: its `__del__` closes again, and fails where Python is shutting down, or
-    where it was never whole."""
+    """Grain's iterator, closed at most once: its `__del__` closes it again, which fails when Python
+    is shutting down, or if `__init__` failed."""
 
     _done = True
 

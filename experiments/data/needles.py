@@ -1,17 +1,14 @@
-"""Text with a fact hidden in it, and a question that only the fact answers; of any length, at any
-depth.
+"""Makes texts of any length that hide a fact at any depth, and ask a question that it answers.
 
-    passkey    a five-digit pass key in a few sentences that repeat   (landmark attention, arXiv
-      2305.16300, section 4.2)
-    s_niah_1   a seven-digit number, kept under a word, in the same   (RULER, arXiv 2404.06654,
-      section 3 and table 2)
+    passkey    a five-digit pass key among a few repeated sentences
+    s_niah_1   a seven-digit number under a key word, among the same sentences
     s_niah_2   the same in prose that does not repeat
-    s_niah_3   a UUID, kept under a word, in prose
+    s_niah_3   a UUID under a key word, in prose
 
-The three forms are RULER's single needle in a haystack: form 2 takes away the contrast between
-needle and noise, form 3 asks for 32 hexadecimal digits and no slip. Its haystacks are essays; here
-the prose is made up from a seed, so that nothing has to be downloaded and no text is ever too
-short. The wording is our own: figures compare with each other, not with published ones.
+passkey is that of landmark attention (arXiv 2305.16300, section 4.2), the others are RULER's single
+needles in a haystack (arXiv 2404.06654, section 3 and table 2). RULER's prose is essays; ours is
+made from a seed, so that nothing is downloaded and no text is too short. The wording is our own:
+figures compare with each other, not with published ones.
 """
 
 import dataclasses
@@ -75,9 +72,9 @@ def _prose(rng: np.random.Generator) -> Iterator[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
-    """value: what is asked for. haystack: sentences without end. before, needle, after: text with
-    {key} and {value}."""
+class NeedleForm:
+    """How a text is made. value: draws what is asked for. haystack: an endless iterator of
+    sentences. before, needle, after: text with {key} and {value}."""
 
     value: Callable[[np.random.Generator], str]
     haystack: Callable[[np.random.Generator], Iterator[str]]
@@ -86,8 +83,8 @@ class Form:
     after: str
 
 
-def _niah(kind: str, value, haystack) -> Form:
-    return Form(
+def _niah(kind: str, value, haystack) -> NeedleForm:
+    return NeedleForm(
         value,
         haystack,
         before=f"Somewhere in this text a secret {kind} is given. Remember it; you will be asked for it.\n",
@@ -97,7 +94,7 @@ def _niah(kind: str, value, haystack) -> Form:
 
 
 FORMS = {
-    "passkey": Form(
+    "passkey": NeedleForm(
         functools.partial(_digits, count=5),
         _noise,
         before="There is an important number in this text, and much that does not matter. Find it and remember it.\n",
@@ -112,9 +109,9 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """prompt_N: token ids.  answer: the text that has to follow.  answer_tokens: to generate for
-      it.
-    depth: where the needle really begins, as a share of the haystack's tokens."""
+    """A text with a needle. prompt_N: token ids of `prompt`. answer: the text that has to follow.
+    answer_tokens: how many to generate for it. depth: where the needle begins, as a share of the
+    haystack's tokens."""
 
     prompt_N: np.ndarray
     prompt: str
@@ -132,12 +129,12 @@ def make_example(
     seed: int = 0,
     number: int = 0,
 ) -> Example:
-    """Example `number` of a form: as many whole sentences as fit, so that prompt and answer have
-    `length` tokens at most.
+    """Makes example `number` of a form: as many whole sentences as fit into `length` tokens with
+    needle, question and answer.
 
-    encode: a prompt to its token ids, with what stands before a text.
+    encode: a prompt to its token ids, with the special tokens before a text.
     depth: 0 puts the needle before all other sentences, 1 behind them. The same (seed, number)
-    hides the same value under the same key at every length and depth.
+      hides the same value under the same key at every length and depth.
 
     Raises ValueError for an unknown form, a depth outside [0, 1], and a length without room for
     needle and question.
@@ -174,6 +171,7 @@ def make_example(
         raise ValueError(
             f"length {length} is too short for {form}: needle, question and answer alone take {length + shortest - room} tokens"
         )
+    # Add sentences while their tokens, counted one by one, fit.
     sentences, sizes, total = [], [], shortest
     for sentence in shape.haystack(hay):
         size = count(f" {sentence}")
@@ -182,8 +180,8 @@ def make_example(
         sentences.append(sentence)
         sizes.append(size)
         total += size
+    # In the text sentences may have a token more than by themselves: drop some until all fit.
     while True:
-        # Sentences by themselves may have a token less than in the text.
         starts = np.concatenate([[0], np.cumsum(sizes)])
         place = int(np.abs(starts - depth * starts[-1]).argmin())
         text, prompt_N = tokens(sentences, place)

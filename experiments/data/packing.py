@@ -1,28 +1,25 @@
-"""Documents into rows of fixed length: concatenate and split, in lanes.
+"""Packs documents into rows of fixed length by concatenating and splitting them, in lanes.
 
-A document's tokens are [document id, t_1, ..., t_n, document id]: the id that the next document
-starts with is what its last token is followed by, so that a model learns where a text ends. Every
-t_i and the end are predicted exactly once, from the tokens before them in the same row, so summed
-losses are those of the whole text, byte for byte, and of where its documents end.
+A document's tokens are [document id, t_1, ..., t_n, document id], so that a model learns where a
+text ends. Every t_i and the end are predicted exactly once, from the tokens before them in the same
+row: summed losses are those of the whole text and of its documents' ends. A document that was cut
+for reading (`text.Piece`) has no end.
 
-A document that is cut for reading (`text.Piece`) has no such end: what follows is not told.
+Rows are filled to their ends. A document that does not fit continues in its lane's next row as a
+new segment: a model's state and context do not cross the cut, but the label of the last token
+before it is the first token after it, so no prediction is lost. Only padding, in the last rows of
+a one-pass split, has no label. (First-fit packing would keep more short documents whole, but leaves
+holes, and must read ahead.)
 
-A row is filled to its end. A document that does not fit goes on at the start of its lane's next
-row, as a new segment: a model's state and context do not reach over the cut, yet the target of the
-last token before it is the first token after it, so no prediction is lost. Every token has a target
-but padding, which only the last rows of a one-pass split carry. (First-fit packing would keep more
-short documents whole, but leaves holes and must read ahead, and its rows then depend on how far.)
-
-Lanes. Row r of every batch belongs to lane r, and lane r reads documents r, r + B, r + 2B, ... of
+Lanes: row r of every batch belongs to lane r, and lane r reads documents r, r + B, r + 2B, ... of
 the shuffled stream. So a batch holds B different documents, a process reads only its own lanes, and
-the global batch is the same for any number of processes. A one-pass split has a single lane, which
-every process reads whole and takes its rows from: all processes then see the same number of
-batches.
+the global batch is the same for any number of processes. A one-pass split has one lane, which every
+process reads whole and takes its rows from, so that all see the same number of batches.
 
-A run can go on with another batch size. Lanes that stay go on where they are, to the first document
-that nobody has been given; from there on documents are dealt to all lanes anew. So no document is
-read twice in an epoch, and with more lanes none is left out; of lanes that are left out, what they
-had not read of the documents given to them stays unread until the next epoch.
+A run can resume with another batch size. Remaining lanes continue up to the first document that no
+lane was given; from there on documents are dealt to all lanes anew. So no document is read twice
+in an epoch. With more lanes none is left out; with fewer, what the dropped lanes had not read of
+their documents stays unread until the next epoch.
 """
 
 import functools
@@ -48,12 +45,12 @@ def packed_batches(
     seed: int,
     what: str,
 ) -> grain.IterDataset:
-    """Batches of `rows` out of each global batch of packed documents.
+    """Returns batches of `rows` out of each global batch of packed documents.
 
-    documents: random access to bytes (`len`, `[i]`).  what: names the corpus in errors.
-    train=True repeats for ever in a new order each epoch; False is one pass, in an order that does
-      not
-    depend on seed: an evaluation's first batches are a sample, not the corpus's first files.
+    documents: random access to bytes (`len`, `[i]`).
+    train: True repeats forever in a new order each epoch. False is one pass, in a shuffled order
+      that does not depend on `seed`, so that an evaluation's first batches are a sample.
+    what: names the corpus in errors.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
@@ -68,12 +65,11 @@ def packed_batches(
 
 
 def document_tokens(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
-    """A document from its start to its end: (N, 2), of each token its id and the bytes of text it
-    stands for. A Piece has no end, and an empty document its start alone.
+    """Returns a document's tokens (N, 2): each one's id, and the bytes of text it stands for.
 
-    The bytes are those of num_bytes_W. What it cannot know (text that a normalizer changes, spaces
-    that are dropped, characters that the vocabulary lacks) is counted at the last token, so that
-    they add up to len(data), always.
+    A Piece has no end, and an empty document its start alone. The bytes are those of num_bytes_W;
+    the last token's make them add up to len(data), also where the tokenizer changes the text (a
+    normalizer, dropped spaces, characters that the vocabulary lacks).
     """
     start = [tokenizer.document_id]
     end = start * (len(data) > 0 and not isinstance(data, Piece))
@@ -84,19 +80,18 @@ def document_tokens(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
 
 
 def one_pass_order(n: int) -> batches.EpochOrder:
-    """In which the validation and test splits read their n documents."""
+    """Returns the order in which validation and test splits read their n documents."""
     return batches.EpochOrder(n, 0)
 
 
-_SAMPLED = 16  # documents that are hashed
+_SAMPLED = 16  # documents of which a corpus' hash is made
 _RESTART = "Bring back the text it was saved with, or go on from this one's start: experiments.train --new_data"
 
 
 class PackIterDataset(grain.IterDataset):
-    """Packs a MapDataset of token arrays; see the module's docstring.
+    """Packs a MapDataset of token arrays, read in `order`, as this module's docstring says.
 
-    order: of the documents.  endless: epoch after epoch, in lanes; else its first epoch, in one
-                              lane.
+    endless: epoch after epoch, in lanes; else one epoch, in one lane.
     """
 
     def __init__(self, documents, order, endless, *, seq_len, batch_size, rows, what):
@@ -104,13 +99,14 @@ class PackIterDataset(grain.IterDataset):
         self.documents, self.order, self.endless, self.what = documents, order, endless, what
         self.seq_len, self.rows = seq_len, rows
         self.num_lanes = batch_size if endless else 1
-        self.rows_a_lane = batch_size // self.num_lanes
-        self.lanes = range(rows.start // self.rows_a_lane, (rows.stop - 1) // self.rows_a_lane + 1)
+        self.rows_per_lane = batch_size // self.num_lanes
+        self.lanes = range(
+            rows.start // self.rows_per_lane, (rows.stop - 1) // self.rows_per_lane + 1
+        )
 
     @functools.cached_property
     def corpus(self) -> dict[str, int | str]:
-        """By what a saved position knows the documents again: how many there are, and a hash of
-        some of them."""
+        """The number of documents and a hash of some: a saved position is valid for no others."""
         n = len(self.documents)
         content = hashlib.sha256()
         for i in range(0, n, -(-n // _SAMPLED)):
@@ -125,11 +121,10 @@ class PackIterDataset(grain.IterDataset):
 
 
 class _Lane:
-    """A place in the stream: a document's number and how many of its tokens are used up.
+    """A place in the stream: a document's number, and how many of its tokens are used up.
 
-    deals: rising pairs (first, lanes): from document `first` on, documents are dealt to so many
-      lanes in turn.
-    index: the lane's number among them.
+    deals: rising pairs (first, lanes): from document `first` on, documents are dealt in turn to
+      this many lanes, among which this one has the number `index`.
     """
 
     def __init__(self, dataset: PackIterDataset, deals, index: int, document: int, offset: int):
@@ -138,7 +133,7 @@ class _Lane:
         self.tokens = None  # of the current document, read when first needed
 
     def following(self) -> int:
-        """The number of the lane's next document."""
+        """Returns the number of the lane's next document."""
         later = [deal for deal in self.deals if deal[0] > self.document]
         number = self.document + self.deals[-len(later) - 1][1]
         for first, _ in later:
@@ -147,10 +142,9 @@ class _Lane:
         return number
 
     def current(self) -> np.ndarray | None:
-        """The current document's tokens, empty documents passed over; None at the stream's end."""
+        """Returns the current document's tokens, skipping empty ones; None at the stream's end."""
         d, skipped = self.dataset, 0
-        # A lane meets documents at random, so only a long run of empty ones says that all of them
-        # are.
+        # A lane meets documents at random: only after a long run of empty ones are all taken to be.
         patience = len(d.documents) + (1000 if d.endless else 0)
         while self.tokens is None:
             if not d.endless and self.document >= len(d.documents):
@@ -171,10 +165,10 @@ class _Lane:
         return self.tokens
 
     def fill(self, inputs_T, labels_T, segment_ids_T, loss_mask_T, num_bytes_T) -> bool:
-        """Writes the lane's next row; False where the stream had ended before it."""
+        """Writes the lane's next row; returns False if the stream had ended before it."""
         filled, segment = 0, 0
         while filled < len(inputs_T) and (tokens_N2 := self.current()) is not None:
-            # The token after the row's last is a target, not an input.
+            # One token beyond the row: it is the last label and no input.
             piece_N2 = tokens_N2[self.offset : self.offset + len(inputs_T) - filled + 1]
             used = slice(filled, filled + len(piece_N2) - 1)
             segment += len(piece_N2) > 1
@@ -203,15 +197,15 @@ class _PackIterator(grain.DatasetIterator):
 
     def __next__(self):
         d = self._dataset
-        batch = batches.empty(len(self._lanes) * d.rows_a_lane, d.seq_len)
+        batch = batches.empty(len(self._lanes) * d.rows_per_lane, d.seq_len)
         filled = [
-            lane.fill(*(batch[key][i * d.rows_a_lane + r] for key in batch))
+            lane.fill(*(batch[key][i * d.rows_per_lane + r] for key in batch))
             for i, lane in enumerate(self._lanes)
-            for r in range(d.rows_a_lane)
+            for r in range(d.rows_per_lane)
         ]
         if not any(filled):
             raise StopIteration
-        first = d.rows.start - d.lanes.start * d.rows_a_lane
+        first = d.rows.start - d.lanes.start * d.rows_per_lane
         return {key: value[first : first + len(d.rows)] for key, value in batch.items()}
 
     def get_state(self) -> batches.State:
@@ -223,8 +217,8 @@ class _PackIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: batches.State) -> None:
-        """state: of this process's lanes, or of all, as all processes' states are joined; then of
-        any number of lanes."""
+        """Goes to a position: that of this process's lanes, or all processes' positions joined,
+        which may have another number of lanes."""
         d = self._dataset
         batches.check_state(state, ("document", "offset", "lanes", "corpus"))
         _check_corpus(d, state["corpus"])
@@ -244,8 +238,8 @@ class _PackIterator(grain.DatasetIterator):
 
 
 def _deal_anew(deals, positions, lanes: int):
-    """(deals, positions) with which a stream goes on in another number of lanes; see the module's
-    docstring."""
+    """Returns (deals, positions) that continue a stream in another number of lanes."""
+    # The first document that no lane was given, or that a dropped lane has not begun.
     left_out = [document + (offset > 0) for document, offset in positions[lanes:]]
     if left_out:
         logging.warning(

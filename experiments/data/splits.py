@@ -1,4 +1,4 @@
-"""Which split a named document belongs to: fixed by its name alone, on every machine."""
+"""Puts documents into splits by their name alone, the same on every machine."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ SHARES = {"train": 0.9, "validation": 0.05, "test": 0.05}
 
 
 def split_of(name: str) -> str:
-    """The split of a document called `name`: a hash of the name, cut at SHARES."""
+    """Returns the split of a document called `name`, by a hash of the name cut at SHARES."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
     if place < SHARES["train"]:
         return "train"
@@ -16,7 +16,7 @@ def split_of(name: str) -> str:
 
 
 def share_of(split: str) -> tuple[float, float]:
-    """The stretch of [0, 1] that belongs to a split where one text is cut by position."""
+    """Returns the interval of [0, 1] that a split has of a text that is cut by position."""
     check_split(split)
     start = sum(SHARES[s] for s in SPLITS[: SPLITS.index(split)])
     return start, 1.0 if split == SPLITS[-1] else start + SHARES[split]

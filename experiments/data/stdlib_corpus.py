@@ -1,9 +1,9 @@
-"""`python_stdlib`: the source of the running Python's standard library, as a TFDS dataset.
+"""Makes `python_stdlib`, the source of the running Python's standard library, a TFDS dataset.
 
-A corpus of about 12 MB that every machine with Python already has. Written once as array_record
-into a cache folder and read through `tfds.data_source`; TensorFlow is needed for neither. Tests and
-installed packages are left out, since distributions differ in those; the other files are shared out
-by a hash of their relative path, 90/5/5 between train, validation and test.
+It is a corpus of about 12 MB that every machine with Python has, written once as array_record into
+a cache folder and read through `tfds.data_source`, both without TensorFlow. Tests and installed
+packages, in which distributions differ, are left out; a hash of its relative path puts each other
+file into train, validation or test, 90/5/5.
 """
 
 import contextlib
@@ -18,13 +18,14 @@ import tempfile
 import tensorflow_datasets as tfds
 
 from experiments.data import batches, splits, tfds_source
+from kernels_pallas.dispatch import verification
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-GENERATED = "_sysconfigdata"  # how this Python was built: no source, and of this machine
+GENERATED = "_sysconfigdata"  # records how this Python was built on this machine
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-    """One example a file: `path` (relative, with slashes) and `text` (the file's bytes).
+    """One example per file: `path` (relative, with slashes) and `text` (the file's bytes).
 
     root: the folder whose .py files are read; None is this Python's standard library.
     """
@@ -62,7 +63,7 @@ def stdlib_root() -> pathlib.Path:
 
 
 def source_files(root: pathlib.Path) -> list[str]:
-    """Relative paths of the .py files with anything in them, sorted."""
+    """Lists the relative paths of .py files that are not empty, sorted."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
@@ -72,24 +73,23 @@ def source_files(root: pathlib.Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in paths)
 
 
-def default_data_dir() -> pathlib.Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(cache).expanduser() / "seqmodels"
-
-
 def stdlib_documents(split: str, data_dir: str = ""):
-    """The documents of a split, after building the dataset where it is not there yet."""
+    """Returns the documents of a split, building the dataset below `data_dir` if it is missing.
+
+    "" is the cache folder of kernels_pallas.dispatch.verification.
+    """
     batches.check_split(split)
-    builder = build(pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir())
+    folder = pathlib.Path(data_dir).expanduser() if data_dir else verification.cache_folder()
+    builder = build(folder)
     return tfds_source.Texts(builder.as_data_source(split=split), "text")
 
 
 def build(data_dir: pathlib.Path, root: pathlib.Path | None = None) -> PythonStdlib:
-    """The dataset of `root` (this Python's standard library) below `data_dir`, built if missing.
+    """Returns the dataset of `root` (None: this Python's standard library), built if missing.
 
-    The folder's name holds the Python version and a hash of the files' names and sizes, so another
-    Python, or a patched one, gets its own. Each builder writes into a folder of its own and renames
-    it into place: of several processes that build at once one wins, and nothing half-written shows.
+    Its folder below `data_dir` is named by the Python version and a hash of the files' names and
+    sizes, so another Python, or a patched one, gets its own. Each process builds in its own
+    folder and renames it: of several at once one wins, and no half-written dataset shows.
     """
     root = stdlib_root() if root is None else pathlib.Path(root)
     paths = source_files(root)
@@ -118,7 +118,7 @@ def build(data_dir: pathlib.Path, root: pathlib.Path | None = None) -> PythonStd
             with tfds_source.quiet():
                 builder.download_and_prepare()
             target.parent.mkdir(parents=True, exist_ok=True)
-            # Fails where another process was first; what it wrote is the same.
+            # Fails where another process was first, which wrote the same.
             with contextlib.suppress(OSError):
                 os.rename(builder.data_path, target)
             if not target.exists():

@@ -1,9 +1,8 @@
-"""Text files of the user's own, as random-access documents.
+"""Reads the user's own text files as random-access documents.
 
-A file is a document, or each of its lines is (`documents="lines"`). A long document is cut, after a
-line's end where there is one, into documents of about `document_bytes`: no more than that is held
-in memory at once, and a corpus that is one big file still gives every row of a batch a place of its
-own. Only the last of them ends as documents do (`Piece`).
+A file is a document, or each of its lines is (`documents="lines"`). Long documents are cut, at a
+line's end where there is one, into documents of about `document_bytes`: memory holds no more at
+once, and rows of a batch start at different places of one big file. All but the last are a `Piece`.
 """
 
 import glob
@@ -17,20 +16,19 @@ import numpy as np
 
 from experiments.data import batches, splits
 
-MANY_FILES = 100  # from here on whole files go to a split; below, each file is cut by position
+MANY_FILES = 100  # with fewer each file is cut into splits; else whole files go to a split
 DOCUMENTS = ("files", "lines")
 
 
 class Piece(bytes):
-    """A part of a document that goes on in another one: its stop is no end that a model should
-    learn."""
+    """A part of a document that goes on in the next one: a model should not learn its stop."""
 
 
 class TextFiles:
-    """Spans of files: `[i]` reads document i as bytes, a Piece where it was cut.
+    """Documents that are parts of files: `[i]` reads one as bytes, a Piece where it was cut.
 
-    names: file names; file_N, start_N, stop_N: the file and the bytes of each document; ends_N:
-      whether it ends there.
+    names: file names. file_N, start_N, stop_N: file, first byte and stop of each document. ends_N:
+      whether the document ends there.
     """
 
     def __init__(self, names, file_N, start_N, stop_N, ends_N):
@@ -59,14 +57,14 @@ def text_documents(
     documents: str = "files",
     document_bytes: int = 1 << 14,
 ) -> TextFiles:
-    """The documents of one split.
+    """Returns the documents of one split.
 
     paths: files, folders (every file below, hidden ones left out) and globs; a sequence, or one
       string with commas between them.
-    held_out_paths: paths of "validation" and "test" where they are files of their own. With any of
-      these given, all of `paths` is for training; a split with no paths then raises.
-    Without them 90 / 5 / 5 in a hundred go to train, validation and test: by a hash of the file's
-      name (relative to its folder) from 100 files on, else by cutting every file by position.
+    held_out_paths: paths of "validation" and "test". With any of these given all of `paths` is for
+      training, and a split without paths raises. Without them 90, 5 and 5 % go to train, validation
+      and test: from 100 files on by a hash of each file's name (relative to its folder), else by
+      cutting every file by position.
     """
     batches.check_split(split)
     if documents not in DOCUMENTS:
@@ -100,7 +98,7 @@ def text_documents(
 
 
 def find_files(paths: str | Sequence[str]) -> list[tuple[str, str]]:
-    """(path, name) of every file that `paths` means, sorted; missing ones raise."""
+    """Lists (path, name) of every file that `paths` means, sorted; missing ones raise."""
     patterns = _list(paths)
     if not patterns:
         raise ValueError("No text files: set config.data.paths to files, folders or globs.")
@@ -132,14 +130,14 @@ def _list(paths) -> list[str]:
 
 
 def _spans(path: str, share, lines: bool, document_bytes: int):
-    """Starts and stops of the documents in one file's share [from, to) of its length, and whether
-    they end there."""
+    """Returns starts and stops of the documents in a share [from, to) of a file's length, and
+    whether they end there."""
     size = os.path.getsize(path)
     none = np.zeros(0, np.int64)
     if size == 0:
         return none, none, none
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # The same two calls for the split before and after, so that nothing is lost between them.
+        # Neighbouring splits find their common border by the same call, so nothing is lost.
         first, last = (_cut(data, int(size * part), int(size * (part + 0.02))) for part in share)
         if lines:
             starts, stops = _lines(data, first, last)
@@ -158,7 +156,7 @@ _LINE_END = re.compile(rb"\r?\n")
 
 
 def _cut(data: mmap.mmap, at: int, limit: int) -> int:
-    """The first place from `at` on, and before `limit`, to cut: after a line, else a character."""
+    """Returns the first place in [at, limit) after a line's end, or else between characters."""
     if at == 0 or at >= len(data):
         return min(at, len(data))
     newline = data.find(b"\n", at - 1, limit)
@@ -169,7 +167,7 @@ def _cut(data: mmap.mmap, at: int, limit: int) -> int:
 
 
 def _lines(data: mmap.mmap, first: int, last: int):
-    """Lines that hold anything, without their ends."""
+    """Returns starts and stops of lines that are not empty, without their ends."""
     starts, stops, start = [], [], first
     for match in _LINE_END.finditer(data, first, last):
         starts.append(start)

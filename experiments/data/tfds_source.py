@@ -1,8 +1,7 @@
-"""Any TensorFlow Datasets dataset of text, by name, through `tfds.data_source`: no TensorFlow.
+"""Reads any text dataset of TensorFlow Datasets through `tfds.data_source`, without TensorFlow.
 
-Only datasets stored as array_record can be read this way; TFDS writes that when the dataset is
-prepared with file_format="array_record", which is what happens here where it is not there yet.
-(Preparing some datasets needs TensorFlow, for their own parsing; reading them does not.)
+Datasets have to be stored as array_record; missing ones are prepared so. (Preparing some datasets
+needs TensorFlow, for their own parsing; reading them does not.)
 """
 
 import contextlib
@@ -28,7 +27,7 @@ class Texts:
 
 @contextlib.contextmanager
 def quiet():
-    """TFDS draws bars and prints while it prepares; a dataset that takes seconds should not."""
+    """Silences the bars and prints that TFDS makes while it prepares a dataset."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -38,8 +37,10 @@ def quiet():
 
 
 def prepare(builder) -> None:
-    """Downloads and writes the dataset if it is not there. Of several processes, on one host or
-    with a disk in common, one does and the others wait; into a bucket (gs://) all write the same.
+    """Downloads and writes the dataset if it is not there.
+
+    Of processes that share a disk one does it and the others wait; to a bucket (gs://) all write
+    the same.
     """
     if builder.data_path.exists():
         return
@@ -55,9 +56,9 @@ def prepare(builder) -> None:
 
 
 def tfds_documents(name: str, split: str, *, text_key: str = "text", data_dir: str = "") -> Texts:
-    """Documents of `name` ("imdb_reviews", "wiki40b/en:1.3.0") in a TFDS split ("train[:1%]").
+    """Returns the documents of `name` ("wiki40b/en:1.3.0") in a TFDS split ("train[:1%]").
 
-    text_key: the feature that holds the text.  data_dir: "" is TFDS's own default.
+    text_key: the feature that holds the text. data_dir: "" is TFDS's own default.
     """
     if not name:
         raise ValueError("config.data.tfds_name is empty: give the name of a TFDS dataset.")

@@ -1,2 +1,1 @@
-"""What `python -m experiments.linearize` runs: teachers, the stages' tasks, the table and the
-picture."""
+"""Runs linearizations: teachers, stages, their tasks, and comparisons of methods."""

@@ -1,5 +1,4 @@
-"""Linearizations of one teacher side by side: each run into a folder of its own, scored alike, and
-printed as a table."""
+"""Compares linearizations of one teacher: each is run in a folder of its own and scored alike."""
 
 import itertools
 import json
@@ -16,6 +15,7 @@ from experiments.training import evaluation, loop, run_record, steps
 from seqmodels.linearize import transfer
 
 TEACHER = "teacher"
+# Of `transfer.losses`: the columns that show them.
 _COLUMNS = {"relative": "transfer", "attention_map_kl": "map_kl"}
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "linearize"
 
@@ -31,14 +31,15 @@ def compare(
     change=lambda config: None,
     devices=None,
 ) -> dict[str, dict]:
-    """A row a method, and the teacher's first, as workdir/table.json has them; see
-    `experiments.bench linearizations`.
+    """Returns a row of scores for the teacher and one per method, and writes workdir/table.json.
 
-    change: applied to each method's config. A row that is there is read; a run that was stopped
-      goes on.
+    Rows that are there are read, and runs that were stopped are resumed.
+
+    change: applied to each method's config.
     """
+    # Load every config, and fit it to the teacher, before the first run: mistakes show at once.
     rows, configs = {}, {TEACHER: _config(methods[0], argument)}
-    configs |= {name: _config(name, argument) for name in methods}  # told at once: a wrong name
+    configs |= {name: _config(name, argument) for name in methods}
     loaded = None
     for name, config in configs.items():
         config.linearize.teacher = teacher
@@ -105,7 +106,7 @@ def _student_row(config, folder, contexts, transfer_batches, devices):
 
 
 def _scores(config, found: teachers.Teacher, contexts, devices) -> dict:
-    """Perplexity on the test split, and what decoding costs."""
+    """Measures perplexity on the test split, and what decoding costs."""
     with config.unlocked():
         config.model = type(config)(found.model_config)
     test_set = make_dataset(config.data, "test")
@@ -123,16 +124,16 @@ def _scores(config, found: teachers.Teacher, contexts, devices) -> dict:
 
 
 def transfer_errors(config, teacher, student, num_batches: int) -> dict[str, float]:
-    """The columns `transfer` and `map KL`, over the first batches of the test split."""
+    """Returns the mean distances per token over the first batches of the test split."""
     model = transfer.make_model(teacher.model, student.model)
     both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
 
     @jax.jit
     def sums(params, batch):
         found = transfer.losses(model, params, batch["inputs"], batch["segment_ids"])
-        kept = {to: found[name] for name, to in _COLUMNS.items() if name in found}
-        kept["tokens"] = jnp.ones(batch["inputs"].shape)
-        return {name: jnp.sum(x_BT * batch["loss_mask"]) for name, x_BT in kept.items()}
+        shown = {to: found[name] for name, to in _COLUMNS.items() if name in found}
+        shown["tokens"] = jnp.ones(batch["inputs"].shape)
+        return {name: jnp.sum(x_BT * batch["loss_mask"]) for name, x_BT in shown.items()}
 
     batches = itertools.islice(make_dataset(config.data, "test"), num_batches)
     totals = [jax.device_get(sums(both, batch)) for batch in batches]
@@ -142,7 +143,7 @@ def transfer_errors(config, teacher, student, num_batches: int) -> dict[str, flo
 
 
 def table(rows: dict[str, dict], contexts: tuple[int, ...]) -> str:
-    """Markdown."""
+    """Writes rows as a table in Markdown."""
     at = [f"{context // 1024}k" if context >= 1024 else str(context) for context in contexts]
     head = ["", "perplexity", "transfer", "map KL", "trained", "tokens"]
     head += [f"tokens/s {c}" for c in at] + [f"state {c}" for c in at]
@@ -151,7 +152,7 @@ def table(rows: dict[str, dict], contexts: tuple[int, ...]) -> str:
         cells = [name, f"{row['perplexity']:.3f}"]
         cells += [f"{row[key]:.4g}" if key in row else "" for key in ("transfer", "map_kl")]
         cells += [f"{row[key]:,}" if key in row else "" for key in ("trained", "tokens")]
-        cells += [f"{1 / r['seconds_a_token']:.1f}" for r in row["decoding"]]
+        cells += [f"{1 / r['seconds_per_token']:.1f}" for r in row["decoding"]]
         cells += [_bytes(r["state_bytes"]) for r in row["decoding"]]
         lines.append(cells)
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)

@@ -1,5 +1,4 @@
-"""What a token costs when much has been read: time and bytes of state against the length of the
-context."""
+"""Measures what decoding costs, in time per token and bytes of state, by length of the context."""
 
 import statistics
 import time
@@ -17,34 +16,29 @@ from seqmodels.modules import pattern
 
 
 def with_context(model_config: dict[str, Any], context: int) -> dict[str, Any]:
-    """The config of the same model whose full-attention layers keep so many tokens."""
-    specs = pattern.layers(model_config["pattern"], model_config["num_layers"])
-    specs = tuple(
-        pattern.MixerSpec(
-            s.name, tuple(sorted((dict(s.options) | {"max_length": context}).items()))
-        )
-        if "max_length" in mixers.options(s.name)
-        else s
-        for s in specs
-    )
+    """Returns the model config with room for `context` tokens in full-attention layers."""
+    specs = list(pattern.layers(model_config["pattern"], model_config["num_layers"]))
+    for i, spec in enumerate(specs):
+        if "max_length" in mixers.options(spec.name):
+            options = dict(spec.options) | {"max_length": context}
+            specs[i] = pattern.MixerSpec(spec.name, tuple(sorted(options.items())))
     return dict(model_config) | {"pattern": pattern.to_text(specs)}
 
 
 def state_bytes(model_config: dict[str, Any], context: int) -> int:
-    """Of one sequence's state after `context` tokens."""
+    """Returns the bytes of one sequence's state after `context` tokens."""
     model = language_model.from_config(with_context(model_config, context))
     leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(1)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def seconds_a_token(
+def seconds_per_token(
     model_config: dict[str, Any], params, context: int, tokens: int = 8, rounds: int = 3
 ) -> float:
-    """Of one sequence's decoding, the median of `rounds` runs of `tokens` steps, compilation left
-    out.
+    """Returns the median over `rounds` runs of `tokens` decoding steps, without compilation.
 
-    The cache is `context` tokens long and empty: a step reads all its slots, filled or not, so that
-    nothing needs to be prefilled.
+    The cache has `context` slots and is empty: a step reads all of them, filled or not, so nothing
+    has to be prefilled.
     """
     model = language_model.from_config(with_context(model_config, context))
 
@@ -55,6 +49,7 @@ def seconds_a_token(
     compiled = jax.jit(step, donate_argnums=2)
     token_BT, state = jnp.zeros((1, 1), jnp.int32), jax.jit(lambda: model.init_state(1))()
     times = []
+    # The first round compiles and is left out.
     for _ in range(rounds + 1):
         start = time.perf_counter()
         for _ in range(tokens):
@@ -65,20 +60,23 @@ def seconds_a_token(
 
 
 def measure(model_config: dict[str, Any], params, contexts: Sequence[int]) -> list[dict]:
-    """Rows context, state_bytes, seconds_a_token."""
+    """Returns a row {context, state_bytes, seconds_per_token} per context."""
     return [
         {
             "context": context,
             "state_bytes": state_bytes(model_config, context),
-            "seconds_a_token": seconds_a_token(model_config, params, context),
+            "seconds_per_token": seconds_per_token(model_config, params, context),
         }
         for context in contexts
     ]
 
 
 def picture(rows: dict[str, list[dict]], path: Path) -> None:
-    """Milliseconds a token and megabytes of state against the context, a line a model."""
-    what = {"seconds_a_token": ("milliseconds a token", 1e3), "state_bytes": ("MB of state", 1e-6)}
+    """Draws milliseconds per token and megabytes of state by context, a line per model."""
+    what = {
+        "seconds_per_token": ("milliseconds per token", 1e3),
+        "state_bytes": ("MB of state", 1e-6),
+    }
     plots.lines(
         {
             label: {

@@ -1,4 +1,4 @@
-"""A linearization from the teacher to the student: its stages, one after the other, each a run of
+"""Runs a linearization from teacher to student: its stages in turn, each by
 `experiments.training.loop`."""
 
 import dataclasses
@@ -25,18 +25,20 @@ from seqmodels.modules import pattern
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a config means: for each stage its name and the mixers of its student; and those of the
-    last student."""
+class StagePlan:
+    """The stages of a config, the mixers of each stage's student, and those of the last student."""
 
     stages: tuple[str, ...]
     specs: tuple[tuple[pattern.MixerSpec, ...], ...]
     converted: tuple[pattern.MixerSpec, ...]
 
 
-def make_plan(config, teacher: language_model.LanguageModel) -> Plan:
-    """Raises ValueError for layers that are not there, or that a stage leaves out after another has
-    converted them."""
+def make_plan(config, teacher: language_model.LanguageModel) -> StagePlan:
+    """Plans the stages of `config.linearize`.
+
+    Raises ValueError for layers that are not there, or that a stage leaves out after another has
+    converted them.
+    """
     fields = config.linearize
     layers = students.choose_layers(teacher.mixers, fields.layers, fields.keep_every, fields.keep)
     names = tuple(sorted(fields.stages, key=lambda name: (len(name), name)))
@@ -56,14 +58,13 @@ def make_plan(config, teacher: language_model.LanguageModel) -> Plan:
             )
         pairs = enumerate(zip(teacher.mixers, converted))
         specs.append(tuple(new if i in up_to_here else old for i, (old, new) in pairs))
-    return Plan(names, tuple(specs), converted)
+    return StagePlan(names, tuple(specs), converted)
 
 
-def check_stages(config, plan: Plan, teacher: teachers.Teacher) -> None:
-    """Traces the loss of every stage, so that what the last one lacks is told before the first has
-    run.
+def check_stages(config, plan: StagePlan, teacher: teachers.Teacher) -> None:
+    """Traces the loss of every stage, so that mistakes in the last show before the first is run.
 
-    Raises ValueError for patterns that match nothing, losses that no layer gives, and what else
+    Raises ValueError for patterns that match nothing, losses that no layer gives, and whatever else
     does not fit.
     """
 
@@ -76,7 +77,7 @@ def check_stages(config, plan: Plan, teacher: teachers.Teacher) -> None:
     def student(specs):
         return language_model.from_config(students.student_config(teacher.model_config, specs))
 
-    student(plan.converted)  # checks the options of its mixers
+    student(plan.converted)  # raises for wrong options of its mixers
     own = abstract(teacher.model)
     for name, specs in zip(plan.stages, plan.specs):
         try:
@@ -87,7 +88,7 @@ def check_stages(config, plan: Plan, teacher: teachers.Teacher) -> None:
 
 
 def stage_config(config, name: str, model_config: dict[str, Any], last: bool) -> ConfigDict:
-    """The config of a stage's run: the linearization's with the stage's student and its training."""
+    """Returns the config of a stage's run: the linearization's, for the stage's student."""
     stage = config.linearize.stages[name]
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -101,14 +102,14 @@ def stage_config(config, name: str, model_config: dict[str, Any], last: bool) ->
 
 
 def linearize(config, workdir: str | Path, devices=None) -> dict:
-    """Runs all stages and returns what is in workdir/result.json; workdir/student is a run's folder
-    of the student's, for `experiments.evaluate` and `experiments.generate`.
+    """Runs all stages and returns what workdir/result.json holds.
 
-    Every stage lies in a folder of its own. A workdir in which some are done goes on after them,
-    and within a stage from its last checkpoint. Checkpoints hold what a stage trains; all else is
-    the teacher's, or comes from the stages before.
+    workdir/student is the student's run folder, for `experiments.evaluate` and
+    `experiments.generate`. Every stage has a folder of its own; those that are done are not run
+    again, and one that was stopped resumes from its last checkpoint. Checkpoints hold what a stage
+    trains; all else comes from the teacher and the stages before.
 
-    Raises: as `loop.train`; ValueError for what does not fit the teacher.
+    Raises ValueError for what does not fit the teacher, and what `loop.train` raises.
     """
     workdir = Path(workdir)
     if (workdir / "config.json").exists() and not run_record.holds_linearization(workdir):
@@ -128,7 +129,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     student, results = own, {}
 
     def grow(specs, number):
-        """The student with these mixers: new ones are seeded, the others stay as they are."""
+        """Returns the student with these mixers: new ones are seeded, the others stay."""
         if specs == student.model.mixers:
             return student
         model_config = students.student_config(teacher.model_config, specs)
@@ -142,6 +143,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
         model_config = students.student_config(teacher.model_config, specs)
         run_config = stage_config(config, name, model_config, last=name == plan.stages[-1])
         student, results[name] = _run_stage(run_config, name, own, student, workdir, devices)
+    # Convert layers that no stage trained, and let selective layers choose.
     student = grow(plan.converted, len(plan.stages))
     chosen, mix = student, {}
     if any(spec.name == "selective" for spec in student.model.mixers):
@@ -166,7 +168,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
 
 
 def _run_stage(config, name, teacher, student, workdir, devices):
-    """The student after a stage, and the stage's result; a stage that is done is only read."""
+    """Returns the student after a stage, and the stage's result; a stage that is done is read."""
     stage, folder = config.linearize.stages[name], workdir / name
     done = folder / "result.json"
     task = tasks.make_task(stage, teacher, student)
@@ -189,8 +191,10 @@ def _chosen(teacher, student):
 
 
 def _save_student(config, model_config, params, folder: Path) -> None:
-    """As a run's folder, with one checkpoint of step 0 that has parameters alone, in the place of
-    an earlier one; a student that somebody has trained further stays."""
+    """Writes a student as a run's folder whose checkpoint of step 0 has parameters alone.
+
+    It replaces an earlier one, except a student that somebody has trained further.
+    """
     earlier = Checkpoints(folder, keep=1, training=False)
     trained_further = bool(earlier.latest_step())
     earlier.close()

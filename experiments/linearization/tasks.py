@@ -1,4 +1,4 @@
-"""A stage of a linearization as what `experiments.training.steps` trains."""
+"""Turns a stage of a linearization into a Task, which `experiments.training.steps` trains."""
 
 import dataclasses
 from typing import Any
@@ -25,15 +25,15 @@ class Model:
 
 
 def make_task(stage, teacher: Model, student: Model) -> steps.Task:
-    """The Task of `config.linearize.stages.<stage>` (configs/linearize/common.py): of the student's
-    parameters, those that `train` matches are trained, those that `lora` matches get adapters, and
-    all others are frozen.
+    """Returns the Task of `config.linearize.stages.<stage>` (configs/linearize/common.py).
 
-    With objective "transfer" the tree is a `transfer.TransferModel`'s, and only its student's
-    layers can be trained; with "distill" it is the student's, and the teacher's is beside it.
+    Of the student's parameters those that `train` matches are trained, those that `lora` matches
+    get adapters, and all others are frozen. With objective "transfer" they are a TransferModel's,
+    and only its student's layers can be trained; with "distill" they are the student's, and the
+    teacher's are frozen beside them.
 
     Raises ValueError for an unknown objective, a pattern that matches nothing, or a stage that
-    trains nothing or to no end.
+    trains nothing or has no loss.
     """
     if stage.objective not in OBJECTIVES:
         raise ValueError(
@@ -52,65 +52,77 @@ def make_task(stage, teacher: Model, student: Model) -> steps.Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
-    """A tree of parameters as what is trained, and what stays."""
+class _TrainedAndFrozen:
+    """A tree of parameters in two: those that are trained, with LoRA's beside them, and the others.
+
+    boxed_lora: parameters of which LoRA adapts those that `lora_pattern` matches.
+    """
 
     start: dict[str, Any]
     frozen: dict[str, Any]
-    boxed_trained: dict[str, Any]
+    boxed_start: dict[str, Any]
     boxed_frozen: dict[str, Any]
     boxed_lora: dict[str, Any]
-    rank: int
-    alpha: float
-    pattern: str
+    lora_rank: int
+    lora_alpha: float
+    lora_pattern: str
 
     def init(self, key, start):
         trained = {"trained": start} if start else {}
         if self.boxed_lora:
-            trained["lora"] = lora.init(key, self.boxed_lora, self.pattern, self.rank)
+            trained["lora"] = lora.init(key, self.boxed_lora, self.lora_pattern, self.lora_rank)
         return trained
 
     @property
     def boxed_params(self):
         adapters = jax.eval_shape(lambda key: self.init(key, {}), jax.random.key(0))
-        return adapters | ({"trained": self.boxed_trained} if self.start else {})
+        return adapters | ({"trained": self.boxed_start} if self.start else {})
 
     def whole(self, params, frozen):
         tree = partition.merge(frozen, params.get("trained", {}))
         if "lora" in params:
-            tree = lora.merge(tree, params["lora"], self.alpha)
+            tree = lora.merge(tree, params["lora"], self.lora_alpha)
         return tree
 
 
-def _parts(stage, params, boxed, allowed=lambda path: True) -> _Parts:
+def _cut(stage, params, boxed, allowed=lambda path: True) -> _TrainedAndFrozen:
+    """Cuts parameters by the stage's patterns, which see only paths that are `allowed`."""
     eligible, _ = partition.split(params, allowed)
     partition.require(eligible, stage.train, "train")
     partition.require(eligible, stage.lora, "lora")
-    chosen = partition.matches(stage.train)
-    start, frozen = partition.split(params, lambda p: allowed(p) and chosen(p))
-    boxed_start, boxed_frozen = partition.split(boxed, lambda p: allowed(p) and chosen(p))
+    matched = partition.matches(stage.train)
+    cuts = [partition.split(tree, lambda p: allowed(p) and matched(p)) for tree in (params, boxed)]
+    (start, frozen), (boxed_start, boxed_frozen) = cuts
     boxed_lora = partition.split(boxed, allowed)[0] if stage.lora else {}
-    return _Parts(
+    return _TrainedAndFrozen(
         start, frozen, boxed_start, boxed_frozen, boxed_lora,
         stage.lora_rank, stage.lora_alpha, stage.lora,
     )  # fmt: skip
 
 
 def abstract_params(model) -> dict[str, Any]:
-    """A model's parameters, abstract, boxed with their logical axis names."""
+    """Returns a model's parameters, abstract, boxed with their logical axis names."""
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
 
 
-def _nll_and_correct(model, params, batch):
-    _, details = steps.cross_entropy(model, params, batch)
-    return details.nll_BT, details.correct_BT
+def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_frozen) -> steps.Task:
+    """Returns the Task that trains `cut` by `loss` and evaluates `model`."""
+
+    def token_losses(params, frozen, batch):
+        _, details = steps.cross_entropy(model, model_params(params, frozen), batch)
+        return details.nll_BT, details.correct_BT
+
+    return steps.Task(
+        model, cut.boxed_params, cut.init, loss, token_losses, model_params,
+        cut.start, frozen, boxed_frozen,
+    )  # fmt: skip
 
 
 def _transfer_task(stage, teacher, student):
     model = transfer.make_model(teacher.model, student.model)
     both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
-    parts = _parts(stage, both, abstract_params(model), lambda path: STUDENT_ONLY in path)
+    cut = _cut(stage, both, abstract_params(model), lambda path: STUDENT_ONLY in path)
     kept, boxed_kept = (
         transfer.kept(model, (student.model, tree))
         for tree in (student.params, abstract_params(student.model))
@@ -118,30 +130,26 @@ def _transfer_task(stage, teacher, student):
     weights = {name: stage[name] for name in _TRANSFER_WEIGHTS}
 
     def loss(params, frozen, batch):
-        whole = parts.whole(params, frozen["pairs"])
+        whole = cut.whole(params, frozen["pairs"])
         return objectives.transfer_loss(model, whole, batch, weights)
 
     def model_params(params, frozen):
-        whole = parts.whole(params, frozen["pairs"])
+        whole = cut.whole(params, frozen["pairs"])
         return transfer.student_params(model, student.model, whole, frozen["kept"])
 
-    def token_losses(params, frozen, batch):
-        return _nll_and_correct(student.model, model_params(params, frozen), batch)
-
-    return steps.Task(
-        student.model, parts.boxed_params, parts.init, loss, token_losses, model_params, parts.start,
-        {"pairs": parts.frozen, "kept": kept}, {"pairs": parts.boxed_frozen, "kept": boxed_kept},
-    )  # fmt: skip
+    frozen = {"pairs": cut.frozen, "kept": kept}
+    boxed_frozen = {"pairs": cut.boxed_frozen, "kept": boxed_kept}
+    return _task(student.model, cut, loss, model_params, frozen, boxed_frozen)
 
 
 def _distill_task(stage, teacher, student):
-    parts = _parts(stage, student.params, abstract_params(student.model))
-    frozen, boxed_frozen = {"student": parts.frozen}, {"student": parts.boxed_frozen}
+    cut = _cut(stage, student.params, abstract_params(student.model))
+    frozen, boxed_frozen = {"student": cut.frozen}, {"student": cut.boxed_frozen}
     if stage.kl:
         frozen["teacher"], boxed_frozen["teacher"] = teacher.params, abstract_params(teacher.model)
 
     def model_params(params, frozen):
-        return parts.whole(params, frozen["student"])
+        return cut.whole(params, frozen["student"])
 
     def loss(params, frozen, batch):
         whole = model_params(params, frozen)
@@ -156,10 +164,4 @@ def _distill_task(stage, teacher, student):
             metrics["selection_penalty"] = jnp.broadcast_to(penalty, loss_BT.shape)
         return loss_BT, metrics
 
-    def token_losses(params, frozen, batch):
-        return _nll_and_correct(student.model, model_params(params, frozen), batch)
-
-    return steps.Task(
-        student.model, parts.boxed_params, parts.init, loss, token_losses, model_params,
-        parts.start, frozen, boxed_frozen,
-    )  # fmt: skip
+    return _task(student.model, cut, loss, model_params, frozen, boxed_frozen)

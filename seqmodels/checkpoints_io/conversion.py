@@ -1,6 +1,7 @@
-"""A source of tensors, through an architecture's rules, to parameters and back; one tensor (or what
-a rule joins) at a time."""
+"""Streams a source's tensors through an architecture's rules to parameters, and back, holding one
+tensor, or those that a rule joins, at a time."""
 
+import collections
 import functools
 import math
 import re
@@ -19,20 +20,20 @@ from seqmodels.language_model import LanguageModel
 Params = dict[str, Any]
 _WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MOST_LISTED = 20
-_OUTPUT = "lm_head.weight"  # in files of tied models often a copy of the embedding
+_OUTPUT = "lm_head.weight"  # files of tied models often have a copy of the embedding under it
 
 
 @functools.lru_cache(maxsize=16)
 def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"). Compiles
-    nothing."""
+    """Returns shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"),
+    without compiling anything."""
     return {path: nn.meta.unbox(leaf) for path, leaf in _walk(_boxed_params(model))}
 
 
 @functools.lru_cache(maxsize=4)
-def wide(model: LanguageModel) -> frozenset[str]:
-    """The paths of the parameters that are float32 whatever `param_dtype` says, but for norms: of
-    decays, gates, routers, feature maps."""
+def float32_paths(model: LanguageModel) -> frozenset[str]:
+    """Returns the paths of parameters that are float32 whatever `param_dtype` says: those of
+    decays, gates, routers and feature maps. Norms, which are too, are left out."""
     narrow = model.clone(param_dtype=jnp.bfloat16)
     return frozenset(
         path
@@ -47,8 +48,11 @@ def _boxed_params(model: LanguageModel) -> Mapping[str, Any]:
 
 
 class Slots:
-    """Where a parameter of one layer lies: "block_5/mixer/q/kernel" may be the row 3 of
-    "blocks/block_1/mixer/q/kernel"."""
+    """Maps the path of one layer's parameter to where the model holds it.
+
+    "block_5/mixer/q/kernel" may be row 3 of the stacked leaf "blocks/block_1/mixer/q/kernel":
+    `paths` has (leaf, row), where row is None for leaves that are not stacked.
+    """
 
     def __init__(self, model: LanguageModel):
         self.model, self.leaves = model, abstract_params(model)
@@ -76,15 +80,15 @@ class Slots:
 
 
 def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
-    """The rules, sorted so that a stacked parameter's rows follow one another. Every parameter must
-    have exactly one."""
+    """Sorts rules so that a stacked parameter's rows follow one another: few buffers are open.
+
+    Raises ValueError unless every parameter has exactly one rule.
+    """
     rules = list(rules)
     named = [path for rule in rules for path in rule.paths]
     if set(named) != set(slots.paths) or len(set(named)) < len(named):
-        unnamed, unknown = (
-            sorted(set(slots.paths) - set(named)),
-            sorted(set(named) - set(slots.paths)),
-        )
+        unnamed = sorted(set(slots.paths) - set(named))
+        unknown = sorted(set(named) - set(slots.paths))
         raise ValueError(
             "this architecture's table and the model differ: "
             f"parameters without a tensor: {_listed(unnamed)}; tensors without a parameter: {_listed(unknown)}"
@@ -94,10 +98,10 @@ def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
 
 
 def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, TensorEntry]:
-    """Name, shape and dtype of every tensor that the rules make of the model's parameters."""
+    """Returns shape and dtype of every tensor that the rules make of the model's parameters."""
     entries = {}
     for rule in rules:
-        # A single stored byte behind each array: most rules only change its view.
+        # Arrays of one stored byte each: most rules only change the view.
         stands_for = [np.broadcast_to(np.int8(0), slots.shape(path)) for path in rule.paths]
         for name, array in zip(rule.names, rule.out(*stands_for), strict=True):
             entries[name] = TensorEntry(array.shape, np.dtype(slots.dtype(rule.paths[0])))
@@ -107,8 +111,8 @@ def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, TensorEnt
 def check_source(
     source: Source, expected: Mapping[str, TensorEntry], ignored: Sequence[str]
 ) -> None:
-    """Raises ValueError, naming them with the shapes expected and found, for tensors missing, extra
-    or misshapen. A tied model's output matrix may be there."""
+    """Raises ValueError that lists tensors which are missing, extra, misshapen or of a dtype that
+    weights do not have. A tied model's output matrix may be there."""
     found = source.entries
     patterns = [re.compile(pattern) for pattern in (*ignored, re.escape(_OUTPUT))]
     wrong = [
@@ -133,8 +137,7 @@ def check_source(
 
 
 def is_untied(source: Source, rules: Iterable[Rule], expected: Mapping[str, TensorEntry]) -> bool:
-    """Whether a file has an output matrix beside the embedding, and not the same, where its config
-    ties them."""
+    """Returns whether a file whose config ties output matrix and embedding has two that differ."""
     found = source.entries
     embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
     if _OUTPUT in expected or not {_OUTPUT, embedding} <= found.keys():
@@ -150,17 +153,17 @@ def read_params(
     dtype_of: Callable[[str, Sequence[np.dtype]], np.dtype],
     put: Callable[[str, np.ndarray], Any],
 ) -> Params:
-    """The parameters, each handed to `put(path, array)` when it is whole: what `put` keeps, and one
-    parameter, is in memory.
+    """Reads the parameters, handing each to `put(path, array)` when it is whole.
+
+    Memory holds what `put` returns and one parameter more.
 
     dtype_of: (path of the leaf, dtypes of the tensors it is made of) to the dtype it gets.
     """
     buffers: dict[str, np.ndarray] = {}
-    remaining = {leaf: 0 for leaf in slots.leaves}
-    for leaf, _ in slots.paths.values():
-        remaining[leaf] += 1
+    remaining = collections.Counter(leaf for leaf, _ in slots.paths.values())
+    # Rows of one stacked parameter may have different dtypes in the file.
     dtypes: dict[str, list[np.dtype]] = {leaf: [] for leaf in slots.leaves}
-    for rule in rules:  # rows of one parameter may have different ones
+    for rule in rules:
         for path in rule.paths:
             dtypes[slots.paths[path][0]] += [source.entries[name].dtype for name in rule.names]
     params: Params = {}
@@ -183,8 +186,8 @@ def tensor_reader(
     slots: Slots,
     dtype: str | Mapping[str, str] | None = None,
 ) -> tuple[dict[str, TensorEntry], Callable[[str], np.ndarray]]:
-    """What `files.write` takes: the entries of all tensors, and a function that makes one of the
-    parameters."""
+    """Returns what `files.write` takes: the entries of all tensors, and a function that makes the
+    tensor of a name from the parameters. `dtype` is as in `save_pretrained`."""
     leaves = dict(_walk(nn.meta.unbox(params)))
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     expected = {path: tuple(leaf.shape) for path, leaf in slots.leaves.items()}
@@ -211,7 +214,7 @@ def tensor_reader(
         if isinstance(dtype, Mapping):
             chosen = dtype.get(path, chosen)
         elif dtype:
-            chosen = np.float32 if slots.paths[path][0] in wide(slots.model) else dtype
+            chosen = np.float32 if slots.paths[path][0] in float32_paths(slots.model) else dtype
         entries[name] = TensorEntry(entry.shape, np.dtype(chosen))
 
     def read(name):
@@ -226,7 +229,7 @@ def num_parameters(slots: Slots) -> int:
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """ValueError where finite numbers would become infinite: float16 ends at 65504."""
+    """Casts; raises ValueError where a finite number would become infinite, as 1e5 in float16."""
     with np.errstate(over="ignore"):
         cast = array.astype(dtype, copy=False)
     if cast.dtype != array.dtype and np.isinf(cast).sum() > np.isinf(array).sum():

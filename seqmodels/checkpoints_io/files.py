@@ -132,7 +132,7 @@ class ShardedFiles:
 
 
 def open_folder(folder: str | Path) -> Source:
-    """Opens model.safetensors or, as other programs do where there is none, the shards of an index."""
+    """Opens model.safetensors or, where there is none, the shards of an index."""
     folder = Path(folder)
     if (folder / SINGLE_FILE).is_file():
         return SafetensorsFile(folder / SINGLE_FILE)

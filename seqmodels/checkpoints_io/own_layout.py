@@ -1,10 +1,9 @@
-"""Our own models as safetensors + config.json: model_type "seqmodels", the config inside, tensors
-called by their paths.
+"""The layout of our own models, which holds any config.model: model_type "seqmodels".
 
     config.json   {"model_type": "seqmodels", "format": 1, "model": {config.model}, ...}
-    tensors       "block_3.mixer.q.kernel": a layer's own, whether the stack is scanned or not
+    tensors       "block_3.mixer.q.kernel": one layer's, whether the stack is scanned or not
 
-So a file can be read with other settings of scan_layers, remat and dtype than it was written with.
+A file can be read with other settings of scan_layers, remat and dtype than it was written with.
 """
 
 import json
@@ -19,16 +18,12 @@ _FORMAT = 1
 
 
 def _model_config(config: HFConfig) -> dict[str, Any]:
-    config.require("format", _FORMAT)
+    config.require(format=_FORMAT)
     model = config.section("model").fields
     if not model:
         raise ValueError(f"{config.name} lacks 'model', the config.model of a seqmodels model")
-    for field, kind in (
-        ("pattern", str),
-        ("num_layers", int),
-        ("vocab_size", int),
-        ("d_model", int),
-    ):
+    required = {"pattern": str, "num_layers": int, "vocab_size": int, "d_model": int}
+    for field, kind in required.items():
         if type(model.get(field)) is not kind:
             raise ValueError(
                 f"{config.name}: model.{field} is {model.get(field)!r}; it must be {kind.__name__}"
@@ -51,10 +46,5 @@ def _rules(model: dict[str, Any], specs):
 
 
 ARCHITECTURE = Architecture(
-    model_type=MODEL_TYPE,
-    class_name="LanguageModel",
-    model_config=_model_config,
-    hf_config=_hf_config,
-    rules=_rules,
-    base_prefix="",
+    MODEL_TYPE, "LanguageModel", _model_config, _hf_config, _rules, ignored=(), base_prefix=""
 )

@@ -1,9 +1,10 @@
-"""Models from and to folders and files: `load_pretrained` and `save_pretrained`."""
+"""Loads models from folders and files, and saves them to folders."""
 
+import collections
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,22 @@ from seqmodels.checkpoints_io.special_tokens import TOKENIZER_FILE, SpecialToken
 from seqmodels.modules import pattern
 
 GGUF_PREFIX = "gguf:"
-# They say how a model is computed, not which one it is.
+# Fields that say how a model is computed, not which model it is.
 _HOW = ("dtype", "param_dtype", "float32_residual", "remat", "scan_layers", "parent", "name")
 _HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "chunk_size", "max_length")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model as it was found.
+    """A model as `load_pretrained` found it.
 
-    model_config: what `language_model.from_config` takes. params: JAX arrays (or what `put` made of
-      them).
-    hf_config: config.json as it was. tokenizer_path: a `tokenizers` file, if there is one. tokens:
-      what the files say of tokens.
-    dtypes: in which the parameters lay in the files, by path ("block_3/mixer/q/kernel", scanned or
-      not): given to `save_pretrained`, a file comes out as it went in.
+    model_config: what `language_model.from_config` takes.
+    params: JAX arrays, or what `put` made of them.
+    hf_config: config.json as it was.
+    tokenizer_path: a `tokenizers` file, if there is one.
+    tokens: what the files say of special tokens and chat templates.
+    dtypes: the dtype of each parameter in the files, by path ("block_3/mixer/q/kernel", scanned or
+      not). Given to `save_pretrained`, files come out as they went in.
     """
 
     model_config: dict[str, Any]
@@ -48,7 +50,7 @@ class Pretrained:
 
     @property
     def chat_template(self) -> str | None:
-        """What a conversation is written with: Jinja, if there is a template."""
+        """The Jinja template that conversations are written with, or None."""
         return self.tokens.chat_templates.get(special_tokens.DEFAULT)
 
 
@@ -60,25 +62,24 @@ def load_pretrained(
     put: Callable[[str, np.ndarray], Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Pretrained:
-    """The model in a folder (config.json + safetensors), `gguf:<file>` (`gguf:smollm2`: of the
-    extra [smollm]), or by a hub name.
+    """Loads the model in a folder (config.json and safetensors), a GGUF file, or on the hub.
 
-    dtype: of parameters and activations (gates, decays, states and norms' sums stay float32); None
-      is the files' own. Where it is float16, activations are float32: they hold every number of the
-      files, and grow beyond float16's 65504 in many models.
-    max_len: tokens that full-attention layers keep when decoding; None is the model's context.
-    put: (path, array) -> what to keep of a parameter, for instance device_put to a sharding; None
-      is jnp.asarray.
-    overrides: fields of config.model to change, such as remat, scan_layers, or param_dtype by
-      itself.
+    Tensors are read one at a time: memory holds what `put` returns and the largest parameter.
 
-    Tensors are read one at a time, so that the memory is that of what `put` keeps, and of the
-    largest parameter.
+    Args:
+      source: a folder, `gguf:<file>` (`gguf:smollm2` is that of the extra [smollm]), or a hub name.
+      dtype: of parameters and activations (gates, decays, states and norms' sums stay float32).
+        None is the files' own; where that is float16 activations are float32, as in many models
+        they grow beyond float16's 65504.
+      max_len: tokens that full-attention layers keep when decoding; None is the model's context.
+      put: (path, array) to what is kept of a parameter, for instance device_put to a sharding;
+        None is jnp.asarray.
+      overrides: fields of config.model to change, such as remat or scan_layers.
 
     Raises:
-      ValueError: an architecture that is not supported (those that are, are listed); files that are
-        cut off or are not what they say; tensors that are missing, extra or misshapen, by name;
-        max_len beyond the model's context.
+      ValueError: an architecture that is not supported (the supported ones are listed); files that
+        are cut off or are not what they say; tensors that are missing, extra or misshapen, by
+        name; max_len beyond the model's context.
     """
     hf_config, tensors, tokenizer_path, tokens = _open(str(source))
     if hf_config.get("model_type") == own_layout.MODEL_TYPE:
@@ -86,7 +87,7 @@ def load_pretrained(
     else:
         architecture = architectures.get(hf_config.fields.get("model_type"))
         architectures.check_supported(hf_config)
-    param_dtype = dtype or _main_dtype(tensors)
+    param_dtype = dtype or _weights_dtype(tensors)
     computed = "float32" if param_dtype == "float16" else param_dtype
     how = {"dtype": computed, "param_dtype": param_dtype} | dict(overrides or {})
     try:
@@ -97,6 +98,7 @@ def load_pretrained(
         raise ValueError(
             f"{hf_config.name} describes no model that can be built: {error}"
         ) from error
+    # A hostile config.json may describe a model that fills the memory.
     stored_numbers = sum(math.prod(entry.shape) for entry in tensors.entries.values())
     if conversion.num_parameters(slots) > 100 * (stored_numbers + 10_000):
         raise ValueError(
@@ -139,18 +141,18 @@ def save_pretrained(
     tokens: SpecialTokens | None = None,
     max_shard_bytes: int = files.MAX_SHARD_BYTES,
 ) -> list[Path]:
-    """Writes safetensors and config.json to `folder`; returns the files' paths.
+    """Writes safetensors, config.json and a tokenizer's files to `folder`; returns their paths.
 
-    architecture: "seqmodels", our own layout, which holds any config.model, or a model_type of the
-      registry, for other programs.
-    dtype: of all tensors but those that every model keeps in float32, such as decays, which a
-      recurrence raises to powers. Or of each parameter, by path (`Pretrained.dtypes`). None, and a
-      path that is not there, is its own.
-    hf_config: fields that config.json keeps where the model does not say otherwise, such as
-      `bos_token_id`.
-    tokenizer_path: a tokenizer.json to copy, with what describes it in its folder.
-    tokens: written as `special_tokens.write` does; None is what the files beside the tokenizer and
-      `hf_config` say.
+    Args:
+      architecture: "seqmodels" is our own layout, which holds any config.model; a model_type of
+        `architectures` makes files for other programs.
+      dtype: of all tensors but those that every model keeps in float32, such as decays, which a
+        recurrence raises to powers. Or {path: dtype} of single parameters (`Pretrained.dtypes`).
+        None, and a path that is not there, is the parameter's own.
+      hf_config: fields that config.json keeps where the model does not say otherwise, such as
+        `bos_token_id`.
+      tokenizer_path: a tokenizer.json to copy, with the files that describe it in its folder.
+      tokens: special tokens to write; None is what `hf_config` and the tokenizer's files say.
 
     Raises:
       ValueError: a model that this architecture cannot express, with what differs; parameters of
@@ -164,18 +166,14 @@ def save_pretrained(
     filled = _with_defaults(model_config, model)
     kept = dict(hf_config or {})
     tokenizer_path = Path(tokenizer_path) if tokenizer_path else None
-    if tokens is None:
-        tokens = (
-            special_tokens.read(tokenizer_path.parent, kept) if tokenizer_path else SpecialTokens()
-        )
+    if tokens is None and tokenizer_path:
+        tokens = special_tokens.read(tokenizer_path.parent, kept)
+    tokens = tokens or SpecialTokens()
     kept |= {name: i for name, i in tokens.ids().items() if kept.get(name) is None}
     config = _hf_config(target, filled, model, kept)
     slots, rules = _table(target, model_config)
     entries, read = conversion.tensor_reader(dict(params), rules, slots, dtype)
-    counts: dict[str, int] = {}
-    for entry in entries.values():
-        counts[entry.dtype.name] = counts.get(entry.dtype.name, 0) + entry.num_bytes
-    config["dtype"] = max(counts, key=counts.get)
+    config["dtype"] = _main_dtype(entries.values())
     folder = Path(folder)
     paths = files.write(folder, entries, read, max_shard_bytes)
     config_path = folder / "config.json"
@@ -185,14 +183,14 @@ def save_pretrained(
 
 
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What differs between the models of two configs, "field: a, b" each; nothing where they
-    compute the same."""
-    a, b = (_what(language_model.from_config(dict(config))) for config in (a, b))
+    """Lists what differs between two configs' models, "field: a, b" each; empty if they compute the
+    same."""
+    a, b = (_computation(language_model.from_config(dict(config))) for config in (a, b))
     return [f"{k}: {a.get(k)!r}, {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
 def _table(architecture: Architecture, model_config: Mapping[str, Any]):
-    """Where the model's parameters lie, and the rules that make them."""
+    """Returns where the model's parameters lie, and the rules that make them."""
     model = language_model.from_config(dict(model_config))
     slots = conversion.Slots(model)
     filled = _with_defaults(model_config, model)
@@ -200,16 +198,20 @@ def _table(architecture: Architecture, model_config: Mapping[str, Any]):
 
 
 def _with_defaults(model_config: Mapping[str, Any], model) -> dict[str, Any]:
-    """config.model with every field that a LanguageModel has."""
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
-    return {k: v for k, v in fields.items() if k not in ("mixers", "parent", "name")} | dict(
-        model_config
-    )
+    """Returns config.model with every field that a LanguageModel has."""
+    fields = _fields(model)
+    for name in ("mixers", "parent", "name"):
+        del fields[name]
+    return fields | dict(model_config)
 
 
-def _what(model) -> dict[str, Any]:
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
-    what = {k: v for k, v in fields.items() if k not in (*_HOW, "mixers")}
+def _fields(model) -> dict[str, Any]:
+    return {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+
+
+def _computation(model) -> dict[str, Any]:
+    """Returns the fields and options that decide what a model computes, as a flat dict."""
+    what = {k: v for k, v in _fields(model).items() if k not in (*_HOW, "mixers")}
     for i, spec in enumerate(model.mixers):
         options = mixers.options(spec.name) | {"d_model": model.d_model} | dict(spec.options)
         if spec.name == "attention":
@@ -221,7 +223,7 @@ def _what(model) -> dict[str, Any]:
 
 
 def _as_computed(options: dict[str, Any]) -> dict[str, Any]:
-    """Attention's options with what None stands for, and without those that have no effect."""
+    """Replaces None in attention's options by what it stands for, and drops unused ones."""
     H, qk_norm = options["num_heads"], options["qk_norm"]
     filled = {
         "num_kv_heads": options["num_kv_heads"] or H,
@@ -236,19 +238,17 @@ def _as_computed(options: dict[str, Any]) -> dict[str, Any]:
 
 def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[str, Any]:
     config = target.hf_config(model_config, model.mixers)
-    context = [
-        c["max_position_embeddings"] for c in (kept, config) if "max_position_embeddings" in c
-    ]
+    length = "max_position_embeddings"
+    context = [c[length] for c in (kept, config) if length in c]
     if kept.get("model_type") != target.model_type:
-        own = (
-            "document_token",
-        )  # read by `experiments` alone: what stands before a run's documents
-        kept = {k: v for k, v in kept.items() if k.endswith("_token_id") or k in own}
+        # document_token, which `experiments` reads, is what stands before a run's documents.
+        kept = {k: v for k, v in kept.items() if k.endswith("_token_id") or k == "document_token"}
     config = kept | config
-    if context:  # the cache of a decoder may be shorter than the model's context
-        config["max_position_embeddings"] = max(context)
+    if context:  # a decoder's cache may be shorter than the model's context
+        config[length] = max(context)
     config |= {"model_type": target.model_type, "architectures": [target.class_name]}
     config = {k: v for k, v in config.items() if k != "torch_dtype"}
+    # Read the result back: an export that loses something is refused.
     back = target.model_config(HFConfig(config, f"config.json as {target.model_type}"))
     if differing := same_model(model_config, back):
         raise ValueError(
@@ -259,7 +259,7 @@ def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[st
 
 
 def _open(source: str):
-    """(config, tensors, tokenizer file or None, special tokens) of any source."""
+    """Opens any source: (config, tensors, tokenizer file or None, special tokens)."""
     if source.startswith(GGUF_PREFIX):
         from seqmodels.checkpoints_io import gguf_files  # an extra
 
@@ -276,7 +276,7 @@ def _open(source: str):
 
 
 def _from_hub(name: str) -> Path:
-    """The local copy of a hub model, downloaded where the machine is online."""
+    """Returns the local copy of a hub model, downloading it where the machine is online."""
     kinds = (
         "a folder with config.json and safetensors, gguf:<file>, or a hub name such as org/model"
     )
@@ -288,22 +288,20 @@ def _from_hub(name: str) -> Path:
         raise ValueError(
             f"there is no folder {name!r}, and a hub name needs huggingface_hub, which is not installed; give {kinds}"
         ) from error
-    # Not "*.safetensors": some models are there twice, as their authors trained them, too.
+    # Not "*.safetensors": some models also have their authors' original files.
     patterns = ["model*.safetensors", "*.json", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except (
-        Exception
-    ) as error:  # no network, no such model, no permission: the library has a class for each
+    # No network, no such model, no permission: the library has a class for each.
+    except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"there is no folder {name!r}, and the hub gave none: {reason}") from error
 
 
 def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str) -> dict[str, Any]:
-    """config.model whose full-attention layers hold `max_len` tokens when decoding (None: as many
-    as they do).
+    """Returns config.model whose full-attention layers hold `max_len` tokens when decoding.
 
-    Raises ValueError, naming the model by `name`, for more than they do now.
+    None changes nothing. Raises ValueError, naming the model by `name`, for more than they hold.
     """
     model_config = dict(model_config)
     if max_len is None:
@@ -323,20 +321,24 @@ def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str
     return model_config | {"pattern": pattern.to_text(limited)}
 
 
-def _main_dtype(tensors: files.Source) -> str:
-    """The dtype of most bytes that are floating point."""
-    counts: dict[str, int] = {}
-    for entry in tensors.entries.values():
-        if jnp.issubdtype(entry.dtype, jnp.floating):
-            counts[entry.dtype.name] = counts.get(entry.dtype.name, 0) + entry.num_bytes
-    if not counts:
+def _weights_dtype(tensors: files.Source) -> str:
+    """Returns the floating dtype of most bytes, with float32 for float64."""
+    entries = [e for e in tensors.entries.values() if jnp.issubdtype(e.dtype, jnp.floating)]
+    if not entries:
         raise ValueError(f"{tensors.name} holds no tensor of a floating dtype")
-    main = max(counts, key=counts.get)
+    main = _main_dtype(entries)
     return "float32" if main == "float64" else main
 
 
+def _main_dtype(entries: Iterable[files.TensorEntry]) -> str:
+    counts: collections.Counter[str] = collections.Counter()
+    for entry in entries:
+        counts[entry.dtype.name] += entry.num_bytes
+    return max(counts, key=counts.get)
+
+
 class _Renamed:
-    """A source in which names that the table knows lack a prefix."""
+    """A source whose names get a prefix where the rules know them by it."""
 
     def __init__(
         self, source: files.Source, prefix: str, expected: Mapping[str, files.TensorEntry]

@@ -1,5 +1,5 @@
-"""What a model's files say about tokens: which ids begin and end a text, and how a conversation is
-written.
+"""Reads and writes what a model's files say about tokens: which ids begin and end a text, and how a
+conversation is written.
 
     generation_config.json   bos_token_id, pad_token_id, and eos_token_id: the end of a text, or a
       list with the ends of turns
@@ -9,12 +9,12 @@ written.
     special_tokens_map.json  what the one above leaves out, in folders of older programs
     chat_template.jinja, additional_chat_templates/<name>.jinja
 
-An id is what the first file that names it says, as in transformers; tokenizer_config.json names it
-by its text. A run keeps these files beside its tokenizer.json and a GGUF file's metadata is written
-as such files, so that all are read in one way.
+As in transformers the first file that names an id counts; tokenizer_config.json names its text.
+Runs and GGUF files are read the same way: a run keeps these files beside its tokenizer.json, and a
+GGUF file's metadata is written as such files.
 
-Tokens that tokenizer_config.json (or added_tokens.json, in folders of older programs) lists or
-names, and tokenizer.json does not have among its added tokens, are added: they are never cut.
+Tokens that tokenizer_config.json (in folders of older programs added_tokens.json) lists or names
+are added to those of tokenizer.json that are never cut.
 """
 
 import contextlib
@@ -40,19 +40,20 @@ _TEMPLATE_FILE = "chat_template.jinja"
 _TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT = "default"  # the template of a conversation without tools
 _PLAIN = "PreTrainedTokenizerFast"
-# transformers' classes of tokenizers that have no special tokens but those they are told; others
+# transformers' tokenizer classes that have no special tokens but those they are told; other classes
 # have a bos and an eos token.
 _TOLD_ALONE = (_PLAIN, "TokenizersBackend")
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """bos, pad: ids, if there are such tokens. eos: every id that ends a text or a turn, the text's
-    own first.
+    """Special tokens and chat templates of a model.
 
-    names: the texts that chat templates are given, such as {"bos_token": "<s>"}.
-    chat_templates: Jinja by name. "default" writes a conversation, "tool_use" one with tools, if
-      there is that template.
+    bos, pad: ids, if there are such tokens.
+    eos: every id that ends a text or a turn, the text's own first.
+    names: texts that chat templates are given, such as {"bos_token": "<s>"}.
+    chat_templates: Jinja by name. "default" writes a conversation, "tool_use", if it is there, one
+      with tools.
     """
 
     bos: int | None = None
@@ -62,22 +63,22 @@ class SpecialTokens:
     chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def ids(self) -> dict[str, int | list[int]]:
-        """The fields of config.json and generation_config.json, those that are known."""
+        """Returns the known ids as fields of config.json and generation_config.json."""
         eos = self.eos[0] if len(self.eos) == 1 else list(self.eos) or None
         fields = {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
         return {name: value for name, value in fields.items() if value is not None}
 
     def filled(self, other: "SpecialTokens") -> "SpecialTokens":
-        """The same, with what `other` knows beyond it."""
+        """Returns a copy with what `other` knows beyond it."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {name: value for name, value in own.items() if value not in (None, (), {})}
         return dataclasses.replace(other, **known | {"names": {**other.names, **self.names}})
 
 
 def read(folder: Path, config: Mapping[str, Any] | None = None) -> SpecialTokens:
-    """What the files in `folder` say; nothing where there are none.
+    """Reads the files in `folder`, those that are there.
 
-    config: what config.json has, where it is not in this folder.
+    config: the fields of config.json, where it is not in this folder.
     Raises ValueError, naming the file, for one that is no JSON object.
     """
     generation = _fields(folder / _GENERATION_CONFIG)
@@ -93,6 +94,7 @@ def read(folder: Path, config: Mapping[str, Any] | None = None) -> SpecialTokens
     bos, pad = (next(iter(ids[name]), None) for name in ("bos", "pad"))
     templates = _chat_templates(folder, described)
     tokens = SpecialTokens(bos, ids["eos"], pad, names, templates)
+    # A tokenizer class of its own has a bos and an eos token, named by their ids.
     if described.get("tokenizer_class", _PLAIN) in _TOLD_ALONE:
         return tokens
     own = {k: text for k, text in _names_by_id(tokens, vocabulary()).items() if k not in described}
@@ -100,15 +102,15 @@ def read(folder: Path, config: Mapping[str, Any] | None = None) -> SpecialTokens
 
 
 def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) -> list[Path]:
-    """Writes to `folder` what `read` reads, but for config.json; returns the files' paths.
+    """Writes to `folder` what `read` reads, except config.json; returns the files' paths.
 
-    tokenizer: a tokenizer.json that is copied, with those of these files that stand beside it;
-    where they say otherwise, what `tokens` says is put in. None leaves out tokenizer_config.json:
-    there is no tokenizer to describe.
+    tokenizer: a tokenizer.json to copy, with the files beside it, in which `tokens` replaces what
+      differs. None leaves out tokenizer_config.json: there is no tokenizer to describe.
     """
     beside = tokenizer.parent if tokenizer else None
     said = _fields(beside / _GENERATION_CONFIG) if beside else {}
     ids = {k: v for k, v in tokens.ids().items() if _ids(said.get(k)) != _ids(v)}
+    # Ids go to generation_config.json; all else describes a tokenizer.
     paths = _put(folder, _GENERATION_CONFIG, said | ids, beside)
     if beside is None:
         return paths
@@ -118,15 +120,18 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
     if not described:  # nothing names them yet
         names = _names_by_id(tokens, _vocabulary(tokenizer)) | names
     changed = {k: text for k, text in names.items() if known.get(k) != text}
+    # Other templates than those beside the tokenizer go to tokenizer_config.json, and files of
+    # templates are not copied.
     if tokens.chat_templates != _chat_templates(beside, described):
         named = [{"name": name, "template": text} for name, text in tokens.chat_templates.items()]
         alone = set(tokens.chat_templates) == {DEFAULT}
         kept, changed["chat_template"] = {}, named[0]["template"] if alone else named
     plain = {"tokenizer_class": _PLAIN, "clean_up_tokenization_spaces": False}
     paths += _put(folder, _TOKENIZER_CONFIG, (described or plain) | changed, beside)
+    # Read files to copy before files of another model, perhaps the same ones, are removed.
     copies = {folder / p.relative_to(beside): p.read_bytes() for p in kept.values()}
     replaced = list(_template_files(folder).values())
-    if folder.resolve() != beside.resolve():  # of another model that was here
+    if folder.resolve() != beside.resolve():
         replaced += [folder / _SPECIAL_TOKENS_MAP, folder / _ADDED_TOKENS]
     for path in replaced:
         path.unlink(missing_ok=True)
@@ -137,8 +142,8 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
 
 
 def completed(tokenizer: Path) -> Path:
-    """A tokenizer.json with the tokens that it should have by the files beside it: itself, or a
-    copy that has them."""
+    """Returns a tokenizer.json that has the tokens named by the files beside it: itself, or a copy
+    in the cache."""
     lacking = _lacking(tokenizer)
     if not lacking:
         return tokenizer
@@ -153,11 +158,9 @@ def completed(tokenizer: Path) -> Path:
 
 
 def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
-    """Puts a tokenizer.json and what describes it into the cache (`first_use.cache_folder`);
-    returns its path.
+    """Puts a tokenizer.json and files that describe it into the cache; returns its path.
 
-    like: the tokenizer.json that it was made of; the files beside that one are kept, as `write`
-      does.
+    like: the tokenizer.json it was made of; the files beside that one are kept, as in `write`.
     """
     folders = verification.cache_folder() / "tokenizers"
     folders.mkdir(parents=True, exist_ok=True)
@@ -177,7 +180,7 @@ def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
 
 
 def _put(folder: Path, name: str, fields: dict[str, Any], beside: Path | None) -> list[Path]:
-    """Writes a JSON file, byte for byte as the one in `beside` where that says the same."""
+    """Writes a JSON file, or copies the one in `beside` where that says the same."""
     if beside and fields and _fields(beside / name) == fields:
         return _copy(beside / name, folder / name)
     if not fields:
@@ -199,8 +202,7 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with special_tokens_map.json where that counts: beside a file that
-    lists no added tokens."""
+    """Reads tokenizer_config.json and, where it lists no added tokens, special_tokens_map.json."""
     described = _fields(folder / _TOKENIZER_CONFIG)
     if "added_tokens_decoder" not in described:
         described |= _typed(_fields(folder / _SPECIAL_TOKENS_MAP))
@@ -208,8 +210,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _typed(value: Any) -> Any:
-    """What special_tokens_map.json has, as tokenizer_config.json writes it: tokens with options
-    name their type."""
+    """Adds to special_tokens_map.json's tokens the types that tokenizer_config.json writes."""
     if isinstance(value, list):
         return [_typed(item) for item in value]
     if not isinstance(value, dict):
@@ -219,7 +220,7 @@ def _typed(value: Any) -> Any:
 
 
 def _named(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens by what they are for, texts or objects with options."""
+    """Returns special tokens, texts or objects with options, by names such as "bos_token"."""
     extra = described.get("extra_special_tokens")
     named = {k: v for k, v in described.items() if k.endswith("_token")}
     named |= extra if isinstance(extra, dict) else {}
@@ -235,12 +236,14 @@ def _text(token: Any) -> Any:
 
 
 def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
-    """Added tokens, with their options, of the files beside a tokenizer.json that it lacks, or has
-    with other options."""
+    """Lists added tokens of the files beside a tokenizer.json that it lacks, or has with other
+    options."""
     described = _described(tokenizer.parent)
     named = list(_named(described).values())
     for field in ("extra_special_tokens", "additional_special_tokens"):
         named += described[field] if isinstance(described.get(field), list) else []
+    # Tokens with options are in tokenizer_config.json, or in older folders without them in
+    # added_tokens.json.
     listed = described.get("added_tokens_decoder")
     if isinstance(listed, dict):
         numbered = [(i, token) for i, token in listed.items() if i.isdecimal()]
@@ -255,7 +258,7 @@ def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
     try:
         own = list(map(_options, json.loads(tokenizer.read_bytes())["added_tokens"]))
     except (ValueError, LookupError, TypeError):
-        return []  # no tokenizer: who opens it says so
+        return []  # opening what is no tokenizer raises elsewhere
     lacking = [token for token in map(_options, listed) if token and token not in own]
     known = {token.get("content") for token in own + lacking}
     for token in map(_options, ({"content": _text(t), "special": True} for t in named)):
@@ -266,7 +269,7 @@ def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
 
 
 def _options(token: Any) -> dict[str, Any]:
-    """An added token as the `tokenizers` library takes it; {} for what is none."""
+    """Returns an added token as the `tokenizers` library takes it; {} for what is none."""
     if (
         not isinstance(token, dict)
         or not isinstance(token.get("content"), str)
@@ -285,7 +288,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    """Ids by text. What is no tokenizer has none: whoever needs one opens it, and says so."""
+    """Returns ids by text; none for what is no tokenizer, as opening it raises elsewhere."""
     try:
         fields = json.loads(path.read_bytes())
         words = fields["model"]["vocab"]
@@ -309,7 +312,7 @@ def _template_files(folder: Path) -> dict[str, Path]:
 
 
 def _chat_templates(folder: Path, described: Mapping[str, Any]) -> dict[str, str]:
-    """Files, if there are any; else what tokenizer_config.json has."""
+    """Returns the templates in files, if there are any, else those of tokenizer_config.json."""
     if paths := _template_files(folder):
         return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     found = described.get("chat_template")

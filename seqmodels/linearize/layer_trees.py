@@ -1,8 +1,8 @@
-"""A language model's parameters as a list of layers, whatever way the model stacks them.
+"""Takes a language model's parameters apart into a list of layers, and puts them together again.
 
-A `LanguageModel` holds repeated layers stacked along a first axis and the others by themselves, as
-`LanguageModel.plan` says. Two models with other patterns stack the same layers in another way: a
-teacher's parameters go to its student through this list.
+A `LanguageModel` stacks repeated layers along a first axis and holds the others by themselves, as
+its `plan` says. Models of other patterns stack the same layers differently, so a teacher's
+parameters reach its student through this list.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ SCANNED = "blocks"
 
 
 def split(model, params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what is not in a layer, such as the embedding; one tree a layer).
+    """Returns (parameters outside of layers, such as the embedding; one tree per layer).
 
-    Leaves may be boxed with logical axis names and abstract; "layers" goes off the names.
+    Leaves may be abstract, and boxed with logical axis names, from which "layers" is removed.
     """
     plan, params = model.plan, dict(params)
     period, first = len(plan.period), len(plan.prefix)
@@ -36,8 +36,7 @@ def split(model, params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str,
 
 
 def join(model, shared: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The parameters of `model` with these layers: the inverse of `split`, for a model of any
-    stacking."""
+    """Returns the parameters of `model` with these layers: the inverse of `split`."""
     plan, params = model.plan, dict(shared)
     period, first = len(plan.period), len(plan.prefix)
     end = first + plan.repeats * period

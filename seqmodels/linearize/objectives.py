@@ -1,4 +1,4 @@
-"""The losses of a linearization's stages, one number a token."""
+"""Losses of a linearization's stages, one number per token."""
 
 from typing import Any
 
@@ -17,10 +17,9 @@ def transfer_loss(
     batch: dict[str, Array],
     weights: dict[str, float],
 ) -> tuple[Array, dict[str, Array]]:
-    """(sum of weights[name] times `transfer.losses`, every loss by its name), (B, T) each.
+    """Returns (the sum of weights[name] * transfer.losses[name], losses to report), (B, T) each.
 
-    Raises:
-      ValueError: a weight of what no layer gives.
+    Raises ValueError for a weight of a loss that no layer gives.
     """
     found = transfer.losses(model, params, batch["inputs"], batch["segment_ids"])
     used = {name: weight for name, weight in weights.items() if weight}
@@ -42,9 +41,14 @@ def distillation(
     kl: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """ce * cross-entropy + kl * temperature^2 * KL(teacher || student), both at the temperature in
-    the KL, from hidden states: no logits are held. student, teacher: (model, parameters); the
-    teacher is read only where kl is not 0."""
+    """Returns the loss ce * cross-entropy + kl * t^2 * KL(teacher || student), and what to report.
+
+    Both models' logits are divided by the temperature t in the KL. Losses are computed from hidden
+    states, so that no logits are held. The factor t^2 keeps gradients' size (Hinton et al., arXiv
+    1503.02531, section 2).
+
+    student, teacher: (model, parameters); the teacher is read only where kl is not 0.
+    """
     model, params = student
     x_BTD, matrix, layout = _hidden(model, params, batch)
     loss_BT, metrics = jnp.zeros(batch["inputs"].shape, jnp.float32), {}
@@ -70,25 +74,25 @@ def distillation(
 
 
 def _hidden(model, params, batch):
-    """The last hidden states, the output matrix and its layout."""
-    kept = []
+    """Returns the last hidden states, the output matrix and its layout."""
+    layouts = []
 
     def head(x_BTD, matrix, layout):
-        kept.append(layout)
+        layouts.append(layout)
         return x_BTD, matrix
 
     inputs = batch["inputs"], batch["segment_ids"]
     (x_BTD, matrix), _ = model.apply({"params": params}, *inputs, head=head)
-    return x_BTD, matrix, kept[0]
+    return x_BTD, matrix, layouts[0]
 
 
 def selection_penalty(params: dict[str, Any], target: int, power: float = 2.0) -> Array:
-    """(sum_l round(r_l) - target)^2 + sum_l (1 - |2 r_l - 1|^power) over the selective layers
-    (LinVideo, arXiv 2510.08318, eqs. 4-5). round has the gradient of the identity. LinVideo lowers
-    `power` during training: here a stage has one.
+    """Returns (sum_l round(r_l) - target)^2 + sum_l (1 - |2 r_l - 1|^power) of selective layers l.
 
-    Raises:
-      ValueError: no selective layer, or a target that is not among their numbers.
+    This is LinVideo's penalty (arXiv 2510.08318, eqs. 4-5), where round has the gradient of the
+    identity. LinVideo lowers `power` during training; here it is constant in a stage.
+
+    Raises ValueError without a selective layer, or for a target beyond their number.
     """
     logits = [
         leaf.reshape(-1)
@@ -102,6 +106,6 @@ def selection_penalty(params: dict[str, Any], target: int, power: float = 2.0) -
         )
     r_L = jax.nn.sigmoid(jnp.concatenate(logits))
     rounded_L = r_L + jax.lax.stop_gradient(jnp.round(r_L) - r_L)
-    # A hair off zero, where the gradient of a power under 1 is infinite.
+    # 1e-6 keeps off zero, where the gradient of a power below 1 is infinite.
     polar = jnp.sum(1.0 - (jnp.abs(2.0 * r_L - 1.0) + 1e-6) ** power)
     return jnp.square(jnp.sum(rounded_L) - target) + polar

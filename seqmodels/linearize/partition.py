@@ -1,5 +1,4 @@
-"""Which parameters are trained: trees cut in two by patterns on their paths, and put together
-again."""
+"""Splits parameter trees in two by patterns on their paths, and puts them together again."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +12,7 @@ SEPARATOR = "/"
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """{"blocks/block_0/mixer/q/kernel": leaf}; boxed leaves stay boxed."""
+    """Returns {"blocks/block_0/mixer/q/kernel": leaf, ...}; boxed leaves stay boxed."""
     return traverse_util.flatten_dict(tree, sep=SEPARATOR, is_leaf=lambda _, leaf: is_boxed(leaf))
 
 
@@ -22,8 +21,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def matches(pattern: str) -> Callable[[str], bool]:
-    """Whether a path has a part that the regular expression matches; an empty pattern matches
-    nothing.
+    """Returns the test whether a regular expression is found in a path; an empty one never is.
 
     Raises ValueError for what is no regular expression.
     """
@@ -37,14 +35,14 @@ def matches(pattern: str) -> Callable[[str], bool]:
 
 
 def split(tree: dict[str, Any], chosen: Callable[[str], bool]) -> tuple[dict, dict]:
-    """(the leaves whose path is chosen, the others), each a tree without empty branches."""
+    """Returns (the leaves whose path is chosen, the others) as trees without empty branches."""
     flat = flatten(tree)
     parts = ({p: x for p, x in flat.items() if chosen(p) is yes} for yes in (True, False))
     return tuple(map(unflatten, parts))
 
 
 def merge(*trees: dict[str, Any]) -> dict[str, Any]:
-    """One tree of several; where two have a leaf, the later one's."""
+    """Merges trees; of leaves that several have, the last tree's counts."""
     flat = {}
     for tree in trees:
         flat |= flatten(tree)
@@ -52,8 +50,7 @@ def merge(*trees: dict[str, Any]) -> dict[str, Any]:
 
 
 def require(tree: dict[str, Any], pattern: str, what: str) -> None:
-    """Raises ValueError, with some of the paths there are, where a pattern that is not empty
-    matches none."""
+    """Raises ValueError, with some of the paths, where a pattern is not empty and matches none."""
     paths = sorted(flatten(tree))
     if pattern and not any(map(matches(pattern), paths)):
         some = ", ".join(paths[:: max(1, len(paths) // 8)][:8])

@@ -1,4 +1,4 @@
-"""A teacher's student: which layers become which mixer, and what its parameters start from."""
+"""Makes a teacher's student: which layers become which mixer, and what parameters start from."""
 
 import dataclasses
 import re
@@ -24,12 +24,13 @@ def choose_layers(
     keep_every: int = 0,
     keep: str = "last",
 ) -> tuple[int, ...]:
-    """The indices of the layers to convert.
+    """Returns the indices of the layers to convert.
 
-    layers: "all" softmax layers, or indices and ranges such as "0-7,12".
-    keep_every: of every so many layers among them one stays softmax; 0 keeps none. keep: which, the
-      "last" (Liger-H keeps one after seven, arXiv 2503.01496) or the "first" (mmMamba, arXiv
-      2502.13145).
+    Args:
+      layers: "all" softmax layers, or indices and ranges such as "0-7,12".
+      keep_every: one in this many of these layers stays softmax; 0 keeps none.
+      keep: which of them stays, the "last" (Liger-H keeps one after seven, arXiv 2503.01496) or the
+        "first" (mmMamba, arXiv 2502.13145).
 
     Raises:
       ValueError: layers that are not there, or are no softmax layers; an unknown `keep`; nothing
@@ -77,15 +78,12 @@ def _indices(text: str, count: int) -> list[int]:
 def student_specs(
     teacher: language_model.LanguageModel, student: str, layers: Sequence[int]
 ) -> tuple[pattern.MixerSpec, ...]:
-    """The teacher's mixers with those of `layers` replaced by the pattern `student`, gone over
-    again and again.
+    """Returns the teacher's mixers, those of `layers` replaced by the repeated pattern `student`.
 
-    A mixer that is softmax attention with another way to mix (`mixers.attention`) takes every
-    option of the teacher's layer that its class does not define anew, and of a window only softmax
-    attention itself; others take heads and head dimension. What the pattern says wins.
+    Options that the pattern does not give are `inherited` from the teacher's layer.
 
     Raises:
-      ValueError: a pattern that cannot be read, an unknown mixer, or one that cannot stand in a
+      ValueError: a pattern that cannot be read, an unknown mixer, or one that cannot replace a
         teacher's layer.
     """
     try:
@@ -101,7 +99,12 @@ def student_specs(
 
 
 def inherited(teacher: pattern.MixerSpec, name: str, d_model: int) -> dict[str, Any]:
-    """Options of the mixer `name` in the place of the teacher's layer."""
+    """Returns the options of the mixer `name` that replaces a teacher's layer.
+
+    Softmax attention takes all. Subclasses of `mixers.attention.Attention` take those whose default
+    they share, without a window. Other mixers take the number of heads and the head dimension. All
+    take the options of the layer around the mixer.
+    """
     theirs = mixers.options(CONVERTIBLE) | dict(teacher.options)
     known = mixers.options(name)
     if name == CONVERTIBLE:
@@ -131,7 +134,7 @@ def inherited(teacher: pattern.MixerSpec, name: str, d_model: int) -> dict[str, 
 def student_config(
     model_config: Mapping[str, Any], specs: Sequence[pattern.MixerSpec]
 ) -> dict[str, Any]:
-    """The teacher's `config.model` with these mixers."""
+    """Returns the teacher's `config.model` with these mixers."""
     return dict(model_config) | {"pattern": pattern.to_text(specs), "num_layers": len(specs)}
 
 
@@ -142,14 +145,12 @@ def seed_params(
     student: language_model.LanguageModel,
     seed: str = "auto",
 ) -> dict[str, Any]:
-    """The student's first parameters: of every layer whose mixer stays, and of all outside of
-    mixers, the source's; new mixers are initialised, and then, with seed "auto", take what fits:
+    """Returns the student's first parameters: the source's where the mixer is the same, and outside
+    of mixers. New mixers are initialised and, with seed "auto", take over what fits:
 
-    mixers on softmax attention's projections   each parameter of the same name and shape
-    mamba2                                      x, B, C, o from v, k, q, o, heads repeated
-      (Mamba-in-the-Llama, arXiv 2408.15237)
-    others                                      nothing (gated delta nets: InfiniteVL, arXiv
-      2512.08829)
+    - mixers on softmax attention's projections: each parameter of the same name and shape;
+    - mamba2: x, B, C, o from v, k, q, o, heads repeated (Mamba-in-the-Llama, arXiv 2408.15237);
+    - others: nothing (gated delta nets: InfiniteVL, arXiv 2512.08829).
     """
     if seed not in SEEDS:
         raise ValueError(f"unknown seed {seed!r}; choose one of {', '.join(SEEDS)}")
@@ -159,7 +160,7 @@ def seed_params(
 
     @jax.jit
     def fresh(key):
-        """What the source has not; the rest is never made."""
+        """Initialises what the source does not have; XLA removes the rest."""
         initial = nn.unbox(student.init(key, jnp.zeros((1, 2), jnp.int32)))["params"]
         others, own = layer_trees.split(student, initial)
         others = {name: others[name] for name in others.keys() - shared.keys()}
@@ -174,6 +175,7 @@ def seed_params(
 
 
 def _taken_over(new, source, mixer):
+    """Returns a new mixer's parameters with those of the source's mixer that fit."""
     if issubclass(mixers.mixer_class(new.name), attention.Attention):
         theirs, own = partition.flatten(source), partition.flatten(mixer)
         fitting = {p: x for p, x in theirs.items() if p in own and own[p].shape == x.shape}
@@ -182,6 +184,7 @@ def _taken_over(new, source, mixer):
         K, G = dict(new.options)["head_dim"], dict(new.options)["num_groups"]
         seeds = {"x": "v", "B": "k", "C": "q", "o": "o"}
         copied = {name: {"kernel": source[old]["kernel"]} for name, old in seeds.items()}
+        # Keys and values of G heads become those of H: each head of a group gets a copy.
         for name in ("x", "B"):
             W = copied[name]["kernel"]
             W_DGK = W.reshape(W.shape[0], -1, K)
@@ -193,8 +196,7 @@ def _taken_over(new, source, mixer):
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """What `chosen` found: the layers' mixers, r of each selective layer by its index, and the
-    parameters."""
+    """The result of `chosen`: mixers, r of each selective layer by its index, and parameters."""
 
     specs: tuple[pattern.MixerSpec, ...]
     mix: dict[int, float]
@@ -203,8 +205,7 @@ class Chosen:
 
 
 def chosen(model: language_model.LanguageModel, params: dict[str, Any]) -> Chosen:
-    """Every selective layer as the one of softmax attention and LoLCATs' linear part that it chose:
-    r >= 1/2 stays softmax."""
+    """Replaces each selective layer by its choice: softmax attention if r >= 1/2, else LoLCATs."""
     shared, layers = layer_trees.split(model, params)
     mix = {
         i: float(jax.nn.sigmoid(layers[i]["mixer"]["mix_logit"][0]))
@@ -217,6 +218,7 @@ def chosen(model: language_model.LanguageModel, params: dict[str, Any]) -> Chose
         known = mixers.options(name).keys() | set(blocks.LAYER_OPTIONS)
         options = {k: v for k, v in specs[i].options if k in known} | {"window": None}
         specs[i] = pattern.MixerSpec(name, tuple(sorted(options.items())))
+        # Softmax attention has no feature maps, and neither has r.
         left_out = r"^mix_logit$" + ("" if name == "lolcats" else "|^[qk]_map/")
         _, mixer = partition.split(layers[i]["mixer"], partition.matches(left_out))
         layers[i] = layers[i] | {"mixer": mixer}

@@ -1,9 +1,9 @@
-"""Teacher-forced transfer, layer by layer: every student layer sees what the teacher's layer sees,
-all in one pass.
+"""Transfers layer by layer under teacher forcing: each student layer reads what its teacher's layer
+reads, all in one pass.
 
-A `TransferModel` is a language model whose layers are pairs. The teacher's layer carries the hidden
-states on; the student's reads them, and how far it is off is sown. Nothing is kept between layers
-but the hidden states, so layers are scanned over and recomputed like any model's.
+A `TransferModel` is a language model whose layers are pairs. The teacher's layer computes the next
+hidden states; the student's reads the same input, and the distance of their outputs is sown. Only
+hidden states pass between layers, so layers are scanned over and recomputed like any model's.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from seqmodels.linearize import layer_trees, partition
 from seqmodels.modules import blocks, pattern
 
 TEACHER, STUDENT = "teacher", "student"
-# What can be compared, each the mean square over channels of student less teacher: "heads" what the
-# output projection reads, "mixer" what it gives, "block" what the layer gives. "relative" is
-# "mixer" over the teacher's mean square: for reports. Feature maps sow more: "attention_map",
+# Mean squares over channels of the difference of student and teacher: of the output projection's
+# input ("heads"), the mixer's output ("mixer") and the layer's ("block"). Also sown are "relative",
+# which is "mixer" over the teacher's mean square, and by feature maps "attention_map" and
 # "attention_map_kl".
 DISTANCES = ("heads", "mixer", "block")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A layer of a `TransferModel`; the teacher's spec stands for the pair where only one can."""
+    """A layer of a `TransferModel`, which has the teacher's name and options as a MixerSpec has."""
 
     teacher: pattern.MixerSpec
     student: pattern.MixerSpec
@@ -47,8 +47,8 @@ class Pair:
 
 
 class PairBlock(blocks.Block):
-    """Both layers of a `Pair` (`spec`) on the same input; the teacher's output goes on. Where they
-    are the same there is one."""
+    """Runs both layers of a `Pair` (`spec`) on the same input, or one where they are the same, and
+    returns the teacher's output."""
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, state, fresh_B, layer):
@@ -62,8 +62,9 @@ class PairBlock(blocks.Block):
             y_BTD, own = run(self.spec.student, STUDENT, jax.lax.stop_gradient(x_BTD))
             pairs = {name: (own[name], theirs[name]) for name in ("heads", "mixer")}
             pairs["block"] = y_BTD, out_BTD
+            # A student's heads may be wider than the teacher's; then they are not compared.
             for name, (a, b) in pairs.items():
-                if a.shape == b.shape:  # a student's heads may be wider than the teacher's
+                if a.shape == b.shape:
                     self.sow("intermediates", name, _mean_square(a - b))
             power_BT = _mean_square(theirs["mixer"])
             error_BT = _mean_square(own["mixer"] - theirs["mixer"])
@@ -77,11 +78,10 @@ _FIELDS = [
 
 
 class TransferModel(language_model.LanguageModel):
-    """A `LanguageModel` of `Pair`s; its parameters are `params`' result. `losses` runs it.
+    """A `LanguageModel` of `Pair`s, with the parameters that `params` returns; `losses` runs it.
 
-    Where a layer is not converted there is the teacher's alone, and all outside of layers is the
-    teacher's: what a student has in their place, which an earlier stage may have trained, is
-    `kept`.
+    Layers that are not converted, and all outside of layers, are the teacher's alone. What a
+    student has in their place, which an earlier stage may have trained, is returned by `kept`.
     """
 
     block = PairBlock
@@ -90,7 +90,7 @@ class TransferModel(language_model.LanguageModel):
 def make_model(
     teacher: language_model.LanguageModel, student: language_model.LanguageModel
 ) -> TransferModel:
-    """The pairs of two models of as many layers."""
+    """Pairs the layers of two models of equal depth."""
     if len(teacher.mixers) != len(student.mixers):
         raise ValueError(
             f"teacher and student must have as many layers; got {len(teacher.mixers)} and {len(student.mixers)}"
@@ -104,8 +104,10 @@ def make_model(
 
 
 def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, Any]:
-    """A TransferModel's parameters of (model, parameters) of both. Leaves may be boxed and
-    abstract."""
+    """Returns a TransferModel's parameters from (model, parameters) of both models.
+
+    Leaves may be boxed and abstract.
+    """
     shared, theirs = layer_trees.split(*teacher)
     _, own = layer_trees.split(*student)
     layers = [
@@ -116,8 +118,10 @@ def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, An
 
 
 def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
-    """What of a student's (model, parameters) `params` leaves out. Leaves may be boxed and
-    abstract."""
+    """Returns what `params` leaves out of a student's (model, parameters).
+
+    Leaves may be boxed and abstract.
+    """
     shared, own = layer_trees.split(*student)
     pairs = enumerate(zip(model.mixers, own))
     return {
@@ -129,8 +133,7 @@ def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
 def student_params(
     model: TransferModel, student, params: dict[str, Any], kept: dict[str, Any]
 ) -> dict[str, Any]:
-    """The student's parameters: converted layers out of a TransferModel's, the rest as it was
-    `kept`."""
+    """Returns the student's parameters: a TransferModel's converted layers, and what was `kept`."""
     _, layers = layer_trees.split(model, params)
     own = [
         layer[STUDENT] if pair.converted else kept["layers"][str(i)]
@@ -142,7 +145,7 @@ def student_params(
 def losses(
     model: TransferModel, params: dict[str, Any], tokens_BT: Array, segment_ids_BT: Array | None
 ) -> dict[str, Array]:
-    """Of each thing that layers sow (above `DISTANCES`), its mean over the layers that do, (B, T)."""
+    """Returns the means over layers, (B, T), of each distance that layers sow (see `DISTANCES`)."""
     _, sown = model.apply(
         {"params": params},
         tokens_BT,
@@ -164,8 +167,8 @@ def _mean_square(x: Array) -> Array:
 
 
 def _watched(block, x_BTD, segment_ids_BT, layer):
-    """The block's output, and what its mixer's output projection reads ("heads") and gives
-    ("mixer")."""
+    """Returns a block's output, and the input ("heads") and output ("mixer") of its mixer's output
+    projection."""
     seen = {}
 
     def watch(call, arguments, keywords, context):

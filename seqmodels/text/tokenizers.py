@@ -1,17 +1,14 @@
-"""Bytes, or a Hugging Face `tokenizers` file, behind one small interface.
+"""Tokenizes by bytes, or by a Hugging Face `tokenizers` file, behind one small interface.
 
 A tokenizer has
   vocab_size       ids lie in [0, vocab_size)
-  document_id      stands before every document, and is the target of every document's last token:
-                   the text ends here, as it does before the next document
+  document_id      the id before every document, which is also the label of its last token
   special_texts    id -> text of the ids that `decode` leaves out, document_id among them; only stop
                    strings are compared with it
-  num_bytes_W      bytes of text that each id adds to the text before it. At a document's end, where
-                   document_id is the target, what the tokenizer puts before a document and its text
-                   does not hold is taken back: -1 for SentencePiece's space, 0 for bytes. So these
-                   add up to the text where a tokenizer keeps it as it is; where one does not (it
-                   lowercases, drops spaces, has no id for a character), batches say what is right
-                   (`packing.document_tokens`)
+  num_bytes_W      bytes that each id adds to the text before it. document_id, which is the label at
+                   a document's end, subtracts what the tokenizer puts before a document: -1 for
+                   SentencePiece's space, 0 for bytes. They add up to the text if the tokenizer
+                   does not change it (`packing.document_tokens` corrects the rest)
   encode(text, special=False)   str or bytes to int32 ids, without document_id; special: with the
                    special tokens that a file puts around a text (for bytes, document_id first)
   decode(ids)      ids to str; broken UTF-8 becomes U+FFFD
@@ -25,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 BYTES = "bytes"
-_SPACE = "\u2581"  # how SentencePiece spells it
+_SPACE = "\u2581"  # SentencePiece's letter for a space
 
 
 class Tokenizer(Protocol):
@@ -40,7 +37,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Ids 0-255 are the bytes themselves, 256 stands before each document. Any data is legal."""
+    """Ids 0-255 are bytes, 256 is document_id. Any data is legal."""
 
     vocab_size = 257
     document_id = 256
@@ -61,14 +58,14 @@ class ByteTokenizer:
 class FileTokenizer:
     """A `tokenizer.json` of the Hugging Face `tokenizers` library.
 
-    document_token: the token of the file that stands before each document (such as
-      "<|endoftext|>"); "" adds an id of its own after the file's vocabulary.
+    document_token: the file's token for document_id (such as "<|endoftext|>"); "" adds an id after
+      the file's vocabulary.
     """
 
     def __init__(self, path: str, document_token: str = ""):
         self._path, self._tokenizer = path, open_file(path)
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        # Some files leave holes in their ids, so the size is the largest id and one.
+        # Ids may have gaps, so the size is the largest id plus one.
         self.vocab_size = max(ids.values()) + 1
         if document_token and document_token not in ids:
             raise ValueError(
@@ -83,10 +80,10 @@ class FileTokenizer:
         self.num_bytes_W = np.zeros(self.vocab_size, np.int32)
         num_bytes = _num_bytes(self._tokenizer)
         for token, i in ids.items():
-            # The text of an added token is its name, whatever the vocabulary spells otherwise.
+            # Added tokens stand for their own names, in vocabularies of any spelling.
             self.num_bytes_W[i] = len(token.encode()) if i in added else num_bytes(token)
         if _SPACE not in ids and _SPACE in _spelling(self._tokenizer, "a a"):
-            # It falls back to three byte tokens.
+            # A space is spelt by three byte tokens: count the first alone.
             for byte in _SPACE.encode()[1:]:
                 if (i := ids.get(f"<0x{byte:02X}>")) is not None:
                     self.num_bytes_W[i] = 0
@@ -110,10 +107,9 @@ class FileTokenizer:
 
 
 def open_file(path: str):
-    """The library's tokenizer of a file, which reads every text whole and always alike: without the
-    truncation, the padding and the random choices (BPE dropout) that a file may have been saved
-    with."""
-    import tokenizers  # a compiled library that runs on bytes need not load
+    """Opens a file with the library, switching off the truncation, padding and random choices (BPE
+    dropout) that it may have been saved with."""
+    import tokenizers  # compiled; training on bytes does not need it
 
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
@@ -134,11 +130,11 @@ def open_file(path: str):
 
 
 def _num_bytes(tokenizer) -> Callable[[str], int]:
-    """The function from a vocabulary entry to the bytes of text that it adds after another one.
+    """Returns the function from a vocabulary entry to the bytes it adds after another one.
 
-    Byte-level vocabularies spell each byte as one character, and byte fallback a byte as <0x0A>. Of
-    others the file's decoder knows what is text: U+2581 is a space to SentencePiece, ## is nothing
-    to WordPiece, which has a space before all other words.
+    Byte-level vocabularies spell each byte as one character, and byte fallback a byte as <0x0A>.
+    For others the file's decoder knows: to SentencePiece U+2581 is a space, to WordPiece ## is
+    nothing, and all other words have a space before them.
     """
     parts = tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder
     if any(part is not None and b'"type":"ByteLevel"' in part.__getstate__() for part in parts):
@@ -154,7 +150,7 @@ def _num_bytes(tokenizer) -> Callable[[str], int]:
 
 
 def _spelling(tokenizer, text: str) -> str:
-    """A document in the vocabulary's spelling, with what the tokenizer puts before it."""
+    """Returns a document in the vocabulary's spelling, with what the tokenizer puts before it."""
     if tokenizer.normalizer is not None:
         text = tokenizer.normalizer.normalize_str(text)
     if tokenizer.pre_tokenizer is None:
@@ -163,12 +159,12 @@ def _spelling(tokenizer, text: str) -> str:
 
 
 def bytes_as_file() -> str:
-    """A tokenizer.json of the ByteTokenizer's ids, for programs that read nothing else; document_id
-    is "<|endoftext|>"."""
+    """Returns a tokenizer.json with the ByteTokenizer's ids, for programs that need such a file;
+    document_id is "<|endoftext|>"."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    # Byte-level files spell a byte that is no visible character of Latin-1 as one of those that
-    # follow there.
+    # Byte-level files spell bytes that are no visible characters of Latin-1 by the characters from
+    # 256 on.
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (b for b in range(256) if b not in visible)
     letter = {b: b for b in visible} | {b: 256 + n for n, b in enumerate(others)}
@@ -184,18 +180,17 @@ def bytes_as_file() -> str:
 
 
 def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
-    """Whether a model of `vocab_size` tokens has the tokenizer's ids, but for a few that it never
-    learned.
+    """Returns whether a model of `vocab_size` tokens has the tokenizer's ids, except a few.
 
-    Tokenizers of pretrained models get a token or two that the embedding lacks: a tenth, or 256, is
-    allowed for. Such an id is refused where it comes up.
+    Tokenizers of pretrained models may have tokens that the embedding lacks: a tenth, or 256, are
+    allowed. Such an id is refused where it occurs.
     """
     spare = max(vocab_size // 10, 256)
     return tokenizer.vocab_size <= vocab_size + spare and tokenizer.document_id < vocab_size
 
 
 def make_tokenizer(name: str, document_token: str = "") -> Tokenizer:
-    """`bytes`, or the path of a tokenizer.json."""
+    """Makes the tokenizer `bytes`, or that of the tokenizer.json at a path."""
     if name == BYTES:
         if document_token:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Synthetic tasks that need no files: every example follows from (seed, split, number).
+"""Makes examples of synthetic tasks, which need no files: each follows from (seed, split, number).
 
-A task is a frozen dataclass. Its fields are its options; a field `eval_x` other than 0 takes the
-place of `x` in the validation and test splits. It has
+A task is a frozen dataclass whose fields are its options; a field `eval_x` other than 0 replaces
+`x` in the validation and test splits. It has
   vocab_size, chance   as a Dataset has them
   row_length           T: the length that its examples are padded to
   example(rng)         (inputs, labels, loss_mask), one array each of the example's own length
@@ -22,7 +22,7 @@ from experiments.data.tasks.selective_copying import SelectiveCopying
 from experiments.data.tasks.word_problem import WordProblem
 
 
-class Task(Protocol):
+class SyntheticTask(Protocol):
     vocab_size: int
     chance: float
     row_length: int
@@ -30,7 +30,7 @@ class Task(Protocol):
     def example(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 
-TASKS: dict[str, Callable[..., Task]] = {
+TASKS: dict[str, Callable[..., SyntheticTask]] = {
     "mqar": MQAR,
     "parity": Parity,
     "modular_arithmetic": ModularArithmetic,
@@ -40,12 +40,12 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def options(name: str) -> dict[str, Any]:
-    """A task's options with their defaults."""
+    """Returns a task's options with their defaults."""
     return {field.name: field.default for field in dataclasses.fields(TASKS[name])}
 
 
-def make_task(name: str, split: str, **given) -> Task:
-    """The task of a split: its `eval_` options come in outside of training."""
+def make_task(name: str, split: str, **given) -> SyntheticTask:
+    """Makes the task of a split: outside of training, `eval_` options replace the others."""
     batches.check_split(split)
     values = options(name) | given
     if split != "train":
@@ -54,18 +54,21 @@ def make_task(name: str, split: str, **given) -> Task:
             for key, value in values.items()
             if key.startswith("eval_") and value
         }
-    return TASKS[name](**values)
+    try:
+        return TASKS[name](**values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def task_batches(
-    task: Task, split: str, *, seed: int, num_examples: int, batch_size: int, rows: range
+    task: SyntheticTask, split: str, *, seed: int, num_examples: int, batch_size: int, rows: range
 ) -> grain.IterDataset:
-    """Batches of `rows` out of each global batch of examples.
+    """Returns batches of `rows` out of each global batch of examples.
 
-    num_examples: training goes over so many, in a new order each epoch; 0 never repeats one. The
-    other splits are one pass over them, and their last batch is filled up with padding.
+    num_examples: training repeats this many, in a new order each epoch; 0 never repeats one. The
+      other splits are one pass over them, whose last batch is filled up with padding.
     """
-    # A random generator for every (seed, split) and, by the counter-based Philox, every number.
+    # Philox is counter-based: a key per (seed, split), and a generator per number of an example.
     key = np.random.SeedSequence([seed, batches.SPLITS.index(split)]).generate_state(1, np.uint64)
     train = split == "train"
     if num_examples < 0 or not (train or num_examples):
@@ -91,8 +94,10 @@ def task_batches(
 
 
 class TaskIterDataset(grain.IterDataset):
-    """make_batch(number of its first example), until `count` examples are through. A position is
-    that number, so that it holds for any batch size."""
+    """Calls make_batch(number of the first example) until `count` examples are used up.
+
+    A position is that number, so that it is valid for any batch size.
+    """
 
     def __init__(self, make_batch, count: int, batch_size: int):
         super().__init__()

@@ -4,13 +4,14 @@ Source: arXiv 2411.12537, section 5.1 and Table 3 ("mod. arithmetic", without an
 m = 5), after "Neural Networks and the Chomsky Hierarchy", arXiv 2207.02098. Trained on lengths
 3-40, tested on 40-256.
 
-Tokens: 0 ... m-1 are the numbers, then + - * ( ) = in this order. The last input is "=", its target
-the value. Lengths count every token, "=" too, and are uniform in [min_length, max_length].
-Without brackets numbers and operators alternate, "2+3*4-1=": every operator equally likely, and *
-binds closer than + and -. Such a length is even, so an odd draw is rounded down.
-With brackets the expression is a random tree: a number, -number, either in brackets, or
-(left op right), where the size of the left side is uniform. `multiply=False` leaves * out, as the
-generators of both papers do, unless told otherwise, where there are brackets.
+Tokens: 0 ... m-1 are the numbers, then + - * ( ) = in this order. The last input is "=", with the
+value as its label. Lengths count every token, "=" too, and are uniform in [min_length, max_length].
+
+Without brackets numbers and operators alternate, "2+3*4-1=": every operator is equally likely, and
+* binds closer than + and -. Such a length is even, so odd draws are rounded down. With brackets the
+expression is a random tree: a number, -number, either in brackets, or (left op right), where the
+size of the left side is uniform. The generators of both papers leave * out where there are brackets
+(multiply=False), unless told otherwise.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ OPERATORS = "+-*()="
 
 @dataclasses.dataclass(frozen=True)
 class ModularArithmetic:
-    """supervise: "last" (the paper) or, without brackets, "all": also at every number, the value of
-    the expression so far, if that has min_length or more. multiply: whether * is among the
+    """supervise: "last" (the paper's) or, without brackets, "all": from min_length on every number
+    also has a label, the value of the expression so far. multiply: whether * is among the
     operators. Chance: 1/modulus.
     """
 
@@ -39,12 +40,10 @@ class ModularArithmetic:
     supervise: str = "last"
 
     def __post_init__(self):
-        name = "modular_arithmetic"
-        lengths.check_lengths(name, self.min_length, self.max_length, least=2)
-        lengths.check_supervise(name, self.supervise)
-        lengths.check(name, self.modulus >= 2, f"modulus must be at least 2, got {self.modulus}.")
+        lengths.check_lengths(self.min_length, self.max_length, least=2)
+        lengths.check_supervise(self.supervise)
+        lengths.check(self.modulus >= 2, f"modulus must be at least 2, got {self.modulus}.")
         lengths.check(
-            name,
             not (self.brackets and self.supervise == "all"),
             "supervise='all' has no meaning inside brackets; take supervise='last'.",
         )
@@ -97,7 +96,7 @@ class ModularArithmetic:
         return inputs, np.repeat(values, 2), mask
 
     def _tree(self, rng, length: int, operators: str) -> tuple[list[int], int]:
-        """Tokens of an expression of exactly `length` tokens, and its value."""
+        """Returns an expression of exactly `length` tokens, and its value."""
         token, number = self._token, int(rng.integers(0, self.modulus))
         leaf = {
             1: ([number], number),

@@ -6,7 +6,7 @@ section 3 and Figure 2, and its authors' generator (HazyResearch/zoology).
 The first 2D tokens are D pairs: key, value, key, value, ... Keys are drawn from [1, W/2) and values
 from [W/2, W), both without replacement. Each key comes once more, as a query, at position
 2D + 2 gap; the D gaps are drawn without replacement from 0 ... (N - 2D)/2 - 1 with weights
-(gap + 1)^(power_a - 1), so near queries are likelier. The target at a query is the key's value, and
+(gap + 1)^(power_a - 1), so near queries are likelier. The label at a query is the key's value, and
 nothing else counts. All other positions hold random tokens of the whole vocabulary, or 0.
 
 Figure 2 takes (N, D) in (64, 4), (128, 8), (256, 16), (512, 64), 100k training examples and 3k for
@@ -22,10 +22,11 @@ from experiments.data.tasks import lengths
 
 @dataclasses.dataclass(frozen=True)
 class MQAR:
-    """seq_len: N, even, at least 4 D.  num_pairs: D.  random_non_queries: fill with random tokens.
-    min_pairs: a training example has N and D, or both halved as often as leaves at least so many
-      pairs, each as likely;
-    0: N and D alone, which is what the other splits have unless eval_min_pairs is given.
+    """seq_len: N, even, at least 4 D. num_pairs: D. random_non_queries: fill with random tokens.
+
+    min_pairs: a training example has N and D, or both halved any number of times that leaves at
+      least this many pairs, each equally likely. 0, which is that of the other splits unless
+      eval_min_pairs is given, never halves.
     Chance: 1/vocab_size, or 2/vocab_size knowing that answers are values.
     """
 
@@ -42,13 +43,11 @@ class MQAR:
     def __post_init__(self):
         n, d, w = self.seq_len, self.num_pairs, self.vocab_size
         lengths.check(
-            "mqar",
             d >= 1 and n % 2 == 0 and n >= 4 * d,
             f"seq_len must be even and at least 4 num_pairs (pairs, then queries at every second "
             f"place): got seq_len={n}, num_pairs={d}.",
         )
         lengths.check(
-            "mqar",
             w % 2 == 0 and w // 2 > d,
             f"vocab_size must be even and hold num_pairs={d} keys in [1, vocab_size/2), got {w}.",
         )
@@ -75,7 +74,7 @@ class MQAR:
         half = self.vocab_size // 2
         keys = 1 + rng.choice(half - 1, d, replace=False)
         values = half + rng.choice(half, d, replace=False)
-        # The d first arrivals of exponential clocks: drawing without replacement by weight.
+        # The first d arrivals of exponential clocks draw gaps by weight without replacement.
         arrivals = rng.standard_exponential(len(weights)) / weights
         queries = 2 * d + 2 * np.argsort(arrivals)[:d]
         if self.random_non_queries:

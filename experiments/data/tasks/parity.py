@@ -2,11 +2,10 @@
 
 Source: "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", arXiv 2411.12537,
 section 5.1 (after arXiv 2207.02098): trained on lengths 3-40, tested on 40-256, the answer scored.
-A recurrence whose transition has no negative eigenvalue cannot solve it at every length (Theorem
-1).
+Without a negative eigenvalue in its transition no recurrence solves it at every length (Theorem 1).
 
-Inputs are bits; the target at a position is the parity of the bits up to and with it. Lengths are
-uniform in [min_length, max_length], rows padded to max_length. (In the authors' data the length
+Inputs are bits; the label at a position is the parity of the bits up to and including it. Lengths
+are uniform in [min_length, max_length], rows padded to max_length. (In the authors' data the length
 counts the answer too, so theirs have one bit fewer.)
 """
 
@@ -19,8 +18,9 @@ from experiments.data.tasks import lengths
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """supervise: "last" (the paper: only the answer counts) or "all" (every prefix of min_length or
-    more counts, being an example itself: a denser signal that trains in fewer steps). Chance: 1/2.
+    """supervise: "last" (the paper's: only the answer counts) or "all" (every prefix of min_length
+    or more counts, as each is an example: a denser signal, which trains in fewer steps). Chance:
+    1/2.
     """
 
     min_length: int = 3
@@ -33,8 +33,8 @@ class Parity:
     chance = 0.5
 
     def __post_init__(self):
-        lengths.check_lengths("parity", self.min_length, self.max_length)
-        lengths.check_supervise("parity", self.supervise)
+        lengths.check_lengths(self.min_length, self.max_length)
+        lengths.check_supervise(self.supervise)
 
     @property
     def row_length(self) -> int:

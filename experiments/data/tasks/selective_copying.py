@@ -1,13 +1,13 @@
-"""Selective copying: remember the data tokens of a sequence, in order, among blanks.
+"""Selective copying: repeat the data tokens that stand among blanks, in order.
 
 Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752,
 section 4.1.1 (sequences of 4096, a vocabulary of 16, 16 tokens to remember), after the selective
 form of the copy task of arXiv 1901.07214.
 
 Tokens 0 ... W-3 are data, W-2 is the blank, W-1 the marker. Of seq_len inputs the last num_tokens
-are markers; the data tokens stand at random places before them, blanks at all others. The target at
-the i-th marker is the i-th data token, and nothing else counts. Whether the paper's 4096 counts the
-markers is not said there; here seq_len does.
+are markers; the data tokens stand at random places before them, blanks at all others. The label at
+the i-th marker is the i-th data token, and nothing else counts. seq_len counts the markers; the
+paper does not say whether its 4096 does.
 """
 
 import dataclasses
@@ -28,13 +28,11 @@ class SelectiveCopying:
 
     def __post_init__(self):
         lengths.check(
-            "selective_copying",
             1 <= self.num_tokens <= self.seq_len - self.num_tokens,
             f"num_tokens={self.num_tokens} data tokens and as many markers do not fit into "
             f"seq_len={self.seq_len}.",
         )
         lengths.check(
-            "selective_copying",
             self.vocab_size >= 4,
             f"vocab_size must be at least 4 (two data tokens, blank, marker), got {self.vocab_size}.",
         )

@@ -1,10 +1,10 @@
-"""The word problem of a permutation group: keep track of a product.
+"""The word problem of a permutation group: keep track of a product of its elements.
 
 Source: "The Illusion of State in State-Space Models", arXiv 2404.08819, as used by DeltaProduct,
 arXiv 2502.10297, section 5.1 (S3, S4, A5, S5: trained on length 128, tested on 512), and by arXiv
-2411.12537, section 5.2 (S5, with only swaps, and with 4 tokens an element).
+2411.12537, section 5.2 (S5, with only swaps, and with 4 tokens per element).
 
-A token is a group element g_t, the target at every position the product of all so far,
+A token is a group element g_t. The label at every position is the product of all so far,
 p_t = g_t p_(t-1): p_t(i) = g_t(p_(t-1)(i)). The elements are the permutations of the group in
 lexicographic order, so the identity is 0.
 """
@@ -22,19 +22,19 @@ GROUPS = ("S2", "S3", "S4", "S5", "A3", "A4", "A5")
 
 @functools.cache
 def group_elements(group: str) -> np.ndarray:
-    """(order, n): one permutation of 0 ... n-1 a row."""
+    """Returns the group's permutations of 0 ... n-1, one per row: (order, n)."""
     every = itertools.permutations(range(int(group[1:])))
     return np.asarray([p for p in every if group[0] == "S" or _swaps(p) % 2 == 0])
 
 
 def _swaps(permutation) -> int:
-    """How many pairs stand the wrong way round: even for an even permutation."""
+    """Counts the pairs in falling order, an even number for an even permutation."""
     return sum(a > b for a, b in itertools.combinations(permutation, 2))
 
 
 @functools.cache
 def product_table(group: str) -> np.ndarray:
-    """[a, b]: the element "first b, then a"."""
+    """Returns the table whose entry [a, b] is the element "first b, then a"."""
     elements = group_elements(group)
     index = {tuple(p): i for i, p in enumerate(elements.tolist())}
     return np.asarray([[index[tuple(a[b].tolist())] for b in elements] for a in elements])
@@ -42,9 +42,9 @@ def product_table(group: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class WordProblem:
-    """group: one of GROUPS.  swaps_only: draw only elements that exchange two points (and the
-    identity), S groups alone.  tokens_per_element: n > 1 follows each element by n - 1 filler
-    tokens, and its target stands at the last of them.  seq_len: T, counting fillers. Chance: 1/|G|.
+    """group: one of GROUPS. swaps_only: draw only the identity and elements that exchange two
+    points (S groups alone). tokens_per_element: n > 1 puts n - 1 filler tokens after each element,
+    and its label at the last of them. seq_len: T, counting fillers. Chance: 1/|G|.
     """
 
     group: str = "S3"
@@ -54,19 +54,16 @@ class WordProblem:
     tokens_per_element: int = 1
 
     def __post_init__(self):
-        name, n = "word_problem", self.tokens_per_element
+        n = self.tokens_per_element
         lengths.check(
-            name,
             self.group in GROUPS,
             f"unknown group {self.group!r}; the choices are {', '.join(GROUPS)}.",
         )
         lengths.check(
-            name,
             n >= 1 and self.seq_len >= 1 and self.seq_len % n == 0,
             f"seq_len={self.seq_len} must be a multiple of tokens_per_element={n}.",
         )
         lengths.check(
-            name,
             not self.swaps_only or self.group[0] == "S",
             f"swaps_only needs a symmetric group, {self.group} holds no swap.",
         )

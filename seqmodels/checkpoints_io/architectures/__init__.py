@@ -1,60 +1,42 @@
-"""Published architectures by the `model_type` of their config.json. A family is a file here and a
-line in `_MODULES`.
+"""Published architectures by the `model_type` of their config.json.
 
-To add one, write `<family>.py` with an `ARCHITECTURE`, four things that all say only what differs:
+To add one, write `<family>.py` with an `ARCHITECTURE`, and name the file in `_MODULES`. It has:
 
 - `model_config(config)`: config.json to the dict that `language_model.from_config` takes, without
-  dtypes. Read fields through `HFConfig` (`integer`, `number`, `flag`, `choice`), which refuses a
-  hostile value by name; refuse with ValueError what we cannot compute. Per-layer differences go
-  into the pattern: `pattern.to_text` writes one of a list of MixerSpec.
-- `hf_config(model, specs)`: the inverse, as far as the family can express it. It need not check:
-  the framework reads its result back with `model_config` and refuses to export where that is
-  another model. `model` has every field, defaults too.
-- `rules(model, specs)`: every tensor, as `rules.Rule`s; see `checkpoints_io.rules` for the usual
-  ones (linear, conv1d, split), `moved` for any other exact move of one tensor and `Rule` for
-  several. Layers are "block_{i}" for all i, scanned or not.
-- `ignored`: regular expressions (full match) of tensors in files that carry nothing: buffers.
+  dtypes. `HFConfig` reads fields and refuses hostile values by name; a table of `Field`s serves
+  both directions. Raise ValueError for what we cannot compute. Layers that differ go into the
+  pattern: `pattern.to_text` writes a list of MixerSpec as one.
+- `hf_config(model, specs)`: the inverse, as far as the family can express it. It need not check
+  that: its result is read back with `model_config`, and the export refused if that is another
+  model. `model` has every field of config.model, defaults too.
+- `rules(model, specs)`: a `rules.Rule` for every tensor. `checkpoints_io.rules` and `parts` have
+  the usual ones. Layers are "block_{i}" for all i, scanned or not.
+- `ignored`: regular expressions (full match) of tensors that files may have and we do not read.
 
-The framework streams tensors through the rules both ways, stacks scanned layers, finds missing,
-extra and misshapen tensors, casts, shards. Nothing computed may be lost: test a family with
-transformers' model as the oracle by `tests/seqmodels/checkpoints_io/oracle_suite.py` (logits to
-1e-4, the file byte-equal after a round trip).
+Streaming tensors through the rules both ways, stacking scanned layers, casting, sharding, and
+finding missing, extra and misshapen tensors is common code. Test a family against transformers'
+model with `tests/seqmodels/checkpoints_io/oracle_suite.py`: logits to 1e-4, and files that are
+byte-equal after a round trip.
 """
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from seqmodels.checkpoints_io.rules import Rule
 from seqmodels.modules.pattern import MixerSpec
 
-# model_type: module. Several model types may share one.
-_MODULES = {
-    "bamba": "bamba",
-    "delta_net": "delta_net",
-    "gated_deltanet": "gated_deltanet",
-    "gla": "gla",
-    "gpt2": "gpt2",
-    "hgrn2": "hgrn2",
-    "llama": "llama",
-    "mamba": "mamba",
-    "mamba2": "mamba2",
-    "minimax": "minimax",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_next": "qwen3_next",
-    "recurrent_gemma": "recurrent_gemma",
-    "retnet": "retnet",
-    "smollm3": "smollm3",
-    "xlstm": "xlstm",
-}
-
-
+# Each is a module here of the same name.
+_MODULES = (
+    "bamba", "delta_net", "gated_deltanet", "gla", "gpt2", "hgrn2", "llama", "mamba", "mamba2",
+    "minimax", "mistral", "qwen2", "qwen3", "qwen3_next", "recurrent_gemma", "retnet", "smollm3",
+    "xlstm",
+)  # fmt: skip
 _MOST_LAYERS, _LARGEST = 10_000, 2**31
-# What other families compute with and none of these: a config.json that has one, with another
-# value, is of no model here.
+_ROTARY_BUFFERS = (r".*rotary_emb\.inv_freq",)
+# Fields that change what is computed and that no architecture here reads, with the values that
+# change nothing.
 _UNSUPPORTED = {
     "quantization_config": None,
     "attn_logit_softcapping": None,
@@ -72,19 +54,21 @@ _UNSUPPORTED = {
 
 
 class HFConfig:
-    """A config.json whose fields are read with a check of what they are. `name` is the file, for
-    messages."""
+    """A config.json whose fields are checked as they are read. `name` is the file, for messages.
+
+    Readers of a field take a default for a field that is absent or null; without a default such a
+    field is an error. Every reader raises ValueError for a value of another kind.
+    """
 
     def __init__(self, fields: dict[str, Any], name: str):
         self.fields, self.name = fields, name
 
     def with_defaults(self, **fields) -> "HFConfig":
-        """The same where fields that are absent (null is not) have these values, as their library
-        gives them."""
+        """Returns a copy in which absent (not null) fields have these values."""
         return HFConfig(fields | self.fields, self.name)
 
     def integer(self, field: str, default: int | None = None) -> int:
-        """A positive integer, of a size that a model can have."""
+        """Reads a positive integer, of a size that a model can have."""
         most = _MOST_LAYERS if "layer" in field or "block" in field else _LARGEST
         return self._checked(
             field,
@@ -94,7 +78,7 @@ class HFConfig:
         )
 
     def optional_integer(self, field: str) -> int | None:
-        """A positive integer; None where it is null or absent."""
+        """Reads a positive integer; None where it is null or absent."""
         return None if self.get(field) is None else self.integer(field)
 
     def number(self, field: str, default: float | None = None) -> float:
@@ -104,7 +88,7 @@ class HFConfig:
         return float(value)
 
     def positive(self, field: str, default: float | None = None) -> float:
-        """A number that is a divisor or a scale: neither 0 nor negative."""
+        """Reads a number above 0, as divisors and scales are."""
         value = self.number(field, default)
         if value <= 0:
             raise ValueError(f"{self.name}: {field} is {value!r}; it must be a positive number")
@@ -114,47 +98,56 @@ class HFConfig:
         return self._checked(field, default, lambda v: isinstance(v, bool), "true or false")
 
     def choice(self, field: str, choices: dict[str, Any], default: str | None = None) -> Any:
-        """choices[value of the field]."""
+        """Returns choices[value of the field]."""
         value = self._checked(
             field, default, lambda v: isinstance(v, str) and v in choices, " or ".join(choices)
         )
         return choices[value]
 
-    def strings(self, field: str, count: int, default: list[str] | None = None) -> list[str]:
-        """A list of `count` strings: one a layer."""
+    def listed(
+        self, field: str, kind: type, default: Sequence[Any] = (), count: int | None = None
+    ) -> list[Any]:
+        """Reads a list of integers or strings (`kind`), of `count` of them if that is given."""
         return self._checked(
             field,
-            default,
-            lambda v: isinstance(v, list) and len(v) == count and all(type(x) is str for x in v),
-            f"a list of {count} names",
+            list(default),
+            lambda v: (
+                isinstance(v, list) and all(type(x) is kind for x in v) and count in (None, len(v))
+            ),
+            f"a list of {kind.__name__}" + (f", {count} of them" if count is not None else ""),
         )
 
-    def integers(self, field: str, count: int, default: list[int] | None = None) -> list[int]:
-        """A list of `count` integers."""
-        return self._checked(
-            field,
-            default,
-            lambda v: isinstance(v, list) and len(v) == count and all(type(x) is int for x in v),
-            f"a list of {count} integers",
-        )
+    def layer_types(self, default: Sequence[str], known: Iterable[str]) -> list[str]:
+        """Reads `layer_types`: one of the `known` kinds for each layer that `default` has."""
+        types = self.listed("layer_types", str, default, len(default))
+        if unknown := sorted(set(types) - set(known)):
+            raise ValueError(
+                f"{self.name}: layer_types has {unknown[0]!r}; supported are {', '.join(known)}"
+            )
+        return types
 
     def get(self, field: str, default: Any = None) -> Any:
-        """The field as it is; null is the default."""
+        """Returns the field unchecked; null is the default."""
         value = self.fields.get(field)
         return default if value is None else value
 
     def section(self, field: str) -> "HFConfig":
-        """A nested object; absent or null is an empty one."""
+        """Reads a nested object; absent or null is an empty one."""
         value = self._checked(field, {}, lambda v: isinstance(v, dict), "an object")
         return HFConfig(value, f"{self.name}, {field}")
 
-    def require(self, field: str, value: Any) -> None:
-        """Refuses any other value of a field that may also be absent."""
-        found = self.get(field, value)
-        if found != value:
-            raise ValueError(
-                f"{self.name}: {field} is {found!r}; only {value!r} is supported for this architecture"
-            )
+    def require(self, **fields) -> None:
+        """Refuses other values than these of fields that may also be absent."""
+        for field, value in fields.items():
+            found = self.get(field, value)
+            if found != value:
+                raise ValueError(
+                    f"{self.name}: {field} is {found!r}; only {value!r} is supported for this architecture"
+                )
+
+    def options(self, table: Iterable["Field"]) -> dict[str, Any]:
+        """Reads the fields of a table, by our names."""
+        return {f.ours: f.read(self, f.theirs, f.default) for f in table}
 
     def _checked(self, field, default, is_right, what):
         value = self.get(field, default)
@@ -165,12 +158,33 @@ class HFConfig:
         return value
 
 
+class Field(NamedTuple):
+    """A field of config.json that is one option of ours: `read`, a method of HFConfig, reads it."""
+
+    theirs: str
+    ours: str
+    read: Callable[[HFConfig, str, Any], Any]
+    default: Any = None
+
+
+def given(values: Mapping[str, Any], name: str) -> Any:
+    """Returns an option that a layout has to spell out; raises ValueError where it is None."""
+    if values.get(name) is None:
+        raise ValueError(f"this layout needs {name}; set it in config.model or in its pattern")
+    return values[name]
+
+
+def fields_of(values: Mapping[str, Any], table: Iterable[Field]) -> dict[str, Any]:
+    """Writes a table's fields from options by our names: the inverse of `HFConfig.options`."""
+    return {field.theirs: given(values, field.ours) for field in table}
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a family says of itself; see this module's docstring.
+    """What a family says of itself; this module's docstring describes the fields.
 
     model_type, class_name: as in config.json ("llama", "LlamaForCausalLM").
-    base_prefix: of the names that files saved without the language-modelling head leave out.
+    base_prefix: the prefix of tensor names that files saved without a language-modelling head lack.
     """
 
     model_type: str
@@ -178,28 +192,24 @@ class Architecture:
     model_config: Callable[[HFConfig], dict[str, Any]]
     hf_config: Callable[[dict[str, Any], tuple[MixerSpec, ...]], dict[str, Any]]
     rules: Callable[[dict[str, Any], tuple[MixerSpec, ...]], Iterable[Rule]]
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = _ROTARY_BUFFERS
     base_prefix: str = "model."
 
 
 def names() -> list[str]:
-    """Every supported model_type."""
+    """Lists every supported model_type."""
     return sorted(_MODULES)
 
 
 def check_supported(config: HFConfig) -> None:
-    """Refuses, by name and value, fields that change what is computed and that no architecture here
-    reads."""
-    for field, neutral in _UNSUPPORTED.items():
-        config.require(field, neutral)
+    """Refuses fields that change what is computed and that no architecture here reads."""
+    config.require(**_UNSUPPORTED)
 
 
 def get(model_type: object) -> Architecture:
-    """The architecture of a config.json's model_type. Raises ValueError, listing the supported
-    ones."""
-    if not isinstance(model_type, str) or model_type not in _MODULES:
+    """Returns the architecture of a model_type; raises ValueError, listing those there are."""
+    if model_type not in _MODULES:
         raise ValueError(
             f"unknown architecture {model_type!r}; supported are {', '.join(names())}, and seqmodels for our own"
         )
-    module = importlib.import_module(f"{__name__}.{_MODULES[model_type]}")
-    return module.ARCHITECTURE
+    return importlib.import_module(f"{__name__}.{model_type}").ARCHITECTURE

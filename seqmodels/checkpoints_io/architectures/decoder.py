@@ -1,23 +1,19 @@
-"""What the softmax decoders of the Llama line share: names, rotary positions, and config.json's
-fields.
-
-x <- x + attention(norm(x)); x <- x + SwiGLU(norm(x)), RMS norms, no biases but those a family
-names.
-"""
+"""What the softmax decoders of the Llama line share: x <- x + attention(norm(x)), then x <- x +
+SwiGLU(norm(x)), with RMS norms, rotary positions, and no biases but those that a family names."""
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from seqmodels import mixers
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import HFConfig
+from seqmodels.checkpoints_io.architectures import HFConfig, fields_of, parts
 from seqmodels.modules.pattern import MixerSpec, to_text
 
-ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
-IGNORED = (r".*rotary_emb\.inv_freq",)
+_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
+_TYPES = ("sliding_attention", "full_attention")
+_FIELDS = (*parts.model_fields("rms_norm_eps", norm_eps=1e-6), parts.D_FF)
 _LENGTH, _CONTEXT = "original_max_position_embeddings", "max_position_embeddings"
-# config.json's fields in the order of `positions.SCALINGS`.
+# Fields of config.json, in the order of `positions.SCALINGS`.
 _SCALINGS = {
     "default": (),
     "linear": ("factor",),
@@ -28,60 +24,76 @@ _SCALINGS = {
 
 
 def model_config(config: HFConfig, specs: Sequence[MixerSpec], **fields) -> dict[str, Any]:
-    """config.model of a decoder whose layers are `specs`."""
-    return {
-        "vocab_size": config.integer("vocab_size"),
-        "d_model": config.integer("hidden_size"),
-        "num_layers": len(specs),
+    """Returns config.model of a decoder whose layers are `specs`; `fields` add to it."""
+    return config.options(_FIELDS) | {
         "pattern": to_text(specs),
-        "channel_mixer": config.choice("hidden_act", ACTIVATIONS, "silu"),
-        "d_ff": config.integer("intermediate_size"),
+        "channel_mixer": config.choice("hidden_act", _ACTIVATIONS, "silu"),
         "norm": "rms_norm",
-        "norm_eps": config.positive("rms_norm_eps", 1e-6),
-        "tied_embeddings": config.flag("tie_word_embeddings", False),
-    } | fields
+        **fields,
+    }
 
 
-def attention_options(config: HFConfig, **options) -> dict[str, Any]:
-    """Options of `attention` that every family has. None leaves an option out."""
-    H = config.integer("num_attention_heads")
+def attention_options(
+    config: HFConfig,
+    D: int | None = None,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rotated: float | None = None,
+    **options,
+) -> dict[str, Any]:
+    """Reads the options of `attention` that every family has; `options` add to them.
+
+    D, heads, kv_heads and head_dim are defaults of the library, where it has any; `rotated` is
+    `rope_options`' fraction. Options that are None are left out.
+    """
+    H = config.integer("num_attention_heads", heads)
+    head_dim = head_dim or max(config.integer("hidden_size", D) // H, 1)
     options = {
         "num_heads": H,
-        "num_kv_heads": config.integer("num_key_value_heads", H),
-        "head_dim": config.integer("head_dim", max(config.integer("hidden_size") // H, 1)),
-        **rope_options(config),
+        "num_kv_heads": config.integer("num_key_value_heads", kv_heads or H),
+        "head_dim": config.integer("head_dim", head_dim),
+        **rope_options(config, rotated),
         **options,
     }
     return {k: v for k, v in options.items() if v is not None}
 
 
-def spec(**options) -> MixerSpec:
-    return MixerSpec("attention", tuple(options.items()))
+def attention_fields(
+    options: dict[str, Any], d_model: int, partial: bool = False
+) -> dict[str, Any]:
+    """Writes what `attention_options` reads; `partial` as in `rope_fields`."""
+    H = options["num_heads"]
+    return {
+        "num_attention_heads": H,
+        "num_key_value_heads": options["num_kv_heads"] or H,
+        "head_dim": options["head_dim"] or d_model // H,
+        "max_position_embeddings": options["max_length"],
+        **rope_fields(options, partial),
+    }
 
 
 def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
-    """Every layer's attention: `layer_types` says which have the window of `sliding_window`."""
-    L = config.integer("num_hidden_layers")
+    """Returns every layer's attention: those of `layer_types` "sliding_attention" have the window
+    `sliding_window`."""
     window = config.optional_integer("sliding_window")
-    default = ["sliding_attention" if window else "full_attention"] * L
-    types = config.strings("layer_types", L, default)
-    if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
-        raise ValueError(
-            f"{config.name}: layer_types has {unknown[0]!r}, which is no softmax layer"
-        )
+    default = [_TYPES[0] if window else _TYPES[1]] * config.integer("num_hidden_layers")
+    types = config.layer_types(default, _TYPES)
     if "sliding_attention" in types and not window:
         raise ValueError(f"{config.name}: layer_types has sliding_attention without sliding_window")
-    windowed = {"sliding_attention": {"window": window}, "full_attention": {}}
-    return [spec(**options, **windowed[kind]) for kind in types]
+    windows = {"sliding_attention": window, "full_attention": None}
+    return [parts.spec("attention", **options, window=windows[kind]) for kind in types]
 
 
 def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, Any]:
-    """rope_base, rope_scaling and rope_fraction, of `rope_parameters` or the older `rope_theta`,
-    `rope_scaling` and `partial_rotary_factor`; and max_length, which is `max_position_embeddings`
-    or what a scaling reaches beyond it. What is None is the mixer's default.
+    """Reads rope_base, rope_scaling, rope_fraction and max_length; None is the mixer's default.
 
-    fraction: of each head's channels that is rotated where the config does not say; None: all are,
-      whatever it says otherwise is refused.
+    They stand in `rope_parameters`, or the older `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`; max_length is `max_position_embeddings`, or how far a scaling reaches.
+
+    fraction: the part of each head's channels that is rotated where the config does not say. None:
+      all channels are, and a config that says otherwise is refused.
     """
     rope = _rope_section(config)
     kind = rope.get("rope_type", "default")
@@ -89,8 +101,8 @@ def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, A
         raise ValueError(
             f"{config.name}: rope scaling {kind!r} is not supported; {', '.join(_SCALINGS)} are"
         )
-    # As in transformers, fields that a kind does not read may be there; not those that say that
-    # something else was meant.
+    # As in transformers, a section may have fields that its kind does not read. Refused are those
+    # that say that another rotation is meant.
     if nested := [k for k, v in rope.fields.items() if isinstance(v, dict)]:
         raise ValueError(
             f"{rope.name}: {nested[0]} is an object; one rotation for each type of layers is not supported"
@@ -117,13 +129,13 @@ def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, A
 
 
 def _scaling_values(config: HFConfig, rope: HFConfig, kind: str) -> tuple[float | bool, ...]:
-    """What stands behind the name of the kind in `positions.SCALINGS`."""
+    """Returns a scaling's parameters in the order of `positions.SCALINGS`."""
     if kind in ("default", "linear"):
         return tuple(rope.positive(field) for field in _SCALINGS[kind])
     context = config.integer(_CONTEXT, 2048)
     if kind == "dynamic":
         return rope.positive("factor"), context
-    # Some files have the length beside the section, where it comes first.
+    # A length beside the section takes precedence over one in it.
     length = config.positive(_LENGTH, rope.positive(_LENGTH, context))
     if kind == "llama3":
         return *(rope.positive(field) for field in _SCALINGS[kind][:-1]), length
@@ -140,8 +152,11 @@ def _scaling_values(config: HFConfig, rope: HFConfig, kind: str) -> tuple[float 
 
 
 def _rope_section(config: HFConfig) -> HFConfig:
-    """`rope_parameters` and the older `rope_scaling` as one. Files that have both say the same
-    twice, or the older one was added by hand, for longer texts, beside one without a scaling."""
+    """Merges `rope_parameters` and the older `rope_scaling`.
+
+    Files that have both say the same twice, or rope_scaling was added by hand, for longer texts, to
+    rope_parameters without a scaling. Raises ValueError where they contradict each other.
+    """
     merged: dict[str, Any] = {}
     for field in ("rope_parameters", "rope_scaling"):
         section = {k: v for k, v in config.section(field).fields.items() if v is not None}
@@ -159,8 +174,7 @@ def _rope_section(config: HFConfig) -> HFConfig:
 
 
 def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any]:
-    """The inverse of `rope_options`, with what programs older than rope_parameters read. partial:
-    with the fraction."""
+    """Writes what `rope_options` reads, with the fraction if `partial`; in the older fields too."""
     kind, *values = options["rope_scaling"] or ("default",)
     theta = float(options["rope_base"] or 10_000.0)
     scaling = {"rope_type": kind} | dict(zip(_SCALINGS.get(kind, ()), values))
@@ -174,79 +188,53 @@ def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any
     }
 
 
-def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec], **fields) -> dict[str, Any]:
-    """config.json's fields for every family; `fields` add to them."""
-    if any(s.name != "attention" for s in specs):
+def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, Any]:
+    """Writes the fields of config.json that every family has; refuses other mixers."""
+    if others := sorted({s.name for s in specs} - {"attention"}):
         raise ValueError(
-            f"only softmax attention has a place in this layout; there is {_other(specs)}"
+            f"only softmax attention has a place in this layout; there is {', '.join(others)}"
         )
-    options = option_values(specs[0])
     activation = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}.get(model["channel_mixer"])
     if activation is None or not model["d_ff"]:
         raise ValueError(
             "this layout takes a gated channel mixer (swiglu, geglu) with a given d_ff"
         )
-    H = options["num_heads"]
-    head_dim = options["head_dim"] or model["d_model"] // H
-    windows = {option_values(s)["window"] for s in specs} - {None}
-    rotated = next((o for s in specs if (o := option_values(s))["rope_base"]), options)
-    return (
-        {
-            "vocab_size": model["vocab_size"],
-            "hidden_size": model["d_model"],
-            "intermediate_size": model["d_ff"],
-            "num_hidden_layers": model["num_layers"],
-            "num_attention_heads": H,
-            "num_key_value_heads": options["num_kv_heads"] or H,
-            "head_dim": head_dim,
-            "hidden_act": activation,
-            "max_position_embeddings": max(option_values(s)["max_length"] for s in specs),
-            "rms_norm_eps": model["norm_eps"],
-            "tie_word_embeddings": model["tied_embeddings"],
-            "sliding_window": min(windows) if windows else None,
-        }
-        | rope_fields(rotated)
-        | fields
-    )
+    options = [parts.option_values(s) for s in specs]
+    windows = {o["window"] for o in options} - {None}
+    # A layer without positions does not say how the others are rotated.
+    rotated = next((o for o in options if o["rope_base"]), options[0])
+    return {
+        **fields_of(model, _FIELDS),
+        **attention_fields(options[0], model["d_model"]),
+        "hidden_act": activation,
+        "max_position_embeddings": max(o["max_length"] for o in options),
+        "sliding_window": min(windows) if windows else None,
+        **rope_fields(rotated),
+    }
 
 
 def layer_types(specs: Sequence[MixerSpec]) -> list[str]:
-    return ["sliding_attention" if option_values(s)["window"] else "full_attention" for s in specs]
-
-
-def option_values(spec: MixerSpec) -> dict[str, Any]:
-    """All options of a layer, defaults too."""
-    return mixers.options(spec.name) | dict(spec.options)
+    """Writes `layer_types`: which layers have a window."""
+    return [_TYPES[parts.option_values(s)["window"] is None] for s in specs]
 
 
 def tensors(model: dict[str, Any], specs: Sequence[MixerSpec]) -> Iterator[rules.Rule]:
-    """The table of names."""
-    yield rules.same("model.embed_tokens.weight", "embed/embedding")
-    yield rules.same("model.norm.weight", "final_norm/scale")
-    if not model["tied_embeddings"]:
-        yield rules.transposed("lm_head.weight", "output/kernel")
+    """The rules of all tensors."""
+    yield from parts.ends(model, "model.embed_tokens", "model.norm")
     for i, layer in enumerate(specs):
         theirs, ours = f"model.layers.{i}", f"block_{i}"
-        yield rules.same(f"{theirs}.input_layernorm.weight", f"{ours}/mixer_norm/scale")
-        yield rules.same(f"{theirs}.post_attention_layernorm.weight", f"{ours}/channel_norm/scale")
+        yield from parts.block_norms(theirs, ours, "input_layernorm", "post_attention_layernorm")
         yield from attention(layer, f"{theirs}.self_attn", f"{ours}/mixer")
         bias = model["channel_bias"]
-        for name in ("gate", "up", "down"):
-            path = f"{ours}/channel_mixer/{name}"
-            yield from rules.linear(f"{theirs}.mlp.{name}_proj", path, bias)
+        yield from parts.linears(f"{theirs}.mlp", f"{ours}/channel_mixer", parts.MLP, bias)
 
 
 def attention(layer: MixerSpec, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """An attention layer's tensors."""
-    options = option_values(layer)
+    """The rules of an attention layer's tensors."""
+    options = parts.option_values(layer)
     bias, o_bias = options["use_bias"], options["o_bias"]
-    for name in "qkv":
-        yield from rules.linear(f"{theirs}.{name}_proj", f"{ours}/{name}", bias)
+    yield from parts.linears(theirs, ours, {f"{name}_proj": name for name in "qkv"}, bias)
     yield from rules.linear(f"{theirs}.o_proj", f"{ours}/o", bias if o_bias is None else o_bias)
     if options["qk_norm"]:
         for name in ("q_norm", "k_norm"):
-            yield rules.same(f"{theirs}.{name}.weight", f"{ours}/{name}/scale")
-
-
-def _other(specs: Sequence[MixerSpec]) -> str:
-    return ", ".join(sorted({s.name for s in specs} - {"attention"}))
+            yield parts.norm(f"{theirs}.{name}", f"{ours}/{name}")

@@ -1,6 +1,6 @@
 """DeltaNet (arXiv 2406.06484), as flash-linear-attention's DeltaNetForCausalLM has it."""
 
-from seqmodels.checkpoints_io.architectures import fla, parts
+from seqmodels.checkpoints_io.architectures import fields_of, fla, given, parts
 
 
 def _options(config):
@@ -11,26 +11,16 @@ def _options(config):
         raise ValueError(
             f"{config.name}: num_heads {H} must divide the key width {key} and the value width {value}"
         )
-    return {
-        "num_heads": H,
-        "head_dim": key // H,
-        "expand_v": value / key,
-        "conv_width": config.integer("conv_size", 4),
-        "allow_neg_eigval": config.flag("allow_neg_eigval", False),
-        "use_gate": config.flag("use_gate", False),
-        "norm_eps": config.number("norm_eps", 1e-6),
-    }
+    widths = {"num_heads": H, "head_dim": key // H, "expand_v": value / key}
+    return widths | config.options((*fla.delta_fields(use_gate=False), fla.NORM_EPS))
 
 
 def _fields(options, d_model):
-    H, K = options["num_heads"], parts.given(options, "head_dim")
-    return {
+    H, K = options["num_heads"], given(options, "head_dim")
+    return fields_of(options, fla.delta_fields(use_gate=False)) | {
         "num_heads": H,
         "expand_k": H * K / d_model,
         "expand_v": H * round(K * options["expand_v"]) / d_model,
-        "conv_size": options["conv_width"],
-        "allow_neg_eigval": options["allow_neg_eigval"],
-        "use_gate": options["use_gate"],
     }
 
 
@@ -47,10 +37,5 @@ ARCHITECTURE = fla.architecture(
     _options,
     _fields,
     _tensors,
-    refused={
-        "use_short_conv": True,
-        "use_beta": True,
-        "qk_norm": "l2",
-        "qk_activation": "silu",
-    },
+    {"use_short_conv": True, "use_beta": True, "qk_norm": "l2", "qk_activation": "silu"},
 )

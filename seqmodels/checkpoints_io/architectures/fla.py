@@ -1,19 +1,33 @@
 """What the layouts of flash-linear-attention (github.com/fla-org/flash-linear-attention) share.
 
-x <- x + mixer(norm(x)); x <- x + SwiGLU(norm(x)), RMS norms, "attn" for every mixer, and softmax
-attention where `attn` of config.json says so.
+Layers are x <- x + mixer(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms. Tensors of every
+mixer are called "attn"; the field `attn` of config.json says which layers have softmax attention.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
+from seqmodels.checkpoints_io.architectures import (
+    Architecture,
+    Field,
+    HFConfig,
+    decoder,
+    fields_of,
+    parts,
+)
 from seqmodels.modules.pattern import MixerSpec, to_text
 
-# Options of the kernels, which change no result, may be anything; these change what is computed.
-_REFUSED = {"attnres_block_size": None}
 _ACTIVATIONS = {"swish": "swiglu", "silu": "swiglu"}
+_MODEL = parts.model_fields(
+    "norm_eps", vocab_size=32_000, d_model=2048, num_layers=24, norm_eps=1e-6
+)
+_SOFTMAX = (
+    Field("num_heads", "num_heads", HFConfig.integer),
+    Field("qkv_bias", "use_bias", HFConfig.flag, False),
+    Field("rope_theta", "rope_base", HFConfig.positive, 10_000.0),
+)
+NORM_EPS = Field("norm_eps", "norm_eps", HFConfig.positive, 1e-6)
 
 
 def architecture(
@@ -23,50 +37,45 @@ def architecture(
     options: Callable[[HFConfig], dict[str, Any]],
     fields: Callable[[dict[str, Any], int], dict[str, Any]],
     tensors: Callable[[dict[str, Any], str, str], Iterable[rules.Rule]],
-    refused: Mapping[str, Any] | None = None,
+    required: Mapping[str, Any] | None = None,
     hidden_ratio: int = 4,
     extra: Callable[[], Iterable[rules.Rule]] = tuple,
 ) -> Architecture:
-    """A family of which a file says: its mixer, options of it from config.json and back, and its
-    tensors' names.
+    """Returns the architecture of a family from its mixer, the mixer's options and its tensors.
 
-    options: config to the mixer's options. fields: (options, d_model) to config.json's. tensors:
-    (options, their prefix, our path) to rules. refused: fields of which only this value is
-    supported. extra: rules that belong to no layer.
+    Args:
+      options, fields: config.json to the mixer's options; (options, d_model) to config.json's.
+      tensors: (options, prefix of their names, our path) to rules.
+      required: fields of which only this value is supported. Fields that choose between kernels,
+        and change no result, may have any.
+      extra: rules that belong to no layer.
     """
+    required = dict(required or {})
 
     def model_config(config: HFConfig) -> dict[str, Any]:
-        for field, value in (_REFUSED | dict(refused or {})).items():
-            config.require(field, value)
-        D, L = config.integer("hidden_size", 2048), config.integer("num_hidden_layers", 24)
+        config.require(attnres_block_size=None, **required)
+        model = config.options(_MODEL)
+        D, L = model["d_model"], model["num_layers"]
         softmax = _softmax_layers(config, D, L)
         own = parts.spec(mixer, **options(config))
+        # Two thirds of ratio * D, as a SwiGLU has three matrices, in multiples of 256.
         ratio = config.positive("hidden_ratio", hidden_ratio)
-        F = config.integer("intermediate_size", max(-(-int(D * ratio * 2 / 3) // 256) * 256, 256))
-        return {
-            "vocab_size": config.integer("vocab_size", 32_000),
-            "d_model": D,
-            "num_layers": L,
+        width = max(-(-int(D * ratio * 2 / 3) // 256) * 256, 256)
+        return model | {
             "pattern": to_text([softmax.get(i, own) for i in range(L)]),
             "channel_mixer": config.choice("hidden_act", _ACTIVATIONS, "swish"),
-            "d_ff": F,
-            "norm_eps": config.positive("norm_eps", 1e-6),
-            "tied_embeddings": config.flag("tie_word_embeddings", False),
+            "d_ff": config.integer("intermediate_size", width),
         }
 
     def hf_config(model, specs) -> dict[str, Any]:
         parts.only(specs, mixer, "attention")
+        softmax = [parts.option_values(s) for s in specs if s.name == "attention"]
         return {
-            "vocab_size": model["vocab_size"],
-            "hidden_size": model["d_model"],
-            "intermediate_size": parts.given(model, "d_ff"),
-            "num_hidden_layers": model["num_layers"],
-            "norm_eps": model.get("norm_eps", 1e-5),
-            "tie_word_embeddings": model.get("tied_embeddings", True),
+            **fields_of(model, (*_MODEL, parts.D_FF)),
             "hidden_act": "swish",
             "attn": _attn(specs),
-            "max_position_embeddings": _context(specs),
-            **{k: v for k, v in (_REFUSED | dict(refused or {})).items() if v is not None},
+            "max_position_embeddings": max((o["max_length"] for o in softmax), default=2048),
+            **{k: v for k, v in required.items() if v is not None},
             **fields(parts.options_of(specs, mixer), model["d_model"]),
         }
 
@@ -75,46 +84,29 @@ def architecture(
         yield from extra()
         for i, layer in enumerate(specs):
             theirs, ours = f"model.layers.{i}", f"block_{i}"
-            yield parts.norm(f"{theirs}.attn_norm", f"{ours}/mixer_norm")
-            yield parts.norm(f"{theirs}.mlp_norm", f"{ours}/channel_norm")
-            yield from parts.gated_mlp(f"{theirs}.mlp", f"{ours}/channel_mixer")
+            yield from parts.block_norms(theirs, ours, "attn_norm", "mlp_norm")
+            yield from parts.linears(f"{theirs}.mlp", f"{ours}/channel_mixer", parts.MLP)
             theirs, ours = f"{theirs}.attn", f"{ours}/mixer"
             if layer.name == "attention":
                 yield from decoder.attention(layer, theirs, ours)
             else:
-                own = decoder.option_values(layer) | {"d_model": model["d_model"]}
-                yield from tensors(own, theirs, ours)
+                yield from tensors(parts.option_values(layer), theirs, ours)
 
-    return Architecture(
-        model_type=model_type,
-        class_name=class_name,
-        model_config=model_config,
-        hf_config=hf_config,
-        rules=table,
-        ignored=decoder.IGNORED,
+    return Architecture(model_type, class_name, model_config, hf_config, table)
+
+
+def delta_fields(use_gate: bool) -> tuple[Field, ...]:
+    """Returns the fields that DeltaNet and Gated DeltaNet share; `use_gate` is its default."""
+    return (
+        Field("conv_size", "conv_width", HFConfig.integer, 4),
+        Field("allow_neg_eigval", "allow_neg_eigval", HFConfig.flag, False),
+        Field("use_gate", "use_gate", HFConfig.flag, use_gate),
     )
 
 
-def heads_options(config: HFConfig, heads: int, expand_k: float, expand_v: float) -> dict[str, Any]:
-    """What GLA and RetNet have in common, with their defaults: as many key heads as value heads, of
-    widths of their own."""
-    H = config.integer("num_heads", heads)
-    config.require("num_kv_heads", H)
-    return {
-        "num_heads": H,
-        "expand_k": config.positive("expand_k", expand_k),
-        "expand_v": config.positive("expand_v", expand_v),
-        "norm_eps": config.positive("norm_eps", 1e-6),
-    }
-
-
-def heads_fields(options: Mapping[str, Any], d_model: int) -> dict[str, Any]:
-    """The inverse of `heads_options`."""
-    return {name: options[name] for name in ("num_heads", "expand_k", "expand_v")}
-
-
-# A norm that is not fused has another name.
-HEADS_REFUSED = {
+_EXPANSION = ("num_heads", "expand_k", "expand_v")  # fields and options of GLA and RetNet
+# What both families require: a norm that is not fused, for one, has another name.
+HEADS_REQUIRED = {
     "fuse_norm": True,
     "use_short_conv": False,
     "use_output_gate": True,
@@ -123,66 +115,67 @@ HEADS_REFUSED = {
 }
 
 
+def heads_options(config: HFConfig, *defaults: Any) -> dict[str, Any]:
+    """Reads what GLA and RetNet have in common: as many key heads as value heads, and the widths of
+    both. `defaults` are those of num_heads, expand_k and expand_v."""
+    reads = (HFConfig.integer, HFConfig.positive, HFConfig.positive)
+    table = [Field(name, name, *row) for name, row in zip(_EXPANSION, zip(reads, defaults))]
+    options = config.options((*table, NORM_EPS))
+    config.require(num_kv_heads=options["num_heads"])
+    return options
+
+
+def heads_fields(options: Mapping[str, Any], d_model: int) -> dict[str, Any]:
+    """Writes what `heads_options` reads."""
+    return {name: options[name] for name in _EXPANSION}
+
+
 def projections(theirs: str, ours: str, names: str) -> Iterable[rules.Rule]:
-    """ "qkv" is q_proj, k_proj and v_proj."""
+    """The rules of projections by their letters: "qkv" is q_proj, k_proj and v_proj."""
     return parts.linears(theirs, ours, {f"{name}_proj": name for name in names})
 
 
-def short_convs(theirs: str, ours: str, names: str = "qkv") -> Iterable[rules.Rule]:
-    for name in names:
+def short_convs(theirs: str, ours: str) -> Iterable[rules.Rule]:
+    for name in "qkv":
         yield from rules.conv1d(f"{theirs}.{name}_conv1d", f"{ours}/{name}_conv")
 
 
 def _softmax_layers(config: HFConfig, D: int, L: int) -> dict[int, MixerSpec]:
-    """The layers of `attn`: one object or a list of them, each {layers, num_heads, num_kv_heads,
-    qkv_bias, window_size, rope_theta}."""
+    """Reads `attn`: one object or a list of them, each with the indices of its layers."""
     found = config.get("attn") or []
     layers: dict[int, MixerSpec] = {}
     for item in found if isinstance(found, list) else [found]:
         if not isinstance(item, dict):
             raise ValueError(f"{config.name}: attn is {found!r}; it must hold objects")
         attn = HFConfig(item, f"{config.name}, attn")
-        H = attn.integer("num_heads")
+        options = attn.options(_SOFTMAX)
+        H = options["num_heads"]
         layer = parts.spec(
             "attention",
-            num_heads=H,
+            **options,
+            max_length=config.integer("max_position_embeddings", 2048),
             num_kv_heads=attn.integer("num_kv_heads", H),
             head_dim=max(D // H, 1),
             window=attn.optional_integer("window_size"),
-            max_length=config.integer("max_position_embeddings", 2048),
-            rope_base=attn.positive("rope_theta", 10_000.0),
-            use_bias=attn.flag("qkv_bias", False),
             o_bias=False,
         )
-        for i in parts.listed(attn, "layers", int):
+        for i in attn.listed("layers", int):
             if not 0 <= i < L or i in layers:
                 raise ValueError(f"{config.name}: attn names layer {i} twice, or beyond {L} layers")
             layers[i] = layer
     return layers
 
 
-def _attn(specs) -> list[dict[str, Any]] | None:
-    """The inverse of `_softmax_layers`."""
-    layers: dict[MixerSpec, list[int]] = {}
+def _attn(specs: Sequence[MixerSpec]) -> list[dict[str, Any]] | None:
+    """Writes what `_softmax_layers` reads; None without such a layer."""
+    indices: dict[MixerSpec, list[int]] = {}
     for i, layer in enumerate(specs):
         if layer.name == "attention":
-            layers.setdefault(layer, []).append(i)
+            indices.setdefault(layer, []).append(i)
     found = []
-    for layer, indices in layers.items():
-        options = decoder.option_values(layer)
-        found.append(
-            {
-                "layers": indices,
-                "num_heads": options["num_heads"],
-                "num_kv_heads": options["num_kv_heads"] or options["num_heads"],
-                "qkv_bias": options["use_bias"],
-                "window_size": options["window"],
-                "rope_theta": options["rope_base"],
-            }
-        )
+    for layer, own in indices.items():
+        options = parts.option_values(layer)
+        kv_heads = options["num_kv_heads"] or options["num_heads"]
+        beside = {"layers": own, "num_kv_heads": kv_heads, "window_size": options["window"]}
+        found.append(fields_of(options, _SOFTMAX) | beside)
     return found or None
-
-
-def _context(specs) -> int:
-    contexts = [decoder.option_values(s)["max_length"] for s in specs if s.name == "attention"]
-    return max(contexts, default=2048)

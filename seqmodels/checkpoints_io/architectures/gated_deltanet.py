@@ -1,40 +1,29 @@
-"""Gated DeltaNet (arXiv 2412.06464), as flash-linear-attention's GatedDeltaNetForCausalLM has it."""
+"""Gated DeltaNet (arXiv 2412.06464), as GatedDeltaNetForCausalLM of flash-linear-attention."""
 
-from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import fla, parts
+from seqmodels.checkpoints_io.architectures import Field, HFConfig, fields_of, fla, parts
+
+_TABLE = (
+    Field("num_heads", "num_heads", HFConfig.integer, 6),
+    Field("head_dim", "head_dim", HFConfig.integer, 256),
+    Field("expand_v", "expand_v", HFConfig.positive, 2.0),
+    *fla.delta_fields(use_gate=True),
+)
 
 
 def _options(config):
-    H = config.integer("num_heads", 6)
-    return {
-        "num_heads": H,
-        "num_v_heads": config.integer("num_v_heads", H),
-        "head_dim": config.integer("head_dim", 256),
-        "expand_v": config.positive("expand_v", 2.0),
-        "conv_width": config.integer("conv_size", 4),
-        "allow_neg_eigval": config.flag("allow_neg_eigval", False),
-        "use_gate": config.flag("use_gate", True),
-        "norm_eps": config.number("norm_eps", 1e-6),
-    }
+    options = config.options((*_TABLE, fla.NORM_EPS))
+    return options | {"num_v_heads": config.integer("num_v_heads", options["num_heads"])}
 
 
 def _fields(options, d_model):
-    return {
-        "num_heads": options["num_heads"],
-        "num_v_heads": options["num_v_heads"] or options["num_heads"],
-        "head_dim": parts.given(options, "head_dim"),
-        "expand_v": options["expand_v"],
-        "conv_size": options["conv_width"],
-        "allow_neg_eigval": options["allow_neg_eigval"],
-        "use_gate": options["use_gate"],
-    }
+    heads = options["num_v_heads"] or options["num_heads"]
+    return fields_of(options, _TABLE) | {"num_v_heads": heads}
 
 
 def _tensors(options, theirs, ours):
     yield from fla.projections(theirs, ours, "qkvabo" + "g" * options["use_gate"])
     yield from fla.short_convs(theirs, ours)
-    for name in ("A_log", "dt_bias"):
-        yield rules.same(f"{theirs}.{name}", f"{ours}/decay/{name}")
+    yield from parts.same(theirs, f"{ours}/decay", {"A_log": "A_log", "dt_bias": "dt_bias"})
     yield parts.norm(f"{theirs}.o_norm", f"{ours}/o_norm")
 
 
@@ -45,5 +34,5 @@ ARCHITECTURE = fla.architecture(
     _options,
     _fields,
     _tensors,
-    refused={"use_short_conv": True},
+    {"use_short_conv": True},
 )

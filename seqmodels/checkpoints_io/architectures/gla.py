@@ -3,7 +3,7 @@
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import fla, parts
 
-# Not in its config.json.
+# Constants of the library's layer, which its config.json does not have.
 _GATE = {"gate_rank": 16, "gate_temperature": 16.0}
 
 
@@ -25,5 +25,5 @@ ARCHITECTURE = fla.architecture(
     _options,
     fla.heads_fields,
     _tensors,
-    refused=fla.HEADS_REFUSED | {"clamp_min": None, "use_gk": True, "use_gv": False},
+    fla.HEADS_REQUIRED | {"clamp_min": None, "use_gk": True, "use_gv": False},
 )

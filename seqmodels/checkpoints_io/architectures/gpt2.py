@@ -5,47 +5,47 @@ Its projections are stored (input, output) as ours are, with q, k and v as one.
 """
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import Architecture, decoder
-from seqmodels.modules.pattern import to_text
+from seqmodels.checkpoints_io.architectures import Architecture, Field, HFConfig, fields_of, parts
+from seqmodels.modules.pattern import MixerSpec, to_text
 
 _ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu"}
+_FIELDS = (
+    Field("vocab_size", "vocab_size", HFConfig.integer),
+    Field("n_embd", "d_model", HFConfig.integer),
+    Field("n_layer", "num_layers", HFConfig.integer),
+    Field("n_positions", "learned_positions", HFConfig.integer),
+    Field("layer_norm_epsilon", "norm_eps", HFConfig.positive, 1e-5),
+    Field("tie_word_embeddings", "tied_embeddings", HFConfig.flag, True),
+)
 
 
 def _model_config(config):
-    config.require("scale_attn_weights", True)
-    config.require("scale_attn_by_inverse_layer_idx", False)
-    config.require("add_cross_attention", False)
-    D, context = config.integer("n_embd"), config.integer("n_positions")
-    L, H = config.integer("n_layer"), config.integer("n_head")
-    options = {"num_heads": H, "rope_base": None, "use_bias": True, "max_length": context}
-    return {
-        "vocab_size": config.integer("vocab_size"),
-        "d_model": D,
-        "num_layers": L,
-        "pattern": to_text([decoder.spec(**options)]),
+    config.require(
+        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False
+    )
+    model = config.options(_FIELDS)
+    options = {
+        "num_heads": config.integer("n_head"),
+        "rope_base": None,
+        "use_bias": True,
+        "max_length": model["learned_positions"],
+    }
+    return model | {
+        "pattern": to_text([MixerSpec("attention", tuple(options.items()))]),
         "channel_mixer": config.choice("activation_function", _ACTIVATIONS, "gelu_new"),
-        "d_ff": config.integer("n_inner", 4 * D),
+        "d_ff": config.integer("n_inner", 4 * model["d_model"]),
         "channel_bias": True,
         "norm": "layer_norm",
-        "norm_eps": config.positive("layer_norm_epsilon", 1e-5),
-        "learned_positions": context,
-        "tied_embeddings": config.flag("tie_word_embeddings", True),
     }
 
 
 def _hf_config(model, specs):
     if specs[0].name != "attention":
         raise ValueError(f"GPT-2's layers are softmax attention, not {specs[0].name}")
-    return {
-        "vocab_size": model["vocab_size"],
-        "n_embd": model["d_model"],
-        "n_layer": model["num_layers"],
-        "n_head": decoder.option_values(specs[0])["num_heads"],
-        "n_positions": model["learned_positions"] or 0,
+    return fields_of(model, _FIELDS) | {
+        "n_head": parts.option_values(specs[0])["num_heads"],
         "n_inner": model["d_ff"],
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": model["norm_eps"],
-        "tie_word_embeddings": model["tied_embeddings"],
     }
 
 
@@ -60,25 +60,24 @@ def _rules(model, specs):
         theirs, ours = f"transformer.h.{i}", f"block_{i}"
         yield from _norm(f"{theirs}.ln_1", f"{ours}/mixer_norm")
         yield from _norm(f"{theirs}.ln_2", f"{ours}/channel_norm")
-        for kind, part in (("weight", "kernel"), ("bias", "bias")):
-            qkv = [f"{ours}/mixer/{n}/{part}" for n in "qkv"]
+        for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
+            qkv = [f"{ours}/mixer/{name}/{leaf}" for name in "qkv"]
             yield rules.split(f"{theirs}.attn.c_attn.{kind}", qkv, [D] * 3, False, axis=-1)
-            yield rules.same(f"{theirs}.attn.c_proj.{kind}", f"{ours}/mixer/o/{part}")
-            yield rules.same(f"{theirs}.mlp.c_fc.{kind}", f"{ours}/channel_mixer/up/{part}")
-            yield rules.same(f"{theirs}.mlp.c_proj.{kind}", f"{ours}/channel_mixer/down/{part}")
+            yield rules.same(f"{theirs}.attn.c_proj.{kind}", f"{ours}/mixer/o/{leaf}")
+            yield rules.same(f"{theirs}.mlp.c_fc.{kind}", f"{ours}/channel_mixer/up/{leaf}")
+            yield rules.same(f"{theirs}.mlp.c_proj.{kind}", f"{ours}/channel_mixer/down/{leaf}")
 
 
 def _norm(theirs, ours):
-    yield rules.same(f"{theirs}.weight", f"{ours}/norm/scale")
-    yield rules.same(f"{theirs}.bias", f"{ours}/norm/bias")
+    yield from parts.same(theirs, f"{ours}/norm", {"weight": "scale", "bias": "bias"})
 
 
 ARCHITECTURE = Architecture(
-    model_type="gpt2",
-    class_name="GPT2LMHeadModel",
-    model_config=_model_config,
-    hf_config=_hf_config,
-    rules=_rules,
+    "gpt2",
+    "GPT2LMHeadModel",
+    _model_config,
+    _hf_config,
+    _rules,
     ignored=(r".*\.attn\.(masked_)?bias",),
     base_prefix="transformer.",
 )

@@ -3,8 +3,7 @@
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import fla, parts
 
-# Its output norm takes this one, whatever norm_eps says.
-_NORM_EPS = 1e-5
+_NORM_EPS = 1e-5  # of the output norm, whatever the field norm_eps says
 
 
 def _options(config):
@@ -31,6 +30,6 @@ ARCHITECTURE = fla.architecture(
     _options,
     _fields,
     _tensors,
-    refused={"use_short_conv": False, "use_lower_bound": True, "elementwise_affine": True},
+    {"use_short_conv": False, "use_lower_bound": True, "elementwise_affine": True},
     extra=lambda: [rules.same("model.lower_bounds", "lower_bounds")],
 )

@@ -1,82 +1,66 @@
 """Mamba (Gu & Dao, arXiv 2312.00752), as transformers' MambaForCausalLM has it."""
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import Architecture, parts
+from seqmodels.checkpoints_io.architectures import Architecture, Field, HFConfig, fields_of, parts
 from seqmodels.modules.pattern import to_text
+
+_MODEL = (
+    *parts.model_fields("layer_norm_epsilon", norm_eps=1e-5, tied_embeddings=True),
+    Field("residual_in_fp32", "float32_residual", HFConfig.flag, True),
+)
+_MIXER = (
+    Field("expand", "expand", HFConfig.integer, 2),
+    Field("state_size", "d_state", HFConfig.integer, 16),
+    Field("conv_kernel", "conv_width", HFConfig.integer, 4),
+    Field("use_bias", "use_bias", HFConfig.flag, False),
+    Field("use_conv_bias", "conv_bias", HFConfig.flag, True),
+)
+
+
+def _rank(options, D: int) -> int:
+    return options["dt_rank"] or -(-D // 16)
 
 
 def _model_config(config):
-    parts.refuse_unless(config, hidden_act="silu")
-    D = config.integer("hidden_size")
-    rank = config.get("time_step_rank", "auto")
-    layer = parts.spec(
-        "mamba",
-        expand=config.integer("expand", 2),
-        d_state=config.integer("state_size", 16),
-        dt_rank=-(-D // 16) if rank == "auto" else config.integer("time_step_rank"),
-        conv_width=config.integer("conv_kernel", 4),
-        use_bias=config.flag("use_bias", False),
-        conv_bias=config.flag("use_conv_bias", True),
-    )
-    L = config.integer("num_hidden_layers")
-    return {
-        "vocab_size": config.integer("vocab_size"),
-        "d_model": D,
-        "num_layers": L,
-        "pattern": to_text([layer] * L),
-        "channel_mixer": None,
-        "norm_eps": config.positive("layer_norm_epsilon", 1e-5),
-        "float32_residual": config.flag("residual_in_fp32", True),
-        "tied_embeddings": config.flag("tie_word_embeddings", True),
-    }
+    config.require(hidden_act="silu")
+    model = config.options(_MODEL)
+    automatic = config.get("time_step_rank", "auto") == "auto"
+    rank = None if automatic else config.integer("time_step_rank")
+    rank = _rank({"dt_rank": rank}, model["d_model"])
+    layer = parts.spec("mamba", **config.options(_MIXER), dt_rank=rank)
+    return model | {"pattern": to_text([layer]), "channel_mixer": None}
 
 
 def _hf_config(model, specs):
     parts.only(specs, "mamba")
     options = parts.options_of(specs, "mamba")
     return {
-        "vocab_size": model["vocab_size"],
-        "hidden_size": model["d_model"],
-        "num_hidden_layers": model["num_layers"],
-        "expand": options["expand"],
+        **fields_of(model, _MODEL),
+        **fields_of(options, _MIXER),
         "intermediate_size": options["expand"] * model["d_model"],
-        "state_size": options["d_state"],
-        "time_step_rank": options["dt_rank"] or -(-model["d_model"] // 16),
-        "conv_kernel": options["conv_width"],
-        "use_bias": options["use_bias"],
-        "use_conv_bias": options["conv_bias"],
+        "time_step_rank": _rank(options, model["d_model"]),
         "hidden_act": "silu",
-        "layer_norm_epsilon": model.get("norm_eps", 1e-5),
-        "residual_in_fp32": model.get("float32_residual", False),
-        "tie_word_embeddings": model.get("tied_embeddings", True),
     }
 
 
 def _rules(model, specs):
     options = parts.options_of(specs, "mamba")
     E, K = options["expand"] * model["d_model"], options["d_state"]
-    R = options["dt_rank"] or -(-model["d_model"] // 16)
+    features = {"dt_low_rank": _rank(options, model["d_model"]), "B": K, "C": K}
+    bias = options["use_bias"]
     yield from parts.ends(model, "backbone.embeddings", "backbone.norm_f")
     for i in range(len(specs)):
-        theirs, ours = f"backbone.layers.{i}", f"block_{i}/mixer"
-        yield parts.norm(f"{theirs}.norm", f"block_{i}/mixer_norm")
-        theirs += ".mixer"
-        widths = {"x": E, "z": E}
-        yield from parts.packed_linear(f"{theirs}.in_proj", ours, widths, options["use_bias"])
+        yield parts.norm(f"backbone.layers.{i}.norm", f"block_{i}/mixer_norm")
+        theirs, ours = f"backbone.layers.{i}.mixer", f"block_{i}/mixer"
+        yield from parts.packed_linear(f"{theirs}.in_proj", ours, {"x": E, "z": E}, bias)
         yield from rules.conv1d(f"{theirs}.conv1d", f"{ours}/x_conv", options["conv_bias"])
-        yield from parts.packed_linear(f"{theirs}.x_proj", ours, {"dt_low_rank": R, "B": K, "C": K})
+        yield from parts.packed_linear(f"{theirs}.x_proj", ours, features)
         yield rules.transposed(f"{theirs}.dt_proj.weight", f"{ours}/dt/kernel")
-        yield rules.same(f"{theirs}.dt_proj.bias", f"{ours}/dt_bias")
-        yield rules.same(f"{theirs}.A_log", f"{ours}/A_log")
-        yield rules.same(f"{theirs}.D", f"{ours}/D")
-        yield from rules.linear(f"{theirs}.out_proj", f"{ours}/o", options["use_bias"])
+        names = {"dt_proj.bias": "dt_bias", "A_log": "A_log", "D": "D"}
+        yield from parts.same(theirs, ours, names)
+        yield from rules.linear(f"{theirs}.out_proj", f"{ours}/o", bias)
 
 
 ARCHITECTURE = Architecture(
-    model_type="mamba",
-    class_name="MambaForCausalLM",
-    model_config=_model_config,
-    hf_config=_hf_config,
-    rules=_rules,
-    base_prefix="backbone.",
+    "mamba", "MambaForCausalLM", _model_config, _hf_config, _rules, base_prefix="backbone."
 )

@@ -1,29 +1,64 @@
-"""What several linear-time families share: rows of their tables, and ways to read a config.json."""
+"""What the families' tables share: rows of tensor names, and common fields of config.json.
+
+In rules, `theirs` is a prefix of tensor names and `ours` a path of parameters.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from seqmodels import mixers
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import HFConfig, decoder
-from seqmodels.modules.pattern import MixerSpec
+from seqmodels.checkpoints_io.architectures import Field, HFConfig
+from seqmodels.modules import channel_mixers
+from seqmodels.modules.pattern import MixerSpec, to_text
 
 _MOST_EXPERTS = 4096
+MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+def model_fields(eps: str, **defaults) -> tuple[Field, ...]:
+    """Returns the fields that every config.json has, where `eps` names the norms' epsilon.
+
+    defaults: what the family's library takes where the file says nothing, by our names.
+    """
+    integer, get = HFConfig.integer, defaults.get
+    return (
+        Field("vocab_size", "vocab_size", integer, get("vocab_size")),
+        Field("hidden_size", "d_model", integer, get("d_model")),
+        Field("num_hidden_layers", "num_layers", integer, get("num_layers")),
+        Field(eps, "norm_eps", HFConfig.positive, defaults["norm_eps"]),
+        Field(
+            "tie_word_embeddings", "tied_embeddings", HFConfig.flag, get("tied_embeddings", False)
+        ),
+    )
+
+
+D_FF = Field("intermediate_size", "d_ff", HFConfig.integer)
 
 
 def spec(name: str, **options) -> MixerSpec:
-    """A layer of a pattern; an option that is None is left out."""
+    """Returns a layer of a pattern; options that are None are left out."""
     return MixerSpec(name, tuple((k, v) for k, v in options.items() if v is not None))
 
 
-def options_of(specs: Sequence[MixerSpec], name: str) -> dict[str, Any]:
-    """The options, defaults too, of the first layer whose mixer is `name`. The framework finds out
-    where others differ."""
+def option_values(layer: MixerSpec) -> dict[str, Any]:
+    """Returns all options of a layer, defaults too."""
+    return mixers.options(layer.name) | dict(layer.options)
+
+
+def options_of(specs: Sequence[MixerSpec], name: str, optional: bool = False) -> dict[str, Any]:
+    """Returns all options of the first layer whose mixer is `name`; other layers' are not compared.
+
+    Without such a layer these are the mixer's defaults if `optional`, and else it raises.
+    """
     for layer in specs:
         if layer.name == name:
-            return decoder.option_values(layer)
-    raise ValueError(f"this layout needs a layer of {name}; the model has none")
+            return option_values(layer)
+    if not optional:
+        raise ValueError(f"this layout needs a layer of {name}; the model has none")
+    return mixers.options(name)
 
 
 def only(specs: Sequence[MixerSpec], *names: str) -> None:
@@ -32,38 +67,24 @@ def only(specs: Sequence[MixerSpec], *names: str) -> None:
         raise ValueError(f"only {' and '.join(names)} have a place in this layout, not {others[0]}")
 
 
-def given(model: Mapping[str, Any], field: str) -> Any:
-    """A field of config.model, or an option of a layer, that a layout has to spell out."""
-    if model.get(field) is None:
-        raise ValueError(f"this layout needs {field}; set it in config.model or in its pattern")
-    return model[field]
+def experts_text(config: HFConfig, table: Sequence[Field]) -> str:
+    """Reads a mixture of experts as a channel mixer's text; `table` gives its options.
 
-
-def refuse_unless(config: HFConfig, **fields) -> None:
-    """`HFConfig.require` for several fields."""
-    for field, value in fields.items():
-        config.require(field, value)
-
-
-def listed(config: HFConfig, field: str, kind: type, default: Sequence[Any] = ()) -> list[Any]:
-    """A list, of any length, of integers or strings."""
-    value = config.get(field, list(default))
-    if not isinstance(value, list) or any(type(x) is not kind for x in value):
+    Each expert has tensors of its own, so a count beyond reason is refused before they are named.
+    """
+    options = config.options(table)
+    if options["num_experts"] > _MOST_EXPERTS:
+        field = next(f.theirs for f in table if f.ours == "num_experts")
         raise ValueError(
-            f"{config.name}: {field} is {value!r}; it must be a list of {kind.__name__}"
+            f"{config.name}: {field} is {options['num_experts']}; at most {_MOST_EXPERTS} are supported"
         )
-    return value
+    return to_text([spec("moe", **options)])
 
 
-def expert_count(config: HFConfig, field: str, default: int) -> int:
-    """Experts of a layer: each has tensors of its own, so a number beyond reason is refused before
-    they are named."""
-    count = config.integer(field, default)
-    if count > _MOST_EXPERTS:
-        raise ValueError(
-            f"{config.name}: {field} is {count}; at most {_MOST_EXPERTS} are supported"
-        )
-    return count
+def experts_of(text: str | None) -> channel_mixers.MixtureOfExperts | None:
+    """Returns the mixture of experts that a channel mixer's text describes, or None for another."""
+    module = channel_mixers.make(text or "swiglu", parent=None)
+    return module if isinstance(module, channel_mixers.MixtureOfExperts) else None
 
 
 def no_time_step_limit(config: HFConfig) -> None:
@@ -76,16 +97,37 @@ def no_time_step_limit(config: HFConfig) -> None:
         )
 
 
-def ends(model: Mapping[str, Any], embedding: str, norm: str) -> Iterator[rules.Rule]:
-    """The embedding, the last norm, and lm_head."""
+def check_mamba2_width(config: HFConfig, D: int, options: Mapping[str, Any], heads: int) -> None:
+    """Refuses heads that do not add up to the mixer's width."""
+    expand, dim = options["expand"], options["head_dim"]
+    if expand * D != heads * dim:
+        raise ValueError(
+            f"{config.name}: {heads} heads of {dim} are not expand * hidden_size = {expand * D}"
+        )
+
+
+def ends(model: Mapping[str, Any], embedding: str, last_norm: str) -> Iterator[rules.Rule]:
+    """The embedding, the last norm and, where it is not tied, lm_head."""
     yield rules.same(f"{embedding}.weight", "embed/embedding")
-    yield rules.same(f"{norm}.weight", "final_norm/scale")
-    if not model.get("tied_embeddings", True):
+    yield norm(last_norm, "final_norm")
+    if not model["tied_embeddings"]:
         yield rules.transposed("lm_head.weight", "output/kernel")
 
 
-def norm(name: str, path: str) -> rules.Rule:
-    return rules.same(f"{name}.weight", f"{path}/scale")
+def norm(theirs: str, ours: str) -> rules.Rule:
+    return rules.same(f"{theirs}.weight", f"{ours}/scale")
+
+
+def block_norms(theirs: str, ours: str, mixer: str, channel: str) -> Iterator[rules.Rule]:
+    """The norms before a layer's mixer and its channel mixer."""
+    yield norm(f"{theirs}.{mixer}", f"{ours}/mixer_norm")
+    yield norm(f"{theirs}.{channel}", f"{ours}/channel_norm")
+
+
+def same(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[rules.Rule]:
+    """Tensors of a module as they are, {theirs: ours}."""
+    for their_name, our_name in names.items():
+        yield rules.same(f"{theirs}.{their_name}", f"{ours}/{our_name}")
 
 
 def linears(
@@ -96,19 +138,11 @@ def linears(
         yield from rules.linear(f"{theirs}.{their_name}", f"{ours}/{our_name}", bias)
 
 
-def gated_mlp(
-    theirs: str, ours: str, bias: bool = False, names=("gate_proj", "up_proj", "down_proj")
-) -> Iterator[rules.Rule]:
-    yield from linears(theirs, ours, dict(zip(names, ("gate", "up", "down"))), bias)
-
-
 def packed_linear(
     name: str, ours: str, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """One nn.Linear whose output features are, one after another, those of several of ours, {ours:
-    features}."""
-    paths = [f"{ours}/{own}" for own in widths]
-    sizes = list(widths.values())
+    """One nn.Linear whose output features are, in turn, those of several of ours."""
+    paths, sizes = [f"{ours}/{own}" for own in widths], list(widths.values())
     yield rules.split(f"{name}.weight", [f"{p}/kernel" for p in paths], sizes)
     if bias:
         yield rules.split(f"{name}.bias", [f"{p}/bias" for p in paths], sizes, transpose=False)
@@ -118,8 +152,7 @@ def packed_conv1d(
     name: str, ours: str, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
     """One depthwise nn.Conv1d, weight (channels, 1, taps), over the channels of several of ours."""
-    paths = [f"{ours}/{own}" for own in widths]
-    sizes = list(widths.values())
+    paths, sizes = [f"{ours}/{own}" for own in widths], list(widths.values())
     cut = rules.split(f"{name}.weight", [f"{p}/kernel" for p in paths], sizes, transpose=False)
 
     def into(x):
@@ -156,11 +189,8 @@ def packed_heads(
 
 
 def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterator[rules.Rule]:
-    """A SwiGLU an expert, `{theirs}.{e}.{name}.weight` for e < count, as kernels stacked over
-    experts.
-
-    names: of the gate, the product beside it, and the product down.
-    """
+    """A SwiGLU per expert, `{theirs}.{e}.{name}.weight` for e < count, as kernels stacked over
+    experts. `names` are those of the kernels gate, up and down."""
     for their_name, our_name in zip(names, ("gate", "up", "down")):
         yield rules.Rule(
             tuple(f"{theirs}.{e}.{their_name}.weight" for e in range(count)),
@@ -171,8 +201,8 @@ def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterato
 
 
 def mamba2(layer: MixerSpec, d_model: int, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """The tensors of a Mamba-2 mixer, the same wherever transformers has one."""
-    options = decoder.option_values(layer)
+    """A Mamba-2 mixer, whose tensors have the same names wherever transformers has one."""
+    options = option_values(layer)
     E, V = options["expand"] * d_model, options["head_dim"]
     width = options["num_groups"] * options["d_state"]
     bias = options["use_bias"]
@@ -180,15 +210,6 @@ def mamba2(layer: MixerSpec, d_model: int, theirs: str, ours: str) -> Iterator[r
     yield from packed_linear(f"{theirs}.in_proj", ours, features, bias)
     channels = {"x_conv": E, "B_conv": width, "C_conv": width}
     yield from packed_conv1d(f"{theirs}.conv1d", ours, channels, options["conv_bias"])
-    yield rules.same(f"{theirs}.dt_bias", f"{ours}/decay/dt_bias")
-    yield rules.same(f"{theirs}.A_log", f"{ours}/decay/A_log")
-    yield rules.same(f"{theirs}.D", f"{ours}/D")
+    yield from same(theirs, ours, {"dt_bias": "decay/dt_bias", "A_log": "decay/A_log", "D": "D"})
     yield norm(f"{theirs}.norm", f"{ours}/o_norm")
     yield from rules.linear(f"{theirs}.out_proj", f"{ours}/o", bias)
-
-
-def check_mamba2_width(config: HFConfig, d_model: int, expand: int, heads: int, dim: int) -> None:
-    if expand * d_model != heads * dim:
-        raise ValueError(
-            f"{config.name}: {heads} heads of {dim} are not expand * hidden_size = {expand * d_model}"
-        )

@@ -9,8 +9,10 @@ from seqmodels.modules.pattern import MixerSpec
 
 
 def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfig:
-    """A config whose `layer_types` says all of the windows: none without `use_sliding_window`, and
-    where the config lists no types those of the layers that `slides`."""
+    """Returns a config whose `layer_types` alone says which layers have windows.
+
+    Without `use_sliding_window` none has; where the config lists no types, those that `slides` do.
+    """
     L = config.integer("num_hidden_layers")
     used = config.flag("use_sliding_window", False) and config.get("sliding_window") is not None
     fields = dict(config.fields)
@@ -22,11 +24,18 @@ def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfi
 
 
 def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
-    """Every layer's attention: windows from `max_window_layers` on, if any."""
+    """Returns every layer's attention: windows from layer `max_window_layers` on, if any."""
     first = config.get("max_window_layers", 28)
     if type(first) is not int or first < 0:
         raise ValueError(f"{config.name}: max_window_layers is {first!r}; it must be a count")
     return decoder.layers(with_layer_types(config, lambda i: i >= first), options)
+
+
+def hf_config(model, specs):
+    """Writes config.json with the windows as Qwen's configs say them."""
+    fields = decoder.hf_config(model, specs)
+    types = decoder.layer_types(specs)
+    return fields | {"layer_types": types, "use_sliding_window": "sliding_attention" in types}
 
 
 def _model_config(config):
@@ -35,19 +44,4 @@ def _model_config(config):
     return decoder.model_config(config, layers(config, options))
 
 
-def hf_config(model, specs):
-    """With the windows as Qwen's configs say them."""
-    types = decoder.layer_types(specs)
-    sliding = "sliding_attention" in types
-    fields = {"layer_types": types, "use_sliding_window": sliding}
-    return decoder.hf_config(model, specs, **fields)
-
-
-ARCHITECTURE = Architecture(
-    model_type="qwen2",
-    class_name="Qwen2ForCausalLM",
-    model_config=_model_config,
-    hf_config=hf_config,
-    rules=decoder.tensors,
-    ignored=decoder.IGNORED,
-)
+ARCHITECTURE = Architecture("qwen2", "Qwen2ForCausalLM", _model_config, hf_config, decoder.tensors)

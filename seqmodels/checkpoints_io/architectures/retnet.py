@@ -19,6 +19,6 @@ ARCHITECTURE = fla.architecture(
     _options,
     fla.heads_fields,
     _tensors,
-    refused=fla.HEADS_REFUSED,
+    fla.HEADS_REQUIRED,
     hidden_ratio=2,
 )

@@ -34,7 +34,7 @@ def packed(documents, *, train=False, seq_len=16, batch_size=4, rows=None, seed=
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 16, 17, 200])
-def test_one_pass_holds_every_byte_once_as_input_and_as_target_and_every_end(seq_len):
+def test_one_pass_holds_every_byte_once_as_input_and_as_label_and_every_end(seq_len):
     documents = random_documents() + [
         b"",
         b"x" * (seq_len - 1),
@@ -105,7 +105,7 @@ def test_the_start_of_one_pass_is_a_sample():
     assert 60 < seen.mean() < 140 and seen.max() > 150
 
 
-def test_targets_follow_their_inputs_and_end_with_the_document():
+def test_labels_follow_their_inputs_and_end_with_the_document():
     documents = random_documents()
     ends = 0
     for batch in packed(documents):

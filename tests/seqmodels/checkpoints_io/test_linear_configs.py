@@ -8,6 +8,7 @@ from seqmodels.checkpoints_io.architectures import HFConfig, decoder
 from seqmodels.modules import pattern
 
 SMALL = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 3}
+SOFTMAX = {"num_attention_heads": 4, "intermediate_size": 48}
 
 
 def read(model_type, **fields):
@@ -21,8 +22,8 @@ def read(model_type, **fields):
         ("mamba", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
         ("mamba2", {"num_heads": 3, "head_dim": 16}, "3 heads of 16 are not expand .* = 64"),
         ("mamba2", {"num_heads": 4, "head_dim": 16, "time_step_limit": [0.1, 1.0]}, "time_step_limit"),
-        ("bamba", {"mamba_n_heads": 4, "attn_layer_indices": [3]}, "not within 3 layers"),
-        ("bamba", {"mamba_n_heads": 4, "attn_layer_indices": "1"}, "must be a list of int"),
+        ("bamba", SOFTMAX | {"mamba_n_heads": 4, "attn_layer_indices": [3]}, "not within 3 layers"),
+        ("bamba", SOFTMAX | {"mamba_n_heads": 4, "attn_layer_indices": "1"}, "must be a list of int"),
         ("qwen3_next", {"layer_types": ["full_attention", "mamba", "mamba"]}, "layer_types has 'mamba'"),
         ("qwen3_next", {"num_experts": 10**9}, "num_experts is 1000000000; at most"),
         ("minimax", {"num_attention_heads": 4, "layer_types": ["x"] * 3}, "layer_types has 'x'"),
@@ -46,7 +47,6 @@ def test_refused(model_type, fields, message):
         read(model_type, **fields)
 
 
-SOFTMAX = {"num_attention_heads": 4, "intermediate_size": 48}
 LINEAR_BY_2 = {"rope_type": "linear", "factor": 2.0}
 
 
