@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -35,6 +36,11 @@ def save_config(workdir: Path, config: ConfigDict) -> list[str]:
         changes = _changes(*(_plain(common.with_defaults(fields)) for fields in (old, new)))
     write_json(path, new)
     return changes
+
+
+def checksum(config: ConfigDict) -> int:
+    """Returns a number of 31 bits that differs for different configs."""
+    return zlib.crc32(json.dumps(_plain(config), sort_keys=True).encode()) >> 1
 
 
 def _plain(config: ConfigDict) -> dict:

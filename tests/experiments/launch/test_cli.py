@@ -181,7 +181,9 @@ def closed_pipe():
 
 
 def test_a_reader_that_has_left_ends_the_program_quietly():
-    program = "from experiments.launch import cli\ncli.run(lambda argv: print('a'), config_from=None)"
+    program = (
+        "from experiments.launch import cli\ncli.run(lambda argv: print('a'), config_from=None)"
+    )
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with closed_pipe() as output:
         done = subprocess.run(
