@@ -11,6 +11,7 @@
 1          any other error, with its traceback
 """
 
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -108,26 +109,21 @@ def run(
             logging.set_verbosity(logging.WARNING)
         # Orbax logs a failed save several times, with tracebacks, and then raises it.
         logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
-        return _explained(main_of_all if many_hosts else main, argv)
-
-    def main_of_all(argv):
-        with distributed.session(flags.FLAGS):
+        with distributed.session(flags.FLAGS) if many_hosts else contextlib.nullcontext():
             return main(argv)
 
     try:
         try:
             app.run(
-                quiet_main,
-                flags_parser=lambda argv: _explained(
-                    lambda argv: parse_flags(argv, config_from), argv
-                ),
+                lambda argv: _explained(quiet_main, argv),
+                flags_parser=lambda argv: _explained(parse_flags, argv, config_from),
             )
         except SystemExit:
             sys.stdout.flush()  # here, where a reader that has left is no error
             raise
     except (Exception, KeyboardInterrupt) as error:
         code, message = _exit_code(error)
-        if message is None and not distributed.label():
+        if message is None and not jax.distributed.is_initialized():
             raise
         if message is None:
             traceback.print_exc()
@@ -282,26 +278,20 @@ def _flag_value(argv: Sequence[str], name: str) -> str | None:
     return None
 
 
-def _explained(function, argv):
-    """Returns function(argv). A ValueError or OSError that our own code raised becomes UserError.
+def _explained(function, *arguments):
+    """Returns function(*arguments). A ValueError or OSError that our code raised becomes UserError.
 
     One that a library raised is a defect, and keeps its traceback.
     """
     try:
-        return function(argv)
+        return function(*arguments)
     except (ValueError, OSError) as error:
-        if isinstance(error, UserError) or not _raised_by_us(error):
-            raise
-        if isinstance(error, OSError) and error.errno is not None:  # the system's: see _exit_code
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        ours = any(raised_in.is_relative_to(code) for code in _OUR_CODE)
+        from_system = getattr(error, "errno", None) is not None  # _exit_code names its file
+        if isinstance(error, UserError) or from_system or not ours:
             raise
         raise UserError(str(error)) from error
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and any(
-        Path(frames[-1].filename).is_relative_to(code) for code in _OUR_CODE
-    )
 
 
 def _exit_code(error: BaseException) -> tuple[int, str | None]:

@@ -79,16 +79,14 @@ def initialization(
         for name, variable in _ENVIRONMENT.items()
     }
     told = {name: value for name, value in told.items() if value not in (None, "")}
-    alone = set(told) == {"coordinator"}  # an address, for a cluster that tells the rest
-    if told and not alone:
+    if set(told) <= {"coordinator"}:
+        address = told.get("coordinator")
+        cluster = _gke_tpu(environment) or _slurm(environment) or _open_mpi(environment, address)
+        if cluster is not None:
+            return cluster | ({"coordinator_address": address} if address else {})
+    if told:
         return _explicit(told)
-    address = told.get("coordinator")
-    cluster = _gke_tpu(environment) or _slurm(environment) or _open_mpi(environment, address)
-    if cluster is None and not told and _tpu_vm(environment):
-        cluster = {}
-    if cluster is None:
-        return _explicit(told) if told else None
-    return cluster | ({"coordinator_address": address} if address else {})
+    return {} if _tpu_vm(environment) else None
 
 
 @contextlib.contextmanager
@@ -107,19 +105,17 @@ def session(options: flags.FlagValues) -> Iterator[None]:
         yield
         return
     _meet(arguments, options)
-    stopped = None
     try:
         yield
-    except SystemExit as error:  # asked to stop, as all were
-        stopped = error
+    except SystemExit:  # asked to stop, as all were
+        jax.distributed.shutdown()
+        raise
     jax.distributed.shutdown()  # a barrier: process 0 may have more to do
-    if stopped:
-        raise stopped
 
 
 def end(code: int) -> None:
     """Ends the process. One of several ends at once: a usual exit waits for the others inside JAX."""
-    if _place[1] == 1:
+    if not jax.distributed.is_initialized():
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
