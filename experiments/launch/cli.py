@@ -215,7 +215,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
 
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Raises UserError for overrides of unknown fields and of sections, with the fields there are."""
+    """Raises UserError for overrides of unknown fields and of sections, naming those there are."""
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if not match:

@@ -114,7 +114,7 @@ def session(options: flags.FlagValues) -> Iterator[None]:
 
 
 def end(code: int) -> None:
-    """Ends the process. One of several ends at once: a usual exit waits for the others inside JAX."""
+    """Ends the process. One of several does not exit as usual: it would wait for the others."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
     sys.stdout.flush()
@@ -145,8 +145,7 @@ def told_by_first(value: bool) -> bool:
 
 
 def check_shared(folder: Path) -> None:
-    """Raises ValueError on all processes if one of them does not see a file of process 0 in
-    `folder`."""
+    """Raises ValueError on all processes if one does not see process 0's file in `folder`."""
     if jax.process_count() == 1:
         return
     token = np.random.SeedSequence().entropy % 2**31
@@ -316,7 +315,7 @@ def _open_mpi(environment, coordinator: str | None) -> dict | None:
 
 
 def _tpu_vm(environment) -> bool:
-    """Returns whether this is a Cloud TPU VM of a slice with several hosts, or of several slices."""
+    """Returns whether this is one of several Cloud TPU VMs, of one slice or several."""
     if "TPU_SKIP_MDS_QUERY" in environment:  # importing JAX sets it where there is no TPU
         return False
     hosts = _metadata("worker-network-endpoints")

@@ -168,7 +168,7 @@ class Checkpoints:
         return self._checkpointer.load_checkpointables(step, abstract)
 
     def close(self) -> None:
-        """Waits for the running save. Raises SaveFailed if it failed, unless that was raised before."""
+        """Waits for the running save. Raises SaveFailed if it failed, once."""
         self.wait()
         try:
             self._checkpointer.close()

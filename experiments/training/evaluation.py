@@ -1,5 +1,4 @@
-"""Scores of a model on a split: loss, accuracy, perplexity and bits per byte, by position and
-length."""
+"""Scores of a model on a split: loss, perplexity, accuracy, bits per byte; by position or length."""
 
 import itertools
 import math
@@ -41,7 +40,7 @@ class Scores:
         self._bytes += int(batch["num_bytes"][counts].sum())
 
     def totals(self) -> dict[str, float]:
-        """Returns loss (nats per token), perplexity, accuracy, tokens; of text bytes, bits_per_byte."""
+        """Returns loss (nats per token), perplexity, accuracy, tokens; bytes and bits_per_byte."""
         nll, correct, tokens = self._by_position.sum(axis=1).tolist()
         if not tokens:
             raise ValueError("no token of this split counts in the loss: it is empty")
@@ -57,7 +56,7 @@ class Scores:
         return scores
 
     def by_position(self, buckets: int = 16) -> list[dict]:
-        """Returns scores by how many tokens of its document precede a prediction: `bucket_table`."""
+        """Returns a `bucket_table` by how many tokens of its document precede a prediction."""
         return bucket_table(self._by_position, buckets)
 
     def late_loss(self) -> float:
@@ -66,7 +65,7 @@ class Scores:
         return nll.sum() / tokens.sum()
 
     def by_length(self, buckets: int = 16) -> list[dict]:
-        """Returns scores by the length of the document that a prediction is in: `bucket_table`."""
+        """Returns a `bucket_table` by the length of the document that a prediction is in."""
         return bucket_table(self._by_length, buckets)
 
 
@@ -104,7 +103,7 @@ def check_finite(name: str, loss: float) -> None:
 
 
 def evaluate(program: Program, params, dataset, max_batches: int | None = None) -> Scores:
-    """Returns scores of `params` on the first `max_batches` batches; None or 0 is all of one pass."""
+    """Returns scores on the first `max_batches` batches; None or 0 is all of one pass."""
     scores = Scores()
     for batch in itertools.islice(dataset, max_batches or None):
         on_devices = program.put(batch)

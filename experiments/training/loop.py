@@ -159,7 +159,7 @@ def train(
 
 
 def check_counts(config) -> None:
-    """Raises ValueError for numbers of steps, batches and tokens below the least that makes sense."""
+    """Raises ValueError for numbers of steps, batches and tokens that make no sense."""
     for least, names in (
         (1, ("train.log_every", "train.eval_every", "checkpoint.every")),
         (0, ("train.steps", "train.eval_batches", "train.test_batches")),

@@ -1,4 +1,4 @@
-"""Metrics, written to metrics.jsonl, TensorBoard and Weights & Biases, and shown on the terminal."""
+"""Metrics: written to metrics.jsonl, TensorBoard and Weights & Biases, and shown while training."""
 
 import hashlib
 import importlib

@@ -164,7 +164,7 @@ def widened(tree):
 
 
 def clip(config, grads):
-    """Returns the gradients with a global norm of at most `config.clip`, before offloaded updates."""
+    """Returns gradients with a global norm of at most `config.clip`, for offloaded updates."""
     if not config.clip:
         return grads
     return optax.clip_by_global_norm(config.clip).update(grads, optax.EmptyState())[0]

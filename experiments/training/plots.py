@@ -78,8 +78,7 @@ def _save(figure, path: Path) -> None:
 
 
 def lines(panels: dict[str, dict[str, list[tuple]]], x: str, path: Path) -> None:
-    """Panels side by side: of each its y axis, and its lines' points by name. Both axes are
-    logarithmic."""
+    """Draws panels side by side on logarithmic axes: y axis -> line's name -> points (x, y)."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 1.6, 3.8), layout="constrained"
     )

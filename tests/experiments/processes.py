@@ -85,7 +85,7 @@ class Processes:
         self.started, self._logs = started, logs
 
     def wait(self, seconds: float) -> dict[int, int]:
-        """Returns exit codes by process. Kills, and fails, if one still runs after so many seconds."""
+        """Returns exit codes by process. Kills and fails if one still runs after `seconds`."""
         deadline = time.monotonic() + seconds
         for process in self.started.values():
             process.join(max(0, deadline - time.monotonic()))
