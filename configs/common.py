@@ -1,53 +1,54 @@
-"""The fields every config has, and their defaults. A config changes what it means to.
+"""The fields of every config, and their defaults.
 
-A value is settled in this order, later wins: here; configs/<name>.py; its argument
-(`quickstart.py:smoke`); --config.x.y=value, a value of the type that the field has here: 3, 1e-3,
-true, text, "(1.0, 0.5)"; and None for the fields that this text says may be None.
+The value of a field is the last of: its default here; what configs/<name>.py sets; what that
+config's argument sets (`quickstart.py:smoke`); --config.x.y=value, of the type that the field has
+here: 3, 1e-3, true, text, "(1.0, 0.5)", or None where this text says so.
 
-    seed        of the first parameters, and of the sample; data.seed is that of the data's order
-    data        experiments.data.default_config(name): a dataset and its options
-    model       the fields of seqmodels.language_model.LanguageModel, whose docstring says more:
-        pattern             the layers' mixers: "3*gated_delta_net + attention(window=256)"
-        num_layers          of the pattern, repeated
-        d_model             width. A config has to set pattern, num_layers and d_model
-        vocab_size          0 is the dataset's
-        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)"; None: there is none
-        d_ff                width of the channel mixer; None is what its kind takes
+    seed        seeds the first parameters and the sample. data.seed seeds the order of the data
+    data        a dataset and its options: experiments.data.default_config(name)
+    model       the fields of seqmodels.language_model.LanguageModel, whose docstring says more.
+                A config has to set pattern, num_layers and d_model:
+        pattern             mixers of the layers: "3*gated_delta_net + attention(window=256)"
+        num_layers          number of layers, through which the pattern repeats
+        d_model             width
+        vocab_size          number of token ids; 0: the dataset's
+        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)"; None: no channel mixer
+        d_ff                width of the channel mixer; None: the default of its kind
         channel_bias        whether its projections have biases
         norm, norm_eps      rms_norm, layer_norm, srms_norm, zero_centred_rms_norm
         norm_position       pre, post, sandwich, residual
         mixer_residual, channel_residual    (a, b) of x <- a x + b f(x)
         tied_embeddings     whether the output matrix is the embedding
-        embedding_scale     multiplies the embedded tokens
-        float32_residual    whether the stream that blocks add to is float32 whatever dtype says
-          (Mamba)
-        learned_positions   how many positions have a vector of their own; None: there are none
-        logit_softcap       c of c tanh(logits / c); None: logits are as they are
+        embedding_scale     factor of the embedded tokens
+        float32_residual    whether the residual stream is float32, whatever dtype is (Mamba)
+        learned_positions   number of positions that have a learned vector; None: no such vectors
+        logit_softcap       c of c tanh(logits / c); None: no cap
         remat               what the backward pass recomputes: none, full, operators, dots
         scan_layers         whether a repeated group of layers is compiled once
         dtype, param_dtype  of activations and of parameters: float32, bfloat16, float16
     optimizer
         name                adamw, lamb, lion, muon, schedule_free, sgd
         learning_rate, weight_decay    gates, norms and biases are never decayed
-        b1, b2, eps         Adam's, also in lamb, schedule_free, and what muon leaves to Adam; lion
-                            reads b1 and b2, sgd its momentum, b1
-        clip                the largest global norm of the gradient; 0: any
-    schedule    name: constant, linear, power, rex, warmup_cosine, wsd; warmup_steps,
+        b1, b2, eps         of Adam, also in lamb, schedule_free and Adam's part of muon. lion uses
+                            b1 and b2, and sgd b1, its momentum
+        clip                largest global norm of the gradient; 0: any
+    schedule    name (constant, linear, power, rex, warmup_cosine, wsd), warmup_steps,
                 final_fraction, decay_fraction, power_a, power_b: see experiments.training.schedules
     train
-        steps               how many updates
-        log_every           metrics are written every so many steps
-        eval_every, eval_batches    the validation split is scored every so many steps, on so many
-                            of its batches; 0 batches: all
-        test_batches        of the test split, scored at the end; 0: all
+        steps               number of updates
+        log_every           number of steps between rows of metrics
+        eval_every, eval_batches    steps between scores of the validation split, and how many of
+                            its batches are scored; 0: all
+        test_batches        batches of the test split, which is scored at the end; 0: all
         accumulate          microbatches per step
         z_loss              weight of the mean of (log Z)^2 in the loss
-    checkpoint  every: so many steps; keep: so many of the latest ones
-    mesh        seqmodels.sharding: sizes of pipe, data, fsdp, seq, tensor; -1 is what is left
-    parallel    how they are used: the collective of states along seq, zero, offload, and the pipeline's
-                microbatches and split_backward; see seqmodels.sharding.Options
+    checkpoint  every: number of steps between checkpoints; keep: how many of the latest stay
+    mesh        sizes of the axes pipe, data, fsdp, seq, tensor (seqmodels.sharding); -1: the rest
+    parallel    how the axes are used (seqmodels.sharding.Options): the collective of states along seq,
+                zero, offload, and the pipeline's microbatches and split_backward
     sample      prompt, length and temperature of a text generated at the end; length 0: none
-    tensorboard, wandb   True, and a project's name, write there too (extras of the same names)
+    tensorboard, wandb   True, and the name of a project, write metrics there (extra packages of
+                the same names)
 """
 
 import dataclasses
@@ -62,6 +63,7 @@ from seqmodels import language_model, sharding
 
 
 def get_config() -> ConfigDict:
+    """Returns a config in which every field has its default."""
     config = ConfigDict()
     config.seed = 0
     config.data = ConfigDict()
@@ -110,7 +112,7 @@ def get_config() -> ConfigDict:
 
 
 def _typed(kind: Any, default: Any) -> Any:
-    """Returns a field's default; one that may be None is a reference, which keeps the type."""
+    """Returns a field's default, for one that may be None as a reference, which keeps the type."""
     if NoneType not in get_args(kind) and default is not None:
         return default
     return FieldReference(default, kind | int if float in get_args(kind) else kind)
@@ -120,7 +122,7 @@ RENAMED = {("parallel", "exchange"): "collective"}  # fields by the names that o
 
 
 def with_defaults(fields: Mapping[str, Any]) -> ConfigDict:
-    """Returns a saved config with every field's type, and with defaults for fields it lacks."""
+    """Returns a saved config with the type of every field, and with defaults for missing ones."""
     config = get_config()
     fields = {
         section: {RENAMED.get((section, name), name): value for name, value in values.items()}
@@ -136,13 +138,13 @@ def with_defaults(fields: Mapping[str, Any]) -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """Shrinks any config, in place, to a few steps of a tiny model that run in seconds. Returns it."""
+    """Returns the config, shrunk in place to a few steps of a tiny model that run in seconds."""
     config.train.update(
         {"steps": 4, "log_every": 1, "eval_every": 2, "eval_batches": 1, "test_batches": 1}
     )
     config.schedule.warmup_steps = min(config.schedule.warmup_steps, 2)
     config.checkpoint.every = 2
-    if config.data.name in ("text", "tfds"):  # no files of the user's are asked for
+    if config.data.name in ("text", "tfds"):  # which need files of the user's
         config.data = default_config("python_stdlib")
         config.model.vocab_size = 0
     config.data.batch_size = 8 * config.train.accumulate
@@ -161,9 +163,10 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 
 def with_argument(config: ConfigDict, argument: str, **variants: Callable[[ConfigDict], None]):
-    """Applies what stands behind the colon of --config=configs/x.py:a,b and returns the config.
+    """Returns the config, changed by the argument "a,b" of --config=configs/x.py:a,b.
 
-    Each of `variants` changes the config in place; "smoke" is one that every config has.
+    Each of `variants` changes the config in place. Every config has the variant "smoke". Raises
+    ValueError for an unknown one.
     """
     known = variants | {"smoke": smoke}
     for name in filter(None, argument.split(",")):

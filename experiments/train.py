@@ -1,12 +1,12 @@
 """Trains a model.
 
-    python -m experiments.train --config=configs/quickstart.py python -m experiments.train
-    --config=configs/quickstart.py:smoke --config.train.steps=20 --workdir=/tmp/run
+    python -m experiments.train --config=configs/quickstart.py
+    python -m experiments.train --config=configs/quickstart.py:smoke --config.train.steps=20
 
-Everything lands in --workdir. The same command with the same --workdir goes on from its last
-checkpoint, with another data.batch_size if it is told so; where the text has changed it refuses,
-and with --new_data begins that from its start. On many hosts it is the same command on each, with a
---workdir that all share: LAUNCH.md.
+Everything is written into --workdir. The same command with the same --workdir goes on from the last
+checkpoint, with another data.batch_size too. If the text has changed it refuses, unless --new_data
+begins the new text at its start. On many hosts the same command runs on each, with a --workdir that
+all share: see docs/launching.md.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from experiments.training import loop, run_record, summary
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<name>.py[:argument]")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "where everything goes; default: runs/<config>-<time>"
+    "workdir", None, "where everything is written; default: runs/<config>-<time>"
 )
 _RESUME = flags.DEFINE_bool(
     "resume", False, "refuse to start anew: --workdir must hold a checkpoint"

@@ -1,14 +1,17 @@
-"""What the programs share: config flags whose mistakes are explained, and exit codes.
+"""What the binaries share: config flags whose mistakes are explained, and exit codes.
 
-0    done
-2    a mistake of the user's: an unknown flag, field, name or file; one message, no traceback
-3    the loss was not finite           4    a checkpoint could not be written
-5    another process of the run failed, or is missing; its reason is printed. Where its own code is
-  2 or 3, so is everybody's
-130, 143   stopped by Ctrl-C, SIGTERM, after saving (with several processes always 143)
-141  nobody reads what it prints any more, as in `... | head`
+0          done
+2          a mistake of the user's: an unknown flag, field, name or file; one message, no traceback
+3          the loss was not finite
+4          a checkpoint could not be written
+5          another process of the run did not come
+130, 143   stopped by Ctrl-C or SIGTERM, after saving (with several processes always 143)
+134        aborted by JAX, since another process of the run died
+141        nobody reads what it prints any more, as in `... | head`
+1          any other error, with its traceback
 """
 
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -21,11 +24,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import common
-from experiments.launch import distributed, rendezvous
+from experiments.launch import distributed
 from experiments.training import run_record
 from experiments.training.checkpoints import SaveFailed, is_disk_full
 from kernels_pallas.dispatch import absent_tpu
@@ -40,7 +44,7 @@ _HELP = r"--?(help(short|full|xml)?|\?)"
 
 
 class _Parser(flags.ArgumentParser):
-    """Parses the value of a config field, and says which kind is expected where that fails."""
+    """Parses the value of a config field. An error says which kind of value is expected."""
 
     def __init__(self, parser: flags.ArgumentParser, kind: type, optional: bool):
         self._parser, self._optional = parser, optional
@@ -73,7 +77,7 @@ for _kind, _parser in (
 
 
 class UserError(ValueError):
-    """A mistake whose message is all the user needs."""
+    """A user's mistake, which the message explains without a traceback."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -89,56 +93,50 @@ def run(
     config_from: str | Callable[[Callable[[str], str | None]], ConfigDict] | None = "file",
     many_hosts: bool = False,
 ) -> None:
-    """absl's app.run(main) with the exit codes above.
+    """Runs main(argv) by absl's app.run, with the exit codes above.
 
-    config_from: "file": --config=path.py[:argument], a flag that the program defines; "workdir":
-    the config in the folder that --workdir names, of which a flag is made here; or a function that
-    makes it, given what says a flag's text or None. All can be overridden by --config.x.y=value.
-    None: no config.
-    many_hosts: the program can be one of several processes, as `distributed` says; it has the flags
-      for it.
+    config_from: where the config comes from, any field of which --config.x.y=value overrides.
+      "file": the binary's own flag --config=path.py[:argument]. "workdir": the run in the folder of
+      --workdir. A function: it returns the config, and is given one that returns a flag's text or
+      None. None: there is no config.
+    many_hosts: whether the binary has the flags of `distributed`, and runs in its session.
     """
     absent_tpu.pass_over()
     if many_hosts:
         distributed.define_flags()
 
     def quiet_main(argv):
-        if _flag_value(sys.argv, "verbosity") is None:  # absl's own default for programs is INFO
+        if _flag_value(sys.argv, "verbosity") is None:  # absl's own default for binaries is INFO
             logging.set_verbosity(logging.WARNING)
-        # Orbax logs each failure of a save several times over, with tracebacks; it is raised, and
-        # said once, anyway.
+        # Orbax logs a failed save several times, with tracebacks, and then raises it.
         logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
-        return _explained(main_of_all if many_hosts else main, argv)
-
-    def main_of_all(argv):
-        with distributed.session(flags.FLAGS):
+        with distributed.session(flags.FLAGS) if many_hosts else contextlib.nullcontext():
             return main(argv)
 
     try:
         try:
             app.run(
-                quiet_main,
-                flags_parser=lambda argv: _explained(
-                    lambda argv: parse_flags(argv, config_from), argv
-                ),
+                lambda argv: _explained(quiet_main, argv),
+                flags_parser=lambda argv: _explained(parse_flags, argv, config_from),
             )
         except SystemExit:
             sys.stdout.flush()  # here, where a reader that has left is no error
             raise
     except (Exception, KeyboardInterrupt) as error:
         code, message = _exit_code(error)
-        distributed.fail(error, code)
-        if message is None and not distributed.label():
+        if message is None and not jax.distributed.is_initialized():
             raise
         if message is None:
             traceback.print_exc()
-        elif message:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                message = "this may follow from the end of another process: see its log"
+        if message:
             print(f"error: {distributed.label()}{message}", file=sys.stderr)
         distributed.end(code)
 
 
 def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
-    """Reads a program's flags, its config among them. Returns the other arguments.
+    """Reads a binary's flags, its config among them, and returns the other arguments.
 
     config_from: see `run`.
     Raises UserError for an unknown flag or field, or a value that is not of the field's type.
@@ -161,8 +159,7 @@ def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
 
 
 def _nobody_reads() -> bool:
-    """Whether the program at the other end of standard output has ended; then what is left to write
-    goes nowhere."""
+    """Returns whether the reader of standard output has ended. Then further output goes nowhere."""
     output = select.poll()
     output.register(sys.stdout, 0)
     gone = any(event & select.POLLERR for _, event in output.poll(0))
@@ -172,13 +169,13 @@ def _nobody_reads() -> bool:
 
 
 def no_arguments(argv: Sequence[str]) -> None:
-    """Refuses what is neither the program's name nor a flag."""
+    """Raises UserError for an argument that is neither the binary's name nor a flag."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: flags start with --")
 
 
 def numbers(flag: str, texts: Sequence[str], kind: type = int, least: float = 1) -> list:
-    """What a list flag says. Raises UserError where that is no number, or one below `least`."""
+    """Returns a list flag's numbers. Raises UserError for what is none, or is below `least`."""
     try:
         values = [kind(text) for text in texts]
     except ValueError as error:
@@ -191,8 +188,7 @@ def numbers(flag: str, texts: Sequence[str], kind: type = int, least: float = 1)
 
 
 def output_folder(path: str | Path) -> Path:
-    """The folder, made where it is not there. Raises OSError, which names it, where nothing can be
-    written into it."""
+    """Makes a folder where there is none. Raises OSError, which names it, if it is not writable."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -200,7 +196,7 @@ def output_folder(path: str | Path) -> Path:
 
 
 def load_config(path_and_argument: str) -> ConfigDict:
-    """get_config(argument) of the file. Raises UserError for every way in which there is none."""
+    """Returns get_config(argument) of the file. Raises UserError where there is no such config."""
     path, _, argument = path_and_argument.partition(":")
     if not path:
         raise UserError("give a config: --config=configs/quickstart.py")
@@ -220,7 +216,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
 
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Raises UserError, with the fields there are, for overrides of unknown fields and of sections."""
+    """Raises UserError for overrides of unknown fields and of sections, naming those there are."""
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if not match:
@@ -285,37 +281,27 @@ def _flag_value(argv: Sequence[str], name: str) -> str | None:
     return None
 
 
-def _explained(function, argv):
-    """Calls function(argv). A ValueError that our own code raised, or an OSError that it wrote
-    itself, is a user's mistake; one from a library is a defect, and keeps its traceback."""
+def _explained(function, *arguments):
+    """Returns function(*arguments). A ValueError or OSError that our code raised becomes UserError.
+
+    One that a library raised is a defect, and keeps its traceback.
+    """
     try:
-        return function(argv)
+        return function(*arguments)
     except (ValueError, OSError) as error:
-        if isinstance(error, (UserError, rendezvous.Incomplete)) or not _raised_by_us(error):
-            raise
-        if isinstance(error, OSError) and error.errno is not None:  # the system's: see _exit_code
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        ours = any(raised_in.is_relative_to(code) for code in _OUR_CODE)
+        from_system = getattr(error, "errno", None) is not None  # _exit_code names its file
+        if isinstance(error, UserError) or from_system or not ours:
             raise
         raise UserError(str(error)) from error
 
 
-def _raised_by_us(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and any(
-        Path(frames[-1].filename).is_relative_to(code) for code in _OUR_CODE
-    )
-
-
 def _exit_code(error: BaseException) -> tuple[int, str | None]:
-    """The exit code, and what to tell: None is a traceback, "" nothing."""
+    """Returns the exit code and the message: None stands for a traceback, "" for nothing."""
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         return 128 + signal.SIGPIPE, ""
-    codes = {
-        UserError: 2,
-        NonFiniteLoss: 3,
-        SaveFailed: 4,
-        rendezvous.Incomplete: rendezvous.EXIT_CODE,
-    }
-    for kind, code in codes.items():
+    for kind, code in ((UserError, 2), (NonFiniteLoss, 3), (SaveFailed, 4)):
         if isinstance(error, kind):
             return code, str(error)
     if isinstance(error, OSError) and is_disk_full(error):

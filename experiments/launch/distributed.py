@@ -1,37 +1,30 @@
-"""One run on many hosts: which process this is, starting and ending together, and who reads which
-rows of a batch.
+"""One run on many hosts: how its processes meet and end, and which rows of a batch each reads.
 
     --distributed=auto   several processes if the environment says so (the default)
     --distributed=on     several processes, or an error that says what is missing
     --distributed=off    this process alone
 
-What says so, in this order:
+`jax.distributed.initialize` finds the other processes and ends this one when another one dies.
+`initialization` decides whether it is called, from flags and the environment alone:
   1. --coordinator=HOST:PORT --num_processes=N --process_id=I, or SEQMODELS_COORDINATOR,
-     SEQMODELS_NUM_PROCESSES, SEQMODELS_PROCESS_ID in the environment: a free port of process 0's
-     host, the same on all processes.
-  2. GKE with TPUs: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID; for several slices
-     MEGASCALE_COORDINATOR_ADDRESS, MEGASCALE_NUM_SLICES, MEGASCALE_SLICE_ID.
-  3. Slurm's srun: SLURM_JOB_ID, SLURM_STEP_NODELIST, SLURM_STEP_NUM_TASKS, SLURM_PROCID,
-    SLURM_LOCALID.
-  4. Open MPI's mpirun: OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_LOCAL_RANK. Its
-     host 0 is not always told: with several hosts SEQMODELS_COORDINATOR is needed as well.
-  5. A Cloud TPU VM: the metadata server's worker-network-endpoints, agent-worker-number and, for
-    several slices, tpu-env.
-
-JAX has the same detection inside `jax.distributed.initialize`, but what it found cannot be asked
-for, and without the number of processes a missing one cannot be named. All processes meet at the
-coordinator's port first (rendezvous.py); JAX's own service gets any free port of the same host.
+     SEQMODELS_NUM_PROCESSES and SEQMODELS_PROCESS_ID: a free port of process 0's host.
+  2. GKE with TPUs: TPU_WORKER_HOSTNAMES or MEGASCALE_NUM_SLICES names more than one host.
+  3. Slurm's srun with several tasks (SLURM_STEP_NUM_TASKS; a shell of salloc counts one).
+  4. Open MPI's mpirun with several ranks (OMPI_COMM_WORLD_SIZE).
+  5. A Cloud TPU VM of a slice with several hosts, which its metadata server says.
+JAX detects the rest, such as the address of process 0. With "on" it is asked wherever the process
+runs, and may find what is not listed here (Kubernetes, with the package `kubernetes`).
 """
 
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import os
 import re
 import socket
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,26 +34,21 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from experiments.launch.rendezvous import Hub, Member, some
+from experiments.launch.roll_call import roll_call, some
 
-_TPU_PORT = 8482  # free on TPU VMs: the runtime uses others
 _ENVIRONMENT = {
     "coordinator": "SEQMODELS_COORDINATOR",
     "num_processes": "SEQMODELS_NUM_PROCESSES",
     "process_id": "SEQMODELS_PROCESS_ID",
 }
-_SLURM = (
-    "JOB_ID",
-    "STEP_NODELIST",
-    "STEP_NUM_TASKS",
-    "PROCID",
-    "LOCALID",
-)  # only srun sets them all
-_member: Member | None = None
+_MPI_PORT = 8482  # of ranks on one host
+_GRACE = 5.0  # seconds for which process 0, which has JAX's service, outlives its own failure
+_LONGEST_END = 24 * 3600  # seconds that a process waits for others to end; one that dies ends it
+_place = (0, 1)  # this process's number, and how many there are
 
 
 def define_flags() -> None:
-    """The flags of a binary that can run on many hosts."""
+    """Defines the flags of a binary that can run on many hosts."""
     flags.DEFINE_enum(
         "distributed", "auto", ["auto", "on", "off"], "one of several processes; see distributed.py"
     )
@@ -72,98 +60,78 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer(
         "distributed_heartbeat",
-        100,
-        "seconds of silence after which a process that is there, but frozen, ends all; more where jobs are suspended",
+        30,
+        "seconds of silence after which a process counts as dead, and all end; more where jobs are suspended",
         lower_bound=10,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One process's place among all. source: what told. local_device: the only device of its host
-    it may use; None: all."""
+def initialization(
+    given: Mapping[str, str | int | None], environment: Mapping[str, str]
+) -> dict | None:
+    """Returns arguments for `jax.distributed.initialize`, or None where this process is alone.
 
-    source: str
-    host: str
-    port: int
-    num_processes: int
-    process_id: int
-    local_device: int | None = None
-
-
-def detect(given: Mapping[str, str | int | None], environment: Mapping[str, str]) -> Job | None:
-    """What flags (`coordinator`, `num_processes`, `process_id`) and environment say; None where
-    they say nothing.
-
-    Raises ValueError where they say half of it, or what cannot be.
+    given: the flags `coordinator`, `num_processes` and `process_id`.
+    Raises ValueError where flags and environment say half of it, or what cannot be.
     """
-    job = (
-        _explicit(given, environment)
-        or _gke_tpu(environment)
-        or _slurm(environment)
-        or _open_mpi(environment)
-        or _tpu_vm(environment)
-    )
-    if job and not 0 <= job.process_id < job.num_processes:
-        raise ValueError(
-            f"{job.source}: process {job.process_id} of {job.num_processes}; they count from 0"
-        )
-    return job
+    told = {
+        name: environment.get(variable) if given.get(name) is None else given[name]
+        for name, variable in _ENVIRONMENT.items()
+    }
+    told = {name: value for name, value in told.items() if value not in (None, "")}
+    if set(told) <= {"coordinator"}:
+        address = told.get("coordinator")
+        cluster = _gke_tpu(environment) or _slurm(environment) or _open_mpi(environment, address)
+        if cluster is not None:
+            return cluster | ({"coordinator_address": address} if address else {})
+    if told:
+        return _explicit(told)
+    return {} if _tpu_vm(environment) else None
 
 
 @contextlib.contextmanager
 def session(options: flags.FlagValues) -> Iterator[None]:
-    """Between all processes' start and the end of the last of them, if there are several; before
-    any other use of JAX.
+    """Holds from the start of all processes to the end of the last, if there are several.
 
-    An exception tells all others, which then end with its reason, wherever they are: with its exit
-    code where starting again would not help (2 and 3), else with 5.
+    It has to be entered before any other use of JAX. Raises ValueError where the environment says
+    too little. Ends the process where not all come within --distributed_timeout (`roll_call`).
     """
-    job = _job(options)
-    if job is None:
+    arguments = None
+    if options.distributed != "off":
+        arguments = initialization({name: options[name].value for name in _ENVIRONMENT}, os.environ)
+        if arguments is None and options.distributed == "on":
+            arguments = {}
+    if arguments is None:
         yield
         return
-    _start(job, options.distributed_timeout, options.distributed_heartbeat)
+    _meet(arguments, options)
     try:
         yield
     except SystemExit:  # asked to stop, as all were
-        _end()
+        jax.distributed.shutdown()
         raise
-    _end()
-
-
-def fail(error: BaseException, code: int) -> None:
-    """Where there are several processes: tells the others, and ends this one if it fails only
-    because of another.
-
-    code: with which this one is about to exit.
-    """
-    if _member is None:
-        return
-    echo = isinstance(error, jax.errors.JaxRuntimeError)
-    others = _member.fail(f"{type(error).__name__}: {error}"[:2000], code, echo)
-    if others and echo:
-        reason, code = others
-        print(f"error: {_member.label} stops: {reason}", file=sys.stderr, flush=True)
-        os._exit(code)
+    jax.distributed.shutdown()  # a barrier: process 0 may have more to do
 
 
 def end(code: int) -> None:
-    """Ends the process. With several, at once: a usual exit would wait for the others inside JAX."""
-    if _member is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """Ends the process. One of several does not exit as usual: it would wait for the others."""
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _place[0] == 0:
+        # JAX aborts the others when its service ends; their own errors and exit codes come first.
+        time.sleep(_GRACE)
+    os._exit(code)
 
 
 def label() -> str:
-    """ "process 1 of 4: " at the start of this process's messages; "" where it is alone."""
-    return f"{_member.label}: " if _member else ""
+    """Returns "process 1 of 4: ", the start of this process's messages; "" where it is alone."""
+    return f"process {_place[0]} of {_place[1]}: " if _place[1] > 1 else ""
 
 
 def agree(value: int, what: str) -> int:
-    """`value`, which must be the same on all processes; ValueError on all of them if it is not."""
+    """Returns `value`. Raises ValueError on all processes if they have different ones."""
     if jax.process_count() > 1:
         values = np.ravel(multihost_utils.process_allgather(np.int32(value)))
         if len(set(values.tolist())) > 1:
@@ -172,13 +140,12 @@ def agree(value: int, what: str) -> int:
 
 
 def told_by_first(value: bool) -> bool:
-    """What process 0 has."""
+    """Returns the value that process 0 has."""
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
 
 
 def check_shared(folder: Path) -> None:
-    """Raises ValueError on all processes if one of them does not see what process 0 writes into
-    `folder`."""
+    """Raises ValueError on all processes if one does not see process 0's file in `folder`."""
     if jax.process_count() == 1:
         return
     token = np.random.SeedSequence().entropy % 2**31
@@ -204,9 +171,11 @@ def check_shared(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataShare:
-    """Which part of every batch this process reads: the `index`-th of `count` equal ones. Processes
-    that hold different stretches of the same rows read the same part; `first` is true on one of
-    them."""
+    """The part of every batch that a process reads: the `index`-th of `count` equal ones.
+
+    Processes that hold different parts of the time of the same rows read the same share; `first` is
+    true on one of them.
+    """
 
     index: int = 0
     count: int = 1
@@ -215,7 +184,7 @@ class DataShare:
 
 @functools.lru_cache
 def data_share(batch_sharding: jax.sharding.Sharding) -> DataShare:
-    """This process's share of batches (B, T) that lie as `batch_sharding` says.
+    """Returns this process's share of batches (B, T) that lie as `batch_sharding` says.
 
     Raises ValueError where processes hold rows in common, but not the same ones.
     """
@@ -236,8 +205,10 @@ def data_share(batch_sharding: jax.sharding.Sharding) -> DataShare:
 
 
 def global_batch(batch_sharding: jax.sharding.Sharding, batch: dict[str, np.ndarray]) -> dict:
-    """The global batch on the devices, of which each process gives the rows of its share, at full
-    length."""
+    """Returns the batch of all processes on their devices.
+
+    batch: the rows of this process's share, at full length.
+    """
     count = data_share(batch_sharding).count
     return {
         name: jax.make_array_from_process_local_data(
@@ -247,141 +218,124 @@ def global_batch(batch_sharding: jax.sharding.Sharding, batch: dict[str, np.ndar
     }
 
 
-def _job(options: flags.FlagValues) -> Job | None:
-    if options.distributed == "off":
-        return None
-    job = detect({name: options[name].value for name in _ENVIRONMENT}, os.environ)
-    if job is None and options.distributed == "on":
-        raise ValueError(
-            "--distributed=on, but nothing says which process this is: no TPU pod, srun or mpirun was found. Give --coordinator=HOST:PORT "
-            f"--num_processes=N --process_id=I, or set {', '.join(_ENVIRONMENT.values())}"
-        )
-    return job if job and job.num_processes > 1 else None
-
-
-def _start(job: Job, timeout: float, heartbeat: int) -> None:
-    global _member
-    started = time.monotonic()
-    hub, me = None, f"process {job.process_id} of {job.num_processes}"
-    if job.process_id == 0:
-        hub = Hub(job.port, job.num_processes, timeout, lambda: _address(job.host, _free_port()))
-        _say(f"{me}: waiting for the others on port {job.port} ({job.source})")
-    _member = Member((job.host, job.port), job.process_id, job.num_processes, timeout, hub)
-    jax.distributed.initialize(
-        _member.start_at,
-        job.num_processes,
-        job.process_id,
-        local_device_ids=None if job.local_device is None else [job.local_device],
-        cluster_detection_method="deactivate",
-        initialization_timeout=max(60, int(timeout)),
-        heartbeat_timeout_seconds=heartbeat,
-    )
-    waited = time.monotonic() - started
-    _say(
-        f"{me}: {socket.gethostname()}, pid {os.getpid()}, {jax.local_device_count()} of {jax.device_count()} devices; "
-        f"all were there after {waited:.1f} s"
-    )
-
-
-def _end() -> None:
-    """A barrier, however long one process has still to do, before JAX's own, which waits only so
-    long."""
-    global _member
-    _member.leave()
-    jax.distributed.shutdown()
-    _member = None
-
-
-def _explicit(given, environment) -> Job | None:
-    values = {
-        name: environment.get(variable) if given.get(name) is None else given[name]
-        for name, variable in _ENVIRONMENT.items()
-    }
-    said = {name: value for name, value in values.items() if value not in (None, "")}
-    if not said or (set(said) == {"coordinator"} and "OMPI_COMM_WORLD_SIZE" in environment):
-        return None
-    for name in values:
-        if name not in said:
+def _meet(arguments: dict, options: flags.FlagValues) -> None:
+    global _place
+    started, timeout = time.monotonic(), options.distributed_timeout
+    process, count = (arguments.get(name) for name in ("process_id", "num_processes"))
+    if process == 0 and "coordinator_address" in arguments:
+        _check_port(arguments["coordinator_address"])
+    me = f"process {'?' if process is None else process} of {count or '?'}"
+    _say(f"{me} ({socket.gethostname()}, pid {os.getpid()}) waits for the others")
+    with roll_call(options["workdir"].value, process, count, timeout):
+        try:
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=int(timeout) + 60,  # after roll_call's
+                heartbeat_timeout_seconds=options.distributed_heartbeat,
+                shutdown_timeout_seconds=_LONGEST_END,
+            )
+        except ValueError as error:
             raise ValueError(
-                f"{' and '.join('--' + n for n in said)} given, but neither --{name} nor {_ENVIRONMENT[name]}: several processes "
+                f"JAX does not find the other processes: {error} Give --coordinator=HOST:PORT --num_processes=N "
+                f"--process_id=I, or set {', '.join(_ENVIRONMENT.values())}"
+            ) from error
+    _place = (jax.process_index(), jax.process_count())
+    if label():
+        _say(
+            f"{label()}{socket.gethostname()}, pid {os.getpid()}, {jax.local_device_count()} of "
+            f"{jax.device_count()} devices; all were there after {time.monotonic() - started:.1f} s"
+        )
+
+
+def _explicit(told: dict[str, str | int]) -> dict:
+    for name, variable in _ENVIRONMENT.items():
+        if name not in told:
+            raise ValueError(
+                f"{' and '.join('--' + n for n in told)} given, but neither --{name} nor {variable}: several processes "
                 "need all three"
             )
+    said = ", ".join(f"{name}={value}" for name, value in told.items())
     try:
-        host, port = _split(said["coordinator"])
-        count, index = int(said["num_processes"]), int(said["process_id"])
+        count, process = int(told["num_processes"]), int(told["process_id"])
+        _port(told["coordinator"])
     except ValueError as error:
-        raise ValueError(
-            f"expected HOST:PORT and two numbers, got {', '.join(f'{n}={v}' for n, v in said.items())}"
-        ) from error
-    return Job("flags or SEQMODELS_*", host, port, count, index)
+        raise ValueError(f"expected HOST:PORT and two numbers, got {said}") from error
+    if not 0 <= process < count:
+        raise ValueError(f"process {process} of {count}; they count from 0")
+    return {
+        "coordinator_address": told["coordinator"],
+        "num_processes": count,
+        "process_id": process,
+        "cluster_detection_method": "deactivate",
+    }
 
 
-def _gke_tpu(environment) -> Job | None:
-    names = environment.get("TPU_WORKER_HOSTNAMES")
-    if not names or "TPU_WORKER_ID" not in environment:
+def _gke_tpu(environment) -> dict | None:
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if not hosts or "TPU_WORKER_ID" not in environment:
         return None
-    return _tpu_job("GKE", names.split(","), int(environment["TPU_WORKER_ID"]), environment)
+    # Processes count through the first slice, then the second.
+    per_slice = len(hosts.split(","))
+    count = per_slice * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+    first = per_slice * int(environment.get("MEGASCALE_SLICE_ID") or 0)
+    return _one_of(count, first + int(environment["TPU_WORKER_ID"]))
 
 
-def _tpu_vm(environment) -> Job | None:
-    # Importing JAX sets this where there is no TPU.
-    if "TPU_SKIP_MDS_QUERY" in environment:
+def _slurm(environment) -> dict | None:
+    # srun sets both, and a shell of salloc, which is a step of one task, may have the job's
+    # SLURM_NTASKS, which JAX goes by.
+    if not {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"} <= set(environment):
         return None
-    worker, endpoints = _metadata("agent-worker-number"), _metadata("worker-network-endpoints")
-    if worker is None or endpoints is None:
-        return None
-    # Either host names, or triples whose last part is the address.
-    hosts = [endpoint.split(":")[-1] for endpoint in endpoints.split(",")]
-    told = re.findall(r"^(\w+): *'?([^'\n]*)'?", _metadata("tpu-env") or "", re.MULTILINE)
-    return _tpu_job("Cloud TPU VM", hosts, int(worker), dict(told) | dict(environment))
-
-
-def _tpu_job(source: str, hosts: list[str], worker: int, environment) -> Job:
-    """Processes count through the first slice, then the second."""
-    slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
-    slice_id = int(environment.get("MEGASCALE_SLICE_ID") or 0)
-    coordinator = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
-    host = coordinator.split(":")[0]
-    process = slice_id * len(hosts) + worker
-    return Job(source, host, _TPU_PORT, slices * len(hosts), process)
-
-
-def _slurm(environment) -> Job | None:
-    if not all(f"SLURM_{name}" in environment for name in _SLURM):
-        return None
-    # "node7", "node[007-012,20],other1": the first name
-    prefix, first = re.match(r"([^,\[]+)(?:\[(\w+))?", environment["SLURM_STEP_NODELIST"]).groups()
     count = int(environment["SLURM_STEP_NUM_TASKS"])
-    one_a_host = count <= int(environment.get("SLURM_STEP_NUM_NODES") or 1)
-    return Job(
-        "Slurm",
-        prefix + (first or ""),
-        61440 + int(environment["SLURM_JOB_ID"]) % 4096,  # two jobs on a host need two ports
-        count,
-        int(environment["SLURM_PROCID"]),
-        None if one_a_host else int(environment["SLURM_LOCALID"]),
-    )
+    alone_on_its_node = count <= int(environment.get("SLURM_STEP_NUM_NODES") or 1)
+    return _one_of(count, int(environment["SLURM_PROCID"]), alone_on_its_node)
 
 
-def _open_mpi(environment) -> Job | None:
+def _open_mpi(environment, coordinator: str | None) -> dict | None:
     if "OMPI_COMM_WORLD_SIZE" not in environment:
         return None
-    count, index, local = (
+    count, process, local = (
         int(environment[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "RANK", "LOCAL_RANK")
     )
     local_count = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or count)
-    coordinator = environment.get("SEQMODELS_COORDINATOR")
-    if not coordinator and local_count < count:
-        raise ValueError(
-            "mpirun started processes on several hosts and does not say which has process 0: "
-            "mpirun -x SEQMODELS_COORDINATOR=HOST:PORT ..."
-        )
-    host, port = _split(coordinator) if coordinator else ("localhost", _TPU_PORT)
-    return Job("Open MPI", host, port, count, index, None if local_count == 1 else local)
+    arguments = _one_of(count, process, local_count == 1)
+    if arguments is None:
+        return None
+    arguments.setdefault("local_device_ids", [local])
+    if coordinator is None and local_count == count:
+        arguments["coordinator_address"] = f"localhost:{_MPI_PORT}"
+    elif coordinator is None and "OMPI_MCA_orte_hnp_uri" not in environment:  # from Open MPI 5 on
+        if importlib.util.find_spec("mpi4py") is None:
+            raise ValueError(
+                "mpirun started processes on several hosts and does not say which has process 0: "
+                "mpirun -x SEQMODELS_COORDINATOR=HOST:PORT ..., or install mpi4py"
+            )
+        arguments["cluster_detection_method"] = "mpi4py"
+    return arguments
 
 
-def _metadata(name: str) -> str | None:
-    """An attribute of this VM, from Google's metadata server; None where there is none."""
+def _tpu_vm(environment) -> bool:
+    """Returns whether this is one of several Cloud TPU VMs, of one slice or several."""
+    if "TPU_SKIP_MDS_QUERY" in environment:  # importing JAX sets it where there is no TPU
+        return False
+    hosts = _metadata("worker-network-endpoints")
+    slices = re.search(r"^MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata("tpu-env"), re.MULTILINE)
+    return "," in hosts or (slices is not None and int(slices[1]) > 1)
+
+
+def _one_of(count: int, process: int, all_devices: bool = False) -> dict | None:
+    """Returns arguments for process `process` of `count`, or None where it is the only one.
+
+    all_devices: it uses all of its host; JAX would take one for each local process.
+    """
+    if count == 1:
+        return None
+    arguments = {"num_processes": count, "process_id": process}
+    return arguments | ({"local_device_ids": []} if all_devices else {})
+
+
+def _metadata(name: str) -> str:
+    """Returns an attribute of this VM from Google's metadata server, "" where there is none."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         f"http://{server}/computeMetadata/v1/instance/attributes/{name}",
@@ -390,29 +344,26 @@ def _metadata(name: str) -> str | None:
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.read().decode()
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            return None
-        raise
     except OSError:
-        return None
+        return ""
 
 
-def _split(address: str) -> tuple[str, int]:
+def _port(address: str) -> int:
     host, _, port = address.rpartition(":")
     if not host:
         raise ValueError(address)
-    return host.strip("[]"), int(port)
+    return int(port)
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def _check_port(address: str) -> None:
+    """Raises ValueError where another program listens on the port: JAX would share it, or crash."""
+    try:
+        socket.create_server(("", _port(address))).close()
+    except OSError as error:
+        raise ValueError(
+            f"process 0 cannot listen on port {_port(address)}: {error.strerror}. Is another run's process 0 on this host? "
+            "Give --coordinator another port"
+        ) from error
 
 
 def _say(text: str) -> None:

@@ -1,12 +1,11 @@
-"""Checkpoints of a run: training state and data position, in `workdir/checkpoints/<step>`, by
-Orbax.
+"""Checkpoints of a run: training state and data position in workdir/checkpoints/<step>, by Orbax.
 
-A checkpoint holds three parts: "params", "training" (step and optimizer state) and "data" (a JSON
-file for each share of the batch that a process reads). All processes write it and read it, in one
-folder; it can be restored on another mesh and by another number of processes, data position
-included. Saving runs in the background. A step's directory appears by a rename once all of it is
-written, so a process killed at any moment leaves whole checkpoints and at most one temporary
-directory, which the next training run removes.
+A checkpoint has three parts: "params", "training" (step and optimizer state) and "data" (a JSON
+file per share of the batch). All processes write and read it in one folder. It can be restored on
+another mesh and by another number of processes, data position included. Saving runs in the
+background. A step's folder appears by a rename once all of it is written, so that a process killed
+at any moment leaves whole checkpoints and at most one temporary folder, which the next training run
+removes.
 """
 
 import contextlib
@@ -35,16 +34,15 @@ class TrainState:
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; the message says why and which ones there are."""
+    """A checkpoint could not be written. The message says why, and which ones there are."""
 
 
 class DataPosition:
-    """A data iterator as a part of a checkpoint: its `get_state()` as JSON, one file for each share
-    of the batch.
+    """The state of a data iterator as a part of a checkpoint: a JSON file per share of the batch.
 
-    Reading puts the shares together (`batches.join_states`), of which the iterator takes its own,
-    so the next batches are those the run that wrote it would have seen, whatever the number of
-    processes: no example is repeated or skipped.
+    Reading joins the shares (`batches.join_states`), and the iterator takes its own of that. So the
+    next batches are those that the writing run would have seen, whatever the number of processes:
+    no example is repeated or skipped.
     """
 
     def __init__(self, iterator, share: DataShare = DataShare()):  # noqa: B008, frozen
@@ -62,9 +60,10 @@ class DataPosition:
         return write()
 
     async def load(self, directory):
-        raise NotImplementedError("`read` it: Orbax wraps the errors of what it loads into its own")
+        raise NotImplementedError("use `read`: Orbax wraps errors of what it loads into its own")
 
     def read(self, directory: Path) -> None:
+        """Sets the iterator. Raises ValueError if files are missing, or the data have changed."""
         found = sorted(directory.glob("share_*_of_*.json"))
         count = int(re.search(r"_of_(\d+)", found[0].name)[1]) if found else 1
         paths = [directory / f"share_{i}_of_{count}.json" for i in range(count)]
@@ -78,9 +77,10 @@ class DataPosition:
 class Checkpoints:
     """The checkpoints of one run.
 
-    workdir: the run's folder. keep: how many of the latest checkpoints stay. training: whether this
-    run writes: then what an interrupted save left behind is removed. share: of the batch, that this
-    process reads.
+    workdir: the run's folder.
+    keep: how many of the latest checkpoints stay.
+    training: whether this process writes. Then it removes what an interrupted save left behind.
+    share: the share of the batch that this process reads.
     """
 
     def __init__(
@@ -105,19 +105,21 @@ class Checkpoints:
         self._failed = False
 
     def steps(self) -> list[int]:
-        """The steps of the whole checkpoints there are, rising."""
+        """Returns the steps of all whole checkpoints, rising."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def latest_step(self) -> int | None:
-        """The last of `steps`; None where there is none."""
+        """Returns the last of `steps`, or None."""
         return max(self.steps(), default=None)
 
     def path(self, step: int) -> Path:
         return self.directory / str(step)
 
     def save(self, state: TrainState, data_iterator) -> None:
-        """Starts saving. Returns once the values are copied; the next `poll`, `save` or `wait`
-        raises SaveFailed if the last save failed."""
+        """Starts saving, and returns once the values are copied.
+
+        If it fails, the next `poll`, `save` or `wait` raises SaveFailed.
+        """
         self.wait()
         step = int(state.step)
         if step == self.latest_step():
@@ -147,8 +149,11 @@ class Checkpoints:
         self._pending = None
 
     def restore(self, step: int, abstract_state: TrainState, data_iterator) -> TrainState:
-        """The state of `step`, laid out as `abstract_state` says; sets the data iterator, if there
-        is one, to where it stood."""
+        """Returns the state of `step`, laid out as `abstract_state` says.
+
+        The data iterator, unless it is None, is set to where it stood.
+        Raises ValueError if the checkpoint is of another model, optimizer or data.
+        """
         abstract = _parts(abstract_state)
         self._check_same_trees(step, abstract)
         if data_iterator is not None:
@@ -157,13 +162,13 @@ class Checkpoints:
         return TrainState(params=parts["params"], **parts["training"])
 
     def restore_parts(self, step: int, abstract_state: TrainState, names: tuple[str, ...]) -> dict:
-        """Some of "params" and "training" only, for evaluation."""
+        """Returns only the parts `names` ("params", "training") of a checkpoint, for evaluation."""
         abstract = {name: _parts(abstract_state)[name] for name in names}
         self._check_same_trees(step, abstract)
         return self._checkpointer.load_checkpointables(step, abstract)
 
     def close(self) -> None:
-        """Waits for the running save. Raises SaveFailed if it failed and nobody was told yet."""
+        """Waits for the running save. Raises SaveFailed if it failed, once."""
         self.wait()
         try:
             self._checkpointer.close()
@@ -172,8 +177,10 @@ class Checkpoints:
                 raise
 
     def _check_same_trees(self, step: int, abstract: dict) -> None:
-        """Raises ValueError, listing the parameters that differ, if checkpoint `step` is of another
-        model or optimizer."""
+        """Raises ValueError if checkpoint `step` is of another model or optimizer.
+
+        The message lists the parameters that differ.
+        """
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # Orbax warns that "data" has no metadata
         try:
@@ -211,8 +218,7 @@ class Checkpoints:
 
 
 def _remove(folder: Path) -> None:
-    """A save that failed in this very process may still be writing its other parts, so this tries
-    for ten seconds."""
+    """Removes a folder into which a save that failed may still be writing: tries for 10 seconds."""
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -222,7 +228,7 @@ def _remove(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the device is full (TensorStore gives it as text only)."""
+    """Returns whether an error says that the device is full. TensorStore says so in text only."""
     return "No space left on device" in str(error)
 
 

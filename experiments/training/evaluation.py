@@ -1,5 +1,4 @@
-"""Scores of a model on one split: loss, accuracy, perplexity, bits per byte; over positions and
-over sequence lengths."""
+"""Scores of a model on a split: loss, perplexity, accuracy, bits per byte; by position or length."""
 
 import itertools
 import math
@@ -16,11 +15,11 @@ from seqmodels import sharding
 
 
 class Scores:
-    """Sums over the tokens that count, float64.
+    """Sums over the tokens that count, in float64.
 
-    In text they are all tokens of all documents, and each document's end: what it costs to say
-    where a text ends is in the loss, in accuracy and in bits per byte, which divide by the bytes of
-    the text alone.
+    In text these are all tokens of all documents, and the end of each document. So loss, accuracy
+    and bits per byte include what it costs to say where a text ends. The bytes are those of the
+    text alone.
     """
 
     def __init__(self):
@@ -41,7 +40,7 @@ class Scores:
         self._bytes += int(batch["num_bytes"][counts].sum())
 
     def totals(self) -> dict[str, float]:
-        """loss (nats a token), perplexity, accuracy, tokens; for text bytes and bits_per_byte."""
+        """Returns loss (nats per token), perplexity, accuracy, tokens; bytes and bits_per_byte."""
         nll, correct, tokens = self._by_position.sum(axis=1).tolist()
         if not tokens:
             raise ValueError("no token of this split counts in the loss: it is empty")
@@ -57,23 +56,25 @@ class Scores:
         return scores
 
     def by_position(self, buckets: int = 16) -> list[dict]:
-        """Rows first, last, tokens, loss, perplexity, accuracy over how many tokens of its document
-        precede a prediction."""
+        """Returns a `bucket_table` by how many tokens of its document precede a prediction."""
         return bucket_table(self._by_position, buckets)
 
     def late_loss(self) -> float:
-        """The loss of predictions with at least three quarters of the longest context before them."""
+        """Returns the loss of predictions after at least three quarters of the longest context."""
         nll, _, tokens = self._by_position[:, np.flatnonzero(self._by_position[2])[-1] * 3 // 4 :]
         return nll.sum() / tokens.sum()
 
     def by_length(self, buckets: int = 16) -> list[dict]:
-        """The same over the length of the sequence a prediction is in."""
+        """Returns a `bucket_table` by the length of the document that a prediction is in."""
         return bucket_table(self._by_length, buckets)
 
 
 def bucket_table(sums: np.ndarray, buckets: int) -> list[dict]:
-    """Cuts the occupied places into at most `buckets` stretches of equal width; empty ones are left
-    out."""
+    """Cuts positions or lengths into at most `buckets` ranges of equal width.
+
+    sums: rows loss, correct, tokens; a column per position or length.
+    Returns rows first, last, tokens, loss, perplexity, accuracy, of those ranges that have tokens.
+    """
     used = np.flatnonzero(sums[2])
     width = -(-(used[-1] - used[0] + 1) // buckets)
     table = []
@@ -88,12 +89,12 @@ def bucket_table(sums: np.ndarray, buckets: int) -> list[dict]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), of nats a token; inf where that is too large."""
+    """Returns exp(loss) of a loss in nats per token; inf where that is too large."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def check_finite(name: str, loss: float) -> None:
-    """Raises NonFiniteLoss where a loss says nothing, so that nobody compares it."""
+    """Raises NonFiniteLoss where a loss is not finite, so that nobody compares it."""
     if not math.isfinite(loss):
         raise NonFiniteLoss(
             f"{name}: the loss is {loss}. Parameters have diverged, or the model computes in too "
@@ -102,7 +103,7 @@ def check_finite(name: str, loss: float) -> None:
 
 
 def evaluate(program: Program, params, dataset, max_batches: int | None = None) -> Scores:
-    """Scores of `params` on the dataset's first `max_batches` batches (None or 0: all of one pass)."""
+    """Returns scores on the first `max_batches` batches; None or 0 is all of one pass."""
     scores = Scores()
     for batch in itertools.islice(dataset, max_batches or None):
         on_devices = program.put(batch)
@@ -116,12 +117,13 @@ def evaluate(program: Program, params, dataset, max_batches: int | None = None) 
 def by_context(
     config, params, make_dataset, lengths: Sequence[int], max_batches: int | None = None
 ) -> dict[int, Scores]:
-    """Scores of the same text cut into rows of each length: every target counts once, and sees at
-    most so many tokens.
+    """Returns scores of the same text in rows of each length.
 
-    params: as `steps.build(config, ...)` has them.   make_dataset: config -> the split.
-      max_batches: of config's own size; for
-    the other lengths, as many tokens.
+    Every label counts once for each length, and is predicted from at most so many tokens.
+
+    params: as `steps.build(config, ...)` has them.
+    make_dataset: config -> the split.
+    max_batches: of config's own size. The other lengths read as many tokens.
     """
     scores = {}
     num_devices = sharding.make_mesh(config.mesh).size
@@ -138,7 +140,7 @@ def by_context(
 
 
 def _places(segment_ids_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each token: its position in its run of equal ids, and the run's length."""
+    """Returns each token's position in its document (a run of equal ids), and that one's length."""
     B, T = segment_ids_BT.shape
     starts_BT = np.ones((B, T), bool)
     starts_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]

@@ -1,4 +1,4 @@
-"""The training loop: one function, read from top to bottom."""
+"""The training loop: one function, to be read from top to bottom."""
 
 import contextlib
 import math
@@ -24,26 +24,26 @@ from seqmodels.text import tokenizers
 def train(
     config, workdir: str | Path, devices=None, make_task=None, new_data: bool = False
 ) -> dict:
-    """Trains what `config` describes and returns what is in workdir/result.json.
+    """Trains what `config` describes (configs/common.py) and returns workdir/result.json.
 
-    A workdir that holds checkpoints is resumed from the latest. See configs/common.py for the
-    fields.
-    devices: to train on; None is all there are.
-    make_task: (resolved config, seq_len) -> steps.Task, where it is not the config's language model
-      that is trained whole.
-    new_data: what is resumed begins its data anew, which may be other than the checkpoint's.
+    If the workdir holds checkpoints, training goes on from the latest.
+
+    devices: the devices to train on; None is all.
+    make_task: (resolved config, seq_len) -> steps.Task; None trains the config's language model,
+      all of it.
+    new_data: whether a resumed run begins its data anew. They may differ from the checkpoint's.
 
     Raises:
-      ValueError: something in the config is wrong, or the workdir's checkpoint is of another model;
-        nothing was written.
-      NonFiniteLoss: a loss, gradient or parameter was not finite; the state that has it was not
+      ValueError: the config has a mistake, or the workdir's checkpoint is of another model. Nothing
+        was written.
+      NonFiniteLoss: a loss, gradient or parameter was not finite. The state that has it was not
         saved.
-      SaveFailed: a checkpoint could not be written; earlier ones are intact.
-      Stopped: SIGTERM or Ctrl-C; the state was saved.
+      SaveFailed: a checkpoint could not be written. Earlier ones are intact.
+      Stopped: SIGTERM or Ctrl-C came. The state was saved.
     """
     workdir = Path(workdir)
 
-    # Everything a mistake in the config can break comes first, before anything is written.
+    # Build data, model and step first: a mistake in the config is found before anything is written.
     check_counts(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     share = distributed.data_share(sharding.batch_sharding(mesh))
@@ -53,10 +53,13 @@ def train(
     )
     seq_len = next(iter(train_set))["inputs"].shape[1]
     config = resolve(config, train_set)
+    distributed.agree(run_record.checksum(config), "their configs (checksums)")
     task = None if make_task is None else make_task(config, seq_len)
     program = steps.build(config, seq_len, devices, task)
     summary.check_sample(config, program.model, test_set.tokenizer)
     batches = iter(train_set)
+
+    # Take the state from the latest checkpoint, or initialize it.
     distributed.check_shared(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, share=share)
     saved = checkpoints.latest_step()
@@ -64,14 +67,15 @@ def train(
     start = max(saved, 0)
     if saved > 0:
         state = checkpoints.restore(start, program.abstract_state, None if new_data else batches)
-    elif saved == 0:  # `convert` made it: weights alone, for any data and optimizer
+    elif saved == 0:  # written by `convert`: weights alone, for any data and optimizer
         parts = checkpoints.restore_parts(0, program.abstract_state, ("params",))
         state = program.init(config.seed, parts["params"])
     else:
         state = program.init(config.seed)
     scored = distributed.told_by_first(metrics.has_validation(workdir, start))
-    writer = metrics.MetricWriter(config, workdir, start)
 
+    # Record the start, on process 0, and say what is trained.
+    writer = metrics.MetricWriter(config, workdir, start)
     progress = metrics.Progress(start, config.train.steps)
     changes = []
     if jax.process_index() == 0:
@@ -90,7 +94,7 @@ def train(
     clock = Clock()
 
     def report(step: int, on_device: dict) -> None:
-        """Reads a step's metrics, and stops the run if they are not finite."""
+        """Waits for a step's metrics and logs them. Raises NonFiniteLoss if one is not finite."""
         values = {name: float(value) for name, value in jax.device_get(on_device).items()}
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteLoss(
@@ -117,9 +121,9 @@ def train(
     def due(step: int) -> bool:
         return step == config.train.steps or step % config.train.eval_every == 0
 
-    pending = None  # the last step's metrics: read after the next step is on its way
+    pending = None  # the last step and its metrics, which are read once the next step is dispatched
     with contextlib.closing(progress), contextlib.closing(writer):
-        if saved > 0 and due(start) and not scored:  # it was stopped, or killed, before that
+        if saved > 0 and due(start) and not scored:  # the run ended between saving and scoring
             validate(start)
         with StopSignals() as stop, contextlib.closing(checkpoints):
             for step in range(start + 1, config.train.steps + 1):
@@ -132,6 +136,7 @@ def train(
                 pending = (step, step_metrics)
                 checkpoints.poll()
 
+                # Save and score where that is due; stop, after saving, where a signal came.
                 last = step == config.train.steps
                 stopping = stop.requested(step)
                 saving = last or stopping or step % config.checkpoint.every == 0
@@ -148,6 +153,7 @@ def train(
                 if validating:
                     validate(step)
 
+        # Score the test split, and write the summary.
         params = program.evaluation_params(state.params, state.opt_state)
         scores = evaluation.evaluate(program, params, test_set, config.train.test_batches).totals()
         step = max(start, config.train.steps)
@@ -158,7 +164,7 @@ def train(
 
 
 def check_counts(config) -> None:
-    """Raises ValueError for numbers of steps, batches and tokens that mean nothing."""
+    """Raises ValueError for numbers of steps, batches and tokens that make no sense."""
     for least, names in (
         (1, ("train.log_every", "train.eval_every", "checkpoint.every")),
         (0, ("train.steps", "train.eval_batches", "train.test_batches")),
@@ -173,7 +179,10 @@ def check_counts(config) -> None:
 
 
 def resolve(config, dataset):
-    """A copy of the config in which nothing depends on the data any more: the vocabulary's size."""
+    """Returns a copy of the config with the dataset's vocabulary size, unless it sets its own.
+
+    Raises ValueError if the dataset has token ids above that.
+    """
     config = config.copy_and_resolve_references()
     size, text = config.model.get("vocab_size") or dataset.vocab_size, dataset.tokenizer
     if size < dataset.vocab_size and not (text and tokenizers.fits(text, size)):
@@ -187,13 +196,13 @@ def resolve(config, dataset):
 
 
 class Clock:
-    """Tokens per second since the last question, without compilation and pauses."""
+    """Measures tokens per second since the last call, without compilation and pauses."""
 
     def __init__(self):
         self._start = self._step = None
 
     def start(self, step: int) -> None:
-        """Counts from here; called once the first step, which compiles, is done."""
+        """Starts the clock, once the first step, which compiles, is done."""
         self._start, self._step = time.perf_counter(), step
 
     def speed(self, step: int, tokens_a_step: int) -> dict[str, float]:
@@ -211,9 +220,11 @@ class Clock:
 
 
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C instead of dying; a second one kills as usual. With several
-    processes JAX listens for SIGTERM to any of them and agrees on a step at which all stop; Ctrl-C
-    is passed on as SIGTERM."""
+    """Notes SIGTERM and Ctrl-C, which then do not kill the process; a second one does.
+
+    With several processes JAX listens for SIGTERM to any of them, and finds a step at which all
+    stop. Ctrl-C is passed on as SIGTERM.
+    """
 
     def __init__(self):
         self.signal = None
@@ -231,7 +242,7 @@ class StopSignals:
         for number, handler in self._restore.items():
             signal.signal(number, handler)
         if self._restore and jax.process_count() > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved: nothing to agree on
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved: it may kill now
 
     def _note(self, number, frame):
         self.signal = number
@@ -242,6 +253,7 @@ class StopSignals:
         signal.signal(number, signal.SIG_DFL)
 
     def requested(self, step: int) -> bool:
+        """Returns whether to stop after this step: the same on all processes."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal is not None

@@ -1,5 +1,4 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases by config; and what the
-person at the terminal sees."""
+"""Metrics: written to metrics.jsonl, TensorBoard and Weights & Biases, and shown while training."""
 
 import hashlib
 import importlib
@@ -20,10 +19,10 @@ FILE_NAME = "metrics.jsonl"
 class MetricWriter:
     """Writes rows of named numbers, on process 0.
 
-    config: `tensorboard` (bool) and `wandb` (a project's name, "" for none) turn those on; a
-    missing package is a ValueError that names the extra, and so is W&B without a key. start_step:
-    rows after it, of a run that went on past its last checkpoint, are dropped, and so are the
-    scores of an earlier end.
+    config: its fields `tensorboard` (bool) and `wandb` (a project's name, or "") turn those on.
+    start_step: the step that a run goes on from. Rows after it, which were written past the last
+      checkpoint, are dropped, and so are the scores of an earlier end.
+    Raises ValueError, which names the extra, if a package is missing, and if W&B has no key.
     """
 
     def __init__(self, config, workdir: Path, start_step: int = 0):
@@ -82,14 +81,14 @@ def _start_wandb(wandb, config, workdir: Path):
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """Returns the rows of a run's metrics.jsonl, without a last line that a kill cut short."""
     path = Path(workdir) / FILE_NAME
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def has_validation(workdir: Path, step: int) -> bool:
-    """Whether the validation split was scored at this step."""
+    """Returns whether the validation split was scored at this step."""
     rows = read_metrics(workdir)
     return any(row["step"] == step and "validation_loss" in row for row in rows)
 
@@ -104,8 +103,7 @@ def _import_extra(package: str, extra: str):
 
 
 class Progress:
-    """A bar with loss, tokens/s and time left on a terminal; log lines where there is none. On
-    process 0."""
+    """Shows a bar with loss, tokens/s and time left on a terminal, else log lines; on process 0."""
 
     def __init__(self, start_step: int, steps: int):
         self._steps = steps
@@ -119,7 +117,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, **values: float) -> None:
-        """The current numbers: beside the bar, or as a log line."""
+        """Shows the current numbers, beside the bar or as a log line."""
         if self._quiet:
             return
         text = ", ".join(
@@ -131,7 +129,7 @@ class Progress:
             self.say(f"step {step}/{self._steps}: {text}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         if self._quiet:
             return
         if self._bar is not None:

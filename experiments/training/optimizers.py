@@ -1,13 +1,13 @@
-"""Optimizers by name, all of one form, and which parameters each part of them touches.
+"""Optimizers by name. All have one form:
 
     clip by global norm -> direction -> + weight_decay * parameter (masked) -> * -learning rate
 
-Updates are computed, and the state is kept, in float32 even where parameters are narrower: in
+Updates are computed and the state is kept in float32, also where parameters are narrower: in
 float16 Adam's eps is 0, and so are the squares of small gradients.
 
-Parameters of scanned layers are stacked along a leading "layers" axis. Whether a parameter is a
-matrix, a vector or a scalar is judged without it, by the axis names of its box. The class of the
-box says whether it may be decayed, and whether it is a linear map (`seqmodels.modules.layers`).
+Scanned layers' parameters are stacked along a leading axis, "layers". Whether a parameter is a
+matrix, a vector or a scalar is judged without that axis, by the axis names of its box. The class of
+the box says whether it may be decayed and whether it is a linear map (`seqmodels.modules.layers`).
 """
 
 import jax
@@ -20,14 +20,14 @@ from seqmodels.modules import layers
 
 
 def path_name(path) -> str:
-    """A jax key path as "a/b/c"."""
+    """Returns a jax key path as "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def rank(leaf) -> int:
-    """The number of axes of a parameter within one layer, without those of a scan over layers.
+    """Returns the number of a parameter's axes, without that of a scan over layers.
 
-    leaf: as `init` returns it, in its box; one without a box counts as not stacked.
+    leaf: as `init` returns it, in its box. One without a box counts as not stacked.
     """
     if layers.is_boxed(leaf):
         return leaf.unbox().ndim - list(leaf.names).count("layers")
@@ -39,7 +39,7 @@ def _map(function, boxed_params):
 
 
 def decay_mask(boxed_params) -> dict:
-    """Returns True for parameters that are decayed: of rank 2 or more, not `layers.Undecayed`."""
+    """Returns True for parameters to decay: of rank 2 or more, and not `layers.Undecayed`."""
     return _map(
         lambda leaf: rank(leaf) >= 2 and not isinstance(leaf, layers.Undecayed), boxed_params
     )
@@ -62,13 +62,16 @@ def _lion(config, boxed_params):
 
 
 def _sgd(config, boxed_params):
-    """Momentum b1."""
+    """SGD with momentum b1."""
     return optax.trace(config.b1)
 
 
 def _muon(config, boxed_params):
-    """Muon: the momentum of each matrix, orthogonalised; Adam for the rest. The update's rms is 0.2
-    as Adam's is, so one learning rate serves both (Moonlight, arXiv 2502.16982, section 2.2)."""
+    """Muon for matrices, whose momentum it orthogonalises, and Adam for the rest.
+
+    Updates have rms 0.2 as Adam's do, so that one learning rate serves both (Moonlight, arXiv
+    2502.16982, section 2.2).
+    """
     return contrib.muon(
         learning_rate=-1.0,  # a direction: the sign and the rate come after weight decay
         beta=0.95,
@@ -81,7 +84,7 @@ def _muon(config, boxed_params):
 
 
 def _rms(config, boxed_params):
-    """Adam without its first moment, which Schedule-Free puts in another place."""
+    """Adam without its first moment, in whose place Schedule-Free interpolates parameters."""
     return optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
 
 
@@ -96,24 +99,24 @@ _DIRECTIONS = {
 
 
 def names() -> list[str]:
-    """Every optimizer."""
+    """Returns the names of all optimizers."""
     return sorted(_DIRECTIONS)
 
 
-# Each element of a parameter is updated by itself, which a host can do for its devices' parts.
+# These update each element of a parameter by itself, so that a host can do it for its own part.
 ELEMENTWISE = ("adamw", "lion", "schedule_free", "sgd")
 
 
 def make_optimizer(
     config, schedule: Schedule, boxed_params, offload: bool = False
 ) -> optax.GradientTransformation:
-    """The optimizer `config.name`: adamw, lamb, lion, muon, schedule_free or sgd.
+    """Returns the optimizer `config.name`: adamw, lamb, lion, muon, schedule_free or sgd.
 
-    config: name, b1, b2, eps, weight_decay, clip (maximum global norm of the gradient; None or 0
-      for none).
-    boxed_params: see `rank`; only shapes and names are read.
-    offload: the update runs on the host, after `clip` has run on the devices, where the norm of all
-      parts is known. The state is of the same form.
+    config: the fields name, b1, b2, eps, weight_decay, and clip, the largest global norm of the
+      gradient (None or 0: any).
+    boxed_params: as `init` returns them. Only shapes and names are read.
+    offload: whether the update runs on the host. Then `clip` has to run before it on the devices,
+      where the norm of all parts is known. The state has the same form.
 
     Raises ValueError for an unknown name, one that cannot be offloaded, or numbers out of range.
     """
@@ -161,15 +164,17 @@ def widened(tree):
 
 
 def clip(config, grads):
-    """The gradients, their global norm at most `config.clip`; for updates that are offloaded."""
+    """Returns gradients with a global norm of at most `config.clip`, for offloaded updates."""
     if not config.clip:
         return grads
     return optax.clip_by_global_norm(config.clip).update(grads, optax.EmptyState())[0]
 
 
 def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:
-    """u <- u |p| / |u| with the norms of one layer's parameter (LAMB, arXiv 1904.00962, algorithm
-    2); where one is 0, u stays."""
+    """u <- u |p| / |u|, where neither norm is 0 (LAMB, arXiv 1904.00962, algorithm 2).
+
+    Norms are those of one layer's parameter.
+    """
 
     def rescale(u, p, rank):
         axes = tuple(range(u.ndim - rank, u.ndim))
@@ -184,8 +189,7 @@ def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:
 
 
 def evaluation_params(params, opt_state):
-    """The parameters to evaluate and sample with: Schedule-Free's average (arXiv 2405.15682), else
-    `params`."""
+    """Returns Schedule-Free's average of parameters (arXiv 2405.15682), for others `params`."""
 
     def is_average(x):
         return isinstance(x, contrib.ScheduleFreeState)

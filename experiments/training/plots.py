@@ -11,12 +11,13 @@ import numpy as np
 
 
 def loss_curve(
-    rows: list[dict], path: Path, unit: str = "nats a token", scale: float = 1.0, baselines=None
+    rows: list[dict], path: Path, unit: str = "nats per token", scale: float = 1.0, baselines=None
 ) -> None:
-    """Training loss (faint, and smoothed by a running mean) and validation loss over steps.
+    """Draws training loss (faint, and smoothed by a running mean) and validation loss over steps.
 
-    rows: of metrics.jsonl. scale: of nats to `unit`. baselines: name -> value in `unit`, drawn as
-      level lines.
+    rows: of metrics.jsonl.
+    scale: `unit` per nat.
+    baselines: name -> value in `unit`, drawn as level lines.
     """
     train = np.array([(r["step"], r["loss"]) for r in rows if "loss" in r]).reshape(-1, 2)
     held_out = np.array([(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r])
@@ -36,10 +37,10 @@ def loss_curve(
 
 
 def bucket_curve(table: list[dict], x: str, path: Path) -> None:
-    """Loss and accuracy over buckets, rows of `evaluate.bucket_table`."""
+    """Draws loss and accuracy over the rows of an `evaluation.bucket_table`."""
     middle = [(row["first"] + row["last"]) / 2 for row in table]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot(middle, [row["loss"] for row in table], "o-", label="loss, nats a token")
+    axes.plot(middle, [row["loss"] for row in table], "o-", label="loss, nats per token")
     axes.plot(middle, [row["accuracy"] for row in table], "s-", label="accuracy")
     axes.set(xlabel=x, ylim=(0, None))
     if middle[-1] > 20 * max(middle[0], 1):
@@ -50,12 +51,12 @@ def bucket_curve(table: list[dict], x: str, path: Path) -> None:
 
 
 def loss_by_position(tables: dict[str, list[dict]], path: Path) -> None:
-    """A line a table (rows of `evaluation.bucket_table`), by the length of context it is of."""
+    """Draws the loss by position of several `evaluation.bucket_table`s, named by context."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, table in tables.items():
         middle = [(row["first"] + row["last"]) / 2 for row in table]
         axes.plot(middle, [row["loss"] for row in table], "o-", markersize=3, label=name)
-    axes.set(xlabel="tokens before the prediction", ylabel="loss, nats a token")
+    axes.set(xlabel="tokens before the prediction", ylabel="loss, nats per token")
     axes.set_xscale("symlog", linthresh=16)
     axes.grid(alpha=0.3)
     axes.legend(title="context")
@@ -63,7 +64,7 @@ def loss_by_position(tables: dict[str, list[dict]], path: Path) -> None:
 
 
 def _smooth(y):
-    """Mean over a centred window of a thirtieth of the curve, shorter at the ends."""
+    """Returns means over a centred window of a thirtieth of the curve, shorter at its ends."""
     half = max(len(y) // 60, 1)
     sums = np.concatenate([[0.0], np.cumsum(y)])
     first = np.maximum(np.arange(len(y)) - half, 0)
@@ -77,8 +78,7 @@ def _save(figure, path: Path) -> None:
 
 
 def lines(panels: dict[str, dict[str, list[tuple]]], x: str, path: Path) -> None:
-    """Panels side by side: of each its y axis, and its lines' points by name. Both axes are
-    logarithmic."""
+    """Draws panels side by side on logarithmic axes: y axis -> line's name -> points (x, y)."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 1.6, 3.8), layout="constrained"
     )

@@ -1,4 +1,4 @@
-"""A trained model, from the folder of its run."""
+"""Parameters of a trained model, from the folder of its run."""
 
 from pathlib import Path
 
@@ -7,9 +7,11 @@ from experiments.training.steps import Program
 
 
 def reading_config(config):
-    """A copy of a run's config for programs that only read its parameters: they are restored in the
-    dtype that they are multiplied in, which gives the same numbers in less memory. Schedule-Free's
-    are first computed, in their own."""
+    """Returns a copy of a run's config for binaries that only read its parameters.
+
+    Parameters are restored in the dtype in which they are multiplied: the same numbers in less
+    memory. Those of Schedule-Free are computed from what is restored, and keep their dtype.
+    """
     config = config.copy_and_resolve_references()
     if "dtype" in config.model and config.optimizer.name != "schedule_free":
         with config.unlocked():
@@ -18,9 +20,9 @@ def reading_config(config):
 
 
 def evaluation_params(program: Program, config, workdir: Path, step: int | None = None):
-    """(step, parameters to evaluate and sample with) of checkpoint `step` of a run; None is the
-    latest.
+    """Returns (step, parameters to evaluate and sample with) of a run's checkpoint.
 
+    step: of the checkpoint; None is the latest.
     Raises ValueError where there is no such checkpoint, or it is of another model.
     """
     checkpoints = Checkpoints(workdir, training=False)

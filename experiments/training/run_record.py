@@ -1,5 +1,4 @@
-"""What a run leaves in its workdir beside metrics and checkpoints: config.json, run.json and
-result.json."""
+"""The record of a run in its workdir: config.json, run.json and result.json."""
 
 import datetime
 import importlib.metadata
@@ -7,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -18,15 +18,17 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def default_workdir(config_path: str) -> Path:
-    """A new folder runs/<config>-<time>; the config's argument is part of the name."""
+    """Returns runs/<config>-<time>. The config's argument is part of the name."""
     path, _, argument = config_path.partition(":")
     name = "-".join(filter(None, [Path(path).stem, argument.replace("/", "_")]))
     return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def save_config(workdir: Path, config: ConfigDict) -> list[str]:
-    """Writes the resolved config. Returns what differs from the one that was there, one
-    "field: old -> new" a field; a field that the old one lacks had its default."""
+    """Writes the resolved config. Returns how it differs from the one that was there.
+
+    There is one "field: old -> new" per field. A field that the old one lacks had its default.
+    """
     path = workdir / "config.json"
     new = _plain(config)
     changes = []
@@ -37,12 +39,17 @@ def save_config(workdir: Path, config: ConfigDict) -> list[str]:
     return changes
 
 
+def checksum(config: ConfigDict) -> int:
+    """Returns a number of 31 bits that differs for different configs."""
+    return zlib.crc32(json.dumps(_plain(config), sort_keys=True).encode()) >> 1
+
+
 def _plain(config: ConfigDict) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
-    """The config a run was trained with. Raises ValueError if the folder holds no run."""
+    """Returns the config of a run. Raises ValueError if the folder holds no run."""
     if not workdir:
         raise ValueError("give the --workdir of a training run")
     path = Path(workdir) / "config.json"
@@ -58,15 +65,14 @@ def load_config(workdir: str | Path) -> ConfigDict:
 
 
 def holds_linearization(workdir: str | Path) -> bool:
-    """Whether `experiments.linearize` writes into the folder: not a run, but a folder of runs."""
+    """Returns whether the folder is one of `experiments.linearize`, which holds several runs."""
     path = Path(workdir) / "config.json"
     made = path.exists() and "linearize" in json.loads(path.read_text())
     return made and not (Path(workdir) / "checkpoints").is_dir()
 
 
 def record_start(workdir: Path, step: int, changes: list[str]) -> None:
-    """Adds to run.json, a list with an entry for each start of the run: versions, git commit,
-    device, command."""
+    """Adds a start to the list in run.json: time, command, git commit, versions, devices."""
     path = workdir / "run.json"
     starts = json.loads(path.read_text()) if path.exists() else []
     device = jax.devices()[0]
@@ -88,8 +94,7 @@ def record_start(workdir: Path, step: int, changes: list[str]) -> None:
 
 
 def git_state() -> dict | None:
-    """Commit and whether the tree has uncommitted changes; None where this code is not in a git
-    checkout."""
+    """Returns the commit, and whether the tree has uncommitted changes. None without a checkout."""
 
     def git(*arguments):
         folder = Path(__file__).parent
@@ -108,7 +113,7 @@ def write_json(path: Path, value) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """By a rename, so that a kill leaves the old file or the new one."""
+    """Writes by a rename, so that a kill leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)

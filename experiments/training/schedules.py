@@ -1,9 +1,8 @@
 """Learning-rate schedules by name: functions step -> learning rate, usable under jit.
 
-n is the update, from 0; N the updates of the run (`train.steps`); W `warmup_steps`; lr0
-`learning_rate`; m `final_fraction`; s = (n - W) / (N - W) in [0, 1]. Up to W the rate grows
-linearly, by (n + 1) / W: the first update is not wasted on a rate of zero. After it come the
-formulas below.
+n is the number of the update, from 0; N the updates of the run (`train.steps`); W `warmup_steps`;
+lr0 `learning_rate`; m `final_fraction`; s = (n - W) / (N - W), in [0, 1]. The formulas below hold
+from W on. Before it they are multiplied by (n + 1) / W: the first update does not have rate 0.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ def constant(s, config, steps):
 
 
 def linear(s, config, steps):
-    """lr0 (1 - (1 - m) s). With m = 0 the "straight to zero" of arXiv 2502.15938."""
+    """lr0 (1 - (1 - m) s). With m = 0 it is the "straight to zero" of arXiv 2502.15938."""
     return 1 - (1 - config.final_fraction) * s
 
 
@@ -31,16 +30,17 @@ def warmup_cosine(s, config, steps):
 
 
 def wsd(s, config, steps):
-    """Warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4.2): lr0 until the last
-    `decay_fraction` of the N updates, then down to m lr0, linearly in n (arXiv 2405.18392 found
-    that no worse than an exponential)."""
+    """Warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4.2).
+
+    lr0 until the last `decay_fraction` of the N updates, then down to m lr0 linearly in n, which
+    arXiv 2405.18392 found no worse than an exponential.
+    """
     n = config.warmup_steps + s * (steps - config.warmup_steps)
     return 1 - (1 - config.final_fraction) * _final_decay(n, config, steps)
 
 
 def rex(s, config, steps):
-    """lr0 (m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2)): the reflected exponential, REX (arXiv
-    2107.04197, section 4)."""
+    """lr0 (m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2)): REX (arXiv 2107.04197, section 4)."""
     m = config.final_fraction
     return m + (1 - m) * (1 - s) / (0.5 + 0.5 * (1 - s))
 
@@ -49,20 +49,22 @@ _SHAPES = {f.__name__: f for f in (constant, linear, warmup_cosine, wsd, rex)}
 
 
 def names() -> list[str]:
-    """Every schedule."""
+    """Returns the names of all schedules."""
     return sorted([*_SHAPES, "power"])
 
 
 def power(config, learning_rate: float, steps: int, batch_size: int, length: int) -> Schedule:
-    """The Power scheduler (arXiv 2408.13359, eqs. 7 and 8), agnostic of batch size and number of
-    tokens:
+    """The Power schedule, agnostic of batch size and length of training (arXiv 2408.13359).
 
-      eta(t) = min(lr0, B a t^b),     t tokens seen so far, B sequences in a batch
-      lr = (t / t_W) eta(t_W) in the warmup; eta(t) after it; f eta(t_(N - d)) in the last d =
-        `decay_fraction` N updates,
+    With B sequences in a batch and t tokens seen so far (eqs. 7 and 8),
 
-    f falling linearly from 1 to m. The paper takes a = 4 (`power_a`), b = -0.51 (`power_b`) and lr0
-    = 0.02, under muP.
+      eta(t) = min(lr0, B a t^b)
+      lr     = (t / t_W) eta(t_W)     in the warmup
+               eta(t)                 after it
+               f eta(t_(N - d))       in the last d = `decay_fraction` N updates,
+
+    where f falls linearly from 1 to m. The paper takes a = 4 (`power_a`), b = -0.51 (`power_b`) and
+    lr0 = 0.02, under muP.
     """
 
     def schedule(step):
@@ -80,11 +82,11 @@ def power(config, learning_rate: float, steps: int, batch_size: int, length: int
 def make_schedule(
     config, learning_rate: float, steps: int, batch_size: int = 1, length: int = 1
 ) -> Schedule:
-    """The schedule `config.name` for a run of `steps` updates.
+    """Returns the schedule `config.name` of a run of `steps` updates.
 
-    config: name, warmup_steps, final_fraction; decay_fraction (wsd, power); power_a, power_b
-      (power).
-    batch_size, length: sequences in a batch and tokens in a sequence; only `power` looks at them.
+    config: the fields name, warmup_steps, final_fraction; of wsd and power decay_fraction; of power
+      power_a, power_b.
+    batch_size, length: sequences in a batch, and tokens in a sequence. Only `power` uses them.
     Raises ValueError for an unknown name, a warmup longer than the run, or a fraction out of range.
     """
     if config.name not in names():
@@ -113,6 +115,6 @@ def _warmup(n, config):
 
 
 def _final_decay(n, config, steps):
-    """0 until the last `decay_fraction` of the updates, then linearly up to 1 after the last."""
+    """Returns 0 until the last `decay_fraction` of the updates, then rises linearly to 1."""
     decay_steps = max(config.decay_fraction * steps, 1)
     return jnp.minimum(jnp.maximum(n - (steps - decay_steps), 0.0) / decay_steps, 1.0)

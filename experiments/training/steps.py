@@ -1,5 +1,4 @@
-"""The compiled parts of an experiment: initial state, training step, evaluation sums; and how they
-lie on the mesh."""
+"""The jitted functions of a run: initial state, training step and evaluation, on the mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,19 +23,18 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a step trains, and by what loss: by default all of a language model, by cross-entropy
-    (`language_modelling`).
+    """Parameters that a step trains, and their loss. `language_modelling` makes the usual one.
 
-    boxed_params: the parameters that are trained and saved, abstract, boxed with their logical axis
-      names.
-    init: (key, start) -> their values; unboxed or not.   start: arrays that it begins from.
-    loss: (params, frozen, batch) -> loss_BT, metrics. The gradient is that of the mean loss over
-      all tokens that count; the metrics, also (B, T) each, are averaged alike, and one is called
-      "loss".
+    boxed_params: the parameters that are trained and saved, abstract, boxed with the names of their
+      logical axes.
+    init: (key, start) -> their values, boxed or not.
+    loss: (params, frozen, batch) -> loss_BT, metrics. Its mean over the tokens that count is
+      differentiated. The metrics, one of them "loss", are (B, T) each, and are averaged alike.
     token_losses: (params, frozen, batch) -> nll_BT, correct_BT of `model`, for evaluation.
     model_params: (params, frozen) -> all parameters of `model`.
-    frozen, boxed_frozen: parameters that the losses read and nothing changes: neither saved nor
-      part of the optimizer's state.
+    start: arrays that `init` begins from.
+    frozen, boxed_frozen: parameters that losses read and no step changes. They are not saved, and
+      have no optimizer state.
     """
 
     model: language_model.LanguageModel
@@ -51,8 +49,10 @@ class Task:
 
 
 def language_modelling(config, seq_len: int) -> Task:
-    """The Task of a config by itself: its model, from random values or given parameters, by
-    cross-entropy plus train.z_loss times the mean of (log Z)^2 (PaLM, arXiv 2204.02311, section 5).
+    """Returns the Task that trains all of a config's model by cross-entropy.
+
+    The loss adds train.z_loss (log Z)^2 for each token (PaLM, arXiv 2204.02311, section 5). `init`
+    takes all parameters as `start`, or draws them where that is ().
     """
     model = language_model.from_config(config.model)
     model.check_length(seq_len)
@@ -60,8 +60,8 @@ def language_modelling(config, seq_len: int) -> Task:
     def init(key, start=()):
         if start:
             return start
-        # Seven tokens: hardly a mesh divides them, so that nothing is sent for values that nobody
-        # reads.
+        # Shapes of parameters depend on no length. Hardly a mesh divides 7 tokens, so that nothing
+        # is sent for activations that nobody reads.
         return model.init(key, jnp.zeros((1, min(seq_len, 7)), jnp.int32))["params"]
 
     def loss(params, frozen, batch):
@@ -77,14 +77,15 @@ def language_modelling(config, seq_len: int) -> Task:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a config means, ready to run.
+    """The functions of a run, jitted for its mesh.
 
+    schedule: step -> learning rate.
     abstract_state: shapes, dtypes and shardings of the TrainState, for restoring into.
-    init: (seed, start=the task's) -> TrainState.   train_step: (state, batch) -> (state, metrics);
-      the state given is donated.
-    token_losses: (params, batch) -> nll_BT, correct_BT (float32), wherever the mask is.
-    evaluation_params: (params, opt_state) -> what to evaluate with.   model_params: of that -> the
-      parameters of `model`.
+    init: (seed, start=the task's) -> TrainState.
+    train_step: (state, batch) -> (state, metrics). The given state is donated.
+    token_losses: (params, batch) -> nll_BT, correct_BT, float32, of all tokens, masked or not.
+    evaluation_params: (params, opt_state) -> the parameters to evaluate with.
+    model_params: of those -> the parameters of `model`.
     """
 
     model: language_model.LanguageModel
@@ -102,7 +103,7 @@ class Program:
         return len(self.batch_sharding.device_set)
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        """The global batch on the devices, of which each process has its rows.
+        """Returns the global batch on the devices, from the rows of this process's share.
 
         Raises ValueError for token ids that the model does not have.
         """
@@ -112,13 +113,15 @@ class Program:
 
 
 def build(config, seq_len: int, devices=None, task: Task | None = None) -> Program:
-    """The Program of a resolved config whose batches have `seq_len` tokens a row, on `devices`
-    (None: all). Compiles nothing.
+    """Returns the Program of a resolved config. Nothing is compiled yet.
 
+    seq_len: tokens in a row of a batch.
+    devices: the devices of the mesh; None is all.
     task: what is trained; None is `language_modelling`.
 
-    Raises ValueError for what does not fit together.
+    Raises ValueError for what does not fit together: batch, mesh, model, schedule, optimizer.
     """
+    # Check the batch against mesh and microbatches.
     batch_size = config.data.batch_size
     accumulate = config.train.accumulate
     if accumulate < 1 or batch_size % accumulate:
@@ -129,6 +132,8 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
     options = sharding.Options.from_config(config.get("parallel", {}))
     sharding.check_batch(mesh, batch_size, seq_len, options, accumulate)
     sharding.check_batch(mesh, config.data.get("eval_batch_size") or batch_size, seq_len, options)
+
+    # Make the task, the schedule and the optimizer.
     with sharding.scope(mesh, options):
         task = task or language_modelling(config, seq_len)
     schedule = schedules.make_schedule(
@@ -146,6 +151,7 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
             params = task.init(jax.random.key(seed), start)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
+    # Lay out the state: parameters by their axes' names, optimizer state as options.zero says.
     boxed_state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         task.boxed_params,
@@ -162,7 +168,7 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
     with_frozen = bool(jax.tree.leaves(frozen))
 
     def compiled(function, in_shardings, **options):
-        """jit of function(*arguments, frozen), given the frozen parameters."""
+        """Returns function(*arguments, frozen) as a jitted function of its other arguments."""
         if not with_frozen:
 
             def alone(*arguments):
@@ -211,7 +217,7 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
 
 
 def cross_entropy(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Array, TokenDetails]:
-    """The loss of each target, and its details, with only a piece of the logits held at once."""
+    """Returns loss_BT of each label, and its details, without ever holding all logits."""
 
     def head(x_BTD, matrix, layout):
         return operators.linear_cross_entropy(
@@ -224,8 +230,10 @@ def cross_entropy(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Arr
 
 
 def _train_step(loss_of, optimizer, clip, placement, accumulate: int):
-    """One update. The loss is the mean over all tokens that count, on all devices and in all
-    microbatches."""
+    """Returns the function (state, batch, frozen) -> (state, metrics) that makes one update.
+
+    The loss is the mean over all tokens that count, on all devices and in all microbatches.
+    """
 
     def loss_and_metrics(params, frozen, batch, weight):
         loss_BT, metrics = loss_of(params, frozen, batch)
@@ -236,7 +244,7 @@ def _train_step(loss_of, optimizer, clip, placement, accumulate: int):
         return mean(loss_BT), jax.tree.map(mean, metrics)
 
     def microbatches(x_BT):
-        # Every `accumulate`-th row, so that each microbatch has rows from all devices.
+        # Each takes every `accumulate`-th row, so that it has rows from all devices.
         return x_BT.reshape(-1, accumulate, x_BT.shape[1]).swapaxes(0, 1)
 
     def train_step(state: TrainState, batch: Batch, frozen):
@@ -251,7 +259,7 @@ def _train_step(loss_of, optimizer, clip, placement, accumulate: int):
 
         if accumulate == 1:
             grads, metrics = gradient(batch)
-        else:
+        else:  # a scan over microbatches, whose gradients are summed in float32
             parts = jax.tree.map(microbatches, batch)
             _, metrics = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
@@ -261,6 +269,8 @@ def _train_step(loss_of, optimizer, clip, placement, accumulate: int):
                 return jax.tree.map(jnp.add, total, gradient(microbatch)), None
 
             (grads, metrics), _ = jax.lax.scan(add, total, parts)
+
+        # Update parameters and optimizer state, each where ZeRO and offloading keep it.
         updates, opt_state = placement.update(
             optimizer.update, clip(grads), state.opt_state, state.params
         )

@@ -1,5 +1,4 @@
-"""What a run says at its end: scores beside baselines, a sample, a picture, result.json; or why it
-had to stop."""
+"""The end of a run: scores beside baselines, a sample, a picture and result.json, or an error."""
 
 import math
 from pathlib import Path
@@ -17,7 +16,7 @@ _BIGRAM_TRAINING_BYTES = 64 << 20
 
 
 def check_sample(config, model, tokenizer) -> None:
-    """Raises ValueError where `finish` could not generate the sample that the config asks for."""
+    """Raises ValueError if `finish` could not generate the sample that the config asks for."""
     if tokenizer is not None and config.sample.length:
         sampling.check_options(config.sample.temperature, None, None)
         prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
@@ -28,8 +27,10 @@ def check_sample(config, model, tokenizer) -> None:
 
 
 def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dict:
-    """Adds a sample to the scores of the test split; on process 0 baselines and file names too, and
-    writes result.json and loss.png."""
+    """Adds a sample to the scores of the test split, and returns them.
+
+    Process 0 also adds baselines and names of files, and writes result.json and loss.png.
+    """
     if tokenizer is not None and config.sample.length:
         prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
         tokens = sampling.stream_tokens(
@@ -57,16 +58,16 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
     result["workdir"] = str(workdir)
     result["checkpoint"] = str(workdir / "checkpoints" / str(result["steps"]))
     result["loss_curve"] = str(workdir / "loss.png")
-    units = ("bits a byte", 1 / math.log(2)) if byte_level else ("nats a token", 1.0)
+    units = ("bits per byte", 1 / math.log(2)) if byte_level else ("nats per token", 1.0)
     plots.loss_curve(metrics.read_metrics(workdir), workdir / "loss.png", *units, lines)
     run_record.write_json(workdir / "result.json", result)
     return result
 
 
 def text(result: dict) -> str:
-    """The end of a run, for people."""
+    """Returns a result as text, for people."""
     out = [
-        f"test loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
+        f"test loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
         f"accuracy {result['accuracy']:.4f}, over {result['tokens']:,} tokens"
     ]
     if "bits_per_byte" in result:
@@ -80,7 +81,7 @@ def text(result: dict) -> str:
 
 
 def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate: float) -> str:
-    """What to tell who trains when a step's metrics are not finite."""
+    """Returns the error of a step whose metrics are not finite: what is kept, and what to try."""
     checkpoints.wait()
     last = checkpoints.latest_step()
     kept = (
@@ -98,8 +99,10 @@ def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate:
 
 
 def scored_bytes(documents, count: int) -> list[bytes]:
-    """The documents in which the first `count` bytes of a split's one pass lie, the last one cut
-    there; in the corpus's order."""
+    """Returns the documents of the first `count` bytes of one pass over a split.
+
+    The last one is cut there. They are in the corpus's order.
+    """
     order = packing.one_pass_order(len(documents))
     numbers = (order[i] for i in range(len(documents)))
     pieces = first_bytes(documents, numbers, count)
@@ -107,7 +110,7 @@ def scored_bytes(documents, count: int) -> list[bytes]:
 
 
 def first_bytes(documents, numbers, count: int):
-    """The documents of these numbers up to `count` bytes in all, the last one cut there."""
+    """Yields the documents of these numbers up to `count` bytes in all. The last one is cut."""
     for i in numbers:
         document = documents[i]
         yield document if len(document) <= count else Piece(document[:count])

@@ -1,5 +1,7 @@
-"""Several processes of a binary on this machine, forked from one that has imported everything:
-starting one costs no imports."""
+"""Starts several processes of a binary on this machine.
+
+They are forked from one that has imported everything, so that starting one costs no imports.
+"""
 
 import multiprocessing
 import os
@@ -8,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -31,8 +33,7 @@ def get_config():
 
 
 class Launcher:
-    """Starts processes of `python -m experiments.<binary>` on loopback, in the environment that
-    `tests/conftest.py` sets."""
+    """Starts processes of `python -m experiments.<binary>` on loopback."""
 
     def __init__(self):
         self._context = multiprocessing.get_context("forkserver")
@@ -48,22 +49,32 @@ class Launcher:
         only: Sequence[int] | None = None,
         port: int | None = None,
         binary: str = "train",
-        hook: tuple[str, int] | None = None,
+        hook: tuple[str, int | None] | None = None,
+        heartbeat: int = 3600,  # a loaded machine is no dead one
+        environment: Callable[[int], dict[str, str]] | None = None,
     ) -> "Processes":
-        """Process 0 to processes - 1, or those in `only`. hook: the name of a function here, and
-        the process that calls it at every step with (step, workdir)."""
+        """Starts processes 0 to processes - 1, or those in `only`.
+
+        hook: the name of a function of this file that is called at every step with (step, workdir),
+          and by which process; None is all of them.
+        environment: from a process's number, variables that tell it and its place in the run; None:
+          flags do.
+        """
         logs.mkdir(parents=True, exist_ok=True)
-        share = [
-            f"--coordinator=localhost:{port or _free_port()}",
-            f"--num_processes={processes}",
-            "--distributed_heartbeat=3600",  # a loaded machine is no dead one
-        ]
+        port = port or free_port()
         started = {}
         for i in range(processes) if only is None else only:
-            mine = hook[0] if hook and hook[1] == i else None
-            log = logs / f"{i}.log"
-            own = [*arguments, *share, f"--process_id={i}"] if processes > 1 else arguments
-            target = self._context.Process(target=_run, args=(binary, own, log, devices, mine))
+            mine = hook[0] if hook and hook[1] in (i, None) else None
+            log, own = logs / f"{i}.log", list(arguments)
+            if processes > 1:
+                own += [f"--distributed_heartbeat={heartbeat}"]
+            if processes > 1 and not environment:
+                place = {"coordinator": f"localhost:{port}", "num_processes": processes}
+                own += [f"--{n}={value}" for n, value in (place | {"process_id": i}).items()]
+            variables = environment(i) if environment else {}
+            target = self._context.Process(
+                target=_run, args=(binary, own, log, devices, mine, variables)
+            )
             target.start()
             started[i] = target
         return Processes(started, logs)
@@ -74,8 +85,7 @@ class Processes:
         self.started, self._logs = started, logs
 
     def wait(self, seconds: float) -> dict[int, int]:
-        """Exit codes by process; fails, and kills, where one is still running after so many
-        seconds."""
+        """Returns exit codes by process. Kills and fails if one still runs after `seconds`."""
         deadline = time.monotonic() + seconds
         for process in self.started.values():
             process.join(max(0, deadline - time.monotonic()))
@@ -124,13 +134,22 @@ def fail_at_step_2(step, workdir):
         raise KeyError("no such document")
 
 
+def hang_while_1_exits(step, workdir):
+    if step == 2 and jax.process_index() == 1:
+        os._exit(1)
+    if step == 2:
+        time.sleep(600)
+
+
 def config_file(folder: Path) -> Path:
     path = folder / "config.py"
-    path.write_text(_CONFIG.format(folder=str(folder)))
+    if not path.exists():  # a process that has been started may be reading it
+        path.write_text(_CONFIG.format(folder=str(folder)))
     return path
 
 
-def _run(binary, arguments, log, devices, hook):
+def _run(binary, arguments, log, devices, hook, environment):
+    os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -151,7 +170,7 @@ def _run(binary, arguments, log, devices, hook):
         print("CPU", time.process_time(), flush=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.launch import cli, rendezvous
+from experiments.launch import cli
 from experiments.training import run_record
 from seqmodels.language_model import config_fields
 from tests.experiments import called, tiny
@@ -174,17 +174,6 @@ def python(*arguments):
     )
 
 
-def test_a_process_that_is_missing_is_no_mistake_of_the_programs():
-    """Its exit code asks for another start; all is told without a traceback."""
-
-    def start(argv):
-        raise rendezvous.Incomplete("waited 300 s for 4 processes; missing: 2")
-
-    with pytest.raises(rendezvous.Incomplete) as error:
-        cli._explained(start, [])
-    assert cli._exit_code(error.value) == (5, "waited 300 s for 4 processes; missing: 2")
-
-
 def closed_pipe():
     """Where writing fails, as in `... | head` once head has ended."""
     reader, writer = os.pipe()
@@ -193,7 +182,9 @@ def closed_pipe():
 
 
 def test_a_reader_that_has_left_ends_the_program_quietly():
-    program = "from experiments import cli\ncli.run(lambda argv: print('a'), config_from=None)"
+    program = (
+        "from experiments.launch import cli\ncli.run(lambda argv: print('a'), config_from=None)"
+    )
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with closed_pipe() as output:
         done = subprocess.run(
