@@ -308,7 +308,7 @@ def test_the_space_before_the_first_word_is_told(kind, tmp_path):
 
     def told(tokens, prompt):
         made = (np.array([i]) for i in tokens)
-        return "".join(t for _, t in sampling.stream_texts(made, tokenizer, 1, prompts=[prompt]))
+        return "".join(t for _, t in sampling.stream_texts(made, tokenizer, [prompt]))
 
     start = [tokenizer.document_id]
     assert told(ids[len(prompt) :], start + prompt) == " dog"

