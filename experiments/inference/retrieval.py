@@ -15,8 +15,8 @@ def evaluate(
     forms: Sequence[str],
     lengths: Sequence[int] = LENGTHS,
     depths: Sequence[float] = DEPTHS,
-    *,
     examples: int = 10,
+    *,
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[dict]:

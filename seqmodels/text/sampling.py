@@ -166,17 +166,6 @@ def pieces(length: int) -> list[int]:
     return [MAX_PIECE] * (length // MAX_PIECE) + powers
 
 
-def stream_tokens(
-    model, params, prompt: Sequence[int], length: int, *, stop_token: int | None = None, **options
-) -> Iterator[int]:
-    """Yields up to `length` tokens that continue one prompt; ends before `stop_token`. options: as
-    `stream_batch` has them."""
-    for token_B in stream_batch(model, params, [prompt], length, **options):
-        if token_B[0] == stop_token:
-            return
-        yield int(token_B[0])
-
-
 def generate(
     model,
     params,
@@ -320,15 +309,6 @@ class TextStream:
         text = "".join(itertools.compress(self._held[:count], self._is_shown))
         self._held, self._is_shown = self._held[count:], self._is_shown[count:]
         return text
-
-
-def stream_text(tokens: Iterator[int], tokenizer, prompt: Sequence[int] = ()) -> Iterator[str]:
-    """Yields text as the tokens come, never half a character. Joined, it is what they add to
-    `tokenizer.decode` of the prompt."""
-    stream = TextStream(tokenizer, prompt=prompt)
-    for token in tokens:
-        yield stream.add(token)
-    yield stream.end()
 
 
 def prompt_tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
