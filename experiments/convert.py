@@ -1,15 +1,15 @@
 """Weights from any source to a folder that other programs read, to our own layout, or to a run to
 go on from.
 
-    python -m experiments.convert --source=gguf:smollm2 --to=workdir --out=runs/smollm2 python -m
-    experiments.convert --source=folder_or_hub_name --to=seqmodels --out=exported --dtype=bfloat16
+    python -m experiments.convert --source=gguf:smollm2 --to=workdir --out=runs/smollm2
+    python -m experiments.convert --source=folder_or_hub_name --to=seqmodels --out=exported \
+      --dtype=bfloat16
     python -m experiments.convert --source=runs/quickstart-20261121-120000 --to=llama --out=exported
 
-Sources: a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the one of the
-extra [smollm]), a hub name such as HuggingFaceTB/SmolLM2-135M, or the workdir of a run (its latest
-checkpoint). Layouts: "workdir", with which train (--config=configs/workdir.py:runs/smollm2),
-evaluate and generate go on; "seqmodels", which holds every model of ours; or a model_type such as
-llama, where that layout can say what the model is.
+Sources are those of `seqmodels.load`, the workdir of a run among them (its latest checkpoint).
+Layouts: "workdir", with which train (--config=configs/workdir.py:runs/smollm2), evaluate and
+generate go on; "seqmodels", which holds every model of ours; or a model_type such as llama, where
+that layout can say what the model is.
 
 The tokenizer goes along, with what its files say of tokens: which begin and end a text or a turn,
 and the chat templates. From bytes other programs' layouts get a tokenizer.json of them.
@@ -28,6 +28,7 @@ from absl import flags
 
 from experiments.inference import pretrained
 from experiments.launch import cli
+from seqmodels import loading
 from seqmodels.checkpoints_io import files, own_layout
 
 _SOURCE = flags.DEFINE_string("source", None, "where the weights come from", required=True)
@@ -36,7 +37,7 @@ _TO = flags.DEFINE_enum("to", own_layout.MODEL_TYPE, pretrained.layouts(), "the 
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
-    pretrained.DTYPES,
+    loading.DTYPES,
     "of the weights, and of a workdir's activations, whose weights are float32; default: the source's",
 )
 _MAX_LEN = flags.DEFINE_integer(
@@ -55,9 +56,7 @@ def main(argv):
     cli.no_arguments(argv)
     started = time.perf_counter()
     wide = {"param_dtype": "float32"} if _TO.value == pretrained.WORKDIR else None
-    found = pretrained.find(
-        _SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value, overrides=wide
-    )
+    found = loading.find(_SOURCE.value, dtype=_DTYPE.value, max_len=_MAX_LEN.value, overrides=wide)
     leaves = jax.tree.leaves(found.params)
     dtypes = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
     print(f"{_SOURCE.value}: {sum(leaf.size for leaf in leaves):,} parameters, {dtypes}")

@@ -1,35 +1,34 @@
 """Continues prompts with the latest checkpoint of a run, or a pretrained model: one as a stream,
 several together.
 
-    python -m experiments.generate --workdir=runs/quickstart-20261121-120000 --prompt="def "
-    --length=300 --temperature=0.8 python -m experiments.generate --workdir=... --prompt="def "
-    --prompt="class A" --stop=";" --temperature=0 python -m experiments.generate
-    --model=gguf:smollm2 --chat --prompt="What is a state space?"
+    python -m experiments.generate --workdir=runs/quickstart-20261121-120000 --prompt="def " \
+      --length=300 --temperature=0.8
+    python -m experiments.generate --workdir=... --prompt="def " --prompt="class A" --stop=";" \
+      --temperature=0
+    python -m experiments.generate --model=gguf:smollm2 --chat --prompt="What is a state space?"
 
 The prompt is read first; then each token costs the same time and the same memory, however much was
 read, in stacks of recurrent and windowed layers. An empty prompt starts a new document. Generation
 ends early where the model ends its text or turn or starts another document, and before a stop
-string. --model takes a folder with config.json and safetensors, gguf:<file> (gguf:smollm2 is the
-one of the extra [smollm]), or a hub name; --chat puts the prompt into the model's chat template,
-also of a run that `convert` made of such a model.
+string. --model takes what `seqmodels.load` does; --chat puts the prompt into the model's chat
+template, also of a run that `convert` made of such a model.
 """
-
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
+import seqmodels
 from experiments.inference import pretrained
 from experiments.launch import cli
-from experiments.training import restore, run_record, steps
-from seqmodels.text import sampling
+from experiments.training import run_record
+from seqmodels import loading
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a training run")
 _MODEL = flags.DEFINE_string("model", None, "in place of a run: a folder, gguf:<file>, a hub name")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "with --model: a tokenizer.json, if it has none")
 _CHAT = flags.DEFINE_bool("chat", False, "prompts are questions to an assistant")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, pretrained.DTYPES, "with --model: of the weights; default: the file's"
+    "dtype", None, loading.DTYPES, "with --model: of the weights; default: the file's"
 )
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "text to continue; can be given several times")
@@ -48,64 +47,37 @@ _SEED = flags.DEFINE_integer("seed", 0, "another seed, another text")
 
 def main(argv):
     cli.no_arguments(argv)
-    if bool(_MODEL.value) == bool(_WORKDIR.value):
-        raise cli.UserError("give one of --workdir, of a training run, and --model")
-    if _MODEL.value:
-        loaded = pretrained.load(_MODEL.value, _TOKENIZER.value, dtype=_DTYPE.value)
-        prompts = _prompts(loaded, loaded.prompt_tokens)
-        loaded = loaded.with_max_len(max(map(len, prompts)) + _LENGTH.value)
-        _tell(loaded.model, loaded.params, loaded.tokenizer, prompts, loaded.stop_tokens)
-        return
-    config = flags.FLAGS.config
-    if _TOKENIZER.value or _DTYPE.value:
-        raise cli.UserError("--tokenizer and --dtype go with --model")
-    if "tokenizer" not in config.data:
-        raise cli.UserError(
-            f"the run's data, {config.data.name!r}, is not text: there is nothing to generate"
-        )
-    config = restore.reading_config(config)
-    program = steps.build(config, config.data.seq_len)
-    _, params = restore.evaluation_params(program, config, Path(_WORKDIR.value), _STEP.value)
-    loaded = pretrained.with_tokenizer(pretrained.of_run(config, params, _WORKDIR.value))
-    prompts = _prompts(loaded, lambda text: sampling.prompt_tokens(text, loaded.tokenizer))
-    _tell(program.model, params, loaded.tokenizer, prompts, loaded.stop_tokens)
-
-
-def _prompts(loaded: pretrained.Loaded, encode) -> list[list[int]]:
-    if not _CHAT.value:
-        return [encode(prompt) for prompt in _PROMPT.value]
-    return [loaded.chat_tokens([{"role": "user", "content": p}]) for p in _PROMPT.value]
-
-
-def _tell(model, params, tokenizer, prompts, stop_tokens) -> None:
+    loaded = _load()
     options = {
+        "max_new_tokens": _LENGTH.value,
         "temperature": _TEMPERATURE.value,
         "top_k": _TOP_K.value,
         "top_p": _TOP_P.value,
         "seed": _SEED.value,
+        "stop": _STOP.value,
+        "chat": _CHAT.value,
     }
     shown = ["" if _CHAT.value else prompt for prompt in _PROMPT.value]
-    if len(prompts) == 1:
-        tokens = sampling.stream_batch(model, params, prompts, _LENGTH.value, **options)
+    if len(shown) == 1:
+        pieces = loaded.generate(_PROMPT.value[0], stream=True, **options)
         print(shown[0], end="", flush=True)
-        texts = sampling.stream_texts(tokens, tokenizer, 1, _STOP.value, stop_tokens, prompts)
-        for _, text in texts:
+        for text in pieces:
             print(text, end="", flush=True)
         print()
         return
-    texts = sampling.generate(
-        model,
-        params,
-        tokenizer,
-        prompts,
-        _LENGTH.value,
-        batch_size=_BATCH_SIZE.value,
-        stop=_STOP.value,
-        stop_tokens=stop_tokens,
-        **options,
-    )
+    texts = loaded.generate(_PROMPT.value, batch_size=_BATCH_SIZE.value, **options)
     for number, (prompt, text) in enumerate(zip(shown, texts), start=1):
         print(f"{number} {'-' * 78}\n{prompt}{text}")
+
+
+def _load() -> loading.LoadedModel:
+    if bool(_MODEL.value) == bool(_WORKDIR.value):
+        raise cli.UserError("give one of --workdir, of a training run, and --model")
+    if _MODEL.value:
+        return seqmodels.load(_MODEL.value, _TOKENIZER.value, dtype=_DTYPE.value)
+    if _TOKENIZER.value or _DTYPE.value:
+        raise cli.UserError("--tokenizer and --dtype go with --model")
+    return pretrained.load_run(flags.FLAGS.config, _WORKDIR.value, _STEP.value)
 
 
 def _config(flag) -> ConfigDict:

@@ -1,8 +1,7 @@
-"""Our models in EleutherAI's lm-evaluation-harness (`pip install '.[eval]'`).
+"""Our models in EleutherAI's lm-evaluation-harness (extra [eval]).
 
-    python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=arc_easy,lambada_openai python
-    -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=mine
-    --lm_eval_path=folder_of_yaml_files
+    python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=arc_easy,lambada_openai
+    python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=mine --lm_eval_path=folder
 
 What a request means (where context and continuation part, which token stands before an empty
 context, rolling windows) is the harness's own, as its model for transformers has it; so the same
@@ -11,7 +10,7 @@ weights get the same scores.
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 try:
@@ -21,57 +20,56 @@ try:
 except ImportError as error:
     raise ValueError(f"lm_eval tasks need the extra: pip install '.[eval]' ({error})") from error
 
+from seqmodels.loading import LoadedModel
 from seqmodels.text import sampling, scoring
-from seqmodels.text.tokenizers import fits
+from seqmodels.text.tokenizers import BYTES, fits
 
 MAX_GENERATED = 256  # tokens, where a task does not say
 
 
 class HarnessModel(TemplateLM):
-    """A language model with its parameters and its tokenizer (`seqmodels.text.tokenizers`).
+    """A loaded model as the harness asks it.
 
-    batch_size: prompts generated together.   tokens_a_batch: of scoring, see `scoring.score`.
+    Before an empty context, and before a text whose perplexity is asked for, stands a prefix token:
+    the document's start for models that have learned documents with it (runs, models of bytes),
+    which have it before all contexts, too; else what the harness takes of a Hugging Face tokenizer,
+    its bos token, or its eos token. A generated text begins with the space that stands before its
+    first word, under every tokenizer; the harness's model for transformers decodes it alone, and
+    has no such space with SentencePiece.
+
+    batch_size: prompts generated together. tokens_a_batch: of scoring, see `scoring.score`.
     max_length: tokens that the model may see; longer requests lose tokens from the left, as the
-      harness has it. None: as many as there are, and of generation as many as the shortest cache of
-      a full-attention layer holds.
-    prefix_token: what stands before an empty context and before a text whose perplexity is asked
-      for; None is the tokenizer's document_id. The harness takes a Hugging Face tokenizer's bos
-      token, or its eos token.
-    document_starts: puts it before all contexts, which models want that have learned documents with
-      it.
-    encode: text to ids with the special tokens that a pretrained model's tokenizer file puts there,
-      as the harness asks it of transformers; None adds none.
-    stop_tokens: that end a generated text; None is document_id. A generated text begins with the
-    space that stands before its first word, under every tokenizer; the harness's model for
-    transformers decodes it alone, and has no such space with SentencePiece.
+      harness has it. None is the context of a pretrained model. A run is given as many as there
+      are, up to its learned positions, and when generating as many as the shortest cache of a
+      full-attention layer holds.
     """
 
     def __init__(
         self,
-        model,
-        params,
-        tokenizer,
+        loaded: LoadedModel,
         *,
         batch_size: int = 8,
         tokens_a_batch: int = 4096,
         max_length: int | None = None,
-        prefix_token: int | None = None,
-        document_starts: bool = False,
-        encode: Callable[[str], list[int]] | None = None,
-        stop_tokens: Collection[int] | None = None,
     ):
         super().__init__()
-        if not fits(tokenizer, model.vocab_size):
+        text, vocab_size = loaded.tokenizer, loaded.model.vocab_size
+        if not fits(text, vocab_size):
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, and the model's vocabulary {model.vocab_size}: use the "
+                f"the tokenizer has {text.vocab_size} tokens, and the model's vocabulary {vocab_size}: use the "
                 "tokenizer that the model was trained with"
             )
-        self._model, self._params, self._text = model, params, tokenizer
+        self._loaded, self._text = loaded, text
         self._batch_size, self._tokens_a_batch = batch_size, tokens_a_batch
-        self._max_length, self._document_starts = max_length, document_starts
-        self._encode = encode
-        self._prefix_token = tokenizer.document_id if prefix_token is None else prefix_token
-        self._stop_tokens = stop_tokens
+        tokens, limit = loaded.found.tokens, sampling.context_limit(loaded.model)
+        self._cached = limit and limit[0]
+        self._document_starts = loaded.starts_documents or loaded.tokenizer_name == BYTES
+        if self._document_starts:
+            self._prefix_token, context = text.document_id, loaded.model.learned_positions
+        else:
+            ends = next(iter(tokens.eos), text.document_id)
+            self._prefix_token, context = ends if tokens.bos is None else tokens.bos, self._cached
+        self._max_length = context if max_length is None else max_length
 
     @property
     def eot_token_id(self) -> int:
@@ -91,20 +89,20 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         ids = [int(i) for i in self._text.encode(string)]
-        if self._encode is not None:
-            started = add_special_tokens is None and ids[:1] == [self.prefix_token_id]
-            return ids if add_special_tokens is False or started else self._encode(string)
-        starts = self._document_starts if add_special_tokens is None else add_special_tokens
-        return [self.prefix_token_id] * starts + ids
+        if add_special_tokens is False:
+            return ids
+        begins = add_special_tokens is None and ids[:1] == [self.prefix_token_id]
+        return ids if begins and not self._document_starts else self._loaded.encode(string)
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """requests: ((context, continuation), context's ids, continuation's ids)."""
+        """Scores requests ((context, continuation), context's ids, continuation's ids)."""
         sequences = []
         for _, context, continuation in requests:
             tokens = [*context, *continuation]
             sequences.append(tokens[-(self._max_length + 1) :] if self._max_length else tokens)
+        loaded = self._loaded
         scores = scoring.score(
-            self._model, self._params, sequences, tokens_a_batch=self._tokens_a_batch
+            loaded.model, loaded.params, sequences, tokens_a_batch=self._tokens_a_batch
         )
         answers = []
         for (texts, _, continuation), (nll_N, correct_N) in zip(requests, scores):
@@ -118,8 +116,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
         for number, request in enumerate(requests):
-            # The prefix stands before them in any case; the harness has a tokenizer file's own
-            # beside it.
+            # The prefix stands before them in any case; the harness puts what a tokenizer's file
+            # adds behind it.
             plain = False if self._document_starts else None
             tokens = self.tok_encode(request.args[0], add_special_tokens=plain)
             rolling = utils.get_rolling_token_windows(
@@ -146,10 +144,9 @@ class HarnessModel(TemplateLM):
         for numbers in groups.values():
             options, length, stop = _generation(requests[numbers[0]].args[1])
             prompts = [self._prompt(requests[number].args[0], length) for number in numbers]
-            found = sampling.generate(
-                self._model, self._params, self._text, prompts, length,
-                batch_size=self._batch_size, stop=stop, stop_tokens=self._stop_tokens, **options,
-            )  # fmt: skip
+            found = self._loaded.generate(
+                prompts, max_new_tokens=length, stop=stop, batch_size=self._batch_size, **options
+            )
             for number, text in zip(numbers, found):
                 texts[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -157,8 +154,7 @@ class HarnessModel(TemplateLM):
 
     def _prompt(self, context: str, length: int) -> list[int]:
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        cached = (sampling.context_limit(self._model) or (None,))[0]
-        limit = min(filter(None, (self._max_length, cached)), default=None)
+        limit = min(filter(None, (self._max_length, self._cached)), default=None)
         if limit is None:
             return tokens
         if length >= limit:
@@ -169,7 +165,7 @@ class HarnessModel(TemplateLM):
 
 
 def _generation(asked: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
-    """A task's generation arguments: (options of sampling, tokens, stop strings)."""
+    """Returns a task's generation arguments as (options of sampling, tokens, stop strings)."""
     asked = dict(asked)
     until = asked.pop("until", None) or []
     length = next(
@@ -198,12 +194,11 @@ def run(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any]:
-    """The harness's results: "results" (task -> metric -> value), "n-samples", versions and configs
-    of the tasks.
+    """Returns the harness's results: "results" (task -> metric -> value), "n-samples", "versions".
 
-    path: a folder of task files of your own.   include_defaults: read the harness's own, too, which
-                                                takes seconds.
-    limit: examples a task.
+    path: a folder with task files of your own. include_defaults: whether the harness's own are read,
+    too, which takes seconds. limit: examples of each task.
+
     Raises ValueError for a task that is not there, with close matches.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
@@ -236,7 +231,7 @@ def _unknown(name: str, known: set[str], path: str | None) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Metrics a task, for people."""
+    """Returns every task's metrics as a table for people."""
     lines = []
     for task, metrics in results["results"].items():
         for metric, value in metrics.items():

@@ -18,7 +18,7 @@ from experiments.inference import pretrained
 from experiments.linearization import tasks, teachers
 from experiments.training import loop, restore, run_record, steps
 from experiments.training.checkpoints import Checkpoints, TrainState
-from seqmodels import language_model
+from seqmodels import language_model, loading
 from seqmodels.checkpoints_io import own_layout
 from seqmodels.linearize import layer_trees, students
 from seqmodels.modules import pattern
@@ -151,7 +151,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     chosen_config = students.student_config(teacher.model_config, chosen.model.mixers)
     _save_student(config, chosen_config, chosen.params, workdir / "student")
     if config.linearize.export:
-        found = pretrained.find(str(workdir / "student"))
+        found = loading.find(str(workdir / "student"))
         pretrained.write(found, own_layout.MODEL_TYPE, workdir / "pretrained")
     result = {
         "student": str(workdir / "student"),

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.inference import pretrained
-from seqmodels import checkpoints_io, language_model, mixers
+from seqmodels import checkpoints_io, language_model, loading, mixers
 from seqmodels.text import tokenizers
 
 
@@ -45,7 +44,7 @@ def load(source: str, overrides: dict[str, Any]) -> Teacher:
         raise ValueError(
             "no teacher: set --config.linearize.teacher to a run's folder, a Hugging Face folder, or gguf:<file>"
         )
-    found = pretrained.find(source, dtype="float32")
+    found = loading.find(source, dtype="float32")
     return Teacher(dict(found.model_config) | overrides, found)
 
 
@@ -68,7 +67,7 @@ def with_data(config: ConfigDict, teacher: Teacher) -> ConfigDict:
     if data.document_token:
         own = found.hf_config | {"document_token": data.document_token}
         found = dataclasses.replace(found, hf_config=own)
-    loaded = pretrained.with_tokenizer(found, name)
+    loaded = loading.with_tokenizer(found, name)
     data.update({"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token})
     return config
 

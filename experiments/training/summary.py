@@ -33,16 +33,9 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
     """
     if tokenizer is not None and config.sample.length:
         prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
-        tokens = sampling.stream_tokens(
-            model,
-            params,
-            prompt,
-            config.sample.length,
-            temperature=config.sample.temperature,
-            seed=config.seed,
-            stop_token=tokenizer.document_id,
-        )
-        said = "".join(sampling.stream_text(tokens, tokenizer, prompt))
+        options = {"temperature": config.sample.temperature, "seed": config.seed}
+        length = config.sample.length
+        said = sampling.generate(model, params, tokenizer, [prompt], length, **options)[0]
         result["sample"] = config.sample.prompt + said
     if jax.process_index():
         return result

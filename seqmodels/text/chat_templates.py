@@ -1,5 +1,5 @@
-"""Conversations as text, by the Jinja template of a model: what transformers' `apply_chat_template`
-makes of it."""
+"""Conversations as text, by a model's Jinja template, as transformers' `apply_chat_template` writes
+them."""
 
 import datetime
 import json
@@ -10,12 +10,14 @@ try:
     import jinja2
     from jinja2 import ext, nodes, sandbox
 except ImportError as error:
-    raise ValueError("chat templates need jinja2: pip install 'linear-seqmodels[gguf]'") from error
+    raise ValueError(
+        "chat templates need jinja2: pip install 'linear-seqmodels[gguf]', or jinja2 by itself"
+    ) from error
 
 
 class _Generation(ext.Extension):
-    """{% generation %}: says what an assistant wrote, to those who train on that alone; it is shown
-    as it is."""
+    """{% generation %} ... {% endgeneration %} marks what an assistant wrote, for training on that
+    alone; it is shown as it is."""
 
     tags = {"generation"}
 
@@ -34,14 +36,13 @@ def _refuse(message):
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Without the escapes for HTML of Jinja's own."""
+    """The filter `tojson` without the escapes for HTML of Jinja's own."""
     options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is None; what a model thought has several names, and templates ask for one or
-    another."""
+    """Drops fields that are None, and gives a model's reasoning both names that templates read."""
     said = {k: v for k, v in message.items() if v is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     thought = next((said[name] for name in names if name in said), None)
@@ -55,11 +56,12 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The text of a conversation up to where the answer begins, in a sandbox: a template is a part
-    of somebody's file.
+    """Returns a conversation as text, up to where the answer begins.
 
-    special: the texts of special tokens, "bos_token" and others. tools: JSON schemas. documents:
-    with "title" and "text". Raises ValueError for whatever the template makes happen.
+    The template runs in a sandbox: it is a part of somebody's file. special: the texts of special
+    tokens, such as "bos_token". tools: JSON schemas. documents: with "title" and "text".
+
+    Raises ValueError for whatever the template makes happen.
     """
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]

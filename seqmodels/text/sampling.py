@@ -1,17 +1,17 @@
-"""Text from a language model: prompts of different lengths read together, then one token a call
-with a state of constant size.
+"""Text from a language model: prompts of different lengths are read together, then a step of
+decoding adds a token to each, with a state of constant size.
 
 How prompts are read. A packed row leaves one state, that of its last document, so several prompts
 in a row would lose all states but the last. Here every prompt has a row, and the padding that makes
 rows equal stands before it, as a document of its own. Documents never touch, whatever the mixer: a
 prompt starts from nothing wherever in its row it starts, and the state that leaves the row is the
 one it has alone. All rows end together, so all decode together, and a full-attention cache holds no
-more tokens than the longest prompt has. What padding costs is kept small by sorting: prompts of one
-batch are of similar length.
+more tokens than the longest prompt has. Sorting keeps padding small: prompts of one batch are of
+similar length.
 
-Rows are fed in pieces whose lengths are powers of two, of which the longest prompt's length is a
-sum. So prompts of all lengths need log2(MAX_PIECE) + 1 compiled programs at most, and memory is
-that of one piece, however long they are.
+Rows are fed in pieces whose lengths are powers of two that add up to the longest prompt's length.
+So prompts of all lengths need log2(MAX_PIECE) + 1 compiled programs at most, and memory is that of
+one piece, however long they are.
 """
 
 import functools
@@ -26,6 +26,7 @@ import numpy as np
 from seqmodels import mixers
 from seqmodels.array_typing import Array
 from seqmodels.mixers.attention import KeyValueCache
+from seqmodels.text.tokenizers import Tokenizer
 
 MAX_PIECE = 512
 _PADDING, _PROMPT = 0, 1  # segment ids
@@ -38,7 +39,7 @@ def sample_token(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Array:
-    """Token ids (B,) drawn from softmax(logits / temperature).
+    """Draws token ids (B,) from softmax(logits / temperature).
 
     temperature: 0 takes the most likely token. top_k: only among the k most likely. top_p: only
     among the fewest whose probability reaches p, at the given temperature (nucleus sampling, arXiv
@@ -46,23 +47,26 @@ def sample_token(
     """
     if temperature < jnp.finfo(jnp.float32).tiny:  # smaller ones are 0 to many devices
         return jnp.argmax(logits_BW, axis=-1).astype(jnp.int32)
-    # The most likely has 0: a small temperature makes the others -inf, and none inf.
+    # The most likely token gets 0: a small temperature makes the others -inf, and none inf.
     logits_BW = (logits_BW - logits_BW.max(axis=-1, keepdims=True)) / temperature
     if top_k is not None:
         kth_B = jax.lax.top_k(logits_BW, min(top_k, logits_BW.shape[-1]))[0][:, -1]
         logits_BW = jnp.where(logits_BW < kth_B[:, None], -jnp.inf, logits_BW)
     if top_p is not None:
+        # A token is outside if those more likely than it reach p without it.
         order_BW = jnp.argsort(-logits_BW, axis=-1)
         p_BW = jnp.take_along_axis(jax.nn.softmax(logits_BW), order_BW, axis=-1)
         before_BW = jnp.cumsum(p_BW, axis=-1) - p_BW
         outside_BW = (before_BW >= top_p).at[:, 0].set(False)
+        # Back from the order of likelihood to that of ids.
         outside_BW = jnp.take_along_axis(outside_BW, jnp.argsort(order_BW, axis=-1), axis=-1)
         logits_BW = jnp.where(outside_BW, -jnp.inf, logits_BW)
     return jax.random.categorical(key, logits_BW).astype(jnp.int32)
 
 
 def _draw(logits_BW, key_data_BK, i, options):
-    """Each row by a key of its own, so that what it gets does not depend on the others."""
+    """Draws the i-th token of each row by the row's own key: what it gets does not depend on the
+    other rows."""
 
     def row(key_data, logits_W):
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), i)
@@ -76,7 +80,7 @@ _draw_first = jax.jit(_draw, static_argnames="options")
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _read(model, params, state, tokens_BT, segment_ids_BT=None):
-    """logits_BW of the last tokens alone, and the state after them."""
+    """Returns logits_BW of the last tokens alone, and the state after them."""
 
     def last(x_BTD, matrix, layout):
         return model.logits(x_BTD[:, -1:], matrix, layout)[:, 0]
@@ -112,35 +116,42 @@ def stream_batch(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields token_B, the next token of every prompt, `length` times; whoever has enough stops
-    asking.
+    """Returns an iterator of token_B, the next token of every prompt, of `length` steps.
 
     prompts: token ids, at least one each, of any lengths. Each goes on as it does alone.
-    numbers: with `seed` they fix what is drawn, one a prompt; None counts from 0. Raises ValueError
-    for an empty prompt, ids outside the vocabulary, options out of range, and where a
-    full-attention layer's cache is too short.
+    numbers: of the prompts; with `seed` they fix what is drawn. None counts from 0.
+
+    Raises ValueError for an empty prompt, ids outside the vocabulary, options out of range, and
+    where a full-attention layer's cache or the learned positions are too short.
     """
     check_options(temperature, top_k, top_p)
     _check_prompts(model, prompts)
-    prompt_length = max(map(len, prompts))
-    check_length(model, prompt_length, length)
-    B, options = len(prompts), (temperature, top_k, top_p)
-    state = _initial_state(model, B)
+    check_length(model, max(map(len, prompts)), length)
+    key_data_BK = _keys(seed, range(len(prompts)) if numbers is None else numbers)
+    options = (temperature, top_k, top_p)
+    return _steps(model, params, prompts, length, key_data_BK, options)
+
+
+def _steps(model, params, prompts, length, key_data_BK, options) -> Iterator[np.ndarray]:
+    # Padding before each prompt, as a document of its own.
+    T = max(map(len, prompts))
+    tokens_BT = np.zeros((len(prompts), T), np.int32)
+    segment_ids_BT = np.full(tokens_BT.shape, _PADDING, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, T - len(prompt) :] = prompt
+        segment_ids_BT[row, T - len(prompt) :] = _PROMPT
+    state = _initial_state(model, len(prompts))
     if jax.process_count() > 1:  # NumPy arrays go to all devices, those of one process do not
         state = jax.device_get(state)
-    tokens_BT = np.zeros((B, prompt_length), np.int32)
-    segment_ids_BT = np.full((B, prompt_length), _PADDING, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, prompt_length - len(prompt) :] = prompt
-        segment_ids_BT[row, prompt_length - len(prompt) :] = _PROMPT
+    # Prefill, a power of two of tokens at a time.
     start = 0
-    for T in pieces(prompt_length):
-        piece = slice(start, start + T)
+    for size in pieces(T):
+        piece = slice(start, start + size)
         logits_BW, state = _read(
             model, params, state, tokens_BT[:, piece], segment_ids_BT[:, piece]
         )
-        start += T
-    key_data_BK = _keys(seed, range(B) if numbers is None else numbers)
+        start += size
+    # Decoding: each step reads the token that the last one drew, and draws the next.
     token_B = _draw_first(logits_BW, key_data_BK, 0, options=options)
     for i in range(1, length):
         yield np.asarray(token_B)
@@ -149,27 +160,16 @@ def stream_batch(
 
 
 def pieces(length: int) -> list[int]:
-    """Powers of two up to MAX_PIECE, the largest first, that add up to `length`."""
+    """Returns powers of two up to MAX_PIECE, the largest first, that add up to `length`."""
     rest = length % MAX_PIECE
     powers = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
     return [MAX_PIECE] * (length // MAX_PIECE) + powers
 
 
-def stream_tokens(
-    model, params, prompt: Sequence[int], length: int, *, stop_token: int | None = None, **options
-) -> Iterator[int]:
-    """Yields up to `length` tokens that continue one prompt; ends before `stop_token`. Options as
-    `stream_batch` has them."""
-    for token_B in stream_batch(model, params, [prompt], length, **options):
-        if token_B[0] == stop_token:
-            return
-        yield int(token_B[0])
-
-
 def generate(
     model,
     params,
-    tokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     length: int,
     *,
@@ -178,46 +178,52 @@ def generate(
     stop_tokens: Collection[int] | None = None,
     **options,
 ) -> list[str]:
-    """The text that follows each prompt (token ids): up to `length` tokens, or to the first stop
-    string or token, left out.
+    """Returns the text that follows each prompt (token ids): up to `length` tokens, or to the first
+    stop string or token, left out.
 
     batch_size: prompts that are read and continued together, sorted by length; the last batch is
       filled up, so that all have one shape. A batch ends when all its rows have.
-    stop_tokens: None is the tokenizer's document_id.   options: as `stream_batch` has them, without
-                                                        numbers.
+    stop_tokens: None is the tokenizer's document_id.
+    options: as `stream_batch` has them, without numbers.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    _check_prompts(model, prompts)
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batch_size = min(batch_size, len(prompts))
-    for start in range(0, len(order), batch_size or 1):
+    for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         filled = numbers + numbers[-1:] * (batch_size - len(numbers))
-        stream = stream_batch(
+        tokens = stream_batch(
             model, params, [prompts[i] for i in filled], length, numbers=filled, **options
         )
-        shown = stream_texts(
-            stream, tokenizer, len(numbers), stop, stop_tokens, [prompts[i] for i in numbers]
-        )
-        for row, text in shown:
+        own = [prompts[i] for i in numbers]
+        for row, text in stream_texts(tokens, tokenizer, own, stop, stop_tokens):
             texts[numbers[row]] += text
     return texts
 
 
 def stream_texts(
     tokens: Iterator[np.ndarray],
-    tokenizer,
-    rows: int,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
     stop: Sequence[str] = (),
     stop_tokens: Collection[int] | None = None,
-    prompts: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(row, text) of the first `rows` of `stream_batch`'s rows as it comes, each up to its first
-    stop string or token; ends when all have. prompts: what each row goes on from; None where the
-    tokens are whole documents."""
-    stop_tokens = [tokenizer.document_id] if stop_tokens is None else stop_tokens
-    texts = [TextStream(tokenizer, stop, prompt) for prompt in prompts or [()] * rows]
+    """Returns an iterator of (row, piece of text) as `stream_batch`'s tokens come. A row's text
+    ends before its first stop string or token; the iterator ends when all have.
+
+    prompts: what the first rows go on from; further rows are passed over. stop_tokens: None is the
+    tokenizer's document_id.
+    """
+    texts = [TextStream(tokenizer, stop, prompt) for prompt in prompts]
+    return _pieces_of_text(
+        tokens, texts, [tokenizer.document_id] if stop_tokens is None else stop_tokens
+    )
+
+
+def _pieces_of_text(tokens, texts, stop_tokens) -> Iterator[tuple[int, str]]:
     for token_B in tokens:
         for row, text in enumerate(texts):
             if not text.ended:
@@ -238,7 +244,7 @@ class TextStream:
 
     What `add` and `end` return, joined, is what the tokens add to `tokenizer.decode` of the prompt:
     the space before the first word, too. It is cut before the first stop string. Stop strings are
-    looked for in the text with its special tokens in it, which is not shown, so that "<|im_end|>"
+    looked for in the text with its special tokens in it, which are not shown, so that "<|im_end|>"
     stops.
     """
 
@@ -247,25 +253,26 @@ class TextStream:
             raise ValueError("a stop string is empty: it would stop every text before it starts")
         self.ended = False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        # Text that a stop string may begin with, and of each of its characters whether it is shown.
+        # Text that a stop string may begin with, and for each of its characters whether it is
+        # shown.
         self._held, self._is_shown = "", []
         self._go_on_from([i for i in prompt if i not in tokenizer.special_texts])
 
     def add(self, token: int) -> str:
-        """Text that is certain with this token."""
+        """Returns the text that is certain with this token."""
         special = self._tokenizer.special_texts.get(token)
         if special is not None:
-            return self._pass(special, shown=False)
+            return self._release(special, shown=False)
         self._pending.append(token)
         new = self._new()
-        if not new or new.endswith("\N{REPLACEMENT CHARACTER}"):
+        if not new or new.endswith("\N{REPLACEMENT CHARACTER}"):  # the start of a character
             return ""
         self._go_on_from(self._pending)
-        return self._pass(new)
+        return self._release(new)
 
     def end(self) -> str:
-        """What is left after the last token."""
-        text = self._pass(self._new())
+        """Returns what is left after the last token."""
+        text = self._release(self._new())
         if self.ended:
             return text
         self.ended = True
@@ -273,7 +280,7 @@ class TextStream:
 
     def _go_on_from(self, tokens: list[int]) -> None:
         """Takes the text of `tokens` as told. They are decoded again with the next ones, whose text
-        may depend on what is before them; since the text of `tokens` is whole, no character is cut
+        may depend on what is before them; the text of `tokens` is whole, so no character is cut
         where they begin."""
         self._context, self._pending = tokens, []
         self._told = self._tokenizer.decode(tokens)
@@ -281,7 +288,8 @@ class TextStream:
     def _new(self) -> str:
         return self._tokenizer.decode(self._context + self._pending)[len(self._told) :]
 
-    def _pass(self, text: str, shown: bool = True) -> str:
+    def _release(self, text: str, shown: bool = True) -> str:
+        """Adds to what is held, and returns of it what no stop string can begin with."""
         self._held += text
         self._is_shown += [shown] * len(text)
         found = [place for s in self._stop if (place := self._held.find(s)) >= 0]
@@ -297,27 +305,19 @@ class TextStream:
         return self._take(len(self._held) - max(may_begin, default=0))
 
     def _take(self, count: int) -> str:
-        """The first characters of what is held, without those that are not shown."""
+        """Returns the first characters of what is held, without those that are not shown."""
         text = "".join(itertools.compress(self._held[:count], self._is_shown))
         self._held, self._is_shown = self._held[count:], self._is_shown[count:]
         return text
 
 
-def stream_text(tokens: Iterator[int], tokenizer, prompt: Sequence[int] = ()) -> Iterator[str]:
-    """Text as the tokens come, never half a character. Joined, it is what they add to
-    `tokenizer.decode` of the prompt."""
-    stream = TextStream(tokenizer, prompt=prompt)
-    for token in tokens:
-        yield stream.add(token)
-    yield stream.end()
-
-
-def prompt_tokens(prompt: str, tokenizer) -> list[int]:
-    """The ids of a prompt as the start of a document; an empty one is the document's start alone."""
+def prompt_tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of a prompt as the start of a document; of an empty one document_id alone."""
     return [tokenizer.document_id, *tokenizer.encode(prompt).tolist()]
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError for options of `sample_token` that are out of range."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be 0 (most likely token) or more")
     if top_k is not None and top_k < 1:
@@ -349,8 +349,8 @@ def check_ids(model, tokens: Sequence[int] | np.ndarray) -> None:
 
 
 def context_limit(model) -> tuple[int, str] | None:
-    """The tokens that the model can read, and what ends there: the shortest full-attention cache,
-    or learned positions; None where nothing does."""
+    """Returns how many tokens the model can read, and what ends there: the shortest full-attention
+    cache, or learned positions. None where nothing does."""
 
     def is_cache(x):
         return isinstance(x, KeyValueCache)

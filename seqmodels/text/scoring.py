@@ -28,26 +28,24 @@ def _nll_and_correct(model, params, batch):
 def score(
     model, params, sequences: Sequence[Sequence[int]], *, tokens_a_batch: int = 4096
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(nll_N, correct_N) of each sequence: of its tokens but the first, -log p (float32, nats)
-    given all before them, and whether each is the likeliest.
+    """Returns (nll_N, correct_N) of each sequence of token ids: for its tokens but the first, -log p
+    (float32, nats) given all before them, and whether each is the likeliest.
 
     A row holds as many sequences as fit, each a document of its own, so that no sequence sees
     another. Rows are as long as a power of two that holds the longest sequence, or the learned
     positions if those are fewer, and there are as many as tokens_a_batch allows: one compiled
-    program. Raises ValueError for a sequence of fewer than two tokens, for more than the model has
-    learned positions for, and for ids outside the vocabulary.
+    program.
+
+    Raises ValueError for a sequence of fewer than two tokens, for more than the model has learned
+    positions for, and for ids outside the vocabulary.
     """
     for i, sequence in enumerate(sequences):
+        what = f"sequence {i} of {len(sequences)} has {len(sequence)} tokens"
         if len(sequence) < 2:
-            raise ValueError(
-                f"sequence {i} of {len(sequences)} has {len(sequence)} tokens; scoring takes two: one that is given, and one "
-                "that is scored"
-            )
+            raise ValueError(f"{what}; scoring takes two: a given one, and one that is scored")
         positions = model.learned_positions
         if positions is not None and len(sequence) - 1 > positions:
-            raise ValueError(
-                f"sequence {i} of {len(sequences)} has {len(sequence)} tokens, and the model has learned {positions} positions"
-            )
+            raise ValueError(f"{what}, and the model has learned {positions} positions")
         sampling.check_ids(model, sequence)
     if not sequences:
         return []
@@ -57,6 +55,7 @@ def score(
     rows = list(_rows([len(sequence) - 1 for sequence in sequences], T))
     scores: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0))] * len(sequences)
     for first in range(0, len(rows), B):
+        # Pack a batch, and remember where each sequence lies.
         places = {}
         batch = {key: np.zeros((B, T), np.int32) for key in ("inputs", "labels", "segment_ids")}
         for row, numbers in enumerate(rows[first : first + B]):
@@ -74,8 +73,8 @@ def score(
 
 
 def _rows(lengths: Sequence[int], row_length: int) -> Iterator[list[int]]:
-    """Numbers of the sequences of each row: the longest that is left, and the shortest ones that
-    still fit."""
+    """Yields the numbers of the sequences of each row: the longest that is left, and the shortest
+    ones that still fit."""
     left = deque(sorted(range(len(lengths)), key=lambda number: -lengths[number]))
     while left:
         row = [left.popleft()]

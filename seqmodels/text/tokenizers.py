@@ -109,7 +109,13 @@ class FileTokenizer:
 def open_file(path: str):
     """Opens a file with the library, switching off the truncation, padding and random choices (BPE
     dropout) that it may have been saved with."""
-    import tokenizers  # compiled; training on bytes does not need it
+    try:
+        import tokenizers  # a compiled library that runs on bytes need not load
+    except ImportError as error:
+        raise ValueError(
+            "a tokenizer.json is read by the package tokenizers, which is not installed: "
+            "pip install 'linear-seqmodels[train]', or tokenizers by itself"
+        ) from error
 
     file = pathlib.Path(path).expanduser()
     if not file.is_file():

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import tokenizers
 
+import seqmodels
 from configs import common
 from experiments.data import make_dataset
 from experiments.inference import pretrained
 from experiments.training import loop, restore, run_record, steps
 from experiments.training.checkpoints import Checkpoints, TrainState
-from seqmodels import checkpoints_io, language_model
-from seqmodels.text import sampling
+from seqmodels import checkpoints_io, language_model, loading
+from seqmodels.checkpoints_io import runs
+from seqmodels.text import chat_templates, sampling
 from tests.experiments import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +63,7 @@ def folder(tmp_path_factory):
 
 
 def convert(source, layout, out, **options):
-    return pretrained.write(pretrained.find(str(source)), layout, out, **options)
+    return pretrained.write(loading.find(str(source)), layout, out, **options)
 
 
 def python(*arguments):
@@ -87,14 +89,14 @@ def test_a_folder_becomes_a_run_that_is_trained_on_and_exported(folder, tmp_path
     assert convert(folder, "workdir", workdir)[0] == workdir / "checkpoints" / "0"
     config = run_record.load_config(workdir)
     assert config.data.document_token == "<|endoftext|>"
-    start, there = pretrained.find(str(workdir)), checkpoints_io.load_pretrained(folder)
+    start, there = loading.find(str(workdir)), checkpoints_io.load_pretrained(folder)
     jax.tree.map(np.testing.assert_array_equal, start.params, there.params)
     with pytest.raises(ValueError, match="holds a run already"):
         convert(folder, "workdir", workdir)
     trained = loop.train(on_a_little_text(config, tmp_path), workdir, devices=jax.devices()[:1])
     assert trained["steps"] == 2
     convert(workdir, "llama", tmp_path / "out")
-    exported = pretrained.load(str(tmp_path / "out"))
+    exported = seqmodels.load(str(tmp_path / "out"))
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), exported.params, there.params)
     assert 0 < max(jax.tree.leaves(moved)) < 1e-3
     assert exported.document_token == "<|endoftext|>"
@@ -110,7 +112,7 @@ def test_a_run_from_narrow_weights(folder, tmp_path, stored):
     config = run_record.load_config(run)
     assert config.model.param_dtype == "float32"
     assert config.model.dtype == {"float16": "float32"}.get(stored, stored)
-    start = pretrained.find(str(run))
+    start = loading.find(str(run))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(start.params)} == {"float32"}
     narrow = checkpoints_io.load_pretrained(there).params
     jax.tree.map(
@@ -157,15 +159,15 @@ def test_a_model_of_bytes_keeps_its_tokenizer(tmp_path):
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     kept = {"model_type": "seqmodels", "tokenizer": "bytes", "document_token": ""}
     checkpoints_io.save_pretrained(tmp_path, config, params, hf_config=kept)
-    loaded = pretrained.load(str(tmp_path))
+    loaded = seqmodels.load(str(tmp_path))
     assert loaded.prompt_tokens("ab") == [256, 97, 98]
     with pytest.raises(ValueError, match="has no chat template"):
         loaded.chat_tokens([])
     checkpoints_io.save_pretrained(tmp_path, config, params)
     with pytest.raises(ValueError, match="has no tokenizer.json; give the path of one"):
-        pretrained.load(str(tmp_path))
+        seqmodels.load(str(tmp_path))
     convert(tmp_path, "seqmodels", tmp_path / "told", tokenizer="bytes")
-    assert pretrained.load(str(tmp_path / "told")).prompt_tokens("ab") == [256, 97, 98]
+    assert seqmodels.load(str(tmp_path / "told")).prompt_tokens("ab") == [256, 97, 98]
 
 
 def test_a_run_has_rows_that_the_models_positions_reach(tmp_path):
@@ -183,7 +185,7 @@ def test_layouts_there_and_back(folder, tmp_path):
     convert(folder, "seqmodels", own, dtype="bfloat16")
     assert json.loads((own / "config.json").read_text())["dtype"] == "bfloat16"
     convert(folder, "seqmodels", own)
-    assert pretrained.load(str(own)).document_token == "<|endoftext|>"
+    assert seqmodels.load(str(own)).document_token == "<|endoftext|>"
     convert(own, "llama", back)
     name = "model.safetensors"
     assert (back / name).read_bytes() == (folder / name).read_bytes()
@@ -191,7 +193,7 @@ def test_layouts_there_and_back(folder, tmp_path):
 
 
 def test_prompts_and_conversations(folder):
-    loaded = pretrained.load(str(folder))
+    loaded = seqmodels.load(str(folder))
     ids = loaded.chat_tokens([{"role": "user", "content": "abc"}])
     assert ids == [1, *loaded.prompt_tokens("abc"), 2] and len(ids) == 5
     assert loaded.stop_tokens == {0, 2} and loaded.prompt_tokens("") == [0]
@@ -206,8 +208,8 @@ def test_a_file_that_cuts_and_pads_leaves_prompts_whole(folder, tmp_path):
     saved.enable_padding(length=9, pad_id=0)
     saved.save(str(tmp_path / "tokenizer.json"))
     loaded, other = (
-        pretrained.load(str(folder)),
-        pretrained.load(str(folder), str(tmp_path / "tokenizer.json")),
+        seqmodels.load(str(folder)),
+        seqmodels.load(str(folder), str(tmp_path / "tokenizer.json")),
     )
     for asked in (
         lambda x: x.prompt_tokens("abcd"),
@@ -240,13 +242,13 @@ def test_the_programs(folder, tmp_path):
 def test_a_template_is_a_guest():
     messages = [{"role": "user", "content": "x"}]
     with pytest.raises(ValueError, match="cannot be rendered: .*unsafe"):
-        pretrained.render_chat("{{ messages.__class__.__mro__ }}", messages, {})
+        chat_templates.render("{{ messages.__class__.__mro__ }}", messages, {})
     with pytest.raises(ValueError, match="cannot be rendered: only users"):
-        pretrained.render_chat("{{ raise_exception('only users') }}", messages, {})
+        chat_templates.render("{{ raise_exception('only users') }}", messages, {})
     with pytest.raises(ValueError, match="cannot be rendered: .*zero"):
-        pretrained.render_chat("{{ 1 // 0 }}", messages, {})
+        chat_templates.render("{{ 1 // 0 }}", messages, {})
     with pytest.raises(ValueError, match="a conversation has one message at least"):
-        pretrained.render_chat("x", [], {})
+        chat_templates.render("x", [], {})
 
 
 SAID = [
@@ -278,15 +280,16 @@ SAID = [
 )  # fmt: skip
 def test_templates_have_what_transformers_gives_them(template, expected):
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    assert pretrained.render_chat(template, SAID, special) == expected
+    assert chat_templates.render(template, SAID, special) == expected
 
 
-def test_without_jinja_it_is_said_what_to_install(monkeypatch):
+def test_without_jinja_it_is_said_what_to_install(folder, monkeypatch):
+    loaded = seqmodels.load(folder)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "seqmodels.text.chat_templates", raising=False)
     monkeypatch.delattr("seqmodels.text.chat_templates", raising=False)
     with pytest.raises(ValueError, match="chat templates need jinja2: pip install"):
-        pretrained.render_chat("x", SAID, {})
+        loaded.chat_tokens(SAID)
 
 
 def with_tokens(found, **fields):
@@ -296,18 +299,18 @@ def with_tokens(found, **fields):
 def test_tools_have_a_template_of_their_own(folder):
     found = checkpoints_io.load_pretrained(folder)
     templates = {"default": "abc", "tool_use": "{{ tools[0].name }}{{ documents[0].text }}"}
-    loaded = pretrained.with_tokenizer(with_tokens(found, chat_templates=templates))
+    loaded = loading.with_tokenizer(with_tokens(found, chat_templates=templates))
     assert loaded.chat_tokens(SAID) == loaded.encode("abc")
     tools, documents = [{"name": "find"}], [{"title": "T", "text": "D"}]
     assert loaded.chat_tokens(SAID, tools, documents) == loaded.encode("findD")
-    loaded = pretrained.with_tokenizer(with_tokens(found, chat_templates={"rag": "x"}))
+    loaded = loading.with_tokenizer(with_tokens(found, chat_templates={"rag": "x"}))
     with pytest.raises(ValueError, match="has templates for rag alone"):
         loaded.chat_tokens(SAID)
 
 
 def test_several_ends_of_text_and_a_tokenizer_that_nothing_describes(folder, tmp_path):
     found = with_tokens(checkpoints_io.load_pretrained(folder), eos=(2, 1))
-    loaded = pretrained.with_tokenizer(found)
+    loaded = loading.with_tokenizer(found)
     assert loaded.stop_tokens == {0, 1, 2}  # a document's start, too
     alone = tmp_path / "alone" / "tokenizer.json"
     alone.parent.mkdir()
@@ -356,7 +359,7 @@ def test_what_is_said_of_tokens_goes_through_a_run(folder, tmp_path):
         assert config["pad_token_id"] == 1
         kept = json.loads((out / "generation_config.json").read_text())
         assert kept == generation | {"pad_token_id": 1}
-        assert pretrained.load(str(out)).chat_tokens(SAID) == pretrained.load(
+        assert seqmodels.load(str(out)).chat_tokens(SAID) == seqmodels.load(
             str(source)
         ).chat_tokens(SAID)
 
@@ -368,13 +371,13 @@ def test_a_run_that_nothing_else_is_known_of_ends_texts_as_its_documents(tmp_pat
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     run = common.get_config()
     run.model, run.data = config, {"tokenizer": "bytes", "document_token": ""}
-    found = pretrained.of_run(run, params, str(tmp_path))
+    found = runs.described(config, run.data.to_dict(), params, str(tmp_path))
     assert (found.tokens.bos, found.tokens.eos) == (256, (256,))
     pretrained.write(found, "llama", tmp_path / "out")
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["bos_token_id"] == fields["eos_token_id"] == 256
     # Its bytes are a tokenizer.json there, which other programs read.
-    exported = pretrained.load(str(tmp_path / "out"))
+    exported = seqmodels.load(str(tmp_path / "out"))
     text = bytes(range(128)).decode() + "na\u00efve \u4f60 \U0001f642"
     ids = [256, *text.encode()]
     assert exported.encode(text) == ids and exported.tokenizer.decode(ids) == text
@@ -388,8 +391,9 @@ def test_a_run_that_nothing_else_is_known_of_ends_texts_as_its_documents(tmp_pat
     run.data.tokenizer = str(tmp_path / "tokenizer.json")
     for token, start in (("<bot>", 2), ("", write_tokenizer(tmp_path))):
         run.data.document_token = token
-        pretrained.write(pretrained.of_run(run, params, ""), "llama", tmp_path / f"out{start}")
-        exported = pretrained.load(str(tmp_path / f"out{start}"))
+        found = runs.described(config, run.data.to_dict(), params, "")
+        pretrained.write(found, "llama", tmp_path / f"out{start}")
+        exported = seqmodels.load(str(tmp_path / f"out{start}"))
         assert (exported.document_token, exported.tokenizer.document_id) == (token, start)
         assert exported.found.tokens.eos == (start,)
 
@@ -399,9 +403,9 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
     tokenizer.save(str(tmp_path / "other" / "tokenizer.json"))
     with pytest.raises(ValueError, match="has 2 ids and the model .* it is another model's"):
-        pretrained.load(str(folder), str(tmp_path / "other" / "tokenizer.json"))
+        seqmodels.load(str(folder), str(tmp_path / "other" / "tokenizer.json"))
     with pytest.raises(FileNotFoundError, match="No tokenizer file '.*nowhere.json'"):
-        pretrained.load(str(folder), str(tmp_path / "nowhere.json"))
+        seqmodels.load(str(folder), str(tmp_path / "nowhere.json"))
     found = checkpoints_io.load_pretrained(folder)
     for other in ("other/tokenizer.json", "nowhere.json"):
         with pytest.raises((ValueError, FileNotFoundError), match="another model's|No tokenizer"):
@@ -417,7 +421,7 @@ def test_a_token_that_the_model_lacks_is_refused_where_it_comes_up(folder, tmp_p
     file.add_special_tokens([f"<more {i}>" for i in range(size + 2 - file.get_vocab_size())])
     file.save(str(tmp_path / "tokenizer.json"))
     more = found.tokens.filled(checkpoints_io.SpecialTokens(pad=size))
-    loaded = pretrained.with_tokenizer(
+    loaded = loading.with_tokenizer(
         dataclasses.replace(found, tokenizer_path=tmp_path / "tokenizer.json", tokens=more)
     )
     assert loaded.tokenizer.vocab_size == size + 2
@@ -435,8 +439,8 @@ def test_a_token_that_the_model_lacks_is_refused_where_it_comes_up(folder, tmp_p
     batch = {"inputs": np.zeros((2, 4), np.int32), "labels": np.full((2, 4), size)}
     with pytest.raises(ValueError, match=f"token id {size} is not in the model's vocabulary"):
         program.put(batch)
-    exported = pretrained.find(str(run))
+    exported = loading.find(str(run))
     assert exported.tokens.pad == size
     beyond = dataclasses.replace(loaded.found, hf_config={"document_token": "<more 6>"})
     with pytest.raises(ValueError, match=f"documents begin with token {size + 1}"):
-        pretrained.with_tokenizer(beyond)
+        loading.with_tokenizer(beyond)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import seqmodels
 from configs.linearize import (
     common,
     gated_delta_net,
@@ -158,7 +159,7 @@ def test_the_student_is_a_run_that_others_can_load(whole, teacher_run):
     adapted = {p for p in theirs if not np.array_equal(own[p], theirs[p])}
     assert adapted == {p for p in theirs if "/mixer/" in p and p.endswith("kernel")}
     assert result["stages"]["stage_1"]["loss"] > 0
-    exported = pretrained.load(str(workdir / "pretrained"))
+    exported = seqmodels.load(str(workdir / "pretrained"))
     assert exported.tokenizer_name == "bytes" and exported.document_token == ""
     jax.tree.map(np.testing.assert_array_equal, exported.params, params)
 

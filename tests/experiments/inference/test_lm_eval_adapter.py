@@ -1,6 +1,7 @@
 """EleutherAI's harness on our models; its own model for transformers, with the same weights, is the
 oracle."""
 
+import dataclasses
 import json
 import math
 
@@ -13,7 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from experiments.inference import lm_eval_adapter, pretrained
+import seqmodels
+from experiments.inference import lm_eval_adapter
 from tests.seqmodels.oracles import weights
 
 CONTEXT = 48
@@ -97,15 +99,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    loaded = pretrained.load(str(folder), dtype="float32")
-    return lm_eval_adapter.HarnessModel(
-        loaded.model,
-        loaded.params,
-        loaded.tokenizer,
-        batch_size=4,
-        max_length=CONTEXT,
-        encode=loaded.encode,
-    )
+    loaded = seqmodels.load(folder, dtype="float32")
+    return lm_eval_adapter.HarnessModel(loaded, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +168,14 @@ def test_tasks_of_our_own_score_as_with_transformers(ours, theirs, folder, monke
 
 
 def test_what_cannot_be_asked_is_told(ours, folder):
-    loaded = pretrained.load(str(folder), dtype="float32")
-    without_limit = lm_eval_adapter.HarnessModel(loaded.model, loaded.params, loaded.tokenizer)
+    loaded = seqmodels.load(folder, dtype="float32")
+    run = lm_eval_adapter.HarnessModel(dataclasses.replace(loaded, starts_documents=True))
+    assert run.tok_encode("5") == [0, *loaded.tokenizer.encode("5")]
 
     def generate(model, **asked):
         return model.generate_until(instances("generate_until", [("5 and", asked)]))
 
-    for model in (ours, without_limit):  # of the latter the cache is the limit
+    for model in (ours, run):  # of the latter the cache is the limit
         with pytest.raises(ValueError, match=f"up to {CONTEXT} tokens.*context is {CONTEXT}"):
             generate(model, max_gen_toks=CONTEXT)
     with pytest.raises(ValueError, match="'num_beams', which is not supported.*top_k"):
@@ -190,4 +186,4 @@ def test_what_cannot_be_asked_is_told(ours, folder):
         vocab_size = 10_000
 
     with pytest.raises(ValueError, match="tokenizer has 10000 tokens"):
-        lm_eval_adapter.HarnessModel(loaded.model, loaded.params, Larger())
+        lm_eval_adapter.HarnessModel(dataclasses.replace(loaded, tokenizer=Larger()))

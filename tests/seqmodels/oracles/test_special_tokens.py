@@ -9,10 +9,11 @@ import tokenizers
 import torch
 import transformers
 
+import seqmodels
 from experiments.inference import pretrained
-from seqmodels import checkpoints_io
+from seqmodels import checkpoints_io, loading
 from seqmodels.checkpoints_io import special_tokens
-from seqmodels.text import sampling
+from seqmodels.text import chat_templates, sampling
 from seqmodels.text.tokenizers import bytes_as_file
 from tests.seqmodels.checkpoints_io import test_gguf_sentencepiece as sentencepiece
 
@@ -98,7 +99,7 @@ def read_alike(folder):
     assert found.tokens.eos == tuple(ends if isinstance(ends, list) else [ends])
     assert found.tokens.bos == model.generation_config.bos_token_id
     assert found.tokens.names == theirs.special_tokens_map
-    loaded = pretrained.with_tokenizer(found)
+    loaded = loading.with_tokenizer(found)
     text = "w1 w2<turn> w3"
     assert loaded.encode(text) == theirs(text)["input_ids"]
     if found.tokens.chat_templates:
@@ -112,7 +113,7 @@ def read_alike(folder):
                 if "tools" in options and "tool_use" in found.tokens.chat_templates
                 else "default"
             )
-            shown = pretrained.render_chat(
+            shown = chat_templates.render(
                 found.tokens.chat_templates[name], MESSAGES, found.tokens.names, **options
             )
             assert shown == theirs.apply_chat_template(
@@ -140,7 +141,7 @@ def test_folders_and_what_becomes_of_them(kind, tmp_path):
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     found = read_alike(folder)
     pretrained.write(found, "workdir", tmp_path / "run")
-    pretrained.write(pretrained.find(str(tmp_path / "run")), "llama", tmp_path / "b")
+    pretrained.write(loading.find(str(tmp_path / "run")), "llama", tmp_path / "b")
     assert read_alike(tmp_path / "b").tokens == found.tokens
 
 
@@ -171,7 +172,7 @@ def test_generation_ends_where_theirs_does(tmp_path):
     theirs = model.generate(
         torch.tensor([[0, 7]]), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
-    loaded = pretrained.load(str(folder))
+    loaded = seqmodels.load(str(folder))
     ours = [0, 7]
     for token_B in sampling.stream_batch(loaded.model, loaded.params, [ours], 6, temperature=0):
         ours = [*ours, int(token_B[0])]
@@ -190,7 +191,7 @@ def test_a_sentencepiece_tokenizer_of_a_gguf_file(tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     special_tokens.write(tmp_path, special_tokens.read(path.parent), path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    loaded = pretrained.load(str(tmp_path))
+    loaded = seqmodels.load(str(tmp_path))
     assert theirs.special_tokens_map == loaded.found.tokens.names
     random = np.random.default_rng(0)
     for length in random.integers(0, 20, 50):

@@ -1,0 +1,78 @@
+"""A model's scores on a split: loss, perplexity, bits per byte, accuracy; by position in a document,
+or for tasks by length; by length of context. As JSON, pictures and tables."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.inference import subjects
+from experiments.inference.subjects import Subject
+from experiments.training import evaluation, plots, run_record
+
+
+def score(
+    subject: Subject,
+    split: str,
+    context_lengths: Sequence[int] = (),
+    *,
+    max_batches: int = 0,
+    buckets: int = 16,
+    out: Path | None,
+) -> None:
+    """Scores the subject's dataset, of this split; prints tables, and writes a JSON file and
+    pictures into `out`. None computes alone: what all processes but the first of a run do.
+
+    context_lengths: rows of so many tokens are scored as well, the same text again.
+    max_batches: of the split; 0 is all of it. buckets: rows of the tables.
+    """
+    scores = evaluation.evaluate(subject.program, subject.params, subject.dataset, max_batches)
+    read = functools.partial(subjects.read_split, split=split)
+    by_context = evaluation.by_context(
+        subject.config, subject.params, read, context_lengths, max_batches
+    )
+    totals = scores.totals()
+    evaluation.check_finite(subject.name, totals["loss"])
+    if out is None:
+        return
+    what = "position" if subject.loaded else "length"
+    table = (scores.by_position if subject.loaded else scores.by_length)(buckets)
+    result = totals | {"model": subject.name, "step": subject.step, "split": split}
+    result[f"by_{what}"] = table
+    if by_context:
+        result["by_context"] = [
+            s.totals() | {"context": length, "by_position": s.by_position(buckets)}
+            for length, s in by_context.items()
+        ]
+    path = out / f"evaluation_{split}"
+    run_record.write_json(path.with_suffix(".json"), result)
+    plots.bucket_curve(table, what, path.with_suffix(".png"))
+    _print_totals(result, what, table)
+    if by_context:
+        _print_contexts(result["by_context"], [s.late_loss() for s in by_context.values()])
+        curves = {f"{row['context']:,}": row["by_position"] for row in result["by_context"]}
+        plots.loss_by_position(curves, out / f"{path.name}_context.png")
+    print(f"\nwritten: {path}.json, {path}.png")
+
+
+def _print_totals(result: dict, what: str, table: Sequence[dict]) -> None:
+    print(f"{result['split']} split")
+    for key in ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens"):
+        if key in result:
+            digits = 0 if key == "tokens" else 4
+            print(f"  {key.replace('_', ' '):<14} {result[key]:>12,.{digits}f}")
+    print(f"\n  {what:>12}     tokens      loss  perplexity  accuracy")
+    for row in table:
+        print(f"  {row['first']}-{row['last']}".rjust(14) + _columns(row))
+
+
+def _print_contexts(rows: Sequence[dict], late_losses: Sequence[float]) -> None:
+    print("\n       context     tokens      loss  perplexity  accuracy  last quarter's loss")
+    for row, late_loss in zip(rows, late_losses):
+        print(f"  {row['context']:>12,}{_columns(row)} {late_loss:>20.4f}")
+
+
+def _columns(row: dict) -> str:
+    return (
+        f" {row['tokens']:>10,} {row['loss']:>9.4f} {row['perplexity']:>11.3f} "
+        f"{row['accuracy']:>9.4f}"
+    )

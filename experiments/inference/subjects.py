@@ -1,0 +1,110 @@
+"""What `experiments.evaluate` scores: a run or a pretrained model, on the mesh of a config."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import seqmodels
+from configs import common
+from experiments.data import default_config, make_dataset
+from experiments.inference import pretrained
+from experiments.launch import cli, distributed
+from experiments.training import restore, run_record, steps
+from seqmodels import sharding
+from seqmodels.loading import LoadedModel
+
+TEXTS = ["python_stdlib", "text", "tfds"]  # what a pretrained model can be scored on
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to score.
+
+    config: a run's, or one that a pretrained model's fields came into. params: as `program` has
+    them; those of `loaded`, too. loaded: None where the run's data is not text. dataset: this
+    process's share of the split that is scored, if one is. step: of a run.
+    """
+
+    name: str
+    config: ConfigDict
+    program: steps.Program
+    params: Any
+    loaded: LoadedModel | None
+    dataset: Any = None
+    step: int | None = None
+
+
+def config_of(flag: Callable[[str], str | None]) -> ConfigDict:
+    """Returns the config of --workdir's run, or with --model one with the data that --data names."""
+    if not flag("model"):
+        return run_record.load_config(flag("workdir") or "")
+    if flag("workdir"):
+        raise cli.UserError("give --workdir or --model, not both")
+    config = common.get_config()
+    config.data = default_config(flag("data") or TEXTS[0])
+    config.data.tokenizer = ""  # the model's
+    return config
+
+
+def of_run(
+    config, workdir: str, split: str | None, step: int | None = None, asked: Sequence[str] = ()
+) -> Subject:
+    """Returns a run's checkpoint, the latest if `step` is None, to score on a split if there is one.
+
+    asked: flags that need a language model. Raises UserError for one where the data is not text.
+    """
+    of_text = "tokenizer" in config.data
+    if asked and not of_text:
+        raise cli.UserError(
+            f"the run's data, {config.data.name!r}, is not text: --{asked[0]} needs a language model"
+        )
+    config = restore.reading_config(config)
+    dataset, length = _dataset(config, split)
+    program = steps.build(config, length)
+    step, params = restore.evaluation_params(program, config, Path(workdir), step)
+    loaded = pretrained.on_mesh(config, params, workdir) if of_text else None
+    return Subject(f"{workdir}, step {step}", config, program, params, loaded, dataset, step)
+
+
+def of_source(config, source: str, split: str | None, **options) -> Subject:
+    """Returns what `seqmodels.load` finds with these options; its fields are put into `config`."""
+    loaded = seqmodels.load(source, config.data.tokenizer, **options)
+    config.model = loaded.config
+    own = {"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token}
+    config.data.update(own)
+    dataset, length = _dataset(config, split)
+    if dataset is None:
+        length = min(length, loaded.model.learned_positions or length)
+    program = steps.build(config, length)
+    shapes = program.abstract_state.params
+    params = jax.tree.map(lambda p, shape: jax.device_put(p, shape.sharding), loaded.params, shapes)
+    found = dataclasses.replace(loaded.found, params=params)
+    loaded = dataclasses.replace(loaded, found=found)
+    return Subject(source, config, program, params, loaded, dataset)
+
+
+def read_split(config, split: str):
+    """Returns this process's share of a split of config.data.
+
+    Raises ValueError where the data has more ids than the model.
+    """
+    share = distributed.data_share(sharding.batch_sharding(sharding.make_mesh(config.mesh)))
+    dataset = make_dataset(config.data, split, process_index=share.index, process_count=share.count)
+    if dataset.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the data has ids up to {dataset.vocab_size - 1}, and the model a vocabulary of {config.model.vocab_size}: score it "
+            "with the tokenizer that it was trained with"
+        )
+    return dataset
+
+
+def _dataset(config, split: str | None):
+    """Returns (dataset or None, tokens of a row)."""
+    if split is None:
+        return None, config.data.get("seq_len", 8)
+    dataset = read_split(config, split)
+    return dataset, next(iter(dataset))["inputs"].shape[1]

@@ -1,0 +1,137 @@
+"""Runs of `experiments.train` as a source of weights.
+
+A run's folder holds config.json, the resolved config it trains with, and checkpoints/<step>,
+written by Orbax. It is read onto one device here, wherever it was trained; orbax-checkpoint (extra
+[train]) is imported when a checkpoint is read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels import language_model
+from seqmodels.checkpoints_io import files, own_layout, special_tokens
+from seqmodels.checkpoints_io.pretrained import Pretrained
+from seqmodels.checkpoints_io.special_tokens import SpecialTokens
+from seqmodels.text import tokenizers
+
+# A file of runs that began from pretrained weights: `Pretrained.dtypes` of those.
+STORED_DTYPES = "stored_dtypes.json"
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether `source` is the folder of a run."""
+    return (Path(source).expanduser() / "checkpoints").is_dir()
+
+
+def read_config(workdir: str | Path) -> dict[str, Any]:
+    """Returns what config.json of a run says. Raises ValueError where there is no such file."""
+    path = Path(workdir).expanduser() / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{workdir} holds no run: there is no {path}")
+    return files.read_json(path)
+
+
+def load_run(
+    workdir: str | Path, *, step: int | None = None, model_config: Mapping[str, Any] | None = None
+) -> Pretrained:
+    """Returns the model of a run's checkpoint, with the parameters to evaluate and sample with.
+
+    step: which checkpoint; None is the latest.
+    model_config: config.model to read it with, such as with another param_dtype; None is the run's.
+
+    Raises ValueError for a folder without such a checkpoint, a checkpoint of another model than the
+    config's, and where orbax-checkpoint is not installed.
+    """
+    config = read_config(workdir)
+    averaged = config.get("optimizer", {}).get("name") == "schedule_free"
+    model_config = dict(config["model"] if model_config is None else model_config)
+    checkpoint = _checkpoint(Path(workdir).expanduser() / "checkpoints", step)
+    params = _read_params(checkpoint, model_config, averaged)
+    return described(model_config, config["data"], params, str(workdir))
+
+
+def described(
+    model_config: Mapping[str, Any], data: Mapping[str, Any], params, workdir: str
+) -> Pretrained:
+    """Returns a run's model with these parameters, and what the run knows of tokens.
+
+    data: the config's section of the same name. What stands beside the tokenizer counts, as in any
+    folder; where that says nothing, a text begins and ends with the run's document token.
+    """
+    kept = {"model_type": own_layout.MODEL_TYPE}
+    name, path, tokens = data.get("tokenizer"), None, SpecialTokens()
+    if name is not None:
+        kept["document_token"] = data["document_token"]
+        if name == tokenizers.BYTES:
+            kept["tokenizer"] = name
+        else:
+            path = Path(name).expanduser()
+        start = tokenizers.make_tokenizer(name, data["document_token"]).document_id
+        known = special_tokens.read(path.parent if path else Path(workdir).expanduser())
+        tokens = known.filled(SpecialTokens(bos=start, eos=(start,)))
+    stored = Path(workdir).expanduser() / STORED_DTYPES
+    dtypes = files.read_json(stored) if stored.is_file() else {}
+    return Pretrained(dict(model_config), params, kept, workdir, path, tokens, dtypes)
+
+
+def _checkpoint(folder: Path, step: int | None) -> Path:
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    if not steps:
+        raise ValueError(f"{folder} holds no checkpoint")
+    if step is not None and step not in steps:
+        raise ValueError(
+            f"there is no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}"
+        )
+    return (folder / str(steps[-1] if step is None else step)).absolute()
+
+
+def _read_params(checkpoint: Path, model_config: Mapping[str, Any], averaged: bool):
+    """Reads the parameters of `model_config`; averaged: Schedule-Free's average of them."""
+    try:
+        from orbax.checkpoint import v1 as ocp
+    except ImportError as error:
+        raise ValueError(
+            "a run's checkpoints are read by orbax-checkpoint, which is not installed: "
+            "pip install 'linear-seqmodels[train]'"
+        ) from error
+    model = language_model.from_config(model_config)
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"])
+    stored = ocp.metadata(checkpoint, checkpointable_name="params").metadata
+    if _shapes(stored) != _shapes(shapes):
+        raise ValueError(f"{checkpoint} is of another model than config.json describes")
+
+    def read(**trees):
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        asked = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), trees
+        )
+        return ocp.load_checkpointables(checkpoint, asked)
+
+    if not averaged:
+        return read(params=shapes)["params"]
+    # Training moves y = b1 x + (1 - b1) z and keeps z; x is evaluated (arXiv 2405.15682), computed
+    # in the dtypes that were trained.
+    training = ocp.metadata(checkpoint, checkpointable_name="training").metadata
+    parts = read(params=stored, training=training)
+    leaves = jax.tree.leaves(parts["training"], is_leaf=_is_schedule_free)
+    state = next(filter(_is_schedule_free, leaves))
+    b1 = state["b1"]
+
+    def average(y, z, leaf):
+        return ((y - (1 - b1) * z) / b1).astype(leaf.dtype)
+
+    return jax.tree.map(average, parts["params"], state["z"], shapes)
+
+
+def _is_schedule_free(node) -> bool:
+    return isinstance(node, dict) and {"b1", "z", "weight_sum"} <= node.keys()
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)

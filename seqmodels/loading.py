@@ -1,0 +1,306 @@
+"""A language model with its tokenizer, from wherever its weights lie: it generates and scores text."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqmodels import checkpoints_io, language_model
+from seqmodels.checkpoints_io import runs, special_tokens
+from seqmodels.text import sampling, scoring, tokenizers
+
+DTYPES = ("float32", "bfloat16", "float16")  # of weights
+WHOLE_TEXT = "<|endoftext|>"  # separates documents in pretraining, where a vocabulary has it
+_LEAST_ROOM = 256  # tokens of a full-attention cache
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A language model with its parameters and its tokenizer.
+
+    found: the weights and configs as the source has them.
+    tokenizer: `seqmodels.text.tokenizers`' interface; its document_id is an id that the model has.
+    tokenizer_name, document_token: what `tokenizers.make_tokenizer` made it of.
+    starts_documents: whether a prompt begins with document_id, as texts do while a run trains. Else
+      it begins with the special tokens that the tokenizer's own file puts there.
+    """
+
+    found: checkpoints_io.Pretrained
+    model: language_model.LanguageModel
+    tokenizer: tokenizers.Tokenizer
+    tokenizer_name: str
+    document_token: str
+    starts_documents: bool = False
+
+    @property
+    def params(self):
+        """The model's parameters, in the dtypes they were loaded in."""
+        return self.found.params
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `language_model.from_config` makes the model of."""
+        return self.found.model_config
+
+    @property
+    def stop_tokens(self) -> set[int]:
+        """Ids at which the model's text or turn ends: a document's start, and its end tokens."""
+        return {self.tokenizer.document_id, *self.found.tokens.eos}
+
+    def with_max_len(self, max_len: int) -> "LoadedModel":
+        """Returns the same with full-attention layers that hold `max_len` tokens when decoding.
+
+        Raises ValueError for more than the model's context.
+        """
+        found = self.found
+        config = checkpoints_io.with_max_len(found.model_config, max_len, found.source)
+        found = dataclasses.replace(found, model_config=config)
+        return dataclasses.replace(self, found=found, model=found.model)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text as the start of a document."""
+        if self.starts_documents:
+            return sampling.prompt_tokens(text, self.tokenizer)
+        return self.tokenizer.encode(text, special=True).tolist()
+
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """Returns `encode` of a prompt, and one id at least."""
+        return self.encode(prompt) or [self.tokenizer.document_id]
+
+    def chat_tokens(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Returns the ids of a conversation up to where its answer begins, by the chat template.
+
+        messages: such as [{"role": "user", "content": "..."}]. tools, documents: as the template
+        takes them; a template called "tool_use" serves conversations with tools, if there is one.
+
+        Raises ValueError where the model has no template, or it does not take these messages.
+        """
+        templates, source = self.found.tokens.chat_templates, self.found.source
+        with_tools = tools is not None and "tool_use" in templates
+        name = "tool_use" if with_tools else special_tokens.DEFAULT
+        if not templates:
+            raise ValueError(f"{source} has no chat template; leave chat out")
+        if name not in templates:
+            raise ValueError(f"{source} has templates for {', '.join(templates)} alone")
+        from seqmodels.text import chat_templates  # an extra
+
+        names = self.found.tokens.names
+        text = chat_templates.render(templates[name], messages, names, tools, documents)
+        return self.tokenizer.encode(text).tolist()
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        chat: bool = False,
+        stream: bool = False,
+        batch_size: int = 8,
+    ) -> Any:
+        """Returns the text that follows a prompt, or a list of those that follow several.
+
+        A text ends after max_new_tokens tokens, where the model ends its text or turn, and before
+        the first stop string. What it is does not depend on the other prompts, nor on `stream`.
+
+        prompt: a text, a conversation ([{"role": "user", "content": "..."}], written with the chat
+          template), token ids, or a list of these.
+        temperature: 0 takes the most likely token, 1 samples from the model's distribution.
+        top_k, top_p: sample only among the k most likely tokens, or the fewest of probability p.
+        seed: another one, another text, unless the temperature is 0.
+        stop: text to end before; special tokens count, such as "<|im_end|>".
+        chat: texts are questions to an assistant.
+        stream: returns an iterator of pieces of text as they come, which joined are the text; of
+          several prompts, of (number of the prompt, piece).
+        batch_size: how many prompts are read and continued together.
+
+        Raises ValueError before anything is computed: for no prompt, ids that the model does not
+        have, options out of range, more tokens than a full-attention cache or learned positions
+        hold, and conversations without a chat template.
+        """
+        single = _is_prompt(prompt)
+        prompts = [self._ids(p, chat) for p in ([prompt] if single else prompt)]
+        model = self._with_room(max(map(len, prompts), default=0) + max_new_tokens)
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        ends = {"stop": (stop,) if isinstance(stop, str) else stop, "stop_tokens": self.stop_tokens}
+        if stream:
+            tokens = sampling.stream_batch(model, self.params, prompts, max_new_tokens, **options)
+            pieces = sampling.stream_texts(tokens, self.tokenizer, prompts, **ends)
+            return (text for _, text in pieces) if single else pieces
+        texts = sampling.generate(
+            model, self.params, self.tokenizer, prompts, max_new_tokens,
+            batch_size=batch_size, **ends, **options,
+        )  # fmt: skip
+        return texts[0] if single else texts
+
+    def score(self, text: Prompt | Sequence[Prompt]):
+        """Returns how likely the model finds a text: (nll_N, correct_N), or a list of those.
+
+        nll_N is -log p (nats) of each token given all before it, and correct_N whether it is the
+        likeliest; of all tokens of `prompt_tokens` but the first. exp(nll_N.mean()) is the
+        perplexity. text: as `generate` has prompts, such as token ids.
+        """
+        single = _is_prompt(text)
+        sequences = [self._ids(t) for t in ([text] if single else text)]
+        scores = scoring.score(self.model, self.params, sequences)
+        return scores[0] if single else scores
+
+    def _ids(self, prompt: Prompt, chat: bool = False) -> list[int]:
+        if isinstance(prompt, str):
+            if not chat:
+                return self.prompt_tokens(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            return self.chat_tokens(prompt)
+        return [int(i) for i in prompt]
+
+    def _with_room(self, tokens: int) -> language_model.LanguageModel:
+        """Returns the model with full-attention caches that hold `tokens`, as a power of two, so
+        that prompts of similar lengths share compiled programs; unchanged where they do not fit."""
+        limit, _ = sampling.context_limit(self.model) or (0, "")
+        if tokens > limit:
+            return self.model
+        room = max(_LEAST_ROOM, 1 << (tokens - 1).bit_length())
+        return self.with_max_len(min(room, limit)).model
+
+
+def load(
+    source: str | Path,
+    tokenizer: str = "",
+    *,
+    dtype: str | None = None,
+    max_len: int | None = None,
+    step: int | None = None,
+    **options,
+) -> LoadedModel:
+    """`seqmodels.load`, which says what the arguments are. options: `load_pretrained`'s others."""
+    source = str(source)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if not runs.is_run(source):
+        if step is not None:
+            raise ValueError(f"{source} is not the folder of a run: it has no step {step}")
+        if runs.is_run(Path(source) / "student"):
+            raise ValueError(f"{source} holds a linearization; its student is {source}/student")
+        found = checkpoints_io.load_pretrained(source, dtype=dtype, max_len=max_len, **options)
+        return with_tokenizer(found, tokenizer)
+    config = runs.read_config(source)["model"]
+    # Parameters in the dtype they are multiplied in: the same numbers in less memory.
+    how = {"param_dtype": dtype or config.get("dtype", "float32")}
+    if dtype:  # float16 is too narrow for activations
+        how["dtype"] = "float32" if dtype == "float16" else dtype
+    found = runs.load_run(source, step=step, model_config=config | how)
+    loaded = with_tokenizer(found, tokenizer, starts_documents=True)
+    return loaded if max_len is None else loaded.with_max_len(max_len)
+
+
+def find(source: str, *, max_len: int | None = None, **options) -> checkpoints_io.Pretrained:
+    """Returns the weights and configs of any source, to convert or to train on: a run's as it
+    trained them, others as `load_pretrained` reads them with these options."""
+    if not runs.is_run(source):
+        return checkpoints_io.load_pretrained(source, max_len=max_len, **options)
+    found = runs.load_run(source)
+    config = checkpoints_io.with_max_len(found.model_config, max_len, source)
+    return dataclasses.replace(found, model_config=config)
+
+
+def with_tokenizer(
+    found: checkpoints_io.Pretrained, tokenizer: str = "", *, starts_documents: bool = False
+) -> LoadedModel:
+    """Returns a model with the tokenizer that it brings, or a given one: 'bytes', or a file's path.
+
+    Raises ValueError where there is none, or it is of another vocabulary.
+    """
+    found = with_given_tokenizer(found, tokenizer)
+    name = str(found.tokenizer_path or "")
+    if not name and is_of_bytes(found):
+        name = tokenizers.BYTES
+    if not name:
+        raise ValueError(
+            f"{found.source} has no tokenizer.json; give the path of one as tokenizer, or 'bytes'"
+        )
+    token = found.hf_config.get("document_token")
+    if not isinstance(token, str):
+        token = "" if name == tokenizers.BYTES else _document_token(name, found)
+    text = tokenizers.make_tokenizer(name, token)
+    if text.document_id >= found.model_config["vocab_size"]:
+        raise ValueError(
+            f"documents begin with token {text.document_id} of the tokenizer {name}, and the model {found.source} "
+            f"has {found.model_config['vocab_size']} tokens: it is another model's"
+        )
+    return LoadedModel(found, found.model, text, name, token, starts_documents)
+
+
+def is_of_bytes(found: checkpoints_io.Pretrained) -> bool:
+    """Returns whether a model reads bytes without a tokenizer file."""
+    return found.hf_config.get("tokenizer") == tokenizers.BYTES
+
+
+def with_given_tokenizer(
+    found: checkpoints_io.Pretrained, tokenizer: str
+) -> checkpoints_io.Pretrained:
+    """Returns a model with a tokenizer that a user gives, 'bytes' or the path of a file; unchanged
+    where none is given.
+
+    Raises ValueError for one that is another model's: of so many more or fewer ids. Models round
+    their vocabularies up, and tokenizers get a token or two that the model never learned: a tenth,
+    or 256 ids, is allowed for. An id that the model has not is refused where it comes up.
+    """
+    if not tokenizer:
+        return found
+    path = Path(tokenizer).expanduser()
+    of_bytes = tokenizer == tokenizers.BYTES
+    size = tokenizers.ByteTokenizer.vocab_size if of_bytes else _open(str(path)).get_vocab_size()
+    vocab_size = found.model_config["vocab_size"]
+    if abs(size - vocab_size) > max(vocab_size // 10, 256):
+        raise ValueError(
+            f"the tokenizer {tokenizer} has {size} ids and the model {found.source} {vocab_size}: "
+            "it is another model's"
+        )
+    if of_bytes:
+        own = found.hf_config | {"tokenizer": tokenizer, "document_token": ""}
+        return dataclasses.replace(found, hf_config=own, tokenizer_path=None)
+    path = special_tokens.completed(path)
+    tokens = found.tokens.filled(special_tokens.read(path.parent))
+    return dataclasses.replace(found, tokenizer_path=path, tokens=tokens)
+
+
+def _is_prompt(value) -> bool:
+    """Returns whether this is one prompt: a text, messages, or token ids; not a list of prompts."""
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, Sequence | np.ndarray):
+        raise ValueError(
+            f"a prompt is a text, messages or token ids, or a list of these; got {value!r}"
+        )
+    return len(value) > 0 and not isinstance(value[0], str) and np.ndim(value[0]) == 0
+
+
+def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
+    """The token that stands before documents: what separated them in pretraining, as far as the
+    files tell."""
+    file, tokens = _open(path), found.tokens
+    for i in (file.token_to_id(WHOLE_TEXT), tokens.bos, *tokens.eos):
+        if i is not None and i < found.model_config["vocab_size"] and file.id_to_token(i):
+            return file.id_to_token(i)
+    raise ValueError(
+        f"{path}: no token is known to separate documents; the files beside it name none"
+    )
+
+
+_open = functools.lru_cache(maxsize=2)(tokenizers.open_file)
