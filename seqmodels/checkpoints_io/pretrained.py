@@ -19,7 +19,7 @@ from seqmodels.modules import pattern
 GGUF_PREFIX = "gguf:"
 # They say how a model is computed, not which one it is.
 _HOW = ("dtype", "param_dtype", "float32_residual", "remat", "scan_layers", "parent", "name")
-_HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "max_length")
+_HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "chunk_size", "max_length")
 
 
 @dataclasses.dataclass(frozen=True)

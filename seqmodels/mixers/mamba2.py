@@ -1,4 +1,4 @@
-"""Mamba-2 (SSD): a state space model whose decay is one scalar a head, hence linear attention."""
+"""Mamba-2 (SSD): a state space model with one decay per head, hence linear attention."""
 
 import flax.linen as nn
 import flax.struct
@@ -20,17 +20,23 @@ class State:
     C_tail: Array
 
 
-class Mamba2(base.Mixer):
-    """S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T;  o_t = S_t^T C_t + D x_t
-    (Dao & Gu, arXiv 2405.21060, eq. 16 and section 7).
+class Mamba2(base.ChunkedMixer):
+    """Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 16 and section 7).
+
+        S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T
+        o_t = S_t^T C_t + D x_t
 
     x, B, C = silu(conv(W u) + bias) of the input u; dt = softplus(W_dt u + dt_bias), A =
-    -exp(A_log) and D one a head; y = W_o RMSNorm(o * silu(W_z u)), the mean square being over the
+    -exp(A_log) and D per head; y = W_o RMSNorm(o * silu(W_z u)), the mean square being over the
     heads of one group, the gain over all. A ~ U(1, 16), dt ~ LogU(1e-3, 0.1), D = 1.
 
-    expand: E = expand D is the width of x and z. head_dim: V; there are H = E / V heads.
-    d_state: K, the width of B and C. num_groups: G; the H / G heads of a group share B and C.
-    use_bias: of the projections. conv_bias: of the convolutions.
+    Attributes:
+      expand: E = expand D is the width of x and z.
+      head_dim: V; there are H = E / V heads.
+      d_state: K, the width of B and C.
+      num_groups: G; the H / G heads of a group share B and C.
+      conv_width: taps.
+      use_bias, conv_bias: whether the projections, and the convolutions, have biases.
     """
 
     expand: int = 2
@@ -85,6 +91,7 @@ class Mamba2(base.Mixer):
             scale=1.0,
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         D_H = layers.gate_parameter(self, "D", nn.initializers.ones, (H,))

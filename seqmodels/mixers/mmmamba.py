@@ -25,21 +25,28 @@ class State:
 
 
 class MMMamba(attention.Attention):
-    """S_t = gamma_t S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t;  y = W_o (RMSNorm(o) * silu(W_g x))
-    (mmMamba, Liao et al., arXiv 2502.13145, eqs. 6-10).
+    """mmMamba (Liao et al., arXiv 2502.13145, eqs. 6-10), on a softmax layer's projections.
 
-    q, k, v = silu(conv(W x) + bias), W and W_o a softmax layer's, whose options these are; no
-    rotation, no norm of q and k. gamma = exp(-exp(A_log) softplus(W_dt x + dt_bias)), one a head.
-    The norm is a head's. W_g starts Xavier uniform with gain 2^-2.5.
+        S_t = gamma_t S_{t-1} + k_t v_t^T
+        o_t = S_t^T q_t
 
-    seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A =
-      e, so that little is forgotten, and convolutions that pass their last input (silu after them
-      still changes it). "scratch": dt_bias = 0, A ~ U(1, 16), random convolutions and W_dt.
+    y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. q, k, v = silu(conv(W x) + bias), W
+    and W_o a softmax layer's, whose options these are; no rotation, no norm of q and k. gamma =
+    exp(-exp(A_log) softplus(W_dt x + dt_bias)), one per head. W_g starts Xavier uniform with gain
+    2^-2.5.
+
+    Attributes:
+      conv_width: taps.
+      seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A =
+        e, so that little is forgotten, and convolutions that pass their last input (silu after them
+        still changes it). "scratch": dt_bias = 0, A ~ U(1, 16), random convolutions and W_dt.
+      chunk_size: as in `base.ChunkedMixer`.
     """
 
     rope_base: float | None = None
     conv_width: int = 2
     seed: str = "mimic"
+    chunk_size: int | None = None
 
     def _sizes(self):
         if self.seed not in SEEDS:
@@ -90,6 +97,7 @@ class MMMamba(attention.Attention):
             scale=1.0,
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         # Xavier's variance is the mean of fans'; the gain squared is 2^-5.

@@ -1,4 +1,4 @@
-"""RetNet: retention, linear attention with one fixed decay a head."""
+"""RetNet: retention, linear attention with one fixed decay per head."""
 
 import flax.linen as nn
 import flax.struct
@@ -18,15 +18,20 @@ class State:
     next_position_B: Array
 
 
-class RetNet(base.Mixer):
-    """S_t = gamma_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t / sqrt(K);  gamma_h = 1 - 2^(-5-h)
-    (Sun et al., arXiv 2307.08621, eqs. 6 and 8).
+class RetNet(base.ChunkedMixer):
+    """RetNet (Sun et al., arXiv 2307.08621, eqs. 6 and 8).
+
+        S_t = gamma_h S_{t-1} + k_t v_t^T
+        o_t = S_t^T q_t / sqrt(K)
+        gamma_h = 1 - 2^(-5-h)
 
     q, k = rope(W x), v = W_v x; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. No
     parameter sets the decay. Rotary positions without xPos' scaling and RMSNorm for GroupNorm, as
     in flash-linear-attention.
 
-    num_heads: H. expand_k, expand_v: widths of all heads of k and of v, in D.
+    Attributes:
+      num_heads: H.
+      expand_k, expand_v: widths of all heads of k and of v, in D.
     """
 
     num_heads: int = 4
@@ -40,7 +45,8 @@ class RetNet(base.Mixer):
         widths = int(self.d_model * self.expand_k), int(self.d_model * self.expand_v)
         if widths[0] % H or widths[1] % H:
             raise ValueError(
-                f"retnet: num_heads {H} must divide the key width {widths[0]} and the value width {widths[1]}"
+                f"retnet: num_heads {H} must divide the key width {widths[0]} and the value width "
+                f"{widths[1]}"
             )
         return H, widths[0] // H, widths[1] // H
 
@@ -58,6 +64,7 @@ class RetNet(base.Mixer):
             log_decay(H),
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         gate_BTHV = self.project_heads(x_BTD, H, V, "g")
@@ -72,5 +79,5 @@ class RetNet(base.Mixer):
 
 
 def log_decay(heads: int) -> Array:
-    """log gamma_H, gamma_h = 1 - 2^(-5-h)."""
+    """Returns log gamma_H, gamma_h = 1 - 2^(-5-h)."""
     return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=jnp.float32))))

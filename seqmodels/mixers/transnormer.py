@@ -10,7 +10,7 @@ from seqmodels.mixers import base
 from seqmodels.modules import feature_maps, layers, norms, positions
 from seqmodels.operators import linear_attention
 
-# Xavier uniform with gain 1/sqrt(2), on q, k and v.
+# On q, k and v: Xavier uniform with gain 1/sqrt(2).
 QKV_INIT = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 OUTPUT_INIT = nn.initializers.xavier_uniform()
 MAPS = {"t1": "elu", "t2": "elu_plus_one"}
@@ -24,20 +24,22 @@ class State:
     next_position_B: Array
 
 
-class TransNormer(base.Mixer):
-    """o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s;  y = W_o Norm(o), the norm over all heads
-      together
-    (NormAttention; Qin et al., arXiv 2210.10340, section 4.1).
+class TransNormer(base.ChunkedMixer):
+    """TransNormer's NormAttention (Qin et al., arXiv 2210.10340, section 4.1).
+
+        o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s
+        y_t = W_o Norm(o_t), the norm over all heads together
 
     q, k, v = W x + b. Neither a denominator nor a 1/sqrt(K). In the paper's stack these are the
     last half of the layers, after as many of `transnormer_local`. The weights start Xavier uniform,
     q, k, v with gain 1/sqrt(2).
 
-    num_heads: H; K = V = D / H.
-    variant: "t1" has phi = elu, so weights may be negative; "t2" has phi = elu + 1.
-    norm: of `norms.NORMS`, or "gated_rms_norm".
-    lrpe: adds relative positions, sum_i q_i k_i cos(theta_i (t - s)), which doubles K inside (see
-      `LRPE`).
+    Attributes:
+      num_heads: H; K = V = D / H.
+      variant: "t1" has phi = elu, so weights may be negative; "t2" has phi = elu + 1.
+      norm: of `norms.NORMS`, or "gated_rms_norm".
+      lrpe: adds relative positions, sum_i q_i k_i cos(theta_i (t - s)), which doubles K inside (see
+        `LRPE`).
     """
 
     num_heads: int = 4
@@ -76,6 +78,7 @@ class TransNormer(base.Mixer):
             scale=1.0,
             initial_state=state.S_BHKV,
             segment_ids=segment_ids_BT,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         o_BTD = NORMS[self.norm](name="o_norm")(o_BTHK.reshape(x_BTD.shape))
@@ -89,11 +92,12 @@ class TransNormer(base.Mixer):
 
 
 class LRPE(nn.Module):
-    """x_t -> [x_t cos(theta t) || x_t sin(theta t)], so that q_t . k_s becomes sum_i q_i k_i
-    cos(theta_i (t - s)) (linearized relative positional encoding, arXiv 2307.09270; TransNormerLLM,
-    arXiv 2307.14995, section 3.1).
+    """Linearized relative positional encoding (arXiv 2307.09270; TransNormerLLM, arXiv 2307.14995).
 
-    theta_HK is learned, from 10000^(-2 i / (H K)) with i counting the channels of all heads.
+        x_t -> [x_t cos(theta t) || x_t sin(theta t)]
+
+    so that q_t . k_s becomes sum_i q_i k_i cos(theta_i (t - s)). theta_HK is learned, from
+    10000^(-2 i / (H K)) with i counting the channels of all heads.
     """
 
     @nn.compact
@@ -132,7 +136,7 @@ NORMS = norms.NORMS | {"gated_rms_norm": GatedRMSNorm}
 
 
 def check_choice(option: str, value: str, choices) -> None:
-    """Raises ValueError, listing the choices, where there is none called `value`."""
+    """Raises ValueError, listing the choices, for a value that is none of them."""
     if value not in choices:
         raise ValueError(
             f"transnormer: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
