@@ -40,8 +40,7 @@ class DeltaRuleMixer(base.ChunkedMixer):
       head_dim: K; None is key_width D / G.
       expand_v: V / K.
       conv_width: taps; None leaves the convolutions out (silu stays).
-      allow_neg_eigval: beta in [0, 2], so that I - beta k k^T may reflect (arXiv 2411.12537, eq.
-        5).
+      allow_neg_eigval: beta in [0, 2], so that I - beta k k^T may reflect (arXiv 2411.12537).
       norm_eps: epsilon of the output's norm.
 
     A subclass sets the attributes below these, as constants or as options.
@@ -90,7 +89,7 @@ class DeltaRuleMixer(base.ChunkedMixer):
         )
 
     def _project_conv(self, x_BTD, width: int, name: str, unit_heads, segment_ids_BT, tail):
-        """Projects, convolves and activates; brings each of `unit_heads` heads, if any, to length 1."""
+        """Projects, convolves and activates; brings `unit_heads` heads, if any, to length 1."""
         z = self.project(x_BTD, width, name)
         if self.conv_width is not None:
             conv = self._conv(self.conv_width, l2_norm_heads=unit_heads, name=f"{name}_conv")

@@ -30,7 +30,7 @@ class State:
 
 
 class LoLCATs(attention.Attention):
-    """LoLCATs (Zhang et al., arXiv 2410.10254, section 3.2 and eq. 7), on a softmax layer's projections.
+    """LoLCATs on a softmax layer (Zhang et al., arXiv 2410.10254, section 3.2 and eq. 7).
 
         o_m = (sum_n a_mn v_n) / (sum_n a_mn)
         a_mn = g exp(q_m . k_n / sqrt(K) - c_m)     for the `window` latest n, m among them
@@ -63,8 +63,8 @@ class LoLCATs(attention.Attention):
     def _sizes(self):
         if not feature_maps.is_nonnegative(self.feature_map):
             raise ValueError(
-                f"lolcats: feature map {self.feature_map!r} takes both signs, so the sum of weights "
-                "may be zero; take one that is never negative"
+                f"lolcats: feature map {self.feature_map!r} takes both signs, so the sum of "
+                "weights may be zero; take one that is never negative"
             )
         return super()._sizes()
 
@@ -88,7 +88,7 @@ class LoLCATs(attention.Attention):
         run_BT = jnp.zeros((B, T), jnp.int32)
         if segment_ids_BT is not None:
             run_BT = operators.run_index(segment_ids_BT)
-        # Along S: the w tokens before, then these. Token t is at t + w; the one at t leaves its window.
+        # Along S: the w tokens before, then these. Token t is at t + w; that at t leaves its window.
         k_BSGK, v_BSGV, filled_BS, run_BS = (
             jnp.concatenate([before, now], axis=1)
             for before, now in (

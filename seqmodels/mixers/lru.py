@@ -82,7 +82,7 @@ class LRU(base.Mixer):
         return (y_BTD + x_BTD * D_D[None, None]).astype(self.dtype), State(h_BK)
 
     def _nu_log_init(self, key, shape, dtype=jnp.float32):
-        # |lambda|^2 is uniform, hence lambda over the ring's area; u > 0 keeps the logarithm finite.
+        # |lambda|^2 is uniform, hence lambda over the ring's area; u > 0 keeps the log finite.
         u = jax.random.uniform(key, shape, dtype, minval=1e-6, maxval=1.0)
         return jnp.log(-0.5 * jnp.log(u * (self.r_max**2 - self.r_min**2) + self.r_min**2))
 

@@ -136,7 +136,7 @@ def _decay_init(key, shape, dtype=jnp.float32):
 
 @jax.custom_jvp
 def sqrt_bounded_gradient(x: Array) -> Array:
-    """sqrt(x), x >= 0, whose derivative is at most 1000: that of sqrt(1 - a^2) is infinite at a = 1."""
+    """sqrt(x), x >= 0, whose derivative is at most 1000: that of sqrt(1 - a^2) has no bound."""
     return jnp.sqrt(x)
 
 

@@ -144,11 +144,10 @@ SLOPES = {
 def decay_slopes(rule: str, heads: int, index: int | Array, count: int) -> Array:
     """Returns slope_H of layer `index` (l, from 0) of `count` (L).
 
-    arithmetic   8 h/H (1 - l/L), as the paper states it; head 0 never forgets
-    alibi        2^(-8 (h+1)/H) (1 - l/(L-1) + 1e-5), as the released code has it; the last layer
-                 hardly forgets
-    minimax      2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), as transformers' MiniMax has it, for
-                 every H
+    arithmetic   8 h/H (1 - l/L), the paper's; head 0 never forgets
+    alibi        2^(-8 (h+1)/H) (1 - l/(L-1) + 1e-5), the released code's; the last layer hardly
+                 forgets
+    minimax      2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), transformers' MiniMax's, for every H
     """
     slopes, depth = SLOPES[rule]
     return jnp.asarray(slopes(heads), jnp.float32) * depth(index, count)

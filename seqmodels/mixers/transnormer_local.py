@@ -30,7 +30,7 @@ class State:
 
 
 class TransNormerLocal(base.Mixer):
-    """TransNormer's DiagAttention: attention inside blocks (Qin et al., arXiv 2210.10340, section 4.2).
+    """TransNormer's DiagAttention, inside blocks (Qin et al., arXiv 2210.10340, section 4.2).
 
         o_t = sum_s w_ts v_s over s <= t in t's block
         y_t = W_o Norm(o_t), the norm over all heads together

@@ -53,7 +53,8 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
     known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "kind"}
     if unknown := sorted(set(options) - known):
         raise ValueError(
-            f"channel mixer {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
+            f"channel mixer {name!r} has no option {unknown[0]!r}; "
+            f"it has {', '.join(sorted(known))}"
         )
     kinds = typing.get_type_hints(module)
     for option, value in options.items():
