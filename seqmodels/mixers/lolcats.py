@@ -88,7 +88,7 @@ class LoLCATs(attention.Attention):
         run_BT = jnp.zeros((B, T), jnp.int32)
         if segment_ids_BT is not None:
             run_BT = operators.run_index(segment_ids_BT)
-        # Along S: the w tokens before, then these. Token t is at t + w; that at t leaves its window.
+        # Along S: the w tokens before, then these. Token t is at t + w; that at t leaves.
         k_BSGK, v_BSGV, filled_BS, run_BS = (
             jnp.concatenate([before, now], axis=1)
             for before, now in (

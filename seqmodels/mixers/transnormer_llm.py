@@ -147,7 +147,7 @@ def decay_slopes(rule: str, heads: int, index: int | Array, count: int) -> Array
     arithmetic   8 h/H (1 - l/L), the paper's; head 0 never forgets
     alibi        2^(-8 (h+1)/H) (1 - l/(L-1) + 1e-5), the released code's; the last layer hardly
                  forgets
-    minimax      2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), transformers' MiniMax's, for every H
+    minimax      2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), MiniMax's in transformers, any H
     """
     slopes, depth = SLOPES[rule]
     return jnp.asarray(slopes(heads), jnp.float32) * depth(index, count)
