@@ -71,20 +71,13 @@ class Attention(base.Mixer):
         H, G = self.num_heads, self.num_kv_heads or self.num_heads
         if H % G:
             raise ValueError(f"attention: num_kv_heads {G} must divide num_heads {H}")
-        if self.head_dim is None and self.d_model % H:
-            raise ValueError(
-                f"attention: num_heads {H} must divide d_model {self.d_model}, or set head_dim"
-            )
         if self.window is not None and self.window < 1:
             raise ValueError(
                 f"attention: window must be at least 1 (the token itself); got {self.window}"
             )
-        if self.qk_norm not in (False, True, *norms.NORMS):
-            raise ValueError(
-                f"attention: qk_norm is {self.qk_norm!r}; choose True, False or one of "
-                f"{', '.join(norms.NORMS)}"
-            )
-        return H, G, self.head_dim or self.d_model // H
+        if not isinstance(self.qk_norm, bool):
+            self.check_choice("qk_norm", norms.NORMS)
+        return H, G, self.head_dim or self.width_per_head(H)
 
     @nn.compact
     def __call__(

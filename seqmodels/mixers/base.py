@@ -1,13 +1,13 @@
 """The contract of a token mixer, and the few things every mixer shares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
 from seqmodels.array_typing import Array, DType, LogicalAxes, State
-from seqmodels.modules import layers
+from seqmodels.modules import layers, short_conv
 
 
 @flax.struct.dataclass
@@ -24,6 +24,19 @@ class Layer:
     index: int | Array
     count: int = flax.struct.field(pytree_node=False)
     lower_bound_D: Array | None = None
+
+
+@flax.struct.dataclass
+class PositionedState:
+    """S_BHKV, and the place of the next token in its document."""
+
+    S_BHKV: Array
+    next_position_B: Array
+
+    @classmethod
+    def empty(cls, *shape_BHKV: int) -> "PositionedState":
+        """Returns the state before the first token."""
+        return cls(jnp.zeros(shape_BHKV, jnp.float32), jnp.zeros(shape_BHKV[:1], jnp.int32))
 
 
 class Mixer(nn.Module):
@@ -68,6 +81,38 @@ class Mixer(nn.Module):
         """Returns the width of `Layer.lower_bound_D`, where `uses_lower_bound`."""
         return self.d_model
 
+    @nn.nowrap
+    def check_choice(self, option: str, choices: Collection[str]) -> None:
+        """Raises ValueError, listing the choices, where the option's value is none of them."""
+        if (value := getattr(self, option)) not in choices:
+            raise ValueError(
+                f"{_name(self)}: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
+            )
+
+    @nn.nowrap
+    def width_per_head(self, heads: int, expand: float = 1.0) -> int:
+        """Returns the width of each of the heads that expand * d_model channels are split into.
+
+        Raises ValueError where the heads do not divide them.
+        """
+        width = int(self.d_model * expand)
+        if width % heads:
+            what = f"d_model {width}" if expand == 1.0 else f"{expand} * d_model = {width}"
+            instead = ", or set head_dim" if hasattr(self, "head_dim") else ""
+            raise ValueError(f"{_name(self)}: num_heads {heads} must divide {what}{instead}")
+        return width // heads
+
+    @nn.nowrap
+    def conv(self, width: int, **keywords) -> short_conv.ShortConv:
+        """Makes a short convolution in the mixer's dtypes."""
+        return short_conv.ShortConv(
+            width, dtype=self.dtype, param_dtype=self.param_dtype, **keywords
+        )
+
+    def conv_tail(self, batch: int, width: int, features: int) -> Array:
+        """Returns a convolution's state before the first token."""
+        return jnp.zeros((batch, width - 1, features), self.dtype)
+
     def project(
         self,
         x: Array,
@@ -100,6 +145,11 @@ class Mixer(nn.Module):
         """Applies the output projection from all heads to D."""
         o_BTE = o_BTHV.reshape(*o_BTHV.shape[:2], -1)
         return self.project(o_BTE, self.d_model, name, axes=("heads", "embed"), **keywords)
+
+
+def _name(mixer: Mixer) -> str:
+    """Returns the mixer's registered name, which is its file's."""
+    return type(mixer).__module__.rpartition(".")[2]
 
 
 class ChunkedMixer(Mixer):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
-from seqmodels.modules import layers, norms, short_conv
+from seqmodels.modules import layers, norms
 from seqmodels.operators import delta_rule
 
 
@@ -82,17 +82,11 @@ class DeltaRuleMixer(base.ChunkedMixer):
         G, H, K, V = self._sizes()
         return G * K, self.num_householder * G * K, self.num_householder * H * V
 
-    @nn.nowrap
-    def _conv(self, width: int, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            width, dtype=self.dtype, param_dtype=self.param_dtype, **keywords
-        )
-
     def _project_conv(self, x_BTD, width: int, name: str, unit_heads, segment_ids_BT, tail):
         """Projects, convolves and activates; brings `unit_heads` heads, if any, to length 1."""
         z = self.project(x_BTD, width, name)
         if self.conv_width is not None:
-            conv = self._conv(self.conv_width, l2_norm_heads=unit_heads, name=f"{name}_conv")
+            conv = self.conv(self.conv_width, l2_norm_heads=unit_heads, name=f"{name}_conv")
             return conv(z, segment_ids_BT, tail)
         z = nn.silu(z)
         if unit_heads is not None:
@@ -140,8 +134,7 @@ class DeltaRuleMixer(base.ChunkedMixer):
         _, H, K, V = self._sizes()
         tails = (None, None, None)
         if self.conv_width is not None:
-            conv = self._conv(self.conv_width, parent=None)
-            tails = (conv.init_state(batch, n) for n in self._tail_widths())
+            tails = (self.conv_tail(batch, self.conv_width, n) for n in self._tail_widths())
         return State(jnp.zeros((batch, H, K, V), jnp.float32), *tails)
 
 

@@ -34,13 +34,7 @@ class GLA(base.ChunkedMixer):
 
     def _sizes(self) -> tuple[int, int, int]:
         H = self.num_heads
-        widths = int(self.d_model * self.expand_k), int(self.d_model * self.expand_v)
-        if widths[0] % H or widths[1] % H:
-            raise ValueError(
-                f"gla: num_heads {H} must divide the key width {widths[0]} and the value width "
-                f"{widths[1]}"
-            )
-        return H, widths[0] // H, widths[1] // H
+        return H, self.width_per_head(H, self.expand_k), self.width_per_head(H, self.expand_v)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):

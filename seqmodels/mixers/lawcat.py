@@ -71,22 +71,12 @@ class LAWCAT(attention.Attention):
     def _features(self) -> int:
         return feature_maps.output_dim(self.feature_map, self._sizes()[2], self.features)
 
-    @nn.nowrap
-    def _conv(self, width: int, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            width,
-            activation=None,
-            kernel_init=short_conv.identity_taps,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
-
     def _convolved(self, name, x_BTHK, segment_ids_BT, tail):
         if self.conv_width is None:
             return x_BTHK, tail
         x_BTE = x_BTHK.reshape(*x_BTHK.shape[:2], -1)
-        conv = self._conv(self.conv_width, name=f"{name}_conv")
+        start = {"activation": None, "kernel_init": short_conv.identity_taps}
+        conv = self.conv(self.conv_width, **start, name=f"{name}_conv")
         y_BTE, tail = conv(x_BTE, segment_ids_BT, tail)
         return y_BTE.reshape(x_BTHK.shape), tail
 
@@ -140,7 +130,6 @@ class LAWCAT(attention.Attention):
         H, G, K = self._sizes()
         q_tail = k_tail = None
         if self.conv_width is not None:
-            conv = self._conv(self.conv_width, parent=None)
-            q_tail, k_tail = (conv.init_state(batch, heads * K) for heads in (H, G))
+            q_tail, k_tail = (self.conv_tail(batch, self.conv_width, n * K) for n in (H, G))
         S_BHFV = jnp.zeros((batch, H, self._features(), K + 1), jnp.float32)
         return State(S_BHFV, q_tail, k_tail, jnp.zeros((batch,), jnp.int32))

@@ -58,12 +58,8 @@ class Liger(attention.Attention):
     chunk_size: int | None = None
 
     def _sizes(self):
-        for option, choices in (("gate", GATES), ("gate_source", GATE_SOURCES)):
-            if getattr(self, option) not in choices:
-                raise ValueError(
-                    f"liger: unknown {option} {getattr(self, option)!r}; "
-                    f"choose one of {', '.join(choices)}"
-                )
+        self.check_choice("gate", GATES)
+        self.check_choice("gate_source", GATE_SOURCES)
         if self.gate in ("gla", "hgrn2") and self.feature_map != "softmax":
             raise ValueError(
                 f"liger: gate {self.gate!r} is one number per key channel, so feature_map must be "

@@ -58,12 +58,7 @@ class LinearAttention(base.ChunkedMixer):
     def _sizes(self) -> tuple[int, int, int]:
         """H, K and F."""
         H, maps = self.num_heads, (self.q_map, self.k_map or self.q_map)
-        if self.head_dim is None and self.d_model % H:
-            raise ValueError(
-                f"linear_attention: num_heads {H} must divide d_model {self.d_model}, "
-                "or set head_dim"
-            )
-        K = self.head_dim or self.d_model // H
+        K = self.head_dim or self.width_per_head(H)
         dims = [feature_maps.output_dim(name, K, self.features) for name in maps]
         if dims[0] != dims[1]:
             raise ValueError(
@@ -77,11 +72,8 @@ class LinearAttention(base.ChunkedMixer):
                 "weights may be zero; set normalize=False (and an output_norm), or take a map that "
                 "is never negative"
             )
-        if self.output_norm is not None and self.output_norm not in norms.NORMS:
-            raise ValueError(
-                f"linear_attention: unknown output_norm {self.output_norm!r}; "
-                f"choose one of {', '.join(sorted(norms.NORMS))}"
-            )
+        if self.output_norm is not None:
+            self.check_choice("output_norm", norms.NORMS)
         return H, K, dims[0]
 
     def _map(self, kind: str, name: str) -> feature_maps.FeatureMap:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
-from seqmodels.modules import layers, short_conv
+from seqmodels.modules import layers
 
 
 @flax.struct.dataclass
@@ -51,24 +51,14 @@ class Mamba(base.Mixer):
     conv_bias: bool = True
     chunk_size: int = 64
 
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width,
-            use_bias=self.conv_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
-
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         E, K, R = self.expand * self.d_model, self.d_state, self.dt_rank or -(-self.d_model // 16)
         if state is None:
             state = self.init_state(x_BTD.shape[0])
-        x_BTE, x_tail = self._conv(name="x_conv")(
-            self.project(x_BTD, E, "x", use_bias=self.use_bias), segment_ids_BT, state.x_tail
-        )
+        conv = self.conv(self.conv_width, use_bias=self.conv_bias, name="x_conv")
+        x_BTE = self.project(x_BTD, E, "x", use_bias=self.use_bias)
+        x_BTE, x_tail = conv(x_BTE, segment_ids_BT, state.x_tail)
         B_BTK = self.project(x_BTE, K, "B", axes=("heads", None))
         C_BTK = self.project(x_BTE, K, "C", axes=("heads", None))
         dt_BTR = self.project(x_BTE, R, "dt_low_rank", axes=("heads", None))
@@ -158,7 +148,7 @@ class Mamba(base.Mixer):
     def init_state(self, batch):
         E = self.expand * self.d_model
         h_BEK = jnp.zeros((batch, E, self.d_state), jnp.float32)
-        return State(h_BEK, self._conv(parent=None).init_state(batch, E))
+        return State(h_BEK, self.conv_tail(batch, self.conv_width, E))
 
 
 def _uniform(bound: float):

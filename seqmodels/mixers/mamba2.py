@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
-from seqmodels.modules import layers, norms, short_conv
+from seqmodels.modules import layers, norms
 from seqmodels.operators import linear_attention
 
 
@@ -56,16 +56,6 @@ class Mamba2(base.ChunkedMixer):
             raise ValueError(f"mamba2: num_groups {G} must divide the {E // V} heads")
         return G, E // V, K, V
 
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width,
-            use_bias=self.conv_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
-
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         G, H, K, V = self._sizes()
@@ -75,7 +65,8 @@ class Mamba2(base.ChunkedMixer):
 
         def project_conv(heads, dim, name, tail):
             z = self.project(x_BTD, heads * dim, name, use_bias=self.use_bias)
-            z, tail = self._conv(name=f"{name}_conv")(z, segment_ids_BT, tail)
+            conv = self.conv(self.conv_width, use_bias=self.conv_bias, name=f"{name}_conv")
+            z, tail = conv(z, segment_ids_BT, tail)
             return z.reshape(B, T, heads, dim), tail
 
         x_BTHV, x_tail = project_conv(H, V, "x", state.x_tail)
@@ -105,6 +96,6 @@ class Mamba2(base.ChunkedMixer):
 
     def init_state(self, batch):
         G, H, K, V = self._sizes()
-        conv = self._conv(parent=None)
-        x_tail, B_tail, C_tail = (conv.init_state(batch, n) for n in (H * V, G * K, G * K))
-        return State(jnp.zeros((batch, H, K, V), jnp.float32), x_tail, B_tail, C_tail)
+        widths = (H * V, G * K, G * K)
+        tails = (self.conv_tail(batch, self.conv_width, width) for width in widths)
+        return State(jnp.zeros((batch, H, K, V), jnp.float32), *tails)

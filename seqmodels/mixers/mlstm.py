@@ -65,22 +65,14 @@ class MLSTM(base.ChunkedMixer):
 
     def _sizes(self) -> tuple[int, int, int]:
         H = self.num_heads
-        widths = int(self.d_model * self.qk_dim_factor), int(self.d_model * self.v_dim_factor)
-        if widths[0] % H or widths[1] % H:
-            raise ValueError(
-                f"mlstm: num_heads {H} must divide the widths of q and k, {widths[0]}, and of v, "
-                f"{widths[1]}"
-            )
-        if self.input_gate not in INPUT_GATES:
-            raise ValueError(
-                f"mlstm: input_gate is {self.input_gate!r}; choose one of {', '.join(INPUT_GATES)}"
-            )
+        self.check_choice("input_gate", INPUT_GATES)
         if self.input_gate == "exp" and not self.normalize:
             raise ValueError(
                 "mlstm: the exponential input gate needs normalize=True; the sigmoid gate can do "
                 "without"
             )
-        return H, widths[0] // H, widths[1] // H
+        K = self.width_per_head(H, self.qk_dim_factor)
+        return H, K, self.width_per_head(H, self.v_dim_factor)
 
     def _gate(self, x_BTD: Array, name: str, bias_init) -> Array:
         """Returns a gate's preactivation, (B, T, H) float32."""

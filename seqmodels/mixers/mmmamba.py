@@ -49,22 +49,8 @@ class MMMamba(attention.Attention):
     chunk_size: int | None = None
 
     def _sizes(self):
-        if self.seed not in SEEDS:
-            raise ValueError(
-                f"mmmamba: unknown seed {self.seed!r}; choose one of {', '.join(SEEDS)}"
-            )
+        self.check_choice("seed", SEEDS)
         return super()._sizes()
-
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width,
-            use_bias=True,
-            kernel_init=short_conv.identity_taps if self.seed == "mimic" else None,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -76,7 +62,9 @@ class MMMamba(attention.Attention):
 
         def project_conv(name, heads, tail):
             z = self.project(x_BTD, heads * K, name, use_bias=self.use_bias)
-            z, tail = self._conv(name=f"{name}_conv")(z, segment_ids_BT, tail)
+            init = short_conv.identity_taps if mimic else None
+            conv = self.conv(self.conv_width, use_bias=True, kernel_init=init, name=f"{name}_conv")
+            z, tail = conv(z, segment_ids_BT, tail)
             return jnp.repeat(z.reshape(B, T, heads, K), H // heads, axis=2), tail
 
         q_BTHK, q_tail = project_conv("q", H, state.q_tail)
@@ -110,5 +98,5 @@ class MMMamba(attention.Attention):
 
     def init_state(self, batch):
         H, G, K = self._sizes()
-        tails = (self._conv(parent=None).init_state(batch, n * K) for n in (H, G, G))
+        tails = (self.conv_tail(batch, self.conv_width, n * K) for n in (H, G, G))
         return State(jnp.zeros((batch, H, K, K), jnp.float32), *tails)

@@ -1,21 +1,12 @@
 """RetNet: retention, linear attention with one fixed decay per head."""
 
 import flax.linen as nn
-import flax.struct
 import jax.numpy as jnp
 
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 from seqmodels.modules import layers, norms, positions
 from seqmodels.operators import linear_attention
-
-
-@flax.struct.dataclass
-class State:
-    """S_BHKV, and the place of the next token in its document."""
-
-    S_BHKV: Array
-    next_position_B: Array
 
 
 class RetNet(base.ChunkedMixer):
@@ -42,13 +33,7 @@ class RetNet(base.ChunkedMixer):
 
     def _sizes(self) -> tuple[int, int, int]:
         H = self.num_heads
-        widths = int(self.d_model * self.expand_k), int(self.d_model * self.expand_v)
-        if widths[0] % H or widths[1] % H:
-            raise ValueError(
-                f"retnet: num_heads {H} must divide the key width {widths[0]} and the value width "
-                f"{widths[1]}"
-            )
-        return H, widths[0] // H, widths[1] // H
+        return H, self.width_per_head(H, self.expand_k), self.width_per_head(H, self.expand_v)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -70,12 +55,11 @@ class RetNet(base.ChunkedMixer):
         gate_BTHV = self.project_heads(x_BTD, H, V, "g")
         o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTHV)
         o_BTHV = layers.gated(o_BTHV, gate_BTHV, nn.silu)
-        return self.merge_heads(o_BTHV), State(S_BHKV, position_BT[:, -1] + 1)
+        return self.merge_heads(o_BTHV), base.PositionedState(S_BHKV, position_BT[:, -1] + 1)
 
     def init_state(self, batch):
         H, K, V = self._sizes()
-        S_BHKV = jnp.zeros((batch, H, K, V), jnp.float32)
-        return State(S_BHKV, jnp.zeros((batch,), jnp.int32))
+        return base.PositionedState.empty(batch, H, K, V)
 
 
 def log_decay(heads: int) -> Array:

@@ -9,7 +9,7 @@ from flax.linen import dtypes
 from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
-from seqmodels.modules import layers, short_conv
+from seqmodels.modules import layers
 
 DECAY_POWER = 8.0  # c
 MAX_SQRT_GRADIENT = 1000.0
@@ -55,25 +55,14 @@ class RGLRU(base.Mixer):
             raise ValueError(f"rg_lru: num_heads {H} must divide lru_width {E}")
         return E
 
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width,
-            use_bias=True,
-            activation=None,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
-
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         E = self._width()
         if state is None:
             state = self.init_state(x_BTD.shape[0])
-        x_BTE, x_tail = self._conv(name="x_conv")(
-            self.project(x_BTD, E, "x", use_bias=True), segment_ids_BT, state.x_tail
-        )
+        conv = self.conv(self.conv_width, use_bias=True, activation=None, name="x_conv")
+        x_BTE = self.project(x_BTD, E, "x", use_bias=True)
+        x_BTE, x_tail = conv(x_BTE, segment_ids_BT, state.x_tail)
         r_BTE = jax.nn.sigmoid(self._block_diagonal(x_BTE, "r").astype(jnp.float32))
         i_BTE = jax.nn.sigmoid(self._block_diagonal(x_BTE, "i").astype(jnp.float32))
         Lambda_E = layers.gate_parameter(self, "Lambda", _decay_init, (E,))
@@ -123,7 +112,7 @@ class RGLRU(base.Mixer):
         E = self._width()
         return State(
             h_BE=jnp.zeros((batch, E), jnp.float32),
-            x_tail=self._conv(parent=None).init_state(batch, E),
+            x_tail=self.conv_tail(batch, self.conv_width, E),
             begun_B=jnp.zeros((batch,), bool),
         )
 

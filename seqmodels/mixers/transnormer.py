@@ -1,7 +1,6 @@
 """TransNormer's linear layers: no denominator, a norm over the whole width instead."""
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -14,14 +13,6 @@ from seqmodels.operators import linear_attention
 QKV_INIT = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 OUTPUT_INIT = nn.initializers.xavier_uniform()
 MAPS = {"t1": "elu", "t2": "elu_plus_one"}
-
-
-@flax.struct.dataclass
-class State:
-    """S_BHKV, and the place of the next token in its document."""
-
-    S_BHKV: Array
-    next_position_B: Array
 
 
 class TransNormer(base.ChunkedMixer):
@@ -48,12 +39,9 @@ class TransNormer(base.ChunkedMixer):
     lrpe: bool = False
 
     def _sizes(self) -> tuple[int, int]:
-        H = self.num_heads
-        if self.d_model % H:
-            raise ValueError(f"transnormer: num_heads {H} must divide d_model {self.d_model}")
-        check_choice("variant", self.variant, MAPS)
-        check_choice("norm", self.norm, NORMS)
-        return H, self.d_model // H
+        self.check_choice("variant", MAPS)
+        self.check_choice("norm", NORMS)
+        return self.num_heads, self.width_per_head(self.num_heads)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -83,12 +71,11 @@ class TransNormer(base.ChunkedMixer):
         )
         o_BTD = NORMS[self.norm](name="o_norm")(o_BTHK.reshape(x_BTD.shape))
         y_BTD = self.merge_heads(o_BTD, use_bias=True, kernel_init=OUTPUT_INIT)
-        return y_BTD, State(S_BHKV, position_BT[:, -1] + 1)
+        return y_BTD, base.PositionedState(S_BHKV, position_BT[:, -1] + 1)
 
     def init_state(self, batch):
         H, K = self._sizes()
-        S_BHKV = jnp.zeros((batch, H, 2 * K if self.lrpe else K, K), jnp.float32)
-        return State(S_BHKV, jnp.zeros((batch,), jnp.int32))
+        return base.PositionedState.empty(batch, H, 2 * K if self.lrpe else K, K)
 
 
 class LRPE(nn.Module):
@@ -133,11 +120,3 @@ class GatedRMSNorm(nn.Module):
 
 
 NORMS = norms.NORMS | {"gated_rms_norm": GatedRMSNorm}
-
-
-def check_choice(option: str, value: str, choices) -> None:
-    """Raises ValueError, listing the choices, for a value that is none of them."""
-    if value not in choices:
-        raise ValueError(
-            f"transnormer: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
-        )

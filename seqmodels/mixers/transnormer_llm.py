@@ -1,7 +1,6 @@
 """TransNormerLLM: linear attention with fixed decays that weaken with depth."""
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -10,14 +9,6 @@ from seqmodels.mixers import base
 from seqmodels.mixers.transnormer import LRPE
 from seqmodels.modules import norms, positions
 from seqmodels.operators import linear_attention
-
-
-@flax.struct.dataclass
-class State:
-    """S_BHKV, and the place of the next token in its document."""
-
-    S_BHKV: Array
-    next_position_B: Array
 
 
 class TransNormerLLM(base.ChunkedMixer):
@@ -53,25 +44,11 @@ class TransNormerLLM(base.ChunkedMixer):
     norm_eps: float = 1e-6
 
     def _sizes(self) -> tuple[int, int]:
-        H = self.num_heads
-        if self.head_dim is None and self.d_model % H:
-            raise ValueError(
-                f"transnormer_llm: num_heads {H} must divide d_model {self.d_model}, "
-                "or set head_dim"
-            )
-        for option, choices in (
-            ("slopes", SLOPES),
-            ("value_activation", ACTIVATIONS),
-            ("gate_activation", ACTIVATIONS),
-            ("norm", norms.NORMS),
-        ):
-            value = getattr(self, option)
-            if value not in choices:
-                raise ValueError(
-                    f"transnormer_llm: {option} is {value!r}; "
-                    f"choose one of {', '.join(sorted(choices))}"
-                )
-        return H, self.head_dim or self.d_model // H
+        self.check_choice("slopes", SLOPES)
+        self.check_choice("value_activation", ACTIVATIONS)
+        self.check_choice("gate_activation", ACTIVATIONS)
+        self.check_choice("norm", norms.NORMS)
+        return self.num_heads, self.head_dim or self.width_per_head(self.num_heads)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -100,12 +77,11 @@ class TransNormerLLM(base.ChunkedMixer):
         norm = norms.NORMS[self.norm](eps=self.norm_eps, name="o_norm")
         u_BTE = ACTIVATIONS[self.gate_activation](self.project(x_BTD, H * K, "u"))
         y_BTD = self.merge_heads(norm(o_BTHK.reshape(u_BTE.shape)) * u_BTE)
-        return y_BTD, State(S_BHKV, position_BT[:, -1] + 1)
+        return y_BTD, base.PositionedState(S_BHKV, position_BT[:, -1] + 1)
 
     def init_state(self, batch):
         H, K = self._sizes()
-        S_BHKV = jnp.zeros((batch, H, 2 * K if self.lrpe else K, K), jnp.float32)
-        return State(S_BHKV, jnp.zeros((batch,), jnp.int32))
+        return base.PositionedState.empty(batch, H, 2 * K if self.lrpe else K, K)
 
 
 def _identity(x):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
-from seqmodels.mixers.transnormer import NORMS, OUTPUT_INIT, QKV_INIT, check_choice
+from seqmodels.mixers.transnormer import NORMS, OUTPUT_INIT, QKV_INIT
 from seqmodels.modules import positions
 
 VARIANTS = ("t1", "t2")
@@ -51,9 +51,6 @@ class TransNormerLocal(base.Mixer):
     norm: str = "layer_norm"
 
     def _sizes(self) -> tuple[int, int]:
-        H = self.num_heads
-        if self.d_model % H:
-            raise ValueError(f"transnormer_local: num_heads {H} must divide d_model {self.d_model}")
         if self.block_size < 1:
             raise ValueError(
                 f"transnormer_local: block_size must be at least 1; got {self.block_size}"
@@ -63,9 +60,9 @@ class TransNormerLocal(base.Mixer):
                 f"transnormer_local: there is one form of it, so implementation "
                 f"{self.implementation!r} chooses nothing; leave it out"
             )
-        check_choice("variant", self.variant, VARIANTS)
-        check_choice("norm", self.norm, NORMS)
-        return H, self.d_model // H
+        self.check_choice("variant", VARIANTS)
+        self.check_choice("norm", NORMS)
+        return self.num_heads, self.width_per_head(self.num_heads)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
