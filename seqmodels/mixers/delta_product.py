@@ -6,8 +6,7 @@ from seqmodels.mixers import delta_net
 class DeltaProduct(delta_net.DeltaRuleMixer):
     """DeltaProduct (Siems et al., arXiv 2502.10297, section 3).
 
-        S_t = A_t S_{t-1} + B_t
-        A_t = prod_{j=n..1} (I - beta_t,j k_t,j k_t,j^T)
+        S_t = prod_{j=n..1} (I - beta_t,j k_t,j k_t,j^T) S_{t-1} + B_t
         B_t = sum_j (prod_{i=n..j+1} (I - beta_t,i k_t,i k_t,i^T)) beta_t,j k_t,j v_t,j^T
         o_t = S_t^T q_t / sqrt(K)
 

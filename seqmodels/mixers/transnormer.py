@@ -19,11 +19,11 @@ class TransNormer(base.ChunkedMixer):
     """TransNormer's NormAttention (Qin et al., arXiv 2210.10340, section 4.1).
 
         o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s
-        y_t = W_o Norm(o_t), the norm over all heads together
+        y_t = W_o Norm(o_t)
 
-    q, k, v = W x + b. Neither a denominator nor a 1/sqrt(K). In the paper's stack these are the
-    last half of the layers, after as many of `transnormer_local`. The weights start Xavier uniform,
-    q, k, v with gain 1/sqrt(2).
+    The norm is over all heads together. q, k, v = W x + b. Neither a denominator nor a 1/sqrt(K).
+    In the paper's stack these are the last half of the layers, after as many of
+    `transnormer_local`. The weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
 
     Attributes:
       num_heads: H; K = V = D / H.

@@ -33,10 +33,10 @@ class TransNormerLocal(base.Mixer):
     """TransNormer's DiagAttention, inside blocks (Qin et al., arXiv 2210.10340, section 4.2).
 
         o_t = sum_s w_ts v_s over s <= t in t's block
-        y_t = W_o Norm(o_t), the norm over all heads together
+        y_t = W_o Norm(o_t)
 
-    Blocks are tokens n w ... n w + w - 1 of a document, w = `block_size`; q, k, v = W x + b. The
-    weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
+    The norm is over all heads together. Blocks are tokens n w ... n w + w - 1 of a document, w =
+    `block_size`; q, k, v = W x + b. The weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
 
     Attributes:
       num_heads: H; K = V = D / H.
