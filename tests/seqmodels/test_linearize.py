@@ -479,7 +479,7 @@ def test_feature_maps_of_the_students_are_those_of_the_table():
     "name, options, message",
     [
         ("liger", {"gate": "glu"}, "gate is 'glu'; choose one of gla, hgrn2, none, scalar"),
-        ("liger", {"feature_map": "t2r"}, "gate 'gla' is one number a key channel"),
+        ("liger", {"feature_map": "t2r"}, "gate 'gla' is one number per key channel"),
         ("lawcat", {"window": 4}, "it has no window"),
         ("selective", {"mix_init": 1.0}, "mix_init must lie between 0 and 1"),
         ("mmmamba", {"seed": "random"}, "seed is 'random'; choose one of mimic, scratch"),
