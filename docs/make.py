@@ -105,7 +105,7 @@ def config(name: str) -> str:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """README's table; the names link to files and the numbers to papers, by `links`."""
+    """Returns README's table; names link to files and numbers to papers, by `links`."""
     lines = ["| mixer, its file | recurrence | paper | config |", "|---|---|---|---|"]
     for name, row in rows.items():
         equation = row["equations"][0].replace("|", "\\|")
@@ -125,9 +125,9 @@ def page(rows: dict[str, dict]) -> str:
     lines = [
         "# Mixers",
         "",
-        "Made by `python docs/make.py` from the registry, `seqmodels.mixers.names()`. Each trains on",
-        "the quickstart's text by `python -m experiments.train --config=configs/small.py:<name>`, and",
-        "all of them run through one suite.",
+        "Made by `python docs/make.py` from the registry, `seqmodels.mixers.names()`. Each trains",
+        "on the quickstart's text, `python -m experiments.train --config=configs/small.py:<name>`,",
+        "and all of them run through one suite.",
         "",
         "| mixer | equations | papers | built on | config |",
         "|---|---|---|---|---|",
@@ -148,7 +148,7 @@ def module(row: dict) -> str:
 
 
 def picture(rows: dict[str, dict]) -> str:
-    """An SVG of the stack: operators, the mixers built on each, models, and what one does with them."""
+    """Returns an SVG: operators, the mixers built on each, models, and what one does with them."""
     width, column, line, top = 1000, 250, 20, 110
     most = max(sum(op in row["operators"] for row in rows.values()) for op in OPERATORS)
     bottom = top + most * line + 30
@@ -156,7 +156,8 @@ def picture(rows: dict[str, dict]) -> str:
 
     def rectangle(x, y, w, h, fill, stroke="#456"):
         shapes.append(
-            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="6" fill="{fill}" stroke="{stroke}"/>'
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="6" fill="{fill}" '
+            f'stroke="{stroke}"/>'
         )
 
     def write(x, y, text, size=14, weight=400):
