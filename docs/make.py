@@ -137,10 +137,16 @@ def page(rows: dict[str, dict]) -> str:
         papers = ", ".join(
             f"[{number}](https://arxiv.org/abs/{number})" for number in row["papers"]
         )
-        operators = ", ".join(f"`{op}`" for op in row["operators"]) or "its own"
+        operators = ", ".join(map(linked, row["operators"])) or "its own"
         cells = (f"[{name}](#{module(row)})", equations, papers, operators, f"`{row['config']}`")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"::: {module(row)}" for row in rows.values()), ""])
+
+
+def linked(operator: str) -> str:
+    """Returns the operator's name, with a link to its math where there is a page."""
+    page = f"math/{operator}.md"
+    return f"[`{operator}`]({page})" if (ROOT / "docs" / page).exists() else f"`{operator}`"
 
 
 def module(row: dict) -> str:

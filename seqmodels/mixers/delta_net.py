@@ -43,7 +43,8 @@ class DeltaRuleMixer(base.ChunkedMixer):
       allow_neg_eigval: beta in [0, 2], so that I - beta k k^T may reflect (arXiv 2411.12537).
       norm_eps: epsilon of the output's norm.
 
-    A subclass sets the attributes below these, as constants or as options.
+    A subclass sets the attributes below these, as constants or as options. The recurrence is
+    `kernels_pallas.delta_rule`; kernels_pallas/ops/delta_rule/naive_chunk.py has its chunk algebra.
     """
 
     num_heads: int = 4
