@@ -1,5 +1,6 @@
-"""DeltaNet 340M: 24 layers, width 1024, 8 heads of 128, vocabulary 32,000 (arXiv 2406.06484;
-2502.10297, appendix).
+r"""DeltaNet 340M: 24 layers, width 1024, 8 heads of 128, vocabulary 32,000.
+
+(Yang et al., arXiv 2406.06484; Siems et al., arXiv 2502.10297, appendix.)
 
     python -m experiments.train --config=configs/delta_net_340m.py \
         --config.data.paths=/data/fineweb --config.data.tokenizer=/data/tokenizer.json

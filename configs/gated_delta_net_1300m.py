@@ -1,14 +1,14 @@
-r"""Gated DeltaNet 1.3B: 21 layers, width 2048, 6 heads of 256 keys and 512 values (arXiv 2412.06464,
-table 1's budget).
+r"""Gated DeltaNet 1.3B: 21 layers, width 2048, 6 heads of 256 keys and 512 values.
 
-    python -m experiments.train --config=configs/gated_delta_net_1300m.py --config.mesh.data=1
-        --config.mesh.fsdp=-1 \ --config.data.paths=/data/fineweb
-        --config.data.tokenizer=/data/tokenizer.json
+(Yang, Kautz & Hatamizadeh, arXiv 2412.06464, the budget of table 1.)
+
+    python -m experiments.train --config=configs/gated_delta_net_1300m.py \
+        --config.mesh.data=1 --config.mesh.fsdp=-1 \
+        --config.data.paths=/data/fineweb --config.data.tokenizer=/data/tokenizer.json
 
 100 billion tokens in batches of half a million, context 4096; `:hybrid` puts windowed attention in
-every fourth layer.
-Hardware: 32 chips of v5p or 32 GPUs of 80 GB, parameters and optimizer sharded over `fsdp`. Not run
-to the end here; tests run its `:smoke` cut.
+every fourth layer. Hardware: 32 chips of v5p or 32 GPUs of 80 GB, parameters and optimizer sharded
+over `fsdp`. Not run to the end here; tests run its `:smoke` cut.
 """
 
 from configs import common

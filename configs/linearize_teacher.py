@@ -1,7 +1,8 @@
-"""A small softmax transformer, byte by byte: the teacher that the linearization tests and tables
-have without a download.
+"""A small softmax transformer, byte by byte: the teacher of linearization tests and tables.
 
-python -m experiments.train --config=configs/linearize_teacher.py --workdir=runs/teacher
+    python -m experiments.train --config=configs/linearize_teacher.py --workdir=runs/teacher
+
+It needs no download.
 """
 
 from configs import common

@@ -2,8 +2,7 @@
 
     python -m experiments.train --config=configs/quickstart.py
 
-Three minutes on two cores, with everything from building the corpus to the picture; WORKSPACE.md
-has what was measured.
+Minutes on two cores, from building the corpus to the picture; docs/results.md has the figures.
 """
 
 from configs import common
@@ -19,7 +18,8 @@ def get_config(arg: str = ""):
         {
             "d_model": 128,
             "num_layers": 4,
-            "pattern": "3*gated_delta_net(num_heads=2, head_dim=32, expand_v=2.0) + attention(num_heads=4, window=128)",
+            "pattern": "3*gated_delta_net(num_heads=2, head_dim=32, expand_v=2.0)"
+            " + attention(num_heads=4, window=128)",
         }
     )
     config.optimizer.learning_rate = 3e-3

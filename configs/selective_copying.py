@@ -1,5 +1,4 @@
-"""Selective copying (Mamba, arXiv 2312.00752, section 4.1.1): repeat the tokens, skip the noise
-between them.
+"""Selective copying (Mamba, arXiv 2312.00752, section 4.1.1): repeat the tokens, skip the noise.
 
 python -m experiments.train --config=configs/selective_copying.py
 """

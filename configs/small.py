@@ -1,5 +1,4 @@
-"""Any one mixer at a small size, on the quickstart's text: the same width, depth, data and steps
-for each.
+"""Any one mixer at a small size on the quickstart's text, with one width, depth and budget for all.
 
     python -m experiments.train --config=configs/small.py:gla
     python -m experiments.train --config=configs/small.py:mamba2,smoke
@@ -9,7 +8,7 @@ The argument is a mixer's registered name (`seqmodels.mixers.names()`).
 
 from configs import common, quickstart
 
-# What makes a mixer about as wide as the others at D = 128; the rest runs with its defaults.
+# Options that make a mixer about as wide as the others at D = 128; others run with their defaults.
 OPTIONS = {
     "attention": "num_heads=4",
     "delta_net": "num_heads=4, head_dim=32",

@@ -1,5 +1,4 @@
-"""The config that lies in a workdir: to train on from `experiments.convert --to=workdir`, or to run
-a run again elsewhere.
+"""The config in a workdir: to train a converted model on, or to run a run again elsewhere.
 
 python -m experiments.train --config=configs/workdir.py:runs/smollm2 --workdir=runs/smollm2
 """

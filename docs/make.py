@@ -1,174 +1,235 @@
-"""Writes what the docs take from the code: the table of mixers (README.md, docs/mixers.md) and the
-picture of the stack.
+"""Writes what the docs take from the code: the table of mixers and the picture of the stack.
 
-python docs/make.py            writes them
-python docs/make.py --check    exit code 1, and which file, where one of them is not what the code
-  says (CI)
+python docs/make.py            writes README.md's table, docs/mixers.md and docs/stack.svg
+python docs/make.py --check    exits with 1, and says which of them is not what the code says
 """
 
-import ast
+import contextlib
+import importlib
 import inspect
 import re
 import sys
 from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from seqmodels import mixers  # noqa: E402
+from seqmodels import mixers, operators  # noqa: E402
+from seqmodels.modules import pattern  # noqa: E402
 
 OPERATORS = {
-    "linear_attention": "S_t = diag(a_t) S_t-1 + k_t v_tᵀ",
-    "delta_rule": "S_t = (I − β_t k_t k_tᵀ) diag(a_t) S_t-1 + β_t k_t v_tᵀ",
-    "diagonal_scan": "h_t = a_t h_t-1 + x_t",
-    "softmax_attention": "o_t = Σ_s softmax(q_t · k_s) v_s",
+    "linear_attention": "Sₜ = diag(aₜ) Sₜ₋₁ + kₜ vₜᵀ",
+    "delta_rule": "Sₜ = (I − βₜ kₜ kₜᵀ) diag(aₜ) Sₜ₋₁ + βₜ kₜ vₜᵀ",
+    "diagonal_scan": "hₜ = aₜ hₜ₋₁ + xₜ",
+    "softmax_attention": "oₜ = Σₛ softmax(qₜ · kₛ) vₛ",
 }
-MARKS = "<!-- mixers: python docs/make.py -->", "<!-- end of mixers -->"
+TABLE = "<!-- mixers: python docs/make.py -->", "<!-- end of mixers -->"
+LINKS = "<!-- links of mixers: python docs/make.py -->", "<!-- end of links -->"
 
 
-def described(name: str) -> dict[str, str]:
-    """What a mixer's own file says of it: title, equation, papers, path, and the operators that it
-    calls."""
+def described(name: str) -> dict:
+    """Returns what a mixer's file and the configs say of it.
+
+    The class's docstring has a title that cites the paper, and then the equations, indented.
+    """
     cls = mixers.mixer_class(name)
     path = Path(inspect.getsourcefile(cls))
-    text = " ".join(cls.__doc__.split("\n\n")[0].split())
-    start = text.index("arXiv")
-    depth = 0
-    while depth < 1:  # back to the parenthesis that the first paper's number stands in
-        start -= 1
-        depth += {"(": 1, ")": -1}.get(text[start], 0)
-    equation = re.sub(r"\s+", " ", text[:start]).strip(" .,;")
-    title = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0].rstrip(".")
-    numbers = dict.fromkeys(re.findall(r"\d{4}\.\d{5}", cls.__doc__))
+    _, equations, *_ = inspect.cleandoc(cls.__doc__).split("\n\n")
+    if not all(line.startswith("    ") for line in equations.split("\n")):
+        raise ValueError(
+            f"{path}: {cls.__name__}'s docstring needs equations, indented, after its title"
+        )
+    papers = re.findall(r"\d{4}\.\d{5}", cls.__doc__)
     return {
-        "title": title,
-        "equation": equation,
-        "papers": ", ".join(f"[{n}](https://arxiv.org/abs/{n})" for n in numbers),
+        "equations": [
+            symbols(line.strip()) for line in re.sub(r"\n {8,}", " ", equations).split("\n")
+        ],
+        "papers": list(dict.fromkeys(papers)),
         "path": str(path.relative_to(ROOT)),
-        "operators": called(path),
+        "operators": called(name),
+        "config": config(name),
     }
 
 
-def called(path: Path) -> list[str]:
-    """The operators that a mixer's file, or a mixer's file that it builds on, takes from
-    seqmodels.operators."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "seqmodels.operators":
-            found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "operators":
-            found.add(node.attr)
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("seqmodels.mixers"):
-            names = [node.module.rpartition(".")[2], *(alias.name for alias in node.names)]
-            others = {path.with_name(f"{name}.py") for name in names} - {path}
-            found |= {op for other in others if other.exists() for op in called(other)}
+def symbols(equation: str) -> str:
+    """Returns an equation of a docstring with Greek letters and a superscript T."""
+    for word, letter in {
+        "alpha": "α",
+        "beta": "β",
+        "gamma": "γ",
+        "lambda": "λ",
+        "phi": "φ",
+    }.items():
+        equation = re.sub(rf"\b{word}(?=_[a-z]\b|_t,|\b)", letter, equation)
+    return equation.replace("^T", "ᵀ")
+
+
+def called(name: str) -> list[str]:
+    """Returns the operators that a mixer calls, found by tracing it."""
+    mixer, found = mixers.make(name, d_model=128), set()
+    with contextlib.ExitStack() as patches:
+        for op in OPERATORS:
+            original = getattr(operators, op)
+
+            def record(*args, op=op, original=original, **keywords):
+                found.add(op)
+                return original(*args, **keywords)
+
+            for module in [m for key, m in sys.modules.items() if key.startswith("seqmodels.")]:
+                if vars(module).get(op) is original:
+                    patches.enter_context(mock.patch.object(module, op, record))
+        jax.eval_shape(mixer.init, jax.random.key(0), jnp.zeros((1, 4, 128)))
     return [op for op in OPERATORS if op in found]
 
 
-def table(rows: dict[str, dict], prefix: str) -> str:
-    lines = ["| mixer | what it computes | paper | built on | file |", "|---|---|---|---|---|"]
+def config(name: str) -> str:
+    """Returns a mixer's config: of a published size, of a linearization to it, or small."""
+    for path in sorted(ROOT.glob(f"configs/{name}_[0-9]*.py")):
+        return path.stem
+    methods = sorted(path.stem for path in ROOT.glob("configs/linearize/[a-z]*.py"))
+    students = {
+        method: importlib.import_module(f"configs.linearize.{method}")
+        .get_config()
+        .linearize.student
+        for method in sorted(methods, key=lambda method: method != name)  # its own name first
+        if method != "common"
+    }
+    for method, student in students.items():
+        if name != "attention" and pattern.parse(student)[0].name == name:
+            return f"linearize/{method}"
+    return "small"
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Returns README's table; names link to files and numbers to papers, by `links`."""
+    lines = ["| mixer, its file | recurrence | paper | config |", "|---|---|---|---|"]
     for name, row in rows.items():
-        equation = row["equation"].replace("|", "\\|")
-        operators = ", ".join(f"`{op}`" for op in row["operators"]) or "its own"
-        file = f"[{Path(row['path']).name}]({prefix}{row['path']})"
-        lines.append(f"| `{name}` | `{equation}` | {row['papers']} | {operators} | {file} |")
+        equation = row["equations"][0].replace("|", "\\|")
+        lines.append(f"| [{name}] | `{equation}` | [{row['papers'][0]}] | `{row['config']}` |")
     return "\n".join(lines)
 
 
-def page(rows: dict[str, dict]) -> str:
-    return (
-        "# Mixers\n\nMade by `python docs/make.py` from the registry (`seqmodels.mixers.names()`). Each trains on the quickstart's text by\n"
-        "`python -m experiments.train --config=configs/small.py:<name>`, and all of them run through one suite.\n\n"
-        + table(rows, "https://github.com/seqmodels/seqmodels/blob/main/")
-        + "\n\n"
-        + "\n".join(f"::: {row['path'][:-3].replace('/', '.')}" for row in rows.values())
-        + "\n"
+def links(rows: dict[str, dict]) -> str:
+    papers = sorted({row["papers"][0] for row in rows.values()})
+    return "\n".join(
+        [f"[{name}]: {row['path']}" for name, row in rows.items()]
+        + [f"[{number}]: https://arxiv.org/abs/{number}" for number in papers]
     )
+
+
+def page(rows: dict[str, dict]) -> str:
+    lines = [
+        "# Mixers",
+        "",
+        "Made by `python docs/make.py` from the registry, `seqmodels.mixers.names()`. Each trains",
+        "on the quickstart's text, `python -m experiments.train --config=configs/small.py:<name>`,",
+        "and all of them run through one suite.",
+        "",
+        "| mixer | equations | papers | built on | config |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        equations = "<br>".join(f"`{line}`" for line in row["equations"]).replace("|", "\\|")
+        papers = ", ".join(
+            f"[{number}](https://arxiv.org/abs/{number})" for number in row["papers"]
+        )
+        operators = ", ".join(map(linked, row["operators"])) or "its own"
+        cells = (f"[{name}](#{module(row)})", equations, papers, operators, f"`{row['config']}`")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"::: {module(row)}" for row in rows.values()), ""])
+
+
+def linked(operator: str) -> str:
+    """Returns the operator's name, with a link to its math where there is a page."""
+    page = f"math/{operator}.md"
+    return f"[`{operator}`]({page})" if (ROOT / "docs" / page).exists() else f"`{operator}`"
+
+
+def module(row: dict) -> str:
+    return row["path"][:-3].replace("/", ".")
 
 
 def picture(rows: dict[str, dict]) -> str:
-    """Operators at the bottom, above each the mixers built on it, and what a model goes through on
-    top; SVG."""
-    width, column, line = 1000, 250, 20
+    """Returns an SVG: operators, the mixers built on each, models, and what one does with them."""
+    width, column, line, top = 1000, 250, 20, 110
+    most = max(sum(op in row["operators"] for row in rows.values()) for op in OPERATORS)
+    bottom = top + most * line + 30
     shapes = []
 
-    def box(x, y, w, h, fill, text, sub="", size=14):
+    def rectangle(x, y, w, h, fill, stroke="#456"):
         shapes.append(
-            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="6" fill="{fill}" stroke="#456"/>'
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="6" fill="{fill}" '
+            f'stroke="{stroke}"/>'
         )
-        shapes.append(
-            f'<text x="{x + w / 2}" y="{y + (22 if sub else h / 2 + 5)}" font-size="{size}" font-weight="600" text-anchor="middle">{text}</text>'
-        )
-        if sub:
-            shapes.append(
-                f'<text x="{x + w / 2}" y="{y + 42}" font-size="10.5" text-anchor="middle" fill="#345">{sub}</text>'
-            )
 
-    most = max(sum(op in row["operators"] for row in rows.values()) for op in OPERATORS)
-    top = 110
-    bottom = top + most * line + 30
-    for i, (text, fill) in enumerate(
-        {
-            "train": "#e8f0e4",
-            "decode": "#e8f0e4",
-            "convert": "#e8f0e4",
-            "linearize": "#e8f0e4",
-        }.items()
-    ):
-        box(i * column + 10, 10, column - 20, 34, fill, text)
-    box(
-        10,
-        54,
-        width - 20,
-        34,
-        "#f3ecdc",
-        "language model: “3*gated_delta_net + attention(window=256)”",
-    )
-    for i, (op, formula) in enumerate(OPERATORS.items()):
-        x = i * column + 10
+    def write(x, y, text, size=14, weight=400):
         shapes.append(
-            f'<rect x="{x}" y="{top - 10}" width="{column - 20}" height="{bottom - top}" rx="6" fill="#f7f9fc" stroke="#9ab"/>'
+            f'<text x="{x}" y="{y}" font-size="{size}" font-weight="{weight}" text-anchor="middle">'
+            f"{text}</text>"
         )
+
+    def box(x, y, w, h, fill, text):
+        rectangle(x, y, w, h, fill)
+        write(x + w / 2, y + h / 2 + 5, text, weight=600)
+
+    for i, text in enumerate(("train", "generate", "convert", "linearize")):
+        box(i * column + 10, 10, column - 20, 34, "#e8f0e4", text)
+    model = "language model: “3*gated_delta_net + attention(window=256)”"
+    box(10, 54, width - 20, 34, "#f3ecdc", model)
+    for i, (op, formula) in enumerate(OPERATORS.items()):
+        x, middle = i * column + 10, i * column + column / 2
+        rectangle(x, top - 10, column - 20, bottom - top, "#f7f9fc", "#9ab")
         names = [name for name, row in rows.items() if op in row["operators"]]
         for n, name in enumerate(names):
-            shapes.append(
-                f'<text x="{x + (column - 20) / 2}" y="{top + 12 + n * line}" font-size="13" text-anchor="middle">{name}</text>'
-            )
-        box(x, bottom, column - 20, 54, "#dbe7f6", op, formula)
-    box(
-        10,
-        bottom + 66,
-        width - 20,
-        34,
-        "#e9e4f3",
-        "XLA (CPU, TPU, GPU) · Pallas TPU · Triton GPU · context parallel",
+            write(middle, top + 12 + n * line, name, 13)
+        rectangle(x, bottom, column - 20, 54, "#dbe7f6")
+        write(middle, bottom + 22, op, weight=600)
+        write(middle, bottom + 42, formula, 10.5)
+    forms = "XLA (CPU, TPU, GPU) · Pallas (TPU) · Triton (GPU) · context parallel"
+    box(10, bottom + 66, width - 20, 34, "#e9e4f3", forms)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 110}" '
+            'font-family="sans-serif">',
+            *shapes,
+            "</svg>\n",
+        ]
     )
-    body = "\n".join(shapes)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 110}" font-family="sans-serif">\n{body}\n</svg>\n'
+
+
+def between(text: str, marks: tuple[str, str], made: str) -> str:
+    """Returns the text with what stands between the marks replaced."""
+    before, _, rest = text.partition(marks[0])
+    after = rest.partition(marks[1])[2]
+    return f"{before}{marks[0]}\n\n{made}\n\n{marks[1]}{after}"
 
 
 def made() -> dict[Path, str]:
-    """The text of every file that this program writes."""
+    """Returns the text of every file that this program writes."""
     rows = {name: described(name) for name in mixers.names()}
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
+    text = between(readme.read_text(), TABLE, table(rows))
     return {
-        readme: f"{before}{MARKS[0]}\n\n{table(rows, '')}\n\n{MARKS[1]}{after}",
+        readme: between(text, LINKS, links(rows)),
         ROOT / "docs/mixers.md": page(rows),
         ROOT / "docs/stack.svg": picture(rows),
     }
 
 
 def main() -> int:
-    stale = [path for path, text in made().items() if not path.exists() or path.read_text() != text]
-    if "--check" in sys.argv:
-        for path in stale:
+    stale = {
+        path: text for path, text in made().items() if not path.exists() or path.read_text() != text
+    }
+    for path, text in stale.items():
+        if "--check" in sys.argv:
             print(f"{path.relative_to(ROOT)} is not what the code says: run python docs/make.py")
-        return bool(stale)
-    for path, text in made().items():
-        path.write_text(text)
-    return 0
+        else:
+            path.write_text(text)
+    return int("--check" in sys.argv and bool(stale))
 
 
 if __name__ == "__main__":

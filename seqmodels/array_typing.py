@@ -1,9 +1,10 @@
 """Every dimension letter and array alias, once. Shapes live in names: `x_BTD`, `q_BTHK`, `S_BHKV`.
 
-    B  batch                 H  heads (value heads)      F  feed-forward width
+    B  batch                 H  heads (value heads)      F  features, or feed-forward width
     T  time                  G  key/value groups         W  vocabulary
     D  model width           K  key dim of a head        L  layers
-    I  convolution taps      V  value dim of a head      N, C  chunks and chunk length
+    I  convolution taps      V  value dim of a head      N, C  chunks or blocks, and chunk length
+    S  slots of a cache      E  inner width of a mixer   M  memories, or chunks of a block
 
 A name's letters are the array's axes in order, and the letters of einsum strings. No shape comments
 are needed.

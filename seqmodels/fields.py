@@ -16,8 +16,11 @@ _WORDS = {
 def checked(name: str, value: Any, kind: Any) -> Any:
     """Returns the value; a list, as JSON has in a tuple's place, becomes a tuple.
 
-    kind: int, float (which an integer is, too), bool, str, a tuple of these, a union, or Any.
-    Raises ValueError, with the field's name and what is expected, for a value of another kind.
+    Args:
+      kind: int, float (which an integer is, too), bool, str, a tuple of these, a union, or Any.
+
+    Raises:
+      ValueError: a value of another kind; the message has the field's name and what is expected.
     """
     if not _is(value, kind):
         raise ValueError(f"{name} is {value!r}; expected {expected(kind)}")
@@ -25,7 +28,7 @@ def checked(name: str, value: Any, kind: Any) -> Any:
 
 
 def expected(kind: Any) -> str:
-    """A type in words: "an integer or None"."""
+    """Returns a type in words: "an integer or None"."""
     if isinstance(kind, types.UnionType):
         return " or ".join(map(expected, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:

@@ -9,11 +9,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import core
 
 from kernels_pallas.common import remat
 from kernels_pallas.ops.linear_cross_entropy.reference import all_logits, capped
 from seqmodels import fields, mixers, operators, pipeline, sharding
 from seqmodels.array_typing import Array, DType, State
+from seqmodels.mixers import Mixer
 from seqmodels.modules import blocks, channel_mixers, layers, norms, pattern, positions
 
 _ENTERING_STATES = jax.checkpoint_policies.save_only_these_names(remat.ENTERING_STATES)
@@ -31,8 +33,13 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class ModelState:
-    """What decoding carries: one state a layer, the document the last token belonged to, and, for
-    learned positions, the place of the next token in it."""
+    """The state that decoding carries.
+
+    Attributes:
+      prefix, scanned, suffix: a state per layer, as `pattern.ScanPlan` cuts the stack.
+      segment_id_B: the document that the last token belongs to.
+      next_position_B: for learned positions, the place of the next token in its document.
+    """
 
     prefix: tuple[State, ...]
     scanned: tuple[State, ...]
@@ -41,40 +48,47 @@ class ModelState:
     next_position_B: Array | None = None
 
     def take_rows(self, rows_N: Array) -> "ModelState":
-        """The state of the sequences with these indices, in this order: to reorder the beams of a
-        search, to give one several continuations, to leave finished ones out. (`x[rows]` of every
-        leaf would take layers where they are scanned.)"""
-        taken = blocks.take_rows(self.replace(scanned=()), rows_N)
-        return taken.replace(scanned=blocks.take_rows(self.scanned, rows_N, axis=1))
+        """Returns the state of the sequences with these indices, in this order.
+
+        It reorders the beams of a search, gives one several continuations, or leaves finished ones
+        out. (`x[rows]` of every leaf would take layers where they are scanned.)
+        """
+        taken = blocks.take_rows(dataclasses.replace(self, scanned=()), rows_N)
+        scanned = blocks.take_rows(self.scanned, rows_N, axis=1)
+        return dataclasses.replace(taken, scanned=scanned)
 
 
 class LanguageModel(nn.Module):
     """logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
 
     With state None nothing is carried and none is returned: training. To prefill or decode pass
-    `init_state(batch)` and then the state of the last call; any split of a sequence gives the same
-    logits. A row whose first token has another segment id than the row's last one starts from
-    nothing.
+      `init_state(batch)` and then the state of the last call; any split of a sequence gives the
+      same logits. A row whose first token has another segment id than the row's last one starts
+      from nothing.
 
-    head: (x_BTD, matrix, layout) -> what is returned in place of the logits, from the last hidden
-      states and the output matrix, "WD" or "DW" by its layout: a loss that never holds all logits
-      (`kernels_pallas.linear_cross_entropy`).
-    mixers: one MixerSpec a layer (`from_config` makes them of a pattern such as
-      "3*gated_delta_net + attention(window=256)").
-    channel_mixer, d_ff, channel_bias, norm, norm_eps, norm_position, mixer_residual,
-      channel_residual: see `blocks.Block`; `blocks.LAYER_OPTIONS` of a layer's own win.
-    tied_embeddings: the output matrix is the embedding. embedding_scale multiplies the embedded
-      tokens.
-    learned_positions: how many places in a document have a learned vector, added to the token's
-      (GPT-2); None: there are none.
-    logit_softcap: c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
-    remat: what the backward pass recomputes: "none", "full" (every block from its input),
-      "operators" (all but operators' results and the states between their chunks), "dots" (all but
-      projections). A state from another of the mesh's parts of time is kept by each.
-    scan_layers: compile a repeated group of blocks once and scan over it.
-    dtype, param_dtype: of activations and matmuls, and of parameters, but for those that are used
-      in float32. Logits are float32.
-    float32_residual: the stream that blocks add to is float32, whatever dtype says (Mamba).
+    Args:
+      head: (x_BTD, matrix, layout) -> what is returned in place of the logits, from the last hidden
+        states and the output matrix, "WD" or "DW" by its layout: a loss that never holds all logits
+        (`kernels_pallas.linear_cross_entropy`).
+
+    Attributes:
+      mixers: one MixerSpec per layer (`from_config` makes them of a pattern such as
+        "3*gated_delta_net + attention(window=256)"). channel_mixer, d_ff, channel_bias, norm,
+        norm_eps, norm_position, mixer_residual, channel_residual: see `blocks.Block`;
+        `blocks.LAYER_OPTIONS` of a layer's own win.
+      tied_embeddings: whether the output matrix is the embedding.
+      embedding_scale: multiplies the embedded tokens.
+      learned_positions: number of places in a document with a learned vector, which is added to the
+        token's (GPT-2); None: there are none.
+      logit_softcap: c of c tanh(logits / c) (Gemma 2, arXiv 2408.00118, section 2).
+      remat: what the backward pass recomputes: "none", "full" (every block from its input),
+        "operators" (all but operators' results and the states between their chunks), "dots" (all
+        but projections). Each keeps the states that another shard of time sent.
+      scan_layers: whether a repeated group of blocks is compiled once and scanned over.
+      dtype, param_dtype: of activations and matmuls, and of parameters, but for those that are used
+        in float32. Logits are float32.
+      float32_residual: whether the stream that blocks add to is float32 whatever dtype says
+        (Mamba).
     """
 
     vocab_size: int
@@ -98,11 +112,11 @@ class LanguageModel(nn.Module):
     param_dtype: DType = jnp.float32
     float32_residual: bool = False
 
-    block = blocks.Block  # what a layer is
+    block = blocks.Block  # the class of every layer
 
     @property
     def plan(self) -> pattern.ScanPlan:
-        """How the stack is cut into single blocks and a scanned group."""
+        """Returns how the stack is cut into single blocks and a scanned group."""
         if self.scan_layers:
             return pattern.scan_plan(self.mixers)
         return pattern.ScanPlan(self.mixers, (), 0, ())
@@ -119,25 +133,27 @@ class LanguageModel(nn.Module):
         embed = nn.Embed(
             self.vocab_size,
             self.d_model,
-            embedding_init=nn.with_logical_partitioning(
+            embedding_init=layers.partitioned(
                 nn.initializers.normal(self.d_model**-0.5), ("vocab", "embed")
             ),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name="embed",
         )
+        # Tokens, and learned positions, as vectors.
         x_BTD = operators.embedding(embed.embedding.astype(self.dtype), tokens_BT)
         x_BTD = x_BTD * self.embedding_scale
         next_position_B = None
         if self.learned_positions is not None:
-            position_BT = self._positions(x_BTD.shape, segment_ids_BT, state)
-            x_BTD = x_BTD + self._position_embedding(position_BT)
+            position_BT = self._positions(tokens_BT, self.learned_positions, segment_ids_BT, state)
+            x_BTD = x_BTD + self._position_embedding(position_BT, self.learned_positions)
             next_position_B = position_BT[:, -1] + 1
         if self.float32_residual:
             x_BTD = x_BTD.astype(jnp.float32)
+        # The stack, its norm, and the logits or what `head` makes of them.
         x_BTD, state = self._stack(sharding.constrain(x_BTD), segment_ids_BT, state)
         if state is not None:
-            state = state.replace(next_position_B=next_position_B)
+            state = dataclasses.replace(state, next_position_B=next_position_B)
         x_BTD = blocks.make_norm(self.norm, self.norm_eps, "final_norm")(x_BTD).astype(self.dtype)
         if self.tied_embeddings:
             matrix, layout = embed.embedding, "WD"
@@ -150,7 +166,7 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def logits(self, x_BTD: Array, matrix: Array, layout: str) -> Array:
-        """Of the last hidden states; float32 whatever the dtype."""
+        """Returns the logits of the last hidden states; float32 whatever the dtype."""
         return capped(all_logits(x_BTD, matrix, None, layout), self.logit_softcap)
 
     @nn.nowrap
@@ -158,35 +174,37 @@ class LanguageModel(nn.Module):
         """Raises ValueError for rows of more tokens than there are learned positions."""
         if self.learned_positions is not None and length > self.learned_positions:
             raise ValueError(
-                f"rows of {length} tokens, and the model has learned {self.learned_positions} positions: shorten the rows "
-                "(config.data.seq_len)"
+                f"rows of {length} tokens, and the model has learned {self.learned_positions} "
+                "positions: shorten the rows (config.data.seq_len)"
             )
 
-    def _positions(self, shape, segment_ids_BT, state):
-        self.check_length(shape[1])
+    def _positions(self, tokens_BT, limit, segment_ids_BT, state):
+        B, T = tokens_BT.shape
+        self.check_length(T)
         offset_B = None
         if state is not None:
             offset_B = state.next_position_B
             if segment_ids_BT is not None:
                 offset_B = jnp.where(segment_ids_BT[:, 0] == state.segment_id_B, offset_B, 0)
-        position_BT = positions.token_positions(*shape[:2], segment_ids_BT, offset_B)
-        if state is not None and not isinstance(position_BT, jax.core.Tracer):
+        position_BT = positions.token_positions(B, T, segment_ids_BT, offset_B)
+        if state is not None and not isinstance(position_BT, core.Tracer):
             tokens = int(position_BT.max()) + 1
-            if tokens > self.learned_positions:
+            if tokens > limit:
                 raise ValueError(
-                    f"with what the state has read a document comes to {tokens} tokens, and the model has learned "
-                    f"{self.learned_positions} positions"
+                    f"with what the state has read a document comes to {tokens} tokens, and the "
+                    f"model has learned {limit} positions"
                 )
         return position_BT
 
-    def _position_embedding(self, position_BT):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        shape = (self.learned_positions, self.d_model)
+    def _position_embedding(self, position_BT, limit):
+        init = layers.partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
+        shape = (limit, self.d_model)
         table_PD = self.param("position_embedding", init, shape, self.param_dtype)
         return operators.embedding(table_PD.astype(self.dtype), position_BT)
 
     def _stack(self, x_BTD, segment_ids_BT, state):
         plan = self.plan
+        # Rows whose first token starts another document than the state's.
         fresh_B = None
         if state is not None and segment_ids_BT is not None:
             fresh_B = segment_ids_BT[:, 0] != state.segment_id_B
@@ -218,8 +236,9 @@ class LanguageModel(nn.Module):
         if plan.repeats == 0:
             if sharding.stages() > 1:
                 raise ValueError(
-                    f"mesh axis {sharding.STAGE_AXIS!r} splits the repeats of a pattern, and this model scans over none: "
-                    "set scan_layers=True and more layers than the pattern has, or the axis to 1"
+                    f"mesh axis {sharding.STAGE_AXIS!r} splits the repeats of a pattern, and this "
+                    "model scans over none: set scan_layers=True and more layers than the pattern "
+                    "has, or the axis to 1"
                 )
             return x_BTD, ()
         group = _Group(
@@ -258,16 +277,18 @@ class LanguageModel(nn.Module):
     def _block_class(self, in_scan: bool = False):
         if self.remat == "none":
             return self.block
-        # Under scan XLA cannot merge the recomputation with the forward pass, so no barrier is
-        # needed.
+        # Under scan XLA cannot merge the recomputation with the forward pass: no barrier is needed.
         return nn.remat(self.block, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_scan)
 
     def _block_options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in _SHARED_FIELDS}
 
     def _lower_bounds(self) -> Array | None:
-        """Forget-gate bounds that grow with depth: cumsum(softmax(p_LD, over layers)) less its
-        first row (HGRN, arXiv 2311.04823, section 3.3). Zeros at the start: layer l has l/L."""
+        """Returns forget-gate bounds that grow with depth, or None where no layer has one.
+
+        cumsum(softmax(p_LD, over layers)) less its first row (HGRN, arXiv 2311.04823, section 3.3).
+        p is zero at the start: layer l has l/L.
+        """
         L = len(self.mixers)
         widths = {
             self._mixer(spec).lower_bound_width()
@@ -286,12 +307,12 @@ class LanguageModel(nn.Module):
         return bound_LD - bound_LD[:1]
 
     @nn.nowrap
-    def _mixer(self, spec: pattern.MixerSpec) -> mixers.Mixer:
+    def _mixer(self, spec: pattern.MixerSpec) -> Mixer:
         return blocks.Block(spec, **self._block_options(), parent=None).make_mixer(parent=None)
 
     @nn.nowrap
     def init_state(self, batch: int) -> ModelState:
-        """The state before the first token of `batch` sequences. Pure: works on an unbound module."""
+        """Returns the state before the first token of each sequence; works on an unbound module."""
         plan = self.plan
 
         def states(specs):
@@ -369,15 +390,17 @@ def config_fields() -> dict[str, tuple[Any, Any]]:
     for field in dataclasses.fields(LanguageModel):
         if field.name in ("mixers", "parent", "name"):
             continue
-        kind, default = kinds[field.name], field.default
-        if kind is DType:
-            kind, default = str, jnp.dtype(default).name
-        found[field.name] = (kind, None if default is dataclasses.MISSING else default)
+        default = None if field.default is dataclasses.MISSING else field.default
+        found[field.name] = (kinds[field.name], default)
+        if default is not None and kinds[field.name] is DType:
+            found[field.name] = (str, jnp.dtype(default).name)
     return found
 
 
 def from_config(config) -> LanguageModel:
-    """The model a config's `model` section describes; missing fields are `config_fields`' defaults.
+    """Makes the model that a config's `model` section describes.
+
+    Missing fields are `config_fields`' defaults.
 
     Raises:
       ValueError: an unknown field, mixer or option, a value of another type, one that is no choice
@@ -387,6 +410,7 @@ def from_config(config) -> LanguageModel:
     if unknown := sorted(set(config) - set(known)):
         raise ValueError(f"config.model has no field {unknown[0]!r}; it has {', '.join(known)}")
     values = {name: default for name, (_, default) in known.items()} | dict(config)
+    # Types, choices and ranges of the model's own fields.
     for name in _DTYPE_FIELDS:
         if not isinstance(values[name], str | None):
             values[name] = jnp.dtype(values[name]).name
@@ -401,6 +425,7 @@ def from_config(config) -> LanguageModel:
         if (value := values[name]) is not None and value <= 0:
             least = "at least 1" if isinstance(value, int) else "more than 0"
             raise ValueError(f"config.model.{name} is {value}; it must be {least}")
+    # Each layer's options have the types of its mixer's fields, or of the model's.
     specs = pattern.layers(values.pop("pattern"), values.pop("num_layers"))
     for spec in specs:
         kinds = typing.get_type_hints(mixers.mixer_class(spec.name))

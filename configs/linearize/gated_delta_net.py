@@ -1,10 +1,11 @@
-"""Gated delta net students by layer-wise distillation, as InfiniteVL's language layers (arXiv
-2512.08829): random mixers learn to give the layers' outputs, then the teacher's distribution at
-temperature 2.
+"""Gated DeltaNet students by layer-wise distillation, as InfiniteVL's language layers.
+
+(arXiv 2512.08829.) Random mixers learn to give the layers' outputs, then the teacher's distribution
+at temperature 2.
 
     python -m experiments.linearize --config=configs/linearize/gated_delta_net.py:smollm
 
-Of every four layers the first stays softmax, as published; arguments: all converts it as well;
+Of every four layers the first stays softmax, as published. Arguments: all converts it as well;
 smollm, gpu, tiny: configs/linearize/common.py.
 """
 

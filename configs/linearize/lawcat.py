@@ -1,5 +1,6 @@
-"""LAWCAT (arXiv 2509.18467): identity convolutions on q and k and normalised GLA, no window;
-layer-wise transfer, then LoRA.
+"""LAWCAT (arXiv 2509.18467): identity convolutions on q and k, and normalised gated attention.
+
+There is no window. Layer-wise transfer, then LoRA.
 
     python -m experiments.linearize --config=configs/linearize/lawcat.py:smollm
 

@@ -1,12 +1,11 @@
-"""Liger (arXiv 2503.01496): a softmax layer's weights as gated linear attention beside a window of
-64, adapted with LoRA alone.
+"""Liger (arXiv 2503.01496): softmax weights as gated linear attention beside a window of 64; LoRA.
 
     python -m experiments.linearize --config=configs/linearize/liger.py:smollm
 
-Arguments: gla (the default), hgrn2, scalar: what the gate is. The paper's ablations: ungated;
-  random_gate: of a new projection;
-no_window: linear alone; feature_map: a learned, ungated one (T2R's) in the place of the softmax
-over channels. hybrid, smollm, gpu, tiny: configs/linearize/common.py.
+Arguments: gla (the default), hgrn2, scalar: the kind of gate. The paper's ablations: ungated;
+random_gate: the gate of a new projection; no_window: linear alone; feature_map: a learned, ungated
+  map (T2R's) in the place of the softmax over channels. hybrid, smollm, gpu, tiny:
+  configs/linearize/common.py.
 """
 
 from configs.linearize import common

@@ -1,5 +1,6 @@
-"""LoLCATs (arXiv 2410.10254): a window of softmax and Hedgehog's map before it under one
-denominator; attention transfer, then LoRA.
+"""LoLCATs (arXiv 2410.10254): softmax in a window, Hedgehog's map before it, one denominator.
+
+Attention transfer, then LoRA.
 
     python -m experiments.linearize --config=configs/linearize/lolcats.py:smollm
 

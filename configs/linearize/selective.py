@@ -1,9 +1,10 @@
-"""Selective transfer: a learnable mix a layer decides which layers become linear (LinVideo's idea,
-arXiv 2510.08318), here of a language model: Hedgehog's map is distilled, then map, adapters and mix
-are trained while a penalty brings every mix to 0 or 1 and half of them to 1.
+r"""Selective transfer: a learnable mix per layer decides which layers become linear.
 
-    python -m experiments.linearize --config=configs/linearize/selective.py:smollm
-    --config.linearize.stages.stage_2.select_target=15
+LinVideo's idea (arXiv 2510.08318), here of a language model. Hedgehog's map is distilled; then map,
+adapters and mix are trained while a penalty brings every mix to 0 or 1 and half of them to 1.
+
+    python -m experiments.linearize --config=configs/linearize/selective.py:smollm \
+        --config.linearize.stages.stage_2.select_target=15
 
 Arguments: smollm, gpu, tiny: configs/linearize/common.py.
 """

@@ -1,11 +1,9 @@
-"""The baseline of every linearization with a window: softmax within 64 tokens and nothing before,
-adapted with LoRA.
+"""The baseline of every linearization with a window: softmax within 64 tokens alone, and LoRA.
 
     python -m experiments.linearize --config=configs/linearize/window.py:smollm
 
-Arguments: softmax has no window either: the teacher with adapters, what training on this text is
-  worth by itself; hybrid, smollm, gpu,
-tiny: configs/linearize/common.py.
+Arguments: softmax has no window either: the teacher with adapters, which shows what training on
+  this text is worth by itself; hybrid, smollm, gpu, tiny: configs/linearize/common.py.
 """
 
 from configs.linearize import common

@@ -8,8 +8,7 @@ import importlib
 
 from seqmodels.mixers.base import Layer, Mixer
 
-# name: (module, class). Modules are imported when asked for, so that one mixer's needs are not
-#   everyone's.
+# name: (module, class). A module is imported when its mixer is asked for.
 _MIXERS = {
     "attention": ("attention", "Attention"),
     "delta_net": ("delta_net", "DeltaNet"),
@@ -37,13 +36,15 @@ _MIXERS = {
 
 
 def names() -> list[str]:
-    """Every registered mixer."""
+    """Returns the name of every registered mixer."""
     return sorted(_MIXERS)
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The class called `name`. Raises ValueError, listing the choices, for a name that is not
-    registered."""
+    """Returns the class called `name`.
+
+    Raises ValueError, listing the choices, for a name that is not registered.
+    """
     if name not in _MIXERS:
         raise ValueError(f"unknown mixer {name!r}; choose one of {', '.join(names())}")
     module, attribute = _MIXERS[name]
@@ -51,13 +52,13 @@ def mixer_class(name: str) -> type[Mixer]:
 
 
 def options(name: str) -> dict[str, object]:
-    """The options of a mixer and their defaults, without those every module has."""
+    """Returns a mixer's options and their defaults, without those every module has."""
     fields = dataclasses.fields(mixer_class(name))
     return {f.name: f.default for f in fields if f.init and f.name not in ("parent", "name")}
 
 
 def make(name: str, /, **keywords) -> Mixer:
-    """The mixer `name` with the given options. An unknown option lists those there are."""
+    """Makes the mixer `name` with the given options; the error for an unknown option lists all."""
     known = options(name)
     unknown = sorted(set(keywords) - set(known) - {"name", "parent"})
     if unknown:

@@ -1,5 +1,7 @@
 """Softmax attention: the baseline, and the minority layer of hybrids."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -15,9 +17,10 @@ from seqmodels.modules import layers, norms, positions
 class KeyValueCache:
     """The keys (after rotation) and values that later tokens may still see.
 
-    position_BS: a slot's place in its document; -1 marks an empty slot.
-    next_position_B: the place of the next token in its document.
-    slots_filled: slots written so far, for full attention (a window shifts instead).
+    Attributes:
+      position_BS: a slot's place in its document; -1 marks an empty slot.
+      next_position_B: the place of the next token in its document.
+      slots_filled: slots written so far, for full attention (a window shifts instead).
     """
 
     k_BSGK: Array
@@ -28,20 +31,26 @@ class KeyValueCache:
 
 
 class Attention(base.Mixer):
-    """o_t = W_o softmax(q_t . k_s / sqrt(K)) v_s over s <= t, rotary positions (arXiv 1706.03762,
-    2104.09864).
+    """Softmax attention (Vaswani et al., arXiv 1706.03762, eq. 1) with rotary positions.
 
-    num_heads, num_kv_heads: H query heads in G key/value groups; G = 1 is multi-query, None is H.
-    head_dim: K; None is D / H.
-    window: a token sees itself and window-1 tokens before it; None sees all, and then the cache
-      holds `max_length` tokens: decoding past it is the caller's error (`experiments.generate`
-      checks).
-    rope_base: None leaves positions out. rope_fraction: the part of each head's channels that is
-      rotated. rope_scaling: for long contexts, see `positions.frequencies`.
-    qk_norm: RMS norm on each head's q and k before the rotation; a name of `norms.NORMS` takes that
-      one. norm_eps: theirs.
-    use_bias: of the projections; o_bias of the output's, None the same.
-    output_gate: y = W_o (o * sigmoid(W_g x)) (arXiv 2505.06708).
+        o_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(K)) v_s
+
+    q, k, v = W x, q and k rotated (arXiv 2104.09864, eq. 34); y = W_o o.
+
+    Attributes:
+      num_heads, num_kv_heads: H query heads in G key/value groups; G = 1 is multi-query, None is H.
+      head_dim: K; None is D / H.
+      window: a token sees itself and window-1 tokens before it; None sees all, and then the cache
+        holds `max_length` tokens: decoding past it is the caller's error (`experiments.generate`
+        checks).
+      rope_base: None leaves positions out.
+      rope_fraction: the share of each head's channels that is rotated.
+      rope_scaling: for long contexts, see `positions.frequencies`.
+      qk_norm: RMS norm on each head's q and k before the rotation; a name of `norms.NORMS` takes
+        that one.
+      norm_eps: epsilon of these norms.
+      use_bias, o_bias: whether the projections have biases; o_bias is the output's, None the same.
+      output_gate: y = W_o (o * sigmoid(W_g x)) (arXiv 2505.06708).
     """
 
     num_heads: int = 4
@@ -62,22 +71,18 @@ class Attention(base.Mixer):
         H, G = self.num_heads, self.num_kv_heads or self.num_heads
         if H % G:
             raise ValueError(f"attention: num_kv_heads {G} must divide num_heads {H}")
-        if self.head_dim is None and self.d_model % H:
-            raise ValueError(
-                f"attention: num_heads {H} must divide d_model {self.d_model}, or set head_dim"
-            )
         if self.window is not None and self.window < 1:
             raise ValueError(
                 f"attention: window must be at least 1 (the token itself); got {self.window}"
             )
-        if self.qk_norm not in (False, True, *norms.NORMS):
-            raise ValueError(
-                f"attention: qk_norm is {self.qk_norm!r}; choose True, False or one of {', '.join(norms.NORMS)}"
-            )
-        return H, G, self.head_dim or self.d_model // H
+        if not isinstance(self.qk_norm, bool):
+            self.check_choice("qk_norm", norms.NORMS)
+        return H, G, self.head_dim or self.width_per_head(H)
 
     @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
+    def __call__(
+        self, x_BTD, segment_ids_BT=None, state=None, *, layer=None
+    ) -> tuple[Array, base.State]:
         B, T, _ = x_BTD.shape
         q_BTHK, k_BTGK, v_BTGK = self._queries_keys_values(x_BTD)
         offset_B = None if state is None else state.next_position_B
@@ -86,11 +91,10 @@ class Attention(base.Mixer):
         o_BTHK, state = self._attend(q_BTHK, k_BTGK, v_BTGK, position_BT, segment_ids_BT, state)
         return self._output(x_BTD, o_BTHK), state
 
-    # Linearized students (liger, lolcats, ...) are subclasses: the same projections around another
-    # way to mix.
+    # Linearized students (liger, lolcats, ...) are subclasses: they share the projections.
 
     def _queries_keys_values(self, x_BTD):
-        """Before the rotation."""
+        """Returns q, k and v before the rotation."""
         H, G, K = self._sizes()
         q_BTHK = self.project_heads(x_BTD, H, K, "q", use_bias=self.use_bias)
         k_BTGK = self.project_heads(x_BTD, G, K, "k", use_bias=self.use_bias)
@@ -109,13 +113,16 @@ class Attention(base.Mixer):
         )
 
     def _attend(self, q_BTHK, k_BTGK, v_BTGK, position_BT, segment_ids_BT, state):
-        """Softmax attention over these tokens and those in the cache, and the cache after them."""
+        """Attends to these tokens and those in the cache; returns the cache after them, too."""
         new = (k_BTGK, v_BTGK, position_BT, segment_ids_BT)
         if state is None:
-            # Without a state the tokens may be more than a cache holds: it is as long as they are
-            # then.
+            # Tokens without a state may be more than a cache holds; then it is as long as they are.
             _, state = self._extend(self._empty(*position_BT.shape), *new)
-            seen = {"k_BTGK": k_BTGK, "v_BTGV": v_BTGK, "segment_ids": segment_ids_BT}
+            seen: dict[str, Any] = {
+                "k_BTGK": k_BTGK,
+                "v_BTGV": v_BTGK,
+                "segment_ids": segment_ids_BT,
+            }
         else:
             seen, state = self._extend(state, *new)
             seen["q_positions_BT"] = position_BT
@@ -133,8 +140,7 @@ class Attention(base.Mixer):
         return self.merge_heads(o_BTHK, use_bias=o_bias)
 
     def _extend(self, cache: KeyValueCache, k_BTGK, v_BTGK, position_BT, segment_ids_BT):
-        """Adds new tokens to the cache. Returns what these tokens may look at, and the cache after
-        them."""
+        """Adds new tokens to the cache. Returns what these tokens may see, and the new cache."""
         B, T = position_BT.shape
         if segment_ids_BT is None:
             segment_ids_BT = jnp.zeros((B, T), jnp.int32)
@@ -143,14 +149,15 @@ class Attention(base.Mixer):
         run_BS = jnp.zeros_like(cache.position_BS)
         old = (cache.k_BSGK, cache.v_BSGK, cache.position_BS, run_BS)
         new = (k_BTGK.astype(self.dtype), v_BTGK.astype(self.dtype), position_BT, run_BT)
+        # Full attention writes behind the filled slots; a window drops as many slots as come.
         if self.window is None:
             slots = [_write(a, b, cache.slots_filled) for a, b in zip(old, new)]
             kept = slots
         else:
             slots = [jnp.concatenate([a, b], axis=1) for a, b in zip(old, new)]
             kept = [a[:, T:] for a in slots]
-        seen = dict(zip(("k_BTGK", "v_BTGV", "kv_positions_BS", "kv_segment_ids_BS"), slots))
-        seen["segment_ids"] = run_BT
+        names = ("k_BTGK", "v_BTGV", "kv_positions_BS", "kv_segment_ids_BS")
+        seen = dict(zip(names, slots), segment_ids=run_BT)
         k_BSGK, v_BSGK, position_BS, run_BS = kept
         cache = KeyValueCache(
             k_BSGK,
@@ -161,7 +168,7 @@ class Attention(base.Mixer):
         )
         return seen, cache
 
-    def init_state(self, batch):
+    def init_state(self, batch) -> base.State:
         return Attention._empty(self, batch)
 
     def _empty(self, batch, tokens=0):

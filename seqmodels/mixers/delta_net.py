@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
-from seqmodels.modules import layers, norms, short_conv
+from seqmodels.modules import layers, norms
 from seqmodels.operators import delta_rule
 
 
 @flax.struct.dataclass
 class State:
-    """S_BHKV and the last inputs of the convolutions on q, k and v (None without convolutions)."""
+    """S_BHKV, and the last inputs of the convolutions on q, k and v (None without them)."""
 
     S_BHKV: Array
     q_tail: Array | None
@@ -24,19 +24,27 @@ class State:
 
 
 class DeltaRuleMixer(base.ChunkedMixer):
-    """S_t = (I - beta_t,n k_t,n k_t,n^T) ... (I - beta_t,1 k_t,1 k_t,1^T) alpha_t S_{t-1} + what
-    the n steps write.
+    """The mixer behind DeltaNet, Gated DeltaNet and DeltaProduct: n delta-rule steps per token.
 
-    q, k, v = silu(conv(W x)), q and k of unit length; beta = sigmoid(W_b x); alpha =
-    exp(-exp(A_log) softplus(W_a x + dt_bias)) a head, or 1; o_t = S_t^T q_t / sqrt(K); y = W_o
-    RMSNorm(o), or W_o (RMSNorm(o) * silu(W_g x)). Norm and gain are a head's.
+        S_t = (I - beta_t,n k_t,n k_t,n^T) ... (I - beta_t,1 k_t,1 k_t,1^T) alpha_t S_{t-1}
+              + what the n steps write
+        o_t = S_t^T q_t / sqrt(K)
 
-    num_heads: G heads of q and k. num_v_heads: H heads of v, beta and alpha; None is G.
-    head_dim: K; None is key_width D / G. expand_v: V / K.
-    conv_width: taps; None leaves the convolutions out (silu stays).
-    allow_neg_eigval: beta in [0, 2], so that I - beta k k^T may reflect (arXiv 2411.12537).
+    q, k, v = silu(conv(W x)), q and k of unit length; beta = sigmoid(W_b x) per head; alpha =
+    exp(-exp(A_log) softplus(W_a x + dt_bias)) per head, or 1; y = W_o RMSNorm(o), or W_o
+    (RMSNorm(o) * silu(W_g x)), the norm on each head with one gain for all.
 
-    A subclass says what it is with the attributes below, as a constant or as an option.
+    Attributes:
+      num_heads: G heads of q and k.
+      num_v_heads: H heads of v, beta and alpha; None is G.
+      head_dim: K; None is key_width D / G.
+      expand_v: V / K.
+      conv_width: taps; None leaves the convolutions out (silu stays).
+      allow_neg_eigval: beta in [0, 2], so that I - beta k k^T may reflect (arXiv 2411.12537).
+      norm_eps: epsilon of the output's norm.
+
+    A subclass sets the attributes below these, as constants or as options. The recurrence is
+    `kernels_pallas.delta_rule`; kernels_pallas/ops/delta_rule/naive_chunk.py has its chunk algebra.
     """
 
     num_heads: int = 4
@@ -61,8 +69,8 @@ class DeltaRuleMixer(base.ChunkedMixer):
         V = K * self.expand_v
         if K < 1 or V < 1 or not math.isclose(V, round(V)):
             raise ValueError(
-                f"{name}: head_dim {K} and head_dim * expand_v = {V} must be whole and positive; with d_model "
-                f"{self.d_model} and num_heads {G}, set head_dim or expand_v"
+                f"{name}: head_dim {K} and head_dim * expand_v = {V} must be whole and positive; "
+                f"with d_model {self.d_model} and num_heads {G}, set head_dim or expand_v"
             )
         if self.num_householder < 1:
             raise ValueError(
@@ -71,21 +79,15 @@ class DeltaRuleMixer(base.ChunkedMixer):
         return G, H, K, round(V)
 
     def _tail_widths(self) -> tuple[int, int, int]:
-        """Features of the convolutions on q, k and v."""
+        """Returns the number of features of the convolutions on q, k and v."""
         G, H, K, V = self._sizes()
         return G * K, self.num_householder * G * K, self.num_householder * H * V
 
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width, dtype=self.dtype, param_dtype=self.param_dtype, **keywords
-        )
-
     def _project_conv(self, x_BTD, width: int, name: str, unit_heads, segment_ids_BT, tail):
-        """unit_heads: heads brought to length 1, or None."""
+        """Projects, convolves and activates; brings `unit_heads` heads, if any, to length 1."""
         z = self.project(x_BTD, width, name)
         if self.conv_width is not None:
-            conv = self._conv(l2_norm_heads=unit_heads, name=f"{name}_conv")
+            conv = self.conv(self.conv_width, l2_norm_heads=unit_heads, name=f"{name}_conv")
             return conv(z, segment_ids_BT, tail)
         z = nn.silu(z)
         if unit_heads is not None:
@@ -98,6 +100,7 @@ class DeltaRuleMixer(base.ChunkedMixer):
         B, T, _ = x_BTD.shape
         if state is None:
             state = self.init_state(B)
+        # q, k, v and the gates; k, v and beta have a copy per step.
         (q, q_tail), (k, k_tail), (v, v_tail) = (
             self._project_conv(x_BTD, width, name, unit_heads, segment_ids_BT, tail)
             for width, name, unit_heads, tail in zip(
@@ -132,24 +135,30 @@ class DeltaRuleMixer(base.ChunkedMixer):
         _, H, K, V = self._sizes()
         tails = (None, None, None)
         if self.conv_width is not None:
-            tails = (self._conv(parent=None).init_state(batch, n) for n in self._tail_widths())
+            tails = (self.conv_tail(batch, self.conv_width, n) for n in self._tail_widths())
         return State(jnp.zeros((batch, H, K, V), jnp.float32), *tails)
 
 
 def _on_step(x: Array, n: int, *, last: bool) -> Array:
-    """(B, T, ...) to (B, T n, ...): x on the first or last of each token's n steps, zeros on the
-    others."""
+    """Spreads x over each token's n steps, (B, T, ...) to (B, T n, ...).
+
+    It stands on the first or the last step, and zeros on the others.
+    """
     before, after = (n - 1, 0) if last else (0, n - 1)
     padded = jnp.pad(x[:, :, None], ((0, 0), (0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
     return padded.reshape(x.shape[0], -1, *x.shape[2:])
 
 
 class DeltaNet(DeltaRuleMixer):
-    """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;  o_t = S_t^T q_t / sqrt(K)
-    (Yang et al., arXiv 2406.06484, eq. 4 and section 3.3).
+    """DeltaNet (Yang et al., arXiv 2406.06484, eq. 4 and section 3.3).
 
-    Projections, options and initial values: `DeltaRuleMixer`. use_gate: gate the normed output by
-    silu(W_g x).
+        S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+        o_t = S_t^T q_t / sqrt(K)
+
+    Projections, initial values and the other options are `DeltaRuleMixer`'s.
+
+    Attributes:
+      use_gate: whether silu(W_g x) gates the normed output.
     """
 
     use_gate: bool = False

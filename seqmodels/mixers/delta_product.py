@@ -1,21 +1,23 @@
-"""DeltaProduct: several delta-rule steps a token, so that its transition is a product of
-Householder matrices."""
+"""DeltaProduct: several delta-rule steps per token, hence products of Householder matrices."""
 
 from seqmodels.mixers import delta_net
 
 
 class DeltaProduct(delta_net.DeltaRuleMixer):
-    """S_t = A_t S_{t-1} + B_t;  A_t = prod_{j=n..1} (I - beta_t,j k_t,j k_t,j^T);
-    B_t = sum_j (prod_{i=n..j+1} (I - beta_t,i k_t,i k_t,i^T)) beta_t,j k_t,j v_t,j^T;  o_t = S_t^T
-      q_t / sqrt(K)
-    (Siems et al., arXiv 2502.10297, section 3).
+    """DeltaProduct (Siems et al., arXiv 2502.10297, section 3).
+
+        S_t = prod_{j=n..1} (I - beta_t,j k_t,j k_t,j^T) S_{t-1} + B_t
+        B_t = sum_j (prod_{i=n..j+1} (I - beta_t,i k_t,i k_t,i^T)) beta_t,j k_t,j v_t,j^T
+        o_t = S_t^T q_t / sqrt(K)
 
     k, v and beta have n copies, each with its own projection and convolution; q has one.
-    Projections and options: `DeltaRuleMixer`; beta is in [0, 2] unless told otherwise.
+    Projections and the other options are `DeltaRuleMixer`'s; beta is in [0, 2] unless told
+    otherwise.
 
-    num_householder: n steps a token; 1 is DeltaNet.
-    use_forget_gate: S_{t-1} decays by alpha_t, as in Gated DeltaNet, once a token.
-    use_gate: gate the normed output by silu(W_g x).
+    Attributes:
+      num_householder: n steps per token; 1 is DeltaNet.
+      use_forget_gate: S_{t-1} decays by alpha_t, as in Gated DeltaNet, once per token.
+      use_gate: whether silu(W_g x) gates the normed output.
     """
 
     allow_neg_eigval: bool = True

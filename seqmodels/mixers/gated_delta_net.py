@@ -1,16 +1,20 @@
-"""Gated DeltaNet: the delta rule with a learned scalar decay."""
+"""Gated DeltaNet: the delta rule with a learned decay per head and token."""
 
 from seqmodels.mixers import delta_net
 
 
 class GatedDeltaNet(delta_net.DeltaRuleMixer):
-    """S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;  o_t = S_t^T q_t / sqrt(K)
-    (Yang, Kautz & Hatamizadeh, arXiv 2412.06464, eq. 10).
+    """Gated DeltaNet (Yang, Kautz & Hatamizadeh, arXiv 2412.06464, eq. 10).
 
-    alpha = exp(-exp(A_log) softplus(W_a x + dt_bias)) a head; y = W_o (RMSNorm(o) * silu(W_g x)).
-    A ~ U(0, 16); dt_bias is the inverse softplus of dt ~ LogU(1e-3, 0.1).
-    Projections and options: `DeltaRuleMixer`. head_dim None is 3/4 D / G, as published. use_gate:
-      the factor silu(W_g x).
+        S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+        o_t = S_t^T q_t / sqrt(K)
+
+    alpha = exp(-exp(A_log) softplus(W_a x + dt_bias)) per head; y = W_o (RMSNorm(o) * silu(W_g x)).
+    A ~ U(0, 16); dt_bias is the inverse softplus of dt ~ LogU(1e-3, 0.1). Projections and the other
+    options are `DeltaRuleMixer`'s; head_dim None is 3/4 D / G, as published.
+
+    Attributes:
+      use_gate: whether the factor silu(W_g x) is there.
     """
 
     expand_v: float = 2.0

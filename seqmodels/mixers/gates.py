@@ -11,13 +11,15 @@ from seqmodels.modules import layers
 
 
 def inverse_softplus(y: Array) -> Array:
-    """x with softplus(x) = y, for y > 0: y + log(-expm1(-y))."""
+    """Returns x with softplus(x) = y, for y > 0: y + log(-expm1(-y))."""
     return y + jnp.log(-jnp.expm1(-y))
 
 
 def log_uniform_dt_bias(dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4):
-    """Initializer: the inverse softplus of dt ~ LogU(dt_min, dt_max), not under dt_floor (Mamba,
-    arXiv 2312.00752)."""
+    """Initializer: the inverse softplus of dt ~ LogU(dt_min, dt_max), at least dt_floor.
+
+    (Mamba, arXiv 2312.00752, section 3.6.)
+    """
 
     def init(key, shape, dtype=jnp.float32):
         log_dt = jax.random.uniform(key, shape, dtype, jnp.log(dt_min), jnp.log(dt_max))
@@ -27,8 +29,10 @@ def log_uniform_dt_bias(dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: flo
 
 
 def log_uniform_A(A_min: float, A_max: float):
-    """Initializer: log A with A ~ U(A_min, A_max). A_min = 0 draws from (0, A_max], so the log is
-    finite."""
+    """Initializer: log A with A ~ U(A_min, A_max).
+
+    A_min = 0 draws from (0, A_max], so that the logarithm is finite.
+    """
 
     def init(key, shape, dtype=jnp.float32):
         return jnp.log(A_max - jax.random.uniform(key, shape, dtype, 0.0, A_max - A_min))
@@ -37,13 +41,13 @@ def log_uniform_A(A_min: float, A_max: float):
 
 
 class SoftplusDecay(nn.Module):
-    """log a_t = -exp(A_log) dt_t, dt_t = softplus(x_t + dt_bias), one a head (Mamba-2, arXiv
-    2405.21060, section 7).
+    """log a_t = -exp(A_log) dt_t, dt_t = softplus(x_t + dt_bias), per head.
 
-    Returns (log_decay_BTH, dt_BTH), float32.
+    (Mamba-2, arXiv 2405.21060, section 7.) Returns (log_decay_BTH, dt_BTH), float32.
 
-    A_min, A_max: A ~ U(A_min, A_max) at the start; Mamba-2 takes (1, 16), Gated DeltaNet (0, 16).
-    dt_bias_init: None is `log_uniform_dt_bias`, as Mamba-2's.
+    Attributes:
+      A_min, A_max: A ~ U(A_min, A_max) at the start; Mamba-2 takes (1, 16), Gated DeltaNet (0, 16).
+      dt_bias_init: None is `log_uniform_dt_bias`, Mamba-2's.
     """
 
     A_min: float = 1.0

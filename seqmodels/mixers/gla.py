@@ -1,4 +1,4 @@
-"""Gated linear attention: a learned decay for every key channel."""
+"""Gated linear attention: a learned decay per key channel."""
 
 import flax.linen as nn
 import jax
@@ -10,15 +10,19 @@ from seqmodels.operators import linear_attention
 
 
 class GLA(base.ChunkedMixer):
-    """S_t = diag(alpha_t) S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t / sqrt(K)
-    (Yang et al., arXiv 2312.06635, section 4.1 and eq. 3).
+    """Gated linear attention (Yang et al., arXiv 2312.06635, section 4.1 and eq. 3).
+
+        S_t = diag(alpha_t) S_{t-1} + k_t v_t^T
+        o_t = S_t^T q_t / sqrt(K)
 
     q, k, v = W x, with no map and no convolution; log alpha = logsigmoid(W_up W_down x + b) /
     `gate_temperature`; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. b starts at 0.
     The state is S_BHKV.
 
-    num_heads: H. expand_k, expand_v: widths of all heads of k and of v, in D.
-    gate_rank: width of W_down x.
+    Attributes:
+      num_heads: H.
+      expand_k, expand_v: widths of all heads of k and of v, in D.
+      gate_rank: width of W_down x.
     """
 
     num_heads: int = 4
@@ -30,16 +34,12 @@ class GLA(base.ChunkedMixer):
 
     def _sizes(self) -> tuple[int, int, int]:
         H = self.num_heads
-        widths = int(self.d_model * self.expand_k), int(self.d_model * self.expand_v)
-        if widths[0] % H or widths[1] % H:
-            raise ValueError(
-                f"gla: num_heads {H} must divide the key width {widths[0]} and the value width {widths[1]}"
-            )
-        return H, widths[0] // H, widths[1] // H
+        return H, self.width_per_head(H, self.expand_k), self.width_per_head(H, self.expand_v)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         H, K, V = self._sizes()
+        # The decay's logits, by way of a low rank.
         low_rank = self.project(x_BTD, self.gate_rank, "gk_down", axes=("embed", None))
         gate_BTHK = self.project_heads(low_rank, H, K, "gk_up", axes=(None, "heads"), use_bias=True)
         o_BTHV, S_BHKV = linear_attention(

@@ -13,14 +13,16 @@ from seqmodels.operators import diagonal_scan
 
 @flax.struct.dataclass
 class State:
-    """h_BD."""
+    """h_BD, float32."""
 
     h_BD: Array
 
 
 class HGRN(base.Mixer):
-    """h_t = f_t * h_{t-1} + (1 - f_t) * silu(W_i x_t);  f_t = lb + (1 - lb) sigmoid(W_f x_t)
-    (Qin, Yang & Zhong, arXiv 2311.04823, section 3, with a real state).
+    """HGRN (Qin, Yang & Zhong, arXiv 2311.04823, section 3), with a real state.
+
+        h_t = f_t * h_{t-1} + (1 - f_t) * silu(W_i x_t)
+        f_t = lb + (1 - lb) sigmoid(W_f x_t)
 
     y = W_o (RMSNorm(h) * silu(W_g x)). lb is `layer.lower_bound_D`; zero outside a stack.
     """
@@ -36,7 +38,7 @@ class HGRN(base.Mixer):
         if bound_D is None:
             bound_D = jnp.zeros((D,))
         z_BTD = self.project(x_BTD, D, "f").astype(jnp.float32)
-        # 1 - f, without the cancellation.
+        # 1 - f = (1 - lb) sigmoid(-z), without the cancellation.
         write_BTD = (1.0 - bound_D)[None, None] * jax.nn.sigmoid(-z_BTD)
         forget_BTD = bound_D[None, None] + (1.0 - bound_D)[None, None] * jax.nn.sigmoid(z_BTD)
         h_BTD, h_BD = diagonal_scan(

@@ -11,14 +11,17 @@ from seqmodels.operators import linear_attention
 
 
 class HGRN2(base.ChunkedMixer):
-    """S_t = diag(g_t) S_{t-1} + (1 - g_t) v_t^T;  o_t = S_t^T q_t;  g = lb + (1 - lb) sigmoid(W_f
-      x)
-    (Qin et al., arXiv 2404.07904, eq. 7 and section 3.3).
+    """HGRN2 (Qin et al., arXiv 2404.07904, eq. 7 and section 3.3).
+
+        S_t = diag(g_t) S_{t-1} + (1 - g_t) v_t^T
+        o_t = S_t^T q_t
+        g_t = lb + (1 - lb) sigmoid(W_f x_t)
 
     q = silu(W_q x), v = W_i x; y = W_o RMSNorm(o), the norm over all heads together, no output
     gate. lb is the layer's `lower_bound_D`, 0 outside a stack. The state is S_BHKV.
 
-    expand_ratio: K and V; there are H = D / expand_ratio heads.
+    Attributes:
+      expand_ratio: K and V; there are H = D / expand_ratio heads.
     """
 
     expand_ratio: int = 128
@@ -60,16 +63,14 @@ class HGRN2(base.ChunkedMixer):
 
 
 def bounded_forget_gate(f: Array, lower_bound: Array) -> tuple[Array, Array]:
-    """log g and k = 1 - g of g = lb + (1 - lb) sigmoid(f), finite with finite gradients for every f
-    and 0 <= lb < 1.
+    """Returns log g and k = 1 - g of g = lb + (1 - lb) sigmoid(f), finite with finite gradients.
 
     log g is log1p(-k) where k is small. Elsewhere g = (e^f + lb) / (e^f + 1), whose logarithm needs
-    no e^f.
+    no e^f. f may be any number, and 0 <= lb < 1.
     """
     k = (1.0 - lower_bound) * jax.nn.sigmoid(-f)
     small = k < 0.5
-    # Where lb is 0 its logarithm is a constant -inf: log(lb) itself would have an infinite gradient
-    # there.
+    # Where lb is 0 its logarithm is a constant -inf: log(lb) would have an infinite gradient.
     positive = lower_bound > 0
     log_bound = jnp.where(positive, jnp.log(jnp.where(positive, lower_bound, 1.0)), -jnp.inf)
     log_bound = jnp.broadcast_to(log_bound, f.shape)

@@ -1,5 +1,4 @@
-"""LAWCAT: a softmax layer's projections, short convolutions on q and k, and normalised gated linear
-attention."""
+"""LAWCAT: a softmax layer's projections, short convolutions, and normalised gated attention."""
 
 import flax.linen as nn
 import flax.struct
@@ -14,8 +13,13 @@ from seqmodels.modules import feature_maps, positions, short_conv
 
 @flax.struct.dataclass
 class State:
-    """S_BHFV, its last column the sum of weights; the last inputs of the convolutions; the next
-    token's place."""
+    """The state of the recurrence and of the convolutions.
+
+    Attributes:
+      S_BHFV: the recurrence's, with the sum of weights as its last column.
+      q_tail, k_tail: last inputs of the convolutions; None without them.
+      next_position_B: the place of the next token in its document.
+    """
 
     S_BHFV: Array
     q_tail: Array | None
@@ -24,22 +28,27 @@ class State:
 
 
 class LAWCAT(attention.Attention):
-    """S_t = diag(a_t) S_{t-1} + phi(k_t) [v_t, 1]^T;  [n_t, d_t] = S_t^T phi(q_t);  y = W_o n_t /
-      (d_t + eps)
-    (LAWCAT, arXiv 2509.18467; the paper's code is not public, so the normaliser's form and the gate
-      are inferred).
+    """LAWCAT (arXiv 2509.18467), on a softmax layer's projections.
 
-    q, k, v, W_o and every option of theirs are `Attention`'s. q and k pass causal depthwise
-    convolutions that start as the identity, are rotated, and go through a learned map. log a =
-    logsigmoid(W_up W_down x + b) / gate_temperature, a feature of a head; W_up starts at 0 and b at
-    `gate_bias`, so that at first every feature is forgotten alike, and slowly.
+        S_t = diag(a_t) S_{t-1} + phi(k_t) [v_t, 1]^T
+        [n_t, d_t] = S_t^T phi(q_t)
+        o_t = n_t / (d_t + eps)
 
-    conv_width: taps; None: no convolutions. feature_map, features: `feature_maps`, never negative.
+    The paper's code is not public, so the normaliser's form and the gate are inferred. q, k, v, W_o
+    and every option of theirs are `Attention`'s. q and k pass causal depthwise convolutions that
+    start as the identity, are rotated, and go through a learned map. log a = logsigmoid(W_up W_down
+    x + b) / gate_temperature, per feature of a head; W_up starts at 0 and b at `gate_bias`, so that
+    at first every feature is forgotten alike, and slowly.
+
+    Attributes:
+      conv_width: taps; None: no convolutions.
+      feature_map, features: `feature_maps`, never negative.
       gate_rank: of W_down; None: a = 1.
-    chunk_size: as in `base.ChunkedMixer`.
+      eps: added to the sum of weights.
+      chunk_size: as in `base.ChunkedMixer`.
     """
 
-    window: None = None
+    window: int | None = None  # refused where it is set
     conv_width: int | None = 4
     feature_map: str = "hedgehog_softmax"
     features: int | None = 32
@@ -54,28 +63,21 @@ class LAWCAT(attention.Attention):
             raise ValueError(f"lawcat: it has no window; got window={self.window}")
         if not feature_maps.is_nonnegative(self.feature_map):
             raise ValueError(
-                f"lawcat: feature map {self.feature_map!r} takes both signs, so the sum of weights may be zero; take one "
-                "that is never negative"
+                f"lawcat: feature map {self.feature_map!r} takes both signs, so the sum of weights "
+                "may be zero; take one that is never negative"
             )
         return super()._sizes()
 
     def _features(self) -> int:
         return feature_maps.output_dim(self.feature_map, self._sizes()[2], self.features)
 
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width,
-            activation=None,
-            kernel_init=short_conv.identity_taps,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
-
     def _convolved(self, name, x_BTHK, segment_ids_BT, tail):
+        if self.conv_width is None:
+            return x_BTHK, tail
         x_BTE = x_BTHK.reshape(*x_BTHK.shape[:2], -1)
-        y_BTE, tail = self._conv(name=f"{name}_conv")(x_BTE, segment_ids_BT, tail)
+        start = {"activation": None, "kernel_init": short_conv.identity_taps}
+        conv = self.conv(self.conv_width, **start, name=f"{name}_conv")
+        y_BTE, tail = conv(x_BTE, segment_ids_BT, tail)
         return y_BTE.reshape(x_BTHK.shape), tail
 
     @nn.compact
@@ -85,10 +87,8 @@ class LAWCAT(attention.Attention):
         if state is None:
             state = self.init_state(B)
         q_BTHK, k_BTGK, v_BTGV = self._queries_keys_values(x_BTD)
-        q_tail, k_tail = state.q_tail, state.k_tail
-        if self.conv_width is not None:
-            q_BTHK, q_tail = self._convolved("q", q_BTHK, segment_ids_BT, q_tail)
-            k_BTGK, k_tail = self._convolved("k", k_BTGK, segment_ids_BT, k_tail)
+        q_BTHK, q_tail = self._convolved("q", q_BTHK, segment_ids_BT, state.q_tail)
+        k_BTGK, k_tail = self._convolved("k", k_BTGK, segment_ids_BT, state.k_tail)
         position_BT = positions.token_positions(B, T, segment_ids_BT, state.next_position_B)
         q_BTHK, k_BTGK = (self._rotate(x, position_BT) for x in (q_BTHK, k_BTGK))
 
@@ -96,9 +96,8 @@ class LAWCAT(attention.Attention):
             return jnp.repeat(x, H // G, axis=2)
 
         def mapped(name, x_BTHK):
-            return feature_maps.FeatureMap(self.feature_map, self.features, name=f"{name}_map")(
-                x_BTHK
-            )
+            phi = feature_maps.FeatureMap(self.feature_map, self.features, name=f"{name}_map")
+            return phi(x_BTHK)
 
         log_decay_BTHF = None
         if self.gate_rank is not None:
@@ -110,6 +109,7 @@ class LAWCAT(attention.Attention):
             )  # fmt: skip
             log_decay_BTHF = jax.nn.log_sigmoid(gate_BTHF.astype(jnp.float32))
             log_decay_BTHF = log_decay_BTHF / self.gate_temperature
+        # A column of ones beside v sums the weights in the same pass.
         v_BTHV = of_all_heads(v_BTGV)
         sums_BTHV, S_BHFV = operators.linear_attention(
             mapped("q", q_BTHK),
@@ -128,8 +128,8 @@ class LAWCAT(attention.Attention):
 
     def init_state(self, batch):
         H, G, K = self._sizes()
-        tails = (None, None)
+        q_tail = k_tail = None
         if self.conv_width is not None:
-            tails = (self._conv(parent=None).init_state(batch, n * K) for n in (H, G))
+            q_tail, k_tail = (self.conv_tail(batch, self.conv_width, n * K) for n in (H, G))
         S_BHFV = jnp.zeros((batch, H, self._features(), K + 1), jnp.float32)
-        return State(S_BHFV, *tails, jnp.zeros((batch,), jnp.int32))
+        return State(S_BHFV, q_tail, k_tail, jnp.zeros((batch,), jnp.int32))

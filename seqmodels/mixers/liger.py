@@ -1,5 +1,4 @@
-"""Liger Attention: a softmax layer's own projections as gated linear attention, beside a short
-softmax window."""
+"""Liger: a softmax layer's projections as gated linear attention, beside a softmax window."""
 
 import flax.linen as nn
 import flax.struct
@@ -24,27 +23,29 @@ class State:
 
 
 class Liger(attention.Attention):
-    """y = W_o (mix S_t^T phi(q_t) + (1 - mix) o_window),  S_t = diag(a_t) S_{t-1} + phi(k_t) v_t^T
-    (Liger, Lan et al., arXiv 2503.01496, eqs. 5-9 and table 1).
+    """Liger attention (Lan et al., arXiv 2503.01496, eqs. 5-9 and table 1).
+
+        S_t = diag(a_t) S_{t-1} + phi(k_t) v_t^T
+        o_t = mix S_t^T phi(q_t) + (1 - mix) o_window
 
     q, k, v, W_o and every option of theirs are `Attention`'s, so that a softmax layer's weights fit
     as they are; there are no new parameters. phi is a softmax over a head's channels, of q and k
     before the rotation. o_window is softmax attention with the rotation. The gate is made of the
     keys z = k before the rotation, in float32:
 
-        gla      log a = logsigmoid(z) / gate_temperature, a channel
-        hgrn2    log a = logsigmoid(z) a channel, and 1 - sigmoid(z) in the place of phi(k)
+        gla      log a = logsigmoid(z) / gate_temperature, per channel
+        hgrn2    log a = logsigmoid(z) per channel, and 1 - sigmoid(z) in the place of phi(k)
         scalar   log a = logsigmoid(mean of a head's z) / gate_temperature
         none     a = 1
 
     The paper's pooling of the keys is over windows of one in the released code: the gate's logits
     are the raw keys.
 
-    window: None leaves the softmax part out, and then mix is 1. gate_source: "keys", or
-      "projection" for a new W_g x, random at
-    first: the paper's ablation. feature_map, features: of phi; a learned one is another of its
-      ablations.
-    chunk_size: as in `base.ChunkedMixer`.
+    Attributes:
+      window: None leaves the softmax part out, and then mix is 1.
+      gate_source: "keys", or "projection" for a new W_g x, random at first: the paper's ablation.
+      feature_map, features: of phi; a learned one is another of its ablations.
+      chunk_size: as in `base.ChunkedMixer`.
     """
 
     window: int | None = 64
@@ -57,15 +58,12 @@ class Liger(attention.Attention):
     chunk_size: int | None = None
 
     def _sizes(self):
-        for option, choices in (("gate", GATES), ("gate_source", GATE_SOURCES)):
-            if getattr(self, option) not in choices:
-                raise ValueError(
-                    f"liger: unknown {option} {getattr(self, option)!r}; choose one of {', '.join(choices)}"
-                )
+        self.check_choice("gate", GATES)
+        self.check_choice("gate_source", GATE_SOURCES)
         if self.gate in ("gla", "hgrn2") and self.feature_map != "softmax":
             raise ValueError(
-                f"liger: gate {self.gate!r} is one number a key channel, so feature_map must be 'softmax'; got "
-                f"{self.feature_map!r}. Take gate 'scalar' or 'none' with it"
+                f"liger: gate {self.gate!r} is one number per key channel, so feature_map must be "
+                f"'softmax'; got {self.feature_map!r}. Take gate 'scalar' or 'none' with it"
             )
         return super()._sizes()
 
@@ -90,8 +88,10 @@ class Liger(attention.Attention):
             z_BTGK = self.project_heads(x_BTD, G, K, "gate")
 
         def of_all_heads(x):
-            return None if x is None else jnp.repeat(x, H // G, axis=2)
+            return jnp.repeat(x, H // G, axis=2)
 
+        # The linear part, before the rotation.
+        log_decay = self._log_decay(z_BTGK)
         if self.gate == "hgrn2":
             phi_k_BTHF = of_all_heads(jax.nn.sigmoid(-z_BTGK.astype(jnp.float32)))
             phi_k_BTHF = phi_k_BTHF.astype(self.dtype)
@@ -101,13 +101,14 @@ class Liger(attention.Attention):
             self._map("q")(q_BTHK),
             phi_k_BTHF,
             of_all_heads(v_BTGV),
-            of_all_heads(self._log_decay(z_BTGK)),
+            None if log_decay is None else of_all_heads(log_decay),
             scale=1.0,
             initial_state=None if state is None else state.S_BHFV,
             segment_ids=segment_ids_BT,
             chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
+        # The window's softmax, after it.
         cache = None
         if self.window is not None:
             cache = None if state is None else state.cache

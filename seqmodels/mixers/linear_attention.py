@@ -12,10 +12,12 @@ from seqmodels.operators import linear_attention
 
 @flax.struct.dataclass
 class State:
-    """S_BHFV = sum_s phi(k_s) v_s^T, with sum_s phi(k_s) as a last column where the output is
-    normalised.
+    """The state of the recurrence.
 
-    next_position_B: the place of the next token in its document.
+    Attributes:
+      S_BHFV: sum_s phi(k_s) v_s^T, with sum_s phi(k_s) as a last column where the output is
+        normalised.
+      next_position_B: the place of the next token in its document.
     """
 
     S_BHFV: Array
@@ -23,19 +25,23 @@ class State:
 
 
 class LinearAttention(base.ChunkedMixer):
-    """o_t = sum_{s<=t} w_ts v_s / (sum_{s<=t} w_ts + eps),  w_ts = phi_q(q_t) . phi_k(k_s)
-    (Katharopoulos et al., arXiv 2006.16236, eqs. 8-9); with `normalize=False`, o_t = F^-1/2 sum_s
-      w_ts v_s.
+    """Linear attention (Katharopoulos et al., arXiv 2006.16236, eqs. 8-9).
+
+        o_t = sum_{s<=t} w_ts v_s / (sum_{s<=t} w_ts + eps)
+        w_ts = phi_q(q_t) . phi_k(k_s)
 
     q, k, v = W x, rotated before the map if `rope_base` is given; y = W_o o. The denominator is a
     column of ones beside v, so it shares the state and the operator's one pass.
 
-    num_heads: H. head_dim: K and V; None is D / H.
-    q_map, k_map: `feature_maps` by name; k_map None is q_map's name, with parameters of its own.
-    features: width of the learned maps; None is K.
-    normalize: needs maps that are never negative, since signed weights can sum to zero.
-    eps: added to the sum of weights; LoLCATs takes 1e-12.
-    output_norm: a norm of `norms.NORMS` on each head of o, or None.
+    Attributes:
+      num_heads: H.
+      head_dim: K and V; None is D / H.
+      q_map, k_map: `feature_maps` by name; k_map None is q_map's name, with parameters of its own.
+      features: width of the learned maps; None is K.
+      normalize: needs maps that are never negative, since signed weights can sum to zero; without
+        it o_t = F^-1/2 sum_s w_ts v_s.
+      eps: added to the sum of weights; LoLCATs takes 1e-12.
+      output_norm: a norm of `norms.NORMS` on each head of o, or None.
     """
 
     num_heads: int = 4
@@ -52,27 +58,22 @@ class LinearAttention(base.ChunkedMixer):
     def _sizes(self) -> tuple[int, int, int]:
         """H, K and F."""
         H, maps = self.num_heads, (self.q_map, self.k_map or self.q_map)
-        if self.head_dim is None and self.d_model % H:
-            raise ValueError(
-                f"linear_attention: num_heads {H} must divide d_model {self.d_model}, or set head_dim"
-            )
-        K = self.head_dim or self.d_model // H
+        K = self.head_dim or self.width_per_head(H)
         dims = [feature_maps.output_dim(name, K, self.features) for name in maps]
         if dims[0] != dims[1]:
             raise ValueError(
-                f"linear_attention: q_map {maps[0]!r} gives {dims[0]} features and k_map {maps[1]!r} {dims[1]}; "
-                f"they must be equal"
+                f"linear_attention: q_map {maps[0]!r} gives {dims[0]} features and k_map "
+                f"{maps[1]!r} {dims[1]}; they must be equal"
             )
         signed = [name for name in maps if not feature_maps.is_nonnegative(name)]
         if self.normalize and signed:
             raise ValueError(
-                f"linear_attention: feature map {signed[0]!r} takes both signs, so the sum of weights may be zero; "
-                f"set normalize=False (and an output_norm), or take a map that is never negative"
+                f"linear_attention: feature map {signed[0]!r} takes both signs, so the sum of "
+                "weights may be zero; set normalize=False (and an output_norm), or take a map that "
+                "is never negative"
             )
-        if self.output_norm is not None and self.output_norm not in norms.NORMS:
-            raise ValueError(
-                f"linear_attention: unknown output_norm {self.output_norm!r}; choose one of {', '.join(sorted(norms.NORMS))}"
-            )
+        if self.output_norm is not None:
+            self.check_choice("output_norm", norms.NORMS)
         return H, K, dims[0]
 
     def _map(self, kind: str, name: str) -> feature_maps.FeatureMap:

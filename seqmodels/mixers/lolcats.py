@@ -1,5 +1,4 @@
-"""LoLCATs' attention: softmax within a window and a learned linear part before it, under one
-denominator."""
+"""LoLCATs: softmax in a window and learned linear attention before it, one denominator."""
 
 import flax.linen as nn
 import flax.struct
@@ -14,11 +13,13 @@ from seqmodels.modules import attention_maps, feature_maps, layers, positions
 
 @flax.struct.dataclass
 class State:
-    """S_BHFV = sum phi(k_n) [v_n, 1]^T over the tokens before the window, and the window's tokens
-    in a ring buffer.
+    """The state of the linear part, and the window's tokens in a ring buffer.
 
-    k_BSGK are rotated. filled_BS: slots that hold a token of the document. next_position_B: of the
-    next token in it.
+    Attributes:
+      S_BHFV: sum phi(k_n) [v_n, 1]^T over the tokens before the window.
+      k_BSGK, v_BSGV: the window's keys, rotated, and values.
+      filled_BS: whether a slot holds a token of the document.
+      next_position_B: the place of the next token in its document.
     """
 
     S_BHFV: Array
@@ -29,26 +30,27 @@ class State:
 
 
 class LoLCATs(attention.Attention):
-    """y_m = W_o (sum_n a_mn v_n) / (sum_n a_mn)   (Zhang et al., arXiv 2410.10254, section 3.2 and
-      eq. 7), where
+    """LoLCATs on a softmax layer (Zhang et al., arXiv 2410.10254, section 3.2 and eq. 7).
 
-        a_mn = g exp(q_m . k_n / sqrt(K) - c_m)     for the `window` latest n, m among them; c_m the
-          largest exponent
+        o_m = (sum_n a_mn v_n) / (sum_n a_mn)
+        a_mn = g exp(q_m . k_n / sqrt(K) - c_m)     for the `window` latest n, m among them
         a_mn = phi_q(q_m) . phi_k(k_n)              for those before
 
-    q, k, v, W_o and every option of theirs are `Attention`'s; phi comes after the rotation, one
-    matrix a query head; g = sigmoid(factor), one a head. The largest exponent is taken out of the
-    softmax part only, as published, so what the parts weigh against each other depends on it.
-
-    window: None leaves the softmax part out: Hedgehog (arXiv 2402.04347). feature_map, features:
-    `feature_maps`, never negative; features None is K. factor_init: of the factor; -2.1972 is g =
-    0.1. eps: added to the denominator without a window.
+    c_m is the largest exponent. It is taken out of the softmax part only, as published, so what the
+    parts weigh against each other depends on it. q, k, v, W_o and every option of theirs are
+    `Attention`'s; phi comes after the rotation, one matrix per query head; g = sigmoid(factor), one
+    per head.
 
     Sows "attention_map", the cross-entropy of these weights on softmax attention's
     (`attention_maps.cross_entropy`), and "attention_map_kl", less softmax's own entropy: means over
     heads, (B, T). They are computed where the collection "intermediates" is asked for.
 
-    chunk_size: as in `base.ChunkedMixer`.
+    Attributes:
+      window: None leaves the softmax part out: Hedgehog (arXiv 2402.04347).
+      feature_map, features: `feature_maps`, never negative; features None is K.
+      factor_init: of the factor; -2.1972 is g = 0.1.
+      eps: added to the denominator without a window.
+      chunk_size: as in `base.ChunkedMixer`.
     """
 
     window: int | None = 64
@@ -61,8 +63,8 @@ class LoLCATs(attention.Attention):
     def _sizes(self):
         if not feature_maps.is_nonnegative(self.feature_map):
             raise ValueError(
-                f"lolcats: feature map {self.feature_map!r} takes both signs, so the sum of weights may be zero; take one "
-                "that is never negative"
+                f"lolcats: feature map {self.feature_map!r} takes both signs, so the sum of "
+                "weights may be zero; take one that is never negative"
             )
         return super()._sizes()
 
@@ -86,8 +88,7 @@ class LoLCATs(attention.Attention):
         run_BT = jnp.zeros((B, T), jnp.int32)
         if segment_ids_BT is not None:
             run_BT = operators.run_index(segment_ids_BT)
-        # Along S: the w tokens before, then these. Token t is at t + w; at t is the one that leaves
-        # its window.
+        # Along S: the w tokens before, then these. Token t is at t + w; that at t leaves.
         k_BSGK, v_BSGV, filled_BS, run_BS = (
             jnp.concatenate([before, now], axis=1)
             for before, now in (
@@ -101,6 +102,7 @@ class LoLCATs(attention.Attention):
         def of_all_heads(x):
             return jnp.repeat(x, H // x.shape[2], axis=2)
 
+        # The linear part's token enters as it leaves the window.
         phi_q, phi_k = self._map("q"), self._map("k")
         phi_q_BTHF = phi_q(q_BTHK)
         enters_BT = filled_BS[:, :T] & (run_BS[:, :T] == run_BT)
@@ -158,12 +160,11 @@ class LoLCATs(attention.Attention):
 def window_sums(
     q_BTHK: Array, k_BSGK: Array, v_BSGV: Array, filled_BS: Array, run_BS: Array, window: int
 ) -> Array:
-    """sum_n exp(q_t . k_n / sqrt(K) - c_t) [v_n, 1] over the `window` latest tokens n of t's
-    document, t among them; float32.
+    """Softmax's sums over a window: sum_n exp(q_t . k_n / sqrt(K) - c_t) [v_n, 1], float32.
 
-    c_t is the largest exponent. Keys begin `window` tokens before the queries: S = window + T.
-    Queries are taken in blocks of `window`, each with the two blocks of keys it can see: memory and
-    time are O(T * window).
+    n are the `window` latest tokens of t's document, t among them; c_t is the largest exponent.
+    Keys begin `window` tokens before the queries: S = window + T. Queries are taken in blocks of
+    `window`, each with the two blocks of keys it can see: memory and time are O(T * window).
     """
     (B, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
     C = min(window, T)

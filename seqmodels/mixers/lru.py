@@ -19,15 +19,19 @@ class State:
 
 
 class LRU(base.Mixer):
-    """h_t = lambda * h_{t-1} + exp(gamma_log) * B x_t;  y_t = Re(C h_t) + D * x_t
-    (Orvieto et al., arXiv 2303.06349, section 3 and appendix A).
+    """Linear recurrent unit (Orvieto et al., arXiv 2303.06349, section 3 and appendix A).
+
+        h_t = lambda * h_{t-1} + exp(gamma_log) * B x_t
+        y_t = Re(C h_t) + D * x_t
 
     lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1. At the start lambda is uniform
     on the ring r_min <= |lambda| <= r_max with phase in [0, max_phase], exp(gamma_log) = sqrt(1 -
     |lambda|^2), B ~ N(0, 1/(2D)) and C ~ N(0, 1/K) in each of the real and imaginary parts, D ~
     N(0, 1). There is no nonlinearity in it: the channel mixer is that.
 
-    d_state: K complex states; None is D.
+    Attributes:
+      d_state: K complex states; None is D.
+      r_min, r_max, max_phase: where lambda starts.
     """
 
     d_state: int | None = None
@@ -57,6 +61,7 @@ class LRU(base.Mixer):
             return 0.5 * jnp.log(-jnp.expm1(-2.0 * jnp.exp(nu_log_K))).reshape(shape)
 
         gamma_log_K = layers.gate_parameter(self, "gamma_log", gamma_log_init, (K,))
+        # B x, then the recurrence.
         normal_B = nn.initializers.normal((2 * D) ** -0.5)
         Bx_BTK = jax.lax.complex(
             self.project(x_BTD, K, "B_re", kernel_init=normal_B).astype(jnp.float32),
@@ -77,8 +82,7 @@ class LRU(base.Mixer):
         return (y_BTD + x_BTD * D_D[None, None]).astype(self.dtype), State(h_BK)
 
     def _nu_log_init(self, key, shape, dtype=jnp.float32):
-        # |lambda|^2 uniform, so that lambda is uniform over the ring's area; u > 0 keeps the
-        # logarithm finite.
+        # |lambda|^2 is uniform, hence lambda over the ring's area; u > 0 keeps the log finite.
         u = jax.random.uniform(key, shape, dtype, minval=1e-6, maxval=1.0)
         return jnp.log(-0.5 * jnp.log(u * (self.r_max**2 - self.r_min**2) + self.r_min**2))
 

@@ -1,4 +1,4 @@
-"""Mamba-1 (S6): a state space model with a decay for every channel and state."""
+"""Mamba (S6): a state space model with a decay per channel and state."""
 
 import math
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
-from seqmodels.modules import layers, short_conv
+from seqmodels.modules import layers
 
 
 @flax.struct.dataclass
@@ -22,18 +22,24 @@ class State:
 
 
 class Mamba(base.Mixer):
-    """h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t^T;  o_t = h_t C_t + D * x_t
-    (Gu & Dao, arXiv 2312.00752, section 3 and appendix C).
+    """Mamba (Gu & Dao, arXiv 2312.00752, section 3 and appendix C).
+
+        h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t^T
+        o_t = h_t C_t + D * x_t
 
     x = silu(conv(W_x u) + bias) of the input u; B, C = W_B x, W_C x; dt = softplus(W_dt W_r x +
-    dt_bias) a channel; y = W_o (o * silu(W_z u)). A = -exp(A_log) is (E, K). A_log = log(1..K) in
+    dt_bias) per channel; y = W_o (o * silu(W_z u)). A = -exp(A_log) is (E, K). A_log = log(1..K) in
     every channel, D = 1, dt ~ LogU(1e-3, 0.1), W_dt ~ U(-1, 1) / sqrt(R).
 
-    expand: E = expand D is the inner width. d_state: K. dt_rank: R; None is D / 16, rounded up.
-    negative_eigenvalues: the decay s becomes 2s - 1, in [-1, 1] (Grazzi et al., arXiv 2411.12537,
-      section 4.1).
-    use_bias: of W_x, W_z and W_o. conv_bias: of the convolution.
-    chunk_size: the (E, K) states of so many tokens exist at once, in both passes.
+    Attributes:
+      expand: E = expand D is the inner width.
+      d_state: K.
+      dt_rank: R; None is D / 16, rounded up.
+      conv_width: taps.
+      negative_eigenvalues: the decay s becomes 2s - 1, in [-1, 1] (Grazzi et al., arXiv 2411.12537,
+        section 4.1).
+      use_bias, conv_bias: whether W_x, W_z and W_o, and the convolution, have biases.
+      chunk_size: the (E, K) states of so many tokens exist at once, in both passes.
     """
 
     expand: int = 2
@@ -45,24 +51,14 @@ class Mamba(base.Mixer):
     conv_bias: bool = True
     chunk_size: int = 64
 
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width,
-            use_bias=self.conv_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
-
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         E, K, R = self.expand * self.d_model, self.d_state, self.dt_rank or -(-self.d_model // 16)
         if state is None:
             state = self.init_state(x_BTD.shape[0])
-        x_BTE, x_tail = self._conv(name="x_conv")(
-            self.project(x_BTD, E, "x", use_bias=self.use_bias), segment_ids_BT, state.x_tail
-        )
+        conv = self.conv(self.conv_width, use_bias=self.conv_bias, name="x_conv")
+        x_BTE = self.project(x_BTD, E, "x", use_bias=self.use_bias)
+        x_BTE, x_tail = conv(x_BTE, segment_ids_BT, state.x_tail)
         B_BTK = self.project(x_BTE, K, "B", axes=("heads", None))
         C_BTK = self.project(x_BTE, K, "C", axes=("heads", None))
         dt_BTR = self.project(x_BTE, R, "dt_low_rank", axes=("heads", None))
@@ -71,6 +67,7 @@ class Mamba(base.Mixer):
         A_log_EK = layers.gate_parameter(self, "A_log", _log_integers, (E, K))
         D_E = layers.gate_parameter(self, "D", nn.initializers.ones, (E,))
 
+        # The step of every channel; documents start from nothing.
         dt_BTE = jax.nn.softplus(dt_BTE.astype(jnp.float32) + dt_bias_E[None, None])
         start_BT = jnp.zeros(x_BTD.shape[:2], bool)
         if segment_ids_BT is not None:
@@ -95,11 +92,10 @@ class Mamba(base.Mixer):
 
     @nn.nowrap
     def _scan(self, axis_name, x_BTE, dt_BTE, B_BTK, C_BTK, A_EK, start_BT, h_BEK):
-        """The recurrence, chunk after chunk. A chunk's states are recomputed for its gradient, not
-        kept.
+        """Runs the recurrence chunk by chunk; a chunk's states are recomputed for its gradient.
 
-        A part of time that others come before is gone through twice: first for its decay and its
-        own state, without outputs.
+        A shard of time that others precede is gone through twice: first for its decay and its local
+          state, without outputs.
         """
         B, T, E = x_BTE.shape
         K = A_EK.shape[1]
@@ -152,11 +148,11 @@ class Mamba(base.Mixer):
     def init_state(self, batch):
         E = self.expand * self.d_model
         h_BEK = jnp.zeros((batch, E, self.d_state), jnp.float32)
-        return State(h_BEK, self._conv(parent=None).init_state(batch, E))
+        return State(h_BEK, self.conv_tail(batch, self.conv_width, E))
 
 
 def _uniform(bound: float):
-    """Initializer: U(-bound, bound)."""
+    """Returns the initializer U(-bound, bound)."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -165,6 +161,6 @@ def _uniform(bound: float):
 
 
 def _log_integers(key, shape, dtype=jnp.float32):
-    """Initializer: log(1), log(2), ... along the last axis (S4D-Real)."""
+    """Initializer: log(1), log(2), ... along the last axis (S4D-Real, arXiv 2206.11893)."""
     del key
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype))[None], shape)

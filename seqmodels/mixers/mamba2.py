@@ -1,4 +1,4 @@
-"""Mamba-2 (SSD): a state space model whose decay is one scalar a head, hence linear attention."""
+"""Mamba-2 (SSD): a state space model with one decay per head, hence linear attention."""
 
 import flax.linen as nn
 import flax.struct
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
-from seqmodels.modules import layers, norms, short_conv
+from seqmodels.modules import layers, norms
 from seqmodels.operators import linear_attention
 
 
@@ -21,16 +21,22 @@ class State:
 
 
 class Mamba2(base.ChunkedMixer):
-    """S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T;  o_t = S_t^T C_t + D x_t
-    (Dao & Gu, arXiv 2405.21060, eq. 16 and section 7).
+    """Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 16 and section 7).
+
+        S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T
+        o_t = S_t^T C_t + D x_t
 
     x, B, C = silu(conv(W u) + bias) of the input u; dt = softplus(W_dt u + dt_bias), A =
-    -exp(A_log) and D one a head; y = W_o RMSNorm(o * silu(W_z u)), the mean square being over the
+    -exp(A_log) and D per head; y = W_o RMSNorm(o * silu(W_z u)), the mean square being over the
     heads of one group, the gain over all. A ~ U(1, 16), dt ~ LogU(1e-3, 0.1), D = 1.
 
-    expand: E = expand D is the width of x and z. head_dim: V; there are H = E / V heads.
-    d_state: K, the width of B and C. num_groups: G; the H / G heads of a group share B and C.
-    use_bias: of the projections. conv_bias: of the convolutions.
+    Attributes:
+      expand: E = expand D is the width of x and z.
+      head_dim: V; there are H = E / V heads.
+      d_state: K, the width of B and C.
+      num_groups: G; the H / G heads of a group share B and C.
+      conv_width: taps.
+      use_bias, conv_bias: whether the projections, and the convolutions, have biases.
     """
 
     expand: int = 2
@@ -50,16 +56,6 @@ class Mamba2(base.ChunkedMixer):
             raise ValueError(f"mamba2: num_groups {G} must divide the {E // V} heads")
         return G, E // V, K, V
 
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width,
-            use_bias=self.conv_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
-
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         G, H, K, V = self._sizes()
@@ -69,7 +65,8 @@ class Mamba2(base.ChunkedMixer):
 
         def project_conv(heads, dim, name, tail):
             z = self.project(x_BTD, heads * dim, name, use_bias=self.use_bias)
-            z, tail = self._conv(name=f"{name}_conv")(z, segment_ids_BT, tail)
+            conv = self.conv(self.conv_width, use_bias=self.conv_bias, name=f"{name}_conv")
+            z, tail = conv(z, segment_ids_BT, tail)
             return z.reshape(B, T, heads, dim), tail
 
         x_BTHV, x_tail = project_conv(H, V, "x", state.x_tail)
@@ -99,6 +96,6 @@ class Mamba2(base.ChunkedMixer):
 
     def init_state(self, batch):
         G, H, K, V = self._sizes()
-        conv = self._conv(parent=None)
-        x_tail, B_tail, C_tail = (conv.init_state(batch, n) for n in (H * V, G * K, G * K))
-        return State(jnp.zeros((batch, H, K, V), jnp.float32), x_tail, B_tail, C_tail)
+        widths = (H * V, G * K, G * K)
+        tails = (self.conv_tail(batch, self.conv_width, width) for width in widths)
+        return State(jnp.zeros((batch, H, K, V), jnp.float32), *tails)

@@ -1,4 +1,4 @@
-"""mLSTM: a matrix memory with an exponential or a sigmoid input gate, on `linear_attention`."""
+"""mLSTM: a matrix memory with an exponential or a sigmoid input gate."""
 
 import flax.linen as nn
 import flax.struct
@@ -15,10 +15,12 @@ INPUT_GATES = ("exp", "sigmoid")
 
 @flax.struct.dataclass
 class State:
-    """S_BHKV = [C || n] e^-m: the memory, its normaliser as a last column, and their log scale
-    m_BH.
+    """The memory, scaled.
 
-    Without `normalize` there is no n; with a sigmoid gate no m.
+    Attributes:
+      S_BHKV: [C || n] e^-m, the memory with its normaliser n as a last column; without `normalize`
+        there is no n.
+      m_BH: the log scale; None with a sigmoid gate.
     """
 
     S_BHKV: Array
@@ -26,22 +28,29 @@ class State:
 
 
 class MLSTM(base.ChunkedMixer):
-    """C_t = f_t C_{t-1} + i_t k_t v_t^T,  n_t = f_t n_{t-1} + i_t k_t,  q scaled by K^-1/2,
-    h_t = C_t^T q_t / max(|n_t . q_t|, 1)  (Beck et al., arXiv 2405.04517, eqs. 19-27; layer of
-      arXiv 2503.13427).
+    """mLSTM (Beck et al., arXiv 2405.04517, eqs. 19-27; the layer of arXiv 2503.13427).
+
+        C_t = f_t C_{t-1} + i_t k_t v_t^T
+        n_t = f_t n_{t-1} + i_t k_t
+        h_t = C_t^T q_t / max(|n_t . q_t|, 1), q scaled by K^-1/2
 
     f = sigmoid(W_f x), i = exp(W_i x) or sigmoid(W_i x) (arXiv 2503.14376), preactivations
     soft-capped to c tanh(. / c); y = W_o (sigmoid(W_g x) * LayerNorm(h)), the norm on each head
-    with a gain a channel. W_i and W_f start at 0 with biases -10 and linspace(3, 6) over heads.
+    with a gain per channel. W_i and W_f start at 0 with biases -10 and linspace(3, 6) over heads.
 
     With the exponential gate everything is held times e^-m_t, m_t = max(log f_t + m_{t-1}, log
     i_t), which `stabiliser` finds first, from the gates alone. Then f_t e^(m_{t-1} - m_t) <= 1 is
     an ordinary decay, i_t e^-m_t <= 1 scales the key, n is a column of ones beside v, and the
     denominator reads max(|n . q|, e^-m) + eps.
 
-    num_heads: H. qk_dim_factor, v_dim_factor: widths of all heads of q and k, and of v, in D.
-    input_gate: "exp" or "sigmoid". normalize: False, for the sigmoid gate only, has h = C^T q.
-    gate_soft_cap: c; None leaves the gates as they are. input_gate_bias: where b_i starts.
+    Attributes:
+      num_heads: H.
+      qk_dim_factor, v_dim_factor: widths of all heads of q and k, and of v, in D.
+      input_gate: "exp" or "sigmoid".
+      normalize: False, for the sigmoid gate only, has h = C^T q.
+      gate_soft_cap: c; None leaves the gates as they are.
+      input_gate_bias: where b_i starts.
+      eps, norm_eps: of the denominator, and of the norm.
     """
 
     num_heads: int = 4
@@ -56,23 +65,17 @@ class MLSTM(base.ChunkedMixer):
 
     def _sizes(self) -> tuple[int, int, int]:
         H = self.num_heads
-        widths = int(self.d_model * self.qk_dim_factor), int(self.d_model * self.v_dim_factor)
-        if widths[0] % H or widths[1] % H:
-            raise ValueError(
-                f"mlstm: num_heads {H} must divide the widths of q and k, {widths[0]}, and of v, {widths[1]}"
-            )
-        if self.input_gate not in INPUT_GATES:
-            raise ValueError(
-                f"mlstm: input_gate is {self.input_gate!r}; choose one of {', '.join(INPUT_GATES)}"
-            )
+        self.check_choice("input_gate", INPUT_GATES)
         if self.input_gate == "exp" and not self.normalize:
             raise ValueError(
-                "mlstm: the exponential input gate needs normalize=True; the sigmoid gate can do without"
+                "mlstm: the exponential input gate needs normalize=True; the sigmoid gate can do "
+                "without"
             )
-        return H, widths[0] // H, widths[1] // H
+        K = self.width_per_head(H, self.qk_dim_factor)
+        return H, K, self.width_per_head(H, self.v_dim_factor)
 
     def _gate(self, x_BTD: Array, name: str, bias_init) -> Array:
-        """A gate's preactivation, (B, T, H) float32."""
+        """Returns a gate's preactivation, (B, T, H) float32."""
         gate_BTH = self.project(
             x_BTD,
             self.num_heads,
@@ -93,7 +96,7 @@ class MLSTM(base.ChunkedMixer):
         log_f_BTH = jax.nn.log_sigmoid(self._gate(x_BTD, "f", _linspace_3_6))
         i_BTH = self._gate(x_BTD, "i", nn.initializers.constant(self.input_gate_bias))
         m_BH, floor_BTH = None, 1.0
-        if self.input_gate == "exp":
+        if state.m_BH is not None:  # the exponential gate
             # m only sets the scale numerator, denominator and state share: the output's derivative
             # with respect to it is 0 but for the share eps / denominator of eps. It is a constant
             # to the backward pass, in all places alike, so that no gradient meets e^-m (large) or a
@@ -138,8 +141,7 @@ class MLSTM(base.ChunkedMixer):
 def stabiliser(
     log_f_BTH: Array, i_BTH: Array, m_BH: Array, segment_ids_BT: Array | None = None
 ) -> Array:
-    """m_t = max(log f_t + m_{t-1}, i_t) in float32, from m_BH at the first token and from 0 at a
-    document's start.
+    """m_t = max(log f_t + m_{t-1}, i_t) in float32, from m_BH, and from 0 at a document's start.
 
     Each token is the map m -> max(a + m, b), and such maps compose to such maps: (a', b') after (a,
     b) is (a + a', max(b + a', b')). So all are found by an associative scan. A document's start
@@ -164,7 +166,7 @@ def _linspace_3_6(key, shape, dtype=jnp.float32):
 
 
 class HeadLayerNorm(nn.Module):
-    """(h - mean) / sqrt(var + eps) on each head, times a gain (H, V); no bias. Float32 inside."""
+    """(h - mean) / sqrt(var + eps) on each head, times a gain (H, V). Float32 inside."""
 
     eps: float = 1e-6
 

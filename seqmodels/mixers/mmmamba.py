@@ -25,17 +25,22 @@ class State:
 
 
 class MMMamba(attention.Attention):
-    """S_t = gamma_t S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t;  y = W_o (RMSNorm(o) * silu(W_g x))
-    (mmMamba, Liao et al., arXiv 2502.13145, eqs. 6-10).
+    """mmMamba (Liao et al., arXiv 2502.13145, eqs. 6-10), on a softmax layer's projections.
 
-    q, k, v = silu(conv(W x) + bias), W and W_o a softmax layer's, whose options these are; no
-    rotation, no norm of q and k. gamma = exp(-exp(A_log) softplus(W_dt x + dt_bias)), one a head.
-    The norm is a head's. W_g starts Xavier uniform with gain 2^-2.5.
+        S_t = gamma_t S_{t-1} + k_t v_t^T
+        o_t = S_t^T q_t
 
-    seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A =
-      e, so that little is forgotten, and convolutions that pass their last input (silu after them
-      still changes it). "scratch": dt_bias = 0, A ~ U(1, 16), random convolutions and W_dt.
-    chunk_size: as in `base.ChunkedMixer`.
+    y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. q, k, v = silu(conv(W x) + bias), W
+    and W_o a softmax layer's, whose options these are; no rotation, no norm of q and k. gamma =
+    exp(-exp(A_log) softplus(W_dt x + dt_bias)), one per head. W_g starts Xavier uniform with gain
+    2^-2.5.
+
+    Attributes:
+      conv_width: taps.
+      seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A =
+        e, so that little is forgotten, and convolutions that pass their last input (silu after them
+        still changes it). "scratch": dt_bias = 0, A ~ U(1, 16), random convolutions and W_dt.
+      chunk_size: as in `base.ChunkedMixer`.
     """
 
     rope_base: float | None = None
@@ -44,22 +49,8 @@ class MMMamba(attention.Attention):
     chunk_size: int | None = None
 
     def _sizes(self):
-        if self.seed not in SEEDS:
-            raise ValueError(
-                f"mmmamba: unknown seed {self.seed!r}; choose one of {', '.join(SEEDS)}"
-            )
+        self.check_choice("seed", SEEDS)
         return super()._sizes()
-
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width,
-            use_bias=True,
-            kernel_init=short_conv.identity_taps if self.seed == "mimic" else None,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -71,7 +62,9 @@ class MMMamba(attention.Attention):
 
         def project_conv(name, heads, tail):
             z = self.project(x_BTD, heads * K, name, use_bias=self.use_bias)
-            z, tail = self._conv(name=f"{name}_conv")(z, segment_ids_BT, tail)
+            init = short_conv.identity_taps if mimic else None
+            conv = self.conv(self.conv_width, use_bias=True, kernel_init=init, name=f"{name}_conv")
+            z, tail = conv(z, segment_ids_BT, tail)
             return jnp.repeat(z.reshape(B, T, heads, K), H // heads, axis=2), tail
 
         q_BTHK, q_tail = project_conv("q", H, state.q_tail)
@@ -105,5 +98,5 @@ class MMMamba(attention.Attention):
 
     def init_state(self, batch):
         H, G, K = self._sizes()
-        tails = (self._conv(parent=None).init_state(batch, n * K) for n in (H, G, G))
+        tails = (self.conv_tail(batch, self.conv_width, n * K) for n in (H, G, G))
         return State(jnp.zeros((batch, H, K, K), jnp.float32), *tails)

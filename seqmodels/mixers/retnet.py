@@ -1,7 +1,6 @@
-"""RetNet: retention, linear attention with one fixed decay a head."""
+"""RetNet: retention, linear attention with one fixed decay per head."""
 
 import flax.linen as nn
-import flax.struct
 import jax.numpy as jnp
 
 from seqmodels.array_typing import Array
@@ -10,23 +9,20 @@ from seqmodels.modules import layers, norms, positions
 from seqmodels.operators import linear_attention
 
 
-@flax.struct.dataclass
-class State:
-    """S_BHKV, and the place of the next token in its document."""
-
-    S_BHKV: Array
-    next_position_B: Array
-
-
 class RetNet(base.ChunkedMixer):
-    """S_t = gamma_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t / sqrt(K);  gamma_h = 1 - 2^(-5-h)
-    (Sun et al., arXiv 2307.08621, eqs. 6 and 8).
+    """RetNet (Sun et al., arXiv 2307.08621, eqs. 6 and 8).
+
+        S_t = gamma_h S_{t-1} + k_t v_t^T
+        o_t = S_t^T q_t / sqrt(K)
+        gamma_h = 1 - 2^(-5-h)
 
     q, k = rope(W x), v = W_v x; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. No
     parameter sets the decay. Rotary positions without xPos' scaling and RMSNorm for GroupNorm, as
     in flash-linear-attention.
 
-    num_heads: H. expand_k, expand_v: widths of all heads of k and of v, in D.
+    Attributes:
+      num_heads: H.
+      expand_k, expand_v: widths of all heads of k and of v, in D.
     """
 
     num_heads: int = 4
@@ -37,12 +33,7 @@ class RetNet(base.ChunkedMixer):
 
     def _sizes(self) -> tuple[int, int, int]:
         H = self.num_heads
-        widths = int(self.d_model * self.expand_k), int(self.d_model * self.expand_v)
-        if widths[0] % H or widths[1] % H:
-            raise ValueError(
-                f"retnet: num_heads {H} must divide the key width {widths[0]} and the value width {widths[1]}"
-            )
-        return H, widths[0] // H, widths[1] // H
+        return H, self.width_per_head(H, self.expand_k), self.width_per_head(H, self.expand_v)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -64,14 +55,13 @@ class RetNet(base.ChunkedMixer):
         gate_BTHV = self.project_heads(x_BTD, H, V, "g")
         o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTHV)
         o_BTHV = layers.gated(o_BTHV, gate_BTHV, nn.silu)
-        return self.merge_heads(o_BTHV), State(S_BHKV, position_BT[:, -1] + 1)
+        return self.merge_heads(o_BTHV), base.PositionedState(S_BHKV, position_BT[:, -1] + 1)
 
     def init_state(self, batch):
         H, K, V = self._sizes()
-        S_BHKV = jnp.zeros((batch, H, K, V), jnp.float32)
-        return State(S_BHKV, jnp.zeros((batch,), jnp.int32))
+        return base.PositionedState.empty(batch, H, K, V)
 
 
 def log_decay(heads: int) -> Array:
-    """log gamma_H, gamma_h = 1 - 2^(-5-h)."""
+    """Returns log gamma_H, gamma_h = 1 - 2^(-5-h)."""
     return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=jnp.float32))))

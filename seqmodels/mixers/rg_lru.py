@@ -1,14 +1,15 @@
-"""The recurrent block of Griffin: a convolution and the real-gated linear recurrent unit."""
+"""Griffin's recurrent block: a convolution and the real-gated linear recurrent unit."""
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.linen import dtypes
 
 from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, gates
-from seqmodels.modules import layers, short_conv
+from seqmodels.modules import layers
 
 DECAY_POWER = 8.0  # c
 MAX_SQRT_GRADIENT = 1000.0
@@ -16,8 +17,12 @@ MAX_SQRT_GRADIENT = 1000.0
 
 @flax.struct.dataclass
 class State:
-    """h_BE, the last inputs of the convolution, and whether the document has begun: its first token
-    is written whole."""
+    """The state of the recurrence and of the convolution.
+
+    Attributes:
+      h_BE, x_tail: the recurrence's state, and the last inputs of the convolution.
+      begun_B: whether the document has begun; its first token is written whole.
+    """
 
     h_BE: Array
     x_tail: Array
@@ -25,15 +30,19 @@ class State:
 
 
 class RGLRU(base.Mixer):
-    """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t);  log a_t = -c softplus(Lambda) * r_t, c
-      = 8
-    (De et al., arXiv 2402.19427, section 2.4).
+    """RG-LRU in Griffin's recurrent block (De et al., arXiv 2402.19427, section 2.4).
+
+        h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t)
+        log a_t = -c softplus(Lambda) * r_t, c = 8
 
     x = conv(W_x u + b_x) + b_c of the input u; r, i = sigmoid(W x + b), W block-diagonal, one block
-    a head; y = W_o (h * gelu(W_g u + b_g)) + b_o. A document's first token is not scaled by sqrt(1
-    - a^2). a^c ~ U(0.9, 0.999) where r = 1.
+    per head; y = W_o (h * gelu(W_g u + b_g)) + b_o. A document's first token is not scaled by
+    sqrt(1 - a^2). a^c ~ U(0.9, 0.999) where r = 1.
 
-    num_heads: H blocks of the two gates. lru_width: E; None is D.
+    Attributes:
+      num_heads: H blocks of the two gates.
+      lru_width: E; None is D.
+      conv_width: taps.
     """
 
     num_heads: int = 4
@@ -46,30 +55,20 @@ class RGLRU(base.Mixer):
             raise ValueError(f"rg_lru: num_heads {H} must divide lru_width {E}")
         return E
 
-    @nn.nowrap
-    def _conv(self, **keywords) -> short_conv.ShortConv:
-        return short_conv.ShortConv(
-            self.conv_width,
-            use_bias=True,
-            activation=None,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **keywords,
-        )
-
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         E = self._width()
         if state is None:
             state = self.init_state(x_BTD.shape[0])
-        x_BTE, x_tail = self._conv(name="x_conv")(
-            self.project(x_BTD, E, "x", use_bias=True), segment_ids_BT, state.x_tail
-        )
+        conv = self.conv(self.conv_width, use_bias=True, activation=None, name="x_conv")
+        x_BTE = self.project(x_BTD, E, "x", use_bias=True)
+        x_BTE, x_tail = conv(x_BTE, segment_ids_BT, state.x_tail)
         r_BTE = jax.nn.sigmoid(self._block_diagonal(x_BTE, "r").astype(jnp.float32))
         i_BTE = jax.nn.sigmoid(self._block_diagonal(x_BTE, "i").astype(jnp.float32))
         Lambda_E = layers.gate_parameter(self, "Lambda", _decay_init, (E,))
         log_a_BTE = -DECAY_POWER * jax.nn.softplus(Lambda_E)[None, None] * r_BTE
 
+        # A document's first token enters whole, the others scaled by sqrt(1 - a^2).
         first_BT = (jnp.arange(x_BTD.shape[1]) == 0)[None] & ~state.begun_B[:, None]
         if segment_ids_BT is not None:
             first_BT |= operators.starts(segment_ids_BT)
@@ -93,7 +92,7 @@ class RGLRU(base.Mixer):
         kernel_init = nn.initializers.lecun_normal(batch_axis=(0,))
         kernel_HKV = self.param(
             f"{name}_kernel",
-            nn.with_logical_partitioning(kernel_init, ("heads", None, None)),
+            layers.partitioned(kernel_init, ("heads", None, None)),
             (H, E // H, E // H),
             self.param_dtype,
         )
@@ -103,7 +102,7 @@ class RGLRU(base.Mixer):
             (H, E // H),
             self.param_dtype,
         )
-        x_BTHK, kernel_HKV, bias_HV = nn.dtypes.promote_dtype(
+        x_BTHK, kernel_HKV, bias_HV = dtypes.promote_dtype(
             x_BTE.reshape(B, T, H, E // H), kernel_HKV, bias_HV, dtype=self.dtype
         )
         y_BTHV = jnp.einsum("BTHK,HKV->BTHV", x_BTHK, kernel_HKV) + bias_HV[None, None]
@@ -113,7 +112,7 @@ class RGLRU(base.Mixer):
         E = self._width()
         return State(
             h_BE=jnp.zeros((batch, E), jnp.float32),
-            x_tail=self._conv(parent=None).init_state(batch, E),
+            x_tail=self.conv_tail(batch, self.conv_width, E),
             begun_B=jnp.zeros((batch,), bool),
         )
 
@@ -126,8 +125,7 @@ def _decay_init(key, shape, dtype=jnp.float32):
 
 @jax.custom_jvp
 def sqrt_bounded_gradient(x: Array) -> Array:
-    """sqrt(x), x >= 0, whose derivative stops growing at 1000: that of sqrt(1 - a^2) is infinite at
-    a = 1."""
+    """sqrt(x), x >= 0, whose derivative is at most 1000: that of sqrt(1 - a^2) has no bound."""
     return jnp.sqrt(x)
 
 

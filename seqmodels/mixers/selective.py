@@ -11,15 +11,17 @@ from seqmodels.modules import layers, positions
 
 @flax.struct.dataclass
 class State:
-    """Of both ways: it grows with `max_length`, until one of them is chosen."""
+    """Both parts' states; they grow with `max_length` until one of the parts is chosen."""
 
     softmax: attention.KeyValueCache
     linear: lolcats.State
 
 
 class Selective(lolcats.LoLCATs):
-    """o = r o_softmax + (1 - r) o_linear,  r = sigmoid(mix_logit), one number a layer (LinVideo,
-      arXiv 2510.08318, eq. 3).
+    """A layer that chooses softmax or linear attention (LinVideo, arXiv 2510.08318, eq. 3).
+
+        o = r o_softmax + (1 - r) o_linear
+        r = sigmoid(mix_logit), one number per layer
 
     Both parts share a softmax layer's projections; the linear one is LoLCATs' without a window
     (Hedgehog's map). A penalty brings r to 0 or 1 and as many to 1 as are wanted
@@ -27,10 +29,11 @@ class Selective(lolcats.LoLCATs):
     that it chose (`linearize.students.chosen`). Where float32 rounds r to 1 this is softmax
     attention exactly.
 
-    mix_init: r at the start.
+    Attributes:
+      mix_init: r at the start.
     """
 
-    window: None = None
+    window: int | None = None  # refused where it is set
     mix_init: float = 0.9
 
     def _sizes(self):

@@ -1,7 +1,6 @@
 """TransNormer's linear layers: no denominator, a norm over the whole width instead."""
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -10,34 +9,28 @@ from seqmodels.mixers import base
 from seqmodels.modules import feature_maps, layers, norms, positions
 from seqmodels.operators import linear_attention
 
-# Xavier uniform with gain 1/sqrt(2), on q, k and v.
+# On q, k and v: Xavier uniform with gain 1/sqrt(2).
 QKV_INIT = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 OUTPUT_INIT = nn.initializers.xavier_uniform()
 MAPS = {"t1": "elu", "t2": "elu_plus_one"}
 
 
-@flax.struct.dataclass
-class State:
-    """S_BHKV, and the place of the next token in its document."""
-
-    S_BHKV: Array
-    next_position_B: Array
-
-
 class TransNormer(base.ChunkedMixer):
-    """o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s;  y = W_o Norm(o), the norm over all heads
-      together
-    (NormAttention; Qin et al., arXiv 2210.10340, section 4.1).
+    """TransNormer's NormAttention (Qin et al., arXiv 2210.10340, section 4.1).
 
-    q, k, v = W x + b. Neither a denominator nor a 1/sqrt(K). In the paper's stack these are the
-    last half of the layers, after as many of `transnormer_local`. The weights start Xavier uniform,
-    q, k, v with gain 1/sqrt(2).
+        o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s
+        y_t = W_o Norm(o_t)
 
-    num_heads: H; K = V = D / H.
-    variant: "t1" has phi = elu, so weights may be negative; "t2" has phi = elu + 1.
-    norm: of `norms.NORMS`, or "gated_rms_norm".
-    lrpe: adds relative positions, sum_i q_i k_i cos(theta_i (t - s)), which doubles K inside (see
-      `LRPE`).
+    The norm is over all heads together. q, k, v = W x + b. Neither a denominator nor a 1/sqrt(K).
+    In the paper's stack these are the last half of the layers, after as many of
+    `transnormer_local`. The weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
+
+    Attributes:
+      num_heads: H; K = V = D / H.
+      variant: "t1" has phi = elu, so weights may be negative; "t2" has phi = elu + 1.
+      norm: of `norms.NORMS`, or "gated_rms_norm".
+      lrpe: adds relative positions, sum_i q_i k_i cos(theta_i (t - s)), which doubles K inside (see
+        `LRPE`).
     """
 
     num_heads: int = 4
@@ -46,12 +39,9 @@ class TransNormer(base.ChunkedMixer):
     lrpe: bool = False
 
     def _sizes(self) -> tuple[int, int]:
-        H = self.num_heads
-        if self.d_model % H:
-            raise ValueError(f"transnormer: num_heads {H} must divide d_model {self.d_model}")
-        check_choice("variant", self.variant, MAPS)
-        check_choice("norm", self.norm, NORMS)
-        return H, self.d_model // H
+        self.check_choice("variant", MAPS)
+        self.check_choice("norm", NORMS)
+        return self.num_heads, self.width_per_head(self.num_heads)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -81,20 +71,20 @@ class TransNormer(base.ChunkedMixer):
         )
         o_BTD = NORMS[self.norm](name="o_norm")(o_BTHK.reshape(x_BTD.shape))
         y_BTD = self.merge_heads(o_BTD, use_bias=True, kernel_init=OUTPUT_INIT)
-        return y_BTD, State(S_BHKV, position_BT[:, -1] + 1)
+        return y_BTD, base.PositionedState(S_BHKV, position_BT[:, -1] + 1)
 
     def init_state(self, batch):
         H, K = self._sizes()
-        S_BHKV = jnp.zeros((batch, H, 2 * K if self.lrpe else K, K), jnp.float32)
-        return State(S_BHKV, jnp.zeros((batch,), jnp.int32))
+        return base.PositionedState.empty(batch, H, 2 * K if self.lrpe else K, K)
 
 
 class LRPE(nn.Module):
-    """x_t -> [x_t cos(theta t) || x_t sin(theta t)], so that q_t . k_s becomes sum_i q_i k_i
-    cos(theta_i (t - s)) (linearized relative positional encoding, arXiv 2307.09270; TransNormerLLM,
-    arXiv 2307.14995, section 3.1).
+    """Linearized relative positional encoding (arXiv 2307.09270; TransNormerLLM, arXiv 2307.14995).
 
-    theta_HK is learned, from 10000^(-2 i / (H K)) with i counting the channels of all heads.
+        x_t -> [x_t cos(theta t) || x_t sin(theta t)]
+
+    so that q_t . k_s becomes sum_i q_i k_i cos(theta_i (t - s)). theta_HK is learned, from
+    10000^(-2 i / (H K)) with i counting the channels of all heads.
     """
 
     @nn.compact
@@ -130,11 +120,3 @@ class GatedRMSNorm(nn.Module):
 
 
 NORMS = norms.NORMS | {"gated_rms_norm": GatedRMSNorm}
-
-
-def check_choice(option: str, value: str, choices) -> None:
-    """Raises ValueError, listing the choices, where there is none called `value`."""
-    if value not in choices:
-        raise ValueError(
-            f"transnormer: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
-        )

@@ -1,7 +1,6 @@
-"""TransNormerLLM: lightning attention, linear attention with fixed decays that weaken with depth."""
+"""TransNormerLLM: linear attention with fixed decays that weaken with depth."""
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -12,29 +11,27 @@ from seqmodels.modules import norms, positions
 from seqmodels.operators import linear_attention
 
 
-@flax.struct.dataclass
-class State:
-    """S_BHKV, and the place of the next token in its document."""
-
-    S_BHKV: Array
-    next_position_B: Array
-
-
 class TransNormerLLM(base.ChunkedMixer):
-    """S_t = lambda_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t;  y = W_o (Norm(o) * u)
-    (Qin et al., arXiv 2307.14995, eqs. 3 and 7-9).
+    """TransNormerLLM's lightning attention (Qin et al., arXiv 2307.14995, eqs. 3 and 7-9).
+
+        S_t = lambda_h S_{t-1} + k_t v_t^T
+        o_t = S_t^T q_t
+        y_t = W_o (Norm(o_t) * u_t)
 
     q, k = silu(W x), v = W_v x, u = W_u x; the norm, SRMSNorm, over all heads together; no
     1/sqrt(K). lambda_h = exp(-slope_h), fixed; it weakens from layer to layer (outside a stack: the
     first layer's).
 
-    num_heads: H. head_dim: K = V; None is D / H.
-    slopes: "arithmetic", the paper's, "alibi", that of its released code, or "minimax" (see
-      `decay_slopes`).
-    lrpe: relative positions with learned angles, doubling K inside; the paper's stack has them in
-      its first layer only: "transnormer_llm(lrpe=True) + 11*transnormer_llm".
-    value_activation, gate_activation: MiniMax-Text-01 (arXiv 2501.08313) takes "silu" and
-      "sigmoid", with norm "rms_norm" and "alibi" or "minimax" slopes.
+    Attributes:
+      num_heads: H.
+      head_dim: K = V; None is D / H.
+      slopes: "arithmetic", the paper's, "alibi", that of its released code, or "minimax" (see
+        `decay_slopes`).
+      lrpe: relative positions with learned angles, doubling K inside; the paper's stack has them in
+        its first layer only: "transnormer_llm(lrpe=True) + 11*transnormer_llm".
+      value_activation, gate_activation: MiniMax-Text-01 (arXiv 2501.08313) takes "silu" and
+        "sigmoid", with norm "rms_norm" and "alibi" or "minimax" slopes.
+      norm, norm_eps: of `norms.NORMS`, and its epsilon.
     """
 
     num_heads: int = 4
@@ -47,23 +44,11 @@ class TransNormerLLM(base.ChunkedMixer):
     norm_eps: float = 1e-6
 
     def _sizes(self) -> tuple[int, int]:
-        H = self.num_heads
-        if self.head_dim is None and self.d_model % H:
-            raise ValueError(
-                f"transnormer_llm: num_heads {H} must divide d_model {self.d_model}, or set head_dim"
-            )
-        for option, choices in (
-            ("slopes", SLOPES),
-            ("value_activation", ACTIVATIONS),
-            ("gate_activation", ACTIVATIONS),
-            ("norm", norms.NORMS),
-        ):
-            value = getattr(self, option)
-            if value not in choices:
-                raise ValueError(
-                    f"transnormer_llm: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
-                )
-        return H, self.head_dim or self.d_model // H
+        self.check_choice("slopes", SLOPES)
+        self.check_choice("value_activation", ACTIVATIONS)
+        self.check_choice("gate_activation", ACTIVATIONS)
+        self.check_choice("norm", norms.NORMS)
+        return self.num_heads, self.head_dim or self.width_per_head(self.num_heads)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -92,12 +77,11 @@ class TransNormerLLM(base.ChunkedMixer):
         norm = norms.NORMS[self.norm](eps=self.norm_eps, name="o_norm")
         u_BTE = ACTIVATIONS[self.gate_activation](self.project(x_BTD, H * K, "u"))
         y_BTD = self.merge_heads(norm(o_BTHK.reshape(u_BTE.shape)) * u_BTE)
-        return y_BTD, State(S_BHKV, position_BT[:, -1] + 1)
+        return y_BTD, base.PositionedState(S_BHKV, position_BT[:, -1] + 1)
 
     def init_state(self, batch):
         H, K = self._sizes()
-        S_BHKV = jnp.zeros((batch, H, 2 * K if self.lrpe else K, K), jnp.float32)
-        return State(S_BHKV, jnp.zeros((batch,), jnp.int32))
+        return base.PositionedState.empty(batch, H, 2 * K if self.lrpe else K, K)
 
 
 def _identity(x):
@@ -108,8 +92,10 @@ ACTIVATIONS = {"identity": _identity, "silu": jax.nn.silu, "sigmoid": jax.nn.sig
 
 
 def _alibi(heads: int) -> list[float]:
-    """2^(-8 (h+1) / H) for H a power of two; else those of the power of two below, and every second
-    one of the next power's (ALiBi, arXiv 2108.12409)."""
+    """Returns ALiBi's slopes (arXiv 2108.12409, section 3), 2^(-8 (h+1) / H) for H a power of two.
+
+    For another H: those of the power of two below, then every second one of the next power's.
+    """
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     return slopes if power == heads else slopes + _alibi(2 * power)[::2][: heads - power]
@@ -132,12 +118,12 @@ SLOPES = {
 
 
 def decay_slopes(rule: str, heads: int, index: int | Array, count: int) -> Array:
-    """slope_H of layer `index` (from 0) of `count`.
+    """Returns slope_H of layer `index` (l, from 0) of `count` (L).
 
-    "arithmetic": 8 h/H (1 - l/L), as the paper states it; head 0 never forgets. "alibi": 2^(-8
-    (h+1)/H) (1 - l/(L-1) + 1e-5), as the released code has it; the last layer hardly forgets.
-    "minimax": 2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), as transformers' MiniMax has it, for
-    every H.
+    arithmetic   8 h/H (1 - l/L), the paper's; head 0 never forgets
+    alibi        2^(-8 (h+1)/H) (1 - l/(L-1) + 1e-5), the released code's; the last layer hardly
+                 forgets
+    minimax      2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), MiniMax's in transformers, any H
     """
     slopes, depth = SLOPES[rule]
     return jnp.asarray(slopes(heads), jnp.float32) * depth(index, count)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
-from seqmodels.mixers.transnormer import NORMS, OUTPUT_INIT, QKV_INIT, check_choice
+from seqmodels.mixers.transnormer import NORMS, OUTPUT_INIT, QKV_INIT
 from seqmodels.modules import positions
 
 VARIANTS = ("t1", "t2")
@@ -18,8 +18,9 @@ VARIANTS = ("t1", "t2")
 class State:
     """Keys and values of the last `block_size` tokens.
 
-    position_BS: a slot's place in its document; -1 marks a slot that no later token may see.
-    next_position_B: the place of the next token in its document.
+    Attributes:
+      position_BS: a slot's place in its document; -1 marks a slot that no later token may see.
+      next_position_B: the place of the next token in its document.
     """
 
     k_BSHK: Array
@@ -29,16 +30,19 @@ class State:
 
 
 class TransNormerLocal(base.Mixer):
-    """o_t = sum_s w_ts v_s over s <= t in t's block;  y = W_o Norm(o), the norm over all heads
-      together
-    (DiagAttention; Qin et al., arXiv 2210.10340, section 4.2).
+    """TransNormer's DiagAttention, inside blocks (Qin et al., arXiv 2210.10340, section 4.2).
 
-    Blocks are tokens n w ... n w + w - 1 of a document, w = `block_size`; q, k, v = W x + b. The
-    weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
+        o_t = sum_s w_ts v_s over s <= t in t's block
+        y_t = W_o Norm(o_t)
 
-    variant: "t1" has w_ts = relu(q_t . k_s / sqrt(K)), not normalised; "t2" the softmax of the
-      same.
-    norm: of `norms.NORMS`, or "gated_rms_norm".
+    The norm is over all heads together. Blocks are tokens n w ... n w + w - 1 of a document, w =
+    `block_size`; q, k, v = W x + b. The weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
+
+    Attributes:
+      num_heads: H; K = V = D / H.
+      variant: "t1" has w_ts = relu(q_t . k_s / sqrt(K)), not normalised; "t2" the softmax of the
+        same.
+      norm: of `norms.NORMS`, or "gated_rms_norm".
     """
 
     num_heads: int = 4
@@ -47,21 +51,18 @@ class TransNormerLocal(base.Mixer):
     norm: str = "layer_norm"
 
     def _sizes(self) -> tuple[int, int]:
-        H = self.num_heads
-        if self.d_model % H:
-            raise ValueError(f"transnormer_local: num_heads {H} must divide d_model {self.d_model}")
         if self.block_size < 1:
             raise ValueError(
                 f"transnormer_local: block_size must be at least 1; got {self.block_size}"
             )
         if self.implementation is not None:
             raise ValueError(
-                f"transnormer_local: there is one form of it, so implementation {self.implementation!r} chooses nothing; "
-                "leave it out"
+                f"transnormer_local: there is one form of it, so implementation "
+                f"{self.implementation!r} chooses nothing; leave it out"
             )
-        check_choice("variant", self.variant, VARIANTS)
-        check_choice("norm", self.norm, NORMS)
-        return H, self.d_model // H
+        self.check_choice("variant", VARIANTS)
+        self.check_choice("norm", NORMS)
+        return self.num_heads, self.width_per_head(self.num_heads)
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -95,10 +96,12 @@ class TransNormerLocal(base.Mixer):
 
     @nn.nowrap
     def _attend(self, axis_name, q_BTHK, **slots):
-        """What every token sees, of the slots from before this part of time (*_BS) and of its own
-        (*_BT). Documents may start anywhere, so a document's blocks need not meet the chunks the
-        work is cut into: C queries look at their own C slots and the w before them, and a mask
-        keeps those of the same block."""
+        """Attends to slots from before this shard of time (*_BS) and to its own tokens (*_BT).
+
+        Documents may start anywhere, so a document's blocks need not meet the chunks the work is
+        cut into: C queries look at their own C slots and the w before them, and a mask keeps those
+        of the same block.
+        """
         B, T, H, K = q_BTHK.shape
         w = self.block_size
         k_BSHK, v_BSHK, position_BS, run_BS = (
@@ -116,6 +119,7 @@ class TransNormerLocal(base.Mixer):
         def chunks(x_BT):
             return pad(x_BT).reshape(B, N, C, *x_BT.shape[2:])
 
+        # Each chunk's slots, and which of them a query sees: same document, same block, not later.
         slot_NS = C * jnp.arange(N)[:, None] + jnp.arange(w + C)[None]
         k_BNSHK, v_BNSHK, run_BNS = (pad(x)[:, slot_NS] for x in (k_BSHK, v_BSHK, run_BS))
         position_BNS = pad(position_BS, -1)[:, slot_NS]
@@ -123,6 +127,7 @@ class TransNormerLocal(base.Mixer):
         same_BNCS = chunks(run_BT)[..., None] == run_BNS[:, :, None]
         same_BNCS &= (position_BNC // w)[..., None] == (position_BNS // w)[:, :, None]
         seen_BNCS = same_BNCS & (position_BNC[..., None] >= position_BNS[:, :, None])
+        # Weights, relu or softmax of the logits, and their sums of v.
         logits_BNHCS = jnp.einsum(
             "BNCHK,BNSHK->BNHCS",
             chunks(q_BTHK) * K**-0.5,

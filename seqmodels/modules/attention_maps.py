@@ -1,4 +1,4 @@
-"""How far linear attention's weights are from softmax's, without holding all of either."""
+"""The distance of linear attention's weights from softmax's, without all of either in memory."""
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,22 @@ def cross_entropy(
     eps: float = 1e-12,
     chunk_size: int = 64,
 ) -> tuple[Array, Array]:
-    """Of each query and head: -sum_n P_mn log Q_mn, and P's own entropy (their difference is the KL
-    divergence).
+    """Returns -sum_n P_mn log Q_mn per query m and head, and P's own entropy: (B, T, H), float32.
 
-        P_mn = softmax_n(q_m . k_n / sqrt(K))          Q_mn = phi(q_m) . phi(k_n) / sum_n' phi(q_m)
-          . phi(k_n')
+        P_mn = softmax_n(q_m . k_n / sqrt(K))
+        Q_mn = phi(q_m) . phi(k_n) / sum_n' phi(q_m) . phi(k_n')
 
-    over n <= m of the same document (Hedgehog, arXiv 2402.04347, eq. 5). With a window Q is
-    LoLCATs' (arXiv 2410.10254, eq. 7): factor exp(q_m . k_n / sqrt(K) - c_m) for the `window`
-    latest n, the above for those before, under one denominator. q and k are those that softmax
-    attention takes: rotated. P is the target, and has no gradient.
+    over n <= m of the same document (Hedgehog, arXiv 2402.04347, eq. 5); their difference is the KL
+    divergence. With a window Q is LoLCATs' (arXiv 2410.10254, eq. 7): factor exp(q_m . k_n /
+    sqrt(K) - c_m) for the `window` latest n, the above for those before, under one denominator. q
+    and k are those that softmax attention takes: rotated. P is what Q should be, and has no
+    gradient.
 
     Queries are taken `chunk_size` at a time, and again in the backward pass: B x H x chunk_size x T
-    weights are the most that is held. Returns two arrays (B, T, H), float32.
+    weights are the most that is held.
+
+    Args:
+      window, factor_H: of LoLCATs' softmax part; both or neither.
     """
     B, T, H, K = q_BTHK.shape
     N = -(-T // chunk_size)
@@ -41,8 +44,7 @@ def cross_entropy(
     k_BTHK = jnp.repeat(k_BTGK, H // k_BTGK.shape[2], axis=2).astype(jnp.float32)
     phi_k_BTHF = phi_k_BTHF.astype(jnp.float32)
 
-    # The last query, over and over, fills up the last piece: its rows are as sound as any, and are
-    # cut off again.
+    # The last query fills up the last piece: its rows are as sound as any, and are cut off again.
     index_NC = jnp.minimum(jnp.arange(N * chunk_size), T - 1).reshape(N, chunk_size)
 
     def pieces(x):
@@ -51,6 +53,7 @@ def cross_entropy(
     @jax.checkpoint
     def piece(_, inputs):
         index_C, run_BC, q_BCHK, phi_q_BCHF = inputs
+        # Weights P of softmax.
         behind_CT = index_C[:, None] - jnp.arange(T)[None]
         seen_BCT = (behind_CT >= 0)[None] & (run_BC[:, :, None] == run_BT[:, None])
         seen_B1CT = seen_BCT[:, None]
@@ -58,14 +61,16 @@ def cross_entropy(
         logits_BHCT = jnp.where(seen_B1CT, logits_BHCT, -jnp.inf)
         log_P_BHCT = jax.lax.stop_gradient(jax.nn.log_softmax(logits_BHCT))
         P_BHCT = jnp.exp(log_P_BHCT)
+        # Weights Q before their sum divides them: linear, and softmax within the window.
         weight_BHCT = jnp.einsum("bchf,bthf->bhct", phi_q_BCHF.astype(jnp.float32), phi_k_BTHF)
         weight_BHCT = jnp.where(seen_B1CT, weight_BHCT, 0.0)
-        if window is not None:
+        if window is not None and factor_H is not None:
             near_11CT = (behind_CT < window)[None, None]
             near_BHCT = jnp.where(near_11CT, logits_BHCT, -jnp.inf)
             highest_BHC1 = jnp.max(near_BHCT, axis=-1, keepdims=True)
             near_BHCT = factor_H[None, :, None, None] * jnp.exp(near_BHCT - highest_BHC1)
             weight_BHCT = jnp.where(near_11CT, near_BHCT, weight_BHCT)
+        # -sum P log Q and -sum P log P.
         total_BHC = jnp.log(jnp.sum(weight_BHCT, axis=-1) + eps)
         log_Q_BHCT = jnp.log(jnp.maximum(weight_BHCT, eps)) - total_BHC[..., None]
         cross_BHC = -jnp.sum(P_BHCT * jnp.where(seen_B1CT, log_Q_BHCT, 0.0), axis=-1)

@@ -1,5 +1,4 @@
-"""One layer of a stack: token mixer and channel mixer, each with its norm and its residual
-connection."""
+"""A layer of a stack: token mixer and channel mixer, each with norm and residual connection."""
 
 import flax.linen as nn
 import jax
@@ -11,20 +10,20 @@ from seqmodels.modules import channel_mixers, norms
 from seqmodels.modules.pattern import MixerSpec
 
 NORM_POSITIONS = ("pre", "post", "sandwich", "residual")
-# Options in a pattern that are the layer's own, not its mixer's:
-# "gla(channel_mixer='moe(num_experts=8)')".
+# Options of a layer, not of its mixer, in a pattern: "gla(channel_mixer='moe(num_experts=8)')".
 LAYER_OPTIONS = ("channel_mixer", "d_ff", "mixer_residual", "channel_residual")
 
 
 class Block(nn.Module):
     """x <- x + mixer(norm(x)); x <- x + channel_mixer(norm(x)).
 
-    norm_position: "pre" as above; "post" norms the sum, x <- norm(x + f(x)); "sandwich" norms
-      before f and after it, x <- x + norm(f(norm(x))); "residual" norms what the residual
-      connection carries, too, x <- norm(x); x <- x + f(x) (MiniMax-01, arXiv 2501.08313).
-    channel_mixer: see `channel_mixers.make`; None for stacks of mixers alone (Mamba). channel_bias:
-      its projections have biases.
-    mixer_residual, channel_residual: (a, b) of x <- a x + b f(x) around either.
+    Attributes:
+      channel_mixer: see `channel_mixers.make`; None for stacks of mixers alone (Mamba).
+      channel_bias: whether the channel mixer's projections have biases.
+      norm_position: "pre" as above; "post" norms the sum, x <- norm(x + f(x)); "sandwich" norms
+        before f and after it, x <- x + norm(f(norm(x))); "residual" norms what the residual
+        connection carries, too, x <- norm(x); x <- x + f(x) (MiniMax-01, arXiv 2501.08313).
+      mixer_residual, channel_residual: (a, b) of x <- a x + b f(x) around either.
     """
 
     spec: MixerSpec
@@ -42,14 +41,14 @@ class Block(nn.Module):
 
     @nn.nowrap
     def make_mixer(self, **keywords) -> mixers.Mixer:
-        """The token mixer; its own options win over the stack's."""
+        """Makes the token mixer; its own options win over the stack's."""
         shared = {"d_model": self.d_model, "dtype": self.dtype, "param_dtype": self.param_dtype}
         own = {k: v for k, v in self.spec.options if k not in LAYER_OPTIONS}
         return mixers.make(self.spec.name, **(shared | own), **keywords)
 
     @nn.nowrap
     def _setting(self, name: str):
-        """The layer's own, where the pattern gives one."""
+        """Returns the layer's own option where the pattern gives one, else the stack's."""
         return dict(self.spec.options).get(name, getattr(self, name))
 
     @nn.compact
@@ -100,7 +99,7 @@ class Block(nn.Module):
 
 
 def make_norm(name: str, eps: float, module_name: str) -> nn.Module:
-    """The normalisation called `name`; an unknown one lists the choices."""
+    """Makes the normalisation called `name`; the error for an unknown one lists the choices."""
     if name not in norms.NORMS:
         raise ValueError(f"unknown norm {name!r}; choose one of {', '.join(sorted(norms.NORMS))}")
     return norms.NORMS[name](eps=eps, name=module_name)
@@ -118,8 +117,10 @@ def clear_rows(state: State, empty: State, rows_B: Array) -> State:
 
 
 def take_rows(state: State, rows_N: Array, axis: int = 0) -> State:
-    """The given rows of a state, in this order. axis: of the batch; leaves that end before it have
-    none, and stay."""
+    """Returns the given rows of a state, in this order.
+
+    axis: the batch axis; leaves that end before it have none, and stay.
+    """
     return jax.tree.map(
         lambda leaf: leaf if leaf.ndim <= axis else jnp.take(leaf, rows_N, axis), state
     )

@@ -27,15 +27,17 @@ _KINDS: dict[str, tuple[Callable[[Array], Array], bool]] = {
 
 
 def names() -> list[str]:
-    """Every channel mixer."""
+    """Returns the name of every channel mixer."""
     return sorted([*_KINDS, "moe"])
 
 
 def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **keywords) -> nn.Module:
-    """The channel mixer that `text` names, with options as in a pattern: "swiglu",
-    "moe(num_experts=8, experts_per_token=2)".
+    """Makes the channel mixer that `text` names, with options as in a pattern.
 
-    d_ff, use_bias: of the stack; the text's own options win.
+    Examples: "swiglu", "moe(num_experts=8, experts_per_token=2)".
+
+    Args:
+      d_ff, use_bias: of the stack; the text's own options win.
 
     Raises:
       ValueError: an unknown channel mixer or option; the choices are listed.
@@ -51,7 +53,8 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
     known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "kind"}
     if unknown := sorted(set(options) - known):
         raise ValueError(
-            f"channel mixer {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
+            f"channel mixer {name!r} has no option {unknown[0]!r}; "
+            f"it has {', '.join(sorted(known))}"
         )
     kinds = typing.get_type_hints(module)
     for option, value in options.items():
@@ -60,11 +63,12 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
 
 
 class ChannelMixer(nn.Module):
-    """Gated kinds: W_down(act(W_gate x) * W_up x). Ungated: W_down act(W_up x).
+    """Gated kinds: y = W_down(act(W_gate x) * W_up x). Ungated: y = W_down act(W_up x).
 
-    kind: swiglu, geglu, sglu (no activation) or gelu (no gate).
-    d_ff: the hidden width F; None is 8/3 D for gated kinds (the parameters of an ungated 4 D),
-      rounded up to a multiple of 64, and 4 D for ungated ones.
+    Attributes:
+      kind: swiglu, geglu, sglu (no activation) or gelu (no gate).
+      d_ff: the hidden width F; None is 8/3 D for gated kinds (the parameters of an ungated 4 D),
+        rounded up to a multiple of 64, and 4 D for ungated ones.
     """
 
     kind: str = "swiglu"
@@ -103,21 +107,23 @@ class ChannelMixer(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """y = sum over the chosen experts e of w_e SwiGLU_e(x) + sigmoid(w_s . x) SwiGLU_s(x) (Shazeer
-    et al., arXiv 1701.06538; shared expert: DeepSeekMoE, arXiv 2401.06066; its gate: Qwen1.5-MoE).
+    """Mixture of experts: each token goes through its `experts_per_token` best ones.
 
-    p = softmax(W_r x), W_r too in float32; the experts with the `experts_per_token` largest p are
-    chosen, and their w are these p, divided by their sum where `normalize`. Every chosen expert
-    sees its token: no capacity, nothing is dropped, so a token's result depends on no other token.
-    Rows are sorted by expert, and each product is one `jax.lax.ragged_dot`; the experts that were
-    not chosen cost nothing where the backend has a kernel for it.
+        y = sum over the chosen experts e of w_e SwiGLU_e(x) + sigmoid(w_s . x) SwiGLU_s(x)
 
-    num_experts, experts_per_token: X and A. d_ff: F of every expert; None is that of "swiglu".
-    shared_d_ff: width of an expert that every token sees; None: there is none. shared_gate: whether
-      it is scaled by its gate.
+    (Shazeer et al., arXiv 1701.06538; shared expert: DeepSeekMoE, arXiv 2401.06066; its gate:
+    Qwen1.5-MoE). p = softmax(W_r x), W_r too in float32; the experts with the largest p are chosen,
+    and their w are these p, divided by their sum where `normalize`. Every chosen expert sees its
+    token: no capacity, nothing is dropped, so a token's result depends on no other token. Rows are
+    sorted by expert, and each product is one `jax.lax.ragged_dot`; the experts that were not chosen
+    cost nothing where the backend has a kernel for it. There is no loss that balances the experts:
+    this module is for weights that were trained with one.
 
-    There is no loss that balances the experts: the place of this module is weights that were
-    trained with one.
+    Attributes:
+      num_experts, experts_per_token: X and A.
+      d_ff: F of every expert; None is that of "swiglu".
+      shared_d_ff: width of an expert that every token sees; None: there is none.
+      shared_gate: whether the shared expert is scaled by its gate.
     """
 
     num_experts: int = 8
@@ -144,11 +150,12 @@ class MixtureOfExperts(nn.Module):
             dtype=jnp.float32,
             param_dtype=jnp.float32,
         )
+        # Probabilities of the experts, and the A largest of each token.
         p_BTX = jax.nn.softmax(router(x_BTD.astype(jnp.float32)))
         w_BTA, expert_BTA = jax.lax.top_k(p_BTX, A)
         if self.normalize:
             w_BTA /= jnp.sum(w_BTA, axis=-1, keepdims=True)
-        # Letters that no mesh axis splits, but for B and T: each device sorts its own tokens, and
+        # No mesh axis splits these letters but for B and T: each device sorts its own tokens, and
         # has every expert.
         arrays = {
             "x_BTM": (x_BTD.astype(self.dtype), "BTM"),
@@ -170,16 +177,15 @@ class MixtureOfExperts(nn.Module):
         return y_BTD
 
     def _kernels(self, name: str, shape: tuple[int, int, int], axes: tuple[str, str]) -> Array:
-        init = nn.with_logical_partitioning(
-            nn.initializers.lecun_normal(batch_axis=(0,)), (None, *axes)
-        )
+        init = layers.partitioned(nn.initializers.lecun_normal(batch_axis=(0,)), (None, *axes))
         return self.param(f"{name}_kernel", init, shape, self.param_dtype).astype(self.dtype)
 
 
 def _chosen_experts(axis_name, x_BTM, w_BTA, expert_BTA, gate_XMF, up_XMF, down_XFM):
     del axis_name  # tokens do not meet
     (B, T, D), A, X = x_BTM.shape, w_BTA.shape[-1], gate_XMF.shape[0]
-    expert_R = expert_BTA.reshape(-1)  # R rows: a token and an expert of its own each
+    # Rows R, a token and one of its experts each, are sorted by expert.
+    expert_R = expert_BTA.reshape(-1)
     order_R = jnp.argsort(expert_R, stable=True)
     x_RM = x_BTM.reshape(B * T, D)[order_R // A]
     count_X = jnp.bincount(expert_R, length=X).astype(jnp.int32)
@@ -189,6 +195,7 @@ def _chosen_experts(axis_name, x_BTM, w_BTA, expert_BTA, gate_XMF, up_XMF, down_
             rows, kernels, count_X, preferred_element_type=jnp.float32
         ).astype(x_BTM.dtype)
 
+    # Each expert multiplies its own run of rows; then the rows go back to their tokens.
     hidden_RF = layers.gated(product(x_RM, up_XMF), product(x_RM, gate_XMF), jax.nn.silu)
     y_RM = product(hidden_RF, down_XFM)[jnp.argsort(order_R)]
     y_BTAM = y_RM.reshape(B, T, A, D).astype(jnp.float32) * w_BTA[..., None]

@@ -1,28 +1,22 @@
-"""Feature maps phi of linear attention, by name: what stands in for softmax's exp(q . k).
+"""Feature maps phi of linear attention by name: what takes the place of softmax's exp(q . k).
 
 `FeatureMap(name)` is a Linen module; maps without parameters are modules with none. x_BTHK becomes
 phi_BTHF.
 
-    name               phi(x)                                            F      source
-    identity           x                                                 K
-    elu                elu(x): negative weights allowed                  K      TransNormer T1,
-      arXiv 2210.10340
-    elu_plus_one       elu(x) + 1                                        K      arXiv 2006.16236,
-      eq. 7
-    relu               relu(x)                                           K
-    silu               x sigmoid(x)                                      K      arXiv 2307.14995
-    softmax            softmax(x)                                        K      arXiv 1812.01243
-    t2r                relu(W x + b), b one number a head                E      arXiv 2103.13076,
-      eq. 6
-    hedgehog_paper     exp(z) || exp(-z), z = W x + b                    2E     arXiv 2402.04347,
-      eq. 6
-    hedgehog_softmax   max(softmax(z) || softmax(-z), 1e-12), z = W x    2E     LoLCATs, arXiv
-      2410.10254
-    hedgehog_joint     softmax(2 z || -2 z), z = W x + b                 2E
-      flash-linear-attention
+    name              phi(x)                                          F    source
+    identity          x                                               K
+    elu               elu(x): negative weights allowed                K    arXiv 2210.10340, T1
+    elu_plus_one      elu(x) + 1                                      K    arXiv 2006.16236, eq. 7
+    relu              relu(x)                                         K
+    silu              x sigmoid(x)                                    K    arXiv 2307.14995
+    softmax           softmax(x)                                      K    arXiv 1812.01243
+    t2r               relu(W x + b), b one number per head            E    arXiv 2103.13076, eq. 6
+    hedgehog_paper    exp(z) || exp(-z), z = W x + b                  2E   arXiv 2402.04347, eq. 6
+    hedgehog_softmax  max(softmax(z) || softmax(-z), 1e-12), z = W x  2E   LoLCATs, arXiv 2410.10254
+    hedgehog_joint    softmax(2 z || -2 z), z = W x + b               2E   flash-linear-attention
 
 The three Hedgehog forms differ: phi sums to 2 in hedgehog_softmax, to 1 in hedgehog_joint, and is
-not normalised in hedgehog_paper, which overflows float32 where |z| > 88.
+  not normalised in hedgehog_paper, which overflows float32 where |z| > 88.
 """
 
 import dataclasses
@@ -61,18 +55,23 @@ def _hedgehog_joint(z: Array) -> Array:
 
 
 def rectangular_identity(key: Array, shape: tuple[int, ...], dtype: DType = jnp.float32) -> Array:
-    """Initializer: every head's (K, E) matrix has ones on its diagonal and zeros elsewhere."""
+    """Initializer: each head's (K, E) matrix has ones on its diagonal, zeros elsewhere."""
     del key
     return jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=dtype), shape)
 
 
-# U(-sqrt(6/K), sqrt(6/K)) for each head.
+# U(-sqrt(6/K), sqrt(6/K)) per head.
 _KAIMING = nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Map:
-    """phi = function(W x + b). kernel_init None: no W. bias: None, "channel" (H,E) or "head" (H,1)."""
+    """phi = function(W x + b); bias is None, "channel" (H, E) or "head" (H, 1).
+
+    Attributes:
+      kernel_init: of W; None: there is no W.
+      width: F / E, or F / K without W.
+    """
 
     function: Callable[[Array], Array]
     nonnegative: bool
@@ -96,7 +95,7 @@ _MAPS = {
 
 
 def names() -> list[str]:
-    """Every feature map."""
+    """Returns the name of every feature map."""
     return sorted(_MAPS)
 
 
@@ -107,25 +106,31 @@ def _get(name: str) -> _Map:
 
 
 def is_nonnegative(name: str) -> bool:
-    """Whether phi >= 0, so that the sum of weights may be divided by. ValueError for an unknown
-    name."""
+    """Returns whether phi >= 0, so that the sum of weights may be divided by.
+
+    Raises ValueError for an unknown name.
+    """
     return _get(name).nonnegative
 
 
 def output_dim(name: str, K: int, features: int | None = None) -> int:
-    """F, the last dimension of phi, for heads of K channels. ValueError for an unknown name."""
+    """Returns F, the last dimension of phi, for heads of K channels.
+
+    Raises ValueError for an unknown name.
+    """
     feature_map = _get(name)
     return feature_map.width * (K if feature_map.kernel_init is None else features or K)
 
 
 class FeatureMap(nn.Module):
-    """phi_BTHF of x_BTHK, with one W_HKE (and b) a head where the map learns; see the table above.
+    """phi_BTHF of x_BTHK; a map that learns has one W_HKE (and b) per head. See the table above.
 
     W starts as the identity (t2r: Kaiming uniform), b at 0. Kept and computed in float32, returned
-    in x's dtype.
+      in x's dtype.
 
-    kind: a name of the table.
-    features: E of the learned maps; None is K.
+    Attributes:
+      kind: a name of the table.
+      features: E of the learned maps; None is K.
     """
 
     kind: str
@@ -138,7 +143,7 @@ class FeatureMap(nn.Module):
         if feature_map.kernel_init is not None:
             H, K = x_BTHK.shape[2:]
             E = self.features or K
-            init = nn.with_logical_partitioning(feature_map.kernel_init, ("heads", None, None))
+            init = layers.partitioned(feature_map.kernel_init, ("heads", None, None))
             W_HKE = self.param("kernel", init, (H, K, E), jnp.float32)
             z = jnp.einsum("BTHK,HKE->BTHE", z, W_HKE)
             if feature_map.bias is not None:

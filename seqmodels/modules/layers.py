@@ -1,4 +1,4 @@
-"""Parameters, made with what the mesh and the optimizer have to know of each.
+"""Parameters, and what the mesh and the optimizer have to know of each.
 
 `Module.init` returns every parameter in a box, `nn.LogicallyPartitioned`. It holds the logical
 names of the axes, which `seqmodels.sharding` maps to the mesh. A subclass of it, `Kernel` or
@@ -39,6 +39,11 @@ def kernel(init: Callable, axes: LogicalAxes) -> Callable:
     return lambda *args, **keywords: Kernel(init(*args, **keywords), axes)
 
 
+def partitioned(init: Callable, axes: LogicalAxes) -> Callable:
+    """Returns the initializer with its arrays put into boxes that say no more than their axes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
 def undecayed(init: Callable, axes: LogicalAxes) -> Callable:
     """Returns the initializer with its arrays put into `Undecayed` boxes."""
     return lambda *args, **keywords: Undecayed(init(*args, **keywords), axes)
@@ -53,7 +58,7 @@ def dense(
     bias_init: Callable = nn.initializers.zeros,
     **keywords,
 ) -> nn.Dense:
-    """nn.Dense whose kernel has the logical `axes` (input, output)."""
+    """Returns an nn.Dense whose kernel has the logical `axes` (input, output)."""
     return nn.Dense(
         features,
         kernel_init=kernel(kernel_init, axes),
@@ -65,7 +70,7 @@ def dense(
 
 
 def _product(x, kernel_DF, dimension_numbers, precision=None):
-    """What nn.Dense asks of `jax.lax.dot_general`: the last axis of x with the first of the kernel."""
+    """Multiplies the last axis of x by the kernel's first, as nn.Dense asks of `dot_general`."""
     del dimension_numbers
     return _dense_product(precision, x, kernel_DF)
 
@@ -80,8 +85,10 @@ def _dense_product_forward(precision, x, kernel_DF):
 
 
 def _dense_product_backward(precision, operands, dy):
-    """The kernel's gradient as x^T dy. By JAX's own order, (dy^T x)^T, XLA's CPU backend computes
-    dy once more, transposed."""
+    """Computes the kernel's gradient as x^T dy.
+
+    By JAX's own order, (dy^T x)^T, XLA's CPU backend computes dy once more, transposed.
+    """
     x, kernel_DF = operands
     dx = jnp.einsum("...F,DF->...D", dy, kernel_DF, precision=precision)
     tokens = tuple(range(x.ndim - 1))
@@ -93,22 +100,21 @@ _dense_product.defvjp(_dense_product_forward, _dense_product_backward)
 
 
 def recomputed(function: Callable) -> Callable:
-    """A function of arrays, element by element or row by row, whose backward pass keeps its
-    arguments and nothing else.
+    """Returns `function`, whose backward pass keeps its arguments only and computes it again.
 
-    Computing it again costs less than writing and reading what JAX would keep, four to six arrays
-    for a gate: of a Gated DeltaNet's training step, a third of the memory.
+    For functions that act element by element or row by row: computing a gate again costs less than
+    writing and reading the four to six arrays that JAX would keep.
     """
     return jax.checkpoint(function, prevent_cse=False)
 
 
 def gated(x: Array, gate: Array, activation: Callable[[Array], Array]) -> Array:
-    """x activation(gate), of equal shapes, `recomputed`."""
+    """Returns x * activation(gate), of equal shapes, `recomputed`."""
     return recomputed(lambda x, gate: x * activation(gate))(x, gate)
 
 
 def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
-    """A small parameter of a gate (A_log, dt_bias, D, ...), with the first axis "heads".
+    """Makes a small parameter of a gate (A_log, dt_bias, D, ...), whose first axis is "heads".
 
     It is float32 whatever the model's dtype, and never weight-decayed.
     """
@@ -117,8 +123,7 @@ def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[in
 
 
 class Matrix(nn.Module):
-    """The kernel of a dense layer without a bias, where the product is another's: kernel (D,
-    features)."""
+    """Makes the kernel (input features, features) of a dense layer that another multiplies by."""
 
     features: int
     axes: LogicalAxes
@@ -126,5 +131,5 @@ class Matrix(nn.Module):
 
     @nn.compact
     def __call__(self, input_features: int) -> Array:
-        init = nn.with_logical_partitioning(KERNEL_INIT, self.axes)
+        init = partitioned(KERNEL_INIT, self.axes)
         return self.param("kernel", init, (input_features, self.features), self.param_dtype)

@@ -10,13 +10,14 @@ from seqmodels.modules import layers
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich, arXiv
-    1910.07467).
+    """y = x / sqrt(mean(x^2) + eps) * scale over the last axis (RMSNorm, arXiv 1910.07467, eq. 4).
 
-    On heads, x_BTHV, the gain is (V,): one shared by all heads.
-    groups: the mean is over each of so many equal parts of the last axis; the gain is for all of
-      it.
-    zero_centred: the gain is 1 + scale, and scale starts at 0 (Gemma, arXiv 2403.08295).
+    On heads, x_BTHV, the gain is (V,): one that all heads share.
+
+    Attributes:
+      groups: number of equal parts of the last axis, each with a mean of its own; the gain is for
+        all.
+      zero_centred: the gain is 1 + scale, and scale starts at 0 (Gemma, arXiv 2403.08295).
     """
 
     eps: float = 1e-5
@@ -44,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis (arXiv 1607.06450)."""
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias, last axis (arXiv 1607.06450)."""
 
     eps: float = 1e-5
     use_bias: bool = True
@@ -65,14 +66,13 @@ class LayerNorm(nn.Module):
 
 
 def srms_norm(x: Array, eps: float = 1e-5) -> Array:
-    """Simple RMS norm, no gain: x / sqrt(mean(x^2) + eps) (TransNormerLLM, arXiv 2307.14995,
-    section 3.1)."""
+    """x / sqrt(mean(x^2) + eps): RMS norm without a gain (TransNormerLLM, arXiv 2307.14995)."""
     mean = matmul.sum_last(jnp.square(x)) / x.shape[-1]
     return matmul.scaled(x, jax.lax.rsqrt(mean + eps))
 
 
 def l2_norm(x: Array, eps: float = 1e-6) -> Array:
-    """x / sqrt(sum(x^2) + eps) over the last axis, in float32; keeps x's dtype."""
+    """x / sqrt(sum(x^2) + eps) over the last axis, in float32; returned in x's dtype."""
 
     def normed(x):
         x_f32 = x.astype(jnp.float32)

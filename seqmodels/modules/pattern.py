@@ -1,5 +1,4 @@
-"""Which mixer stands in which layer, written as one line: "3*gated_delta_net +
-attention(window=256)"."""
+"""Patterns: which mixer each layer has, as in "3*gated_delta_net + attention(window=256)"."""
 
 import ast
 import dataclasses
@@ -12,20 +11,19 @@ _MOST_LAYERS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class MixerSpec:
-    """A mixer's registered name and its options, hashable so that it can be a module's attribute."""
+    """A mixer's registered name and its options; hashable, so that modules can hold it."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
 
 def parse(pattern: str) -> tuple[MixerSpec, ...]:
-    """Reads a pattern: names joined by +, each with options in parentheses, repeated by `n*`;
-    groups nest.
+    """Reads a pattern: names joined by +, with options in parentheses and repetitions by `n*`.
 
-    "2*(gla + attention(window=64, num_heads=8))" is gla, attention, gla, attention.
+    Groups nest: "2*(gla + attention(window=64))" is gla, attention, gla, attention.
 
     Raises:
-      ValueError: not of that form; the message shows the part that could not be read.
+      ValueError: a pattern of another form; the message shows the part that could not be read.
     """
     try:
         tree = ast.parse(pattern.strip(), mode="eval").body
@@ -35,7 +33,7 @@ def parse(pattern: str) -> tuple[MixerSpec, ...]:
 
 
 def layers(pattern: str, num_layers: int) -> tuple[MixerSpec, ...]:
-    """The pattern repeated to exactly `num_layers`; a last repetition may be cut short.
+    """Repeats the pattern to exactly `num_layers`; a last repetition may be cut short.
 
     Raises ValueError for fewer than one layer, and as `parse` does.
     """
@@ -47,7 +45,7 @@ def layers(pattern: str, num_layers: int) -> tuple[MixerSpec, ...]:
 
 
 def to_text(specs: Sequence[MixerSpec]) -> str:
-    """A short pattern that `layers(pattern, len(specs))` reads as `specs`."""
+    """Returns a short pattern that `layers(pattern, len(specs))` reads as `specs`."""
     specs = tuple(specs)
     L = len(specs)
     period = next(n for n in range(1, L + 1) if all(specs[i] == specs[i % n] for i in range(L)))
@@ -73,12 +71,15 @@ def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:
             return specs * count
         case ast.Name(id=name):
             return (MixerSpec(name),)
-        case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
+        case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords) if (
+            all(k.arg for k in keywords)  # None stands for **options
+        ):
             try:
-                options = tuple((k.arg, ast.literal_eval(k.value)) for k in keywords)
+                options = tuple((str(k.arg), ast.literal_eval(k.value)) for k in keywords)
             except ValueError as error:
                 raise ValueError(
-                    f"pattern {pattern!r}: the options of {name!r} must be plain values, as in {name}(window=256)"
+                    f"pattern {pattern!r}: the options of {name!r} must be plain values, "
+                    f"as in {name}(window=256)"
                 ) from error
             return (MixerSpec(name, options),)
     raise ValueError(
@@ -89,8 +90,7 @@ def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ScanPlan:
-    """Layers as: prefix, one by one; `period`, `repeats` times over in one scan; suffix, one by
-    one."""
+    """A stack as single layers `prefix`, a scan over `repeats` times `period`, and `suffix`."""
 
     prefix: tuple[MixerSpec, ...]
     period: tuple[MixerSpec, ...]
@@ -99,9 +99,9 @@ class ScanPlan:
 
 
 def scan_plan(specs: tuple[MixerSpec, ...]) -> ScanPlan:
-    """Finds the repetition that leaves the fewest distinct blocks to compile; repeats is 0 if
-    nothing repeats."""
+    """Finds the repetition that leaves the fewest blocks to compile; without one repeats is 0."""
     best, best_cost = ScanPlan(specs, (), 0, ()), len(specs)
+    # The cost of a repetition is the number of blocks that are compiled with it.
     for start in range(len(specs)):
         for length in range(1, (len(specs) - start) // 2 + 1):
             period = specs[start : start + length]

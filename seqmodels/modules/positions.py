@@ -1,27 +1,29 @@
 """Positions of tokens within their documents, and the rotations that carry them."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
 from seqmodels import operators
 from seqmodels.array_typing import Array
 
-Scaling = tuple[str | float, ...]
+Scaling = tuple[Any, ...]  # a name of SCALINGS and its numbers
 
 
 def token_positions(
     batch: int, length: int, segment_ids_BT: Array | None, offset_B: Array | None
 ) -> Array:
-    """Index of every token in its document, (B, T) int32.
+    """Returns the index of every token in its document, (B, T) int32.
 
-    offset_B: how many tokens of the first token's document came before this call.
+    offset_B: tokens of the first token's document that came before this call.
     """
     if offset_B is None:
         offset_B = jnp.zeros((batch,), jnp.int32)
     index_T = jnp.arange(length, dtype=jnp.int32)
     if segment_ids_BT is None:
         return offset_B[:, None] + index_T[None]
+    # Only the first document of a row goes on from an earlier call.
     first_document_BT = operators.run_index(segment_ids_BT) == 0
     return operators.positions(segment_ids_BT) + jnp.where(first_document_BT, offset_B[:, None], 0)
 
@@ -36,9 +38,11 @@ def rope(
     """Rotary embedding (RoFormer, arXiv 2104.09864, eq. 34), pairing channel i with i + K/2.
 
     Channel pair i turns by position * base^(-2i/K). K must be even. Angles are float32.
-    fraction: the first so large part of the channels is rotated as if it were all (GPT-NeoX, arXiv
-      2204.06745); the rest stays.
-    scaling: see `frequencies`.
+
+    Args:
+      fraction: the share of the channels, from the first on, that is rotated as if it were all of
+        them (GPT-NeoX, arXiv 2204.06745, section 2.1); the others stay as they are.
+      scaling: see `frequencies`.
     """
     if fraction != 1.0:
         turned = int(x_BTHK.shape[-1] * fraction)
@@ -47,6 +51,7 @@ def rope(
     K = x_BTHK.shape[-1]
     if K % 2:
         raise ValueError(f"rope: the head dimension must be even; got {K}")
+    # (first, second) turns to (first cos - second sin, second cos + first sin).
     frequency_BTK, amplitude = frequencies(K, base, scaling, position_BT)
     angle_BTK = position_BT.astype(jnp.float32)[..., None] * frequency_BTK
     cos_BT1K, sin_BT1K = (amplitude * f(angle_BTK)[:, :, None] for f in (jnp.cos, jnp.sin))
@@ -67,24 +72,26 @@ SCALINGS = {
 def frequencies(
     K: int, base: float, scaling: Scaling | None = None, position_BT: Array | None = None
 ) -> tuple[Array, float]:
-    """The angle per token of each of K/2 channel pairs, (1, 1, K/2) or (B, T, K/2), and the factor
-    of their cosines and sines.
+    """Returns the angle per token of each of K/2 channel pairs, and a factor of cosines and sines.
 
-    Without a scaling they are base^(-2i/K) and 1. With one, `length` is the context that the model
-    was first trained on:
+    The angles are (1, 1, K/2) or (B, T, K/2). Without a scaling they are base^(-2i/K), and the
+    factor is 1. `length` below is the context that the model was first trained on.
 
-    ("linear", factor): all divided by `factor` (position interpolation, arXiv 2306.15595).
-    ("dynamic", factor, length): the base grows with the text ("NTK-aware" scaling): at position t
-    >= length it is
-      base * (factor (t + 1) / length - (factor - 1))^(K / (K - 2)). Each token has the base of its
-      own position, as where transformers decodes token by token, so that what was read stays as it
-      is; up to `length` nothing changes.
+    ("linear", factor): all angles are divided by `factor` (position interpolation, arXiv
+    2306.15595).
+
+    ("dynamic", factor, length): the base grows with the text ("NTK-aware" scaling). At position t
+    >= length it is base * (factor (t + 1) / length - (factor - 1))^(K / (K - 2)). Each token has
+    the base of its own position, as where transformers decodes token by token, so that what was
+    read stays as it is; up to `length` nothing changes.
+
     ("yarn", factor, length, amplitude, beta_fast, beta_slow, truncate): pairs that turn less than
-      `beta_slow` times in `length` tokens are divided by `factor`, those that turn more than
-      `beta_fast` times stay, and between them is a blend, linear in i, from whole i to whole i
-      where `truncate` (arXiv 2309.00071, section 3.2).
+    `beta_slow` times in `length` tokens are divided by `factor`, those that turn more than
+    `beta_fast` times stay, and between them is a blend, linear in i, from whole i to whole i where
+    `truncate` (arXiv 2309.00071, section 3.2).
+
     ("llama3", factor, low, high, length): the same with `low` and `high` turns, and a blend that is
-      linear in the number of turns (Llama 3.1, arXiv 2407.21783, and its released config).
+    linear in the number of turns (Llama 3.1, arXiv 2407.21783, and its released config).
     """
     index_11K = jnp.arange(K // 2, dtype=jnp.float32)[None, None]
     frequency_11K = base ** (-2.0 * index_11K / K)
@@ -104,6 +111,7 @@ def frequencies(
         growth_BT1 = (1.0 + factor * (share_BT - 1.0))[..., None]
         return frequency_11K * growth_BT1 ** (-2.0 * index_11K / max(K - 2, 1)), 1.0
     if kind == "yarn":
+        # The pairs that turn beta_fast and beta_slow times, between which the blend lies.
         _, length, amplitude, beta_fast, beta_slow, truncate = values
         first, last = (
             K * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))

@@ -1,4 +1,4 @@
-"""The short causal convolution that stands before the recurrence of most modern mixers."""
+"""The short causal convolution before the recurrence of most modern mixers."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,7 @@ from seqmodels.operators import causal_conv
 
 
 def uniform_fan_in(width: int) -> Callable:
-    """U(-1/sqrt(width), 1/sqrt(width)): what the published depthwise convolutions start from
-    (PyTorch's default)."""
+    """Returns the initializer U(-1/sqrt(width), 1/sqrt(width)), PyTorch's for convolutions."""
 
     def init(key, shape, dtype=jnp.float32):
         bound = width**-0.5
@@ -27,16 +26,19 @@ def identity_taps(key, shape, dtype=jnp.float32):
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution of `width` taps, then an activation, then the L2 norm of each
-    head's channels.
+    """Depthwise causal convolution, then an activation, then the L2 norm of each head's channels.
 
-    y_t = act(bias + sum_i w_i * x_{t-(width-1)+i}), / sqrt(sum y_t^2 + eps). The state is the last
-    width-1 inputs, (B, width-1, D).
+        z_t = act(bias + sum_i w_i * x_{t-(I-1)+i})
+        y_t = z_t / sqrt(sum z_t^2 + eps), the sum over a head's channels
 
-    activation: silu is computed with the convolution, any other after it.
-    l2_norm_heads: heads of D / l2_norm_heads channels each; None: no norm.
-    kernel_init: None is `uniform_fan_in`, for kernel and bias; with another one the bias starts at
-      0.
+    The state is the last I - 1 inputs, (B, I-1, D).
+
+    Attributes:
+      width: I, the number of taps.
+      activation: silu is computed with the convolution, any other after it.
+      l2_norm_heads: heads of D / l2_norm_heads channels each; None: no norm.
+      kernel_init: None is `uniform_fan_in`, for kernel and bias; with another one the bias starts
+        at 0.
     """
 
     width: int = 4
@@ -58,7 +60,7 @@ class ShortConv(nn.Module):
         init = self.kernel_init or uniform_fan_in(self.width)
         w_ID = self.param(
             "kernel",
-            nn.with_logical_partitioning(init, (None, "heads")),
+            layers.partitioned(init, (None, "heads")),
             (self.width, D),
             self.param_dtype,
         )
@@ -76,8 +78,8 @@ class ShortConv(nn.Module):
             initial_state=state,
             segment_ids=segment_ids_BT,
         )
-        return (y_BTD if fused else self.activation(y_BTD)), state
+        return (y_BTD if fused or self.activation is None else self.activation(y_BTD)), state
 
     def init_state(self, batch: int, features: int) -> Array:
-        """No earlier inputs: zeros (B, width-1, D)."""
+        """Returns the state without earlier inputs: zeros (B, I-1, D)."""
         return jnp.zeros((batch, self.width - 1, features), self.dtype)

@@ -1,4 +1,4 @@
-"""The whole stack: pieces equal the whole, scanned equals unrolled, and a layout does what it says."""
+"""The whole stack: pieces equal the whole, scanned equals unrolled, layouts do what they say."""
 
 import functools
 
@@ -25,7 +25,7 @@ def make(**changes):
 
 
 def unstack(params, period, repeats):
-    """Parameters of a scanned stack as those of the same stack unrolled."""
+    """Returns the parameters of a scanned stack as those of the same stack unrolled."""
     unrolled = {k: v for k, v in params.items() if k != "blocks"}
     for n in range(repeats):
         for i in range(period):
@@ -92,8 +92,10 @@ def test_a_state_that_has_read_more_than_the_learned_positions_leave():
 
 @pytest.mark.slow
 def test_scan_over_layers_and_remat_change_nothing():
-    """In float64, where rounding neither fails nor hides anything; HGRN asks how deep in the stack
-    it is."""
+    """Runs in float64, where rounding neither fails nor hides anything.
+
+    HGRN is in the pattern because it asks how deep in the stack it is.
+    """
     pattern = {"pattern": "hgrn + attention(window=5)"}
     model, params, tokens_BT = make(**pattern)
     plan = model.plan
@@ -204,8 +206,7 @@ def test_a_wrong_choice_lists_the_right_ones(changes, message):
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_rows_of_the_state_of_every_mixer(scan_layers):
-    """Every leaf along its axis of the batch, wherever that stands; it is the one that another
-    batch changes."""
+    """Rows are taken along each leaf's batch axis, the one that another batch size changes."""
     rows_N = np.array([2, 0, 0, 1])
     random = np.random.default_rng(0)
     for name in mixers.names():
@@ -229,8 +230,7 @@ def test_rows_of_the_state_of_every_mixer(scan_layers):
 
 
 def test_rows_of_a_state_go_on_as_before():
-    """Under jit, with learned positions and documents: a row's continuation does not see what
-    became of the others."""
+    """A row's continuation does not see what became of the others (jit, documents, positions)."""
     model, params, tokens_BT = make(**LEARNED, num_layers=2)
     rows_N = jnp.array([2, 0])
 
@@ -248,8 +248,7 @@ def test_rows_of_a_state_go_on_as_before():
 
 
 def test_a_float32_residual_keeps_small_steps():
-    """Below the spacing of a bfloat16 residual, what blocks add to it is lost; the stream of Mamba
-    is float32 for that."""
+    """A bfloat16 residual loses what blocks add below its spacing; Mamba's is float32 for that."""
     fields = {"pattern": "hgrn", "num_layers": 6, "embedding_scale": 60.0}
     model, params, tokens_BT = make(**fields)
 

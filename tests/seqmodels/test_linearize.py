@@ -476,11 +476,11 @@ def test_feature_maps_of_the_students_are_those_of_the_table():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("liger", {"gate": "glu"}, "unknown gate 'glu'; choose one of gla, hgrn2, scalar, none"),
-        ("liger", {"feature_map": "t2r"}, "gate 'gla' is one number a key channel"),
+        ("liger", {"gate": "glu"}, "gate is 'glu'; choose one of gla, hgrn2, none, scalar"),
+        ("liger", {"feature_map": "t2r"}, "gate 'gla' is one number per key channel"),
         ("lawcat", {"window": 4}, "it has no window"),
         ("selective", {"mix_init": 1.0}, "mix_init must lie between 0 and 1"),
-        ("mmmamba", {"seed": "random"}, "unknown seed 'random'; choose one of mimic, scratch"),
+        ("mmmamba", {"seed": "random"}, "seed is 'random'; choose one of mimic, scratch"),
     ],
 )
 def test_options_that_do_not_fit(name, options, message):

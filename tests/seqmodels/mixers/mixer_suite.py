@@ -1,5 +1,4 @@
-"""What every mixer must do, whatever its recurrence: the checks that `test_mixers.py` runs over the
-registry.
+"""The checks that `test_mixers.py` runs over the registry: what every mixer must do.
 
 A registered mixer is tested with no further line. `SMALL_OPTIONS` is for those whose defaults are
 too large for the suite's width, or that have forms worth a run of their own.
@@ -107,7 +106,7 @@ initial_params = functools.cache(_initialised)
 
 
 def random_params(case: Case, seed=0):
-    """Initial values plus noise, so that parameters that start at 0 or 1 count too."""
+    """Returns initial values plus noise, so that parameters that start at 0 or 1 count too."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(p.dtype), initial_params(case)
@@ -124,7 +123,7 @@ def segment_ids():
 
 
 def error(actual, expected) -> float:
-    """The largest error, against the rms of what is expected."""
+    """Returns the largest error, against the rms of what is expected."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     actual, expected = (x.astype(np.complex128) for x in (actual, expected))
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
@@ -135,7 +134,7 @@ def error(actual, expected) -> float:
 
 
 def assert_close(actual, expected, limit, label):
-    """`error` of each leaf under `limit`."""
+    """Asserts that the `error` of each leaf is under `limit`."""
     paths = jax.tree_util.tree_leaves_with_path(expected)
     for (path, b), a in zip(paths, jax.tree.leaves(actual), strict=True):
         found = error(a, b)
@@ -143,7 +142,7 @@ def assert_close(actual, expected, limit, label):
 
 
 def check_consistency(case: Case):
-    """Whole == pieces == step by step; packed == separate; bfloat16 close to float32.
+    """Checks whole == pieces == steps, packed == separate, and bfloat16 close to float32.
 
     The truth is one token at a time with no segment ids, the state cleared where a document begins.
     """
@@ -215,10 +214,9 @@ class Recall(nn.Module):
 
 @functools.cache
 def training_step(case: Case):
-    """(params, Adam's state), batch -> new ones, loss, gradients of params and x. One program for
-    two checks.
+    """Returns (params, Adam's state), batch -> new ones, loss, gradients of params and x.
 
-    The loss is cross entropy where mask_BT, plus y . cotangent_BTD.
+    One program serves two checks. The loss is cross entropy where mask_BT, plus y . cotangent_BTD.
     """
     model, optimizer = Recall(case), optax.adam(2e-2)
     rng = np.random.default_rng(0)
@@ -247,7 +245,7 @@ def training_step(case: Case):
 
 
 def check_gradients(case: Case):
-    """Finite at ordinary and at extreme inputs; none from later tokens or other documents."""
+    """Checks that gradients are finite, and none come from later tokens or other documents."""
     step, start = training_step(case)
     segment_ids_BT, t = jnp.tile(segment_ids(), (2, 1)), 14
     x_BTD = jnp.tile(normal(B, T, D, seed=1), (2, 1, 1)).at[B:].multiply(30.0)
@@ -273,8 +271,11 @@ def check_gradients(case: Case):
 
 
 def check_trains(case: Case):
-    """One layer learns to remember: one token is a value (0-3) and the others are blank (4); every
-    token after it must name it. The loss leaves log 4 = 1.39 and ends under half of it."""
+    """Checks that one layer learns to remember.
+
+    One token is a value (0-3) and the others are blank (4); every token after it must name it. The
+    loss leaves log 4 = 1.39 and ends under half of it.
+    """
     step, start = training_step(case)
     rng, rows = np.random.default_rng(0), 2 * B
     embedding_WD = rng.standard_normal((5, D)).astype(np.float32)
@@ -296,8 +297,7 @@ def check_trains(case: Case):
 
 
 def check_state(case: Case):
-    """`init_state` is pure and has the structure, shapes and dtypes of every state returned, for
-    any T."""
+    """Checks that `init_state` is pure and has the structure of every state returned, for any T."""
     params = jax.eval_shape(lambda: _initialised(case))
     for dtype in (jnp.float32, jnp.bfloat16):
         mixer = case.make(dtype=dtype)
@@ -316,8 +316,7 @@ def check_state(case: Case):
 
 
 def check_layers(case: Case):
-    """With the layer's index traced, as under nn.scan over layers: runs, and gives what an int
-    gives."""
+    """Checks that a traced layer index, as under nn.scan over layers, gives what an int gives."""
     mixer = case.make()
     params = [random_params(case, seed) for seed in range(LAYERS)]
     layers = [case.layer(index) for index in range(LAYERS)]
@@ -358,7 +357,7 @@ def check_layers(case: Case):
 
 
 def reads_layer(case: Case) -> bool:
-    """Whether the mixer's program has the layer's index or bound among its inputs."""
+    """Returns whether the mixer's program has the layer's index or bound among its inputs."""
     mixer, params = case.make(), {"params": initial_params(case)}
 
     def apply(index, bound_D):

@@ -1,5 +1,4 @@
-"""The mixers on `linear_attention` against their definitions: parameters, initial values,
-equations.
+"""The mixers on `linear_attention` against their definitions: parameters, starts, equations.
 
 Each equation is written out once more in NumPy float64, one token after the other. What all mixers
 share is in `mixer_suite.py`.
@@ -20,7 +19,7 @@ B, T, D, H = 2, 11, 32, 4
 
 
 def make(name, layer=None, **options):
-    """The mixer, its first parameters, and the same plus noise in float64."""
+    """Returns the mixer, its first parameters, and the same plus noise in float64."""
     mixer = mixers.make(name, d_model=D, **options)
     init = jax.jit(functools.partial(mixer.init, layer=layer))
     first = nn.unbox(init(jax.random.key(0), jnp.zeros((1, 2, D))))["params"]
@@ -75,7 +74,7 @@ def layer_norm(x, eps, scale=1.0, bias=0.0):
 
 
 def rope(x):
-    """Channel i and i + K/2 turn by t 10000^(-2i/K), as complex numbers."""
+    """Turns channels i and i + K/2 by t 10000^(-2i/K), as complex numbers."""
     half = x.shape[-1] // 2
     angle = np.arange(x.shape[1])[:, None] * 10_000.0 ** (-np.arange(half) / half)
     z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[None, :, None]
@@ -83,7 +82,7 @@ def rope(x):
 
 
 def recurrence(q, k, v, decay=1.0):
-    """S = decay S + k v^T, o = S^T q; decay broadcasts to (B, T, H, K)."""
+    """Computes S = decay S + k v^T, o = S^T q; decay broadcasts to (B, T, H, K)."""
     decay = np.broadcast_to(decay, q.shape)
     S, out = np.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1])), []
     for t in range(q.shape[1]):
@@ -142,7 +141,7 @@ def test_linear_attention_unnormalised_with_norm():
         ({"k_map": "hedgehog_paper"}, "'elu_plus_one' gives 8 features.*'hedgehog_paper' 16"),
         ({"q_map": "exp"}, "unknown feature map 'exp'; choose one of"),
         ({"num_heads": 5}, "num_heads 5 must divide d_model 32"),
-        ({"output_norm": "batch"}, "unknown output_norm 'batch'; choose one of"),
+        ({"output_norm": "batch"}, "output_norm is 'batch'; choose one of"),
     ],
 )
 def test_linear_attention_refuses(options, message):
@@ -385,7 +384,7 @@ def test_mlstm_sigmoid_gate(normalize):
 
 
 def sequential_stabiliser(log_f, i, m, segment_ids):
-    """m_t = max(log f_t + m_{t-1}, i_t), from 0 where a document starts."""
+    """Computes m_t = max(log f_t + m_{t-1}, i_t), from 0 where a document starts."""
     out = []
     for t in range(log_f.shape[1]):
         if t:
@@ -415,7 +414,7 @@ def test_stabiliser_equals_the_sequential_one(scale):
 
 @functools.cache
 def extreme_mlstm():
-    """No soft cap and gates of a few hundred, in documents that each go on from nothing."""
+    """Gates of a few hundred without a soft cap stay finite, in documents of their own."""
     mixer, _, p = make("mlstm", gate_soft_cap=None, input_gate_bias=0.0)
     for name in "if":
         p[name]["kernel"] *= 1000
@@ -508,7 +507,7 @@ def test_mlstm_gradient_is_that_of_the_form_without_stabiliser():
     [
         ({"input_gate": "relu"}, "input_gate is 'relu'; choose one of exp, sigmoid"),
         ({"normalize": False}, "exponential input gate needs normalize=True"),
-        ({"num_heads": 5}, "num_heads 5 must divide the widths"),
+        ({"num_heads": 5}, "num_heads 5 must divide"),
     ],
 )
 def test_mlstm_refuses(options, message):

@@ -146,7 +146,7 @@ def softplus(x):
 
 
 def conv(p, name, x_TD):
-    """sum_i w_i x_{t-3+i} + bias."""
+    """Returns sum_i w_i x_{t-3+i} + bias."""
     if f"{name}/kernel" not in p:
         return x_TD
     padded = np.concatenate([np.zeros((3, x_TD.shape[1])), x_TD])
@@ -159,7 +159,7 @@ def rms_norm(x):
 
 
 def delta_rule_mixer(p, u_TD, *, H=4, n=1, beta_max=1.0):
-    """DeltaNet, Gated DeltaNet and DeltaProduct: I - beta k k^T as a matrix, n of them a token."""
+    """Computes the three delta mixers with I - beta k k^T as a matrix, n of them per token."""
     q, k, v = (
         silu(conv(p, f"{name}_conv", u_TD @ p[f"{name}/kernel"])).reshape(T, copies, H, -1)
         for name, copies in (("q", 1), ("k", n), ("v", n))
@@ -273,7 +273,7 @@ RECURRENCES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_definition(case):
-    """Parameters of the stated shapes and no others, and the output of the recurrence written out."""
+    """Asserts the parameters' shapes, and the output of the recurrence written out."""
     name, options, shapes = CASES[case]
     params = initial_params(name, options)
     assert {k: x.shape for k, x in flat(params).items()} == shapes
@@ -290,8 +290,7 @@ def test_definition(case):
 
 
 def test_mamba2_has_the_published_width():
-    """130M: D 768 has 24 heads of 64; 2 D^2 for x and z each, D E for the output, and one group of
-    B and C."""
+    """At 130M, D 768 has 24 heads of 64, 2 D^2 for x and z each, D E for the output, one group."""
     mixer = mixers.make("mamba2", d_model=768)
     shapes = jax.eval_shape(mixer.init, jax.random.key(0), jnp.zeros((1, 1, 768)))
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -300,7 +299,7 @@ def test_mamba2_has_the_published_width():
 
 
 def in_range(x, low, high, spread=0.8):
-    """All within [low, high], and over most of it."""
+    """Asserts that all values lie within [low, high], and over most of it."""
     x = np.asarray(x)
     assert x.min() >= low and x.max() <= high
     assert x.max() - x.min() > spread * (high - low)
@@ -372,8 +371,7 @@ def test_rg_lru_keeps_1_minus_a_squared_where_a_rounds_to_1():
 
 
 def test_mamba_keeps_one_chunk_of_states():
-    """What the backward pass of the scan keeps does not hold (T, E, K): no array of that many
-    values is made."""
+    """The scan's backward pass makes no array of (T, E, K) values."""
     length, E, K = 256, 64, 8
     mixer = mixers.make("mamba", d_model=E // 2, d_state=K, chunk_size=16)
     x = jax.ShapeDtypeStruct((1, length, E // 2), jnp.float32)

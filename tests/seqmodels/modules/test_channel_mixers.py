@@ -22,7 +22,7 @@ def experts(**options):
 
 
 def by_loop(params, x_D, normalize, xp):
-    """One token, by the definition."""
+    """Computes one token by the definition."""
 
     def swiglu(gate_DF, up_DF, down_FD):
         g_F = x_D @ gate_DF
@@ -84,8 +84,10 @@ def test_layers_may_differ():
             "vocab_size": 11,
             "d_model": D,
             "num_layers": 4,
-            "pattern": "gla(num_heads=2) + gla(num_heads=2, channel_mixer='moe(num_experts=3, experts_per_token=1)')"
-            " + gla(num_heads=2, channel_mixer=None) + gla(num_heads=2, channel_mixer='gelu', d_ff=6)",
+            "pattern": "gla(num_heads=2)"
+            " + gla(num_heads=2, channel_mixer='moe(num_experts=3, experts_per_token=1)')"
+            " + gla(num_heads=2, channel_mixer=None)"
+            " + gla(num_heads=2, channel_mixer='gelu', d_ff=6)",
             "d_ff": F,
         }
     )

@@ -1,4 +1,4 @@
-"""Dense layers and gates: JAX's own gradients, and no more kept for the backward pass than is said."""
+"""Dense layers and gates: gradients are JAX's own, and the backward pass keeps what is said."""
 
 import flax.linen as nn
 import jax

@@ -22,7 +22,8 @@ def test_last_repetition_may_be_cut():
 
 
 @pytest.mark.parametrize(
-    "bad", ["a +", "a - b", "0*a", "a*2", "a(8)", "a(window=size)", "1.5*a", ""]
+    "bad",
+    ["a +", "a - b", "0*a", "a*2", "a(8)", "a(window=size)", "a(**{'window': 8})", "1.5*a", ""],
 )
 def test_what_cannot_be_read_is_shown(bad):
     with pytest.raises(ValueError, match="pattern"):

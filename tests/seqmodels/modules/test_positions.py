@@ -5,8 +5,10 @@ from seqmodels.modules import positions
 
 
 def test_scaled_frequencies():
-    """Wavelengths beyond T / low are `factor` times longer, those below T / high stay, and the rest
-    lies between."""
+    """Wavelengths beyond T / low are `factor` times longer, those below T / high stay as they are.
+
+    The rest lies between.
+    """
     frequency_K, _ = positions.frequencies(12, 100.0)
     scaled_K, _ = positions.frequencies(12, 100.0, ("llama3", 8.0, 1.0, 4.0, 40))
     ratio_K = np.asarray(scaled_K / frequency_K)
@@ -20,7 +22,7 @@ def test_scaled_frequencies():
 
 
 def test_a_dynamic_base_is_each_tokens_own():
-    """Pieces are turned as the whole is, and up to the trained length as without a scaling."""
+    """Pieces are turned as the whole is, and as without a scaling up to the trained length."""
     position_BT = np.arange(12)[None]
     dynamic = ("dynamic", 2.0, 6)
     plain_11K, _ = positions.frequencies(8, 1e4)

@@ -1,4 +1,4 @@
-"""ShortConv: what is computed with the convolution is what stood behind it."""
+"""ShortConv: what is computed with the convolution equals what is computed after it."""
 
 import flax.linen as nn
 import jax
