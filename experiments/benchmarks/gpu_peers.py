@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.benchmarks import correctness, machine, operators, report, timing
+from experiments.benchmarks import machine, operators, report, sweep, timing
 from experiments.benchmarks.entries import BenchmarkEntry
 from experiments.benchmarks.peers import Comparison, torch_entry
 
@@ -109,32 +109,18 @@ def measure(comparison: Comparison, lengths, rounds: int, log=print) -> list[dic
     cuDNN attention beside them."""
     case = operators.CASES[comparison.op]
     ours = case.entry("triton", comparison.variant, SHAPE)
+    settings = sweep.Settings(shape=SHAPE, dtype="bfloat16")
     entries = [ours, peer_entry(comparison)]
-    problem = operators.make_problem(case, SHAPE, 300, comparison.variant, "bfloat16")
-    expected = correctness.truth(
-        case.function(operators.DEFINITION, comparison.variant, SHAPE), problem
-    )
-    notes = {}
-    for entry in entries:
-        try:
-            found = correctness.errors(entry, problem, expected)
-            wrong = correctness.wrong(found, correctness.tolerance("bfloat16"))
-            notes[entry.name] = f"WRONG, not timed: {wrong}" if wrong else None
-        except NotImplementedError as reason:
-            notes[entry.name] = f"not run: {reason}"
-        log(f"{comparison.name}, {entry.name}: {notes[entry.name] or 'right'}")
-    attention = operators.CASES["softmax_attention"].entry("cudnn", "full", SHAPE)
+    checks, sound = sweep.check(case, comparison.variant, settings, entries, log)
+    notes = {check["implementation"]: sweep.verdict(check) for check in checks}
+    softmax = operators.CASES["softmax_attention"]
+    attention = softmax.entry("cudnn", "full", SHAPE)
     rows = []
     for T in lengths:
         shape = dataclasses.replace(SHAPE, B=max(1, TOKENS // T))
         for backward in (False, True):
             problem = operators.make_problem(case, shape, T, comparison.variant, "bfloat16")
-            calls = {
-                entry.name: entry.prepare(problem, backward).run
-                for entry in entries
-                if notes[entry.name] is None
-            }
-            softmax = operators.CASES["softmax_attention"]
+            calls = {entry.name: entry.prepare(problem, backward).run for entry in sound}
             problem = operators.make_problem(softmax, shape, T, "full", "bfloat16")
             try:
                 calls["cudnn attention"] = attention.prepare(problem, backward).run

@@ -77,14 +77,15 @@ def run(
     checks."""
     names = case.implementations if settings.implementations is None else settings.implementations
     entries = [case.entry(name, variant, settings.shape) for name in names]
-    checks, sound = _check(case, variant, settings, [*entries, *peers], log)
+    checks, sound = check(case, variant, settings, [*entries, *peers], log)
     rows = []
     for which in settings.passes:
         rows += _time(case, variant, settings, sound, which, log)
     return rows, checks
 
 
-def _check(case, variant, settings, entries, log) -> tuple[list[Row], list[BenchmarkEntry]]:
+def check(case, variant, settings, entries, log) -> tuple[list[Row], list[BenchmarkEntry]]:
+    """Returns rows of checks, and the entries that are right."""
     limit = correctness.tolerance(settings.dtype)
     few_rows = dataclasses.replace(settings.shape, B=min(settings.shape.B, 2))
     problem = operators.make_problem(case, few_rows, settings.check_length, variant, settings.dtype)
