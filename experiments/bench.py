@@ -1,10 +1,10 @@
 """Measures operators, peers, what kernels cost as compiled, and linearizations.
 
     python -m experiments.bench --op=delta_rule   operators, generation, compilation
-    python -m experiments.bench tune              chunk and block sizes, into kernels_pallas/dispatch
+    python -m experiments.bench tune              chunk and block sizes, into the operators' table
     python -m experiments.bench tpu_report        TPU kernels as compiled, without a TPU
     python -m experiments.bench gpu_report        Triton kernels as compiled, without a GPU
-    python -m experiments.bench cpu_peers         against transformers and jax-linear-attention, here
+    python -m experiments.bench cpu_peers         against transformers and jax-linear-attention
     python -m experiments.bench gpu_peers         against flash-linear-attention, on a GPU
     python -m experiments.bench linearizations    every linearization method on one teacher
 

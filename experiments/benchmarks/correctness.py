@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.entries import Arrays, Entry, Problem, with_gradients
+from experiments.benchmarks.entries import Arrays, BenchmarkEntry, Problem, with_gradients
 from kernels_pallas.dispatch.kernel_check import position_error
 
 # On accelerators a float32 product is rounded to TF32 or bfloat16 by default, so the wider
@@ -24,14 +24,15 @@ def tolerance(dtype: str) -> float:
 
 
 def truth(definition, problem: Problem) -> Arrays:
-    """Outputs and gradients of `definition`, a function of inputs by name, in float64."""
+    """Returns outputs and gradients of `definition`, a function of inputs by name, in float64."""
     with jax.enable_x64(True):
         wide = jax.tree.map(_widen, (problem.inputs, problem.cotangents))
         return jax.tree.map(np.asarray, jax.jit(with_gradients(definition))(*wide))
 
 
-def errors(entry: Entry, problem: Problem, expected: Arrays) -> dict[str, float]:
-    """Largest error of each output (forward alone, and with backward) and of each gradient."""
+def errors(entry: BenchmarkEntry, problem: Problem, expected: Arrays) -> dict[str, float]:
+    """Returns the largest error of each output (forward alone, and with backward) and of each
+    gradient."""
     forward = entry.prepare(problem, False).run()
     both = entry.prepare(problem, True).run()
     found = {f"{name} (forward)": position_error(x, expected[name]) for name, x in forward.items()}
@@ -39,7 +40,8 @@ def errors(entry: Entry, problem: Problem, expected: Arrays) -> dict[str, float]
 
 
 def wrong(found: dict[str, float], limit: float) -> str | None:
-    """What is wrong, worst first, or None if every error is below the limit. NaN is wrong."""
+    """Returns what is wrong, the worst first, or None if every error is below the limit. NaN is
+    wrong."""
     bad = sorted(((name, e) for name, e in found.items() if not e < limit), key=lambda x: -x[1])
     if not bad:
         return None

@@ -1,8 +1,8 @@
-"""Our chunked forms beside transformers' and jax-linear-attention's on the CPU: what
-`experiments.bench cpu_peers` measures.
+"""Our chunked forms beside transformers' and jax-linear-attention's on the CPU: the measurements of
+`experiments.bench cpu_peers`.
 
 jax-linear-attention pins another JAX than the oracles' Python can have, so a run compares with the
-peers that its interpreter has; each peer's figures are kept in <peer>.json with ours of the same
+peers that its interpreter has. Each peer's figures are kept in <peer>.json with ours of the same
 run, and one table shows them all.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.benchmarks import machine, operators, peak_memory, report, static_cost, sweep
-from experiments.benchmarks.entries import Entry, Prepared
+from experiments.benchmarks.entries import BenchmarkEntry, Prepared
 from experiments.benchmarks.peers import Comparison, jax_peer_entry, torch_entry
 
 OURS = "chunked"
@@ -49,7 +49,8 @@ def _jla_linear_attention(kind: str, x):
 
 
 def _jla(kind: str):
-    """Of module functions: memory is measured in another process, to which it goes by name."""
+    """Returns a peer's call, made of a module's function: memory is measured in another process, to
+    which it goes by name."""
     return functools.partial(_jla_linear_attention, kind)
 
 
@@ -66,7 +67,7 @@ NAMES = tuple(dict.fromkeys(comparison.name for comparison in COMPARISONS))
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """length: of the comparison. memory_length: of the memory, with B 1."""
+    """What is compared. length: T of the times. memory_length: T of the memory, with B 1."""
 
     shape: operators.Shape = SHAPE
     length: int = LENGTH
@@ -76,7 +77,7 @@ class Settings:
     seconds: float = 12.0
 
 
-def peer_entry(comparison: Comparison) -> Entry:
+def peer_entry(comparison: Comparison) -> BenchmarkEntry:
     install = INSTALL[comparison.package]
     if comparison.package == "jla":
         return jax_peer_entry(comparison, install)
@@ -84,8 +85,8 @@ def peer_entry(comparison: Comparison) -> Entry:
 
 
 def compare(name: str, settings: Settings, log=print) -> list[dict]:
-    """Ours and the peers that are here, checked against the recurrence in float64, then timed in
-    turn; a row a peer and pass. `note` says why a figure is missing."""
+    """Checks ours and the peers that are here against the recurrence in float64, then times them in
+    turn. Returns a row for each peer and pass; `verdicts` say why a figure is missing."""
     chosen = [c for c in COMPARISONS if c.name == name]
     sweeping = sweep.Settings(
         shape=settings.shape,
@@ -126,8 +127,8 @@ def _figures(row: dict) -> dict:
 
 
 def memory(name: str, settings: Settings, log=print) -> list[dict]:
-    """Peak memory of forward+backward of ours and of each peer, one sequence, each in a process of
-    its own."""
+    """Measures the peak memory of forward+backward of ours and of each peer, for one sequence, each
+    in a process of its own."""
     rows = []
     for comparison in (c for c in COMPARISONS if c.name == name):
         for which in (OURS, comparison.package):
@@ -153,7 +154,7 @@ def _prepare_long(comparison: Comparison, which: str, settings: Settings) -> Pre
 
 
 def line(row: dict) -> dict:
-    """A row of the table."""
+    """Returns a row of the table."""
     ours, theirs = row["ours"], row["theirs"]
     figures = {}
     for name, found in (("ours", ours), ("peer", theirs)):
@@ -195,9 +196,9 @@ def targets(rows: Sequence[dict]) -> list[report.Target]:
 
 
 def save(folder: Path, parts: dict[str, list[dict]]) -> None:
-    """Puts rows ("timing", "memory") into <peer>.json, each part whole in place of the older one,
-    and writes tables.md from all peers' files. What was not measured because the peer is not here
-    replaces nothing."""
+    """Puts rows ("timing", "memory") into <peer>.json, each part whole in the place of the older
+    one, and writes tables.md from all peers' files. Rows of a peer that is not here replace
+    nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = machine.environment()
     for package, distributions in _DISTRIBUTIONS.items():
@@ -216,7 +217,7 @@ def save(folder: Path, parts: dict[str, list[dict]]) -> None:
 
 
 def _of_the_peer(row: dict) -> bool:
-    """Whether the peer, and not ours alone, was measured."""
+    """Returns whether the peer, and not ours alone, was measured."""
     if "theirs" in row:
         return row["theirs"] is not None
     return row["implementation"] == row["peer"] and row["peak_bytes"] is not None
@@ -226,8 +227,9 @@ def _tables(folder: Path) -> list[str]:
     saved = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     found = ["# Chunked forms against their peers on CPU"]
     found.append(
-        "Written by `python -m experiments.bench cpu_peers`. Ours and the peer are checked against the recurrence in float64, then "
-        "timed in turn in one run: medians and quartiles; only ratios hold from run to run."
+        "Written by `python -m experiments.bench cpu_peers`. Ours and the peer are checked against "
+        "the recurrence in float64, then timed in turn in one run: medians and quartiles; only "
+        "ratios hold from run to run."
     )
     rows = []
     for part in (x["timing"] for x in saved if "timing" in x):
@@ -244,8 +246,9 @@ def _tables(folder: Path) -> list[str]:
     if memory_parts:
         found.append("## Memory of forward+backward, one sequence")
         found.append(
-            "Peak: what one call adds to a fresh process, outputs and gradients with it, inputs and cotangents without (VmHWM). "
-            "Planned: what the compiler reserves beside inputs and results."
+            "Peak: what one call adds to a fresh process, outputs and gradients with it, inputs "
+            "and cotangents without (VmHWM). Planned: what the compiler reserves beside inputs and "
+            "results."
         )
         found += [f"- {machine.describe(part['environment'])}" for part in memory_parts]
         lines = [memory_line(row) for part in memory_parts for row in part["rows"]]

@@ -1,5 +1,5 @@
-"""What can be timed: an Entry turns inputs into a compiled call. Ours are `jax_entry`; a peer
-library writes its own."""
+"""Programs that can be timed: a BenchmarkEntry turns inputs into a compiled call. Ours are made by
+`jax_entry`; a peer library writes its own."""
 
 import dataclasses
 import time
@@ -13,7 +13,8 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Numpy arrays by name, and a cotangent for each output; both in the dtypes that are timed."""
+    """Inputs by name, and a cotangent for each output: NumPy arrays in the dtypes that are
+    timed."""
 
     inputs: Arrays
     cotangents: Arrays
@@ -28,7 +29,7 @@ class Prepared:
       every input.
     temp_bytes: memory beside inputs and outputs, as the compiler plans it; None where it does not
       say.
-    total_bytes: that with inputs and outputs.
+    total_bytes: temp_bytes with inputs and outputs.
     """
 
     run: Callable[[], Arrays]
@@ -38,17 +39,20 @@ class Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """name: as it stands in tables.   prepare: (problem, backward) -> Prepared; raises
-      NotImplementedError, saying why,
-    for a problem that it cannot do."""
+class BenchmarkEntry:
+    """One way to compute a problem.
+
+    name: the one in tables. prepare: (problem, backward) -> Prepared; raises NotImplementedError,
+    saying why, for a problem that it cannot do.
+    """
 
     name: str
     prepare: Callable[[Problem, bool], Prepared]
 
 
 def with_gradients(call: Callable[[Arrays], Arrays]) -> Callable[[Arrays, Arrays], Arrays]:
-    """(inputs, cotangents) -> the outputs of call(inputs) and the gradient of every input, by name."""
+    """Returns a function of inputs and cotangents: the outputs of call(inputs), and the gradient of
+    every input, by name."""
 
     def run(inputs, cotangents):
         outputs, vjp = jax.vjp(call, inputs)
@@ -58,9 +62,9 @@ def with_gradients(call: Callable[[Arrays], Arrays]) -> Callable[[Arrays, Arrays
     return run
 
 
-def jax_entry(name: str, call: Callable[[Arrays], Arrays]) -> Entry:
-    """An Entry of a function from inputs by name to outputs by name, compiled ahead of time for the
-    default device."""
+def jax_entry(name: str, call: Callable[[Arrays], Arrays]) -> BenchmarkEntry:
+    """Returns the entry of a function from inputs by name to outputs by name. It is compiled ahead
+    of time for the default device."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         function = with_gradients(call) if backward else call
@@ -72,7 +76,7 @@ def jax_entry(name: str, call: Callable[[Arrays], Arrays]) -> Entry:
         temp, total = _planned_bytes(compiled)
         return Prepared(lambda: jax.block_until_ready(compiled(*arguments)), seconds, temp, total)
 
-    return Entry(name, prepare)
+    return BenchmarkEntry(name, prepare)
 
 
 def _planned_bytes(compiled) -> tuple[int | None, int | None]:

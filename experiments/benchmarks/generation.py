@@ -1,5 +1,5 @@
-"""Time a generated token after reading more and more: constant for a recurrent stack, not for full
-attention."""
+"""Time per generated token after reading more and more: constant for a recurrent stack, not for
+full attention."""
 
 import dataclasses
 import functools
@@ -25,8 +25,11 @@ PATTERNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """contexts: tokens read before the clock starts, `piece` at a time. tokens: generated in one
-    measurement."""
+    """What is measured.
+
+    contexts: tokens read before the clock starts, `piece` at a time. tokens: generated in one
+    measurement.
+    """
 
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
     batch: int = 1
@@ -41,7 +44,7 @@ class Settings:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read(model, params, state, tokens_BT):
-    """The most likely next token (B, 1), and the state after tokens_BT."""
+    """Returns the most likely next token (B, 1), and the state after tokens_BT."""
     logits_BTW, state = model.apply({"params": params}, tokens_BT, state=state)
     return jnp.argmax(logits_BTW[:, -1:], axis=-1).astype(jnp.int32), state
 
@@ -95,8 +98,8 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
 
 
 def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
-    """One row for each model and context. A model's contexts are timed in turn, the models one
-    after the other: what a large cache leaves behind would fall on the smaller model."""
+    """Returns one row for each model and context. A model's contexts are timed in turn, the models
+    one after the other: what a large cache leaves behind would fall on the smaller model."""
     rows = []
     for name, pattern in PATTERNS.items():
         log(f"generation: {name} reads {', '.join(map(str, settings.contexts))} tokens")
@@ -121,11 +124,11 @@ def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
 
 
 def display(row: Row) -> Row:
-    """The columns of a printed table."""
+    """Returns the columns of a printed table."""
     return {
         "model": row["model"],
         "tokens read": row["context"],
-        "ms a token": 1e3 * row["seconds"],
+        "ms per token": 1e3 * row["seconds"],
         "q1": 1e3 * row["seconds_lower"],
         "q3": 1e3 * row["seconds_upper"],
         "x first": row["ratio"],
@@ -135,7 +138,8 @@ def display(row: Row) -> Row:
 
 def targets(rows: list[Row]) -> list[Target]:
     claim = (
-        "gated_delta_net: time a generated token does not depend on how much was read (within 15%)"
+        "gated_delta_net: time per generated token does not depend on how much was read (within "
+        "15%)"
     )
     here = {row["context"]: row["seconds"] for row in rows if row["model"] == "gated_delta_net"}
     if len(here) < 2:

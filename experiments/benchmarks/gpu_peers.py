@@ -1,8 +1,8 @@
-"""Our Triton kernels beside flash-linear-attention and mlstm_kernels: what `experiments.bench
-gpu_peers` measures.
+"""Our Triton kernels beside flash-linear-attention and mlstm_kernels: the measurements of
+`experiments.bench gpu_peers`.
 
-TFLA's mLSTM with sigmoid gates and no normaliser is linear attention with one decay a head: its
-forget gate's input is the logit of our decay, its input gate is open.
+TFLA's mLSTM with sigmoid gates and no normaliser is linear attention with one decay per head and
+token: its forget gate's input is the logit of our decay, its input gate is open.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import jax
 
-from experiments.benchmarks import correctness, machine, operators, report, timing
-from experiments.benchmarks.entries import Entry
+from experiments.benchmarks import machine, operators, report, sweep, timing
+from experiments.benchmarks.entries import BenchmarkEntry
 from experiments.benchmarks.peers import Comparison, torch_entry
 
 TOKENS = 65536
@@ -84,14 +84,14 @@ COMPARISONS = (
 )
 
 
-def peer_entry(comparison: Comparison) -> Entry:
-    """The peer's call on the GPU."""
+def peer_entry(comparison: Comparison) -> BenchmarkEntry:
+    """Returns the peer's call on the GPU."""
     return torch_entry(comparison, "cuda", "pip install -e '.[peers]'")
 
 
 def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[float, float]:
-    """(FLOPs, bytes) of chunks of CHUNK: matrix products; bfloat16 inputs read and results written
-    once."""
+    """Returns the FLOPs and the bytes of chunks of CHUNK: matrix products; bfloat16 inputs read and
+    results written once."""
     K, V, tokens = SHAPE.K, SHAPE.V, B * T * SHAPE.H
     flops = 2 * (2 * K * V + CHUNK / 2 * (K + V))
     if op == "delta_rule":
@@ -105,36 +105,22 @@ def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[flo
 
 
 def measure(comparison: Comparison, lengths, rounds: int, log=print) -> list[dict]:
-    """Checks ours and the peer at T 300, then times those that are right, in turn, in one run;
-    cuDNN attention beside."""
+    """Checks ours and the peer at T 300, then times those that are right, in turn, in one run, with
+    cuDNN attention beside them."""
     case = operators.CASES[comparison.op]
     ours = case.entry("triton", comparison.variant, SHAPE)
+    settings = sweep.Settings(shape=SHAPE, dtype="bfloat16")
     entries = [ours, peer_entry(comparison)]
-    problem = operators.make_problem(case, SHAPE, 300, comparison.variant, "bfloat16")
-    expected = correctness.truth(
-        case.function(operators.DEFINITION, comparison.variant, SHAPE), problem
-    )
-    notes = {}
-    for entry in entries:
-        try:
-            found = correctness.errors(entry, problem, expected)
-            wrong = correctness.wrong(found, correctness.tolerance("bfloat16"))
-            notes[entry.name] = f"WRONG, not timed: {wrong}" if wrong else None
-        except NotImplementedError as reason:
-            notes[entry.name] = f"not run: {reason}"
-        log(f"{comparison.name}, {entry.name}: {notes[entry.name] or 'right'}")
-    attention = operators.CASES["softmax_attention"].entry("cudnn", "full", SHAPE)
+    checks, sound = sweep.check(case, comparison.variant, settings, entries, log)
+    notes = {check["implementation"]: sweep.verdict(check) for check in checks}
+    softmax = operators.CASES["softmax_attention"]
+    attention = softmax.entry("cudnn", "full", SHAPE)
     rows = []
     for T in lengths:
         shape = dataclasses.replace(SHAPE, B=max(1, TOKENS // T))
         for backward in (False, True):
             problem = operators.make_problem(case, shape, T, comparison.variant, "bfloat16")
-            calls = {
-                entry.name: entry.prepare(problem, backward).run
-                for entry in entries
-                if notes[entry.name] is None
-            }
-            softmax = operators.CASES["softmax_attention"]
+            calls = {entry.name: entry.prepare(problem, backward).run for entry in sound}
             problem = operators.make_problem(softmax, shape, T, "full", "bfloat16")
             try:
                 calls["cudnn attention"] = attention.prepare(problem, backward).run
@@ -162,7 +148,7 @@ def _row(comparison: Comparison, T: int, backward: bool) -> dict:
 
 
 def not_run(comparison: Comparison, lengths) -> list[dict]:
-    """The same rows, where there is no GPU."""
+    """Returns the same rows, for where there is no GPU."""
     rows = []
     for T in lengths:
         for backward in (False, True):
@@ -174,8 +160,8 @@ def not_run(comparison: Comparison, lengths) -> list[dict]:
 
 
 def line(row: dict) -> dict:
-    """A row of the table. bound: the share of the roofline's time, the larger of FLOPs and bytes,
-    that ours reaches."""
+    """Returns a row of the table. "of roofline" is the share of the roofline's time, the larger of
+    FLOPs and bytes, that ours reaches."""
     ms = row.get("ms", {})
     ours, peer = ms.get("triton"), ms.get(row["peer"])
     compute, bandwidth = _peak()
@@ -202,8 +188,8 @@ def _peak() -> tuple[float | None, float | None]:
 
 
 def crossings(rows: list[dict]) -> list[str]:
-    """From which length on ours is faster than cuDNN attention, at it and all longer ones, for each
-    comparison and pass."""
+    """Says for each comparison and pass from which length on ours is faster than cuDNN attention,
+    at it and at all longer ones."""
     found = []
     for name, which in sorted({(row["comparison"], row["pass"]) for row in rows}):
         faster = {
@@ -221,7 +207,7 @@ def crossings(rows: list[dict]) -> list[str]:
 
 
 def save(folder: Path, rows: list[dict]) -> None:
-    """gpu_peers.json and gpu_peers.md, the hardware and the versions beside the figures.
+    """Writes gpu_peers.json and gpu_peers.md, the hardware and the versions beside the figures.
 
     Raises:
       ValueError: nothing was measured, and the folder holds what was.
@@ -241,8 +227,9 @@ def save(folder: Path, rows: list[dict]) -> None:
     parts = [
         "# Triton kernels against their peers",
         where,
-        f"Written by `python -m experiments.bench gpu_peers`: {TOKENS} tokens in all, {SHAPE.H} heads, K = V = {SHAPE.K}, bfloat16; "
-        f"medians in one run. GFLOP counts chunks of {CHUNK}; MB reads inputs and writes results once.",
+        f"Written by `python -m experiments.bench gpu_peers`: {TOKENS} tokens in all, {SHAPE.H} "
+        f"heads, K = V = {SHAPE.K}, bfloat16; medians in one run. GFLOP counts chunks of {CHUNK}; "
+        "MB reads inputs and writes results once.",
         report.markdown_table([line(row) for row in rows]),
         "\n".join(crossings(rows)),
     ]

@@ -1,4 +1,4 @@
-"""The machine a figure belongs to."""
+"""The machine that a figure belongs to."""
 
 import datetime
 import importlib.metadata
@@ -31,21 +31,22 @@ def environment() -> dict:
 
 
 def describe(environment: dict) -> str:
-    """The environment in one line, for people."""
+    """Returns the environment in one line, for people."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return (
-        f"{environment['date']} | {environment['device']} | {environment['cores']} cores of {environment['cpu']} "
-        f"(load {environment['load_average'][0]:.1f}) | python {environment['python']}, {versions}"
+        f"{environment['date']} | {environment['device']} | {environment['cores']} cores of "
+        f"{environment['cpu']} (load {environment['load_average'][0]:.1f}) | "
+        f"python {environment['python']}, {versions}"
     )
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux tells it, or what Python knows elsewhere."""
+    """Returns the processor's name as Linux tells it, or what Python knows elsewhere."""
     return _proc("cpuinfo").get("model name") or platform.processor() or platform.machine()
 
 
 def free_bytes() -> int | None:
-    """Memory that the default device still has to give; None where it does not say."""
+    """Returns the memory that the default device still has to give; None where it does not say."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         kilobytes = _proc("meminfo").get("MemAvailable")
@@ -55,7 +56,7 @@ def free_bytes() -> int | None:
 
 
 def _proc(name: str) -> dict[str, str]:
-    """The "name: value" lines of /proc/<name>; empty on other systems than Linux."""
+    """Returns the "name: value" lines of /proc/<name>; nothing on other systems than Linux."""
     try:
         lines = (Path("/proc") / name).read_text().splitlines()
     except OSError:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.entries import Arrays, Entry, Problem, jax_entry
+from experiments.benchmarks.entries import Arrays, BenchmarkEntry, Problem, jax_entry
 from kernels_pallas import dispatch
 from kernels_pallas.common import regimes
 from kernels_pallas.dispatch.case import Shape
@@ -96,7 +96,7 @@ class OperatorBenchmark:
 
         return call
 
-    def entry(self, implementation: str, variant: str, shape: Shape) -> Entry:
+    def entry(self, implementation: str, variant: str, shape: Shape) -> BenchmarkEntry:
         return jax_entry(implementation, self.function(implementation, variant, shape))
 
 

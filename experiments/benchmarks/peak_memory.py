@@ -10,10 +10,10 @@ from experiments.benchmarks.entries import Prepared
 
 
 def measure(prepare: Callable[[], Prepared], *arguments) -> dict:
-    """What prepare(*arguments).run() adds at its peak to the process's memory, results with it,
-    inputs without.
+    """Measures what prepare(*arguments).run() adds at its peak to the process's memory, in bytes:
+    results with it, inputs without.
 
-    prepare: a function of a module, for it goes to a fresh process. Bytes; `planned` is the
+    prepare: a function of a module, for it goes to a fresh process. "planned_bytes" is the
       compiler's temp_bytes.
     """
     spawn = multiprocessing.get_context("spawn")

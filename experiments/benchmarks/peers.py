@@ -10,16 +10,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.benchmarks.entries import Entry, Prepared, Problem, jax_entry
+from experiments.benchmarks.entries import BenchmarkEntry, Prepared, Problem, jax_entry
 
 OUTPUTS = ("output", "final state")
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """op, variant: ours. package: the peer's module. call: (inputs, the peer's arrays) -> (output,
-    final state).
+    """Another library's call beside ours.
 
+    op, variant: ours. package: the peer's module. call: (inputs, the peer's arrays) -> (output,
+    final state).
     limit: the most that our forward+backward may take, as a share of the peer's.
     """
 
@@ -31,9 +32,9 @@ class Comparison:
     limit: float
 
 
-def torch_entry(comparison: Comparison, device: str, install: str) -> Entry:
-    """The peer's call in torch; with backward, the gradient of every input by torch's autograd.
-    install: how to get it."""
+def torch_entry(comparison: Comparison, device: str, install: str) -> BenchmarkEntry:
+    """Returns the peer's call in torch; with backward, the gradient of every input by torch's
+    autograd. install: how to get it."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         _installed(comparison, install)
@@ -62,18 +63,18 @@ def torch_entry(comparison: Comparison, device: str, install: str) -> Entry:
 
         return Prepared(run)
 
-    return Entry(comparison.package, prepare)
+    return BenchmarkEntry(comparison.package, prepare)
 
 
-def jax_peer_entry(comparison: Comparison, install: str) -> Entry:
-    """The peer's call in JAX, compiled as ours are."""
+def jax_peer_entry(comparison: Comparison, install: str) -> BenchmarkEntry:
+    """Returns the peer's call in JAX, compiled as ours are."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         _installed(comparison, install)
         entry = jax_entry(comparison.package, lambda x: dict(zip(OUTPUTS, comparison.call(x))))
         return entry.prepare(problem, backward)
 
-    return Entry(comparison.package, prepare)
+    return BenchmarkEntry(comparison.package, prepare)
 
 
 def _installed(comparison: Comparison, install: str):
@@ -82,8 +83,8 @@ def _installed(comparison: Comparison, install: str):
 
 
 class _Tensors(dict):
-    """Torch results by name, as float32 numpy arrays where one is looked at, not while the clock
-    runs."""
+    """Torch results by name. Each becomes a float32 NumPy array when it is looked at, not while the
+    clock runs."""
 
     def items(self):
         for name, x in super().items():

@@ -1,4 +1,4 @@
-"""Pictures of a benchmark, written as PNG without a display."""
+"""Pictures of a benchmark, as PNG without a display."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import matplotlib.pyplot as plt
 from experiments.benchmarks.report import Row
 
 
-def time_a_token(rows: list[Row], path: Path, title: str) -> None:
-    """Time a token over T, both logarithmic: a row of panels for each operator and variant, a
-    column for each pass."""
+def time_per_token(rows: list[Row], path: Path, title: str) -> None:
+    """Draws time per token over T, both logarithmic: a row of panels for each operator and variant,
+    a column for each pass."""
     rows = [row for row in rows if "seconds" in row]
     cases = list(dict.fromkeys((row["operator"], row["variant"]) for row in rows))
     passes = list(dict.fromkeys(row["pass"] for row in rows))
@@ -31,13 +31,13 @@ def time_a_token(rows: list[Row], path: Path, title: str) -> None:
             for name in dict.fromkeys(r["implementation"] for r in here):
                 _band(axes, [r for r in here if r["implementation"] == name], name)
             axes.set_title(f"{operator} ({variant}), {which.replace('_', ' + ')}", fontsize=9)
-            _finish(axes, "T", "µs a token")
+            _finish(axes, "T", "µs per token")
     figure.suptitle(title, fontsize=8)
     _save(figure, path)
 
 
 def generation(rows: list[Row], path: Path, title: str) -> None:
-    """Time a generated token over the tokens read before it."""
+    """Draws time per generated token over the tokens read before it."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in dict.fromkeys(row["model"] for row in rows):
         here = [row for row in rows if row["model"] == name]
@@ -47,13 +47,13 @@ def generation(rows: list[Row], path: Path, title: str) -> None:
         )
         axes.plot(x, middle, "o-", markersize=3, label=name)
         axes.fill_between(x, low, high, alpha=0.2)
-    _finish(axes, "tokens read", "ms a generated token")
+    _finish(axes, "tokens read", "ms per generated token")
     axes.set_title(title, fontsize=8)
     _save(figure, path)
 
 
 def _band(axes, rows: list[Row], name: str) -> None:
-    """The median, and the quartiles as a band."""
+    """Draws the median, and the quartiles as a band."""
     x = [row["T"] for row in rows]
     scale = [row["token_us"] / row["seconds"] for row in rows]
     low, high = (

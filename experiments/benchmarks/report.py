@@ -1,4 +1,4 @@
-"""Tables as text and Markdown, and what a benchmark was to show."""
+"""Tables as text and Markdown, and verdicts on what a benchmark was to show."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ Row = dict[str, object]
 
 
 class Target(NamedTuple):
-    """One thing the benchmark is to show. met: None where this run did not measure it."""
+    """One thing that the benchmark is to show. met: None where this run did not measure it."""
 
     claim: str
     found: str
@@ -20,10 +20,10 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass
 class Section:
-    """One benchmark's part.
+    """One benchmark's part of a report.
 
-    settings: what it was run with. rows: all that was measured, for JSON; table: what of it is
-      printed.
+    settings: those that it was run with. rows: all that was measured, for JSON; table: what of it
+      is printed.
     notes: lines beside the table. wrong: whether an implementation gave wrong results.
     """
 
@@ -38,7 +38,7 @@ class Section:
 
 
 def text(section: Section) -> str:
-    """For the terminal."""
+    """Returns the section as the terminal shows it."""
     table = text_table(section.table) if section.table else "nothing was timed"
     return "\n".join([f"{section.name}: {_settings(section)}", *section.notes, table])
 
@@ -79,7 +79,7 @@ def _settings(section: Section) -> str:
 
 
 def text_table(rows: list[Row]) -> str:
-    """Columns of the first row, aligned: text to the left, numbers to the right."""
+    """Returns the columns of the first row, aligned: text to the left, numbers to the right."""
     cells = _cells(rows)
     numeric = [all(not isinstance(row[name], str) for row in rows) for name in rows[0]]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -105,7 +105,7 @@ def _cells(rows: list[Row]) -> list[list[str]]:
 
 
 def _cell(value) -> str:
-    """Three significant digits; - for what is not known."""
+    """Returns three significant digits; - for what is not known."""
     if value is None:
         return "-"
     if not isinstance(value, float):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.benchmarks import correctness, machine, operators, pictures, timing
-from experiments.benchmarks.entries import Entry, Prepared
+from experiments.benchmarks.entries import BenchmarkEntry, Prepared
 from experiments.benchmarks.report import Row, Section, Target
 
 PASSES = ("forward", "forward_backward")
@@ -22,10 +22,11 @@ _SECONDS = ("seconds", "seconds_lower", "seconds_upper")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """implementations: None is all that the operator has. rounds, seconds: see
-    `timing.interleaved`.
-    check_length: of the problem they are checked on; the default is several chunks and a part of
-      one.
+    """How the operators are swept.
+
+    implementations: None is all that the operator has. rounds, seconds: see `timing.interleaved`.
+    check_length: T of the problem that they are checked on; the default is several chunks and a
+    part of one.
     """
 
     shape: operators.Shape = operators.Shape()
@@ -44,7 +45,7 @@ def section(
     settings: Settings,
     folder: Path,
     title: str,
-    peers: Sequence[Entry] = (),
+    peers: Sequence[BenchmarkEntry] = (),
 ) -> Section:
     """Measures each variant, and draws <operator>.png into the folder."""
     rows, checks = [], []
@@ -52,7 +53,7 @@ def section(
         more_rows, more_checks = run(case, variant, settings, peers)
         rows, checks = rows + more_rows, checks + more_checks
     if any("seconds" in row for row in rows):
-        pictures.time_a_token(rows, folder / f"{case.name}.png", title)
+        pictures.time_per_token(rows, folder / f"{case.name}.png", title)
     return Section(
         case.name,
         {"dtype": settings.dtype} | case.sizes(settings.shape),
@@ -69,21 +70,22 @@ def run(
     case: operators.OperatorBenchmark,
     variant: str,
     settings: Settings,
-    peers: Sequence[Entry] = (),
+    peers: Sequence[BenchmarkEntry] = (),
     log: Callable[[str], None] = print,
 ) -> tuple[list[Row], list[Row]]:
-    """Checks every entry, and times those that are right. Returns (rows of timings, rows of
-    checks)."""
+    """Checks every entry, and times those that are right. Returns rows of timings, and rows of
+    checks."""
     names = case.implementations if settings.implementations is None else settings.implementations
     entries = [case.entry(name, variant, settings.shape) for name in names]
-    checks, sound = _check(case, variant, settings, [*entries, *peers], log)
+    checks, sound = check(case, variant, settings, [*entries, *peers], log)
     rows = []
     for which in settings.passes:
         rows += _time(case, variant, settings, sound, which, log)
     return rows, checks
 
 
-def _check(case, variant, settings, entries, log) -> tuple[list[Row], list[Entry]]:
+def check(case, variant, settings, entries, log) -> tuple[list[Row], list[BenchmarkEntry]]:
+    """Returns rows of checks, and the entries that are right."""
     limit = correctness.tolerance(settings.dtype)
     few_rows = dataclasses.replace(settings.shape, B=min(settings.shape.B, 2))
     problem = operators.make_problem(case, few_rows, settings.check_length, variant, settings.dtype)
@@ -107,7 +109,7 @@ def _check(case, variant, settings, entries, log) -> tuple[list[Row], list[Entry
 
 
 def verdict(check: Row) -> str:
-    """What a check found, in words."""
+    """Returns the finding of a check in words."""
     if check["unsupported"]:
         return f"not supported: {check['unsupported']}"
     if check["wrong"]:
@@ -117,10 +119,11 @@ def verdict(check: Row) -> str:
 
 def _notes(settings: Settings, checks: list[Row]) -> list[str]:
     return [
-        f"checked at T {settings.check_length}, outputs and gradients at every position, against the recurrence in "
-        f"float64; errors are relative to a tensor's rms, tolerance {correctness.tolerance(settings.dtype):.0e}",
+        f"checked at T {settings.check_length}, outputs and gradients at every position, against "
+        "the recurrence in float64; errors are relative to a tensor's rms, tolerance "
+        f"{correctness.tolerance(settings.dtype):.0e}",
         *(f"{check['variant']}, {check['implementation']}: {verdict(check)}" for check in checks),
-        "temp MiB: what the compiled program plans for beside inputs and outputs, not a measurement",
+        "temp MiB: what the compiled program plans for beside inputs and outputs, not measured",
     ]
 
 
@@ -176,7 +179,8 @@ def _figures(
 
 
 def _too_large(prepared: Prepared) -> str | None:
-    """Why a program is better not started: some platforms kill a process that asks for too much."""
+    """Returns why a program had better not be started, or None: some platforms kill a process that
+    asks for too much."""
     if prepared.total_bytes is None:
         return None
     free = machine.free_bytes()
@@ -186,7 +190,7 @@ def _too_large(prepared: Prepared) -> str | None:
 
 
 def display(row: Row) -> Row:
-    """The columns of a printed table."""
+    """Returns the columns of a printed table."""
     ms = {name: row.get(name) and 1e3 * row[name] for name in _SECONDS}
     return {
         "variant": row["variant"],
@@ -196,7 +200,7 @@ def display(row: Row) -> Row:
         "median ms": ms["seconds"],
         "q1": ms["seconds_lower"],
         "q3": ms["seconds_upper"],
-        "us a token": row.get("token_us"),
+        "us per token": row.get("token_us"),
         "x reference": row.get("speedup"),
         "temp MiB": row.get("temp_bytes") and row["temp_bytes"] / 2**20,
         "compile s": row.get("compile_seconds"),
@@ -205,8 +209,8 @@ def display(row: Row) -> Row:
 
 
 def targets(operator: str, rows: list[Row]) -> list[Target]:
-    """Chunked against recurrent at T 2048, and time a token at T 16384 against 1024, where they are
-    asked of it."""
+    """Judges chunked against recurrent at T 2048, and time per token at T 16384 against 1024, where
+    they are asked of the operator."""
     at = {
         (row["T"], row["variant"], row["pass"]): row
         for row in rows
@@ -224,7 +228,7 @@ def targets(operator: str, rows: list[Row]) -> list[Target]:
             for key, row in at.items()
             if key[0] == 16384 and (1024, *key[1:]) in at
         }
-        claim = f"{operator}: chunked, time a token at T 16384 at most 1.15x that at 1024"
+        claim = f"{operator}: chunked, time per token at T 16384 at most 1.15x that at 1024"
         found.append(_target(claim, ratios, lambda x: x <= 1.15))
     return found
 

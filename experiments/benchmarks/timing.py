@@ -1,5 +1,5 @@
-"""Round-robin timing: what else the machine does falls on everyone alike, so that ratios hold where
-figures do not."""
+"""Round-robin timing: what else the machine does falls on every program alike, so that ratios hold
+where figures do not."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -11,7 +11,7 @@ MIN_ROUNDS = 3
 
 
 class Timing(NamedTuple):
-    """Seconds a call: median and quartiles over the rounds."""
+    """Seconds per call: median and quartiles over the rounds."""
 
     median: float
     lower: float
@@ -26,17 +26,18 @@ def interleaved(
     block_seconds: float = 0.02,
     together: Callable[[Hashable], Hashable] = lambda key: key,
 ) -> dict[Hashable, Timing]:
-    """Times each call once a round, after warming up. The order is drawn anew each round (the same
-    draws every time), so that no call always follows the one that left the caches at their worst.
+    """Times each call once per round, after warming up. The order is drawn anew each round (the
+    same draws every time), so that no call always follows the one that left the caches at their
+    worst.
 
     rounds: how many, but at least MIN_ROUNDS. seconds: a call that has used up so much leaves after
     MIN_ROUNDS, and one that has used up four times as much leaves at once; its rounds are then
     fewer.
     block_seconds: shorter calls are repeated until a measurement lasts this long; with 0 each is
     made at most 3 + rounds times.
-    together: calls for which it is equal follow each other in a round. What one leaves behind,
-    memory that it gave back and the next has to be given again, then falls on one call of the
-    others, not on half of them.
+    together: calls for which it is equal follow each other in a round. What one leaves behind, such
+    as memory that has to be given to the next again, then falls on one call of the others, not on
+    half of them.
     """
     repeats = {key: _repeats(call, block_seconds) for key, call in calls.items()}
     samples = {key: [] for key in calls}
@@ -59,7 +60,7 @@ def summary(samples: list[float]) -> Timing:
 
 
 def _repeats(call, block_seconds: float) -> int:
-    """Warms up, up to three times, and says how many calls make one measurement."""
+    """Warms up, up to three times, and returns how many calls make one measurement."""
     start = time.perf_counter()
     for _ in range(3):
         once = _seconds_a_call(call, 1)

@@ -1,13 +1,13 @@
-"""Finds chunk and block sizes for the table that `kernels_pallas.dispatch.tuning` reads: what
-`bench tune` does.
+"""Finds chunk and block sizes for the table that `kernels_pallas.dispatch.tuning` reads: `bench
+tune`.
 
 A call is traced to learn which keys it looks up. Then one size after another takes its candidates,
 the rest standing as they are. The sizes in use stay unless another is worth it (2 % in cycles, 4 %
 in time), and of those near the best the smallest is taken: it compiles sooner. The cost is that of
 forward and backward together: they share their chunks, since a call does not know whether it will
 be differentiated. On a topology it is static cycles in kernels, as compiled (no run, no waiting for
-HBM); on the device at hand, time, where all candidates of a size run in turn. A candidate that does
-not fit or compile is out; nothing that raises is ever chosen.
+HBM). On the device at hand it is time, where all candidates of a size run in turn. A candidate that
+does not fit or compile is out; nothing that raises is ever chosen.
 """
 
 import importlib.metadata
@@ -42,10 +42,11 @@ CANDIDATES = {
 FIXED = {("delta_rule", "float32"): ("chunk_size",)}
 PLATFORMS = {"tpu": ("pallas_tpu",), "gpu": ("triton", "chunked"), "cpu": ("chunked",)}
 FOLDER = Path(tuning.__file__).parent
+REPORTS = FOLDER.parent / "reports"
 
 
 class Job(NamedTuple):
-    """One call. topology: what to compile for; None: the device at hand."""
+    """One call to tune for. topology: what to compile for; None: the device at hand."""
 
     op: str
     shape: str
@@ -56,8 +57,8 @@ class Job(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What came out for one key. costs: of every choice of sizes that was tried, None where it
-    raised; unit: theirs."""
+    """The sizes that were found for one key. costs: those of every choice that was tried, None
+    where it raised; unit: theirs."""
 
     key: str
     sizes: dict[str, int]
@@ -66,8 +67,11 @@ class Found(NamedTuple):
 
 
 def jobs(ops, shapes, dtype: str, implementations, topologies) -> list[Job]:
-    """shapes: 'target', published names, or None for all there are; those that an operator lacks
-    are passed over."""
+    """Returns the calls to tune for.
+
+    shapes: 'target', published names, or None for all there are; those that an operator lacks are
+    passed over.
+    """
     found = []
     for op in ops:
         case = operators.CASES[op]
@@ -103,9 +107,9 @@ def run(found_jobs: list[Job], rounds: int, seconds: float) -> Iterator[Found]:
 
 
 def _descend(job, key, start, best, measure) -> Found:
-    """One size after another, the keys of `best` as found before."""
+    """Tries the candidates of one size after another, with the keys of `best` as found before."""
     costs, sizes = [], dict(start)
-    unit, worth = ("static cycles a token and head", 0.98) if job.topology else ("seconds", 0.96)
+    unit, worth = ("static cycles per token and head", 0.98) if job.topology else ("seconds", 0.96)
     for name in start:
         if name in FIXED.get((job.op, job.dtype), ()):
             continue
@@ -124,8 +128,8 @@ def _descend(job, key, start, best, measure) -> Found:
 
 
 def _call(job: Job) -> tuple[Callable, Any]:
-    """A fresh function (no cache knows it) of inputs and cotangents, forward and backward; and
-    their shapes."""
+    """Returns a fresh function (no cache knows it) of inputs and cotangents, forward and backward,
+    and their shapes."""
     case = operators.CASES[job.op]
     shape, T, _ = static_cost.workload(case, job.shape)
     inputs = static_cost.abstract_inputs(case, shape, T, job.variant, job.dtype)
@@ -189,10 +193,11 @@ def _timed(job: Job, rounds: int, seconds: float):
 
 
 def save(folder: Path, found: list[Found]) -> None:
-    """Sizes into the folder's tuned.json, what was tried into reports/tuning.json, in place of
-    older ones of the same keys."""
+    """Writes sizes into the folder's tuned.json, and what was tried into reports/tuning.json, in
+    the place of older ones of the same keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    table, evidence = folder / tuning.TABLE.name, folder / "reports" / "tuning.json"
+    reports = REPORTS if folder == FOLDER else folder / "reports"
+    table, evidence = folder / tuning.TABLE.name, reports / "tuning.json"
     if not table.exists():
         table.write_text("{}")
     tuning.save({x.key: x.sizes for x in found}, table)
@@ -216,7 +221,7 @@ def _version(name: str) -> str | None:
 
 
 def lines(found: Found) -> list[dict]:
-    """Rows of a table: what was tried, the choice marked."""
+    """Returns rows of a table: what was tried, the choice marked."""
     return [
         {**sizes, found.unit: cost, "": "taken" if sizes == found.sizes else ""}
         for sizes, cost in found.costs

@@ -60,8 +60,8 @@ def committed(arrays) -> jax.Device | None:
 
 @contextlib.contextmanager
 def of(arrays):
-    """Sets the target, inside the block, to the device that one of the arrays is committed to, where
-    that is of another platform than the current target. Gives whether it is."""
+    """Sets the target, inside the block, to the device that one of the arrays is committed to,
+    where that is of another platform than the current target. Gives whether it is."""
     device = committed(arrays)
     if device is None or platform_of(device) == current().platform:
         yield False

@@ -168,7 +168,8 @@ def _normal(rng, like):
 
 
 def _documents(shape) -> np.ndarray:
-    """Returns ids of three documents; the second spans most chunk edges, the third has the first's id."""
+    """Returns ids of three documents. The second spans most chunk edges, the third has the first's
+    id."""
     T = np.arange(shape.T)
     ids_T = 1 + ((T >= shape.T // 4) & (T < shape.T - shape.T // 10))
     return np.tile(ids_T.astype(np.int32), (shape.B, 1))

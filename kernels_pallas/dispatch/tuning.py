@@ -62,8 +62,8 @@ def trying(sizes: dict[str, dict[str, int]]):
 
 @contextlib.contextmanager
 def asked():
-    """Gives a dict that fills with the whole keys that are looked up inside the block, and the sizes
-    that each got."""
+    """Gives a dict that fills with the whole keys that are looked up inside the block, and the
+    sizes that each got."""
     found = {}
     token = _ASKED.set(found)
     try:
@@ -73,8 +73,8 @@ def asked():
 
 
 def save(entries: dict[str, dict[str, int]], path: pathlib.Path = TABLE) -> None:
-    """Puts entries into the table, in the place of those of the same keys. An empty entry removes its
-    key."""
+    """Puts entries into the table, in the place of those of the same keys. An empty entry removes
+    its key."""
     merged = json.loads(path.read_text()) | entries
     lines = [
         f" {json.dumps(key)}: {json.dumps(merged[key])}" for key in sorted(merged) if merged[key]

@@ -1,21 +1,22 @@
-"""A table of linearizations of one teacher, and a picture of what decoding costs.
+"""Tables linearizations of one teacher, and draws what decoding costs.
 
     python -m experiments.bench linearizations --teacher=gguf:smollm2 --argument=smollm
-    --workdir=runs/linearizations python -m experiments.bench linearizations --teacher=runs/teacher
-    --argument=small --methods=window,liger,liger:ungated --workdir=runs/small
+    python -m experiments.bench linearizations --teacher=runs/teacher --argument=small \\
+        --methods=window,liger,liger:ungated --workdir=runs/small
 
 Each method is a config of configs/linearize, or config:argument, and is run as
-`experiments.linearize` does into a folder of its own; what is done is read again, and a run that
+`experiments.linearize` does, into a folder of its own. What is done is read again, and a run that
 was stopped goes on. The table, table.md and table.json, has of the teacher and of each student
 
     perplexity        of held-out text that none was trained on
-    transfer          the converted layers' error on the teacher's hidden states, |student -
-      teacher|^2 / |teacher|^2, held out
-    map KL            there, of linear attention's weights from softmax attention's, where a student
-      has such weights
-    trained           parameters of the largest stage;   tokens: read in all stages
+    transfer          the converted layers' error on the teacher's hidden states, held out:
+                      |student - teacher|^2 / |teacher|^2
+    map KL            of linear attention's weights there from softmax attention's, where a student
+                      has such weights
+    trained           parameters of the largest stage
+    tokens            read in all stages
     tokens/s, state   decoding one sequence after 1k, 8k and 32k tokens of context, and its state's
-      bytes
+                      bytes
 
 decoding.png has time and memory against the context, where there are several.
 """
@@ -31,7 +32,8 @@ _TEACHER = flags.DEFINE_string("teacher", "gguf:smollm2", "see configs/linearize
 _METHODS = flags.DEFINE_string(
     "methods",
     METHODS,
-    "configs of configs/linearize with commas between them; arguments after a colon, with + between them",
+    "configs of configs/linearize with commas between them; arguments after a colon, with + "
+    "between them",
 )
 _ARGUMENT = flags.DEFINE_string(
     "argument", "", "of all configs, such as smollm, small, gpu or tiny"

@@ -282,7 +282,7 @@ def test_the_program_writes_its_results(tmp_path, capsys):
         out=str(tmp_path),
     )
     assert code == 0
-    assert "us a token" in capsys.readouterr().out
+    assert "us per token" in capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     assert {"cpu", "cores", "device", "date", "python", "versions"} <= result["environment"].keys()
     (section,) = result["sections"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.benchmarks import gpu_peers
+from experiments.benchmarks import gpu_peers, operators
 
 
 def _rows(ours, attention):
@@ -37,3 +37,16 @@ def test_what_was_measured_is_not_replaced_by_nothing(tmp_path):
         gpu_peers.save(tmp_path, empty)
     (kept,) = json.loads((tmp_path / "gpu_peers.json").read_text())["rows"]
     assert kept["ms"]["triton"] == 1.0
+
+
+def test_what_cannot_run_says_why(monkeypatch):
+    """Here neither side can, nor cuDNN: the row has no figure, and every reason."""
+    monkeypatch.setattr(gpu_peers, "TOKENS", 32)
+    monkeypatch.setattr(gpu_peers, "SHAPE", operators.Shape(H=1, K=4, V=4))
+    forward, _ = gpu_peers.measure(gpu_peers.COMPARISONS[0], [32], 3, log=lambda text: None)
+    assert forward["ms"] == {}
+    assert "it is a kernel for gpu; this is cpu" in forward["notes"]["triton"]
+    assert (
+        forward["notes"]["fla"] == "not supported: fla is not installed: pip install -e '.[peers]'"
+    )
+    assert forward["notes"]["cudnn attention"].startswith("not run: softmax_attention")

@@ -1,6 +1,7 @@
 """Which implementation serves a run, as its config asks and as its first step says."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.training import loop
@@ -18,6 +19,17 @@ def _train(folder, pattern, num_layers=1, steps=1, mesh=None):
 
 def test_a_config_sets_the_chunk_size(tmp_path):
     assert _train(tmp_path, "gla(num_heads=2, chunk_size=32)")["steps"] == 1
+
+
+def test_a_chunk_size_reaches_the_operator():
+    x_BTD = jnp.zeros((1, 64, 16))
+
+    def program(chunk_size):
+        mixer = mixers.make("gla", d_model=16, num_heads=2, chunk_size=chunk_size)
+        params = jax.eval_shape(mixer.init, jax.random.key(0), x_BTD)
+        return str(jax.make_jaxpr(mixer.apply)(params, x_BTD))
+
+    assert "16,16]" in program(16) and program(16) != program(32)
 
 
 def test_a_wrong_chunk_size_raises_before_anything_is_written(tmp_path):
