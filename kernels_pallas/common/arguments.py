@@ -203,6 +203,6 @@ def nothing(*arrays) -> bool:
 
 
 def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:
-    """Key head g serves value heads g*H/G ... (g+1)*H/G - 1."""
+    """Repeats each key head g for its value heads g*H/G ... (g+1)*H/G - 1; (B, T, G, K) to H heads."""
     copies = heads // x_BTGK.shape[2]
     return x_BTGK if copies == 1 else jnp.repeat(x_BTGK, copies, axis=2)

@@ -83,7 +83,7 @@ def kind(log_decay, *, segment_ids=None) -> str:
         return "none" if segment_ids is None else "per_token"
     if log_decay.ndim == 1:
         return "per_head"
-    return "per_channel" if log_decay.ndim == 4 and log_decay.shape[-1] > 1 else "per_token"
+    return "per_channel" if log_decay.ndim > 3 and log_decay.shape[-1] > 1 else "per_token"
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, dtype):
@@ -324,7 +324,8 @@ def naive_pair_decay(log_decay_CK: jax.Array, *, exclusive: bool = False) -> jax
     last = i - 1 if exclusive else i
     between_CCC = ((j < s) & (s <= last)).astype(log_decay_CK.dtype)
     sums_CCK = jnp.einsum("ijs,...sK->...ijK", between_CCC, log_decay_CK, precision="highest")
-    return jnp.where((j <= last)[..., 0, None], jnp.exp(sums_CCK), 0.0)
+    up_to_CC1 = jnp.expand_dims((j <= last)[..., 0, None], tuple(range(sums_CCK.ndim - 3)))
+    return jnp.where(up_to_CC1, jnp.exp(sums_CCK), 0.0)
 
 
 def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, g_reversed_MUK) -> jax.Array:
