@@ -139,7 +139,7 @@ def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
     """Returns a log decay of any kind as None, (B, T, H, 1) or (B, T, H, K), in float32 or wider.
 
     What lies below `decay.RESET` becomes it, which changes neither results nor gradients: its
-    exponential is 0 already. Raises ValueError where shape, dtype or (with checks on) sign is wrong.
+    exponential is 0 already. Raises ValueError for a wrong shape, dtype or (with checks on) sign.
     """
     if log_decay is None:
         return None
@@ -155,7 +155,7 @@ def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
 
 
 def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) -> jax.Array:
-    """Returns the initial state (B, H, K, V), zeros for None, in float32 or wider where an input is.
+    """Returns the initial state (B, H, K, V), zeros for None, in float32 or an input's wider dtype.
 
     others: arrays whose dtype counts beside those of q and v, or Nones.
     """
@@ -186,7 +186,7 @@ def one_token(operator: str, **arrays) -> list:
 
 
 def one_token_decay(operator: str, log_decay):
-    """Returns a log decay of one token, None, (H,) or (B, H, ...), with a time axis where it has B."""
+    """Returns one token's log decay, None, (H,) or (B, H, ...), with a time axis behind B."""
     if log_decay is None:
         return None
     check_array(operator, "log_decay", log_decay)
@@ -194,11 +194,11 @@ def one_token_decay(operator: str, log_decay):
 
 
 def nothing(*arrays) -> bool:
-    """Returns whether an array is empty, so that nothing is written to a state, and zeros are read."""
+    """Returns whether an array is empty, so that no state is written, and only zeros are read."""
     return any(0 in x.shape for x in arrays)
 
 
 def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:
-    """Repeats each key head g for its value heads g*H/G ... (g+1)*H/G - 1; (B, T, G, K) to H heads."""
+    """Repeats key heads g for value heads g*H/G ... (g+1)*H/G - 1: (B, T, G, K) to (B, T, H, K)."""
     copies = heads // x_BTGK.shape[2]
     return x_BTGK if copies == 1 else jnp.repeat(x_BTGK, copies, axis=2)

@@ -22,7 +22,7 @@ def _anywhere_in_a_batch(axis_size, batched, flags):
 
 
 def either(flag, run, *operands):
-    """Returns run(flag, *operands), where `run` gets a Python bool; None is False, without a branch."""
+    """Returns run(flag, *operands), run traced with True and with False; None is False alone."""
     if flag is None:
         return run(False, *operands)
     return jax.lax.cond(

@@ -37,7 +37,7 @@ def chunks_per_block(
 
 
 def chunk_length(longest: int, T: int, least: int = 1) -> int:
-    """Returns the power of two from `least` to `longest` that holds T tokens, or as many as it can."""
+    """Returns the least power of two, from `least` to `longest`, that holds T tokens."""
     return min(longest, max(least, 1 << (T - 1).bit_length())) if known(T) else longest
 
 

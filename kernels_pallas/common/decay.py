@@ -232,7 +232,7 @@ def _bounds(C: int, levels: bool):
 def pair_decay(log_decay_C1: jax.Array, *, exclusive: bool = False) -> jax.Array:
     """D_ij = exp(g_{j+1} + ... + g_i) for j <= i, 0 for j > i: (..., C, 1) to (..., C, C).
 
-    With `exclusive` it is D_{i-1,j} = exp(g_{j+1} + ... + g_{i-1}) for j < i, and the diagonal is 0.
+    With `exclusive` it is D_{i-1,j} = exp(g_{j+1} + ... + g_{i-1}) for j < i, with a diagonal of 0.
     For a decay per head or token pairs are few and formed directly: in one block of 16 by their own
     sums, others as a product of three exponentials, from the start of i's block to i, over the
     whole blocks between, and behind j to the end of j's block.

@@ -82,7 +82,7 @@ def run(
     chunk_size=None,
     scale=1.0,
 ):
-    """The delta rule in chunks. Arguments are normalised by `api.py`; the scale of q is a number."""
+    """The delta rule in chunks; arguments normalised by `api.py`, the scale a number."""
     log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     compensate = None
     if initial_state_BHKV.dtype == jnp.float32:
@@ -250,7 +250,7 @@ def _A_rest(x_MBHCK, y_MBHCK, sums, *, exclusive):
 
 
 def _pass(chunks: Chunks, S_BHKV):
-    """The pass over a block's chunks: outputs, the leaving state, and each chunk's entering state."""
+    """Passes over a block's chunks: outputs, the leaving state, and the state entering each chunk."""
     state_dot = compensated.state_product(chunks.A_rest_CC)
 
     def one_chunk(S_BHKV, inputs):

@@ -33,7 +33,7 @@ CHUNK_SIZE = 64
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """The chunked form. Arguments are normalised by `api.py`; chunk_size is a power of two or None."""
+    """The chunked form; arguments normalised by `api.py`, chunk_size a power of two or None."""
     decay_kind = decay.kind(log_decay_BTHK)
     per_channel = decay_kind == "per_channel"
     if per_channel:
@@ -216,7 +216,7 @@ def _chunks(form, state_EKW, inputs, runs):
 
 
 def _entering_states(state_EKW, exp_g_total_MEKW, local_MEKW):
-    """The state that enters each chunk, and the one behind the last: S' = exp(g_total) S + local."""
+    """States that enter each chunk, and the one behind the last: S' = exp(g_total) S + local."""
 
     def body(state_EKW, chunk):
         exp_g_total_EKW, local_EKW = chunk

@@ -1,4 +1,4 @@
-"""NaN and Inf reach the queries that see them, and no other: a product with 0 would pass them on."""
+"""NaN and Inf reach only the queries that see them, though a product with 0 passes them on."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ BLOCK_SIZE = 128
 
 
 def isolated(attend, *, one_query=False):
-    """Makes `attend` return NaN exactly where a query, or a key or value that it sees, is not finite.
+    """Makes `attend` return NaN exactly where a query, or a key or value it sees, is not finite.
 
     Gradients are those of the other outputs. It costs a pass over q, k and v, so that one query (a
     decoding step, which reads them once) goes without unless `one_query`.
@@ -31,7 +31,7 @@ def isolated(attend, *, one_query=False):
 
 
 def _sees(bad_BSG, visibility, T):
-    """Returns which queries see a bad key, (B, T, G): a block of queries at a time, if any is bad."""
+    """Returns which queries see a bad key, (B, T, G), a block of queries at a time."""
     B, S, G = bad_BSG.shape
     whole = not chunk_blocks.known(T) or T <= BLOCK_SIZE
     C = T if whole else BLOCK_SIZE
