@@ -1,7 +1,7 @@
-"""What the two matrix recurrences ask of their arguments, checked once and brought to one form.
+"""Checks of operators' arguments, and the one form that implementations of a recurrence see.
 
-Every implementation then sees: q scaled and float, heads of q and k dividing those of v, a finite
-log_decay of rank 4 or None, and a float32 (or wider) initial state.
+That form: heads of q and k divide those of v, log_decay is None or finite and (B, T, H, K or 1),
+the initial state is an array in float32 or wider.
 """
 
 import numbers
@@ -31,7 +31,7 @@ def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
 
 
 def divides(groups: int, heads: int) -> bool:
-    """Whether so many heads make so many groups; no heads make no groups."""
+    """Returns whether `groups` divides `heads`; only 0 heads make 0 groups."""
     return heads % groups == 0 if groups else heads == 0
 
 
@@ -69,8 +69,7 @@ def check_integers(operator: str, name: str, array) -> None:
 
 
 def check_scale(operator: str, scale) -> None:
-    """Raises ValueError where a scale is given that is no number: what is compiled in cannot be an
-    array."""
+    """Raises ValueError where a scale is given that is no number: it is compiled in."""
     if scale is not None and not is_number(scale):
         raise ValueError(
             f"{operator}: scale is {scale!r}; expected a number or None (multiply q by one that is learned)"
@@ -78,9 +77,7 @@ def check_scale(operator: str, scale) -> None:
 
 
 def check_number_or_scalar(operator: str, name: str, value) -> None:
-    """Raises ValueError where `value`, which may be learned, is no number and no floating array
-    without axes.
-    """
+    """Raises ValueError where `value` is neither a number nor a floating array of shape ()."""
     if is_number(value):
         return
     scalar = isinstance(value, jax.Array | np.ndarray) and value.shape == ()
@@ -99,7 +96,7 @@ def check_positive(operator: str, name: str, value) -> None:
 
 
 def is_number(value) -> bool:
-    """Whether it is a real number that is known now: no array, no boolean."""
+    """Returns whether `value` is a real Python or NumPy number, not an array or a boolean."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -110,7 +107,7 @@ def check_count(operator: str, name: str, value, what: str = "an integer of at l
 
 
 def is_count(value) -> bool:
-    """Whether it is an integer that is known now: no array, no boolean."""
+    """Returns whether `value` is a Python or NumPy integer, not an array or a boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -139,11 +136,10 @@ def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> 
 
 
 def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
-    """Brings log_decay, None or (H,) or (B,T,H) or (B,T,H,K), to None or (B,T,H,1) or (B,T,H,K) in
-    float32 or wider.
+    """Returns a log decay of any kind as None, (B, T, H, 1) or (B, T, H, K), in float32 or wider.
 
-    What lies below `decay_sums.RESET` becomes it, which changes neither results nor gradients: its
-    exponential is 0 already.
+    What lies below `decay.RESET` becomes it, which changes neither results nor gradients: its
+    exponential is 0 already. Raises ValueError for a wrong shape, dtype or (with checks on) sign.
     """
     if log_decay is None:
         return None
@@ -159,8 +155,10 @@ def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
 
 
 def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) -> jax.Array:
-    """Zeros where there is no initial state; in float32, or wider where an input is: q, v or one of
-    the others (or None)."""
+    """Returns the initial state (B, H, K, V), zeros for None, in float32 or an input's wider dtype.
+
+    others: arrays whose dtype counts beside those of q and v, or Nones.
+    """
     B, _, H, V = v_BTHV.shape
     shape_BHKV = (B, H, q_BTGK.shape[3], V)
     dtype = state_dtype(q_BTGK, v_BTHV, *(x for x in others if x is not None))
@@ -172,12 +170,12 @@ def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) 
 
 
 def state_dtype(*arrays) -> jnp.dtype:
-    """float32, or float64 where an input is: what states, gates and their sums are held in."""
+    """Returns the dtype of states, gates and their sums: float32, or float64 where an input is."""
     return dtypes.common(*(array.dtype for array in arrays), jnp.float32)
 
 
 def one_token(operator: str, **arrays) -> list:
-    """The arrays of one token, (B, ...), with a time axis of length 1."""
+    """Returns the arrays (B, heads, ...) of one token with a time axis of length 1."""
     for name, array in arrays.items():
         check_array(operator, name, array)
         if array.ndim < 2:
@@ -188,7 +186,7 @@ def one_token(operator: str, **arrays) -> list:
 
 
 def one_token_decay(operator: str, log_decay):
-    """The same for a log decay, which may be None or (H,)."""
+    """Returns one token's log decay, None, (H,) or (B, H, ...), with a time axis behind B."""
     if log_decay is None:
         return None
     check_array(operator, "log_decay", log_decay)
@@ -196,13 +194,11 @@ def one_token_decay(operator: str, log_decay):
 
 
 def nothing(*arrays) -> bool:
-    """Whether one of the arrays is empty: nothing is then written to a state, and nothing but
-    zeros is read.
-    """
+    """Returns whether an array is empty, so that no state is written, and only zeros are read."""
     return any(0 in x.shape for x in arrays)
 
 
 def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:
-    """Key head g serves value heads g*H/G ... (g+1)*H/G - 1."""
+    """Repeats key heads g for value heads g*H/G ... (g+1)*H/G - 1: (B, T, G, K) to (B, T, H, K)."""
     copies = heads // x_BTGK.shape[2]
     return x_BTGK if copies == 1 else jnp.repeat(x_BTGK, copies, axis=2)

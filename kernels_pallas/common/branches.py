@@ -1,4 +1,4 @@
-"""Branches chosen as a program runs, one for a whole batch."""
+"""Branches that a program chooses as it runs, one for a whole batch."""
 
 import functools
 
@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 @jax.custom_batching.custom_vmap
 def anywhere(flags) -> jax.Array:
-    """Whether any flag is set, in any row of a batch that `jax.vmap` adds: it would run both
-    branches of a condition for each."""
+    """Returns whether any flag is set, in any row of a batch that `jax.vmap` adds.
+
+    With a flag per row, `vmap` would run both branches of a condition for each row.
+    """
     return jnp.any(flags)
 
 
@@ -20,7 +22,7 @@ def _anywhere_in_a_batch(axis_size, batched, flags):
 
 
 def either(flag, run, *operands):
-    """run(flag, *operands), the flag a Python bool inside; None is False, and no branch."""
+    """Returns run(flag, *operands), run traced with True and with False; None is False alone."""
     if flag is None:
         return run(False, *operands)
     return jax.lax.cond(

@@ -1,8 +1,7 @@
-"""Checks of values, off unless asked for: shapes are always checked, values only where someone
-looks for a fault.
+"""Checks of values, which are off unless asked for; shapes are always checked.
 
-On with the environment variable SEQMODELS_CHECKS=1, or inside `with checks.enabled():`. Read when a
-call is traced: a function compiled with the checks off stays without them.
+They are on with the environment variable SEQMODELS_CHECKS=1, or inside `with checks.enabled():`,
+read when a call is traced: a function compiled with the checks off stays without them.
 """
 
 import contextlib
@@ -26,11 +25,10 @@ def enabled(on: bool = True):
 
 
 def not_positive(operator: str, name: str, array: jax.Array) -> None:
-    """With checks on: raises ValueError where a real array has an entry above 0, or NaN; -inf is
-    legal.
+    """Raises ValueError, with checks on, where a real array has an entry above 0 or NaN.
 
-    On concrete arrays at once; under jit when the program runs, as JAX's runtime error with the
-    same message in it.
+    -inf is legal. A concrete array raises at once; a traced one when the program runs, as JAX's
+    runtime error with the same message in it.
     """
     if not _ON.get():
         return

@@ -1,86 +1,112 @@
-"""Spans: stretches of time that a chunked form treats at once, one after the other, cut from its
-arrays and put back in place."""
+"""Blocks of chunks: how many chunks a chunked form treats at once, and the scan over the blocks.
+
+Blocks follow each other in time. Each is cut from the inputs, and its results are put into the
+outputs in place.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import devices
 
-CPU_STATE_ROWS = 1024  # of a width: how many (chunk, head) pairs make a span
+CPU_STATE_ROWS = 1024  # (chunk, head) pairs times width of a block that stays in a core's cache
 
 
 def chunks_per_block(
     chunks: int, heads: int, widest: int, *, accelerator_pairs: int | None = None
 ) -> int:
-    """How many of a sequence's chunks make a span, so that spans are as even as can be.
+    """Returns how many of a sequence's chunks make a block, so that blocks are as even as can be.
 
-    heads: of all rows together, which a span always holds. widest: the larger of K and V. On CPU a
-    span is to stay in cache from one product to the next: 16 (chunk, head) pairs at a width of 64,
-    where fewer gain nothing, 4 at 256, where more take longer (two cores, forward and backward). On
-    an accelerator it is `accelerator_pairs`, None for the whole sequence: there parallel work
-    counts, and a loop costs launches.
+    On CPU a block stays in cache from one product to the next: 16 (chunk, head) pairs at a width
+    of 64, where fewer gain nothing, 4 at 256, where more take longer. On an accelerator it is
+    `accelerator_pairs`, None for the whole sequence: parallel work counts, a loop costs launches.
+
+    Args:
+      chunks: of the sequence.
+      heads: of all rows together; a block holds all of them.
+      widest: the larger of K and V.
+      accelerator_pairs: (chunk, head) pairs of a block on an accelerator.
     """
     pairs = accelerator_pairs
     if devices.current().platform == "cpu":
         pairs = CPU_STATE_ROWS // widest
     if pairs is not None and not known(chunks, heads):
         return max(1, pairs // heads) if known(heads) else 1
-    spans = 1 if pairs is None else -(-chunks // max(1, pairs // heads))
-    return -(-chunks // spans)
+    blocks = 1 if pairs is None else -(-chunks // max(1, pairs // heads))
+    return -(-chunks // blocks)
 
 
 def chunk_length(longest: int, T: int, least: int = 1) -> int:
-    """The power of two from `least` to `longest` that holds T tokens, or as many as it can."""
+    """Returns the least power of two, from `least` to `longest`, that holds T tokens."""
     return min(longest, max(least, 1 << (T - 1).bit_length())) if known(T) else longest
 
 
 def known(*sizes) -> bool:
-    """Whether the sizes are numbers: exported with symbolic shapes, a program is to serve all."""
+    """Returns whether sizes are numbers, and not symbols of a program exported for any size."""
     return all(isinstance(size, int) for size in sizes)
 
 
 def padding(T: int, L: int) -> int:
-    """How many tokens to add so that pieces of L divide T; so written that a symbolic sum is seen
-    to be a multiple.
-    """
+    """Returns how many tokens to add to T for a multiple of L, one that a symbolic T shows too."""
     return -(-T // L) * L - T
 
 
-def read(tree, n, L: int):
-    """Span n of arrays (B, T, ...). Cut where it is used: a transposed copy of the whole costs more
-    than the rest.
+def scan(block, state, inputs, like, L: int, *, per_block=None, reverse: bool = False):
+    """Runs a function over blocks of L tokens, one after the other.
 
-    On CPU each span is read in memory's order, before anything transposes it: fused, the two read a
-    head's row here and there from memory, and wait for each (16 heads of 64 x 64: 80 us, apart 25
-    and 20; jaxlib 0.11.2).
+    Args:
+      block: (state, its entry of per_block, its inputs) -> (its outputs, next state, its result).
+      state: what enters the first block (reverse: the last).
+      inputs: a pytree of (B, T, ...), L dividing T; None stays None.
+      like: a pytree of arrays (B, T, ...) with the shapes and dtypes of all outputs.
+      per_block: a pytree of (N, ...) with an entry per block, or None.
+      reverse: whether time runs backwards.
+
+    Returns:
+      The outputs (B, T, ...), the final state, and the blocks' results, stacked (N, ...).
+    """
+
+    def body(carry, at):
+        state, buffers = carry
+        n, entry = at
+        outputs, state, result = block(state, entry, read(inputs, n, L))
+        return (state, write_at(buffers, outputs, n * L)), result
+
+    numbers_N = jnp.arange(jax.tree.leaves(like)[0].shape[1] // L)
+    start = state, buffers_like(like)
+    (state, buffers), results = jax.lax.scan(body, start, (numbers_N, per_block), reverse=reverse)
+    return from_buffers(buffers, like), state, results
+
+
+def read(tree, n, L: int):
+    """Returns block n of arrays (B, T, ...), cut where it is used: a transposed copy of the whole
+    costs more than the rest.
+
+    On CPU a block is read in memory's order before anything transposes it. Fused, the two read a
+    head's rows here and there, and wait for memory at each (jaxlib 0.11.2: 80 us for 25 + 20).
     """
 
     on_cpu = devices.current().platform == "cpu"
 
     def one(x):
-        span = jax.lax.dynamic_slice_in_dim(x, n * L, L, axis=1)
-        return jax.lax.optimization_barrier(span) if on_cpu else span
+        x = jax.lax.dynamic_slice_in_dim(x, n * L, L, axis=1)
+        return jax.lax.optimization_barrier(x) if on_cpu else x
 
     return jax.tree.map(one, tree)
 
 
 def buffers_like(tree):
-    """Buffers for arrays like these: `put` writes a span of them, `written` gives the arrays back.
+    """Returns buffers for arrays like these: `write_at` fills them, `from_buffers` reads them.
 
-    On CPU a narrow float is held by its bits: at every write of a span XLA's CPU backend (jaxlib
-    0.10 to 0.12) converts a whole bfloat16 or float16 buffer to float32 and back, so that time
-    would grow with the square of the length.
+    On CPU a narrow float is held by its bits: at every write XLA's CPU backend (jaxlib 0.10 to
+    0.12) converts a whole bfloat16 or float16 buffer to float32 and back, so that time would grow
+    with the square of the length.
     """
     return jax.tree.map(lambda x: jnp.empty_like(x, _held_as(x.dtype)), tree)
 
 
-def write(buffers, spans, n, L: int):
-    """The buffers with span n overwritten."""
-    return write_at(buffers, spans, n * L)
-
-
 def write_at(buffers, pieces, start):
-    """The buffers with a piece of time overwritten that begins at `start`."""
+    """Returns the buffers with a piece of time overwritten, which begins at token `start`."""
 
     def one(buffer, piece):
         if piece.dtype != buffer.dtype:
@@ -91,7 +117,7 @@ def write_at(buffers, pieces, start):
 
 
 def from_buffers(buffers, like):
-    """The arrays that the buffers hold, in the dtypes of `like`."""
+    """Returns the arrays that the buffers hold, in the dtypes of `like`."""
 
     def one(buffer, x):
         held = buffer.dtype == x.dtype

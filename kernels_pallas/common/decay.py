@@ -1,27 +1,25 @@
-"""Sums of log decay inside a chunk, stable by construction.
+"""Log decay: its kinds, and its sums inside a chunk, stable by construction.
 
-A chunked recurrence needs, for tokens j < i of one chunk, the decay between them, exp(g_{j+1} + ...
-+ g_i) with every g <= 0. The usual difference of two cumulative sums loses all digits where the
-decay is strong, and split into exp(cumsum_i) * exp(-cumsum_j) it overflows. Here nothing is ever
-subtracted. What forgets everything, -inf or any number whose exponential is 0 in float64 too, comes
-as the finite `RESET` (`recurrence_arguments.normal_log_decay`), so that no sum overflows and none
-multiplies 0 by inf.
+A chunked recurrence needs, for tokens j < i of one chunk, D_ij = exp(g_{j+1} + ... + g_i), with
+every g <= 0. A difference of two cumulative sums loses all digits where the decay is strong, and
+exp(g_cumsum_i) exp(-g_cumsum_j) overflows. Here nothing is subtracted. What forgets everything,
+-inf or any number whose exponential is 0 in float64 too, comes as the finite `RESET`
+(`arguments.normal_log_decay`), so that no sum overflows and none multiplies 0 by inf.
 
 A chunk is halved again and again. Two tokens j < i part at exactly one level, j into the left half
 of a block and i into its right half, and there
 
-    g_{j+1} + ... + g_i  =  g_reversed_j  +  g_cumsum_i,
-    g_reversed_j   = the sum over the tokens behind j, up to the middle of that block,
-    g_cumsum_i = the sum from the middle up to i,
+    g_{j+1} + ... + g_i  =  g_reversed_j + g_cumsum_i,
+    g_reversed_j  =  the sum over the tokens behind j up to the middle of that block,
+    g_cumsum_i    =  the sum from the middle up to and with i,
 
-two pure sums of non-positive numbers. Both exponentials are at most 1; a reset gives 0 with
-derivative 0. The sums from the chunk's start and to its end, for what enters and leaves it, are of
-the same kind. For a decay per channel each level's rectangle is one matrix product, (q
-exp(through)) (k exp(after))^T, so that no (C, C, K) array of pairs exists.
+two pure sums of numbers <= 0. Both exponentials are at most 1; a reset gives 0 with derivative 0.
+For a decay per channel each level's rectangle is one matrix product,
+(q exp(g_cumsum)) (k exp(g_reversed))^T, so that no (C, C, K) array of pairs exists.
 
-The same sub-division in two levels (blocks of 16, pairs inside them one by one) is "secondary
-chunking" in GLA (arXiv 2312.06635, section 4.3). Arrays are (..., C, K) with K = 1 for one decay
-per head; C is a power of two.
+The same division in two levels (blocks of 16, pairs inside them one by one) is "secondary chunking"
+in GLA (arXiv 2312.06635, section 4.3). Arrays are (..., C, K) with K = 1 for a decay per head or
+token; C is a power of two. docs/math/linear_attention.md derives all of it.
 """
 
 import functools
@@ -37,9 +35,9 @@ from kernels_pallas.common import dtypes, matmul, segments
 class Level(NamedTuple):
     """One halving: M blocks of two halves of U tokens each, U = 1, 2, 4, ..., C/2.
 
-    g_cumsum_MUK: right halves, the sum from the middle up to and with token i.
-    g_exclusive_MUK: right halves, the same without token i.
-    g_reversed_MUK: left halves, the sum over the tokens behind j up to the middle.
+    g_cumsum_MUK: of right halves, the sum from the middle up to and with token i.
+    g_exclusive_MUK: of right halves, the same without token i.
+    g_reversed_MUK: of left halves, the sum over the tokens behind j up to the middle.
     """
 
     g_cumsum_MUK: jax.Array
@@ -51,13 +49,11 @@ class Sums(NamedTuple):
     """The sums of one chunk.
 
     log_decay_CK: what was summed.
-    g_cumsum_CK: from the chunk's start up to and with token i: what the entering state has decayed
-      by at i.
-    g_exclusive_CK: the same without token i (for recurrences that read the state before it decays).
-    g_reversed_CK: over the tokens behind j, up to the chunk's end: what token j has decayed by in the
-      leaving state.
-    g_total_K: over the whole chunk.
-    levels: smallest halves first; none where they were not asked for.
+    g_cumsum_CK: from the chunk's start up to and with token i, for the entering state at i.
+    g_exclusive_CK: the same without token i, for recurrences that read before the state decays.
+    g_reversed_CK: over the tokens behind j up to the chunk's end, for token j in the leaving state.
+    g_total_K: over the whole chunk, for the entering state in the leaving state.
+    levels: smallest halves first; empty where they were not asked for.
     """
 
     log_decay_CK: jax.Array
@@ -68,22 +64,27 @@ class Sums(NamedTuple):
     levels: tuple[Level, ...]
 
 
+SHARD_BLOCK = 128  # tokens of a shard whose sums are one matrix product
+LARGEST_CONSTANT = 256  # tokens of a chunk whose pairs may be constants of a program
+BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of whole blocks
+RESET = -1e3  # the least log decay, that of a reset: its exponential is 0 in float64 too
 KINDS = ("none", "per_head", "per_token", "per_channel")
 
 
 def kind(log_decay, *, segment_ids=None) -> str:
-    """Names the decay of a call: the one place that decides.
+    """Names the kind of a log decay; nothing else decides it.
 
-    "none" is None, "per_head" has the shape (H,), "per_token" (B, T, H) or (B, T, H, 1),
-    "per_channel" (B, T, H, K).
-    segment_ids: for kernels, which write a document's first token as a reset, so that documents
-      without a decay are "per_token".
+    Args:
+      log_decay: None ("none"), (H,) ("per_head"), (B, T, H) or (B, T, H, 1) ("per_token"), or
+        (B, T, H, K) ("per_channel"); in chunks, where (..., C, K or 1) has more axes, too.
+      segment_ids: for kernels, which write a document's first token as a reset, so that documents
+        without a decay are "per_token".
     """
     if log_decay is None:
         return "none" if segment_ids is None else "per_token"
     if log_decay.ndim == 1:
         return "per_head"
-    return "per_channel" if log_decay.ndim == 4 and log_decay.shape[-1] > 1 else "per_token"
+    return "per_channel" if log_decay.ndim > 3 and log_decay.shape[-1] > 1 else "per_token"
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, dtype):
@@ -107,18 +108,10 @@ def per_channel(log_decay_BTHK, segment_ids_BT, shape_BTHK, dtype) -> jax.Array:
     return jnp.broadcast_to(zero if log_decay_BTHK is None else log_decay_BTHK, shape_BTHK)
 
 
-STRETCH_BLOCK = 128  # tokens of a stretch whose sums are one matrix product
-LARGEST_CONSTANT = 256  # tokens of a chunk whose pairs may be constants of a program
-BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of whole blocks
-RESET = (
-    -1e3
-)  # the log decay of a reset, and the least there is: its exponential is 0 in float64 too
-
-
 def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
-    """All sums of a chunk's log decay (..., C, K), C a power of two. Every entry is in [RESET, 0].
+    """Returns all sums of a chunk's log decay (..., C, K), C a power of two, entries in [RESET, 0].
 
-    levels: those that `decayed_scores` needs, too. Where pairs take `pair_decay`, leave them out.
+    levels: whether to return those that `decayed_scores` needs; `pair_decay` needs none.
     """
     *lead, C, K = log_decay_CK.shape
     if C & (C - 1):
@@ -161,8 +154,7 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
 
 
 def _halvings(log_decay_CK: jax.Array) -> Sums:
-    """The sums of `chunk_sums` by matrix products with zeros and ones: no chain of additions for
-    XLA to recompute."""
+    """The sums of `chunk_sums`, by products with zeros and ones: no chain that XLA recomputes."""
     *lead, C, K = log_decay_CK.shape
     (g_cumsum_CK, *g_cumsum), (g_exclusive_CK, *g_exclusive), (g_reversed_CK, *g_reversed) = (
         _level_sums(log_decay_CK)
@@ -177,7 +169,7 @@ def _halvings(log_decay_CK: jax.Array) -> Sums:
 
 @jax.custom_vjp
 def _level_sums(log_decay_CK):
-    """The sums g_cumsum, g_exclusive and g_reversed: each a list, of the whole chunk and of its levels."""
+    """g_cumsum, g_exclusive and g_reversed, each a list: of the whole chunk, then of its levels."""
     C = log_decay_CK.shape[-2]
     edges = [C + level * C // 2 for level in range(C.bit_length() - 1)]
     rows = _summed_tokens(C, log_decay_CK.dtype)
@@ -185,8 +177,7 @@ def _level_sums(log_decay_CK):
 
 
 def _level_sums_backward(_, cotangents):
-    # Batched by hand: XLA's CPU backend (jaxlib 0.10.2) copies all pieces, transposed, to sum over
-    # a middle axis.
+    # Batched by hand: to sum over a middle axis XLA's CPU backend (jaxlib 0.10.2) copies transposes
     C = cotangents[0][0].shape[-2]
     total_CK = 0.0
     for rows, pieces in zip(_summed_tokens(C, cotangents[0][0].dtype), cotangents):
@@ -208,16 +199,16 @@ def _sums_of(summed_tokens, log_decay_CK) -> tuple[jax.Array, ...]:
 
 
 def _summed_tokens(C: int, dtype, levels: bool = True) -> tuple:
-    """Which tokens of a chunk the rows of through, before and after sum.
+    """Three matrices of zeros and ones: the tokens that each row of the three sums adds.
 
-    levels: C/2 rows more for each level.
+    levels: whether C/2 rows follow for each level.
     """
     s = _tokens(C)[None]
     return tuple(((first <= s) & (s <= last)).astype(dtype) for first, last in _bounds(C, levels))
 
 
 def _tokens(C: int):
-    """0 ... C-1. Masks made of them are constants of the program, or made as it runs where long."""
+    """0 ... C-1. Masks made of them are constants of a program; of long chunks, made as it runs."""
     return (np if C <= LARGEST_CONSTANT else jnp).arange(C)
 
 
@@ -239,15 +230,15 @@ def _bounds(C: int, levels: bool):
 
 
 def pair_decay(log_decay_C1: jax.Array, *, exclusive: bool = False) -> jax.Array:
-    """D_ij = exp(g_{j+1} + ... + g_i) for j < i, 1 for j = i, 0 for j > i: (..., C, 1) to (..., C,
-    C).
+    """D_ij = exp(g_{j+1} + ... + g_i) for j <= i, 0 for j > i: (..., C, 1) to (..., C, C).
 
-    With `exclusive`, the sum stops in front of i, and the diagonal is 0: D_ij = exp(g_{j+1} + ... +
-    g_{i-1}) for j < i. For one decay per head there are few numbers and a direct way is the
-    fastest: pairs in one block of 16 by their own sums; the others by the product of three
-    exponentials, from the start of i's block to i, over the whole blocks between, and behind j to
-    the end of j's block. The derivative by g_t is the sum of dD_ij D_ij over the pairs that t lies
-    between, one product with zeros and ones: nothing is subtracted there either.
+    With `exclusive` it is D_{i-1,j} = exp(g_{j+1} + ... + g_{i-1}) for j < i, with a diagonal of 0.
+    For a decay per head or token pairs are few and formed directly: in one block of 16 by their own
+    sums, others as a product of three exponentials, from the start of i's block to i, over the
+    whole blocks between, and behind j to the end of j's block.
+
+    Gradient of each token's log decay. D_ij depends on g_s exactly when j < s <= i, so
+    dg_s = sum_{j < s <= i} dD_ij D_ij, one product with zeros and ones.
     """
     return _pair_decay(log_decay_C1, exclusive)
 
@@ -260,12 +251,14 @@ def _pair_decay(log_decay_C1, exclusive):
     # One leading axis: XLA's CPU backend (jaxlib 0.10.2) writes out of bounds in the derivative at
     # rank 7.
     g_AU = log_decay_C1.reshape(-1, A, U)
+    # Pairs in one block
     same_AUU = jnp.where(_lower(U, -1 if exclusive else 0), sums_between(g_AU, exclusive), -jnp.inf)
-    through_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if exclusive else g_AU, axis=-1))
-    between_AA = jnp.exp(sums_between(jnp.sum(g_AU, axis=-1), exclusive=True))
-    after_AU = jnp.exp(jax.lax.cumsum(_advanced(g_AU), axis=g_AU.ndim - 1, reverse=True))
-    apart_AUAU = through_AU[..., None, None] * (
-        between_AA[..., :, None, :, None] * after_AU[..., None, None, :, :]
+    # Pairs in two: up to i in its block, over whole blocks between, behind j in its block
+    exp_g_cumsum_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if exclusive else g_AU, axis=-1))
+    exp_g_between_AA = jnp.exp(sums_between(jnp.sum(g_AU, axis=-1), exclusive=True))
+    exp_g_reversed_AU = jnp.exp(jax.lax.cumsum(_advanced(g_AU), axis=g_AU.ndim - 1, reverse=True))
+    apart_AUAU = exp_g_cumsum_AU[..., None, None] * (
+        exp_g_between_AA[..., :, None, :, None] * exp_g_reversed_AU[..., None, None, :, :]
     )
     block = jnp.arange(A)
     earlier, same = (
@@ -296,8 +289,7 @@ _pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 
 
 def sums_between(g_U: jax.Array, exclusive: bool) -> jax.Array:
-    """sum of g over j+1..i (with `exclusive`: j+1..i-1), zero where that is empty: (..., U) to (...,
-    U, U)."""
+    """g_{j+1} + ... + g_i (`exclusive`: to g_{i-1}), 0 where empty: (..., U) to (..., U, U)."""
     U = g_U.shape[-1]
     up_to_UU = _lower(U, -1 if exclusive else 0)  # s <= i, or s < i
     terms_UU = jnp.where(up_to_UU, g_U[..., None, :], 0.0)
@@ -324,11 +316,12 @@ def naive_pair_decay(log_decay_CK: jax.Array, *, exclusive: bool = False) -> jax
     last = i - 1 if exclusive else i
     between_CCC = ((j < s) & (s <= last)).astype(log_decay_CK.dtype)
     sums_CCK = jnp.einsum("ijs,...sK->...ijK", between_CCC, log_decay_CK, precision="highest")
-    return jnp.where((j <= last)[..., 0, None], jnp.exp(sums_CCK), 0.0)
+    up_to_CC1 = jnp.expand_dims((j <= last)[..., 0, None], tuple(range(sums_CCK.ndim - 3)))
+    return jnp.where(up_to_CC1, jnp.exp(sums_CCK), 0.0)
 
 
 def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, g_reversed_MUK) -> jax.Array:
-    """The scores of a level's pairs: sum_K q_iK exp(rows_iK) k_jK exp(after_jK)."""
+    """Scores of a level's pairs: sum_K q_iK exp(rows_iK) k_jK exp(g_reversed_jK)."""
     q_MUK, k_MUK = q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.exp(g_reversed_MUK)
     if q_MUK.shape[-2] == 1:
         return matmul.sum_last(q_MUK * k_MUK)
@@ -338,11 +331,13 @@ def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, g_reversed_MUK) -> j
 def decayed_scores(
     q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, exclusive: bool = False, rectangle=rectangle
 ) -> jax.Array:
-    """A_ij = sum_K q_iK k_jK exp(g_{j+1} + ... + g_i)_K for j <= i, 0 for j > i: (..., C, C),
-    float32 or wider.
+    """A_ij = q_i^T diag(D_ij) k_j for j <= i, 0 for j > i: (..., C, C), in float32 or wider.
 
-    With `exclusive`, the sums stop in front of i, and the diagonal is 0. q, k and the sums have the
-    same shape (..., C, K), or K = 1 for the sums. rectangle: what gives each level's.
+    Args:
+      q_CK, k_CK: (..., C, K).
+      sums: with their levels, of (..., C, K or 1).
+      exclusive: whether it is q_i^T diag(D_{i-1,j}) k_j, with a diagonal of 0.
+      rectangle: the function that gives each level's scores.
     """
     *lead, C, K = q_CK.shape
     accumulate = dtypes.common(q_CK, k_CK, sums.g_cumsum_CK)
@@ -359,8 +354,7 @@ def decayed_scores(
 
 
 def _assemble(diagonal, rectangles) -> jax.Array:
-    """The lower triangle from its diagonal (..., C, 1, 1) and each level's rectangles (..., M, U,
-    U)."""
+    """Lower triangle of a diagonal (..., C, 1, 1) and each level's rectangles (..., M, U, U)."""
     blocks = diagonal
     for rectangle in rectangles:
         *lead, M, U, _ = rectangle.shape
@@ -372,20 +366,18 @@ def _assemble(diagonal, rectangles) -> jax.Array:
 
 
 def g_cumsum(log_decay_BTX: jax.Array) -> jax.Array:
-    """Over a whole stretch (B, T, ...), any T: the sums from the first token up to and with each
-    one. Entries as in `chunk_sums`."""
-    return _stretch_sums(log_decay_BTX, np.tri(STRETCH_BLOCK), reverse=False)
+    """g_1 + ... + g_t of a whole shard (B, T, ...), any T; entries as in `chunk_sums`."""
+    return _shard_sums(log_decay_BTX, np.tri(SHARD_BLOCK), reverse=False)
 
 
 def g_reversed(log_decay_BTX: jax.Array) -> jax.Array:
-    """The same over the tokens behind each one, up to the stretch's end."""
-    return _stretch_sums(log_decay_BTX, np.tri(STRETCH_BLOCK, k=-1).T, reverse=True)
+    """g_{t+1} + ... + g_T of a whole shard (B, T, ...)."""
+    return _shard_sums(log_decay_BTX, np.tri(SHARD_BLOCK, k=-1).T, reverse=True)
 
 
-def _stretch_sums(log_decay_BTX, rows_CC, reverse: bool):
-    """Sums in blocks by a matrix product, then of blocks: on a TPU a cumulative sum of all tokens
-    moves memory around more."""
-    (B, T, *X), C = log_decay_BTX.shape, STRETCH_BLOCK
+def _shard_sums(log_decay_BTX, rows_CC, reverse: bool):
+    """Sums in blocks by a product, then of blocks: a TPU's cumulative sum moves more memory."""
+    (B, T, *X), C = log_decay_BTX.shape, SHARD_BLOCK
     padding = ((0, 0), (0, -T % C)) + ((0, 0),) * len(X)
     g_BNCX = jnp.pad(log_decay_BTX, padding).reshape(B, -1, C, *X)
     rows_CC = rows_CC.astype(g_BNCX.dtype)

@@ -1,20 +1,16 @@
-"""Arithmetic of arrays of two dtypes, said explicitly: `jax_numpy_dtype_promotion` may be
-"strict".
-"""
+"""Promotion of dtypes, explicitly: `jax_numpy_dtype_promotion` may be "strict"."""
 
 import jax
 import jax.numpy as jnp
 
 
 def common(*arrays_or_dtypes) -> jnp.dtype:
-    """The least dtype that holds all of them; an array that comes of a Python number, weakly
-    typed, takes the others'.
-    """
+    """Returns the least dtype that holds all; a weakly typed array takes that of the others."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*arrays_or_dtypes)
 
 
 def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x y in the common dtype."""
+    """Returns x y in their common dtype."""
     dtype = common(x, y)
     return x.astype(dtype) * y.astype(dtype)

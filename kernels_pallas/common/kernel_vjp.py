@@ -1,9 +1,8 @@
-"""Reverse derivatives, of any order, of functions that kernels and hand-written loops compute.
+"""Reverse derivatives of any order for functions computed by kernels or hand-written loops.
 
 A forward and a backward pass written by hand give a first derivative, and have none themselves.
-Where they are differentiated again, which is rare, they stand for another form of the same function
-that JAX can differentiate, the plain one: the backward pass for `jax.vjp` of it, and the forward
-pass, with what it keeps for the backward pass, for the function itself.
+Where they are differentiated again, which is rare, a plain form of the same function that JAX can
+differentiate stands in: its `jax.vjp` for the backward pass, and itself for the forward pass.
 """
 
 from collections.abc import Callable
@@ -23,15 +22,15 @@ def differentiable(
 ):
     """Returns f(form, fixed, *arrays) -> outputs, with reverse derivatives of any order.
 
-    form: hashable, what is fixed at tracing.
-    fixed: a pytree of arrays without derivatives, such as document ids, or None.
+    Of these, form is hashable and fixed at tracing; fixed is a pytree of arrays without
+    derivatives, such as document ids, or None.
 
     Args:
       forward: (form, fixed, *arrays) -> (outputs, residuals).
       backward: (form, fixed, arrays, residuals, cotangents of the outputs) -> those of the arrays.
-      plain: (form, fixed, *arrays) -> outputs, equal to `forward`'s, of what JAX differentiates.
-      call: (form, fixed, *arrays) -> outputs, where nothing is differentiated; None is `forward`
-        without its residuals.
+      plain: (form, fixed, *arrays) -> outputs, equal to `forward`'s, by what JAX differentiates.
+      call: (form, fixed, *arrays) -> outputs, for calls that nobody differentiates; None is
+        `forward` without its residuals.
       save: whether outputs and residuals get the checkpoint name of operator residuals (`remat`).
     """
 
@@ -56,7 +55,7 @@ def differentiable(
         return (outputs, residuals), (fixed, arrays, residuals)
 
     def residuals_backward(form, saved, cotangents):
-        """Drops the residuals' cotangent: `gradients`, which reads them, passes none to them."""
+        # `gradients`, which reads the residuals, passes no cotangent to them
         return run_backward(form, saved, cotangents[0])
 
     def gradients_forward(form, fixed, arrays, residuals, cotangents):

@@ -1,5 +1,4 @@
-"""Matrix products that keep narrow inputs narrow, and never round what was computed from them; sums
-as products."""
+"""Matrix products with float32 results, forward and backward, and sums of rows as products."""
 
 import functools
 
@@ -11,14 +10,14 @@ from kernels_pallas.common import dtypes
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Two-operand einsum with a float32 (or wider) result, in the backward pass too.
+    """Einsum of two operands with a result in float32 or wider, in the backward pass too.
 
     Two bfloat16 operands, which are then a caller's inputs, go to the matrix unit as they are. If
-    one is float32, a decayed key, a score, a state or a cotangent, the product is a float32 one:
-    rounding such an operand to bfloat16 costs up to 3e-2 of the result's rms where its entries are
-    heavy-tailed. How a device multiplies float32 is `jax_default_matmul_precision`, as everywhere
-    in JAX (TF32 on GPU, bfloat16 passes on TPU). Each letter of an operand must stand in the other
-    or in the result. Cotangents come back in the dtype of their operand.
+    one is float32 (a decayed key, a score, a state, a cotangent), the product is in float32:
+    rounding that operand would cost up to 3e-2 of the result's rms where entries are heavy-tailed.
+    How a device multiplies float32 is `jax_default_matmul_precision`, as everywhere in JAX. Each
+    letter of an operand must stand in the other or in the result. Cotangents have the dtype of
+    their operand.
     """
     accumulate = dtypes.common(x.dtype, y.dtype, jnp.float32)
 
@@ -52,10 +51,10 @@ einsum.defvjp(_forward, _backward)
 
 
 def sum_last(x: jax.Array) -> jax.Array:
-    """The sum over the last axis, which stays: (..., K) to (..., 1).
+    """Sum over the last axis, which stays: (..., K) to (..., 1).
 
-    On CPU a product with ones: XLA's reduction of the minor axis (jaxlib 0.10.2) takes ten times as
-    long there.
+    On CPU it is a product with ones: XLA's reduction of the minor axis (jaxlib 0.10.2) takes ten
+    times as long there.
     """
     return _sum_last(x.shape[-1], x)
 
@@ -73,21 +72,24 @@ def _sum_last(width, x):
     return jax.lax.platform_dependent(x, cpu=product, default=plain)
 
 
-# Nothing is kept: of what only gives its shape, a scan that is differentiated twice forgets that.
+# No residuals: a scan differentiated twice forgets an array of which only the shape is used.
 _sum_last.defvjp(
     lambda width, x: (_sum_last(width, x), None),
     lambda width, _, cotangent: (jnp.broadcast_to(cotangent, (*cotangent.shape[:-1], width)),),
 )
 
 
-def finite_rows(x: jax.Array) -> jax.Array:
-    """Whether all of the last axis is finite: (..., K) to (...)."""
-    return jnp.isfinite(sum_last(jax.lax.stop_gradient(x) * 0))[..., 0]
+def cleared(x_BTHK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns x with 0 for NaN and Inf, and where they stood, (B, T, H); x may be (B, T, H) too."""
+    finite = jnp.isfinite(x_BTHK)
+    bad_BTH = ~finite
+    if x_BTHK.ndim == 4:  # as a product, as sums of rows are
+        bad_BTH = ~jnp.isfinite(sum_last(jax.lax.stop_gradient(x_BTHK) * 0))[..., 0]
+    return jnp.where(finite, x_BTHK, 0), bad_BTH
 
 
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x scale, where scale broadcasts to x. One number a row, (..., 1): its gradient is summed by
-    `sum_last`."""
+    """Returns x scale, where scale broadcasts to x; of (..., 1) the gradient is a `sum_last`."""
     if scale.shape[-1] > 1:
         return dtypes.multiply(x, scale)
     return _rows_scaled(x, jnp.broadcast_to(scale, (*x.shape[:-1], 1)))

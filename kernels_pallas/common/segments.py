@@ -1,8 +1,7 @@
-"""Packed documents: what `segment_ids_BT` means to every operator.
+"""Packed documents, as every operator reads `segment_ids_BT`.
 
-A document is a run of equal ids. The state (or convolution tap) that enters a token is kept exactly
-when the token before it, in the same row, has the same id. The first token of a row keeps
-`initial_state`.
+A document is a run of equal ids. A state (or convolution tap) enters a token exactly when the token
+before it, in the same row, has the same id. `initial_state` enters the first token of a row.
 """
 
 import jax
@@ -12,40 +11,39 @@ from kernels_pallas.common import matmul
 
 
 def starts(segment_ids_BT: jax.Array, reverse: bool = False) -> jax.Array:
-    """True where a token begins a new document; column 0 is False, so an initial state enters.
+    """Returns True where a token begins a document; column 0 is False, so an initial state enters.
 
-    reverse: seen from the end, where a document begins at its last token; then the last column is
-      False.
+    reverse: whether time runs backwards, so that a document begins at its last token; then the last
+      column is False.
     """
     changed_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     return jnp.pad(changed_BT, ((0, 0), (0, 1) if reverse else (1, 0)))
 
 
 def run_index(segment_ids_BT: jax.Array) -> jax.Array:
-    """Number of document starts up to and including each token: equal for two tokens iff one
-    document holds both."""
+    """Returns each token's document, numbered from 0 in its row: the starts up to and with it."""
     return count_starts(starts(segment_ids_BT))
 
 
 def count_starts(start_BT: jax.Array) -> jax.Array:
-    """`run_index`, from what `starts` gave."""
+    """Returns `run_index`, from what `starts` gave."""
     return jnp.cumsum(start_BT.astype(jnp.int32), axis=1)
 
 
 def positions(segment_ids_BT: jax.Array) -> jax.Array:
-    """Index of each token within its document (the row's first document counts from 0)."""
+    """Returns each token's index in its document."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     start_index_BT = jnp.where(starts(segment_ids_BT), index_T[None], 0)
     return index_T[None] - jax.lax.cummax(start_index_BT, axis=1)
 
 
 def isolated(operator):
-    """A matrix recurrence in which what is not finite stays in its document, where one is given.
+    """Makes NaN and Inf stay in their document, of a matrix recurrence whose masks are products.
 
     From a token (or an initial state) that is not finite on, its head's outputs are NaN up to the
-    document's end; gradients are those of the others. A product with a mask of 0 would let it pass.
-    It costs a pass over the arguments, so documents alone are kept apart: without them, a chunk's
-    earlier tokens may be NaN too. So may other documents where finite arguments overflow.
+    document's end; gradients are those of the others. It costs a pass over the arguments, so that
+    calls without segment ids go without: a chunk's earlier tokens may be NaN there, too. So may
+    other documents where finite arguments overflow.
     """
 
     def call(*, initial_state_BHKV, segment_ids_BT, **inputs):
@@ -59,14 +57,14 @@ def isolated(operator):
         for name, x in inputs.items():
             if "_BT" not in name or x is None:
                 continue
-            inputs[name] = jnp.where(jnp.isfinite(x), x, 0)
-            of_token = jnp.isfinite(x) if x.ndim == 3 else matmul.finite_rows(x)
-            bad_BTH |= ~jnp.repeat(of_token, H // x.shape[2], axis=2)
+            inputs[name], bad_BTG = matmul.cleared(x)
+            bad_BTH |= jnp.repeat(bad_BTG, H // x.shape[2], axis=2)
         finite_BHKV = jnp.isfinite(initial_state_BHKV)
         bad_BTH = bad_BTH.at[:, 0].set(bad_BTH[:, 0] | ~jnp.all(finite_BHKV, axis=(2, 3)))
+        # A token is bad if the last bad one of its head does not lie before its document
         index_1T = jnp.arange(T, dtype=jnp.int32)[None]
         last_bad_BTH = jax.lax.cummax(jnp.where(bad_BTH, index_1T[..., None], -1), axis=1)
-        first_BT = index_1T - positions(segment_ids_BT)  # where each token's document begins
+        first_BT = index_1T - positions(segment_ids_BT)  # the first token of the document
         bad_BTH = last_bad_BTH >= first_BT[..., None]
         o_BTHV, final_BHKV = operator(
             initial_state_BHKV=jnp.where(finite_BHKV, initial_state_BHKV, 0),

@@ -1,16 +1,14 @@
-"""The inverse of a unit lower triangular matrix: what couples the tokens of one chunk of a delta
-rule.
+"""The inverse of I + A, A strictly lower triangular, which couples the tokens of a chunk (WY form).
 
-It is never formed through powers of the matrix (a Neumann series): the powers of a strictly lower
-triangular matrix with entries up to 2 grow past 1e30 before they vanish, while the inverse itself
-stays small. Diagonal blocks of 16 are inverted row by row, by substitution, and neighbours are
-joined by block substitution,
+Powers of A (a Neumann series) are never formed: with entries up to 2 they grow past 1e30 before
+they vanish, while the inverse itself stays small. Diagonal blocks of 16 are inverted row by row, by
+substitution, and neighbours are joined by block substitution, two matrix products per level:
 
     [I + A11     0   ]^-1     [X1  0 ]
-    [  A21    I + A22]     =  [Y   X2]          Y = -X2 A21 X1,
+    [  A21    I + A22]     =  [Y   X2]          Y = -X2 A21 X1
 
-two matrix products a level. On two CPU cores, for 512 matrices of 64 x 64, this takes half the time
-of `jax.lax.linalg.triangular_solve` for the whole (jaxlib 0.10.2), and is as exact.
+On CPU this takes half the time of `jax.lax.linalg.triangular_solve` (512 matrices of 64 x 64,
+jaxlib 0.10.2), and is as exact.
 """
 
 import jax
@@ -22,17 +20,17 @@ BLOCK = 16
 
 
 def inverse(A_CC: jax.Array) -> jax.Array:
-    """(I + A)^{-1} for A (..., C, C) strictly lower triangular, C a power of two; at the highest
-    matmul precision.
+    """Returns (I + A)^-1 for A (..., C, C) strictly lower triangular, C a power of two.
 
-    The derivative belongs to whoever solves with it: of U = (I + A)^{-1} R it is dR = (I + A)^{-T}
-    dU, dA = -dR U^T.
+    Products have the highest precision. Callers that solve U = (I + A)^-1 R differentiate that by
+    hand: dR = (I + A)^-T dU, dA = -dR U^T.
     """
     *lead, C, _ = A_CC.shape
     A_MCC = A_CC.reshape(-1, C, C)
     U = min(C, BLOCK)
     diagonal_MUU = _blocks(A_MCC, U, 0, U)
 
+    # Row i of a block's inverse: e_i - A_i X, from the rows above
     def substitute(i, X_MUU):
         row_M1U = jax.lax.dynamic_slice_in_dim(diagonal_MUU, i, 1, axis=-2)
         known_M1U = jax.lax.dynamic_slice_in_dim(X_MUU, i, 1, axis=-2)
@@ -44,6 +42,7 @@ def inverse(A_CC: jax.Array) -> jax.Array:
     eye_MUU = jnp.broadcast_to(jnp.eye(U, dtype=A_CC.dtype), diagonal_MUU.shape)
     eye_MUU = manual_axes.alike(eye_MUU, manual_axes.varying(A_CC))
     X_MUU = jax.lax.fori_loop(1, U, substitute, eye_MUU)
+    # Neighbouring blocks joined, level by level
     while U < C:
         first, second = X_MUU[..., 0::2, :, :], X_MUU[..., 1::2, :, :]
         below = -_dot(_dot(second, _blocks(A_MCC, U, U, 2 * U)), first)
@@ -54,7 +53,7 @@ def inverse(A_CC: jax.Array) -> jax.Array:
 
 
 def _blocks(A_CC, U, down, stride):
-    """The U x U blocks that stand `down` rows below the diagonal, one every `stride` tokens."""
+    """The U x U blocks `down` rows below the diagonal, one every `stride` tokens."""
     starts = range(0, A_CC.shape[-1], stride)
     return jnp.stack([A_CC[..., i + down : i + down + U, i : i + U] for i in starts], axis=-3)
 

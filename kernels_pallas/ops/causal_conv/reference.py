@@ -9,15 +9,14 @@ from kernels_pallas.common import arguments, chunk_blocks, dtypes, matmul, segme
 
 
 class Finish(NamedTuple):
-    """What is done to the sums: the activation, then each of `heads` equal parts divided by its
-    length."""
+    """Function of the sums: the activation, then each of `heads` equal parts over its l2 norm."""
 
     activation: str | None = None
     heads: int | None = None
     eps: float = 1e-6
 
     def __call__(self, z):
-        """On (..., D), in z's dtype."""
+        """Applies it to (..., D), in z's dtype."""
         if self.activation == "silu":
             z = jax.nn.silu(z)
         if self.heads is not None:
@@ -28,7 +27,7 @@ class Finish(NamedTuple):
 
 
 def finish_of(x, activation, heads, eps) -> Finish:
-    """Raises ValueError where (..., D) inputs cannot be finished so."""
+    """Returns the `Finish` of (..., D) inputs; raises ValueError where it does not fit them."""
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv: activation is {activation!r}; expected None or 'silu'")
     if not arguments.is_number(eps) or eps < 0:
@@ -43,9 +42,7 @@ def finish_of(x, activation, heads, eps) -> Finish:
 
 
 def promoted(x, *others):
-    """x, complex where it is real and one of the others (or None) is not: their imaginary parts
-    count.
-    """
+    """Returns x, made complex where one of the others (arrays or None) is complex."""
     others = [z for z in others if z is not None]
     if jnp.iscomplexobj(x) or not any(jnp.iscomplexobj(z) for z in others):
         return x
@@ -53,13 +50,12 @@ def promoted(x, *others):
 
 
 def demoted(z, dtype):
-    """z in `dtype`: where that is real, the real part, as in the transpose of the opposite cast."""
+    """Returns z in `dtype`, its real part where that is real: the transpose of `promoted`."""
     return (z if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.real(z)).astype(dtype)
 
 
 def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1e-6):
-    """One token of `causal_conv`, for decoding: z = bias + w[-1] x + sum_{i<I-1} w[i] tail[i],
-    finished as there.
+    """One token of `causal_conv`, for decoding: z = bias + w[-1] x + sum_{i<I-1} w[i] tail[i].
 
     Args:
       x_BD: the token's input.
@@ -67,7 +63,7 @@ def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1
       tail: (B, I-1, D), the inputs before it, oldest first, as `causal_conv` or an earlier step
         returned it.
       bias: (D,) or None.
-      activation, l2_norm_heads, eps: as in `causal_conv`.
+      activation, l2_norm_heads, eps: of z, as in `causal_conv`.
 
     Returns:
       (y_BD, the new tail), in the dtypes that `causal_conv` gives; sums are float32 or wider.
@@ -91,8 +87,7 @@ def _step(x_BD, w, tail, bias, finish):
 
 
 def recurrent(x_BTD, w, bias, initial_state, start_BT, finish):
-    """`step` over time, the tail emptied where a document starts. Arguments are normalised by
-    `api.py`."""
+    """`step` over time, the tail 0 where a document starts; arguments normalised by `api.py`."""
 
     def scan_step(tail, token):
         x_BD, start_B = token
@@ -107,7 +102,7 @@ def recurrent(x_BTD, w, bias, initial_state, start_BT, finish):
 
 
 def tail(x_BTD, initial_state, start_BT):
-    """The last inputs of the last token's document, zeros before them: the state after x."""
+    """Returns the state after x: the last I-1 inputs of the last token's document, zeros before."""
     n, T = initial_state.shape[1], x_BTD.shape[1]
     last = max(T - n, 0) if chunk_blocks.known(T) else 0
     seen_BSD = jnp.concatenate([initial_state, x_BTD[:, last:]], axis=1)

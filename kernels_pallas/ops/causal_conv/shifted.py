@@ -1,15 +1,9 @@
-"""The short causal convolution as I shifted multiply-adds, which XLA fuses into one pass, with its
-own backward pass.
+"""The short causal convolution as I shifted multiply-adds, with its own backward pass.
 
-Let e be the I-1 inputs that enter followed by x, z_t = bias + sum_i w_i e_{t+i}, and g the gradient
-of z. Then
-
-    de_p = sum_i w_i g_{p-i}        dw_i = sum_{b,t} g_t e_{t+i}
-
-each again I shifted products. A tap counts where both its ends lie in one document. Backward, z is
-computed again, and activation and norm are differentiated there: nothing is kept but the arguments.
-`lax.conv_general_dilated` with D feature groups is the same sum; on two CPU cores it was 15 to 450
-times slower at width 4 and 100 at width 16.
+XLA fuses them into one pass (docs/math/causal_conv.md). A tap counts where both its ends lie in
+one document. The backward pass computes z again, and differentiates activation and norm there: its
+residuals are the arguments alone. `lax.conv_general_dilated` with D feature groups is the same sum,
+and 15 to 450 times slower on CPU.
 """
 
 import functools
@@ -31,9 +25,8 @@ def run(x_BTD, w, bias, initial_state, start_BT, finish):
     return y_BTD, reference.tail(x_BTD, initial_state, start_BT)
 
 
-def _kept(tap_BTD, run_BS, first, second, length):
-    """The tap, zero where its two ends (beginning at `first` and `second` of run_BS) lie in
-    different documents."""
+def _in_document(tap_BTD, run_BS, first, second, length):
+    """The tap, 0 where its ends (from `first` and `second` of run_BS on) lie in two documents."""
     if run_BS is None or first == second:
         return tap_BTD
     same_BT = run_BS[:, first : first + length] == run_BS[:, second : second + length]
@@ -46,13 +39,13 @@ def _finished(finish, entered_BSD, w, bias, run_BS):
 
 
 def _sums(entered_BSD, w, bias, run_BS):
-    """z in float32 or wider, of T = S - (I-1) tokens."""
+    """z_t = bias + sum_i w_i e_{t+i} of the T = S - (I-1) tokens, in float32 or wider."""
     width, S = w.shape[0], entered_BSD.shape[1]
     T = S - (width - 1)
     dtype = dtypes.common(entered_BSD.dtype, w.dtype, jnp.float32)
     z_BTD = 0 if bias is None else bias.astype(dtype)[None, None]
     for i in range(width):
-        tap_BTD = _kept(entered_BSD[:, i : i + T], run_BS, i, width - 1, T)
+        tap_BTD = _in_document(entered_BSD[:, i : i + T], run_BS, i, width - 1, T)
         z_BTD = z_BTD + tap_BTD.astype(dtype) * w[i].astype(dtype)[None, None]
     return z_BTD
 
@@ -65,20 +58,22 @@ def _backward(finish, saved, dy_BTD):
     entered_BSD, w, bias, run_BS = saved
     width, (_, T, _) = w.shape[0], dy_BTD.shape
     margin = width - 1
+    # dz, from y = finish(z), z computed again
     _, finish_vjp = jax.vjp(finish, _sums(entered_BSD, w, bias, run_BS))
     dtype = dtypes.common(entered_BSD.dtype, w.dtype, jnp.float32)
     (g_BTD,) = finish_vjp(dy_BTD.astype(dtype))
     padded_g = jnp.pad(g_BTD, ((0, 0), (margin, margin), (0, 0)))
-    # -1 is no document: what would come from beyond the ends is zero in any case.
+    # -1 is no document; what stands beyond the ends is 0
     padded_run = (
         None if run_BS is None else jnp.pad(run_BS, ((0, 0), (0, margin)), constant_values=-1)
     )
+    # de_p = sum_i w_i dz_{p-i}, dw_i = sum_{b,t} dz_t e_{t+i}
     d_entered_BSD, dw = 0, []
     for i in range(width):
         lag, S = margin - i, T + margin
-        later_BSD = _kept(padded_g[:, lag : lag + S], padded_run, 0, lag, S)
+        later_BSD = _in_document(padded_g[:, lag : lag + S], padded_run, 0, lag, S)
         d_entered_BSD = d_entered_BSD + later_BSD * w[i].astype(dtype)[None, None]
-        tap_BTD = _kept(entered_BSD[:, i : i + T], run_BS, i, margin, T)
+        tap_BTD = _in_document(entered_BSD[:, i : i + T], run_BS, i, margin, T)
         dw.append(jnp.sum(g_BTD * tap_BTD.astype(dtype), axis=(0, 1)))
     d_bias = None
     if bias is not None:

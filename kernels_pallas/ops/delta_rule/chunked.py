@@ -1,32 +1,26 @@
 """The delta rule and the general diagonal-plus-low-rank recurrence, chunk by chunk, in plain XLA.
 
-Inside a chunk of C tokens the vectors u_i that the erasing part writes depend on each other through
-a strictly lower triangular matrix, so one triangular solve (the WY or UT form: DeltaNet, arXiv
-2406.06484, section 3.2; with decay, Gated DeltaNet, arXiv 2412.06464, section 3.3; per channel,
-Kimi Linear, arXiv 2510.26692, section 3) makes each chunk an affine map of the state that enters
-it. With sums of log decay from the chunk's start (through: with token i, before: without it),
-behind token j to the chunk's end (after), and between j and i (D, inside the products):
+The equations, forward and backward, stand in docs/math/delta_rule.md under the names used here.
+The vectors U_i that a chunk's tokens write depend on each other through a strictly lower triangular
+matrix A, so one triangular solve (the WY or UT form: DeltaNet, arXiv 2406.06484, section 3.2; with
+a decay, Gated DeltaNet, 2412.06464, section 3.3; per channel, Kimi Linear, 2510.26692, section 3)
+makes each chunk an affine map of the state that enters it:
 
-    delta rule   (I + A) U = beta v - (beta k exp(through)) S     A_ij = beta_i (k_i . D_ij k_j),  j
-      < i
-    general      (I - A) U = A' V + (b exp(before)) S             A_ij = b_i . D_i-1,j a_j,  A'_ij =
-      b_i . D_i-1,j k_j
-    output       o = (q exp(through)) S + (q . D w) U [+ (q . D k) V]          w = k (delta rule), a
-      (general)
-    next state   S' = exp(total) S + (w exp(after))^T U [+ (k exp(after))^T V]
+    delta rule   (I + A) U = beta v - (beta k exp(g_cumsum)) S
+    general      (I + A) U = A' v + (b exp(g_exclusive)) S
 
 `Chunks` holds these maps, whichever of the two they came from; one pass over the chunks, forward
-and backward, serves both. A document's first token is a reset (`decay_sums.RESET`; and its b reads
-nothing). Without a decay and without documents nothing is multiplied by exponentials that are 1.
+and backward, serves both. A document's first token is a reset (`decay.RESET`), and its b reads
+nothing. Without a decay and without documents nothing is multiplied by exponentials that are 1.
 
-The sequence is cut into spans of chunks. A scan goes over the spans; the chunks of a span are
-treated at once but for the state, which goes from one to the next. The backward pass keeps the
-inputs and each chunk's entering state, recomputes the maps of one span at a time, and takes the
-derivative of the pass by hand, of the maps by `jax.vjp`. Chunks of 32: longer ones take more
-products and lose accuracy where beta is 2, shorter ones store more states.
+The chunks of a block are treated at once but for the state, which goes from one to the next; a scan
+goes over the blocks. The backward pass saves the inputs and each chunk's entering state, recomputes
+the maps of one block at a time, and takes the derivative of the pass by hand, of the maps by
+`jax.vjp`. Chunks of 32: longer ones take more products and lose accuracy where beta is 2, shorter
+ones store more states.
 
-In float32, rounding is held down further where tokens' transitions come near reflections and little
-is forgotten: see `reflections`.
+In float32, products are compensated where tokens' transitions come near reflections and little is
+forgotten: see `compensated`.
 """
 
 import functools
@@ -37,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import (
+    arguments,
     branches,
     chunk_blocks,
     decay,
@@ -50,29 +45,28 @@ from kernels_pallas.common.matmul import scaled
 from kernels_pallas.ops.delta_rule import compensated
 
 CHUNK = 32
-ACCELERATOR_PAIRS = 64  # chunks times heads treated at once
+ACCELERATOR_PAIRS = 64  # (chunk, head) pairs of a block
 
 
 class Chunks(NamedTuple):
     """Chunks as affine maps of the state S_KV that enters: (chunks M, B, H, ...).
 
     (I + A_CC) U = write_CV + read_CK S
-    o = local_CV + q_CK S + scores_CC U
-    S' = decay_K1 S + w_CK^T U + local_KV
+    o = local_CV + q_CK S + Z_CC U
+    S' = exp_g_total_K1 S + w_CK^T U + local_KV
 
-    decay_K1: None where nothing decays.
-    lost_CC: what A_CC has lost to rounding, where that counts (see `reflections`); it has no
-      gradient.
+    exp_g_total_K1: None where nothing decays.
+    A_rest_CC: what rounding took from A_CC, where products are compensated; without gradient.
     """
 
     A_CC: jax.Array
     read_CK: jax.Array
     write_CV: jax.Array
     q_CK: jax.Array
-    scores_CC: jax.Array
+    Z_CC: jax.Array
     w_CK: jax.Array
-    decay_K1: jax.Array | None
-    lost_CC: jax.Array | None = None
+    exp_g_total_K1: jax.Array | None
+    A_rest_CC: jax.Array | None = None
     local_CV: jax.Array | None = None
     local_KV: jax.Array | None = None
 
@@ -88,16 +82,16 @@ def run(
     chunk_size=None,
     scale=1.0,
 ):
-    """The delta rule in chunks. Arguments are normalised by `api.py`; the scale of q is a number."""
+    """The delta rule in chunks; arguments normalised by `api.py`, the scale a number."""
     log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
-    reflects = None
+    compensate = None
     if initial_state_BHKV.dtype == jnp.float32:
-        squared_BTH = _repeat_heads(compensated.squared(k_BTGK), v_BTHV.shape[2])
+        squared_BTH = arguments.repeat_heads(compensated.squared(k_BTGK), v_BTHV.shape[2])
         sizes_BTH = dtypes.multiply(jnp.abs(beta_BTH), squared_BTH)
-        reflects = compensated.needed(sizes_BTH, log_decay_BTHK)
+        compensate = compensated.needed(sizes_BTH, log_decay_BTHK)
     inputs = (q_BTGK, k_BTGK, v_BTHV, beta_BTH[..., None], log_decay_BTHK)
     form = _form(_delta_rule_chunks, q_BTGK.shape[-1], v_BTHV, chunk_size, scale)
-    return _run(form, inputs, initial_state_BHKV, reflects)
+    return _run(form, inputs, initial_state_BHKV, compensate)
 
 
 def run_diagonal_plus_low_rank(
@@ -115,19 +109,19 @@ def run_diagonal_plus_low_rank(
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
-    reflects = None
+    compensate = None
     if initial_state_BHKV.dtype == jnp.float32:
         squared_BTH = compensated.squared(a_BTHK) * compensated.squared(b_BTHK)
-        reflects = compensated.needed(jnp.sqrt(squared_BTH), log_decay_BTHK)
+        compensate = compensated.needed(jnp.sqrt(squared_BTH), log_decay_BTHK)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK)
     form = _form(_diagonal_plus_low_rank_chunks, q_BTHK.shape[-1], v_BTHV, chunk_size, 1.0)
-    return _run(form, inputs, initial_state_BHKV, reflects)
+    return _run(form, inputs, initial_state_BHKV, compensate)
 
 
 class _Form(NamedTuple):
-    """What is fixed at tracing. C: chunk length, a power of two. M: chunks a span."""
+    """What is fixed at tracing. C: chunk length, a power of two. M: chunks of a block."""
 
-    chunks: Callable[..., Chunks]  # of a span's inputs, each (M, B, heads, C, dim)
+    chunks: Callable[..., Chunks]  # takes a block's inputs, each (M, B, heads, C, dim)
     scale: float
     C: int
     M: int
@@ -142,26 +136,36 @@ def _form(chunks, K, v_BTHV, chunk_size, scale) -> _Form:
     return _Form(chunks, scale, C, M)
 
 
-def _delta_rule_chunks(q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *, exact) -> Chunks:
+def _delta_rule_chunks(
+    q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *, compensate
+) -> Chunks:
+    """A_ij = beta_i k_i^T diag(D_ij) k_j, Z_ij = q_i^T diag(D_ij) k_j, and what meets the state."""
     H = v_MBHCV.shape[2]
     sums = _decay_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H)
-    q_MBHCK, k_MBHCK = (_repeat_heads(x, H) for x in (q_MBGCK, k_MBGCK))
+    q_MBHCK, k_MBHCK = (arguments.repeat_heads(x, H) for x in (q_MBGCK, k_MBGCK))
+    A_rest_MBHCC = None
+    if compensate:
+        A_rest_MBHCC = beta_MBHC1 * _A_rest(k_MBHCK, k_MBHCK, sums, exclusive=False)
     return Chunks(
         A_CC=scaled(jnp.tril(products(k_MBGCK, k_MBGCK), -1), beta_MBHC1),
         read_CK=_decayed(scaled(k_MBHCK, -beta_MBHC1), sums.g_cumsum_CK),
         write_CV=scaled(v_MBHCV, beta_MBHC1),
         q_CK=_decayed(q_MBHCK, sums.g_cumsum_CK),
-        scores_CC=products(q_MBGCK, k_MBGCK),
+        Z_CC=products(q_MBGCK, k_MBGCK),
         w_CK=_decayed(k_MBHCK, sums.g_reversed_CK),
-        decay_K1=_state_decay(sums),
-        lost_CC=beta_MBHC1 * _lost(k_MBHCK, k_MBHCK, sums, exclusive=False) if exact else None,
+        exp_g_total_K1=_exp_g_total(sums),
+        A_rest_CC=A_rest_MBHCC,
     )
 
 
 def _diagonal_plus_low_rank_chunks(
-    q_MBHCK, k_MBHCK, v_MBHCV, a_MBHCK, b_MBHCK, log_decay_MBHCK, *, exact
+    q_MBHCK, k_MBHCK, v_MBHCV, a_MBHCK, b_MBHCK, log_decay_MBHCK, *, compensate
 ) -> Chunks:
+    """A_ij = -b_i^T diag(D_{i-1,j}) a_j, Z_ij = q_i^T diag(D_ij) a_j, and what meets the state.
+
+    k and v do not depend on the state: they stand in write_CV, local_CV and local_KV.
+    """
     H = v_MBHCV.shape[2]
     sums = _decay_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H)
@@ -171,58 +175,54 @@ def _diagonal_plus_low_rank_chunks(
         read_CK=_decayed(b_MBHCK, sums.g_exclusive_CK),
         write_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products_exclusive(b_MBHCK, k_MBHCK), v_MBHCV),
         q_CK=_decayed(q_MBHCK, sums.g_cumsum_CK),
-        scores_CC=products(q_MBHCK, a_MBHCK),
+        Z_CC=products(q_MBHCK, a_MBHCK),
         w_CK=_decayed(a_MBHCK, sums.g_reversed_CK),
-        decay_K1=_state_decay(sums),
-        lost_CC=-_lost(b_MBHCK, a_MBHCK, sums, exclusive=True) if exact else None,
+        exp_g_total_K1=_exp_g_total(sums),
+        A_rest_CC=-_A_rest(b_MBHCK, a_MBHCK, sums, exclusive=True) if compensate else None,
         local_CV=jnp.einsum("MBHij,MBHjV->MBHiV", products(q_MBHCK, k_MBHCK), v_MBHCV),
         local_KV=jnp.einsum("MBHCK,MBHCV->MBHKV", _decayed(k_MBHCK, sums.g_reversed_CK), v_MBHCV),
     )
 
 
 def _decay_sums(log_decay_MBHCK):
-    """Its sums; None: each of them None, which decays nothing."""
-    if log_decay_MBHCK is None:
+    """The sums of log decay; without a decay each of them is None."""
+    decay_kind = decay.kind(log_decay_MBHCK)
+    if decay_kind == "none":
         return decay.Sums(*(None for _ in decay.Sums._fields))
-    return decay.chunk_sums(log_decay_MBHCK, levels=log_decay_MBHCK.shape[-1] > 1)
+    return decay.chunk_sums(log_decay_MBHCK, levels=decay_kind == "per_channel")
 
 
-def _decayed(x_MBHCK, log_decay_MBHCK):
-    return x_MBHCK if log_decay_MBHCK is None else scaled(x_MBHCK, jnp.exp(log_decay_MBHCK))
+def _decayed(x_MBHCK, g_MBHCK):
+    return x_MBHCK if g_MBHCK is None else scaled(x_MBHCK, jnp.exp(g_MBHCK))
 
 
-def _state_decay(sums):
+def _exp_g_total(sums):
     return None if sums.g_total_K is None else jnp.exp(sums.g_total_K)[..., None]
 
 
 def _decayed_products(sums, H, *, exclusive=False):
-    """A function of rows and columns: sum_K row_iK column_jK exp(g_{j+1} + ... + g_i)_K, zero for j
-    > i.
+    """Returns a function of rows x and columns y: x_i^T diag(D_ij) y_j, zero for j > i.
 
-    With `before` the sum of decays stops in front of i, and the diagonal is zero. Where all
-    channels decay alike, heads that share rows and columns share their products.
+    With `exclusive` it is x_i^T diag(D_{i-1,j}) y_j, and the diagonal is zero. Where all channels
+    decay alike, heads that share rows and columns share their products.
     """
-    if _per_channel(sums):
+    if decay.kind(sums.log_decay_CK) == "per_channel":
 
-        def per_channel(rows_MBGCK, columns_MBGCK):
-            rows_MBHCK, columns_MBHCK = (_repeat_heads(x, H) for x in (rows_MBGCK, columns_MBGCK))
-            return decay.decayed_scores(rows_MBHCK, columns_MBHCK, sums, exclusive=exclusive)
+        def per_channel(x_MBGCK, y_MBGCK):
+            x_MBHCK, y_MBHCK = (arguments.repeat_heads(z, H) for z in (x_MBGCK, y_MBGCK))
+            return decay.decayed_scores(x_MBHCK, y_MBHCK, sums, exclusive=exclusive)
 
         return per_channel
     D_MBHCC = _pair_decay(sums, exclusive)
 
-    def per_head(rows_MBGCK, columns_MBGCK):
-        scores_MBGCC = jnp.einsum("MBGiK,MBGjK->MBGij", rows_MBGCK, columns_MBGCK)
-        scores_MBHCC = _repeat_heads(scores_MBGCC, H)
+    def per_head(x_MBGCK, y_MBGCK):
+        products_MBGCC = jnp.einsum("MBGiK,MBGjK->MBGij", x_MBGCK, y_MBGCK)
+        products_MBHCC = arguments.repeat_heads(products_MBGCC, H)
         if D_MBHCC is None:
-            return jnp.tril(scores_MBHCC, -1 if exclusive else 0)
-        return scores_MBHCC * D_MBHCC
+            return jnp.tril(products_MBHCC, -1 if exclusive else 0)
+        return products_MBHCC * D_MBHCC
 
     return per_head
-
-
-def _per_channel(sums):
-    return sums.g_total_K is not None and sums.g_total_K.shape[-1] > 1
 
 
 def _pair_decay(sums, exclusive):
@@ -231,87 +231,90 @@ def _pair_decay(sums, exclusive):
     return decay.pair_decay(sums.log_decay_CK, exclusive=exclusive)
 
 
-def _lost(rows_MBHCK, columns_MBHCK, sums, *, exclusive):
-    """What a chunk's A has lost to rounding. It has no gradient."""
-    rows_MBHCK, columns_MBHCK, sums = jax.lax.stop_gradient((rows_MBHCK, columns_MBHCK, sums))
-    if _per_channel(sums):
-        lost_MBHCC = decay.decayed_scores(
-            *(rows_MBHCK, columns_MBHCK, sums),
-            exclusive=exclusive,
-            rectangle=compensated.lost_rectangle,
+def _A_rest(x_MBHCK, y_MBHCK, sums, *, exclusive):
+    """What rounding took from the products x_i^T diag(D_ij) y_j of a chunk's A; no gradient."""
+    x_MBHCK, y_MBHCK, sums = jax.lax.stop_gradient((x_MBHCK, y_MBHCK, sums))
+    decay_kind = decay.kind(sums.log_decay_CK)
+    if decay_kind == "per_channel":
+        rest_MBHCC = decay.decayed_scores(
+            x_MBHCK, y_MBHCK, sums, exclusive=exclusive, rectangle=compensated.rectangle_rest
         )
     else:
-        lost_MBHCC = compensated.lost_product(rows_MBHCK, columns_MBHCK)
-    if sums.log_decay_CK is not None and not _per_channel(sums):
-        scores_MBHCC = jnp.einsum("MBHiK,MBHjK->MBHij", rows_MBHCK, columns_MBHCK)
+        rest_MBHCC = compensated.product_rest(x_MBHCK, y_MBHCK)
+    if decay_kind == "per_token":
+        products_MBHCC = jnp.einsum("MBHiK,MBHjK->MBHij", x_MBHCK, y_MBHCK)
         between_MBHCC = decay.sums_between(sums.log_decay_CK[..., 0], exclusive)
         D_MBHCC = _pair_decay(sums, exclusive)
-        lost_MBHCC = compensated.lost_decayed(scores_MBHCC, lost_MBHCC, D_MBHCC, between_MBHCC)
-    return jnp.tril(lost_MBHCC, -1)
-
-
-def _repeat_heads(x_MBGCK, H):
-    G = x_MBGCK.shape[2]
-    return x_MBGCK if G == H else jnp.repeat(x_MBGCK, H // G, axis=2)
+        rest_MBHCC = compensated.decayed_rest(products_MBHCC, rest_MBHCC, D_MBHCC, between_MBHCC)
+    return jnp.tril(rest_MBHCC, -1)
 
 
 def _pass(chunks: Chunks, S_BHKV):
-    """Through the chunks of a span: their outputs, the state that leaves and those that entered
-    each."""
-    state_dot = compensated.state_product(chunks.lost_CC)
+    """Passes over a block's chunks: outputs, the leaving state, and the state entering each chunk."""
+    state_dot = compensated.state_product(chunks.A_rest_CC)
 
     def one_chunk(S_BHKV, inputs):
         c, X_BHCC = inputs
+        # R = write + read S, U = (I + A)^-1 R
         R_BHCV = c.write_CV + state_dot("BHCK,BHKV->BHCV", c.read_CK, S_BHKV)
-        U_BHCV = compensated.solve(c.A_CC, c.lost_CC, X_BHCC, R_BHCV)
-        S_kept = S_BHKV if c.decay_K1 is None else c.decay_K1 * S_BHKV
-        S_next = S_kept + state_dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
+        U_BHCV = compensated.solve(c.A_CC, c.A_rest_CC, X_BHCC, R_BHCV)
+        # S' = exp(g_total) S + w^T U + local
+        decayed_BHKV = S_BHKV if c.exp_g_total_K1 is None else c.exp_g_total_K1 * S_BHKV
+        S_next = decayed_BHKV + state_dot("BHCK,BHCV->BHKV", c.w_CK, U_BHCV)
         if c.local_KV is not None:
             S_next = S_next + c.local_KV
         return S_next, (S_BHKV, U_BHCV)
 
     X_MBHCC = triangular_inverse.inverse(chunks.A_CC)
     S_BHKV, (S_MBHKV, U_MBHCV) = jax.lax.scan(one_chunk, S_BHKV, (chunks, X_MBHCC))
+    # o = (q exp(g_cumsum)) S + Z U + local
     o_MBHCV = jnp.einsum("MBHCK,MBHKV->MBHCV", chunks.q_CK, S_MBHKV)
-    o_MBHCV = o_MBHCV + jnp.einsum("MBHij,MBHjV->MBHiV", chunks.scores_CC, U_MBHCV)
+    o_MBHCV = o_MBHCV + jnp.einsum("MBHij,MBHjV->MBHiV", chunks.Z_CC, U_MBHCV)
     if chunks.local_CV is not None:
         o_MBHCV = o_MBHCV + chunks.local_CV
     return o_MBHCV, S_BHKV, S_MBHKV
 
 
 def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
-    """Cotangents of the maps and of the state that entered the span."""
-    state_dot = compensated.state_product(c.lost_CC)
+    """Cotangents of a block's maps, and of the state that entered the block."""
+    state_dot = compensated.state_product(c.A_rest_CC)
+    # R and U again, of all chunks at once, from the entering states
     X_MBHCC = triangular_inverse.inverse(c.A_CC)
     R_MBHCV = c.write_CV + state_dot("MBHCK,MBHKV->MBHCV", c.read_CK, S_MBHKV)
-    U_MBHCV = compensated.solve(c.A_CC, c.lost_CC, X_MBHCC, R_MBHCV)
-    dU_MBHCV = jnp.einsum("MBHij,MBHiV->MBHjV", c.scores_CC, do_MBHCV)
+    U_MBHCV = compensated.solve(c.A_CC, c.A_rest_CC, X_MBHCC, R_MBHCV)
+    # The outputs' part of dU = Z^T do + w dS', and of dS
+    dU_MBHCV = jnp.einsum("MBHij,MBHiV->MBHjV", c.Z_CC, do_MBHCV)
     dS_MBHKV = jnp.einsum("MBHCK,MBHCV->MBHKV", c.q_CK, do_MBHCV)
 
     def one_chunk(dS_next, inputs):
         c, X_BHCC, dU_BHCV, dS_BHKV = inputs
+        # dR = (I + A)^-T dU
         dU_BHCV = dU_BHCV + state_dot("BHCK,BHKV->BHCV", c.w_CK, dS_next)
-        dR_BHCV = compensated.solve_transposed(c.A_CC, c.lost_CC, X_BHCC, dU_BHCV)
-        dS_kept = dS_next if c.decay_K1 is None else c.decay_K1 * dS_next
-        dS_BHKV = dS_BHKV + dS_kept + state_dot("BHCK,BHCV->BHKV", c.read_CK, dR_BHCV)
+        dR_BHCV = compensated.solve_transposed(c.A_CC, c.A_rest_CC, X_BHCC, dU_BHCV)
+        # dS = exp(g_total) dS' + read^T dR + (q exp(g_cumsum))^T do
+        decayed_BHKV = dS_next if c.exp_g_total_K1 is None else c.exp_g_total_K1 * dS_next
+        dS_BHKV = dS_BHKV + decayed_BHKV + state_dot("BHCK,BHCV->BHKV", c.read_CK, dR_BHCV)
         return dS_BHKV, (dS_next, dR_BHCV)
 
     dS_BHKV, (dS_next_MBHKV, dR_MBHCV) = jax.lax.scan(
         one_chunk, dS_BHKV, (c, X_MBHCC, dU_MBHCV, dS_MBHKV), reverse=True
     )
-    ddecay_MBHK1 = None
-    if c.decay_K1 is not None:
-        shared = [axis for axis in (2, 3) if c.decay_K1.shape[axis] == 1]
-        ddecay_MBHK1 = jnp.sum(matmul.sum_last(dS_next_MBHKV * S_MBHKV), axis=shared, keepdims=True)
+    # dexp(g_total) = sum_V dS' S, summed over the axes that share a decay
+    dexp_g_total_MBHK1 = None
+    if c.exp_g_total_K1 is not None:
+        shared = [axis for axis in (2, 3) if c.exp_g_total_K1.shape[axis] == 1]
+        dexp_g_total_MBHK1 = matmul.sum_last(dS_next_MBHKV * S_MBHKV)
+        dexp_g_total_MBHK1 = jnp.sum(dexp_g_total_MBHK1, axis=shared, keepdims=True)
+    # dA = -dR U^T, dZ = do U^T, and the products with a state
     dchunks = Chunks(
         A_CC=-compensated.precise("MBHiV,MBHjV->MBHij", dR_MBHCV, U_MBHCV),
         read_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", dR_MBHCV, S_MBHKV),
         write_CV=dR_MBHCV,
         q_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", do_MBHCV, S_MBHKV),
-        scores_CC=jnp.einsum("MBHiV,MBHjV->MBHij", do_MBHCV, U_MBHCV),
+        Z_CC=jnp.einsum("MBHiV,MBHjV->MBHij", do_MBHCV, U_MBHCV),
         w_CK=jnp.einsum("MBHCV,MBHKV->MBHCK", U_MBHCV, dS_next_MBHKV),
-        decay_K1=ddecay_MBHK1,
-        lost_CC=None if c.lost_CC is None else jnp.zeros_like(c.lost_CC),
+        exp_g_total_K1=dexp_g_total_MBHK1,
+        A_rest_CC=None if c.A_rest_CC is None else jnp.zeros_like(c.A_rest_CC),
         local_CV=None if c.local_CV is None else do_MBHCV,
         local_KV=None if c.local_KV is None else dS_next_MBHKV,
     )
@@ -319,61 +322,51 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(form: _Form, inputs, S_BHKV, reflects):
-    """inputs: (B, T, heads, dim), q the first and v the third. reflects: see `reflections.occur`."""
-    return _run_forward(form, inputs, S_BHKV, reflects)[0]
+def _run(form: _Form, inputs, S_BHKV, compensate):
+    """inputs: (B, T, heads, dim), q the first and v the third. compensate: a flag, or None."""
+    return _run_forward(form, inputs, S_BHKV, compensate)[0]
 
 
-def _run_forward(form, inputs, S_BHKV, reflects):
+def _run_forward(form, inputs, S_BHKV, compensate):
     T, dtype = inputs[2].shape[1], inputs[2].dtype
     L = form.C * form.M
-    wholes = _padded(inputs, L)
+    padded = _padded(inputs, L)
 
-    def over_spans(exact, wholes, S_BHKV):
-        def one_span(carry, n):
-            S_BHKV, o_BTHV = carry
-            span = _chunks(chunk_blocks.read(wholes, n, L), form, S_BHKV.dtype)
-            o_MBHCV, S_BHKV, S_MBHKV = _pass(form.chunks(*span, exact=exact), S_BHKV)
-            return (
-                S_BHKV,
-                chunk_blocks.write(o_BTHV, _tokens(o_MBHCV.astype(dtype)), n, L),
-            ), S_MBHKV
+    def over_blocks(compensate, padded, S_BHKV):
+        def block(S_BHKV, _, inputs):
+            chunks = form.chunks(*_chunks(inputs, form, S_BHKV.dtype), compensate=compensate)
+            o_MBHCV, S_BHKV, S_MBHKV = _pass(chunks, S_BHKV)
+            return chunk_blocks.from_chunks(o_MBHCV.astype(dtype)), S_BHKV, S_MBHKV
 
-        v_BTHV = wholes[2]
-        start = S_BHKV, chunk_blocks.buffers_like(v_BTHV)
-        return jax.lax.scan(one_span, start, jnp.arange(v_BTHV.shape[1] // L))
+        return chunk_blocks.scan(block, S_BHKV, padded, padded[2], L)
 
-    (S_BHKV, o_BTHV), S_NMBHKV = branches.either(reflects, over_spans, wholes, S_BHKV)
-    o_BTHV = chunk_blocks.from_buffers(o_BTHV, inputs[2])
+    o_BTHV, S_BHKV, S_NMBHKV = branches.either(compensate, over_blocks, padded, S_BHKV)
     o_BTHV, S_NMBHKV = remat.named((o_BTHV[:, :T], S_NMBHKV))
-    return (o_BTHV, S_BHKV), (inputs, S_NMBHKV, reflects)
+    return (o_BTHV, S_BHKV), (inputs, S_NMBHKV, compensate)
 
 
 def _run_backward(form, residuals, cotangents):
-    inputs, S_NMBHKV, reflects = residuals
+    inputs, S_NMBHKV, compensate = residuals
     do_BTHV, dS_BHKV = cotangents
     T, wide = do_BTHV.shape[1], dS_BHKV.dtype
     L = form.C * form.M
-    wholes, do_BTHV = _padded((inputs, do_BTHV), L)
+    padded = _padded((inputs, do_BTHV), L)
 
-    def over_spans(exact, wholes, S_NMBHKV, do_BTHV, dS_BHKV):
-        def one_span(carry, at):
-            dS_BHKV, dinputs = carry
-            n, S_MBHKV = at
-            span, do_BLHV = chunk_blocks.read((wholes, do_BTHV), n, L)
-            chunks, form_vjp = jax.vjp(
-                lambda *span: form.chunks(*_chunks(span, form, wide), exact=exact), *span
+    def over_blocks(compensate, padded, S_NMBHKV, dS_BHKV):
+        def block(dS_BHKV, S_MBHKV, cut):
+            inputs, do_BLHV = cut
+            chunks, maps_vjp = jax.vjp(
+                lambda *x: form.chunks(*_chunks(x, form, wide), compensate=compensate), *inputs
             )
-            do_MBHCV = _chunk(do_BLHV, form.C, wide)
+            do_MBHCV = chunk_blocks.to_chunks(do_BLHV, form.C, wide)
             dchunks, dS_BHKV = _pass_backward(chunks, S_MBHKV, do_MBHCV, dS_BHKV)
-            return (dS_BHKV, chunk_blocks.write(dinputs, form_vjp(dchunks), n, L)), None
+            return maps_vjp(dchunks), dS_BHKV, None
 
-        start = dS_BHKV, chunk_blocks.buffers_like(wholes)
-        numbered = jnp.arange(S_NMBHKV.shape[0]), S_NMBHKV
-        return jax.lax.scan(one_span, start, numbered, reverse=True)[0]
+        return chunk_blocks.scan(
+            block, dS_BHKV, padded, padded[0], L, per_block=S_NMBHKV, reverse=True
+        )
 
-    dS_BHKV, dinputs = branches.either(reflects, over_spans, wholes, S_NMBHKV, do_BTHV, dS_BHKV)
-    dinputs = chunk_blocks.from_buffers(dinputs, inputs)
+    dinputs, dS_BHKV, _ = branches.either(compensate, over_blocks, padded, S_NMBHKV, dS_BHKV)
     return jax.tree.map(lambda dx: dx[:, :T], dinputs), dS_BHKV, None
 
 
@@ -381,31 +374,19 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _padded(arrays, L):
-    """(B, T, H, K) to a multiple of L tokens, by some that neither decay nor write."""
+    """(B, T, H, K), padded to a multiple of L by tokens that neither decay nor write."""
     return jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, chunk_blocks.padding(x.shape[1], L)), (0, 0), (0, 0))),
         arrays,
     )
 
 
-def _chunks(span, form, dtype):
-    """A span's inputs in chunks, the first of them, q, scaled."""
-    q_MBGCK, *others = (x if x is None else _chunk(x, form.C, dtype) for x in span)
-    return q_MBGCK * form.scale, *others
+def _chunks(inputs, form, dtype):
+    """A block's inputs in chunks, the first of them, q, scaled.
 
-
-def _chunk(x_BLHK, C, dtype):
-    """(B, L, H, K) to (M, B, H, C, K) in float32 or wider, which is what everything in a chunk is
-    computed in.
-
-    U is a long alternating sum where beta is near 2; with bfloat16 operands it loses all but a
-    digit.
+    All is computed in float32 or wider: U is a long alternating sum where beta is near 2, and with
+    bfloat16 operands it keeps one digit.
     """
-    B, _, H, K = x_BLHK.shape
-    return x_BLHK.reshape(B, -1, C, H, K).transpose(1, 0, 3, 2, 4).astype(dtype)
-
-
-def _tokens(x_MBHCV):
-    """(M, B, H, C, V) to (B, L, H, V)."""
-    M, B, H, C, V = x_MBHCV.shape
-    return x_MBHCV.transpose(1, 0, 3, 2, 4).reshape(B, M * C, H, V)
+    to_chunks = functools.partial(chunk_blocks.to_chunks, C=form.C, dtype=dtype)
+    q_MBGCK, *others = jax.tree.map(to_chunks, inputs)
+    return q_MBGCK * form.scale, *others

@@ -1,11 +1,10 @@
-"""Float32 where a token's transition comes near a reflection: what rounding loses is known, and
-given back.
+"""Compensated products in float32, for where a token's transition comes near a reflection.
 
-With beta |k|^2 = 2 and little or no decay the transition is a reflection: nothing ever fades, and
-where one key comes again and again the same rounding error of k.k acts at every token, in one
-direction, so that after T tokens it has grown to T times itself. Where that can happen, decided as
-the program runs (`occur`), products are split into a part that is exact and a small rest, what A
-lost to rounding is kept beside it, and the triangular system is solved with one correction.
+With beta |k|^2 = 2 and little or no decay the transition is a reflection, which forgets nothing.
+Where one key comes again and again, the same rounding error of k.k acts at every token, in one
+direction, and after T tokens has grown to T times itself. Where that can happen, decided as the
+program runs (`needed`), products are split into a part that is exact and a small rest, what
+rounding took from A is held beside it, and the triangular system is solved with one correction.
 """
 
 import functools
@@ -16,59 +15,62 @@ import jax.numpy as jnp
 
 from kernels_pallas.common import branches, chunk_blocks, decay, matmul
 
-# Rounding is held down where some beta |k|^2 is above this. An error's sum over time is beta / (2 -
-# beta) of one token's: itself up to 1, which is as far as a DeltaNet with positive eigenvalues goes
-# (and the roundings of its |k|).
+# Compensation is needed where some beta |k|^2 is above this. An error's sum over time is
+# beta / (2 - beta) times one token's: 1 for beta = 1, which is as far as a DeltaNet with positive
+# eigenvalues goes (and the roundings of its |k|).
 REFLECTING = 1.01
-# And only where some state keeps more than KEPT over WINDOW tokens: else an error's sum stays below
-# that of WINDOW / (1 - KEPT) tokens.
-WINDOW, KEPT = 16, 1 / 4
+# And only where some state keeps more than LASTING over WINDOW tokens: else an error's sum stays
+# below that of WINDOW / (1 - LASTING) tokens.
+WINDOW, LASTING = 16, 1 / 4
 
 precise = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def squared(x_BTHK):
-    """|x|^2, in float32: (B, T, H)."""
+    """Returns |x|^2 in float32, (B, T, H)."""
     return matmul.sum_last(x_BTHK.astype(jnp.float32) ** 2)[..., 0]
 
 
 def needed(sizes_BTH, log_decay_BTHK):
-    """Whether rounding must be held down: some window of tokens reflects (beta |k|^2 is `sizes`),
-    and forgets little."""
+    """Returns a flag: whether some window of 16 tokens both nearly reflects and forgets little.
+
+    Args:
+      sizes_BTH: beta |k|^2 of each token; what is not a number counts as a reflection.
+      log_decay_BTHK: (B, T, H, K or 1), or None.
+    """
     sizes_BTH, log_decay_BTHK = jax.lax.stop_gradient((sizes_BTH, log_decay_BTHK))
-    reflects_BTH = ~(sizes_BTH <= REFLECTING)  # what is not a number does
+    reflects_BTH = ~(sizes_BTH <= REFLECTING)
     if log_decay_BTHK is None:
         return branches.anywhere(reflects_BTH)
 
     def windows(x):
-        x = jnp.pad(
-            x, ((0, 0), (0, chunk_blocks.padding(x.shape[1], WINDOW))) + ((0, 0),) * (x.ndim - 2)
-        )
+        padding = (0, chunk_blocks.padding(x.shape[1], WINDOW))
+        x = jnp.pad(x, ((0, 0), padding) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(x.shape[0], -1, WINDOW, *x.shape[2:])
 
-    kept_BNH = jnp.max(jnp.sum(windows(log_decay_BTHK), axis=2), axis=-1)
+    log_kept_BNH = jnp.max(jnp.sum(windows(log_decay_BTHK), axis=2), axis=-1)
     reflects_BNH = jnp.any(windows(reflects_BTH), axis=2)
-    return branches.anywhere(reflects_BNH & (kept_BNH > math.log(KEPT)))
+    return branches.anywhere(reflects_BNH & (log_kept_BNH > math.log(LASTING)))
 
 
-def lost_product(rows_MBHCK, columns_MBHCK):
-    """What float32 loses of rows columns^T, to float32's own precision."""
+def product_rest(x_MBHCK, y_MBHCK):
+    """Returns what float32 rounding takes from x y^T, to float32's own precision."""
     products = "...iK,...jK->...ij"
-    exact, rest = _split_product(products, rows_MBHCK, columns_MBHCK)
-    return (exact - jnp.einsum(products, rows_MBHCK, columns_MBHCK)) + rest
+    exact, rest = _split_product(products, x_MBHCK, y_MBHCK)
+    return (exact - jnp.einsum(products, x_MBHCK, y_MBHCK)) + rest
 
 
-def lost_decayed(scores, lost, D, sums):
-    """What scores D has lost where the scores have lost `lost`, and D = exp(sums).
+def decayed_rest(products, rest, D, sums):
+    """Returns what rounding takes from products * D, where it took `rest` from the products.
 
-    From 1 - D, which float32 knows to more digits than D where D is near 1.
+    D is exp(sums). 1 - D enters, which float32 knows to more digits than D where D is near 1.
     """
-    used = _as_computed(scores * D)
-    return _unless_zero(used, ((scores - used) + scores * jnp.expm1(sums)) + lost * D)
+    used = _as_computed(products * D)
+    return _unless_zero(used, ((products - used) + products * jnp.expm1(sums)) + rest * D)
 
 
-def lost_rectangle(q_MUK, k_MUK, rows_MUK, g_reversed_MUK):
-    """The same of `decay_sums.rectangle`."""
+def rectangle_rest(q_MUK, k_MUK, rows_MUK, g_reversed_MUK):
+    """Returns what rounding takes from `decay.rectangle`."""
     used = _as_computed(decay.rectangle(q_MUK, k_MUK, rows_MUK, g_reversed_MUK))
     products = "...iK,...jK->...ij"
     change = precise(products, q_MUK * jnp.expm1(rows_MUK), k_MUK)
@@ -78,54 +80,56 @@ def lost_rectangle(q_MUK, k_MUK, rows_MUK, g_reversed_MUK):
 
 
 def _as_computed(x):
-    """Rounded, as it is where it is used: not fused into what takes it away again."""
+    """Keeps XLA from fusing x, which is rounded where it is used, into what subtracts it."""
     return jax.lax.optimization_barrier(x)
 
 
-def _unless_zero(used, lost):
-    """Tokens of two documents have lost nothing."""
-    return jnp.where(used == 0, 0.0, lost)
+def _unless_zero(used, rest):
+    """Returns 0 for pairs of tokens of two documents, whose product is 0 exactly."""
+    return jnp.where(used == 0, 0.0, rest)
 
 
-def state_product(lost_CC):
-    """An einsum for the products by which states become states: where something is lost, rounded
-    once."""
-    if lost_CC is None:
+def state_product(A_rest_CC):
+    """Returns the einsum for products that make states of states, rounded once if compensated."""
+    if A_rest_CC is None:
         return jnp.einsum
     return lambda subscripts, x, y: sum(_split_product(subscripts, x, y))
 
 
-def solve(A_CC, lost_CC, X_CC, R_CV):
-    """U of (I + A) U = R, from the inverse X of I + A; where A has lost something, with one
-    correction by the residual."""
+def solve(A_CC, A_rest_CC, X_CC, R_CV):
+    """Returns U of (I + A) U = R, from the inverse X of I + A.
+
+    Where A has a rest, what rounding took from it, the residual corrects U once.
+    """
     U_CV = precise("...ij,...jV->...iV", X_CC, R_CV)
-    if lost_CC is None:
+    if A_rest_CC is None:
         return U_CV
-    # A unit of its own for every document's U: what is multiplied by 0 must not change how the rest
-    # is rounded.
+    # |U|^2 summed over the tokens that A links, so that a document's U is split the same whatever
+    # stands in the others
     linked_CC = (A_CC != 0) | (jnp.swapaxes(A_CC, -1, -2) != 0)
     squares_CV = precise("...ij,...jV->...iV", linked_CC.astype(U_CV.dtype), U_CV**2) + U_CV**2
+    # U <- U + X (R - U - A U), with A U as an exact part and a rest
     exact_CV, rest_CV = _split_product("...ij,...jV->...iV", A_CC, U_CV, squares_CV)
-    rest_CV = rest_CV + precise("...ij,...jV->...iV", lost_CC, U_CV)
+    rest_CV = rest_CV + precise("...ij,...jV->...iV", A_rest_CC, U_CV)
     residual_CV = R_CV - U_CV - exact_CV - rest_CV
     return U_CV + precise("...ij,...jV->...iV", X_CC, residual_CV)
 
 
-def solve_transposed(A_CC, lost_CC, X_CC, R_CV):
-    """U of (I + A)^T U = R."""
+def solve_transposed(A_CC, A_rest_CC, X_CC, R_CV):
+    """Returns U of (I + A)^T U = R."""
 
     def transposed(x_CC):
         return x_CC if x_CC is None else jnp.swapaxes(x_CC, -1, -2)
 
-    return solve(transposed(A_CC), transposed(lost_CC), transposed(X_CC), R_CV)
+    return solve(transposed(A_CC), transposed(A_rest_CC), transposed(X_CC), R_CV)
 
 
 def _split_product(subscripts, x, y, y_squares=None):
-    """x y in float32 as two terms: of heads of 11 bits, whose products and sums are exact, and the
-    small rest.
+    """Returns x y in float32 as two terms, an exact one and a small rest.
 
-    y_squares: sums of y^2 that say how large y is, for each of its entries; None: those over all
-      that is summed.
+    The exact one multiplies heads of 11 bits, whose products and sums float32 holds exactly.
+    y_squares: for each entry of y, the sum of squares that sets its head's unit; None is the sum
+      over the axis that is summed.
     """
     x_letters, y_letters = subscripts.split("->")[0].replace("...", "").split(",")
     (summed,) = set(x_letters) & set(y_letters) - set(subscripts.split("->")[1])

@@ -31,7 +31,7 @@ def run(
     T, H, C, dtype = *v_BTHV.shape[1:3], chunk_size or CHUNK_SIZE, initial_state_BHKV.dtype
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, H) for x in (q_BTGK, k_BTGK))
     g_BTHK = decay.per_channel(log_decay_BTHK, segment_ids_BT, k_BTHK.shape, dtype)
-    earlier_CC1 = jnp.tri(C, k=-1, dtype=dtype)[..., None]
+    earlier_11CC1 = jnp.tri(C, k=-1, dtype=dtype)[None, None, ..., None]
 
     def chunk(S_BHKV, inputs):
         q_BHCK, k_BHCK, v_BHCV, beta_BHC1, g_BHCK = inputs
@@ -46,7 +46,7 @@ def run(
         U_BHCV = _unit_lower_solve(A_BHCC, beta_BHC1 * (v_BHCV - read_BHCV))
         # Refined once by the definition, U_i = beta_i (v_i - k_i^T S_i), S_i what token i finds
         kU_BHCKV = k_BHCK[..., None] * U_BHCV[..., None, :]
-        S_BHCKV = jnp.einsum("BHijK,BHjKV->BHiKV", D_BHCCK * earlier_CC1, kU_BHCKV)
+        S_BHCKV = jnp.einsum("BHijK,BHjKV->BHiKV", D_BHCCK * earlier_11CC1, kU_BHCKV)
         S_BHCKV += exp_g_cumsum_BHCK[..., None] * S_BHKV[:, :, None]
         read_BHCV = jnp.einsum("BHiK,BHiKV->BHiV", k_BHCK, S_BHCKV)
         U_BHCV += _unit_lower_solve(A_BHCC, beta_BHC1 * (v_BHCV - read_BHCV) - U_BHCV)

@@ -1,5 +1,4 @@
-"""The delta rule by its definition: one token at a time. Every other form is tested against this
-one."""
+"""The delta rule by its definition, one token at a time, which every other form must match."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +7,7 @@ from kernels_pallas.common import segments
 
 
 def step(q_BHK, k_BHK, v_BHV, beta_BH, log_decay_BHK, state_BHKV):
-    """One token: decay S, read k from the decayed S, write the beta-weighted error; o = S^T q. q is
-    already scaled."""
+    """One token: S <- diag(exp(g)) S, S <- S + beta k (v - S^T k)^T, o = S^T q; q is scaled."""
     if log_decay_BHK is not None:
         state_BHKV = jnp.exp(log_decay_BHK)[..., None] * state_BHKV
     error_BHV = v_BHV - jnp.einsum("BHK,BHKV->BHV", k_BHK, state_BHKV)
@@ -18,8 +16,7 @@ def step(q_BHK, k_BHK, v_BHV, beta_BH, log_decay_BHK, state_BHKV):
 
 
 def step_diagonal_plus_low_rank(q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, log_decay_BHK, state_BHKV):
-    """One token of S <- diag(exp g) S + a (b^T S) + k v^T, where b reads S before it decays; o =
-    S^T q."""
+    """One token: S <- diag(exp(g)) S + a (S^T b)^T + k v^T, o = S^T q; b reads S before it decays."""
     read_BHV = jnp.einsum("BHK,BHKV->BHV", b_BHK, state_BHKV)
     if log_decay_BHK is not None:
         state_BHKV = jnp.exp(log_decay_BHK)[..., None] * state_BHKV
@@ -29,6 +26,7 @@ def step_diagonal_plus_low_rank(q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, log_decay_BHK
 
 
 def _scan(one_step, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT):
+    """One `lax.scan` over time; v is the third of the inputs."""
     dtype = initial_state_BHKV.dtype
 
     def scan_step(state_BHKV, step_inputs):

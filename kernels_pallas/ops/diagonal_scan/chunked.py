@@ -1,41 +1,29 @@
-"""The diagonal recurrence in two levels, with its own backward pass.
+"""The diagonal recurrence in two levels, with its own backward pass (docs/math/diagonal_scan.md).
 
 Time is cut into N chunks of C tokens. A run of tokens is the affine map h -> A h + b, and maps
 compose: (A2, b2) after (A1, b1) is (A2 A1, A2 b1 + b2).
 
-  1. Every chunk's map, all chunks at once: C steps over arrays (B, N, D) that stay in cache.
-  2. The state that enters each chunk: N steps, of one state each, so that two chunks' decays are
-    never multiplied.
-  3. Every state: again C steps over all chunks at once, each from its entering state, written in
-    place.
+  1. The map of every chunk, all chunks at once: C steps over arrays (B, N, D) that stay in cache.
+  2. The state that enters each chunk: N steps of one state each, so that two chunks' decays are
+     never multiplied.
+  3. Every state: again C steps over all chunks at once, each from its entering state, in place.
 
 Two things are decided as the program runs, by the maps of step 1 (`branches`):
 
-  - Where the decays of a chunk grow beyond 2^32 together, maps are of no use: their product may be
-    infinite, or their rounding larger than what they act on, though every state is small. Then the
-    recurrence runs token by token.
+  - Where the decays of a chunk grow beyond 2^32 together, a map's product may be infinite, or its
+    rounding larger than what it acts on, though every state is small. Then the recurrence runs
+    token by token.
   - Where a chunk keeps more than 7/8, the rounding of A, up to 128 times that of one product, adds
     up over some 1 / (1 - |A|) chunks. Then step 2 is repeated on what it missed: the difference
     between the state that a chunk leaves, token by token from the one that enters, and the one that
     its map gave.
 
-Otherwise x and the decay are read twice and h is written once. `associative_scan` over all tokens
-instead makes about 2 log2(T) arrays whose sizes add up to several times that, slice by strided
-slice; so does one inside each chunk. On two CPU cores this form was 2 to 10 times faster than
-either (float32, B * D 64 to 2048, T 1024 to 16384), and C between 64 and 256 made no difference
-beyond the noise: 128.
+Otherwise x and the decay are read twice and h is written once; `associative_scan`, over all tokens
+or inside each chunk, makes about 2 log2(T) arrays and takes 2 to 10 times as long on CPU.
 
-Backward. With the incoming gradient g_t (that of the final state is added by letting it enter the
-scan):
-
-    l_t = g_t + a_{t+1} l_{t+1}      dx_t = l_t      da_t = l_t h_{t-1}      dh_0 = a_1 l_1
-
-which is the same scan run the other way with the decays moved by one. Only a and h are kept.
-Nothing is conjugated: JAX's cotangents are those of the transpose (the gradient of a real loss is
-the conjugate of the steepest ascent).
-
-A document's start is selected, not multiplied: its decay is 0, but the state before it may not be
-finite.
+The backward pass is the same scan run the other way, with the decays moved by one; its residuals
+are a and h. A document's start is selected, not multiplied: its decay is 0, but the state before
+it may not be finite.
 """
 
 import functools
@@ -65,7 +53,7 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
     missing = chunk_blocks.padding(T, C)
 
     def in_chunks(z_BTD, fill):
-        """Padded by tokens that leave the state as it is, from whichever end it comes."""
+        """(B, N, C, D), padded by tokens that leave the state as it is in both directions."""
         if z_BTD is None:
             return None
         if missing != 0:
@@ -94,6 +82,7 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
         h_BND = next_state(h_BND, i)
         return (h_BND, lax.dynamic_update_index_in_dim(h_BNCD, h_BND, i, 2)), None
 
+    # 1. The map A h + b of every chunk, and how far its decays grow
     order_C = jnp.arange(C)
     if reverse:
         order_C = order_C[::-1]
@@ -104,8 +93,9 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
     )
     cut_BN1 = None if start_BNC1 is None else jnp.any(start_BNC1, axis=2)
 
+    # 2. The state that enters each chunk, in one of three ways
     def by_maps(b_BND, state_BD):
-        """The states that enter the chunks, and those that leave them."""
+        """Returns the states that enter the chunks, and those that leave them."""
 
         def one_chunk(state_BD, chunk):
             A_BD, b_BD, cut_B1 = chunk
@@ -117,9 +107,10 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
         return jax.tree.map(lambda z: jnp.moveaxis(z, 0, 1), states)
 
     def corrected(b_BND, state_BD):
+        """Returns the entering states after a second pass over what rounding of A missed."""
         entering_BND, leaving_BND = by_maps(b_BND, state_BD)
-        through_BND, _ = lax.scan(lambda h, i: (next_state(h, i), None), entering_BND, order_C)
-        missed_BND, _ = by_maps(through_BND - leaving_BND, jnp.zeros_like(state_BD))
+        exact_BND, _ = lax.scan(lambda h, i: (next_state(h, i), None), entering_BND, order_C)
+        missed_BND, _ = by_maps(exact_BND - leaving_BND, jnp.zeros_like(state_BD))
         return entering_BND + missed_BND
 
     def token_by_token(b_BND, state_BD):
@@ -143,6 +134,7 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
     entering_BND = lax.switch(
         jnp.where(grows, 2, lasts.astype(jnp.int32)), ways, b_BND, initial_state_BD
     )
+    # 3. Every state, from the one that enters its chunk
     (_, h_BNCD), _ = lax.scan(extend_states, (entering_BND, jnp.zeros_like(x_BNCD)), order_C)
     h_BTD = h_BNCD.reshape(h_BNCD.shape[0], -1, h_BNCD.shape[3])[:, :T]
     return h_BTD, h_BTD[:, 0 if reverse else -1]
@@ -167,18 +159,19 @@ def _backward(reverse, saved, gradients):
     g_BTD, g_final_BD = gradients
 
     def neighbour(z_BTD, edge_B1D, later):
-        """Each token's, in the order in which the scan meets them: of the one behind it (`later`),
-        or before."""
+        """Each token's value of the token that the scan meets next (`later`), or met before it."""
         if later == reverse:
             return jnp.concatenate([edge_B1D, z_BTD[:, :-1]], axis=1)
         return jnp.concatenate([z_BTD[:, 1:], edge_B1D], axis=1)
 
+    # l_t = g_t + a_{t+1} l_{t+1}, from the final state's cotangent on
     next_decay_BTD = neighbour(decay_BTD, jnp.ones_like(decay_BTD[:, :1]), later=True)
     next_start_BT1 = None
     if start_BT1 is not None:
         next_start_BT1 = neighbour(start_BT1, jnp.zeros_like(start_BT1[:, :1]), later=True)
     previous_h_BTD = neighbour(h_BTD, initial_state_BD[:, None], later=False)
     dx_BTD, _ = _scan(not reverse, g_BTD, next_decay_BTD, g_final_BD, next_start_BT1)
+    # dx_t = l_t, da_t = l_t h_{t-1}, dh_0 = a_1 l_1
     first = -1 if reverse else 0
     return dx_BTD, dx_BTD * previous_h_BTD, decay_BTD[:, first] * dx_BTD[:, first], None
 

@@ -16,7 +16,7 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
     """h_t = decay_t * h_{t-1} + x_t, C tokens at a time. Arguments are normalised by `api.py`."""
     T, C, dtype = x_BTD.shape[1], CHUNK_SIZE, decay_BTD.dtype
     i, j, s = jnp.ogrid[: C + 1, : C + 1, : C + 1]
-    up_to_CC1, between_CCC1 = j <= i, ((j < s) & (s <= i))[..., None]
+    up_to_1CC1, between_1CCC1 = (j <= i)[None], ((j < s) & (s <= i))[None, ..., None]
     if start_BT1 is None:
         start_BT1 = jnp.zeros_like(x_BTD[..., :1], bool)
 
@@ -30,11 +30,11 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
         x_BCD, decay_BCD, start_BC1 = (jnp.pad(z, ((0, 0), (1, 0), (0, 0))) for z in inputs)
         x_BCD = x_BCD.at[:, 0].set(h_BD)
         # D_ij = decay_{j+1} ... decay_i, a product of those tokens' own decays
-        D_BCCD = jnp.where(between_CCC1, decay_BCD[:, None, None], 1).prod(axis=3)
-        apart_BCC1 = jnp.any(between_CCC1 & start_BC1[:, None, None], axis=3)
+        D_BCCD = jnp.where(between_1CCC1, decay_BCD[:, None, None], 1).prod(axis=3)
+        apart_BCC1 = jnp.any(between_1CCC1 & start_BC1[:, None, None], axis=3)
 
         def weighted(x_BCD):  # sum_{j <= i} D_ij x_j, over the tokens j of the document of i
-            return jnp.where(up_to_CC1 & ~apart_BCC1, D_BCCD * x_BCD[:, None], 0).sum(axis=2)
+            return jnp.where(up_to_1CC1 & ~apart_BCC1, D_BCCD * x_BCD[:, None], 0).sum(axis=2)
 
         # h_i = sum_{j <= i} D_ij x_j
         h_BCD = weighted(x_BCD)

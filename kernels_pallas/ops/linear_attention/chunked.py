@@ -1,28 +1,21 @@
-"""Linear attention in chunks: matrix products inside a chunk, the recurrence only from chunk to
-chunk.
+"""Linear attention in chunks: products inside a chunk, the recurrence only between chunks.
 
-With D_ij the decay between tokens j <= i of a chunk, b_i that from the chunk's start to i, r_j that
-behind j to the chunk's end (`decay_sums`), and S the state that enters the chunk,
+The equations, forward and backward, stand in docs/math/linear_attention.md under the names used
+here. This is the chunkwise form of GLA (arXiv 2312.06635, section 4), Lightning Attention-2
+(2401.04658, algorithm 1) and Mamba-2's SSD (2405.21060, section 6). Where the decay is per head or
+per token, exp_g_cumsum, exp_g_reversed and D multiply on the side of v and of A, so that heads
+which share q and k share q k^T, and neither q nor k is copied. Documents are masks: a pair counts
+where no boundary lies between, the entering state up to the first boundary, the leaving state
+behind the last one.
 
-    o_i = sum_{j<=i} D_ij (q_i . k_j) v_j + S^T (b_i q_i)        S_next = diag(b_C) S + sum_j (r_j
-      k_j) v_j^T.
+The backward pass is our own. The forward pass saves its inputs and the state that enters each
+block of chunks; the backward pass walks the blocks in reverse and differentiates each, recomputed,
+with the cotangent of the state carried. Memory is O(T K + (T/C) K V).
 
-This is the chunkwise form of GLA (arXiv 2312.06635, section 4), Lightning Attention-2 (2401.04658,
-algorithm 1) and Mamba-2's SSD (2405.21060, section 6). Where the decay is per head, b, r and D
-multiply on the side of v and of the scores, so that heads which share q and k share q k^T and
-neither q nor k is copied. Documents are masks: a pair counts when no boundary lies between, the
-entering state up to the first boundary, the leaving state behind the last one.
+The chunks of a block are computed at once, the blocks one after the other. On CPU a block is only
+as large as stays in cache from one product to the next, on an accelerator the whole sequence.
 
-The backward pass is our own. The forward pass keeps its inputs and the state at the start of each
-span (some chunks); the backward pass walks the spans in reverse and differentiates each,
-recomputed, with the states' cotangent carried: memory is O(T K + (T/C) K V). The gradient of the
-gates comes from D, b and r themselves, sums of like terms; the known shortcut reverse_cumsum(q dq -
-k dk) is a difference of large numbers where the decay is strong.
-
-Spans: the chunks of a span are computed at once, the spans one after the other, each cut from the
-inputs and put into the outputs in place. On CPU a span is only as large as stays in cache from one
-matrix product to the next (two cores, B 2, H 8, K = V = 64, float32: the whole sequence as one span
-takes twice the time), on an accelerator it is the whole sequence.
+Letters: M chunks of a block, L its tokens, E rows (batch and group), R heads of a group, W = R V.
 """
 
 import functools
@@ -31,8 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import arguments, chunk_blocks, dtypes, matmul, remat, segments
-from kernels_pallas.common import decay as decay_sums
+from kernels_pallas.common import arguments, chunk_blocks, decay, dtypes, matmul, remat, segments
 from kernels_pallas.dispatch import tuning
 
 CHUNK_SIZE = 64
@@ -41,16 +33,15 @@ CHUNK_SIZE = 64
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """The chunked form. Arguments are normalised by `api.py`; chunk_size is a power of two, at
-    least 16, or None."""
-    decay = decay_sums.kind(log_decay_BTHK)
-    per_channel = decay == "per_channel"
+    """The chunked form; arguments normalised by `api.py`, chunk_size a power of two or None."""
+    decay_kind = decay.kind(log_decay_BTHK)
+    per_channel = decay_kind == "per_channel"
     if per_channel:
         q_BTGK, k_BTGK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
     B, T, G, K = q_BTGK.shape
     H, V = v_BTHV.shape[2:]
     R = H // G
-    key = ("linear_attention", "chunked", str(v_BTHV.dtype), f"{K}x{V} {decay}")
+    key = ("linear_attention", "chunked", str(v_BTHV.dtype), f"{K}x{V} {decay_kind}")
     C = chunk_size or tuning.lookup({"chunk_size": CHUNK_SIZE}, *key)["chunk_size"]
     C = chunk_blocks.chunk_length(C, T, least=16)
     chunks = -(-T // C)
@@ -59,7 +50,7 @@ def run(
     padding = N * M * C - T
 
     def padded(x_BTX, width):
-        """(B, T, G, width), and zeros behind: neither written to the state nor decaying it."""
+        """(B, T, G, width), padded by zeros, which write nothing to the state and decay nothing."""
         return jnp.pad(x_BTX.reshape(B, T, G, width), ((0, 0), (0, padding), (0, 0), (0, 0)))
 
     log_decay = None
@@ -69,21 +60,23 @@ def run(
     if segment_ids_BT is not None:
         run_BT = segments.run_index(segment_ids_BT)
         run_BT = jnp.pad(run_BT, ((0, 0), (0, padding)), mode="edge")
-        runs = run_BT, jnp.pad(run_BT[:, :-1], ((0, 0), (1, 0)))  # and of the token before each
+        runs = (
+            run_BT,
+            jnp.pad(run_BT[:, :-1], ((0, 0), (1, 0))),
+        )  # of each token, and of the one before
     inputs = padded(q_BTGK, K), padded(k_BTGK, K), padded(v_BTHV, R * V), log_decay
     state_BGRKV = initial_state_BHKV.reshape(B, G, R, K, V)
     state_BGKW = jnp.moveaxis(state_BGRKV, 2, 3).reshape(B, G, K, R * V)
 
     form = _Form(C, M * C, R, per_channel, scale)
-    o_BTGW, final_BGKW = _over_spans(form, inputs, state_BGKW, runs)
+    o_BTGW, final_BGKW = _run(form, inputs, state_BGKW, runs)
 
     final_BGRKV = jnp.moveaxis(final_BGKW.reshape(B, G, K, R, V), 3, 2)
     return o_BTGW.reshape(B, T + padding, H, V)[:, :T], final_BGRKV.reshape(B, H, K, V)
 
 
 class _Form(NamedTuple):
-    """What is fixed at tracing: chunk and span length, heads in a group, where the decay stands,
-    the output's scale."""
+    """What is fixed at tracing. per_channel: the kind of decay. scale: of the output."""
 
     C: int
     L: int
@@ -93,21 +86,21 @@ class _Form(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_spans(form, inputs, state_BGKW, runs):
+def _run(form, inputs, state_BGKW, runs):
+    """inputs: q, k, v, log decay, each (B, T, G, ...). runs: of each token's document, or None."""
     return _forward(form, inputs, state_BGKW, runs)[0]
 
 
 def _forward(form, inputs, state_BGKW, runs):
-    def body(carry, n):
-        state_BGKW, o_BTGW = carry
-        o_BLGW, next_BGKW = _span(form, state_BGKW, *chunk_blocks.read((inputs, runs), n, form.L))
-        return (next_BGKW, chunk_blocks.write(o_BTGW, o_BLGW, n, form.L)), state_BGKW
+    def block(state_BGKW, _, cut):
+        o_BLGW, next_BGKW = _block(form, state_BGKW, *cut)
+        return o_BLGW, next_BGKW, state_BGKW
 
     v_BTGW = inputs[2]
-    N = v_BTGW.shape[1] // form.L
-    start = state_BGKW, chunk_blocks.buffers_like(v_BTGW)
-    (final_BGKW, o_BTGW), state_NBGKW = jax.lax.scan(body, start, jnp.arange(N))
-    o_BTGW, state_NBGKW = remat.named((chunk_blocks.from_buffers(o_BTGW, v_BTGW), state_NBGKW))
+    o_BTGW, final_BGKW, state_NBGKW = chunk_blocks.scan(
+        block, state_BGKW, (inputs, runs), v_BTGW, form.L
+    )
+    o_BTGW, state_NBGKW = remat.named((o_BTGW, state_NBGKW))
     return (o_BTGW, final_BGKW), (inputs, state_NBGKW, runs)
 
 
@@ -115,31 +108,29 @@ def _backward(form, saved, cotangents):
     inputs, state_NBGKW, runs = saved
     d_o_BTGW, d_final_BGKW = cotangents
 
-    def body(carry, at):
-        d_state_BGKW, d_inputs = carry
-        n, state_BGKW = at
-        span, runs_BL, d_o_BLGW = chunk_blocks.read((inputs, runs, d_o_BTGW), n, form.L)
-        _, vjp = jax.vjp(lambda state, span: _span(form, state, span, runs_BL), state_BGKW, span)
-        d_state_BGKW, d_span = vjp((d_o_BLGW, d_state_BGKW))
-        return (d_state_BGKW, chunk_blocks.write(d_inputs, d_span, n, form.L)), None
+    def block(d_state_BGKW, state_BGKW, cut):
+        inputs, runs_BL, d_o_BLGW = cut
+        _, vjp = jax.vjp(lambda state, x: _block(form, state, x, runs_BL), state_BGKW, inputs)
+        d_state_BGKW, d_inputs = vjp((d_o_BLGW, d_state_BGKW))
+        return d_inputs, d_state_BGKW, None
 
-    start = d_final_BGKW, chunk_blocks.buffers_like(inputs)
-    numbered = jnp.arange(state_NBGKW.shape[0]), state_NBGKW
-    (d_state_BGKW, d_inputs), _ = jax.lax.scan(body, start, numbered, reverse=True)
-    return chunk_blocks.from_buffers(d_inputs, inputs), d_state_BGKW, None
-
-
-_over_spans.defvjp(_forward, _backward)
+    cut = inputs, runs, d_o_BTGW
+    d_inputs, d_state_BGKW, _ = chunk_blocks.scan(
+        block, d_final_BGKW, cut, inputs, form.L, per_block=state_NBGKW, reverse=True
+    )
+    return d_inputs, d_state_BGKW, None
 
 
-def _span(form, state_BGKW, inputs, runs):
-    """One span of arrays (B, L, G, ...): its output, and the state behind it."""
+_run.defvjp(_forward, _backward)
+
+
+def _block(form, state_BGKW, inputs, runs):
+    """A block of chunks from arrays (B, L, G, ...): its output, and the state behind it."""
     B, L, G, W = inputs[2].shape
     M, C, E = L // form.C, form.C, B * G
 
     def by_chunk(x_BLGX):
-        x_BMCGX = x_BLGX.reshape(B, M, C, G, -1)
-        return x_BMCGX.transpose(1, 0, 3, 2, 4).reshape(M, E, C, -1)
+        return chunk_blocks.to_chunks(x_BLGX, C).reshape(M, E, C, -1)
 
     if runs is not None:
         run_MEC, before_MEC = (
@@ -149,17 +140,19 @@ def _span(form, state_BGKW, inputs, runs):
     o_MECW, state_EKW = _chunks(
         form, state_BGKW.reshape(E, -1, W), jax.tree.map(by_chunk, inputs), runs
     )
-    o_BLGW = o_MECW.reshape(M, B, G, C, W).transpose(1, 0, 3, 2, 4).reshape(B, L, G, W)
+    o_BLGW = chunk_blocks.from_chunks(o_MECW.reshape(M, B, G, C, W))
     return o_BLGW, state_EKW.reshape(state_BGKW.shape)
 
 
 def _chunks(form, state_EKW, inputs, runs):
-    """M chunks: their outputs, and the state behind the last. E rows (batch and group); W is R
-    heads of V each.
+    """M chunks at once: their outputs (M, E, C, W), and the state behind the last.
 
-    log_decay is None, (M, E, C, R) for one decay per head, or (M, E, C, K) for one per channel,
-    with R = 1.
-    runs: the number of each token's document, and of the one whose state enters the chunk, or None.
+    Args:
+      form: the sizes, the kind of decay and the scale.
+      state_EKW: the state that enters the first chunk.
+      inputs: q, k (M, E, C, K), v (M, E, C, W), and the log decay: None, (M, E, C, R) for a number
+        per head or token, or (M, E, C, K) per channel, where R is 1.
+      runs: each token's document (M, E, C) and that of the entering state (M, E), or None.
     """
     R = form.R
     q_MECK, k_MECK, v_MECW, log_decay_MECX = inputs
@@ -167,66 +160,78 @@ def _chunks(form, state_EKW, inputs, runs):
     pairs_MECC, enters_MEC, leaves_MEC, stays_ME = _masks(runs)
 
     def over_values(x_R):
-        """One number a head to one a value: (..., R) to (..., W)."""
+        """A number per head to one per value: (..., R) to (..., W)."""
         return jnp.repeat(x_R, W // x_R.shape[-1], axis=-1)
 
-    through = after = total = None
+    # exp(g_cumsum), exp(g_reversed) and exp(g_total), 0 where a document begins between
+    exp_g_cumsum = exp_g_reversed = exp_g_total = None
     if log_decay_MECX is not None:
-        sums = decay_sums.chunk_sums(log_decay_MECX, levels=form.per_channel)
-        through, after, total = map(jnp.exp, (sums.g_cumsum_CK, sums.g_reversed_CK, sums.g_total_K))
-    through = _masked(enters_MEC, through)
-    after = _masked(leaves_MEC, after)
-    total = _masked(stays_ME, total)
+        sums = decay.chunk_sums(log_decay_MECX, levels=form.per_channel)
+        exp_g_cumsum, exp_g_reversed, exp_g_total = map(
+            jnp.exp, (sums.g_cumsum_CK, sums.g_reversed_CK, sums.g_total_K)
+        )
+    exp_g_cumsum = _masked(enters_MEC, exp_g_cumsum)
+    exp_g_reversed = _masked(leaves_MEC, exp_g_reversed)
+    exp_g_total = _masked(stays_ME, exp_g_total)
 
+    # A_ij = q_i^T diag(D_ij) k_j for j <= i; with a decay per head or token, (q k^T) * D
     if form.per_channel:
-        scores_MERCC = decay_sums.decayed_scores(q_MECK, k_MECK, sums)[:, :, None]
+        A_MERCC = decay.decayed_scores(q_MECK, k_MECK, sums)[:, :, None]
     else:
-        scores_MERCC = matmul.einsum("MEiK,MEjK->MEij", q_MECK, k_MECK)[:, :, None]
+        A_MERCC = matmul.einsum("MEiK,MEjK->MEij", q_MECK, k_MECK)[:, :, None]
         if log_decay_MECX is None:
             lower_CC = jnp.tril(jnp.ones((C, C), bool))[None, None, None]
-            scores_MERCC = jnp.where(lower_CC, scores_MERCC, 0.0)
+            A_MERCC = jnp.where(lower_CC, A_MERCC, 0.0)
         else:
             log_decay_MERC1 = jnp.moveaxis(log_decay_MECX, 3, 2)[..., None]
-            scores_MERCC = scores_MERCC * decay_sums.pair_decay(log_decay_MERC1)
-    q_in_MECK, k_out_MECK, v_out_MECW, keep_MEKW = q_MECK, k_MECK, v_MECW, None
-    if total is not None and R == 1:
-        q_in_MECK, k_out_MECK = matmul.scaled(q_MECK, through), matmul.scaled(k_MECK, after)
-        keep_MEKW = total[..., None]
-    elif total is not None:
-        v_out_MECW = dtypes.multiply(v_MECW, over_values(after))
-        keep_MEKW = over_values(total)[:, :, None]
+            A_MERCC = A_MERCC * decay.pair_decay(log_decay_MERC1)
     if pairs_MECC is not None:
-        scores_MERCC = jnp.where(pairs_MECC[:, :, None], scores_MERCC, 0.0)
+        A_MERCC = jnp.where(pairs_MECC[:, :, None], A_MERCC, 0.0)
 
-    written_MEKW = matmul.einsum("MEjK,MEjW->MEKW", k_out_MECK, v_out_MECW)
-    state_MEKW, final_EKW = _through_chunks(state_EKW, keep_MEKW, written_MEKW)
+    # q exp(g_cumsum) and k exp(g_reversed), or the decays on the side of o and v, heads sharing k
+    q_in_MECK, k_out_MECK, v_out_MECW, exp_g_total_MEKW = q_MECK, k_MECK, v_MECW, None
+    if exp_g_total is not None and R == 1:
+        q_in_MECK = matmul.scaled(q_MECK, exp_g_cumsum)
+        k_out_MECK = matmul.scaled(k_MECK, exp_g_reversed)
+        exp_g_total_MEKW = exp_g_total[..., None]
+    elif exp_g_total is not None:
+        v_out_MECW = dtypes.multiply(v_MECW, over_values(exp_g_reversed))
+        exp_g_total_MEKW = over_values(exp_g_total)[:, :, None]
+
+    # S' = diag(exp(g_total)) S + (k exp(g_reversed))^T v, from chunk to chunk
+    local_MEKW = matmul.einsum("MEjK,MEjW->MEKW", k_out_MECK, v_out_MECW)
+    state_MEKW, final_EKW = _entering_states(state_EKW, exp_g_total_MEKW, local_MEKW)
+
+    # o = scale ((q exp(g_cumsum)) S + A v)
     o_MECW = matmul.einsum("MEiK,MEKW->MEiW", q_in_MECK, state_MEKW)
-    if total is not None and R > 1:
-        o_MECW = o_MECW * over_values(through)
-    if scores_MERCC.shape[2] == 1:
-        o_MECW = o_MECW + matmul.einsum("MEij,MEjW->MEiW", scores_MERCC[:, :, 0], v_MECW)
+    if exp_g_total is not None and R > 1:
+        o_MECW = o_MECW * over_values(exp_g_cumsum)
+    if A_MERCC.shape[2] == 1:
+        o_MECW = o_MECW + matmul.einsum("MEij,MEjW->MEiW", A_MERCC[:, :, 0], v_MECW)
     else:
         v_MECRV = v_MECW.reshape(M, E, C, R, W // R)
-        o_MERCV = matmul.einsum("MERij,MERjV->MERiV", scores_MERCC, jnp.moveaxis(v_MECRV, 3, 2))
+        o_MERCV = matmul.einsum("MERij,MERjV->MERiV", A_MERCC, jnp.moveaxis(v_MECRV, 3, 2))
         o_MECW = o_MECW + jnp.moveaxis(o_MERCV, 2, 3).reshape(M, E, C, W)
     return (form.scale * o_MECW).astype(v_MECW.dtype), final_EKW
 
 
-def _through_chunks(state_EKW, keep_MEKW, written_MEKW):
-    """The recurrence over a span's chunks: the state at the start of each, and behind the last."""
+def _entering_states(state_EKW, exp_g_total_MEKW, local_MEKW):
+    """States that enter each chunk, and the one behind the last: S' = exp(g_total) S + local."""
 
     def body(state_EKW, chunk):
-        keep_EKW, written_EKW = chunk
-        kept_EKW = state_EKW if keep_EKW is None else matmul.scaled(state_EKW, keep_EKW)
-        return kept_EKW + written_EKW, state_EKW
+        exp_g_total_EKW, local_EKW = chunk
+        decayed_EKW = state_EKW
+        if exp_g_total_EKW is not None:
+            decayed_EKW = matmul.scaled(state_EKW, exp_g_total_EKW)
+        return decayed_EKW + local_EKW, state_EKW
 
-    final_EKW, state_MEKW = jax.lax.scan(body, state_EKW, (keep_MEKW, written_MEKW))
+    final_EKW, state_MEKW = jax.lax.scan(body, state_EKW, (exp_g_total_MEKW, local_MEKW))
     return state_MEKW, final_EKW
 
 
 def _masks(runs):
-    """Who may touch whom: pairs of one document; tokens of the entering document, of the leaving
-    one; both the same."""
+    """Masks of documents, or Nones: pairs of tokens in one, tokens that the entering state reaches,
+    tokens that reach the leaving state, and whether the entering state reaches the leaving one."""
     if runs is None:
         return None, None, None, None
     run_MEC, before_ME = runs
@@ -239,8 +244,8 @@ def _masks(runs):
     )
 
 
-def _masked(mask, decay):
-    """The decay (one more axis than the mask) where the mask holds, else 0; None is 1 everywhere."""
+def _masked(mask, decay_X):
+    """decay_X (one axis more than the mask; None is 1) where the mask holds, else 0."""
     if mask is None:
-        return decay
-    return jnp.where(mask[..., None], 1.0 if decay is None else decay, 0.0)
+        return decay_X
+    return jnp.where(mask[..., None], 1.0 if decay_X is None else decay_X, 0.0)

@@ -1,5 +1,4 @@
-"""Linear attention by its definition: one token at a time. Every other form is tested against this
-one."""
+"""Linear attention by its definition, one token at a time, which every other form must match."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +7,10 @@ from kernels_pallas.common import segments
 
 
 def step(q_BHK, k_BHK, v_BHV, log_decay_BHK, state_BHKV):
-    """One token: S <- diag(exp g) S + k v^T; o = S^T q. `log_decay` is (B,H,K), (B,H,1) or None;
-    without scale."""
+    """One token: S <- diag(exp(g)) S + k v^T, o = S^T q, without scale.
+
+    log_decay_BHK: g, (B, H, K) or (B, H, 1), or None for no decay.
+    """
     if log_decay_BHK is not None:
         state_BHKV = jnp.exp(log_decay_BHK)[..., None] * state_BHKV
     state_BHKV = state_BHKV + k_BHK[..., :, None] * v_BHV[..., None, :]
@@ -19,10 +20,9 @@ def step(q_BHK, k_BHK, v_BHV, log_decay_BHK, state_BHKV):
 def recurrent(
     q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale=1.0
 ):
-    """The recurrence as one `lax.scan` over time.
+    """The recurrence as one `lax.scan` over time, in the state's dtype.
 
-    Arguments are normalised by `api.py`: q and k have as many heads as v, log_decay is (B,T,H,K),
-    (B,T,H,1) or None, the initial state is never None. Arithmetic is in the state's dtype.
+    Arguments are normalised by `api.py`; q and k have as many heads as v.
     """
     dtype = initial_state_BHKV.dtype
 

@@ -1,15 +1,9 @@
-"""Losses of logits a piece of time at a time, with their own backward pass: B x T x W numbers are
-never held.
+"""Losses of logits, a piece of time at a time, so that (B, T, W) numbers are never held.
 
-Forward, a loop over pieces of c tokens of every row makes the piece's logits (B, c, W) and keeps
-its losses. Backward, it makes the logits once more, takes the loss's gradient with respect to them,
-and multiplies it out:
-
-    dlogits = d loss / d logits      dx = dlogits matrix      dmatrix += dlogits^T x      dbias +=
-      sum dlogits
-
-The sums over pieces are float32. Time is cut, not tokens in a row, so rows of a batch that are
-spread over devices stay there.
+The equations stand in docs/math/linear_cross_entropy.md. Forward, a loop over pieces of c tokens of
+every row makes the piece's logits (B, c, W) and saves its losses. Backward, it makes the logits
+once more, takes the loss's gradient with respect to them, and multiplies it out. Sums over pieces
+are float32. Time is cut, not the tokens of all rows, so that rows stay on their devices.
 """
 
 import functools
@@ -26,12 +20,11 @@ TOKENS_OF_A_PIECE = (256, 4096)
 
 
 def heuristic_chunk_size(B: int, T: int, W: int) -> int:
-    """Tokens of each row in a piece.
+    """Returns the tokens of each row in a piece, so that the pieces of a row are even.
 
     Each piece reads and writes all of dmatrix, so that fewer than several hundred tokens would wait
-    for memory; more than a few thousand gain nothing. A length or a batch that is not known now (a
-    symbolic shape) is one piece. In between, the logits of a piece take up to half a gigabyte.
-    Pieces of a row are equal.
+    for memory; more than a few thousand gain nothing. In between, the logits of a piece take up to
+    half a gigabyte. A symbolic length or batch is one piece.
     """
     if not chunk_blocks.known(B, T):
         return T
@@ -43,9 +36,9 @@ def heuristic_chunk_size(B: int, T: int, W: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def run(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
-    """`loss` of the logits and its details, (B, T) in float32 or wider.
+    """Returns `loss` of the logits and its details, (B, T) in float32 or wider.
 
-    Gradients go to x, the matrix, the bias and what the loss has that is learned.
+    Gradients go to x, the matrix, the bias and `learned`.
     """
 
     def piece_results(start, size):
@@ -72,6 +65,7 @@ def _backward(loss, layout, chunk_size, saved, cotangents):
 
     def one_piece(sums, start, size):
         dx_BTD, dmatrix, dbias_W, dlearned = sums
+        # The piece's logits again, and dlogits = g dloss/dlogits
         x_BcD, tokens, g_Bc = _cut((x_BTD, per_token, g_BT), start, size)
         given, mask_Bc = tokens
         x_BcD, given = (reference.unmasked(z, mask_Bc) for z in (x_BcD, given))
@@ -80,6 +74,7 @@ def _backward(loss, layout, chunk_size, saved, cotangents):
         _, vjp = jax.vjp(lambda z, learned: loss(z, tokens, fixed, learned)[0], logits_BcW, learned)
         dlogits_BcW, more = vjp(g_Bc)
         dlearned = jax.tree.map(jnp.add, dlearned, more)
+        # dx = dlogits matrix, dmatrix += dlogits^T x, dbias += sum dlogits
         letters = layout.lower()
         dx_BcD = matmul.einsum(f"btw,{letters}->btd", dlogits_BcW, matrix)
         dmatrix = dmatrix + matmul.einsum(f"btw,btd->{letters}", dlogits_BcW, x_BcD)
@@ -104,7 +99,7 @@ run.defvjp(_forward, _backward)
 
 
 def _over_pieces(one_piece, carry, chunk_size: int, T: int):
-    """carry = one_piece(carry, start, size) over the pieces of time; the last may be shorter."""
+    """Folds one_piece(carry, start, size) over the pieces of time; the last may be shorter."""
     full, rest = divmod(T, chunk_size)
     if full:
         carry = lax.fori_loop(0, full, lambda i, c: one_piece(c, i * chunk_size, chunk_size), carry)

@@ -1,4 +1,4 @@
-"""Losses of logits by their definitions, and with all logits at once."""
+"""Losses of logits by their definitions, with all logits at once."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,14 +8,17 @@ import jax.numpy as jnp
 
 from kernels_pallas.common import matmul
 
-# A loss is (logits (B,T,W), per_token, fixed, learned) -> loss (B,T), details: what else is known
-# of each token, without a gradient. Of the others only `learned` has one.
-# It is hashable, a static argument of the implementations.
+# A loss is hashable: (logits (B,T,W), per_token, fixed, learned) -> (loss (B,T), details).
+# Details have no gradient; of the arguments, logits and `learned` have one.
 
 
 class TokenDetails(NamedTuple):
-    """nll_BT: -log p(target). log_z_BT: of the logits. correct_BT: 1 where no word is likelier than
-    the target, or 0. float32 or wider, whatever the mask says."""
+    """Per token, in float32 or wider, masked tokens included.
+
+    nll_BT: -log p(label).
+    log_z_BT: the log-sum-exp of the logits.
+    correct_BT: 1 where no word is likelier than the label, else 0.
+    """
 
     nll_BT: jax.Array
     log_z_BT: jax.Array
@@ -24,8 +27,10 @@ class TokenDetails(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """per_token: labels and mask (B, T). learned: the z-loss's weight. details: TokenDetails.
-    words_axis: the mesh axis that words are split over."""
+    """-log p(label) + z_loss log_z^2; per_token is (labels, mask), learned the z-loss's weight.
+
+    words_axis: the mesh axis that words are split over, or None.
+    """
 
     softcap: float | None
     words_axis: str | None = None
@@ -53,15 +58,18 @@ class CrossEntropy:
         return masked(nll_BT + z_loss.astype(log_z_BT.dtype) * log_z_BT**2, mask_BT), details
 
     def _sum(self, x_BTW):
-        """Over all words."""
+        """Sum over all words, of every shard."""
         x_BT = jnp.sum(x_BTW, axis=-1)
         return x_BT if self.words_axis is None else jax.lax.psum(x_BT, self.words_axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """KL(teacher || student). per_token: the teacher's hidden states or logits, and mask; fixed:
-    its matrix and bias. No details."""
+    """KL(teacher || student), without details.
+
+    per_token is (the teacher's hidden states, or logits where teacher_layout is None, and mask),
+    fixed the teacher's matrix and bias.
+    """
 
     softcap: float | None
     teacher_softcap: float | None
@@ -90,15 +98,14 @@ def masked(loss_BT, mask_BT):
 
 
 def unmasked(x_BTD, mask_BT):
-    """x, 0 where the mask is: there neither x nor its gradient counts, and a product with 0 would
-    let pass what is not finite."""
+    """Returns x with 0 for masked tokens: NaN and Inf there reach neither loss nor gradient."""
     if mask_BT is None or not jnp.issubdtype(x_BTD.dtype, jnp.floating):
         return x_BTD
     return jnp.where(mask_BT[..., None], x_BTD, 0)
 
 
 def all_logits(x_BTD, matrix, bias_W, layout: str):
-    """x times the matrix, whose layout is "WD" or "DW"; float32 or wider."""
+    """Returns x matrix^T ("WD") or x matrix ("DW"), plus bias: (B, T, W) in float32 or wider."""
     logits_BTW = matmul.einsum(f"btd,{layout.lower()}->btw", x_BTD, matrix)
     return (
         logits_BTW if bias_W is None else logits_BTW + bias_W[None, None].astype(logits_BTW.dtype)
@@ -106,7 +113,7 @@ def all_logits(x_BTD, matrix, bias_W, layout: str):
 
 
 def whole(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
-    """`loss` of all logits at once, with its details."""
+    """Returns `loss` of all logits at once, with its details."""
     del chunk_size
     per_token, fixed = jax.lax.stop_gradient((per_token, fixed))
     arrays = jax.lax.stop_gradient((x_BTD, matrix, bias_W))

@@ -1,16 +1,12 @@
-"""Softmax attention in blocks, in memory that grows with T and not with T * T, with its own
-backward pass.
+"""Softmax attention in blocks, in O(T) memory, with its own backward pass.
 
-For every block of C queries the blocks of C keys it can see are visited in turn; running maximum m,
-sum l and output o are corrected as m grows (the online softmax of arXiv 1805.02867, in blocks as in
-FlashAttention, arXiv 2205.14135). Blocks that nobody sees are not visited, so a window costs O(T *
-window): by index which those are is known from the block's place, by positions from the range of
-positions and documents in it. The backward pass keeps q, k, v, o (unrounded: dS is a difference)
-and the log of each row's sum, and makes the probabilities of each block again (arXiv 2307.08691,
-section 3.1):
-
-    P = exp(s - log_sum)    dS = P * (g v^T - rowsum(g * o))    dv += P^T g    dq += dS k    dk +=
-      dS^T q
+The equations stand in docs/math/softmax_attention.md. For every block of C queries the blocks of E
+keys it can see are visited in turn, with running maximum m, sum l and output o (the online softmax
+of arXiv 1805.02867, in blocks as in FlashAttention, 2205.14135). Blocks that no query sees are not
+visited, so that a window costs O(T * window): by index they are known from their place, by
+positions from the range of positions and documents in them. The backward pass saves q, k, v, o
+(unrounded: ds is a difference) and log_sum, and makes the probabilities of each block again
+(2307.08691, section 3.1). `context_parallel.ring_attention` uses the same steps.
 """
 
 import jax
@@ -23,7 +19,7 @@ BLOCK_SIZE = 128
 
 
 def run(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """Same contract as `reference.naive`."""
+    """Attention in blocks; the contract is that of `reference.naive`."""
     T, S, G = q_BTHK.shape[1], *v_BSGV.shape[1:3]
     C, E = block_sizes(T, S)
     k_BGSK, v_BGSV = (keys_first(z, E) for z in (k_BSGK, v_BSGV))
@@ -34,33 +30,33 @@ def run(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
 
 
 def block_sizes(T: int, S: int) -> tuple[int, int]:
-    """C queries and E keys."""
+    """Returns the block sizes C of queries and E of keys."""
     return tuple(
         min(BLOCK_SIZE, size) if chunk_blocks.known(size) else BLOCK_SIZE for size in (T, S)
     )
 
 
 def queries_first(q_BTHK, G, C):
-    """(B, G, R, T, K), T padded to whole blocks."""
+    """(B, T, H, K) to (B, G, R, T, K), T padded to whole blocks."""
     B, T, H, K = q_BTHK.shape
     q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, chunk_blocks.padding(T, C)), (0, 0)))
 
 
 def keys_first(z_BSGX, E):
-    """(B, G, S, X), S padded to whole blocks."""
+    """(B, S, G, X) to (B, G, S, X), S padded to whole blocks."""
     S = z_BSGX.shape[1]
     return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, chunk_blocks.padding(S, E)), (0, 0)))
 
 
 def time_first(o_BGRTV, T):
-    """(B, T, H, V), without the padding."""
+    """(B, G, R, T, V) to (B, T, H, V), without the padding."""
     B, G, R, _, V = o_BGRTV.shape
     return o_BGRTV[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, V)
 
 
 def _key_blocks(i, count, visibility, C):
-    """The first key block that query block i can see, and the one after the last."""
+    """Returns the first key block that query block i can see, and the one after the last."""
     first, last = 0, count
     if visibility.aligned and visibility.causal:
         last = i + 1
@@ -80,7 +76,7 @@ def _add(z, block, i, size):
 
 
 def _product(subscripts, x, y, dtype):
-    """Operands in the input's dtype, sums in float32 or wider."""
+    """Einsum of operands in `dtype`, that of the inputs, with sums in float32 or wider."""
     accumulate = dtypes.common(dtype, jnp.float32)
     return jnp.einsum(
         subscripts, x.astype(dtype), y.astype(dtype), preferred_element_type=accumulate
@@ -88,7 +84,7 @@ def _product(subscripts, x, y, dtype):
 
 
 def _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes):
-    """Scaled logits of a block, -inf where they are not seen."""
+    """Logits s = scale q k^T of a block, -inf where a key is not seen."""
     C, E = sizes
     logits_BGRCE = scale * _product("bgrck,bgek->bgrce", q_BGRCK, k_BGEK, q_BGRCK.dtype)
     seen_BCE = visibility.block(i * C, C, j * E, E).mask()
@@ -96,7 +92,7 @@ def _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes):
 
 
 def initial(q_BGRTK, v_BGSV):
-    """The running m, l and o of every query before it has met a key."""
+    """Returns the running m = -inf, l = 0 and o = 0 of every query, before it has met a key."""
     accumulate = dtypes.common(q_BGRTK.dtype, jnp.float32)
     l_BGRT = jnp.zeros_like(q_BGRTK[..., 0], accumulate)
     o_BGRTV = jnp.zeros_like(q_BGRTK, accumulate, (*l_BGRT.shape, v_BGSV.shape[3]))
@@ -104,7 +100,7 @@ def initial(q_BGRTK, v_BGSV):
 
 
 def update(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
-    """The running m, l and o after the queries have met these keys, or such of them as they see."""
+    """Returns the running m, l and o after the queries have met the keys that they see of these."""
     C, E = sizes
     count = k_BGSK.shape[2] // E
     seen_NM = visibility.blocks_seen(C, E)
@@ -116,9 +112,11 @@ def update(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
         def key_block(j, running):
             m_BGRC, l_BGRC, o_BGRCV = running
             logits_BGRCE = _logits(q_BGRCK, _cut(k_BGSK, j, E), visibility, i, j, scale, sizes)
+            # m' = max(m, s), p = exp(s - m')
             new_m_BGRC = jnp.maximum(m_BGRC, jnp.max(logits_BGRCE, axis=-1))
             shift_BGRC = jnp.where(new_m_BGRC == -jnp.inf, 0, new_m_BGRC)  # nothing seen so far
             p_BGRCE = jnp.exp(logits_BGRCE - shift_BGRC[..., None])
+            # l' = exp(m - m') l + sum p, o' = exp(m - m') o + p v
             keep_BGRC = jnp.exp(m_BGRC - shift_BGRC)
             added_BGRCV = _product("bgrce,bgev->bgrcv", p_BGRCE, _cut(v_BGSV, j, E), v_BGSV.dtype)
             l_BGRC = l_BGRC * keep_BGRC + matmul.sum_last(p_BGRCE)[..., 0]
@@ -140,7 +138,7 @@ def update(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
 
 
 def normalized(running):
-    """o, and the log of each row's sum; 0 both where a query has seen nothing."""
+    """Returns o / l and log_sum = m + log l, both 0 for a query that has seen nothing."""
     m_BGRT, l_BGRT, o_BGRTV = running
     some_BGRT = l_BGRT > 0
     total_BGRT = jnp.where(some_BGRT, l_BGRT, 1)
@@ -149,9 +147,9 @@ def normalized(running):
 
 
 def update_backward(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
-    """Adds to dq what these keys give it, in float32 or wider, and returns theirs: (dq, dk, dv).
+    """Returns dq with these keys' part added, and their dk and dv, all in float32 or wider.
 
-    saved: q, the cotangent of o, each row's log_sum over all its keys, and rowsum(g * o).
+    saved: q, the cotangent g of o, each query's log_sum over all its keys, and sum_V g o.
     """
     q_BGRTK, g_BGRTV, log_sum_BGRT, drop_BGRT = saved
     C, E = sizes
@@ -167,10 +165,12 @@ def update_backward(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
 
         def key_block(j, carry):
             dk_BGSK, dv_BGSV, dq_BGRCK = carry
+            # p = exp(s - log_sum), dv = p^T g
             k_BGEK = _cut(k_BGSK, j, E)
             logits_BGRCE = _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes)
             p_BGRCE = jnp.exp(logits_BGRCE - log_sum_BGRC1)
             dv_BGEV = _product("bgrce,bgrcv->bgev", p_BGRCE, g_BGRCV, dtype)
+            # ds = p (g v^T - sum_V g o), dk = scale ds^T q, dq += scale ds k
             dp_BGRCE = _product("bgrcv,bgev->bgrce", g_BGRCV, _cut(v_BGSV, j, E), dtype)
             ds_BGRCE = scale * p_BGRCE * (dp_BGRCE - drop_BGRC1)
             dk_BGEK = _product("bgrce,bgrck->bgek", ds_BGRCE, q_BGRCK, dtype)
@@ -192,7 +192,7 @@ def update_backward(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
 
 
 def _where_seen(seen_NM, i, key_block):
-    """key_block, left out where no query of block i sees any key."""
+    """Returns key_block, skipped where no query of block i sees any of its keys."""
     if seen_NM is None:
         return key_block
     return lambda j, carry: lax.cond(seen_NM[i, j], key_block, lambda j, carry: carry, j, carry)
@@ -214,7 +214,7 @@ def _backward(form, visibility, arrays, residuals, g_BGRTV):
 
 
 def plain(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
-    """The same for JAX to differentiate: blocks of queries with all keys, each recomputed."""
+    """Attention for JAX to differentiate: blocks of queries with all keys, each recomputed."""
     scale, (C, _) = form
     T, S = q_BGRTK.shape[3], k_BGSK.shape[2]
 

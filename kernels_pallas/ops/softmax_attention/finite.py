@@ -1,5 +1,4 @@
-"""What is not finite reaches those that see it, and nobody else: a product with a weight of 0 would
-let it pass."""
+"""NaN and Inf reach only the queries that see them, though a product with 0 passes them on."""
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +9,17 @@ BLOCK_SIZE = 128
 
 
 def isolated(attend, *, one_query=False):
-    """`attend`, whose output is NaN exactly where the query, or a key or value that it sees, is not
-    finite.
+    """Makes `attend` return NaN exactly where a query, or a key or value it sees, is not finite.
 
-    Gradients are those of the other outputs. Costs a pass over q, k and v, so that one query, a
-    decoding step, which reads them once, goes without unless `one_query`; who sees what is asked
-    only where it matters.
+    Gradients are those of the other outputs. It costs a pass over q, k and v, so that one query (a
+    decoding step, which reads them once) goes without unless `one_query`.
     """
 
     def call(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
         if q_BTHK.shape[1] == 1 and not one_query:
             return attend(q_BTHK, k_BSGK, v_BSGV, visibility, scale)
         (q_BTHK, bad_BTH), (k_BSGK, bad_BSG), (v_BSGV, bad_v_BSG) = map(
-            _cleared, (q_BTHK, k_BSGK, v_BSGV)
+            matmul.cleared, (q_BTHK, k_BSGK, v_BSGV)
         )
         o_BTHV = attend(q_BTHK, k_BSGK, v_BSGV, visibility, scale)
         sees_BTG = _sees(bad_BSG | bad_v_BSG, visibility, q_BTHK.shape[1])
@@ -33,13 +30,8 @@ def isolated(attend, *, one_query=False):
     return call
 
 
-def _cleared(x_BTHK):
-    """With 0 for what is not finite, and where such stood."""
-    return jnp.where(jnp.isfinite(x_BTHK), x_BTHK, 0), ~matmul.finite_rows(x_BTHK)
-
-
 def _sees(bad_BSG, visibility, T):
-    """Which queries see a bad key, (B, T, G), a block of queries at a time."""
+    """Returns which queries see a bad key, (B, T, G), a block of queries at a time."""
     B, S, G = bad_BSG.shape
     whole = not chunk_blocks.known(T) or T <= BLOCK_SIZE
     C = T if whole else BLOCK_SIZE

@@ -1,8 +1,6 @@
-"""Softmax attention by what JAX has: `jax.nn.dot_product_attention` (XLA, cuDNN on GPUs) and splash
-attention on TPUs.
+"""Softmax attention by JAX's own implementations: XLA, cuDNN on GPUs, splash attention on TPUs.
 
-All want K == V: the narrower side is padded with zero columns, which change neither logits nor
-outputs.
+All want K == V: the narrower side is padded by zero columns, which change no logits and no outputs.
 """
 
 import functools
@@ -25,7 +23,7 @@ def _same_width(q_BTHK, k_BSGK, v_BSGV):
 
 
 def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """Same contract as `reference.naive`; holds all T * S logits."""
+    """`jax.nn.dot_product_attention`, holding all T S logits; the contract of `reference.naive`."""
     V, dtype = v_BSGV.shape[-1], q_BTHK.dtype
     seen_BTS = visibility.mask()
     qkv = _same_width(q_BTHK, k_BSGK, v_BSGV)
@@ -40,9 +38,9 @@ def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
 
 
 def _differentiable(attend):
-    """A library's attend(scale, visibility, q, k, v), which has a first derivative, with the rest.
+    """Gives a library's attend(scale, visibility, q, k, v) derivatives of any order.
 
-    Those are the chunked form's.
+    The first is the library's own, the others are the chunked form's.
     """
 
     @functools.partial(jax.jit, static_argnums=0)  # one array given twice is two inputs inside
@@ -60,13 +58,12 @@ def _differentiable(attend):
     def plain(scale, visibility, *qkv):
         return chunked.run(*qkv, visibility, scale)
 
-    # Its residuals hold copies of q, k and v, too much to be kept where the rest is recomputed.
+    # No checkpoint name: the residuals hold copies of q, k and v
     return kernel_vjp.differentiable(forward, backward, plain, call=attend, save=False)
 
 
 def cudnn(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """cuDNN's fused attention, forward and backward. Same contract, for calls that `cudnn_unsupported_reason` lets
-    through."""
+    """cuDNN's fused attention, for calls without a `cudnn_unsupported_reason`."""
     return _cudnn(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
 
 
@@ -85,7 +82,7 @@ def _cudnn(scale, visibility, q_BTHK, k_BSGK, v_BSGV):
 
 
 def cudnn_unsupported_reason(*, q, v, visibility) -> str | None:
-    """Why cuDNN cannot run this call, or None."""
+    """Returns None if cuDNN can run this call, else the reason."""
     K = max(q.shape[3], v.shape[3])
     kind = devices.current().kind
     if "NVIDIA" not in kind.upper():
@@ -105,8 +102,7 @@ def cudnn_unsupported_reason(*, q, v, visibility) -> str | None:
 
 
 def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """JAX's splash attention (Pallas, TPU), which skips the blocks that the mask rules out. Any T:
-    padded to 128."""
+    """JAX's splash attention (Pallas, TPU), which skips blocks that are masked whole; any T."""
     return _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
 
 
@@ -153,7 +149,7 @@ def _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV):
 
 
 def splash_unsupported_reason(*, q, v, visibility) -> str | None:
-    """Why splash attention cannot run this call, or None."""
+    """Returns None if splash attention can run this call, else the reason."""
     if not visibility.aligned:
         return "splash attention masks by index: it takes no positions, and as many keys as queries"
     if manual_axes.varying((q, v, visibility)):

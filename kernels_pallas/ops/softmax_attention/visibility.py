@@ -1,4 +1,4 @@
-"""Which keys a query sees: one rule for training on packed documents and for decoding from a cache."""
+"""Masks of softmax attention: one rule for training on packed documents and for decoding."""
 
 import dataclasses
 
@@ -14,9 +14,9 @@ class Visibility:
       s's slot is filled: kv_position >= 0;    causal: kv_position <= q_position;
       window: |q_position - kv_position| < window;    segments: q_segment == kv_segment.
 
-    Positions are (B or 1, T) and (B or 1, S), segments too or None. `aligned` says that token t is
-    at index t on both sides, so that whole blocks can be left out knowing their indices alone;
-    `by_index`, that positions are indices, and every slot is filled.
+    Positions are (B or 1, T) and (B or 1, S), segments too or None. `aligned`: token t is at index
+    t on both sides, so that blocks can be left out by their indices alone. `by_index`: positions
+    are indices, and every slot is filled.
     """
 
     q_position_BT: jax.Array
@@ -29,7 +29,7 @@ class Visibility:
     by_index: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def mask(self) -> jax.Array:
-        """Booleans (B or 1, T, S)."""
+        """Returns whether t sees s, (B or 1, T, S)."""
         age_BTS = self.q_position_BT[:, :, None] - self.kv_position_BS[:, None, :]
         seen_BTS = jnp.broadcast_to(self.kv_position_BS[:, None, :] >= 0, age_BTS.shape)
         if self.causal:
@@ -41,7 +41,7 @@ class Visibility:
         return seen_BTS
 
     def padded(self, queries: int, keys: int) -> "Visibility":
-        """With so many queries and keys more at the end, which are empty slots."""
+        """Returns the visibility with so many empty slots of queries and keys added at the end."""
 
         def pad(x, count, value):
             return None if x is None else jnp.pad(x, ((0, 0), (0, count)), constant_values=value)
@@ -55,7 +55,7 @@ class Visibility:
         )
 
     def block(self, first_query, queries: int, first_key, keys: int) -> "Visibility":
-        """That of a block of queries and a block of keys; where they begin may be traced."""
+        """Returns that of a block of queries and one of keys; their beginnings may be traced."""
 
         def cut(x, start, size):
             return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
@@ -69,10 +69,10 @@ class Visibility:
         )
 
     def blocks_seen(self, queries: int, keys: int) -> jax.Array | None:
-        """Which blocks of so many queries and keys hold a pair that may see each other, (N, M);
-        None where `aligned`.
+        """Returns which blocks of queries and keys may hold a pair that sees, (N, M).
 
-        From ranges of positions and of documents, so a block that is called seen may hold none.
+        It goes by ranges of positions and documents, so that a block called seen may hold no pair.
+        None where `aligned`: there the blocks' indices tell.
         """
         if self.aligned:
             return None
@@ -90,8 +90,7 @@ class Visibility:
         if self.causal:
             seen &= kv_low[:, None, :] <= q_high[:, :, None]
         if self.window is not None:
-            # Each side stays in range: an empty block's kv_low is the largest integer, its kv_high
-            # the least.
+            # No overflow where a block is empty: kv_low is the largest integer, kv_high the least
             seen &= q_low[:, :, None] - self.window < jnp.maximum(kv_high, -1)[:, None, :]
             seen &= kv_low[:, None, :] - self.window < q_high[:, :, None]
         if self.q_segment_BT is not None:
