@@ -142,14 +142,10 @@ class _Tensor:
     def data_ptr(self):
         return self.array.ctypes.data
 
-    def untyped_storage(self):
+    def itself(self, *args, **keywords):
         return self
 
-    def cpu(self):
-        return self
-
-    def new_empty(self, size, device):
-        return self
+    untyped_storage = cpu = new_empty = set_ = copy_ = itself
 
     def storage_offset(self):
         return 0
@@ -159,12 +155,6 @@ class _Tensor:
 
     def stride(self):
         return self.array.strides
-
-    def set_(self, *args):
-        return self
-
-    def copy_(self, other):
-        return self
 
 
 def _interpret(kernel, outputs, grid, constants, *inputs):

@@ -44,8 +44,11 @@ class TritonForm(NamedTuple):
     sums: str
 
     @property
-    def sizes(self):
-        return {name: getattr(self, name) for name in ("T", "XH", "H", "GH", "K", "V", "GK", "C")}
+    def constants(self):
+        """Constants by the names that kernels give them: sizes, precisions, sub-chunks."""
+        precisions = {"INPUTS": self.inputs, "MIXED": self.mixed, "SUMS": self.sums}
+        precisions = {name: launch.precision(given) for name, given in precisions.items()}
+        return self._asdict() | precisions | {"SUB": SUB}
 
     @property
     def N(self):
@@ -81,12 +84,6 @@ class TritonForm(NamedTuple):
         if whole_K:
             tiles["BK"] = launch.power_of_two(self.K)
         return tiles | {"BG": tiles["BK"] if self.GK > 1 else 1}
-
-    def precisions(self):
-        return {
-            "INPUTS": launch.precision(self.inputs),
-            "MIXED": launch.precision(self.mixed),
-        }
 
 
 def fitting_chunk(longest: int, words: int) -> int:
@@ -146,7 +143,7 @@ def every_head(form, g_BTHK):
 
 
 def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
-    """Runs a kernel over (grid, B * H), with the form's sizes and tiles.
+    """Runs a kernel over (grid, B * H), with tiles and those of the form's constants it takes.
 
     outputs: (shape behind B, dtype). grid: what axis 0 is a product of: "K", "V" (blocks), "N"
     (chunks), or numbers.
@@ -156,9 +153,8 @@ def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constant
     tiles = form.tiles(kernel.__name__, whole_K)
     blocks = {"K": -(-form.K // tiles["BK"]), "V": -(-form.V // tiles["BV"]), "N": form.N}
     first = math.prod(blocks.get(axis, axis) for axis in grid)
-    return launch.run(
-        kernel, inputs, outputs, (first, B * form.H), **form.sizes, **tiles, **constants
-    )
+    taken = {name: x for name, x in form.constants.items() if name in kernel.arg_names}
+    return launch.run(kernel, inputs, outputs, (first, B * form.H), **taken | tiles | constants)
 
 
 def kernels():
@@ -182,7 +178,6 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
         ("K", "V"),
         REVERSE=reverse,
         SCALE=scale,
-        MIXED=launch.precision(form.mixed),
     )
 
 
@@ -201,8 +196,6 @@ def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
         [((form.H, form.N, form.C, form.C), jnp.float32)],
         ("N", form.C // SUB),
         STRICT=strict,
-        SUB=SUB,
-        MIXED=launch.precision(form.mixed),
     )
     return scores_BHNCC
 
@@ -220,7 +213,6 @@ def outputs(
         ("N", "V"),
         STRICT=strict,
         SCALE=scale,
-        **form.precisions(),
     )
     return o_BTHV
 
@@ -231,20 +223,16 @@ def gradients_of_values(
     """Computes dy of `outputs` and `states`; without dstates that of `outputs` alone."""
     chunks, _ = kernels()
     leaving = dstates is not None
-    unread = g_BTHK  # an operand that the kernel does not touch
+    # An operand that the kernel does not read may be any array.
+    optional = (dstates if leaving else g_BTHK), (g_BTHK if scores is None else scores)
     (dy_BTHV,) = run_kernel(
         form,
         chunks.gradients_of_values,
-        (
-            *(q_BTGK, k_BTGK, g_BTHK, do_BTHV),
-            dstates if leaving else unread,
-            unread if scores is None else scores,
-        ),
+        (q_BTGK, k_BTGK, g_BTHK, do_BTHV, *optional),
         [((form.T, form.H, form.V), dtype)],
         ("N", "V"),
         LEAVING=leaving,
         SCALE=scale,
-        **form.precisions(),
     )
     return dy_BTHV
 
@@ -268,8 +256,6 @@ def gradients_of_keys(
         STRICT=strict,
         LEAVING=leaving,
         SCALE=scale,
-        SUMS=form.sums,
-        **form.precisions(),
     )
     if form.per_channel:
         # Pairs inside a chunk, on top of what passes through the states.
@@ -281,7 +267,6 @@ def gradients_of_keys(
             ("N",),
             STRICT=strict,
             SCALE=scale,
-            INPUTS=launch.precision(form.inputs),
         )
         dq_BTHK, dk_BTHK, dg_BTHK = run_kernel(
             form,
@@ -290,8 +275,6 @@ def gradients_of_keys(
             [dx, dx, dx],
             ("N", form.C // SUB, "K"),
             STRICT=strict,
-            SUB=SUB,
-            MIXED=launch.precision(form.mixed),
         )
     else:
         dg_BTHK = jnp.sum(dg_BTHK, axis=1)[..., None]

@@ -142,9 +142,10 @@ def iota(shape, axis):
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def lower(C: int, diagonal: int = 0):
-    """Mask (C, C), true at (i, j) where j <= i + diagonal."""
-    return iota((C, C), 1) <= iota((C, C), 0) + diagonal
+def lower(C: int, strict: bool = False):
+    """Mask (C, C), true at (i, j) where j <= i, or where j < i."""
+    i, j = iota((C, C), 0), iota((C, C), 1)
+    return j < i if strict else j <= i
 
 
 def in_turns(generators):

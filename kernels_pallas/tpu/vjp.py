@@ -11,21 +11,20 @@ from kernels_pallas.common import decay, kernel_vjp, segments
 from kernels_pallas.tpu.tiling import RecurrenceTiling
 
 
-def pad_end(x, **amounts):
-    """Appends zeros to axes, as in pad_end(x, axis1=3): tokens that neither write nor decay,
-    channels that nothing reads."""
-    widths = [(0, amounts.get(f"axis{n}", 0)) for n in range(x.ndim)]
+def pad_end(x, amounts: dict[int, int]):
+    """Appends amounts[axis] zeros: tokens that neither write nor decay, channels never read."""
+    widths = [(0, amounts.get(axis, 0)) for axis in range(x.ndim)]
     return jnp.pad(x, widths) if any(amounts.values()) else x
 
 
 def pad_tokens(x_BT, tiling: RecurrenceTiling):
     """Pads (B, T, ...) to whole chunks."""
-    return pad_end(x_BT, axis1=tiling.chunks * tiling.C - tiling.T)
+    return pad_end(x_BT, {1: tiling.chunks * tiling.C - tiling.T})
 
 
 def flatten(x_BTHK, tiling: RecurrenceTiling, width: int, dtype):
     """Reshapes (B, T, H, K) to (B, chunks * C, H * width), padded with zeros."""
-    x_BTHK = pad_end(pad_tokens(x_BTHK.astype(dtype), tiling), axis3=width - x_BTHK.shape[3])
+    x_BTHK = pad_end(pad_tokens(x_BTHK.astype(dtype), tiling), {3: width - x_BTHK.shape[3]})
     return x_BTHK.reshape(*x_BTHK.shape[:2], -1)
 
 
@@ -33,7 +32,7 @@ def flat_inputs(tiling: RecurrenceTiling, q_BTGK, k_BTGK, v_BTHV, state_BHKV):
     """Flattens q, k and v and pads the initial state."""
     q, k = (flatten(x, tiling, tiling.K, tiling.dtype) for x in (q_BTGK, k_BTGK))
     K, V = state_BHKV.shape[2:]
-    state = pad_end(state_BHKV.astype(jnp.float32), axis2=tiling.K - K, axis3=tiling.V - V)
+    state = pad_end(state_BHKV.astype(jnp.float32), {2: tiling.K - K, 3: tiling.V - V})
     return q, k, flatten(v_BTHV, tiling, tiling.V, tiling.dtype), state
 
 
@@ -51,7 +50,7 @@ def apart(tiling: RecurrenceTiling, q, k, v):
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
-    """Returns the decay with a reset at the first token of each document, or None without either."""
+    """Returns the decay, a reset at the first token of each document; None if there is neither."""
     if segment_ids_BT is None:
         return log_decay_BTHK
     if log_decay_BTHK is None:

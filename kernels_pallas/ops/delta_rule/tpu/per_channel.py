@@ -76,9 +76,9 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
             exact_CC, rest_CC = p.exact_product(kE_CK, kE_CK, (1, 1))
             A_rest_CC = jnp.where(here, (exact_CC - both[C:]) + rest_CC, A_rest_CC)
         yield
-    A_CC = jnp.where(lower(C, -1), gates.beta_C1 * kk_CC, 0.0)
+    A_CC = jnp.where(lower(C, strict=True), gates.beta_C1 * kk_CC, 0.0)
     if p.exact:
-        A_rest_CC = jnp.where(lower(C, -1), gates.beta_C1 * A_rest_CC, 0.0)
+        A_rest_CC = jnp.where(lower(C, strict=True), gates.beta_C1 * A_rest_CC, 0.0)
     Z_CC = jnp.where(lower(C), scale * qk_CC, 0.0)
     X_CC = yield from primitives.inverse(p, A_CC)
     # R / beta = v - (k exp(g_cumsum)) S, then U
@@ -139,7 +139,7 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
     dS_entering_KV = dS_entering_KV + scale * p.dot(q_read_CK, do_CV, (0, 0))
     yield
     # dA = -dR U^T (j < i);  dZ = scale do U^T (j <= i)
-    dA_CC = jnp.where(lower(C, -1), -p.dot(dR_CV, c.U_CV, (1, 1)), 0.0)
+    dA_CC = jnp.where(lower(C, strict=True), -p.dot(dR_CV, c.U_CV, (1, 1)), 0.0)
     yield
     dqk_CC = jnp.where(lower(C), scale * p.dot(do_CV, c.U_CV, (1, 1)), 0.0)
     yield

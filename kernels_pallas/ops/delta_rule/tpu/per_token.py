@@ -96,7 +96,9 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
     yield
 
     def below(products_CC):
-        return jnp.where(lower(C, -1), gates.beta_C1 * _times(products_CC, gates.D_CC), 0.0)
+        return jnp.where(
+            lower(C, strict=True), gates.beta_C1 * _times(products_CC, gates.D_CC), 0.0
+        )
 
     # A and Z, and what A has lost to rounding.
     A_rest_CC = None
@@ -172,7 +174,7 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
     dS_entering_KV = dS_entering_KV + p.state(q_CK, dqS_CV, (0, 0))
     yield
     # dA = -dR U^T (j < i);  dZ = do U^T (j <= i)
-    dA_CC = jnp.where(lower(C, -1), -p.dot(dR_CV, c.U_CV, (1, 1)), 0.0)
+    dA_CC = jnp.where(lower(C, strict=True), -p.dot(dR_CV, c.U_CV, (1, 1)), 0.0)
     yield
     dZ_CC = jnp.where(lower(C), p.dot(do_CV, c.U_CV, (1, 1)), 0.0)
     yield

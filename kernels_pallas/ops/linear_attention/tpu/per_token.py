@@ -128,7 +128,7 @@ def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV, do_CV, dS_K
         return ChunkGradients(dq_CK, dk_CK, dv_CV, None, dS_KV + dS_entering_KV)
     # dg_s: dD * D of pairs j < s <= i, with the entering state as one more j (c_i) and the leaving
     # state as one more i (e_j).
-    P_CC = jnp.where(lower(C, -1), dqk_CC * qk_CC, 0.0)
+    P_CC = jnp.where(lower(C, strict=True), dqk_CC * qk_CC, 0.0)
     c_CK = q_CK.astype(jnp.float32) * dq_state_CK
     e_CK = k_CK.astype(jnp.float32) * dk_state_CK
     across_CC = sum(
