@@ -35,7 +35,7 @@ def step_config(num_layers: int, settings: Settings) -> ConfigDict:
 
 
 def compile_step(config: ConfigDict) -> Row:
-    """Measures the seconds to trace, lower and compile a config's training step, on shapes alone."""
+    """Measures the seconds to trace, lower and compile a config's training step."""
     program = steps.build(config, config.data.seq_len)
     size = (config.data.batch_size, config.data.seq_len)
     batch = {name: jax.ShapeDtypeStruct(size, x.dtype) for name, x in batches.empty(1, 1).items()}

@@ -185,8 +185,7 @@ def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> Non
     parts = ["# Plan", NOTE, markdown_table([line(row) for row in rows])]
     parts += ["Not compiled:\n\n" + "\n".join(f"- {why}" for why in left_out)] if left_out else []
     for row in rows:
-        title = f"## {row['topology']}, {name(row)}, batch {row['batch_size']} x {row['seq_len']}"
-        parts += [title, f"`{row['command']}`", f"```\n{text(row)}\n```"]
+        parts += [f"## {_title(row)}", f"`{row['command']}`", f"```\n{text(row)}\n```"]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
     memory_bars(rows, folder / "memory.png")
     if len({row["devices"] for row in rows if "estimate" in row}) > 1:

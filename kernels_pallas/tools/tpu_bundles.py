@@ -203,12 +203,16 @@ def pallas_calls(jaxpr):
         if equation.primitive.name == "pallas_call":
             yield equation
             continue
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from pallas_calls(inner)
+        for inner in inner_jaxprs(equation):
+            yield from pallas_calls(inner)
+
+
+def inner_jaxprs(equation) -> list:
+    """Returns the jaxprs among an equation's parameters: bodies of loops, branches, calls."""
+    values = list(equation.params.values())
+    leaves = jax.tree.leaves(values, is_leaf=lambda x: hasattr(x, "eqns"))
+    jaxprs = (getattr(leaf, "jaxpr", leaf) for leaf in leaves)
+    return [jaxpr for jaxpr in jaxprs if hasattr(jaxpr, "eqns")]
 
 
 def _call_of(instruction: str, calls) -> Any:
