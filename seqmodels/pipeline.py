@@ -249,8 +249,7 @@ _run_split.defvjp(_split_forward, _split_backward)
 
 
 def _dense_layers(pipe, params_SN, shared, index_SN, entered):
-    """Splits parameters into kernels of dense layers and others; adds the shapes of these layers'
-    results in one stage."""
+    """Returns the kernels of dense layers, all other parameters, and shapes of a stage's taps."""
     first = functools.partial(jax.tree.map, lambda leaf: leaf[0, 0])
     x_SBTD, rows_S = entered
     _, seen = jax.eval_shape(

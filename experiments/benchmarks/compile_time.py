@@ -17,8 +17,10 @@ from experiments.training import steps
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """depths: layers of the whole model and of the cut one. batch, length: of the tokens, on which
-    compile time hardly depends."""
+    """The layers of the whole model and of the cut one, and the size of a batch.
+
+    Compile time hardly depends on the latter.
+    """
 
     depths: tuple[int, int] = (24, 4)
     batch: int = 8

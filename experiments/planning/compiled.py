@@ -18,8 +18,9 @@ _TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 
 
 class CompiledStep(NamedTuple):
-    """text: of the optimised program; None where it needs more HBM than there is.
+    """A training step as compiled.
 
+    text: of the optimised program; None where it needs more HBM than there is.
     memory: XLA's buffers of one device, in bytes; results take the place of the donated state.
     xla: what XLA counts. kernels: FLOPs of Pallas kernels by name.
     """

@@ -64,7 +64,7 @@ class StepCost:
 
 
 class Machine(NamedTuple):
-    """kernel_flops: of each Pallas kernel's whole grid, by pallas_call's name."""
+    """Where a program runs, and the FLOPs of each Pallas kernel's whole grid by its name."""
 
     where: parts.Slice
     mesh: Mesh

@@ -199,7 +199,7 @@ _SAME_IN = (
 
 
 def _key(row: Row) -> str:
-    """Returns what two plans of the same candidate agree in."""
+    """Returns the fields in which two plans of one candidate agree."""
     return json.dumps([row[field] for field in _SAME_IN])
 
 

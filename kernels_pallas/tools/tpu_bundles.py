@@ -82,7 +82,7 @@ class ProgramCost(NamedTuple):
 
 
 class ListingLoops(NamedTuple):
-    """For each bundle, whether it is in the grid loop's body, and how often a pass issues it."""
+    """Says of each bundle whether it is in the grid loop's body, and how often a pass issues it."""
 
     in_grid: np.ndarray
     times: np.ndarray
@@ -233,7 +233,10 @@ def _call_of(instruction: str, calls) -> Any:
 
 
 def _traffic(call) -> tuple[int, int | None]:
-    """Returns the bytes of operands and results, and those of blocks moved, or None for these."""
+    """Returns the bytes of operands and results, and those of the blocks moved.
+
+    The second is None where the kernel moves data itself.
+    """
     mapping = call.params["grid_mapping"]
     arrays = [v.aval for v in (*call.invars, *call.outvars)]
     least = sum(array.size * array.dtype.itemsize for array in arrays)
