@@ -1,20 +1,19 @@
-"""A pipeline over the mesh axis `pipe`: each of its devices holds consecutive layers, and
-microbatches pass through them.
+"""A pipeline over the mesh axis `pipe`: each of its devices holds a stage, consecutive layers.
 
-GPipe (arXiv 1811.06965): with P stages and M microbatches, the program is one loop of M + P - 1
-turns. In each turn all stages run at once, each on another microbatch, and then hand their results
-on. A stage is idle, that is, works on what nobody will read, in P - 1 of the turns. Differentiating
-the loop gives the backward schedule, with as many turns and twice the work a turn.
+GPipe (arXiv 1811.06965): with S stages and M microbatches the program is one loop of M + S - 1
+turns. In turn t, stage s works on microbatch t - s, and hands the result to stage s + 1. In S - 1
+of its turns a stage is idle: it works on what nobody reads. Differentiating the loop gives the
+backward schedule, with as many turns and twice the work per turn.
 
-With `split_backward` a turn of the backward pass finds gradients of activations alone, and keeps
-what went into every dense layer and the gradient of what came out. The weights' gradients are made
-of these when all turns are over, for all microbatches at once and with no stage idle (2BP, arXiv
-2405.18047): (M + P - 1) p1 + M p2 in place of (M + P - 1) (p1 + p2). It holds these activations of
-all microbatches for that; of the layers themselves only a stage's inputs are kept, and the rest is
-recomputed.
+With `split_backward` a turn of the backward pass computes gradients of activations alone, and keeps
+what went into every dense layer and the gradient of what came out. After all turns these give the
+weights' gradients, for all microbatches at once and with no stage idle (2BP, arXiv 2405.18047):
+(M + S - 1) p1 + M p2 in place of (M + S - 1) (p1 + p2). For that it holds these activations of all
+microbatches; of the layers themselves it keeps a stage's inputs, and recomputes the rest.
 
-Stages are a leading axis of arrays, split over `pipe`; the compiler makes handing on a
-collective-permute.
+Stages are a leading axis of arrays, split over `pipe`; handing on becomes a collective-permute.
+
+Letters: S stages, N layers per stage, M microbatches; in scans over turns the turn comes first.
 """
 
 import functools
@@ -30,10 +29,10 @@ from seqmodels.array_typing import Array
 
 
 class Layer(NamedTuple):
-    """x_BTD after one layer is call(module, params, index, x_BTD, rows, shared), where `module` is
-    unbound.
+    """One layer: called with (params, index, x_BTD, rows, shared), it returns the next x_BTD.
 
-    call: (apply, index, x_BTD, rows, shared) -> x_BTD, where apply(*arguments) applies the module.
+    module: unbound. call: (apply, index, x_BTD, rows, shared) -> x_BTD, where apply(*arguments)
+      applies the module.
     """
 
     module: nn.Module
@@ -44,7 +43,10 @@ class Layer(NamedTuple):
         return self.call(apply, index, x_BTD, rows, shared)
 
     def observed(self, params, taps, index, x_BTD, rows, shared) -> tuple[Array, dict]:
-        """With `taps` added to what its dense layers return. Returns x_BTD and what went into them."""
+        """Returns the next x_BTD and what went into dense layers, whose results get `taps` added.
+
+        Without taps, what came out of them is returned beside.
+        """
         inputs = {}
 
         def apply(*arguments):
@@ -70,20 +72,13 @@ def _observe(next_function, arguments, keywords, context):
 
 
 class _Pipe(NamedTuple):
-    """layer, and how many stages and microbatches."""
-
     layer: Layer
     stages: int
-    count: int
-
-    @property
-    def turns(self) -> int:
-        return self.count + self.stages - 1
+    microbatches: int
 
 
 def run(layer: Layer, params_L, index_L: Array, x_BTD: Array, rows: Any, shared: Any) -> Array:
-    """x_BTD after `layer(params, index, x_BTD, rows, shared)` for each of L stacked layers, in the
-    pipeline of the mesh in scope.
+    """Returns x_BTD after L stacked layers, in the pipeline of the mesh in scope.
 
     rows: a pytree of arrays (B, ...) that go with x_BTD. shared: a pytree of arrays that all layers
       read.
@@ -92,37 +87,40 @@ def run(layer: Layer, params_L, index_L: Array, x_BTD: Array, rows: Any, shared:
       ValueError: L is not divisible by the stages, or the batch by the microbatches.
     """
     options, stages = sharding.options(), sharding.stages()
-    pipe = _Pipe(layer, stages, options.microbatches or stages)
+    M = options.microbatches or stages
+    pipe = _Pipe(layer, stages, M)
     (L,), B = index_L.shape, x_BTD.shape[0]
     if L % stages:
         raise ValueError(
-            f"{L} repeats of the scanned blocks cannot be split over mesh axis {sharding.STAGE_AXIS!r} of size {stages}"
+            f"{L} repeats of the scanned blocks cannot be split over mesh axis "
+            f"{sharding.STAGE_AXIS!r} of size {stages}"
         )
-    if B % pipe.count:
+    if B % M:
         raise ValueError(
-            f"a batch of {B} rows cannot be split into {pipe.count} microbatches: set parallel.microbatches to a divisor"
+            f"a batch of {B} rows cannot be split into {M} microbatches: "
+            "set parallel.microbatches to a divisor"
         )
 
     def by_stage(leaf_L):
         return leaf_L.reshape(stages, L // stages, *leaf_L.shape[1:])
 
     def microbatches(leaf_B):
-        # Every `count`-th row, so that each microbatch has rows from all devices.
-        return leaf_B.reshape(B // pipe.count, pipe.count, *leaf_B.shape[1:]).swapaxes(0, 1)
+        # Every M-th row, so that each microbatch has rows from all devices.
+        return leaf_B.reshape(B // M, M, *leaf_B.shape[1:]).swapaxes(0, 1)
 
     params_SN, index_SN = jax.tree.map(by_stage, (params_L, index_L))
     x_MBTD, rows_M = jax.tree.map(microbatches, (x_BTD, rows))
-    through = _split if options.split_backward else _through
-    x_MBTD = through(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
+    whole = _run_split if options.split_backward else _run
+    x_MBTD = whole(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
     return x_MBTD.swapaxes(0, 1).reshape(x_BTD.shape)
 
 
-def _through(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
+def _run(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
     return _turns(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)[0]
 
 
 def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep: bool = False):
-    """All microbatches after all stages; and, to keep, what went into the stages in each turn."""
+    """Returns all microbatches after all stages and, to keep, the stages' inputs of each turn."""
 
     def stage(params_N, index_N, x_BTD, rows):
         def one(x_BTD, inputs):
@@ -130,23 +128,25 @@ def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep: bool 
 
         return jax.lax.scan(one, x_BTD, (params_N, index_N))[0]
 
+    # Turn t: microbatch t enters stage 0, every stage takes what the one before made, and all work.
     def turn(held_S, arriving):
         x_SBTD, rows_S = jax.tree.map(_hand_on, held_S, arriving)
         x_SBTD = sharding.constrain_stages(x_SBTD)
         y_SBTD = _all_stages(stage)(params_SN, index_SN, x_SBTD, rows_S)
         return (y_SBTD, rows_S), (y_SBTD, (x_SBTD, rows_S) if keep else None)
 
-    # What is worked on and not read is a real microbatch, for which every layer is finite.
-    P = pipe.stages
+    # Idle stages work on a real microbatch, for which every layer is finite: the first one until
+    # their own arrives, the last one after it.
+    S = pipe.stages
     inputs_M = x_MBTD, rows_M
-    held_S = jax.tree.map(lambda leaf_M: jnp.repeat(leaf_M[:1], P, axis=0), inputs_M)
+    held_S = jax.tree.map(lambda leaf_M: jnp.repeat(leaf_M[:1], S, axis=0), inputs_M)
     arriving = jax.tree.map(
-        lambda leaf_M: jnp.concatenate([leaf_M, jnp.repeat(leaf_M[-1:], P - 1, axis=0)]), inputs_M
+        lambda leaf_M: jnp.concatenate([leaf_M, jnp.repeat(leaf_M[-1:], S - 1, axis=0)]), inputs_M
     )
     _, (left_SBTD, entered) = jax.lax.scan(turn, held_S, arriving)
-    # Of all turns and stages: the last stage's are brought to all devices at once, not turn by
-    # turn.
-    return left_SBTD[P - 1 :, -1], entered
+    # Microbatch m leaves the last stage in turn m + S - 1. Taken after the loop, the results come
+    # to all devices at once, not turn by turn.
+    return left_SBTD[S - 1 :, -1], entered
 
 
 def _all_stages(stage):
@@ -154,11 +154,10 @@ def _all_stages(stage):
 
 
 def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
-    """Each stage's array to the next stage, and what arrives to the first; or back, from the last
-    one on.
+    """Hands each stage's array to the next stage, and what arrives to the first.
 
-    A shift by padding, not by concatenation: the partitioner makes that a message to the neighbour,
-    and gathers for this.
+    back: to the stage before, and what arrives to the last. The partitioner makes a message to the
+    neighbour of a shift by padding; for one by concatenation it gathers.
     """
     ends = [(0, 0)] * (held_S.ndim - 1)
     handed_S = (
@@ -169,9 +168,9 @@ def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _split(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
-    """`_through`, with a backward pass in two."""
-    return _through(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
+def _run_split(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
+    """Computes `_run`, with a backward pass in two."""
+    return _run(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
 
 
 def _split_forward(pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
@@ -183,6 +182,8 @@ def _split_backward(pipe, saved, dy_MBTD):
     params_SN, shared, index_SN, entered = saved
     kernels_SN, others_SN, taps_N = _dense_layers(pipe, params_SN, shared, index_SN, entered)
 
+    # A stage's gradients but for its dense kernels: recomputes its layers, and keeps what went into
+    # the dense layers and the gradients of what came out, which are those of the taps.
     def stage_gradients(kernels_N, others_N, index_N, x_BTD, rows, dy_BTD):
         def stage(others_N, shared, x_BTD, taps_N):
             def one(x_BTD, inputs):
@@ -201,7 +202,8 @@ def _split_backward(pipe, saved, dy_MBTD):
     def turn(carry, of_turn):
         sums, dx_SBTD = carry
         (x_SBTD, rows_S), dy_BTD = of_turn
-        # What a stage handed on went into the next one, a turn later.
+        # Turn t of the forward pass, from the last turn to the first. What stage s made went into
+        # stage s + 1 a turn later, so its gradient comes from there.
         dy_SBTD = sharding.constrain_stages(_hand_on(dx_SBTD, dy_BTD, back=True))
         d_others_SN, d_shared_S, dx_SBTD, dense_SN = _all_stages(stage_gradients)(
             kernels_SN, others_SN, index_SN, x_SBTD, rows_S, dy_SBTD
@@ -209,7 +211,8 @@ def _split_backward(pipe, saved, dy_MBTD):
         sums = jax.tree.map(jnp.add, sums, (d_others_SN, d_shared_S))
         return (sums, dx_SBTD), (dx_SBTD[0], dense_SN)
 
-    S, M = pipe.stages, pipe.count
+    S, M = pipe.stages, pipe.microbatches
+    # Nobody reads what the last stage made in its first S - 1 turns.
     unread = jnp.zeros((S - 1, *dy_MBTD.shape[1:]), dy_MBTD.dtype)
     dy = jnp.concatenate([unread, dy_MBTD])
     sums = (others_SN, jax.tree.map(lambda leaf: jnp.repeat(leaf[None], S, axis=0), shared))
@@ -218,7 +221,8 @@ def _split_backward(pipe, saved, dy_MBTD):
         turn, start, (entered, dy), reverse=True
     )
 
-    def of_microbatches(leaf, stage):  # stage s works on microbatch m in turn s + m
+    # The kernels' gradients, x^T dy over all microbatches: stage s had microbatch m in turn s + m.
+    def of_microbatches(leaf, stage):
         return jax.lax.dynamic_slice_in_dim(leaf, stage, M)
 
     def kernel_gradient(x, dy, kernel):
@@ -241,12 +245,11 @@ def _split_backward(pipe, saved, dy_MBTD):
     return d_params_SN, d_shared, dx[:M], None, None
 
 
-_split.defvjp(_split_forward, _split_backward)
+_run_split.defvjp(_split_forward, _split_backward)
 
 
 def _dense_layers(pipe, params_SN, shared, index_SN, entered):
-    """Parameters that are kernels of dense layers, and the others; and what a stage's dense layers
-    return, as shapes."""
+    """Returns the kernels of dense layers, all other parameters, and shapes of a stage's taps."""
     first = functools.partial(jax.tree.map, lambda leaf: leaf[0, 0])
     x_SBTD, rows_S = entered
     _, seen = jax.eval_shape(

@@ -1,14 +1,14 @@
 """The only file that names mesh axes: which devices hold which part of what.
 
-Mesh axes:      pipe    groups of consecutive layers (`pipeline`)
-                data    copies of the model, each with its part of the batch
-                fsdp    parts of the batch too, with parameters and optimizer state split among them
-                  (ZeRO-3)
-                seq     parts of the sequence
-                tensor  heads, feed-forward channels and words
-Any product of them is one line of a config, `config.mesh = {"data": 2, "seq": 4}`. Logical axes of
-parameters (see `layers`) are mapped to them by RULES; axes of activations, by the letters of their
-names, by `split`.
+Mesh axes:
+    pipe    groups of consecutive layers (`pipeline`)
+    data    copies of the model, each with its part of the batch
+    fsdp    parts of the batch too; parameters and optimizer state are split among them (ZeRO-3)
+    seq     parts of the sequence: context parallelism
+    tensor  heads, feed-forward channels and words
+
+Any product of them is one line of a config, `config.mesh = {"data": 2, "seq": 4}`. RULES map the
+logical axes of parameters (see `layers`) to them, `axes_of` the letters of activations.
 
 A program is traced inside `scope(mesh, ...)`: operators (`seqmodels.operators`) then run on each
 device's part, and everything else is partitioned by the compiler.
@@ -38,14 +38,9 @@ TIME_AXIS = "seq"
 HEAD_AXIS = "tensor"
 STAGE_AXIS = "pipe"
 MESH_AXES = (STAGE_AXIS, *BATCH_AXES, TIME_AXIS, HEAD_AXIS)
-QUIETEST_FIRST = (
-    "data",
-    STAGE_AXIS,
-    "fsdp",
-    TIME_AXIS,
-    HEAD_AXIS,
-)  # by how much their devices tell each other
-COPY_AXES = ("data", TIME_AXIS)  # what holds copies of the parameters, unless ZeRO splits them
+# By how much their devices send each other, the least first.
+QUIETEST_FIRST = ("data", STAGE_AXIS, "fsdp", TIME_AXIS, HEAD_AXIS)
+COPY_AXES = ("data", TIME_AXIS)  # hold copies of the parameters, unless ZeRO splits them
 
 RULES = (
     ("embed", "fsdp"),
@@ -65,11 +60,11 @@ class Options:
     """How a mesh is used; `config.parallel` has these fields.
 
     collective: how states pass along `seq`: "all_gather" (LASP-2, arXiv 2502.07563), "all_scan"
-      (ZeCO, arXiv 2507.01004) or "ring" (LASP-1, arXiv 2404.02882). Softmax attention gathers, or
-      with "ring" goes round one.
+      (ZeCO, arXiv 2507.01004) or "ring" (LASP-1, arXiv 2404.02882). Keys and values of softmax
+      attention are gathered, or with "ring" go round one.
     zero: what ZeRO (arXiv 1910.02054) splits over `data` and `seq`, whose devices otherwise hold
-      copies: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too. The axis `fsdp`
-      always splits all three.
+      copies: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too. `fsdp` always
+      splits all three.
     offload: the optimizer state lies in the host's pinned memory, and is updated there
       (ZeRO-Offload, arXiv 2101.06840).
     microbatches: of the pipeline, where `pipe` > 1; 0 is as many as stages.
@@ -86,19 +81,20 @@ class Options:
     def __post_init__(self):
         if self.collective not in COLLECTIVES:
             raise ValueError(
-                f"parallel.collective is {self.collective!r}; choose one of {', '.join(COLLECTIVES)}"
+                f"parallel.collective is {self.collective!r}; "
+                f"choose one of {', '.join(COLLECTIVES)}"
             )
         if self.zero not in ZERO_STAGES:
             raise ValueError(
-                f"parallel.zero is {self.zero!r}; expected 0 (copies), 1 (the optimizer state is split), "
-                "2 (gradients too) or 3 (parameters too)"
+                f"parallel.zero is {self.zero!r}; expected 0 (copies), "
+                "1 (the optimizer state is split), 2 (gradients too) or 3 (parameters too)"
             )
         if self.microbatches < 0:
             raise ValueError(f"parallel.microbatches is {self.microbatches}; expected 0 or more")
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any]) -> "Options":
-        """The options of a `config.parallel`. Raises ValueError for a field it does not have."""
+        """Returns the options of a `config.parallel`. Raises ValueError for an unknown field."""
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(f"parallel has no field {unknown[0]!r}; it has {', '.join(known)}")
@@ -107,8 +103,7 @@ class Options:
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
-    """A mesh with the given size for each of MESH_AXES; one of them may be -1: whatever devices are
-    left.
+    """Returns a mesh of the given sizes of MESH_AXES, of which one may be -1: what is left.
 
     Several TPU slices, or several hosts with GPUs, share an outer part of `data` where that
     divides, else of the next axes.
@@ -128,12 +123,13 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1 or len(devices) % fixed or (not open_axes and fixed != len(devices)):
         raise ValueError(
-            f"mesh {given} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}, "
-            f"and at most one may be -1 (the given ones multiply to {fixed})"
+            f"mesh {given} does not fit {len(devices)} devices: the sizes must multiply to "
+            f"{len(devices)}, and at most one may be -1 (the given ones multiply to {fixed})"
         )
     shape = [len(devices) // fixed if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES]
     # Linen's logical constraints need Auto axes; jax.make_mesh defaults to Explicit ones.
     types = (AxisType.Auto,) * len(MESH_AXES)
+    # Each axis is a part between slices times a part within one.
     slices = _slices(devices)
     between = _between_slices(shape, len(slices))
     within = [size // ways for size, ways in zip(shape, between)]
@@ -142,8 +138,8 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     except NotImplementedError as error:
         torus = " x ".join(str(len(set(at))) for at in zip(*(d.coords for d in slices[0])))
         raise ValueError(
-            f"mesh {given} cannot be laid on these devices: the size of every axis must be a product of some of the slice's "
-            f"dimensions {torus}"
+            f"mesh {given} cannot be laid on these devices: the size of every axis must be a "
+            f"product of some of the slice's dimensions {torus}"
             + (f", times a divisor of {len(slices)} slices" if slices[1:] else "")
         ) from error
     laid = np.stack(parts).reshape(*between, *within)
@@ -152,22 +148,21 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
 
 
 def _slices(devices) -> list[list]:
-    """Devices that fast links join: a TPU slice's, or a host's GPUs. jax.make_mesh takes those of
-    one at a time."""
+    """Groups devices that fast links join, a TPU slice's or a host's GPUs, for jax.make_mesh."""
     slices = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
     if len(set(map(len, slices.values()))) > 1:
         counts = ", ".join(f"{index}: {len(part)}" for index, part in sorted(slices.items()))
         raise ValueError(
-            f"the slices (of GPUs: hosts) have different numbers of devices ({counts}), over which no mesh can be laid: use as many "
-            "of each"
+            f"the slices (of GPUs: hosts) have different numbers of devices ({counts}), over which "
+            "no mesh can be laid: use as many of each"
         )
     return [slices[index] for index in sorted(slices)]
 
 
 def _between_slices(shape: list[int], slices: int) -> list[int]:
-    """Of each mesh axis, how many parts lie in slices of their own; the quietest axes come first."""
+    """Returns how many parts of each mesh axis lie in slices of their own, quiet axes first."""
     between = [1] * len(shape)
     for axis in map(MESH_AXES.index, QUIETEST_FIRST):
         between[axis] = math.gcd(shape[axis], slices)
@@ -180,8 +175,10 @@ _OPTIONS = contextvars.ContextVar("options")
 
 @contextlib.contextmanager
 def scope(mesh: Mesh, options: Options | None = None):
-    """What is traced inside runs on `mesh`. Enter it inside the function that is given to jit,
-    whose shardings name the devices."""
+    """Makes what is traced inside run on `mesh`.
+
+    Enter it inside the function that is given to jit, whose shardings name the devices.
+    """
     token = _OPTIONS.set(options or Options())
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -191,13 +188,15 @@ def scope(mesh: Mesh, options: Options | None = None):
 
 
 def options() -> Options:
-    """Those of the scope."""
+    """Returns the options of the scope."""
     return _OPTIONS.get(Options())
 
 
 def sizes() -> dict[str, int]:
-    """Of the mesh axes in scope that the compiler partitions over; {} where there are none, or all
-    have size 1."""
+    """Returns the sizes of the mesh axes in scope; {} without a mesh, or with one device.
+
+    Axes count if the compiler partitions over them: inside jax.shard_map there are none.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_types) != {AxisType.Auto} or mesh.size == 1:
         return {}
@@ -205,11 +204,11 @@ def sizes() -> dict[str, int]:
 
 
 def axes_of(letter: str, size: int) -> tuple[str, ...]:
-    """The mesh axes in scope over which a dimension of activations is split, by its letter: B, T, H
-    and G for heads, D for their channels, W for words; t is time where tokens do not meet, of which
-    the pipeline's stages each take a part.
+    """Returns the mesh axes over which a dimension of activations is split, by its letter.
 
-    () where the size does not divide: then every device has all of it.
+    B rows, T time, H and G heads, D channels of heads, W words; t is time where tokens do not meet,
+    of which the pipeline's stages each take a part. () where the size does not divide: then every
+    device has all of it.
     """
     candidates = {
         "B": BATCH_AXES,
@@ -223,7 +222,7 @@ def axes_of(letter: str, size: int) -> tuple[str, ...]:
 
 
 def constrain(x_BTD: Array) -> Array:
-    """Between layers, activations are split by rows and by time, and never by channels."""
+    """Splits activations between layers by rows and by time, never by channels."""
     if not sizes():
         return x_BTD
     rows, time = axes_of("B", x_BTD.shape[0]), axes_of("T", x_BTD.shape[1])
@@ -232,23 +231,22 @@ def constrain(x_BTD: Array) -> Array:
 
 
 def constrain_stages(x_SBTD: Array) -> Array:
-    """`constrain` for the activations of all pipeline stages, one each."""
+    """Splits the activations of all pipeline stages by stage, rows and time."""
     rows, time = axes_of("B", x_SBTD.shape[1]), axes_of("T", x_SBTD.shape[2])
     spec = PartitionSpec(STAGE_AXIS, rows or None, time or None)
     return jax.lax.with_sharding_constraint(x_SBTD, spec)
 
 
 def stages() -> int:
-    """Of the pipeline, on the mesh in scope."""
+    """Returns the number of pipeline stages on the mesh in scope."""
     return sizes().get(STAGE_AXIS, 1)
 
 
 def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None) -> Any:
-    """A NamedSharding for every leaf of a tree whose arrays carry logical axis names (as
-    `Module.init` gives it, or an optimizer state made of such). Arrays without names are
-    replicated.
+    """Returns a NamedSharding for every leaf of a tree whose arrays carry logical axis names.
 
-    zero: D is split over COPY_AXES too.
+    Such a tree is made by `Module.init`, or an optimizer state of it. Arrays without names are
+    replicated. zero: the model width is split over COPY_AXES too.
 
     Raises:
       ValueError: a dimension is not divisible by the axes it is split over; names the leaf and the
@@ -280,18 +278,17 @@ def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches (B, T): rows over data and fsdp, time over seq."""
+    """Splits batches (B, T): rows over data and fsdp, time over seq."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 class Placement:
-    """Where the parameters of a training run, their gradients and the optimizer's state lie, and
-    how a step keeps them there.
+    """Where a run's parameters, gradients and optimizer state lie, and how a step keeps them there.
 
     params, grads: a NamedSharding for each leaf.
 
@@ -307,20 +304,22 @@ class Placement:
         self._host_params = shardings(mesh, boxed_params, options.zero >= 1, self._host)
 
     def scope(self):
-        """See `scope`."""
+        """Enters the module's `scope`."""
         return scope(self.mesh, self.options)
 
     def optimizer(self, boxed_opt_state: Any) -> Any:
-        """A NamedSharding for each leaf of the optimizer's state."""
+        """Returns a NamedSharding for each leaf of the optimizer's state."""
         return shardings(self.mesh, boxed_opt_state, self.options.zero >= 1, self._host)
 
     def reduce(self, grads: Any) -> Any:
-        """Gradients summed over devices, each device keeping what `zero` gives it."""
+        """Sums gradients over devices; each device keeps what `zero` gives it."""
         return jax.lax.with_sharding_constraint(grads, self.grads)
 
     def update(self, update: Callable, grads, opt_state, params) -> tuple[Any, Any]:
-        """`update(grads, opt_state, params)`, on the devices or, with `offload`, on the host.
-        Returns updates and state."""
+        """Returns updates and state of `update(grads, opt_state, params)`.
+
+        With `offload` it runs on the host.
+        """
         if self._host is None:
             return update(grads, opt_state, params)
         grads, params = (jax.device_put(tree, self._host_params) for tree in (grads, params))
@@ -329,7 +328,7 @@ class Placement:
         return jax.device_put(updates, on_devices), opt_state
 
     def on_devices(self, opt_state: Any, boxed_opt_state: Any) -> Any:
-        """The optimizer's state in the devices' memory."""
+        """Returns the optimizer's state in the devices' memory."""
         if self._host is None:
             return opt_state
         zero = self.options.zero >= 1
@@ -345,8 +344,7 @@ def _on_host(function: Callable) -> Callable:
 def check_batch(
     mesh: Mesh, batch_size: int, seq_len: int, options: Options | None = None, accumulate: int = 1
 ) -> None:
-    """Raises ValueError, with the numbers, where a batch does not divide over microbatches and the
-    mesh."""
+    """Raises ValueError if a batch does not divide over microbatches and mesh; with the numbers."""
     stages = mesh.shape[STAGE_AXIS]
     pieces = ((options and options.microbatches) or stages) if stages > 1 else 1
     for name, count in (("train.accumulate", accumulate), ("parallel.microbatches", pieces)):
@@ -357,8 +355,8 @@ def check_batch(
         ways = _ways(mesh, axes)
         if size % ways:
             raise ValueError(
-                f"{what} {size} is not divisible by {ways} ({_named_ways(mesh, axes)} in the mesh): "
-                f"use a multiple of {ways} or a smaller mesh"
+                f"{what} {size} is not divisible by {ways} "
+                f"({_named_ways(mesh, axes)} in the mesh): use a multiple of {ways} or a smaller mesh"
             )
 
 
@@ -366,7 +364,8 @@ def _pinned_host(mesh: Mesh) -> str:
     kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
     if "pinned_host" not in kinds:
         raise ValueError(
-            f"parallel.offload needs memory of kind 'pinned_host'; {mesh.devices.flat[0].device_kind} has {', '.join(kinds)}"
+            "parallel.offload needs memory of kind 'pinned_host'; "
+            f"{mesh.devices.flat[0].device_kind} has {', '.join(kinds)}"
         )
     return "pinned_host"
 

@@ -17,8 +17,10 @@ from experiments.training import steps
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """depths: layers of the whole model and of the cut one. batch, length: of the tokens, on which
-    compile time hardly depends."""
+    """The layers of the whole model and of the cut one, and the size of a batch.
+
+    Compile time hardly depends on the latter.
+    """
 
     depths: tuple[int, int] = (24, 4)
     batch: int = 8
@@ -35,7 +37,7 @@ def step_config(num_layers: int, settings: Settings) -> ConfigDict:
 
 
 def compile_step(config: ConfigDict) -> Row:
-    """Measures the seconds to trace, lower and compile a config's training step, on shapes alone."""
+    """Measures the seconds to trace, lower and compile a config's training step."""
     program = steps.build(config, config.data.seq_len)
     size = (config.data.batch_size, config.data.seq_len)
     batch = {name: jax.ShapeDtypeStruct(size, x.dtype) for name, x in batches.empty(1, 1).items()}

@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 class Candidate(NamedTuple):
-    """program: what `train` would run on the slice, built and not compiled."""
+    """A config on a slice, and the program that `train` would run there, not yet compiled."""
 
     config: ConfigDict
     where: parts.Slice
@@ -29,7 +29,7 @@ class Candidate(NamedTuple):
 
     @property
     def state_bytes(self) -> Row:
-        """Bytes of parameters and of optimizer state on one device."""
+        """The bytes of parameters and of optimizer state on one device."""
         state = self.program.abstract_state
         return {
             "parameters": _bytes_per_device(state.params),

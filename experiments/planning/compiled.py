@@ -18,8 +18,9 @@ _TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 
 
 class CompiledStep(NamedTuple):
-    """text: of the optimised program; None where it needs more HBM than there is.
+    """A training step as compiled.
 
+    text: of the optimised program; None where it needs more HBM than there is.
     memory: XLA's buffers of one device, in bytes; results take the place of the donated state.
     xla: what XLA counts. kernels: FLOPs of Pallas kernels by name.
     """
@@ -186,19 +187,11 @@ def _dots(jaxpr) -> float:
     """Counts the dots of a kernel's body: loops as often as they run, branches as if taken."""
     total = 0.0
     for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            left = equation.invars[0].aval.shape
+        params = equation.params
+        if equation.primitive.name == "dot_general":
+            left, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             summed = params["dimension_numbers"][0][0]
-            total += (
-                2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in summed)
-            )
+            total += 2 * math.prod(result) * math.prod(left[i] for i in summed)
             continue
-        inner = [
-            getattr(value, "jaxpr", value)
-            for value in jax.tree.leaves(
-                list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-            )
-        ]
-        total += params.get("length", 1) * sum(_dots(j) for j in inner if hasattr(j, "eqns"))
+        total += params.get("length", 1) * sum(map(_dots, tpu_bundles.inner_jaxprs(equation)))
     return total

@@ -64,11 +64,15 @@ class StepCost:
 
 
 class Machine(NamedTuple):
-    """kernel_flops: of each Pallas kernel's whole grid, by pallas_call's name."""
+    """Where a program runs, and the FLOPs of each Pallas kernel's whole grid by its name."""
 
     where: parts.Slice
     mesh: Mesh
     kernel_flops: Mapping[str, float]
+
+    @property
+    def hbm_bandwidth(self) -> float:
+        return self.where.part.hbm_bytes_per_second
 
 
 def cost(module: hlo.HloModule, machine: Machine) -> StepCost:
@@ -105,7 +109,7 @@ def _sequence(module: hlo.HloModule, computation: str, machine: Machine) -> Step
         # A start queues behind others of its kind, and the clock goes on.
         if operation.endswith("-start"):
             kind, length = (
-                ("links", sent) if sent else ("copies", own.hbm_bytes / _bandwidth(machine))
+                ("links", sent) if sent else ("copies", own.hbm_bytes / machine.hbm_bandwidth)
             )
             free[kind] = max(clock, free[kind]) + length
             done[instruction.name] = kind, free[kind]
@@ -144,12 +148,8 @@ def _operation(module, computation, instruction, machine) -> StepCost:
     own.compiler_cycles = instruction.estimated_cycles or 0
     clock = machine.where.part.clock_hz
     cycles = own.compiler_cycles / clock if clock else 0.0
-    own.seconds = max(seconds, own.hbm_bytes / _bandwidth(machine), cycles)
+    own.seconds = max(seconds, own.hbm_bytes / machine.hbm_bandwidth, cycles)
     return own
-
-
-def _bandwidth(machine: Machine) -> float:
-    return machine.where.part.hbm_bytes_per_second
 
 
 def _passes(instruction: hlo.Instruction) -> int:

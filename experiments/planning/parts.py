@@ -35,7 +35,7 @@ KNOWN = {
 
 
 class Links(NamedTuple):
-    """chip_bytes_per_second: of all of a chip's links, both ways. devices: on a chip."""
+    """A part's links: the rate of all of a chip's, both ways, and the devices that share them."""
 
     chip_bytes_per_second: float
     dimensions: int

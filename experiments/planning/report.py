@@ -21,7 +21,7 @@ NOTE = (
     "Time is a model (experiments/planning/estimate.py): operations one after the other, each at "
     "peak, at HBM bandwidth or as the compiler estimates it; Pallas kernels at half of peak; "
     "collectives at 0.9 of the links' published rate, hidden only where the compiler made them "
-    "asynchronous. It orders meshes, and is too low by all that stalls. MFU counts 6 FLOPs a "
+    "asynchronous. It orders meshes, and is too low by all that stalls. MFU counts 6 FLOPs per "
     "parameter and token, without the embedding's and the recurrence's."
 )
 
@@ -60,7 +60,7 @@ def verdict(row: Row) -> str:
     needed, limit = row["needed_bytes"] / GIB, usable_bytes(row) / GIB
     ways = advice(row)
     if not ways:
-        return f"fits: {needed:.1f} of {limit:.0f} GiB a device"
+        return f"fits: {needed:.1f} of {limit:.0f} GiB per device"
     more = f"{needed - limit:.1f} more than a device has"
     return f"does not fit: {needed:.1f} GiB, {more}. Try {'; or '.join(ways)}"
 
@@ -134,13 +134,13 @@ def text(row: Row) -> str:
         f"{_title(row)}: {row['parameters']:,} parameters. "
         f"Compiled in {row['compile_seconds']:.0f} s "
         f"({row['compile_cpu_seconds']:.0f} s of processor time).",
-        f"GiB a device: {', '.join(sizes)}",
+        f"GiB per device: {', '.join(sizes)}",
     ]
     if estimate:
         once, xla, tera = row["loops_once"], row["xla"], 1e12
         cycles = estimate["compiler_seconds"]
         parts += [
-            f"TFLOP a device and step: {row['flops'] / tera:.2f}, of which in Pallas kernels "
+            f"TFLOP per device and step: {row['flops'] / tera:.2f}, of which in Pallas kernels "
             f"{row['kernel_flops'] / tera:.2f} (loops once, without kernels: "
             f"{once['flops'] / tera:.2f}; XLA, with element by element: "
             f"{xla['flops'] / tera:.2f}). HBM GB: {row['hbm_bytes'] / 1e9:.1f} "
@@ -150,7 +150,7 @@ def text(row: Row) -> str:
             f"{estimate['communication_seconds']:.3g} s of collectives, "
             f"{estimate['waiting_seconds']:.3g} s of them waited for; "
             f"not under {estimate['floor_seconds']:.3g} s. "
-            f"{estimate['tokens_per_second']:,.0f} tokens a second, "
+            f"{estimate['tokens_per_second']:,.0f} tokens per second, "
             f"MFU {100 * estimate['mfu']:.0f}%."
             + (
                 f" The compiler's own cycles for operations outside kernels: {cycles:.3g} s."
@@ -185,8 +185,7 @@ def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> Non
     parts = ["# Plan", NOTE, markdown_table([line(row) for row in rows])]
     parts += ["Not compiled:\n\n" + "\n".join(f"- {why}" for why in left_out)] if left_out else []
     for row in rows:
-        title = f"## {row['topology']}, {name(row)}, batch {row['batch_size']} x {row['seq_len']}"
-        parts += [title, f"`{row['command']}`", f"```\n{text(row)}\n```"]
+        parts += [f"## {_title(row)}", f"`{row['command']}`", f"```\n{text(row)}\n```"]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
     memory_bars(rows, folder / "memory.png")
     if len({row["devices"] for row in rows if "estimate" in row}) > 1:
@@ -200,7 +199,7 @@ _SAME_IN = (
 
 
 def _key(row: Row) -> str:
-    """Returns what two plans of the same candidate agree in."""
+    """Returns the fields in which two plans of one candidate agree."""
     return json.dumps([row[field] for field in _SAME_IN])
 
 
@@ -230,7 +229,7 @@ def memory_bars(rows: list[Row], path: Path) -> None:
         f"{row['topology']}\n{name(row)}\n{row['batch_size']} x {row['seq_len']}" for row in rows
     ]
     axes.set_xticks(range(len(rows)), labels, fontsize=6, rotation=45, ha="right")
-    axes.set(ylabel="GiB a device")
+    axes.set(ylabel="GiB per device")
     axes.legend(fontsize=7)
     _save(figure, path)
 

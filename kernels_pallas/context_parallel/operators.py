@@ -95,17 +95,9 @@ def linear_attention(
         form, local_BHKV, decay_BHX1, first_B, last_B, initial_state
     )
     # The shard on its own, from zero.
-    o_BTHV, _ = kernels_pallas.linear_attention(
-        q_BTHK,
-        k_BTHK,
-        v_BTHV,
-        log_decay,
-        scale=scale,
-        initial_state=jnp.zeros_like(state_BHKV),
-        segment_ids=segment_ids,
-        chunk_size=chunk_size,
-        implementation=implementation,
-    )
+    keywords = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
+    keywords |= {"initial_state": jnp.zeros_like(state_BHKV), "segment_ids": segment_ids}
+    o_BTHV, _ = kernels_pallas.linear_attention(q_BTHK, k_BTHK, v_BTHV, log_decay, **keywords)
     # What each token reads of the entering state.
     read_BTHV = jax.checkpoint(shard_maps.read_state)(q_BTHK, state_BHKV, log_decay_BTHX, run_BT)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
@@ -204,6 +196,7 @@ def diagonal_scan(
     x_BTD, decay_BTD, log_decay, initial_state, segment_ids = manual_axes.alike(
         (x_BTD, decay_BTD, log_decay, initial_state, segment_ids), axis_name
     )
+    # Raises what the plain operator raises, and gives its results' dtypes.
     output, final_BD = _one_device_shapes(
         functools.partial(kernels_pallas.diagonal_scan, reverse=reverse),
         x_BTD,
@@ -230,14 +223,9 @@ def diagonal_scan(
         decay_BTD = jnp.where(start_BT[..., None], 0, decay_BTD)
         ends = segment_ids[:, 0], segment_ids[:, -1]
     call = shard_maps.ScanCall(form, reverse, implementation)
-    h_BTD, leaving_BD = shard_maps.scan(
-        call,
-        x_BTD,
-        decay_BTD,
-        initial_state.astype(final_BD.dtype),
-        ends[::-1] if reverse else ends,
-    )
-    return h_BTD, form.ranks.from_last(leaving_BD)
+    initial_BD, ends = initial_state.astype(final_BD.dtype), ends[::-1] if reverse else ends
+    h_BTD, final_BD = shard_maps.scan(call, x_BTD, decay_BTD, initial_BD, ends)
+    return h_BTD, form.ranks.from_last(final_BD)
 
 
 def softmax_attention(

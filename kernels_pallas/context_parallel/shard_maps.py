@@ -122,13 +122,8 @@ class ScanCall(NamedTuple):
     implementation: str | None
 
     def local(self, x_BTD, decay_BTD, state_BD):
-        return kernels_pallas.diagonal_scan(
-            x_BTD,
-            decay_BTD,
-            initial_state=state_BD,
-            reverse=self.reverse,
-            implementation=self.implementation,
-        )
+        how = {"reverse": self.reverse, "implementation": self.implementation}
+        return kernels_pallas.diagonal_scan(x_BTD, decay_BTD, initial_state=state_BD, **how)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -34,7 +34,7 @@ _NOT_ENTERED = {
 
 
 class Array(NamedTuple):
-    """space: the memory that it lies in: 0 is HBM and, on a TPU, 1 is VMEM."""
+    """An array's type. space: the memory that it lies in; 0 is HBM and, on a TPU, 1 is VMEM."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -52,8 +52,11 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """operands: names in the same computation. attributes: the text after the operands; of a
-    constant or a parameter, its value or number."""
+    """One line of a computation.
+
+    operands: names in the same computation. attributes: the text after the operands; of a constant
+      or a parameter, its value or number.
+    """
 
     name: str
     result: str
@@ -83,7 +86,7 @@ class Instruction(NamedTuple):
 
     @property
     def is_kernel(self) -> bool:
-        """Whether this is a Pallas TPU kernel."""
+        """Returns whether this is a Pallas TPU kernel."""
         return 'custom_call_target="tpu_custom_call"' in self.attributes
 
     @property
@@ -98,7 +101,7 @@ class Instruction(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """times: in one run of the program. fused: inside a fusion, where it moves nothing itself."""
+    """An instruction that runs so many `times`; a fused one moves nothing itself."""
 
     instruction: Instruction
     computation: str

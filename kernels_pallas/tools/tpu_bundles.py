@@ -82,7 +82,7 @@ class ProgramCost(NamedTuple):
 
 
 class ListingLoops(NamedTuple):
-    """For each bundle, whether it is in the grid loop's body, and how often a pass issues it."""
+    """Says of each bundle whether it is in the grid loop's body, and how often a pass issues it."""
 
     in_grid: np.ndarray
     times: np.ndarray
@@ -203,12 +203,16 @@ def pallas_calls(jaxpr):
         if equation.primitive.name == "pallas_call":
             yield equation
             continue
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from pallas_calls(inner)
+        for inner in inner_jaxprs(equation):
+            yield from pallas_calls(inner)
+
+
+def inner_jaxprs(equation) -> list:
+    """Returns the jaxprs among an equation's parameters: bodies of loops, branches, calls."""
+    values = list(equation.params.values())
+    leaves = jax.tree.leaves(values, is_leaf=lambda x: hasattr(x, "eqns"))
+    jaxprs = (getattr(leaf, "jaxpr", leaf) for leaf in leaves)
+    return [jaxpr for jaxpr in jaxprs if hasattr(jaxpr, "eqns")]
 
 
 def _call_of(instruction: str, calls) -> Any:
@@ -229,7 +233,10 @@ def _call_of(instruction: str, calls) -> Any:
 
 
 def _traffic(call) -> tuple[int, int | None]:
-    """Returns the bytes of operands and results, and those of blocks moved, or None for these."""
+    """Returns the bytes of operands and results, and those of the blocks moved.
+
+    The second is None where the kernel moves data itself.
+    """
     mapping = call.params["grid_mapping"]
     arrays = [v.aval for v in (*call.invars, *call.outvars)]
     least = sum(array.size * array.dtype.itemsize for array in arrays)

@@ -91,7 +91,7 @@ class Listing(NamedTuple):
 
 
 class CompiledProgram(NamedTuple):
-    """listings: by the kernel's instruction in `hlo`: pallas_call's name and a number, 'name.1'."""
+    """A program and its kernels' listings, by instruction: pallas_call's name and a number."""
 
     part: str
     executable: Any

@@ -232,7 +232,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(tmp_path):
     long = ROW | {"batch_size": 4, "remat": "full", "state_bytes": {"parameters": 1 << 30}}
     assert report.advice(long)[0].startswith("a larger seq axis")
     fits = ROW | {"needed_bytes": 30 << 30, "estimate": {"tokens_per_second": 1.0}}
-    assert report.verdict(fits) == "fits: 30.0 of 32 GiB a device"
+    assert report.verdict(fits) == "fits: 30.0 of 32 GiB per device"
     assert sorted([ROW, fits], key=report.rank)[0] is fits
 
 
@@ -301,7 +301,7 @@ def test_a_small_config_from_end_to_end(tmp_path):
     assert "fits: " in done.stdout and "MFU" in done.stdout
     (row,) = json.loads((out / "plan.json").read_text())["plans"]
     assert row["loops_counted_once"] == []
-    # Each device does its part of 6 FLOPs a parameter and token, and the recurrence's.
+    # Each device does its part of 6 FLOPs per parameter and token, and the recurrence's.
     assert row["parameters"] > 3 * 2 * 128 * 256 and 4 * row["flops"] > 0.97 * row["model_flops"]
     # Every layer's weights are gathered forward and backward, and their gradients come back.
     by_axis = {(c["kind"], c["axes"]): c for c in row["collectives"]}

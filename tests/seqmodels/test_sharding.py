@@ -1,4 +1,4 @@
-"""Eight simulated devices: parameters land where the rules say, and the numbers are in the errors."""
+"""Eight simulated devices: parameters land where the rules say; numbers are in the errors."""
 
 import re
 

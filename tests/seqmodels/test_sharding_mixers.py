@@ -91,7 +91,7 @@ def test_every_mixer(case):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("collective", ["all_scan", "ring"])
 @pytest.mark.parametrize("name", ["attention", "gated_delta_net", "gla", "mamba", "rg_lru"])
-def test_exchanges(name, collective):
+def test_other_collectives(name, collective):
     check([suite.Case(name)], collective=collective)
 
 

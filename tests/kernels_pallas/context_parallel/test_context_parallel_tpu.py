@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments.planning import collectives, hlo, parts
-from kernels_pallas import context_parallel
-from kernels_pallas.tools import tpu_compile
+from experiments.planning import collectives, parts
+from kernels_pallas.context_parallel import delta_rule, linear_attention
+from kernels_pallas.tools import hlo, tpu_compile
 
 B, L, H, K, V = 1, 256, 2, 128, 256
 STATE, MAP = 4 * B * H * K * V, 4 * B * H * K * K
@@ -23,8 +23,7 @@ def sent(operator, collective, topology):
     sharding = NamedSharding(mesh, TIME)
 
     def on_a_chip(*inputs):
-        call = getattr(context_parallel, operator)
-        return call(*inputs, axis_name="seq", collective=collective)[0]
+        return operator(*inputs, axis_name="seq", collective=collective)[0]
 
     over_chips = jax.shard_map(on_a_chip, mesh=mesh, in_specs=TIME, out_specs=TIME, check_vma=False)
 
@@ -36,17 +35,17 @@ def sent(operator, collective, topology):
         return jax.ShapeDtypeStruct((B, W * L, *size), dtype, sharding=sharding)
 
     inputs = [array(H, K), array(H, K), array(H, V)]
-    inputs += [array(H, dtype=jnp.float32)] if operator == "delta_rule" else []
+    inputs += [array(H, dtype=jnp.float32)] if operator is delta_rule else []
     with tpu_compile.tracing_for(topology):
         lowered = jax.jit(run).trace(inputs, array(H, V)).lower(lowering_platforms=("tpu",))
-    program = hlo.Program(lowered.compile().as_text())
-    found = [collectives.of(visit, program, mesh, where) for visit in program.visits()]
+    module = hlo.HloModule(lowered.compile().as_text())
+    found = [collectives.read(visit, module, mesh, where) for visit in module.visits()]
     rows = collectives.grouped([c for c in found if c is not None])
     return W, [(row["kind"], row["bytes received"]) for row in rows]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("operator", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("operator", [linear_attention, delta_rule])
 def test_all_scan_on_256_chips(operator):
     """One state forward and one backward, however many chips there are."""
     _, rows = sent(operator, "all_scan", "v5p:4x8x8")
@@ -54,7 +53,7 @@ def test_all_scan_on_256_chips(operator):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("operator, more", [("linear_attention", 0), ("delta_rule", MAP)])
+@pytest.mark.parametrize("operator, more", [(linear_attention, 0), (delta_rule, MAP)])
 @pytest.mark.parametrize("topology", ["v5p:2x4x4", "v5p:4x8x8"])
 def test_all_gather(operator, more, topology):
     """One collective a way, of the others' states (and of the delta rule's maps). From 64 chips on,
