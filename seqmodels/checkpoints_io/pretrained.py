@@ -306,22 +306,19 @@ def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str
 
     None changes nothing. Raises ValueError, naming the model by `name`, for more than they hold.
     """
-    model_config = dict(model_config)
     if max_len is None:
-        return model_config
-    specs = language_model.from_config(model_config).mixers
-    limited = []
-    for spec in specs:
+        return dict(model_config)
+    specs = list(language_model.from_config(dict(model_config)).mixers)
+    for i, spec in enumerate(specs):
         options = mixers.options(spec.name) | dict(spec.options)
         context = options.get("max_length")
         if context is None or options.get("window") is not None:
-            limited.append(spec)
             continue
         if not 0 < max_len <= context:
             raise ValueError(f"max_len is {max_len}; the context of {name} is {context} tokens")
         own = dict(spec.options) | {"max_length": max_len}
-        limited.append(dataclasses.replace(spec, options=tuple(own.items())))
-    return model_config | {"pattern": pattern.to_text(limited)}
+        specs[i] = dataclasses.replace(spec, options=tuple(own.items()))
+    return dict(model_config) | {"pattern": pattern.to_text(specs)}
 
 
 def _weights_dtype(tensors: files.Source) -> str:
