@@ -19,7 +19,7 @@ from experiments.linearization import tasks, teachers
 from experiments.training import loop, restore, run_record, steps
 from experiments.training.checkpoints import Checkpoints, TrainState
 from seqmodels import language_model
-from seqmodels.checkpoints_io import own_layout
+from seqmodels.checkpoints_io import conversion, own_layout
 from seqmodels.linearize import layer_trees, students
 from seqmodels.modules import pattern
 
@@ -69,7 +69,7 @@ def check_stages(config, plan: StagePlan, teacher: teachers.Teacher) -> None:
     """
 
     def abstract(model):
-        return tasks.Model(model, nn.unbox(tasks.abstract_params(model)))
+        return tasks.Model(model, nn.unbox(conversion.boxed_params(model)))
 
     row = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
     batch = {name: row for name in ("inputs", "labels", "segment_ids")}

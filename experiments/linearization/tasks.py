@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from experiments.training import steps
 from seqmodels import language_model
+from seqmodels.checkpoints_io import conversion
 from seqmodels.linearize import lora, objectives, partition, transfer
 
 OBJECTIVES = ("transfer", "distill")
@@ -100,12 +101,6 @@ def _cut(stage, params, boxed, allowed=lambda path: True) -> _TrainedAndFrozen:
     )  # fmt: skip
 
 
-def abstract_params(model) -> dict[str, Any]:
-    """Returns a model's parameters, abstract, boxed with their logical axis names."""
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
-
-
 def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_frozen) -> steps.Task:
     """Returns the Task that trains `cut` by `loss` and evaluates `model`."""
 
@@ -122,10 +117,10 @@ def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_froze
 def _transfer_task(stage, teacher, student):
     model = transfer.make_model(teacher.model, student.model)
     both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
-    cut = _cut(stage, both, abstract_params(model), lambda path: STUDENT_ONLY in path)
+    cut = _cut(stage, both, conversion.boxed_params(model), lambda path: STUDENT_ONLY in path)
     kept, boxed_kept = (
         transfer.kept(model, (student.model, tree))
-        for tree in (student.params, abstract_params(student.model))
+        for tree in (student.params, conversion.boxed_params(student.model))
     )
     weights = {name: stage[name] for name in _TRANSFER_WEIGHTS}
 
@@ -143,10 +138,13 @@ def _transfer_task(stage, teacher, student):
 
 
 def _distill_task(stage, teacher, student):
-    cut = _cut(stage, student.params, abstract_params(student.model))
+    cut = _cut(stage, student.params, conversion.boxed_params(student.model))
     frozen, boxed_frozen = {"student": cut.frozen}, {"student": cut.boxed_frozen}
     if stage.kl:
-        frozen["teacher"], boxed_frozen["teacher"] = teacher.params, abstract_params(teacher.model)
+        frozen["teacher"], boxed_frozen["teacher"] = (
+            teacher.params,
+            conversion.boxed_params(teacher.model),
+        )
 
     def model_params(params, frozen):
         return cut.whole(params, frozen["student"])
