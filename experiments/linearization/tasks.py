@@ -56,7 +56,7 @@ def make_task(stage, teacher: Model, student: Model) -> steps.Task:
 class _TrainedAndFrozen:
     """A tree of parameters in two: those that are trained, with LoRA's beside them, and the others.
 
-    boxed_lora: parameters of which LoRA adapts those that `lora_pattern` matches.
+    boxed_lora: parameters of which LoRA adapts those that `stage.lora` matches.
     """
 
     start: dict[str, Any]
@@ -64,14 +64,13 @@ class _TrainedAndFrozen:
     boxed_start: dict[str, Any]
     boxed_frozen: dict[str, Any]
     boxed_lora: dict[str, Any]
-    lora_rank: int
-    lora_alpha: float
-    lora_pattern: str
+    stage: Any
 
     def init(self, key, start):
         trained = {"trained": start} if start else {}
         if self.boxed_lora:
-            trained["lora"] = lora.init(key, self.boxed_lora, self.lora_pattern, self.lora_rank)
+            rank = self.stage.lora_rank
+            trained["lora"] = lora.init(key, self.boxed_lora, self.stage.lora, rank)
         return trained
 
     @property
@@ -82,7 +81,7 @@ class _TrainedAndFrozen:
     def whole(self, params, frozen):
         tree = partition.merge(frozen, params.get("trained", {}))
         if "lora" in params:
-            tree = lora.merge(tree, params["lora"], self.lora_alpha)
+            tree = lora.merge(tree, params["lora"], self.stage.lora_alpha)
         return tree
 
 
@@ -95,10 +94,7 @@ def _cut(stage, params, boxed, allowed=lambda path: True) -> _TrainedAndFrozen:
     cuts = [partition.split(tree, lambda p: allowed(p) and matched(p)) for tree in (params, boxed)]
     (start, frozen), (boxed_start, boxed_frozen) = cuts
     boxed_lora = partition.split(boxed, allowed)[0] if stage.lora else {}
-    return _TrainedAndFrozen(
-        start, frozen, boxed_start, boxed_frozen, boxed_lora,
-        stage.lora_rank, stage.lora_alpha, stage.lora,
-    )  # fmt: skip
+    return _TrainedAndFrozen(start, frozen, boxed_start, boxed_frozen, boxed_lora, stage)
 
 
 def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_frozen) -> steps.Task:

@@ -116,21 +116,15 @@ def check_source(
     weights do not have. A tied model's output matrix may be there."""
     found = source.entries
     patterns = [re.compile(pattern) for pattern in (*ignored, re.escape(_OUTPUT))]
-    wrong = [
-        f"missing: {name} {list(e.shape)}" for name, e in expected.items() if name not in found
-    ]
-    wrong += [
-        f"extra: {name} {list(entry.shape)}"
-        for name, entry in found.items()
-        if name not in expected and not any(p.fullmatch(name) for p in patterns)
-    ]
-    for name, entry in expected.items():
-        if name in found and found[name].shape != entry.shape:
-            wrong.append(
-                f"misshapen: {name} should be {list(entry.shape)}, is {list(found[name].shape)}"
-            )
-        elif name in found and found[name].dtype.name not in _WEIGHT_DTYPES:
-            wrong.append(f"of no weights' dtype: {name} is {found[name].dtype}")
+    missing = [f"missing: {n} {list(e.shape)}" for n, e in expected.items() if n not in found]
+    extra = [n for n in found if n not in expected and not any(p.fullmatch(n) for p in patterns)]
+    wrong = missing + [f"extra: {name} {list(found[name].shape)}" for name in extra]
+    for name, (shape, _) in expected.items():
+        has = found.get(name)
+        if has and has.shape != shape:
+            wrong.append(f"misshapen: {name} should be {list(shape)}, is {list(has.shape)}")
+        elif has and has.dtype.name not in _WEIGHT_DTYPES:
+            wrong.append(f"of no weights' dtype: {name} is {has.dtype}")
     if wrong:
         raise ValueError(
             f"{source.name} does not fit its config:\n" + _listed([f"  {w}" for w in wrong], "\n")
