@@ -61,21 +61,10 @@ _COMMON = {"batch_size": 16, "eval_batch_size": 0, "seed": 0, "prefetch": 2}
 _TEXT = {"seq_len": 512, "tokenizer": "bytes", "document_token": ""}
 _TEXTS = {
     "python_stdlib": {"data_dir": ""},
-    "text": {
-        "paths": "",
-        "paths_validation": "",
-        "paths_test": "",
-        "documents": "files",
-        "document_bytes": 0,
-    },
-    "tfds": {
-        "tfds_name": "",
-        "text_key": "text",
-        "data_dir": "",
-        "train_split": "train",
-        "validation_split": "validation",
-        "test_split": "test",
-    },
+    "text": dict.fromkeys(("paths", "paths_validation", "paths_test"), "")
+    | {"documents": "files", "document_bytes": 0},
+    "tfds": {"tfds_name": "", "text_key": "text", "data_dir": ""}
+    | {f"{split}_split": split for split in SPLITS},
 }
 _TASK = {"num_examples": 0, "eval_examples": 1024}
 

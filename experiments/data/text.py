@@ -84,8 +84,8 @@ def text_documents(
         files = [(path, name) for path, name in files if splits.split_of(name) == split]
     elif len(given) == 1:
         share = splits.share_of(split)
-    spans = [_spans(path, share, documents == "lines", document_bytes) for path, _ in files]
-    counts = [len(starts) for starts, *_ in spans]
+    parts = [_documents(path, share, documents == "lines", document_bytes) for path, _ in files]
+    counts = [len(starts) for starts, *_ in parts]
     if not sum(counts):
         raise ValueError(
             f"Empty corpus: the {split} split of {_list(paths)} ({len(files)} files) has no text."
@@ -93,7 +93,7 @@ def text_documents(
     return TextFiles(
         [path for path, _ in files],
         np.repeat(np.arange(len(files), dtype=np.int32), counts),
-        *map(np.concatenate, zip(*spans)),
+        *map(np.concatenate, zip(*parts)),
     )
 
 
@@ -129,7 +129,7 @@ def _list(paths) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _spans(path: str, share, lines: bool, document_bytes: int):
+def _documents(path: str, share, lines: bool, document_bytes: int):
     """Returns starts and stops of the documents in a share [from, to) of a file's length, and
     whether they end there."""
     size = os.path.getsize(path)

@@ -19,7 +19,7 @@ from experiments.linearization import tasks, teachers
 from experiments.training import loop, restore, run_record, steps
 from experiments.training.checkpoints import Checkpoints, TrainState
 from seqmodels import language_model, loading
-from seqmodels.checkpoints_io import own_layout
+from seqmodels.checkpoints_io import conversion, own_layout
 from seqmodels.linearize import layer_trees, students
 from seqmodels.modules import pattern
 
@@ -69,19 +69,17 @@ def check_stages(config, plan: StagePlan, teacher: teachers.Teacher) -> None:
     """
 
     def abstract(model):
-        return tasks.Model(model, nn.unbox(tasks.abstract_params(model)))
+        return tasks.Model(model, nn.unbox(conversion.boxed_params(model)))
 
     row = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
     batch = {name: row for name in ("inputs", "labels", "segment_ids")}
 
-    def student(specs):
-        return language_model.from_config(students.student_config(teacher.model_config, specs))
-
-    student(plan.converted)  # raises for wrong options of its mixers
+    _model(teacher, plan.converted)  # raises for wrong options of its mixers
     own = abstract(teacher.model)
     for name, specs in zip(plan.stages, plan.specs):
         try:
-            task = tasks.make_task(config.linearize.stages[name], own, abstract(student(specs)))
+            student = abstract(_model(teacher, specs))
+            task = tasks.make_task(config.linearize.stages[name], own, student)
             jax.eval_shape(task.loss, nn.unbox(task.boxed_params), task.frozen, batch)
         except ValueError as error:
             raise ValueError(f"linearize.stages.{name}: {error}") from error
@@ -132,8 +130,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
         """Returns the student with these mixers: new ones are seeded, the others stay."""
         if specs == student.model.mixers:
             return student
-        model_config = students.student_config(teacher.model_config, specs)
-        model = language_model.from_config(model_config)
+        model = _model(teacher, specs)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         source = student.model, student.params
         return tasks.Model(model, students.seed_params(key, *source, model, config.linearize.seed))
@@ -156,7 +153,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     result = {
         "student": str(workdir / "student"),
         "pattern": chosen_config["pattern"],
-        "parameters": teachers.num_params(chosen.params),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(chosen.params)),
         "stages": results,
         "trained_parameters": max((r["parameters"] for r in results.values()), default=0),
         "tokens": sum(r["trained_tokens"] for r in results.values()),
@@ -165,6 +162,10 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
         result["mix"] = {str(i): r for i, r in mix.items()}
     run_record.write_json(workdir / "result.json", result)
     return result
+
+
+def _model(teacher: teachers.Teacher, specs) -> language_model.LanguageModel:
+    return language_model.from_config(students.student_config(teacher.model_config, specs))
 
 
 def _run_stage(config, name, teacher, student, workdir, devices):
@@ -185,8 +186,7 @@ def _run_stage(config, name, teacher, student, workdir, devices):
 
 def _chosen(teacher, student):
     found = students.chosen(student.model, student.params)
-    model_config = students.student_config(teacher.model_config, found.specs)
-    model = language_model.from_config(model_config)
+    model = _model(teacher, found.specs)
     return tasks.Model(model, layer_trees.join(model, found.shared, found.layers)), found.mix
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from experiments.training import steps
 from seqmodels import language_model
+from seqmodels.checkpoints_io import conversion
 from seqmodels.linearize import lora, objectives, partition, transfer
 
 OBJECTIVES = ("transfer", "distill")
@@ -55,7 +56,7 @@ def make_task(stage, teacher: Model, student: Model) -> steps.Task:
 class _TrainedAndFrozen:
     """A tree of parameters in two: those that are trained, with LoRA's beside them, and the others.
 
-    boxed_lora: parameters of which LoRA adapts those that `lora_pattern` matches.
+    boxed_lora: parameters of which LoRA adapts those that `stage.lora` matches.
     """
 
     start: dict[str, Any]
@@ -63,14 +64,13 @@ class _TrainedAndFrozen:
     boxed_start: dict[str, Any]
     boxed_frozen: dict[str, Any]
     boxed_lora: dict[str, Any]
-    lora_rank: int
-    lora_alpha: float
-    lora_pattern: str
+    stage: Any
 
     def init(self, key, start):
         trained = {"trained": start} if start else {}
         if self.boxed_lora:
-            trained["lora"] = lora.init(key, self.boxed_lora, self.lora_pattern, self.lora_rank)
+            rank = self.stage.lora_rank
+            trained["lora"] = lora.init(key, self.boxed_lora, self.stage.lora, rank)
         return trained
 
     @property
@@ -81,7 +81,7 @@ class _TrainedAndFrozen:
     def whole(self, params, frozen):
         tree = partition.merge(frozen, params.get("trained", {}))
         if "lora" in params:
-            tree = lora.merge(tree, params["lora"], self.lora_alpha)
+            tree = lora.merge(tree, params["lora"], self.stage.lora_alpha)
         return tree
 
 
@@ -94,16 +94,7 @@ def _cut(stage, params, boxed, allowed=lambda path: True) -> _TrainedAndFrozen:
     cuts = [partition.split(tree, lambda p: allowed(p) and matched(p)) for tree in (params, boxed)]
     (start, frozen), (boxed_start, boxed_frozen) = cuts
     boxed_lora = partition.split(boxed, allowed)[0] if stage.lora else {}
-    return _TrainedAndFrozen(
-        start, frozen, boxed_start, boxed_frozen, boxed_lora,
-        stage.lora_rank, stage.lora_alpha, stage.lora,
-    )  # fmt: skip
-
-
-def abstract_params(model) -> dict[str, Any]:
-    """Returns a model's parameters, abstract, boxed with their logical axis names."""
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
+    return _TrainedAndFrozen(start, frozen, boxed_start, boxed_frozen, boxed_lora, stage)
 
 
 def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_frozen) -> steps.Task:
@@ -122,10 +113,10 @@ def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_froze
 def _transfer_task(stage, teacher, student):
     model = transfer.make_model(teacher.model, student.model)
     both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
-    cut = _cut(stage, both, abstract_params(model), lambda path: STUDENT_ONLY in path)
+    cut = _cut(stage, both, conversion.boxed_params(model), lambda path: STUDENT_ONLY in path)
     kept, boxed_kept = (
         transfer.kept(model, (student.model, tree))
-        for tree in (student.params, abstract_params(student.model))
+        for tree in (student.params, conversion.boxed_params(student.model))
     )
     weights = {name: stage[name] for name in _TRANSFER_WEIGHTS}
 
@@ -143,10 +134,13 @@ def _transfer_task(stage, teacher, student):
 
 
 def _distill_task(stage, teacher, student):
-    cut = _cut(stage, student.params, abstract_params(student.model))
+    cut = _cut(stage, student.params, conversion.boxed_params(student.model))
     frozen, boxed_frozen = {"student": cut.frozen}, {"student": cut.boxed_frozen}
     if stage.kl:
-        frozen["teacher"], boxed_frozen["teacher"] = teacher.params, abstract_params(teacher.model)
+        frozen["teacher"], boxed_frozen["teacher"] = (
+            teacher.params,
+            conversion.boxed_params(teacher.model),
+        )
 
     def model_params(params, frozen):
         return cut.whole(params, frozen["student"])

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from seqmodels import checkpoints_io, language_model, loading, mixers
@@ -87,7 +85,3 @@ def check_context(model_config: dict[str, Any], seq_len: int) -> None:
             f"data.seq_len is {seq_len}, longer than the teacher's context of {shortest} tokens; shorten it, or set max_length in "
             "the teacher's pattern"
         )
-
-
-def num_params(tree) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

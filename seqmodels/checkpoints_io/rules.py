@@ -8,6 +8,7 @@ in. Where a layout computes (norms whose gain is 1 + weight), our module has an 
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,54 +27,68 @@ class Rule:
     into: Callable[..., Arrays]
     out: Callable[..., Arrays]
 
+    def without(self, prefix: str) -> "Rule":
+        """Returns the rule for a file whose names lack a prefix."""
+        names = tuple(name.removeprefix(prefix) for name in self.names)
+        return dataclasses.replace(self, names=names)
+
+
+class Move(NamedTuple):
+    """A function of one array, and its inverse."""
+
+    into: Callable[[np.ndarray], np.ndarray]
+    out: Callable[[np.ndarray], np.ndarray]
+
+
+AS_IS = Move(lambda x: x, lambda x: x)
+# nn.Linear's weight (output, input) is our kernel (input, output).
+LINEAR = Move(lambda x: x.T, lambda x: x.T)
+# A depthwise nn.Conv1d's weight (channels, 1, taps) is ShortConv's kernel (taps, channels).
+CONV1D = Move(lambda x: x.squeeze(1).T, lambda x: x.T[:, None])
+
+
+def moved(name: str, path: str, move: Move) -> Rule:
+    """Passes one tensor through a Move."""
+    return Rule((name,), (path,), lambda x: (move.into(x),), lambda x: (move.out(x),))
+
 
 def same(name: str, path: str) -> Rule:
     """Takes one tensor as it is."""
-    return Rule((name,), (path,), lambda x: (x,), lambda x: (x,))
+    return moved(name, path, AS_IS)
 
 
 def transposed(name: str, path: str) -> Rule:
-    """Transposes: nn.Linear's weight (output, input) is our kernel (input, output)."""
-    return moved(name, path, lambda x: x.T, lambda x: x.T)
+    """Transposes a matrix."""
+    return moved(name, path, LINEAR)
 
 
-def moved(name: str, path: str, into: Callable, out: Callable) -> Rule:
-    """Passes one tensor through a function and its inverse."""
-    return Rule((name,), (path,), lambda x: (into(x),), lambda x: (out(x),))
-
-
-def linear(name: str, path: str, bias: bool = False) -> Iterator[Rule]:
-    """Turns PyTorch's nn.Linear into Flax's nn.Dense."""
-    yield transposed(f"{name}.weight", f"{path}/kernel")
-    if bias:
-        yield same(f"{name}.bias", f"{path}/bias")
-
-
-def conv1d(name: str, path: str, bias: bool = False) -> Iterator[Rule]:
-    """Turns a depthwise nn.Conv1d, weight (channels, 1, taps), into our ShortConv, kernel (taps,
-    channels)."""
-    yield moved(
-        f"{name}.weight", f"{path}/kernel", lambda x: x.squeeze(1).T, lambda x: x.T[:, None]
-    )
+def linear(name: str, path: str, bias: bool = False, move: Move = LINEAR) -> Iterator[Rule]:
+    """Turns PyTorch's nn.Linear, or by another `move` another module, into Flax's nn.Dense."""
+    yield moved(f"{name}.weight", f"{path}/kernel", move)
     if bias:
         yield same(f"{name}.bias", f"{path}/bias")
 
 
 def split(
-    name: str,
-    paths: Sequence[str],
-    widths: Sequence[int],
-    transpose: bool = True,
-    axis: int = 0,
+    name: str, paths: Sequence[str], widths: Sequence[int], move: Move = AS_IS, axis: int = 0
 ) -> Rule:
-    """Cuts a tensor's `axis` into consecutive parts of these widths, each, transposed unless told
-    otherwise, a parameter of ours."""
+    """Cuts a tensor's `axis` into parts of these widths, each, through `move`, a parameter."""
     ends = np.cumsum(widths)[:-1]
 
     def into(x):
-        return [part.T if transpose else part for part in np.split(x, ends, axis)]
+        return [move.into(part) for part in np.split(x, ends, axis)]
 
     def out(*parts):
-        return (np.concatenate([part.T if transpose else part for part in parts], axis),)
+        return (np.concatenate([move.out(part) for part in parts], axis),)
 
     return Rule((name,), tuple(paths), into, out)
+
+
+def packed(
+    name: str, ours: str, widths: dict[str, int], bias: bool = False, move: Move = LINEAR
+) -> Iterator[Rule]:
+    """Cuts one nn.Linear (or other module) into several of ours, {ours: output features}."""
+    paths, sizes = [f"{ours}/{own}" for own in widths], list(widths.values())
+    yield split(f"{name}.weight", [f"{path}/kernel" for path in paths], sizes, move)
+    if bias:
+        yield split(f"{name}.bias", [f"{path}/bias" for path in paths], sizes)

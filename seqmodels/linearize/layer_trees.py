@@ -29,7 +29,7 @@ def split(model, params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str,
         repeat, place = divmod(index - first, period) if period else (-1, 0)
         if 0 <= repeat < plan.repeats:
             group = scanned[f"block_{place}"]
-            layers.append(_map(lambda leaf, i=repeat: _at(leaf, i), group))
+            layers.append(_map(lambda leaf, i=repeat: leaf[i], lambda names: names[1:], group))
         else:
             layers.append(params.pop(f"block_{index}"))
     return params, layers
@@ -41,31 +41,31 @@ def join(model, shared: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dic
     period, first = len(plan.period), len(plan.prefix)
     end = first + plan.repeats * period
     params |= {f"block_{i}": layers[i] for i in range(len(layers)) if not first <= i < end}
+
+    def stacked(names):
+        return "layers", *names
+
     if plan.repeats:
         params[SCANNED] = {
-            f"block_{place}": _map(_stack, *layers[first + place : end : period])
+            f"block_{place}": _map(_stack, stacked, *layers[first + place : end : period])
             for place in range(period)
         }
     return params
 
 
-def _map(function, *trees):
-    return jax.tree.map(function, *trees, is_leaf=is_boxed)
+def _map(function, rename, *trees):
+    """Maps a function of arrays over trees; `rename` gives the names of the boxes' new axes."""
 
+    def apply(*leaves):
+        first = leaves[0]
+        if is_boxed(first):
+            value = apply(*(leaf.unbox() for leaf in leaves))
+            return first.replace(value=value, names=rename(first.names))
+        abstract = isinstance(first, jax.ShapeDtypeStruct)
+        return jax.eval_shape(function, *leaves) if abstract else function(*leaves)
 
-def _at(leaf, index):
-    if is_boxed(leaf):
-        value = _at(leaf.unbox(), index)
-        return leaf.replace(value=value, names=leaf.names[1:])
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-    return leaf[index]
+    return jax.tree.map(apply, *trees, is_leaf=is_boxed)
 
 
 def _stack(*leaves):
-    if is_boxed(leaves[0]):
-        value = _stack(*(leaf.unbox() for leaf in leaves))
-        return leaves[0].replace(value=value, names=("layers", *leaves[0].names))
-    if isinstance(leaves[0], jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
     return jnp.stack(leaves)

@@ -75,15 +75,8 @@ def distillation(
 
 def _hidden(model, params, batch):
     """Returns the last hidden states, the output matrix and its layout."""
-    layouts = []
-
-    def head(x_BTD, matrix, layout):
-        layouts.append(layout)
-        return x_BTD, matrix
-
     inputs = batch["inputs"], batch["segment_ids"]
-    (x_BTD, matrix), _ = model.apply({"params": params}, *inputs, head=head)
-    return x_BTD, matrix, layouts[0]
+    return model.apply({"params": params}, *inputs, head=lambda *hidden: hidden)[0]
 
 
 def selection_penalty(params: dict[str, Any], target: int, power: float = 2.0) -> Array:

@@ -19,10 +19,7 @@ SEEDS = ("auto", "none")
 
 
 def choose_layers(
-    specs: Sequence[pattern.MixerSpec],
-    layers: str = "all",
-    keep_every: int = 0,
-    keep: str = "last",
+    specs: Sequence[pattern.MixerSpec], layers: str = "all", keep_every: int = 0, keep: str = "last"
 ) -> tuple[int, ...]:
     """Returns the indices of the layers to convert.
 

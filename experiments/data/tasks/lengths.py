@@ -1,4 +1,6 @@
-"""Checks and masks that the tasks share. `make_task` adds the task's name to errors."""
+"""What the tasks share. `make_task` adds the task's name to errors."""
+
+import dataclasses
 
 import numpy as np
 
@@ -8,19 +10,11 @@ def check(ok: bool, message: str):
         raise ValueError(message)
 
 
-def check_lengths(low: int, high: int, least: int = 1):
-    check(
-        least <= low <= high,
-        f"lengths must satisfy {least} <= min_length <= max_length, got min_length={low} and "
-        f"max_length={high}.",
-    )
-
-
-def check_supervise(supervise: str):
-    check(
-        supervise in ("all", "last"),
-        f"unknown supervise={supervise!r}; the choices are 'all' and 'last'.",
-    )
+def labelled(length: int, places, values) -> tuple[np.ndarray, np.ndarray]:
+    """Returns labels that are `values` at `places`, and the loss mask that counts these."""
+    labels, mask = np.zeros(length, np.int64), np.zeros(length, np.float32)
+    labels[places], mask[places] = values, 1.0
+    return labels, mask
 
 
 def last_only(length: int) -> np.ndarray:
@@ -28,3 +22,38 @@ def last_only(length: int) -> np.ndarray:
     mask = np.zeros(length, np.float32)
     mask[-1] = 1.0
     return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomLengths:
+    """Options of tasks whose lengths are uniform in [min_length, max_length], rows padded.
+
+    supervise: "last" (only the answer counts) or "all" (every prefix that is an example counts).
+    """
+
+    min_length: int = 3
+    max_length: int = 40
+    eval_min_length: int = 40
+    eval_max_length: int = 256
+    supervise: str = "last"
+
+    least_length = 1
+
+    def __post_init__(self):
+        low, high, least = self.min_length, self.max_length, self.least_length
+        check(
+            least <= low <= high,
+            f"lengths must satisfy {least} <= min_length <= max_length, got min_length={low} and "
+            f"max_length={high}.",
+        )
+        check(
+            self.supervise in ("all", "last"),
+            f"unknown supervise={self.supervise!r}; the choices are 'all' and 'last'.",
+        )
+
+    @property
+    def row_length(self) -> int:
+        return self.max_length
+
+    def draw_length(self, rng: np.random.Generator) -> int:
+        return int(rng.integers(self.min_length, self.max_length + 1))

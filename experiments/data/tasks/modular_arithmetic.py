@@ -24,7 +24,7 @@ OPERATORS = "+-*()="
 
 
 @dataclasses.dataclass(frozen=True)
-class ModularArithmetic:
+class ModularArithmetic(lengths.RandomLengths):
     """supervise: "last" (the paper's) or, without brackets, "all": from min_length on every number
     also has a label, the value of the expression so far. multiply: whether * is among the
     operators. Chance: 1/modulus.
@@ -33,15 +33,11 @@ class ModularArithmetic:
     modulus: int = 5
     brackets: bool = False
     multiply: bool = True
-    min_length: int = 3
-    max_length: int = 40
-    eval_min_length: int = 40
-    eval_max_length: int = 256
-    supervise: str = "last"
+
+    least_length = 2
 
     def __post_init__(self):
-        lengths.check_lengths(self.min_length, self.max_length, least=2)
-        lengths.check_supervise(self.supervise)
+        super().__post_init__()
         lengths.check(self.modulus >= 2, f"modulus must be at least 2, got {self.modulus}.")
         lengths.check(
             not (self.brackets and self.supervise == "all"),
@@ -56,12 +52,8 @@ class ModularArithmetic:
     def chance(self) -> float:
         return 1.0 / self.modulus
 
-    @property
-    def row_length(self) -> int:
-        return self.max_length
-
     def example(self, rng: np.random.Generator):
-        length = int(rng.integers(self.min_length, self.max_length + 1))
+        length = self.draw_length(rng)
         if not self.brackets:
             return self._chain(rng, length // 2)
         tokens, value = self._tree(rng, length - 1, "+-*" if self.multiply else "+-")

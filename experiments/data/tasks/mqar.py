@@ -83,8 +83,4 @@ class MQAR:
             inputs = np.zeros(n, np.int64)
         inputs[0 : 2 * d : 2], inputs[1 : 2 * d : 2] = keys, values
         inputs[queries] = keys
-        labels = np.zeros(n, np.int64)
-        labels[queries] = values
-        mask = np.zeros(n, np.float32)
-        mask[queries] = 1.0
-        return inputs, labels, mask
+        return inputs, *lengths.labelled(n, queries, values)

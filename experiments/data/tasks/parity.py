@@ -17,31 +17,15 @@ from experiments.data.tasks import lengths
 
 
 @dataclasses.dataclass(frozen=True)
-class Parity:
-    """supervise: "last" (the paper's: only the answer counts) or "all" (every prefix of min_length
-    or more counts, as each is an example: a denser signal, which trains in fewer steps). Chance:
-    1/2.
-    """
-
-    min_length: int = 3
-    max_length: int = 40
-    eval_min_length: int = 40
-    eval_max_length: int = 256
-    supervise: str = "last"
+class Parity(lengths.RandomLengths):
+    """supervise: the paper's is "last"; "all" is a denser signal, which trains in fewer steps.
+    Chance: 1/2."""
 
     vocab_size = 2
     chance = 0.5
 
-    def __post_init__(self):
-        lengths.check_lengths(self.min_length, self.max_length)
-        lengths.check_supervise(self.supervise)
-
-    @property
-    def row_length(self) -> int:
-        return self.max_length
-
     def example(self, rng: np.random.Generator):
-        bits = rng.integers(0, 2, rng.integers(self.min_length, self.max_length + 1))
+        bits = rng.integers(0, 2, self.draw_length(rng))
         mask = lengths.last_only(len(bits))
         if self.supervise == "all":
             mask[self.min_length - 1 :] = 1.0

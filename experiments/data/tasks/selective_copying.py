@@ -52,8 +52,4 @@ class SelectiveCopying:
         inputs = np.full(self.seq_len, self.vocab_size - 2)
         inputs[places] = data
         inputs[start:] = self.vocab_size - 1
-        labels = np.zeros(self.seq_len, np.int64)
-        labels[start:] = data
-        mask = np.zeros(self.seq_len, np.float32)
-        mask[start:] = 1.0
-        return inputs, labels, mask
+        return inputs, *lengths.labelled(self.seq_len, slice(start, None), data)

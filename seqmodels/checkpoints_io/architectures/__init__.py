@@ -70,22 +70,18 @@ class HFConfig:
     def integer(self, field: str, default: int | None = None) -> int:
         """Reads a positive integer, of a size that a model can have."""
         most = _MOST_LAYERS if "layer" in field or "block" in field else _LARGEST
-        return self._checked(
-            field,
-            default,
-            lambda v: type(v) is int and 0 < v <= most,
-            f"a positive integer up to {most}",
-        )
+        what = f"a positive integer up to {most}"
+        return self._checked(field, default, lambda v: type(v) is int and 0 < v <= most, what)
 
     def optional_integer(self, field: str) -> int | None:
         """Reads a positive integer; None where it is null or absent."""
         return None if self.get(field) is None else self.integer(field)
 
     def number(self, field: str, default: float | None = None) -> float:
-        value = self._checked(
-            field, default, lambda v: type(v) in (int, float) and abs(v) < 1e30, "a number"
-        )
-        return float(value)
+        def is_right(value):
+            return type(value) in (int, float) and abs(value) < 1e30
+
+        return float(self._checked(field, default, is_right, "a number"))
 
     def positive(self, field: str, default: float | None = None) -> float:
         """Reads a number above 0, as divisors and scales are."""

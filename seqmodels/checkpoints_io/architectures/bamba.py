@@ -41,8 +41,7 @@ def _model_config(config):
     recurrent = parts.spec("mamba2", **options, norm_eps=model["norm_eps"])
     bias = config.flag("attention_bias", False)
     softmax = parts.spec(
-        "attention",
-        **decoder.attention_options(config, D, heads=32, rotated=0.5, use_bias=bias),
+        "attention", **decoder.attention_options(config, D, heads=32, rotated=0.5, use_bias=bias)
     )
     indices = config.listed("attn_layer_indices", int)
     if indices and not 0 <= min(indices) <= max(indices) < L:

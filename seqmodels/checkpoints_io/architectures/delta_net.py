@@ -1,6 +1,6 @@
 """DeltaNet (arXiv 2406.06484), as flash-linear-attention's DeltaNetForCausalLM has it."""
 
-from seqmodels.checkpoints_io.architectures import fields_of, fla, given, parts
+from seqmodels.checkpoints_io.architectures import fla, given, parts
 
 
 def _options(config):
@@ -11,13 +11,12 @@ def _options(config):
         raise ValueError(
             f"{config.name}: num_heads {H} must divide the key width {key} and the value width {value}"
         )
-    widths = {"num_heads": H, "head_dim": key // H, "expand_v": value / key}
-    return widths | config.options((*fla.delta_fields(use_gate=False), fla.NORM_EPS))
+    return {"num_heads": H, "head_dim": key // H, "expand_v": value / key}
 
 
 def _fields(options, d_model):
     H, K = options["num_heads"], given(options, "head_dim")
-    return fields_of(options, fla.delta_fields(use_gate=False)) | {
+    return {
         "num_heads": H,
         "expand_k": H * K / d_model,
         "expand_v": H * round(K * options["expand_v"]) / d_model,
@@ -34,8 +33,9 @@ ARCHITECTURE = fla.architecture(
     "delta_net",
     "DeltaNetForCausalLM",
     "delta_net",
-    _options,
-    _fields,
+    fla.delta_fields(use_gate=False),
     _tensors,
     {"use_short_conv": True, "use_beta": True, "qk_norm": "l2", "qk_activation": "silu"},
+    options=_options,
+    fields=_fields,
 )

@@ -27,37 +27,40 @@ _SOFTMAX = (
     Field("qkv_bias", "use_bias", HFConfig.flag, False),
     Field("rope_theta", "rope_base", HFConfig.positive, 10_000.0),
 )
-NORM_EPS = Field("norm_eps", "norm_eps", HFConfig.positive, 1e-6)
+_NORM_EPS = Field("norm_eps", "norm_eps", HFConfig.positive, 1e-6)
 
 
 def architecture(
     model_type: str,
     class_name: str,
     mixer: str,
-    options: Callable[[HFConfig], dict[str, Any]],
-    fields: Callable[[dict[str, Any], int], dict[str, Any]],
+    table: Sequence[Field],
     tensors: Callable[[dict[str, Any], str, str], Iterable[rules.Rule]],
-    required: Mapping[str, Any] | None = None,
+    required: Mapping[str, Any],
+    *,
+    options: Callable[[HFConfig], dict[str, Any]] = lambda config: {},
+    fields: Callable[[dict[str, Any], int], dict[str, Any]] = lambda options, d_model: {},
     hidden_ratio: int = 4,
     extra: Callable[[], Iterable[rules.Rule]] = tuple,
 ) -> Architecture:
     """Returns the architecture of a family from its mixer, the mixer's options and its tensors.
 
     Args:
-      options, fields: config.json to the mixer's options; (options, d_model) to config.json's.
+      table: fields that are options of the mixer.
       tensors: (options, prefix of their names, our path) to rules.
       required: fields of which only this value is supported. Fields that choose between kernels,
         and change no result, may have any.
+      options, fields: config.json to further options; (options, d_model) to their fields.
+      hidden_ratio: default of the field of this name.
       extra: rules that belong to no layer.
     """
-    required = dict(required or {})
 
     def model_config(config: HFConfig) -> dict[str, Any]:
         config.require(attnres_block_size=None, **required)
         model = config.options(_MODEL)
         D, L = model["d_model"], model["num_layers"]
         softmax = _softmax_layers(config, D, L)
-        own = parts.spec(mixer, **options(config))
+        own = parts.spec(mixer, **config.options(table) | options(config))
         # Two thirds of ratio * D, as a SwiGLU has three matrices, in multiples of 256.
         ratio = config.positive("hidden_ratio", hidden_ratio)
         width = max(-(-int(D * ratio * 2 / 3) // 256) * 256, 256)
@@ -69,6 +72,7 @@ def architecture(
 
     def hf_config(model, specs) -> dict[str, Any]:
         parts.only(specs, mixer, "attention")
+        own = parts.options_of(specs, mixer)
         softmax = [parts.option_values(s) for s in specs if s.name == "attention"]
         return {
             **fields_of(model, (*_MODEL, parts.D_FF)),
@@ -76,10 +80,11 @@ def architecture(
             "attn": _attn(specs),
             "max_position_embeddings": max((o["max_length"] for o in softmax), default=2048),
             **{k: v for k, v in required.items() if v is not None},
-            **fields(parts.options_of(specs, mixer), model["d_model"]),
+            **fields_of(own, table),
+            **fields(own, model["d_model"]),
         }
 
-    def table(model, specs):
+    def all_rules(model, specs):
         yield from parts.ends(model, "model.embeddings", "model.norm")
         yield from extra()
         for i, layer in enumerate(specs):
@@ -92,7 +97,7 @@ def architecture(
             else:
                 yield from tensors(parts.option_values(layer), theirs, ours)
 
-    return Architecture(model_type, class_name, model_config, hf_config, table)
+    return Architecture(model_type, class_name, model_config, hf_config, all_rules)
 
 
 def delta_fields(use_gate: bool) -> tuple[Field, ...]:
@@ -101,11 +106,21 @@ def delta_fields(use_gate: bool) -> tuple[Field, ...]:
         Field("conv_size", "conv_width", HFConfig.integer, 4),
         Field("allow_neg_eigval", "allow_neg_eigval", HFConfig.flag, False),
         Field("use_gate", "use_gate", HFConfig.flag, use_gate),
+        _NORM_EPS,
     )
 
 
-_EXPANSION = ("num_heads", "expand_k", "expand_v")  # fields and options of GLA and RetNet
-# What both families require: a norm that is not fused, for one, has another name.
+def head_fields(heads: int, expand_k: float, expand_v: float) -> tuple[Field, ...]:
+    """Returns the fields that GLA and RetNet share, with their defaults."""
+    return (
+        Field("num_heads", "num_heads", HFConfig.integer, heads),
+        Field("expand_k", "expand_k", HFConfig.positive, expand_k),
+        Field("expand_v", "expand_v", HFConfig.positive, expand_v),
+        _NORM_EPS,
+    )
+
+
+# What GLA and RetNet require beside `require_all_heads`. Norms that are not fused have other names.
 HEADS_REQUIRED = {
     "fuse_norm": True,
     "use_short_conv": False,
@@ -115,19 +130,9 @@ HEADS_REQUIRED = {
 }
 
 
-def heads_options(config: HFConfig, *defaults: Any) -> dict[str, Any]:
-    """Reads what GLA and RetNet have in common: as many key heads as value heads, and the widths of
-    both. `defaults` are those of num_heads, expand_k and expand_v."""
-    reads = (HFConfig.integer, HFConfig.positive, HFConfig.positive)
-    table = [Field(name, name, *row) for name, row in zip(_EXPANSION, zip(reads, defaults))]
-    options = config.options((*table, NORM_EPS))
-    config.require(num_kv_heads=options["num_heads"])
-    return options
-
-
-def heads_fields(options: Mapping[str, Any], d_model: int) -> dict[str, Any]:
-    """Writes what `heads_options` reads."""
-    return {name: options[name] for name in _EXPANSION}
+def require_all_heads(config: HFConfig, heads: int) -> None:
+    """Refuses fewer key heads than value heads, of which `heads` is the default."""
+    config.require(num_kv_heads=config.integer("num_heads", heads))
 
 
 def projections(theirs: str, ours: str, names: str) -> Iterable[rules.Rule]:
@@ -137,7 +142,8 @@ def projections(theirs: str, ours: str, names: str) -> Iterable[rules.Rule]:
 
 def short_convs(theirs: str, ours: str) -> Iterable[rules.Rule]:
     for name in "qkv":
-        yield from rules.conv1d(f"{theirs}.{name}_conv1d", f"{ours}/{name}_conv")
+        conv = f"{theirs}.{name}_conv1d", f"{ours}/{name}_conv"
+        yield from rules.linear(*conv, move=rules.CONV1D)
 
 
 def _softmax_layers(config: HFConfig, D: int, L: int) -> dict[int, MixerSpec]:

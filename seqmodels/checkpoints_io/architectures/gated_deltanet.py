@@ -1,6 +1,6 @@
 """Gated DeltaNet (arXiv 2412.06464), as GatedDeltaNetForCausalLM of flash-linear-attention."""
 
-from seqmodels.checkpoints_io.architectures import Field, HFConfig, fields_of, fla, parts
+from seqmodels.checkpoints_io.architectures import Field, HFConfig, fla, parts
 
 _TABLE = (
     Field("num_heads", "num_heads", HFConfig.integer, 6),
@@ -11,13 +11,12 @@ _TABLE = (
 
 
 def _options(config):
-    options = config.options((*_TABLE, fla.NORM_EPS))
-    return options | {"num_v_heads": config.integer("num_v_heads", options["num_heads"])}
+    heads = config.options(_TABLE)["num_heads"]
+    return {"num_v_heads": config.integer("num_v_heads", heads)}
 
 
 def _fields(options, d_model):
-    heads = options["num_v_heads"] or options["num_heads"]
-    return fields_of(options, _TABLE) | {"num_v_heads": heads}
+    return {"num_v_heads": options["num_v_heads"] or options["num_heads"]}
 
 
 def _tensors(options, theirs, ours):
@@ -31,8 +30,9 @@ ARCHITECTURE = fla.architecture(
     "gated_deltanet",
     "GatedDeltaNetForCausalLM",
     "gated_delta_net",
-    _options,
-    _fields,
+    _TABLE,
     _tensors,
     {"use_short_conv": True},
+    options=_options,
+    fields=_fields,
 )

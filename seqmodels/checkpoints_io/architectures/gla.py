@@ -8,7 +8,8 @@ _GATE = {"gate_rank": 16, "gate_temperature": 16.0}
 
 
 def _options(config):
-    return fla.heads_options(config, 4, 0.5, 1.0) | _GATE
+    fla.require_all_heads(config, 4)
+    return _GATE
 
 
 def _tensors(options, theirs, ours):
@@ -22,8 +23,8 @@ ARCHITECTURE = fla.architecture(
     "gla",
     "GLAForCausalLM",
     "gla",
-    _options,
-    fla.heads_fields,
+    fla.head_fields(4, 0.5, 1.0),
     _tensors,
     fla.HEADS_REQUIRED | {"clamp_min": None, "use_gk": True, "use_gv": False},
+    options=_options,
 )

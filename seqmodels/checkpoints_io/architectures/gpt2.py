@@ -62,7 +62,7 @@ def _rules(model, specs):
         yield from _norm(f"{theirs}.ln_2", f"{ours}/channel_norm")
         for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
             qkv = [f"{ours}/mixer/{name}/{leaf}" for name in "qkv"]
-            yield rules.split(f"{theirs}.attn.c_attn.{kind}", qkv, [D] * 3, False, axis=-1)
+            yield rules.split(f"{theirs}.attn.c_attn.{kind}", qkv, [D] * 3, axis=-1)
             yield rules.same(f"{theirs}.attn.c_proj.{kind}", f"{ours}/mixer/o/{leaf}")
             yield rules.same(f"{theirs}.mlp.c_fc.{kind}", f"{ours}/channel_mixer/up/{leaf}")
             yield rules.same(f"{theirs}.mlp.c_proj.{kind}", f"{ours}/channel_mixer/down/{leaf}")

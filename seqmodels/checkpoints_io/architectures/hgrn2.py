@@ -27,9 +27,10 @@ ARCHITECTURE = fla.architecture(
     "hgrn2",
     "HGRN2ForCausalLM",
     "hgrn2",
-    _options,
-    _fields,
+    (),
     _tensors,
     {"use_short_conv": False, "use_lower_bound": True, "elementwise_affine": True},
+    options=_options,
+    fields=_fields,
     extra=lambda: [rules.same("model.lower_bounds", "lower_bounds")],
 )

@@ -52,9 +52,10 @@ def _rules(model, specs):
     for i in range(len(specs)):
         yield parts.norm(f"backbone.layers.{i}.norm", f"block_{i}/mixer_norm")
         theirs, ours = f"backbone.layers.{i}.mixer", f"block_{i}/mixer"
-        yield from parts.packed_linear(f"{theirs}.in_proj", ours, {"x": E, "z": E}, bias)
-        yield from rules.conv1d(f"{theirs}.conv1d", f"{ours}/x_conv", options["conv_bias"])
-        yield from parts.packed_linear(f"{theirs}.x_proj", ours, features)
+        yield from rules.packed(f"{theirs}.in_proj", ours, {"x": E, "z": E}, bias)
+        conv = f"{theirs}.conv1d", f"{ours}/x_conv", options["conv_bias"]
+        yield from rules.linear(*conv, rules.CONV1D)
+        yield from rules.packed(f"{theirs}.x_proj", ours, features)
         yield rules.transposed(f"{theirs}.dt_proj.weight", f"{ours}/dt/kernel")
         names = {"dt_proj.bias": "dt_bias", "A_log": "A_log", "D": "D"}
         yield from parts.same(theirs, ours, names)

@@ -138,34 +138,6 @@ def linears(
         yield from rules.linear(f"{theirs}.{their_name}", f"{ours}/{our_name}", bias)
 
 
-def packed_linear(
-    name: str, ours: str, widths: Mapping[str, int], bias: bool = False
-) -> Iterator[rules.Rule]:
-    """One nn.Linear whose output features are, in turn, those of several of ours."""
-    paths, sizes = [f"{ours}/{own}" for own in widths], list(widths.values())
-    yield rules.split(f"{name}.weight", [f"{p}/kernel" for p in paths], sizes)
-    if bias:
-        yield rules.split(f"{name}.bias", [f"{p}/bias" for p in paths], sizes, transpose=False)
-
-
-def packed_conv1d(
-    name: str, ours: str, widths: Mapping[str, int], bias: bool = False
-) -> Iterator[rules.Rule]:
-    """One depthwise nn.Conv1d, weight (channels, 1, taps), over the channels of several of ours."""
-    paths, sizes = [f"{ours}/{own}" for own in widths], list(widths.values())
-    cut = rules.split(f"{name}.weight", [f"{p}/kernel" for p in paths], sizes, transpose=False)
-
-    def into(x):
-        return [part.squeeze(1).T for part in cut.into(x)]
-
-    def out(*parts):
-        return cut.out(*(part.T[:, None] for part in parts))
-
-    yield rules.Rule(cut.names, cut.paths, into, out)
-    if bias:
-        yield rules.split(f"{name}.bias", [f"{p}/bias" for p in paths], sizes, transpose=False)
-
-
 def packed_heads(
     name: str, ours: str, heads: int, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
@@ -207,9 +179,9 @@ def mamba2(layer: MixerSpec, d_model: int, theirs: str, ours: str) -> Iterator[r
     width = options["num_groups"] * options["d_state"]
     bias = options["use_bias"]
     features = {"z": E, "x": E, "B": width, "C": width, "dt": E // V}
-    yield from packed_linear(f"{theirs}.in_proj", ours, features, bias)
+    yield from rules.packed(f"{theirs}.in_proj", ours, features, bias)
     channels = {"x_conv": E, "B_conv": width, "C_conv": width}
-    yield from packed_conv1d(f"{theirs}.conv1d", ours, channels, options["conv_bias"])
+    yield from rules.packed(f"{theirs}.conv1d", ours, channels, options["conv_bias"], rules.CONV1D)
     yield from same(theirs, ours, {"dt_bias": "decay/dt_bias", "A_log": "decay/A_log", "D": "D"})
     yield norm(f"{theirs}.norm", f"{ours}/o_norm")
     yield from rules.linear(f"{theirs}.out_proj", f"{ours}/o", bias)

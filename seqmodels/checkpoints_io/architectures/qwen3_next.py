@@ -140,7 +140,7 @@ def _gated_delta_net(layer, theirs, ours):
     yield from parts.packed_heads(f"{theirs}.in_proj_qkvz", ours, G, widths)
     yield from parts.packed_heads(f"{theirs}.in_proj_ba", ours, G, {"b": r, "a": r})
     channels = {"q_conv": G * K, "k_conv": G * K, "v_conv": G * value}
-    yield from parts.packed_conv1d(f"{theirs}.conv1d", ours, channels)
+    yield from rules.packed(f"{theirs}.conv1d", ours, channels, move=rules.CONV1D)
     yield from parts.same(theirs, f"{ours}/decay", {"A_log": "A_log", "dt_bias": "dt_bias"})
     yield parts.norm(f"{theirs}.norm", f"{ours}/o_norm")
     yield from rules.linear(f"{theirs}.out_proj", f"{ours}/o")

@@ -114,7 +114,7 @@ def _rules(model, specs):
 def _recurrent(theirs, ours):
     names = {"linear_x": "x", "linear_y": "g", "linear_out": "o"}
     yield from parts.linears(theirs, ours, names, bias=True)
-    yield from rules.conv1d(f"{theirs}.conv_1d", f"{ours}/x_conv", bias=True)
+    yield from rules.linear(f"{theirs}.conv_1d", f"{ours}/x_conv", True, rules.CONV1D)
     names = {
         "recurrent_param": "Lambda",
         "recurrent_gate_weight": "r_kernel",

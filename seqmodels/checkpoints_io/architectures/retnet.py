@@ -4,7 +4,8 @@ from seqmodels.checkpoints_io.architectures import fla, parts
 
 
 def _options(config):
-    return fla.heads_options(config, 8, 1.0, 2.0) | {"rope_base": 10_000.0}
+    fla.require_all_heads(config, 8)
+    return {"rope_base": 10_000.0}
 
 
 def _tensors(options, theirs, ours):
@@ -16,9 +17,9 @@ ARCHITECTURE = fla.architecture(
     "retnet",
     "RetNetForCausalLM",
     "retnet",
-    _options,
-    fla.heads_fields,
+    fla.head_fields(8, 1.0, 2.0),
     _tensors,
     fla.HEADS_REQUIRED,
+    options=_options,
     hidden_ratio=2,
 )

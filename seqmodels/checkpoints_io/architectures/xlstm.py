@@ -63,6 +63,7 @@ def _rules(model, specs):
     mlp = {"proj_up_gate": "gate", "proj_up": "up", "proj_down": "down"}
     names = dict(zip("qkv", "qkv")) | {"ogate_preact": "g", "out_proj": "o"}
     gates = {"igate_preact": "i", "fgate_preact": "f"}
+    by_head = rules.Move(lambda x: x.reshape(H, -1), lambda x: x.reshape(-1))
     yield from parts.ends(model, "backbone.embeddings", "backbone.out_norm")
     for i in range(len(specs)):
         theirs, ours = f"backbone.blocks.{i}", f"block_{i}"
@@ -71,12 +72,7 @@ def _rules(model, specs):
         theirs, ours = f"{theirs}.mlstm_layer", f"{ours}/mixer"
         yield from parts.linears(theirs, ours, names)
         yield from parts.linears(theirs, ours, gates, bias=True)
-        yield rules.moved(
-            f"{theirs}.multihead_norm.weight",
-            f"{ours}/h_norm/scale",
-            lambda x: x.reshape(H, -1),
-            lambda x: x.reshape(-1),
-        )
+        yield rules.moved(f"{theirs}.multihead_norm.weight", f"{ours}/h_norm/scale", by_head)
 
 
 ARCHITECTURE = Architecture(

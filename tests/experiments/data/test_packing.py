@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing across a boundary, the same after a restart or on more processes."""
+"""Packing loses nothing, lets nothing cross a boundary, and resumes on any number of processes."""
 
 import itertools
 import json

@@ -262,7 +262,10 @@ def test_held_out_prefixes_count_from_the_shortest_length(task, first):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"name": "parity", "min_length": 9, "max_length": 4}, "parity: lengths .* min_length=9 and max_length=4"),
+        (
+            {"name": "parity", "min_length": 9, "max_length": 4},
+            "parity: lengths .* min_length=9 and max_length=4",
+        ),
         ({"name": "parity", "supervise": "some"}, "'all' and 'last'"),
         ({"name": "modular_arithmetic", "modulus": 1}, "modulus must be at least 2"),
         ({"name": "modular_arithmetic", "brackets": True, "supervise": "all"}, "no meaning inside"),

@@ -84,7 +84,7 @@ def test_hedgehogs_map_is_nearer_to_softmax(rows):
 
 
 def test_quality_rises_with_the_softmax_layers_kept(rows):
-    """None, a quarter, half, all, with adapters trained alike (mmMamba, arXiv 2502.13145, table 5)."""
+    """Compares none, a quarter, half and all (mmMamba, arXiv 2502.13145, table 5)."""
     none, quarter, half, every = perplexity(
         rows, "liger", "liger:hybrid", "liger:half", "window:softmax"
     )

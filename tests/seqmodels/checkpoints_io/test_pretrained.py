@@ -227,7 +227,7 @@ def test_a_second_output_matrix_of_a_tied_model(tmp_path):
 
 
 def test_layers_of_different_dtypes(tmp_path):
-    """A scanned parameter is as wide as the widest of its layers; out, every tensor is what it was."""
+    """A scanned parameter gets its layers' widest dtype; saved, tensors are what they were."""
 
     def change(arrays):
         for name, array in arrays.items():

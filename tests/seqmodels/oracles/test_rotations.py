@@ -1,4 +1,4 @@
-"""Frequencies of scaled rotary positions, as transformers computes them from the same config.json."""
+"""Frequencies of scaled rotary positions equal those that transformers computes."""
 
 import numpy as np
 import pytest
