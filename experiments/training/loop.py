@@ -81,7 +81,8 @@ def train(
         run_record.record_start(workdir, start, changes)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     progress.say(
-        f"{num_params:,} parameters, {program.num_devices} x {jax.devices()[0].device_kind}, {workdir}"
+        f"{num_params:,} parameters, {program.num_devices} x {jax.devices()[0].device_kind}, "
+        f"{workdir}"
     )
     if saved >= 0:
         progress.say(f"{'resuming' if start else 'starting'} from {checkpoints.path(start)}")

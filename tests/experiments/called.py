@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def read(config, *arguments):
-    """Reads --config=configs/<config> and other arguments as the binary does. Returns the config."""
+    """Returns the config that the binary reads from --config=configs/<config> and `arguments`."""
     argv = ["train", f"--config={CONFIGS / config}", *arguments]
     with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
         try:
