@@ -248,7 +248,7 @@ def _meet(arguments: dict, options: flags.FlagValues) -> None:
         )
 
 
-def _explicit(told: dict[str, str | int]) -> dict:
+def _explicit(told: dict[str, str | int]) -> dict | None:
     for name, variable in _ENVIRONMENT.items():
         if name not in told:
             raise ValueError(
@@ -263,10 +263,9 @@ def _explicit(told: dict[str, str | int]) -> dict:
         raise ValueError(f"expected HOST:PORT and two numbers, got {said}") from error
     if not 0 <= process < count:
         raise ValueError(f"process {process} of {count}; they count from 0")
-    return {
+    arguments = _one_of(count, process)
+    return arguments and arguments | {
         "coordinator_address": told["coordinator"],
-        "num_processes": count,
-        "process_id": process,
         "cluster_detection_method": "deactivate",
     }
 

@@ -56,6 +56,7 @@ NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
         (EXPLICIT, SLURM, ("a:1", 4, 2, None, "deactivate")),
         ({}, IN_ENVIRONMENT, ("[fd00::1]:1", 4, 2, None, "deactivate")),
         ({"process_id": 0}, IN_ENVIRONMENT, ("[fd00::1]:1", 4, 0, None, "deactivate")),
+        ({"process_id": 0, "num_processes": 1}, IN_ENVIRONMENT, None),
         ({}, GKE, (None, 2, 1, None, None)),
         ({}, GKE | SLICES, (None, 6, 5, None, None)),
         ({}, ONE_TPU_HOST, None),
