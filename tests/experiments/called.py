@@ -1,4 +1,4 @@
-"""`experiments.train` as it is called, without a process of its own."""
+"""Calls `experiments.train` as users do, within this process."""
 
 import sys
 from pathlib import Path
@@ -25,6 +25,6 @@ def read(config, *arguments):
 
 
 def run(config, workdir, *arguments):
-    """Runs the program. Its results are in `workdir`."""
+    """Runs the binary, whose results are in `workdir`."""
     read(config, f"--workdir={workdir}", *arguments)
     train.main(["train"])

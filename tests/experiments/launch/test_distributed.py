@@ -117,7 +117,7 @@ def test_a_tpu_vm_asks_its_metadata_server(monkeypatch, endpoints, tpu_env, seve
 
 
 def test_a_port_that_is_taken_is_refused():
-    """JAX would share it with another run, or crash."""
+    """JAX would share the port with another run, or crash."""
     with socket.create_server(("", 0)) as taken, pytest.raises(ValueError, match="cannot listen"):
         distributed._check_port(f"localhost:{taken.getsockname()[1]}")
 
@@ -196,7 +196,7 @@ def arguments(folder, workdir, **mesh):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """The run of one process with one device."""
+    """Returns the folder of a run by one process with one device."""
     config = tiny.make_config(folder)
     config.update_from_flattened_dict(CONFIG)
     loop.train(config, folder / "alone", jax.devices()[:1])
@@ -217,7 +217,7 @@ def data_position(workdir):
 
 
 def final_arrays(folder, workdir):
-    """Parameters and optimizer state, restored in this one process, on one device."""
+    """Returns parameters and optimizer state, restored in this process on one device."""
     config = tiny.make_config(folder)
     config = loop.resolve(config, make_dataset(config.data, "train"))
     program = steps.build(config, config.data.seq_len, jax.devices()[:1])
@@ -243,7 +243,7 @@ def test_missing_processes_are_named(launcher, folder):
 
 
 def test_processes_find_each_other_wherever_they_are_started(launcher, folder):
-    """Up to a mistake in the config, which all of them tell, each with its own exit code."""
+    """They come as far as a mistake in the config, which each tells with its own exit code."""
 
     def by_flags(i):
         return {}
@@ -277,7 +277,7 @@ def test_processes_find_each_other_wherever_they_are_started(launcher, folder):
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_those_that_wait(launcher, folder):
-    """Without a collective that could fail: JAX misses its heartbeats."""
+    """There is no collective that could fail: JAX misses its heartbeats."""
     go = arguments(folder, folder / "dead", **MESH)
     run = launcher.start(
         folder / "dead_logs", go, **TWO, hook=("hang_while_1_exits", None), heartbeat=10
@@ -304,7 +304,7 @@ def test_processes_with_different_configs_are_refused(launcher, folder):
 
 @pytest.mark.slow
 def test_many_processes_train_die_and_go_on(launcher, folder, alone):
-    """One test, so that its runs happen once however tests are spread over workers."""
+    """Tests in one, so that shared runs happen once however tests are spread over workers."""
     whole = two_processes_train_as_one(launcher, folder, alone)
     killed_and_started_again_they_end_bit_for_bit_the_same(launcher, folder, whole)
     sigterm_to_one_saves_for_all_and_four_go_on(launcher, folder, whole)
@@ -345,7 +345,7 @@ def killed_and_started_again_they_end_bit_for_bit_the_same(launcher, folder, who
 
 
 def sigterm_to_one_saves_for_all_and_four_go_on(launcher, folder, whole):
-    """From (data 2, fsdp 2) on two processes to data 4 on four, in the middle of the data."""
+    """Goes from (data 2, fsdp 2) on two processes to data 4 on four, in the middle of the data."""
     workdir = folder / "stopped"
     go = arguments(folder, workdir, **MESH)
     run = launcher.start(folder / "stopped_logs", go, **TWO, hook=("sigterm_at_step_2", 1))
@@ -375,7 +375,7 @@ def test_one_that_fails_tells_why_and_ends_the_others(launcher, folder, failing)
 
 @pytest.mark.exhaustive
 def test_killed_in_the_middle_of_a_save(launcher, folder):
-    """What is half written is no checkpoint, is removed, and its step is saved again."""
+    """A half-written checkpoint does not count, is removed, and its step is saved again."""
     workdir, logs = folder / "half", folder / "half_logs"
     go = arguments(folder, workdir, **MESH)
     run = launcher.start(logs, go, **TWO, hook=("kill_in_the_save_of_step_12", 1), heartbeat=10)
@@ -391,7 +391,7 @@ def test_killed_in_the_middle_of_a_save(launcher, folder):
 
 @pytest.mark.exhaustive
 def test_process_0_killed(launcher, folder):
-    """With it JAX's service dies, whose clients abort at once, if no collective fails before."""
+    """JAX's service dies with it, and its clients abort at once, if no collective fails before."""
     go = arguments(folder, folder / "headless", **MESH)
     run = launcher.start(folder / "headless_logs", go, **TWO, hook=("kill_at_step_8", 0))
     run.started[0].join(240)
@@ -401,7 +401,7 @@ def test_process_0_killed(launcher, folder):
 
 @pytest.mark.exhaustive
 def test_a_folder_that_is_not_shared_is_refused(launcher, folder):
-    """Two processes with a workdir each, as on two hosts without a common disk."""
+    """Two processes have a workdir each, as on two hosts without a common disk."""
     port = processes.free_port()
     runs = []
     for i in range(2):
@@ -415,7 +415,7 @@ def test_a_folder_that_is_not_shared_is_refused(launcher, folder):
 
 @pytest.mark.exhaustive
 def test_processes_with_parts_of_the_time(launcher, folder, alone):
-    """Both read all rows, each holds half of the time; then both generate and score."""
+    """Both read all rows, and each holds half of the time. Then both generate and score."""
     workdir = folder / "time"
     go = [*arguments(folder, workdir, data=1, seq=4), "--config.sample.length=3"]
     assert launcher.start(folder / "time_logs", go, **TWO).wait(240) == {0: 0, 1: 0}
