@@ -1,6 +1,8 @@
 import json
+import os
 import signal
 import socket
+import time
 
 import jax
 import numpy as np
@@ -240,6 +242,27 @@ def test_missing_processes_are_named(launcher, folder):
     assert run.wait(60) == {0: roll_call.EXIT_CODE, 2: roll_call.EXIT_CODE}
     for i in (0, 2):
         assert "error: waited 2 s for 4 processes; missing: 1, 3. Here: 0 (" in run.log(i)
+
+
+def test_a_process_that_is_gone_is_missing(tmp_path):
+    """Nobody touches its file any more."""
+    for name in ("0", "1", "2", "10"):
+        (tmp_path / name).write_text(f"host{name}")
+    long_ago = time.time() - 60
+    os.utime(tmp_path / "1", (long_ago, long_ago))
+    said = roll_call._missing(tmp_path / "0", 5, 9)
+    here = "0 (host0), 2 (host2), 10 (host10)"
+    assert said.startswith(f"waited 9 s for 5 processes; missing: 1, 3, 4. Here: {here}. Look")
+    said = roll_call._missing(tmp_path / "0", 1, 9)
+    assert "missing: none, but they do not reach process 0. Here" in said
+
+
+def test_hosts_are_named_where_numbers_are_not_known(tmp_path):
+    for host in "ab":
+        (tmp_path / f"{host}-7").write_text(f"{host}, pid 7")
+    said = roll_call._missing(tmp_path / "a-7", None, 9)
+    assert said.startswith("waited 9 s for all processes. Here: a, pid 7, b, pid 7. Look")
+    assert roll_call._missing(None, 4, 9).startswith("waited 9 s for 4 processes. Look")
 
 
 def test_processes_find_each_other_wherever_they_are_started(launcher, folder):
