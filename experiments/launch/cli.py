@@ -210,7 +210,8 @@ def load_config(path_and_argument: str) -> ConfigDict:
     config = module.get_config(*([argument] if argument else []))
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"get_config() of {path} returned {type(config).__name__}, not an ml_collections.ConfigDict"
+            f"get_config() of {path} returned {type(config).__name__}, not an "
+            "ml_collections.ConfigDict"
         )
     return config
 

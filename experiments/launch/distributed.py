@@ -61,7 +61,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "distributed_heartbeat",
         30,
-        "seconds of silence after which a process counts as dead, and all end; more where jobs are suspended",
+        "seconds of silence after which a process counts as dead, and all end; more where jobs are "
+        "suspended",
         lower_bound=10,
     )
 
@@ -164,8 +165,8 @@ def check_shared(folder: Path) -> None:
     if not seen.all():
         blind = ", ".join(map(str, np.flatnonzero(seen == 0)))
         raise ValueError(
-            f"--workdir={folder} must be a folder that all processes share; what process 0 wrote there, "
-            f"processes {blind} do not see"
+            f"--workdir={folder} must be a folder that all processes share; what process 0 wrote "
+            f"there, processes {blind} do not see"
         )
 
 
@@ -196,8 +197,8 @@ def data_share(batch_sharding: jax.sharding.Sharding) -> DataShare:
     shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
     if sum(map(len, shares)) != pieces or len({len(rows) for rows in shares}) != 1:
         raise ValueError(
-            f"the mesh cuts the batch's rows across the {len(rows_of)} processes unevenly: make data*fsdp a multiple, or a divisor, "
-            "of their number"
+            f"the mesh cuts the batch's rows across the {len(rows_of)} processes unevenly: make "
+            "data*fsdp a multiple, or a divisor, of their number"
         )
     mine = tuple(sorted(rows_of[jax.process_index()]))
     first = min(process for process, rows in rows_of.items() if tuple(sorted(rows)) == mine)
@@ -236,8 +237,8 @@ def _meet(arguments: dict, options: flags.FlagValues) -> None:
             )
         except ValueError as error:
             raise ValueError(
-                f"JAX does not find the other processes: {error} Give --coordinator=HOST:PORT --num_processes=N "
-                f"--process_id=I, or set {', '.join(_ENVIRONMENT.values())}"
+                f"JAX does not find the other processes: {error} Give --coordinator=HOST:PORT "
+                f"--num_processes=N --process_id=I, or set {', '.join(_ENVIRONMENT.values())}"
             ) from error
     _place = (jax.process_index(), jax.process_count())
     if label():
@@ -247,12 +248,12 @@ def _meet(arguments: dict, options: flags.FlagValues) -> None:
         )
 
 
-def _explicit(told: dict[str, str | int]) -> dict:
+def _explicit(told: dict[str, str | int]) -> dict | None:
     for name, variable in _ENVIRONMENT.items():
         if name not in told:
             raise ValueError(
-                f"{' and '.join('--' + n for n in told)} given, but neither --{name} nor {variable}: several processes "
-                "need all three"
+                f"{' and '.join('--' + n for n in told)} given, but neither --{name} nor "
+                f"{variable}: several processes need all three"
             )
     said = ", ".join(f"{name}={value}" for name, value in told.items())
     try:
@@ -262,10 +263,9 @@ def _explicit(told: dict[str, str | int]) -> dict:
         raise ValueError(f"expected HOST:PORT and two numbers, got {said}") from error
     if not 0 <= process < count:
         raise ValueError(f"process {process} of {count}; they count from 0")
-    return {
+    arguments = _one_of(count, process)
+    return arguments and arguments | {
         "coordinator_address": told["coordinator"],
-        "num_processes": count,
-        "process_id": process,
         "cluster_detection_method": "deactivate",
     }
 
@@ -361,8 +361,8 @@ def _check_port(address: str) -> None:
         socket.create_server(("", _port(address))).close()
     except OSError as error:
         raise ValueError(
-            f"process 0 cannot listen on port {_port(address)}: {error.strerror}. Is another run's process 0 on this host? "
-            "Give --coordinator another port"
+            f"process 0 cannot listen on port {_port(address)}: {error.strerror}. Is another run's "
+            "process 0 on this host? Give --coordinator another port"
         ) from error
 
 

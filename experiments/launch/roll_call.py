@@ -64,15 +64,16 @@ def _missing(mine: Path | None, count: int | None, timeout: float) -> str:
     if mine:
         with contextlib.suppress(OSError):
             now = mine.stat().st_mtime  # by the clock of who keeps the folder
-            for path in mine.parent.iterdir():
+            for path in sorted(mine.parent.iterdir(), key=lambda path: (len(path.name), path)):
                 if now - path.stat().st_mtime < 3 * _TOUCH_EVERY:
-                    here[path.name] = path.read_text()
+                    who = path.read_text()
+                    here[path.name] = f"{path.name} ({who})" if path.name.isdigit() else who
     text = f"waited {timeout:.0f} s for {count or 'all'} processes"
     if here and count and mine.name.isdigit():
         missing = [str(p) for p in range(count) if str(p) not in here]
         text += f"; missing: {some(missing) or 'none, but they do not reach process 0'}"
     if here:
-        text += f". Here: {some([f'{name} ({who})' for name, who in sorted(here.items())])}"
+        text += f". Here: {some(list(here.values()))}"
     return text + (
         ". Look at the logs of the missing ones, and whether all share one --workdir; "
         "--distributed_timeout=SECONDS waits longer"

@@ -190,14 +190,16 @@ class Checkpoints:
         found = _shapes({name: saved.get(name, {}) for name in abstract})
         expected = _shapes(abstract)
         differing = [
-            f"  {path}: checkpoint {found.get(path, 'has none')}, this config {expected.get(path, 'has none')}"
+            f"  {path}: checkpoint {found.get(path, 'has none')}, this config "
+            f"{expected.get(path, 'has none')}"
             for path in sorted(found.keys() | expected.keys())
             if found.get(path) != expected.get(path)
         ]
         if differing:
             more = [f"  ... and {len(differing) - 20} more"] if len(differing) > 20 else []
             raise ValueError(
-                f"checkpoint {self.path(step)} is of another model or optimizer than this config; nothing was changed. "
+                f"checkpoint {self.path(step)} is of another model or optimizer than this config; "
+                "nothing was changed. "
                 "Use the config it was trained with, or another --workdir. What differs:\n"
                 + "\n".join(differing[:20] + more)
             )

@@ -1,4 +1,4 @@
-"""Scores of a model on a split: loss, perplexity, accuracy, bits per byte; by position or length."""
+"""Scores of a model on a split: loss, perplexity, accuracy, bits per byte; by position, length."""
 
 import itertools
 import math

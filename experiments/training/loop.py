@@ -83,14 +83,15 @@ def train(
         run_record.record_start(workdir, start, changes)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     progress.say(
-        f"{num_params:,} parameters, {program.num_devices} x {jax.devices()[0].device_kind}, {workdir}"
+        f"{num_params:,} parameters, {program.num_devices} x {jax.devices()[0].device_kind}, "
+        f"{workdir}"
     )
     if saved >= 0:
         progress.say(f"{'resuming' if start else 'starting'} from {checkpoints.path(start)}")
     for change in changes:
         progress.say(f"changed since this run was started: {change}")
 
-    tokens_a_step = config.data.batch_size * seq_len
+    tokens_per_step = config.data.batch_size * seq_len
     clock = Clock()
 
     def report(step: int, on_device: dict) -> None:
@@ -104,7 +105,7 @@ def train(
         if step == start + 1:
             clock.start(step)
         if step % config.train.log_every == 0 or step == config.train.steps:
-            speed = clock.speed(step, tokens_a_step)
+            speed = clock.speed(step, tokens_per_step)
             rate = float(program.schedule(step - 1))
             writer.write(step, **values, learning_rate=rate, **speed)
             progress.show(step, loss=values["loss"], **speed)
@@ -205,11 +206,11 @@ class Clock:
         """Starts the clock, once the first step, which compiles, is done."""
         self._start, self._step = time.perf_counter(), step
 
-    def speed(self, step: int, tokens_a_step: int) -> dict[str, float]:
+    def speed(self, step: int, tokens_per_step: int) -> dict[str, float]:
         now = time.perf_counter()
         steps, seconds = step - self._step, now - self._start
         self._start, self._step = now, step
-        return {"tokens_per_second": steps * tokens_a_step / seconds} if steps else {}
+        return {"tokens_per_second": steps * tokens_per_step / seconds} if steps else {}
 
     @contextlib.contextmanager
     def paused(self):

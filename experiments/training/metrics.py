@@ -75,8 +75,9 @@ def _start_wandb(wandb, config, workdir: Path):
         )
     except wandb.Error as error:
         raise ValueError(
-            f"config.wandb is {config.wandb!r}, and Weights & Biases does not start: {error}. Log in first (wandb login, or "
-            "WANDB_API_KEY in the environment), keep it on this machine (WANDB_MODE=offline), or leave config.wandb empty"
+            f"config.wandb is {config.wandb!r}, and Weights & Biases does not start: {error}. Log "
+            "in first (wandb login, or WANDB_API_KEY in the environment), keep it on this machine "
+            "(WANDB_MODE=offline), or leave config.wandb empty"
         ) from error
 
 
@@ -98,7 +99,8 @@ def _import_extra(package: str, extra: str):
         return importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
-            f"config.{extra} needs the package {package}, which is not installed: pip install '.[{extra}]'"
+            f"config.{extra} needs the package {package}, which is not installed: pip install "
+            f"'.[{extra}]'"
         ) from error
 
 

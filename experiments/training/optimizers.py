@@ -124,7 +124,8 @@ def make_optimizer(
         raise ValueError(f"unknown optimizer {config.name!r}; choose one of {', '.join(names())}")
     if offload and config.name not in ELEMENTWISE:
         raise ValueError(
-            f"optimizer {config.name!r} reads whole matrices, so it cannot be offloaded to a host that holds parts of them; "
+            f"optimizer {config.name!r} reads whole matrices, so it cannot be offloaded to a host "
+            "that holds parts of them; "
             f"set parallel.offload=False, or take one of {', '.join(ELEMENTWISE)}"
         )
     if config.clip and config.clip < 0:

@@ -93,7 +93,8 @@ def make_schedule(
         raise ValueError(f"unknown schedule {config.name!r}; choose one of {', '.join(names())}")
     if not 0 <= config.warmup_steps <= steps:
         raise ValueError(
-            f"schedule.warmup_steps is {config.warmup_steps}; it must lie between 0 and train.steps = {steps}"
+            f"schedule.warmup_steps is {config.warmup_steps}; it must lie between 0 and "
+            f"train.steps = {steps}"
         )
     for name in ("final_fraction", "decay_fraction"):
         if not 0 <= config[name] <= 1:

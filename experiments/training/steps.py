@@ -126,7 +126,8 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
     accumulate = config.train.accumulate
     if accumulate < 1 or batch_size % accumulate:
         raise ValueError(
-            f"train.accumulate is {accumulate}; it must divide data.batch_size, which is {batch_size}"
+            f"train.accumulate is {accumulate}; it must divide data.batch_size, which is "
+            f"{batch_size}"
         )
     mesh = sharding.make_mesh(config.mesh, devices)
     options = sharding.Options.from_config(config.get("parallel", {}))

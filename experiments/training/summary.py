@@ -78,15 +78,18 @@ def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate:
     checkpoints.wait()
     last = checkpoints.latest_step()
     kept = (
-        f"The last good checkpoint is {checkpoints.path(last)}; the same command with the same --workdir goes on from it."
+        f"The last good checkpoint is {checkpoints.path(last)}; the same command with the same "
+        "--workdir goes on from it."
         if last is not None
         else "There is no checkpoint yet."
     )
     shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     return (
         f"step {step} is not finite ({shown}); its state was not saved. {kept}\n"
-        f"What to try: a lower --config.optimizer.learning_rate (it was {learning_rate:.3g} at this step), a longer "
-        "--config.schedule.warmup_steps, a smaller --config.optimizer.clip, --config.model.dtype=float32. "
+        f"What to try: a lower --config.optimizer.learning_rate (it was {learning_rate:.3g} at "
+        "this step), a longer "
+        "--config.schedule.warmup_steps, a smaller --config.optimizer.clip, "
+        "--config.model.dtype=float32. "
         "JAX_DEBUG_NANS=True in the environment names the operation that made it."
     )
 

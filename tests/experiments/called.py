@@ -1,4 +1,4 @@
-"""`experiments.train` as it is called, without a process of its own."""
+"""Calls `experiments.train` as users do, within this process."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def read(config, *arguments):
-    """Reads --config=configs/<config> and other arguments as the binary does. Returns the config."""
+    """Returns the config that the binary reads from --config=configs/<config> and `arguments`."""
     argv = ["train", f"--config={CONFIGS / config}", *arguments]
     with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
         try:
@@ -25,6 +25,6 @@ def read(config, *arguments):
 
 
 def run(config, workdir, *arguments):
-    """Runs the program. Its results are in `workdir`."""
+    """Runs the binary, whose results are in `workdir`."""
     read(config, f"--workdir={workdir}", *arguments)
     train.main(["train"])

@@ -1,4 +1,4 @@
-"""What tests of the binaries share."""
+"""Fixtures that tests of the binaries share."""
 
 import importlib.util
 
@@ -11,7 +11,7 @@ if any(importlib.util.find_spec(name) is None for name in ("lm_eval", "torch", "
 
 @pytest.fixture(scope="session")
 def launcher():
-    """Starts the binaries in processes of their own."""
+    """Returns what starts the binaries in processes of their own."""
     from tests.experiments import processes  # what it imports takes seconds
 
     return processes.Launcher()

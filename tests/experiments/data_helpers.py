@@ -1,4 +1,4 @@
-"""What the tests of the data pipeline share."""
+"""Helpers that tests of the data pipeline share."""
 
 import itertools
 
@@ -18,14 +18,14 @@ def assert_same(batches, others):
 
 
 def concatenated(*parts):
-    """The global batches of processes that each supplied a part of the rows."""
+    """Returns the global batches of processes that each supplied a part of the rows."""
     return [
         {k: np.concatenate([b[k] for b in bs]) for k in bs[0]} for bs in zip(*parts, strict=True)
     ]
 
 
 def segments(batch):
-    """(inputs, labels, mask) of every segment, row by row."""
+    """Returns (inputs, labels, mask) of every segment, row by row."""
     for row, ids in enumerate(batch["segment_ids"]):
         for segment in range(1, ids.max() + 1):
             (at,) = np.nonzero(ids == segment)

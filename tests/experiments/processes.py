@@ -102,7 +102,7 @@ class Processes:
 
 
 def kill_at_step_8(step, workdir):
-    """kill -9, once the checkpoint of step 6 is there."""
+    """Kills the process once the checkpoint of step 6 is there."""
     if step == 8:
         while not (workdir / "checkpoints" / "6").exists():
             time.sleep(0.01)
@@ -110,7 +110,7 @@ def kill_at_step_8(step, workdir):
 
 
 def kill_in_the_save_of_step_12(step, workdir):
-    """kill -9, once the checkpoint's temporary folder is there."""
+    """Kills the process once the checkpoint's temporary folder is there."""
 
     async def save(self, directory):
         async def write():

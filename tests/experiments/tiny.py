@@ -5,7 +5,7 @@ from experiments import data
 
 
 def make_config(folder, **model):
-    """A byte-level run on a few lines of text, which it writes below `folder`."""
+    """Returns the config of a byte-level run on a few lines of text, written below `folder`."""
     text = folder / "text.txt"
     if not text.exists():
         text.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(1500)))

@@ -53,7 +53,7 @@ def overridden(*overrides, config="quickstart.py"):
 
 
 def test_every_field_is_set_by_a_flag_of_its_type():
-    """Every scalar of the config by the text of its own value, and optional ones by None too."""
+    """Sets every scalar by the text of its own value, and optional ones by None too."""
     config = overridden()
     values = {
         f"{section}.{name}": value
@@ -96,7 +96,7 @@ def test_a_value_of_another_type_is_refused_in_one_sentence(override, message):
 
 
 def test_a_run_of_an_older_version_is_read_with_defaults_and_types(tmp_path):
-    """Its config.json lacks fields that came later; that alone is no change of the config."""
+    """Fields that its config.json lacks, since they came later, are no change of the config."""
     config = overridden("--config.model.vocab_size=257")
     old = config.to_dict()
     old["model"] = {n: old["model"][n] for n in ("vocab_size", "d_model", "num_layers", "pattern")}
@@ -175,7 +175,7 @@ def python(*arguments):
 
 
 def closed_pipe():
-    """Where writing fails, as in `... | head` once head has ended."""
+    """Returns a pipe that fails to be written, as in `... | head` once head has ended."""
     reader, writer = os.pipe()
     os.close(reader)
     return open(writer, "w")

@@ -1,6 +1,8 @@
 import json
+import os
 import signal
 import socket
+import time
 
 import jax
 import numpy as np
@@ -56,6 +58,7 @@ NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
         (EXPLICIT, SLURM, ("a:1", 4, 2, None, "deactivate")),
         ({}, IN_ENVIRONMENT, ("[fd00::1]:1", 4, 2, None, "deactivate")),
         ({"process_id": 0}, IN_ENVIRONMENT, ("[fd00::1]:1", 4, 0, None, "deactivate")),
+        ({"process_id": 0, "num_processes": 1}, IN_ENVIRONMENT, None),
         ({}, GKE, (None, 2, 1, None, None)),
         ({}, GKE | SLICES, (None, 6, 5, None, None)),
         ({}, ONE_TPU_HOST, None),
@@ -116,7 +119,7 @@ def test_a_tpu_vm_asks_its_metadata_server(monkeypatch, endpoints, tpu_env, seve
 
 
 def test_a_port_that_is_taken_is_refused():
-    """JAX would share it with another run, or crash."""
+    """JAX would share the port with another run, or crash."""
     with socket.create_server(("", 0)) as taken, pytest.raises(ValueError, match="cannot listen"):
         distributed._check_port(f"localhost:{taken.getsockname()[1]}")
 
@@ -195,7 +198,7 @@ def arguments(folder, workdir, **mesh):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """The run of one process with one device."""
+    """Returns the folder of a run by one process with one device."""
     config = tiny.make_config(folder)
     config.update_from_flattened_dict(CONFIG)
     loop.train(config, folder / "alone", jax.devices()[:1])
@@ -216,7 +219,7 @@ def data_position(workdir):
 
 
 def final_arrays(folder, workdir):
-    """Parameters and optimizer state, restored in this one process, on one device."""
+    """Returns parameters and optimizer state, restored in this process on one device."""
     config = tiny.make_config(folder)
     config = loop.resolve(config, make_dataset(config.data, "train"))
     program = steps.build(config, config.data.seq_len, jax.devices()[:1])
@@ -241,8 +244,29 @@ def test_missing_processes_are_named(launcher, folder):
         assert "error: waited 2 s for 4 processes; missing: 1, 3. Here: 0 (" in run.log(i)
 
 
+def test_a_process_that_is_gone_is_missing(tmp_path):
+    """Nobody touches its file any more."""
+    for name in ("0", "1", "2", "10"):
+        (tmp_path / name).write_text(f"host{name}")
+    long_ago = time.time() - 60
+    os.utime(tmp_path / "1", (long_ago, long_ago))
+    said = roll_call._missing(tmp_path / "0", 5, 9)
+    here = "0 (host0), 2 (host2), 10 (host10)"
+    assert said.startswith(f"waited 9 s for 5 processes; missing: 1, 3, 4. Here: {here}. Look")
+    said = roll_call._missing(tmp_path / "0", 1, 9)
+    assert "missing: none, but they do not reach process 0. Here" in said
+
+
+def test_hosts_are_named_where_numbers_are_not_known(tmp_path):
+    for host in "ab":
+        (tmp_path / f"{host}-7").write_text(f"{host}, pid 7")
+    said = roll_call._missing(tmp_path / "a-7", None, 9)
+    assert said.startswith("waited 9 s for all processes. Here: a, pid 7, b, pid 7. Look")
+    assert roll_call._missing(None, 4, 9).startswith("waited 9 s for 4 processes. Look")
+
+
 def test_processes_find_each_other_wherever_they_are_started(launcher, folder):
-    """Up to a mistake in the config, which all of them tell, each with its own exit code."""
+    """They come as far as a mistake in the config, which each tells with its own exit code."""
 
     def by_flags(i):
         return {}
@@ -276,7 +300,7 @@ def test_processes_find_each_other_wherever_they_are_started(launcher, folder):
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_those_that_wait(launcher, folder):
-    """Without a collective that could fail: JAX misses its heartbeats."""
+    """There is no collective that could fail: JAX misses its heartbeats."""
     go = arguments(folder, folder / "dead", **MESH)
     run = launcher.start(
         folder / "dead_logs", go, **TWO, hook=("hang_while_1_exits", None), heartbeat=10
@@ -303,7 +327,7 @@ def test_processes_with_different_configs_are_refused(launcher, folder):
 
 @pytest.mark.slow
 def test_many_processes_train_die_and_go_on(launcher, folder, alone):
-    """One test, so that its runs happen once however tests are spread over workers."""
+    """Tests in one, so that shared runs happen once however tests are spread over workers."""
     whole = two_processes_train_as_one(launcher, folder, alone)
     killed_and_started_again_they_end_bit_for_bit_the_same(launcher, folder, whole)
     sigterm_to_one_saves_for_all_and_four_go_on(launcher, folder, whole)
@@ -344,7 +368,7 @@ def killed_and_started_again_they_end_bit_for_bit_the_same(launcher, folder, who
 
 
 def sigterm_to_one_saves_for_all_and_four_go_on(launcher, folder, whole):
-    """From (data 2, fsdp 2) on two processes to data 4 on four, in the middle of the data."""
+    """Goes from (data 2, fsdp 2) on two processes to data 4 on four, in the middle of the data."""
     workdir = folder / "stopped"
     go = arguments(folder, workdir, **MESH)
     run = launcher.start(folder / "stopped_logs", go, **TWO, hook=("sigterm_at_step_2", 1))
@@ -374,7 +398,7 @@ def test_one_that_fails_tells_why_and_ends_the_others(launcher, folder, failing)
 
 @pytest.mark.exhaustive
 def test_killed_in_the_middle_of_a_save(launcher, folder):
-    """What is half written is no checkpoint, is removed, and its step is saved again."""
+    """A half-written checkpoint does not count, is removed, and its step is saved again."""
     workdir, logs = folder / "half", folder / "half_logs"
     go = arguments(folder, workdir, **MESH)
     run = launcher.start(logs, go, **TWO, hook=("kill_in_the_save_of_step_12", 1), heartbeat=10)
@@ -390,7 +414,7 @@ def test_killed_in_the_middle_of_a_save(launcher, folder):
 
 @pytest.mark.exhaustive
 def test_process_0_killed(launcher, folder):
-    """With it JAX's service dies, whose clients abort at once, if no collective fails before."""
+    """JAX's service dies with it, and its clients abort at once, if no collective fails before."""
     go = arguments(folder, folder / "headless", **MESH)
     run = launcher.start(folder / "headless_logs", go, **TWO, hook=("kill_at_step_8", 0))
     run.started[0].join(240)
@@ -400,7 +424,7 @@ def test_process_0_killed(launcher, folder):
 
 @pytest.mark.exhaustive
 def test_a_folder_that_is_not_shared_is_refused(launcher, folder):
-    """Two processes with a workdir each, as on two hosts without a common disk."""
+    """Two processes have a workdir each, as on two hosts without a common disk."""
     port = processes.free_port()
     runs = []
     for i in range(2):
@@ -414,7 +438,7 @@ def test_a_folder_that_is_not_shared_is_refused(launcher, folder):
 
 @pytest.mark.exhaustive
 def test_processes_with_parts_of_the_time(launcher, folder, alone):
-    """Both read all rows, each holds half of the time; then both generate and score."""
+    """Both read all rows, and each holds half of the time. Then both generate and score."""
     workdir = folder / "time"
     go = [*arguments(folder, workdir, data=1, seq=4), "--config.sample.length=3"]
     assert launcher.start(folder / "time_logs", go, **TWO).wait(240) == {0: 0, 1: 0}

@@ -12,7 +12,7 @@ from experiments.training.checkpoints import Checkpoints, DataPosition, SaveFail
 
 
 class Counter:
-    """A data iterator, as far as checkpoints look at it."""
+    """A data iterator, with as much as checkpoints use of one."""
 
     def __init__(self, count=0):
         self.count = count
@@ -147,7 +147,7 @@ def test_another_model_is_refused_with_the_differing_paths(tmp_path):
 
 
 class Rows(Counter):
-    """A data iterator with an entry for each of its rows, as that of packed text."""
+    """A data iterator with a state for each of its rows, like that of packed text."""
 
     def __init__(self, rows=()):
         self.rows = list(rows)
@@ -161,7 +161,7 @@ class Rows(Counter):
 
 
 def test_the_data_position_is_whole_for_any_number_of_processes(tmp_path):
-    """As two processes write it, and one or three read it; the iterators take their own."""
+    """Two processes write it, and one or three read it, of which each takes its own share."""
     shares = [DataShare(i, 2) for i in range(2)]
     written = Checkpoints(tmp_path, share=shares[0])
     written.save(make_state(1), Rows([10, 11, 12]))

@@ -28,7 +28,7 @@ def steps_of(workdir):
 
 
 def saved_params(config, workdir):
-    """The last checkpoint's arrays, as numpy, and the data position beside them."""
+    """Returns the last checkpoint's arrays, as numpy, and its data position."""
     found = checkpoints.Checkpoints(workdir, training=False)
     step = found.latest_step()
     config = loop.resolve(config, make_dataset(config.data, "train"))
@@ -51,7 +51,7 @@ def assert_same_end(config, workdir, other):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A run of six steps, with a checkpoint at three; (config, workdir, result)."""
+    """Returns (config, workdir, result) of a run of six steps, with a checkpoint at three."""
     folder = tmp_path_factory.mktemp("whole")
     config = tiny.make_config(folder)
     config.sample.update({"prompt": "12", "length": 5})
@@ -96,8 +96,7 @@ def test_leaves_its_record(whole_run):
 
 @pytest.mark.slow
 def test_a_model_learns_where_documents_end(tmp_path):
-    """Of "abab." nothing goes on after the dot: what a document ends with is as sure as its
-    letters."""
+    """Every document is "abab.", so that its end is as sure as its letters."""
     config = tiny.make_config(tmp_path)
     (tmp_path / "text.txt").write_text("abab.\n" * 900)
     config.data.documents = "lines"
@@ -135,8 +134,7 @@ def test_three_steps_and_three_more_are_six_bit_for_bit(whole_run, tmp_path, cap
 
 
 def stopped_after_3(config, whole, workdir):
-    """Makes `workdir` the whole run as it stood before its last checkpoint; returns a config to
-    change."""
+    """Makes `workdir` the run as it stood before its last checkpoint. Returns its config."""
     shutil.copytree(whole, workdir)
     shutil.rmtree(workdir / "checkpoints" / "6")
     return config.copy_and_resolve_references()
@@ -290,7 +288,7 @@ def test_fsdp_splits_parameters_and_optimizer_state(tmp_path):
 
 
 def test_the_logits_are_never_held(tmp_path):
-    """As compiled: a step on 65536 tokens of 8192 words takes less than half of their logits."""
+    """A step on 65536 tokens of 8192 words is compiled to less memory than half their logits."""
     config = tiny.make_config(tmp_path, vocab_size=8192, pattern="linear_attention(num_heads=2)")
     config.data.batch_size = 1
     B, T = 1, 65536
@@ -362,7 +360,7 @@ def newest_step(folder):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, launcher):
-    """kill -9 over and over, every other time in the middle of a save, until the run is through."""
+    """Kills it over and over, every other time in the middle of a save, until it is through."""
 
     def start(workdir):
         run = launcher.start(tmp_path / "logs", [*arguments, f"--workdir={workdir}"], 1)

@@ -28,7 +28,7 @@ def config(name, **fields):
 
 
 def flat(tree):
-    """By path; None is a leaf, too."""
+    """Returns leaves by path. None is a leaf, too."""
     leaves = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: x is None or hasattr(x, "_fields")
     )[0]
@@ -46,7 +46,7 @@ def model_params(scan_layers, **fields):
 
 
 class Gated(mixers.Mixer):
-    """A mixer as somebody may write it: its gate has two axes, and names that say nothing."""
+    """A mixer whose gate has two axes, with names that say nothing."""
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -140,7 +140,7 @@ def test_muon_takes_the_linear_layers_and_leaves_embeddings_and_convolutions(sca
 
 @pytest.mark.parametrize("name", optimizers.names())
 def test_reduces_a_quadratic_and_treats_stacked_layers_as_layers(name):
-    """The same two layers once stacked and once apart: same updates, and the loss falls."""
+    """Two layers get the same updates stacked and apart, and their loss falls."""
     rate = 0.1 if name == "muon" else 0.02  # its update has an rms of 0.2
     key_q, key_p = jax.random.split(jax.random.key(0))
     target_LDF = jax.random.normal(key_q, (2, 6, 6))
@@ -203,7 +203,7 @@ def test_weight_decay_is_decoupled_and_masked():
 @pytest.mark.parametrize("name", optimizers.names())
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_parameters_have_a_state_and_an_update_in_float32(name, dtype):
-    """In float16 Adam's eps is 0, and so is the square of a small gradient; 0 / 0 is no update."""
+    """Adam's eps is 0 in float16, and so is the square of a small gradient: 0 / 0."""
     params = {"kernel": layers.Kernel(jnp.ones((2, 2), dtype), ("embed", "mlp"))}
     optimizer = optimizers.make_optimizer(config(name, clip=0), lambda n: 0.5, params)
     opt_state, params = optimizer.init(params), nn.meta.unbox(params)
@@ -241,8 +241,7 @@ def test_clip_bounds_the_global_norm():
 
 
 def test_schedule_free_evaluates_its_average():
-    """With learning rate r and constant gradient g: z_t = -t r g, and x_t is the mean of z_1 to
-    z_t."""
+    """With rate r and constant gradient g, z_t = -t r g, and x_t is the mean of z_1 to z_t."""
     params = {"kernel": jnp.zeros((2, 2))}
     optimizer = optimizers.make_optimizer(config("schedule_free", clip=0), lambda n: 0.1, params)
     opt_state, current = optimizer.init(params), params

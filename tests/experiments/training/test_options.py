@@ -1,4 +1,4 @@
-"""Every field of a config through the trainer as its users call it: flags, some steps, a resume.
+"""Trains with every field of a config as users do: by flags, some steps, and a resume.
 
 Choices are read from the code's own registries, so a new choice is trained with. A new field fails
 the first test until it has values here. A run takes a value of every field; together the runs take
@@ -79,7 +79,7 @@ PATTERNS = ["linear_attention(num_heads=2)", "hgrn"]
 
 
 def runs():
-    """(field: value) of each run: two an optimizer, more where a choice has more values."""
+    """Returns {field: value} of each run: two per optimizer, more if a choice has more values."""
     names = optimizers.names()
     pairs = max(len(names), -(-max(map(len, CYCLED.values())) // 2))
     found = []
@@ -141,7 +141,7 @@ def test_every_field_is_documented():
 
 @pytest.mark.parametrize("number", range(0, 2 * len(optimizers.names()), 2))
 def test_every_optimizers_state_is_laid_out(number):
-    """The moments of stacked layers are split over the mesh, whichever part of it keeps them."""
+    """Moments of stacked layers are split over the mesh, for every optimizer."""
     config = called.read(CONFIG, *arguments(RUNS[number] | {"model.vocab_size": 520}))
     state = steps.build(config, SIZES["data.seq_len"]).abstract_state
     assert all(leaf.sharding.mesh.size == 8 for leaf in jax.tree.leaves(state))
