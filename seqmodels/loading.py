@@ -24,11 +24,12 @@ Prompt = str | Sequence[int] | Sequence[Message]
 class LoadedModel:
     """A language model with its parameters and its tokenizer.
 
-    found: the weights and configs as the source has them.
-    tokenizer: `seqmodels.text.tokenizers`' interface; its document_id is an id that the model has.
-    tokenizer_name, document_token: what `tokenizers.make_tokenizer` made it of.
-    starts_documents: whether a prompt begins with document_id, as texts do while a run trains. Else
-      it begins with the special tokens that the tokenizer's own file puts there.
+    Attributes:
+      found: the weights and configs as the source has them.
+      tokenizer: `seqmodels.text.tokenizers`' interface; the model has its document_id.
+      tokenizer_name, document_token: what `tokenizers.make_tokenizer` made it of.
+      starts_documents: whether a prompt begins with document_id, as texts do while a run trains.
+        Else it begins with the special tokens that the tokenizer's own file puts there.
     """
 
     found: checkpoints_io.Pretrained
@@ -81,22 +82,25 @@ class LoadedModel:
     ) -> list[int]:
         """Returns the ids of a conversation up to where its answer begins, by the chat template.
 
-        messages: such as [{"role": "user", "content": "..."}]. tools, documents: as the template
-        takes them; a template called "tool_use" serves conversations with tools, if there is one.
+        Args:
+          messages: such as [{"role": "user", "content": "..."}].
+          tools, documents: as the template takes them; a template called "tool_use" serves
+            conversations with tools, if there is one.
 
-        Raises ValueError where the model has no template, or it does not take these messages.
+        Raises:
+          ValueError: the model has no template, or it does not take these messages.
         """
-        templates, source = self.found.tokens.chat_templates, self.found.source
+        from seqmodels.text import chat_templates  # an extra
+
+        known, source = self.found.tokens, self.found.source
+        templates = known.chat_templates
         with_tools = tools is not None and "tool_use" in templates
         name = "tool_use" if with_tools else special_tokens.DEFAULT
         if not templates:
             raise ValueError(f"{source} has no chat template; leave chat out")
         if name not in templates:
             raise ValueError(f"{source} has templates for {', '.join(templates)} alone")
-        from seqmodels.text import chat_templates  # an extra
-
-        names = self.found.tokens.names
-        text = chat_templates.render(templates[name], messages, names, tools, documents)
+        text = chat_templates.render(templates[name], messages, known.names, tools, documents)
         return self.tokenizer.encode(text).tolist()
 
     def generate(
@@ -116,25 +120,26 @@ class LoadedModel:
         """Returns the text that follows a prompt, or a list of those that follow several.
 
         A text ends after max_new_tokens tokens, where the model ends its text or turn, and before
-        the first stop string. What it is does not depend on the other prompts, nor on `stream`.
+        the first stop string. It does not depend on the other prompts, nor on `stream`.
 
-        prompt: a text, a conversation ([{"role": "user", "content": "..."}], written with the chat
-          template), token ids, or a list of these.
-        temperature: 0 takes the most likely token, 1 samples from the model's distribution.
-        top_k, top_p: sample only among the k most likely tokens, or the fewest of probability p.
-        seed: another one, another text, unless the temperature is 0.
-        stop: text to end before; special tokens count, such as "<|im_end|>".
-        chat: texts are questions to an assistant.
-        stream: returns an iterator of pieces of text as they come, which joined are the text; of
-          several prompts, of (number of the prompt, piece).
-        batch_size: how many prompts are read and continued together.
+        Args:
+          prompt: a text, a conversation ([{"role": "user", "content": "..."}], written with the
+            chat template), token ids, or a list of these.
+          temperature: 0 takes the most likely token, 1 samples from the model's distribution.
+          top_k, top_p: samples only among the k most likely, or the fewest of probability p.
+          seed: another one gives another text, unless the temperature is 0.
+          stop: text to end before; special tokens such as "<|im_end|>" count.
+          chat: whether texts are questions to an assistant.
+          stream: returns an iterator of pieces of text as they come, which joined are the text; of
+            several prompts, of (number of the prompt, piece).
+          batch_size: how many prompts are read and continued together.
 
-        Raises ValueError before anything is computed: for no prompt, ids that the model does not
-        have, options out of range, more tokens than a full-attention cache or learned positions
-        hold, and conversations without a chat template.
+        Raises:
+          ValueError: before anything is computed, for no prompt, ids that the model does not have,
+            options out of range, more tokens than a full-attention cache or learned positions
+            hold, and conversations without a chat template.
         """
-        single = _is_prompt(prompt)
-        prompts = [self._ids(p, chat) for p in ([prompt] if single else prompt)]
+        single, prompts = self._ids_of(prompt, chat)
         model = self._with_room(max(map(len, prompts), default=0) + max_new_tokens)
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         ends = {"stop": (stop,) if isinstance(stop, str) else stop, "stop_tokens": self.stop_tokens}
@@ -153,21 +158,26 @@ class LoadedModel:
 
         nll_N is -log p (nats) of each token given all before it, and correct_N whether it is the
         likeliest; of all tokens of `prompt_tokens` but the first. exp(nll_N.mean()) is the
-        perplexity. text: as `generate` has prompts, such as token ids.
+        perplexity. text: what `generate` takes as prompts.
         """
-        single = _is_prompt(text)
-        sequences = [self._ids(t) for t in ([text] if single else text)]
+        single, sequences = self._ids_of(text)
         scores = scoring.score(self.model, self.params, sequences)
         return scores[0] if single else scores
 
-    def _ids(self, prompt: Prompt, chat: bool = False) -> list[int]:
-        if isinstance(prompt, str):
-            if not chat:
+    def _ids_of(self, prompt: Any, chat: bool = False) -> tuple[bool, list[list[int]]]:
+        """Returns whether this is one prompt, not a list of prompts, and the ids of each."""
+        single = _is_prompt(prompt)
+
+        def ids(prompt: Any) -> list[int]:
+            if isinstance(prompt, str) and not chat:
                 return self.prompt_tokens(prompt)
-            prompt = [{"role": "user", "content": prompt}]
-        if len(prompt) and isinstance(prompt[0], Mapping):
-            return self.chat_tokens(prompt)
-        return [int(i) for i in prompt]
+            if isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            if len(prompt) and isinstance(prompt[0], Mapping):
+                return self.chat_tokens(prompt)
+            return [int(i) for i in prompt]
+
+        return single, [ids(p) for p in ([prompt] if single else prompt)]
 
     def _with_room(self, tokens: int) -> language_model.LanguageModel:
         """Returns the model with full-attention caches that hold `tokens`, as a power of two, so
@@ -188,7 +198,7 @@ def load(
     step: int | None = None,
     **options,
 ) -> LoadedModel:
-    """`seqmodels.load`, which says what the arguments are. options: `load_pretrained`'s others."""
+    """Returns the model of any source, as `seqmodels.load` says."""
     source = str(source)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -296,8 +306,12 @@ def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
     files tell."""
     file, tokens = _open(path), found.tokens
     for i in (file.token_to_id(WHOLE_TEXT), tokens.bos, *tokens.eos):
-        if i is not None and i < found.model_config["vocab_size"] and file.id_to_token(i):
-            return file.id_to_token(i)
+        if (
+            i is not None
+            and i < found.model_config["vocab_size"]
+            and (token := file.id_to_token(i))
+        ):
+            return token
     raise ValueError(
         f"{path}: no token is known to separate documents; the files beside it name none"
     )

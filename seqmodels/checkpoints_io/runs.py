@@ -79,7 +79,7 @@ def described(
     return Pretrained(dict(model_config), params, kept, workdir, path, tokens, dtypes)
 
 
-def _checkpoint(folder: Path, step: int | None) -> Path:
+def _checkpoint(folder: Path, step: int | None) -> str:
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     if not steps:
         raise ValueError(f"{folder} holds no checkpoint")
@@ -87,10 +87,10 @@ def _checkpoint(folder: Path, step: int | None) -> Path:
         raise ValueError(
             f"there is no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}"
         )
-    return (folder / str(steps[-1] if step is None else step)).absolute()
+    return str((folder / str(steps[-1] if step is None else step)).absolute())
 
 
-def _read_params(checkpoint: Path, model_config: Mapping[str, Any], averaged: bool):
+def _read_params(checkpoint: str, model_config: Mapping[str, Any], averaged: bool):
     """Reads the parameters of `model_config`; averaged: Schedule-Free's average of them."""
     try:
         from orbax.checkpoint import v1 as ocp

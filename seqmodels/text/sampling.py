@@ -144,7 +144,7 @@ def _steps(model, params, prompts, length, key_data_BK, options) -> Iterator[np.
     if jax.process_count() > 1:  # NumPy arrays go to all devices, those of one process do not
         state = jax.device_get(state)
     # Prefill, a power of two of tokens at a time.
-    start = 0
+    start, logits_BW = 0, None
     for size in pieces(T):
         piece = slice(start, start + size)
         logits_BW, state = _read(
