@@ -214,10 +214,7 @@ def diagonal_plus_low_rank(
     any order.
 
     Args:
-      q_BTHK: (B, T, G, K), floating; G divides H. Key head g serves the value heads from g H/G to
-        (g+1) H/G - 1.
-      k_BTHK: (B, T, G, K).
-      v_BTHV: (B, T, H, V).
+      q_BTHK, k_BTHK, v_BTHV: as for `delta_rule`.
       a_BTHK: (B, T, H, K), floating: the direction in which what b read is written back.
       b_BTHK: (B, T, H, K), floating: reads S_{t-1}.
       log_decay: None (no decay), (H,), (B, T, H) or (B, T, H, K). Always <= 0; -inf clears a

@@ -6,16 +6,8 @@ inherits all of it by adding its name to `implementations`.
 
 Truth is the recurrent form in float64, on the same (for bfloat16: the same rounded) inputs and
 cotangents. Compared are the output, the final state, and the gradient of every input, the initial
-state and the gates included, under random cotangents of both the output and the final state.
-
-The error at a position: the rms of the difference over the last axis (a head's vector; for arrays
-of rank below 4, gates and the like, each entry is a position of its own), divided by the rms of the
-whole true tensor. Its maximum over all positions counts, so a single wrong token cannot hide in an
-average. The scale is each tensor's own: where a decay of -50 a token leaves a gradient of 1e-21, it
-is that gradient that must be right to five digits. Where truth is zero everywhere, the result must
-be zero exactly; where its rms lies below 1e-30, float32 (which ends at 1e-38) has no digits left to
-compare, and 1e-30 is the scale. A tensor that comes back in bfloat16 is allowed, on top of the
-tolerance, what writing the truth itself in bfloat16 costs at its worst position.
+state and the gates included, under random cotangents of both the output and the final state, by
+the error that `comparison` describes.
 """
 
 import dataclasses
@@ -31,12 +23,17 @@ import pytest
 
 from kernels_pallas import dispatch
 from kernels_pallas.dispatch import case, devices
+from tests.kernels_pallas.ops.comparison import (
+    TOLERANCE,
+    assert_close,
+    cotangents_of,
+    documents,
+    over_time,
+)
 
 KERNELS_LENGTH = 100
 KERNELS = ("pallas_tpu", "triton")  # interpreted here: seconds of compiling for each program
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 LENGTHS = (1, 63, 64, 100, 128, 1000)
-SMALLEST_SCALE = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +96,19 @@ class SuiteCase:
 
 def suite_case(operator: dispatch.Operator, **fields) -> SuiteCase:
     """Calls the public function."""
-    return SuiteCase(operator, call=functools.partial(_call, operator), **fields)
 
+    def call(inputs, **keywords):
+        return tuple(operator.case.call(operator.function, inputs, **keywords).values())
 
-def _call(operator, inputs, **keywords):
-    return tuple(operator.case.call(operator.function, inputs, **keywords).values())
+    return SuiteCase(operator, call=call, **fields)
 
 
 def by_position(step, *names: str):
     """Returns `SuiteCase.step` of a step that takes these inputs by position."""
 
     def call(token, state):
-        others = dict(token)
-        given = [others.pop(name) for name in names]
-        return step(*given, **others, state=state)
+        others = {name: x for name, x in token.items() if name not in names}
+        return step(*(token[name] for name in names), **others, state=state)
 
     return call
 
@@ -127,64 +123,15 @@ def at(case: SuiteCase, regime: str) -> SuiteCase:
     return dataclasses.replace(case, call=call, step=step)
 
 
-def position_error(got, truth) -> float:
-    """Largest error at any position, relative to the rms of the true tensor (see the module's
-    docstring)."""
-    wide = np.complex128 if np.iscomplexobj(truth) else np.float64
-    got, truth = np.asarray(got).astype(wide), np.asarray(truth).astype(wide)
-    assert got.shape == truth.shape, f"{got.shape} is not {truth.shape}"
-    if not np.isfinite(got).all():
-        return np.inf
-    square = np.abs(got - truth) ** 2
-    error = np.sqrt(np.mean(square, axis=-1) if truth.ndim >= 4 else square).max()
-    scale = np.sqrt(np.mean(np.abs(truth) ** 2))
-    if scale == 0.0:
-        return 0.0 if error == 0.0 else np.inf
-    return float(error / max(scale, SMALLEST_SCALE))
-
-
-def assert_close(got: dict, truth: dict, tolerance: float) -> None:
-    """Every tensor within tolerance at every position; all failures are listed."""
-    assert got.keys() == truth.keys()
-    errors = {name: position_error(got[name], truth[name]) for name in truth}
-    wrong = {
-        name: f"{error:.2e}"
-        for name, error in errors.items()
-        if not error < tolerance + _own_rounding(got[name].dtype, truth[name])
-    }
-    assert not wrong, f"error at a position above {tolerance:g} of the tensor's rms: {wrong}"
-
-
-def _own_rounding(dtype, truth) -> float:
-    """What writing the truth itself in bfloat16 costs: over 2e-2 where one position is 20 times the
-    rms."""
-    if dtype != jnp.bfloat16:
-        return 0.0
-    return position_error(np.asarray(truth).astype(dtype), truth)
-
-
 def inputs_of(case: SuiteCase, shape: Shape, regime: str) -> dict[str, np.ndarray]:
-    """The case's inputs, the same ones for the same arguments."""
+    """Returns the case's inputs, the same ones for the same arguments."""
     seed = zlib.crc32(repr((case.name, shape, regime)).encode())
     return case.operator.case.inputs(np.random.default_rng(seed), shape, regime)
 
 
-def cotangents_of(output, final, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Random cotangents of the output and the final state, in float32 (complex64) until cast."""
-    rng = np.random.default_rng(seed)
-
-    def normal(x):
-        real = rng.standard_normal(x.shape).astype(np.float32)
-        if not jnp.issubdtype(x.dtype, jnp.complexfloating):
-            return real
-        return real + 1j * rng.standard_normal(x.shape).astype(np.float32)
-
-    return normal(output), normal(final)
-
-
 @functools.cache
 def _everything(case: SuiteCase, implementation: str):
-    """jit of inputs -> output, final state and gradients, under the given cotangents."""
+    """Returns the jit of inputs -> output, final state and gradients, under given cotangents."""
 
     @jax.jit
     def run(inputs, cotangents, segment_ids):
@@ -220,27 +167,6 @@ def truth(case, inputs, segment_ids=None, cotangents=None) -> dict:
         return {name: np.asarray(x) for name, x in named.items()}
 
 
-def over_time(inputs: dict, take: Callable) -> dict:
-    """`take` applied to the inputs that have a time axis (axis 1); "initial_state" and fixed decays
-    have none."""
-    return {
-        name: take(x) if name != "initial_state" and x.ndim >= 3 else x
-        for name, x in inputs.items()
-    }
-
-
-def documents(B: int, T: int, seed: int = 0) -> np.ndarray:
-    """Segment ids with boundaries of all kinds: single tokens, chunk edges, ids that come back,
-    none in row 0."""
-    rng = np.random.default_rng(seed)
-    ids = np.ones((B, T), np.int32)
-    for b in range(1, B):
-        cuts = {0, 1, 16, 17, 64, 65, 128} | set(rng.integers(0, T, 3).tolist())
-        starts = np.isin(np.arange(T), list(cuts))
-        ids[b] = np.cumsum(starts) % 3
-    return ids
-
-
 class Suite:
     """Subclass as `class TestX(Suite): case = CASE`. Tests are made for each of the case's
     implementations."""
@@ -254,14 +180,13 @@ class Suite:
             yield
 
     def pytest_generate_tests(self, metafunc):
-        case, names = metafunc.cls.case, metafunc.fixturenames
+        case, names, test = metafunc.cls.case, metafunc.fixturenames, metafunc.function.__name__
         product = []
         for implementation in case.implementations:
             kernel = implementation in KERNELS
-            if kernel and metafunc.function.__name__ == "test_what_is_not_finite_stays_apart":
+            if kernel and test == "test_what_is_not_finite_stays_apart":
                 continue  # kernels multiply by a mask
             if "length_and_regime" in names:
-                test = metafunc.function.__name__
                 one_length = test != "test_float32_packed_documents"
                 if kernel:
                     fast = () if one_length else case.fast_kernels
@@ -276,7 +201,7 @@ class Suite:
                     and (case.kernels_skip(T, regime) or one_length and T != KERNELS_LENGTH)
                 }
             else:
-                named = not kernel or metafunc.function.__name__ == "test_packed_equals_separate"
+                named = not kernel or test == "test_packed_equals_separate"
                 cases = [(x, x, named and x == case.typical[0]) for x in case.typical]
                 skipped = set(case.typical[1:]) if kernel else set()
             for name, value, fast in cases:
@@ -300,22 +225,19 @@ class Suite:
         assert_close(got, truth(at(self.case, regime), inputs, ids), TOLERANCE["float32"])
 
     def test_bfloat16(self, implementation, length_and_regime):
-        T, regime = length_and_regime
-        inputs = inputs_of(self.case, Shape(T=T), regime)
+        (T, regime), case = length_and_regime, at(self.case, length_and_regime[1])
+        inputs = inputs_of(case, Shape(T=T), regime)
         inputs = {
-            name: x.real.astype(jnp.bfloat16) if name in self.case.rounded else x
+            name: x.real.astype(jnp.bfloat16) if name in case.rounded else x
             for name, x in inputs.items()
         }
-        shapes = jax.eval_shape(
-            lambda x: at(self.case, regime).call(x, implementation="reference"), inputs
-        )
+        shapes = jax.eval_shape(lambda x: case.call(x, implementation="reference"), inputs)
         cotangents = tuple(
             c.astype(shape.dtype).astype(c.dtype)
             for c, shape in zip(cotangents_of(*shapes), shapes)
         )
-        got = everything(at(self.case, regime), implementation, inputs, None, cotangents)
-        expected = truth(at(self.case, regime), inputs, None, cotangents)
-        assert_close(got, expected, TOLERANCE["bfloat16"])
+        got = everything(case, implementation, inputs, None, cotangents)
+        assert_close(got, truth(case, inputs, None, cotangents), TOLERANCE["bfloat16"])
 
     def test_grouped_heads(self, implementation, typical):
         G = 2 if self.case.grouped else 4
