@@ -8,8 +8,9 @@ backward schedule, with as many turns and twice the work per turn.
 With `split_backward` a turn of the backward pass computes gradients of activations alone, and keeps
 what went into every dense layer and the gradient of what came out. After all turns these give the
 weights' gradients, for all microbatches at once and with no stage idle (2BP, arXiv 2405.18047):
-(M + S - 1) p1 + M p2 in place of (M + S - 1) (p1 + p2). For that it holds these activations of all
-microbatches; of the layers themselves it keeps a stage's inputs, and recomputes the rest.
+(M + S - 1) p1 + M p2 in place of (M + S - 1) (p1 + p2), where a turn takes p1 for gradients of
+activations and p2 for those of weights. For that it holds these activations of all microbatches; of
+the layers themselves it keeps a stage's inputs, and recomputes the rest.
 
 Stages are a leading axis of arrays, split over `pipe`; handing on becomes a collective-permute.
 
