@@ -132,8 +132,8 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
             return student
         model = _model(teacher, specs)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        source = student.model, student.params
-        return tasks.Model(model, students.seed_params(key, *source, model, config.linearize.seed))
+        seed = config.linearize.seed
+        return tasks.Model(model, students.seed_params(key, *student, model, seed))
 
     for number, (name, specs) in enumerate(zip(plan.stages, plan.specs)):
         student = grow(specs, number)
@@ -185,7 +185,7 @@ def _run_stage(config, name, teacher, student, workdir, devices):
 
 
 def _chosen(teacher, student):
-    found = students.chosen(student.model, student.params)
+    found = students.chosen(*student)
     model = _model(teacher, found.specs)
     return tasks.Model(model, layer_trees.join(model, found.shared, found.layers)), found.mix
 
