@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read and written one at a time: one file, or shards with an index.
+"""Reads and writes tensors in safetensors files, one at a time: a file, or shards with an index.
 
 The `safetensors` library checks and reads files. Writing is our own: the library takes pointers to
 all tensors of a file at once, and so needs memory for a whole file (docs/decisions). Nothing in a

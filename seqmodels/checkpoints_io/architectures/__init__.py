@@ -1,4 +1,4 @@
-"""Published architectures by the `model_type` of their config.json.
+"""Registers published architectures by the `model_type` of their config.json.
 
 To add one, write `<family>.py` with an `ARCHITECTURE`, and name the file in `_MODULES`. It has:
 
@@ -177,7 +177,7 @@ def fields_of(values: Mapping[str, Any], table: Iterable[Field]) -> dict[str, An
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a family says of itself; this module's docstring describes the fields.
+    """Describes one family; the fields are explained in this module's docstring.
 
     model_type, class_name: as in config.json ("llama", "LlamaForCausalLM").
     base_prefix: the prefix of tensor names that files saved without a language-modelling head lack.

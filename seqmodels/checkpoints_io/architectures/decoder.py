@@ -1,5 +1,8 @@
-"""What the softmax decoders of the Llama line share: x <- x + attention(norm(x)), then x <- x +
-SwiGLU(norm(x)), with RMS norms, rotary positions, and no biases but those that a family names."""
+"""Common parts of the softmax decoders of the Llama line.
+
+Layers are x <- x + attention(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms, rotary
+positions, and no biases but those that a family names.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -219,7 +222,7 @@ def layer_types(specs: Sequence[MixerSpec]) -> list[str]:
 
 
 def tensors(model: dict[str, Any], specs: Sequence[MixerSpec]) -> Iterator[rules.Rule]:
-    """The rules of all tensors."""
+    """Yields the rules of all tensors."""
     yield from parts.ends(model, "model.embed_tokens", "model.norm")
     for i, layer in enumerate(specs):
         theirs, ours = f"model.layers.{i}", f"block_{i}"
@@ -230,7 +233,7 @@ def tensors(model: dict[str, Any], specs: Sequence[MixerSpec]) -> Iterator[rules
 
 
 def attention(layer: MixerSpec, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """The rules of an attention layer's tensors."""
+    """Yields the rules of an attention layer's tensors."""
     options = parts.option_values(layer)
     bias, o_bias = options["use_bias"], options["o_bias"]
     yield from parts.linears(theirs, ours, {f"{name}_proj": name for name in "qkv"}, bias)

@@ -1,4 +1,4 @@
-"""What the layouts of flash-linear-attention (github.com/fla-org/flash-linear-attention) share.
+"""Common parts of flash-linear-attention's layouts (github.com/fla-org/flash-linear-attention).
 
 Layers are x <- x + mixer(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms. Tensors of every
 mixer are called "attn"; the field `attn` of config.json says which layers have softmax attention.
@@ -136,7 +136,7 @@ def require_all_heads(config: HFConfig, heads: int) -> None:
 
 
 def projections(theirs: str, ours: str, names: str) -> Iterable[rules.Rule]:
-    """The rules of projections by their letters: "qkv" is q_proj, k_proj and v_proj."""
+    """Yields the rules of projections by letters: "qkv" is q_proj, k_proj and v_proj."""
     return parts.linears(theirs, ours, {f"{name}_proj": name for name in names})
 
 

@@ -62,7 +62,7 @@ def _model_config(config):
 
 
 def _weights(config, which):
-    """(a, b) of x <- a x + b f(x)."""
+    """Reads the weights (a, b) of a residual x <- a x + b f(x)."""
     return tuple(config.number(f"{which}_{name}_factor", 1.0) for name in ("alpha", "beta"))
 
 

@@ -1,4 +1,4 @@
-"""What the families' tables share: rows of tensor names, and common fields of config.json.
+"""Common parts of the families' tables: rules of tensors, and fields of config.json.
 
 In rules, `theirs` is a prefix of tensor names and `ours` a path of parameters.
 """
@@ -107,7 +107,7 @@ def check_mamba2_width(config: HFConfig, D: int, options: Mapping[str, Any], hea
 
 
 def ends(model: Mapping[str, Any], embedding: str, last_norm: str) -> Iterator[rules.Rule]:
-    """The embedding, the last norm and, where it is not tied, lm_head."""
+    """Yields the rules of the embedding, the last norm and, where it is not tied, lm_head."""
     yield rules.same(f"{embedding}.weight", "embed/embedding")
     yield norm(last_norm, "final_norm")
     if not model["tied_embeddings"]:
@@ -119,13 +119,13 @@ def norm(theirs: str, ours: str) -> rules.Rule:
 
 
 def block_norms(theirs: str, ours: str, mixer: str, channel: str) -> Iterator[rules.Rule]:
-    """The norms before a layer's mixer and its channel mixer."""
+    """Yields the rules of the norms before a layer's mixer and its channel mixer."""
     yield norm(f"{theirs}.{mixer}", f"{ours}/mixer_norm")
     yield norm(f"{theirs}.{channel}", f"{ours}/channel_norm")
 
 
 def same(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[rules.Rule]:
-    """Tensors of a module as they are, {theirs: ours}."""
+    """Yields rules that take tensors of a module, {theirs: ours}, as they are."""
     for their_name, our_name in names.items():
         yield rules.same(f"{theirs}.{their_name}", f"{ours}/{our_name}")
 
@@ -133,7 +133,7 @@ def same(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[rules.Rul
 def linears(
     theirs: str, ours: str, names: Mapping[str, str], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """Several nn.Linear of a module, {theirs: ours}."""
+    """Yields the rules of several nn.Linear of a module, {theirs: ours}."""
     for their_name, our_name in names.items():
         yield from rules.linear(f"{theirs}.{their_name}", f"{ours}/{our_name}", bias)
 
@@ -141,8 +141,8 @@ def linears(
 def packed_heads(
     name: str, ours: str, heads: int, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """One nn.Linear whose output features are, head after head, those of several of ours, {ours:
-    features of a head}."""
+    """Cuts one nn.Linear whose output features are, head after head, those of several of ours,
+    {ours: features per head}."""
     ends = np.cumsum(list(widths.values()))
 
     def into(x):
@@ -161,8 +161,8 @@ def packed_heads(
 
 
 def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterator[rules.Rule]:
-    """A SwiGLU per expert, `{theirs}.{e}.{name}.weight` for e < count, as kernels stacked over
-    experts. `names` are those of the kernels gate, up and down."""
+    """Stacks the SwiGLUs of experts, `{theirs}.{e}.{name}.weight` for e < count; `names` are those
+    of the kernels gate, up and down."""
     for their_name, our_name in zip(names, ("gate", "up", "down")):
         yield rules.Rule(
             tuple(f"{theirs}.{e}.{their_name}.weight" for e in range(count)),
@@ -173,7 +173,7 @@ def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterato
 
 
 def mamba2(layer: MixerSpec, d_model: int, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """A Mamba-2 mixer, whose tensors have the same names wherever transformers has one."""
+    """Yields the rules of a Mamba-2 mixer, the same for each family of transformers with one."""
     options = option_values(layer)
     E, V = options["expand"] * d_model, options["head_dim"]
     width = options["num_groups"] * options["d_state"]

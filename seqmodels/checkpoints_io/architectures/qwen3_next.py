@@ -98,7 +98,7 @@ def _hf_config(model, specs):
 
 
 def _experts(model, layer):
-    """The layer's experts, or None where it has a SwiGLU."""
+    """Returns the layer's experts, or None where it has a SwiGLU."""
     return parts.experts_of(dict(layer.options).get("channel_mixer", model["channel_mixer"]))
 
 

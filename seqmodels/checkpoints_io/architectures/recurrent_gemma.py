@@ -73,7 +73,7 @@ def _model_config(config):
 
 
 def _embedding_scale(D: int) -> float:
-    """sqrt(D) as the model was trained with it: in bfloat16."""
+    """Returns sqrt(D) in bfloat16, as the model was trained with it."""
     return float(np.sqrt(D).astype(jnp.bfloat16))
 
 
