@@ -46,7 +46,7 @@ class WordProblem:
 
     group: one of GROUPS. seq_len: T, counting fillers.
     swaps_only: draw only the identity and elements that exchange two points (S groups alone).
-    tokens_per_element: n > 1 puts n - 1 filler tokens after each element, and its label at the last.
+    tokens_per_element: n > 1 puts n - 1 fillers after each element, and its label at the last one.
     """
 
     group: str = "S3"
