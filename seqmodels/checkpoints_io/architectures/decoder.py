@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import HFConfig, fields_of, parts
+from seqmodels.checkpoints_io.architectures import HFConfig, parts
 from seqmodels.modules.pattern import MixerSpec, to_text
 
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
@@ -207,7 +207,7 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, An
     # A layer without positions does not say how the others are rotated.
     rotated = next((o for o in options if o["rope_base"]), options[0])
     return {
-        **fields_of(model, _FIELDS),
+        **parts.fields_of(model, _FIELDS),
         **attention_fields(options[0], model["d_model"]),
         "hidden_act": activation,
         "max_position_embeddings": max(o["max_length"] for o in options),

@@ -3,19 +3,40 @@
 In rules, `theirs` is a prefix of tensor names and `ours` a path of parameters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from seqmodels import mixers
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import Field, HFConfig
+from seqmodels.checkpoints_io.architectures import HFConfig
 from seqmodels.modules import channel_mixers
 from seqmodels.modules.pattern import MixerSpec, to_text
 
 _MOST_EXPERTS = 4096
 MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+class Field(NamedTuple):
+    """A field of config.json that is one option of ours: `read`, a method of HFConfig, reads it."""
+
+    theirs: str
+    ours: str
+    read: Callable[[HFConfig, str, Any], Any]
+    default: Any = None
+
+
+def given(values: Mapping[str, Any], name: str) -> Any:
+    """Returns an option that a layout has to spell out; raises ValueError where it is None."""
+    if values.get(name) is None:
+        raise ValueError(f"this layout needs {name}; set it in config.model or in its pattern")
+    return values[name]
+
+
+def fields_of(values: Mapping[str, Any], table: Iterable[Field]) -> dict[str, Any]:
+    """Writes a table's fields from options by our names: the inverse of `HFConfig.options`."""
+    return {field.theirs: given(values, field.ours) for field in table}
 
 
 def model_fields(eps: str, **defaults) -> tuple[Field, ...]:
