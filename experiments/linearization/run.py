@@ -40,6 +40,7 @@ def make_plan(config, teacher: language_model.LanguageModel) -> StagePlan:
     converted them.
     """
     fields = config.linearize
+    # Stages run in the order of their names, stage_2 before stage_10.
     layers = students.choose_layers(teacher.mixers, fields.layers, fields.keep_every, fields.keep)
     names = tuple(sorted(fields.stages, key=lambda name: (len(name), name)))
     converted = students.student_specs(teacher, fields.student, layers)
@@ -135,6 +136,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
         seed = config.linearize.seed
         return tasks.Model(model, students.seed_params(key, *student, model, seed))
 
+    # Each stage converts its layers and trains; what is done in the workdir is read.
     for number, (name, specs) in enumerate(zip(plan.stages, plan.specs)):
         student = grow(specs, number)
         model_config = students.student_config(teacher.model_config, specs)
