@@ -40,6 +40,7 @@ def make_plan(config, teacher: language_model.LanguageModel) -> StagePlan:
     converted them.
     """
     fields = config.linearize
+    # Stages run in the order of their names, stage_2 before stage_10.
     layers = students.choose_layers(teacher.mixers, fields.layers, fields.keep_every, fields.keep)
     names = tuple(sorted(fields.stages, key=lambda name: (len(name), name)))
     converted = students.student_specs(teacher, fields.student, layers)
@@ -132,9 +133,10 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
             return student
         model = _model(teacher, specs)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        source = student.model, student.params
-        return tasks.Model(model, students.seed_params(key, *source, model, config.linearize.seed))
+        seed = config.linearize.seed
+        return tasks.Model(model, students.seed_params(key, *student, model, seed))
 
+    # Each stage converts its layers and trains; what is done in the workdir is read.
     for number, (name, specs) in enumerate(zip(plan.stages, plan.specs)):
         student = grow(specs, number)
         model_config = students.student_config(teacher.model_config, specs)
@@ -185,7 +187,7 @@ def _run_stage(config, name, teacher, student, workdir, devices):
 
 
 def _chosen(teacher, student):
-    found = students.chosen(student.model, student.params)
+    found = students.chosen(*student)
     model = _model(teacher, found.specs)
     return tasks.Model(model, layer_trees.join(model, found.shared, found.layers)), found.mix
 

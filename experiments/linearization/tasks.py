@@ -1,7 +1,7 @@
 """Turns a stage of a linearization into a Task, which `experiments.training.steps` trains."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ _TRANSFER_WEIGHTS = (*transfer.DISTANCES, "attention_map")
 _DISTILL_WEIGHTS = ("ce", "kl", "select_weight")
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A language model and its parameters."""
 
     model: language_model.LanguageModel
@@ -112,12 +111,10 @@ def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_froze
 
 def _transfer_task(stage, teacher, student):
     model = transfer.make_model(teacher.model, student.model)
-    both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
+    both = transfer.params(model, teacher, student)
     cut = _cut(stage, both, conversion.boxed_params(model), lambda path: STUDENT_ONLY in path)
-    kept, boxed_kept = (
-        transfer.kept(model, (student.model, tree))
-        for tree in (student.params, conversion.boxed_params(student.model))
-    )
+    kept = transfer.kept(model, student)
+    boxed_kept = transfer.kept(model, (student.model, conversion.boxed_params(student.model)))
     weights = {name: stage[name] for name in _TRANSFER_WEIGHTS}
 
     def loss(params, frozen, batch):

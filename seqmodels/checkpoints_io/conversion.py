@@ -161,6 +161,7 @@ def read_params(
     for rule in rules:
         for path in rule.paths:
             dtypes[slots.paths[path][0]] += [source.entries[name].dtype for name in rule.names]
+    # Fill each leaf row by row, and hand it on when all its rows are there.
     params: dict[str, Any] = {}
     for rule in rules:
         arrays = rule.into(*(source.read(name) for name in rule.names))
@@ -202,6 +203,7 @@ def tensor_reader(
         array = leaves[leaf] if row is None else leaves[leaf][row]
         return np.asarray(jax.device_get(array))
 
+    # A tensor's dtype: its parameter's, or what is asked for, with exceptions in float32.
     entries = {}
     for name, entry in expected_entries(rules, slots).items():
         path = rule_of[name][0].paths[0]

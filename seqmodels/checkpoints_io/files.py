@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read and written one at a time: one file, or shards with an index.
+"""Reads and writes tensors in safetensors files, one at a time: a file, or shards with an index.
 
 The `safetensors` library checks and reads files. Writing is our own: the library takes pointers to
 all tensors of a file at once, and so needs memory for a whole file (docs/decisions). Nothing in a
@@ -171,6 +171,7 @@ def write(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # Share tensors out in their order, a new shard where the next one would overflow.
     shards: list[dict[str, TensorEntry]] = [{}]
     for name, entry in entries.items():
         held = sum(e.num_bytes for e in shards[-1].values())
@@ -180,6 +181,7 @@ def write(
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     names = [SINGLE_FILE] if count == 1 else names
+    # Write all shards under temporary names; when they are whole, replace what was there.
     with contextlib.ExitStack() as undo:
         for name, shard in zip(names, shards):
             undo.callback(_temporary(folder / name).unlink, missing_ok=True)

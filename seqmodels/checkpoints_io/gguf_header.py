@@ -46,7 +46,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """metadata: values as Python's, arrays of numbers as NumPy's, other arrays as lists."""
+    """A header. metadata: Python's values, NumPy's arrays of numbers, lists of anything else."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]

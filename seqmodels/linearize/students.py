@@ -163,6 +163,7 @@ def seed_params(
         others = {name: others[name] for name in others.keys() - shared.keys()}
         return others, {i: own[i]["mixer"] for i in changed}
 
+    # Let new mixers take over what fits, and put all layers into the student's stacking.
     others, mixers_of = fresh(key)
     for i, mixer in mixers_of.items():
         if seed == "auto":

@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Ids 0-255 are bytes, 256 is document_id. Any data is legal."""
+    """Tokens are bytes, with ids 0-255; 256 is document_id. Any data is legal."""
 
     vocab_size = 257
     document_id = 256

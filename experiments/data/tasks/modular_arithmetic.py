@@ -25,9 +25,9 @@ OPERATORS = "+-*()="
 
 @dataclasses.dataclass(frozen=True)
 class ModularArithmetic(lengths.RandomLengths):
-    """supervise: "last" (the paper's) or, without brackets, "all": from min_length on every number
-    also has a label, the value of the expression so far. multiply: whether * is among the
-    operators. Chance: 1/modulus.
+    """Options: `supervise` is "last" (the paper's) or, without brackets, "all": from min_length on
+    every number also has a label, the value of the expression so far. `multiply`: whether * is
+    among the operators. Chance: 1/modulus.
     """
 
     modulus: int = 5

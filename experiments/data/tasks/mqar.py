@@ -22,8 +22,9 @@ from experiments.data.tasks import lengths
 
 @dataclasses.dataclass(frozen=True)
 class MQAR:
-    """seq_len: N, even, at least 4 D. num_pairs: D. random_non_queries: fill with random tokens.
+    """MQAR with seq_len N, even and at least 4 D, and num_pairs D.
 
+    random_non_queries: fill with random tokens.
     min_pairs: a training example has N and D, or both halved any number of times that leaves at
       least this many pairs, each equally likely. 0, which is that of the other splits unless
       eval_min_pairs is given, never halves.

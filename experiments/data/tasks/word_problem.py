@@ -42,9 +42,11 @@ def product_table(group: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class WordProblem:
-    """group: one of GROUPS. swaps_only: draw only the identity and elements that exchange two
-    points (S groups alone). tokens_per_element: n > 1 puts n - 1 filler tokens after each element,
-    and its label at the last of them. seq_len: T, counting fillers. Chance: 1/|G|.
+    """A group's word problem. Chance: 1/|G|.
+
+    group: one of GROUPS. seq_len: T, counting fillers.
+    swaps_only: draw only the identity and elements that exchange two points (S groups alone).
+    tokens_per_element: n > 1 puts n - 1 fillers after each element, and its label at the last one.
     """
 
     group: str = "S3"

@@ -1,11 +1,11 @@
-"""Published architectures by the `model_type` of their config.json.
+"""Registers published architectures by the `model_type` of their config.json.
 
 To add one, write `<family>.py` with an `ARCHITECTURE`, and name the file in `_MODULES`. It has:
 
 - `model_config(config)`: config.json to the dict that `language_model.from_config` takes, without
-  dtypes. `HFConfig` reads fields and refuses hostile values by name; a table of `Field`s serves
-  both directions. Raise ValueError for what we cannot compute. Layers that differ go into the
-  pattern: `pattern.to_text` writes a list of MixerSpec as one.
+  dtypes. `HFConfig` reads fields and refuses hostile values by name; a table of `parts.Field`
+  serves both directions. Raise ValueError for what we cannot compute. Layers that differ go into
+  the pattern: `pattern.to_text` writes a list of MixerSpec as one.
 - `hf_config(model, specs)`: the inverse, as far as the family can express it. It need not check
   that: its result is read back with `model_config`, and the export refused if that is another
   model. `model` has every field of config.model, defaults too.
@@ -21,8 +21,8 @@ byte-equal after a round trip.
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from seqmodels.checkpoints_io.rules import Rule
 from seqmodels.modules.pattern import MixerSpec
@@ -141,8 +141,8 @@ class HFConfig:
                     f"{self.name}: {field} is {found!r}; only {value!r} is supported for this architecture"
                 )
 
-    def options(self, table: Iterable["Field"]) -> dict[str, Any]:
-        """Reads the fields of a table, by our names."""
+    def options(self, table: Iterable[Any]) -> dict[str, Any]:
+        """Reads the fields of a table of `parts.Field`, by our names."""
         return {f.ours: f.read(self, f.theirs, f.default) for f in table}
 
     def _checked(self, field, default, is_right, what):
@@ -154,30 +154,9 @@ class HFConfig:
         return value
 
 
-class Field(NamedTuple):
-    """A field of config.json that is one option of ours: `read`, a method of HFConfig, reads it."""
-
-    theirs: str
-    ours: str
-    read: Callable[[HFConfig, str, Any], Any]
-    default: Any = None
-
-
-def given(values: Mapping[str, Any], name: str) -> Any:
-    """Returns an option that a layout has to spell out; raises ValueError where it is None."""
-    if values.get(name) is None:
-        raise ValueError(f"this layout needs {name}; set it in config.model or in its pattern")
-    return values[name]
-
-
-def fields_of(values: Mapping[str, Any], table: Iterable[Field]) -> dict[str, Any]:
-    """Writes a table's fields from options by our names: the inverse of `HFConfig.options`."""
-    return {field.theirs: given(values, field.ours) for field in table}
-
-
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a family says of itself; this module's docstring describes the fields.
+    """Describes one family; the fields are explained in this module's docstring.
 
     model_type, class_name: as in config.json ("llama", "LlamaForCausalLM").
     base_prefix: the prefix of tensor names that files saved without a language-modelling head lack.

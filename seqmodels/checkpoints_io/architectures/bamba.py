@@ -1,28 +1,21 @@
 """Bamba (IBM, Princeton, UIUC, 2024): Mamba-2 layers and a few of softmax attention, each with a
 SwiGLU."""
 
-from seqmodels.checkpoints_io.architectures import (
-    Architecture,
-    Field,
-    HFConfig,
-    decoder,
-    fields_of,
-    parts,
-)
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
 from seqmodels.modules.pattern import to_text
 
 _MODEL = (
     *parts.model_fields("rms_norm_eps", d_model=4096, num_layers=32, norm_eps=1e-5),
     parts.D_FF,
-    Field("mlp_bias", "channel_bias", HFConfig.flag, False),
+    parts.Field("mlp_bias", "channel_bias", HFConfig.flag, False),
 )
 _MAMBA = (
-    Field("mamba_expand", "expand", HFConfig.integer, 2),
-    Field("mamba_d_state", "d_state", HFConfig.integer, 256),
-    Field("mamba_n_groups", "num_groups", HFConfig.integer, 1),
-    Field("mamba_d_conv", "conv_width", HFConfig.integer, 4),
-    Field("mamba_proj_bias", "use_bias", HFConfig.flag, False),
-    Field("mamba_conv_bias", "conv_bias", HFConfig.flag, True),
+    parts.Field("mamba_expand", "expand", HFConfig.integer, 2),
+    parts.Field("mamba_d_state", "d_state", HFConfig.integer, 256),
+    parts.Field("mamba_n_groups", "num_groups", HFConfig.integer, 1),
+    parts.Field("mamba_d_conv", "conv_width", HFConfig.integer, 4),
+    parts.Field("mamba_proj_bias", "use_bias", HFConfig.flag, False),
+    parts.Field("mamba_conv_bias", "conv_bias", HFConfig.flag, True),
 )
 
 
@@ -55,8 +48,8 @@ def _hf_config(model, specs):
     # A stack without attention still has fields for it.
     softmax = parts.options_of(specs, "attention", optional=True)
     return {
-        **fields_of(model, _MODEL),
-        **fields_of(recurrent, _MAMBA),
+        **parts.fields_of(model, _MODEL),
+        **parts.fields_of(recurrent, _MAMBA),
         **decoder.attention_fields(softmax, model["d_model"], partial=True),
         "attention_bias": softmax["use_bias"],
         "attn_layer_indices": [i for i, layer in enumerate(specs) if layer.name == "attention"],

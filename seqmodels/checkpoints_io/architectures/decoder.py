@@ -1,12 +1,15 @@
-"""What the softmax decoders of the Llama line share: x <- x + attention(norm(x)), then x <- x +
-SwiGLU(norm(x)), with RMS norms, rotary positions, and no biases but those that a family names."""
+"""Common parts of the softmax decoders of the Llama line.
+
+Layers are x <- x + attention(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms, rotary
+positions, and no biases but those that a family names.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import HFConfig, fields_of, parts
+from seqmodels.checkpoints_io.architectures import HFConfig, parts
 from seqmodels.modules.pattern import MixerSpec, to_text
 
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
@@ -204,7 +207,7 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, An
     # A layer without positions does not say how the others are rotated.
     rotated = next((o for o in options if o["rope_base"]), options[0])
     return {
-        **fields_of(model, _FIELDS),
+        **parts.fields_of(model, _FIELDS),
         **attention_fields(options[0], model["d_model"]),
         "hidden_act": activation,
         "max_position_embeddings": max(o["max_length"] for o in options),
@@ -219,7 +222,7 @@ def layer_types(specs: Sequence[MixerSpec]) -> list[str]:
 
 
 def tensors(model: dict[str, Any], specs: Sequence[MixerSpec]) -> Iterator[rules.Rule]:
-    """The rules of all tensors."""
+    """Yields the rules of all tensors."""
     yield from parts.ends(model, "model.embed_tokens", "model.norm")
     for i, layer in enumerate(specs):
         theirs, ours = f"model.layers.{i}", f"block_{i}"
@@ -230,7 +233,7 @@ def tensors(model: dict[str, Any], specs: Sequence[MixerSpec]) -> Iterator[rules
 
 
 def attention(layer: MixerSpec, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """The rules of an attention layer's tensors."""
+    """Yields the rules of an attention layer's tensors."""
     options = parts.option_values(layer)
     bias, o_bias = options["use_bias"], options["o_bias"]
     yield from parts.linears(theirs, ours, {f"{name}_proj": name for name in "qkv"}, bias)

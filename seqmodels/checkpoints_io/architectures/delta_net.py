@@ -1,6 +1,6 @@
 """DeltaNet (arXiv 2406.06484), as flash-linear-attention's DeltaNetForCausalLM has it."""
 
-from seqmodels.checkpoints_io.architectures import fla, given, parts
+from seqmodels.checkpoints_io.architectures import fla, parts
 
 
 def _options(config):
@@ -15,7 +15,7 @@ def _options(config):
 
 
 def _fields(options, d_model):
-    H, K = options["num_heads"], given(options, "head_dim")
+    H, K = options["num_heads"], parts.given(options, "head_dim")
     return {
         "num_heads": H,
         "expand_k": H * K / d_model,

@@ -1,4 +1,4 @@
-"""What the layouts of flash-linear-attention (github.com/fla-org/flash-linear-attention) share.
+"""Common parts of flash-linear-attention's layouts (github.com/fla-org/flash-linear-attention).
 
 Layers are x <- x + mixer(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms. Tensors of every
 mixer are called "attn"; the field `attn` of config.json says which layers have softmax attention.
@@ -8,14 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import (
-    Architecture,
-    Field,
-    HFConfig,
-    decoder,
-    fields_of,
-    parts,
-)
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
 from seqmodels.modules.pattern import MixerSpec, to_text
 
 _ACTIVATIONS = {"swish": "swiglu", "silu": "swiglu"}
@@ -23,18 +16,18 @@ _MODEL = parts.model_fields(
     "norm_eps", vocab_size=32_000, d_model=2048, num_layers=24, norm_eps=1e-6
 )
 _SOFTMAX = (
-    Field("num_heads", "num_heads", HFConfig.integer),
-    Field("qkv_bias", "use_bias", HFConfig.flag, False),
-    Field("rope_theta", "rope_base", HFConfig.positive, 10_000.0),
+    parts.Field("num_heads", "num_heads", HFConfig.integer),
+    parts.Field("qkv_bias", "use_bias", HFConfig.flag, False),
+    parts.Field("rope_theta", "rope_base", HFConfig.positive, 10_000.0),
 )
-_NORM_EPS = Field("norm_eps", "norm_eps", HFConfig.positive, 1e-6)
+_NORM_EPS = parts.Field("norm_eps", "norm_eps", HFConfig.positive, 1e-6)
 
 
 def architecture(
     model_type: str,
     class_name: str,
     mixer: str,
-    table: Sequence[Field],
+    table: Sequence[parts.Field],
     tensors: Callable[[dict[str, Any], str, str], Iterable[rules.Rule]],
     required: Mapping[str, Any],
     *,
@@ -75,12 +68,12 @@ def architecture(
         own = parts.options_of(specs, mixer)
         softmax = [parts.option_values(s) for s in specs if s.name == "attention"]
         return {
-            **fields_of(model, (*_MODEL, parts.D_FF)),
+            **parts.fields_of(model, (*_MODEL, parts.D_FF)),
             "hidden_act": "swish",
             "attn": _attn(specs),
             "max_position_embeddings": max((o["max_length"] for o in softmax), default=2048),
             **{k: v for k, v in required.items() if v is not None},
-            **fields_of(own, table),
+            **parts.fields_of(own, table),
             **fields(own, model["d_model"]),
         }
 
@@ -100,22 +93,22 @@ def architecture(
     return Architecture(model_type, class_name, model_config, hf_config, all_rules)
 
 
-def delta_fields(use_gate: bool) -> tuple[Field, ...]:
+def delta_fields(use_gate: bool) -> tuple[parts.Field, ...]:
     """Returns the fields that DeltaNet and Gated DeltaNet share; `use_gate` is its default."""
     return (
-        Field("conv_size", "conv_width", HFConfig.integer, 4),
-        Field("allow_neg_eigval", "allow_neg_eigval", HFConfig.flag, False),
-        Field("use_gate", "use_gate", HFConfig.flag, use_gate),
+        parts.Field("conv_size", "conv_width", HFConfig.integer, 4),
+        parts.Field("allow_neg_eigval", "allow_neg_eigval", HFConfig.flag, False),
+        parts.Field("use_gate", "use_gate", HFConfig.flag, use_gate),
         _NORM_EPS,
     )
 
 
-def head_fields(heads: int, expand_k: float, expand_v: float) -> tuple[Field, ...]:
+def head_fields(heads: int, expand_k: float, expand_v: float) -> tuple[parts.Field, ...]:
     """Returns the fields that GLA and RetNet share, with their defaults."""
     return (
-        Field("num_heads", "num_heads", HFConfig.integer, heads),
-        Field("expand_k", "expand_k", HFConfig.positive, expand_k),
-        Field("expand_v", "expand_v", HFConfig.positive, expand_v),
+        parts.Field("num_heads", "num_heads", HFConfig.integer, heads),
+        parts.Field("expand_k", "expand_k", HFConfig.positive, expand_k),
+        parts.Field("expand_v", "expand_v", HFConfig.positive, expand_v),
         _NORM_EPS,
     )
 
@@ -136,7 +129,7 @@ def require_all_heads(config: HFConfig, heads: int) -> None:
 
 
 def projections(theirs: str, ours: str, names: str) -> Iterable[rules.Rule]:
-    """The rules of projections by their letters: "qkv" is q_proj, k_proj and v_proj."""
+    """Yields the rules of projections by letters: "qkv" is q_proj, k_proj and v_proj."""
     return parts.linears(theirs, ours, {f"{name}_proj": name for name in names})
 
 
@@ -183,5 +176,5 @@ def _attn(specs: Sequence[MixerSpec]) -> list[dict[str, Any]] | None:
         options = parts.option_values(layer)
         kv_heads = options["num_kv_heads"] or options["num_heads"]
         beside = {"layers": own, "num_kv_heads": kv_heads, "window_size": options["window"]}
-        found.append(fields_of(options, _SOFTMAX) | beside)
+        found.append(parts.fields_of(options, _SOFTMAX) | beside)
     return found or None

@@ -1,11 +1,11 @@
 """Gated DeltaNet (arXiv 2412.06464), as GatedDeltaNetForCausalLM of flash-linear-attention."""
 
-from seqmodels.checkpoints_io.architectures import Field, HFConfig, fla, parts
+from seqmodels.checkpoints_io.architectures import HFConfig, fla, parts
 
 _TABLE = (
-    Field("num_heads", "num_heads", HFConfig.integer, 6),
-    Field("head_dim", "head_dim", HFConfig.integer, 256),
-    Field("expand_v", "expand_v", HFConfig.positive, 2.0),
+    parts.Field("num_heads", "num_heads", HFConfig.integer, 6),
+    parts.Field("head_dim", "head_dim", HFConfig.integer, 256),
+    parts.Field("expand_v", "expand_v", HFConfig.positive, 2.0),
     *fla.delta_fields(use_gate=True),
 )
 

@@ -5,17 +5,17 @@ Its projections are stored (input, output) as ours are, with q, k and v as one.
 """
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import Architecture, Field, HFConfig, fields_of, parts
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, parts
 from seqmodels.modules.pattern import MixerSpec, to_text
 
 _ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu"}
 _FIELDS = (
-    Field("vocab_size", "vocab_size", HFConfig.integer),
-    Field("n_embd", "d_model", HFConfig.integer),
-    Field("n_layer", "num_layers", HFConfig.integer),
-    Field("n_positions", "learned_positions", HFConfig.integer),
-    Field("layer_norm_epsilon", "norm_eps", HFConfig.positive, 1e-5),
-    Field("tie_word_embeddings", "tied_embeddings", HFConfig.flag, True),
+    parts.Field("vocab_size", "vocab_size", HFConfig.integer),
+    parts.Field("n_embd", "d_model", HFConfig.integer),
+    parts.Field("n_layer", "num_layers", HFConfig.integer),
+    parts.Field("n_positions", "learned_positions", HFConfig.integer),
+    parts.Field("layer_norm_epsilon", "norm_eps", HFConfig.positive, 1e-5),
+    parts.Field("tie_word_embeddings", "tied_embeddings", HFConfig.flag, True),
 )
 
 
@@ -42,7 +42,7 @@ def _model_config(config):
 def _hf_config(model, specs):
     if specs[0].name != "attention":
         raise ValueError(f"GPT-2's layers are softmax attention, not {specs[0].name}")
-    return fields_of(model, _FIELDS) | {
+    return parts.fields_of(model, _FIELDS) | {
         "n_head": parts.option_values(specs[0])["num_heads"],
         "n_inner": model["d_ff"],
         "activation_function": "gelu_new",

@@ -1,19 +1,19 @@
 """Mamba (Gu & Dao, arXiv 2312.00752), as transformers' MambaForCausalLM has it."""
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import Architecture, Field, HFConfig, fields_of, parts
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, parts
 from seqmodels.modules.pattern import to_text
 
 _MODEL = (
     *parts.model_fields("layer_norm_epsilon", norm_eps=1e-5, tied_embeddings=True),
-    Field("residual_in_fp32", "float32_residual", HFConfig.flag, True),
+    parts.Field("residual_in_fp32", "float32_residual", HFConfig.flag, True),
 )
 _MIXER = (
-    Field("expand", "expand", HFConfig.integer, 2),
-    Field("state_size", "d_state", HFConfig.integer, 16),
-    Field("conv_kernel", "conv_width", HFConfig.integer, 4),
-    Field("use_bias", "use_bias", HFConfig.flag, False),
-    Field("use_conv_bias", "conv_bias", HFConfig.flag, True),
+    parts.Field("expand", "expand", HFConfig.integer, 2),
+    parts.Field("state_size", "d_state", HFConfig.integer, 16),
+    parts.Field("conv_kernel", "conv_width", HFConfig.integer, 4),
+    parts.Field("use_bias", "use_bias", HFConfig.flag, False),
+    parts.Field("use_conv_bias", "conv_bias", HFConfig.flag, True),
 )
 
 
@@ -35,8 +35,8 @@ def _hf_config(model, specs):
     parts.only(specs, "mamba")
     options = parts.options_of(specs, "mamba")
     return {
-        **fields_of(model, _MODEL),
-        **fields_of(options, _MIXER),
+        **parts.fields_of(model, _MODEL),
+        **parts.fields_of(options, _MIXER),
         "intermediate_size": options["expand"] * model["d_model"],
         "time_step_rank": _rank(options, model["d_model"]),
         "hidden_act": "silu",

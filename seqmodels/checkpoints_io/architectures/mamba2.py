@@ -1,20 +1,20 @@
 """Mamba-2 (Dao & Gu, arXiv 2405.21060), as transformers' Mamba2ForCausalLM has it."""
 
-from seqmodels.checkpoints_io.architectures import Architecture, Field, HFConfig, fields_of, parts
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, parts
 from seqmodels.modules.pattern import to_text
 
 _MODEL = (
     *parts.model_fields("layer_norm_epsilon", d_model=4096, norm_eps=1e-5),
-    Field("residual_in_fp32", "float32_residual", HFConfig.flag, True),
+    parts.Field("residual_in_fp32", "float32_residual", HFConfig.flag, True),
 )
 _MIXER = (
-    Field("expand", "expand", HFConfig.integer, 2),
-    Field("head_dim", "head_dim", HFConfig.integer, 64),
-    Field("state_size", "d_state", HFConfig.integer, 128),
-    Field("n_groups", "num_groups", HFConfig.integer, 8),
-    Field("conv_kernel", "conv_width", HFConfig.integer, 4),
-    Field("use_bias", "use_bias", HFConfig.flag, False),
-    Field("use_conv_bias", "conv_bias", HFConfig.flag, True),
+    parts.Field("expand", "expand", HFConfig.integer, 2),
+    parts.Field("head_dim", "head_dim", HFConfig.integer, 64),
+    parts.Field("state_size", "d_state", HFConfig.integer, 128),
+    parts.Field("n_groups", "num_groups", HFConfig.integer, 8),
+    parts.Field("conv_kernel", "conv_width", HFConfig.integer, 4),
+    parts.Field("use_bias", "use_bias", HFConfig.flag, False),
+    parts.Field("use_conv_bias", "conv_bias", HFConfig.flag, True),
 )
 
 
@@ -31,8 +31,8 @@ def _hf_config(model, specs):
     parts.only(specs, "mamba2")
     options = parts.options_of(specs, "mamba2")
     return {
-        **fields_of(model, _MODEL),
-        **fields_of(options, _MIXER),
+        **parts.fields_of(model, _MODEL),
+        **parts.fields_of(options, _MIXER),
         "num_heads": options["expand"] * model["d_model"] // options["head_dim"],
         "hidden_act": "silu",
     }

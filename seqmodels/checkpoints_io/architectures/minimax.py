@@ -2,15 +2,7 @@
 residuals, a mixture of experts."""
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import (
-    Architecture,
-    Field,
-    HFConfig,
-    decoder,
-    fields_of,
-    given,
-    parts,
-)
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
 from seqmodels.modules.pattern import to_text
 
 # layer_types' name: (the mixer, its name in the fields of its residual's weights)
@@ -28,9 +20,9 @@ _MODEL = parts.model_fields(
     "rms_norm_eps", vocab_size=32_000, d_model=4096, num_layers=32, norm_eps=1e-5
 )
 _EXPERTS = (
-    Field("num_local_experts", "num_experts", HFConfig.integer, 8),
-    Field("num_experts_per_tok", "experts_per_token", HFConfig.integer, 2),
-    Field("intermediate_size", "d_ff", HFConfig.integer, 14_336),
+    parts.Field("num_local_experts", "num_experts", HFConfig.integer, 8),
+    parts.Field("num_experts_per_tok", "experts_per_token", HFConfig.integer, 2),
+    parts.Field("intermediate_size", "d_ff", HFConfig.integer, 14_336),
 )
 
 
@@ -62,7 +54,7 @@ def _model_config(config):
 
 
 def _weights(config, which):
-    """(a, b) of x <- a x + b f(x)."""
+    """Reads the weights (a, b) of a residual x <- a x + b f(x)."""
     return tuple(config.number(f"{which}_{name}_factor", 1.0) for name in ("alpha", "beta"))
 
 
@@ -75,8 +67,10 @@ def _hf_config(model, specs):
     softmax["head_dim"] = parts.option_values(specs[0])["head_dim"]
     experts = vars(_experts(model))
     fields = {
-        **fields_of(model, _MODEL),
-        **fields_of(experts | {"d_ff": experts["d_ff"] or given(model, "d_ff")}, _EXPERTS),
+        **parts.fields_of(model, _MODEL),
+        **parts.fields_of(
+            experts | {"d_ff": experts["d_ff"] or parts.given(model, "d_ff")}, _EXPERTS
+        ),
         **decoder.attention_fields(softmax, model["d_model"]),
         "sliding_window": softmax["window"],
         "layer_types": [kind_of[layer.name] for layer in specs],

@@ -1,21 +1,42 @@
-"""What the families' tables share: rows of tensor names, and common fields of config.json.
+"""Common parts of the families' tables: rules of tensors, and fields of config.json.
 
 In rules, `theirs` is a prefix of tensor names and `ours` a path of parameters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from seqmodels import mixers
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import Field, HFConfig
+from seqmodels.checkpoints_io.architectures import HFConfig
 from seqmodels.modules import channel_mixers
 from seqmodels.modules.pattern import MixerSpec, to_text
 
 _MOST_EXPERTS = 4096
 MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+class Field(NamedTuple):
+    """A field of config.json that is one option of ours: `read`, a method of HFConfig, reads it."""
+
+    theirs: str
+    ours: str
+    read: Callable[[HFConfig, str, Any], Any]
+    default: Any = None
+
+
+def given(values: Mapping[str, Any], name: str) -> Any:
+    """Returns an option that a layout has to spell out; raises ValueError where it is None."""
+    if values.get(name) is None:
+        raise ValueError(f"this layout needs {name}; set it in config.model or in its pattern")
+    return values[name]
+
+
+def fields_of(values: Mapping[str, Any], table: Iterable[Field]) -> dict[str, Any]:
+    """Writes a table's fields from options by our names: the inverse of `HFConfig.options`."""
+    return {field.theirs: given(values, field.ours) for field in table}
 
 
 def model_fields(eps: str, **defaults) -> tuple[Field, ...]:
@@ -107,7 +128,7 @@ def check_mamba2_width(config: HFConfig, D: int, options: Mapping[str, Any], hea
 
 
 def ends(model: Mapping[str, Any], embedding: str, last_norm: str) -> Iterator[rules.Rule]:
-    """The embedding, the last norm and, where it is not tied, lm_head."""
+    """Yields the rules of the embedding, the last norm and, where it is not tied, lm_head."""
     yield rules.same(f"{embedding}.weight", "embed/embedding")
     yield norm(last_norm, "final_norm")
     if not model["tied_embeddings"]:
@@ -119,13 +140,13 @@ def norm(theirs: str, ours: str) -> rules.Rule:
 
 
 def block_norms(theirs: str, ours: str, mixer: str, channel: str) -> Iterator[rules.Rule]:
-    """The norms before a layer's mixer and its channel mixer."""
+    """Yields the rules of the norms before a layer's mixer and its channel mixer."""
     yield norm(f"{theirs}.{mixer}", f"{ours}/mixer_norm")
     yield norm(f"{theirs}.{channel}", f"{ours}/channel_norm")
 
 
 def same(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[rules.Rule]:
-    """Tensors of a module as they are, {theirs: ours}."""
+    """Yields rules that take tensors of a module, {theirs: ours}, as they are."""
     for their_name, our_name in names.items():
         yield rules.same(f"{theirs}.{their_name}", f"{ours}/{our_name}")
 
@@ -133,7 +154,7 @@ def same(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[rules.Rul
 def linears(
     theirs: str, ours: str, names: Mapping[str, str], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """Several nn.Linear of a module, {theirs: ours}."""
+    """Yields the rules of several nn.Linear of a module, {theirs: ours}."""
     for their_name, our_name in names.items():
         yield from rules.linear(f"{theirs}.{their_name}", f"{ours}/{our_name}", bias)
 
@@ -141,8 +162,8 @@ def linears(
 def packed_heads(
     name: str, ours: str, heads: int, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """One nn.Linear whose output features are, head after head, those of several of ours, {ours:
-    features of a head}."""
+    """Cuts one nn.Linear whose output features are, head after head, those of several of ours,
+    {ours: features per head}."""
     ends = np.cumsum(list(widths.values()))
 
     def into(x):
@@ -161,8 +182,8 @@ def packed_heads(
 
 
 def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterator[rules.Rule]:
-    """A SwiGLU per expert, `{theirs}.{e}.{name}.weight` for e < count, as kernels stacked over
-    experts. `names` are those of the kernels gate, up and down."""
+    """Stacks the SwiGLUs of experts, `{theirs}.{e}.{name}.weight` for e < count; `names` are those
+    of the kernels gate, up and down."""
     for their_name, our_name in zip(names, ("gate", "up", "down")):
         yield rules.Rule(
             tuple(f"{theirs}.{e}.{their_name}.weight" for e in range(count)),
@@ -173,7 +194,7 @@ def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterato
 
 
 def mamba2(layer: MixerSpec, d_model: int, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """A Mamba-2 mixer, whose tensors have the same names wherever transformers has one."""
+    """Yields the rules of a Mamba-2 mixer, the same for each family of transformers with one."""
     options = option_values(layer)
     E, V = options["expand"] * d_model, options["head_dim"]
     width = options["num_groups"] * options["d_state"]

@@ -2,15 +2,7 @@
 of experts in every layer."""
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import (
-    Architecture,
-    Field,
-    HFConfig,
-    decoder,
-    fields_of,
-    given,
-    parts,
-)
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
 from seqmodels.modules.pattern import to_text
 
 _NORM = "zero_centred_rms_norm"
@@ -18,20 +10,20 @@ _TYPES = ("linear_attention", "full_attention")
 _MIXERS = dict(zip(_TYPES, ("gated_delta_net", "attention")))
 _MODEL = (
     *parts.model_fields("rms_norm_eps", num_layers=48, norm_eps=1e-6),
-    Field("intermediate_size", "d_ff", HFConfig.integer, 5632),
+    parts.Field("intermediate_size", "d_ff", HFConfig.integer, 5632),
 )
 _DELTA_NET = (
-    Field("linear_num_key_heads", "num_heads", HFConfig.integer, 16),
-    Field("linear_num_value_heads", "num_v_heads", HFConfig.integer, 32),
-    Field("linear_key_head_dim", "head_dim", HFConfig.integer, 128),
-    Field("linear_conv_kernel_dim", "conv_width", HFConfig.integer, 4),
+    parts.Field("linear_num_key_heads", "num_heads", HFConfig.integer, 16),
+    parts.Field("linear_num_value_heads", "num_v_heads", HFConfig.integer, 32),
+    parts.Field("linear_key_head_dim", "head_dim", HFConfig.integer, 128),
+    parts.Field("linear_conv_kernel_dim", "conv_width", HFConfig.integer, 4),
 )
 _EXPERTS = (
-    Field("num_experts", "num_experts", HFConfig.integer, 512),
-    Field("num_experts_per_tok", "experts_per_token", HFConfig.integer, 10),
-    Field("moe_intermediate_size", "d_ff", HFConfig.integer, 512),
-    Field("norm_topk_prob", "normalize", HFConfig.flag, True),
-    Field("shared_expert_intermediate_size", "shared_d_ff", HFConfig.integer, 512),
+    parts.Field("num_experts", "num_experts", HFConfig.integer, 512),
+    parts.Field("num_experts_per_tok", "experts_per_token", HFConfig.integer, 10),
+    parts.Field("moe_intermediate_size", "d_ff", HFConfig.integer, 512),
+    parts.Field("norm_topk_prob", "normalize", HFConfig.flag, True),
+    parts.Field("shared_expert_intermediate_size", "shared_d_ff", HFConfig.integer, 512),
 )
 
 
@@ -84,21 +76,21 @@ def _hf_config(model, specs):
     experts = [_experts(model, layer) for layer in specs]
     some = next((e for e in experts if e is not None), None)
     return {
-        **fields_of(model, _MODEL),
-        **fields_of(recurrent, _DELTA_NET),
-        "linear_value_head_dim": round(given(recurrent, "head_dim") * recurrent["expand_v"]),
+        **parts.fields_of(model, _MODEL),
+        **parts.fields_of(recurrent, _DELTA_NET),
+        "linear_value_head_dim": round(parts.given(recurrent, "head_dim") * recurrent["expand_v"]),
         **decoder.attention_fields(softmax, model["d_model"], partial=True),
         "attention_bias": softmax["use_bias"],
         "layer_types": [_TYPES[layer.name == "attention"] for layer in specs],
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, found in enumerate(experts) if found is None],
         "hidden_act": "silu",
-        **({} if some is None else fields_of(vars(some), _EXPERTS)),
+        **({} if some is None else parts.fields_of(vars(some), _EXPERTS)),
     }
 
 
 def _experts(model, layer):
-    """The layer's experts, or None where it has a SwiGLU."""
+    """Returns the layer's experts, or None where it has a SwiGLU."""
     return parts.experts_of(dict(layer.options).get("channel_mixer", model["channel_mixer"]))
 
 

@@ -5,15 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import (
-    Architecture,
-    Field,
-    HFConfig,
-    decoder,
-    fields_of,
-    given,
-    parts,
-)
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
 from seqmodels.modules.pattern import to_text
 
 _MIXERS = {"recurrent": "rg_lru", "attention": "attention"}
@@ -26,7 +18,7 @@ _MODEL = (
         norm_eps=1e-6,
         tied_embeddings=True,
     ),
-    Field("logits_soft_cap", "logit_softcap", HFConfig.positive, 30.0),
+    parts.Field("logits_soft_cap", "logit_softcap", HFConfig.positive, 30.0),
 )
 
 
@@ -73,7 +65,7 @@ def _model_config(config):
 
 
 def _embedding_scale(D: int) -> float:
-    """sqrt(D) as the model was trained with it: in bfloat16."""
+    """Returns sqrt(D) in bfloat16, as the model was trained with it."""
     return float(np.sqrt(D).astype(jnp.bfloat16))
 
 
@@ -84,9 +76,9 @@ def _hf_config(model, specs):
     kind_of = {mixer: kind for kind, mixer in _MIXERS.items()}
     D, H = model["d_model"], recurrent["num_heads"]
     return {
-        **fields_of(model, _MODEL),
+        **parts.fields_of(model, _MODEL),
         **decoder.attention_fields(softmax | {"num_heads": H, "head_dim": D // H}, D, partial=True),
-        "intermediate_size": 2 * given(model, "d_ff"),
+        "intermediate_size": 2 * parts.given(model, "d_ff"),
         "block_types": [kind_of[layer.name] for layer in specs],
         "lru_width": recurrent["lru_width"] or D,
         "conv1d_width": recurrent["conv_width"],

@@ -1,28 +1,21 @@
 """xLSTM 7B (arXiv 2503.13427): mLSTM layers, each with a SwiGLU; gates and logits soft-capped."""
 
 from seqmodels.checkpoints_io import rules
-from seqmodels.checkpoints_io.architectures import (
-    Architecture,
-    Field,
-    HFConfig,
-    fields_of,
-    given,
-    parts,
-)
+from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, parts
 from seqmodels.modules.pattern import to_text
 
 _FFN = (2.667, 64)  # factor of D, and what it is rounded up to
 _REQUIRED = {"use_bias": False, "add_out_norm": True, "weight_mode": "single"}
 _MODEL = (
     *parts.model_fields("norm_eps", vocab_size=50_304, d_model=4096, norm_eps=1e-6),
-    Field("output_logit_soft_cap", "logit_softcap", HFConfig.positive, 30.0),
+    parts.Field("output_logit_soft_cap", "logit_softcap", HFConfig.positive, 30.0),
 )
 _MLSTM = (
-    Field("num_heads", "num_heads", HFConfig.integer, 8),
-    Field("qk_dim_factor", "qk_dim_factor", HFConfig.positive, 0.5),
-    Field("v_dim_factor", "v_dim_factor", HFConfig.positive, 1.0),
-    Field("gate_soft_cap", "gate_soft_cap", HFConfig.positive, 15.0),
-    Field("eps", "eps", HFConfig.positive, 1e-6),
+    parts.Field("num_heads", "num_heads", HFConfig.integer, 8),
+    parts.Field("qk_dim_factor", "qk_dim_factor", HFConfig.positive, 0.5),
+    parts.Field("v_dim_factor", "v_dim_factor", HFConfig.positive, 1.0),
+    parts.Field("gate_soft_cap", "gate_soft_cap", HFConfig.positive, 15.0),
+    parts.Field("eps", "eps", HFConfig.positive, 1e-6),
 )
 
 
@@ -44,13 +37,13 @@ def _ffn_width(D: int, factor: float, multiple: int) -> int:
 
 def _hf_config(model, specs):
     parts.only(specs, "mlstm")
-    D, F = model["d_model"], given(model, "d_ff")
+    D, F = model["d_model"], parts.given(model, "d_ff")
     # Another width than the usual factor's is one multiple of itself.
     factor, multiple = _FFN if _ffn_width(D, *_FFN) == F else (F / D, F)
     return {
         **_REQUIRED,
-        **fields_of(model, _MODEL),
-        **fields_of(parts.options_of(specs, "mlstm"), _MLSTM),
+        **parts.fields_of(model, _MODEL),
+        **parts.fields_of(parts.options_of(specs, "mlstm"), _MLSTM),
         "embedding_dim": D,
         "num_blocks": model["num_layers"],
         "ffn_proj_factor": factor,
