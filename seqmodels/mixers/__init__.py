@@ -5,6 +5,7 @@ Each is `Mixer(d_model=..., **options)`; see `base.Mixer` for the contract.
 
 import dataclasses
 import importlib
+from typing import Any
 
 from seqmodels.mixers.base import Layer, Mixer
 
@@ -51,7 +52,7 @@ def mixer_class(name: str) -> type[Mixer]:
     return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
 
 
-def options(name: str) -> dict[str, object]:
+def options(name: str) -> dict[str, Any]:
     """Returns a mixer's options and their defaults, without those every module has."""
     fields = dataclasses.fields(mixer_class(name))
     return {f.name: f.default for f in fields if f.init and f.name not in ("parent", "name")}
