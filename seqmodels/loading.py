@@ -302,15 +302,11 @@ def _is_prompt(value) -> bool:
 
 
 def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
-    """The token that stands before documents: what separated them in pretraining, as far as the
-    files tell."""
+    """Returns the token that separated documents in pretraining, as far as the files tell."""
     file, tokens = _open(path), found.tokens
     for i in (file.token_to_id(WHOLE_TEXT), tokens.bos, *tokens.eos):
-        if (
-            i is not None
-            and i < found.model_config["vocab_size"]
-            and (token := file.id_to_token(i))
-        ):
+        known = i is not None and i < found.model_config["vocab_size"]
+        if known and (token := file.id_to_token(i)):
             return token
     raise ValueError(
         f"{path}: no token is known to separate documents; the files beside it name none"
