@@ -1,4 +1,4 @@
-"""A language model with its tokenizer, from wherever its weights lie: it generates and scores text."""
+"""A language model with its tokenizer, wherever its weights lie: it writes and scores text."""
 
 import dataclasses
 import functools
@@ -250,8 +250,8 @@ def with_tokenizer(
     text = tokenizers.make_tokenizer(name, token)
     if text.document_id >= found.model_config["vocab_size"]:
         raise ValueError(
-            f"documents begin with token {text.document_id} of the tokenizer {name}, and the model {found.source} "
-            f"has {found.model_config['vocab_size']} tokens: it is another model's"
+            f"documents begin with token {text.document_id} of the tokenizer {name}, and the model "
+            f"{found.source} has {found.model_config['vocab_size']} tokens: it is another model's"
         )
     return LoadedModel(found, found.model, text, name, token, starts_documents)
 

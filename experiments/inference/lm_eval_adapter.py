@@ -52,8 +52,8 @@ class HarnessModel(TemplateLM):
         text, vocab_size = loaded.tokenizer, loaded.model.vocab_size
         if not fits(text, vocab_size):
             raise ValueError(
-                f"the tokenizer has {text.vocab_size} tokens, and the model's vocabulary {vocab_size}: use the "
-                "tokenizer that the model was trained with"
+                f"the tokenizer has {text.vocab_size} tokens, and the model's vocabulary "
+                f"{vocab_size}: use the tokenizer that the model was trained with"
             )
         self._loaded, self._text, self._batch_size = loaded, text, batch_size
         self.eot_token_id, self.tokenizer_name = text.document_id, type(text).__name__
@@ -136,7 +136,8 @@ class HarnessModel(TemplateLM):
             return tokens
         if length >= limit:
             raise ValueError(
-                f"the task generates up to {length} tokens, and the model's context is {limit}: no room is left for a prompt"
+                f"the task generates up to {length} tokens, and the model's context is {limit}: "
+                "no room is left for a prompt"
             )
         return tokens[-(limit - length) :]
 
@@ -156,8 +157,8 @@ def _generation(asked: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
     options |= {name: value for name, value in given.items() if value}  # 0 is none
     if asked:
         raise ValueError(
-            f"a task asks for the generation argument {sorted(asked)[0]!r}, which is not supported; these are: until, "
-            "max_gen_toks, do_sample, temperature, top_k, top_p"
+            f"a task asks for the generation argument {sorted(asked)[0]!r}, which is not supported; "
+            "these are: until, max_gen_toks, do_sample, temperature, top_k, top_p"
         )
     return options, int(length), [until] if isinstance(until, str) else [s for s in until if s]
 
@@ -173,7 +174,7 @@ def run(
 ) -> dict[str, Any]:
     """Returns the harness's results: "results" (task -> metric -> value), "n-samples", "versions".
 
-    path: a folder with task files of your own. include_defaults: whether the harness's own are read,
+    path: a folder with task files of your own. include_defaults: whether to read the harness's own,
     too, which takes seconds. limit: examples of each task.
 
     Raises ValueError for a task that is not there, with close matches.
@@ -204,7 +205,8 @@ def _unknown(name: str, known: set[str], path: str | None) -> str:
     if path:
         own = TaskManager(include_path=path, include_defaults=False).all_tasks
         return f"{message} Tasks in {path}: {', '.join(own) or 'none'}"
-    return f"{message} `lm_eval ls tasks` lists all {len(known)}; --lm_eval_path names a folder of your own"
+    lists = f"`lm_eval ls tasks` lists all {len(known)}"
+    return f"{message} {lists}; --lm_eval_path names a folder of your own"
 
 
 def table(results: dict[str, Any]) -> str:

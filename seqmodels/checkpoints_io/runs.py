@@ -85,7 +85,7 @@ def _checkpoint(folder: Path, step: int | None) -> str:
         raise ValueError(f"{folder} holds no checkpoint")
     if step is not None and step not in steps:
         raise ValueError(
-            f"there is no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}"
+            f"there is no checkpoint of step {step} in {folder}; there are {str(steps)[1:-1]}"
         )
     return str((folder / str(steps[-1] if step is None else step)).absolute())
 
