@@ -157,8 +157,8 @@ def _generation(asked: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
     options |= {name: value for name, value in given.items() if value}  # 0 is none
     if asked:
         raise ValueError(
-            f"a task asks for the generation argument {sorted(asked)[0]!r}, which is not supported; "
-            "these are: until, max_gen_toks, do_sample, temperature, top_k, top_p"
+            f"a task asks for the generation argument {sorted(asked)[0]!r}, which is not "
+            "supported; these are: until, max_gen_toks, do_sample, temperature, top_k, top_p"
         )
     return options, int(length), [until] if isinstance(until, str) else [s for s in until if s]
 

@@ -344,8 +344,8 @@ def check_ids(model, tokens: Sequence[int] | np.ndarray) -> None:
     outside = ids[(ids < 0) | (ids >= model.vocab_size)]
     if outside.size:
         raise ValueError(
-            f"token id {outside[0]} is not in the model's vocabulary of {model.vocab_size}: use the "
-            "tokenizer that the model was trained with, or a text without this token"
+            f"token id {outside[0]} is not in the model's vocabulary of {model.vocab_size}: use "
+            "the tokenizer that the model was trained with, or a text without this token"
         )
 
 
