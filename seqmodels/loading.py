@@ -189,17 +189,22 @@ class LoadedModel:
         return self.with_max_len(min(room, limit)).model
 
 
-def load(
-    source: str | Path,
-    tokenizer: str = "",
-    *,
-    dtype: str | None = None,
-    max_len: int | None = None,
-    step: int | None = None,
-    **options,
-) -> LoadedModel:
+def load(source: str | Path, tokenizer: str = "", **options) -> LoadedModel:
     """Returns the model of any source, as `seqmodels.load` says."""
-    source = str(source)
+    try:
+        return _load(str(source), tokenizer, **options)
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":
+            raise
+        raise ValueError(
+            "a tokenizer is read by the package tokenizers, which is not installed: "
+            "pip install 'linear-seqmodels[gguf]', or [hub], or [train]"
+        ) from error
+
+
+def _load(
+    source: str, tokenizer: str, *, dtype=None, max_len=None, step=None, **options
+) -> LoadedModel:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if not runs.is_run(source):

@@ -113,13 +113,7 @@ def open_file(path: str):
     """The library's tokenizer of a file, which reads every text whole and always alike: without the
     truncation, the padding and the random choices (BPE dropout) that a file may have been saved
     with."""
-    try:
-        import tokenizers  # a compiled library that runs on bytes need not load
-    except ImportError as error:
-        raise ValueError(
-            "a tokenizer.json is read by the package tokenizers, which is not installed: "
-            "pip install 'linear-seqmodels[train]', or tokenizers by itself"
-        ) from error
+    import tokenizers  # a compiled library that runs on bytes need not load
 
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
