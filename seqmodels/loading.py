@@ -310,8 +310,9 @@ def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
     """Returns the token that separated documents in pretraining, as far as the files tell."""
     file, tokens = _open(path), found.tokens
     for i in (file.token_to_id(WHOLE_TEXT), tokens.bos, *tokens.eos):
-        known = i is not None and i < found.model_config["vocab_size"]
-        if known and (token := file.id_to_token(i)):
+        if i is None or i >= found.model_config["vocab_size"]:
+            continue
+        if token := file.id_to_token(i):
             return token
     raise ValueError(
         f"{path}: no token is known to separate documents; the files beside it name none"
