@@ -38,7 +38,7 @@ _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     loading.DTYPES,
-    "of the weights, and of a workdir's activations, whose weights are float32; default: the source's",
+    "of weights, but of a workdir's (float32), and of its activations; default: the source's",
 )
 _MAX_LEN = flags.DEFINE_integer(
     "max_len",

@@ -1,10 +1,10 @@
 """Linear-time sequence models in Flax: mixers, blocks, language models and their sharding.
 
-    import seqmodels
-    model = seqmodels.load("gguf:smollm2")
-    print(model.generate("The capital of France is", max_new_tokens=20))
-    for text in model.generate("What is a state space?", chat=True, stream=True):
-        print(text, end="", flush=True)
+import seqmodels
+model = seqmodels.load("gguf:smollm2")
+print(model.generate("The capital of France is", max_new_tokens=20))
+for text in model.generate("What is a state space?", chat=True, stream=True):
+    print(text, end="", flush=True)
 """
 
 

@@ -1,4 +1,4 @@
-"""A language model with its tokenizer, from wherever its weights lie: it generates and scores text."""
+"""A language model with its tokenizer, wherever its weights lie: it writes and scores text."""
 
 import dataclasses
 import functools
@@ -189,17 +189,22 @@ class LoadedModel:
         return self.with_max_len(min(room, limit)).model
 
 
-def load(
-    source: str | Path,
-    tokenizer: str = "",
-    *,
-    dtype: str | None = None,
-    max_len: int | None = None,
-    step: int | None = None,
-    **options,
-) -> LoadedModel:
+def load(source: str | Path, tokenizer: str = "", **options) -> LoadedModel:
     """Returns the model of any source, as `seqmodels.load` says."""
-    source = str(source)
+    try:
+        return _load(str(source), tokenizer, **options)
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":
+            raise
+        raise ValueError(
+            "a tokenizer is read by the package tokenizers, which is not installed: "
+            "pip install 'linear-seqmodels[gguf]', or [hub], or [train]"
+        ) from error
+
+
+def _load(
+    source: str, tokenizer: str, *, dtype=None, max_len=None, step=None, **options
+) -> LoadedModel:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if not runs.is_run(source):
@@ -250,8 +255,8 @@ def with_tokenizer(
     text = tokenizers.make_tokenizer(name, token)
     if text.document_id >= found.model_config["vocab_size"]:
         raise ValueError(
-            f"documents begin with token {text.document_id} of the tokenizer {name}, and the model {found.source} "
-            f"has {found.model_config['vocab_size']} tokens: it is another model's"
+            f"documents begin with token {text.document_id} of the tokenizer {name}, and the model "
+            f"{found.source} has {found.model_config['vocab_size']} tokens: it is another model's"
         )
     return LoadedModel(found, found.model, text, name, token, starts_documents)
 
@@ -302,15 +307,12 @@ def _is_prompt(value) -> bool:
 
 
 def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
-    """The token that stands before documents: what separated them in pretraining, as far as the
-    files tell."""
+    """Returns the token that separated documents in pretraining, as far as the files tell."""
     file, tokens = _open(path), found.tokens
     for i in (file.token_to_id(WHOLE_TEXT), tokens.bos, *tokens.eos):
-        if (
-            i is not None
-            and i < found.model_config["vocab_size"]
-            and (token := file.id_to_token(i))
-        ):
+        if i is None or i >= found.model_config["vocab_size"]:
+            continue
+        if token := file.id_to_token(i):
             return token
     raise ValueError(
         f"{path}: no token is known to separate documents; the files beside it name none"

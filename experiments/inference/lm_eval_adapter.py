@@ -21,7 +21,7 @@ except ImportError as error:
     raise ValueError(f"lm_eval tasks need the extra: pip install '.[eval]' ({error})") from error
 
 from seqmodels.loading import LoadedModel
-from seqmodels.text import sampling, scoring
+from seqmodels.text import sampling
 from seqmodels.text.tokenizers import BYTES, fits
 
 MAX_GENERATED = 256  # tokens, where a task does not say
@@ -37,55 +37,35 @@ class HarnessModel(TemplateLM):
     first word, under every tokenizer; the harness's model for transformers decodes it alone, and
     has no such space with SentencePiece.
 
-    batch_size: prompts generated together. tokens_a_batch: of scoring, see `scoring.score`.
+    batch_size: prompts generated together.
     max_length: tokens that the model may see; longer requests lose tokens from the left, as the
       harness has it. None is the context of a pretrained model. A run is given as many as there
       are, up to its learned positions, and when generating as many as the shortest cache of a
       full-attention layer holds.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        *,
-        batch_size: int = 8,
-        tokens_a_batch: int = 4096,
-        max_length: int | None = None,
-    ):
+    max_gen_toks = MAX_GENERATED
+    eot_token_id, prefix_token_id, tokenizer_name = 0, 0, ""  # a tokenizer's own, set below
+
+    def __init__(self, loaded: LoadedModel, *, batch_size: int = 8, max_length: int | None = None):
         super().__init__()
         text, vocab_size = loaded.tokenizer, loaded.model.vocab_size
         if not fits(text, vocab_size):
             raise ValueError(
-                f"the tokenizer has {text.vocab_size} tokens, and the model's vocabulary {vocab_size}: use the "
-                "tokenizer that the model was trained with"
+                f"the tokenizer has {text.vocab_size} tokens, and the model's vocabulary "
+                f"{vocab_size}: use the tokenizer that the model was trained with"
             )
-        self._loaded, self._text = loaded, text
-        self._batch_size, self._tokens_a_batch = batch_size, tokens_a_batch
+        self._loaded, self._text, self._batch_size = loaded, text, batch_size
+        self.eot_token_id, self.tokenizer_name = text.document_id, type(text).__name__
         tokens, limit = loaded.found.tokens, sampling.context_limit(loaded.model)
         self._cached = limit and limit[0]
         self._document_starts = loaded.starts_documents or loaded.tokenizer_name == BYTES
         if self._document_starts:
-            self._prefix_token, context = text.document_id, loaded.model.learned_positions
+            self.prefix_token_id, context = text.document_id, loaded.model.learned_positions
         else:
             ends = next(iter(tokens.eos), text.document_id)
-            self._prefix_token, context = ends if tokens.bos is None else tokens.bos, self._cached
+            self.prefix_token_id, context = ends if tokens.bos is None else tokens.bos, self._cached
         self._max_length = context if max_length is None else max_length
-
-    @property
-    def eot_token_id(self) -> int:
-        return self._text.document_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self._prefix_token
-
-    @property
-    def max_gen_toks(self) -> int:
-        return MAX_GENERATED
-
-    @property
-    def tokenizer_name(self) -> str:
-        return type(self._text).__name__
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         ids = [int(i) for i in self._text.encode(string)]
@@ -100,10 +80,7 @@ class HarnessModel(TemplateLM):
         for _, context, continuation in requests:
             tokens = [*context, *continuation]
             sequences.append(tokens[-(self._max_length + 1) :] if self._max_length else tokens)
-        loaded = self._loaded
-        scores = scoring.score(
-            loaded.model, loaded.params, sequences, tokens_a_batch=self._tokens_a_batch
-        )
+        scores = self._loaded.score(sequences)
         answers = []
         for (texts, _, continuation), (nll_N, correct_N) in zip(requests, scores):
             counted = slice(max(len(nll_N) - len(continuation), 0), None)
@@ -159,7 +136,8 @@ class HarnessModel(TemplateLM):
             return tokens
         if length >= limit:
             raise ValueError(
-                f"the task generates up to {length} tokens, and the model's context is {limit}: no room is left for a prompt"
+                f"the task generates up to {length} tokens, and the model's context is {limit}: "
+                "no room is left for a prompt"
             )
         return tokens[-(limit - length) :]
 
@@ -179,8 +157,8 @@ def _generation(asked: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
     options |= {name: value for name, value in given.items() if value}  # 0 is none
     if asked:
         raise ValueError(
-            f"a task asks for the generation argument {sorted(asked)[0]!r}, which is not supported; these are: until, "
-            "max_gen_toks, do_sample, temperature, top_k, top_p"
+            f"a task asks for the generation argument {sorted(asked)[0]!r}, which is not "
+            "supported; these are: until, max_gen_toks, do_sample, temperature, top_k, top_p"
         )
     return options, int(length), [until] if isinstance(until, str) else [s for s in until if s]
 
@@ -196,7 +174,7 @@ def run(
 ) -> dict[str, Any]:
     """Returns the harness's results: "results" (task -> metric -> value), "n-samples", "versions".
 
-    path: a folder with task files of your own. include_defaults: whether the harness's own are read,
+    path: a folder with task files of your own. include_defaults: whether to read the harness's own,
     too, which takes seconds. limit: examples of each task.
 
     Raises ValueError for a task that is not there, with close matches.
@@ -227,7 +205,8 @@ def _unknown(name: str, known: set[str], path: str | None) -> str:
     if path:
         own = TaskManager(include_path=path, include_defaults=False).all_tasks
         return f"{message} Tasks in {path}: {', '.join(own) or 'none'}"
-    return f"{message} `lm_eval ls tasks` lists all {len(known)}; --lm_eval_path names a folder of your own"
+    lists = f"`lm_eval ls tasks` lists all {len(known)}"
+    return f"{message} {lists}; --lm_eval_path names a folder of your own"
 
 
 def table(results: dict[str, Any]) -> str:

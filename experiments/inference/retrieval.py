@@ -20,8 +20,8 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[dict]:
-    """Returns rows task, length, depth, examples, accuracy: the share of examples whose answer is in
-    what the model says next, greedily, up to the end of the line.
+    """Returns rows task, length, depth, examples, accuracy: the share of examples whose answer is
+    in what the model says next, greedily, up to the end of the line.
 
     forms: `needles` has the tasks. lengths: tokens of a prompt and its answer.
 

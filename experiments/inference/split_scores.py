@@ -1,5 +1,5 @@
-"""A model's scores on a split: loss, perplexity, bits per byte, accuracy; by position in a document,
-or for tasks by length; by length of context. As JSON, pictures and tables."""
+"""A model's scores on a split, as tables, JSON and pictures: loss, perplexity, bits per byte and
+accuracy, by position in a document, or for tasks by length, and by length of context."""
 
 import functools
 from collections.abc import Sequence

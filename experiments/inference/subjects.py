@@ -39,7 +39,7 @@ class Subject:
 
 
 def config_of(flag: Callable[[str], str | None]) -> ConfigDict:
-    """Returns the config of --workdir's run, or with --model one with the data that --data names."""
+    """Returns the config of --workdir's run; with --model, one with the data that --data names."""
     if not flag("model"):
         return run_record.load_config(flag("workdir") or "")
     if flag("workdir"):
@@ -53,14 +53,15 @@ def config_of(flag: Callable[[str], str | None]) -> ConfigDict:
 def of_run(
     config, workdir: str, split: str | None, step: int | None = None, asked: Sequence[str] = ()
 ) -> Subject:
-    """Returns a run's checkpoint, the latest if `step` is None, to score on a split if there is one.
+    """Returns a run's checkpoint, the latest if `step` is None, to score on a split if there is.
 
     asked: flags that need a language model. Raises UserError for one where the data is not text.
     """
     of_text = "tokenizer" in config.data
     if asked and not of_text:
         raise cli.UserError(
-            f"the run's data, {config.data.name!r}, is not text: --{asked[0]} needs a language model"
+            f"the run's data, {config.data.name!r}, is not text: --{asked[0]} needs a language "
+            "model"
         )
     config = restore.reading_config(config)
     dataset, length = _dataset(config, split)
@@ -96,8 +97,8 @@ def read_split(config, split: str):
     dataset = make_dataset(config.data, split, process_index=share.index, process_count=share.count)
     if dataset.vocab_size > config.model.vocab_size:
         raise ValueError(
-            f"the data has ids up to {dataset.vocab_size - 1}, and the model a vocabulary of {config.model.vocab_size}: score it "
-            "with the tokenizer that it was trained with"
+            f"the data has ids up to {dataset.vocab_size - 1}, and the model a vocabulary of "
+            f"{config.model.vocab_size}: score it with the tokenizer that it was trained with"
         )
     return dataset
 

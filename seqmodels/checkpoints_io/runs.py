@@ -85,7 +85,7 @@ def _checkpoint(folder: Path, step: int | None) -> str:
         raise ValueError(f"{folder} holds no checkpoint")
     if step is not None and step not in steps:
         raise ValueError(
-            f"there is no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}"
+            f"there is no checkpoint of step {step} in {folder}; there are {str(steps)[1:-1]}"
         )
     return str((folder / str(steps[-1] if step is None else step)).absolute())
 
@@ -121,12 +121,14 @@ def _read_params(checkpoint: str, model_config: Mapping[str, Any], averaged: boo
     parts = read(params=stored, training=training)
     leaves = jax.tree.leaves(parts["training"], is_leaf=_is_schedule_free)
     state = next(filter(_is_schedule_free, leaves))
-    b1 = state["b1"]
 
-    def average(y, z, leaf):
-        return ((y - (1 - b1) * z) / b1).astype(leaf.dtype)
+    @jax.jit
+    def average(params, z, b1):
+        return jax.tree.map(
+            lambda y, z, leaf: ((y - (1.0 - b1) * z) / b1).astype(leaf.dtype), params, z, shapes
+        )
 
-    return jax.tree.map(average, parts["params"], state["z"], shapes)
+    return average(parts["params"], state["z"], state["b1"])
 
 
 def _is_schedule_free(node) -> bool:

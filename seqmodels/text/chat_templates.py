@@ -10,9 +10,7 @@ try:
     import jinja2
     from jinja2 import ext, nodes, sandbox
 except ImportError as error:
-    raise ValueError(
-        "chat templates need jinja2: pip install 'linear-seqmodels[gguf]', or jinja2 by itself"
-    ) from error
+    raise ValueError("chat templates need jinja2: pip install 'linear-seqmodels[gguf]'") from error
 
 
 class _Generation(ext.Extension):

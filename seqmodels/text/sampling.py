@@ -332,7 +332,8 @@ def _check_prompts(model, prompts: Sequence[Sequence[int]]) -> None:
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(
-                f"the prompt has no tokens (number {i} of {len(prompts)}); start with the tokenizer's document_id"
+                f"the prompt has no tokens (number {i} of {len(prompts)}); start with the "
+                "tokenizer's document_id"
             )
         check_ids(model, prompt)
 
@@ -343,8 +344,8 @@ def check_ids(model, tokens: Sequence[int] | np.ndarray) -> None:
     outside = ids[(ids < 0) | (ids >= model.vocab_size)]
     if outside.size:
         raise ValueError(
-            f"token id {outside[0]} is not in the model's vocabulary of {model.vocab_size}: use the tokenizer that the model "
-            "was trained with, or a text without this token"
+            f"token id {outside[0]} is not in the model's vocabulary of {model.vocab_size}: use "
+            "the tokenizer that the model was trained with, or a text without this token"
         )
 
 
@@ -379,6 +380,6 @@ def check_length(model, prompt_tokens: int, length: int) -> None:
     # The last token sampled is never fed back.
     if limit and prompt_tokens + length - 1 > limit:
         raise ValueError(
-            f"{prompt_tokens} prompt tokens and {length} more do not fit into {what} ({limit} tokens). Generate less, or set "
-            "max_length in config.model.pattern"
+            f"{prompt_tokens} prompt tokens and {length} more do not fit into {what} ({limit} "
+            "tokens). Generate less, or set max_length in config.model.pattern"
         )

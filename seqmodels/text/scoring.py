@@ -28,8 +28,8 @@ def _nll_and_correct(model, params, batch):
 def score(
     model, params, sequences: Sequence[Sequence[int]], *, tokens_a_batch: int = 4096
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns (nll_N, correct_N) of each sequence of token ids: for its tokens but the first, -log p
-    (float32, nats) given all before them, and whether each is the likeliest.
+    """Returns (nll_N, correct_N) of each sequence of token ids: for all its tokens but the first,
+    -log p (float32, nats) given those before, and whether each is the likeliest.
 
     A row holds as many sequences as fit, each a document of its own, so that no sequence sees
     another. Rows are as long as a power of two that holds the longest sequence, or the learned

@@ -227,13 +227,15 @@ def test_the_programs(folder, tmp_path):
     greedy = ("--prompt=abc", "--length=4", "--temperature=0")
     of_model = python("experiments.generate", f"--model={folder}", *greedy)
     assert of_model.returncode == 0, of_model.stderr
-    assert of_model.stdout.startswith("abc")
+    options = {"max_new_tokens": 4, "temperature": 0}
+    assert of_model.stdout == f"abc{seqmodels.load(folder).generate('abc', **options)}\n"
     asked, asked_of_run = (
         python("experiments.generate", flag, "--chat", *greedy)
         for flag in (f"--model={folder}", f"--workdir={out}")
     )
     assert asked.returncode == asked_of_run.returncode == 0, asked_of_run.stderr
-    assert asked_of_run.stdout == asked.stdout
+    answer = seqmodels.load(out).generate("abc", chat=True, **options)
+    assert asked_of_run.stdout == asked.stdout == f"{answer}\n"
     refused = python("experiments.generate", f"--model={folder}", f"--workdir={out}")
     assert refused.returncode == 2 and "give one of --workdir" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import data
+from experiments.inference import pretrained, subjects
 from experiments.launch import cli
 from experiments.training import evaluation, metrics, plots, steps
 from seqmodels import language_model
@@ -46,6 +47,23 @@ def test_totals_are_means_over_the_tokens_that_count(batch):
     assert totals["bits_per_byte"] == pytest.approx(sum(nll) / math.log(2) / totals["bytes"])
     of_a_task = batch | {"num_bytes": np.zeros((2, 6), np.int32)}
     assert "bytes" not in score(of_a_task).totals()
+
+
+def test_what_needs_text_is_told_of_runs_that_have_none(tmp_path):
+    config = tiny.make_config(tmp_path)
+    config.data = data.default_config("mqar")
+    with pytest.raises(cli.UserError, match="'mqar', is not text: --retrieval needs a language"):
+        subjects.of_run(config, "nowhere", None, asked=["retrieval"])
+    with pytest.raises(ValueError, match="'mqar', is not text: there is nothing to generate"):
+        pretrained.load_run(config, "nowhere")
+    config.model.vocab_size, config.mesh.data = 60, -1
+    config.data = data.default_config("python_stdlib")
+    with pytest.raises(ValueError, match="ids up to 256, and the model a vocabulary of 60"):
+        subjects.read_split(config, "test")
+    flags = {"model": "folder", "data": "text", "workdir": None}
+    assert subjects.config_of(flags.get).data.name == "text"
+    with pytest.raises(cli.UserError, match="not both"):
+        subjects.config_of((flags | {"workdir": "run"}).get)
 
 
 def test_batches_add_up(batch):

@@ -226,7 +226,7 @@ def test_options_out_of_range_are_refused(hybrid, options, message):
 
 
 def test_learned_positions_are_a_limit():
-    """With windows there is no cache that is too short; the table of positions ends all the same."""
+    """With windows no cache is too short; the table of positions ends all the same."""
     config = {"vocab_size": 7, "d_model": 8, "num_layers": 1, "pattern": "attention(window=4)"}
     model = language_model.from_config(config | {"learned_positions": 6})
     assert sampling.context_limit(model) == (6, "the model's learned positions")
