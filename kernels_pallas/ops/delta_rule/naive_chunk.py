@@ -61,7 +61,7 @@ def run(
 
     inputs = q_BTHK, k_BTHK, v_BTHV, beta_BTH[..., None], g_BTHK
     chunks = [chunk_blocks.to_chunks(x, C, dtype) for x in inputs]
-    final_BHKV, o_NBHCV = jax.lax.scan(chunk, initial_state_BHKV, chunks)
+    final_BHKV, o_NBHCV = jax.lax.scan(jax.checkpoint(chunk), initial_state_BHKV, chunks)
     o_BTHV = scale * chunk_blocks.from_chunks(o_NBHCV)[:, :T]
     return o_BTHV.astype(v_BTHV.dtype), final_BHKV
 
@@ -111,5 +111,5 @@ def run_diagonal_plus_low_rank(
 
     inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, g_BTHK
     chunks = [chunk_blocks.to_chunks(x, C, dtype) for x in inputs]
-    final_BHKV, o_NBHCV = jax.lax.scan(chunk, initial_state_BHKV, chunks)
+    final_BHKV, o_NBHCV = jax.lax.scan(jax.checkpoint(chunk), initial_state_BHKV, chunks)
     return chunk_blocks.from_chunks(o_NBHCV)[:, :T].astype(v_BTHV.dtype), final_BHKV
