@@ -133,7 +133,9 @@ def _held_as(dtype):
 
 def to_chunks(x_BTHX: jax.Array, C: int, dtype=None) -> jax.Array:
     """(B, T, H, X) to (N, B, H, C, X), zeros behind the last token where C does not divide T."""
-    x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, padding(x_BTHX.shape[1], C)), (0, 0), (0, 0)))
+    missing = padding(x_BTHX.shape[1], C)
+    if missing != 0:
+        x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, missing), (0, 0), (0, 0)))
     B, _, H, X = x_BTHX.shape
     return x_BTHX.reshape(B, -1, C, H, X).transpose(1, 0, 3, 2, 4).astype(dtype or x_BTHX.dtype)
 

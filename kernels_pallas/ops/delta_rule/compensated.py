@@ -91,9 +91,12 @@ def _unless_zero(used, rest):
 
 def state_product(A_rest_CC):
     """Returns the einsum for products that make states of states, rounded once if compensated."""
-    if A_rest_CC is None:
-        return jnp.einsum
-    return lambda subscripts, x, y: sum(_split_product(subscripts, x, y))
+    return jnp.einsum if A_rest_CC is None else rounded_once
+
+
+def rounded_once(subscripts, x, y):
+    """Returns the einsum of x and y in float32, computed in two terms and rounded once."""
+    return sum(_split_product(subscripts, x, y))
 
 
 def solve(A_CC, A_rest_CC, X_CC, R_CV):

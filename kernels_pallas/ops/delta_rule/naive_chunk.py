@@ -1,7 +1,8 @@
 """The chunk algebra of the delta rule, and of diagonal plus low rank, to be read beside docs/math.
 
 It computes what `chunked.py` computes, chunk after chunk and pair by pair of tokens, in
-O(C^2 K) memory, and leaves the backward pass to JAX.
+O(C^2 K) memory, and leaves the backward pass to JAX. Where beta is 2 a state forgets nothing,
+rounding errors included, so U is refined once, and products that make states are rounded once.
 """
 
 import functools
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from kernels_pallas.common import arguments, chunk_blocks, decay, segments
+from kernels_pallas.ops.delta_rule.compensated import rounded_once
 
 CHUNK_SIZE = 32
 _unit_lower_solve = functools.partial(solve_triangular, lower=True, unit_diagonal=True)
@@ -48,7 +50,8 @@ def run(
         kU_BHCKV = k_BHCK[..., None] * U_BHCV[..., None, :]
         S_BHCKV = jnp.einsum("BHijK,BHjKV->BHiKV", D_BHCCK * earlier_11CC1, kU_BHCKV)
         S_BHCKV += exp_g_cumsum_BHCK[..., None] * S_BHKV[:, :, None]
-        read_BHCV = jnp.einsum("BHiK,BHiKV->BHiV", k_BHCK, S_BHCKV)
+        read_BHC1V = rounded_once("BHiZK,BHiKV->BHiZV", k_BHCK[:, :, :, None], S_BHCKV)
+        read_BHCV = read_BHC1V[..., 0, :]
         U_BHCV += _unit_lower_solve(A_BHCC, beta_BHC1 * (v_BHCV - read_BHCV) - U_BHCV)
         # Z_ij = q_i^T diag(D_ij) k_j, o = (q exp(g_cumsum)) S + Z U
         Z_BHCC = jnp.einsum("BHiK,BHijK,BHjK->BHij", q_BHCK, D_BHCCK, k_BHCK)
@@ -56,12 +59,12 @@ def run(
         o_BHCV += jnp.einsum("BHij,BHjV->BHiV", Z_BHCC, U_BHCV)
         # S' = diag(exp(g_total)) S + (k exp(g_reversed))^T U
         S_BHKV = exp_g_cumsum_BHCK[:, :, -1, :, None] * S_BHKV
-        S_BHKV += jnp.einsum("BHjK,BHjV->BHKV", k_BHCK * exp_g_reversed_BHCK, U_BHCV)
+        S_BHKV += rounded_once("BHjK,BHjV->BHKV", k_BHCK * exp_g_reversed_BHCK, U_BHCV)
         return S_BHKV, o_BHCV
 
     inputs = q_BTHK, k_BTHK, v_BTHV, beta_BTH[..., None], g_BTHK
     chunks = [chunk_blocks.to_chunks(x, C, dtype) for x in inputs]
-    final_BHKV, o_NBHCV = jax.lax.scan(chunk, initial_state_BHKV, chunks)
+    final_BHKV, o_NBHCV = jax.lax.scan(jax.checkpoint(chunk), initial_state_BHKV, chunks)
     o_BTHV = scale * chunk_blocks.from_chunks(o_NBHCV)[:, :T]
     return o_BTHV.astype(v_BTHV.dtype), final_BHKV
 
@@ -111,5 +114,5 @@ def run_diagonal_plus_low_rank(
 
     inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, g_BTHK
     chunks = [chunk_blocks.to_chunks(x, C, dtype) for x in inputs]
-    final_BHKV, o_NBHCV = jax.lax.scan(chunk, initial_state_BHKV, chunks)
+    final_BHKV, o_NBHCV = jax.lax.scan(jax.checkpoint(chunk), initial_state_BHKV, chunks)
     return chunk_blocks.from_chunks(o_NBHCV)[:, :T].astype(v_BTHV.dtype), final_BHKV

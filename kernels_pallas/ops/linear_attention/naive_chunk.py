@@ -37,6 +37,6 @@ def run(
         return S_BHKV, o_BHCV
 
     chunks = [chunk_blocks.to_chunks(x, C, dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTHK)]
-    final_BHKV, o_NBHCV = jax.lax.scan(chunk, initial_state_BHKV, chunks)
+    final_BHKV, o_NBHCV = jax.lax.scan(jax.checkpoint(chunk), initial_state_BHKV, chunks)
     o_BTHV = scale * chunk_blocks.from_chunks(o_NBHCV)[:, :T]
     return o_BTHV.astype(v_BTHV.dtype), final_BHKV

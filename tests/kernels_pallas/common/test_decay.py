@@ -1,5 +1,4 @@
-"""Decays between tokens of a chunk, against plain float64 loops; products that round their
-operands."""
+"""Kinds of decay, and decays between tokens of a chunk against plain float64 loops."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from kernels_pallas.common import decay, matmul
 
 
 def _log_decay(C, K, seed=0):
-    """Weak, strong, and (token 5 and one channel of token 9) resets."""
+    """Weak and strong decays, with resets at token 5 and in one channel of token 9."""
     rng = np.random.default_rng(seed)
     log_decay = -np.choose(rng.integers(0, 3, (C, K)), [1e-3, 0.5, 50.0]) * rng.random((C, K))
     log_decay[5 % C] = decay.RESET
@@ -19,7 +18,7 @@ def _log_decay(C, K, seed=0):
 
 
 def _between(log_decay_CK, exclusive):
-    """exp of the sum over j+1..i (before: to i-1) for each pair, by slices: (C, C, K), float64."""
+    """D_ij (exclusive: D_{i-1,j}) of each pair and channel, by slices: (C, C, K), float64."""
     C, K = log_decay_CK.shape
     D_CCK = np.zeros((C, C, K))
     for i in range(C):
@@ -27,6 +26,34 @@ def _between(log_decay_CK, exclusive):
             stop = i if exclusive else i + 1
             D_CCK[i, j] = np.exp(log_decay_CK[j + 1 : stop].astype(np.float64).sum(axis=0))
     return D_CCK
+
+
+@pytest.mark.parametrize(
+    "shape, kind",
+    [
+        ((3,), "per_head"),
+        ((2, 5, 3), "per_token"),
+        ((2, 5, 3, 1), "per_token"),
+        ((2, 5, 3, 8), "per_channel"),
+        ((4, 2, 3, 16, 1), "per_token"),  # in chunks
+        ((4, 2, 3, 16, 8), "per_channel"),
+    ],
+)
+def test_kind_of_a_decay(shape, kind):
+    assert decay.kind(jnp.zeros(shape)) == kind
+    assert decay.kind(None) == "none" and decay.kind(None, segment_ids=1) == "per_token"
+
+
+def test_documents_start_with_a_reset():
+    ids_BT = np.array([[1, 1, 2, 2, 1]])
+    reset = np.array([0, 0, decay.RESET, 0, decay.RESET], np.float32)
+    assert decay.with_resets(None, None, jnp.float32) is None
+    np.testing.assert_array_equal(decay.with_resets(None, ids_BT, np.float32)[0, :, 0, 0], reset)
+    g_BTHK = np.full((1, 5, 2, 3), -0.5, np.float32)
+    expected = np.where(reset < 0, reset, np.float32(-0.5))[None, :, None, None]
+    np.testing.assert_array_equal(
+        decay.with_resets(g_BTHK, ids_BT, np.float32), np.broadcast_to(expected, g_BTHK.shape)
+    )
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
@@ -42,10 +69,12 @@ def test_decays_are_right_to_float32(C, exclusive):
     def compute(log_decay_CK):
         sums = decay.chunk_sums(log_decay_CK)
         scores_CC = decay.decayed_scores(q_CK, k_CK, sums, exclusive=exclusive)
-        return sums, decay.pair_decay(log_decay_CK[:, 1:2], exclusive=exclusive), scores_CC
+        D_CC = decay.pair_decay(log_decay_CK[:, 1:2], exclusive=exclusive)
+        return sums, D_CC, decay.naive_pair_decay(log_decay_CK, exclusive=exclusive), scores_CC
 
-    sums, D_CC, scores_CC = compute(log_decay_CK)
+    sums, D_CC, naive_CCK, scores_CC = compute(log_decay_CK)
     np.testing.assert_allclose(D_CC, D_CCK[:, :, 1], rtol=1e-5, atol=1e-35)
+    np.testing.assert_allclose(naive_CCK, D_CCK, rtol=1e-5, atol=1e-35)
     expected_CC = np.einsum("iK,jK,ijK->ij", q_CK, k_CK, D_CCK)
     np.testing.assert_allclose(scores_CC, expected_CC, atol=1e-5)
 
@@ -114,9 +143,8 @@ def test_products_of_narrow_inputs_are_exact_to_float32_and_so_is_the_backward_p
 
 
 @pytest.mark.parametrize("T", [5, 128, 300])
-def test_sums_of_a_stretch(T):
-    """Decays from its start and to its end, resets among them, and their gradients, against
-    float64."""
+def test_sums_of_a_shard(T):
+    """Decays from its start and to its end, with resets, and their gradients, against float64."""
     rng = np.random.default_rng(T)
     g_BTHX = -rng.exponential(0.1, (2, T, 2, 3))
     g_BTHX[0, T // 2, 0] = decay.RESET

@@ -100,8 +100,8 @@ def test_rwkv7():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", ["none", "per_channel weak"])
-def test_many_heads_and_tokens_in_spans(decay):
-    """More chunks than one span holds, and a last span that is not full."""
+def test_many_heads_and_tokens_in_blocks(decay):
+    """More chunks than one block holds, and a last block that is not full."""
     inputs = inputs_of(DELTA_RULE, Shape(B=1, T=300, H=16, G=16, K=4, V=4), decay)
     got = everything(DELTA_RULE, "chunked", inputs)
     assert_close(got, truth(DELTA_RULE, inputs), 2e-5)
@@ -109,7 +109,7 @@ def test_many_heads_and_tokens_in_spans(decay):
 
 @pytest.mark.slow
 def test_rounding_where_it_is_not_held_down():
-    """Up to `reflections.REFLECTING` an error's sum stays small without more: one key at every
+    """Up to `compensated.REFLECTING` an error's sum stays small without more: one key at every
     token, as long as one likes."""
     inputs = inputs_of(DELTA_RULE, Shape(B=1, T=2000, H=1, G=1, K=16, V=4), "one key, beta 2")
     inputs["beta"] = np.full_like(inputs["beta"], 1.0099)
