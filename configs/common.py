@@ -44,8 +44,8 @@ here: 3, 1e-3, true, text, "(1.0, 0.5)", or None where this text says so.
         z_loss              weight of the mean of (log Z)^2 in the loss
     checkpoint  every: number of steps between checkpoints; keep: how many of the latest stay
     mesh        sizes of the axes pipe, data, fsdp, seq, tensor (seqmodels.sharding); -1: the rest
-    parallel    how the axes are used (seqmodels.sharding.Options): the collective of states along seq,
-                zero, offload, and the pipeline's microbatches and split_backward
+    parallel    how the axes are used (seqmodels.sharding.Options): collective of states along
+                seq, zero, offload, and the pipeline's microbatches and split_backward
     sample      prompt, length and temperature of a text generated at the end; length 0: none
     tensorboard, wandb   True, and the name of a project, write metrics there (extra packages of
                 the same names)

@@ -46,7 +46,7 @@ def checks(operator: Operator, platforms) -> list[tuple[str, str, str]]:
         (implementation.name, kind, dtype)
         for implementation in operator.implementations
         if implementation.platform in platforms
-        for kind in operator.case.kinds
+        for kind in (operator.case.kinds if operator.case else ())
         for dtype in _dtypes(operator.case, implementation.name, kind)
     ]
 
@@ -98,7 +98,7 @@ def main(arguments=None) -> int:
     shape = kernel_check.TINY if interpret else kernel_check.FULL
     for operator, *call in calls:
         with devices.interpreted(interpret):
-            result = kernel_check.check(operator, *call, shape)
+            result = kernel_check.check(operator, *call, shape=shape)
         print(line(result), flush=True)
         wrong |= result.problem is not None and not result.refused
         if not interpret:

@@ -106,7 +106,7 @@ def _log_decay(log_decay: Array | None) -> tuple[Array | None, str]:
 
 
 def _key_heads(x_BTGK: Array, v_BTHV: Array) -> Array:
-    """Copies key heads, which several heads of v share, where that lets them be split as v's are."""
+    """Copies key heads that several heads of v share, where that lets them be split as v's are."""
     G, H = x_BTGK.shape[2], v_BTHV.shape[2]
     ways = math.lcm(G, sharding.sizes().get(sharding.HEAD_AXIS, 1))
     if ways > G and H % ways == 0:
@@ -337,7 +337,7 @@ def with_earlier(axis_name, old_BS, x_BT) -> Array:
 
 
 def embedding(table_WD: Array, tokens_BT: Array) -> Array:
-    """Returns the tokens' rows of the table, (B, T, D). Words are split; a device looks up its own."""
+    """Returns the tokens' rows of the table, (B, T, D). Each device looks up its own words."""
     words = sharding.axes_of("W", table_WD.shape[0])
 
     def local(_, table_WE, tokens_BT):
@@ -376,5 +376,5 @@ def linear_cross_entropy(
         )
 
     token = f"B{time}"
-    details = kernels_pallas.TokenDetails(*[token] * len(kernels_pallas.TokenDetails._fields))
+    details = kernels_pallas.TokenDetails._make([token] * len(kernels_pallas.TokenDetails._fields))
     return on_parts(local, arrays, (token, details))

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from kernels_pallas.common.dtypes import custom_vjp
 from seqmodels import sharding
 from seqmodels.array_typing import Array
 
@@ -125,7 +126,8 @@ def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep: bool 
 
     def stage(params_N, index_N, x_BTD, rows):
         def one(x_BTD, inputs):
-            return pipe.layer(*inputs, x_BTD, rows, shared), None
+            params, index = inputs
+            return pipe.layer(params, index, x_BTD, rows, shared), None
 
         return jax.lax.scan(one, x_BTD, (params_N, index_N))[0]
 
@@ -168,7 +170,7 @@ def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
     return jnp.where(stage_S == (len(held_S) - 1 if back else 0), arriving[None], handed_S)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _run_split(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
     """Computes `_run`, with a backward pass in two."""
     return _run(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
@@ -257,7 +259,7 @@ def _dense_layers(pipe, params_SN, shared, index_SN, entered):
         lambda *arguments: pipe.layer.observed(first(params_SN), {}, *arguments, shared),
         first(index_SN), first(x_SBTD), first(rows_S),
     )  # fmt: skip
-    seen = traverse_util.flatten_dict(seen)
+    seen: dict[tuple, Any] = traverse_util.flatten_dict(seen)
     N = index_SN.shape[1]
     taps_N = {
         path: jax.ShapeDtypeStruct((N, *y.shape), y.dtype)

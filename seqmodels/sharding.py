@@ -25,6 +25,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.linen import spmd
 from jax.experimental import compute_on
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -258,7 +259,8 @@ def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None)
         rules = (("embed", ("fsdp", *copies)), *RULES)
 
     def sharding(path, leaf):
-        spec = nn.logical_to_mesh_axes(leaf.names if layers.is_boxed(leaf) else (), rules)
+        names = leaf.names if layers.is_boxed(leaf) else ()
+        spec = spmd.logical_to_mesh_axes(names, rules) or PartitionSpec()
 
         def of_array(array):
             for dimension, axes in zip(array.shape, spec):
@@ -337,7 +339,7 @@ class Placement:
 
 def _on_host(function: Callable) -> Callable:
     # compute_on2 of JAX 0.10 is compute_on of 0.12.
-    compute = getattr(compute_on, "compute_on2", compute_on.compute_on)
+    compute: Callable = getattr(compute_on, "compute_on2", compute_on.compute_on)
     return compute(function, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
 
 

@@ -45,7 +45,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """A test file's compiled programs are of no use to the next; dropping them keeps memory flat."""
+    """Drops a test file's compiled programs, of no use to the next: memory stays flat."""
     yield
     jax.clear_caches()
 

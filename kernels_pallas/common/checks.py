@@ -10,6 +10,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+from jax import core
 
 _ON = contextvars.ContextVar("checks", default=os.environ.get("SEQMODELS_CHECKS") == "1")
 
@@ -41,7 +42,7 @@ def not_positive(operator: str, name: str, array: jax.Array) -> None:
             )
 
     largest = jnp.max(array)
-    if isinstance(largest, jax.core.Tracer):
+    if isinstance(largest, core.Tracer):
         jax.debug.callback(raise_if_positive, largest)
     else:
         raise_if_positive(largest)

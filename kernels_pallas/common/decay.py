@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.common import dtypes, matmul, segments
+from kernels_pallas.common.dtypes import custom_vjp
 
 
 class Level(NamedTuple):
@@ -118,15 +119,16 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
         raise ValueError(f"chunk_sums: the chunk length must be a power of two; got {C}")
     U = min(C, BLOCK)
     if not levels:
-        whole = _sums_of(_summed_tokens(C, log_decay_CK.dtype, levels=False), log_decay_CK)
-        return Sums(log_decay_CK, *whole, whole[0][..., -1, :], ())
+        sums = _sums_of(_summed_tokens(C, log_decay_CK.dtype, levels=False), log_decay_CK)
+        cumsum, exclusive, reversed_ = sums
+        return Sums(log_decay_CK, cumsum, exclusive, reversed_, cumsum[..., -1, :], ())
     tokens = _halvings(log_decay_CK.reshape(*lead, C // U, U, K))
     blocks = _halvings(tokens.g_total_K)
 
     def whole(of_token, of_block):
         return (of_token + of_block[..., None, :]).reshape(*lead, C, K)
 
-    levels = [
+    of_chunk = [
         Level(*(x.reshape(*lead, -1, *x.shape[-2:]) for x in level)) for level in tokens.levels
     ]
     for level in blocks.levels:
@@ -136,7 +138,7 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
             of_token = of_token.reshape(*lead, M, 2, -1, U, K)[..., right, :, :, :]
             return (of_token + of_block[..., None, :]).reshape(*lead, M, -1, K)
 
-        levels.append(
+        of_chunk.append(
             Level(
                 half(tokens.g_cumsum_CK, level.g_exclusive_MUK, 1),
                 half(tokens.g_exclusive_CK, level.g_exclusive_MUK, 1),
@@ -149,7 +151,7 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
         whole(tokens.g_exclusive_CK, blocks.g_exclusive_CK),
         whole(tokens.g_reversed_CK, blocks.g_reversed_CK),
         blocks.g_total_K,
-        tuple(levels),
+        tuple(of_chunk),
     )
 
 
@@ -243,7 +245,7 @@ def pair_decay(log_decay_C1: jax.Array, *, exclusive: bool = False) -> jax.Array
     return _pair_decay(log_decay_C1, exclusive)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@custom_vjp(1)
 def _pair_decay(log_decay_C1, exclusive):
     *lead, C, _ = log_decay_C1.shape
     U = min(C, BLOCK)

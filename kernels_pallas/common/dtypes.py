@@ -1,5 +1,9 @@
 """Promotion of dtypes, explicitly: `jax_numpy_dtype_promotion` may be "strict"."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,3 +18,8 @@ def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns x y in their common dtype."""
     dtype = common(x, y)
     return x.astype(dtype) * y.astype(dtype)
+
+
+def custom_vjp(*nondiff_argnums: int) -> Callable[[Callable], Any]:
+    """Returns `jax.custom_vjp` as a decorator, for functions with arguments that are no arrays."""
+    return functools.partial(jax.custom_vjp, nondiff_argnums=nondiff_argnums)

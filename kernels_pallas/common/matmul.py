@@ -1,14 +1,13 @@
 """Matrix products with float32 results, forward and backward, and sums of rows as products."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import dtypes
+from kernels_pallas.common.dtypes import custom_vjp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Einsum of two operands with a result in float32 or wider, in the backward pass too.
 
@@ -59,7 +58,7 @@ def sum_last(x: jax.Array) -> jax.Array:
     return _sum_last(x.shape[-1], x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _sum_last(width, x):
     def product(x):
         wide = x.astype(dtypes.common(x.dtype, jnp.float32))

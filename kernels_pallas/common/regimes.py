@@ -7,7 +7,7 @@ LAWS = ("weak", "strong", "mixed", "resets", "extreme")
 DECAYS = tuple(f"{kind} {law}" for kind in ("per_token", "per_channel") for law in LAWS)
 
 
-def normal(rng, *size, dtype=np.float32):
+def normal(rng, *size, dtype: type[np.generic] = np.float32):
     """Standard normal numbers; of a complex dtype both parts are."""
     x = rng.standard_normal(size)
     if np.issubdtype(dtype, np.complexfloating):

@@ -28,15 +28,15 @@ operands are made varying first, and what is returned as replicated is a `psum` 
 so that transposition is right either way.
 """
 
-import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.common import arguments, dtypes, remat
+from kernels_pallas.common.dtypes import custom_vjp
 
 COLLECTIVES = ("all_gather", "all_scan", "ring")
 MOST_BLOCKS = 8  # of all_scan, unless the caller gives a number
@@ -279,7 +279,7 @@ def prefix_state_gradient(form: CollectiveForm, g, decay, joined_B):
     return prefix_state(form, g, decay, (None, None))[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _prefix_state(form, local, decay, ids):
     return _forward(form, local, decay, ids)[0]
 
@@ -364,7 +364,7 @@ def _scan(form, local, decay, ids):
     first_B, last_B = ids
     width = local.shape[-1] // N
     state = jnp.zeros_like(local)
-    joined_B = None if first_B is None else jnp.zeros_like(first_B, bool)
+    joined_B: Any = None if first_B is None else jnp.zeros_like(first_B, bool)
 
     def block(x, b):
         # Out of range this is another block, which is not sent.

@@ -205,12 +205,14 @@ def diagonal_scan(
         initial_state=initial_state,
         segment_ids=segment_ids,
     )
-    decay = decay_BTD
+    decay: Any = decay_BTD
     if log_decay is not None:
         checks.not_positive(name, "log_decay", jnp.real(log_decay))
         decay = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
     decay = decay.astype(final_BD.dtype)
-    decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
+    decay_BTD = (
+        jnp.asarray(decay) if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
+    )
     if initial_state is None:
         initial_state = jnp.zeros_like(x_BTD, shape=final_BD.shape)
     if arguments.nothing(x_BTD):
@@ -326,7 +328,11 @@ def causal_conv(
     operator = functools.partial(
         kernels_pallas.causal_conv, activation=activation, l2_norm_heads=l2_norm_heads, eps=eps
     )
-    call = {"bias": bias, "initial_state": initial_state, "segment_ids": segment_ids}
+    call: dict[str, Any] = {
+        "bias": bias,
+        "initial_state": initial_state,
+        "segment_ids": segment_ids,
+    }
     _, tail_like = _one_device_shapes(operator, x_BTD, w, **call)
     x_BTD = conv_reference.promoted(x_BTD, w, bias, initial_state)
     if not arguments.nothing(x_BTD):

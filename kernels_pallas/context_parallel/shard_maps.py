@@ -4,7 +4,6 @@
 the scan because its backward pass sends in its middle.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 
 import kernels_pallas
 from kernels_pallas.common import arguments, decay, dtypes, matmul, segments
+from kernels_pallas.common.dtypes import custom_vjp
 from kernels_pallas.context_parallel import collectives
 from kernels_pallas.dispatch import manual_axes
 
@@ -88,7 +88,9 @@ def by_transition_matrix(operator, inputs, how, keywords):
     """
     name = operator.__name__
     arguments.check_qkv(name, *inputs[:3])
-    form = collectives.form(name, *how, inputs[2].shape[-1], matrix=True)
+    axis_name, collective, blocks = how
+    columns = inputs[2].shape[-1]
+    form = collectives.form(name, axis_name, collective, blocks, columns, matrix=True)
     inputs = manual_axes.alike(inputs, form.ranks.axis_name)
     q_BTGK, k_BTGK, v_BTHV, *others, initial_state, segment_ids_BT = inputs
     arguments.check_segment_ids(name, segment_ids_BT, v_BTHV)
@@ -126,7 +128,7 @@ class ScanCall(NamedTuple):
         return kernels_pallas.diagonal_scan(x_BTD, decay_BTD, initial_state=state_BD, **how)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def scan(call, x_BTD, decay_BTD, initial_BD, ends):
     """Returns the shard's h and its final state. ends: ids of its first and last token, or None."""
     return _scan_forward(call, x_BTD, decay_BTD, initial_BD, ends)[0]

@@ -6,6 +6,7 @@ import glob
 import importlib.metadata
 import importlib.util
 import os
+from typing import Any
 
 import jax
 
@@ -21,7 +22,8 @@ def pass_over() -> None:
     Nothing changes where the user, or JAX on seeing a chip, has chosen platforms, or anything else
     speaks of a TPU.
     """
-    chosen = jax.config.jax_platforms is not None
+    config: Any = jax.config  # its type does not list the flags
+    chosen = config.jax_platforms is not None
     if chosen or importlib.util.find_spec("libtpu") is None or _may_be_there():
         return
     if importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(

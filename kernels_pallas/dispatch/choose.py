@@ -13,7 +13,9 @@ import numpy as np
 from kernels_pallas.dispatch import devices, manual_axes, verification
 from kernels_pallas.dispatch.case import OperatorCase
 
-_RECORDED = contextvars.ContextVar("recorded", default=None)
+_CONFIG: Any = jax.config  # flags are attributes that its type does not list
+
+_RECORDED: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorded", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Implementation:
         target = devices.current()
         if self.platform not in (None, target.platform):
             return f"it is a kernel for {self.platform}; this is {target.platform}"
-        if self.platform == "tpu" and jax.config.jax_enable_x64:
+        if self.platform == "tpu" and _CONFIG.jax_enable_x64:
             return (
                 "jax_enable_x64 is on, and Mosaic's compiler takes no 64-bit indices (it may end "
                 "the process); turn it off, or take a form that is no kernel"

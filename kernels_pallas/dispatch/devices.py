@@ -8,9 +8,12 @@ through its interpreter, far too slowly for anything but tests.
 
 import contextlib
 import contextvars
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax import core
+
+_CONFIG: Any = jax.config  # flags are attributes that its type does not list
 
 _INTERPRETED = contextvars.ContextVar("interpreted", default=False)
 
@@ -31,7 +34,7 @@ def current() -> Target:
     process's first device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
-        device = jax.config.jax_default_device or jax.devices()[0]
+        device = _CONFIG.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     return Target(platform_of(device), device.device_kind)
@@ -41,7 +44,7 @@ def platform_of(device) -> str:
     return "gpu" if device.platform in ("cuda", "rocm") else device.platform
 
 
-def committed(arrays) -> jax.Device | None:
+def committed(arrays) -> Any:
     """Returns the device that an array is committed to, as `jax.device_put(x, device)` leaves it.
 
     None where there is no such array, or where an abstract device is in scope. Inside jit nothing
@@ -51,9 +54,9 @@ def committed(arrays) -> jax.Device | None:
     if jax.sharding.get_abstract_mesh().abstract_device is not None:
         return None
     for x in arrays:
-        while isinstance(x, jax.core.Tracer) and hasattr(x, "primal"):
+        while isinstance(x, core.Tracer) and hasattr(x, "primal"):
             x = x.primal  # of what is being differentiated
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
+        if isinstance(x, jax.Array) and not isinstance(x, core.Tracer) and x.committed:
             return min(x.devices(), key=lambda device: device.id)
     return None
 

@@ -64,7 +64,7 @@ def check(operator, implementation: str, kind: str, dtype: str, shape=FULL) -> C
     bad = {name: e for name, e in (forward | gradient).items() if not e < BOUND[dtype]}
     problem = None
     if bad:
-        worst = max(bad, key=bad.get)
+        worst = max(bad, key=lambda name: bad[name])
         problem = f"{worst} is off by {bad[worst]:.2g} of its rms, more than {BOUND[dtype]:g}"
         others = [name for name in bad if name != worst]
         problem += f" (and so: {', '.join(others)})" if others else ""

@@ -8,6 +8,8 @@ itself, such as zeros to start from, it makes like an operand (`jnp.zeros_like` 
 Without the check, or outside shard_map, nothing varies and nothing is done.
 """
 
+from collections.abc import Collection
+
 import jax
 import numpy as np
 from jax import lax
@@ -19,7 +21,7 @@ def varying(tree) -> frozenset[str]:
     return frozenset().union(*axes)
 
 
-def alike(tree, axis_name: str | tuple[str, ...] = ()):
+def alike(tree, axis_name: str | Collection[str] = ()):
     """Makes every array of a pytree vary over all axes that one of them varies over, and over those
     named."""
     names = (axis_name,) if isinstance(axis_name, str) else axis_name

@@ -22,8 +22,8 @@ import pathlib
 from kernels_pallas.dispatch import devices
 
 TABLE = pathlib.Path(__file__).with_name("tuned.json")
-_TRIED = contextvars.ContextVar("tried", default=None)
-_ASKED = contextvars.ContextVar("asked", default=None)
+_TRIED: contextvars.ContextVar[dict | None] = contextvars.ContextVar("tried", default=None)
+_ASKED: contextvars.ContextVar[dict | None] = contextvars.ContextVar("asked", default=None)
 
 
 def lookup(heuristic: dict[str, int], operator: str, implementation: str, *rest: str) -> dict:
@@ -39,8 +39,8 @@ def lookup(heuristic: dict[str, int], operator: str, implementation: str, *rest:
         prefix = "/".join(key[:n])
         found |= _table().get(prefix, {}) | tried.get(prefix, {})
     sizes = {name: found[name] for name in heuristic}
-    if _ASKED.get() is not None:
-        _ASKED.get()["/".join(key)] = sizes
+    if (asked_for := _ASKED.get()) is not None:
+        asked_for["/".join(key)] = sizes
     return dict(sizes)
 
 

@@ -35,10 +35,13 @@ import os
 import pathlib
 import tempfile
 import warnings
+from typing import Any
 
 import jax
 
 from kernels_pallas.dispatch import devices, kernel_check
+
+_CONFIG: Any = jax.config  # flags are attributes that its type does not list
 
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("triton", "jax-triton")}
 _SHARED_FOLDERS = ("common", "dispatch", "tpu", "gpu")
@@ -63,13 +66,13 @@ def unverified_reason(operator, implementation: str, arguments: dict) -> str | N
     problem, known = _recorded(key)
     if not known:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            result = thread.submit(_check, jax.config.jax_enable_x64, operator, *call).result()
+            result = thread.submit(_check, _CONFIG.jax_enable_x64, operator, *call).result()
         problem = result.problem
         record(key, result)
     if key not in _decided:  # another thread may have been first
         _decided[key] = problem
         if problem is not None:
-            warnings.warn(_explained(target, operator.name, *call, problem), stacklevel=6)
+            warnings.warn(_explained(target, operator.name, *call, problem=problem), stacklevel=6)
     return _decided[key]
 
 
@@ -91,7 +94,7 @@ def _explained(target, operator, implementation, kind, dtype, problem) -> str:
 def record_key(target: devices.Target, operator: str, *call: str) -> str:
     """Returns the key of a check's record. call: implementation, kind, dtype."""
     found = ", ".join(f"{name} {version}" for name, version in versions(target.platform).items())
-    x64 = " | x64" if jax.config.jax_enable_x64 else ""
+    x64 = " | x64" if _CONFIG.jax_enable_x64 else ""
     return (
         f"{operator} {' '.join(call)} | {target.kind} | {found} | source {_source(operator)}{x64}"
     )

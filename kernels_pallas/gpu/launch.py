@@ -32,7 +32,7 @@ LARGEST_GRID = 65535  # CUDA's, in all dimensions but the first
 # of sm_80 and later have 99 KiB. For a GPU that is not in this machine, those of sm_80.
 SHARED = {8.0: 166912, 8.7: 166912, 9.0: 232448, 10.0: 232448, 10.3: 232448}
 TILES = {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}
-_RECORD = contextvars.ContextVar("record", default=None)
+_RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar("record", default=None)
 _INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder is global
 
 
@@ -103,17 +103,17 @@ def run(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants
     Raises:
       ImportError: jax_triton is missing or unusable on this machine; the message names the extra.
     """
-    if _RECORD.get() is not None:
+    if (record := _RECORD.get()) is not None:
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
         sizes = num_warps, num_stages
-        _RECORD.get().append(KernelLaunch(kernel, shapes, tuple(outputs), grid, *sizes, constants))
+        record.append(KernelLaunch(kernel, shapes, tuple(outputs), grid, *sizes, constants))
         return [jnp.zeros(x.shape, x.dtype) for x in outputs]
     if devices.interpreting():
         run = functools.partial(_interpret, kernel, outputs, grid, constants)
         results = jax.pure_callback(run, outputs, *inputs)
         return manual_axes.alike(results, manual_axes.varying(inputs))
     try:
-        import jax_triton  # raises on a host without a GPU, in some versions
+        import jax_triton  # pyright: ignore[reportMissingImports]  # raises on a host without a GPU, in some versions
     except ImportError as error:
         raise ImportError(
             f"jax_triton cannot be imported ({error}); on a GPU machine: {EXTRA}"

@@ -15,7 +15,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        digits = re.search(r"\d+", self.dtype)
+        digits = re.findall(r"\d+", self.dtype)
         bits = _BITS[self.dtype] if self.dtype in _BITS else int(digits[0])
         return math.prod(self.shape) * bits // 8
 
@@ -95,7 +95,7 @@ class Instruction(NamedTuple):
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else None
 
-    def attribute(self, name: str) -> str | None:
+    def attribute(self, name: str) -> Any:
         found = re.search(rf"\b{name}=(\{{(?:[^{{}}]|\{{[^}}]*\}})*\}}|[^,\s]+)", self.attributes)
         return found and found[1]
 

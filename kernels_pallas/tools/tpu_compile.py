@@ -27,7 +27,7 @@ import re
 import shutil
 import tempfile
 import threading
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.experimental import topologies
@@ -158,14 +158,14 @@ def compile_for(topology: str, function, *arguments) -> CompiledProgram:
         lowered = jitted.trace(*shapes).lower(lowering_platforms=("tpu",))
         _clear_dump()
         executable = lowered.compile()
-        text = executable.as_text()
+        text = executable.as_text() or ""
         listings = _listings(text)
     return CompiledProgram(
         part_of(topology),
         executable,
         text,
         executable.memory_analysis(),
-        executable.cost_analysis(),
+        cast(dict[str, float], executable.cost_analysis()),
         listings,
     )
 
@@ -179,7 +179,7 @@ def without_listings() -> None:
 
 
 _LOCK = threading.Lock()
-_DUMP: pathlib.Path | None = None
+_DUMP: Any = None  # a pathlib.Path, once libtpu was asked for it
 _PASSES = "(final_.*bundle|packed-bundles-(post-ra|no-spills-fills)).*"
 
 
@@ -247,7 +247,7 @@ def _listings(text: str) -> dict[str, Listing]:
         # kernel.
         total = sum(a["size"] for b in blocks for a in b["allocations"])
         with_spills, without = (
-            int(re.search(r"non empty scheduled bundles: *(\d+)", text)[1]) for text in texts[2:]
+            int(re.findall(r"non empty scheduled bundles: *(\d+)", text)[0]) for text in texts[2:]
         )
-        listings[name] = Listing(*texts[:2], total, spills, with_spills - without)
+        listings[name] = Listing(texts[0], texts[1], total, spills, with_spills - without)
     return listings

@@ -95,5 +95,5 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", text)[0]
     return int(registers), int(stack)

@@ -21,7 +21,9 @@ VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB per core,
 VMEM_LIMIT = VMEM_BYTES + (8 << 20)  # what the compiler allows: the estimates are rough
 
 
-def launch(kernel, name, grid, inputs, outputs, scratch, *, semantics, vmem_limit=VMEM_LIMIT):
+def launch(
+    kernel, name, grid, inputs, outputs, scratch, *, semantics, vmem_limit: int | None = VMEM_LIMIT
+):
     """Runs a Pallas kernel over its grid, interpreted where a CPU was asked to; a list of arrays.
 
     Args:
@@ -119,9 +121,9 @@ class RecurrenceTiling:
                 break
         products = Products(narrow, exact=cls.EXACT and not narrow)
         tilings = [
-            cls(B, T, G, H, K, V, C, *cut, decay, products, float(scale))
+            cls(B, T, G, H, K, V, C, heads, keys, decay, products, float(scale))
             for C in chunks
-            for cut in cuts
+            for heads, keys in cuts
         ]
         return next((t for t in tilings if t.vmem_bytes <= VMEM_BYTES), tilings[-1])
 

@@ -57,7 +57,8 @@ class Slots:
     """
 
     def __init__(self, model: LanguageModel):
-        self.model, self.leaves = model, abstract_params(model)
+        self.model = model
+        self.leaves = abstract_params(model)  # pyright: ignore[reportArgumentType] (Flax hashes it)
         self._plan = plan = model.plan
         self._first = len(plan.prefix)
         self.paths = dict(self._unrolled())
@@ -211,7 +212,8 @@ def tensor_reader(
         if isinstance(dtype, Mapping):
             chosen = dtype.get(path, chosen)
         elif dtype:
-            chosen = np.float32 if slots.paths[path][0] in float32_paths(slots.model) else dtype
+            kept = float32_paths(slots.model)  # pyright: ignore[reportArgumentType]
+            chosen = np.float32 if slots.paths[path][0] in kept else dtype
         entries[name] = TensorEntry(entry.shape, np.dtype(chosen))
 
     def read(name):

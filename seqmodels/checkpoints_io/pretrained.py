@@ -334,4 +334,4 @@ def _main_dtype(entries: Iterable[files.TensorEntry]) -> str:
     counts: collections.Counter[str] = collections.Counter()
     for entry in entries:
         counts[entry.dtype.name] += entry.num_bytes
-    return max(counts, key=counts.get)
+    return max(counts, key=lambda dtype: counts[dtype])

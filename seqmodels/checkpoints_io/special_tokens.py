@@ -112,14 +112,14 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
     ids = {k: v for k, v in tokens.ids().items() if _ids(said.get(k)) != _ids(v)}
     # Ids go to generation_config.json; all else describes a tokenizer.
     paths = _put(folder, _GENERATION_CONFIG, said | ids, beside)
-    if beside is None:
+    if tokenizer is None or beside is None:
         return paths
     paths += _copy(tokenizer, folder / TOKENIZER_FILE)
     described, kept = _described(beside), _template_files(beside)
     known, names = _names(described), dict(tokens.names)
     if not described:  # nothing names them yet
         names = _names_by_id(tokens, _vocabulary(tokenizer)) | names
-    changed = {k: text for k, text in names.items() if known.get(k) != text}
+    changed: dict[str, Any] = {k: text for k, text in names.items() if known.get(k) != text}
     # Other templates than those beside the tokenizer go to tokenizer_config.json, and files of
     # templates are not copied.
     if tokens.chat_templates != _chat_templates(beside, described):
@@ -252,7 +252,9 @@ def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
         ids = _fields(tokenizer.parent / _ADDED_TOKENS)
         ids = {token: i for token, i in ids.items() if type(i) is int}
         special = set(map(_text, named))
-        listed = [{"content": t, "special": t in special} for t in sorted(ids, key=ids.get)]
+        listed = [
+            {"content": t, "special": t in special} for t in sorted(ids, key=lambda t: ids[t])
+        ]
     if not named and not listed:
         return []
     try:

@@ -27,7 +27,8 @@ def transfer_loss(
         raise ValueError(
             f"transfer: no converted layer gives {missing[0]!r}; they give {', '.join(sorted(found)) or 'nothing'}"
         )
-    loss_BT = sum(weight * found[name] for name, weight in used.items())
+    zero_BT = jnp.zeros(batch["inputs"].shape, jnp.float32)
+    loss_BT = sum((weight * found[name] for name, weight in used.items()), start=zero_BT)
     reported = {name: found[name] for name in {*used, "relative"}}
     return loss_BT, {"loss": loss_BT} | reported
 
@@ -57,7 +58,7 @@ def distillation(
     )
     if ce:
         loss_BT = loss_BT + ce * ce_BT
-    if kl:
+    if kl and teacher is not None:
         other, other_params = teacher
         theirs_BTE, their_matrix, their_layout = _hidden(
             other, jax.lax.stop_gradient(other_params), batch

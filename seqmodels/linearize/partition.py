@@ -37,8 +37,9 @@ def matches(pattern: str) -> Callable[[str], bool]:
 def split(tree: dict[str, Any], chosen: Callable[[str], bool]) -> tuple[dict, dict]:
     """Returns (the leaves whose path is chosen, the others) as trees without empty branches."""
     flat = flatten(tree)
-    parts = ({p: x for p, x in flat.items() if chosen(p) is yes} for yes in (True, False))
-    return tuple(map(unflatten, parts))
+    picked = {path: leaf for path, leaf in flat.items() if chosen(path)}
+    others = {path: leaf for path, leaf in flat.items() if path not in picked}
+    return unflatten(picked), unflatten(others)
 
 
 def merge(*trees: dict[str, Any]) -> dict[str, Any]:

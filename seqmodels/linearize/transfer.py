@@ -7,6 +7,7 @@ hidden states pass between layers, so layers are scanned over and recomputed lik
 """
 
 import dataclasses
+import typing
 from typing import Any
 
 import flax.linen as nn
@@ -52,14 +53,16 @@ class PairBlock(blocks.Block):
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, state, fresh_B, layer):
+        pair: Any = self.spec
+
         def run(spec, name, x_BTD):
             options = {field: getattr(self, field) for field in _FIELDS}
             block = blocks.Block(spec, **options, name=name)
             return _watched(block, x_BTD, segment_ids_BT, layer)
 
-        out_BTD, theirs = run(self.spec.teacher, TEACHER, x_BTD)
-        if self.spec.converted:
-            y_BTD, own = run(self.spec.student, STUDENT, jax.lax.stop_gradient(x_BTD))
+        out_BTD, theirs = run(pair.teacher, TEACHER, x_BTD)
+        if pair.converted:
+            y_BTD, own = run(pair.student, STUDENT, jax.lax.stop_gradient(x_BTD))
             pairs = {name: (own[name], theirs[name]) for name in ("heads", "mixer")}
             pairs["block"] = y_BTD, out_BTD
             # A student's heads may be wider than the teacher's; then they are not compared.
@@ -86,6 +89,11 @@ class TransferModel(language_model.LanguageModel):
 
     block = PairBlock
 
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Returns `mixers`, which are pairs here."""
+        return typing.cast(tuple[Pair, ...], self.mixers)
+
 
 def make_model(
     teacher: language_model.LanguageModel, student: language_model.LanguageModel
@@ -95,12 +103,13 @@ def make_model(
         raise ValueError(
             f"teacher and student must have as many layers; got {len(teacher.mixers)} and {len(student.mixers)}"
         )
-    fields = {
+    fields: dict[str, Any] = {
         f.name: getattr(student, f.name)
         for f in dataclasses.fields(language_model.LanguageModel)
         if f.name not in ("parent", "name")
     }
-    return TransferModel(**fields | {"mixers": tuple(map(Pair, teacher.mixers, student.mixers))})
+    fields["mixers"] = tuple(map(Pair, teacher.mixers, student.mixers))
+    return TransferModel(**fields)
 
 
 def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, Any]:
@@ -112,7 +121,7 @@ def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, An
     _, own = layer_trees.split(*student)
     layers = [
         {TEACHER: a, STUDENT: b} if pair.converted else {TEACHER: a}
-        for pair, a, b in zip(model.mixers, theirs, own)
+        for pair, a, b in zip(model.pairs, theirs, own)
     ]
     return layer_trees.join(model, shared, layers)
 
@@ -123,7 +132,7 @@ def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
     Leaves may be boxed and abstract.
     """
     shared, own = layer_trees.split(*student)
-    pairs = enumerate(zip(model.mixers, own))
+    pairs = enumerate(zip(model.pairs, own))
     return {
         "shared": shared,
         "layers": {str(i): layer for i, (pair, layer) in pairs if not pair.converted},
@@ -137,7 +146,7 @@ def student_params(
     _, layers = layer_trees.split(model, params)
     own = [
         layer[STUDENT] if pair.converted else kept["layers"][str(i)]
-        for i, (pair, layer) in enumerate(zip(model.mixers, layers))
+        for i, (pair, layer) in enumerate(zip(model.pairs, layers))
     ]
     return layer_trees.join(student, kept["shared"], own)
 
@@ -146,6 +155,7 @@ def losses(
     model: TransferModel, params: dict[str, Any], tokens_BT: Array, segment_ids_BT: Array | None
 ) -> dict[str, Array]:
     """Returns the means over layers, (B, T), of each distance that layers sow (see `DISTANCES`)."""
+    sown: Any
     _, sown = model.apply(
         {"params": params},
         tokens_BT,

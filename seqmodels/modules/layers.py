@@ -8,7 +8,6 @@ Names in use: "embed" (D), "heads" (heads times head dim, or heads), "mlp" (F), 
 "layers".
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.common.dtypes import custom_vjp
 from seqmodels.array_typing import Array, DType, LogicalAxes
 
 KERNEL_INIT = nn.initializers.lecun_normal()
@@ -75,7 +75,7 @@ def _product(x, kernel_DF, dimension_numbers, precision=None):
     return _dense_product(precision, x, kernel_DF)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _dense_product(precision, x, kernel_DF):
     return jnp.einsum("...D,DF->...F", x, kernel_DF, precision=precision)
 

@@ -68,7 +68,7 @@ def _scaled(implementation):
     return call
 
 
-def _scale_of(operator, scale, q_BTGK):
+def _scale_of(operator, scale, q_BTGK) -> tuple[float, jax.Array]:
     """Returns the scale as a number, and q. A learned scale multiplies q here, in float32 or wider,
     and 1 is returned in its place."""
     if scale is None:
@@ -292,7 +292,9 @@ def step(
     name = "delta_rule.step"
     inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, beta=beta_BH)
     log_decay = arguments.one_token_decay(name, log_decay)
-    o_BTHV, state_BHKV = delta_rule(*inputs_BTHK, log_decay, scale=scale, initial_state=state)
+    o_BTHV, state_BHKV = delta_rule(
+        *inputs_BTHK, log_decay=log_decay, scale=scale, initial_state=state
+    )
     return o_BTHV[:, 0], state_BHKV
 
 
@@ -313,6 +315,6 @@ def step_diagonal_plus_low_rank(
     inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, a=a_BHK, b=b_BHK)
     log_decay = arguments.one_token_decay(name, log_decay)
     o_BTHV, state_BHKV = diagonal_plus_low_rank(
-        *inputs_BTHK, log_decay, scale=scale, initial_state=state
+        *inputs_BTHK, log_decay=log_decay, scale=scale, initial_state=state
     )
     return o_BTHV[:, 0], state_BHKV

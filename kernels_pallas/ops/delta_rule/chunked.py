@@ -25,7 +25,7 @@ forgotten: see `compensated`.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from kernels_pallas.common import (
     segments,
     triangular_inverse,
 )
+from kernels_pallas.common.dtypes import custom_vjp
 from kernels_pallas.common.matmul import scaled
 from kernels_pallas.ops.delta_rule import compensated
 
@@ -188,7 +189,7 @@ def _decay_sums(log_decay_MBHCK):
     """The sums of log decay; without a decay each of them is None."""
     decay_kind = decay.kind(log_decay_MBHCK)
     if decay_kind == "none":
-        return decay.Sums(*(None for _ in decay.Sums._fields))
+        return cast(decay.Sums, decay.Sums._make([None] * len(decay.Sums._fields)))
     return decay.chunk_sums(log_decay_MBHCK, levels=decay_kind == "per_channel")
 
 
@@ -250,7 +251,7 @@ def _A_rest(x_MBHCK, y_MBHCK, sums, *, exclusive):
 
 
 def _pass(chunks: Chunks, S_BHKV):
-    """Passes over a block's chunks: outputs, the leaving state, and the state entering each chunk."""
+    """Passes over a block's chunks: outputs, the leaving state, and those that enter the chunks."""
     state_dot = compensated.state_product(chunks.A_rest_CC)
 
     def one_chunk(S_BHKV, inputs):
@@ -321,7 +322,7 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
     return dchunks, dS_BHKV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _run(form: _Form, inputs, S_BHKV, compensate):
     """inputs: (B, T, heads, dim), q the first and v the third. compensate: a flag, or None."""
     return _run_forward(form, inputs, S_BHKV, compensate)[0]

@@ -94,9 +94,10 @@ def state_product(A_rest_CC):
     return jnp.einsum if A_rest_CC is None else rounded_once
 
 
-def rounded_once(subscripts, x, y):
+def rounded_once(subscripts, x, y) -> jax.Array:
     """Returns the einsum of x and y in float32, computed in two terms and rounded once."""
-    return sum(_split_product(subscripts, x, y))
+    main, rest = _split_product(subscripts, x, y)
+    return main + rest
 
 
 def solve(A_CC, A_rest_CC, X_CC, R_CV):

@@ -1,4 +1,4 @@
-"""The `diagonal_scan` operator: `kernels_pallas.diagonal_scan` is public, `step` decodes one token."""
+"""`kernels_pallas.diagonal_scan` and its implementations; `step` decodes one token."""
 
 from kernels_pallas.ops.diagonal_scan.reference import step
 

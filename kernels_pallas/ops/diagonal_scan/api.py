@@ -1,5 +1,7 @@
 """The elementwise recurrence, real or complex: the public function."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -82,7 +84,7 @@ def diagonal_scan(
         raise ValueError(f"{operator}: x must be floating or complex; got {x_BTD.dtype}")
     B, T, D = x_BTD.shape
     given = "decay_BTD" if log_decay is None else "log_decay"
-    decay = decay_BTD if log_decay is None else log_decay
+    decay: Any = decay_BTD if log_decay is None else log_decay
     arguments.check_shape(operator, given, decay, (B, T, D), (D,))
     if initial_state is None:
         initial_state = jnp.zeros_like(x_BTD, shape=(B, D))
@@ -93,7 +95,9 @@ def diagonal_scan(
         checks.not_positive(operator, "log_decay", jnp.real(log_decay))
         decay = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
     decay = decay.astype(dtype)
-    decay_BTD = decay if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
+    decay_BTD = (
+        jnp.asarray(decay) if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
+    )
     start_BT1 = None
     if segment_ids is not None:
         arguments.check_segment_ids(operator, segment_ids, x_BTD)

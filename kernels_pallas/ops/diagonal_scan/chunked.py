@@ -26,13 +26,14 @@ are a and h. A document's start is selected, not multiplied: its decay is 0, but
 it may not be finite.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.common import branches, chunk_blocks, remat
+from kernels_pallas.common.dtypes import custom_vjp
 from kernels_pallas.ops.diagonal_scan import reference
 
 CHUNK_SIZE = 128
@@ -60,6 +61,7 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
             z_BTD = jnp.pad(z_BTD, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
         return z_BTD.reshape(z_BTD.shape[0], -1, C, z_BTD.shape[2])
 
+    x_BNCD: Any
     x_BNCD, decay_BNCD = in_chunks(x_BTD, 0), in_chunks(decay_BTD, 1)
     start_BNC1 = in_chunks(start_BT1, False)
 
@@ -144,7 +146,7 @@ def _squared(z):
     return jnp.real(z) ** 2 + jnp.imag(z) ** 2 if jnp.iscomplexobj(z) else z**2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _scan(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
     return _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1)
 

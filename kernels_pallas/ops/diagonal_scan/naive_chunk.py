@@ -29,12 +29,16 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
         # The entering state is x_0; what stands before token 1 decays nothing
         x_BCD, decay_BCD, start_BC1 = (jnp.pad(z, ((0, 0), (1, 0), (0, 0))) for z in inputs)
         x_BCD = x_BCD.at[:, 0].set(h_BD)
+        # Pairs j <= i of one document; the others are masked before they multiply, NaN as they may be
+        pair_BCC1 = up_to_1CC1 & ~jnp.any(between_1CCC1 & start_BC1[:, None, None], axis=3)
         # D_ij = decay_{j+1} ... decay_i, a product of those tokens' own decays
-        D_BCCD = jnp.where(between_1CCC1, decay_BCD[:, None, None], 1).prod(axis=3)
-        apart_BCC1 = jnp.any(between_1CCC1 & start_BC1[:, None, None], axis=3)
+        factor_BCCC1 = between_1CCC1 & pair_BCC1[:, :, :, None]
+        D_BCCD = jnp.where(factor_BCCC1, decay_BCD[:, None, None], 1).prod(axis=3)
 
-        def weighted(x_BCD):  # sum_{j <= i} D_ij x_j, over the tokens j of the document of i
-            return jnp.where(up_to_1CC1 & ~apart_BCC1, D_BCCD * x_BCD[:, None], 0).sum(axis=2)
+        def weighted(x_BCD):  # sum_{j <= i} D_ij x_j
+            return (jnp.where(pair_BCC1, D_BCCD, 0) * jnp.where(pair_BCC1, x_BCD[:, None], 0)).sum(
+                2
+            )
 
         # h_i = sum_{j <= i} D_ij x_j
         h_BCD = weighted(x_BCD)

@@ -1,4 +1,4 @@
-"""The `linear_attention` operator: `kernels_pallas.linear_attention` is public, `step` decodes one token."""
+"""`kernels_pallas.linear_attention` and its implementations; `step` decodes one token."""
 
 from kernels_pallas.ops.linear_attention.api import step
 

@@ -18,13 +18,13 @@ as large as stays in cache from one product to the next, on an accelerator the w
 Letters: M chunks of a block, L its tokens, E rows (batch and group), R heads of a group, W = R V.
 """
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import arguments, chunk_blocks, decay, dtypes, matmul, remat, segments
+from kernels_pallas.common.dtypes import custom_vjp
 from kernels_pallas.dispatch import tuning
 
 CHUNK_SIZE = 64
@@ -85,7 +85,7 @@ class _Form(NamedTuple):
     scale: float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _run(form, inputs, state_BGKW, runs):
     """inputs: q, k, v, log decay, each (B, T, G, ...). runs: of each token's document, or None."""
     return _forward(form, inputs, state_BGKW, runs)[0]
@@ -164,7 +164,9 @@ def _chunks(form, state_EKW, inputs, runs):
         return jnp.repeat(x_R, W // x_R.shape[-1], axis=-1)
 
     # exp(g_cumsum), exp(g_reversed) and exp(g_total), 0 where a document begins between
-    exp_g_cumsum = exp_g_reversed = exp_g_total = None
+    exp_g_cumsum: Any = None
+    exp_g_reversed: Any = None
+    exp_g_total: Any = None
     if log_decay_MECX is not None:
         sums = decay.chunk_sums(log_decay_MECX, levels=form.per_channel)
         exp_g_cumsum, exp_g_reversed, exp_g_total = map(

@@ -6,13 +6,12 @@ once more, takes the loss's gradient with respect to them, and multiplies it out
 are float32. Time is cut, not the tokens of all rows, so that rows stay on their devices.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.common import chunk_blocks, matmul
+from kernels_pallas.common.dtypes import custom_vjp
 from kernels_pallas.ops.linear_cross_entropy import reference
 
 LOGITS_OF_A_PIECE = 1 << 27  # half a gigabyte in float32
@@ -34,7 +33,7 @@ def heuristic_chunk_size(B: int, T: int, W: int) -> int:
     return -(-T // pieces)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@custom_vjp(0, 1, 2)
 def run(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
     """Returns `loss` of the logits and its details, (B, T) in float32 or wider.
 
@@ -90,7 +89,8 @@ def _backward(loss, layout, chunk_size, saved, cotangents):
         jax.tree.map(jnp.zeros_like, learned),
     )
     dx_BTD, dmatrix, dbias_W, dlearned = _over_pieces(one_piece, zeros, chunk_size, g_BT.shape[1])
-    dbias_W = None if bias_W is None else dbias_W.astype(bias_W.dtype)
+    if bias_W is not None and dbias_W is not None:
+        dbias_W = dbias_W.astype(bias_W.dtype)
     dx_BTD = chunk_blocks.from_buffers(dx_BTD, x_BTD)
     return dx_BTD, dmatrix.astype(matrix.dtype), dbias_W, None, None, dlearned
 

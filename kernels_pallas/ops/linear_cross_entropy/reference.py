@@ -79,7 +79,7 @@ class Divergence:
     def __call__(self, logits_BTW, per_token, fixed, learned):
         teacher_BTW, mask_BT = per_token
         if self.teacher_layout is not None:
-            teacher_BTW = all_logits(teacher_BTW, *fixed, self.teacher_layout)
+            teacher_BTW = all_logits(teacher_BTW, fixed[0], fixed[1], self.teacher_layout)
         teacher_BTW = capped(teacher_BTW.astype(logits_BTW.dtype), self.teacher_softcap)
         log_p_BTW = jax.nn.log_softmax(teacher_BTW / self.temperature, axis=-1)
         log_q_BTW = jax.nn.log_softmax(capped(logits_BTW, self.softcap) / self.temperature, axis=-1)
@@ -89,7 +89,7 @@ class Divergence:
         return masked(jnp.sum(p_BTW * difference_BTW, axis=-1), mask_BT), ()
 
 
-def capped(logits, softcap):
+def capped(logits: jax.Array, softcap: float | None) -> jax.Array:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

@@ -1,4 +1,4 @@
-"""The `softmax_attention` operator: `kernels_pallas.softmax_attention` is public, `step` decodes one token."""
+"""`kernels_pallas.softmax_attention` and its implementations; `step` decodes one token."""
 
 from kernels_pallas.ops.softmax_attention.api import step
 

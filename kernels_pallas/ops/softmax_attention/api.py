@@ -1,5 +1,7 @@
 """Softmax attention, full or windowed, for baselines and hybrids: the public function."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,7 +167,7 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window, causal) -> None:
     arguments.check_flag(operator, "causal", causal)
 
 
-def _signed(x):
+def _signed(x) -> Any:
     """Brings integers to int32 or wider: the age of a key is a difference, and unsigned integers
     have no negative ones."""
     if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):

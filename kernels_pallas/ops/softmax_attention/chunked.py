@@ -31,9 +31,8 @@ def run(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
 
 def block_sizes(T: int, S: int) -> tuple[int, int]:
     """Returns the block sizes C of queries and E of keys."""
-    return tuple(
-        min(BLOCK_SIZE, size) if chunk_blocks.known(size) else BLOCK_SIZE for size in (T, S)
-    )
+    C, E = (min(BLOCK_SIZE, x) if chunk_blocks.known(x) else BLOCK_SIZE for x in (T, S))
+    return C, E
 
 
 def queries_first(q_BTHK, G, C):

@@ -4,6 +4,7 @@ All want K == V: the narrower side is padded by zero columns, which change no lo
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,8 @@ def _differentiable(attend):
         return jax.tree.unflatten(jax.tree.structure(vjp), residuals)(g_BTHV)
 
     def plain(scale, visibility, *qkv):
-        return chunked.run(*qkv, visibility, scale)
+        q_BTHK, k_BSGK, v_BSGV = qkv
+        return chunked.run(q_BTHK, k_BSGK, v_BSGV, visibility, scale)
 
     # No checkpoint name: the residuals hold copies of q, k and v
     return kernel_vjp.differentiable(forward, backward, plain, call=attend, save=False)
@@ -125,13 +127,13 @@ def _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV):
     else:
         mask = library.FullMask((S, S))
     block = next(size for size in (512, 256, 128) if S % size == 0)
-    sizes = library.BlockSizes(
+    blocks: dict[str, Any] = {
         **{f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv")},
         **{f"block_{name}": block for name in ("kv_dkv_compute", "q_dq", "kv_dq")},
-    )
+    }
     kernel = library.make_splash_mha(
         library.MultiHeadMask([mask] * H),
-        block_sizes=sizes,
+        block_sizes=library.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,
         interpret=devices.interpreting(),
@@ -139,6 +141,7 @@ def _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV):
     segment_BT = visibility.q_segment_BT
     if segment_BT is None and S > T and not visibility.causal:
         segment_BT = jnp.zeros((q_BTHK.shape[0], T), jnp.int32)
+    o_BHTV: Any
     heads_first = (z.swapaxes(1, 2) for z in (q_BTHK, k_BSGK, v_BSGV))
     if segment_BT is None:
         o_BHTV = jax.vmap(kernel)(*heads_first)

@@ -1,6 +1,7 @@
 """Masks of softmax attention: one rule for training on packed documents and for decoding."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class Visibility:
             seen_BTS &= age_BTS >= 0
         if self.window is not None:
             seen_BTS &= jnp.abs(age_BTS) < self.window
-        if self.q_segment_BT is not None:
+        if self.q_segment_BT is not None and self.kv_segment_BS is not None:
             seen_BTS &= self.q_segment_BT[:, :, None] == self.kv_segment_BS[:, None, :]
         return seen_BTS
 
@@ -77,7 +78,7 @@ class Visibility:
         if self.aligned:
             return None
 
-        def ranges(x_BT, size, counts=True):
+        def ranges(x_BT, size, counts: Any = True):
             x_BNC = x_BT.reshape(x_BT.shape[0], -1, size)
             most = jnp.iinfo(x_BT.dtype).max
             low_BN = jnp.min(jnp.where(counts, x_BNC, most), axis=-1)

@@ -1,6 +1,8 @@
 """MiniMax-Text-01 (arXiv 2501.08313): lightning attention, some softmax attention, weighted
 residuals, a mixture of experts."""
 
+from typing import Any
+
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
 from seqmodels.modules.pattern import to_text
@@ -108,8 +110,8 @@ def _rules(model, specs):
 def _lightning(model, layer, theirs, ours):
     options = parts.option_values(layer)
     H = options["num_heads"]
-    K = options["head_dim"] or model["d_model"] // H
-    yield from parts.packed_heads(f"{theirs}.qkv_proj", ours, H, dict.fromkeys("qkv", K))
+    K: Any = options["head_dim"] or model["d_model"] // H
+    yield from parts.packed_heads(f"{theirs}.qkv_proj", ours, H, {"q": K, "k": K, "v": K})
     yield from parts.linears(theirs, ours, {"output_gate": "u", "out_proj": "o"})
     yield parts.norm(f"{theirs}.norm", f"{ours}/o_norm")
 

@@ -109,7 +109,7 @@ def _rules(model, specs):
             yield from parts.linears(theirs, ours, parts.MLP)
             continue
         yield rules.transposed(f"{theirs}.gate.weight", f"{ours}/router/kernel")
-        yield from parts.experts(f"{theirs}.experts", ours, experts.num_experts, parts.MLP)
+        yield from parts.experts(f"{theirs}.experts", ours, experts.num_experts, tuple(parts.MLP))
         yield from parts.linears(f"{theirs}.shared_expert", f"{ours}/shared", parts.MLP)
         yield rules.transposed(f"{theirs}.shared_expert_gate.weight", f"{ours}/shared_gate/kernel")
 

@@ -21,7 +21,7 @@ ABSENT = "a_library_that_is_not_there"
 
 @pytest.fixture
 def peers(monkeypatch):
-    """Three peers of scalar decay: right, wrong and absent. Their module is one that everybody has."""
+    """Three peers of scalar decay: right, wrong and absent. Everybody has their module."""
     definition = operators.CASES["linear_attention"].function("reference", "per_token", TINY.shape)
 
     def right(x):

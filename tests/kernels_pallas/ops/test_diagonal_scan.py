@@ -234,7 +234,7 @@ def test_output_and_state_dtypes():
 
 
 def test_the_backward_pass_keeps_the_decay_and_the_states_only():
-    """What stays for the backward pass of 1000 tokens: two arrays of (B, T, D), not log T of them."""
+    """What stays for the backward pass of 1000 tokens: two arrays (B, T, D), not log T of them."""
     x = jax.ShapeDtypeStruct((2, 1000, 8), jnp.float32)
     _, vjp = jax.eval_shape(lambda x, a: jax.vjp(diagonal_scan, x, a), x, x)
     sizes = [leaf.size for leaf in jax.tree.leaves(vjp)]

@@ -416,7 +416,7 @@ def test_published_workloads_trace():
 
 @pytest.mark.parametrize("implementation", ["chunked", "xla", "reference"])
 def test_what_is_not_finite_reaches_those_that_see_it_alone(implementation):
-    """Neither earlier tokens, nor other documents, nor what lies outside the window; gradients too."""
+    """Not earlier tokens, other documents, or what lies outside the window; gradients too."""
     rng, (T, window, t) = np.random.default_rng(0), (150, 20, 70)
     clean = [rng.standard_normal((1, T, heads, 4)).astype(np.float32) for heads in (4, 2, 2)]
     ids = (np.arange(T) >= 85).astype(np.int32)[None]

@@ -282,7 +282,7 @@ def _launch(tiling: Tiling, kernel, inputs, outputs, columns):
     scratch = [(tiling.p, tiling.group, rows, LANES) for rows in columns]
     if backward:  # dz of the chunk that follows in time
         scratch.append((tiling.all_channels // LANES, tiling.p, tiling.halo, LANES))
-    sides = (
+    read, written = (
         [(tiling.spec(kind, array, backward), array) for array, kind in side]
         for side in (inputs, outputs)
     )
@@ -290,7 +290,8 @@ def _launch(tiling: Tiling, kernel, inputs, outputs, columns):
         functools.partial(kernel, tiling),
         f"causal_conv_{kernel.__name__}",
         (tiling.B, tiling.chunks, tiling.blocks),
-        *sides,
+        read,
+        written,
         scratch,
         semantics=("arbitrary" if backward else "parallel",) * 3,
     )

@@ -7,6 +7,7 @@ the chunks in reverse, each from the state that enters it, and computes all else
 """
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,9 @@ def _plain(tiling, _, q, k, v, gates, g, S_BHKV):
     log_decay_BTHK = log_decay[0][..., None] if log_decay else None
     if g is not None:
         log_decay_BTHK = g.reshape(B, T, H, tiling.K)
-    arrays = (*vjp.apart(tiling, q, k, v), beta_BTH, log_decay_BTHK, S_BHKV)
-    o_BTHV, final_BHKV = chunked.run(*arrays, None, scale=tiling.scale)
+    q, k, v = vjp.apart(tiling, q, k, v)
+    arrays = (q, k, v, beta_BTH, log_decay_BTHK, S_BHKV, None)
+    o_BTHV, final_BHKV = chunked.run(*arrays, scale=tiling.scale)
     return o_BTHV.reshape(B, T, -1), final_BHKV
 
 
@@ -160,7 +162,7 @@ def _forward_kernel(tiling: Tiling, q_ref, k_ref, v_ref, gates_ref, initial_ref,
         S_ref[...] = initial_ref[0]
 
     p, algebra, heads = tiling.products, _algebra(tiling), range(tiling.heads)
-    gates = algebra.gates_of(p, tiling.heads, gates_ref[0, 0, 0], g_CHK)
+    gates: Any = algebra.gates_of(p, tiling.heads, gates_ref[0, 0, 0], g_CHK)
     for h in heads:
         for ref in states_ref:
             ref[0, 0, h] = S_ref[h]
@@ -183,7 +185,7 @@ def _forward_kernel(tiling: Tiling, q_ref, k_ref, v_ref, gates_ref, initial_ref,
 def _backward_kernel(
     tiling: Tiling, q_ref, k_ref, v_ref, gates_ref, states_ref, do_ref, dfinal_ref, *refs
 ):
-    g_CHK = dg_ref = None
+    g_CHK, dg_ref = None, cast(Any, None)
     if tiling.per_channel:
         g_ref, *refs, dg_ref, dS_ref = refs
         g_CHK, refs = g_ref[0], (*refs, dS_ref)
@@ -195,7 +197,7 @@ def _backward_kernel(
         dS_ref[...] = dfinal_ref[0]
 
     p, algebra, heads = tiling.products, _algebra(tiling), range(tiling.heads)
-    gates = algebra.gates_of(p, tiling.heads, gates_ref[0, 0, 0], g_CHK)
+    gates: Any = algebra.gates_of(p, tiling.heads, gates_ref[0, 0, 0], g_CHK)
 
     def one_head(h):
         inputs = _inputs(tiling, h, q_ref, k_ref, v_ref)

@@ -12,7 +12,7 @@ middle. A token is in one half only, so a level has one exponential per token an
     o = scale * (q exp(g_cumsum)) S + Z U           S' = exp(g_total) S + (k exp(g_reversed))^T U
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -66,7 +66,7 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
     yield
     # q D k^T and k D k^T, level by level: a pair keeps the product of the level at which it parts.
     qk_CC, kk_CC = row_sums(q_CK * k_CK), jnp.zeros((C, C), jnp.float32)
-    A_rest_CC = kk_CC if p.exact else None
+    A_rest_CC: Any = kk_CC if p.exact else None
     for level, E_CK in enumerate(levels):
         kE_CK = k_CK * E_CK
         both = p.dot(jnp.concatenate([q_CK * E_CK, kE_CK], axis=0), kE_CK, (1, 1))

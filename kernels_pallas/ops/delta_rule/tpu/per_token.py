@@ -11,7 +11,8 @@ D_ij = exp(g_{j+1} + ... + g_i) is the exponential of a product with zeros and o
 nothing is subtracted. `per_channel.py` has the same functions for a decay per channel.
 """
 
-from typing import NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -86,11 +87,11 @@ def gates_of(p: Products, heads: int, rows_RC, g_CHK=None) -> list[Gates]:
     return gates
 
 
-def _times(x, factor):
+def _times(x, factor) -> Any:
     return x if factor is None else x * factor
 
 
-def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Chunk:
+def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Generator[Any, Any, Chunk]:
     C = k_CK.shape[0]
     qk_CC, kk_CC = p.dot(q_CK, k_CK, (1, 1)), p.dot(k_CK, k_CK, (1, 1))
     yield
@@ -182,7 +183,7 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
     # beta multiplies R and A.
     dbeta_C1 = row_sums(dR_CV * c.read_CV) + row_sums(_times(dA_CC * c.kk_CC, D_CC))
     dg_1C = None
-    if D_CC is not None:
+    if D_CC is not None and exp_g_reversed_C1 is not None and exp_g_total_11 is not None:
         # dg: pairs dA * A + dZ * Z, what reads the entering state, what reaches the leaving one.
         pairs_CC = dA_CC * c.A_CC + dZ_CC * c.Z_CC
         dg_cumsum_C1 = row_sums(dqS_CV * p.dot(q_CK, S_KV) - dv_CV * c.kS_CV)

@@ -191,12 +191,15 @@ def _launch(tiling: _Tiling, kernel, inputs, outputs):
     block = RUNS * (tiling.run + GAP)
     rows = (1, RUNS, RUNS, block, block, *((1, RUNS, block) if backward else ()))
     shapes = [(jax.ShapeDtypeStruct(tiling.shape(kind), dtype), kind) for dtype, kind in outputs]
-    sides = ([(tiling.spec(kind, from_last), x) for x, kind in side] for side in (inputs, shapes))
+    read, written = (
+        [(tiling.spec(kind, from_last), x) for x, kind in side] for side in (inputs, shapes)
+    )
     return tpu_tiling.launch(
         functools.partial(kernel, tiling, from_last),
         f"diagonal_scan{kernel.__name__.removesuffix('_kernel')}",
         (tiling.B // tiling.b, pl.cdiv(tiling.D, tiling.d), tiling.chunks),
-        *sides,
+        read,
+        written,
         [(tiling.columns, n, LANES) for n in rows for _ in range(tiling.planes)],
         semantics=("parallel", "parallel", "arbitrary"),
         vmem_limit=None,

@@ -22,19 +22,21 @@ def unsupported_reason(
     """Returns None if the kernels can run this call, else the reason."""
     if reason := recurrences.unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
         return reason
-    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
+    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size=chunk_size)
     return recurrences.too_long(form.K, form.C, SHARED_WORDS[form.dtype])
 
 
-def _form_of(*arrays_and_chunk_size):
-    return recurrences.TritonForm.of("linear_attention", *arrays_and_chunk_size, CHUNK_SIZE)
+def _form_of(*arrays, chunk_size):
+    return recurrences.TritonForm.of(
+        "linear_attention", *arrays, chunk_size=chunk_size, default_chunk=CHUNK_SIZE
+    )
 
 
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
     """Runs the kernels. Arguments are normalised by `api.py`."""
-    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size)
+    form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size=chunk_size)
     g_BTHK = recurrences.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     return _run((form, scale), None, q_BTGK, k_BTGK, v_BTHV, g_BTHK, initial_state_BHKV)
 

@@ -14,6 +14,7 @@ grid axis), the key head stays in VMEM between them, and its gradient is summed 
 """
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +56,8 @@ def _plain(tiling: Tiling, _, q, k, v, gates, state):
         gates = gates.reshape(B, H, T).swapaxes(1, 2)[..., None]
     elif tiling.per_channel:
         gates, state = gates.reshape(B, T, H, tiling.K), state.swapaxes(2, 3)
-    arrays = (*vjp.apart(tiling, q, k, v), gates, state)
-    o, final = chunked.run(*arrays, None, None, tiling.scale)
+    q, k, v = vjp.apart(tiling, q, k, v)
+    o, final = chunked.run(q, k, v, gates, state, None, None, tiling.scale)
     return o.reshape(B, T, -1), final.swapaxes(2, 3) if tiling.per_channel else final
 
 
@@ -192,7 +193,9 @@ def _backward_kernel(tiling: Tiling, fixed: int, *refs):
     constants, (q_ref, k_ref, v_ref, *refs) = refs[:fixed], refs[fixed:]
     gates_ref, refs = (refs[:1], refs[1:]) if tiling.decay != "none" else ((), refs)
     states_ref, do_ref, dfinal_ref, dq_ref, dk_ref, dv_ref, *refs = refs
-    dgates_ref, refs = (refs[:1], refs[1:]) if tiling.decay != "none" else ((), refs)
+    dgates_ref: Any = ()
+    if tiling.decay != "none":
+        dgates_ref, refs = refs[:1], refs[1:]
     dinitial_ref, dS_ref, *sums_ref = refs
     n, j = pl.program_id(2), pl.program_id(3)
     algebra = _algebra(tiling)
@@ -204,7 +207,7 @@ def _backward_kernel(tiling: Tiling, fixed: int, *refs):
     for x in range(tiling.keys):
         q_CK, k_CK = (_head(ref, x, tiling.K) for ref in (q_ref, k_ref))
         qk_CC = tiling.products.rounded(q_CK, k_CK, (1, 1))
-        dq_CK = dk_CK = None
+        dq_CK = dk_CK = cast(Any, None)
         for h in range(x * tiling.copies, (x + 1) * tiling.copies):
             v_CV, g = _head(v_ref, h, tiling.V), _gates(tiling, gates_ref, h)
             S, do_CV, dS = states_ref[0, 0, h], _head(do_ref, h, tiling.V), dS_ref[j, h]
