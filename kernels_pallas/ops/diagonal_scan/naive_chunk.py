@@ -29,7 +29,7 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
         # The entering state is x_0; what stands before token 1 decays nothing
         x_BCD, decay_BCD, start_BC1 = (jnp.pad(z, ((0, 0), (1, 0), (0, 0))) for z in inputs)
         x_BCD = x_BCD.at[:, 0].set(h_BD)
-        # Pairs j <= i of one document; the others are masked before they multiply, NaN as they may be
+        # Pairs j <= i of one document; others are masked before they multiply: they may be NaN
         pair_BCC1 = up_to_1CC1 & ~jnp.any(between_1CCC1 & start_BC1[:, None, None], axis=3)
         # D_ij = decay_{j+1} ... decay_i, a product of those tokens' own decays
         factor_BCCC1 = between_1CCC1 & pair_BCC1[:, :, :, None]

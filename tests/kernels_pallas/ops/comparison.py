@@ -5,10 +5,9 @@ of rank below 4, gates and the like, each entry is a position of its own), divid
 whole true tensor. Its maximum over all positions counts, so a single wrong token cannot hide in an
 average. The scale is each tensor's own: where a decay of -50 per token leaves a gradient of 1e-21,
 it is that gradient that must be right to five digits. Where truth is zero everywhere, the result
-must
-be zero exactly; where its rms lies below 1e-30, float32 (which ends at 1e-38) has no digits left to
-compare, and 1e-30 is the scale. A tensor that comes back in bfloat16 is allowed, on top of the
-tolerance, what writing the truth itself in bfloat16 costs at its worst position.
+must be zero exactly; where its rms lies below 1e-30, float32 (which ends at 1e-38) has no digits
+left to compare, and 1e-30 is the scale. A tensor that comes back in bfloat16 is allowed, on top of
+the tolerance, what writing the truth itself in bfloat16 costs at its worst position.
 """
 
 from collections.abc import Callable
