@@ -99,6 +99,8 @@ class Mamba(base.Mixer):
         """
         B, T, E = x_BTE.shape
         K = A_EK.shape[1]
+        if self.chunk_size < 1:
+            raise ValueError(f"mamba: chunk_size must be at least 1; got {self.chunk_size}")
         C = min(self.chunk_size, T)
         N = math.ceil(T / C)
         h_BEK = h_BEK.astype(jnp.promote_types(h_BEK.dtype, x_BTE.dtype))  # float64 where x is

@@ -35,6 +35,8 @@ def test_a_chunk_size_reaches_the_operator():
 def test_a_wrong_chunk_size_raises_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="chunk_size is 33; expected a power of two, 16 or more"):
         _train(tmp_path, "gla(num_heads=2, chunk_size=33)")
+    with pytest.raises(ValueError, match="mamba: chunk_size must be at least 1; got 0"):
+        _train(tmp_path, "mamba(chunk_size=0)")
     assert not (tmp_path / "run").exists()
 
 
