@@ -9,7 +9,7 @@
         --collective=all_gather,all_scan,ring
 
 Compiles the program that train runs, for every combination of --topology, --mesh, --collective and
---batch_size, through libtpu (pip install -e '.[tpu]'). Nothing is run, and no accelerator is
+--batch_size, through libtpu (pip install -e '.[train,tpu]'). Nothing is run, and no accelerator is
 needed; a compilation takes a minute or more of one core, whatever the slice. Prints each plan, then
 all of them, the fastest first, and writes plan.json, tables.md and pictures into --out, beside
 those of other calls. Fields of the config are overridden as in train: --config.data.seq_len=131072.

@@ -31,6 +31,62 @@ def test_links_lead_to_files(path):
     assert not [link for link in links if not (path.parent / link).exists()]
 
 
+def paths_named(text: str) -> set[str]:
+    """Returns what a page names and looks like a path: in backticks, commands and WORKSPACE's map.
+
+    Of "{a,b}.py" each is one; "<name>" stands for any; "name.py:argument" is a config.
+    """
+    top = "configs|experiments|kernels_pallas|seqmodels|tests|docs|colabs"
+    words = re.findall(rf"(?m)(?:^|[\s=(])((?:{top})/[\w./]+)", text)
+    modules = re.findall(rf"-m ((?:{top})[.\w]*\w)", text)
+    words += [f"{module.replace('.', '/')}.py" for module in modules]
+    spans = re.findall(r"`([^`]+)`", re.sub(r"(?s)```.*?```", "", text))
+    spans.append(text.partition("## Map")[2].partition("\n## ")[0])
+    words += [word.lstrip("(").rstrip("),;.:") for span in spans for word in span.split()]
+    found = set()
+    for word in words:
+        word = re.sub(r"(\.py):.*", r"\1", word.rpartition("=")[2])
+        before, braces, rest = word.partition("{")
+        inside, _, after = rest.partition("}")
+        found |= {before + name + after for name in (inside.split(",") if braces else [""])}
+    path = re.compile(
+        r"(\.?[\w<>]+/)+([\w<>]+(\.\w+)*)?|[\w<>]+\.(py|md|json|svg|cfg|ya?ml|toml|sh)"
+    )
+    made = re.compile(r"runs/|build/|gdn|seqmodels/mixers/steady")  # by commands and who reads
+    return {name for name in found if path.fullmatch(name) and not made.match(name)}
+
+
+def is_path(name: str, page: Path) -> bool:
+    """Whether a file or folder has this name: from the root, the page or a package on, or below."""
+    pattern = re.sub(r"<\w+>", "*", name.rstrip("/"))
+    packages = ("kernels_pallas", "seqmodels", "experiments", "configs")
+    folders = [ROOT, page.parent, *(ROOT / package for package in packages)]
+    attribute = pattern.rpartition(".")[0] or pattern  # module.function; configs go without .py
+    tried = {pattern, f"{pattern}.py", f"{attribute}.py"}
+    if any(list(folder.glob(each)) for folder in folders for each in tried):
+        return True
+    return any(list((ROOT / package).rglob(pattern)) for package in (*packages, "tests"))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_lead_to_files(path):
+    assert not [name for name in paths_named(path.read_text()) if not is_path(name, path)]
+
+
+def test_a_path_that_is_gone_is_found():
+    text = """`seqmodels/{loading,gone}.py` `ops/<operator>/case.py` `o_BTHV` `x / y` w/o
+    python -m experiments.left --config=configs/small.py:gla
+## Map
+
+    dispatch/  lost/  {tiling,vjp}.py
+
+## Letters"""
+    named = paths_named(text)
+    gone = {name for name in named if not is_path(name, ROOT / "README.md")}
+    assert gone == {"seqmodels/gone.py", "experiments/left.py", "lost/"}
+    assert {"seqmodels/loading.py", "configs/small.py", "dispatch/", "vjp.py"} <= named - gone
+
+
 def test_readme_and_workspace_are_pleasant_to_read():
     for name in ("README.md", "WORKSPACE.md"):
         lines = (ROOT / name).read_text().split("\n")

@@ -108,8 +108,8 @@ class EpochOrder:
     A Feistel network permutes the 4^h >= n numbers of 2h bits, whatever its round function. A
     number outside [0, n) is sent through again until it falls inside (cycle walking: Black and
     Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Grain's own shuffle is of this kind,
-    but takes 12 ms per element for n = 5, as it starts from 2^16 numbers, and (0.2.18) does not
-    permute for n = 4^k + 1.
+    but starts from 2^16 numbers, which is slow for few, and (0.2.18) does not permute for
+    n = 4^k + 1.
     """
 
     ROUNDS = 6

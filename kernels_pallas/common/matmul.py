@@ -52,8 +52,8 @@ einsum.defvjp(_forward, _backward)
 def sum_last(x: jax.Array) -> jax.Array:
     """Sum over the last axis, which stays: (..., K) to (..., 1).
 
-    On CPU it is a product with ones: XLA's reduction of the minor axis (jaxlib 0.10.2) takes ten
-    times as long there.
+    On CPU it is a product with ones: XLA's reduction of the minor axis takes longer there
+    (docs/results.md).
     """
     return _sum_last(x.shape[-1], x)
 

@@ -34,8 +34,7 @@ def inverse(A_CC: jax.Array) -> jax.Array:
     def substitute(i, X_MUU):
         row_M1U = jax.lax.dynamic_slice_in_dim(diagonal_MUU, i, 1, axis=-2)
         known_M1U = jax.lax.dynamic_slice_in_dim(X_MUU, i, 1, axis=-2)
-        # As a product: XLA's CPU backend (jaxlib 0.10.2) takes 20 times as long for the sum over
-        # rows.
+        # As a product: XLA's CPU backend takes longer for the sum over rows (docs/results.md)
         new_M1U = known_M1U - _dot(row_M1U, X_MUU)
         return jax.lax.dynamic_update_slice_in_dim(X_MUU, new_M1U, i, axis=-2)
 

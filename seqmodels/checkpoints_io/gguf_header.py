@@ -2,7 +2,7 @@
 
 The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3,
 little-endian. Counts and lengths are checked against the file's size before anything is read or
-allocated. `gguf.GGUFReader` does not do that, and takes 30 times as long (docs/decisions).
+allocated. `gguf.GGUFReader` does not do that, and takes longer (docs/decisions).
 """
 
 import dataclasses

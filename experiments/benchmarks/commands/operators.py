@@ -12,8 +12,8 @@ into --out. Exit code 1 if an implementation was wrong. Memory is the compiler's
 and outputs, not a measurement.
 
 `tune` looks for chunk and block sizes (`benchmarks/tune.py`), by static cycles on TPU topologies,
-which needs no TPU (pip install -e '.[tpu]'), or by time on the device at hand, and writes them into
-the table that the operators read, kernels_pallas/dispatch/tuned.json.
+which needs no TPU (pip install -e '.[train,tpu]'), or by time on the device at hand, and writes
+them into the table that the operators read, kernels_pallas/dispatch/tuned.json.
 """
 
 import dataclasses

@@ -6,10 +6,10 @@
     python -m experiments.bench tpu_report --op=diagonal_scan --shape=rg_lru_2b --dtype=float32
 
 Compiles each operator's kernels and its chunked XLA form, forward and with backward, through libtpu
-(pip install -e '.[tpu]'). Prints for each kernel its grid, VLIW bundles in the loop body, static
-cycles, use of the matrix unit and of the load and store slots, spills, VMEM, and HBM bytes moved
-against the least possible. Results go to kernels_pallas/reports/tpu as JSON and a table, in place
-of older ones of the same kernels, so that a slower kernel shows in a diff.
+(pip install -e '.[train,tpu]'). Prints for each kernel its grid, VLIW bundles in the loop body,
+static cycles, use of the matrix unit and of the load and store slots, spills, VMEM, and HBM bytes
+moved against the least possible. Results go to kernels_pallas/reports/tpu as JSON and a table, in
+place of older ones of the same kernels, so that a slower kernel shows in a diff.
 """
 
 import os

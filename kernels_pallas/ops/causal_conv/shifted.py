@@ -3,7 +3,7 @@
 XLA fuses them into one pass (docs/math/causal_conv.md). A tap counts where both its ends lie in
 one document. The backward pass computes z again, and differentiates activation and norm there: its
 residuals are the arguments alone. `lax.conv_general_dilated` with D feature groups is the same sum,
-and 15 to 450 times slower on CPU.
+and much slower on CPU (docs/results.md).
 """
 
 from typing import Any

@@ -19,7 +19,7 @@ Two things are decided as the program runs, by the maps of step 1 (`branches`):
     its map gave.
 
 Otherwise x and the decay are read twice and h is written once; `associative_scan`, over all tokens
-or inside each chunk, makes about 2 log2(T) arrays and takes 2 to 10 times as long on CPU.
+or inside each chunk, makes about 2 log2(T) arrays and takes longer (docs/results.md).
 
 The backward pass is the same scan run the other way, with the decays moved by one; its residuals
 are a and h. A document's start is selected, not multiplied: its decay is 0, but the state before

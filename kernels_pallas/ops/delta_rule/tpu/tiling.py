@@ -12,9 +12,8 @@ CHUNK_SIZE = 128
 FLOAT32_CHUNK_SIZE = 32  # as in `chunked`: where beta is 2, longer ones lose accuracy
 # Value heads per grid step: they fill each other's gaps (`primitives.in_turns`).
 HEADS = {"none": 8, "per_token": 8, "per_channel": 4}
-# libtpu 0.0.42 packs a TPU7x's bundles in a time that grows much faster than their number: four
-# heads with a decay per channel took 77 s for one pass of the backward kernel, two take 13 s for
-# everything.
+# libtpu 0.0.42 packs a TPU7x's bundles in a time that grows much faster than their number
+# (docs/results.md).
 TPU7X_HEADS = {"none": 4, "per_token": 4, "per_channel": 2}
 FLOAT32_HEADS = 2  # float32 is there to be exact: a smaller kernel compiles sooner
 
