@@ -1,4 +1,4 @@
-"""Softmax attention to keys that several ranks hold: gathered, in a window, or going round a ring.
+"""Softmax attention to keys on several ranks: all gathered, in a window, or passed round a ring.
 
 `operators.softmax_attention` says what each costs. In the ring one message has keys, values, their
 positions and documents, and a rank holds one message while it sends it on. Each rank's queries keep
@@ -192,7 +192,7 @@ def _backward(static, visibility, arrays, residuals, g_BGRTV):
 
 
 def _plain(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
-    """Computes the same from all ranks' keys, gathered: for derivatives of higher order."""
+    """Computes ring attention from gathered keys instead, for derivatives of higher order."""
     ranks, scale, sizes = static
     payload = _payload(visibility, k_BSGK, v_BSGV)
     packed = collectives.pack(payload, lead=2)

@@ -110,7 +110,7 @@ def gradients_of_operands(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, STRICT: tl.constexpr, SUB: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, dy and dg of one sub-chunk c and block of K, with what came through the states.
+    """Writes dx, dy and dg of one sub-chunk c and block of K, added to those through the states.
 
     dg_s collects the term of every pair j < s <= i: those with both in c; i in c and j before it; j
     in c and i behind; and those on either side.

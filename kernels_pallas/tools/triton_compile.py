@@ -21,7 +21,7 @@ TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "
 
 
 class LaunchFigures(NamedTuple):
-    """One launch as compiled.
+    """The cost of one launch as compiled.
 
     registers, spilled: per thread; spilled is in bytes. shared: bytes per program, of `limit` that
       the GPU has. bytes: inputs read once and outputs written once.

@@ -20,7 +20,7 @@ def step(q_BHK, k_BHK, v_BHV, log_decay_BHK, state_BHKV):
 def recurrent(
     q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale=1.0
 ):
-    """The recurrence as one `lax.scan` over time, in the state's dtype.
+    """Computes the recurrence by `lax.scan` over time, in the state's dtype.
 
     Arguments are normalised by `api.py`; q and k have as many heads as v.
     """
