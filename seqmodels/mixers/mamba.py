@@ -15,7 +15,7 @@ from seqmodels.modules import layers
 
 @flax.struct.dataclass
 class State:
-    """h_BEK and the last inputs of the convolution."""
+    """The state h_BEK, and the last inputs of the convolution."""
 
     h_BEK: Array
     x_tail: Array
@@ -161,6 +161,6 @@ def _uniform(bound: float):
 
 
 def _log_integers(key, shape, dtype=jnp.float32):
-    """Initializer: log(1), log(2), ... along the last axis (S4D-Real, arXiv 2206.11893)."""
+    """Initializes to log(1), log(2), ... along the last axis (S4D-Real, arXiv 2206.11893)."""
     del key
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype))[None], shape)

@@ -33,7 +33,7 @@ CHUNK_SIZE = 64
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """Computes linear attention in chunks; arguments from `api.py`, chunk_size a power of 2 or
+    """Runs the chunked form; `api.py` normalises arguments, chunk_size is a power of two or
     None."""
     decay_kind = decay.kind(log_decay_BTHK)
     per_channel = decay_kind == "per_channel"

@@ -213,8 +213,7 @@ def _backward(form, visibility, arrays, residuals, g_BGRTV):
 
 
 def plain(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
-    """Computes attention by blocks of queries with all keys, each recomputed: JAX differentiates
-    it."""
+    """Attends in blocks of queries with all keys, each recomputed, for JAX to differentiate."""
     scale, (C, _) = form
     T, S = q_BGRTK.shape[3], k_BGSK.shape[2]
 
