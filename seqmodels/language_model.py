@@ -59,7 +59,7 @@ class ModelState:
 
 
 class LanguageModel(nn.Module):
-    """logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
+    """A language model: logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
 
     With state None nothing is carried and none is returned: training. To prefill or decode pass
       `init_state(batch)` and then the state of the last call; any split of a sequence gives the

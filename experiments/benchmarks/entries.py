@@ -40,7 +40,7 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkEntry:
-    """One way to compute a problem.
+    """A named way to compute a problem.
 
     name: the one in tables. prepare: (problem, backward) -> Prepared; raises NotImplementedError,
     saying why, for a problem that it cannot do.

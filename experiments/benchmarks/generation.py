@@ -90,7 +90,7 @@ class Generation:
 
 
 def section(settings: Settings, folder: Path, title: str) -> Section:
-    """Measures, and draws generation.png into the folder."""
+    """Measures every model and context; draws generation.png into the folder."""
     rows = run(settings)
     pictures.generation(rows, folder / "generation.png", title)
     given = dataclasses.asdict(settings)

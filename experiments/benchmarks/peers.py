@@ -17,7 +17,7 @@ OUTPUTS = ("output", "final state")
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Another library's call beside ours.
+    """A comparison of another library's call with ours.
 
     op, variant: ours. package: the peer's module. call: (inputs, the peer's arrays) -> (output,
     final state).

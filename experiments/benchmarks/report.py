@@ -20,7 +20,7 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass
 class Section:
-    """One benchmark's part of a report.
+    """A benchmark's section of a report.
 
     settings: those that it was run with. rows: all that was measured, for JSON; table: what of it
       is printed.

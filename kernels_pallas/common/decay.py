@@ -232,7 +232,7 @@ def _bounds(C: int, levels: bool):
 
 
 def pair_decay(log_decay_C1: jax.Array, *, exclusive: bool = False) -> jax.Array:
-    """D_ij = exp(g_{j+1} + ... + g_i) for j <= i, 0 for j > i: (..., C, 1) to (..., C, C).
+    """Computes D_ij = exp(g_{j+1} + ... + g_i) for j <= i, else 0: (..., C, 1) to (..., C, C).
 
     With `exclusive` it is D_{i-1,j} = exp(g_{j+1} + ... + g_{i-1}) for j < i, with a diagonal of 0.
     For a decay per head or token pairs are few and formed directly: in one block of 16 by their own
@@ -333,7 +333,7 @@ def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, g_reversed_MUK) -> j
 def decayed_scores(
     q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, exclusive: bool = False, rectangle=rectangle
 ) -> jax.Array:
-    """A_ij = q_i^T diag(D_ij) k_j for j <= i, 0 for j > i: (..., C, C), in float32 or wider.
+    """Computes A_ij = q_i^T diag(D_ij) k_j for j <= i, else 0: (..., C, C), float32 or wider.
 
     Args:
       q_CK, k_CK: (..., C, K).

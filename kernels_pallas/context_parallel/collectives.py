@@ -1,4 +1,4 @@
-"""How the state of a recurrence passes between ranks that hold consecutive shards of a sequence.
+"""Passes a recurrence's state between ranks that hold consecutive shards of a sequence.
 
 Over one shard every recurrence here maps the state S that enters to D S + L. The local state L is
 what the shard leaves when it starts from zero; its total decay D is a vector or a matrix, and zero

@@ -82,7 +82,7 @@ class ProgramCost(NamedTuple):
 
 
 class ListingLoops(NamedTuple):
-    """For each bundle, whether it is in the grid loop's body, and how often one pass issues it."""
+    """The loops of bundles: which are in the grid loop's body, and how often a pass issues each."""
 
     in_grid: np.ndarray
     times: np.ndarray

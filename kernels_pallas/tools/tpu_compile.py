@@ -1,4 +1,4 @@
-"""Compiling for TPUs on a machine that has none, by libtpu from PyPI (pip install -e '.[tpu]').
+"""Compiles for TPUs on a machine that has none, by libtpu from PyPI (pip install -e '.[tpu]').
 
     from kernels_pallas.tools import tpu_compile
 

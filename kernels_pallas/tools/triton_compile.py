@@ -1,4 +1,4 @@
-"""Compiling Triton kernels for GPUs that are not there: registers, spills, shared memory.
+"""Compiles Triton kernels for GPUs that are not there: registers, spills, shared memory.
 
 A call is traced on shapes, its launches are recorded, and each is compiled by Triton and the ptxas
 that it ships to machine code for sm_80, sm_90 and sm_100. Nothing is run. Interpreting and

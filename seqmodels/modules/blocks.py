@@ -15,7 +15,7 @@ LAYER_OPTIONS = ("channel_mixer", "d_ff", "mixer_residual", "channel_residual")
 
 
 class Block(nn.Module):
-    """x <- x + mixer(norm(x)); x <- x + channel_mixer(norm(x)).
+    """A layer: x <- x + mixer(norm(x)); x <- x + channel_mixer(norm(x)).
 
     Attributes:
       channel_mixer: see `channel_mixers.make`; None for stacks of mixers alone (Mamba).

@@ -123,7 +123,7 @@ def output_dim(name: str, K: int, features: int | None = None) -> int:
 
 
 class FeatureMap(nn.Module):
-    """phi_BTHF of x_BTHK; a map that learns has one W_HKE (and b) per head. See the table above.
+    """A map from x_BTHK to phi_BTHF; a learned one has one W_HKE (and b) per head (table above).
 
     W starts as the identity (t2r: Kaiming uniform), b at 0. Kept and computed in float32, returned
       in x's dtype.

@@ -1,4 +1,4 @@
-"""How `causal_conv` is called and checked."""
+"""The kinds of calls and the inputs with which `causal_conv` is checked."""
 
 import jax.numpy as jnp
 
@@ -29,7 +29,7 @@ def _options(kind, shape):
 
 
 def _further_calls(kind, shape):
-    """Returns, for calls with a norm, one with half as wide heads, whose sums take another path."""
+    """Returns, for calls with a norm, one more, whose heads are half as wide: their sums differ."""
     return {" of narrow heads": {"l2_norm_heads": 2 * _norm_heads(shape)}} if "norm" in kind else {}
 
 

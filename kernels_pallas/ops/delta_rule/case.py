@@ -1,4 +1,4 @@
-"""How `delta_rule` and `diagonal_plus_low_rank` are called and checked."""
+"""The kinds of calls and the inputs with which `delta_rule` and its general form are checked."""
 
 import dataclasses
 

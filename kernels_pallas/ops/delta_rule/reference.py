@@ -7,7 +7,7 @@ from kernels_pallas.common import segments
 
 
 def step(q_BHK, k_BHK, v_BHV, beta_BH, log_decay_BHK, state_BHKV):
-    """One token: S <- diag(exp(g)) S, S <- S + beta k (v - S^T k)^T, o = S^T q; q is scaled."""
+    """Computes S <- diag(exp(g)) S, S <- S + beta k (v - S^T k)^T, o = S^T q; q is scaled."""
     if log_decay_BHK is not None:
         state_BHKV = jnp.exp(log_decay_BHK)[..., None] * state_BHKV
     error_BHV = v_BHV - jnp.einsum("BHK,BHKV->BHV", k_BHK, state_BHKV)
@@ -16,7 +16,7 @@ def step(q_BHK, k_BHK, v_BHV, beta_BH, log_decay_BHK, state_BHKV):
 
 
 def step_diagonal_plus_low_rank(q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, log_decay_BHK, state_BHKV):
-    """One token: S <- diag(exp(g)) S + a (S^T b)^T + k v^T, then o = S^T q; b reads the old S."""
+    """Computes S <- diag(exp(g)) S + a (S^T b)^T + k v^T and o = S^T q; b reads the old S."""
     read_BHV = jnp.einsum("BHK,BHKV->BHV", b_BHK, state_BHKV)
     if log_decay_BHK is not None:
         state_BHKV = jnp.exp(log_decay_BHK)[..., None] * state_BHKV

@@ -1,4 +1,4 @@
-"""How `linear_attention` is called and checked."""
+"""The kinds of calls and the inputs with which `linear_attention` is checked."""
 
 from kernels_pallas.common import decay, regimes
 from kernels_pallas.dispatch.case import OperatorCase, checked_dtype

@@ -33,8 +33,7 @@ CHUNK_SIZE = 64
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """Runs the chunked form; `api.py` normalises arguments, chunk_size is a power of two or
-    None."""
+    """The chunked form; arguments normalised by `api.py`, chunk_size a power of two or None."""
     decay_kind = decay.kind(log_decay_BTHK)
     per_channel = decay_kind == "per_channel"
     if per_channel:
@@ -77,7 +76,7 @@ def run(
 
 
 class _Form(NamedTuple):
-    """Static arguments. per_channel: whether the decay is. scale: of the output."""
+    """Static arguments. per_channel: whether decays are. scale: of the output."""
 
     C: int
     L: int

@@ -145,8 +145,8 @@ def _times(slope, g):
 
 
 class Group:
-    """`group` columns of 128 channels of a block, and the steps of their computation. A value is
-    indexed [part][column]: part p holds the p-th token of every 32-bit word."""
+    """The computation of `group` columns of a block, 128 channels each. Values are indexed
+    [part][column]: part p holds the p-th token of every 32-bit word."""
 
     def __init__(self, tiling, chunk, block, column, w, seen, age):
         self.tiling, self.chunk, self.block, self.column = tiling, chunk, block, column

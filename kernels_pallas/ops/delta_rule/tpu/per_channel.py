@@ -22,7 +22,7 @@ from kernels_pallas.tpu.primitives import Products, column_of, iota, lower, row_
 
 
 class Gates(NamedTuple):
-    """beta and the log decay of one head."""
+    """The gates of one head: beta and log decay."""
 
     beta_C1: jnp.ndarray
     g_CK: jnp.ndarray

@@ -21,7 +21,7 @@ from kernels_pallas.tpu.primitives import Products, lower, row_of, row_sums
 
 
 class Gates(NamedTuple):
-    """beta of one head, and its decays; without a decay these are None."""
+    """The gates of one head: beta, and its decays; without a decay these are None."""
 
     beta_C1: jnp.ndarray
     D_CC: jnp.ndarray | None = None
