@@ -47,7 +47,7 @@ class Layer(NamedTuple):
     def observed(self, params, taps, index, x_BTD, rows, shared) -> tuple[Array, dict]:
         """Returns the next x_BTD and the inputs of dense layers, to whose results `taps` are added.
 
-        Without taps, what came out of them is returned beside.
+        Without taps, the results of dense layers are returned, too.
         """
         inputs = {}
 
@@ -159,8 +159,8 @@ def _all_stages(stage):
 def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
     """Moves each stage's array to the next stage, and `arriving` to the first.
 
-    back: to the stage before, and what arrives to the last. The partitioner makes a message to the
-    neighbour of a shift by padding; for one by concatenation it gathers.
+    back: to the stage before, and `arriving` to the last. The partitioner compiles a shift by
+    padding to a message between neighbours, but one by concatenation to a gather.
     """
     ends = [(0, 0)] * (held_S.ndim - 1)
     handed_S = (

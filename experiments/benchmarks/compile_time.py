@@ -17,7 +17,7 @@ from experiments.training import steps
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The layers of the whole model and of the cut one, and the size of a batch.
+    """The depths of the whole model and of the cut one, and the batch size.
 
     Compile time hardly depends on the latter.
     """

@@ -33,8 +33,8 @@ _DOCUMENT = 1000  # tokens
 class OperatorBenchmark:
     """An operator's benchmark, on inputs of the regime "trained" of its case.
 
-    kinds: by the names that tables and flags have for them, the kinds of call that are timed each
-      on its own. The first is a shape's, unless it says another.
+    kinds: {name in tables and flags: kind of call}, each timed separately. A shape that names no
+      kind has the first.
     published: the module of its shapes.
     """
 

@@ -22,8 +22,7 @@ class Target(NamedTuple):
 class Section:
     """A benchmark's section of a report.
 
-    settings: those that it was run with. rows: all that was measured, for JSON; table: what of it
-      is printed.
+    settings: of this run. rows: all measurements, for JSON. table: the rows to print.
     notes: lines beside the table. wrong: whether an implementation gave wrong results.
     """
 

@@ -133,7 +133,7 @@ def make_example(
     needle, question and answer.
 
     encode: a prompt to its token ids, with the special tokens before a text.
-    depth: 0 puts the needle before all other sentences, 1 behind them. The same (seed, number)
+    depth: 0 puts the needle before all other sentences, 1 after them. The same (seed, number)
       hides the same value under the same key at every length and depth.
 
     Raises ValueError for an unknown form, a depth outside [0, 1], and a length without room for

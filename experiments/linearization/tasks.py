@@ -55,7 +55,7 @@ def make_task(stage, teacher: Model, student: Model) -> steps.Task:
 class _TrainedAndFrozen:
     """Parameters in two trees: trained ones with LoRA adapters, and frozen ones.
 
-    boxed_lora: parameters of which LoRA adapts those that `stage.lora` matches.
+    boxed_lora: the parameters among which `stage.lora` selects those to adapt.
     """
 
     start: dict[str, Any]

@@ -79,7 +79,7 @@ class Checkpoints:
 
     workdir: the run's folder.
     keep: how many of the latest checkpoints stay.
-    training: whether this process writes. Then it removes what an interrupted save left behind.
+    training: whether this process writes. Then it removes the files of an interrupted save.
     share: the share of the batch that this process reads.
     """
 

@@ -27,7 +27,7 @@ def path_name(path) -> str:
 def rank(leaf) -> int:
     """Returns the number of a parameter's axes, without that of a scan over layers.
 
-    leaf: as `init` returns it, in its box. One without a box counts as not stacked.
+    leaf: as `init` returns it, in its box. Without a box it counts as not stacked.
     """
     if layers.is_boxed(leaf):
         return leaf.unbox().ndim - list(leaf.names).count("layers")

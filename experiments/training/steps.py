@@ -52,7 +52,7 @@ def language_modelling(config, seq_len: int) -> Task:
     """Returns the Task that trains all of a config's model by cross-entropy.
 
     The loss adds train.z_loss (log Z)^2 for each token (PaLM, arXiv 2204.02311, section 5). `init`
-    takes all parameters as `start`, or draws them where that is ().
+    takes all parameters as `start`, or draws them if that is ().
     """
     model = language_model.from_config(config.model)
     model.check_length(seq_len)

@@ -10,7 +10,7 @@ A chunk is halved again and again. Two tokens j < i part at exactly one level, j
 of a block and i into its right half, and there
 
     g_{j+1} + ... + g_i  =  g_reversed_j + g_cumsum_i,
-    g_reversed_j  =  the sum over the tokens behind j up to the middle of that block,
+    g_reversed_j  =  the sum over the tokens after j up to the middle of that block,
     g_cumsum_i    =  the sum from the middle up to and with i,
 
 two pure sums of numbers <= 0. Both exponentials are at most 1; a reset gives 0 with derivative 0.
@@ -38,7 +38,7 @@ class Level(NamedTuple):
 
     g_cumsum_MUK: of right halves, the sum from the middle up to and with token i.
     g_exclusive_MUK: of right halves, the same without token i.
-    g_reversed_MUK: of left halves, the sum over the tokens behind j up to the middle.
+    g_reversed_MUK: of left halves, the sum over the tokens after j up to the middle.
     """
 
     g_cumsum_MUK: jax.Array
@@ -52,7 +52,7 @@ class Sums(NamedTuple):
     log_decay_CK: what was summed.
     g_cumsum_CK: from the chunk's start up to and with token i, for the entering state at i.
     g_exclusive_CK: the same without token i, for recurrences that read before the state decays.
-    g_reversed_CK: over the tokens behind j up to the chunk's end, for token j in the leaving state.
+    g_reversed_CK: over the tokens after j up to the chunk's end, for token j in the leaving state.
     g_total_K: over the whole chunk, for the entering state in the leaving state.
     levels: smallest halves first; empty where they were not asked for.
     """
@@ -237,7 +237,7 @@ def pair_decay(log_decay_C1: jax.Array, *, exclusive: bool = False) -> jax.Array
     With `exclusive` it is D_{i-1,j} = exp(g_{j+1} + ... + g_{i-1}) for j < i, with a diagonal of 0.
     For a decay per head or token pairs are few and formed directly: in one block of 16 by their own
     sums, others as a product of three exponentials, from the start of i's block to i, over the
-    whole blocks between, and behind j to the end of j's block.
+    whole blocks between, and from after j to the end of j's block.
 
     Gradient of each token's log decay. D_ij depends on g_s exactly when j < s <= i, so
     dg_s = sum_{j < s <= i} dD_ij D_ij, one product with zeros and ones.

@@ -70,7 +70,7 @@ class Operator:
 class Choice:
     """The implementation chosen for a kind of call.
 
-    kind: what of the call decides, and the dtype, such as "per_token bfloat16"; empty for operators
+    kind: what of the call matters, and the dtype, such as "per_token bfloat16"; empty for operators
       without kernels. passed_over: the better implementations, each with the reason why it does not
       serve.
     """

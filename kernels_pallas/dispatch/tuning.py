@@ -28,7 +28,7 @@ _ASKED: contextvars.ContextVar[dict | None] = contextvars.ContextVar("asked", de
 def lookup(heuristic: dict[str, int], operator: str, implementation: str, *rest: str) -> dict:
     """Returns the sizes of a call that is traced now.
 
-    heuristic: what the implementation would take; the table may change any of it, and adds nothing.
+    heuristic: the implementation's own sizes; the table may replace any of them, and adds none.
     rest: what the sizes depend on, from the general to the special. The device's kind is added
     here.
     """

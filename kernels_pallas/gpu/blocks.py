@@ -2,7 +2,7 @@
 log decay.
 
 Imported only by modules of kernels, and these only when a kernel runs. A tile's rows are tokens
-from `first` on; rows behind T and columns behind the width load as 0, so a padded token neither
+from `first` on; rows beyond T and columns beyond the width load as 0, so a padded token neither
 writes nor decays the state. A decay per token is a tile of one column; a reset is finite. Sums of
 log decay have non-positive terms only and are never differences (docs/math/linear_attention.md).
 """

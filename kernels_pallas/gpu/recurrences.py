@@ -145,7 +145,7 @@ def every_head(form, g_BTHK):
 def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
     """Runs a kernel over (grid, B * H), with its tiles and the form's constants that it takes.
 
-    outputs: (shape behind B, dtype). grid: what axis 0 is a product of: "K", "V" (blocks), "N"
+    outputs: (shape after B, dtype). grid: what axis 0 is a product of: "K", "V" (blocks), "N"
     (chunks), or numbers.
     """
     B = inputs[0].shape[0]

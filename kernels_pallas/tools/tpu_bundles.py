@@ -262,7 +262,7 @@ def _traffic(call) -> tuple[int, int | None]:
 def xla_cycles(module: hlo.HloModule) -> int:
     """Sums the compiler's `estimated_cycles`, loop bodies as often as they run.
 
-    Of a conditional's branches the dearest counts.
+    Of a conditional's branches the costliest counts.
     """
 
     def total(computation: str) -> int:

@@ -278,7 +278,7 @@ def halving_sums(g_CK):
 
     Returns:
       g_cumsum_CK and g_reversed_CK of the chunk; then for halves of U = 1, 2, 4, ..., C/2 tokens
-      one array: g_reversed of a left half (behind a token to the half's end), g_cumsum of a right
+      one array: g_reversed of a left half (after a token to the half's end), g_cumsum of a right
       half (from the half's start through the token).
     """
     C = g_CK.shape[0]

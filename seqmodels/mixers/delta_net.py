@@ -142,7 +142,7 @@ class DeltaRuleMixer(base.ChunkedMixer):
 def _on_step(x: Array, n: int, *, last: bool) -> Array:
     """Expands x to n steps per token, (B, T, ...) to (B, T n, ...).
 
-    It stands on the first or the last step, and zeros on the others.
+    x is at the first or the last step; the others are zeros.
     """
     before, after = (n - 1, 0) if last else (0, n - 1)
     padded = jnp.pad(x[:, :, None], ((0, 0), (0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))

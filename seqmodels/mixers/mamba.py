@@ -94,7 +94,7 @@ class Mamba(base.Mixer):
     def _scan(self, axis_name, x_BTE, dt_BTE, B_BTK, C_BTK, A_EK, start_BT, h_BEK):
         """Runs the recurrence chunk by chunk; a chunk's states are recomputed for its gradient.
 
-        A shard of time that others precede is gone through twice: first for its decay and its local
+        A shard of time that others precede is scanned twice: first for its decay and its local
           state, without outputs.
         """
         B, T, E = x_BTE.shape

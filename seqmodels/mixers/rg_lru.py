@@ -21,7 +21,7 @@ class State:
 
     Attributes:
       h_BE, x_tail: the recurrence's state, and the last inputs of the convolution.
-      begun_B: whether the document has begun; its first token is written whole.
+      begun_B: whether the document has begun; its first token is not scaled by sqrt(1 - a^2).
     """
 
     h_BE: Array

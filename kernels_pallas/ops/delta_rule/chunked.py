@@ -57,7 +57,7 @@ class Chunks(NamedTuple):
     S' = exp_g_total_K1 S + w_CK^T U + local_KV
 
     exp_g_total_K1: None where nothing decays.
-    A_rest_CC: what rounding took from A_CC, where products are compensated; without gradient.
+    A_rest_CC: the rounding error of A_CC, where products are compensated; without gradient.
     """
 
     A_CC: jax.Array

@@ -63,7 +63,7 @@ def product_rest(x_MBHCK, y_MBHCK):
 def decayed_rest(products, rest, D, sums):
     """Returns the rounding error of products * D, given that of the products, `rest`.
 
-    D is exp(sums). 1 - D enters, which float32 knows to more digits than D where D is near 1.
+    D is exp(sums). The error is computed from 1 - D, which has more digits where D is near 1.
     """
     used = _as_computed(products * D)
     return _unless_zero(used, ((products - used) + products * jnp.expm1(sums)) + rest * D)
@@ -103,7 +103,7 @@ def rounded_once(subscripts, x, y) -> jax.Array:
 def solve(A_CC, A_rest_CC, X_CC, R_CV):
     """Solves (I + A) U = R, given the inverse X of I + A.
 
-    Where A has a rest, what rounding took from it, the residual corrects U once.
+    Where A's rounding error A_rest is given, the residual corrects U once.
     """
     U_CV = precise("...ij,...jV->...iV", X_CC, R_CV)
     if A_rest_CC is None:

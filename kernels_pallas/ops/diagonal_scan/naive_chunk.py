@@ -48,7 +48,7 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
         h_BCD = (h_BCD + weighted(missed_BCD))[:, 1:]
         return h_BCD[:, -1], h_BCD
 
-    # x = 0 and decay = 1 behind the last token leave the state as it is
+    # x = 0 and decay = 1 after the last token leave the state as it is
     chunks = to_chunks(x_BTD.astype(dtype), 0), to_chunks(decay_BTD, 1), to_chunks(start_BT1, 0)
     final_BD, h_NBCD = jax.lax.scan(jax.checkpoint(chunk), initial_state_BD, chunks)
     h_BTD = jnp.moveaxis(h_NBCD, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, :T]

@@ -6,7 +6,7 @@ here. This is the chunkwise form of GLA (arXiv 2312.06635, section 4), Lightning
 per token, exp_g_cumsum, exp_g_reversed and D multiply on the side of v and of A, so that heads
 which share q and k share q k^T, and neither q nor k is copied. Documents are masks: a pair counts
 where no boundary lies between, the entering state up to the first boundary, the leaving state
-behind the last one.
+after the last one.
 
 The backward pass is our own. The forward pass saves its inputs and the state that enters each
 block of chunks; the backward pass walks the blocks in reverse and differentiates each, recomputed,

@@ -62,7 +62,7 @@ def backward(tiling, x, before, initial, w, *refs):
         at = Group(tiling, chunk, block, column, w, seen, age)
         at.take(x, before, initial)
         nth = block * (tiling.d // LANES) + column
-        # dz of the tokens behind this block, which the grid has visited before.
+        # dz of the tokens after this block, which the grid has visited before.
         for c in range(tiling.group):
             dz[:, c, tiling.rows :] = jnp.where(t == 0, 0.0, later[nth + c])
 

@@ -20,7 +20,7 @@ per head, and its derivative da = r (g - a r^2 sum g a). Sums over heads of othe
 128s are products with zeros and ones.
 
 Documents: `age` counts the inputs before a token that its taps may reach, and `room` the tokens
-behind it whose taps reach it, both cut at I-1 and repeated over 128 lanes. A tap of lag j counts
+after it whose taps reach it, both cut at I-1 and repeated over 128 lanes. A tap of lag j counts
 where age >= j.
 """
 

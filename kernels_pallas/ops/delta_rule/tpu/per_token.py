@@ -33,7 +33,7 @@ class Gates(NamedTuple):
 class Chunk(NamedTuple):
     """Arrays of the forward pass that the backward pass reads again.
 
-    A_rest_CC: what A has lost to rounding, where that counts. X_CC: (I + A)^-1. read_CV: v - what k
+    A_rest_CC: A's rounding error, in `exact` calls. X_CC: (I + A)^-1. read_CV: v - what k
       reads of the entering state, so that R = beta * read.
     """
 

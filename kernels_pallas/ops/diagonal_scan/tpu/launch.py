@@ -229,8 +229,8 @@ def _forward_kernel(tiling: _Tiling, from_last: bool, *refs):
 def _states(walk, decay, x, A, b, state):
     """Writes every h of a chunk in place of x.
 
-    `state` goes from the state that enters to the one that leaves; A is left with those that enter
-    the runs.
+    `state`, which enters, is replaced by the state that leaves; afterwards A holds the states that
+    enter the runs.
     """
     zero, one = _constants(walk.tiling.planes)
 
@@ -305,7 +305,7 @@ def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
 class _Walk:
     """Steps through the 8 runs of a chunk, all at once.
 
-    from_last: against time, in chunks, runs and tokens alike. chunk: counted as the walk goes.
+    from_last: whether chunks, runs and tokens are reversed. chunk: its number in that order.
     """
 
     tiling: _Tiling

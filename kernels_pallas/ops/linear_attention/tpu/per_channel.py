@@ -5,7 +5,7 @@ at one level, j into a left half of U tokens and i into the right half beside it
 
     D_ij = exp(g_cumsum_i) * exp(g_reversed_j),
 
-the decay from the middle through i times that behind j to the middle. Here both are products of
+the decay from the middle through i times that after j to the middle. Here both are products of
 decays in [0, 1], each level's from the level below by one multiplication: a right half's
 exp(g_cumsum) takes the whole decay of the left half, a left half's exp(g_reversed) that of the
 right. No exponent is ever added up or subtracted; a reset is a factor 0.

@@ -110,7 +110,7 @@ def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV, do_CV, dS_K
     dk_state_CK = p.rounded(v_CV, dS_KV, (1, 1))
     dv_state_CV = p.rounded(k_CK, dS_KV)
     if g_1C is not None:
-        # exp(g_reversed) along the lanes: the sums over tokens behind each one.
+        # exp(g_reversed) along the lanes: the sums over tokens after each one.
         lower_CC = lower(C)
         behind = jnp.where(lower_CC, 0.0, g_1C)
         exp_g_reversed = jnp.exp(_sums(tiling, behind, constants[0][:, C:]))
