@@ -21,7 +21,7 @@ DOCUMENTS = ("files", "lines")
 
 
 class Piece(bytes):
-    """A part of a document that the next document continues: its end is not one to learn."""
+    """A part of a document that the next document continues: its end is not to be learned."""
 
 
 class TextFiles:

@@ -160,7 +160,7 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def widened(tree):
-    """Returns the tree with arrays of less than 32 bits cast to float32."""
+    """Returns the tree with arrays narrower than float32 cast to it."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 

@@ -245,7 +245,7 @@ def _run_index(ranks, segment_ids_BT):
 
 
 def _to_zigzag(ranks, x_BTX):
-    """Sends parts of 2W: rank r, which has 2r and 2r+1, gets r and 2W-1-r. Two messages."""
+    """Moves the 2W parts of time so that rank r, which has 2r and 2r+1, has r and 2W-1-r."""
     even, odd = (
         ranks.send(half, [(r, _zigzag_rank(ranks, 2 * r + n)) for r in range(ranks.count)])
         for n, half in enumerate(jnp.split(x_BTX, 2, axis=1))

@@ -34,7 +34,7 @@ def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
 @functools.lru_cache(maxsize=4)
 def float32_paths(model: LanguageModel) -> frozenset[str]:
     """Returns the paths of parameters that are float32 whatever `param_dtype` is: decays, gates,
-    routers and feature maps. Norms, which are, too, are left out."""
+    routers and feature maps. Norms, though float32, are left out."""
     narrow = model.clone(param_dtype=jnp.bfloat16)
     return frozenset(
         path

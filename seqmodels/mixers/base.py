@@ -40,7 +40,7 @@ class PositionedState:
 
 
 class Mixer(nn.Module):
-    """The contract: y_BTD, state = mixer(x_BTD, segment_ids_BT=None, state=None, *, layer=None).
+    """A token mixer: y_BTD, state = mixer(x_BTD, segment_ids_BT=None, state=None, *, layer=None).
 
     Training, prefill and decoding are this one call with different T. `state` is a pytree of fixed
     size in T; None starts from nothing. Feeding a sequence in any pieces, each with the state the

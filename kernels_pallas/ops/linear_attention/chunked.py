@@ -33,7 +33,7 @@ CHUNK_SIZE = 64
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """The chunked form; arguments normalised by `api.py`, chunk_size a power of two or None."""
+    """Runs the chunked form on arguments from `api.py`; chunk_size: a power of two or None."""
     decay_kind = decay.kind(log_decay_BTHK)
     per_channel = decay_kind == "per_channel"
     if per_channel:

@@ -7,7 +7,7 @@ from kernels_pallas.common import segments
 
 
 def step(q_BHK, k_BHK, v_BHV, log_decay_BHK, state_BHKV):
-    """Computes one token: S <- diag(exp(g)) S + k v^T, o = S^T q, without scale.
+    """Computes S <- diag(exp(g)) S + k v^T and o = S^T q for one token, without scale.
 
     log_decay_BHK: g, (B, H, K) or (B, H, 1), or None for no decay.
     """

@@ -402,7 +402,7 @@ def _places(shape):
 
 
 def _constants(planes: int):
-    """Returns zero and one, as planes."""
+    """Returns 0 and 1 as tuples of planes (real, and imaginary if there are two)."""
     return (0.0,) * planes, (1.0, 0.0)[:planes]
 
 

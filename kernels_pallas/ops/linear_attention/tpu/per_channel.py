@@ -50,7 +50,7 @@ def _tree(g_CK):
 
 
 def _small_step(cumsum_CK, reversed_CK, U):
-    """Combines two halves' decays, in blocks of 2 U <= 8 rows, one register."""
+    """Combines the decays of two halves of U <= 4 rows, inside a register's 8 rows."""
     C, K = cumsum_CK.shape
     cumsum, reversed_ = (x.reshape(C // SUBLANES, SUBLANES, K) for x in (cumsum_CK, reversed_CK))
     row = iota(cumsum.shape, 1)
@@ -87,7 +87,7 @@ def _roll(x, by):
 
 
 def _large_step(cumsum_CK, reversed_CK, U):
-    """Combines two halves' decays, in blocks of whole registers."""
+    """Combines the decays of two halves of whole registers."""
     left, right = _halves(cumsum_CK, U)
     reversed_left, reversed_right = _halves(reversed_CK, U)
     cumsum_CK = _joined(left, right * left[:, U - 1 :])
