@@ -180,8 +180,8 @@ class LoadedModel:
         return single, [ids(p) for p in ([prompt] if single else prompt)]
 
     def _with_room(self, tokens: int) -> language_model.LanguageModel:
-        """Returns the model with full-attention caches of `tokens`, rounded up to a power of two if
-        it fits, so that prompts of similar lengths share compiled programs."""
+        """Returns the model with full-attention caches of `tokens`, rounded up to a power of two,
+        so that similar prompts share compiled programs; unchanged if `tokens` do not fit."""
         limit, _ = sampling.context_limit(self.model) or (0, "")
         if tokens > limit:
             return self.model

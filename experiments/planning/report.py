@@ -199,7 +199,7 @@ _SAME_IN = (
 
 
 def _key(row: Row) -> str:
-    """Returns the settings that identify a candidate: rows of two runs are the same if equal."""
+    """Returns the fields that identify a candidate, equal for two plans of the same one."""
     return json.dumps([row[field] for field in _SAME_IN])
 
 

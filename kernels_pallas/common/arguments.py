@@ -194,7 +194,7 @@ def one_token_decay(operator: str, log_decay):
 
 
 def nothing(*arrays) -> bool:
-    """Returns whether an array is empty: then the state stays as it is, and outputs are zeros."""
+    """Returns whether an array is empty: then nothing is written to a state, and outputs are 0."""
     return any(0 in x.shape for x in arrays)
 
 

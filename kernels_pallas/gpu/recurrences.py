@@ -158,7 +158,7 @@ def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constant
 
 
 def kernels():
-    """Returns the modules of kernels, imported here as Triton may not be installed."""
+    """Returns the modules of kernels, imported only here, as `prepare` has to come first."""
     launch.prepare()
     from kernels_pallas.gpu import chunks, scores
 

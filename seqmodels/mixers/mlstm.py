@@ -141,7 +141,7 @@ class MLSTM(base.ChunkedMixer):
 def stabiliser(
     log_f_BTH: Array, i_BTH: Array, m_BH: Array, segment_ids_BT: Array | None = None
 ) -> Array:
-    """Computes m_t = max(log f_t + m_{t-1}, i_t) in float32; documents start from m = 0.
+    """Computes m_t = max(log f_t + m_{t-1}, i_t) in float32, from m_BH; documents begin at 0.
 
     Each token is the map m -> max(a + m, b), and such maps compose to such maps: (a', b') after (a,
     b) is (a + a', max(b + a', b')). So all are found by an associative scan. A document's start

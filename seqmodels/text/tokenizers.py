@@ -136,7 +136,7 @@ def open_file(path: str):
 
 
 def _num_bytes(tokenizer) -> Callable[[str], int]:
-    """Returns a function from a vocabulary entry to the bytes that it adds to a text.
+    """Returns a function from a vocabulary entry to the bytes it adds after another entry.
 
     Byte-level vocabularies spell each byte as one character, and byte fallback a byte as <0x0A>.
     For others the file's decoder knows: to SentencePiece U+2581 is a space, to WordPiece ## is
