@@ -1,5 +1,5 @@
-"""Weights from any source to a folder that other programs read, to our own layout, or to a run to
-go on from.
+"""Converts weights of any source to Hugging Face's layout, to our own, or to a run to train
+further.
 
     python -m experiments.convert --source=gguf:smollm2 --to=workdir --out=runs/smollm2
     python -m experiments.convert --source=folder_or_hub_name --to=seqmodels --out=exported \

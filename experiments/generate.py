@@ -1,5 +1,5 @@
-"""Continues prompts with the latest checkpoint of a run, or a pretrained model: one as a stream,
-several together.
+"""Continues prompts with a run's latest checkpoint, or a pretrained model: a single one is
+streamed, several are read together.
 
     python -m experiments.generate --workdir=runs/quickstart-20261121-120000 --prompt="def " \
       --length=300 --temperature=0.8

@@ -1,4 +1,4 @@
-"""Plans a training run on TPUs that are not there: memory, collectives and an estimate of time.
+"""Plans a training run on TPUs that are not there: memory, collectives, and estimated time.
 
     python -m experiments.plan --config=configs/gated_delta_net_1300m.py --topology=v5p:4x4x8 \
         --mesh=data=8,fsdp=16
@@ -71,7 +71,7 @@ def main(argv):
 
 
 def _candidates() -> tuple[list[candidates.Candidate], list[str]]:
-    """Returns what to compile, and what `--sweep` left out and why. Finds all mistakes of flags."""
+    """Returns the candidates, and what `--sweep` left out and why; raises for bad flags."""
     if not _TOPOLOGY.value:
         known = "; ".join(f"{part}: {', '.join(shapes)}" for part, shapes in parts.KNOWN.items())
         raise cli.UserError(f"give a slice: --topology=v5p:4x4x8. There are {known}")

@@ -14,7 +14,7 @@ _WORDS = {
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
-    """Returns the value; a list, as JSON has in a tuple's place, becomes a tuple.
+    """Returns the value if it is of type `kind`; a list, JSON's form of a tuple, becomes one.
 
     Args:
       kind: int, float (which an integer is, too), bool, str, a tuple of these, a union, or Any.

@@ -33,7 +33,7 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class ModelState:
-    """The state that decoding carries.
+    """The recurrent state of a model, for decoding.
 
     Attributes:
       prefix, scanned, suffix: a state per layer, as `pattern.ScanPlan` cuts the stack.
@@ -59,7 +59,7 @@ class ModelState:
 
 
 class LanguageModel(nn.Module):
-    """logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
+    """A language model: logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
 
     With state None nothing is carried and none is returned: training. To prefill or decode pass
       `init_state(batch)` and then the state of the last call; any split of a sequence gives the
@@ -116,7 +116,7 @@ class LanguageModel(nn.Module):
 
     @property
     def plan(self) -> pattern.ScanPlan:
-        """Returns how the stack is cut into single blocks and a scanned group."""
+        """Returns the ScanPlan: which blocks are single and which are scanned."""
         if self.scan_layers:
             return pattern.scan_plan(self.mixers)
         return pattern.ScanPlan(self.mixers, (), 0, ())
@@ -336,7 +336,7 @@ _SHARED_FIELDS = [
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _BlockRun:
-    """Calls a block with what all layers of one pass share."""
+    """A function that runs a block, with the arguments that all layers share."""
 
     segment_ids_BT: Array | None
     fresh_B: Array | None
@@ -351,7 +351,7 @@ class _BlockRun:
 
 
 class _Group(nn.Module):
-    """The blocks of one period, which the scan repeats."""
+    """The blocks of one period; the scan repeats them."""
 
     specs: tuple[pattern.MixerSpec, ...]
     block_class: Any

@@ -1,4 +1,4 @@
-"""A language model with its tokenizer, wherever its weights lie: it writes and scores text."""
+"""Loads a language model with its tokenizer from any source, to generate and score text."""
 
 import dataclasses
 import functools
@@ -41,21 +41,21 @@ class LoadedModel:
 
     @property
     def params(self):
-        """The model's parameters, in the dtypes they were loaded in."""
+        """Returns the model's parameters, in the dtypes they were loaded in."""
         return self.found.params
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `language_model.from_config` makes the model of."""
+        """Returns the model's config, as `language_model.from_config` takes it."""
         return self.found.model_config
 
     @property
     def stop_tokens(self) -> set[int]:
-        """Ids at which the model's text or turn ends: a document's start, and its end tokens."""
+        """Returns the ids that end a text or turn: a document's start, and the end tokens."""
         return {self.tokenizer.document_id, *self.found.tokens.eos}
 
     def with_max_len(self, max_len: int) -> "LoadedModel":
-        """Returns the same with full-attention layers that hold `max_len` tokens when decoding.
+        """Returns the same model with full-attention caches of `max_len` tokens for decoding.
 
         Raises ValueError for more than the model's context.
         """
@@ -65,13 +65,13 @@ class LoadedModel:
         return dataclasses.replace(self, found=found, model=found.model)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text as the start of a document."""
+        """Returns the ids of a text, at the start of a document."""
         if self.starts_documents:
             return sampling.prompt_tokens(text, self.tokenizer)
         return self.tokenizer.encode(text, special=True).tolist()
 
     def prompt_tokens(self, prompt: str) -> list[int]:
-        """Returns `encode` of a prompt, and one id at least."""
+        """Returns the ids of a prompt as `encode` does, but at least one."""
         return self.encode(prompt) or [self.tokenizer.document_id]
 
     def chat_tokens(
@@ -165,7 +165,7 @@ class LoadedModel:
         return scores[0] if single else scores
 
     def _ids_of(self, prompt: Any, chat: bool = False) -> tuple[bool, list[list[int]]]:
-        """Returns whether this is one prompt, not a list of prompts, and the ids of each."""
+        """Returns whether `prompt` is one prompt, not a list, and the ids of each prompt."""
         single = _is_prompt(prompt)
 
         def ids(prompt: Any) -> list[int]:
@@ -180,8 +180,8 @@ class LoadedModel:
         return single, [ids(p) for p in ([prompt] if single else prompt)]
 
     def _with_room(self, tokens: int) -> language_model.LanguageModel:
-        """Returns the model with full-attention caches that hold `tokens`, as a power of two, so
-        that prompts of similar lengths share compiled programs; unchanged where they do not fit."""
+        """Returns the model with full-attention caches of `tokens`, rounded up to a power of two,
+        so that similar prompts share compiled programs; unchanged if `tokens` do not fit."""
         limit, _ = sampling.context_limit(self.model) or (0, "")
         if tokens > limit:
             return self.model
@@ -225,8 +225,8 @@ def _load(
 
 
 def find(source: str, *, max_len: int | None = None, **options) -> checkpoints_io.Pretrained:
-    """Returns the weights and configs of any source, to convert or to train on: a run's as it
-    trained them, others as `load_pretrained` reads them with these options."""
+    """Returns the weights and configs of any source, to convert or train: a run's training
+    parameters, others as `load_pretrained` reads them."""
     if not runs.is_run(source):
         return checkpoints_io.load_pretrained(source, max_len=max_len, **options)
     found = runs.load_run(source)
@@ -237,7 +237,7 @@ def find(source: str, *, max_len: int | None = None, **options) -> checkpoints_i
 def with_tokenizer(
     found: checkpoints_io.Pretrained, tokenizer: str = "", *, starts_documents: bool = False
 ) -> LoadedModel:
-    """Returns a model with the tokenizer that it brings, or a given one: 'bytes', or a file's path.
+    """Returns a model with its own tokenizer, or a given one: 'bytes', or a file's path.
 
     Raises ValueError where there is none, or it is of another vocabulary.
     """
@@ -307,7 +307,7 @@ def _is_prompt(value) -> bool:
 
 
 def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
-    """Returns the token that separated documents in pretraining, as far as the files tell."""
+    """Returns the token that separated documents in pretraining, as far as files tell."""
     file, tokens = _open(path), found.tokens
     for i in (file.token_to_id(WHOLE_TEXT), tokens.bos, *tokens.eos):
         if i is None or i >= found.model_config["vocab_size"]:

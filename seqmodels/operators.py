@@ -1,5 +1,5 @@
 """The operators of `kernels_pallas` on whatever mesh is in scope, with their names and signatures,
-and what else moves along time.
+and other functions along time.
 
 Without a mesh they are the plain ones. Inside `sharding.scope` each runs under `jax.shard_map` on
 its device's rows, time and heads: the compiler cannot partition a kernel, and would gather a
@@ -26,8 +26,8 @@ from seqmodels.array_typing import Array
 
 
 def on_parts(function: Callable, arrays: dict[str, tuple[Any, str]], results: Any) -> Any:
-    """Calls function(axis_name, **arrays) on each device's part of the arrays. Without a mesh this
-    is one plain call, with axis_name None.
+    """Calls function(axis_name, **arrays) on each device's part of the arrays; without a mesh, once
+    on all, with axis_name None.
 
     arrays: by name, each with a letter per axis: B, T, H (heads) and D (channels of heads) are
       split, the others are not. A letter stands for one size. Arrays may be None.
@@ -69,7 +69,7 @@ def _axes(arrays) -> dict[str, Any] | None:
 
 
 def _split_heads(heads: int, what: str = "heads") -> int:
-    """Returns how many of the heads a device has. Raises ValueError where they do not divide."""
+    """Returns the number of heads per device. Raises ValueError if they do not divide."""
     ways = sharding.sizes().get(sharding.HEAD_AXIS, 1)
     if heads % ways:
         raise ValueError(
@@ -106,7 +106,7 @@ def _log_decay(log_decay: Array | None) -> tuple[Array | None, str]:
 
 
 def _key_heads(x_BTGK: Array, v_BTHV: Array) -> Array:
-    """Copies key heads that several heads of v share, where that lets them be split as v's are."""
+    """Copies key heads that several value heads share, if they can then be split as those are."""
     G, H = x_BTGK.shape[2], v_BTHV.shape[2]
     ways = math.lcm(G, sharding.sizes().get(sharding.HEAD_AXIS, 1))
     if ways > G and H % ways == 0:
@@ -126,7 +126,7 @@ def _matrix_recurrence(
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """Calls an operator whose state is (B, H, K, V). `others`: the arrays that it alone has."""
+    """Calls an operator whose state is (B, H, K, V). `others`: its additional arrays."""
     arrays = {
         "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
         "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
@@ -328,8 +328,8 @@ def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
 
 
 def with_earlier(axis_name, old_BS, x_BT) -> Array:
-    """Returns [the S tokens before this part of time, x_BT]; for use inside `on_parts`. `old_BS`
-    come before the first part."""
+    """Prepends the S tokens before this part of time (for the first part, `old_BS`) to x_BT; for
+    use inside `on_parts`."""
     if axis_name is not None:
         ranks, S = collectives.Ranks(axis_name), old_BS.shape[1]
         old_BS = collectives.preceding_tokens(ranks, x_BT, S, old_BS)

@@ -1,4 +1,4 @@
-"""A pipeline over the mesh axis `pipe`: each of its devices holds a stage, consecutive layers.
+"""A pipeline over the mesh axis `pipe`, each of whose devices holds a stage: consecutive layers.
 
 GPipe (arXiv 1811.06965): with S stages and M microbatches the program is one loop of M + S - 1
 turns. In turn t, stage s works on microbatch t - s, and hands the result to stage s + 1. In S - 1
@@ -31,7 +31,7 @@ from seqmodels.array_typing import Array
 
 
 class Layer(NamedTuple):
-    """One layer: called with (params, index, x_BTD, rows, shared), it returns the next x_BTD.
+    """A layer: called with (params, index, x_BTD, rows, shared), it returns the next x_BTD.
 
     module: unbound. call: (apply, index, x_BTD, rows, shared) -> x_BTD, where apply(*arguments)
       applies the module.
@@ -45,9 +45,9 @@ class Layer(NamedTuple):
         return self.call(apply, index, x_BTD, rows, shared)
 
     def observed(self, params, taps, index, x_BTD, rows, shared) -> tuple[Array, dict]:
-        """Returns the next x_BTD and what went into dense layers, whose results get `taps` added.
+        """Returns the next x_BTD and the inputs of dense layers, to whose results `taps` are added.
 
-        Without taps, what came out of them is returned beside.
+        Without taps, the results of dense layers are returned, too.
         """
         inputs = {}
 
@@ -122,7 +122,7 @@ def _run(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
 
 
 def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep: bool = False):
-    """Returns all microbatches after all stages and, to keep, the stages' inputs of each turn."""
+    """Returns all microbatches after all stages; with `keep`, also each turn's stage inputs."""
 
     def stage(params_N, index_N, x_BTD, rows):
         def one(x_BTD, inputs):
@@ -157,10 +157,10 @@ def _all_stages(stage):
 
 
 def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
-    """Hands each stage's array to the next stage, and what arrives to the first.
+    """Moves each stage's array to the next stage, and `arriving` to the first.
 
-    back: to the stage before, and what arrives to the last. The partitioner makes a message to the
-    neighbour of a shift by padding; for one by concatenation it gathers.
+    back: to the stage before, and `arriving` to the last. The partitioner compiles a shift by
+    padding to a message between neighbours, but one by concatenation to a gather.
     """
     ends = [(0, 0)] * (held_S.ndim - 1)
     handed_S = (
@@ -172,7 +172,7 @@ def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
 
 @custom_vjp(0)
 def _run_split(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
-    """Computes `_run`, with a backward pass in two."""
+    """Computes `_run`, with a backward pass in two parts (`split_backward`)."""
     return _run(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
 
 

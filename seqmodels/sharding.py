@@ -1,4 +1,4 @@
-"""The only file that names mesh axes: which devices hold which part of what.
+"""The only file that names mesh axes: which device holds which part of each array.
 
 Mesh axes:
     pipe    groups of consecutive layers (`pipeline`)
@@ -58,7 +58,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a mesh is used; `config.parallel` has these fields.
+    """Options for the use of a mesh, the fields of `config.parallel`.
 
     collective: how states pass along `seq`: "all_gather" (LASP-2, arXiv 2502.07563), "all_scan"
       (ZeCO, arXiv 2507.01004) or "ring" (LASP-1, arXiv 2404.02882). Keys and values of softmax
@@ -149,7 +149,7 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
 
 
 def _slices(devices) -> list[list]:
-    """Groups devices that fast links join, a TPU slice's or a host's GPUs, for jax.make_mesh."""
+    """Groups devices with fast links (a TPU slice, or a host's GPUs), for jax.make_mesh."""
     slices = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
@@ -163,7 +163,7 @@ def _slices(devices) -> list[list]:
 
 
 def _between_slices(shape: list[int], slices: int) -> list[int]:
-    """Returns how many parts of each mesh axis lie in slices of their own, quiet axes first."""
+    """Returns for each mesh axis how many slices it goes over, quietest axes first."""
     between = [1] * len(shape)
     for axis in map(MESH_AXES.index, QUIETEST_FIRST):
         between[axis] = math.gcd(shape[axis], slices)
@@ -189,7 +189,7 @@ def scope(mesh: Mesh, options: Options | None = None):
 
 
 def options() -> Options:
-    """Returns the options of the scope."""
+    """Returns the options of the enclosing `scope`."""
     return _OPTIONS.get(Options())
 
 
@@ -290,7 +290,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 class Placement:
-    """Where a run's parameters, gradients and optimizer state lie, and how a step keeps them there.
+    """The sharding of a run's parameters, gradients and optimizer state, kept up by each step.
 
     params, grads: a NamedSharding for each leaf.
 
@@ -306,7 +306,7 @@ class Placement:
         self._host_params = shardings(mesh, boxed_params, options.zero >= 1, self._host)
 
     def scope(self):
-        """Enters the module's `scope`."""
+        """Enters `sharding.scope`."""
         return scope(self.mesh, self.options)
 
     def optimizer(self, boxed_opt_state: Any) -> Any:
@@ -346,7 +346,7 @@ def _on_host(function: Callable) -> Callable:
 def check_batch(
     mesh: Mesh, batch_size: int, seq_len: int, options: Options | None = None, accumulate: int = 1
 ) -> None:
-    """Raises ValueError if a batch does not divide over microbatches and mesh; with the numbers."""
+    """Raises ValueError if microbatches and mesh do not divide a batch, with the numbers."""
     stages = mesh.shape[STAGE_AXIS]
     pieces = ((options and options.microbatches) or stages) if stages > 1 else 1
     for name, count in (("train.accumulate", accumulate), ("parallel.microbatches", pieces)):

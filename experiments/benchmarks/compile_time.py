@@ -1,4 +1,4 @@
-"""Compile time of a training step against depth: layers that repeat are compiled once."""
+"""Measures compile time of a training step over depth: repeated layers are compiled once."""
 
 import dataclasses
 import time
@@ -17,7 +17,7 @@ from experiments.training import steps
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The layers of the whole model and of the cut one, and the size of a batch.
+    """The depths of the whole model and of the cut one, and the batch size.
 
     Compile time hardly depends on the latter.
     """
@@ -58,7 +58,7 @@ def compile_step(config: ConfigDict) -> Row:
 
 
 def section(settings: Settings, folder: Path, title: str) -> Section:
-    """Measures both depths."""
+    """Measures both depths and returns the report's section."""
     del folder, title  # no picture
     rows = run(settings)
     given = (
@@ -68,7 +68,7 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
 
 
 def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
-    """Compiles both depths in turn, from empty caches. Returns one row per depth."""
+    """Compiles both depths in turn, from empty caches; returns one row per depth."""
     found = {depth: [] for depth in settings.depths}
     log("compile: once to warm up")
     compile_step(step_config(min(settings.depths), settings))

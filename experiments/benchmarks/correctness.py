@@ -1,4 +1,4 @@
-"""The gate in front of the clock: an implementation that is wrong is reported, and not timed.
+"""Checks implementations before they are timed: a wrong one is reported, and not timed.
 
 Truth is the recurrent definition in float64, on the same rounded inputs and cotangents. The error
 at a position is the rms of the difference over the last axis (for arrays of rank below 4: of each
@@ -24,7 +24,7 @@ def tolerance(dtype: str) -> float:
 
 
 def truth(definition, problem: Problem) -> Arrays:
-    """Returns outputs and gradients of `definition`, a function of inputs by name, in float64."""
+    """Returns outputs and gradients of `definition` (a function of a dict of inputs) in float64."""
     with jax.enable_x64(True):
         wide = jax.tree.map(_widen, (problem.inputs, problem.cotangents))
         return jax.tree.map(np.asarray, jax.jit(with_gradients(definition))(*wide))
@@ -40,8 +40,8 @@ def errors(entry: BenchmarkEntry, problem: Problem, expected: Arrays) -> dict[st
 
 
 def wrong(found: dict[str, float], limit: float) -> str | None:
-    """Returns what is wrong, the worst first, or None if every error is below the limit. NaN is
-    wrong."""
+    """Returns the errors at or above the limit, NaN included, as text, the worst first; None if
+    there are none."""
     bad = sorted(((name, e) for name, e in found.items() if not e < limit), key=lambda x: -x[1])
     if not bad:
         return None

@@ -1,4 +1,4 @@
-"""Our chunked forms beside transformers' and jax-linear-attention's on the CPU: the measurements of
+"""Compares our chunked forms with transformers and jax-linear-attention on the CPU, for
 `experiments.bench cpu_peers`.
 
 jax-linear-attention pins another JAX than the oracles' Python can have, so a run compares with the
@@ -49,8 +49,8 @@ def _jla_linear_attention(kind: str, x):
 
 
 def _jla(kind: str):
-    """Returns a peer's call, made of a module's function: memory is measured in another process, to
-    which it goes by name."""
+    """Returns jax-linear-attention's call as a partial of a module-level function: it is pickled
+    for the process that measures memory."""
     return functools.partial(_jla_linear_attention, kind)
 
 
@@ -67,7 +67,7 @@ NAMES = tuple(dict.fromkeys(comparison.name for comparison in COMPARISONS))
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is compared. length: T of the times. memory_length: T of the memory, with B 1."""
+    """Settings of the comparison. length: T when timed. memory_length: T of the memory, B 1."""
 
     shape: operators.Shape = SHAPE
     length: int = LENGTH
@@ -154,7 +154,7 @@ def _prepare_long(comparison: Comparison, which: str, settings: Settings) -> Pre
 
 
 def line(row: dict) -> dict:
-    """Returns a row of the table."""
+    """Returns a row of the printed table."""
     ours, theirs = row["ours"], row["theirs"]
     figures = {}
     for name, found in (("ours", ours), ("peer", theirs)):
@@ -196,9 +196,8 @@ def targets(rows: Sequence[dict]) -> list[report.Target]:
 
 
 def save(folder: Path, parts: dict[str, list[dict]]) -> None:
-    """Puts rows ("timing", "memory") into <peer>.json, each part whole in the place of the older
-    one, and writes tables.md from all peers' files. Rows of a peer that is not here replace
-    nothing."""
+    """Writes rows ("timing", "memory") to <peer>.json, replacing a part as a whole, and tables.md
+    from all peers' files. A peer that is not installed leaves its file as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = machine.environment()
     for package, distributions in _DISTRIBUTIONS.items():
@@ -217,7 +216,7 @@ def save(folder: Path, parts: dict[str, list[dict]]) -> None:
 
 
 def _of_the_peer(row: dict) -> bool:
-    """Returns whether the peer, and not ours alone, was measured."""
+    """Returns whether the row has a measurement of the peer, not of ours alone."""
     if "theirs" in row:
         return row["theirs"] is not None
     return row["implementation"] == row["peer"] and row["peak_bytes"] is not None

@@ -1,5 +1,5 @@
-"""Programs that can be timed: a BenchmarkEntry turns inputs into a compiled call. Ours are made by
-`jax_entry`; a peer library writes its own."""
+"""Programs to time: a BenchmarkEntry turns inputs into a compiled call. `jax_entry` makes ours; a
+peer library defines its own."""
 
 import dataclasses
 import time
@@ -40,7 +40,7 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkEntry:
-    """One way to compute a problem.
+    """A named way to compute a problem.
 
     name: the one in tables. prepare: (problem, backward) -> Prepared; raises NotImplementedError,
     saying why, for a problem that it cannot do.
@@ -51,8 +51,8 @@ class BenchmarkEntry:
 
 
 def with_gradients(call: Callable[[Arrays], Arrays]) -> Callable[[Arrays, Arrays], Arrays]:
-    """Returns a function of inputs and cotangents: the outputs of call(inputs), and the gradient of
-    every input, by name."""
+    """Returns a function (inputs, cotangents) -> outputs of call(inputs), and the gradient of every
+    input by name."""
 
     def run(inputs, cotangents):
         outputs, vjp = jax.vjp(call, inputs)
@@ -63,8 +63,8 @@ def with_gradients(call: Callable[[Arrays], Arrays]) -> Callable[[Arrays, Arrays
 
 
 def jax_entry(name: str, call: Callable[[Arrays], Arrays]) -> BenchmarkEntry:
-    """Returns the entry of a function from inputs by name to outputs by name. It is compiled ahead
-    of time for the default device."""
+    """Returns the entry of a function from a dict of inputs to a dict of outputs, compiled ahead of
+    time for the default device."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         function = with_gradients(call) if backward else call

@@ -1,4 +1,4 @@
-"""Time per generated token after reading more and more: constant for a recurrent stack, not for
+"""Measures time per generated token over context length: constant for a recurrent stack, not for
 full attention."""
 
 import dataclasses
@@ -25,7 +25,7 @@ PATTERNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of the measurement.
 
     contexts: tokens read before the clock starts, `piece` at a time. tokens: generated in one
     measurement.
@@ -90,7 +90,7 @@ class Generation:
 
 
 def section(settings: Settings, folder: Path, title: str) -> Section:
-    """Measures, and draws generation.png into the folder."""
+    """Measures every model and context; draws generation.png into the folder."""
     rows = run(settings)
     pictures.generation(rows, folder / "generation.png", title)
     given = dataclasses.asdict(settings)
@@ -98,8 +98,8 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
 
 
 def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
-    """Returns one row for each model and context. A model's contexts are timed in turn, the models
-    one after the other: what a large cache leaves behind would fall on the smaller model."""
+    """Returns one row per model and context. One model's contexts are timed in turn, and models one
+    after the other, lest one's large cache slow down the other."""
     rows = []
     for name, pattern in PATTERNS.items():
         log(f"generation: {name} reads {', '.join(map(str, settings.contexts))} tokens")

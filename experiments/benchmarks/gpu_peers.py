@@ -1,5 +1,5 @@
-"""Our Triton kernels beside flash-linear-attention and mlstm_kernels: the measurements of
-`experiments.bench gpu_peers`.
+"""Compares our Triton kernels with flash-linear-attention and mlstm_kernels, for `experiments.bench
+gpu_peers`.
 
 TFLA's mLSTM with sigmoid gates and no normaliser is linear attention with one decay per head and
 token: its forget gate's input is the logit of our decay, its input gate is open.
@@ -90,8 +90,8 @@ def peer_entry(comparison: Comparison) -> BenchmarkEntry:
 
 
 def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[float, float]:
-    """Returns the FLOPs and the bytes of chunks of CHUNK: matrix products; bfloat16 inputs read and
-    results written once."""
+    """Returns the FLOPs of a chunked form's matrix products (chunks of CHUNK), and its bytes:
+    bfloat16 inputs read once, results written once."""
     K, V, tokens = SHAPE.K, SHAPE.V, B * T * SHAPE.H
     flops = 2 * (2 * K * V + CHUNK / 2 * (K + V))
     if op == "delta_rule":
@@ -148,7 +148,7 @@ def _row(comparison: Comparison, T: int, backward: bool) -> dict:
 
 
 def not_run(comparison: Comparison, lengths) -> list[dict]:
-    """Returns the same rows, for where there is no GPU."""
+    """Returns the rows of `measure` without figures, for a machine without a GPU."""
     rows = []
     for T in lengths:
         for backward in (False, True):
@@ -160,8 +160,8 @@ def not_run(comparison: Comparison, lengths) -> list[dict]:
 
 
 def line(row: dict) -> dict:
-    """Returns a row of the table. "of roofline" is the share of the roofline's time, the larger of
-    FLOPs and bytes, that ours reaches."""
+    """Returns a row of the table. "of roofline": the time that the FLOPs or the bytes, whichever
+    takes longer, need at the GPU's peak, over our time."""
     ms = row.get("ms", {})
     ours, peer = ms.get("triton"), ms.get(row["peer"])
     compute, bandwidth = _peak()
@@ -188,8 +188,8 @@ def _peak() -> tuple[float | None, float | None]:
 
 
 def crossings(rows: list[dict]) -> list[str]:
-    """Says for each comparison and pass from which length on ours is faster than cuDNN attention,
-    at it and at all longer ones."""
+    """Says for each comparison and pass the length from which on ours is always faster than cuDNN
+    attention."""
     found = []
     for name, which in sorted({(row["comparison"], row["pass"]) for row in rows}):
         faster = {

@@ -1,4 +1,4 @@
-"""The machine that a figure belongs to."""
+"""Describes the machine that a measurement was made on."""
 
 import datetime
 import importlib.metadata
@@ -46,7 +46,7 @@ def cpu_model() -> str:
 
 
 def free_bytes() -> int | None:
-    """Returns the memory that the default device still has to give; None where it does not say."""
+    """Returns the free memory of the default device; None where the device does not report it."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         kilobytes = _proc("meminfo").get("MemAvailable")

@@ -31,10 +31,10 @@ _DOCUMENT = 1000  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class OperatorBenchmark:
-    """What is timed of an operator, on the regime "trained" of its case.
+    """An operator's benchmark, on inputs of the regime "trained" of its case.
 
-    kinds: by the names that tables and flags have for them, the kinds of call that are timed each
-      on its own. The first is a shape's, unless it says another.
+    kinds: {name in tables and flags: kind of call}, each timed separately. A shape that names no
+      kind has the first.
     published: the module of its shapes.
     """
 
@@ -68,7 +68,7 @@ class OperatorBenchmark:
         return self.published.SHAPES
 
     def sizes(self, shape: Shape) -> dict[str, int]:
-        """Returns the sizes of a shape that the operator has, defaults filled in."""
+        """Returns {letter: size} of a shape for the operator's letters, defaults filled in."""
         known = dataclasses.asdict(shape) | {"G": shape.key_heads, "D": shape.width}
         names = [*self.letters, *(["window"] if "window" in self.variants else [])]
         return {name: known[name] for name in names}
@@ -83,7 +83,7 @@ class OperatorBenchmark:
     def function(
         self, implementation: str, variant: str, shape: Shape
     ) -> Callable[[Arrays], Arrays]:
-        """Returns a function of inputs by name to outputs by name."""
+        """Returns an implementation as a function from a dict of inputs to a dict of outputs."""
         kind, case = self.kinds[variant], self.operator.case
         options = case.options(kind, shape) | {"implementation": implementation}
 

@@ -1,5 +1,5 @@
-"""Peak memory of one call on a CPU, in a process of its own: measured, beside the compiler's plan.
-Linux only."""
+"""Measures one call's peak memory on a CPU, in a process of its own, beside the compiler's
+estimate. Linux only."""
 
 import concurrent.futures
 import multiprocessing
@@ -10,8 +10,8 @@ from experiments.benchmarks.entries import Prepared
 
 
 def measure(prepare: Callable[[], Prepared], *arguments) -> dict:
-    """Measures what prepare(*arguments).run() adds at its peak to the process's memory, in bytes:
-    results with it, inputs without.
+    """Measures how much prepare(*arguments).run() adds to the process's memory at its peak, in
+    bytes, with its results and without its inputs.
 
     prepare: a function of a module, for it goes to a fresh process. "planned_bytes" is the
       compiler's temp_bytes.

@@ -17,7 +17,7 @@ OUTPUTS = ("output", "final state")
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Another library's call beside ours.
+    """A comparison of another library's call with ours.
 
     op, variant: ours. package: the peer's module. call: (inputs, the peer's arrays) -> (output,
     final state).
@@ -67,7 +67,7 @@ def torch_entry(comparison: Comparison, device: str, install: str) -> BenchmarkE
 
 
 def jax_peer_entry(comparison: Comparison, install: str) -> BenchmarkEntry:
-    """Returns the peer's call in JAX, compiled as ours are."""
+    """Returns the peer's call in JAX, compiled in the same way as ours."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         _installed(comparison, install)
@@ -83,8 +83,8 @@ def _installed(comparison: Comparison, install: str):
 
 
 class _Tensors(dict):
-    """Torch results by name. Each becomes a float32 NumPy array when it is looked at, not while the
-    clock runs."""
+    """Torch results by name, converted to float32 NumPy arrays on access, outside the timed
+    region."""
 
     def items(self):
         for name, x in super().items():

@@ -1,4 +1,4 @@
-"""Tables as text and Markdown, and verdicts on what a benchmark was to show."""
+"""Formats tables as text and Markdown, and checks of a benchmark's targets."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ Row = dict[str, object]
 
 
 class Target(NamedTuple):
-    """One thing that the benchmark is to show. met: None where this run did not measure it."""
+    """A claim that the benchmark checks. met: None where this run did not measure it."""
 
     claim: str
     found: str
@@ -20,10 +20,9 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass
 class Section:
-    """One benchmark's part of a report.
+    """A benchmark's section of a report.
 
-    settings: those that it was run with. rows: all that was measured, for JSON; table: what of it
-      is printed.
+    settings: of this run. rows: all measurements, for JSON. table: the rows to print.
     notes: lines beside the table. wrong: whether an implementation gave wrong results.
     """
 
@@ -105,7 +104,7 @@ def _cells(rows: list[Row]) -> list[list[str]]:
 
 
 def _cell(value) -> str:
-    """Returns three significant digits; - for what is not known."""
+    """Returns a value as text with three significant digits; "-" for None."""
     if value is None:
         return "-"
     if not isinstance(value, float):

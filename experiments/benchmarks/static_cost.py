@@ -50,7 +50,7 @@ HEADING = (
 
 
 def workload(case: operators.OperatorBenchmark, name: str) -> tuple[operators.Shape, int, tuple]:
-    """Returns (sizes, T, variants): of 'target' every variant, of a published shape its own.
+    """Returns (sizes, T, variants) of a shape: all variants for 'target', else those it names.
 
     Raises:
       ValueError: no such shape; the choices are listed.
@@ -69,8 +69,8 @@ def workload(case: operators.OperatorBenchmark, name: str) -> tuple[operators.Sh
 
 
 def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
-    """Derives the inputs' shapes and dtypes from inputs of two and of three tokens: the real ones
-    may take gigabytes."""
+    """Derives shapes and dtypes of inputs from inputs of two and three tokens, as real ones may
+    take gigabytes."""
     short, longer = (
         case.make_inputs(np.random.default_rng(0), shape, length, variant) for length in (2, 3)
     )
@@ -119,7 +119,7 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
 
 
 def as_models_call(call, inputs: dict):
-    """Returns `call` on arrays as a model has them, and the shapes of these.
+    """Returns `call` for arrays in the layout that a model has them in, and their shapes.
 
     Heads lie side by side, (B, T, H K), as a projection gives them, and a complex array is the two
     real ones that it is computed from.

@@ -25,8 +25,8 @@ _GPU = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "
 
 
 def rows(op: str, shape_name: str, dtype: str, capabilities) -> list[dict]:
-    """Returns one row per kernel of the pass with gradients, variant and capability; launches that
-    are alike share a row."""
+    """Returns one row per kernel of the forward and backward pass, variant and compute capability;
+    equal launches share a row."""
     case = operators.CASES[op]
     shape, T, variants = static_cost.workload(case, shape_name)
     found = []

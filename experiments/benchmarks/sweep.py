@@ -22,7 +22,7 @@ _SECONDS = ("seconds", "seconds_lower", "seconds_upper")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the operators are swept.
+    """Settings of a sweep.
 
     implementations: None is all that the operator has. rounds, seconds: see `timing.interleaved`.
     check_length: T of the problem that they are checked on; the default is several chunks and a
@@ -85,7 +85,7 @@ def run(
 
 
 def check(case, variant, settings, entries, log) -> tuple[list[Row], list[BenchmarkEntry]]:
-    """Returns rows of checks, and the entries that are right."""
+    """Returns rows of checks, and the entries whose results are right."""
     limit = correctness.tolerance(settings.dtype)
     few_rows = dataclasses.replace(settings.shape, B=min(settings.shape.B, 2))
     problem = operators.make_problem(case, few_rows, settings.check_length, variant, settings.dtype)
@@ -109,7 +109,7 @@ def check(case, variant, settings, entries, log) -> tuple[list[Row], list[Benchm
 
 
 def verdict(check: Row) -> str:
-    """Returns the finding of a check in words."""
+    """Describes the result of a check."""
     if check["unsupported"]:
         return f"not supported: {check['unsupported']}"
     if check["wrong"]:
@@ -179,8 +179,8 @@ def _figures(
 
 
 def _too_large(prepared: Prepared) -> str | None:
-    """Returns why a program had better not be started, or None: some platforms kill a process that
-    asks for too much."""
+    """Returns why a program needs too much memory to be run, or None: some platforms kill a process
+    that asks for too much."""
     if prepared.total_bytes is None:
         return None
     free = machine.free_bytes()
@@ -209,8 +209,8 @@ def display(row: Row) -> Row:
 
 
 def targets(operator: str, rows: list[Row]) -> list[Target]:
-    """Judges chunked against recurrent at T 2048, and time per token at T 16384 against 1024, where
-    they are asked of the operator."""
+    """Judges speedup of chunked over recurrent at T 2048, and time per token at T 16384 against T
+    1024, for the operators that have these targets."""
     at = {
         (row["T"], row["variant"], row["pass"]): row
         for row in rows

@@ -1,5 +1,5 @@
-"""Round-robin timing: what else the machine does falls on every program alike, so that ratios hold
-where figures do not."""
+"""Times programs round-robin, so that disturbances affect all alike and ratios hold where absolute
+times do not."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping

@@ -57,8 +57,8 @@ class Job(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The sizes that were found for one key. costs: those of every choice that was tried, None
-    where it raised; unit: theirs."""
+    """Sizes found for one key. costs: of every choice that was tried, in `unit`; None where it
+    raised."""
 
     key: str
     sizes: dict[str, int]
@@ -107,7 +107,7 @@ def run(found_jobs: list[Job], rounds: int, seconds: float) -> Iterator[Found]:
 
 
 def _descend(job, key, start, best, measure) -> Found:
-    """Tries the candidates of one size after another, with the keys of `best` as found before."""
+    """Tunes one size after another (coordinate descent), with the keys in `best` fixed."""
     costs, sizes = [], dict(start)
     unit, worth = ("static cycles per token and head", 0.98) if job.topology else ("seconds", 0.96)
     for name in start:
@@ -128,8 +128,8 @@ def _descend(job, key, start, best, measure) -> Found:
 
 
 def _call(job: Job) -> tuple[Callable, Any]:
-    """Returns a fresh function (no cache knows it) of inputs and cotangents, forward and backward,
-    and their shapes."""
+    """Returns a new function (inputs, cotangents) -> outputs and gradients, in no cache, and its
+    arguments' shapes."""
     case = operators.CASES[job.op]
     shape, T, _ = static_cost.workload(case, job.shape)
     inputs = static_cost.abstract_inputs(case, shape, T, job.variant, job.dtype)
@@ -221,7 +221,7 @@ def _version(name: str) -> str | None:
 
 
 def lines(found: Found) -> list[dict]:
-    """Returns rows of a table: what was tried, the choice marked."""
+    """Returns a table's rows: each choice that was tried, with the best one marked."""
     return [
         {**sizes, found.unit: cost, "": "taken" if sizes == found.sizes else ""}
         for sizes, cost in found.costs

@@ -73,7 +73,7 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> ran
 
 
 def join_states(states: list[State]) -> State:
-    """Joins the positions of a dataset's shares, in their order, to that of the whole dataset.
+    """Joins the data positions of a dataset's shares, in order, to that of the whole dataset.
 
     Lists, which have an entry per row, are concatenated; all else must be equal in all shares.
     """
@@ -92,7 +92,7 @@ def join_states(states: list[State]) -> State:
 
 
 def check_state(state: State, names: Sequence[str]) -> None:
-    """Raises ValueError for a position that has other entries than these."""
+    """Raises ValueError for a saved data position whose entries are not `names`."""
     if sorted(state) != sorted(names):
         raise ValueError(
             f"the data position that was saved has {', '.join(sorted(state)) or 'nothing'}, and one in this dataset has "

@@ -73,7 +73,7 @@ def _prose(rng: np.random.Generator) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class NeedleForm:
-    """How a text is made. value: draws what is asked for. haystack: an endless iterator of
+    """Recipe of a text. value: draws the value that is asked for. haystack: an endless iterator of
     sentences. before, needle, after: text with {key} and {value}."""
 
     value: Callable[[np.random.Generator], str]
@@ -109,7 +109,7 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A text with a needle. prompt_N: token ids of `prompt`. answer: the text that has to follow.
+    """A text with a needle. prompt_N: token ids of `prompt`. answer: the expected text.
     answer_tokens: how many to generate for it. depth: where the needle begins, as a share of the
     haystack's tokens."""
 
@@ -133,7 +133,7 @@ def make_example(
     needle, question and answer.
 
     encode: a prompt to its token ids, with the special tokens before a text.
-    depth: 0 puts the needle before all other sentences, 1 behind them. The same (seed, number)
+    depth: 0 puts the needle before all other sentences, 1 after them. The same (seed, number)
       hides the same value under the same key at every length and depth.
 
     Raises ValueError for an unknown form, a depth outside [0, 1], and a length without room for

@@ -80,7 +80,7 @@ def document_tokens(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
 
 
 def one_pass_order(n: int) -> batches.EpochOrder:
-    """Returns the order in which validation and test splits read their n documents."""
+    """Returns the order in which one pass over a validation or test split reads its n documents."""
     return batches.EpochOrder(n, 0)
 
 
@@ -121,7 +121,7 @@ class PackIterDataset(grain.IterDataset):
 
 
 class _Lane:
-    """A place in the stream: a document's number, and how many of its tokens are used up.
+    """A reader of the stream: its current document, and how many of that one's tokens are used.
 
     deals: rising pairs (first, lanes): from document `first` on, documents are dealt in turn to
       this many lanes, among which this one has the number `index`.
@@ -217,8 +217,8 @@ class _PackIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: batches.State) -> None:
-        """Goes to a position: that of this process's lanes, or all processes' positions joined,
-        which may have another number of lanes."""
+        """Restores a data position: that of this process's lanes, or all processes' joined, whose
+        number of lanes may differ."""
         d = self._dataset
         batches.check_state(state, ("document", "offset", "lanes", "corpus"))
         _check_corpus(d, state["corpus"])
@@ -238,7 +238,7 @@ class _PackIterator(grain.DatasetIterator):
 
 
 def _deal_anew(deals, positions, lanes: int):
-    """Returns (deals, positions) that continue a stream in another number of lanes."""
+    """Returns (deals, positions) that continue a data position with another number of lanes."""
     # The first document that no lane was given, or that a dropped lane has not begun.
     left_out = [document + (offset > 0) for document, offset in positions[lanes:]]
     if left_out:

@@ -1,4 +1,4 @@
-"""Puts documents into splits by their name alone, the same on every machine."""
+"""Assigns documents to splits by a hash of their name alone, the same on every machine."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ SHARES = {"train": 0.9, "validation": 0.05, "test": 0.05}
 
 
 def split_of(name: str) -> str:
-    """Returns the split of a document called `name`, by a hash of the name cut at SHARES."""
+    """Returns the split of a document from the hash of its name; SHARES are the fractions."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
     if place < SHARES["train"]:
         return "train"
@@ -16,7 +16,7 @@ def split_of(name: str) -> str:
 
 
 def share_of(split: str) -> tuple[float, float]:
-    """Returns the interval of [0, 1] that a split has of a text that is cut by position."""
+    """Returns the interval of [0, 1] that a split takes of a text that is split by position."""
     check_split(split)
     start = sum(SHARES[s] for s in SPLITS[: SPLITS.index(split)])
     return start, 1.0 if split == SPLITS[-1] else start + SHARES[split]

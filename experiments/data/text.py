@@ -21,7 +21,7 @@ DOCUMENTS = ("files", "lines")
 
 
 class Piece(bytes):
-    """A part of a document that goes on in the next one: a model should not learn its stop."""
+    """A part of a document that the next document continues: its end is not to be learned."""
 
 
 class TextFiles:
@@ -131,7 +131,7 @@ def _list(paths) -> list[str]:
 
 def _documents(path: str, share, lines: bool, document_bytes: int):
     """Returns starts and stops of the documents in a share [from, to) of a file's length, and
-    whether they end there."""
+    whether each stop is a document's end, not a cut."""
     size = os.path.getsize(path)
     none = np.zeros(0, np.int64)
     if size == 0:
@@ -156,7 +156,7 @@ _LINE_END = re.compile(rb"\r?\n")
 
 
 def _cut(data: mmap.mmap, at: int, limit: int) -> int:
-    """Returns the first place in [at, limit) after a line's end, or else between characters."""
+    """Returns the first place in [at, limit) after a newline, or else between characters."""
     if at == 0 or at >= len(data):
         return min(at, len(data))
     newline = data.find(b"\n", at - 1, limit)

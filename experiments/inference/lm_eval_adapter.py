@@ -1,4 +1,4 @@
-"""Our models in EleutherAI's lm-evaluation-harness (extra [eval]).
+"""Adapter of our models to EleutherAI's lm-evaluation-harness (extra [eval]).
 
     python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=arc_easy,lambada_openai
     python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=mine --lm_eval_path=folder
@@ -28,7 +28,7 @@ MAX_GENERATED = 256  # tokens, where a task does not say
 
 
 class HarnessModel(TemplateLM):
-    """A loaded model as the harness asks it.
+    """A loaded model with the methods that the harness calls.
 
     Before an empty context, and before a text whose perplexity is asked for, stands a prefix token:
     the document's start for models that have learned documents with it (runs, models of bytes),
@@ -210,7 +210,7 @@ def _unknown(name: str, known: set[str], path: str | None) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns every task's metrics as a table for people."""
+    """Returns every task's metrics as a text table."""
     lines = []
     for task, metrics in results["results"].items():
         for metric, value in metrics.items():

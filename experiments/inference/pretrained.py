@@ -1,5 +1,5 @@
-"""Models with their tokenizers as programs take and leave them: a run on its mesh, and weights
-written as a run or in another program's layout."""
+"""Loads models with their tokenizers onto a run's mesh, and writes weights as a run or in another
+program's layout."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ WORKDIR = "workdir"
 
 
 def on_mesh(config, params, workdir: str) -> LoadedModel:
-    """Returns the language model of a run with these parameters, wherever they lie."""
+    """Returns a run's language model with these parameters, which may be sharded in any way."""
     found = runs.described(config.model.to_dict(), config.data.to_dict(), params, workdir)
     return loading.with_tokenizer(found, starts_documents=True)
 
 
 def load_run(config, workdir: str, step: int | None = None) -> LoadedModel:
-    """Returns the language model of a run's checkpoint on the mesh of its config, which may be
-    changed from what it was trained with. `seqmodels.load` reads it onto one device.
+    """Returns the language model of a run's checkpoint on the mesh of its config, which may differ
+    from that of training. `seqmodels.load` reads it onto one device.
 
     Raises ValueError where the run's data is not text.
     """
@@ -41,7 +41,7 @@ def load_run(config, workdir: str, step: int | None = None) -> LoadedModel:
 
 
 def layouts() -> list[str]:
-    """Returns the names of what `write` can write."""
+    """Returns the names of the layouts that `write` supports."""
     return [WORKDIR, own_layout.MODEL_TYPE, *architectures.names()]
 
 
@@ -121,7 +121,7 @@ def write_workdir(workdir: Path, loaded: LoadedModel) -> Path:
 
 
 class NothingRead:
-    """The data position of a run that has not begun, whatever its data will be."""
+    """The data position at the start of a run, for any dataset."""
 
     def get_state(self):
         return {}

@@ -1,4 +1,4 @@
-"""How often a model finds a needle in a haystack: accuracy by task, length and depth."""
+"""Measures how often a model finds a needle in a haystack, by task, length and depth."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,8 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[dict]:
-    """Returns rows task, length, depth, examples, accuracy: the share of examples whose answer is
-    in what the model says next, greedily, up to the end of the line.
+    """Returns rows of task, length, depth, examples and accuracy: the share of examples whose
+    answer is in the model's greedy continuation, up to the end of the line.
 
     forms: `needles` has the tasks. lengths: tokens of a prompt and its answer.
 
@@ -52,7 +52,7 @@ def evaluate(
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Returns the rows as a table for people: lengths down, depths across."""
+    """Returns the rows as a text table: lengths down, depths across."""
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]

@@ -1,5 +1,5 @@
-"""A model's scores on a split, as tables, JSON and pictures: loss, perplexity, bits per byte and
-accuracy, by position in a document, or for tasks by length, and by length of context."""
+"""Writes a model's scores on a split as tables, JSON and pictures: loss, perplexity, bits per byte
+and accuracy, by position in a document (for tasks, by length), and by context length."""
 
 import functools
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ def score(
     buckets: int = 16,
     out: Path | None,
 ) -> None:
-    """Scores the subject's dataset, of this split; prints tables, and writes a JSON file and
-    pictures into `out`. None computes alone: what all processes but the first of a run do.
+    """Scores the subject on a split, prints tables, and writes a JSON file and pictures to `out`.
+    With out=None, as on all processes but the first, it only computes.
 
     context_lengths: rows of so many tokens are scored as well, the same text again.
     max_batches: of the split; 0 is all of it. buckets: rows of the tables.

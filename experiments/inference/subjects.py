@@ -1,4 +1,4 @@
-"""What `experiments.evaluate` scores: a run or a pretrained model, on the mesh of a config."""
+"""Loads what `experiments.evaluate` scores: a run or a pretrained model, on a config's mesh."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ def config_of(flag: Callable[[str], str | None]) -> ConfigDict:
 def of_run(
     config, workdir: str, split: str | None, step: int | None = None, asked: Sequence[str] = ()
 ) -> Subject:
-    """Returns a run's checkpoint, the latest if `step` is None, to score on a split if there is.
+    """Returns a run's checkpoint (None: the latest), and the dataset of `split`, if given.
 
     asked: flags that need a language model. Raises UserError for one where the data is not text.
     """
@@ -72,7 +72,7 @@ def of_run(
 
 
 def of_source(config, source: str, split: str | None, **options) -> Subject:
-    """Returns what `seqmodels.load` finds with these options; its fields are put into `config`."""
+    """Returns what `seqmodels.load` finds as a subject; sets the fields of `config` to match."""
     loaded = seqmodels.load(source, config.data.tokenizer, **options)
     config.model = loaded.config
     own = {"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token}
@@ -104,7 +104,7 @@ def read_split(config, split: str):
 
 
 def _dataset(config, split: str | None):
-    """Returns (dataset or None, tokens of a row)."""
+    """Returns (the split's dataset or None, the row length in tokens)."""
     if split is None:
         return None, config.data.get("seq_len", 8)
     dataset = read_split(config, split)

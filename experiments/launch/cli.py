@@ -1,4 +1,4 @@
-"""What the binaries share: config flags whose mistakes are explained, and exit codes.
+"""Shared code of the binaries: config flags whose mistakes are explained, and exit codes.
 
 0          done
 2          a mistake of the user's: an unknown flag, field, name or file; one message, no traceback
@@ -44,7 +44,7 @@ _HELP = r"--?(help(short|full|xml)?|\?)"
 
 
 class _Parser(flags.ArgumentParser):
-    """Parses the value of a config field. An error says which kind of value is expected."""
+    """Parser of a config field's value, whose errors say which type is expected."""
 
     def __init__(self, parser: flags.ArgumentParser, kind: type, optional: bool):
         self._parser, self._optional = parser, optional
@@ -159,7 +159,7 @@ def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
 
 
 def _nobody_reads() -> bool:
-    """Returns whether the reader of standard output has ended. Then further output goes nowhere."""
+    """Returns whether the reader of standard output has exited; if so, redirects it to devnull."""
     output = select.poll()
     output.register(sys.stdout, 0)
     gone = any(event & select.POLLERR for _, event in output.poll(0))
@@ -175,7 +175,7 @@ def no_arguments(argv: Sequence[str]) -> None:
 
 
 def numbers(flag: str, texts: Sequence[str], kind: type = int, least: float = 1) -> list:
-    """Returns a list flag's numbers. Raises UserError for what is none, or is below `least`."""
+    """Returns a list flag's numbers. Raises UserError for other text and numbers below `least`."""
     try:
         values = [kind(text) for text in texts]
     except ValueError as error:
@@ -196,7 +196,7 @@ def output_folder(path: str | Path) -> Path:
 
 
 def load_config(path_and_argument: str) -> ConfigDict:
-    """Returns get_config(argument) of the file. Raises UserError where there is no such config."""
+    """Returns get_config(argument) of a config file. Raises UserError if it has none."""
     path, _, argument = path_and_argument.partition(":")
     if not path:
         raise UserError("give a config: --config=configs/quickstart.py")
@@ -217,7 +217,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
 
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Raises UserError for overrides of unknown fields and of sections, naming those there are."""
+    """Raises UserError for overrides of unknown fields and of sections; lists the known ones."""
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if not match:
@@ -299,7 +299,7 @@ def _explained(function, *arguments):
 
 
 def _exit_code(error: BaseException) -> tuple[int, str | None]:
-    """Returns the exit code and the message: None stands for a traceback, "" for nothing."""
+    """Returns the exit code, and the message to print: None for a traceback, "" for nothing."""
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         return 128 + signal.SIGPIPE, ""
     for kind, code in ((UserError, 2), (NonFiniteLoss, 3), (SaveFailed, 4)):

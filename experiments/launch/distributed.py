@@ -1,4 +1,4 @@
-"""One run on many hosts: how its processes meet and end, and which rows of a batch each reads.
+"""Runs one training on many hosts: how its processes meet and end, and which rows each reads.
 
     --distributed=auto   several processes if the environment says so (the default)
     --distributed=on     several processes, or an error that says what is missing
@@ -92,7 +92,7 @@ def initialization(
 
 @contextlib.contextmanager
 def session(options: flags.FlagValues) -> Iterator[None]:
-    """Holds from the start of all processes to the end of the last, if there are several.
+    """Connects this process with the others on entry, and waits for them on exit, if there are any.
 
     It has to be entered before any other use of JAX. Raises ValueError where the environment says
     too little. Ends the process where not all come within --distributed_timeout (`roll_call`).
@@ -132,7 +132,7 @@ def label() -> str:
 
 
 def agree(value: int, what: str) -> int:
-    """Returns `value`. Raises ValueError on all processes if they have different ones."""
+    """Returns `value`. Raises ValueError on all processes if their values differ."""
     if jax.process_count() > 1:
         values = np.ravel(multihost_utils.process_allgather(np.int32(value)))
         if len(set(values.tolist())) > 1:
@@ -141,7 +141,7 @@ def agree(value: int, what: str) -> int:
 
 
 def told_by_first(value: bool) -> bool:
-    """Returns the value that process 0 has."""
+    """Returns process 0's value on all processes."""
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
 
 
@@ -324,7 +324,7 @@ def _tpu_vm(environment) -> bool:
 
 
 def _one_of(count: int, process: int, all_devices: bool = False) -> dict | None:
-    """Returns arguments for process `process` of `count`, or None where it is the only one.
+    """Returns `initialize`'s arguments for process `process` of `count`; None if count is 1.
 
     all_devices: it uses all of its host; JAX would take one for each local process.
     """

@@ -1,4 +1,4 @@
-"""Which processes of a run are missing at its start, which JAX does not say.
+"""Names the processes of a run that are missing at its start, which JAX does not do.
 
 Where a process does not come, `jax.distributed.initialize` (JAX 0.10 to 0.12) aborts the others
 with a stack trace and "Deadline Exceeded", and until then it does not hear Ctrl-C.
@@ -59,7 +59,7 @@ def roll_call(workdir: str | None, process: int | None, count: int | None, timeo
 
 
 def _missing(mine: Path | None, count: int | None, timeout: float) -> str:
-    """Returns which processes touched their file beside `mine` lately, and which did not."""
+    """Describes which processes touched their file beside `mine` lately, and which did not."""
     here = {}
     if mine:
         with contextlib.suppress(OSError):
@@ -81,6 +81,6 @@ def _missing(mine: Path | None, count: int | None, timeout: float) -> str:
 
 
 def some(names: list[str]) -> str:
-    """Returns the first 16 of the names, with commas."""
+    """Joins the first 16 names by commas."""
     more = f" and {len(names) - 16} more" if len(names) > 16 else ""
     return ", ".join(names[:16]) + more

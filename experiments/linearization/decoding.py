@@ -16,7 +16,7 @@ from seqmodels.modules import pattern
 
 
 def with_context(model_config: dict[str, Any], context: int) -> dict[str, Any]:
-    """Returns the model config with room for `context` tokens in full-attention layers."""
+    """Returns the model config with full-attention caches of `context` tokens."""
     specs = list(pattern.layers(model_config["pattern"], model_config["num_layers"]))
     for i, spec in enumerate(specs):
         if "max_length" in mixers.options(spec.name):

@@ -1,4 +1,4 @@
-"""Runs a linearization from teacher to student: its stages in turn, each by
+"""Runs a linearization from teacher to student: each stage in turn, by
 `experiments.training.loop`."""
 
 import dataclasses
@@ -26,7 +26,7 @@ from seqmodels.modules import pattern
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """The stages of a config, the mixers of each stage's student, and those of the last student."""
+    """A config's stages, the mixers of the student at each, and the final student's mixers."""
 
     stages: tuple[str, ...]
     specs: tuple[tuple[pattern.MixerSpec, ...], ...]
@@ -128,7 +128,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     student, results = own, {}
 
     def grow(specs, number):
-        """Returns the student with these mixers: new ones are seeded, the others stay."""
+        """Returns the student with these mixers: new ones are seeded, the others unchanged."""
         if specs == student.model.mixers:
             return student
         model = _model(teacher, specs)
@@ -171,7 +171,7 @@ def _model(teacher: teachers.Teacher, specs) -> language_model.LanguageModel:
 
 
 def _run_stage(config, name, teacher, student, workdir, devices):
-    """Returns the student after a stage, and the stage's result; a stage that is done is read."""
+    """Returns the student after a stage, and the stage's result; reads those of a finished one."""
     stage, folder = config.linearize.stages[name], workdir / name
     done = folder / "result.json"
     task = tasks.make_task(stage, teacher, student)

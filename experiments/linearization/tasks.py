@@ -53,9 +53,9 @@ def make_task(stage, teacher: Model, student: Model) -> steps.Task:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainedAndFrozen:
-    """A tree of parameters in two: those that are trained, with LoRA's beside them, and the others.
+    """Parameters in two trees: trained ones with LoRA adapters, and frozen ones.
 
-    boxed_lora: parameters of which LoRA adapts those that `stage.lora` matches.
+    boxed_lora: the parameters among which `stage.lora` selects those to adapt.
     """
 
     start: dict[str, Any]
@@ -85,7 +85,7 @@ class _TrainedAndFrozen:
 
 
 def _cut(stage, params, boxed, allowed=lambda path: True) -> _TrainedAndFrozen:
-    """Cuts parameters by the stage's patterns, which see only paths that are `allowed`."""
+    """Splits parameters by the stage's patterns, which see only paths that are `allowed`."""
     eligible, _ = partition.split(params, allowed)
     partition.require(eligible, stage.train, "train")
     partition.require(eligible, stage.lora, "lora")

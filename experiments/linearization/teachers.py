@@ -11,8 +11,8 @@ from seqmodels.text import tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A teacher. model_config: what `language_model.from_config` takes. found: its weights, and the
-    files they came with."""
+    """A teacher model. model_config: the argument of `language_model.from_config`. found: its
+    weights, and the files they came with."""
 
     model_config: dict[str, Any]
     found: checkpoints_io.Pretrained

@@ -1,1 +1,1 @@
-"""What `experiments.plan` compiles, reads in the compiled step, and makes of it."""
+"""Compiles training steps for `experiments.plan`, reads the programs, and reports on them."""

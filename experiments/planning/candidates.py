@@ -1,4 +1,4 @@
-"""What a plan compiles: a config on slices, meshes, collectives and batch sizes.
+"""Candidates of a plan: a config with a TPU slice, mesh, collective and batch size.
 
 Whatever is wrong with them is found here, before anything is compiled.
 """
@@ -29,7 +29,7 @@ class Candidate(NamedTuple):
 
     @property
     def state_bytes(self) -> Row:
-        """The bytes of parameters and of optimizer state on one device."""
+        """Returns the bytes of parameters and of optimizer state on one device."""
         state = self.program.abstract_state
         return {
             "parameters": _bytes_per_device(state.params),
@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
 
 
 def _bytes_per_device(tree) -> int:
-    """Sums arrays that say how they are split; what lies in the host's memory does not count."""
+    """Returns the bytes of sharded arrays on one device, without those in host memory."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -47,7 +47,7 @@ def _bytes_per_device(tree) -> int:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Settles vocabulary and length. Opens the dataset only where the config does not say both."""
+    """Fills in vocabulary size and row length, from the dataset if the config lacks one."""
     if config.model.get("vocab_size") and "seq_len" in config.data:
         return config.copy_and_resolve_references()
     dataset = data.make_dataset(config.data, "train")
@@ -83,7 +83,7 @@ def make(
     batch_size: int | None = None,
     tokens_per_device: int | None = None,
 ) -> Candidate:
-    """Returns one candidate; what is None is the config's.
+    """Returns one candidate; an argument of None leaves the config's value.
 
     tokens_per_device: of the batch, in rows of that many tokens for each part of time.
 
@@ -111,7 +111,7 @@ def make(
 def sweep(
     config: ConfigDict, where: parts.Slice, batch_sizes: Sequence[int]
 ) -> tuple[list[Candidate], list[str]]:
-    """Returns the meshes worth compiling with each batch size, and why the others are not.
+    """Returns candidates of every mesh worth compiling, and why other meshes are left out.
 
     Meshes are each axis alone, and products of two of data, fsdp, seq and tensor in powers of four.
     """

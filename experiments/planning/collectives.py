@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program: kind, mesh axes, bytes, times, seconds."""
+"""Reads a compiled program's collectives: kind, mesh axes, bytes, how often, and seconds."""
 
 import collections
 import itertools
@@ -40,7 +40,7 @@ class Collective(NamedTuple):
 def read(
     visit: hlo.Visit, module: hlo.HloModule, mesh: Mesh, where: parts.Slice
 ) -> Collective | None:
-    """Returns the collective that this instruction is, or starts; None for anything else."""
+    """Returns the collective that an instruction runs or starts; None for other instructions."""
     instruction = visit.instruction
     kind = instruction.operation.removesuffix("-start")
     if kind not in KINDS:
@@ -76,7 +76,7 @@ def read(
 
 
 def _seconds(kind: str, given: int, received: float, group: list, where: parts.Slice) -> float:
-    """Returns the bytes' time at the group's bandwidth, or the hops' latency, whichever is longer.
+    """Returns the larger of the bytes' time at the group's bandwidth and the hops' latency.
 
     An all-to-all sends each byte half the way round on average, past a quarter of the group.
     """
@@ -93,7 +93,7 @@ def _seconds(kind: str, given: int, received: float, group: list, where: parts.S
 
 
 def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
-    """Names the mesh axes whose index varies within a group, or "part of" them."""
+    """Names the mesh axes that a group's devices differ in; "part of" if it lacks some of them."""
     shape = mesh.devices.shape
     varying, sizes = set(), set()
     for group in groups:
@@ -106,7 +106,7 @@ def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
 
 
 def grouped(found: list[Collective]) -> list[dict]:
-    """Returns a row for each kind and axes; bytes are those of the device that receives most."""
+    """Returns a row per (axes, kind, size); bytes are those of the device that receives most."""
     rows = []
 
     def key(c):

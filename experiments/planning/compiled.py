@@ -1,4 +1,4 @@
-"""One plan: the training step of a candidate, compiled for its slice and read."""
+"""Compiles the training step of a candidate for its slice, and reads what it costs."""
 
 import importlib.metadata
 import math
@@ -18,7 +18,7 @@ _TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 
 
 class CompiledStep(NamedTuple):
-    """A training step as compiled.
+    """A compiled training step.
 
     text: of the optimised program; None where it needs more HBM than there is.
     memory: XLA's buffers of one device, in bytes; results take the place of the donated state.
@@ -34,7 +34,7 @@ class CompiledStep(NamedTuple):
 
 
 def plan(candidate: Candidate) -> Row:
-    """Compiles the training step, and reads what it needs and does.
+    """Compiles the candidate's training step; returns its memory, costs and collectives.
 
     A step that needs more HBM than there is makes a row too: with `needed_bytes`, and without what
     only a compiled program tells.
@@ -89,7 +89,7 @@ def _memory(analysis) -> Row:
 
 
 def read(candidate: Candidate, step: CompiledStep) -> Row:
-    """Returns the candidate's row: what was asked for, memory, and what the program does."""
+    """Returns the candidate's row: its settings, memory, and what the program does."""
     row = described(candidate) | {
         "memory": step.memory,
         "needed_bytes": step.memory["needed"],
@@ -104,7 +104,7 @@ def read(candidate: Candidate, step: CompiledStep) -> Row:
 
 
 def described(candidate: Candidate) -> Row:
-    """Returns what was asked for, and what is known before compiling."""
+    """Returns a candidate's settings, and what is known of it before compiling."""
     config, where, program = candidate
     mesh = program.batch_sharding.mesh
     params = program.abstract_state.params
@@ -184,7 +184,7 @@ def kernel_flops(jaxpr) -> Mapping[str, float]:
 
 
 def _dots(jaxpr) -> float:
-    """Counts the dots of a kernel's body: loops as often as they run, branches as if taken."""
+    """Counts the FLOPs of dots in a kernel's body: all loop iterations, and every branch."""
     total = 0.0
     for equation in jaxpr.eqns:
         params = equation.params

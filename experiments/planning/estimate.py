@@ -1,4 +1,4 @@
-"""What a compiled step costs, and a model of how long it takes.
+"""Counts what a compiled step costs, and models how long it takes.
 
 Counted, of one device and one step, loops as often as they run:
 
@@ -46,7 +46,7 @@ _READS_PART = {"dynamic-slice", "slice", "gather"}
 
 @dataclasses.dataclass
 class StepCost:
-    """Costs of a sequence of operations; waiting_seconds is the part spent on collectives."""
+    """The cost of a sequence of operations; waiting_seconds: the wait for collectives."""
 
     flops: float = 0.0
     kernel_flops: float = 0.0
@@ -64,7 +64,7 @@ class StepCost:
 
 
 class Machine(NamedTuple):
-    """Where a program runs, and the FLOPs of each Pallas kernel's whole grid by its name."""
+    """The slice and mesh of a program, and the FLOPs of each Pallas kernel's grid by its name."""
 
     where: parts.Slice
     mesh: Mesh
@@ -81,7 +81,7 @@ def cost(module: hlo.HloModule, machine: Machine) -> StepCost:
 
 
 def _sequence(module: hlo.HloModule, computation: str, machine: Machine) -> StepCost:
-    """Runs a computation's instructions in order, on a clock of its own."""
+    """Simulates a computation's instructions in order, on a clock that starts at 0."""
     total, clock = StepCost(), 0.0
     free = {"copies": 0.0, "links": 0.0}  # when each has done what it was given
     done: dict[str, tuple[str, float]] = {}
@@ -160,14 +160,14 @@ def _passes(instruction: hlo.Instruction) -> int:
 
 
 def kernel_flops(instruction: str, known: Mapping[str, float]) -> float:
-    """Returns the FLOPs of the kernel that became 'name.1' or 'jvp_name_.1'; 0 if it is unknown."""
+    """Returns the FLOPs of the kernel of instruction 'name.1' or 'jvp_name_.1'; 0 if unknown."""
     name = re.sub(r"(\.\d+|\.clone)+$", "", instruction).rstrip("_")
     fitting = [key for key in known if name == key or name.endswith(f"_{key}")]
     return known[max(fitting, key=len)] if fitting else 0.0
 
 
 def hbm_bytes(module: hlo.HloModule, computation: str, instruction: hlo.Instruction) -> int:
-    """Returns what an operation outside fusions reads from HBM and writes there."""
+    """Returns the bytes that an operation outside fusions reads and writes in HBM."""
     operation = instruction.operation
     if operation in _FREE or operation.endswith("-done"):
         return 0
@@ -191,7 +191,7 @@ def hbm_bytes(module: hlo.HloModule, computation: str, instruction: hlo.Instruct
 
 
 def _read(module: hlo.HloModule, fused: str, index: int) -> float:
-    """Returns the bytes that a fused computation reads of a parameter; inf is all of it."""
+    """Returns the bytes that a fusion reads of a parameter; inf means all of it."""
     body = module.computations[fused]
     parameters = [i.name for i in body if i.operation == "parameter" and i.attributes == str(index)]
     total, names = 0.0, set(parameters)
@@ -213,7 +213,7 @@ def _read(module: hlo.HloModule, fused: str, index: int) -> float:
 
 
 def _written(module: hlo.HloModule, fusion: hlo.Instruction) -> int:
-    """Returns the bytes of a fusion's results in HBM, of an update in place only the new part."""
+    """Returns the bytes of a fusion's results in HBM; of an update in place, the update's."""
     fused = fusion.called[0]
     root = module.root(fused)
     ends = root.operands if root.operation == "tuple" else [root.name]

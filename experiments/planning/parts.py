@@ -1,4 +1,4 @@
-"""TPU slices as a plan takes them: the links of each part, and where each number is from.
+"""TPU slices: the links of each generation, and where each number is from.
 
 A device is what JAX calls one: a chip, and on tpu7x half of one. `tpu_compile.PARTS` has its HBM,
 HBM bandwidth and peak.
@@ -35,7 +35,7 @@ KNOWN = {
 
 
 class Links(NamedTuple):
-    """A part's links: the rate of all of a chip's, both ways, and the devices that share them."""
+    """A chip's links: the bytes per second of all, both ways, and the devices that share them."""
 
     chip_bytes_per_second: float
     dimensions: int
@@ -43,7 +43,7 @@ class Links(NamedTuple):
 
     @property
     def bytes_per_second(self) -> float:
-        """The rate of each of the chip's devices, over one link, one way."""
+        """Returns the rate of one of the chip's devices, over one link, in one direction."""
         return LINK_EFFICIENCY * self.chip_bytes_per_second / (4 * self.dimensions * self.devices)
 
 
@@ -82,7 +82,7 @@ class Slice(NamedTuple):
 
 
 def find(topology: str) -> Slice:
-    """Returns the slice of a name such as 'v5p:4x4x8'.
+    """Returns the slice called, for example, 'v5p:4x4x8'.
 
     Raises:
       ValueError: libtpu has no such slice; the usual ones are listed.

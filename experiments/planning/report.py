@@ -1,4 +1,4 @@
-"""Plans for people: what fits and what to change, tables, JSON, and pictures."""
+"""Reports plans: what fits and what to change, as tables, JSON and pictures."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def usable_bytes(row: Row) -> int:
 
 
 def advice(row: Row) -> list[str]:
-    """Returns what to change so that a step fits, the cheapest first; [] where it does."""
+    """Returns what to change so that a step fits, the cheapest first; [] if it fits."""
     limit = usable_bytes(row)
     if row["needed_bytes"] <= limit and "estimate" in row:
         return []
@@ -66,7 +66,7 @@ def verdict(row: Row) -> str:
 
 
 def name(row: Row) -> str:
-    """Names a plan shortly enough for a table or an axis."""
+    """Returns a short name of a plan, for a table or an axis."""
     mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items()) or "1 device"
     return f"{mesh} {row['collective']}" if row["collective"] else mesh
 
@@ -101,12 +101,12 @@ def line(row: Row) -> Row:
 
 
 def rank(row: Row) -> tuple:
-    """Sorts what fits before what does not, the most tokens per second first."""
+    """Sorts plans: those that fit first, then by tokens per second, descending."""
     return bool(advice(row)), -row.get("estimate", {}).get("tokens_per_second", 0.0)
 
 
 def received(row: Row) -> float | None:
-    """Returns the bytes that a device gets from others in a step."""
+    """Returns the bytes that a device receives from others in a step."""
     if "collectives" not in row:
         return None
     return sum(c["bytes received"] for c in row["collectives"])
@@ -127,7 +127,7 @@ def collective_lines(row: Row) -> list[Row]:
 
 
 def text(row: Row) -> str:
-    """Returns one plan for the terminal."""
+    """Formats one plan for the terminal."""
     memory, estimate = row["state_bytes"] | row.get("memory", {}), row.get("estimate")
     sizes = [f"{what} {size / GIB:.2f}" for what, size in memory.items() if size is not None]
     parts = [
@@ -199,7 +199,7 @@ _SAME_IN = (
 
 
 def _key(row: Row) -> str:
-    """Returns the fields in which two plans of one candidate agree."""
+    """Returns the fields that identify a candidate, equal for two plans of the same one."""
     return json.dumps([row[field] for field in _SAME_IN])
 
 
@@ -208,7 +208,7 @@ def _order(row: Row) -> tuple:
 
 
 def memory_bars(rows: list[Row], path: Path) -> None:
-    """Draws what takes a device's HBM, one bar per plan."""
+    """Draws the parts of a device's HBM use, one bar per plan."""
     figure, axes = plt.subplots(figsize=(3.5 + 0.7 * len(rows), 4.5), layout="constrained")
     bottom = [0.0] * len(rows)
     for what in ("parameters", "optimizer", "other"):
@@ -235,7 +235,7 @@ def memory_bars(rows: list[Row], path: Path) -> None:
 
 
 def scaling(rows: list[Row], path: Path) -> None:
-    """Draws estimated time per token and device, and the collectives' share, over devices.
+    """Draws estimated time per token and device, and the collectives' share, over device count.
 
     There is one curve for each way in which states travel.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: training state and data position in workdir/checkpoints/<step>, by Orbax.
+"""Saves and restores training state and data position, in workdir/checkpoints/<step>, by Orbax.
 
 A checkpoint has three parts: "params", "training" (step and optimizer state) and "data" (a JSON
 file per share of the batch). All processes write and read it in one folder. It can be restored on
@@ -34,7 +34,7 @@ class TrainState:
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written. The message says why, and which ones there are."""
+    """Raised when a checkpoint cannot be saved; says why, and which checkpoints exist."""
 
 
 class DataPosition:
@@ -63,7 +63,7 @@ class DataPosition:
         raise NotImplementedError("use `read`: Orbax wraps errors of what it loads into its own")
 
     def read(self, directory: Path) -> None:
-        """Sets the iterator. Raises ValueError if files are missing, or the data have changed."""
+        """Restores the iterator. Raises ValueError if files are missing or data have changed."""
         found = sorted(directory.glob("share_*_of_*.json"))
         count = int(re.search(r"_of_(\d+)", found[0].name)[1]) if found else 1
         paths = [directory / f"share_{i}_of_{count}.json" for i in range(count)]
@@ -79,7 +79,7 @@ class Checkpoints:
 
     workdir: the run's folder.
     keep: how many of the latest checkpoints stay.
-    training: whether this process writes. Then it removes what an interrupted save left behind.
+    training: whether this process writes. Then it removes the files of an interrupted save.
     share: the share of the batch that this process reads.
     """
 
@@ -105,7 +105,7 @@ class Checkpoints:
         self._failed = False
 
     def steps(self) -> list[int]:
-        """Returns the steps of all whole checkpoints, rising."""
+        """Returns the steps of all complete checkpoints, ascending."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def latest_step(self) -> int | None:
@@ -220,7 +220,7 @@ class Checkpoints:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder into which a save that failed may still be writing: tries for 10 seconds."""
+    """Removes a folder, retrying for 10 seconds, as a failed save may still be writing to it."""
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -230,7 +230,7 @@ def _remove(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Returns whether an error says that the device is full. TensorStore says so in text only."""
+    """Returns whether an error means a full disk; TensorStore's say so in their text only."""
     return "No space left on device" in str(error)
 
 

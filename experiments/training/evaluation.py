@@ -1,4 +1,4 @@
-"""Scores of a model on a split: loss, perplexity, accuracy, bits per byte; by position, length."""
+"""Scores a model on a split: loss, perplexity, accuracy, bits per byte; by position, by length."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from seqmodels import sharding
 
 
 class Scores:
-    """Sums over the tokens that count, in float64.
+    """Sums over the tokens that the loss mask counts, in float64.
 
     In text these are all tokens of all documents, and the end of each document. So loss, accuracy
     and bits per byte include what it costs to say where a text ends. The bytes are those of the
@@ -56,7 +56,7 @@ class Scores:
         return scores
 
     def by_position(self, buckets: int = 16) -> list[dict]:
-        """Returns a `bucket_table` by how many tokens of its document precede a prediction."""
+        """Returns a `bucket_table` over the position of a prediction in its document."""
         return bucket_table(self._by_position, buckets)
 
     def late_loss(self) -> float:
@@ -65,7 +65,7 @@ class Scores:
         return nll.sum() / tokens.sum()
 
     def by_length(self, buckets: int = 16) -> list[dict]:
-        """Returns a `bucket_table` by the length of the document that a prediction is in."""
+        """Returns a `bucket_table` over the length of a prediction's document."""
         return bucket_table(self._by_length, buckets)
 
 
@@ -94,7 +94,7 @@ def perplexity(loss: float) -> float:
 
 
 def check_finite(name: str, loss: float) -> None:
-    """Raises NonFiniteLoss where a loss is not finite, so that nobody compares it."""
+    """Raises NonFiniteLoss if a loss is not finite."""
     if not math.isfinite(loss):
         raise NonFiniteLoss(
             f"{name}: the loss is {loss}. Parameters have diverged, or the model computes in too "
@@ -103,7 +103,7 @@ def check_finite(name: str, loss: float) -> None:
 
 
 def evaluate(program: Program, params, dataset, max_batches: int | None = None) -> Scores:
-    """Returns scores on the first `max_batches` batches; None or 0 is all of one pass."""
+    """Returns the scores of the first `max_batches` batches; None or 0: of one whole pass."""
     scores = Scores()
     for batch in itertools.islice(dataset, max_batches or None):
         on_devices = program.put(batch)
@@ -117,7 +117,7 @@ def evaluate(program: Program, params, dataset, max_batches: int | None = None) 
 def by_context(
     config, params, make_dataset, lengths: Sequence[int], max_batches: int | None = None
 ) -> dict[int, Scores]:
-    """Returns scores of the same text in rows of each length.
+    """Returns the scores of one text, cut into rows of each length.
 
     Every label counts once for each length, and is predicted from at most so many tokens.
 
@@ -140,7 +140,7 @@ def by_context(
 
 
 def _places(segment_ids_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each token's position in its document (a run of equal ids), and that one's length."""
+    """Returns each token's position in its document (a run of equal ids) and that one's length."""
     B, T = segment_ids_BT.shape
     starts_BT = np.ones((B, T), bool)
     starts_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]

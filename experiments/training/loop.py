@@ -165,7 +165,7 @@ def train(
 
 
 def check_counts(config) -> None:
-    """Raises ValueError for numbers of steps, batches and tokens that make no sense."""
+    """Raises ValueError for impossible numbers of steps, batches or tokens."""
     for least, names in (
         (1, ("train.log_every", "train.eval_every", "checkpoint.every")),
         (0, ("train.steps", "train.eval_batches", "train.test_batches")),
@@ -221,7 +221,7 @@ class Clock:
 
 
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C, which then do not kill the process; a second one does.
+    """Records SIGTERM and Ctrl-C, which then do not kill the process; a second one does.
 
     With several processes JAX listens for SIGTERM to any of them, and finds a step at which all
     stop. Ctrl-C is passed on as SIGTERM.

@@ -1,4 +1,4 @@
-"""Metrics: written to metrics.jsonl, TensorBoard and Weights & Biases, and shown while training."""
+"""Writes metrics to metrics.jsonl, TensorBoard and Weights & Biases, and shows them in training."""
 
 import hashlib
 import importlib
@@ -82,7 +82,7 @@ def _start_wandb(wandb, config, workdir: Path):
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """Returns the rows of a run's metrics.jsonl, without a last line that a kill cut short."""
+    """Returns the rows of a run's metrics.jsonl, without an incomplete last line."""
     path = Path(workdir) / FILE_NAME
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
@@ -131,7 +131,7 @@ class Progress:
             self.say(f"step {step}/{self._steps}: {text}")
 
     def say(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a line, which the bar does not overwrite."""
         if self._quiet:
             return
         if self._bar is not None:

@@ -27,7 +27,7 @@ def path_name(path) -> str:
 def rank(leaf) -> int:
     """Returns the number of a parameter's axes, without that of a scan over layers.
 
-    leaf: as `init` returns it, in its box. One without a box counts as not stacked.
+    leaf: as `init` returns it, in its box. Without a box it counts as not stacked.
     """
     if layers.is_boxed(leaf):
         return leaf.unbox().ndim - list(leaf.names).count("layers")
@@ -52,22 +52,22 @@ def muon_dimensions(boxed_params) -> dict:
 
 
 def _adam(config, boxed_params):
-    """AdamW (arXiv 1711.05101)."""
+    """Returns AdamW (arXiv 1711.05101)."""
     return optax.scale_by_adam(config.b1, config.b2, config.eps)
 
 
 def _lion(config, boxed_params):
-    """Lion (arXiv 2302.06675): the sign of an interpolated momentum."""
+    """Returns Lion (arXiv 2302.06675): the sign of an interpolated momentum."""
     return optax.scale_by_lion(config.b1, config.b2)
 
 
 def _sgd(config, boxed_params):
-    """SGD with momentum b1."""
+    """Returns SGD with momentum b1."""
     return optax.trace(config.b1)
 
 
 def _muon(config, boxed_params):
-    """Muon for matrices, whose momentum it orthogonalises, and Adam for the rest.
+    """Returns Muon for matrices, whose momentum it orthogonalises, and Adam for the rest.
 
     Updates have rms 0.2 as Adam's do, so that one learning rate serves both (Moonlight, arXiv
     2502.16982, section 2.2).
@@ -84,7 +84,7 @@ def _muon(config, boxed_params):
 
 
 def _rms(config, boxed_params):
-    """Adam without its first moment, in whose place Schedule-Free interpolates parameters."""
+    """Returns Adam without first moment: Schedule-Free interpolates parameters instead."""
     return optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
 
 
@@ -160,7 +160,7 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def widened(tree):
-    """Returns the tree with arrays that are narrower than float32 cast to it."""
+    """Returns the tree with arrays narrower than float32 cast to it."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
@@ -172,7 +172,7 @@ def clip(config, grads):
 
 
 def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:
-    """u <- u |p| / |u|, where neither norm is 0 (LAMB, arXiv 1904.00962, algorithm 2).
+    """Computes u <- u |p| / |u|, if neither norm is 0 (LAMB, arXiv 1904.00962, algorithm 2).
 
     Norms are those of one layer's parameter.
     """

@@ -1,4 +1,4 @@
-"""Parameters of a trained model, from the folder of its run."""
+"""Reads the parameters of a trained model from the folder of its run."""
 
 from pathlib import Path
 

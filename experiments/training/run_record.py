@@ -1,4 +1,4 @@
-"""The record of a run in its workdir: config.json, run.json and result.json."""
+"""Writes and reads the record of a run in its workdir: config.json, run.json and result.json."""
 
 import datetime
 import importlib.metadata
@@ -25,7 +25,7 @@ def default_workdir(config_path: str) -> Path:
 
 
 def save_config(workdir: Path, config: ConfigDict) -> list[str]:
-    """Writes the resolved config. Returns how it differs from the one that was there.
+    """Writes the resolved config. Returns how it differs from the one it replaces.
 
     There is one "field: old -> new" per field. A field that the old one lacks had its default.
     """
@@ -40,7 +40,7 @@ def save_config(workdir: Path, config: ConfigDict) -> list[str]:
 
 
 def checksum(config: ConfigDict) -> int:
-    """Returns a number of 31 bits that differs for different configs."""
+    """Returns a 31-bit hash of the config."""
     return zlib.crc32(json.dumps(_plain(config), sort_keys=True).encode()) >> 1
 
 
@@ -65,7 +65,7 @@ def load_config(workdir: str | Path) -> ConfigDict:
 
 
 def holds_linearization(workdir: str | Path) -> bool:
-    """Returns whether the folder is one of `experiments.linearize`, which holds several runs."""
+    """Returns whether the folder is of `experiments.linearize`, which holds several runs."""
     path = Path(workdir) / "config.json"
     made = path.exists() and "linearize" in json.loads(path.read_text())
     return made and not (Path(workdir) / "checkpoints").is_dir()
@@ -113,7 +113,7 @@ def write_json(path: Path, value) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes by a rename, so that a kill leaves the old file or the new one."""
+    """Writes a file atomically: to a temporary file, which is then renamed."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)

@@ -14,17 +14,17 @@ Schedule = Callable[[int | jax.Array], jax.Array]
 
 
 def constant(s, config, steps):
-    """lr0."""
+    """The constant schedule: lr0."""
     return jnp.ones_like(s)
 
 
 def linear(s, config, steps):
-    """lr0 (1 - (1 - m) s). With m = 0 it is the "straight to zero" of arXiv 2502.15938."""
+    """Linear decay: lr0 (1 - (1 - m) s). With m = 0, "straight to zero" of arXiv 2502.15938."""
     return 1 - (1 - config.final_fraction) * s
 
 
 def warmup_cosine(s, config, steps):
-    """lr0 (m + (1 - m) (1 + cos(pi s)) / 2): SGDR (arXiv 1608.03983, eq. 5) without restarts."""
+    """Cosine decay: lr0 (m + (1 - m) (1 + cos(pi s)) / 2) (SGDR, arXiv 1608.03983, eq. 5)."""
     m = config.final_fraction
     return m + (1 - m) * 0.5 * (1 + jnp.cos(jnp.pi * s))
 
@@ -40,7 +40,7 @@ def wsd(s, config, steps):
 
 
 def rex(s, config, steps):
-    """lr0 (m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2)): REX (arXiv 2107.04197, section 4)."""
+    """REX: lr0 (m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2)) (arXiv 2107.04197, section 4)."""
     m = config.final_fraction
     return m + (1 - m) * (1 - s) / (0.5 + 0.5 * (1 - s))
 
@@ -116,6 +116,6 @@ def _warmup(n, config):
 
 
 def _final_decay(n, config, steps):
-    """Returns 0 until the last `decay_fraction` of the updates, then rises linearly to 1."""
+    """Returns 0 until the last `decay_fraction` of the updates, then a linear rise to 1."""
     decay_steps = max(config.decay_fraction * steps, 1)
     return jnp.minimum(jnp.maximum(n - (steps - decay_steps), 0.0) / decay_steps, 1.0)

@@ -1,4 +1,4 @@
-"""The jitted functions of a run: initial state, training step and evaluation, on the mesh."""
+"""Builds the jitted functions of a run on its mesh: initial state, training step, evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Parameters that a step trains, and their loss. `language_modelling` makes the usual one.
+    """The parameters that a run trains, and their loss. `language_modelling` is the usual one.
 
     boxed_params: the parameters that are trained and saved, abstract, boxed with the names of their
       logical axes.
@@ -52,7 +52,7 @@ def language_modelling(config, seq_len: int) -> Task:
     """Returns the Task that trains all of a config's model by cross-entropy.
 
     The loss adds train.z_loss (log Z)^2 for each token (PaLM, arXiv 2204.02311, section 5). `init`
-    takes all parameters as `start`, or draws them where that is ().
+    takes all parameters as `start`, or draws them if that is ().
     """
     model = language_model.from_config(config.model)
     model.check_length(seq_len)
@@ -169,7 +169,7 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
     with_frozen = bool(jax.tree.leaves(frozen))
 
     def compiled(function, in_shardings, **options):
-        """Returns function(*arguments, frozen) as a jitted function of its other arguments."""
+        """Returns a jitted form of function(*arguments, frozen) with `frozen` bound."""
         if not with_frozen:
 
             def alone(*arguments):
@@ -218,7 +218,7 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
 
 
 def cross_entropy(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Array, TokenDetails]:
-    """Returns loss_BT of each label, and its details, without ever holding all logits."""
+    """Returns loss_BT of each label, and its details; the logits are never all in memory."""
 
     def head(x_BTD, matrix, layout):
         return operators.linear_cross_entropy(

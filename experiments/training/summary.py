@@ -1,4 +1,4 @@
-"""The end of a run: scores beside baselines, a sample, a picture and result.json, or an error."""
+"""Ends a run: scores beside baselines, a sample, a picture and result.json, or an error."""
 
 import math
 from pathlib import Path
@@ -58,7 +58,7 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
 
 
 def text(result: dict) -> str:
-    """Returns a result as text, for people."""
+    """Formats a result as text."""
     out = [
         f"test loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
         f"accuracy {result['accuracy']:.4f}, over {result['tokens']:,} tokens"
@@ -74,7 +74,7 @@ def text(result: dict) -> str:
 
 
 def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate: float) -> str:
-    """Returns the error of a step whose metrics are not finite: what is kept, and what to try."""
+    """Returns the error for non-finite metrics: which checkpoints exist, what to try."""
     checkpoints.wait()
     last = checkpoints.latest_step()
     kept = (
@@ -106,7 +106,7 @@ def scored_bytes(documents, count: int) -> list[bytes]:
 
 
 def first_bytes(documents, numbers, count: int):
-    """Yields the documents of these numbers up to `count` bytes in all. The last one is cut."""
+    """Yields these documents until they have `count` bytes in all, the last one cut."""
     for i in numbers:
         document = documents[i]
         yield document if len(document) <= count else Piece(document[:count])

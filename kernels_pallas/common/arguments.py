@@ -186,7 +186,7 @@ def one_token(operator: str, **arrays) -> list:
 
 
 def one_token_decay(operator: str, log_decay):
-    """Returns one token's log decay, None, (H,) or (B, H, ...), with a time axis behind B."""
+    """Returns one token's log decay, None, (H,) or (B, H, ...), with a time axis after B."""
     if log_decay is None:
         return None
     check_array(operator, "log_decay", log_decay)
@@ -194,11 +194,11 @@ def one_token_decay(operator: str, log_decay):
 
 
 def nothing(*arrays) -> bool:
-    """Returns whether an array is empty, so that no state is written, and only zeros are read."""
+    """Returns whether an array is empty: then nothing is written to a state, and outputs are 0."""
     return any(0 in x.shape for x in arrays)
 
 
 def repeat_heads(x_BTGK: jax.Array, heads: int) -> jax.Array:
-    """Repeats key heads g for value heads g*H/G ... (g+1)*H/G - 1: (B, T, G, K) to (B, T, H, K)."""
+    """Repeats key head g for value heads g*H/G ... (g+1)*H/G - 1: (B, T, G, K) to (B, T, H, K)."""
     copies = heads // x_BTGK.shape[2]
     return x_BTGK if copies == 1 else jnp.repeat(x_BTGK, copies, axis=2)

@@ -1,4 +1,4 @@
-"""Branches that a program chooses as it runs, one for a whole batch."""
+"""Conditionals at run time, with one branch for a whole batch."""
 
 import functools
 
@@ -22,7 +22,7 @@ def _anywhere_in_a_batch(axis_size, batched, flags):
 
 
 def either(flag, run, *operands):
-    """Returns run(flag, *operands), run traced with True and with False; None is False alone."""
+    """Returns run(flag, *operands) for a traced flag, both branches compiled; None is False."""
     if flag is None:
         return run(False, *operands)
     return jax.lax.cond(

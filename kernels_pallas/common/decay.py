@@ -10,7 +10,7 @@ A chunk is halved again and again. Two tokens j < i part at exactly one level, j
 of a block and i into its right half, and there
 
     g_{j+1} + ... + g_i  =  g_reversed_j + g_cumsum_i,
-    g_reversed_j  =  the sum over the tokens behind j up to the middle of that block,
+    g_reversed_j  =  the sum over the tokens after j up to the middle of that block,
     g_cumsum_i    =  the sum from the middle up to and with i,
 
 two pure sums of numbers <= 0. Both exponentials are at most 1; a reset gives 0 with derivative 0.
@@ -34,11 +34,11 @@ from kernels_pallas.common.dtypes import custom_vjp
 
 
 class Level(NamedTuple):
-    """One halving: M blocks of two halves of U tokens each, U = 1, 2, 4, ..., C/2.
+    """Sums of one level of halving: M blocks of two halves of U tokens, U = 1, 2, 4, ..., C/2.
 
     g_cumsum_MUK: of right halves, the sum from the middle up to and with token i.
     g_exclusive_MUK: of right halves, the same without token i.
-    g_reversed_MUK: of left halves, the sum over the tokens behind j up to the middle.
+    g_reversed_MUK: of left halves, the sum over the tokens after j up to the middle.
     """
 
     g_cumsum_MUK: jax.Array
@@ -47,12 +47,12 @@ class Level(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The sums of one chunk.
+    """Sums of log decay in one chunk.
 
     log_decay_CK: what was summed.
     g_cumsum_CK: from the chunk's start up to and with token i, for the entering state at i.
     g_exclusive_CK: the same without token i, for recurrences that read before the state decays.
-    g_reversed_CK: over the tokens behind j up to the chunk's end, for token j in the leaving state.
+    g_reversed_CK: over the tokens after j up to the chunk's end, for token j in the leaving state.
     g_total_K: over the whole chunk, for the entering state in the leaving state.
     levels: smallest halves first; empty where they were not asked for.
     """
@@ -89,7 +89,7 @@ def kind(log_decay, *, segment_ids=None) -> str:
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, dtype):
-    """The log decay of packed documents: each document's first token is a reset.
+    """Returns the log decay of packed documents: each document's first token is a reset.
 
     log_decay_BTHK: (B, T, H, K or 1), or None, which decays nothing and stays None where
       segment_ids_BT is None too; else (B, T, 1, 1) of `dtype` comes back.
@@ -103,7 +103,7 @@ def with_resets(log_decay_BTHK, segment_ids_BT, dtype):
 
 
 def per_channel(log_decay_BTHK, segment_ids_BT, shape_BTHK, dtype) -> jax.Array:
-    """`with_resets`, broadcast to a number per channel; zeros where nothing decays."""
+    """Returns `with_resets` broadcast to every channel; zeros where nothing decays."""
     log_decay_BTHK = with_resets(log_decay_BTHK, segment_ids_BT, dtype)
     zero = jnp.zeros((), dtype)
     return jnp.broadcast_to(zero if log_decay_BTHK is None else log_decay_BTHK, shape_BTHK)
@@ -156,7 +156,7 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
 
 
 def _halvings(log_decay_CK: jax.Array) -> Sums:
-    """The sums of `chunk_sums`, by products with zeros and ones: no chain that XLA recomputes."""
+    """Computes `chunk_sums` by products with zeros and ones: no chain that XLA recomputes."""
     *lead, C, K = log_decay_CK.shape
     (g_cumsum_CK, *g_cumsum), (g_exclusive_CK, *g_exclusive), (g_reversed_CK, *g_reversed) = (
         _level_sums(log_decay_CK)
@@ -171,7 +171,7 @@ def _halvings(log_decay_CK: jax.Array) -> Sums:
 
 @jax.custom_vjp
 def _level_sums(log_decay_CK):
-    """g_cumsum, g_exclusive and g_reversed, each a list: of the whole chunk, then of its levels."""
+    """Returns g_cumsum, g_exclusive and g_reversed, each as [whole chunk, *levels]."""
     C = log_decay_CK.shape[-2]
     edges = [C + level * C // 2 for level in range(C.bit_length() - 1)]
     rows = _summed_tokens(C, log_decay_CK.dtype)
@@ -201,7 +201,7 @@ def _sums_of(summed_tokens, log_decay_CK) -> tuple[jax.Array, ...]:
 
 
 def _summed_tokens(C: int, dtype, levels: bool = True) -> tuple:
-    """Three matrices of zeros and ones: the tokens that each row of the three sums adds.
+    """Returns three 0/1 matrices, for the three sums: the tokens that each row adds up.
 
     levels: whether C/2 rows follow for each level.
     """
@@ -210,13 +210,13 @@ def _summed_tokens(C: int, dtype, levels: bool = True) -> tuple:
 
 
 def _tokens(C: int):
-    """0 ... C-1. Masks made of them are constants of a program; of long chunks, made as it runs."""
+    """Returns 0 ... C-1: a compile-time constant, so that masks are, too, unless C is large."""
     return (np if C <= LARGEST_CONSTANT else jnp).arange(C)
 
 
 @functools.cache
 def _bounds(C: int, levels: bool):
-    """The first and the last token of each row's sum, as columns."""
+    """Returns the first and the last token of each row's sum, as columns."""
     i = np.arange(C)
     g_cumsum, g_exclusive, g_reversed = [(0 * i, i)], [(0 * i, i - 1)], [(i + 1, 0 * i + C - 1)]
     for level in range(C.bit_length() - 1 if levels else 0):
@@ -232,12 +232,12 @@ def _bounds(C: int, levels: bool):
 
 
 def pair_decay(log_decay_C1: jax.Array, *, exclusive: bool = False) -> jax.Array:
-    """D_ij = exp(g_{j+1} + ... + g_i) for j <= i, 0 for j > i: (..., C, 1) to (..., C, C).
+    """Computes D_ij = exp(g_{j+1} + ... + g_i) for j <= i, else 0: (..., C, 1) to (..., C, C).
 
     With `exclusive` it is D_{i-1,j} = exp(g_{j+1} + ... + g_{i-1}) for j < i, with a diagonal of 0.
     For a decay per head or token pairs are few and formed directly: in one block of 16 by their own
     sums, others as a product of three exponentials, from the start of i's block to i, over the
-    whole blocks between, and behind j to the end of j's block.
+    whole blocks between, and from after j to the end of j's block.
 
     Gradient of each token's log decay. D_ij depends on g_s exactly when j < s <= i, so
     dg_s = sum_{j < s <= i} dD_ij D_ij, one product with zeros and ones.
@@ -291,7 +291,7 @@ _pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 
 
 def sums_between(g_U: jax.Array, exclusive: bool) -> jax.Array:
-    """g_{j+1} + ... + g_i (`exclusive`: to g_{i-1}), 0 where empty: (..., U) to (..., U, U)."""
+    """Computes g_{j+1} + ... + g_i (`exclusive`: to g_{i-1}), else 0: (..., U) to (..., U, U)."""
     U = g_U.shape[-1]
     up_to_UU = _lower(U, -1 if exclusive else 0)  # s <= i, or s < i
     terms_UU = jnp.where(up_to_UU, g_U[..., None, :], 0.0)
@@ -313,7 +313,7 @@ def _advanced(g_U):
 
 
 def naive_pair_decay(log_decay_CK: jax.Array, *, exclusive: bool = False) -> jax.Array:
-    """D_ij of each channel, pair by pair as docs/math defines it: (..., C, K) to (..., C, C, K)."""
+    """Computes D_ij per channel as docs/math defines it: (..., C, K) to (..., C, C, K)."""
     i, j, s = jnp.ogrid[tuple(slice(log_decay_CK.shape[-2]) for _ in range(3))]
     last = i - 1 if exclusive else i
     between_CCC = ((j < s) & (s <= last)).astype(log_decay_CK.dtype)
@@ -323,7 +323,7 @@ def naive_pair_decay(log_decay_CK: jax.Array, *, exclusive: bool = False) -> jax
 
 
 def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, g_reversed_MUK) -> jax.Array:
-    """Scores of a level's pairs: sum_K q_iK exp(rows_iK) k_jK exp(g_reversed_jK)."""
+    """Computes a level's scores: sum_K q_iK exp(rows_iK) k_jK exp(g_reversed_jK)."""
     q_MUK, k_MUK = q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.exp(g_reversed_MUK)
     if q_MUK.shape[-2] == 1:
         return matmul.sum_last(q_MUK * k_MUK)
@@ -333,7 +333,7 @@ def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, g_reversed_MUK) -> j
 def decayed_scores(
     q_CK: jax.Array, k_CK: jax.Array, sums: Sums, *, exclusive: bool = False, rectangle=rectangle
 ) -> jax.Array:
-    """A_ij = q_i^T diag(D_ij) k_j for j <= i, 0 for j > i: (..., C, C), in float32 or wider.
+    """Computes A_ij = q_i^T diag(D_ij) k_j for j <= i, else 0: (..., C, C), float32 or wider.
 
     Args:
       q_CK, k_CK: (..., C, K).
@@ -356,7 +356,7 @@ def decayed_scores(
 
 
 def _assemble(diagonal, rectangles) -> jax.Array:
-    """Lower triangle of a diagonal (..., C, 1, 1) and each level's rectangles (..., M, U, U)."""
+    """Joins a diagonal (..., C, 1, 1) and all levels' rectangles (..., M, U, U) to (..., C, C)."""
     blocks = diagonal
     for rectangle in rectangles:
         *lead, M, U, _ = rectangle.shape
@@ -368,17 +368,17 @@ def _assemble(diagonal, rectangles) -> jax.Array:
 
 
 def g_cumsum(log_decay_BTX: jax.Array) -> jax.Array:
-    """g_1 + ... + g_t of a whole shard (B, T, ...), any T; entries as in `chunk_sums`."""
+    """Computes g_1 + ... + g_t in a shard (B, T, ...), any T; entries as in `chunk_sums`."""
     return _shard_sums(log_decay_BTX, np.tri(SHARD_BLOCK), reverse=False)
 
 
 def g_reversed(log_decay_BTX: jax.Array) -> jax.Array:
-    """g_{t+1} + ... + g_T of a whole shard (B, T, ...)."""
+    """Computes g_{t+1} + ... + g_T in a shard (B, T, ...)."""
     return _shard_sums(log_decay_BTX, np.tri(SHARD_BLOCK, k=-1).T, reverse=True)
 
 
 def _shard_sums(log_decay_BTX, rows_CC, reverse: bool):
-    """Sums in blocks by a product, then of blocks: a TPU's cumulative sum moves more memory."""
+    """Sums tokens in blocks, then blocks, by products: a TPU's cumulative sum moves more memory."""
     (B, T, *X), C = log_decay_BTX.shape, SHARD_BLOCK
     padding = ((0, 0), (0, -T % C)) + ((0, 0),) * len(X)
     g_BNCX = jnp.pad(log_decay_BTX, padding).reshape(B, -1, C, *X)

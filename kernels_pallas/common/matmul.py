@@ -9,7 +9,7 @@ from kernels_pallas.common.dtypes import custom_vjp
 
 @custom_vjp(0)
 def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Einsum of two operands with a result in float32 or wider, in the backward pass too.
+    """Computes an einsum of two operands in float32 or wider, in the backward pass, too.
 
     Two bfloat16 operands, which are then a caller's inputs, go to the matrix unit as they are. If
     one is float32 (a decayed key, a score, a state, a cotangent), the product is in float32:
@@ -50,7 +50,7 @@ einsum.defvjp(_forward, _backward)
 
 
 def sum_last(x: jax.Array) -> jax.Array:
-    """Sum over the last axis, which stays: (..., K) to (..., 1).
+    """Sums over the last axis, which becomes 1: (..., K) to (..., 1).
 
     On CPU it is a product with ones: XLA's reduction of the minor axis takes longer there
     (docs/results.md).
@@ -79,7 +79,7 @@ _sum_last.defvjp(
 
 
 def cleared(x_BTHK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns x with 0 for NaN and Inf, and where they stood, (B, T, H); x may be (B, T, H) too."""
+    """Returns x with 0 for NaN and Inf, and where they were, (B, T, H); x may be (B, T, H), too."""
     finite = jnp.isfinite(x_BTHK)
     bad_BTH = ~finite
     if x_BTHK.ndim == 4:  # as a product, as sums of rows are

@@ -1,4 +1,4 @@
-"""Packed documents, as every operator reads `segment_ids_BT`.
+"""Packed documents: what operators derive from `segment_ids_BT`.
 
 A document is a run of equal ids. A state (or convolution tap) enters a token exactly when the token
 before it, in the same row, has the same id. `initial_state` enters the first token of a row.
@@ -21,12 +21,12 @@ def starts(segment_ids_BT: jax.Array, reverse: bool = False) -> jax.Array:
 
 
 def run_index(segment_ids_BT: jax.Array) -> jax.Array:
-    """Returns each token's document, numbered from 0 in its row: the starts up to and with it."""
+    """Returns each token's document, numbered from 0 in its row."""
     return count_starts(starts(segment_ids_BT))
 
 
 def count_starts(start_BT: jax.Array) -> jax.Array:
-    """Returns `run_index`, from what `starts` gave."""
+    """Returns `run_index` from the result of `starts`."""
     return jnp.cumsum(start_BT.astype(jnp.int32), axis=1)
 
 

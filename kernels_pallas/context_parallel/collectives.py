@@ -1,4 +1,4 @@
-"""How the state of a recurrence passes between ranks that hold consecutive shards of a sequence.
+"""Passes a recurrence's state between ranks that hold consecutive shards of a sequence.
 
 Over one shard every recurrence here maps the state S that enters to D S + L. The local state L is
 what the shard leaves when it starts from zero; its total decay D is a vector or a matrix, and zero
@@ -43,7 +43,7 @@ MOST_BLOCKS = 8  # of all_scan, unless the caller gives a number
 
 
 class Ranks(NamedTuple):
-    """The ranks of a mesh axis, in the order in which time runs."""
+    """The ranks of a mesh axis in the order of their shards in time."""
 
     axis_name: str | tuple[str, ...]  # the first of several axes is the slowest
     reverse: bool = False  # whether time runs from the last rank to the first
@@ -54,7 +54,7 @@ class Ranks(NamedTuple):
 
     @property
     def index(self) -> jax.Array:
-        """This rank's place in time: rank 0 holds the first shard."""
+        """Returns this rank's place in time: 0 holds the first shard."""
         rank = lax.axis_index(self.axis_name)
         return self.count - 1 - rank if self.reverse else rank
 
@@ -73,12 +73,12 @@ class Ranks(NamedTuple):
         return gathered[::-1] if self.reverse else gathered
 
     def from_last(self, x: jax.Array) -> jax.Array:
-        """Returns the last rank's x on all ranks. An unused one costs nothing when compiled."""
+        """Returns the last rank's x on all ranks; if unused, it costs nothing when compiled."""
         return lax.psum(jnp.where(self.index == self.count - 1, x, 0), self.axis_name)
 
 
 class CollectiveForm(NamedTuple):
-    """How states pass between ranks.
+    """The collective by which states pass between ranks.
 
     matrix: the total decay D is (..., K, K) and acts on the state's axis -2; else D multiplies it.
     """
@@ -121,7 +121,7 @@ def form(
     reverse: bool = False,
     matrix: bool = False,
 ) -> CollectiveForm:
-    """Returns how a state of so many columns passes along a mesh axis.
+    """Returns the CollectiveForm for states of `columns` columns along a mesh axis.
 
     Raises:
       ValueError: an unknown collective, an axis that is not mapped, or blocks that do not divide
@@ -252,12 +252,12 @@ def _apply(form, decay, state):
 
 
 def _over_state(flag_B, state):
-    """Reshapes a flag per row so that it broadcasts to the state."""
+    """Reshapes one flag per row of the batch so that it broadcasts to the state."""
     return flag_B.reshape(*flag_B.shape, *[1] * (state.ndim - 1))
 
 
 def prefix_state(form: CollectiveForm, local, decay, ids):
-    """Returns S_r of this rank and c_r, a flag per row, or None if no ids are given.
+    """Returns this rank's S_r and c_r (a flag per row, None without ids) of the module's text.
 
     Both carry the name that a checkpoint policy may save, so that a recomputed layer sends nothing
     a second time. Differentiated by hand: see `prefix_state_gradient`.
@@ -342,7 +342,7 @@ def _gather(form, local, decay, ids):
 
 
 def _compose_matrices(form, local_W, decay_W, joined_WB, earlier_W):
-    """Runs S <- c (D S + L) over the ranks before this one."""
+    """Computes S <- c (D S + L) over the earlier ranks, in order."""
     joined_next_WB = None if joined_WB is None else jnp.roll(joined_WB, -1, axis=0)
 
     def body(state, rank):

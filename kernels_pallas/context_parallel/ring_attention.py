@@ -1,4 +1,4 @@
-"""Softmax attention to keys that several ranks hold: gathered, in a window, or going round a ring.
+"""Softmax attention to keys on several ranks: all gathered, in a window, or passed round a ring.
 
 `operators.softmax_attention` says what each costs. In the ring one message has keys, values, their
 positions and documents, and a rank holds one message while it sends it on. Each rank's queries keep
@@ -192,7 +192,7 @@ def _backward(static, visibility, arrays, residuals, g_BGRTV):
 
 
 def _plain(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
-    """Computes the same from all ranks' keys, gathered: for derivatives of higher order."""
+    """Computes ring attention from gathered keys instead, for derivatives of higher order."""
     ranks, scale, sizes = static
     payload = _payload(visibility, k_BSGK, v_BSGV)
     packed = collectives.pack(payload, lead=2)
@@ -245,7 +245,7 @@ def _run_index(ranks, segment_ids_BT):
 
 
 def _to_zigzag(ranks, x_BTX):
-    """Sends parts of 2W: rank r, which has 2r and 2r+1, gets r and 2W-1-r. Two messages."""
+    """Moves the 2W parts of time so that rank r, which has 2r and 2r+1, has r and 2W-1-r."""
     even, odd = (
         ranks.send(half, [(r, _zigzag_rank(ranks, 2 * r + n)) for r in range(ranks.count)])
         for n, half in enumerate(jnp.split(x_BTX, 2, axis=1))

@@ -1,4 +1,4 @@
-"""What one shard makes of the state that enters it, and what its tokens read of that state.
+"""A shard as an affine map of the state that enters it, and what its tokens read of that state.
 
 `local_state` and `read_state` send nothing; `by_transition_matrix` and `scan` run a whole operator,
 the scan because its backward pass sends in its middle.
@@ -56,7 +56,7 @@ def local_state(k_BTGK, v_BTHV, log_decay_BTHX, run_BT):
 
 
 def read_state(q_BTGK, state_BHKV, log_decay_BTHX, run_BT):
-    """Returns what each token reads of the entering state: (B, T, H, V), float32 or wider.
+    """Returns the entering state's part of each output: (B, T, H, V), float32 or wider.
 
     o_t = S^T diag(exp(g_cumsum_t)) q_t, and 0 beyond the shard's first document
     """
@@ -117,7 +117,7 @@ def by_transition_matrix(operator, inputs, how, keywords):
 
 
 class ScanCall(NamedTuple):
-    """The static arguments of `scan`."""
+    """Static arguments of `scan`."""
 
     form: collectives.CollectiveForm
     reverse: bool

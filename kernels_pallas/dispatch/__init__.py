@@ -1,5 +1,5 @@
-"""Choosing an implementation: by name, or the best that has matched the chunked form on this kind
-of device."""
+"""Choice of an implementation: by name, or the best one whose kernels passed their check on this
+kind of device."""
 
 from kernels_pallas.dispatch.choose import (
     Choice,

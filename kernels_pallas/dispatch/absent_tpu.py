@@ -16,8 +16,8 @@ _SET_BY_JAX = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}  # when imported, witho
 
 
 def pass_over() -> None:
-    """Keeps JAX from starting libtpu where there is no TPU. For programs, before JAX's first use;
-    libraries leave JAX alone.
+    """Keeps JAX from initialising libtpu where there is no TPU. For programs, before JAX's first
+    use; libraries leave JAX alone.
 
     Nothing changes where the user, or JAX on seeing a chip, has chosen platforms, or anything else
     speaks of a TPU.
@@ -35,8 +35,8 @@ def pass_over() -> None:
 
 
 def tell_libtpu() -> None:
-    """Sets what libtpu would otherwise ask Google Cloud's metadata server, and that it guards no
-    chip and writes no logs."""
+    """Sets environment variables so that libtpu neither asks Google Cloud's metadata server, nor
+    locks a chip, nor writes logs."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")

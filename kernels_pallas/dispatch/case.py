@@ -16,7 +16,7 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of one problem, by the house's letters.
+    """Sizes of one problem, by the letters of `array_typing`.
 
     G: key heads; None is H. D: channels of operators without heads; None is H V. I: taps of a
     convolution. window: tokens that a query sees in a kind of call with a window.
@@ -44,7 +44,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class OperatorCase:
-    """How an operator is called, on which inputs, and in which kinds of call its kernels differ.
+    """The arguments of an operator, its inputs, and the kinds of call that its kernels tell apart.
 
     positional: names of the inputs that are given by position, in their order. The others are given
       by keyword, under their names.
@@ -81,8 +81,8 @@ class OperatorCase:
     float16: tuple[str, ...] = ()
 
     def call(self, function: Callable, inputs: Arrays, **keywords) -> Arrays:
-        """Returns the results of the public function on inputs by name, as "output" and, where it
-        returns one, "final state"."""
+        """Returns the public function's results for a dict of inputs, as "output" and, if it
+        returns a state, "final state"."""
         others = dict(inputs)
         given = [others.pop(name, None) for name in self.positional]
         results = function(*given, **others, **keywords)
@@ -91,8 +91,8 @@ class OperatorCase:
 
 
 def checked_dtype(*arrays: jax.Array) -> str:
-    """Returns the dtype of the check that covers inputs of these dtypes: a mixture takes the path
-    of the widest."""
+    """Returns the dtype whose self-check covers inputs of these dtypes: of a mixture, the
+    widest."""
     dtypes = {str(x.dtype) for x in arrays}
     if "float32" in dtypes:
         return "float32"

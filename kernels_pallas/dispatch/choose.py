@@ -1,5 +1,4 @@
-"""Choosing an implementation of an operator: the one that was named, or the best that can run the
-call."""
+"""Choice of an operator's implementation: the named one, or the best that can run the call."""
 
 import contextlib
 import contextvars
@@ -51,7 +50,7 @@ class Implementation:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """An operator, as dispatch, the self-check, the benchmarks and the tests know it.
+    """An operator as dispatch, self-check, benchmarks and tests use it.
 
     function: the public one.
     implementations: the best first.
@@ -69,9 +68,9 @@ class Operator:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The implementation that serves a kind of call.
+    """The implementation chosen for a kind of call.
 
-    kind: what of the call decides, and the dtype, such as "per_token bfloat16"; empty for operators
+    kind: what of the call matters, and the dtype, such as "per_token bfloat16"; empty for operators
       without kernels. passed_over: the better implementations, each with the reason why it does not
       serve.
     """
@@ -89,8 +88,8 @@ class Choice:
 
 @contextlib.contextmanager
 def recorded():
-    """Gives a list that fills with the `Choice` of every operator that is traced inside, one for
-    each operator, kind of call and implementation.
+    """Yields a list that collects the `Choice` of every operator traced inside the block, one per
+    operator, kind of call and implementation.
 
     What JAX finds in its caches is not traced.
     """
@@ -103,7 +102,7 @@ def recorded():
 
 
 def explain(operator: Callable, *arguments, **keywords) -> Choice:
-    """Says which implementation serves a call here, and of each better one why it does not.
+    """Tells which implementation serves a call here, and why each better one does not.
 
     operator: a public function, such as `kernels_pallas.delta_rule`. The arguments are its own,
     arrays or `jax.ShapeDtypeStruct`. Nothing is computed; a kernel that has not been checked on
@@ -211,7 +210,7 @@ def _record(operator, implementation, passed_over, arguments) -> None:
 
 
 def run(operator: Operator, name: str | None, **arguments) -> Any:
-    """Calls what `choose` returns. Under `jax.shard_map` the arrays are made of one type before
-    (`manual_axes`)."""
+    """Calls the implementation that `choose` returns, after making all arrays vary over the same
+    axes under `jax.shard_map` (`manual_axes`)."""
     arguments = manual_axes.alike(arguments)
     return choose(operator, name, **arguments).call(**arguments)

@@ -63,8 +63,8 @@ def committed(arrays) -> Any:
 
 @contextlib.contextmanager
 def of(arrays):
-    """Sets the target, inside the block, to the device that one of the arrays is committed to,
-    where that is of another platform than the current target. Gives whether it is."""
+    """Sets the target, inside the block, to the device an array is committed to, if its platform
+    differs from the current target's; yields whether it does."""
     device = committed(arrays)
     if device is None or platform_of(device) == current().platform:
         yield False
@@ -74,8 +74,8 @@ def of(arrays):
 
 
 def compute_capability() -> float | None:
-    """Returns that of the GPU that a call is traced for, such as 9.0; None where it is not this
-    process's."""
+    """Returns the compute capability, such as 9.0, of the GPU being traced for; None if it is not
+    one of this process's."""
     device = jax.devices()[0]
     found = getattr(device, "compute_capability", None)
     return float(found) if found and device.device_kind == current().kind else None

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def automatic(results, **letters: str):
-    """Decorates a function of arrays so that it serves under such a mesh.
+    """Decorates a function of arrays so that it works under a mesh with explicit axes.
 
     results: the letters of the results, a pytree of strings, or one for all. letters: those of the
     arguments, as far as results take theirs from them.

@@ -1,4 +1,4 @@
-"""The numerical check of a kernel, forward and backward, against the form that it stands for.
+"""The numerical check of a kernel, forward and backward, against a reference implementation.
 
 Compared are the output and the final state, as computed for inference and for training, and the
 gradients of all inputs, under random cotangents. Sizes are those that models use: heads of 128 in
@@ -29,7 +29,7 @@ TINY = Shape(B=1, T=40, G=1, H=2, K=16, V=16, D=32, window=13)
 
 
 class CheckResult(NamedTuple):
-    """What a check found.
+    """The result of a check.
 
     forward, gradient: the largest errors, None where nothing was computed. problem: what is wrong,
     or None. raised: an exception stood in the way. refused: the implementation does not support
@@ -49,8 +49,8 @@ class CheckResult(NamedTuple):
 
 
 def check(operator, implementation: str, kind: str, dtype: str, shape=FULL) -> CheckResult:
-    """Runs one check of a `dispatch.Operator` on this process's first device. What goes wrong is in
-    the result; nothing raises."""
+    """Runs one check of a `dispatch.Operator` on this process's first device. Errors and exceptions
+    are in the result; nothing raises."""
     start = time.perf_counter()
     call = (operator.name, implementation, kind, dtype)
     try:
@@ -73,7 +73,7 @@ def check(operator, implementation: str, kind: str, dtype: str, shape=FULL) -> C
 
 
 def _errors(operator, implementation, kind, dtype, shape) -> tuple[dict, dict]:
-    """Returns the errors of outputs and of gradients, by name."""
+    """Returns the errors of outputs, and those of gradients, by name."""
     case = operator.case
     rng = np.random.default_rng(zlib.crc32(f"{operator.name} {kind}".encode()))
     device = jax.local_devices()[0]
@@ -88,8 +88,8 @@ def _errors(operator, implementation, kind, dtype, shape) -> tuple[dict, dict]:
         ids_BT = _documents(shape) if case.packed(kind) else None
 
         def everything(name):
-            """Returns the jit of (inputs, cotangents, ids) -> results for inference, those for
-            training, and gradients, all by the calls' suffixes; and the forward pass alone."""
+            """Returns a jitted (inputs, cotangents, ids) -> results in inference, in training, and
+            gradients, by the suffixes of `further_calls`; and the forward pass alone."""
 
             def forward(given, ids_BT):
                 return {
@@ -138,8 +138,7 @@ def _errors(operator, implementation, kind, dtype, shape) -> tuple[dict, dict]:
 
 
 def position_error(got, expected) -> float:
-    """Returns the error that the module describes; infinite where the shape differs, or a value is
-    not finite."""
+    """Returns the module's error measure; inf for another shape or values that are not finite."""
     got, expected = np.asarray(got), np.asarray(expected)
     if got.shape != expected.shape:
         return np.inf
@@ -168,8 +167,8 @@ def _normal(rng, like):
 
 
 def _documents(shape) -> np.ndarray:
-    """Returns ids of three documents. The second spans most chunk edges, the third has the first's
-    id."""
+    """Returns segment ids of three documents. The second contains most chunk edges; the third has
+    the id of the first."""
     T = np.arange(shape.T)
     ids_T = 1 + ((T >= shape.T // 4) & (T < shape.T - shape.T // 10))
     return np.tile(ids_T.astype(np.int32), (shape.B, 1))

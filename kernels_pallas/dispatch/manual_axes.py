@@ -22,8 +22,8 @@ def varying(tree) -> frozenset[str]:
 
 
 def alike(tree, axis_name: str | Collection[str] = ()):
-    """Makes every array of a pytree vary over all axes that one of them varies over, and over those
-    named."""
+    """Makes every array of a pytree vary over `axes`, and over every axis that one of the arrays
+    varies over."""
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     axes = varying(tree).union(names)
 

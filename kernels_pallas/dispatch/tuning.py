@@ -1,5 +1,4 @@
-"""Chunk and block sizes: from a table where it knows the call, from the implementation's own rule
-where it does not.
+"""Chunk and block sizes: from a table of tuned calls, else from the implementation's own rule.
 
 `tuned.json` beside this file maps keys to sizes. A key is written
 operator/implementation/.../device kind; an implementation says what stands between, for instance
@@ -29,7 +28,7 @@ _ASKED: contextvars.ContextVar[dict | None] = contextvars.ContextVar("asked", de
 def lookup(heuristic: dict[str, int], operator: str, implementation: str, *rest: str) -> dict:
     """Returns the sizes of a call that is traced now.
 
-    heuristic: what the implementation would take; the table may change any of it, and adds nothing.
+    heuristic: the implementation's own sizes; the table may replace any of them, and adds none.
     rest: what the sizes depend on, from the general to the special. The device's kind is added
     here.
     """
@@ -51,8 +50,8 @@ def _table() -> dict[str, dict[str, int]]:
 
 @contextlib.contextmanager
 def trying(sizes: dict[str, dict[str, int]]):
-    """Puts these entries in front of the table's, inside the block. They are read at tracing: trace
-    a function that no cache knows."""
+    """Gives these entries precedence over the table, inside the block. They are read at tracing:
+    trace a function that no cache has."""
     token = _TRIED.set(sizes)
     try:
         yield
@@ -62,8 +61,7 @@ def trying(sizes: dict[str, dict[str, int]]):
 
 @contextlib.contextmanager
 def asked():
-    """Gives a dict that fills with the whole keys that are looked up inside the block, and the
-    sizes that each got."""
+    """Yields a dict that collects the keys looked up inside the block, and the sizes found."""
     found = {}
     token = _ASKED.set(found)
     try:
@@ -73,8 +71,8 @@ def asked():
 
 
 def save(entries: dict[str, dict[str, int]], path: pathlib.Path = TABLE) -> None:
-    """Puts entries into the table, in the place of those of the same keys. An empty entry removes
-    its key."""
+    """Writes entries to the table, replacing those of the same keys; an empty one removes its
+    key."""
     merged = json.loads(path.read_text()) | entries
     lines = [
         f" {json.dumps(key)}: {json.dumps(merged[key])}" for key in sorted(merged) if merged[key]

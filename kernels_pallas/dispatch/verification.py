@@ -1,4 +1,4 @@
-"""Whether a kernel may serve where nobody named it: a check on the first use, remembered.
+"""Decides whether a kernel may serve unnamed: by a check on first use, which is recorded.
 
 A kernel proven by compiling and interpreting may be wrong on hardware that its tests never saw. So
 when `implementation=None` is about to choose a kernel, `unverified_reason` wants a passed check
@@ -49,8 +49,7 @@ _decided: dict[str, str | None] = {}
 
 
 def unverified_reason(operator, implementation: str, arguments: dict) -> str | None:
-    """Returns None if the kernel may be used for this call of a `dispatch.Operator`, else the
-    reason.
+    """Returns None if this call of a `dispatch.Operator` may use the kernel, else the reason.
 
     A kernel may be used once it has matched the chunked form, forward and backward, on this device
     kind with these library versions. What is not on record is checked; the process's first failure
@@ -77,7 +76,7 @@ def unverified_reason(operator, implementation: str, arguments: dict) -> str | N
 
 
 def _check(x64: bool, operator, *call) -> kernel_check.CheckResult:
-    """Checks with the setting of the thread that asks."""
+    """Runs the check with the caller's jax_enable_x64, which is thread-local."""
     with jax.enable_x64(x64):
         return kernel_check.check(operator, *call)
 
@@ -114,7 +113,7 @@ def versions(platform: str) -> dict[str, str]:
 
 @functools.cache
 def _source(operator: str) -> str:
-    """Returns a digest of the source that computes the operator."""
+    """Returns a hash of the source files that compute the operator."""
     package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for folder in (*_SHARED_FOLDERS, f"ops/{operator}"):
         for path in sorted((package / folder).rglob("*.*")):
@@ -150,7 +149,7 @@ def _records() -> dict:
 
 
 def _recorded(key: str) -> tuple[str | None, bool]:
-    """Returns the problem, or None, and whether there is a record."""
+    """Returns the recorded problem, or None, and whether there is a record."""
     entry = _records().get(key)
     if not isinstance(entry, dict) or not isinstance(entry.get("problem", 0), str | None):
         return None, False
@@ -158,8 +157,8 @@ def _recorded(key: str) -> tuple[str | None, bool]:
 
 
 def record(key: str, result) -> None:
-    """Writes a `kernel_check.CheckResult` into the file, whole or not at all: other processes may
-    be writing, too."""
+    """Writes a `kernel_check.CheckResult` to the file, atomically: other processes may be writing,
+    too."""
     if result.raised:
         return
     entry = {

@@ -1,8 +1,8 @@
-"""Masked tiles, products with a stated rounding, and sums of log decay: what the bodies of the
-Triton kernels are made of.
+"""Building blocks of the Triton kernels: masked tiles, products with a stated rounding, and sums of
+log decay.
 
 Imported only by modules of kernels, and these only when a kernel runs. A tile's rows are tokens
-from `first` on; rows behind T and columns behind the width load as 0, so a padded token neither
+from `first` on; rows beyond T and columns beyond the width load as 0, so a padded token neither
 writes nor decays the state. A decay per token is a tile of one column; a reset is finite. Sums of
 log decay have non-positive terms only and are never differences (docs/math/linear_attention.md).
 """
@@ -37,7 +37,7 @@ def dot(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def _terms_dot(x, y, TERMS: tl.constexpr, ROUNDED: tl.constexpr):
-    """Adds the products of terms, smallest first. A bfloat16 operand is its own only term."""
+    """Adds the products of bfloat16 terms, smallest first. A bfloat16 operand has one term."""
     x0, y0 = _to_bf16(x, ROUNDED), _to_bf16(y, ROUNDED)
     x1, y1 = _rest(x, x0, ROUNDED), _rest(y, y0, ROUNDED)
     out = tl.full((x.shape[0], y.shape[1]), 0.0, tl.float32)
@@ -64,8 +64,8 @@ def _rest(x, high, ROUNDED: tl.constexpr):
 
 @triton.jit
 def _to_bf16(x, ROUNDED: tl.constexpr):
-    """Rounds to the nearest, as a GPU does; the interpreter cuts off, so the bits are rounded first
-    there."""
+    """Rounds to nearest, as a GPU does; Triton's interpreter truncates, so there the bits are
+    rounded first."""
     if ROUNDED and x.dtype != tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -84,8 +84,8 @@ def _bf16_dot(x, y, ROUNDED: tl.constexpr):
 
 @triton.jit
 def head(T, XH, H, GH):
-    """This program's (row, head), bh, and where its tokens begin in arrays of (B, T) rows of key
-    heads (XH), value heads (H) and decays (GH, 1 or H)."""
+    """Returns this program's bh = (row, head), and where its tokens begin in arrays (B, T, heads):
+    of key heads (XH), value heads (H) and decays (GH, 1 or H)."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     return bh, b * T * XH + h // (H // XH), b * T * H + h, b * T * GH + h * (GH // H)
@@ -111,13 +111,13 @@ def store_tile(x, stride, first, T, left, width, tile, ROWS: tl.constexpr, COLUM
 
 @triton.jit
 def load_g_cumsum(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums log decay from the first of C tokens through token i."""
+    """Sums log decay from the first of C tokens to token i, inclusive."""
     return tl.cumsum(load_tile(g, stride, first, T, left, width, C, COLUMNS), axis=0)
 
 
 @triton.jit
 def load_g_reversed(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums log decay over the tokens behind token j, through the last of the C."""
+    """Sums log decay over the tokens after token j, to the last of the C."""
     last = tl.minimum(T, first + C)
     return tl.cumsum(
         load_tile(g, stride, first + 1, last, left, width, C, COLUMNS), axis=0, reverse=True
@@ -132,7 +132,7 @@ def load_g_total(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def pair_decay(g, stride, first, T, C: tl.constexpr, STRICT: tl.constexpr):
-    """D_ij = exp(g_{j+1} + ... + g_i) for j <= i (STRICT: j < i), else 0; one decay per token."""
+    """Computes D_ij = exp(g_{j+1} + ... + g_i) for j <= i (STRICT: j < i), else 0."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     terms = tl.where(i > j, load_tile(g, stride, first, T, 0, 1, C, 1), 0.0)

@@ -35,8 +35,8 @@ def states(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the states that enter the chunks, and the last one; REVERSE: with q and do for x and y
-    the cotangents of the states that leave, and of the first."""
+    """Writes the states that enter the chunks, and the final one. REVERSE, with x = q and y = do:
+    the cotangents of the states that leave chunks, and of the initial state."""
     blocks = tl.cdiv(V, BV)
     k0 = tl.program_id(0) // blocks * BK
     v0 = tl.program_id(0) % blocks * BV
@@ -115,7 +115,7 @@ def gradients_of_values(
     BG: tl.constexpr, LEAVING: tl.constexpr, SCALE: tl.constexpr, INPUTS: tl.constexpr,
     MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dy of one chunk and block of V: scale A^T do, and LEAVING (k exp(g_reversed)) dS'."""
+    """Writes dy of one chunk and block of V: scale A^T do + (LEAVING) (k exp(g_reversed)) dS'."""
     blocks = tl.cdiv(V, BV)
     n = tl.program_id(0) // blocks
     v0 = tl.program_id(0) % blocks * BV

@@ -1,4 +1,4 @@
-"""Launching Triton kernels from JAX: on a GPU through jax_triton, on a CPU through Triton's
+"""Launches Triton kernels from JAX: on a GPU through jax_triton, on a CPU through Triton's
 interpreter.
 
 A kernel takes pointers, inputs before outputs, then constants by name; every size is a constant.
@@ -37,7 +37,7 @@ _INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder
 
 
 class KernelLaunch(NamedTuple):
-    """What a compiler has to know of one launch, and the arrays that pass through memory."""
+    """A kernel, its arrays' shapes, and the constants that it is compiled with."""
 
     kernel: Any
     inputs: tuple[jax.ShapeDtypeStruct, ...]
@@ -50,7 +50,7 @@ class KernelLaunch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded():
-    """Collects the launches that are traced inside the block in the list it gives; none runs."""
+    """Yields a list that collects the launches traced inside the block, without running them."""
     launches = []
     token = _RECORD.set(launches)
     try:
@@ -70,7 +70,7 @@ def unsupported_reason() -> str | None:
 
 
 def shared_limit() -> int:
-    """Bytes of shared memory that a program may ask for on the device that is traced for now."""
+    """Returns the bytes of shared memory that a program may use on the device traced for."""
     capability = devices.compute_capability()
     return SHARED[8.0] if capability is None else SHARED.get(capability, 99 << 10)
 
@@ -92,8 +92,8 @@ def prepare() -> None:
 
 
 def precision(name: str) -> str:
-    """Names the rounding for `blocks.dot`: interpreted kernels round explicitly what a tensor core
-    would round."""
+    """Returns the PRECISION of `blocks.dot`: interpreted kernels round explicitly where a tensor
+    core would."""
     return f"{name} rounded" if devices.interpreting() and name.startswith("bf16") else name
 
 
@@ -167,8 +167,8 @@ def _interpret(kernel, outputs, grid, constants, *inputs):
 
 
 def over_batch(function):
-    """Makes a function of arrays whose axis 0 is the batch mappable by vmap: the new axis joins the
-    batch, for a launch has no batching rule of its own. Outputs have the batch in front, too."""
+    """Makes a function of arrays with batch axis 0 work under vmap, by merging the new axis into
+    the batch: a launch has no batching rule. Outputs have the batch first, too."""
 
     @jax.custom_batching.custom_vmap
     def call(arrays):
@@ -189,9 +189,9 @@ def over_batch(function):
 
 
 def tiles(operator: str, kernel: str, dtype: str, K: int, V: int) -> dict:
-    """Chooses block sizes, warps and stages of one kernel: `TILES`, or what `tuned.json` says of
-    operator/triton/kernel/dtype and of K x V, rounded up to powers of two, to which BK and BV are
-    cut."""
+    """Returns block sizes, warps and stages of one kernel: `TILES`, or `tuned.json`'s entry for
+    operator/triton/kernel/dtype/KxV. BK and BV are at most K and V, all rounded up to powers of
+    2."""
     K, V = power_of_two(K), power_of_two(V)
     chosen = tuning.lookup(TILES, operator, "triton", kernel, dtype, f"{K}x{V}")
     return chosen | {"BK": min(chosen["BK"], K), "BV": min(chosen["BV"], V)}

@@ -1,4 +1,4 @@
-"""What the Triton forms of linear attention and the delta rule share: sizes, precision, and one
+"""Code shared by the Triton forms of linear attention and the delta rule: sizes, precision, and one
 function per kernel.
 
 Arrays keep the operator's layout, (B, T, heads, dim). States at chunk boundaries are
@@ -45,14 +45,14 @@ class TritonForm(NamedTuple):
 
     @property
     def constants(self):
-        """Constants by the names that kernels give them: sizes, precisions, sub-chunks."""
+        """Returns the kernels' constants by name: sizes, precisions, sub-chunks."""
         precisions = {"INPUTS": self.inputs, "MIXED": self.mixed, "SUMS": self.sums}
         precisions = {name: launch.precision(given) for name, given in precisions.items()}
         return self._asdict() | precisions | {"SUB": SUB}
 
     @property
     def N(self):
-        """Chunks."""
+        """Returns the number of chunks."""
         return -(-self.T // self.C)
 
     @property
@@ -79,7 +79,7 @@ class TritonForm(NamedTuple):
         )
 
     def tiles(self, kernel: str, whole_K=False):
-        """Block sizes, warps and stages of one kernel. whole_K: a block is all of K."""
+        """Returns one kernel's block sizes, warps and stages. whole_K: a block is all of K."""
         tiles = launch.tiles(self.operator, kernel, self.dtype, self.K, self.V)
         if whole_K:
             tiles["BK"] = launch.power_of_two(self.K)
@@ -127,8 +127,8 @@ def unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | 
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
-    """Returns the decay as kernels take it: the first token of a document is a reset, and no decay
-    is zeros of one head."""
+    """Returns the decay as kernels take it: a document's first token is a reset, and without a
+    decay it is zeros of one head."""
     if log_decay_BTHK is None:
         log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:2], 1, 1))
     if segment_ids_BT is not None:
@@ -138,14 +138,14 @@ def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
 
 
 def every_head(form, g_BTHK):
-    """Broadcasts the decay of `with_resets` to every head, as the chunked form takes it."""
+    """Broadcasts the decay of `with_resets` to all heads, for the chunked form."""
     return jnp.broadcast_to(g_BTHK, (*g_BTHK.shape[:2], form.H, form.GK))
 
 
 def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
-    """Runs a kernel over (grid, B * H), with tiles and those of the form's constants it takes.
+    """Runs a kernel over (grid, B * H), with its tiles and the form's constants that it takes.
 
-    outputs: (shape behind B, dtype). grid: what axis 0 is a product of: "K", "V" (blocks), "N"
+    outputs: (shape after B, dtype). grid: what axis 0 is a product of: "K", "V" (blocks), "N"
     (chunks), or numbers.
     """
     B = inputs[0].shape[0]
@@ -158,7 +158,7 @@ def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constant
 
 
 def kernels():
-    """Returns the modules of kernels, which are imported here and nowhere earlier."""
+    """Returns the modules of kernels, imported only here, as `prepare` has to come first."""
     launch.prepare()
     from kernels_pallas.gpu import chunks, scores
 
@@ -166,8 +166,8 @@ def kernels():
 
 
 def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0):
-    """Computes the states that enter the chunks (BHNKV) and the last one; reverse: the cotangents
-    of those that leave, and of the first."""
+    """Computes the states that enter the chunks (BHNKV) and the final one; reverse: the cotangents
+    of the states that leave chunks, and of the initial one."""
     chunks, _ = kernels()
     shape_HKV = form.H, form.K, form.V
     return run_kernel(
@@ -182,7 +182,7 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
 
 
 def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
-    """A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i).
+    """Computes A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i).
 
     (B, H, N, C, C), or None where decay is per token, and kernels compute the scores themselves.
     """
@@ -203,7 +203,7 @@ def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
 def outputs(
     form, q_BTGK, k_BTGK, y_BTHV, g_BTHK, states, scores, *, scale, strict=False, dtype=None
 ):
-    """o = scale ((q exp(g_cumsum)) S + A y), with the scores of `scores`."""
+    """Computes o = scale ((q exp(g_cumsum)) S + A y), with A from `scores`."""
     chunks, _ = kernels()
     (o_BTHV,) = run_kernel(
         form,
@@ -220,7 +220,7 @@ def outputs(
 def gradients_of_values(
     form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, dstates, scores, *, scale, dtype=jnp.float32
 ):
-    """Computes dy of `outputs` and `states`; without dstates that of `outputs` alone."""
+    """Computes dy of `outputs` and `states`; if dstates is None, of `outputs` alone."""
     chunks, _ = kernels()
     leaving = dstates is not None
     # An operand that the kernel does not read may be any array.

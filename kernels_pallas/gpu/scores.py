@@ -46,7 +46,7 @@ def decayed_scores(
     zeros = tl.full((SUB, SUB), 0.0, tl.float32)
     for other in range(a + 1, C // SUB):
         store_tile(out, C, a * SUB, C, other * SUB, C, zeros, SUB, SUB)
-    # This sub-chunk, column by column: `between` is the sum of g from behind the column through i.
+    # This sub-chunk, column by column: `between` is the sum of g after the column, through i.
     diagonal = zeros
     for k0 in range(0, K, BK):
         x_SK = load_tile(x, XH * K, t0, T, k0, K, SUB, BK).to(tl.float32)
@@ -110,10 +110,10 @@ def gradients_of_operands(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, STRICT: tl.constexpr, SUB: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, dy and dg of one sub-chunk c and block of K, with what came through the states.
+    """Writes dx, dy and dg of one sub-chunk c and block of K, added to those through the states.
 
     dg_s collects the term of every pair j < s <= i: those with both in c; i in c and j before it; j
-    in c and i behind; and those on either side.
+    in c and i after it; and those on either side.
     """
     blocks = tl.cdiv(K, BK)
     k0 = tl.program_id(0) % blocks * BK
@@ -167,7 +167,7 @@ def gradients_of_operands(
         dy_SK += dot(tl.trans(dA_SS), x_right, MIXED)
         gap += tl.trans(load_g_total(g, H * K, t2, T, k0, K, SUB, BK))
     dy_SK *= tl.exp(g_reversed)
-    # dg of pairs with i in c and j before it; those with j in c and i behind are added below.
+    # dg of pairs with i in c and j before it; those with j in c and i after it are added below.
     dg_SK += tl.cumsum(x_SK * dx_SK, axis=0, reverse=True)
     dg_reversed = y_SK * dy_SK
     # Pairs inside c, column by column, as in `decayed_scores`.

@@ -1,1 +1,1 @@
-"""Compiling and reading TPU and GPU programs without the hardware."""
+"""Tools that compile and read TPU and GPU programs without the hardware."""

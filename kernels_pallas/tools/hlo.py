@@ -52,7 +52,7 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line of a computation.
+    """One instruction of a computation.
 
     operands: names in the same computation. attributes: the text after the operands; of a constant
       or a parameter, its value or number.
@@ -66,7 +66,7 @@ class Instruction(NamedTuple):
 
     @property
     def arrays(self) -> list[Array]:
-        """The arrays of the result, of which a tuple has several."""
+        """Returns the arrays of the result, several of a tuple."""
         return [
             Array(
                 dtype,
@@ -78,7 +78,7 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """The computations that this instruction runs; of a loop, its body."""
+        """Returns the computations that this instruction runs; of a loop, its body."""
         names = _CALLED.findall(self.attributes)
         if branches := _BRANCHES.search(self.attributes):
             names += re.findall(r"[\w.\-]+", branches[1])
@@ -91,7 +91,7 @@ class Instruction(NamedTuple):
 
     @property
     def estimated_cycles(self) -> int | None:
-        """The compiler's own estimate, if it made one."""
+        """Returns the compiler's own estimate; None if it made none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else None
 
@@ -101,7 +101,7 @@ class Instruction(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """An instruction that runs so many `times`; a fused one moves nothing itself."""
+    """An instruction that runs `times` times; inside a fusion it moves no data itself."""
 
     instruction: Instruction
     computation: str
@@ -110,7 +110,7 @@ class Visit(NamedTuple):
 
 
 class HloModule:
-    """A module's computations by name: the instructions of each, in the order they run in."""
+    """A compiled program: for each computation, by name, its instructions in order."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -155,7 +155,7 @@ class HloModule:
 
     @property
     def unknown_loops(self) -> list[str]:
-        """The loops among those that `trips` was asked for whose number of trips is unknown."""
+        """Returns the loops for which `trips` could not tell the number of iterations."""
         return [name for name, trips in self._trips.items() if trips is None]
 
     def visits(self) -> Iterator[Visit]:
@@ -163,7 +163,7 @@ class HloModule:
         yield from self._visits(self.entry, 1, False)
 
     def within(self, fusion: str) -> Iterator[Visit]:
-        """Yields what a fused computation does, once."""
+        """Yields the instructions of a fused computation, once each."""
         yield from self._visits(fusion, 1, True)
 
     def _visits(self, computation: str, times: int, fused: bool) -> Iterator[Visit]:
@@ -315,11 +315,11 @@ _SAME = {"copy", "bitcast", "convert", "reshape"}
 
 
 class _Unknown(Exception):
-    """Raised for a value that depends on more than constants and counters."""
+    """Raised for a value that depends on other things than constants and counters."""
 
 
 def _counted_trips(module: HloModule, loop: Instruction, computation: str) -> int | None:
-    """Counts a loop's rounds by its counters alone; None where they come from elsewhere."""
+    """Counts a loop's iterations from its counters; None if these depend on data."""
     condition, body = ((loop.attribute(name) or "").lstrip("%") for name in ("condition", "body"))
     counters: dict[int, int] = {}  # by their index in the loop's tuple, those that matter
 
@@ -352,7 +352,7 @@ def _counted_trips(module: HloModule, loop: Instruction, computation: str) -> in
 
 
 def _value(module: HloModule, computation: str, name: str, element: Callable[[int], int]) -> int:
-    """Evaluates a scalar. element(index): of the loop's tuple, or of a fusion's operands."""
+    """Evaluates a scalar. element(index): an element of the loop's tuple, or a fusion's operand."""
     instruction = module.by_name[computation][name]
     operation, attributes = instruction.operation, instruction.attributes
     if operation == "constant" and re.fullmatch(r"-?\d+|true|false", attributes):

@@ -1,4 +1,4 @@
-"""What a TPU kernel costs as compiled: static cycles, slots in use, spills, VMEM, HBM traffic.
+"""Measures a TPU kernel as compiled: static cycles, slots in use, spills, VMEM, HBM traffic.
 
 Nothing is run.
 
@@ -29,7 +29,7 @@ from kernels_pallas.tools import hlo, tpu_compile
 
 
 class KernelCost(NamedTuple):
-    """One pallas_call. Shares and counts are per pass of the grid loop's body, inner loops run.
+    """A pallas_call's cost. Shares and counts: per pass of the grid loop's body, inner loops run.
 
     steps: the grid's product, of which each core takes its part.
     bundles: in the grid loop's body, each once. step_cycles: the same with inner loops run.
@@ -60,7 +60,7 @@ class KernelCost(NamedTuple):
 
 
 class ProgramCost(NamedTuple):
-    """A program's kernels, and the operations of XLA's around them.
+    """The costs of a program's kernels, and of XLA's operations around them.
 
     xla_cycles: the compiler's own estimates for the operations outside kernels, loops run.
     unestimated_bytes: what the operations without an estimate move, such as a change of layout;
@@ -82,7 +82,7 @@ class ProgramCost(NamedTuple):
 
 
 class ListingLoops(NamedTuple):
-    """Says of each bundle whether it is in the grid loop's body, and how often a pass issues it."""
+    """The loops of bundles: which are in the grid loop's body, and how often a pass issues each."""
 
     in_grid: np.ndarray
     times: np.ndarray
@@ -90,7 +90,7 @@ class ListingLoops(NamedTuple):
 
 
 def measure(topology: str, function, *arguments) -> ProgramCost:
-    """Compiles as `tpu_compile.compile_for` does, and reads what the program costs."""
+    """Compiles as `tpu_compile.compile_for` does, and returns the program's cost."""
     compiled = tpu_compile.compile_for(topology, function, *arguments)
     with tpu_compile.tracing_for(topology):
         calls = list(pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr))
@@ -189,7 +189,7 @@ def _trips(bundles: str, predicate: str) -> int | None:
 
 
 def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Reads a utilization listing: the slots of each unit, and how many each bundle uses."""
+    """Reads a utilization listing: each unit's slots, and how many each bundle uses."""
     lines = text.splitlines()
     names = [name.strip() for name in lines[1].split(",")]
     capacity = dict(zip(names, map(int, lines[2].split())))
@@ -198,7 +198,7 @@ def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
 
 
 def pallas_calls(jaxpr):
-    """Yields the equations that are Pallas kernels, of a jaxpr and of those inside it."""
+    """Yields the pallas_call equations of a jaxpr, and of jaxprs inside it."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation
@@ -233,7 +233,7 @@ def _call_of(instruction: str, calls) -> Any:
 
 
 def _traffic(call) -> tuple[int, int | None]:
-    """Returns the bytes of operands and results, and those of the blocks moved.
+    """Returns the bytes of operands and results, and those of all blocks moved.
 
     The second is None where the kernel moves data itself.
     """
@@ -262,7 +262,7 @@ def _traffic(call) -> tuple[int, int | None]:
 def xla_cycles(module: hlo.HloModule) -> int:
     """Sums the compiler's `estimated_cycles`, loop bodies as often as they run.
 
-    Of a conditional's branches the dearest counts.
+    Of a conditional's branches the costliest counts.
     """
 
     def total(computation: str) -> int:
@@ -327,7 +327,7 @@ def unestimated_bytes(module: hlo.HloModule) -> int:
 
 
 def _operations(module: hlo.HloModule):
-    """Yields the program's own instructions that cost something, each with its operands' arrays."""
+    """Yields the entry's instructions that cost something, with their operands' arrays."""
     for instruction in module.computations[module.entry]:
         if instruction.operation not in _FREE and not instruction.operation.endswith("-done"):
             operands = module.operands(instruction, module.entry)

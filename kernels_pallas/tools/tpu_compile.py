@@ -1,4 +1,4 @@
-"""Compiling for TPUs on a machine that has none, by libtpu from PyPI (pip install -e '.[tpu]').
+"""Compiles for TPUs on a machine that has none, by libtpu from PyPI (pip install -e '.[tpu]').
 
     from kernels_pallas.tools import tpu_compile
 
@@ -78,7 +78,7 @@ PARTS = {
 
 
 class Listing(NamedTuple):
-    """What the compiler wrote about a Pallas kernel: its VLIW bundles, units, VMEM and spills.
+    """The compiler's listings of a Pallas kernel: its VLIW bundles, units, VMEM and spills.
 
     spill_bundles: how many fewer bundles there are where it packs the kernel without spills.
     """
@@ -91,7 +91,7 @@ class Listing(NamedTuple):
 
 
 class CompiledProgram(NamedTuple):
-    """A program and its kernels' listings, by instruction: pallas_call's name and a number."""
+    """A compiled program, and its kernels' listings by instruction, such as 'name.1'."""
 
     part: str
     executable: Any
@@ -102,7 +102,7 @@ class CompiledProgram(NamedTuple):
 
 
 def part_of(topology: str) -> str:
-    """Returns 'v6e' of 'v6e:2x2' or 'v6e'. ValueError lists the parts."""
+    """Returns the part, 'v6e', of 'v6e:2x2' or 'v6e'. Raises ValueError, listing the parts."""
     part = topology.split(":")[0]
     if part not in PARTS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Compiling Triton kernels for GPUs that are not there: registers, spills, shared memory.
+"""Compiles Triton kernels for GPUs that are not there: registers, spills, shared memory.
 
 A call is traced on shapes, its launches are recorded, and each is compiled by Triton and the ptxas
 that it ships to machine code for sm_80, sm_90 and sm_100. Nothing is run. Interpreting and
@@ -21,7 +21,7 @@ TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "
 
 
 class LaunchFigures(NamedTuple):
-    """One launch as compiled.
+    """The cost of one launch as compiled.
 
     registers, spilled: per thread; spilled is in bytes. shared: bytes per program, of `limit` that
       the GPU has. bytes: inputs read once and outputs written once.

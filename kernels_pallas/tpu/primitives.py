@@ -1,4 +1,4 @@
-"""Products, sums and inverses of one chunk in VMEM: what the bodies of the TPU kernels are made of.
+"""Building blocks of the TPU kernels: products, sums and inverses of one chunk in VMEM.
 
 Every function takes and returns values, not references, and uses only what Mosaic lowers.
 """
@@ -34,7 +34,7 @@ class Products:
 
     @property
     def dtype(self):
-        """Dtype in which kernels read the call's inputs."""
+        """Returns the dtype in which kernels read the call's inputs."""
         return jnp.dtype(jnp.bfloat16 if self.narrow else jnp.float32)
 
     def terms(self, x, count=2):
@@ -65,7 +65,7 @@ class Products:
         return self.dot(x, y, axes, terms=1)
 
     def precise(self, x, y, axes=(1, 0)):
-        """Multiplies to 24 bits: for inverses, which may enlarge an error hundreds of times."""
+        """Multiplies to 24 bits: for inverses, which may magnify an error hundreds of times."""
         return self.dot(x, y, axes, terms=3)
 
     def state(self, x, y, axes=(1, 0)):
@@ -73,7 +73,7 @@ class Products:
         return sum(self.exact_product(x, y, axes)) if self.exact else self.precise(x, y, axes)
 
     def ones(self, where):
-        """Writes True as 1 and False as 0, exact in either dtype, for sums by `dot`."""
+        """Casts a mask to 0 and 1, exact in either dtype, for sums by `dot`."""
         return where.astype(self.dtype)
 
     def exact_product(self, x, y, axes, y_squares=None):
@@ -124,13 +124,13 @@ def _squares(x, axis):
 
 
 def _where_any(rows, x):
-    """Sets to 0 the rows of x (C, ...) in which all of `rows` (C, ...) is 0."""
+    """Zeroes the rows of x (C, ...) where that row of `rows` (C, ...) is all 0."""
     largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)  # squares of 1e-22 are 0
     return jnp.where(largest > 0, x, 0.0)
 
 
 def _head(x, squares):
-    """Rounds x to 11 bits below the power of two that its norm reaches, given the norm's square."""
+    """Rounds x to 2^-10 of the power of two that its norm reaches, given the norm's square."""
     norm = jnp.sqrt(squares)
     bits = jax.lax.bitcast_convert_type(norm, jnp.int32) & 0x7F800000
     power = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -143,7 +143,7 @@ def iota(shape, axis):
 
 
 def lower(C: int, strict: bool = False):
-    """Mask (C, C), true at (i, j) where j <= i, or where j < i."""
+    """Returns the mask (C, C) of j <= i, or of j < i."""
     i, j = iota((C, C), 0), iota((C, C), 1)
     return j < i if strict else j <= i
 
@@ -256,13 +256,13 @@ def row_sums(x):
 
 
 def row_of(x_C1):
-    """Turns a column into a row."""
+    """Transposes a column to a row."""
     C = x_C1.shape[0]
     return jnp.sum(jnp.where(_diagonal(C), x_C1, 0.0), axis=0, keepdims=True)
 
 
 def column_of(x_1C):
-    """Turns a row into a column."""
+    """Transposes a row to a column."""
     return row_sums(jnp.where(_diagonal(x_1C.shape[1]), x_1C, 0.0))
 
 
@@ -278,7 +278,7 @@ def halving_sums(g_CK):
 
     Returns:
       g_cumsum_CK and g_reversed_CK of the chunk; then for halves of U = 1, 2, 4, ..., C/2 tokens
-      one array: g_reversed of a left half (behind a token to the half's end), g_cumsum of a right
+      one array: g_reversed of a left half (after a token to the half's end), g_cumsum of a right
       half (from the half's start through the token).
     """
     C = g_CK.shape[0]
@@ -296,7 +296,7 @@ def halving_sums(g_CK):
 
 
 def halving_sums_cotangent(dg_cumsum_CK, dg_reversed_CK, dlevels):
-    """Transposes `halving_sums`: from the cotangents of its results to that of g."""
+    """Transposes `halving_sums`: takes the cotangents of its results to that of g."""
     dg_CK = jnp.zeros_like(dg_cumsum_CK)
     U = dg_cumsum_CK.shape[0]
     for dlevel_CK in reversed(dlevels):
@@ -314,7 +314,7 @@ def _in_right_half(x_CK, U):
 
 
 def _sibling_last(x_CK, U):
-    """Gives every token the last row of the half of U tokens beside its own."""
+    """Gives every token the last row of the neighbouring half of U tokens."""
     if U >= SUBLANES:
         return _from_sibling(x_CK, U, lambda x: x[:, :, U - 1 :])
     row = iota((SUBLANES, x_CK.shape[1]), 0)
@@ -323,7 +323,7 @@ def _sibling_last(x_CK, U):
 
 
 def _sibling_total(x_CK, U):
-    """Gives every token the sum over the half of U tokens beside its own."""
+    """Gives every token the sum over the neighbouring half of U tokens."""
     if U >= SUBLANES:
         return _from_sibling(x_CK, U, lambda x: jnp.sum(x, axis=2, keepdims=True))
     row = iota((SUBLANES, x_CK.shape[1]), 0)
@@ -337,7 +337,7 @@ def _sibling_total(x_CK, U):
 
 
 def _from_sibling(x_CK, U, reduce):
-    """Swaps what `reduce` makes of each half (pairs, 2, U, K) between the halves of a pair."""
+    """Reduces each half (pairs, 2, U, K) and gives the result to the other half of its pair."""
     C, K = x_CK.shape
     row = reduce(x_CK.reshape(C // (2 * U), 2, U, K))
     swapped = jnp.concatenate([row[:, 1:], row[:, :1]], axis=1)

@@ -1,4 +1,4 @@
-"""How a call is cut into blocks for a TPU kernel, and the launch of a kernel over them.
+"""Cuts calls into blocks for TPU kernels, and launches kernels over them.
 
 `RecurrenceTiling` holds what linear attention and the delta rule share: a grid step is one chunk of
 some value heads, and the first cut whose estimate fits VMEM is taken. Each operator's
@@ -24,7 +24,7 @@ VMEM_LIMIT = VMEM_BYTES + (8 << 20)  # what the compiler allows: the estimates a
 def launch(
     kernel, name, grid, inputs, outputs, scratch, *, semantics, vmem_limit: int | None = VMEM_LIMIT
 ):
-    """Runs a Pallas kernel over its grid, interpreted where a CPU was asked to; a list of arrays.
+    """Runs a Pallas kernel over its grid, interpreted where a CPU was asked to; returns a list.
 
     Args:
       kernel: called with references to inputs, outputs and scratch, in this order.
@@ -51,7 +51,7 @@ def launch(
 
 
 def head_cuts(G: int, H: int, K: int, V: int, most: int, *, per_channel: bool, own_keys: bool):
-    """Lists the (value heads, key heads) that a grid step may take, most first.
+    """Lists the possible (value heads, key heads) of a grid step, largest first.
 
     Mosaic cuts an array's last dimension into whole registers of 128 lanes, or not at all. Heads
     lie side by side there: H of V values, G of K keys, and H of K decays where decay is per
@@ -74,7 +74,7 @@ def head_cuts(G: int, H: int, K: int, V: int, most: int, *, per_channel: bool, o
 
 @dataclasses.dataclass(frozen=True)
 class RecurrenceTiling:
-    """Sizes of one call and how it is cut: hashable, chosen before tracing.
+    """Sizes and blocks of one call: hashable, chosen before tracing.
 
     T is the call's own; K and V are rounded up to whole 64s or 128s.
     heads, keys: value and key heads per grid step.
@@ -101,7 +101,7 @@ class RecurrenceTiling:
 
     @classmethod
     def of(cls, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale):
-        """Cuts a call: the longest chunk, then the most heads, that fit VMEM."""
+        """Cuts a call into the longest chunks, then the most heads, that fit VMEM."""
         B, T, H, V = v_BTHV.shape
         G, K = k_BTGK.shape[2:]
         decay = kind(log_decay_BTHK, segment_ids=segment_ids_BT)
@@ -129,24 +129,24 @@ class RecurrenceTiling:
 
     @classmethod
     def best_sizes(cls, decay, narrow, K, V) -> dict[str, int]:
-        """Chunk size and most heads per grid step, for a call that gives no chunk size."""
+        """Returns chunk size and most heads per grid step, for a call without chunk size."""
         dtype, shape = "bfloat16" if narrow else "float32", f"{K}x{V} {decay}"
         heuristic = cls.heuristic(decay, narrow, K, V)
         return tuning.lookup(heuristic, cls.OPERATOR, "pallas_tpu", dtype, shape)
 
     @staticmethod
     def heuristic(decay, narrow, K, V) -> dict[str, int]:
-        """The sizes of `best_sizes` where `tuned.json` says nothing else."""
+        """Returns the sizes of `best_sizes` where `tuned.json` has no entry."""
         raise NotImplementedError
 
     @property
     def vmem_bytes(self) -> int:
-        """Estimates what the backward kernel takes, a little more rather than less."""
+        """Estimates the backward kernel's VMEM, rather too high than too low."""
         raise NotImplementedError
 
     def _vmem(self, blocks: int, held: int) -> int:
-        """Bytes of q, k, v, do and gradients (each block twice, for it is fetched ahead), of other
-        blocks, and of what is held once."""
+        """Returns the bytes of q, k, v, do and gradients (each block twice: it is double-buffered),
+        of other blocks, and of `held`, once."""
         rows = 4 * self.keys * self.K + 3 * self.heads * self.V
         return 2 * (self.C * self.dtype.itemsize * rows + blocks) + held
 
@@ -164,17 +164,17 @@ class RecurrenceTiling:
 
     @property
     def groups(self) -> int:
-        """Grid steps that a row's value heads take per chunk."""
+        """Returns the grid steps per row and chunk: value heads over those of a step."""
         return self.H // self.heads
 
     @property
     def copies(self) -> int:
-        """Value heads of a step that read one key head."""
+        """Returns how many value heads of a step read one key head."""
         return self.heads // self.keys
 
     @property
     def shared(self) -> int:
-        """Grid steps that read the same key heads."""
+        """Returns how many grid steps read the same key heads."""
         return self.groups * self.keys // self.G
 
 

@@ -1,5 +1,5 @@
-"""Arrays of the operators as the TPU kernels of the matrix recurrences read them, and the kernels'
-custom VJP: what linear attention and the delta rule share.
+"""Arguments of the matrix recurrences in the layout of the TPU kernels, and the kernels' custom
+VJP, for linear attention and the delta rule.
 
 Kernels read (B, chunks * C, heads * dim): heads lie side by side in the lanes, as projections leave
 them. For the backward pass the forward kernel also writes the state that enters each chunk.

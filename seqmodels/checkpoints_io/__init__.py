@@ -1,5 +1,5 @@
-"""Reads and writes pretrained models: Hugging Face folders (safetensors and config.json), also in
-our own layout, and, reading alone, GGUF files."""
+"""Reads and writes pretrained models: Hugging Face folders (safetensors and config.json), in their
+layouts or our own; reads GGUF files."""
 
 from seqmodels.checkpoints_io.pretrained import (
     Pretrained,

@@ -1,5 +1,5 @@
-"""Streams a source's tensors through an architecture's rules to parameters, and back, holding one
-tensor, or those that a rule joins, at a time."""
+"""Converts tensors to parameters by an architecture's rules, and back, as a stream: only the
+tensors of one rule are in memory."""
 
 import collections
 import functools
@@ -33,8 +33,8 @@ def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.lru_cache(maxsize=4)
 def float32_paths(model: LanguageModel) -> frozenset[str]:
-    """Returns the paths of parameters that are float32 whatever `param_dtype` says: those of
-    decays, gates, routers and feature maps. Norms, which are too, are left out."""
+    """Returns the paths of parameters that are float32 whatever `param_dtype` is: decays, gates,
+    routers and feature maps. Norms, though float32, are left out."""
     narrow = model.clone(param_dtype=jnp.bfloat16)
     return frozenset(
         path
@@ -82,7 +82,7 @@ class Slots:
 
 
 def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
-    """Sorts rules so that a stacked parameter's rows follow one another: few buffers are open.
+    """Sorts rules so that rows of a stacked parameter are adjacent: few buffers are open.
 
     Raises ValueError unless every parameter has exactly one rule.
     """
@@ -100,7 +100,7 @@ def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
 
 
 def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, TensorEntry]:
-    """Returns shape and dtype of every tensor that the rules make of the model's parameters."""
+    """Returns shape and dtype of each tensor that the rules make from the parameters."""
     entries = {}
     for rule in rules:
         # Arrays of one stored byte each: most rules only change the view.
@@ -113,8 +113,8 @@ def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, TensorEnt
 def check_source(
     source: Source, expected: Mapping[str, TensorEntry], ignored: Sequence[str]
 ) -> None:
-    """Raises ValueError that lists tensors which are missing, extra, misshapen or of a dtype that
-    weights do not have. A tied model's output matrix may be there."""
+    """Raises ValueError, listing tensors that are missing, extra, or of a wrong shape or dtype. A
+    tied model's output matrix is allowed."""
     found = source.entries
     patterns = [re.compile(pattern) for pattern in (*ignored, re.escape(_OUTPUT))]
     missing = [f"missing: {n} {list(e.shape)}" for n, e in expected.items() if n not in found]
@@ -133,7 +133,7 @@ def check_source(
 
 
 def is_untied(source: Source, rules: Iterable[Rule], expected: Mapping[str, TensorEntry]) -> bool:
-    """Returns whether a file whose config ties output matrix and embedding has two that differ."""
+    """Returns whether output matrix and embedding differ in a file whose config ties them."""
     found = source.entries
     embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
     if _OUTPUT in expected or not {_OUTPUT, embedding} <= found.keys():
@@ -149,7 +149,7 @@ def read_params(
     dtype_of: Callable[[str, Sequence[np.dtype]], np.dtype],
     put: Callable[[str, np.ndarray], Any],
 ) -> Params:
-    """Reads the parameters, handing each to `put(path, array)` when it is whole.
+    """Reads the parameters, passing each to `put(path, array)` once it is complete.
 
     Memory holds what `put` returns and one parameter more.
 
@@ -183,8 +183,8 @@ def tensor_reader(
     slots: Slots,
     dtype: str | Mapping[str, str] | None = None,
 ) -> tuple[dict[str, TensorEntry], Callable[[str], np.ndarray]]:
-    """Returns what `files.write` takes: the entries of all tensors, and a function that makes the
-    tensor of a name from the parameters. `dtype` is as in `save_pretrained`."""
+    """Returns `files.write`'s arguments: the entries of all tensors, and a function from a name to
+    the tensor. `dtype` is as in `save_pretrained`."""
     leaves = _flat(nn.meta.unbox(params))
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     expected = {path: tuple(leaf.shape) for path, leaf in slots.leaves.items()}
@@ -228,7 +228,7 @@ def num_parameters(slots: Slots) -> int:
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Casts; raises ValueError where a finite number would become infinite, as 1e5 in float16."""
+    """Casts an array; raises ValueError if a finite number overflows, as 1e5 does in float16."""
     with np.errstate(over="ignore"):
         cast = array.astype(dtype, copy=False)
     if cast.dtype != array.dtype and np.isinf(cast).sum() > np.isinf(array).sum():

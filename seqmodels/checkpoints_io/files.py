@@ -56,7 +56,7 @@ class TensorEntry(NamedTuple):
 
 
 class Source(Protocol):
-    """Tensors by name, read one by one. `name` says in messages where they lie."""
+    """Tensors by name, read one by one. `name` names the source in error messages."""
 
     name: str
 
@@ -67,8 +67,8 @@ class Source(Protocol):
 
 
 class SafetensorsFile:
-    """One safetensors file, checked when it is opened. It is mapped into memory and must not be
-    changed in place while it is read."""
+    """A safetensors file, checked when opened. It is memory-mapped, and must not be changed in
+    place while it is read."""
 
     def __init__(self, path: str | Path):
         self.name = str(path)
@@ -105,8 +105,8 @@ class SafetensorsFile:
 
 
 class ShardedFiles:
-    """The tensors that an index names in the safetensors files beside it, as one source. Tensors of
-    these files that the index does not name are not part of the model."""
+    """The tensors that an index lists in the safetensors files beside it. Other tensors in these
+    files are ignored."""
 
     def __init__(self, index: str | Path):
         index = Path(index)
@@ -165,7 +165,7 @@ def write(
     read: Callable[[str], np.ndarray],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Path]:
-    """Writes tensors to `folder`, asking `read` for one at a time, and returns the files' paths.
+    """Writes tensors to `folder`, calling `read` for one at a time, and returns the files' paths.
 
     There is one model.safetensors, or shards of at most `max_shard_bytes` (a larger tensor has one
     to itself) and their index. Files get their names when all are whole, and only then is what an
@@ -206,7 +206,7 @@ def _temporary(path: Path) -> Path:
 
 
 def write_file(path: Path, entries: Mapping[str, TensorEntry], read: Callable) -> None:
-    """Writes one safetensors file, byte for byte as the library does, holding one tensor at a time.
+    """Writes a safetensors file, byte for byte as the library would, with one tensor in memory.
 
     A file is the length of its header (8 bytes), the header (JSON: dtype, shape and offsets of each
     tensor, padded to 8 bytes), and the tensors' bytes.

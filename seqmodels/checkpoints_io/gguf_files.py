@@ -126,8 +126,8 @@ class GGUFTensors:
         return self._unpermuted(name, array)
 
     def _unpermuted(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Reorders rows of q and k: llama files rotate channels 2i and 2i + 1 together, Hugging
-        Face and we channels i and i + K/2."""
+        """Reorders rows of q and k: llama's GGUF files rotate channels 2i and 2i + 1 together,
+        Hugging Face and we channels i and i + K/2."""
         match = re.search(r"self_attn\.([qk])_proj", name)
         if not match or self._metadata["general.architecture"] not in _PERMUTED:
             return array

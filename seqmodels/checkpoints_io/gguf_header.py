@@ -35,8 +35,8 @@ _STRING, _ARRAY = 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. shape: outermost axis first. kind: GGML's number of its type. begin:
-    offset of its first byte in the file."""
+    """The place of a tensor in a file. shape: outermost axis first. kind: GGML's number of its
+    type. begin: offset of its first byte."""
 
     shape: tuple[int, ...]
     kind: int
@@ -46,7 +46,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A header. metadata: Python's values, NumPy's arrays of numbers, lists of anything else."""
+    """A file's header. metadata: Python's values, NumPy's arrays of numbers, lists of others."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
@@ -82,7 +82,7 @@ def read(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
 
 
 class _Cursor:
-    """Reads values one after another, never beyond the file's end."""
+    """A reader of consecutive values, which never reads beyond the file's end."""
 
     def __init__(self, file, size: int, name: str):
         self.file, self.size, self.name, self.at = file, size, name, 0
@@ -156,7 +156,7 @@ def _tensor(cursor: _Cursor, block_sizes) -> tuple[str, TensorInfo]:
 
 
 def _placed(infos, cursor: _Cursor, alignment) -> dict[str, TensorInfo]:
-    """Adds the data section's start to the tensors' offsets; none may overlap or leave the file."""
+    """Adds the data section's start to offsets; raises if tensors overlap or leave the file."""
     name_of = cursor.name
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"{name_of}: general.alignment is {alignment!r}; it must be a power of 2")

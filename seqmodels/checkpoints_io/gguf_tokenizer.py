@@ -66,7 +66,7 @@ _PRE = {
 
 
 class Unsupported(ValueError):
-    """A kind of tokenizer that is not supported here."""
+    """Raised for a kind of tokenizer that is not supported."""
 
 
 def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
@@ -86,7 +86,7 @@ def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
 
 
 def special_tokens_of(metadata: dict[str, Any]) -> SpecialTokens:
-    """Reads special tokens and chat templates; ids outside the vocabulary are ignored.
+    """Returns special tokens and chat templates; ids outside the vocabulary are ignored.
 
     The ends of a text (eos), of a turn (eot) and of a message (eom) may be different tokens.
     """
@@ -168,8 +168,8 @@ def _byte_level(metadata, tokens, types, name):
 
 
 def _sentencepiece(metadata, tokens, types, name):
-    """Makes SentencePiece's BPE, which again and again joins the neighbours whose token has the
-    highest score, from merges in the order of scores. Equal scores get an order, by id."""
+    """Makes SentencePiece's BPE, which keeps joining the neighbours whose token has the highest
+    score, from merges in the order of scores; equal scores go by id."""
     from tokenizers import Tokenizer, models
 
     scores = _scores(metadata, tokens, name)
@@ -201,7 +201,7 @@ def _sentencepiece(metadata, tokens, types, name):
 
 
 def _unigram(metadata, tokens, types, name):
-    """Makes SentencePiece's unigram model, which takes the spelling of the highest summed score."""
+    """Makes SentencePiece's unigram model: it takes the spelling of the highest summed score."""
     from tokenizers import Tokenizer, models
 
     scored = list(zip(tokens, _scores(metadata, tokens, name)))
@@ -212,7 +212,7 @@ def _unigram(metadata, tokens, types, name):
 
 
 def _spell_spaces(tokenizer, metadata, name: str) -> None:
-    """Normalizes text as SentencePiece does: by the file's own table, one space put first, and
+    """Normalizes text as SentencePiece does: by the file's own table, with a space in front and
     U+2581 for spaces; decoding undoes the latter two."""
     from tokenizers import Regex, decoders, normalizers
 
@@ -241,7 +241,7 @@ def _precompiled(charsmap, name: str):
 
 
 def _add_at_ends(tokenizer, metadata, tokens, name: str, **default: bool) -> None:
-    """Makes texts begin with bos and end with eos where the file, or else `default`, says so."""
+    """Makes texts start with bos and end with eos if the file, or else `default`, says so."""
     from tokenizers import processors
 
     added = {}
@@ -261,8 +261,8 @@ def _add_at_ends(tokenizer, metadata, tokens, name: str, **default: bool) -> Non
 
 
 def _id(metadata: dict[str, Any], name: str, count: int) -> int | None:
-    """Returns the id of a special token among `count` tokens, that of its kind where the file has
-    no such id, or None."""
+    """Returns the id of a special token among `count` tokens: the file's, else the usual one of its
+    kind of tokenizer, else None."""
     kind = metadata.get(f"{_KEY}.model")
     usual = _DEFAULT_IDS.get(kind if isinstance(kind, str) else "", {}).get(name)
     for i in (metadata.get(f"{_KEY}.{name}_token_id"), usual):
@@ -272,7 +272,7 @@ def _id(metadata: dict[str, Any], name: str, count: int) -> int | None:
 
 
 def _unknown(metadata, tokens: list[str], name: str) -> int:
-    """Returns the id of the token for characters that no token spells."""
+    """Returns the id of the token for characters that the vocabulary lacks."""
     i = _id(metadata, "unknown", len(tokens))
     if i is None:
         raise ValueError(f"{name}: {_KEY}.unknown_token_id is no token's number")

@@ -25,7 +25,7 @@ _HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "chunk_size", "max_l
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model as `load_pretrained` found it.
+    """The result of `load_pretrained`.
 
     model_config: what `language_model.from_config` takes.
     params: JAX arrays, or what `put` made of them.
@@ -50,7 +50,7 @@ class Pretrained:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template that conversations are written with, or None."""
+        """Returns the Jinja template of conversations, or None."""
         return self.tokens.chat_templates.get(special_tokens.DEFAULT)
 
 
@@ -185,15 +185,14 @@ def save_pretrained(
 
 
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Lists what differs between two configs' models, "field: a, b" each; empty if they compute the
-    same."""
+    """Lists how two configs' models differ, as "field: a, b"; [] if they compute the same."""
     a, b = (_computation(language_model.from_config(dict(config))) for config in (a, b))
     return [f"{k}: {a.get(k)!r}, {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
 def _table(architecture: Architecture, model_config: Mapping[str, Any], prefix: str = ""):
-    """Returns where the model's parameters lie, and the rules that make them of tensors, whose
-    names lack `prefix`."""
+    """Returns the model's Slots, and the rules between its parameters and tensors named without
+    `prefix`."""
     model = language_model.from_config(dict(model_config))
     slots = conversion.Slots(model)
     rules = architecture.rules(_with_defaults(model_config, model), model.mixers)
@@ -213,7 +212,7 @@ def _fields(model) -> dict[str, Any]:
 
 
 def _computation(model) -> dict[str, Any]:
-    """Returns the fields and options that decide what a model computes, as a flat dict."""
+    """Returns the fields and options that determine what a model computes, as a flat dict."""
     what = {k: v for k, v in _fields(model).items() if k not in (*_HOW, "mixers")}
     for i, spec in enumerate(model.mixers):
         options = mixers.options(spec.name) | {"d_model": model.d_model} | dict(spec.options)
@@ -226,7 +225,7 @@ def _computation(model) -> dict[str, Any]:
 
 
 def _as_computed(options: dict[str, Any]) -> dict[str, Any]:
-    """Replaces None in attention's options by what it stands for, and drops unused ones."""
+    """Replaces None in attention's options by its meaning, and drops unused ones."""
     H, qk_norm = options["num_heads"], options["qk_norm"]
     filled = {
         "num_kv_heads": options["num_kv_heads"] or H,
@@ -302,7 +301,7 @@ def _from_hub(name: str) -> Path:
 
 
 def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str) -> dict[str, Any]:
-    """Returns config.model whose full-attention layers hold `max_len` tokens when decoding.
+    """Returns config.model with full-attention caches of `max_len` tokens for decoding.
 
     None changes nothing. Raises ValueError, naming the model by `name`, for more than they hold.
     """
@@ -322,7 +321,7 @@ def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str
 
 
 def _weights_dtype(tensors: files.Source) -> str:
-    """Returns the floating dtype of most bytes, with float32 for float64."""
+    """Returns the floating dtype that most bytes have; float32 stands for float64."""
     entries = [e for e in tensors.entries.values() if jnp.issubdtype(e.dtype, jnp.floating)]
     if not entries:
         raise ValueError(f"{tensors.name} holds no tensor of a floating dtype")

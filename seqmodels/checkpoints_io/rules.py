@@ -1,4 +1,4 @@
-"""Rules by which tensors of a checkpoint become our parameters, and exactly the reverse.
+"""Rules that turn tensors of a checkpoint into our parameters, and exactly back.
 
 Tensors have dotted names, "model.layers.3.self_attn.q_proj.weight". Parameters have paths with the
 layer's own number, "block_3/mixer/q/kernel", wherever the layer stands in a scan. A rule moves
@@ -28,13 +28,13 @@ class Rule:
     out: Callable[..., Arrays]
 
     def without(self, prefix: str) -> "Rule":
-        """Returns the rule for a file whose names lack a prefix."""
+        """Returns the rule for tensor names without a prefix."""
         names = tuple(name.removeprefix(prefix) for name in self.names)
         return dataclasses.replace(self, names=names)
 
 
 class Move(NamedTuple):
-    """A function of one array, and its inverse."""
+    """An invertible function of one array."""
 
     into: Callable[[np.ndarray], np.ndarray]
     out: Callable[[np.ndarray], np.ndarray]
@@ -48,22 +48,22 @@ CONV1D = Move(lambda x: x.squeeze(1).T, lambda x: x.T[:, None])
 
 
 def moved(name: str, path: str, move: Move) -> Rule:
-    """Passes one tensor through a Move."""
+    """Returns a rule that applies a Move to one tensor."""
     return Rule((name,), (path,), lambda x: (move.into(x),), lambda x: (move.out(x),))
 
 
 def same(name: str, path: str) -> Rule:
-    """Takes one tensor as it is."""
+    """Returns a rule that leaves one tensor as it is."""
     return moved(name, path, AS_IS)
 
 
 def transposed(name: str, path: str) -> Rule:
-    """Transposes a matrix."""
+    """Returns a rule that transposes a matrix."""
     return moved(name, path, LINEAR)
 
 
 def linear(name: str, path: str, bias: bool = False, move: Move = LINEAR) -> Iterator[Rule]:
-    """Turns PyTorch's nn.Linear, or by another `move` another module, into Flax's nn.Dense."""
+    """Yields rules from PyTorch's nn.Linear, or with another `move` another module, to nn.Dense."""
     yield moved(f"{name}.weight", f"{path}/kernel", move)
     if bias:
         yield same(f"{name}.bias", f"{path}/bias")
@@ -72,7 +72,7 @@ def linear(name: str, path: str, bias: bool = False, move: Move = LINEAR) -> Ite
 def split(
     name: str, paths: Sequence[str], widths: Sequence[int], move: Move = AS_IS, axis: int = 0
 ) -> Rule:
-    """Cuts a tensor's `axis` into parts of these widths, each, through `move`, a parameter."""
+    """Returns a rule that cuts `axis` into `widths` and makes each part a parameter by `move`."""
     ends = np.cumsum(widths)[:-1]
 
     def into(x):
@@ -87,7 +87,7 @@ def split(
 def packed(
     name: str, ours: str, widths: dict[str, int], bias: bool = False, move: Move = LINEAR
 ) -> Iterator[Rule]:
-    """Cuts one nn.Linear (or other module) into several of ours, {ours: output features}."""
+    """Yields rules that cut an nn.Linear into several of ours, {ours: output features}."""
     paths, sizes = [f"{ours}/{own}" for own in widths], list(widths.values())
     yield split(f"{name}.weight", [f"{path}/kernel" for path in paths], sizes, move)
     if bias:

@@ -1,4 +1,4 @@
-"""Runs of `experiments.train` as a source of weights.
+"""Loads weights from runs of `experiments.train`.
 
 A run's folder holds config.json, the resolved config it trains with, and checkpoints/<step>,
 written by Orbax. It is read onto one device here, wherever it was trained; orbax-checkpoint (extra
@@ -24,12 +24,12 @@ STORED_DTYPES = "stored_dtypes.json"
 
 
 def is_run(source: str | Path) -> bool:
-    """Whether `source` is the folder of a run."""
+    """Returns whether `source` is the folder of a run."""
     return (Path(source).expanduser() / "checkpoints").is_dir()
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
-    """Returns what config.json of a run says. Raises ValueError where there is no such file."""
+    """Returns the content of a run's config.json. Raises ValueError if there is no such file."""
     path = Path(workdir).expanduser() / "config.json"
     if not path.is_file():
         raise ValueError(f"{workdir} holds no run: there is no {path}")
@@ -58,7 +58,7 @@ def load_run(
 def described(
     model_config: Mapping[str, Any], data: Mapping[str, Any], params, workdir: str
 ) -> Pretrained:
-    """Returns a run's model with these parameters, and what the run knows of tokens.
+    """Returns a run's model with these parameters, and the run's special tokens.
 
     data: the config's section of the same name. What stands beside the tokenizer counts, as in any
     folder; where that says nothing, a text begins and ends with the run's document token.

@@ -1,5 +1,5 @@
-"""Reads and writes what a model's files say about tokens: which ids begin and end a text, and how a
-conversation is written.
+"""Reads and writes what a model's files say about tokens: which ids begin and end a text, and how
+conversations are formatted.
 
     generation_config.json   bos_token_id, pad_token_id, and eos_token_id: the end of a text, or a
       list with the ends of turns
@@ -69,14 +69,14 @@ class SpecialTokens:
         return {name: value for name, value in fields.items() if value is not None}
 
     def filled(self, other: "SpecialTokens") -> "SpecialTokens":
-        """Returns a copy with what `other` knows beyond it."""
+        """Returns a copy with unknown fields taken from `other`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {name: value for name, value in own.items() if value not in (None, (), {})}
         return dataclasses.replace(other, **known | {"names": {**other.names, **self.names}})
 
 
 def read(folder: Path, config: Mapping[str, Any] | None = None) -> SpecialTokens:
-    """Reads the files in `folder`, those that are there.
+    """Reads those of the files that exist in `folder`.
 
     config: the fields of config.json, where it is not in this folder.
     Raises ValueError, naming the file, for one that is no JSON object.
@@ -142,8 +142,8 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
 
 
 def completed(tokenizer: Path) -> Path:
-    """Returns a tokenizer.json that has the tokens named by the files beside it: itself, or a copy
-    in the cache."""
+    """Returns a tokenizer.json that has all tokens named in the files beside it: the given one, or
+    a completed copy in the cache."""
     lacking = _lacking(tokenizer)
     if not lacking:
         return tokenizer
@@ -158,7 +158,7 @@ def completed(tokenizer: Path) -> Path:
 
 
 def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
-    """Puts a tokenizer.json and files that describe it into the cache; returns its path.
+    """Stores a tokenizer.json and files that describe it in the cache; returns its path.
 
     like: the tokenizer.json it was made of; the files beside that one are kept, as in `write`.
     """
@@ -180,7 +180,7 @@ def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
 
 
 def _put(folder: Path, name: str, fields: dict[str, Any], beside: Path | None) -> list[Path]:
-    """Writes a JSON file, or copies the one in `beside` where that says the same."""
+    """Writes a JSON file, or copies the one in `beside` if its content is the same."""
     if beside and fields and _fields(beside / name) == fields:
         return _copy(beside / name, folder / name)
     if not fields:
@@ -210,7 +210,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _typed(value: Any) -> Any:
-    """Adds to special_tokens_map.json's tokens the types that tokenizer_config.json writes."""
+    """Adds the types of tokenizer_config.json to special_tokens_map.json's tokens."""
     if isinstance(value, list):
         return [_typed(item) for item in value]
     if not isinstance(value, dict):
@@ -236,7 +236,7 @@ def _text(token: Any) -> Any:
 
 
 def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
-    """Lists added tokens of the files beside a tokenizer.json that it lacks, or has with other
+    """Lists added tokens in the files beside a tokenizer.json that it lacks, or has with other
     options."""
     described = _described(tokenizer.parent)
     named = list(_named(described).values())
@@ -271,7 +271,7 @@ def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
 
 
 def _options(token: Any) -> dict[str, Any]:
-    """Returns an added token as the `tokenizers` library takes it; {} for what is none."""
+    """Returns an added token's options for the `tokenizers` library; {} if it is not a token."""
     if (
         not isinstance(token, dict)
         or not isinstance(token.get("content"), str)
@@ -290,7 +290,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    """Returns ids by text; none for what is no tokenizer, as opening it raises elsewhere."""
+    """Returns ids by text; {} for a file that is no tokenizer: opening it raises elsewhere."""
     try:
         fields = json.loads(path.read_bytes())
         words = fields["model"]["vocab"]
@@ -314,7 +314,7 @@ def _template_files(folder: Path) -> dict[str, Path]:
 
 
 def _chat_templates(folder: Path, described: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the templates in files, if there are any, else those of tokenizer_config.json."""
+    """Returns the templates in files, or if there are none those of tokenizer_config.json."""
     if paths := _template_files(folder):
         return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     found = described.get("chat_template")

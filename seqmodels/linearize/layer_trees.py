@@ -1,4 +1,4 @@
-"""Takes a language model's parameters apart into a list of layers, and puts them together again.
+"""Splits a language model's parameters into a list of layers, and joins them again.
 
 A `LanguageModel` stacks repeated layers along a first axis and holds the others by themselves, as
 its `plan` says. Models of other patterns stack the same layers differently, so a teacher's
@@ -54,7 +54,7 @@ def join(model, shared: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dic
 
 
 def _map(function, rename, *trees):
-    """Maps a function of arrays over trees; `rename` gives the names of the boxes' new axes."""
+    """Maps a function of arrays over trees; `rename` gives new axis names to boxes."""
 
     def apply(*leaves):
         first = leaves[0]

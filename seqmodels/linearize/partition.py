@@ -1,4 +1,4 @@
-"""Splits parameter trees in two by patterns on their paths, and puts them together again."""
+"""Splits parameter trees in two by patterns on their paths, and merges them again."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def matches(pattern: str) -> Callable[[str], bool]:
-    """Returns the test whether a regular expression is found in a path; an empty one never is.
+    """Returns a predicate: is this regular expression found in a path? An empty one never is.
 
     Raises ValueError for what is no regular expression.
     """
@@ -43,7 +43,7 @@ def split(tree: dict[str, Any], chosen: Callable[[str], bool]) -> tuple[dict, di
 
 
 def merge(*trees: dict[str, Any]) -> dict[str, Any]:
-    """Merges trees; of leaves that several have, the last tree's counts."""
+    """Merges trees; where several have a leaf, the last tree's is taken."""
     flat = {}
     for tree in trees:
         flat |= flatten(tree)
@@ -51,7 +51,7 @@ def merge(*trees: dict[str, Any]) -> dict[str, Any]:
 
 
 def require(tree: dict[str, Any], pattern: str, what: str) -> None:
-    """Raises ValueError, with some of the paths, where a pattern is not empty and matches none."""
+    """Raises ValueError, with some of the paths, for a non-empty pattern that matches none."""
     paths = sorted(flatten(tree))
     if pattern and not any(map(matches(pattern), paths)):
         some = ", ".join(paths[:: max(1, len(paths) // 8)][:8])

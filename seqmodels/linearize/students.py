@@ -1,4 +1,4 @@
-"""Makes a teacher's student: which layers become which mixer, and what parameters start from."""
+"""Makes a teacher's student: chooses layers and their new mixers, and initial parameters."""
 
 import dataclasses
 import re
@@ -157,7 +157,7 @@ def seed_params(
 
     @jax.jit
     def fresh(key):
-        """Initialises what the source does not have; XLA removes the rest."""
+        """Initialises the student's parameters that the source lacks; XLA removes the others."""
         initial = nn.unbox(student.init(key, jnp.zeros((1, 2), jnp.int32)))["params"]
         others, own = layer_trees.split(student, initial)
         others = {name: others[name] for name in others.keys() - shared.keys()}
@@ -173,7 +173,7 @@ def seed_params(
 
 
 def _taken_over(new, source, mixer):
-    """Returns a new mixer's parameters with those of the source's mixer that fit."""
+    """Returns a new mixer's parameters, with those of the source's mixer that fit."""
     if issubclass(mixers.mixer_class(new.name), attention.Attention):
         theirs, own = partition.flatten(source), partition.flatten(mixer)
         fitting = {p: x for p, x in theirs.items() if p in own and own[p].shape == x.shape}
@@ -194,7 +194,7 @@ def _taken_over(new, source, mixer):
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """The result of `chosen`: mixers, r of each selective layer by its index, and parameters."""
+    """The result of `chosen`. mix: r of each selective layer, by index."""
 
     specs: tuple[pattern.MixerSpec, ...]
     mix: dict[int, float]

@@ -1,5 +1,5 @@
-"""Transfers layer by layer under teacher forcing: each student layer reads what its teacher's layer
-reads, all in one pass.
+"""Transfers layer by layer under teacher forcing: each student layer reads the input of its
+teacher's layer, all in one pass.
 
 A `TransferModel` is a language model whose layers are pairs. The teacher's layer computes the next
 hidden states; the student's reads the same input, and the distance of their outputs is sown. Only
@@ -29,7 +29,7 @@ DISTANCES = ("heads", "mixer", "block")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A layer of a `TransferModel`, which has the teacher's name and options as a MixerSpec has."""
+    """A teacher's layer and its student's, under the name and options of the teacher's."""
 
     teacher: pattern.MixerSpec
     student: pattern.MixerSpec
@@ -48,8 +48,8 @@ class Pair:
 
 
 class PairBlock(blocks.Block):
-    """Runs both layers of a `Pair` (`spec`) on the same input, or one where they are the same, and
-    returns the teacher's output."""
+    """Runs both layers of a `Pair` (`spec`) on one input, or just the teacher's if they are the
+    same; returns the teacher's output."""
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, state, fresh_B, layer):
@@ -81,7 +81,7 @@ _FIELDS = [
 
 
 class TransferModel(language_model.LanguageModel):
-    """A `LanguageModel` of `Pair`s, with the parameters that `params` returns; `losses` runs it.
+    """A `LanguageModel` of `Pair`s, whose parameters `params` makes; `losses` runs it.
 
     Layers that are not converted, and all outside of layers, are the teacher's alone. What a
     student has in their place, which an earlier stage may have trained, is returned by `kept`.
@@ -91,7 +91,7 @@ class TransferModel(language_model.LanguageModel):
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """Returns `mixers`, which are pairs here."""
+        """Returns `mixers`, typed as pairs."""
         return typing.cast(tuple[Pair, ...], self.mixers)
 
 
@@ -127,7 +127,7 @@ def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, An
 
 
 def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
-    """Returns what `params` leaves out of a student's (model, parameters).
+    """Returns the part of a student's (model, parameters) that `params` leaves out.
 
     Leaves may be boxed and abstract.
     """
@@ -154,7 +154,7 @@ def student_params(
 def losses(
     model: TransferModel, params: dict[str, Any], tokens_BT: Array, segment_ids_BT: Array | None
 ) -> dict[str, Array]:
-    """Returns the means over layers, (B, T), of each distance that layers sow (see `DISTANCES`)."""
+    """Returns the mean over layers, (B, T), of each distance that layers sow (`DISTANCES`)."""
     sown: Any
     _, sown = model.apply(
         {"params": params},
@@ -177,7 +177,7 @@ def _mean_square(x: Array) -> Array:
 
 
 def _watched(block, x_BTD, segment_ids_BT, layer):
-    """Returns a block's output, and the input ("heads") and output ("mixer") of its mixer's output
+    """Returns a block's output, and the input ("heads") and output ("mixer") of the mixer's output
     projection."""
     seen = {}
 

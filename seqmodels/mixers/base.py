@@ -1,4 +1,4 @@
-"""The contract of a token mixer, and the few things every mixer shares."""
+"""The interface of a token mixer, and code that mixers share."""
 
 from collections.abc import Callable, Collection
 
@@ -12,7 +12,7 @@ from seqmodels.modules import layers, short_conv
 
 @flax.struct.dataclass
 class Layer:
-    """A mixer's place in a stack; given by the language model, None outside one.
+    """A layer's place in the stack, given to mixers by the language model; None outside one.
 
     Attributes:
       index: 0-based, a traced scalar under scan over layers.
@@ -28,7 +28,7 @@ class Layer:
 
 @flax.struct.dataclass
 class PositionedState:
-    """S_BHKV, and the place of the next token in its document."""
+    """A state S_BHKV, and the position of the next token in its document."""
 
     S_BHKV: Array
     next_position_B: Array
@@ -40,7 +40,7 @@ class PositionedState:
 
 
 class Mixer(nn.Module):
-    """The contract: y_BTD, state = mixer(x_BTD, segment_ids_BT=None, state=None, *, layer=None).
+    """A token mixer: y_BTD, state = mixer(x_BTD, segment_ids_BT=None, state=None, *, layer=None).
 
     Training, prefill and decoding are this one call with different T. `state` is a pytree of fixed
     size in T; None starts from nothing. Feeding a sequence in any pieces, each with the state the
@@ -74,11 +74,11 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     def init_state(self, batch: int) -> State:
-        """Returns the state before the first token. Pure: works on an unbound module."""
+        """Returns the state before the first token. Works on an unbound module."""
         raise NotImplementedError(f"{type(self).__name__} must define init_state")
 
     def lower_bound_width(self) -> int:
-        """Returns the width of `Layer.lower_bound_D`, where `uses_lower_bound`."""
+        """Returns the width of `Layer.lower_bound_D`, for mixers with `uses_lower_bound`."""
         return self.d_model
 
     @nn.nowrap
@@ -148,7 +148,7 @@ class Mixer(nn.Module):
 
 
 def _name(mixer: Mixer) -> str:
-    """Returns the mixer's registered name, which is its file's."""
+    """Returns the mixer's registered name, which is its file's name."""
     return type(mixer).__module__.rpartition(".")[2]
 
 

@@ -15,7 +15,7 @@ from seqmodels.operators import delta_rule
 
 @flax.struct.dataclass
 class State:
-    """S_BHKV, and the last inputs of the convolutions on q, k and v (None without them)."""
+    """The state S_BHKV, and the last inputs of the convolutions on q, k and v (or None)."""
 
     S_BHKV: Array
     q_tail: Array | None
@@ -140,9 +140,9 @@ class DeltaRuleMixer(base.ChunkedMixer):
 
 
 def _on_step(x: Array, n: int, *, last: bool) -> Array:
-    """Spreads x over each token's n steps, (B, T, ...) to (B, T n, ...).
+    """Expands x to n steps per token, (B, T, ...) to (B, T n, ...).
 
-    It stands on the first or the last step, and zeros on the others.
+    x is at the first or the last step; the others are zeros.
     """
     before, after = (n - 1, 0) if last else (0, n - 1)
     padded = jnp.pad(x[:, :, None], ((0, 0), (0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))

@@ -16,7 +16,7 @@ def inverse_softplus(y: Array) -> Array:
 
 
 def log_uniform_dt_bias(dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4):
-    """Initializer: the inverse softplus of dt ~ LogU(dt_min, dt_max), at least dt_floor.
+    """Returns an initializer: inverse softplus of dt ~ LogU(dt_min, dt_max), at least dt_floor.
 
     (Mamba, arXiv 2312.00752, section 3.6.)
     """
@@ -29,7 +29,7 @@ def log_uniform_dt_bias(dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: flo
 
 
 def log_uniform_A(A_min: float, A_max: float):
-    """Initializer: log A with A ~ U(A_min, A_max).
+    """Returns an initializer: log A with A ~ U(A_min, A_max).
 
     A_min = 0 draws from (0, A_max], so that the logarithm is finite.
     """
@@ -41,7 +41,7 @@ def log_uniform_A(A_min: float, A_max: float):
 
 
 class SoftplusDecay(nn.Module):
-    """log a_t = -exp(A_log) dt_t, dt_t = softplus(x_t + dt_bias), per head.
+    """A log decay per head, log a_t = -exp(A_log) dt_t, dt_t = softplus(x_t + dt_bias).
 
     (Mamba-2, arXiv 2405.21060, section 7.) Returns (log_decay_BTH, dt_BTH), float32.
 

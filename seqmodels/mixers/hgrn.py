@@ -13,7 +13,7 @@ from seqmodels.operators import diagonal_scan
 
 @flax.struct.dataclass
 class State:
-    """h_BD, float32."""
+    """The state h_BD, float32."""
 
     h_BD: Array
 

@@ -16,7 +16,7 @@ GATE_SOURCES = ("keys", "projection")
 
 @flax.struct.dataclass
 class State:
-    """S_BHFV of the linear part, and the window's ring buffer (None without a window)."""
+    """The linear part's S_BHFV, and the window's ring buffer (None without a window)."""
 
     S_BHFV: Array
     cache: attention.KeyValueCache | None

@@ -56,7 +56,7 @@ class LinearAttention(base.ChunkedMixer):
     use_bias: bool = False
 
     def _sizes(self) -> tuple[int, int, int]:
-        """H, K and F."""
+        """Returns H, K and F."""
         H, maps = self.num_heads, (self.q_map, self.k_map or self.q_map)
         K = self.head_dim or self.width_per_head(H)
         dims = [feature_maps.output_dim(name, K, self.features) for name in maps]

@@ -13,7 +13,7 @@ from seqmodels.modules import attention_maps, feature_maps, layers, positions
 
 @flax.struct.dataclass
 class State:
-    """The state of the linear part, and the window's tokens in a ring buffer.
+    """The linear part's state, and the window's tokens in a ring buffer.
 
     Attributes:
       S_BHFV: sum phi(k_n) [v_n, 1]^T over the tokens before the window.
@@ -160,7 +160,7 @@ class LoLCATs(attention.Attention):
 def window_sums(
     q_BTHK: Array, k_BSGK: Array, v_BSGV: Array, filled_BS: Array, run_BS: Array, window: int
 ) -> Array:
-    """Softmax's sums over a window: sum_n exp(q_t . k_n / sqrt(K) - c_t) [v_n, 1], float32.
+    """Computes a window's sum_n exp(q_t . k_n / sqrt(K) - c_t) [v_n, 1], in float32.
 
     n are the `window` latest tokens of t's document, t among them; c_t is the largest exponent.
     Keys begin `window` tokens before the queries: S = window + T. Queries are taken in blocks of

@@ -13,7 +13,7 @@ from seqmodels.operators import diagonal_scan
 
 @flax.struct.dataclass
 class State:
-    """h_BK, complex64."""
+    """The state h_BK, complex64."""
 
     h_BK: Array
 

@@ -15,7 +15,7 @@ from seqmodels.modules import layers
 
 @flax.struct.dataclass
 class State:
-    """h_BEK and the last inputs of the convolution."""
+    """The state h_BEK, and the last inputs of the convolution."""
 
     h_BEK: Array
     x_tail: Array
@@ -94,7 +94,7 @@ class Mamba(base.Mixer):
     def _scan(self, axis_name, x_BTE, dt_BTE, B_BTK, C_BTK, A_EK, start_BT, h_BEK):
         """Runs the recurrence chunk by chunk; a chunk's states are recomputed for its gradient.
 
-        A shard of time that others precede is gone through twice: first for its decay and its local
+        A shard of time that others precede is scanned twice: first for its decay and its local
           state, without outputs.
         """
         B, T, E = x_BTE.shape
@@ -163,6 +163,6 @@ def _uniform(bound: float):
 
 
 def _log_integers(key, shape, dtype=jnp.float32):
-    """Initializer: log(1), log(2), ... along the last axis (S4D-Real, arXiv 2206.11893)."""
+    """Initializes to log(1), log(2), ... along the last axis (S4D-Real, arXiv 2206.11893)."""
     del key
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype))[None], shape)

@@ -12,7 +12,7 @@ from seqmodels.operators import linear_attention
 
 @flax.struct.dataclass
 class State:
-    """S_BHKV and the last inputs of the convolutions on x, B and C."""
+    """The state S_BHKV, and the last inputs of the convolutions on x, B and C."""
 
     S_BHKV: Array
     x_tail: Array

@@ -15,7 +15,7 @@ INPUT_GATES = ("exp", "sigmoid")
 
 @flax.struct.dataclass
 class State:
-    """The memory, scaled.
+    """The memory, scaled by e^-m.
 
     Attributes:
       S_BHKV: [C || n] e^-m, the memory with its normaliser n as a last column; without `normalize`
@@ -141,7 +141,7 @@ class MLSTM(base.ChunkedMixer):
 def stabiliser(
     log_f_BTH: Array, i_BTH: Array, m_BH: Array, segment_ids_BT: Array | None = None
 ) -> Array:
-    """m_t = max(log f_t + m_{t-1}, i_t) in float32, from m_BH, and from 0 at a document's start.
+    """Computes m_t = max(log f_t + m_{t-1}, i_t) in float32, from m_BH; documents begin at 0.
 
     Each token is the map m -> max(a + m, b), and such maps compose to such maps: (a', b') after (a,
     b) is (a + a', max(b + a', b')). So all are found by an associative scan. A document's start
@@ -166,7 +166,7 @@ def _linspace_3_6(key, shape, dtype=jnp.float32):
 
 
 class HeadLayerNorm(nn.Module):
-    """(h - mean) / sqrt(var + eps) on each head, times a gain (H, V). Float32 inside."""
+    """LayerNorm on each head, in float32: (h - mean) / sqrt(var + eps) times a gain (H, V)."""
 
     eps: float = 1e-6
 

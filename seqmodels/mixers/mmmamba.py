@@ -16,7 +16,7 @@ SEEDS = ("mimic", "scratch")
 
 @flax.struct.dataclass
 class State:
-    """S_BHKV and the last inputs of the convolutions on q, k and v."""
+    """The state S_BHKV, and the last inputs of the convolutions on q, k and v."""
 
     S_BHKV: Array
     q_tail: Array

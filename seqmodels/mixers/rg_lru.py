@@ -21,7 +21,7 @@ class State:
 
     Attributes:
       h_BE, x_tail: the recurrence's state, and the last inputs of the convolution.
-      begun_B: whether the document has begun; its first token is written whole.
+      begun_B: whether the document has begun; its first token is not scaled by sqrt(1 - a^2).
     """
 
     h_BE: Array
@@ -118,14 +118,14 @@ class RGLRU(base.Mixer):
 
 
 def _decay_init(key, shape, dtype=jnp.float32):
-    """Initializer of Lambda: exp(-c softplus(Lambda)) ~ U(0.9, 0.999)."""
+    """Initializes Lambda so that exp(-c softplus(Lambda)) ~ U(0.9, 0.999)."""
     a = jax.random.uniform(key, shape, dtype, 0.9, 0.999)
     return gates.inverse_softplus(-jnp.log(a) / DECAY_POWER)
 
 
 @jax.custom_jvp
 def sqrt_bounded_gradient(x: Array) -> Array:
-    """sqrt(x), x >= 0, whose derivative is at most 1000: that of sqrt(1 - a^2) has no bound."""
+    """Computes sqrt(x), x >= 0, with a derivative of at most 1000: sqrt(1 - a^2)'s is unbounded."""
     return jnp.sqrt(x)
 
 

@@ -11,7 +11,7 @@ from seqmodels.modules import layers, positions
 
 @flax.struct.dataclass
 class State:
-    """Both parts' states; they grow with `max_length` until one of the parts is chosen."""
+    """The states of both parts, which grow with `max_length` until one part is chosen."""
 
     softmax: attention.KeyValueCache
     linear: lolcats.State

@@ -104,7 +104,7 @@ class LRPE(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(x) * sigmoid(gate * x), gate_D from ones (ReLA, arXiv 2104.07012, section 3)."""
+    """A gated norm: RMSNorm(x) * sigmoid(gate * x) (ReLA, arXiv 2104.07012, section 3)."""
 
     eps: float = 1e-5
     param_dtype: DType = jnp.float32

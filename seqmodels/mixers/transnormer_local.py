@@ -96,7 +96,7 @@ class TransNormerLocal(base.Mixer):
 
     @nn.nowrap
     def _attend(self, axis_name, q_BTHK, **slots):
-        """Attends to slots from before this shard of time (*_BS) and to its own tokens (*_BT).
+        """Attends to slots of tokens before this shard of time (*_BS), and to its own (*_BT).
 
         Documents may start anywhere, so a document's blocks need not meet the chunks the work is
         cut into: C queries look at their own C slots and the w before them, and a mask keeps those

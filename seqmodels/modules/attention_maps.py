@@ -1,4 +1,4 @@
-"""The distance of linear attention's weights from softmax's, without all of either in memory."""
+"""The distance of linear attention's weights from softmax's, without either matrix in memory."""
 
 import jax
 import jax.numpy as jnp

@@ -15,7 +15,7 @@ LAYER_OPTIONS = ("channel_mixer", "d_ff", "mixer_residual", "channel_residual")
 
 
 class Block(nn.Module):
-    """x <- x + mixer(norm(x)); x <- x + channel_mixer(norm(x)).
+    """A layer: x <- x + mixer(norm(x)); x <- x + channel_mixer(norm(x)).
 
     Attributes:
       channel_mixer: see `channel_mixers.make`; None for stacks of mixers alone (Mamba).
@@ -106,7 +106,7 @@ def make_norm(name: str, eps: float, module_name: str) -> nn.Module:
 
 
 def clear_rows(state: State, empty: State, rows_B: Array) -> State:
-    """Puts `empty` in the given rows of a state. Leaves without a batch axis stay."""
+    """Sets the given rows of a state to `empty`. Leaves without a batch axis stay."""
 
     def clear(leaf, empty_leaf):
         if leaf.ndim == 0:

@@ -1,4 +1,4 @@
-"""Channel mixers: what acts on every token by itself, between two token mixers."""
+"""Channel mixers: they act on each token alone, after its token mixer."""
 
 import dataclasses
 import typing
@@ -63,7 +63,7 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
 
 
 class ChannelMixer(nn.Module):
-    """Gated kinds: y = W_down(act(W_gate x) * W_up x). Ungated: y = W_down act(W_up x).
+    """An MLP. Gated: y = W_down(act(W_gate x) * W_up x). Ungated: y = W_down act(W_up x).
 
     Attributes:
       kind: swiglu, geglu, sglu (no activation) or gelu (no gate).

@@ -1,4 +1,4 @@
-"""Feature maps phi of linear attention by name: what takes the place of softmax's exp(q . k).
+"""Feature maps phi of linear attention by name: they replace softmax's exp(q . k).
 
 `FeatureMap(name)` is a Linen module; maps without parameters are modules with none. x_BTHK becomes
 phi_BTHF.
@@ -55,7 +55,7 @@ def _hedgehog_joint(z: Array) -> Array:
 
 
 def rectangular_identity(key: Array, shape: tuple[int, ...], dtype: DType = jnp.float32) -> Array:
-    """Initializer: each head's (K, E) matrix has ones on its diagonal, zeros elsewhere."""
+    """Initializes each head's (K, E) matrix to ones on its diagonal, else zeros."""
     del key
     return jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=dtype), shape)
 
@@ -66,7 +66,7 @@ _KAIMING = nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
 
 @dataclasses.dataclass(frozen=True)
 class _Map:
-    """phi = function(W x + b); bias is None, "channel" (H, E) or "head" (H, 1).
+    """A feature map phi = function(W x + b); bias is None, "channel" (H, E) or "head" (H, 1).
 
     Attributes:
       kernel_init: of W; None: there is no W.
@@ -123,7 +123,7 @@ def output_dim(name: str, K: int, features: int | None = None) -> int:
 
 
 class FeatureMap(nn.Module):
-    """phi_BTHF of x_BTHK; a map that learns has one W_HKE (and b) per head. See the table above.
+    """A map from x_BTHK to phi_BTHF; a learned one has one W_HKE (and b) per head (table above).
 
     W starts as the identity (t2r: Kaiming uniform), b at 0. Kept and computed in float32, returned
       in x's dtype.

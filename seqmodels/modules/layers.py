@@ -1,4 +1,4 @@
-"""Parameters, and what the mesh and the optimizer have to know of each.
+"""Parameters, and what the mesh and the optimizer must know of each.
 
 `Module.init` returns every parameter in a box, `nn.LogicallyPartitioned`. It holds the logical
 names of the axes, which `seqmodels.sharding` maps to the mesh. A subclass of it, `Kernel` or
@@ -22,15 +22,15 @@ KERNEL_INIT = nn.initializers.lecun_normal()
 
 
 class Kernel(nn.LogicallyPartitioned):
-    """Box of a matrix (input, output) between activations, whose update Muon orthogonalises."""
+    """A box for a matrix (input, output) between activations, whose update Muon orthogonalises."""
 
 
 class Undecayed(nn.LogicallyPartitioned):
-    """Box of a gate's parameter, a gain or a bias: never weight-decayed, whatever its rank."""
+    """A box for a gate's parameter, a gain or a bias: never weight-decayed, whatever its rank."""
 
 
 def is_boxed(leaf: Any) -> bool:
-    """Returns whether a node of a tree of parameters is a box; for `is_leaf` of tree functions."""
+    """Returns whether a node of a parameter tree is a box; for tree functions' `is_leaf`."""
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
@@ -40,7 +40,7 @@ def kernel(init: Callable, axes: LogicalAxes) -> Callable:
 
 
 def partitioned(init: Callable, axes: LogicalAxes) -> Callable:
-    """Returns the initializer with its arrays put into boxes that say no more than their axes."""
+    """Returns the initializer with its arrays put into boxes that hold only axis names."""
     return nn.with_logical_partitioning(init, axes)
 
 
@@ -70,7 +70,7 @@ def dense(
 
 
 def _product(x, kernel_DF, dimension_numbers, precision=None):
-    """Multiplies the last axis of x by the kernel's first, as nn.Dense asks of `dot_general`."""
+    """Multiplies x's last axis by the kernel's first: a `dot_general` for nn.Dense."""
     del dimension_numbers
     return _dense_product(precision, x, kernel_DF)
 
@@ -123,7 +123,7 @@ def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[in
 
 
 class Matrix(nn.Module):
-    """Makes the kernel (input features, features) of a dense layer that another multiplies by."""
+    """Makes a dense layer's kernel (input features, features), for another module to use."""
 
     features: int
     axes: LogicalAxes

@@ -10,7 +10,7 @@ from seqmodels.modules import layers
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * scale over the last axis (RMSNorm, arXiv 1910.07467, eq. 4).
+    """RMSNorm: y = x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467, eq. 4).
 
     On heads, x_BTHV, the gain is (V,): one that all heads share.
 
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias, last axis (arXiv 1607.06450)."""
+    """LayerNorm: y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias (arXiv 1607.06450)."""
 
     eps: float = 1e-5
     use_bias: bool = True
@@ -66,13 +66,13 @@ class LayerNorm(nn.Module):
 
 
 def srms_norm(x: Array, eps: float = 1e-5) -> Array:
-    """x / sqrt(mean(x^2) + eps): RMS norm without a gain (TransNormerLLM, arXiv 2307.14995)."""
+    """Computes x / sqrt(mean(x^2) + eps), without a gain (TransNormerLLM, arXiv 2307.14995)."""
     mean = matmul.sum_last(jnp.square(x)) / x.shape[-1]
     return matmul.scaled(x, jax.lax.rsqrt(mean + eps))
 
 
 def l2_norm(x: Array, eps: float = 1e-6) -> Array:
-    """x / sqrt(sum(x^2) + eps) over the last axis, in float32; returned in x's dtype."""
+    """Computes x / sqrt(sum(x^2) + eps) over the last axis, in float32; returns x's dtype."""
 
     def normed(x):
         x_f32 = x.astype(jnp.float32)

@@ -90,7 +90,7 @@ def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ScanPlan:
-    """A stack as single layers `prefix`, a scan over `repeats` times `period`, and `suffix`."""
+    """A stack cut into single layers `prefix`, a scan of `repeats` periods, and `suffix`."""
 
     prefix: tuple[MixerSpec, ...]
     period: tuple[MixerSpec, ...]
@@ -99,7 +99,7 @@ class ScanPlan:
 
 
 def scan_plan(specs: tuple[MixerSpec, ...]) -> ScanPlan:
-    """Finds the repetition that leaves the fewest blocks to compile; without one repeats is 0."""
+    """Returns the ScanPlan with the fewest blocks to compile; repeats is 0 without a repetition."""
     best, best_cost = ScanPlan(specs, (), 0, ()), len(specs)
     # The cost of a repetition is the number of blocks that are compiled with it.
     for start in range(len(specs)):

@@ -1,4 +1,4 @@
-"""Positions of tokens within their documents, and the rotations that carry them."""
+"""Positions of tokens within their documents, and rotary embeddings."""
 
 import math
 from typing import Any
@@ -35,7 +35,7 @@ def rope(
     fraction: float = 1.0,
     scaling: Scaling | None = None,
 ) -> Array:
-    """Rotary embedding (RoFormer, arXiv 2104.09864, eq. 34), pairing channel i with i + K/2.
+    """Applies rotary embeddings (RoFormer, arXiv 2104.09864, eq. 34) to channel pairs (i, i + K/2).
 
     Channel pair i turns by position * base^(-2i/K). K must be even. Angles are float32.
 

@@ -21,7 +21,7 @@ def uniform_fan_in(width: int) -> Callable:
 
 
 def identity_taps(key, shape, dtype=jnp.float32):
-    """Initializer: y_t = x_t. The last tap is the token's own."""
+    """Initializes to the identity, y_t = x_t: the last tap is the token's own."""
     return jnp.zeros(shape, dtype).at[-1].set(1.0)
 
 

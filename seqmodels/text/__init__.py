@@ -1,1 +1,1 @@
-"""Text in and out of a language model: tokenizers, chat templates, sampling, streams of text."""
+"""Text in and out of a language model: tokenizers, chat templates, sampling, text streams."""

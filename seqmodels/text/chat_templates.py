@@ -1,5 +1,5 @@
-"""Conversations as text, by a model's Jinja template, as transformers' `apply_chat_template` writes
-them."""
+"""Formats conversations as text by a model's Jinja template, as transformers' `apply_chat_template`
+does."""
 
 import datetime
 import json
@@ -14,8 +14,8 @@ except ImportError as error:
 
 
 class _Generation(ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks what an assistant wrote, for training on that
-    alone; it is shown as it is."""
+    """The tag {% generation %} ... {% endgeneration %}, which marks assistants' text for training;
+    its content is rendered as it is."""
 
     tags = {"generation"}
 
@@ -34,13 +34,13 @@ def _refuse(message):
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """The filter `tojson` without the escapes for HTML of Jinja's own."""
+    """Serialises as Jinja's filter `tojson` does, but without its HTML escapes."""
     options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops fields that are None, and gives a model's reasoning both names that templates read."""
+    """Drops fields that are None, and gives a model's reasoning both names that templates use."""
     said = {k: v for k, v in message.items() if v is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     thought = next((said[name] for name in names if name in said), None)
@@ -54,7 +54,7 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """Returns a conversation as text, up to where the answer begins.
+    """Returns a conversation as text, up to where the model's answer begins.
 
     The template runs in a sandbox: it is a part of somebody's file. special: the texts of special
     tokens, such as "bos_token". tools: JSON schemas. documents: with "title" and "text".

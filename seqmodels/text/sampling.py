@@ -1,5 +1,5 @@
-"""Text from a language model: prompts of different lengths are read together, then a step of
-decoding adds a token to each, with a state of constant size.
+"""Samples text from a language model: prompts of different lengths are read together, then each
+decoding step adds a token to each.
 
 How prompts are read. A packed row leaves one state, that of its last document, so several prompts
 in a row would lose all states but the last. Here every prompt has a row, and the padding that makes
@@ -65,8 +65,8 @@ def sample_token(
 
 
 def _draw(logits_BW, key_data_BK, i, options):
-    """Draws the i-th token of each row by the row's own key: what it gets does not depend on the
-    other rows."""
+    """Draws the i-th token of each row by the row's own key, so that it does not depend on other
+    rows."""
 
     def row(key_data, logits_W):
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), i)
@@ -160,7 +160,7 @@ def _steps(model, params, prompts, length, key_data_BK, options) -> Iterator[np.
 
 
 def pieces(length: int) -> list[int]:
-    """Returns powers of two up to MAX_PIECE, the largest first, that add up to `length`."""
+    """Splits `length` into powers of two up to MAX_PIECE, the largest first."""
     rest = length % MAX_PIECE
     powers = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
     return [MAX_PIECE] * (length // MAX_PIECE) + powers
@@ -211,8 +211,8 @@ def stream_texts(
     stop: Sequence[str] = (),
     stop_tokens: Collection[int] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Returns an iterator of (row, piece of text) as `stream_batch`'s tokens come. A row's text
-    ends before its first stop string or token; the iterator ends when all have.
+    """Returns an iterator of (row, piece of text) over `stream_batch`'s tokens. A row's text ends
+    before its first stop string or token; the iterator ends when all have.
 
     prompts: what the first rows go on from; further rows are passed over. stop_tokens: None is the
     tokenizer's document_id.
@@ -239,8 +239,8 @@ def _pieces_of_text(tokens, texts, stop_tokens) -> Iterator[tuple[int, str]]:
 
 
 class TextStream:
-    """Text as tokens come: never half a character, nothing from the first stop string on, nor what
-    may be its beginning.
+    """Decodes tokens one by one to text: no part of a character, and nothing from the first stop
+    string on, or from what may begin one.
 
     What `add` and `end` return, joined, is what the tokens add to `tokenizer.decode` of the prompt:
     the space before the first word, too. It is cut before the first stop string. Stop strings are
@@ -259,7 +259,7 @@ class TextStream:
         self._go_on_from([i for i in prompt if i not in tokenizer.special_texts])
 
     def add(self, token: int) -> str:
-        """Returns the text that is certain with this token."""
+        """Adds a token; returns the text that no later token can change or end by a stop string."""
         special = self._tokenizer.special_texts.get(token)
         if special is not None:
             return self._release(special, shown=False)
@@ -271,7 +271,7 @@ class TextStream:
         return self._release(new)
 
     def end(self) -> str:
-        """Returns what is left after the last token."""
+        """Returns the rest of the text, after the last token."""
         text = self._release(self._new())
         if self.ended:
             return text
@@ -279,9 +279,8 @@ class TextStream:
         return text + self._take(len(self._held))
 
     def _go_on_from(self, tokens: list[int]) -> None:
-        """Takes the text of `tokens` as told. They are decoded again with the next ones, whose text
-        may depend on what is before them; the text of `tokens` is whole, so no character is cut
-        where they begin."""
+        """Marks the text of `tokens` as returned. They are decoded again with the next ones, whose
+        text may depend on them; `tokens` end with a whole character."""
         self._context, self._pending = tokens, []
         self._told = self._tokenizer.decode(tokens)
 
@@ -289,7 +288,7 @@ class TextStream:
         return self._tokenizer.decode(self._context + self._pending)[len(self._told) :]
 
     def _release(self, text: str, shown: bool = True) -> str:
-        """Adds to what is held, and returns of it what no stop string can begin with."""
+        """Adds to the text held back, and returns its part that cannot begin a stop string."""
         self._held += text
         self._is_shown += [shown] * len(text)
         found = [place for s in self._stop if (place := self._held.find(s)) >= 0]
@@ -305,7 +304,7 @@ class TextStream:
         return self._take(len(self._held) - max(may_begin, default=0))
 
     def _take(self, count: int) -> str:
-        """Returns the first characters of what is held, without those that are not shown."""
+        """Removes the first `count` characters held back; returns those that are shown."""
         text = "".join(itertools.compress(self._held[:count], self._is_shown))
         self._held, self._is_shown = self._held[count:], self._is_shown[count:]
         return text
@@ -350,8 +349,8 @@ def check_ids(model, tokens: Sequence[int] | np.ndarray) -> None:
 
 
 def context_limit(model) -> tuple[int, str] | None:
-    """Returns how many tokens the model can read, and what ends there: the shortest full-attention
-    cache, or learned positions. None where nothing does."""
+    """Returns how many tokens the model can read, and what limits it: the shortest full-attention
+    cache, or learned positions; None if unlimited."""
 
     def is_cache(x):
         return isinstance(x, KeyValueCache)
@@ -372,8 +371,8 @@ def context_limit(model) -> tuple[int, str] | None:
 
 
 def check_length(model, prompt_tokens: int, length: int) -> None:
-    """Raises ValueError if there is nothing to generate, or the model cannot read the prompt and
-    what is generated."""
+    """Raises ValueError for a length below 1, or a prompt and output longer than the model can
+    read."""
     if length < 1:
         raise ValueError(f"{length} tokens are to be generated; it must be 1 at least")
     limit, what = context_limit(model) or (None, None)

@@ -1,4 +1,4 @@
-"""How likely a model finds given tokens: sequences of any lengths, several packed into a row."""
+"""Scores how likely a model finds token sequences of any lengths, packed several to a row."""
 
 import functools
 from collections import deque
@@ -28,8 +28,8 @@ def _nll_and_correct(model, params, batch):
 def score(
     model, params, sequences: Sequence[Sequence[int]], *, tokens_a_batch: int = 4096
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns (nll_N, correct_N) of each sequence of token ids: for all its tokens but the first,
-    -log p (float32, nats) given those before, and whether each is the likeliest.
+    """Returns (nll_N, correct_N) of each sequence of ids, for all tokens but the first: -log p
+    (float32, nats) given those before, and whether the token is the likeliest.
 
     A row holds as many sequences as fit, each a document of its own, so that no sequence sees
     another. Rows are as long as a power of two that holds the longest sequence, or the learned
@@ -73,8 +73,8 @@ def score(
 
 
 def _rows(lengths: Sequence[int], row_length: int) -> Iterator[list[int]]:
-    """Yields the numbers of the sequences of each row: the longest that is left, and the shortest
-    ones that still fit."""
+    """Packs sequences into rows: yields each row's indices, the longest sequence left and the
+    shortest that still fit."""
     left = deque(sorted(range(len(lengths)), key=lambda number: -lengths[number]))
     while left:
         row = [left.popleft()]

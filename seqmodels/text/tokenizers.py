@@ -1,4 +1,4 @@
-"""Tokenizes by bytes, or by a Hugging Face `tokenizers` file, behind one small interface.
+"""Tokenizers by bytes, or by a Hugging Face `tokenizers` file, with one small interface.
 
 A tokenizer has
   vocab_size       ids lie in [0, vocab_size)
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Tokens are bytes, with ids 0-255; 256 is document_id. Any data is legal."""
+    """A tokenizer of bytes, with ids 0-255; 256 is document_id. It encodes any data."""
 
     vocab_size = 257
     document_id = 256
@@ -56,7 +56,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library.
+    """A tokenizer from a `tokenizer.json` of the Hugging Face `tokenizers` library.
 
     document_token: the file's token for document_id (such as "<|endoftext|>"); "" adds an id after
       the file's vocabulary.
@@ -136,7 +136,7 @@ def open_file(path: str):
 
 
 def _num_bytes(tokenizer) -> Callable[[str], int]:
-    """Returns the function from a vocabulary entry to the bytes it adds after another one.
+    """Returns a function from a vocabulary entry to the bytes it adds after another entry.
 
     Byte-level vocabularies spell each byte as one character, and byte fallback a byte as <0x0A>.
     For others the file's decoder knows: to SentencePiece U+2581 is a space, to WordPiece ## is
@@ -156,7 +156,7 @@ def _num_bytes(tokenizer) -> Callable[[str], int]:
 
 
 def _spelling(tokenizer, text: str) -> str:
-    """Returns a document in the vocabulary's spelling, with what the tokenizer puts before it."""
+    """Returns a document as the vocabulary spells it, with what the tokenizer puts first."""
     if tokenizer.normalizer is not None:
         text = tokenizer.normalizer.normalize_str(text)
     if tokenizer.pre_tokenizer is None:
@@ -186,7 +186,7 @@ def bytes_as_file() -> str:
 
 
 def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
-    """Returns whether a model of `vocab_size` tokens has the tokenizer's ids, except a few.
+    """Returns whether the tokenizer's ids, but for a few, are below a model's `vocab_size`.
 
     Tokenizers of pretrained models may have tokens that the embedding lacks: a tenth, or 256, are
     allowed. Such an id is refused where it occurs.

@@ -1,4 +1,4 @@
-"""What each Triton kernel costs as compiled, on a machine without a GPU: compiled figures, no runs.
+"""Reports what each Triton kernel costs as compiled, on a machine without a GPU; nothing is run.
 
     python -m experiments.bench gpu_report     (every kernel at the targets' shape, bfloat16)
     python -m experiments.bench gpu_report --op=delta_rule --target=90 --dtype=float32

@@ -1,4 +1,4 @@
-"""Tables linearizations of one teacher, and draws what decoding costs.
+"""Tabulates linearizations of one teacher, and plots what decoding costs.
 
     python -m experiments.bench linearizations --teacher=gguf:smollm2 --argument=smollm
     python -m experiments.bench linearizations --teacher=runs/teacher --argument=small \\

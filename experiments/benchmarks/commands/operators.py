@@ -139,7 +139,7 @@ def _ops(known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _measurement(op: str) -> Callable[[Path, str], report.Section]:
-    """Returns what measures `op`, a function of the folder and the pictures' title. Raises
+    """Returns the function (folder, title of pictures) -> Section that measures `op`; raises
     UserError for bad flags."""
     lengths = _LENGTHS.value and tuple(cli.numbers("lengths", _LENGTHS.value))
     if op == "compile":
@@ -178,7 +178,7 @@ def _chosen(flag: str, values: list[str], choices: tuple[str, ...]) -> tuple[str
 
 
 def _implementations(op: str) -> tuple[str, ...]:
-    """Returns those of --implementations that the operator has. It is a mistake if it has none of
+    """Returns those of --implementations that the operator has; raises UserError if it has none of
     them."""
     has = operators.CASES[op].implementations
     if _IMPLEMENTATIONS.value is None:

@@ -1,4 +1,4 @@
-"""What each TPU kernel costs as compiled, on a machine without a TPU: compiled figures, not runs.
+"""Reports what each TPU kernel costs as compiled, on a machine without a TPU; nothing is run.
 
     python -m experiments.bench tpu_report     (every kernel on v6e at the targets' shape)
     python -m experiments.bench tpu_report --op=delta_rule --topology=v5e,v6e:2x2,tpu7x
@@ -56,7 +56,7 @@ def main(argv):
 
 
 def _runs() -> list[tuple[str, str, str]]:
-    """Returns (operator, shape, topology) of what the flags ask for; raises UserError."""
+    """Returns the (operator, shape, topology) that the flags ask for; raises UserError."""
     ops = static_cost.OPS if _OP.value == ["all"] else _OP.value
     for op in ops:
         if op not in static_cost.OPS:

@@ -1,4 +1,4 @@
-"""Common parts of the tasks. `make_task` adds the task's name to errors."""
+"""Common parts of the tasks with random lengths. `make_task` adds the task's name to errors."""
 
 import dataclasses
 

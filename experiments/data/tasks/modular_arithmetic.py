@@ -1,4 +1,4 @@
-"""The value of an arithmetic expression modulo m.
+"""Modular arithmetic: the value of an arithmetic expression modulo m.
 
 Source: arXiv 2411.12537, section 5.1 and Table 3 ("mod. arithmetic", without and with brackets;
 m = 5), after "Neural Networks and the Chomsky Hierarchy", arXiv 2207.02098. Trained on lengths
@@ -25,10 +25,9 @@ OPERATORS = "+-*()="
 
 @dataclasses.dataclass(frozen=True)
 class ModularArithmetic(lengths.RandomLengths):
-    """Options: `supervise` is "last" (the paper's) or, without brackets, "all": from min_length on
-    every number also has a label, the value of the expression so far. `multiply`: whether * is
-    among the operators. Chance: 1/modulus.
-    """
+    """Modular arithmetic. `supervise`: "last" (the paper's) or, without brackets, "all": from
+    min_length on every number also has a label, the value of the expression so far. `multiply`:
+    whether * is an operator. Chance: 1/modulus."""
 
     modulus: int = 5
     brackets: bool = False

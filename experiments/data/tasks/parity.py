@@ -18,8 +18,8 @@ from experiments.data.tasks import lengths
 
 @dataclasses.dataclass(frozen=True)
 class Parity(lengths.RandomLengths):
-    """Option `supervise`: the paper's is "last"; "all" is a denser signal, which trains in fewer
-    steps. Chance: 1/2."""
+    """Parity of a bit string. `supervise`: "last" is the paper's; "all" is a denser signal, which
+    trains in fewer steps. Chance: 1/2."""
 
     vocab_size = 2
     chance = 0.5

@@ -19,7 +19,7 @@ from experiments.data.tasks import lengths
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveCopying:
-    """The options are those of this module's docstring. Chance: 1/(vocab_size - 2)."""
+    """Selective copying, with this module's options. Chance: 1/(vocab_size - 2)."""
 
     seq_len: int = 256
     num_tokens: int = 16

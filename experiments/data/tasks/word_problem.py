@@ -28,7 +28,7 @@ def group_elements(group: str) -> np.ndarray:
 
 
 def _swaps(permutation) -> int:
-    """Counts the pairs in falling order, an even number for an even permutation."""
+    """Counts the inversions of a permutation, whose parity is the permutation's."""
     return sum(a > b for a, b in itertools.combinations(permutation, 2))
 
 

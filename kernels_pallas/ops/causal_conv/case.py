@@ -1,4 +1,4 @@
-"""How `causal_conv` is called and checked."""
+"""The kinds of calls and the inputs with which `causal_conv` is checked."""
 
 import jax.numpy as jnp
 
@@ -7,8 +7,8 @@ from kernels_pallas.dispatch.case import OperatorCase
 
 
 def _inputs(rng, shape, regime):
-    """Draws inputs of a regime. Those of the suite are "width <taps>", with "bias" or without; the
-    others have shape.I taps and a bias."""
+    """Draws inputs of a regime. In the suite it is "width <taps>", with "bias" or without; others
+    have shape.I taps and a bias."""
     B, T, D, words = shape.B, shape.T, shape.width, regime.split()
     taps = int(words[1]) if words[0] == "width" else shape.I
     sizes = {"x": (B, T, D), "w": (taps, D), "initial_state": (B, taps - 1, D)}
@@ -29,7 +29,7 @@ def _options(kind, shape):
 
 
 def _further_calls(kind, shape):
-    """With a norm, heads of half the width, too: their sums are taken in another way."""
+    """Returns, for calls with a norm, one more, whose heads are half as wide: their sums differ."""
     return {" of narrow heads": {"l2_norm_heads": 2 * _norm_heads(shape)}} if "norm" in kind else {}
 
 

@@ -9,14 +9,14 @@ from kernels_pallas.common import arguments, chunk_blocks, dtypes, matmul, segme
 
 
 class Finish(NamedTuple):
-    """Function of the sums: the activation, then each of `heads` equal parts over its l2 norm."""
+    """The last step: the activation, then each of `heads` equal parts divided by its L2 norm."""
 
     activation: str | None = None
     heads: int | None = None
     eps: float = 1e-6
 
     def __call__(self, z):
-        """Applies it to (..., D), in z's dtype."""
+        """Applies the activation and the norm to (..., D), in z's dtype."""
         if self.activation == "silu":
             z = jax.nn.silu(z)
         if self.heads is not None:
@@ -27,7 +27,7 @@ class Finish(NamedTuple):
 
 
 def finish_of(x, activation, heads, eps) -> Finish:
-    """Returns the `Finish` of (..., D) inputs; raises ValueError where it does not fit them."""
+    """Returns the `Finish` of (..., D) inputs; raises ValueError for options that do not fit."""
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv: activation is {activation!r}; expected None or 'silu'")
     if not arguments.is_number(eps) or eps < 0:
@@ -42,7 +42,7 @@ def finish_of(x, activation, heads, eps) -> Finish:
 
 
 def promoted(x, *others):
-    """Returns x, made complex where one of the others (arrays or None) is complex."""
+    """Returns x, made complex if one of `others` (arrays or None) is."""
     others = [z for z in others if z is not None]
     if jnp.iscomplexobj(x) or not any(jnp.iscomplexobj(z) for z in others):
         return x
@@ -50,7 +50,7 @@ def promoted(x, *others):
 
 
 def demoted(z, dtype):
-    """Returns z in `dtype`, its real part where that is real: the transpose of `promoted`."""
+    """Returns z in `dtype`, or its real part if that is real: the transpose of `promoted`."""
     return (z if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.real(z)).astype(dtype)
 
 
@@ -87,7 +87,7 @@ def _step(x_BD, w, tail, bias, finish):
 
 
 def recurrent(x_BTD, w, bias, initial_state, start_BT, finish):
-    """`step` over time, the tail 0 where a document starts; arguments normalised by `api.py`."""
+    """Scans `step` over time, with tail 0 at a document's start; arguments as in `api.py`."""
 
     def scan_step(tail, token):
         x_BD, start_B = token

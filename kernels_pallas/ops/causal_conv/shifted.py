@@ -17,7 +17,7 @@ from kernels_pallas.ops.causal_conv import reference
 
 
 def run(x_BTD, w, bias, initial_state, start_BT, finish):
-    """Same contract as `reference.recurrent`."""
+    """Runs the convolution, with the contract of `reference.recurrent`."""
     entered_BSD = jnp.concatenate([initial_state, x_BTD], axis=1)
     run_BS = None
     if start_BT is not None:  # what entered belongs to the first token's run, 0
@@ -27,7 +27,7 @@ def run(x_BTD, w, bias, initial_state, start_BT, finish):
 
 
 def _in_document(tap_BTD, run_BS, first, second, length):
-    """The tap, 0 where its ends (from `first` and `second` of run_BS on) lie in two documents."""
+    """Returns a tap, 0 where its input and output (`first`, `second`) lie in two documents."""
     if run_BS is None or first == second:
         return tap_BTD
     same_BT = run_BS[:, first : first + length] == run_BS[:, second : second + length]
@@ -40,7 +40,7 @@ def _finished(finish, entered_BSD, w, bias, run_BS):
 
 
 def _sums(entered_BSD, w, bias, run_BS):
-    """z_t = bias + sum_i w_i e_{t+i} of the T = S - (I-1) tokens, in float32 or wider."""
+    """Computes z_t = bias + sum_i w_i e_{t+i} for T = S - (I-1) tokens, in float32 or wider."""
     width, S = w.shape[0], entered_BSD.shape[1]
     T = S - (width - 1)
     dtype = dtypes.common(entered_BSD.dtype, w.dtype, jnp.float32)

@@ -58,8 +58,8 @@ def _diagonal_plus_low_rank_reference(*, chunk_size, **call):
 
 
 def _scaled(implementation):
-    """Wraps an implementation that takes q scaled already. The product is float32 (or wider), so
-    that q is not rounded twice."""
+    """Wraps an implementation that takes scaled q. The product is in float32 or wider, lest q be
+    rounded twice."""
 
     def call(*, q_BTGK, scale, **others):
         q_BTGK = q_BTGK.astype(arguments.state_dtype(q_BTGK)) * scale
@@ -69,8 +69,8 @@ def _scaled(implementation):
 
 
 def _scale_of(operator, scale, q_BTGK) -> tuple[float, jax.Array]:
-    """Returns the scale as a number, and q. A learned scale multiplies q here, in float32 or wider,
-    and 1 is returned in its place."""
+    """Returns (scale as a number, q). A learned scale is multiplied into q here, in float32 or
+    wider, and the number is 1."""
     if scale is None:
         return q_BTGK.shape[-1] ** -0.5, q_BTGK
     arguments.check_number_or_scalar(operator, "scale", scale)

@@ -1,4 +1,4 @@
-"""How `delta_rule` and `diagonal_plus_low_rank` are called and checked."""
+"""The kinds of calls and the inputs with which `delta_rule` and its general form are checked."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def _delta_rule_inputs(rng, shape, regime):
 
 
 def _diagonal_plus_low_rank_inputs(rng, shape, regime):
-    """Inputs as in RWKV-7: a = -(rate * b), and b of length 1. In the regime "twice" the rate is 2,
+    """Draws inputs as in RWKV-7: a = -(rate * b), |b| = 1. In the regime "twice" the rate is 2,
     which makes each step a reflection."""
     B, T, H, G, K, V = shape.B, shape.T, shape.H, shape.key_heads, shape.K, shape.V
     b = regimes.unit(rng, B, T, H, K)

@@ -57,7 +57,7 @@ class Chunks(NamedTuple):
     S' = exp_g_total_K1 S + w_CK^T U + local_KV
 
     exp_g_total_K1: None where nothing decays.
-    A_rest_CC: what rounding took from A_CC, where products are compensated; without gradient.
+    A_rest_CC: the rounding error of A_CC, where products are compensated; without gradient.
     """
 
     A_CC: jax.Array
@@ -83,7 +83,7 @@ def run(
     chunk_size=None,
     scale=1.0,
 ):
-    """The delta rule in chunks; arguments normalised by `api.py`, the scale a number."""
+    """Computes the delta rule in chunks; `api.py` normalises the arguments, scale a number."""
     log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     compensate = None
     if initial_state_BHKV.dtype == jnp.float32:
@@ -106,7 +106,7 @@ def run_diagonal_plus_low_rank(
     segment_ids_BT,
     chunk_size=None,
 ):
-    """The general transition in chunks. Arguments are normalised by `api.py`."""
+    """Computes the general recurrence in chunks; `api.py` normalises the arguments."""
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
@@ -120,7 +120,7 @@ def run_diagonal_plus_low_rank(
 
 
 class _Form(NamedTuple):
-    """What is fixed at tracing. C: chunk length, a power of two. M: chunks of a block."""
+    """Static arguments. C: chunk length, a power of two. M: chunks per block."""
 
     chunks: Callable[..., Chunks]  # takes a block's inputs, each (M, B, heads, C, dim)
     scale: float
@@ -140,7 +140,7 @@ def _form(chunks, K, v_BTHV, chunk_size, scale) -> _Form:
 def _delta_rule_chunks(
     q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *, compensate
 ) -> Chunks:
-    """A_ij = beta_i k_i^T diag(D_ij) k_j, Z_ij = q_i^T diag(D_ij) k_j, and what meets the state."""
+    """Makes Chunks with A_ij = beta_i k_i^T diag(D_ij) k_j and Z_ij = q_i^T diag(D_ij) k_j."""
     H = v_MBHCV.shape[2]
     sums = _decay_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H)
@@ -163,7 +163,7 @@ def _delta_rule_chunks(
 def _diagonal_plus_low_rank_chunks(
     q_MBHCK, k_MBHCK, v_MBHCV, a_MBHCK, b_MBHCK, log_decay_MBHCK, *, compensate
 ) -> Chunks:
-    """A_ij = -b_i^T diag(D_{i-1,j}) a_j, Z_ij = q_i^T diag(D_ij) a_j, and what meets the state.
+    """Makes Chunks with A_ij = -b_i^T diag(D_{i-1,j}) a_j and Z_ij = q_i^T diag(D_ij) a_j.
 
     k and v do not depend on the state: they stand in write_CV, local_CV and local_KV.
     """
@@ -186,7 +186,7 @@ def _diagonal_plus_low_rank_chunks(
 
 
 def _decay_sums(log_decay_MBHCK):
-    """The sums of log decay; without a decay each of them is None."""
+    """Returns the chunk's sums of log decay; without a decay each is None."""
     decay_kind = decay.kind(log_decay_MBHCK)
     if decay_kind == "none":
         return cast(decay.Sums, decay.Sums._make([None] * len(decay.Sums._fields)))
@@ -233,7 +233,7 @@ def _pair_decay(sums, exclusive):
 
 
 def _A_rest(x_MBHCK, y_MBHCK, sums, *, exclusive):
-    """What rounding took from the products x_i^T diag(D_ij) y_j of a chunk's A; no gradient."""
+    """Returns the rounding error of the products x_i^T diag(D_ij) y_j in A, without gradient."""
     x_MBHCK, y_MBHCK, sums = jax.lax.stop_gradient((x_MBHCK, y_MBHCK, sums))
     decay_kind = decay.kind(sums.log_decay_CK)
     if decay_kind == "per_channel":
@@ -251,7 +251,7 @@ def _A_rest(x_MBHCK, y_MBHCK, sums, *, exclusive):
 
 
 def _pass(chunks: Chunks, S_BHKV):
-    """Passes over a block's chunks: outputs, the leaving state, and those that enter the chunks."""
+    """Returns a block's outputs, the state that leaves it, and those that enter its chunks."""
     state_dot = compensated.state_product(chunks.A_rest_CC)
 
     def one_chunk(S_BHKV, inputs):
@@ -277,7 +277,7 @@ def _pass(chunks: Chunks, S_BHKV):
 
 
 def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
-    """Cotangents of a block's maps, and of the state that entered the block."""
+    """Returns the cotangents of a block's `Chunks`, and of the state that enters the block."""
     state_dot = compensated.state_product(c.A_rest_CC)
     # R and U again, of all chunks at once, from the entering states
     X_MBHCC = triangular_inverse.inverse(c.A_CC)
@@ -324,7 +324,7 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
 
 @custom_vjp(0)
 def _run(form: _Form, inputs, S_BHKV, compensate):
-    """inputs: (B, T, heads, dim), q the first and v the third. compensate: a flag, or None."""
+    """Runs the chunks. inputs: (B, T, heads, dim), q first, v third. compensate: flag or None."""
     return _run_forward(form, inputs, S_BHKV, compensate)[0]
 
 
@@ -375,7 +375,7 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _padded(arrays, L):
-    """(B, T, H, K), padded to a multiple of L by tokens that neither decay nor write."""
+    """Pads (B, T, H, K) to a multiple of L by tokens that neither decay nor write."""
     return jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, chunk_blocks.padding(x.shape[1], L)), (0, 0), (0, 0))),
         arrays,
@@ -383,7 +383,7 @@ def _padded(arrays, L):
 
 
 def _chunks(inputs, form, dtype):
-    """A block's inputs in chunks, the first of them, q, scaled.
+    """Cuts a block's inputs into chunks; the first of them, q, is scaled.
 
     All is computed in float32 or wider: U is a long alternating sum where beta is near 2, and with
     bfloat16 operands it keeps one digit.

@@ -32,7 +32,7 @@ def squared(x_BTHK):
 
 
 def needed(sizes_BTH, log_decay_BTHK):
-    """Returns a flag: whether some window of 16 tokens both nearly reflects and forgets little.
+    """Returns a flag: whether a window of 16 tokens is near a reflection and decays little.
 
     Args:
       sizes_BTH: beta |k|^2 of each token; what is not a number counts as a reflection.
@@ -54,23 +54,23 @@ def needed(sizes_BTH, log_decay_BTHK):
 
 
 def product_rest(x_MBHCK, y_MBHCK):
-    """Returns what float32 rounding takes from x y^T, to float32's own precision."""
+    """Returns the error of x y^T as float32 rounds it, itself to float32's precision."""
     products = "...iK,...jK->...ij"
     exact, rest = _split_product(products, x_MBHCK, y_MBHCK)
     return (exact - jnp.einsum(products, x_MBHCK, y_MBHCK)) + rest
 
 
 def decayed_rest(products, rest, D, sums):
-    """Returns what rounding takes from products * D, where it took `rest` from the products.
+    """Returns the rounding error of products * D, given that of the products, `rest`.
 
-    D is exp(sums). 1 - D enters, which float32 knows to more digits than D where D is near 1.
+    D is exp(sums). The error is computed from 1 - D, which has more digits where D is near 1.
     """
     used = _as_computed(products * D)
     return _unless_zero(used, ((products - used) + products * jnp.expm1(sums)) + rest * D)
 
 
 def rectangle_rest(q_MUK, k_MUK, rows_MUK, g_reversed_MUK):
-    """Returns what rounding takes from `decay.rectangle`."""
+    """Returns the rounding error of `decay.rectangle`."""
     used = _as_computed(decay.rectangle(q_MUK, k_MUK, rows_MUK, g_reversed_MUK))
     products = "...iK,...jK->...ij"
     change = precise(products, q_MUK * jnp.expm1(rows_MUK), k_MUK)
@@ -80,17 +80,17 @@ def rectangle_rest(q_MUK, k_MUK, rows_MUK, g_reversed_MUK):
 
 
 def _as_computed(x):
-    """Keeps XLA from fusing x, which is rounded where it is used, into what subtracts it."""
+    """Keeps XLA from fusing x into a subtraction that needs it as rounded elsewhere."""
     return jax.lax.optimization_barrier(x)
 
 
 def _unless_zero(used, rest):
-    """Returns 0 for pairs of tokens of two documents, whose product is 0 exactly."""
+    """Returns `rest`, but 0 where `used` is exactly 0, as between documents."""
     return jnp.where(used == 0, 0.0, rest)
 
 
 def state_product(A_rest_CC):
-    """Returns the einsum for products that make states of states, rounded once if compensated."""
+    """Returns the einsum for products that carry states: rounded once if compensated."""
     return jnp.einsum if A_rest_CC is None else rounded_once
 
 
@@ -101,9 +101,9 @@ def rounded_once(subscripts, x, y) -> jax.Array:
 
 
 def solve(A_CC, A_rest_CC, X_CC, R_CV):
-    """Returns U of (I + A) U = R, from the inverse X of I + A.
+    """Solves (I + A) U = R, given the inverse X of I + A.
 
-    Where A has a rest, what rounding took from it, the residual corrects U once.
+    Where A's rounding error A_rest is given, the residual corrects U once.
     """
     U_CV = precise("...ij,...jV->...iV", X_CC, R_CV)
     if A_rest_CC is None:
@@ -120,7 +120,7 @@ def solve(A_CC, A_rest_CC, X_CC, R_CV):
 
 
 def solve_transposed(A_CC, A_rest_CC, X_CC, R_CV):
-    """Returns U of (I + A)^T U = R."""
+    """Solves (I + A)^T U = R."""
 
     def transposed(x_CC):
         return x_CC if x_CC is None else jnp.swapaxes(x_CC, -1, -2)
@@ -129,7 +129,7 @@ def solve_transposed(A_CC, A_rest_CC, X_CC, R_CV):
 
 
 def _split_product(subscripts, x, y, y_squares=None):
-    """Returns x y in float32 as two terms, an exact one and a small rest.
+    """Returns a product in float32 as two terms, an exact one and a small rest.
 
     The exact one multiplies heads of 11 bits, whose products and sums float32 holds exactly.
     y_squares: for each entry of y, the sum of squares that sets its head's unit; None is the sum

@@ -29,7 +29,7 @@ def run(
     chunk_size=None,
     scale=1.0,
 ):
-    """The delta rule, C tokens at a time, in WY form. Arguments are normalised by `api.py`."""
+    """Computes the delta rule in WY form, C tokens at a time. `api.py` normalises the arguments."""
     T, H, C, dtype = *v_BTHV.shape[1:3], chunk_size or CHUNK_SIZE, initial_state_BHKV.dtype
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, H) for x in (q_BTGK, k_BTGK))
     g_BTHK = decay.per_channel(log_decay_BTHK, segment_ids_BT, k_BTHK.shape, dtype)
@@ -80,7 +80,7 @@ def run_diagonal_plus_low_rank(
     segment_ids_BT,
     chunk_size=None,
 ):
-    """Diagonal plus low rank, C tokens at a time. Arguments are normalised by `api.py`."""
+    """Computes diagonal plus low rank, C tokens at a time. `api.py` normalises the arguments."""
     T, C, dtype = v_BTHV.shape[1], chunk_size or CHUNK_SIZE, initial_state_BHKV.dtype
     g_BTHK = decay.per_channel(log_decay_BTHK, segment_ids_BT, k_BTHK.shape, dtype)
     if segment_ids_BT is not None:  # a document's first token reads nothing

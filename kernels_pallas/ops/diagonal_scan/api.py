@@ -13,7 +13,7 @@ from kernels_pallas.ops.diagonal_scan.case import CASE
 
 
 def _by_decay(function):
-    """Wraps a function that knows a document's start by its decay alone, which is 0."""
+    """Wraps a function that needs no document starts, as the decay is 0 there."""
     return lambda *, start_BT1, **call: function(**call)
 
 

@@ -1,4 +1,4 @@
-"""How `diagonal_scan` is called and checked."""
+"""The kinds of calls and the inputs with which `diagonal_scan` is checked."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -13,7 +13,7 @@ CHUNK_SIZE = 32
 
 
 def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
-    """h_t = decay_t * h_{t-1} + x_t, C tokens at a time. Arguments are normalised by `api.py`."""
+    """Computes h_t = decay_t * h_{t-1} + x_t, C tokens at a time; `api.py` checks arguments."""
     T, C, dtype = x_BTD.shape[1], CHUNK_SIZE, decay_BTD.dtype
     i, j, s = jnp.ogrid[: C + 1, : C + 1, : C + 1]
     up_to_1CC1, between_1CCC1 = (j <= i)[None], ((j < s) & (s <= i))[None, ..., None]
@@ -48,7 +48,7 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
         h_BCD = (h_BCD + weighted(missed_BCD))[:, 1:]
         return h_BCD[:, -1], h_BCD
 
-    # x = 0 and decay = 1 behind the last token leave the state as it is
+    # x = 0 and decay = 1 after the last token leave the state as it is
     chunks = to_chunks(x_BTD.astype(dtype), 0), to_chunks(decay_BTD, 1), to_chunks(start_BT1, 0)
     final_BD, h_NBCD = jax.lax.scan(jax.checkpoint(chunk), initial_state_BD, chunks)
     h_BTD = jnp.moveaxis(h_NBCD, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, :T]

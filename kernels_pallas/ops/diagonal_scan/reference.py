@@ -33,12 +33,12 @@ def output_dtype(x_dtype, state_dtype):
 
 
 def unless(start, decayed):
-    """Returns the decayed state, 0 where a document starts: a product with 0 would pass NaN on."""
+    """Returns the decayed state, or 0 where a document starts: a product with 0 passes NaN on."""
     return decayed if start is None else jnp.where(start, 0, decayed)
 
 
 def recurrent(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
-    """h_t = decay_t * h_{t-1} + x_t as one `lax.scan`. Arguments are normalised by `api.py`.
+    """Computes h_t = decay_t * h_{t-1} + x_t by `lax.scan`. `api.py` normalises the arguments.
 
     start_BT1: True where a document starts, seen in the direction of time, or None.
     """

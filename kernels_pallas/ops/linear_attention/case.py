@@ -1,12 +1,12 @@
-"""How `linear_attention` is called and checked."""
+"""The kinds of calls and the inputs with which `linear_attention` is checked."""
 
 from kernels_pallas.common import decay, regimes
 from kernels_pallas.dispatch.case import OperatorCase, checked_dtype
 
 
 def recurrence_kind(*, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, **others):
-    """Kind of a call of a matrix recurrence. A document's start is a decay to nothing, so documents
-    without a decay are "per_token"."""
+    """Returns a call's kind, for any matrix recurrence. Documents without a decay are "per_token",
+    as a document's start is a reset."""
     kind = decay.kind(log_decay_BTHK, segment_ids=segment_ids_BT)
     return kind, checked_dtype(q_BTGK, k_BTGK, v_BTHV)
 

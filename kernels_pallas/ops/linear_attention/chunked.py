@@ -6,7 +6,7 @@ here. This is the chunkwise form of GLA (arXiv 2312.06635, section 4), Lightning
 per token, exp_g_cumsum, exp_g_reversed and D multiply on the side of v and of A, so that heads
 which share q and k share q k^T, and neither q nor k is copied. Documents are masks: a pair counts
 where no boundary lies between, the entering state up to the first boundary, the leaving state
-behind the last one.
+after the last one.
 
 The backward pass is our own. The forward pass saves its inputs and the state that enters each
 block of chunks; the backward pass walks the blocks in reverse and differentiates each, recomputed,
@@ -33,7 +33,7 @@ CHUNK_SIZE = 64
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """The chunked form; arguments normalised by `api.py`, chunk_size a power of two or None."""
+    """Runs the chunked form on arguments from `api.py`; chunk_size: a power of two or None."""
     decay_kind = decay.kind(log_decay_BTHK)
     per_channel = decay_kind == "per_channel"
     if per_channel:
@@ -50,7 +50,7 @@ def run(
     padding = N * M * C - T
 
     def padded(x_BTX, width):
-        """(B, T, G, width), padded by zeros, which write nothing to the state and decay nothing."""
+        """Pads (B, T, G, width) with zeros, which write nothing to the state and decay nothing."""
         return jnp.pad(x_BTX.reshape(B, T, G, width), ((0, 0), (0, padding), (0, 0), (0, 0)))
 
     log_decay = None
@@ -76,7 +76,7 @@ def run(
 
 
 class _Form(NamedTuple):
-    """What is fixed at tracing. per_channel: the kind of decay. scale: of the output."""
+    """Static arguments. per_channel: whether decays are. scale: of the output."""
 
     C: int
     L: int
@@ -87,7 +87,7 @@ class _Form(NamedTuple):
 
 @custom_vjp(0)
 def _run(form, inputs, state_BGKW, runs):
-    """inputs: q, k, v, log decay, each (B, T, G, ...). runs: of each token's document, or None."""
+    """Runs the blocks. inputs: q, k, v, log decay, (B, T, G, ...). runs: run indices, or None."""
     return _forward(form, inputs, state_BGKW, runs)[0]
 
 
@@ -125,7 +125,7 @@ _run.defvjp(_forward, _backward)
 
 
 def _block(form, state_BGKW, inputs, runs):
-    """A block of chunks from arrays (B, L, G, ...): its output, and the state behind it."""
+    """Computes a block of chunks (B, L, G, ...): its output, and the state that leaves it."""
     B, L, G, W = inputs[2].shape
     M, C, E = L // form.C, form.C, B * G
 
@@ -145,7 +145,7 @@ def _block(form, state_BGKW, inputs, runs):
 
 
 def _chunks(form, state_EKW, inputs, runs):
-    """M chunks at once: their outputs (M, E, C, W), and the state behind the last.
+    """Computes M chunks at once: outputs (M, E, C, W), and the state after the last chunk.
 
     Args:
       form: the sizes, the kind of decay and the scale.
@@ -160,7 +160,7 @@ def _chunks(form, state_EKW, inputs, runs):
     pairs_MECC, enters_MEC, leaves_MEC, stays_ME = _masks(runs)
 
     def over_values(x_R):
-        """A number per head to one per value: (..., R) to (..., W)."""
+        """Repeats a number per head for each of its values: (..., R) to (..., W)."""
         return jnp.repeat(x_R, W // x_R.shape[-1], axis=-1)
 
     # exp(g_cumsum), exp(g_reversed) and exp(g_total), 0 where a document begins between
@@ -218,7 +218,7 @@ def _chunks(form, state_EKW, inputs, runs):
 
 
 def _entering_states(state_EKW, exp_g_total_MEKW, local_MEKW):
-    """States that enter each chunk, and the one behind the last: S' = exp(g_total) S + local."""
+    """Returns the states that enter chunks, and the final one: S' = exp(g_total) S + local."""
 
     def body(state_EKW, chunk):
         exp_g_total_EKW, local_EKW = chunk
@@ -232,8 +232,8 @@ def _entering_states(state_EKW, exp_g_total_MEKW, local_MEKW):
 
 
 def _masks(runs):
-    """Masks of documents, or Nones: pairs of tokens in one, tokens that the entering state reaches,
-    tokens that reach the leaving state, and whether the entering state reaches the leaving one."""
+    """Returns masks of documents, or Nones: pairs of tokens in one, tokens that see the entering
+    state, tokens that reach the leaving state, and whether the entering state reaches it."""
     if runs is None:
         return None, None, None, None
     run_MEC, before_ME = runs
@@ -247,7 +247,7 @@ def _masks(runs):
 
 
 def _masked(mask, decay_X):
-    """decay_X (one axis more than the mask; None is 1) where the mask holds, else 0."""
+    """Returns decay_X (one axis more than the mask; None is 1) where the mask holds, else 0."""
     if mask is None:
         return decay_X
     return jnp.where(mask[..., None], 1.0 if decay_X is None else decay_X, 0.0)

@@ -7,7 +7,7 @@ from kernels_pallas.common import segments
 
 
 def step(q_BHK, k_BHK, v_BHV, log_decay_BHK, state_BHKV):
-    """One token: S <- diag(exp(g)) S + k v^T, o = S^T q, without scale.
+    """Computes S <- diag(exp(g)) S + k v^T and o = S^T q for one token, without scale.
 
     log_decay_BHK: g, (B, H, K) or (B, H, 1), or None for no decay.
     """
@@ -20,7 +20,7 @@ def step(q_BHK, k_BHK, v_BHV, log_decay_BHK, state_BHKV):
 def recurrent(
     q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale=1.0
 ):
-    """The recurrence as one `lax.scan` over time, in the state's dtype.
+    """Computes the recurrence by `lax.scan` over time, in the state's dtype.
 
     Arguments are normalised by `api.py`; q and k have as many heads as v.
     """

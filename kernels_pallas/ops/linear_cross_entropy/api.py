@@ -201,8 +201,7 @@ def _run(
 
 
 def _check_product(operator, name, matrix_name, x_BTD, matrix, layout) -> int:
-    """Returns the size of the vocabulary. Raises ValueError where x, the matrix and its layout do
-    not fit."""
+    """Returns the vocabulary size. Raises ValueError if x, the matrix and its layout do not fit."""
     if layout not in LAYOUTS:
         raise ValueError(
             f"{operator}: unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}"

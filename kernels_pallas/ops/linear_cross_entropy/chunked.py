@@ -1,4 +1,4 @@
-"""Losses of logits, a piece of time at a time, so that (B, T, W) numbers are never held.
+"""Losses of logits, computed in pieces of time, so that (B, T, W) logits are never in memory.
 
 The equations stand in docs/math/linear_cross_entropy.md. Forward, a loop over pieces of c tokens of
 every row makes the piece's logits (B, c, W) and saves its losses. Backward, it makes the logits
@@ -19,7 +19,7 @@ TOKENS_OF_A_PIECE = (256, 4096)
 
 
 def heuristic_chunk_size(B: int, T: int, W: int) -> int:
-    """Returns the tokens of each row in a piece, so that the pieces of a row are even.
+    """Returns the tokens per row of a piece of time, such that pieces are nearly equal.
 
     Each piece reads and writes all of dmatrix, so that fewer than several hundred tokens would wait
     for memory; more than a few thousand gain nothing. In between, the logits of a piece take up to
@@ -99,7 +99,7 @@ run.defvjp(_forward, _backward)
 
 
 def _over_pieces(one_piece, carry, chunk_size: int, T: int):
-    """Folds one_piece(carry, start, size) over the pieces of time; the last may be shorter."""
+    """Folds one_piece(carry, start, size) over pieces of time; the last may be shorter."""
     full, rest = divmod(T, chunk_size)
     if full:
         carry = lax.fori_loop(0, full, lambda i, c: one_piece(c, i * chunk_size, chunk_size), carry)

@@ -168,8 +168,8 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window, causal) -> None:
 
 
 def _signed(x) -> Any:
-    """Brings integers to int32 or wider: the age of a key is a difference, and unsigned integers
-    have no negative ones."""
+    """Casts integers to int32 or wider: a key's age is a difference, which unsigned integers cannot
+    hold."""
     if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
         return x
     return jnp.asarray(x).astype(dtypes.common(x.dtype, jnp.int32))

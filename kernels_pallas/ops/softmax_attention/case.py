@@ -1,4 +1,4 @@
-"""How `softmax_attention` is called and checked."""
+"""The kinds of calls and the inputs with which `softmax_attention` is checked."""
 
 from kernels_pallas.common import regimes
 from kernels_pallas.dispatch.case import OperatorCase, checked_dtype

@@ -1,4 +1,4 @@
-"""NaN and Inf reach only the queries that see them, though a product with 0 passes them on."""
+"""Keeps NaN and Inf to the queries that see them: a masked product, times 0, passes them on."""
 
 import jax
 import jax.numpy as jnp

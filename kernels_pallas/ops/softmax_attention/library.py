@@ -24,7 +24,7 @@ def _same_width(q_BTHK, k_BSGK, v_BSGV):
 
 
 def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """`jax.nn.dot_product_attention`, holding all T S logits; the contract of `reference.naive`."""
+    """Calls `jax.nn.dot_product_attention`, with all logits in memory, as `reference.naive`."""
     V, dtype = v_BSGV.shape[-1], q_BTHK.dtype
     seen_BTS = visibility.mask()
     qkv = _same_width(q_BTHK, k_BSGK, v_BSGV)
@@ -65,7 +65,7 @@ def _differentiable(attend):
 
 
 def cudnn(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """cuDNN's fused attention, for calls without a `cudnn_unsupported_reason`."""
+    """Calls cuDNN's fused attention; `cudnn_unsupported_reason` must be None."""
     return _cudnn(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
 
 
@@ -104,7 +104,7 @@ def cudnn_unsupported_reason(*, q, v, visibility) -> str | None:
 
 
 def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """JAX's splash attention (Pallas, TPU), which skips blocks that are masked whole; any T."""
+    """Calls JAX's splash attention (Pallas, TPU), which skips fully masked blocks; any T."""
     return _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
 
 

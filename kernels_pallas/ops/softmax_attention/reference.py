@@ -7,7 +7,7 @@ from kernels_pallas.common import dtypes
 
 
 def naive(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """o_t = sum_s p_ts v_s, p_t the softmax of scale q_t^T k_s over the keys s that t sees.
+    """Computes o_t = sum_s p_ts v_s, p_t the softmax of scale q_t^T k_s over the keys that t sees.
 
     Arguments are normalised by `api.py`. A query that sees nothing gets 0.
     """

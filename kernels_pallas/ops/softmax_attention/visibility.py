@@ -10,7 +10,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-    """Query t sees key s iff all of these hold:
+    """The mask by which query t sees key s iff all of these hold:
 
       s's slot is filled: kv_position >= 0;    causal: kv_position <= q_position;
       window: |q_position - kv_position| < window;    segments: q_segment == kv_segment.
@@ -42,7 +42,7 @@ class Visibility:
         return seen_BTS
 
     def padded(self, queries: int, keys: int) -> "Visibility":
-        """Returns the visibility with so many empty slots of queries and keys added at the end."""
+        """Returns the visibility with this many empty query and key slots appended."""
 
         def pad(x, count, value):
             return None if x is None else jnp.pad(x, ((0, 0), (0, count)), constant_values=value)
@@ -56,7 +56,7 @@ class Visibility:
         )
 
     def block(self, first_query, queries: int, first_key, keys: int) -> "Visibility":
-        """Returns that of a block of queries and one of keys; their beginnings may be traced."""
+        """Returns the visibility of a block of queries and one of keys; starts may be traced."""
 
         def cut(x, start, size):
             return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
@@ -70,7 +70,7 @@ class Visibility:
         )
 
     def blocks_seen(self, queries: int, keys: int) -> jax.Array | None:
-        """Returns which blocks of queries and keys may hold a pair that sees, (N, M).
+        """Returns which blocks of queries and keys may have a visible pair, (N, M).
 
         It goes by ranges of positions and documents, so that a block called seen may hold no pair.
         None where `aligned`: there the blocks' indices tell.

@@ -94,7 +94,7 @@ class HFConfig:
         return self._checked(field, default, lambda v: isinstance(v, bool), "true or false")
 
     def choice(self, field: str, choices: dict[str, Any], default: str | None = None) -> Any:
-        """Returns choices[value of the field]."""
+        """Returns the entry of `choices` that the field's value selects."""
         value = self._checked(
             field, default, lambda v: isinstance(v, str) and v in choices, " or ".join(choices)
         )
@@ -123,7 +123,7 @@ class HFConfig:
         return types
 
     def get(self, field: str, default: Any = None) -> Any:
-        """Returns the field unchecked; null is the default."""
+        """Returns the field's value unchecked, `default` if it is null."""
         value = self.fields.get(field)
         return default if value is None else value
 
@@ -133,7 +133,7 @@ class HFConfig:
         return HFConfig(value, f"{self.name}, {field}")
 
     def require(self, **fields) -> None:
-        """Refuses other values than these of fields that may also be absent."""
+        """Raises ValueError for fields with other values than these; absent fields pass."""
         for field, value in fields.items():
             found = self.get(field, value)
             if found != value:
@@ -142,7 +142,7 @@ class HFConfig:
                 )
 
     def options(self, table: Iterable[Any]) -> dict[str, Any]:
-        """Reads the fields of a table of `parts.Field`, by our names."""
+        """Reads the fields of a table of `parts.Field` into a dict of our option names."""
         return {f.ours: f.read(self, f.theirs, f.default) for f in table}
 
     def _checked(self, field, default, is_right, what):

@@ -1,4 +1,4 @@
-"""Common parts of the softmax decoders of the Llama line.
+"""Common parts of the softmax decoders in the style of Llama.
 
 Layers are x <- x + attention(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms, rotary
 positions, and no biases but those that a family names.
@@ -27,7 +27,7 @@ _SCALINGS = {
 
 
 def model_config(config: HFConfig, specs: Sequence[MixerSpec], **fields) -> dict[str, Any]:
-    """Returns config.model of a decoder whose layers are `specs`; `fields` add to it."""
+    """Returns config.model of a decoder with the layers `specs`; `fields` are added."""
     return config.options(_FIELDS) | {
         "pattern": to_text(specs),
         "channel_mixer": config.choice("hidden_act", _ACTIVATIONS, "silu"),
@@ -46,7 +46,7 @@ def attention_options(
     rotated: float | None = None,
     **options,
 ) -> dict[str, Any]:
-    """Reads the options of `attention` that every family has; `options` add to them.
+    """Reads the options of `attention` that all families have; `options` are added.
 
     D, heads, kv_heads and head_dim are defaults of the library, where it has any; `rotated` is
     `rope_options`' fraction. Options that are None are left out.
@@ -66,7 +66,7 @@ def attention_options(
 def attention_fields(
     options: dict[str, Any], d_model: int, partial: bool = False
 ) -> dict[str, Any]:
-    """Writes what `attention_options` reads; `partial` as in `rope_fields`."""
+    """Inverts `attention_options`: returns config.json's fields. `partial`: see `rope_fields`."""
     H = options["num_heads"]
     return {
         "num_attention_heads": H,
@@ -78,7 +78,7 @@ def attention_fields(
 
 
 def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
-    """Returns every layer's attention: those of `layer_types` "sliding_attention" have the window
+    """Returns the attention of every layer; "sliding_attention" in `layer_types` gets the window
     `sliding_window`."""
     window = config.optional_integer("sliding_window")
     default = [_TYPES[0] if window else _TYPES[1]] * config.integer("num_hidden_layers")
@@ -177,7 +177,7 @@ def _rope_section(config: HFConfig) -> HFConfig:
 
 
 def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any]:
-    """Writes what `rope_options` reads, with the fraction if `partial`; in the older fields too."""
+    """Inverts `rope_options`: returns the older fields, too, and the fraction if `partial`."""
     kind, *values = options["rope_scaling"] or ("default",)
     theta = float(options["rope_base"] or 10_000.0)
     scaling = {"rope_type": kind} | dict(zip(_SCALINGS.get(kind, ()), values))
@@ -192,7 +192,7 @@ def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any
 
 
 def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, Any]:
-    """Writes the fields of config.json that every family has; refuses other mixers."""
+    """Returns the fields of config.json that every family has; refuses other mixers."""
     if others := sorted({s.name for s in specs} - {"attention"}):
         raise ValueError(
             f"only softmax attention has a place in this layout; there is {', '.join(others)}"
@@ -217,7 +217,7 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, An
 
 
 def layer_types(specs: Sequence[MixerSpec]) -> list[str]:
-    """Writes `layer_types`: which layers have a window."""
+    """Returns `layer_types` of config.json: which layers have a window."""
     return [_TYPES[parts.option_values(s)["window"] is None] for s in specs]
 
 

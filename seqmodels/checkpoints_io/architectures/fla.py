@@ -36,7 +36,7 @@ def architecture(
     hidden_ratio: int = 4,
     extra: Callable[[], Iterable[rules.Rule]] = tuple,
 ) -> Architecture:
-    """Returns the architecture of a family from its mixer, the mixer's options and its tensors.
+    """Makes a family's Architecture from its mixer, the mixer's options and its tensors.
 
     Args:
       table: fields that are options of the mixer.
@@ -124,7 +124,7 @@ HEADS_REQUIRED = {
 
 
 def require_all_heads(config: HFConfig, heads: int) -> None:
-    """Refuses fewer key heads than value heads, of which `heads` is the default."""
+    """Raises ValueError for fewer key heads than value heads; the default is `heads`."""
     config.require(num_kv_heads=config.integer("num_heads", heads))
 
 
@@ -166,7 +166,7 @@ def _softmax_layers(config: HFConfig, D: int, L: int) -> dict[int, MixerSpec]:
 
 
 def _attn(specs: Sequence[MixerSpec]) -> list[dict[str, Any]] | None:
-    """Writes what `_softmax_layers` reads; None without such a layer."""
+    """Inverts `_softmax_layers`; returns None if no layer is softmax attention."""
     indices: dict[MixerSpec, list[int]] = {}
     for i, layer in enumerate(specs):
         if layer.name == "attention":

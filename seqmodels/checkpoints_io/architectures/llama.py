@@ -5,13 +5,13 @@ from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts
 
 
 def biases(config):
-    """Reads the two flags of biases: (options of attention, fields of config.model)."""
+    """Reads the two bias flags; returns (options of attention, fields of config.model)."""
     attention = {"use_bias": True} if config.flag("attention_bias", False) else {}
     return attention, {"channel_bias": True} if config.flag("mlp_bias", False) else {}
 
 
 def bias_fields(model, specs):
-    """Writes what `biases` reads."""
+    """Inverts `biases`: returns the two flags."""
     attention = parts.option_values(specs[0])["use_bias"]
     return {"attention_bias": attention, "mlp_bias": model["channel_bias"]}
 

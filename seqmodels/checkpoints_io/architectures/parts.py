@@ -1,4 +1,4 @@
-"""Common parts of the families' tables: rules of tensors, and fields of config.json.
+"""Common parts of the families' tables: rules for tensors, and fields of config.json.
 
 In rules, `theirs` is a prefix of tensor names and `ours` a path of parameters.
 """
@@ -19,7 +19,7 @@ MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
 class Field(NamedTuple):
-    """A field of config.json that is one option of ours: `read`, a method of HFConfig, reads it."""
+    """A field of config.json that is one option of ours; `read` is a method of HFConfig."""
 
     theirs: str
     ours: str
@@ -28,14 +28,14 @@ class Field(NamedTuple):
 
 
 def given(values: Mapping[str, Any], name: str) -> Any:
-    """Returns an option that a layout has to spell out; raises ValueError where it is None."""
+    """Returns an option that the layout requires; raises ValueError if it is None."""
     if values.get(name) is None:
         raise ValueError(f"this layout needs {name}; set it in config.model or in its pattern")
     return values[name]
 
 
 def fields_of(values: Mapping[str, Any], table: Iterable[Field]) -> dict[str, Any]:
-    """Writes a table's fields from options by our names: the inverse of `HFConfig.options`."""
+    """Returns config.json's fields for our options: the inverse of `HFConfig.options`."""
     return {field.theirs: given(values, field.ours) for field in table}
 
 
@@ -60,17 +60,17 @@ D_FF = Field("intermediate_size", "d_ff", HFConfig.integer)
 
 
 def spec(name: str, **options) -> MixerSpec:
-    """Returns a layer of a pattern; options that are None are left out."""
+    """Returns a layer's MixerSpec, without options that are None."""
     return MixerSpec(name, tuple((k, v) for k, v in options.items() if v is not None))
 
 
 def option_values(layer: MixerSpec) -> dict[str, Any]:
-    """Returns all options of a layer, defaults too."""
+    """Returns all options of a layer, defaults included."""
     return mixers.options(layer.name) | dict(layer.options)
 
 
 def options_of(specs: Sequence[MixerSpec], name: str, optional: bool = False) -> dict[str, Any]:
-    """Returns all options of the first layer whose mixer is `name`; other layers' are not compared.
+    """Returns all options of the first layer whose mixer is `name`; others are not compared.
 
     Without such a layer these are the mixer's defaults if `optional`, and else it raises.
     """
@@ -83,13 +83,13 @@ def options_of(specs: Sequence[MixerSpec], name: str, optional: bool = False) ->
 
 
 def only(specs: Sequence[MixerSpec], *names: str) -> None:
-    """Refuses mixers that a layout has no name for."""
+    """Raises ValueError for mixers that the layout cannot hold."""
     if others := sorted({s.name for s in specs} - set(names)):
         raise ValueError(f"only {' and '.join(names)} have a place in this layout, not {others[0]}")
 
 
 def experts_text(config: HFConfig, table: Sequence[Field]) -> str:
-    """Reads a mixture of experts as a channel mixer's text; `table` gives its options.
+    """Returns a mixture of experts as a channel mixer's text, with options from `table`.
 
     Each expert has tensors of its own, so a count beyond reason is refused before they are named.
     """
@@ -109,7 +109,7 @@ def experts_of(text: str | None) -> channel_mixers.MixtureOfExperts | None:
 
 
 def no_time_step_limit(config: HFConfig) -> None:
-    """Refuses Mamba-2's optional bounds on dt."""
+    """Raises ValueError if Mamba-2's dt has bounds, which are not supported."""
     limit = config.get("time_step_limit", [0.0, float("inf")])
     # transformers 5 writes what JSON has no number for as an object.
     if limit not in ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}]):
@@ -119,7 +119,7 @@ def no_time_step_limit(config: HFConfig) -> None:
 
 
 def check_mamba2_width(config: HFConfig, D: int, options: Mapping[str, Any], heads: int) -> None:
-    """Refuses heads that do not add up to the mixer's width."""
+    """Raises ValueError for heads that do not add up to the mixer's width."""
     expand, dim = options["expand"], options["head_dim"]
     if expand * D != heads * dim:
         raise ValueError(
@@ -146,7 +146,7 @@ def block_norms(theirs: str, ours: str, mixer: str, channel: str) -> Iterator[ru
 
 
 def same(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[rules.Rule]:
-    """Yields rules that take tensors of a module, {theirs: ours}, as they are."""
+    """Yields the rules of a module's tensors that are ours unchanged, {theirs: ours}."""
     for their_name, our_name in names.items():
         yield rules.same(f"{theirs}.{their_name}", f"{ours}/{our_name}")
 
@@ -162,8 +162,8 @@ def linears(
 def packed_heads(
     name: str, ours: str, heads: int, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """Cuts one nn.Linear whose output features are, head after head, those of several of ours,
-    {ours: features per head}."""
+    """Yields rules that cut an nn.Linear into ours; for every head in turn it has the features of
+    each, {ours: features per head}."""
     ends = np.cumsum(list(widths.values()))
 
     def into(x):
@@ -182,8 +182,8 @@ def packed_heads(
 
 
 def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterator[rules.Rule]:
-    """Stacks the SwiGLUs of experts, `{theirs}.{e}.{name}.weight` for e < count; `names` are those
-    of the kernels gate, up and down."""
+    """Yields rules that stack the SwiGLUs `{theirs}.{e}.{name}.weight` of experts e < count;
+    `names` are those of gate, up and down."""
     for their_name, our_name in zip(names, ("gate", "up", "down")):
         yield rules.Rule(
             tuple(f"{theirs}.{e}.{their_name}.weight" for e in range(count)),
@@ -194,7 +194,7 @@ def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterato
 
 
 def mamba2(layer: MixerSpec, d_model: int, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """Yields the rules of a Mamba-2 mixer, the same for each family of transformers with one."""
+    """Yields the rules of a Mamba-2 mixer, which transformers' families share."""
     options = option_values(layer)
     E, V = options["expand"] * d_model, options["head_dim"]
     width = options["num_groups"] * options["d_state"]

@@ -14,7 +14,7 @@ SUM_ROWS = 64  # rows whose head sums are taken together
 
 
 def forward(tiling, x, before, initial, w, *refs):
-    """y of one block: taps, bias, activation, and per head the norm."""
+    """Computes y of one block: taps, bias, activation, and the norm of each head."""
     age, (y, seen, *columns) = (refs[0] if tiling.packed else None), refs[tiling.packed :]
     chunk, block = pl.program_id(1), pl.program_id(2)
 
@@ -47,7 +47,7 @@ def forward(tiling, x, before, initial, w, *refs):
 
 
 def backward(tiling, x, before, initial, w, *refs):
-    """dx of one block, and sums over blocks of the gradients of w and bias."""
+    """Computes dx of one block, and adds its part to the gradients of w and bias."""
     marks, refs = refs[: 2 * tiling.packed], refs[2 * tiling.packed :]
     age, room = marks or (None, None)
     g, dx, dw, first, seen, dz, *columns, later = refs
@@ -62,7 +62,7 @@ def backward(tiling, x, before, initial, w, *refs):
         at = Group(tiling, chunk, block, column, w, seen, age)
         at.take(x, before, initial)
         nth = block * (tiling.d // LANES) + column
-        # dz of the tokens behind this block, which the grid has visited before.
+        # dz of the tokens after this block, which the grid has visited before.
         for c in range(tiling.group):
             dz[:, c, tiling.rows :] = jnp.where(t == 0, 0.0, later[nth + c])
 
@@ -121,8 +121,8 @@ def backward(tiling, x, before, initial, w, *refs):
 
 
 def _each(rows: int, step: int, body, carry=None):
-    """Runs body(row, carry) for every `step`th row, unrolled, so that the compiler can fill the
-    gaps of one row with another."""
+    """Runs body(row, carry) for every `step`th row, unrolled, so that the compiler can overlap
+    rows."""
     steps = rows // step
     unroll = 1 if devices.interpreting() else steps
     return lax.fori_loop(0, steps, lambda i, z: body(i * step, z), carry, unroll=unroll)
@@ -136,7 +136,7 @@ def _each_group(tiling, body) -> None:
 
 
 def _together(tiling) -> int:
-    """Rows whose head sums are taken at a time."""
+    """Returns the number of rows whose head sums are computed at a time."""
     return next(n for n in range(SUM_ROWS, 0, -ROWS) if tiling.rows % n == 0)
 
 
@@ -145,8 +145,8 @@ def _times(slope, g):
 
 
 class Group:
-    """Reads, computes and writes `group` columns of a block. Values are lists over parts (tokens of
-    a word), and within over columns."""
+    """The computation of `group` columns of a block, 128 channels each. Values are indexed
+    [part][column]: part p holds the p-th token of every 32-bit word."""
 
     def __init__(self, tiling, chunk, block, column, w, seen, age):
         self.tiling, self.chunk, self.block, self.column = tiling, chunk, block, column
@@ -161,7 +161,7 @@ class Group:
         return pl.ds(pl.multiple_of((self.column + c) * LANES, LANES), LANES)
 
     def take(self, x, before, initial) -> None:
-        """Copies x to columns, behind the tokens before it."""
+        """Copies x, and the tokens before it, to float32 columns in scratch memory."""
         tiling = self.tiling
         for c in range(tiling.group):
             earlier = self._parts(before[0, :, self.lanes(c)])
@@ -173,7 +173,7 @@ class Group:
                 self.seen[q, c, tiling.halo :] = self._inside(here[q], q, c)
 
     def read(self, ref, row, rows):
-        """Reads rows of a block as [part][column]."""
+        """Reads rows of a block in float32, as [part][column]."""
         p = self.tiling.p
         found = []
         for c in range(self.tiling.group):
@@ -182,7 +182,7 @@ class Group:
         return [list(z) for z in zip(*found)]
 
     def _parts(self, words):
-        """Takes the tokens that share a word apart, to float32."""
+        """Splits words into their tokens, one array per token of a word, in float32."""
         if self.tiling.p == 1:
             return [words]
         words = pltpu.bitcast(words, jnp.int32)
@@ -190,7 +190,7 @@ class Group:
         return [lax.bitcast_convert_type(z, jnp.float32) for z in both]
 
     def _inside(self, z, q, c, row=0, timed=True):
-        """Sets to 0 what lies beyond the ends of time and channels, where it would do harm."""
+        """Zeroes tokens and channels that only pad the block, where they would change a result."""
         tiling, inside = self.tiling, None
         if timed and tiling.T % tiling.C:
             token = (row + primitives.iota(z.shape, 0)) * tiling.p + q
@@ -202,7 +202,7 @@ class Group:
         return z if inside is None else jnp.where(inside, z, 0.0)
 
     def write(self, ref, c, row, parts) -> None:
-        """Writes parts to rows of a block, in its dtype."""
+        """Writes parts, packed to words, to rows of a block, in its dtype."""
         p, rows, z = self.tiling.p, parts[0].shape[0], parts[0]
         if p == 2:
             if devices.interpreting():  # which knows neither of the two below
@@ -214,7 +214,7 @@ class Group:
         ref[0, pl.ds(_aligned(row, ROWS), rows), self.lanes(c)] = z
 
     def store(self, ref, c, row, parts) -> None:
-        """Stores parts in scratch columns, where they are not None."""
+        """Stores the parts that are not None in scratch columns."""
         for q, z in enumerate(parts):
             if z is not None:
                 ref[q, c, pl.ds(_aligned(row, ROWS), z.shape[0])] = z
@@ -226,7 +226,7 @@ class Group:
         return [[ref[q, c, rows] for c in range(tiling.group)] for q in range(tiling.p)]
 
     def _marked(self, ref, row):
-        """Says as [part][lag] whether a tap counts."""
+        """Returns as [part][lag] whether a tap lies in the token's document, from its mark."""
         tiling = self.tiling
         if ref is None:
             return None
@@ -238,7 +238,7 @@ class Group:
         return self._shifted(self.seen, row + self.tiling.halo, -1, self._marked(self.age, row))
 
     def _shifted(self, ref, row, sign, counts):
-        """Loads columns at every lag, before (sign -1) or behind (1) each token."""
+        """Loads columns at every lag, before (sign -1) or after (1) each token."""
         tiling, loaded = self.tiling, {}
 
         def load(q, c, lag):
@@ -255,7 +255,7 @@ class Group:
         ]
 
     def _weighted(self, taps, c):
-        """Sums w_{I-1-lag} * taps[lag]."""
+        """Computes sum_lag w_{I-1-lag} taps[lag]."""
         n = self.tiling.width - 1
         total = self.w[c][n] * taps[0]
         for lag in range(1, n + 1):
@@ -263,19 +263,19 @@ class Group:
         return total
 
     def sums(self, taps, c):
-        """Computes z (with silu h = z/2) of each part."""
+        """Computes z of each part (with silu, h = z/2)."""
         h = [self._weighted(taps[q][c], c) for q in range(self.tiling.p)]
         return [z + self.w[c][self.tiling.width] for z in h] if self.tiling.bias else h
 
     def activated(self, h):
-        """Computes the activation and its derivative (None: 1)."""
+        """Computes the activation and its derivative (None stands for 1)."""
         if not self.tiling.silu:
             return h, None
         u = 2.0 / (1.0 + jnp.exp(-2.0 * h))
         return h * u, u * (1.0 + h * (2.0 - u))
 
     def with_products(self, totals, taps, c, dh):
-        """Adds these tokens' part to the gradients of w and bias."""
+        """Adds these tokens' terms to the gradients of w and bias."""
         tiling, totals = self.tiling, list(totals)
         for q in range(tiling.p):
             for lag in range(tiling.width):
@@ -287,18 +287,18 @@ class Group:
         return totals
 
     def write_dx(self, ref, dz, room, row) -> None:
-        """Writes dx, the taps of dz behind each token."""
+        """Computes and writes dx_t = sum_j w_{I-1-j} dz_{t+j}."""
         later = self._shifted(dz, row, 1, self._marked(room, row))
         for c in range(self.tiling.group):
             parts = [self._weighted(later[q][c], c) for q in range(self.tiling.p)]
             self.write(ref, c, row, parts)
 
     def inverse_norms(self, a):
-        """Computes r = (sum a^2 + eps)^(-1/2), as `head_sums`."""
+        """Computes r = (sum a^2 + eps)^(-1/2) per head, in the layout of `head_sums`."""
         return [[lax.rsqrt(s + self.tiling.eps) for s in sums] for sums in self.head_sums(a, a)]
 
     def head_sums(self, x, y):
-        """Sums x y over each head, for each of its channels, as [part][column]."""
+        """Sums x y over each head, repeated for each of its channels, as [part][column]."""
         tiling = self.tiling
         products = [[z * s for z, s in zip(*columns)] for columns in zip(x, y)]
         if tiling.K % LANES == 0:

@@ -20,7 +20,7 @@ per head, and its derivative da = r (g - a r^2 sum g a). Sums over heads of othe
 128s are products with zeros and ones.
 
 Documents: `age` counts the inputs before a token that its taps may reach, and `room` the tokens
-behind it whose taps reach it, both cut at I-1 and repeated over 128 lanes. A tap of lag j counts
+after it whose taps reach it, both cut at I-1 and repeated over 128 lanes. A tap of lag j counts
 where age >= j.
 """
 
@@ -143,20 +143,20 @@ _conv = kernel_vjp.differentiable(_forward, _backward, _plain, save=False)  # ch
 
 
 def _inputs(x_BTD, w, initial_state):
-    """The inputs that both kernels begin with, and what their blocks hold."""
+    """Returns the first inputs of both kernels, each with the kind of its block."""
     missing = HALO - initial_state.shape[1]
     initial_BSD = jnp.pad(initial_state, ((0, 0), (missing, 0), (0, 0)))
     return (x_BTD, "time"), (x_BTD, "before"), (initial_BSD, "initial"), (w, "w")
 
 
 def _marks(tiling, start_BT, dtype):
-    """`age` and `room` of the module's docstring, (B, T, LANES) each, or nothing."""
+    """Returns `age` and `room` of the module's docstring, (B, T, LANES); [] without documents."""
     if start_BT is None:
         return []
     T = start_BT.shape[1]
 
     def counted(starts_at):
-        """Counts the tokens up to the first j for which `starts_at(j)` says that a document starts
+        """Counts the neighbours, nearest first, until `starts_at(j)` says that a document starts
         between a token and the one j from it."""
         count_BT, going_BT = jnp.zeros(start_BT.shape, dtype), True
         for j in range(1, tiling.width):
@@ -171,7 +171,7 @@ def _marks(tiling, start_BT, dtype):
 
 
 def _initial_gradient(tiling, dz_BSD, w, start_BT):
-    """Gradient of the initial state, from dz of the first HALO tokens."""
+    """Computes the initial state's gradient from dz of the first HALO tokens."""
     n = tiling.width - 1
     if start_BT is not None:
         start_BS = jnp.pad(start_BT, ((0, 0), (0, HALO)))[:, :HALO]
@@ -187,7 +187,7 @@ def _initial_gradient(tiling, dz_BSD, w, start_BT):
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes of one call and how it is cut.
+    """Sizes of one call and of its blocks.
 
     width: taps. packed: documents are marked. K: channels per head of the norm, or None.
     p: tokens that share a word of 32 bits. C, d: tokens and channels of a block.
@@ -235,7 +235,7 @@ class Tiling:
 
     @property
     def rows(self):
-        """Rows of words in a block."""
+        """Returns the rows of words in a block."""
         return self.C // self.p
 
     @property
@@ -244,8 +244,8 @@ class Tiling:
 
     @property
     def vmem_bytes(self):
-        """Estimates what the backward kernel takes: blocks twice, for they are fetched ahead,
-        columns, what stays for all time, and spilled registers."""
+        """Estimates the backward kernel's VMEM: blocks, double-buffered; columns; what is in memory
+        for the whole grid; spilled registers."""
         item = 4 // self.p
         blocks = item * (3 * self.C * self.d + 2 * HALO * self.d + 2 * self.C * LANES)
         blocks += 4 * self.all_channels * (HALO + pl.cdiv(self.width + 1, ROWS) * ROWS)
@@ -253,7 +253,7 @@ class Tiling:
         return 2 * blocks + columns + 4 * HALO * self.all_channels + (1 << 20)
 
     def spec(self, kind: str, array, backward: bool):
-        """The block spec of an array. backward: the grid begins at the last chunk."""
+        """Returns an array's block spec. backward: the grid begins at the last chunk."""
 
         def chunk(t):
             return self.chunks - 1 - t if backward else t

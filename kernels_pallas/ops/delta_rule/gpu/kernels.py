@@ -88,7 +88,7 @@ def inverses(
 
 @triton.jit
 def _load_inverse(X, at, C: tl.constexpr, EXACT: tl.constexpr):
-    """Loads what `inverses` stored; EXACT: in float64, from its two float32 terms."""
+    """Loads the result of `inverses`; EXACT: in float64, from its two float32 terms."""
     if EXACT:
         X += at * 2 * C * C
         X_CC = load_tile(X, C, 0, C, 0, C, C, C).to(tl.float64)
@@ -105,7 +105,7 @@ def writes(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes U, the states that enter the chunks, and the last one. BK is all of K."""
+    """Writes U, the states that enter the chunks, and the final state. BK is all of K."""
     v0 = tl.program_id(0) * BV
     bh, key, value, gate = head(T, XH, H, GH)
     N = tl.cdiv(T, C)
@@ -149,7 +149,7 @@ def gradients_of_writes(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dR = (I + A)^-T dU, cotangents of the states that leave the chunks, and of the first.
+    """Writes dR = (I + A)^-T dU, where (I + A) U = R, and the cotangents of states.
 
     BK is all of K. du: the part of dU that comes from the outputs of its own chunk.
     """

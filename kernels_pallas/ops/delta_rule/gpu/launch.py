@@ -44,7 +44,7 @@ def unsupported_reason(
 
 
 def _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size):
-    """Takes the chunk that was given, or the longest up to the usual one that fits."""
+    """Returns the call's form, with the given chunk, or the longest usual one that fits memory."""
     arrays = q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK
     form = recurrences.TritonForm.of("delta_rule", *arrays, chunk_size, 64)
     if chunk_size is None:
@@ -163,19 +163,19 @@ def _kernels():
 
 
 def _precision(form, exact):
-    """Precision of products that carry a state from chunk to chunk."""
+    """Returns the precision of products that carry a state from chunk to chunk."""
     return "fp64" if exact else launch.precision(form.mixed)
 
 
 def _states_of(form):
-    """Shapes of the states at chunk boundaries, and of one."""
+    """Returns shape and dtype of the states at chunk boundaries, and of one state."""
     shape = form.K, form.V
     return ((form.H, form.N, *shape), jnp.float32), ((form.H, *shape), jnp.float32)
 
 
 def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
-    """Computes scores of keys with keys (None where decay is per token), inverses, U, the states
-    that enter the chunks and the last one."""
+    """Computes the scores of keys with keys (None with a decay per token), the inverses, U, the
+    states that enter the chunks, and the final one."""
     kk = recurrences.scores(form, k_BTGK, k_BTGK, g_BTHK, strict=True)
     parts = (2,) if exact else ()  # float64 as two float32 terms
     (X_BHNCC,) = recurrences.run_kernel(

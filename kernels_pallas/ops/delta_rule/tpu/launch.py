@@ -71,7 +71,7 @@ def _plain(tiling, _, q, k, v, gates, g, S_BHKV):
 
 
 def _specs(tiling: Tiling, backward: bool):
-    """Block specs by what a block holds. Grid: rows, groups of heads, chunks (or reversed)."""
+    """Returns block specs by kind of block. Grid: rows, groups of heads, chunks (or reversed)."""
     C, heads, keys = tiling.C, tiling.heads, tiling.keys
     last = tiling.chunks - 1
     at = (lambda n: last - n) if backward else (lambda n: n)
@@ -106,7 +106,7 @@ def _launch(tiling: Tiling, kernel, inputs, outputs):
 
 
 def _forward(tiling: Tiling, keep: bool, q, k, v, gates, g, S_BHKV):
-    """keep: also returns the states that enter the chunks."""
+    """Launches the forward kernel. keep: also return the states that enter the chunks."""
     inputs = [("key", q), ("key", k), ("value", v), ("gates", gates), ("state", S_BHKV)]
     B, H, K, V = S_BHKV.shape
     states = jax.ShapeDtypeStruct((B, tiling.chunks, H, K, V), jnp.float32) if keep else None
@@ -136,7 +136,7 @@ _run = vjp.differentiable(_forward, _backward, _plain)
 
 
 def _algebra(tiling):
-    """The module with the algebra of a chunk."""
+    """Returns the module with the algebra of a chunk."""
     return per_channel if tiling.per_channel else per_token
 
 

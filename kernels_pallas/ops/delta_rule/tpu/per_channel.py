@@ -22,7 +22,7 @@ from kernels_pallas.tpu.primitives import Products, column_of, iota, lower, row_
 
 
 class Gates(NamedTuple):
-    """beta and the log decay of one head."""
+    """The gates of one head: beta and log decay."""
 
     beta_C1: jnp.ndarray
     g_CK: jnp.ndarray
@@ -47,14 +47,14 @@ class Chunk(NamedTuple):
 
 
 def gates_of(p: Products, heads: int, rows_RC, g_CHK) -> list[Gates]:
-    """Splits beta, a row per head, and g, the heads side by side, by head."""
+    """Splits beta (a row per head) and g (heads side by side) into each head's Gates."""
     columns_CR = rows_RC.T
     K = g_CHK.shape[1] // heads
     return [Gates(columns_CR[:, h : h + 1], g_CHK[:, h * K : (h + 1) * K]) for h in range(heads)]
 
 
 def _parting(C, rows=1, columns=1):
-    """i xor j, whose highest bit is the level at which i and j part, repeated down or along."""
+    """Returns i xor j, whose highest bit is the halving level that separates i and j, tiled."""
     shape = (rows * C, columns * C)
     return (iota(shape, 0) % C) ^ (iota(shape, 1) % C)
 
@@ -91,7 +91,7 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
 
 
 def _state(p, x, y, axes=(1, 0)):
-    """Multiplies what carries a state from chunk to chunk: rounded once where that counts."""
+    """Multiplies what carries a state from chunk to chunk: rounded once if the call is `exact`."""
     return p.state(x, y, axes) if p.exact else p.dot(x, y, axes)
 
 

@@ -21,7 +21,7 @@ from kernels_pallas.tpu.primitives import Products, lower, row_of, row_sums
 
 
 class Gates(NamedTuple):
-    """beta of one head, and its decays; without a decay these are None."""
+    """The gates of one head: beta, and its decays; without a decay these are None."""
 
     beta_C1: jnp.ndarray
     D_CC: jnp.ndarray | None = None
@@ -33,7 +33,7 @@ class Gates(NamedTuple):
 class Chunk(NamedTuple):
     """Arrays of the forward pass that the backward pass reads again.
 
-    A_rest_CC: what A has lost to rounding, where that counts. X_CC: (I + A)^-1. read_CV: v - what k
+    A_rest_CC: A's rounding error, in `exact` calls. X_CC: (I + A)^-1. read_CV: v - what k
       reads of the entering state, so that R = beta * read.
     """
 
@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
 
 
 class ChunkGradients(NamedTuple):
-    """Gradients of one head of a chunk: dS that of the entering state, dg None without a decay."""
+    """Gradients of one head of a chunk. dS: of the entering state. dg: None without a decay."""
 
     dq_CK: jnp.ndarray
     dk_CK: jnp.ndarray
@@ -119,8 +119,8 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Generato
 
 
 def solve(p, A_CC, A_rest_CC, X_CC, R_CV, axis):
-    """Computes (I + A)^-1 R, or with axis 0 (I + A)^-T R, corrected by its residual where rounding
-    counts (docs/math/delta_rule.md, "Compensated products")."""
+    """Computes (I + A)^-1 R, or with axis 0 (I + A)^-T R. With A_rest it corrects the result once
+    by its residual (docs/math/delta_rule.md, "Compensated products")."""
     axes = (axis, 0)
     U_CV = p.precise(X_CC, R_CV, axes)
     if A_rest_CC is None:
@@ -211,7 +211,7 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
 
 
 def _decay_gradient(p, pairs_CC, dg_cumsum_C1, dg_reversed_C1):
-    """dg_s: the sum of pairs j < s <= i, of g_cumsum_i from s on, and of g_reversed_j before s."""
+    """Sums dg_s over pairs j < s <= i, g_cumsum_i with i >= s, and g_reversed_j with j < s."""
     C = pairs_CC.shape[0]
     between_CC = p.dot(pairs_CC, p.ones(~lower(C))) + dg_cumsum_C1
     return jnp.sum(jnp.where(lower(C), between_CC, dg_reversed_C1), axis=0, keepdims=True)

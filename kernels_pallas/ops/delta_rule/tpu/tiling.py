@@ -1,4 +1,4 @@
-"""How the delta rule's TPU kernels cut a call: their sizes, and the VMEM that these take."""
+"""Cuts a delta-rule call into blocks for its TPU kernels, and estimates their VMEM."""
 
 import functools
 
@@ -19,7 +19,7 @@ FLOAT32_HEADS = 2  # float32 is there to be exact: a smaller kernel compiles soo
 
 
 class Tiling(RecurrenceTiling):
-    """One call of the delta rule; see `RecurrenceTiling`."""
+    """Sizes and blocks of a delta-rule call, as `RecurrenceTiling`."""
 
     OPERATOR = "delta_rule"
     OWN_KEYS = EXACT = True

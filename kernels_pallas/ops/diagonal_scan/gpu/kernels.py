@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def _program(T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
-    """Returns this program's chunk (as a block), its channels, and their offsets at the row's first
-    token in arrays of tokens and at the chunk in arrays of chunks."""
+    """Returns this program's chunk and channels, and the offsets of both in arrays over tokens (at
+    the row's first token) and over chunks."""
     blocks = tl.cdiv(D, BD)
     n = tl.program_id(0) // blocks + tl.full((BD,), 0, tl.int32)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
@@ -52,8 +52,8 @@ def carry(
     product, local, initial, entering, final,
     T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the state that enters each of T chunks, from their maps, and the one behind the last;
-    one program walks all chunks."""
+    """Writes the state that enters each of T chunks, from their maps, and the final state; one
+    program goes through all chunks."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     b = tl.program_id(1).to(tl.int64)
     h = tl.load(initial + b * D + d, mask=d < D, other=0.0)
@@ -93,8 +93,8 @@ def gradients(
     g, decay, h, initial, entering, dx, ddecay,
     T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx_t = l_t and da_t = l_t h_{t-1} of one chunk, where l_t = g_t + c_t and the token
-    before gets c = a_t l_t. REVERSE is that of the forward scan."""
+    """Writes dx_t = l_t and da_t = l_t h_{t-1} of one chunk, with l_t = g_t + c_t and c_{t-1} = a_t
+    l_t. REVERSE is that of the forward scan."""
     n, d, at, at_chunk = _program(T, D, C, BD)
     b = tl.program_id(1).to(tl.int64)
     c = tl.load(entering + at_chunk, mask=d < D, other=0.0)

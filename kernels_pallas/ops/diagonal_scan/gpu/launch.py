@@ -82,7 +82,7 @@ _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 def _entering(x_BTD, decay_BTD, initial_BD, reverse, adjoint=False):
-    """Computes the state that enters each chunk, and the one behind the last."""
+    """Computes the state that enters each chunk, and the final state."""
     B, T, D = x_BTD.shape
     shape_BND = B, -(-T // _tiles(D)["C"]), D
     product_BND, local_BND = _launch(
@@ -107,8 +107,8 @@ def _states(x_BTD, decay_BTD, entering_BND, reverse, dtype):
 
 
 def _tiles(D):
-    """Chunk, channels per program, warps and stages: the same for all kernels, which meet at the
-    chunks."""
+    """Returns chunk length, channels per program, warps and stages, equal for all kernels, as they
+    exchange data per chunk."""
     tiles = tuning.lookup(TILES, "diagonal_scan", "triton", str(D))
     return tiles | {"BD": min(tiles["BD"], launch.power_of_two(D))}
 

@@ -115,7 +115,7 @@ _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """Sizes of one call and how it is cut: a block is b rows of the batch, C tokens, d channels.
+    """Sizes of one call and of its blocks: b rows of the batch, C tokens, d channels.
 
     reverse: h_t comes from h_{t+1}.
     """
@@ -160,8 +160,8 @@ class _Tiling:
         return self.C // RUNS
 
     def spec(self, kind: str, from_last: bool):
-        """The block spec of an array over time ("t"), of states of every chunk ("n"), or of one
-        state ("s").
+        """Returns the block spec of an array over time ("t"), of every chunk's state ("n"), or of
+        one state ("s").
 
         from_last: the grid begins at the last chunk.
         """
@@ -177,7 +177,7 @@ class _Tiling:
         )
 
     def shape(self, kind: str) -> tuple[int, ...]:
-        """The whole array's shape, of the kinds of `spec`."""
+        """Returns a whole array's shape, by the kinds of `spec`."""
         if kind == "t":
             return self.B, self.T, self.D
         return self.B, self.chunks if kind == "n" else 1, 1, self.D
@@ -229,8 +229,8 @@ def _forward_kernel(tiling: _Tiling, from_last: bool, *refs):
 def _states(walk, decay, x, A, b, state):
     """Writes every h of a chunk in place of x.
 
-    `state` goes from the state that enters to the one that leaves; A is left with those that enter
-    the runs.
+    `state`, which enters, is replaced by the state that leaves; afterwards A holds the states that
+    enter the runs.
     """
     zero, one = _constants(walk.tiling.planes)
 
@@ -303,9 +303,9 @@ def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Walks through the runs of a chunk, all at once.
+    """Steps through the 8 runs of a chunk, all at once.
 
-    from_last: against time, in chunks, runs and tokens alike. chunk: counted as the walk goes.
+    from_last: whether chunks, runs and tokens are reversed. chunk: its number in that order.
     """
 
     tiling: _Tiling
@@ -319,11 +319,11 @@ class _Walk:
         return pl.ds(self._token(i), RUNS, stride=self.tiling.run + GAP)
 
     def read(self, refs, i):
-        """Reads token i, counted as the walk goes, of every run."""
+        """Reads the i-th token of every run, in the order of the walk."""
         return tuple(ref[:, self._rows(i), :] for ref in refs)
 
     def tokens(self, refs, i, otherwise):
-        """Reads as `read`, with `otherwise` beyond the end of time."""
+        """Reads as `read`, with `otherwise` for padding after the last token."""
         found = self.read(refs, i)
         tiling = self.tiling
         if tiling.T % tiling.C == 0:
@@ -338,8 +338,8 @@ class _Walk:
             ref[:, self._rows(i), :] = z
 
     def entering(self, extend, A, b, state):
-        """Computes the states that enter the runs (steps 1 and 2 of the module's docstring), which
-        A is left with, too."""
+        """Returns the states that enter the runs (steps 1 and 2 of the module's docstring), and
+        stores them in A."""
         zero, one = (
             tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.tiling.planes)
         )
@@ -384,7 +384,7 @@ def _from_columns(blocks, columns) -> None:
 
 
 def _runs(rows: int):
-    """Lists (rows of a block, their places in a column), run by run; a state is one row."""
+    """Lists (a run's rows in a block, their rows in a column); a state is one run of one row."""
     if rows == 1:
         return [(slice(0, 1), slice(0, 1))]
     run = rows // RUNS
@@ -402,7 +402,7 @@ def _places(shape):
 
 
 def _constants(planes: int):
-    """Zero and one, as planes."""
+    """Returns 0 and 1 as tuples of planes (real, and imaginary if there are two)."""
     return (0.0,) * planes, (1.0, 0.0)[:planes]
 
 
@@ -417,7 +417,7 @@ def _times(x, y):
 
 
 def _applied(A, state):
-    """A times a state; 0 where the state is 0, though a product of decays may be infinite."""
+    """Computes A times a state; 0 where the state is 0, though A may have overflowed."""
     some = functools.reduce(jnp.logical_or, (z != 0.0 for z in state))
     return tuple(jnp.where(some, z, 0.0) for z in _times(A, state))
 

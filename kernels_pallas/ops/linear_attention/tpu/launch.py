@@ -62,7 +62,7 @@ def _plain(tiling: Tiling, _, q, k, v, gates, state):
 
 
 def _specs(tiling: Tiling, backward: bool) -> dict[str, pl.BlockSpec]:
-    """Block specs by what a block holds.
+    """Returns block specs by kind of block.
 
     Grid: rows, groups of steps that share key heads, chunks (backward: from the last), the steps of
     a group.
@@ -73,11 +73,11 @@ def _specs(tiling: Tiling, backward: bool) -> dict[str, pl.BlockSpec]:
         return N - 1 - n if backward else n
 
     def first(b, x, n, j):
-        """Fetched before the first chunk, then left alone."""
+        """Indexes blocks that are fetched before the first chunk only."""
         return b, x * J + jnp.where(n == 0, j, J - 1), 0, 0
 
     def last(b, x, n, j):
-        """Written behind the last chunk: until then the block stays where it is."""
+        """Indexes blocks that are written after the last chunk only."""
         return b, x * J + jnp.where(n == N - 1, j, 0), 0, 0
 
     state = (tiling.heads, *tiling.state_shape)
@@ -116,7 +116,7 @@ def _launch(tiling: Tiling, name, kernel, inputs, outputs, scratch):
 
 
 def _forward(tiling: Tiling, keep: bool, q, k, v, gates, state):
-    """keep: also returns the states that enter the chunks."""
+    """Launches the forward kernel. keep: also return the states that enter the chunks."""
     inputs = [("key", q), ("key", k), ("value", v), ("gates", gates), ("first", state)]
     states = (tiling.B, tiling.chunks, tiling.H, *tiling.state_shape)
     states = jax.ShapeDtypeStruct(states, tiling.dtype) if keep else None
@@ -142,7 +142,7 @@ _run = vjp.differentiable(_forward, _backward, _plain)
 
 
 def _algebra(tiling):
-    """The module with the algebra of a chunk."""
+    """Returns the module with the algebra of a chunk."""
     return per_channel if tiling.per_channel else per_token
 
 
@@ -228,8 +228,8 @@ def _backward_kernel(tiling: Tiling, fixed: int, *refs):
 
 
 def _write_key_gradients(tiling, lanes, refs, sums_refs, gradients):
-    """Writes the gradients of a key head; where several steps share it, their sum so far, in
-    float32, of which the last step's stays."""
+    """Writes the gradients of a key head. If several grid steps share the head, each writes the
+    float32 sum so far; the last one's is whole."""
     if tiling.shared == 1:
         for ref, d in zip(refs, gradients):
             ref[0, :, lanes] = d.astype(ref.dtype)

@@ -5,7 +5,7 @@ at one level, j into a left half of U tokens and i into the right half beside it
 
     D_ij = exp(g_cumsum_i) * exp(g_reversed_j),
 
-the decay from the middle through i times that behind j to the middle. Here both are products of
+the decay from the middle through i times that after j to the middle. Here both are products of
 decays in [0, 1], each level's from the level below by one multiplication: a right half's
 exp(g_cumsum) takes the whole decay of the left half, a left half's exp(g_reversed) that of the
 right. No exponent is ever added up or subtracted; a reset is a factor 0.
@@ -28,7 +28,7 @@ SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
 
 
 def constants(tiling, backward):
-    """The level at which i and j part, (C, C) int32."""
+    """Returns the level at which i and j part (see the module), (C, C) int32."""
     del backward
     i, j = np.arange(tiling.C)[:, None], np.arange(tiling.C)[None]
     level = np.frexp((i ^ j).astype(np.float64))[1] - 1
@@ -36,8 +36,8 @@ def constants(tiling, backward):
 
 
 def _tree(g_CK):
-    """Yields (exp(g_cumsum), exp(g_reversed)) of each level's halves, smallest first, and at the
-    end those of the whole chunk."""
+    """Yields (exp(g_cumsum), exp(g_reversed)) of every level's halves, smallest first, then those
+    of the whole chunk."""
     C = g_CK.shape[0]
     exp_g_cumsum, exp_g_reversed = jnp.exp(g_CK), jnp.ones_like(g_CK)
     U = 1
@@ -50,7 +50,7 @@ def _tree(g_CK):
 
 
 def _small_step(cumsum_CK, reversed_CK, U):
-    """Joins halves inside a register's 8 rows."""
+    """Combines the decays of two halves of U <= 4 rows, inside a register's 8 rows."""
     C, K = cumsum_CK.shape
     cumsum, reversed_ = (x.reshape(C // SUBLANES, SUBLANES, K) for x in (cumsum_CK, reversed_CK))
     row = iota(cumsum.shape, 1)
@@ -69,7 +69,7 @@ def _small_step(cumsum_CK, reversed_CK, U):
 
 
 def _swapped_last(x, first, right, U=2):
-    """Gives each row the last row of the other half, in a block of 2 U rows from `first` on."""
+    """Gives each row the other half's last row, in a block of 2 U rows from `first` on."""
     left_last = x[:, first + U - 1 : first + U]
     right_last = x[:, first + 2 * U - 1 : first + 2 * U]
     return jnp.where(right, left_last, right_last)
@@ -82,12 +82,12 @@ def _swapped(x, U, row):
 
 
 def _roll(x, by):
-    """Moves the rows of each register `by` places on."""
+    """Moves the rows of each register down by `by`, cyclically."""
     return jnp.roll(x, by, axis=1)
 
 
 def _large_step(cumsum_CK, reversed_CK, U):
-    """Joins halves of whole registers."""
+    """Combines the decays of two halves of whole registers."""
     left, right = _halves(cumsum_CK, U)
     reversed_left, reversed_right = _halves(reversed_CK, U)
     cumsum_CK = _joined(left, right * left[:, U - 1 :])
@@ -107,7 +107,7 @@ def _joined(left_MUK, right_MUK):
 
 
 def _right(x_CK, U):
-    """Takes the rows of right halves, (C/2, K); all rows where halves are less than a register."""
+    """Returns the rows of right halves, (C/2, K); all rows if halves are less than a register."""
     if U < SUBLANES:
         return x_CK
     _, right_MUK = _halves(x_CK, U)
@@ -115,7 +115,7 @@ def _right(x_CK, U):
 
 
 def _from_right(x, U):
-    """Goes back from `_right` to all rows, zeros on the left."""
+    """Undoes `_right`, with zeros for left halves."""
     if U < SUBLANES:
         return x
     x_MUK = x.reshape(-1, U, x.shape[1])
@@ -123,7 +123,7 @@ def _from_right(x, U):
 
 
 def _scores(tiling, level_CC, qk_CC, levels):
-    """A_ij = sum_K q_i D_ij k_j, from q and k decayed at each level, and q k^T for i = j."""
+    """Computes A_ij = sum_K q_i D_ij k_j from q and k decayed at each level, and q k^T at i = j."""
     A_CC = jnp.where(level_CC == SELF, qk_CC * tiling.scale, 0.0)
     for n, (q_CK, k_CK) in enumerate(levels):
         U = 1 << n
@@ -195,7 +195,7 @@ def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK, do_CV, dS_V
 
 
 def _to_halves(dg_total, p_CK, e_CK, U):
-    """Turns the cotangent of the whole sums of blocks of 2 U tokens into that of blocks of U.
+    """Turns the cotangent of sums over blocks of 2 U tokens into that of sums over their halves.
 
     A left half's whole sum is part of every p in the right half, a right half's of every e in the
     left. Shapes: (blocks, 1, K), or from 8 rows down a row for each token, (C/8, 8, K).

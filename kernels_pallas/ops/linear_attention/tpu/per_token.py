@@ -16,7 +16,7 @@ from kernels_pallas.tpu.primitives import LANES, lower
 
 
 class ChunkGradients(NamedTuple):
-    """Gradients of one head of a chunk: S that of the entering state, g None without a decay."""
+    """Gradients of one head of a chunk. S: of the entering state. g: None without a decay."""
 
     q: jax.Array
     k: jax.Array
@@ -26,7 +26,7 @@ class ChunkGradients(NamedTuple):
 
 
 def constants(tiling, backward):
-    """Zeros and ones that sums of g are products with.
+    """Returns 0/1 matrices, products with which are sums of g.
 
     The first, by rows s: [s > j] and LANES columns of ones, repeated for each term of g. For the
     backward pass also [s > j] by rows j, and K rows of ones below.
@@ -44,8 +44,8 @@ def constants(tiling, backward):
 
 
 def _decays(tiling, constants, g_1C):
-    """D (C, C), exp(g_cumsum) and exp(g_total) in every lane, (C, 128) and (1, 128), and
-    exp(g_reversed) (1, C). Without a decay D alone is set."""
+    """Returns D (C, C), exp(g_cumsum) (C, 128) and exp(g_total) (1, 128) in every lane, and
+    exp(g_reversed) (1, C); without a decay, only D."""
     C = tiling.C
     lower_CC = lower(C)
     if g_1C is None:
@@ -57,13 +57,13 @@ def _decays(tiling, constants, g_1C):
 
 
 def _sums(tiling, x_CC, zeros_and_ones):
-    """Multiplies the terms of x, side by side, by zeros and ones, repeated below each other."""
+    """Multiplies x, as bfloat16 terms side by side, by a 0/1 matrix repeated for each term."""
     x = jnp.concatenate(tiling.products.terms(x_CC), axis=1)
     return tiling.products.rounded(x, zeros_and_ones)
 
 
 def _lanes(x, width):
-    """Repeats an array whose 128 lanes are equal to `width` lanes."""
+    """Repeats an array of 128 equal lanes to `width` lanes."""
     copies = -(-width // x.shape[1])
     x = jnp.concatenate([x] * copies, axis=1) if copies > 1 else x
     return x[:, :width]
@@ -87,7 +87,7 @@ def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV):
 
 
 def _two_products(tiling, x, y, u, w):
-    """x y + u w, as one product with a longer sum where that is free."""
+    """Computes x y + u w, as one product with a longer sum where shapes allow it."""
     p = tiling.products
     if x.shape[1] % LANES or u.shape[1] % LANES:
         return p.rounded(x, y) + p.rounded(u, w)
@@ -110,7 +110,7 @@ def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV, do_CV, dS_K
     dk_state_CK = p.rounded(v_CV, dS_KV, (1, 1))
     dv_state_CV = p.rounded(k_CK, dS_KV)
     if g_1C is not None:
-        # exp(g_reversed) along the lanes: the sums over tokens behind each one.
+        # exp(g_reversed) along the lanes: the sums over tokens after each one.
         lower_CC = lower(C)
         behind = jnp.where(lower_CC, 0.0, g_1C)
         exp_g_reversed = jnp.exp(_sums(tiling, behind, constants[0][:, C:]))

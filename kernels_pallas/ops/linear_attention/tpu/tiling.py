@@ -1,4 +1,4 @@
-"""How linear attention's TPU kernels cut a call: their sizes, and the VMEM that these take."""
+"""Cuts a linear-attention call into blocks for its TPU kernels, and estimates their VMEM."""
 
 import functools
 
@@ -15,14 +15,14 @@ LARGE = 256 * 256  # K V from which a state counts as large
 
 
 class Tiling(RecurrenceTiling):
-    """One call of linear attention; see `RecurrenceTiling`."""
+    """Sizes and blocks of a linear-attention call, as `RecurrenceTiling`."""
 
     OPERATOR = "linear_attention"
     OWN_KEYS = EXACT = False
 
     @staticmethod
     def heuristic(decay, narrow, K, V):
-        """Fewest static cycles on v6e.
+        """Returns the sizes with the fewest static cycles on v6e.
 
         A longer chunk touches the state less often and its own pairs more, which cost most where
         they decay: 256 tokens pay without a decay, and with one per token where the state is large.
@@ -34,7 +34,7 @@ class Tiling(RecurrenceTiling):
 
     @property
     def state_shape(self) -> tuple[int, int]:
-        """The state's shape in VMEM: a decay per channel multiplies along the lanes."""
+        """Returns the state's shape in VMEM: with a decay per channel, channels are lanes."""
         return (self.V, self.K) if self.per_channel else (self.K, self.V)
 
     @property
