@@ -91,8 +91,6 @@ class Attention(base.Mixer):
         o_BTHK, state = self._attend(q_BTHK, k_BTGK, v_BTGK, position_BT, segment_ids_BT, state)
         return self._output(x_BTD, o_BTHK), state
 
-    # Linearized students (liger, lolcats, ...) are subclasses: they share the projections.
-
     def _queries_keys_values(self, x_BTD):
         """Returns q, k and v before the rotation."""
         H, G, K = self._sizes()
@@ -181,6 +179,15 @@ class Attention(base.Mixer):
             next_position_B=jnp.zeros((batch,), jnp.int32),
             slots_filled=jnp.zeros((), jnp.int32),
         )
+
+
+class LinearizedAttention(Attention, base.ChunkedMixer):
+    """A recurrence on a softmax layer's projections: the base of linearized students."""
+
+    @nn.nowrap
+    def _of_all_heads(self, x_BTGK: Array) -> Array:
+        """Repeats what query heads share, (B, T, G, ...) to (B, T, H, ...)."""
+        return jnp.repeat(x_BTGK, self.num_heads // x_BTGK.shape[2], axis=2)
 
 
 def _write(slots, new, start):

@@ -1,6 +1,7 @@
 """The contract of a token mixer, and the few things every mixer shares."""
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -161,3 +162,13 @@ class ChunkedMixer(Mixer):
     """
 
     chunk_size: int | None = None
+
+    @nn.nowrap
+    def recurrence_keywords(self, initial_state, segment_ids_BT) -> dict[str, Any]:
+        """Returns the keywords of the operator's call that do not depend on the mixer's formula."""
+        return {
+            "initial_state": initial_state,
+            "segment_ids": segment_ids_BT,
+            "chunk_size": self.chunk_size,
+            "implementation": self.implementation,
+        }
