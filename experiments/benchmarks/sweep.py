@@ -167,10 +167,7 @@ def _figures(
     took: timing.Timing, baseline: timing.Timing | None, one: Prepared, tokens: int
 ) -> Row:
     return {
-        "seconds": took.median,
-        "seconds_lower": took.lower,
-        "seconds_upper": took.upper,
-        "rounds": took.rounds,
+        **took.row(),
         "token_us": 1e6 * took.median / tokens,
         "speedup": baseline and baseline.median / took.median,
         "temp_bytes": one.temp_bytes,

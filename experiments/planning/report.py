@@ -4,14 +4,11 @@ import json
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 
 from experiments.benchmarks.report import markdown_table, text_table
 from experiments.planning.candidates import GIB, Row
+from experiments.training import plots
 from seqmodels import sharding
 
 NOTE = (
@@ -231,7 +228,7 @@ def memory_bars(rows: list[Row], path: Path) -> None:
     axes.set_xticks(range(len(rows)), labels, fontsize=6, rotation=45, ha="right")
     axes.set(ylabel="GiB per device")
     axes.legend(fontsize=7)
-    _save(figure, path)
+    plots.save(figure, path, dpi=110)
 
 
 def scaling(rows: list[Row], path: Path) -> None:
@@ -259,12 +256,7 @@ def scaling(rows: list[Row], path: Path) -> None:
         axes.set(xlabel="devices")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    _save(figure, path)
+    plots.save(figure, path, dpi=110)
 
 
 _WORDS = {"waiting": "waited for", "communication": "all, hidden or not"}
-
-
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
