@@ -281,6 +281,19 @@ def targets(found: list[dict]) -> list[report.Target]:
 
 
 def check_topologies(names: list[str]) -> None:
-    """Raises ValueError (with the choices) or ImportError before anything is compiled."""
-    for name in names:
-        tpu_compile.devices(name)
+    """Raises ValueError before anything is compiled: with the choices, or without libtpu."""
+    try:
+        for name in names:
+            tpu_compile.devices(name)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+def known_shapes(ops, shapes, besides: str = "") -> dict[str, tuple[str, ...]]:
+    """Returns the shapes of each operator. Raises ValueError for one of `shapes` that none has."""
+    known = {op: ("target", *operators.CASES[op].shapes) for op in ops}
+    for shape in shapes:
+        if not any(shape in names for names in known.values()):
+            choices = "; ".join(f"{op}: {', '.join(names)}" for op, names in known.items())
+            raise ValueError(f"--shape: unknown {shape!r}; choose {besides}of {choices}")
+    return known
