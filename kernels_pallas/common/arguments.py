@@ -5,6 +5,7 @@ the initial state is an array in float32 or wider.
 """
 
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -137,17 +138,9 @@ def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> 
 
 
 def recurrence(
-    operator: str,
-    q_BTGK,
-    k_BTGK,
-    v_BTHV,
-    log_decay,
-    initial_state,
-    segment_ids,
-    chunk_size,
-    *,
-    state_as_wide_as_all: bool = False,
-) -> dict[str, Any]:
+    operator: str, q_BTGK, k_BTGK, v_BTHV, log_decay, initial_state, segment_ids, chunk_size,
+    *, state_as_wide_as_all: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Checks what every matrix recurrence takes, and returns it by the names of implementations.
 
     state_as_wide_as_all: whether the dtypes of k and log_decay widen the state, as q's and v's do.
@@ -225,12 +218,19 @@ def one_token(operator: str, **arrays) -> list:
     return [array[:, None] for array in arrays.values()]
 
 
-def one_token_decay(operator: str, log_decay):
-    """Returns one token's log decay, None, (H,) or (B, H, ...), with a time axis behind B."""
-    if log_decay is None:
-        return None
-    check_array(operator, "log_decay", log_decay)
-    return log_decay if log_decay.ndim < 2 else log_decay[:, None]
+def step(function: Callable, operator: str, log_decay, scale, state, **arrays):
+    """Returns o_BHV and the next state of one token, by the function of a matrix recurrence.
+
+    operator: its name in errors. arrays: q, k, v and what else the function takes by position.
+    """
+    inputs_BTHK = one_token(operator, **arrays)
+    if log_decay is not None:
+        check_array(operator, "log_decay", log_decay)
+        log_decay = log_decay if log_decay.ndim < 2 else log_decay[:, None]
+    o_BTHV, state_BHKV = function(
+        *inputs_BTHK, log_decay=log_decay, scale=scale, initial_state=state
+    )
+    return o_BTHV[:, 0], state_BHKV
 
 
 def nothing(*arrays) -> bool:

@@ -259,13 +259,8 @@ def step(
     Raises:
       ValueError: shapes or dtypes that do not fit, named as for `delta_rule` with T = 1.
     """
-    name = "delta_rule.step"
-    inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, beta=beta_BH)
-    log_decay = arguments.one_token_decay(name, log_decay)
-    o_BTHV, state_BHKV = delta_rule(
-        *inputs_BTHK, log_decay=log_decay, scale=scale, initial_state=state
-    )
-    return o_BTHV[:, 0], state_BHKV
+    arrays = {"q": q_BHK, "k": k_BHK, "v": v_BHV, "beta": beta_BH}
+    return arguments.step(delta_rule, "delta_rule.step", log_decay, scale, state, **arrays)
 
 
 def step_diagonal_plus_low_rank(
@@ -281,10 +276,6 @@ def step_diagonal_plus_low_rank(
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `diagonal_plus_low_rank`, for decoding: as `step`, with a_BHK and b_BHK, (B, H,
     K) both, in the place of beta."""
+    arrays = {"q": q_BHK, "k": k_BHK, "v": v_BHV, "a": a_BHK, "b": b_BHK}
     name = "diagonal_plus_low_rank.step"
-    inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, a=a_BHK, b=b_BHK)
-    log_decay = arguments.one_token_decay(name, log_decay)
-    o_BTHV, state_BHKV = diagonal_plus_low_rank(
-        *inputs_BTHK, log_decay=log_decay, scale=scale, initial_state=state
-    )
-    return o_BTHV[:, 0], state_BHKV
+    return arguments.step(diagonal_plus_low_rank, name, log_decay, scale, state, **arrays)

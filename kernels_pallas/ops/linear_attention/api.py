@@ -127,10 +127,6 @@ def step(
     Raises:
       ValueError: shapes or dtypes that do not fit, named as for `linear_attention` with T = 1.
     """
+    arrays = {"q": q_BHK, "k": k_BHK, "v": v_BHV}
     name = "linear_attention.step"
-    inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV)
-    log_decay = arguments.one_token_decay(name, log_decay)
-    o_BTHV, state_BHKV = linear_attention(
-        *inputs_BTHK, log_decay=log_decay, scale=scale, initial_state=state
-    )
-    return o_BTHV[:, 0], state_BHKV
+    return arguments.step(linear_attention, name, log_decay, scale, state, **arrays)
