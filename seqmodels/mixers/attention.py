@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
-from seqmodels.modules import layers, norms, positions
+from seqmodels.modules import feature_maps, layers, norms, positions
 
 
 @flax.struct.dataclass
@@ -183,6 +183,15 @@ class Attention(base.Mixer):
 
 class LinearizedAttention(Attention, base.ChunkedMixer):
     """A recurrence on a softmax layer's projections: the base of linearized students."""
+
+    @nn.nowrap
+    def _check_nonnegative(self, feature_map: str) -> None:
+        """Raises ValueError for a feature map whose sum of weights cannot be divided by."""
+        if not feature_maps.is_nonnegative(feature_map):
+            raise ValueError(
+                f"{base.name_of(self)}: feature map {feature_map!r} takes both signs, so the sum "
+                "of weights may be zero; take one that is never negative"
+            )
 
     @nn.nowrap
     def _of_all_heads(self, x_BTGK: Array) -> Array:

@@ -59,11 +59,7 @@ class LAWCAT(attention.LinearizedAttention):
     def _sizes(self):
         if self.window is not None:
             raise ValueError(f"lawcat: it has no window; got window={self.window}")
-        if not feature_maps.is_nonnegative(self.feature_map):
-            raise ValueError(
-                f"lawcat: feature map {self.feature_map!r} takes both signs, so the sum of weights "
-                "may be zero; take one that is never negative"
-            )
+        self._check_nonnegative(self.feature_map)
         return super()._sizes()
 
     def _features(self) -> int:

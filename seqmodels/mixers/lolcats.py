@@ -59,11 +59,7 @@ class LoLCATs(attention.LinearizedAttention):
     eps: float = 1e-12
 
     def _sizes(self):
-        if not feature_maps.is_nonnegative(self.feature_map):
-            raise ValueError(
-                f"lolcats: feature map {self.feature_map!r} takes both signs, so the sum of "
-                "weights may be zero; take one that is never negative"
-            )
+        self._check_nonnegative(self.feature_map)
         return super()._sizes()
 
     def _map(self, name: str) -> feature_maps.FeatureMap:

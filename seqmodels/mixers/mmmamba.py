@@ -3,25 +3,14 @@
 import math
 
 import flax.linen as nn
-import flax.struct
 import jax.numpy as jnp
 
 from seqmodels import operators
-from seqmodels.array_typing import Array
 from seqmodels.mixers import attention, gates
+from seqmodels.mixers.delta_net import State
 from seqmodels.modules import layers, norms, short_conv
 
 SEEDS = ("mimic", "scratch")
-
-
-@flax.struct.dataclass
-class State:
-    """S_BHKV and the last inputs of the convolutions on q, k and v."""
-
-    S_BHKV: Array
-    q_tail: Array
-    k_tail: Array
-    v_tail: Array
 
 
 class MMMamba(attention.LinearizedAttention):
