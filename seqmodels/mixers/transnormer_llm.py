@@ -81,11 +81,7 @@ class TransNormerLLM(base.ChunkedMixer):
         return base.PositionedState.empty(batch, H, 2 * K if self.lrpe else K, K)
 
 
-def _identity(x):
-    return x
-
-
-ACTIVATIONS = {"identity": _identity, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+ACTIVATIONS = {"identity": jax.nn.identity, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 def _alibi(heads: int) -> list[float]:

@@ -13,16 +13,11 @@ from seqmodels import fields, operators
 from seqmodels.array_typing import Array, DType
 from seqmodels.modules import layers, pattern
 
-
-def _identity(x: Array) -> Array:
-    return x
-
-
 # name: (activation of the gate or of the hidden layer, whether there is a gate)
 _KINDS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "swiglu": (jax.nn.silu, True),  # GLU variants, arXiv 2002.05202
     "geglu": (jax.nn.gelu, True),
-    "sglu": (_identity, True),  # TransNormerLLM, arXiv 2307.14995, eq. 11: no activation
+    "sglu": (jax.nn.identity, True),  # TransNormerLLM, arXiv 2307.14995, eq. 11: no activation
     "gelu": (jax.nn.gelu, False),
 }
 
