@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -177,7 +178,8 @@ def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> Non
     # Plans of older versions call the collective an exchange.
     old = [{{"exchange": "collective"}.get(k, k): v for k, v in row.items()} for row in old]
     kept = {_key(row): row for row in old} | {_key(row): row | {"command": command} for row in new}
-    rows = sorted(kept.values(), key=_order)
+    size = operator.itemgetter("devices", "seq_len", "batch_size")
+    rows = sorted(kept.values(), key=lambda row: (*size(row), _key(row)))
     path.write_text(json.dumps({"plans": rows, "left_out": left_out}, indent=1) + "\n")
     parts = ["# Plan", NOTE, markdown_table([line(row) for row in rows])]
     parts += ["Not compiled:\n\n" + "\n".join(f"- {why}" for why in left_out)] if left_out else []
@@ -198,10 +200,6 @@ _SAME_IN = (
 def _key(row: Row) -> str:
     """Returns the fields in which two plans of one candidate agree."""
     return json.dumps([row[field] for field in _SAME_IN])
-
-
-def _order(row: Row) -> tuple:
-    return row["devices"], row["seq_len"], row["batch_size"], _key(row)
 
 
 def memory_bars(rows: list[Row], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Softmax attention: the baseline, and the minority layer of hybrids."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -149,7 +150,8 @@ class Attention(base.Mixer):
         new = (k_BTGK.astype(self.dtype), v_BTGK.astype(self.dtype), position_BT, run_BT)
         # Full attention writes behind the filled slots; a window drops as many slots as come.
         if self.window is None:
-            slots = [_write(a, b, cache.slots_filled) for a, b in zip(old, new)]
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+            slots = [write(a, b, cache.slots_filled) for a, b in zip(old, new)]
             kept = slots
         else:
             slots = [jnp.concatenate([a, b], axis=1) for a, b in zip(old, new)]
@@ -197,7 +199,3 @@ class LinearizedAttention(Attention, base.ChunkedMixer):
     def _of_all_heads(self, x_BTGK: Array) -> Array:
         """Repeats what query heads share, (B, T, G, ...) to (B, T, H, ...)."""
         return jnp.repeat(x_BTGK, self.num_heads // x_BTGK.shape[2], axis=2)
-
-
-def _write(slots, new, start):
-    return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis=1)
