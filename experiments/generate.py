@@ -48,15 +48,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "another seed, another text")
 def main(argv):
     cli.no_arguments(argv)
     loaded = _load()
-    options = {
-        "max_new_tokens": _LENGTH.value,
-        "temperature": _TEMPERATURE.value,
-        "top_k": _TOP_K.value,
-        "top_p": _TOP_P.value,
-        "seed": _SEED.value,
-        "stop": _STOP.value,
-        "chat": _CHAT.value,
-    }
+    given = (_TEMPERATURE, _TOP_K, _TOP_P, _SEED, _STOP, _CHAT)
+    options = {flag.name: flag.value for flag in given} | {"max_new_tokens": _LENGTH.value}
     shown = ["" if _CHAT.value else prompt for prompt in _PROMPT.value]
     if len(shown) == 1:
         pieces = loaded.generate(_PROMPT.value[0], stream=True, **options)

@@ -34,7 +34,8 @@ def main(argv):
     cli.no_arguments(argv)
     if jax.process_count() > 1 and not _WORKDIR.value:
         raise cli.UserError("several processes need one --workdir, in a folder that all share")
-    workdir = Path(_WORKDIR.value or run_record.default_workdir(_config_path()))
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = Path(_WORKDIR.value or run_record.default_workdir(path))
     if run_record.holds_linearization(workdir):
         raise cli.UserError(f"{workdir} holds a linearization; give another --workdir")
     saved = workdir / "checkpoints"
@@ -43,10 +44,6 @@ def main(argv):
     result = loop.train(_CONFIG.value, workdir, new_data=_NEW_DATA.value)
     if jax.process_index() == 0:
         print(summary.text(result))
-
-
-def _config_path() -> str:
-    return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
 if __name__ == "__main__":

@@ -212,15 +212,11 @@ class LanguageModel(nn.Module):
         run = _BlockRun(segment_ids_BT, fresh_B, len(self.mixers), lower_bound_LD)
 
         def single(x_BTD, specs, states, first_index):
-            new_states = []
-            for i, spec in enumerate(specs):
-                block = self._block_class()(
-                    spec, **self._block_options(), name=f"block_{first_index + i}"
-                )
-                layer_state = None if states is None else states[i]
-                x_BTD, layer_state = run(block, x_BTD, layer_state, first_index + i)
-                new_states.append(layer_state)
-            return x_BTD, tuple(new_states)
+            made = [
+                self._block_class()(spec, **blocks.options_of(self), name=f"block_{index}")
+                for index, spec in enumerate(specs, start=first_index)
+            ]
+            return run.in_turn(made, x_BTD, states, first_index)
 
         first_scanned = len(plan.prefix)
         first_suffix = first_scanned + plan.repeats * len(plan.period)
@@ -242,7 +238,7 @@ class LanguageModel(nn.Module):
                 )
             return x_BTD, ()
         group = _Group(
-            plan.period, self._block_class(in_scan=True), self._block_options(), name="blocks"
+            plan.period, self._block_class(in_scan=True), blocks.options_of(self), name="blocks"
         )
 
         def one_repeat(group, x_BTD, inputs):
@@ -280,9 +276,6 @@ class LanguageModel(nn.Module):
         # Under scan XLA cannot merge the recomputation with the forward pass: no barrier is needed.
         return nn.remat(self.block, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_scan)
 
-    def _block_options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in _SHARED_FIELDS}
-
     def _lower_bounds(self) -> Array | None:
         """Returns forget-gate bounds that grow with depth, or None where no layer has one.
 
@@ -308,7 +301,7 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def _mixer(self, spec: pattern.MixerSpec) -> Mixer:
-        return blocks.Block(spec, **self._block_options(), parent=None).make_mixer(parent=None)
+        return blocks.Block(spec, **blocks.options_of(self), parent=None).make_mixer(parent=None)
 
     @nn.nowrap
     def init_state(self, batch: int) -> ModelState:
@@ -327,13 +320,6 @@ class LanguageModel(nn.Module):
         return ModelState(states(plan.prefix), scanned, states(plan.suffix), unknown_B, start_B)
 
 
-_SHARED_FIELDS = [
-    f
-    for f in dataclasses.fields(blocks.Block)
-    if f.name in LanguageModel.__dataclass_fields__ and f.name not in ("parent", "name")
-]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _BlockRun:
     """A function that runs a block, with the arguments that all layers share."""
@@ -349,6 +335,14 @@ class _BlockRun:
         new_x_BTD, new_state = block(x_BTD, self.segment_ids_BT, state, self.fresh_B, layer)
         return new_x_BTD, (None if state is None else new_state)
 
+    def in_turn(self, made, x_BTD, states, first_index):
+        """Calls one block after the other; returns what the last makes, and all states."""
+        new_states = []
+        for i, block in enumerate(made):
+            x_BTD, state = self(block, x_BTD, states and states[i], first_index + i)
+            new_states.append(state)
+        return x_BTD, tuple(new_states)
+
 
 class _Group(nn.Module):
     """The blocks of one period; the scan repeats them."""
@@ -359,13 +353,11 @@ class _Group(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, run, states, first_index):
-        new_states = []
-        for i, spec in enumerate(self.specs):
-            block = self.block_class(spec, **self.block_options, name=f"block_{i}")
-            state = None if states is None else states[i]
-            x_BTD, state = run(block, x_BTD, state, first_index + i)
-            new_states.append(state)
-        return x_BTD, tuple(new_states)
+        made = [
+            self.block_class(spec, **self.block_options, name=f"block_{i}")
+            for i, spec in enumerate(self.specs)
+        ]
+        return run.in_turn(made, x_BTD, states, first_index)
 
 
 _DTYPE_FIELDS = ("dtype", "param_dtype")

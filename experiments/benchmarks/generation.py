@@ -111,10 +111,7 @@ def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
             {
                 "model": name,
                 "context": context,
-                "seconds": took.median / settings.tokens,
-                "seconds_lower": took.lower / settings.tokens,
-                "seconds_upper": took.upper / settings.tokens,
-                "rounds": took.rounds,
+                **took.row(settings.tokens),
                 "ratio": took.median / first,
                 "state_bytes": sizes[context],
             }

@@ -127,8 +127,7 @@ def measure(comparison: Comparison, lengths, rounds: int, log=print) -> list[dic
             except NotImplementedError as reason:
                 notes["cudnn attention"] = f"not run: {reason}"
             timings = timing.interleaved(calls, rounds, 10.0)
-            flops, moved = roofline(comparison.op, comparison.variant, shape.B, T, backward)
-            row = _row(comparison, T, backward) | {"flops": flops, "bytes": moved, "notes": notes}
+            row = _row(comparison, T, backward) | {"notes": notes}
             row |= {"ms": {name: 1e3 * t.median for name, t in timings.items()}}
             row |= {"quartiles": {n: (1e3 * t.lower, 1e3 * t.upper) for n, t in timings.items()}}
             rows.append(row)
@@ -137,26 +136,23 @@ def measure(comparison: Comparison, lengths, rounds: int, log=print) -> list[dic
 
 
 def _row(comparison: Comparison, T: int, backward: bool) -> dict:
+    B = max(1, TOKENS // T)
+    flops, moved = roofline(comparison.op, comparison.variant, B, T, backward)
     return {
         "comparison": comparison.name,
         "peer": comparison.package,
         "T": T,
-        "B": max(1, TOKENS // T),
+        "B": B,
         "pass": "forward+backward" if backward else "forward",
         "limit": comparison.limit if backward else None,
+        "flops": flops,
+        "bytes": moved,
     }
 
 
 def not_run(comparison: Comparison, lengths) -> list[dict]:
     """Returns the rows of `measure` without figures, for a machine without a GPU."""
-    rows = []
-    for T in lengths:
-        for backward in (False, True):
-            flops, moved = roofline(
-                comparison.op, comparison.variant, max(1, TOKENS // T), T, backward
-            )
-            rows.append(_row(comparison, T, backward) | {"flops": flops, "bytes": moved})
-    return rows
+    return [_row(comparison, T, backward) for T in lengths for backward in (False, True)]
 
 
 def line(row: dict) -> dict:

@@ -42,20 +42,20 @@ def describe(environment: dict) -> str:
 
 def cpu_model() -> str:
     """Returns the processor's name as Linux tells it, or what Python knows elsewhere."""
-    return _proc("cpuinfo").get("model name") or platform.processor() or platform.machine()
+    return proc("cpuinfo").get("model name") or platform.processor() or platform.machine()
 
 
 def free_bytes() -> int | None:
     """Returns the free memory of the default device; None where the device does not report it."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        kilobytes = _proc("meminfo").get("MemAvailable")
+        kilobytes = proc("meminfo").get("MemAvailable")
         return kilobytes and 1024 * int(kilobytes.split()[0])
     stats = device.memory_stats() or {}
     return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
 
 
-def _proc(name: str) -> dict[str, str]:
+def proc(name: str) -> dict[str, str]:
     """Returns the "name: value" lines of /proc/<name>; nothing on other systems than Linux."""
     try:
         lines = (Path("/proc") / name).read_text().splitlines()

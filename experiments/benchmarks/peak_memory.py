@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.benchmarks import machine
 from experiments.benchmarks.entries import Prepared
 
 
@@ -30,6 +31,4 @@ def _measure_here(prepare, arguments) -> dict:
 
 
 def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return 1024 * int(line.split()[1])
+    return 1024 * int(machine.proc("self/status")[name].split()[0])

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 
 from experiments.benchmarks.report import Row
+from experiments.training import plots
 
 
 def time_per_token(rows: list[Row], path: Path, title: str) -> None:
@@ -29,11 +26,13 @@ def time_per_token(rows: list[Row], path: Path, title: str) -> None:
                 if (r["operator"], r["variant"], r["pass"]) == (operator, variant, which)
             ]
             for name in dict.fromkeys(r["implementation"] for r in here):
-                _band(axes, [r for r in here if r["implementation"] == name], name)
+                found = [r for r in here if r["implementation"] == name]
+                scales = [r["token_us"] / r["seconds"] for r in found]
+                _band(axes, [r["T"] for r in found], found, scales, name)
             axes.set_title(f"{operator} ({variant}), {which.replace('_', ' + ')}", fontsize=9)
             _finish(axes, "T", "µs per token")
     figure.suptitle(title, fontsize=8)
-    _save(figure, path)
+    plots.save(figure, path, dpi=110)
 
 
 def generation(rows: list[Row], path: Path, title: str) -> None:
@@ -41,25 +40,19 @@ def generation(rows: list[Row], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in dict.fromkeys(row["model"] for row in rows):
         here = [row for row in rows if row["model"] == name]
-        x = [row["context"] for row in here]
-        low, middle, high = (
-            [1e3 * row[k] for row in here] for k in ("seconds_lower", "seconds", "seconds_upper")
-        )
-        axes.plot(x, middle, "o-", markersize=3, label=name)
-        axes.fill_between(x, low, high, alpha=0.2)
+        _band(axes, [row["context"] for row in here], here, [1e3] * len(here), name)
     _finish(axes, "tokens read", "ms per generated token")
     axes.set_title(title, fontsize=8)
-    _save(figure, path)
+    plots.save(figure, path, dpi=110)
 
 
-def _band(axes, rows: list[Row], name: str) -> None:
-    """Draws the median, and the quartiles as a band."""
-    x = [row["T"] for row in rows]
-    scale = [row["token_us"] / row["seconds"] for row in rows]
-    low, high = (
-        [row[k] * s for row, s in zip(rows, scale)] for k in ("seconds_lower", "seconds_upper")
+def _band(axes, x: list[int], rows: list[Row], scales: list[float], name: str) -> None:
+    """Draws the median over x, and the quartiles as a band, each row's seconds times its scale."""
+    low, middle, high = (
+        [row[k] * scale for row, scale in zip(rows, scales)]
+        for k in ("seconds_lower", "seconds", "seconds_upper")
     )
-    axes.plot(x, [row["token_us"] for row in rows], "o-", markersize=3, label=name)
+    axes.plot(x, middle, "o-", markersize=3, label=name)
     axes.fill_between(x, low, high, alpha=0.2)
 
 
@@ -69,8 +62,3 @@ def _finish(axes, x: str, y: str) -> None:
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-
-
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

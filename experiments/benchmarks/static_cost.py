@@ -110,12 +110,10 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
                     "jax": jax.__version__,
                     "libtpu": importlib.metadata.version("libtpu"),
                 }
-                if name == "forward":
-                    found = _measure(topology, shape.B * T * heads, call, arguments)
-                else:
-                    both = entries.with_gradients(call)
-                    found = _measure(topology, shape.B * T * heads, both, arguments, cotangents)
-                yield row | found
+                program = call, arguments
+                if name != "forward":
+                    program = entries.with_gradients(call), arguments, cotangents
+                yield row | _measure(topology, shape.B * T * heads, *program)
 
 
 def as_models_call(call, inputs: dict):
@@ -207,13 +205,9 @@ def _file(row: dict) -> str:
 
 def program_line(row: dict) -> dict:
     """Returns a row of the table of programs."""
-    return {
-        "shape": row["shape"],
-        "variant": variant_of(row),
-        "dtype": row["dtype"],
-        "topology": row["topology"],
-        "pass": row["pass"],
-        "implementation": row["implementation"],
+    named = row | {"variant": variant_of(row)}
+    names = ("shape", "variant", "dtype", "topology", "pass", "implementation")
+    return {name: named[name] for name in names} | {
         "cycles in kernels": row.get("kernel_cycles"),
         "in XLA": row.get("xla_cycles"),
         "MB without estimate": None if "error" in row else row["unestimated_bytes"] / 1e6,
@@ -225,12 +219,10 @@ def program_line(row: dict) -> dict:
 
 def kernel_lines(row: dict) -> list[dict]:
     """Returns rows of the table of kernels."""
+    named = row | {"variant": variant_of(row)}
     return [
-        {
-            "shape": row["shape"],
-            "variant": variant_of(row),
-            "topology": row["topology"],
-            "pass": row["pass"],
+        {name: named[name] for name in ("shape", "variant", "topology", "pass")}
+        | {
             "kernel": kernel["name"],
             "grid": "x".join(map(str, kernel["grid"])),
             "bundles": kernel["bundles"],
@@ -289,6 +281,19 @@ def targets(found: list[dict]) -> list[report.Target]:
 
 
 def check_topologies(names: list[str]) -> None:
-    """Raises ValueError (with the choices) or ImportError before anything is compiled."""
-    for name in names:
-        tpu_compile.devices(name)
+    """Raises ValueError before anything is compiled: with the choices, or without libtpu."""
+    try:
+        for name in names:
+            tpu_compile.devices(name)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+def known_shapes(ops, shapes, besides: str = "") -> dict[str, tuple[str, ...]]:
+    """Returns the shapes of each operator. Raises ValueError for one of `shapes` that none has."""
+    known = {op: ("target", *operators.CASES[op].shapes) for op in ops}
+    for shape in shapes:
+        if not any(shape in names for names in known.values()):
+            choices = "; ".join(f"{op}: {', '.join(names)}" for op, names in known.items())
+            raise ValueError(f"--shape: unknown {shape!r}; choose {besides}of {choices}")
+    return known

@@ -158,24 +158,15 @@ def _time(case, variant, settings, entries, which, log) -> list[Row]:
         }
         if (T, name) in timings:
             one, baseline = prepared[T, name], timings.get((T, operators.DEFINITION))
-            row |= _figures(timings[T, name], baseline, one, settings.shape.B * T)
+            took = timings[T, name]
+            row |= took.row() | {
+                "token_us": 1e6 * took.median / (settings.shape.B * T),
+                "speedup": baseline and baseline.median / took.median,
+                "temp_bytes": one.temp_bytes,
+                "compile_seconds": one.compile_seconds,
+            }
         rows.append(row | {"note": note})
     return rows
-
-
-def _figures(
-    took: timing.Timing, baseline: timing.Timing | None, one: Prepared, tokens: int
-) -> Row:
-    return {
-        "seconds": took.median,
-        "seconds_lower": took.lower,
-        "seconds_upper": took.upper,
-        "rounds": took.rounds,
-        "token_us": 1e6 * took.median / tokens,
-        "speedup": baseline and baseline.median / took.median,
-        "temp_bytes": one.temp_bytes,
-        "compile_seconds": one.compile_seconds,
-    }
 
 
 def _too_large(prepared: Prepared) -> str | None:

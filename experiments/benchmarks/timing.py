@@ -18,6 +18,12 @@ class Timing(NamedTuple):
     upper: float
     rounds: int
 
+    def row(self, calls: int = 1) -> dict[str, float]:
+        """Returns the fields of a report's row; calls: how many the program stands for."""
+        lower, upper = self.lower / calls, self.upper / calls
+        seconds = {"seconds": self.median / calls, "seconds_lower": lower, "seconds_upper": upper}
+        return seconds | {"rounds": self.rounds}
+
 
 def interleaved(
     calls: Mapping[Hashable, Callable[[], Any]],

@@ -54,7 +54,6 @@ __all__ = [
     "default_config",
     "documents",
     "make_dataset",
-    "split_bytes",
 ]
 
 _COMMON = {"batch_size": 16, "eval_batch_size": 0, "seed": 0, "prefetch": 2}
@@ -155,12 +154,6 @@ def documents(config: Mapping[str, Any], split: str):
             document_bytes=config.document_bytes or max(1 << 14, 8 * config.seq_len),
         )
     raise ValueError(f"Dataset {config.name!r} is a synthetic task and has no documents.")
-
-
-def split_bytes(config: Mapping[str, Any], split: str) -> bytes:
-    """Returns all bytes of a text dataset's split, its documents one after the other."""
-    source = documents(config, split)
-    return b"".join(source[i] for i in range(len(source)))
 
 
 def _filled(config: Mapping[str, Any]) -> ConfigDict:

@@ -187,6 +187,18 @@ def numbers(flag: str, texts: Sequence[str], kind: type = int, least: float = 1)
     return values
 
 
+def chosen(flag: str, values: Sequence[str], choices: Sequence[str], every: str = "") -> tuple:
+    """Returns a list flag's values. Raises UserError for one that is none of the choices.
+
+    every: a value that stands for all choices.
+    """
+    known = [*choices, every] if every else choices
+    for value in values:
+        if value not in known:
+            raise UserError(f"--{flag}: unknown {value!r}; choose from {', '.join(known)}")
+    return tuple(choices if every in values else values)
+
+
 def output_folder(path: str | Path) -> Path:
     """Makes a folder where there is none. Raises OSError, which names it, if it is not writable."""
     path = Path(path)

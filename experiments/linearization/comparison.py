@@ -12,6 +12,7 @@ from experiments.data import make_dataset
 from experiments.launch import cli
 from experiments.linearization import decoding, run, teachers
 from experiments.training import evaluation, loop, run_record, steps
+from seqmodels.checkpoints_io import Pretrained
 from seqmodels.linearize import transfer
 
 TEACHER = "teacher"
@@ -105,7 +106,7 @@ def _student_row(config, folder, contexts, transfer_batches, devices):
     }
 
 
-def _scores(config, found: teachers.Teacher, contexts, devices) -> dict:
+def _scores(config, found: Pretrained, contexts, devices) -> dict:
     """Measures perplexity on the test split, and what decoding costs."""
     with config.unlocked():
         config.model = type(config)(found.model_config)

@@ -19,7 +19,7 @@ from experiments.linearization import tasks, teachers
 from experiments.training import loop, restore, run_record, steps
 from experiments.training.checkpoints import Checkpoints, TrainState
 from seqmodels import language_model, loading
-from seqmodels.checkpoints_io import conversion, own_layout
+from seqmodels.checkpoints_io import Pretrained, conversion, own_layout
 from seqmodels.linearize import layer_trees, students
 from seqmodels.modules import pattern
 
@@ -62,7 +62,7 @@ def make_plan(config, teacher: language_model.LanguageModel) -> StagePlan:
     return StagePlan(names, tuple(specs), converted)
 
 
-def check_stages(config, plan: StagePlan, teacher: teachers.Teacher) -> None:
+def check_stages(config, plan: StagePlan, teacher: Pretrained) -> None:
     """Traces the loss of every stage, so that mistakes in the last show before the first is run.
 
     Raises ValueError for patterns that match nothing, losses that no layer gives, and whatever else
@@ -166,7 +166,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     return result
 
 
-def _model(teacher: teachers.Teacher, specs) -> language_model.LanguageModel:
+def _model(teacher: Pretrained, specs) -> language_model.LanguageModel:
     return language_model.from_config(students.student_config(teacher.model_config, specs))
 
 

@@ -9,29 +9,12 @@ from seqmodels import checkpoints_io, language_model, loading, mixers
 from seqmodels.text import tokenizers
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A teacher model. model_config: the argument of `language_model.from_config`. found: its
-    weights, and the files they came with."""
-
-    model_config: dict[str, Any]
-    found: checkpoints_io.Pretrained
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return self.found.params
-
-    @property
-    def model(self) -> language_model.LanguageModel:
-        return language_model.from_config(self.model_config)
-
-
 def overrides(config) -> dict[str, Any]:
     """Returns the fields of a linearization's config.model, which teacher and students share."""
     return {name: config.model[name] for name in ("remat", "dtype")}
 
 
-def load(source: str, overrides: dict[str, Any]) -> Teacher:
+def load(source: str, overrides: dict[str, Any]) -> checkpoints_io.Pretrained:
     """Loads a teacher with float32 parameters.
 
     source: a run's folder (of `experiments.train`), or what `load_pretrained` takes: a Hugging Face
@@ -43,29 +26,29 @@ def load(source: str, overrides: dict[str, Any]) -> Teacher:
             "no teacher: set --config.linearize.teacher to a run's folder, a Hugging Face folder, or gguf:<file>"
         )
     found = loading.find(source, dtype="float32")
-    return Teacher(dict(found.model_config) | overrides, found)
+    return dataclasses.replace(found, model_config=dict(found.model_config) | overrides)
 
 
-def with_data(config: ConfigDict, teacher: Teacher) -> ConfigDict:
+def with_data(config: ConfigDict, teacher: checkpoints_io.Pretrained) -> ConfigDict:
     """Returns a copy of the config with the teacher's tokenizer, unless the config names one.
 
     Raises ValueError for data that is no text, where neither names a tokenizer, or for another
     model's tokenizer.
     """
     config = config.copy_and_resolve_references()
-    data, found = config.data, teacher.found
+    data = config.data
     if "tokenizer" not in data:
         raise ValueError(
             f"a linearization reads text; data.name is {data.name!r}: take python_stdlib, text or tfds"
         )
     name = "" if data.tokenizer == "teacher" else data.tokenizer
-    brings_bytes = found.hf_config.get("tokenizer") == tokenizers.BYTES
-    if not (name or brings_bytes or found.tokenizer_path):
+    brings_bytes = teacher.hf_config.get("tokenizer") == tokenizers.BYTES
+    if not (name or brings_bytes or teacher.tokenizer_path):
         raise ValueError("the teacher brings no tokenizer: set --config.data.tokenizer")
     if data.document_token:
-        own = found.hf_config | {"document_token": data.document_token}
-        found = dataclasses.replace(found, hf_config=own)
-    loaded = loading.with_tokenizer(found, name)
+        own = teacher.hf_config | {"document_token": data.document_token}
+        teacher = dataclasses.replace(teacher, hf_config=own)
+    loaded = loading.with_tokenizer(teacher, name)
     data.update({"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token})
     return config
 

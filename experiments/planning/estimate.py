@@ -123,9 +123,7 @@ def _sequence(module: hlo.HloModule, computation: str, machine: Machine) -> Step
 
 def _collective_seconds(module, computation, instruction, machine) -> float:
     """Returns the seconds of the collectives in an operation, which may be a fusion."""
-    inside = [hlo.Visit(instruction, computation, 1, False)]
-    if instruction.operation in ("fusion", "async-start"):
-        inside += [visit for name in instruction.called for visit in module.within(name)]
+    inside = _visits(module, computation, instruction, ("fusion", "async-start"))
     found = (collectives.read(visit, module, machine.mesh, machine.where) for visit in inside)
     return sum(c.seconds for c in found if c)
 
@@ -138,10 +136,7 @@ def _operation(module, computation, instruction, machine) -> StepCost:
     if instruction.is_kernel:
         own.flops = own.kernel_flops = kernel_flops(instruction.name, machine.kernel_flops)
         seconds = own.flops / (KERNEL_SHARE * peak)
-    inside = [hlo.Visit(instruction, computation, 1, False)]
-    if instruction.operation == "fusion":
-        inside += [visit for name in instruction.called for visit in module.within(name)]
-    for visit in inside:
+    for visit in _visits(module, computation, instruction, ("fusion",)):
         flops = hlo.flops(module, visit)
         own.flops += flops
         seconds += flops * _passes(visit.instruction) / peak
@@ -150,6 +145,13 @@ def _operation(module, computation, instruction, machine) -> StepCost:
     cycles = own.compiler_cycles / clock if clock else 0.0
     own.seconds = max(seconds, own.hbm_bytes / machine.hbm_bandwidth, cycles)
     return own
+
+
+def _visits(module, computation, instruction, entered: tuple[str, ...]):
+    """Yields an operation, and what is inside it where it is one of those `entered`."""
+    yield hlo.Visit(instruction, computation, 1, False)
+    for name in instruction.called if instruction.operation in entered else ():
+        yield from module.within(name)
 
 
 def _passes(instruction: hlo.Instruction) -> int:

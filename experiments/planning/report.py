@@ -2,16 +2,14 @@
 
 import json
 import math
+import operator
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
 from experiments.benchmarks.report import markdown_table, text_table
 from experiments.planning.candidates import GIB, Row
+from experiments.training import plots
 from seqmodels import sharding
 
 NOTE = (
@@ -180,7 +178,8 @@ def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> Non
     # Plans of older versions call the collective an exchange.
     old = [{{"exchange": "collective"}.get(k, k): v for k, v in row.items()} for row in old]
     kept = {_key(row): row for row in old} | {_key(row): row | {"command": command} for row in new}
-    rows = sorted(kept.values(), key=_order)
+    size = operator.itemgetter("devices", "seq_len", "batch_size")
+    rows = sorted(kept.values(), key=lambda row: (*size(row), _key(row)))
     path.write_text(json.dumps({"plans": rows, "left_out": left_out}, indent=1) + "\n")
     parts = ["# Plan", NOTE, markdown_table([line(row) for row in rows])]
     parts += ["Not compiled:\n\n" + "\n".join(f"- {why}" for why in left_out)] if left_out else []
@@ -201,10 +200,6 @@ _SAME_IN = (
 def _key(row: Row) -> str:
     """Returns the fields that identify a candidate, equal for two plans of the same one."""
     return json.dumps([row[field] for field in _SAME_IN])
-
-
-def _order(row: Row) -> tuple:
-    return row["devices"], row["seq_len"], row["batch_size"], _key(row)
 
 
 def memory_bars(rows: list[Row], path: Path) -> None:
@@ -231,7 +226,7 @@ def memory_bars(rows: list[Row], path: Path) -> None:
     axes.set_xticks(range(len(rows)), labels, fontsize=6, rotation=45, ha="right")
     axes.set(ylabel="GiB per device")
     axes.legend(fontsize=7)
-    _save(figure, path)
+    plots.save(figure, path, dpi=110)
 
 
 def scaling(rows: list[Row], path: Path) -> None:
@@ -259,12 +254,7 @@ def scaling(rows: list[Row], path: Path) -> None:
         axes.set(xlabel="devices")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    _save(figure, path)
+    plots.save(figure, path, dpi=110)
 
 
 _WORDS = {"waiting": "waited for", "communication": "all, hidden or not"}
-
-
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -56,16 +56,6 @@ def _adam(config, boxed_params):
     return optax.scale_by_adam(config.b1, config.b2, config.eps)
 
 
-def _lion(config, boxed_params):
-    """Returns Lion (arXiv 2302.06675): the sign of an interpolated momentum."""
-    return optax.scale_by_lion(config.b1, config.b2)
-
-
-def _sgd(config, boxed_params):
-    """Returns SGD with momentum b1."""
-    return optax.trace(config.b1)
-
-
 def _muon(config, boxed_params):
     """Returns Muon for matrices, whose momentum it orthogonalises, and Adam for the rest.
 
@@ -83,18 +73,17 @@ def _muon(config, boxed_params):
     )
 
 
-def _rms(config, boxed_params):
-    """Returns Adam without first moment: Schedule-Free interpolates parameters instead."""
-    return optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
-
-
 _DIRECTIONS = {
     "adamw": _adam,
     "lamb": _adam,
-    "lion": _lion,
+    # Lion (arXiv 2302.06675): the sign of an interpolated momentum.
+    "lion": lambda config, _: optax.scale_by_lion(config.b1, config.b2),
     "muon": _muon,
-    "schedule_free": _rms,
-    "sgd": _sgd,
+    # Adam without its first moment, in whose place Schedule-Free interpolates parameters.
+    "schedule_free": lambda config, _: optax.scale_by_rms(
+        config.b2, config.eps, eps_in_sqrt=False, bias_correction=True
+    ),
+    "sgd": lambda config, _: optax.trace(config.b1),  # with momentum b1
 }
 
 

@@ -33,7 +33,7 @@ def loss_curve(
     axes.set(xlabel="step", ylabel=f"loss, {unit}")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def bucket_curve(table: list[dict], x: str, path: Path) -> None:
@@ -47,7 +47,7 @@ def bucket_curve(table: list[dict], x: str, path: Path) -> None:
         axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def loss_by_position(tables: dict[str, list[dict]], path: Path) -> None:
@@ -60,7 +60,7 @@ def loss_by_position(tables: dict[str, list[dict]], path: Path) -> None:
     axes.set_xscale("symlog", linthresh=16)
     axes.grid(alpha=0.3)
     axes.legend(title="context")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _smooth(y):
@@ -72,8 +72,8 @@ def _smooth(y):
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
+def save(figure, path: Path, dpi: int = 130) -> None:
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
@@ -88,4 +88,4 @@ def lines(panels: dict[str, dict[str, list[tuple]]], x: str, path: Path) -> None
         axis.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
         axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
-    _save(figure, path)
+    save(figure, path)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.steps import Program
+from seqmodels.checkpoints_io import runs
 
 
 def reading_config(config):
@@ -26,14 +27,7 @@ def evaluation_params(program: Program, config, workdir: Path, step: int | None 
     Raises ValueError where there is no such checkpoint, or it is of another model.
     """
     checkpoints = Checkpoints(workdir, training=False)
-    found = checkpoints.steps()
-    if not found:
-        raise ValueError(f"{checkpoints.directory} holds no checkpoint")
-    step = found[-1] if step is None else step
-    if step not in found:
-        raise ValueError(
-            f"there is no checkpoint of step {step} in {checkpoints.directory}; there are {found}"
-        )
+    step = runs.chosen_step(checkpoints.directory, checkpoints.steps(), step)
     # Only Schedule-Free keeps a part of them in the optimizer's state.
     names = ("params", "training") if config.optimizer.name == "schedule_free" else ("params",)
     parts = checkpoints.restore_parts(step, program.abstract_state, names)

@@ -5,6 +5,8 @@ the initial state is an array in float32 or wider.
 """
 
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,31 @@ def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> 
         raise ValueError(f"{operator}: {name} has shape {array.shape}; expected {choices}")
 
 
+def recurrence(
+    operator: str, q_BTGK, k_BTGK, v_BTHV, log_decay, initial_state, segment_ids, chunk_size,
+    *, state_as_wide_as_all: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Checks what every matrix recurrence takes, and returns it by the names of implementations.
+
+    state_as_wide_as_all: whether the dtypes of k and log_decay widen the state, as q's and v's do.
+    """
+    check_qkv(operator, q_BTGK, k_BTGK, v_BTHV)
+    check_segment_ids(operator, segment_ids, v_BTHV)
+    check_chunk_size(operator, chunk_size)
+    log_decay_BTHK = normal_log_decay(operator, log_decay, q_BTGK, v_BTHV)
+    others = (k_BTGK, log_decay_BTHK) if state_as_wide_as_all else ()
+    state_BHKV = normal_initial_state(operator, initial_state, q_BTGK, v_BTHV, *others)
+    return {
+        "q_BTGK": q_BTGK,
+        "k_BTGK": k_BTGK,
+        "v_BTHV": v_BTHV,
+        "log_decay_BTHK": log_decay_BTHK,
+        "initial_state_BHKV": state_BHKV,
+        "segment_ids_BT": segment_ids,
+        "chunk_size": chunk_size,
+    }
+
+
 def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
     """Returns a log decay of any kind as None, (B, T, H, 1) or (B, T, H, K), in float32 or wider.
 
@@ -174,6 +201,12 @@ def state_dtype(*arrays) -> jnp.dtype:
     return dtypes.common(*(array.dtype for array in arrays), jnp.float32)
 
 
+def not_one_token(*, v_BTHV, **others) -> str | None:
+    """Returns None if a call has one token, so that one step serves it, else the reason."""
+    T = v_BTHV.shape[1]
+    return None if T == 1 else f"it takes one token; got T = {T}"
+
+
 def one_token(operator: str, **arrays) -> list:
     """Returns the arrays (B, heads, ...) of one token with a time axis of length 1."""
     for name, array in arrays.items():
@@ -185,12 +218,19 @@ def one_token(operator: str, **arrays) -> list:
     return [array[:, None] for array in arrays.values()]
 
 
-def one_token_decay(operator: str, log_decay):
-    """Returns one token's log decay, None, (H,) or (B, H, ...), with a time axis after B."""
-    if log_decay is None:
-        return None
-    check_array(operator, "log_decay", log_decay)
-    return log_decay if log_decay.ndim < 2 else log_decay[:, None]
+def step(function: Callable, operator: str, log_decay, scale, state, **arrays):
+    """Returns o_BHV and the next state of one token, by the function of a matrix recurrence.
+
+    operator: its name in errors. arrays: q, k, v and what else the function takes by position.
+    """
+    inputs_BTHK = one_token(operator, **arrays)
+    if log_decay is not None:
+        check_array(operator, "log_decay", log_decay)
+        log_decay = log_decay if log_decay.ndim < 2 else log_decay[:, None]
+    o_BTHV, state_BHKV = function(
+        *inputs_BTHK, log_decay=log_decay, scale=scale, initial_state=state
+    )
+    return o_BTHV[:, 0], state_BHKV
 
 
 def nothing(*arrays) -> bool:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.common import dtypes, matmul, segments
+from kernels_pallas.common import checks, dtypes, matmul, segments
 from kernels_pallas.common.dtypes import custom_vjp
 
 
@@ -69,7 +69,6 @@ SHARD_BLOCK = 128  # tokens of a shard whose sums are one matrix product
 LARGEST_CONSTANT = 256  # tokens of a chunk whose pairs may be constants of a program
 BLOCK = 16  # sums inside a block go token by token; longer ones add the sums of whole blocks
 RESET = -1e3  # the least log decay, that of a reset: its exponential is 0 in float64 too
-KINDS = ("none", "per_head", "per_token", "per_channel")
 
 
 def kind(log_decay, *, segment_ids=None) -> str:
@@ -88,18 +87,32 @@ def kind(log_decay, *, segment_ids=None) -> str:
     return "per_channel" if log_decay.ndim > 3 and log_decay.shape[-1] > 1 else "per_token"
 
 
-def with_resets(log_decay_BTHK, segment_ids_BT, dtype):
+def with_resets(log_decay_BTHK, segment_ids_BT, dtype, heads: int = 1):
     """Returns the log decay of packed documents: each document's first token is a reset.
 
     log_decay_BTHK: (B, T, H, K or 1), or None, which decays nothing and stays None where
-      segment_ids_BT is None too; else (B, T, 1, 1) of `dtype` comes back.
+      segment_ids_BT is None too; else (B, T, heads, 1) of `dtype` comes back.
     """
     if segment_ids_BT is None:
         return log_decay_BTHK
     if log_decay_BTHK is None:
-        log_decay_BTHK = jnp.zeros((*segment_ids_BT.shape, 1, 1), dtype)
+        log_decay_BTHK = jnp.zeros_like(
+            segment_ids_BT, dtype, shape=(*segment_ids_BT.shape, heads, 1)
+        )
     starts_BT = segments.starts(segment_ids_BT)
     return jnp.where(starts_BT[:, :, None, None], RESET, log_decay_BTHK)
+
+
+def factors(operator: str, decay_BTD, log_decay, shape_BTD, dtype) -> jax.Array:
+    """The factors of `diagonal_scan`, (B, T, D) of `dtype`: decay_BTD, or exp(log_decay).
+
+    Raises ValueError, with checks on, where a log decay is positive.
+    """
+    if log_decay is not None:
+        checks.not_positive(operator, "log_decay", jnp.real(log_decay))
+        decay_BTD = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
+    decay_BTD = jnp.asarray(decay_BTD.astype(dtype))
+    return jnp.broadcast_to(decay_BTD if decay_BTD.ndim == 3 else decay_BTD[None, None], shape_BTD)
 
 
 def per_channel(log_decay_BTHK, segment_ids_BT, shape_BTHK, dtype) -> jax.Array:

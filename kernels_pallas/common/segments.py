@@ -37,6 +37,36 @@ def positions(segment_ids_BT: jax.Array) -> jax.Array:
     return index_T[None] - jax.lax.cummax(start_index_BT, axis=1)
 
 
+def recurrent(
+    one_step, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale: float = 1.0
+):
+    """Runs a matrix recurrence by its definition, as one `lax.scan` over time.
+
+    one_step: (inputs of a token, its log decay, the state) -> (o_BHV, the next state).
+    inputs: with heads alike, v the third; computed in the state's dtype. scale: of the output.
+    """
+    dtype = initial_state_BHKV.dtype
+
+    def scan_step(state_BHKV, step_inputs):
+        arrays, log_decay_BHK, start_B = step_inputs
+        if start_B is not None:
+            state_BHKV = jnp.where(start_B[:, None, None, None], 0.0, state_BHKV)
+        o_BHV, state_BHKV = one_step(*arrays, log_decay_BHK, state_BHKV)
+        return state_BHKV, o_BHV
+
+    def time_first(x):
+        return jnp.moveaxis(x, 1, 0)
+
+    arrays = jax.tree.map(lambda x: time_first(x.astype(dtype)), inputs)
+    log_decay_TBHK = None if log_decay_BTHK is None else time_first(log_decay_BTHK.astype(dtype))
+    start_TB = None if segment_ids_BT is None else time_first(starts(segment_ids_BT))
+    final_BHKV, o_TBHV = jax.lax.scan(
+        scan_step, initial_state_BHKV, (arrays, log_decay_TBHK, start_TB)
+    )
+    v_BTHV = inputs[2]
+    return jnp.moveaxis(scale * o_TBHV, 0, 1).astype(v_BTHV.dtype), final_BHKV
+
+
 def isolated(operator):
     """Makes NaN and Inf stay in their document, of a matrix recurrence whose masks are products.
 

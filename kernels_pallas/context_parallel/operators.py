@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas
-from kernels_pallas.common import arguments, checks, dtypes, segments
+from kernels_pallas.common import arguments, decay, segments
 from kernels_pallas.context_parallel import collectives, ring_attention, shard_maps
 from kernels_pallas.dispatch import manual_axes
 from kernels_pallas.ops.causal_conv import reference as conv_reference
@@ -197,22 +197,10 @@ def diagonal_scan(
         (x_BTD, decay_BTD, log_decay, initial_state, segment_ids), axis_name
     )
     # Raises what the plain operator raises, and gives its results' dtypes.
-    output, final_BD = _one_device_shapes(
-        functools.partial(kernels_pallas.diagonal_scan, reverse=reverse),
-        x_BTD,
-        decay_BTD,
-        log_decay=log_decay,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-    )
-    decay: Any = decay_BTD
-    if log_decay is not None:
-        checks.not_positive(name, "log_decay", jnp.real(log_decay))
-        decay = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
-    decay = decay.astype(final_BD.dtype)
-    decay_BTD = (
-        jnp.asarray(decay) if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
-    )
+    given = {"log_decay": log_decay, "initial_state": initial_state, "segment_ids": segment_ids}
+    operator = functools.partial(kernels_pallas.diagonal_scan, reverse=reverse)
+    output, final_BD = _one_device_shapes(operator, x_BTD, decay_BTD, **given)
+    decay_BTD = decay.factors(name, decay_BTD, log_decay, x_BTD.shape, final_BD.dtype)
     if initial_state is None:
         initial_state = jnp.zeros_like(x_BTD, shape=final_BD.shape)
     if arguments.nothing(x_BTD):
@@ -328,11 +316,8 @@ def causal_conv(
     operator = functools.partial(
         kernels_pallas.causal_conv, activation=activation, l2_norm_heads=l2_norm_heads, eps=eps
     )
-    call: dict[str, Any] = {
-        "bias": bias,
-        "initial_state": initial_state,
-        "segment_ids": segment_ids,
-    }
+    call: dict[str, Any] = {"bias": bias, "segment_ids": segment_ids}
+    call["initial_state"] = initial_state
     _, tail_like = _one_device_shapes(operator, x_BTD, w, **call)
     x_BTD = conv_reference.promoted(x_BTD, w, bias, initial_state)
     if not arguments.nothing(x_BTD):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import decay, segments
+from kernels_pallas.common import decay
 from kernels_pallas.gpu import launch
 
 LARGEST = 256  # K and V; beyond, a tile of scores' operands leaves the registers
@@ -131,10 +131,7 @@ def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
     decay it is zeros of one head."""
     if log_decay_BTHK is None:
         log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:2], 1, 1))
-    if segment_ids_BT is not None:
-        starts_BT = segments.starts(segment_ids_BT)
-        log_decay_BTHK = jnp.where(starts_BT[:, :, None, None], decay.RESET, log_decay_BTHK)
-    return log_decay_BTHK
+    return decay.with_resets(log_decay_BTHK, segment_ids_BT, jnp.float32)
 
 
 def every_head(form, g_BTHK):

@@ -7,7 +7,7 @@ them. For the backward pass the forward kernel also writes the state that enters
 
 import jax.numpy as jnp
 
-from kernels_pallas.common import decay, kernel_vjp, segments
+from kernels_pallas.common import kernel_vjp
 from kernels_pallas.tpu.tiling import RecurrenceTiling
 
 
@@ -47,16 +47,6 @@ def apart(tiling: RecurrenceTiling, q, k, v):
     """Reshapes q, k and v of `flat_inputs` to (B, T, heads, dim)."""
     heads = (tiling.G, tiling.G, tiling.H)
     return (x.reshape(*x.shape[:2], n, -1) for x, n in zip((q, k, v), heads))
-
-
-def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
-    """Returns the decay, a reset at the first token of each document; None if there is neither."""
-    if segment_ids_BT is None:
-        return log_decay_BTHK
-    if log_decay_BTHK is None:
-        log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:3], 1))
-    starts_BT11 = segments.starts(segment_ids_BT)[:, :, None, None]
-    return jnp.where(starts_BT11, decay.RESET, log_decay_BTHK)
 
 
 def differentiable(forward, backward, plain):

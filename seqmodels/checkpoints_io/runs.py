@@ -5,16 +5,15 @@ written by Orbax. It is read onto one device here, wherever it was trained; orba
 [train]) is imported when a checkpoint is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from seqmodels import language_model
-from seqmodels.checkpoints_io import files, own_layout, special_tokens
+from seqmodels.checkpoints_io import conversion, files, own_layout, special_tokens
 from seqmodels.checkpoints_io.pretrained import Pretrained
 from seqmodels.checkpoints_io.special_tokens import SpecialTokens
 from seqmodels.text import tokenizers
@@ -81,13 +80,18 @@ def described(
 
 def _checkpoint(folder: Path, step: int | None) -> str:
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    return str((folder / str(chosen_step(folder, steps, step))).absolute())
+
+
+def chosen_step(folder: Path, steps: Sequence[int], step: int | None) -> int:
+    """Returns `step`, the last of `steps` for None. Raises ValueError where there is none such."""
     if not steps:
         raise ValueError(f"{folder} holds no checkpoint")
     if step is not None and step not in steps:
         raise ValueError(
             f"there is no checkpoint of step {step} in {folder}; there are {str(steps)[1:-1]}"
         )
-    return str((folder / str(steps[-1] if step is None else step)).absolute())
+    return steps[-1] if step is None else step
 
 
 def _read_params(checkpoint: str, model_config: Mapping[str, Any], averaged: bool):
@@ -99,9 +103,7 @@ def _read_params(checkpoint: str, model_config: Mapping[str, Any], averaged: boo
             "a run's checkpoints are read by orbax-checkpoint, which is not installed: "
             "pip install 'linear-seqmodels[train]'"
         ) from error
-    model = language_model.from_config(model_config)
-    tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"])
+    shapes = nn.meta.unbox(conversion.boxed_params(language_model.from_config(model_config)))
     stored = ocp.metadata(checkpoint, checkpointable_name="params").metadata
     if _shapes(stored) != _shapes(shapes):
         raise ValueError(f"{checkpoint} is of another model than config.json describes")

@@ -42,12 +42,15 @@ def join(model, shared: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dic
     end = first + plan.repeats * period
     params |= {f"block_{i}": layers[i] for i in range(len(layers)) if not first <= i < end}
 
+    def stack(*leaves):
+        return jnp.stack(leaves)
+
     def stacked(names):
         return "layers", *names
 
     if plan.repeats:
         params[SCANNED] = {
-            f"block_{place}": _map(_stack, stacked, *layers[first + place : end : period])
+            f"block_{place}": _map(stack, stacked, *layers[first + place : end : period])
             for place in range(period)
         }
     return params
@@ -65,7 +68,3 @@ def _map(function, rename, *trees):
         return jax.eval_shape(function, *leaves) if abstract else function(*leaves)
 
     return jax.tree.map(apply, *trees, is_leaf=is_boxed)
-
-
-def _stack(*leaves):
-    return jnp.stack(leaves)

@@ -56,8 +56,7 @@ class PairBlock(blocks.Block):
         pair: Any = self.spec
 
         def run(spec, name, x_BTD):
-            options = {field: getattr(self, field) for field in _FIELDS}
-            block = blocks.Block(spec, **options, name=name)
+            block = blocks.Block(spec, **blocks.options_of(self), name=name)
             return _watched(block, x_BTD, segment_ids_BT, layer)
 
         out_BTD, theirs = run(pair.teacher, TEACHER, x_BTD)
@@ -73,11 +72,6 @@ class PairBlock(blocks.Block):
             error_BT = _mean_square(own["mixer"] - theirs["mixer"])
             self.sow("intermediates", "relative", error_BT / (power_BT + 1e-12))
         return out_BTD, None
-
-
-_FIELDS = [
-    f.name for f in dataclasses.fields(blocks.Block) if f.name not in ("spec", "parent", "name")
-]
 
 
 class TransferModel(language_model.LanguageModel):

@@ -1,5 +1,6 @@
 """Softmax attention: the baseline, and the minority layer of hybrids."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base
-from seqmodels.modules import layers, norms, positions
+from seqmodels.modules import feature_maps, layers, norms, positions
 
 
 @flax.struct.dataclass
@@ -91,8 +92,6 @@ class Attention(base.Mixer):
         o_BTHK, state = self._attend(q_BTHK, k_BTGK, v_BTGK, position_BT, segment_ids_BT, state)
         return self._output(x_BTD, o_BTHK), state
 
-    # Linearized students (liger, lolcats, ...) are subclasses: they share the projections.
-
     def _queries_keys_values(self, x_BTD):
         """Returns q, k and v before the rotation."""
         H, G, K = self._sizes()
@@ -151,7 +150,8 @@ class Attention(base.Mixer):
         new = (k_BTGK.astype(self.dtype), v_BTGK.astype(self.dtype), position_BT, run_BT)
         # Full attention writes behind the filled slots; a window drops as many slots as come.
         if self.window is None:
-            slots = [_write(a, b, cache.slots_filled) for a, b in zip(old, new)]
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+            slots = [write(a, b, cache.slots_filled) for a, b in zip(old, new)]
             kept = slots
         else:
             slots = [jnp.concatenate([a, b], axis=1) for a, b in zip(old, new)]
@@ -183,5 +183,19 @@ class Attention(base.Mixer):
         )
 
 
-def _write(slots, new, start):
-    return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis=1)
+class LinearizedAttention(Attention, base.ChunkedMixer):
+    """A recurrence on a softmax layer's projections: the base of linearized students."""
+
+    @nn.nowrap
+    def _check_nonnegative(self, feature_map: str) -> None:
+        """Raises ValueError for a feature map whose sum of weights cannot be divided by."""
+        if not feature_maps.is_nonnegative(feature_map):
+            raise ValueError(
+                f"{base.name_of(self)}: feature map {feature_map!r} takes both signs, so the sum "
+                "of weights may be zero; take one that is never negative"
+            )
+
+    @nn.nowrap
+    def _of_all_heads(self, x_BTGK: Array) -> Array:
+        """Repeats what query heads share, (B, T, G, ...) to (B, T, H, ...)."""
+        return jnp.repeat(x_BTGK, self.num_heads // x_BTGK.shape[2], axis=2)

@@ -1,6 +1,7 @@
 """The interface of a token mixer, and code that mixers share."""
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -86,7 +87,7 @@ class Mixer(nn.Module):
         """Raises ValueError, listing the choices, where the option's value is none of them."""
         if (value := getattr(self, option)) not in choices:
             raise ValueError(
-                f"{_name(self)}: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
+                f"{name_of(self)}: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
             )
 
     @nn.nowrap
@@ -99,7 +100,7 @@ class Mixer(nn.Module):
         if width % heads:
             what = f"d_model {width}" if expand == 1.0 else f"{expand} * d_model = {width}"
             instead = ", or set head_dim" if hasattr(self, "head_dim") else ""
-            raise ValueError(f"{_name(self)}: num_heads {heads} must divide {what}{instead}")
+            raise ValueError(f"{name_of(self)}: num_heads {heads} must divide {what}{instead}")
         return width // heads
 
     @nn.nowrap
@@ -121,20 +122,11 @@ class Mixer(nn.Module):
         *,
         axes: LogicalAxes = ("embed", "heads"),
         use_bias: bool = False,
-        kernel_init: Callable = layers.KERNEL_INIT,
-        bias_init: Callable = nn.initializers.zeros,
+        **inits: Callable,
     ) -> Array:
-        """Applies a Dense layer called `name` to x's last axis, in the mixer's dtypes."""
-        return layers.dense(
-            features,
-            name,
-            axes=axes,
-            use_bias=use_bias,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )(x)
+        """Applies `layers.dense`, called `name`, to x's last axis, in the mixer's dtypes."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return layers.dense(features, name, axes=axes, use_bias=use_bias, **inits, **dtypes)(x)
 
     def project_heads(self, x: Array, heads: int, dim: int, name: str, **keywords) -> Array:
         """Applies `project` to heads * dim features, split into (B, T, heads, dim)."""
@@ -147,7 +139,7 @@ class Mixer(nn.Module):
         return self.project(o_BTE, self.d_model, name, axes=("heads", "embed"), **keywords)
 
 
-def _name(mixer: Mixer) -> str:
+def name_of(mixer: Mixer) -> str:
     """Returns the mixer's registered name, which is its file's name."""
     return type(mixer).__module__.rpartition(".")[2]
 
@@ -161,3 +153,13 @@ class ChunkedMixer(Mixer):
     """
 
     chunk_size: int | None = None
+
+    @nn.nowrap
+    def recurrence_keywords(self, initial_state, segment_ids_BT) -> dict[str, Any]:
+        """Returns the keywords of the operator's call that do not depend on the mixer's formula."""
+        return {
+            "initial_state": initial_state,
+            "segment_ids": segment_ids_BT,
+            "chunk_size": self.chunk_size,
+            "implementation": self.implementation,
+        }

@@ -115,16 +115,14 @@ class DeltaRuleMixer(base.ChunkedMixer):
         if self.use_forget_gate:
             log_decay, _ = gates.SoftplusDecay(name="decay", A_min=0.0)(self.project(x_BTD, H, "a"))
         # A token is n steps in time. It decays once, on the first; it is read once, after the last.
+        ids = None if segment_ids_BT is None else jnp.repeat(segment_ids_BT, n, axis=1)
         o, S_BHKV = delta_rule(
             _on_step(q.reshape(B, T, G, K), n, last=True),
             k.reshape(B, T * n, G, K),
             v.reshape(B, T * n, H, V),
             beta.reshape(B, T * n, H) * (2.0 if self.allow_neg_eigval else 1.0),
             None if log_decay is None else _on_step(log_decay, n, last=False),
-            initial_state=state.S_BHKV,
-            segment_ids=None if segment_ids_BT is None else jnp.repeat(segment_ids_BT, n, axis=1),
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHKV, ids),
         )
         o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o.reshape(B, T, n, H, V)[:, :, n - 1])
         if self.use_gate:

@@ -47,10 +47,7 @@ class GLA(base.ChunkedMixer):
             self.project_heads(x_BTD, H, K, "k"),
             self.project_heads(x_BTD, H, V, "v"),
             jax.nn.log_sigmoid(gate_BTHK.astype(jnp.float32)) / self.gate_temperature,
-            initial_state=state,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state, segment_ids_BT),
         )
         gate_BTHV = self.project_heads(x_BTD, H, V, "g")
         o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTHV)

@@ -1,21 +1,12 @@
 """HGRN: a gated linear recurrence whose forget gate has a lower bound that grows with depth."""
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 from seqmodels.modules import layers, norms
 from seqmodels.operators import diagonal_scan
-
-
-@flax.struct.dataclass
-class State:
-    """The state h_BD, float32."""
-
-    h_BD: Array
 
 
 class HGRN(base.Mixer):
@@ -25,6 +16,8 @@ class HGRN(base.Mixer):
         f_t = lb + (1 - lb) sigmoid(W_f x_t)
 
     y = W_o (RMSNorm(h) * silu(W_g x)). lb is `layer.lower_bound_D`; zero outside a stack.
+
+    The state is h_BD.
     """
 
     uses_lower_bound = True
@@ -32,8 +25,6 @@ class HGRN(base.Mixer):
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         D = self.d_model
-        if state is None:
-            state = self.init_state(x_BTD.shape[0])
         bound_D = None if layer is None else layer.lower_bound_D
         if bound_D is None:
             bound_D = jnp.zeros((D,))
@@ -44,14 +35,14 @@ class HGRN(base.Mixer):
         h_BTD, h_BD = diagonal_scan(
             layers.gated(write_BTD, self.project(x_BTD, D, "i"), nn.silu),
             forget_BTD,
-            initial_state=state.h_BD,
+            initial_state=state,
             segment_ids=segment_ids_BT,
             implementation=self.implementation,
         )
         h_BTD = norms.RMSNorm(name="o_norm")(h_BTD).astype(self.dtype)
         h_BTD = layers.gated(h_BTD, self.project(x_BTD, D, "g"), nn.silu)
         y_BTD = self.project(h_BTD, D, "o", axes=("heads", "embed"))
-        return y_BTD, State(h_BD)
+        return y_BTD, h_BD
 
     def init_state(self, batch):
-        return State(jnp.zeros((batch, self.d_model), jnp.float32))
+        return jnp.zeros((batch, self.d_model), jnp.float32)

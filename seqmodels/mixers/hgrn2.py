@@ -49,10 +49,7 @@ class HGRN2(base.ChunkedMixer):
             self.project_heads(x_BTD, H, K, "i"),
             log_g_BTHK,
             scale=1.0,
-            initial_state=state,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state, segment_ids_BT),
         )
         o_BTD = o_BTHV.reshape(x_BTD.shape)
         return self.merge_heads(norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTD)), S_BHKV

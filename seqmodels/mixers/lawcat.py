@@ -27,7 +27,7 @@ class State:
     next_position_B: Array
 
 
-class LAWCAT(attention.Attention):
+class LAWCAT(attention.LinearizedAttention):
     """LAWCAT (arXiv 2509.18467), on a softmax layer's projections.
 
         S_t = diag(a_t) S_{t-1} + phi(k_t) [v_t, 1]^T
@@ -45,7 +45,6 @@ class LAWCAT(attention.Attention):
       feature_map, features: `feature_maps`, never negative.
       gate_rank: of W_down; None: a = 1.
       eps: added to the sum of weights.
-      chunk_size: as in `base.ChunkedMixer`.
     """
 
     window: int | None = None  # refused where it is set
@@ -56,16 +55,11 @@ class LAWCAT(attention.Attention):
     gate_temperature: float = 16.0
     gate_bias: float = 4.0
     eps: float = 1e-12
-    chunk_size: int | None = None
 
     def _sizes(self):
         if self.window is not None:
             raise ValueError(f"lawcat: it has no window; got window={self.window}")
-        if not feature_maps.is_nonnegative(self.feature_map):
-            raise ValueError(
-                f"lawcat: feature map {self.feature_map!r} takes both signs, so the sum of weights "
-                "may be zero; take one that is never negative"
-            )
+        self._check_nonnegative(self.feature_map)
         return super()._sizes()
 
     def _features(self) -> int:
@@ -82,7 +76,7 @@ class LAWCAT(attention.Attention):
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
-        H, G, _ = self._sizes()
+        H = self._sizes()[0]
         B, T, _ = x_BTD.shape
         if state is None:
             state = self.init_state(B)
@@ -91,9 +85,6 @@ class LAWCAT(attention.Attention):
         k_BTGK, k_tail = self._convolved("k", k_BTGK, segment_ids_BT, state.k_tail)
         position_BT = positions.token_positions(B, T, segment_ids_BT, state.next_position_B)
         q_BTHK, k_BTGK = (self._rotate(x, position_BT) for x in (q_BTHK, k_BTGK))
-
-        def of_all_heads(x):
-            return jnp.repeat(x, H // G, axis=2)
 
         def mapped(name, x_BTHK):
             phi = feature_maps.FeatureMap(self.feature_map, self.features, name=f"{name}_map")
@@ -110,17 +101,14 @@ class LAWCAT(attention.Attention):
             log_decay_BTHF = jax.nn.log_sigmoid(gate_BTHF.astype(jnp.float32))
             log_decay_BTHF = log_decay_BTHF / self.gate_temperature
         # A column of ones beside v sums the weights in the same pass.
-        v_BTHV = of_all_heads(v_BTGV)
+        v_BTHV = self._of_all_heads(v_BTGV)
         sums_BTHV, S_BHFV = operators.linear_attention(
             mapped("q", q_BTHK),
-            mapped("k", of_all_heads(k_BTGK)),
+            mapped("k", self._of_all_heads(k_BTGK)),
             jnp.concatenate([v_BTHV, jnp.ones_like(v_BTHV[..., :1])], axis=-1),
             log_decay_BTHF,
             scale=1.0,
-            initial_state=state.S_BHFV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHFV, segment_ids_BT),
         )
         sums_BTHV = sums_BTHV.astype(jnp.float32)
         o_BTHV = (sums_BTHV[..., :-1] / (sums_BTHV[..., -1:] + self.eps)).astype(self.dtype)

@@ -22,7 +22,7 @@ class State:
     cache: attention.KeyValueCache | None
 
 
-class Liger(attention.Attention):
+class Liger(attention.LinearizedAttention):
     """Liger attention (Lan et al., arXiv 2503.01496, eqs. 5-9 and table 1).
 
         S_t = diag(a_t) S_{t-1} + phi(k_t) v_t^T
@@ -45,7 +45,6 @@ class Liger(attention.Attention):
       window: None leaves the softmax part out, and then mix is 1.
       gate_source: "keys", or "projection" for a new W_g x, random at first: the paper's ablation.
       feature_map, features: of phi; a learned one is another of its ablations.
-      chunk_size: as in `base.ChunkedMixer`.
     """
 
     window: int | None = 64
@@ -55,7 +54,6 @@ class Liger(attention.Attention):
     gate_temperature: float = 16.0
     feature_map: str = "softmax"
     features: int | None = None
-    chunk_size: int | None = None
 
     def _sizes(self):
         self.check_choice("gate", GATES)
@@ -87,26 +85,20 @@ class Liger(attention.Attention):
         if self.gate_source == "projection" and self.gate != "none":
             z_BTGK = self.project_heads(x_BTD, G, K, "gate")
 
-        def of_all_heads(x):
-            return jnp.repeat(x, H // G, axis=2)
-
         # The linear part, before the rotation.
         log_decay = self._log_decay(z_BTGK)
         if self.gate == "hgrn2":
-            phi_k_BTHF = of_all_heads(jax.nn.sigmoid(-z_BTGK.astype(jnp.float32)))
+            phi_k_BTHF = self._of_all_heads(jax.nn.sigmoid(-z_BTGK.astype(jnp.float32)))
             phi_k_BTHF = phi_k_BTHF.astype(self.dtype)
         else:
-            phi_k_BTHF = self._map("k")(of_all_heads(k_BTGK))
+            phi_k_BTHF = self._map("k")(self._of_all_heads(k_BTGK))
         o_BTHV, S_BHFV = operators.linear_attention(
             self._map("q")(q_BTHK),
             phi_k_BTHF,
-            of_all_heads(v_BTGV),
-            None if log_decay is None else of_all_heads(log_decay),
+            self._of_all_heads(v_BTGV),
+            None if log_decay is None else self._of_all_heads(log_decay),
             scale=1.0,
-            initial_state=None if state is None else state.S_BHFV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(None if state is None else state.S_BHFV, segment_ids_BT),
         )
         # The window's softmax, after it.
         cache = None

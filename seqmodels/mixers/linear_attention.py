@@ -99,10 +99,7 @@ class LinearAttention(base.ChunkedMixer):
             self._map(self.k_map or self.q_map, "k_map")(k_BTHK),
             v_BTHV,
             scale=1.0 if self.normalize else None,
-            initial_state=state.S_BHFV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHFV, segment_ids_BT),
         )
         if self.normalize:
             o_BTHV = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + self.eps)

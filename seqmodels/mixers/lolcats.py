@@ -29,7 +29,7 @@ class State:
     next_position_B: Array
 
 
-class LoLCATs(attention.Attention):
+class LoLCATs(attention.LinearizedAttention):
     """LoLCATs on a softmax layer (Zhang et al., arXiv 2410.10254, section 3.2 and eq. 7).
 
         o_m = (sum_n a_mn v_n) / (sum_n a_mn)
@@ -50,7 +50,6 @@ class LoLCATs(attention.Attention):
       feature_map, features: `feature_maps`, never negative; features None is K.
       factor_init: of the factor; -2.1972 is g = 0.1.
       eps: added to the denominator without a window.
-      chunk_size: as in `base.ChunkedMixer`.
     """
 
     window: int | None = 64
@@ -58,14 +57,9 @@ class LoLCATs(attention.Attention):
     features: int | None = None
     factor_init: float = -2.1972
     eps: float = 1e-12
-    chunk_size: int | None = None
 
     def _sizes(self):
-        if not feature_maps.is_nonnegative(self.feature_map):
-            raise ValueError(
-                f"lolcats: feature map {self.feature_map!r} takes both signs, so the sum of "
-                "weights may be zero; take one that is never negative"
-            )
+        self._check_nonnegative(self.feature_map)
         return super()._sizes()
 
     def _map(self, name: str) -> feature_maps.FeatureMap:
@@ -73,7 +67,6 @@ class LoLCATs(attention.Attention):
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
-        H, G, K = self._sizes()
         B, T, _ = x_BTD.shape
         if state is None:
             state = LoLCATs.init_state(self, B)
@@ -99,24 +92,18 @@ class LoLCATs(attention.Attention):
             )
         )
 
-        def of_all_heads(x):
-            return jnp.repeat(x, H // x.shape[2], axis=2)
-
         # The linear part's token enters as it leaves the window.
         phi_q, phi_k = self._map("q"), self._map("k")
         phi_q_BTHF = phi_q(q_BTHK)
         enters_BT = filled_BS[:, :T] & (run_BS[:, :T] == run_BT)
-        phi_k_BTHF = phi_k(of_all_heads(k_BSGK[:, :T])) * enters_BT[..., None, None]
-        v_BTHV = of_all_heads(v_BSGV[:, :T])
+        phi_k_BTHF = phi_k(self._of_all_heads(k_BSGK[:, :T])) * enters_BT[..., None, None]
+        v_BTHV = self._of_all_heads(v_BSGV[:, :T])
         sums_BTHV, S_BHFV = operators.linear_attention(
             phi_q_BTHF,
             phi_k_BTHF,
             jnp.concatenate([v_BTHV, jnp.ones_like(v_BTHV[..., :1])], axis=-1),
             scale=1.0,
-            initial_state=state.S_BHFV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHFV, segment_ids_BT),
         )
         sums_BTHV = sums_BTHV.astype(jnp.float32)
         factor_H = None
@@ -128,7 +115,7 @@ class LoLCATs(attention.Attention):
         o_BTHV = sums_BTHV[..., :-1] / (sums_BTHV[..., -1:] + (0.0 if w else self.eps))
         if not self.is_initializing() and self.is_mutable_collection("intermediates"):
             if w:
-                phi_k_BTHF = phi_k(of_all_heads(k_BTGK))
+                phi_k_BTHF = phi_k(self._of_all_heads(k_BTGK))
             maps = attention_maps.cross_entropy(
                 q_BTHK, k_BTGK, phi_q_BTHF, phi_k_BTHF, segment_ids_BT,
                 window=self.window, factor_H=factor_H,

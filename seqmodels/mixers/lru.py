@@ -1,21 +1,12 @@
 """The linear recurrent unit: a diagonal, complex, time-invariant recurrence."""
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from seqmodels.array_typing import Array
 from seqmodels.mixers import base
 from seqmodels.modules import layers
 from seqmodels.operators import diagonal_scan
-
-
-@flax.struct.dataclass
-class State:
-    """The state h_BK, complex64."""
-
-    h_BK: Array
 
 
 class LRU(base.Mixer):
@@ -27,7 +18,7 @@ class LRU(base.Mixer):
     lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1. At the start lambda is uniform
     on the ring r_min <= |lambda| <= r_max with phase in [0, max_phase], exp(gamma_log) = sqrt(1 -
     |lambda|^2), B ~ N(0, 1/(2D)) and C ~ N(0, 1/K) in each of the real and imaginary parts, D ~
-    N(0, 1). There is no nonlinearity in it: the channel mixer is that.
+    N(0, 1). There is no nonlinearity in it: the channel mixer is that. The state is h_BK.
 
     Attributes:
       d_state: K complex states; None is D.
@@ -49,8 +40,6 @@ class LRU(base.Mixer):
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         D, K = self.d_model, self._states()
-        if state is None:
-            state = self.init_state(x_BTD.shape[0])
         nu_log_K = layers.gate_parameter(self, "nu_log", self._nu_log_init, (K,))
         theta_log_K = layers.gate_parameter(self, "theta_log", self._theta_log_init, (K,))
         lambda_K = jnp.exp(jax.lax.complex(-jnp.exp(nu_log_K), jnp.exp(theta_log_K)))
@@ -70,7 +59,7 @@ class LRU(base.Mixer):
         h_BTK, h_BK = diagonal_scan(
             jnp.exp(gamma_log_K)[None, None] * Bx_BTK,
             jnp.broadcast_to(lambda_K[None, None], Bx_BTK.shape),
-            initial_state=state.h_BK,
+            initial_state=state,
             segment_ids=segment_ids_BT,
             implementation=self.implementation,
         )
@@ -79,7 +68,7 @@ class LRU(base.Mixer):
         y_BTD = y_BTD - self.project(h_BTK.imag, D, "C_im", **out)
         skip_init = layers.undecayed(nn.initializers.normal(1.0), ("embed",))
         D_D = self.param("D", skip_init, (D,), jnp.float32)
-        return (y_BTD + x_BTD * D_D[None, None]).astype(self.dtype), State(h_BK)
+        return (y_BTD + x_BTD * D_D[None, None]).astype(self.dtype), h_BK
 
     def _nu_log_init(self, key, shape, dtype=jnp.float32):
         # |lambda|^2 is uniform, hence lambda over the ring's area; u > 0 keeps the log finite.
@@ -90,4 +79,4 @@ class LRU(base.Mixer):
         return jnp.log(self.max_phase * jax.random.uniform(key, shape, dtype, minval=1e-6))
 
     def init_state(self, batch):
-        return State(jnp.zeros((batch, self._states()), jnp.complex64))
+        return jnp.zeros((batch, self._states()), jnp.complex64)

@@ -80,10 +80,7 @@ class Mamba2(base.ChunkedMixer):
             (x_BTHV * dt_BTH[..., None]).astype(self.dtype),
             log_decay_BTH,
             scale=1.0,
-            initial_state=state.S_BHKV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHKV, segment_ids_BT),
         )
         D_H = layers.gate_parameter(self, "D", nn.initializers.ones, (H,))
         o_BTHV = o_BTHV + (x_BTHV * D_H[None, None, :, None]).astype(self.dtype)

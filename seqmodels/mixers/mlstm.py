@@ -118,10 +118,7 @@ class MLSTM(base.ChunkedMixer):
             self.project_heads(x_BTD, H, K, "k") * i_BTH[..., None].astype(self.dtype),
             v_BTHV,
             log_decay_BTH,
-            initial_state=state.S_BHKV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHKV, segment_ids_BT),
         )
         if self.normalize:
             h_BTHV, weight_BTH = jnp.split(h_BTHV.astype(jnp.float32), [V], axis=-1)

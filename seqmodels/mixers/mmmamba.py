@@ -3,28 +3,17 @@
 import math
 
 import flax.linen as nn
-import flax.struct
 import jax.numpy as jnp
 
 from seqmodels import operators
-from seqmodels.array_typing import Array
 from seqmodels.mixers import attention, gates
+from seqmodels.mixers.delta_net import State
 from seqmodels.modules import layers, norms, short_conv
 
 SEEDS = ("mimic", "scratch")
 
 
-@flax.struct.dataclass
-class State:
-    """The state S_BHKV, and the last inputs of the convolutions on q, k and v."""
-
-    S_BHKV: Array
-    q_tail: Array
-    k_tail: Array
-    v_tail: Array
-
-
-class MMMamba(attention.Attention):
+class MMMamba(attention.LinearizedAttention):
     """mmMamba (Liao et al., arXiv 2502.13145, eqs. 6-10), on a softmax layer's projections.
 
         S_t = gamma_t S_{t-1} + k_t v_t^T
@@ -40,13 +29,11 @@ class MMMamba(attention.Attention):
       seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A =
         e, so that little is forgotten, and convolutions that pass their last input (silu after them
         still changes it). "scratch": dt_bias = 0, A ~ U(1, 16), random convolutions and W_dt.
-      chunk_size: as in `base.ChunkedMixer`.
     """
 
     rope_base: float | None = None
     conv_width: int = 2
     seed: str = "mimic"
-    chunk_size: int | None = None
 
     def _sizes(self):
         self.check_choice("seed", SEEDS)
@@ -65,7 +52,7 @@ class MMMamba(attention.Attention):
             init = short_conv.identity_taps if mimic else None
             conv = self.conv(self.conv_width, use_bias=True, kernel_init=init, name=f"{name}_conv")
             z, tail = conv(z, segment_ids_BT, tail)
-            return jnp.repeat(z.reshape(B, T, heads, K), H // heads, axis=2), tail
+            return self._of_all_heads(z.reshape(B, T, heads, K)), tail
 
         q_BTHK, q_tail = project_conv("q", H, state.q_tail)
         k_BTHK, k_tail = project_conv("k", G, state.k_tail)
@@ -83,10 +70,7 @@ class MMMamba(attention.Attention):
             v_BTHV,
             log_decay_BTH,
             scale=1.0,
-            initial_state=state.S_BHKV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHKV, segment_ids_BT),
         )
         # Xavier's variance is the mean of fans'; the gain squared is 2^-5.
         init = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")

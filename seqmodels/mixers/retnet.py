@@ -47,10 +47,7 @@ class RetNet(base.ChunkedMixer):
             positions.rope(self.project_heads(x_BTD, H, K, "k"), position_BT, self.rope_base),
             self.project_heads(x_BTD, H, V, "v"),
             log_decay(H),
-            initial_state=state.S_BHKV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHKV, segment_ids_BT),
         )
         gate_BTHV = self.project_heads(x_BTD, H, V, "g")
         o_BTHV = norms.RMSNorm(self.norm_eps, name="o_norm")(o_BTHV)

@@ -64,10 +64,7 @@ class TransNormer(base.ChunkedMixer):
             k_BTHK,
             v_BTHK,
             scale=1.0,
-            initial_state=state.S_BHKV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHKV, segment_ids_BT),
         )
         o_BTD = NORMS[self.norm](name="o_norm")(o_BTHK.reshape(x_BTD.shape))
         y_BTD = self.merge_heads(o_BTD, use_bias=True, kernel_init=OUTPUT_INIT)

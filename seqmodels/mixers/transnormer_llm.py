@@ -69,10 +69,7 @@ class TransNormerLLM(base.ChunkedMixer):
             ACTIVATIONS[self.value_activation](v_BTHK),
             -decay_slopes(self.slopes, H, layer.index, layer.count),
             scale=1.0,
-            initial_state=state.S_BHKV,
-            segment_ids=segment_ids_BT,
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self.recurrence_keywords(state.S_BHKV, segment_ids_BT),
         )
         norm = norms.NORMS[self.norm](eps=self.norm_eps, name="o_norm")
         u_BTE = ACTIVATIONS[self.gate_activation](self.project(x_BTD, H * K, "u"))
@@ -84,11 +81,7 @@ class TransNormerLLM(base.ChunkedMixer):
         return base.PositionedState.empty(batch, H, 2 * K if self.lrpe else K, K)
 
 
-def _identity(x):
-    return x
-
-
-ACTIVATIONS = {"identity": _identity, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+ACTIVATIONS = {"identity": jax.nn.identity, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 def _alibi(heads: int) -> list[float]:

@@ -1,5 +1,8 @@
 """A layer of a stack: token mixer and channel mixer, each with norm and residual connection."""
 
+import dataclasses
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -96,6 +99,12 @@ class Block(nn.Module):
             x_BTD, y_BTD = x_BTD * weights[0], y_BTD * weights[1]
         x_BTD = sharding.constrain(x_BTD + y_BTD)
         return (norm("", x_BTD) if self.norm_position == "post" else x_BTD), state
+
+
+def options_of(module: nn.Module) -> dict[str, Any]:
+    """Returns a block's fields but its spec, as another module has them."""
+    names = {field.name for field in dataclasses.fields(Block)} - {"spec", "parent", "name"}
+    return {name: getattr(module, name) for name in sorted(names)}
 
 
 def make_norm(name: str, eps: float, module_name: str) -> nn.Module:

@@ -1,6 +1,7 @@
 """Channel mixers: they act on each token alone, after its token mixer."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 
@@ -12,16 +13,11 @@ from seqmodels import fields, operators
 from seqmodels.array_typing import Array, DType
 from seqmodels.modules import layers, pattern
 
-
-def _identity(x: Array) -> Array:
-    return x
-
-
 # name: (activation of the gate or of the hidden layer, whether there is a gate)
 _KINDS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "swiglu": (jax.nn.silu, True),  # GLU variants, arXiv 2002.05202
     "geglu": (jax.nn.gelu, True),
-    "sglu": (_identity, True),  # TransNormerLLM, arXiv 2307.14995, eq. 11: no activation
+    "sglu": (jax.nn.identity, True),  # TransNormerLLM, arXiv 2307.14995, eq. 11: no activation
     "gelu": (jax.nn.gelu, False),
 }
 
@@ -87,23 +83,15 @@ class ChannelMixer(nn.Module):
         D = x_BTD.shape[-1]
         F = self.d_ff or (-(-8 * D // (3 * 64)) * 64 if gated else 4 * D)
 
-        def dense(features, name, axes):
-            return layers.dense(
-                features,
-                name,
-                axes=axes,
-                use_bias=self.use_bias,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-            )
-
-        up_BTF = dense(F, "up", ("embed", "mlp"))(x_BTD)
+        options = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = functools.partial(layers.dense, **options)
+        up_BTF = dense(F, "up", axes=("embed", "mlp"))(x_BTD)
         if gated:
-            gate_BTF = dense(F, "gate", ("embed", "mlp"))(x_BTD)
+            gate_BTF = dense(F, "gate", axes=("embed", "mlp"))(x_BTD)
             hidden_BTF = layers.gated(up_BTF, gate_BTF, activation)
         else:
             hidden_BTF = layers.recomputed(activation)(up_BTF)
-        return dense(D, "down", ("mlp", "embed"))(hidden_BTF)
+        return dense(D, "down", axes=("mlp", "embed"))(hidden_BTF)
 
 
 class MixtureOfExperts(nn.Module):

@@ -30,10 +30,6 @@ from seqmodels.array_typing import Array, DType
 from seqmodels.modules import layers
 
 
-def _identity(x: Array) -> Array:
-    return x
-
-
 def _elu_plus_one(x: Array) -> Array:
     return jax.nn.elu(x) + 1.0
 
@@ -81,7 +77,7 @@ class _Map:
 
 
 _MAPS = {
-    "identity": _Map(_identity, nonnegative=False),
+    "identity": _Map(jax.nn.identity, nonnegative=False),
     "elu": _Map(jax.nn.elu, nonnegative=False),
     "elu_plus_one": _Map(_elu_plus_one, nonnegative=True),
     "relu": _Map(jax.nn.relu, nonnegative=True),

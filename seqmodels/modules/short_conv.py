@@ -79,7 +79,3 @@ class ShortConv(nn.Module):
             segment_ids=segment_ids_BT,
         )
         return (y_BTD if fused or self.activation is None else self.activation(y_BTD)), state
-
-    def init_state(self, batch: int, features: int) -> Array:
-        """Returns the state without earlier inputs: zeros (B, I-1, D)."""
-        return jnp.zeros((batch, self.width - 1, features), self.dtype)

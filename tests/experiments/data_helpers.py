@@ -4,6 +4,14 @@ import itertools
 
 import numpy as np
 
+from experiments.data import documents
+
+
+def split_bytes(config, split):
+    """Returns all bytes of a text dataset's split, its documents one after the other."""
+    source = documents(config, split)
+    return b"".join(source[i] for i in range(len(source)))
+
 
 def take(iterator, count):
     return list(itertools.islice(iterator, count))

@@ -276,7 +276,7 @@ def test_a_context_longer_than_the_teachers(teacher_run, tmp_path):
 def abstract_teacher(**fields):
     kept = {"tokenizer": "bytes", "document_token": ""}
     model_config = TEACHER | fields
-    return teachers.Teacher(model_config, Pretrained(model_config, {}, kept, "somewhere"))
+    return Pretrained(model_config, {}, kept, "somewhere")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_the_tokens_are_the_teachers():
         teachers.with_data(config, abstract_teacher(vocab_size=4096))
     config.data.tokenizer = "teacher"
     untold = abstract_teacher()
-    untold.found.hf_config.clear()
+    untold.hf_config.clear()
     with pytest.raises(ValueError, match="the teacher brings no tokenizer: set --config.data.tok"):
         teachers.with_data(config, untold)
     config.data = default_config("mqar")

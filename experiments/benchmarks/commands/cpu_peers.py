@@ -42,15 +42,8 @@ _OUT = flags.DEFINE_string("out", str(cpu_peers.FOLDER), "folder for results")
 
 def main(argv):
     cli.no_arguments(argv)
-    for flag, values, choices in (
-        ("only", _ONLY.value, cpu_peers.NAMES),
-        ("parts", _WHICH.value, _PARTS),
-    ):
-        for value in values:
-            if value not in choices:
-                raise cli.UserError(
-                    f"--{flag}: unknown {value!r}; choose from {', '.join(choices)}"
-                )
+    names = cli.chosen("only", _ONLY.value, cpu_peers.NAMES)
+    parts = cli.chosen("parts", _WHICH.value, tuple(_PARTS))
     settings = dataclasses.replace(
         _DEFAULTS,
         shape=dataclasses.replace(
@@ -63,9 +56,9 @@ def main(argv):
     )
     out = cli.output_folder(_OUT.value)
     found = {}
-    for part in _WHICH.value:
+    for part in parts:
         found[part] = []
-        for name in _ONLY.value:
+        for name in names:
             found[part] += _PARTS[part](name, settings)
             cpu_peers.save(out, found)  # what is cut short keeps what it has
     timed = found.get("timing", [])

@@ -31,12 +31,10 @@ _OUT = flags.DEFINE_string("out", str(static_triton.FOLDER), "folder for results
 
 def main(argv):
     cli.no_arguments(argv)
-    for name in _ONLY.value:
-        if name not in _NAMES:
-            raise cli.UserError(f"--only: unknown {name!r}; choose from {', '.join(_NAMES)}")
+    names = cli.chosen("only", _ONLY.value, _NAMES)
     lengths = cli.numbers("lengths", _LENGTHS.value)
     out = cli.output_folder(_OUT.value)
-    chosen = [c for c in gpu_peers.COMPARISONS if c.name in _ONLY.value]
+    chosen = [c for c in gpu_peers.COMPARISONS if c.name in names]
     rows = []
     for comparison in chosen:
         if jax.default_backend() == "gpu":
@@ -45,8 +43,5 @@ def main(argv):
             rows += gpu_peers.not_run(comparison, lengths)
     print(report.text_table([gpu_peers.line(row) for row in rows]))
     print("\n".join(gpu_peers.crossings(rows)))
-    try:
-        gpu_peers.save(out, rows)
-    except ValueError as error:
-        raise cli.UserError(str(error)) from error
+    gpu_peers.save(out, rows)
     print(f"results: {_OUT.value}")

@@ -35,26 +35,19 @@ _OUT = flags.DEFINE_string("out", str(static_triton.FOLDER), "folder for results
 
 def main(argv):
     cli.no_arguments(argv)
-    ops = static_triton.OPS if _OP.value == ["all"] else _OP.value
+    ops = cli.chosen("op", _OP.value, static_triton.OPS, every="all")
     for op in ops:
-        if op not in static_triton.OPS:
-            raise cli.UserError(
-                f"--op: unknown {op!r}; choose from {', '.join(static_triton.OPS)}, all"
-            )
         known = ("target", *operators.CASES[op].shapes)
         if _SHAPE.value not in known:
             raise cli.UserError(f"--shape: unknown {_SHAPE.value!r}; choose of {', '.join(known)}")
-    known = [str(c) for c in triton_compile.CAPABILITIES]
-    for target in _TARGET.value:
-        if target not in known:
-            raise cli.UserError(f"--target: unknown {target!r}; choose from {', '.join(known)}")
+    targets = cli.chosen("target", _TARGET.value, [str(c) for c in triton_compile.CAPABILITIES])
     with launch.recorded():
         if reason := launch.unsupported_reason():
             raise cli.UserError(reason)
     out = cli.output_folder(_OUT.value)
     print(static_triton.NOTE, flush=True)
     for op in ops:
-        for target in map(int, _TARGET.value):
+        for target in map(int, targets):
             rows = static_triton.rows(op, _SHAPE.value, _DTYPE.value, (target,))
             print(f"\n{op}")
             print(report.text_table([static_triton.line(row) for row in rows]), flush=True)

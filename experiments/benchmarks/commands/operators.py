@@ -83,7 +83,7 @@ def main(argv):
     cli.no_arguments(argv)
     if _TOPOLOGY.value:
         raise cli.UserError("--topology: only tune compiles for one; for costs see tpu_report")
-    ops = _ops(OPS)
+    ops = cli.chosen("op", _OP.value, OPS, every="all")
     measurements = [_measurement(op) for op in ops]  # finds all mistakes before a clock starts
     name = f"{'-'.join(_OP.value)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     out = Path(_OUT.value or Path("runs/bench") / name)
@@ -106,22 +106,15 @@ def tune_main(argv) -> None:
     for name in _NOT_FOR_TUNE:
         if flags.FLAGS[name].value != flags.FLAGS[name].default:
             raise cli.UserError(f"--{name}: tune takes all calls of --shape; leave it out")
-    ops = _ops(tune.OPS)
+    ops = cli.chosen("op", _OP.value, tune.OPS, every="all")
     shapes = _SHAPE.value and tuple(_SHAPE.value.split(","))
-    known = {op: ("target", *operators.CASES[op].shapes) for op in ops}
-    for shape in shapes or ():
-        if not any(shape in names for names in known.values()):
-            choices = "; ".join(f"{op}: {', '.join(names)}" for op, names in known.items())
-            raise cli.UserError(f"--shape: unknown {shape!r}; choose of {choices}")
+    static_cost.known_shapes(ops, shapes or ())
     if _TOPOLOGY.value:
         jax.config.update("jax_platforms", "cpu")  # libtpu compiles; nothing runs on a TPU
-        try:
-            static_cost.check_topologies(_TOPOLOGY.value)
-        except ImportError as error:
-            raise cli.UserError(str(error)) from error
+        static_cost.check_topologies(_TOPOLOGY.value)
     implementations = tune.PLATFORMS["tpu" if _TOPOLOGY.value else jax.default_backend()]
     if _IMPLEMENTATIONS.value:
-        implementations = _chosen("implementations", _IMPLEMENTATIONS.value, implementations)
+        implementations = cli.chosen("implementations", _IMPLEMENTATIONS.value, implementations)
     dtype, topologies = _DTYPE.value or "bfloat16", _TOPOLOGY.value or (None,)
     jobs = tune.jobs(ops, shapes, dtype, implementations, topologies)
     out = cli.output_folder(_OUT.value or tune.FOLDER)
@@ -131,11 +124,6 @@ def tune_main(argv) -> None:
         print(f"{each.key}\n{report.text_table(tune.lines(each))}\n", flush=True)
         tune.save(out, [each])
     print(f"{found} entries: {out}")
-
-
-def _ops(known: tuple[str, ...]) -> tuple[str, ...]:
-    chosen = _chosen("op", _OP.value, (*known, "all"))
-    return known if "all" in chosen else chosen
 
 
 def _measurement(op: str) -> Callable[[Path, str], report.Section]:
@@ -153,11 +141,11 @@ def _measurement(op: str) -> Callable[[Path, str], report.Section]:
     settings = sweep.Settings(
         dtype=_DTYPE.value or "float32",
         implementations=_implementations(op),
-        passes=_chosen("passes", _PASSES.value, sweep.PASSES),
+        passes=cli.chosen("passes", _PASSES.value, sweep.PASSES),
         rounds=_ROUNDS.value,
         seconds=_SECONDS.value,
     )
-    decays = _chosen("decay", _DECAY.value, operators.DECAYS)
+    decays = cli.chosen("decay", _DECAY.value, operators.DECAYS)
     variants = decays if case.variants == operators.DECAYS else case.variants
     if _SHAPE.value:
         shape, length, variant = operators.published(case, _SHAPE.value)
@@ -168,13 +156,6 @@ def _measurement(op: str) -> Callable[[Path, str], report.Section]:
     if lengths:
         settings = dataclasses.replace(settings, lengths=lengths)
     return functools.partial(sweep.section, case, variants, settings)
-
-
-def _chosen(flag: str, values: list[str], choices: tuple[str, ...]) -> tuple[str, ...]:
-    for value in values:
-        if value not in choices:
-            raise cli.UserError(f"--{flag}: unknown {value!r}; choose from {', '.join(choices)}")
-    return tuple(values)
 
 
 def _implementations(op: str) -> tuple[str, ...]:
@@ -190,4 +171,4 @@ def _implementations(op: str) -> tuple[str, ...]:
         raise cli.UserError(
             f"--implementations: {op} has none of {given}; choose from {', '.join(has)}"
         )
-    return _chosen("implementations", wanted, has)
+    return cli.chosen("implementations", wanted, has)

@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu compiles; nothing runs o
 
 from absl import flags
 
-from experiments.benchmarks import operators, report, static_cost
+from experiments.benchmarks import report, static_cost
 from experiments.launch import cli
 
 _OP = flags.DEFINE_list("op", ["all"], f"any of {', '.join(static_cost.OPS)}, or all")
@@ -56,22 +56,11 @@ def main(argv):
 
 
 def _runs() -> list[tuple[str, str, str]]:
-    """Returns the (operator, shape, topology) that the flags ask for; raises UserError."""
-    ops = static_cost.OPS if _OP.value == ["all"] else _OP.value
-    for op in ops:
-        if op not in static_cost.OPS:
-            raise cli.UserError(
-                f"--op: unknown {op!r}; choose from {', '.join(static_cost.OPS)}, all"
-            )
-    known = {op: ("target", *operators.CASES[op].shapes) for op in ops}
-    for shape in _SHAPE.value:
-        if shape != "all" and not any(shape in names for names in known.values()):
-            choices = "; ".join(f"{op}: {', '.join(names)}" for op, names in known.items())
-            raise cli.UserError(f"--shape: unknown {shape!r}; choose all, or of {choices}")
-    try:
-        static_cost.check_topologies(_TOPOLOGY.value)
-    except ImportError as error:
-        raise cli.UserError(str(error)) from error
+    """Returns (operator, shape, topology) of what the flags ask for; raises UserError."""
+    ops = cli.chosen("op", _OP.value, static_cost.OPS, every="all")
+    shapes = [shape for shape in _SHAPE.value if shape != "all"]
+    known = static_cost.known_shapes(ops, shapes, besides="all, or ")
+    static_cost.check_topologies(_TOPOLOGY.value)
     return [
         (op, shape, topology)
         for op in ops

@@ -24,6 +24,16 @@ def last_only(length: int) -> np.ndarray:
     return mask
 
 
+class OneLength:
+    """A task all of whose rows have seq_len tokens."""
+
+    seq_len: int
+
+    @property
+    def row_length(self) -> int:
+        return self.seq_len
+
+
 @dataclasses.dataclass(frozen=True)
 class RandomLengths:
     """Options of tasks whose lengths are uniform in [min_length, max_length], rows padded.

@@ -21,7 +21,7 @@ from experiments.data.tasks import lengths
 
 
 @dataclasses.dataclass(frozen=True)
-class MQAR:
+class MQAR(lengths.OneLength):
     """MQAR with seq_len N, even and at least 4 D, and num_pairs D.
 
     random_non_queries: fill with random tokens.
@@ -64,10 +64,6 @@ class MQAR:
     @property
     def chance(self) -> float:
         return 1.0 / self.vocab_size
-
-    @property
-    def row_length(self) -> int:
-        return self.seq_len
 
     def example(self, rng: np.random.Generator):
         size = rng.integers(len(self._sizes)) if self.min_pairs > 0 else 0

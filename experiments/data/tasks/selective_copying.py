@@ -18,7 +18,7 @@ from experiments.data.tasks import lengths
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectiveCopying:
+class SelectiveCopying(lengths.OneLength):
     """Selective copying, with this module's options. Chance: 1/(vocab_size - 2)."""
 
     seq_len: int = 256
@@ -40,10 +40,6 @@ class SelectiveCopying:
     @property
     def chance(self) -> float:
         return 1.0 / (self.vocab_size - 2)
-
-    @property
-    def row_length(self) -> int:
-        return self.seq_len
 
     def example(self, rng: np.random.Generator):
         start = self.seq_len - self.num_tokens

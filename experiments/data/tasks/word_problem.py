@@ -41,7 +41,7 @@ def product_table(group: str) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class WordProblem:
+class WordProblem(lengths.OneLength):
     """A group's word problem. Chance: 1/|G|.
 
     group: one of GROUPS. seq_len: T, counting fillers.
@@ -84,10 +84,6 @@ class WordProblem:
     @property
     def chance(self) -> float:
         return 1.0 / self.order
-
-    @property
-    def row_length(self) -> int:
-        return self.seq_len
 
     def example(self, rng: np.random.Generator):
         n = self.tokens_per_element

@@ -10,11 +10,6 @@ from kernels_pallas.ops.delta_rule import chunked, gpu, naive_chunk, reference, 
 from kernels_pallas.ops.delta_rule.case import CASE, DIAGONAL_PLUS_LOW_RANK_CASE
 
 
-def _not_one_token(*, v_BTHV, **others):
-    T = v_BTHV.shape[1]
-    return None if T == 1 else f"it takes one token; got T = {T}"
-
-
 def _one_token(one_step, inputs, log_decay_BTHK, initial_state_BHKV):
     *inputs_BHK, log_decay_BHK = jax.tree.map(lambda x: x[:, 0], (*inputs, log_decay_BTHK))
     v_BHV, dtype = inputs_BHK[2], initial_state_BHKV.dtype
@@ -25,22 +20,18 @@ def _one_token(one_step, inputs, log_decay_BTHK, initial_state_BHKV):
 
 
 def _delta_rule_one_token(
-    q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size
+    *, q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, **others
 ):
-    del segment_ids_BT, chunk_size  # one token starts no document, so the state enters
+    del others  # one token starts no document, so the state enters
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
     inputs = (q_BTHK, k_BTHK, v_BTHV, beta_BTH)
     return _one_token(reference.step, inputs, log_decay_BTHK, initial_state_BHKV)
 
 
-def _delta_rule_reference(
-    q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size
-):
+def _delta_rule_reference(*, q_BTGK, k_BTGK, v_BTHV, chunk_size, **call):
     del chunk_size
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
-    return reference.recurrent(
-        q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT
-    )
+    return reference.recurrent(q_BTHK, k_BTHK, v_BTHV, **call)
 
 
 def _diagonal_plus_low_rank_one_token(
@@ -81,7 +72,7 @@ def _scale_of(operator, scale, q_BTGK) -> tuple[float, jax.Array]:
 
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("one_token", _scaled(_delta_rule_one_token), _not_one_token),
+    dispatch.Implementation("one_token", _scaled(_delta_rule_one_token), arguments.not_one_token),
     dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, "tpu"),
     dispatch.Implementation("triton", gpu.run, gpu.unsupported_reason, "gpu"),
     dispatch.Implementation("chunked", segments.isolated(chunked.run)),
@@ -89,7 +80,9 @@ IMPLEMENTATIONS = (
     dispatch.Implementation("reference", _scaled(_delta_rule_reference)),
 )
 DIAGONAL_PLUS_LOW_RANK_IMPLEMENTATIONS = (
-    dispatch.Implementation("one_token", _diagonal_plus_low_rank_one_token, _not_one_token),
+    dispatch.Implementation(
+        "one_token", _diagonal_plus_low_rank_one_token, arguments.not_one_token
+    ),
     dispatch.Implementation("chunked", segments.isolated(chunked.run_diagonal_plus_low_rank)),
     dispatch.Implementation(
         "naive_chunk", segments.isolated(naive_chunk.run_diagonal_plus_low_rank)
@@ -157,28 +150,15 @@ def delta_rule(
       NotImplementedError: the named implementation cannot run this call.
     """
     name = "delta_rule"
-    arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
+    call = arguments.recurrence(
+        name, q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids, chunk_size
+    )
     arguments.check_shape(name, "beta", beta_BTH, v_BTHV.shape[:3])
     arguments.check_float(name, "beta", beta_BTH)
-    arguments.check_segment_ids(name, segment_ids, v_BTHV)
-    arguments.check_chunk_size(name, chunk_size)
-    state_BHKV = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV)
-    log_decay_BTHK = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
     if arguments.nothing(q_BTHK, v_BTHV):
-        return jnp.zeros_like(v_BTHV), state_BHKV
-    scale, q_BTHK = _scale_of(name, scale, q_BTHK)
-    call = {
-        "q_BTGK": q_BTHK,
-        "k_BTGK": k_BTHK,
-        "v_BTHV": v_BTHV,
-        "beta_BTH": beta_BTH,
-        "log_decay_BTHK": log_decay_BTHK,
-        "initial_state_BHKV": state_BHKV,
-        "segment_ids_BT": segment_ids,
-        "scale": scale,
-        "chunk_size": chunk_size,
-    }
-    return dispatch.run(OPERATOR, implementation, **call)
+        return jnp.zeros_like(v_BTHV), call["initial_state_BHKV"]
+    scale, call["q_BTGK"] = _scale_of(name, scale, q_BTHK)
+    return dispatch.run(OPERATOR, implementation, **call, beta_BTH=beta_BTH, scale=scale)
 
 
 OPERATOR = dispatch.Operator(delta_rule, IMPLEMENTATIONS, CASE)
@@ -231,29 +211,19 @@ def diagonal_plus_low_rank(
       NotImplementedError: the named implementation cannot run this call.
     """
     name = "diagonal_plus_low_rank"
-    arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
+    call = arguments.recurrence(
+        name, q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids, chunk_size
+    )
     H = v_BTHV.shape[2]
     for label, array in (("a", a_BTHK), ("b", b_BTHK)):
         arguments.check_shape(name, label, array, (*v_BTHV.shape[:3], q_BTHK.shape[3]))
         arguments.check_float(name, label, array)
-    arguments.check_segment_ids(name, segment_ids, v_BTHV)
-    arguments.check_chunk_size(name, chunk_size)
-    state_BHKV = arguments.normal_initial_state(name, initial_state, q_BTHK, v_BTHV)
-    log_decay_BTHK = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
     if arguments.nothing(q_BTHK, v_BTHV):
-        return jnp.zeros_like(v_BTHV), state_BHKV
-    scale, q_BTHK = _scale_of(name, scale, q_BTHK)
-    call = {
-        "q_BTHK": arguments.repeat_heads(q_BTHK.astype(arguments.state_dtype(q_BTHK)) * scale, H),
-        "k_BTHK": arguments.repeat_heads(k_BTHK, H),
-        "v_BTHV": v_BTHV,
-        "a_BTHK": a_BTHK,
-        "b_BTHK": b_BTHK,
-        "log_decay_BTHK": log_decay_BTHK,
-        "initial_state_BHKV": state_BHKV,
-        "segment_ids_BT": segment_ids,
-        "chunk_size": chunk_size,
-    }
+        return jnp.zeros_like(v_BTHV), call["initial_state_BHKV"]
+    scale, q_BTHK = _scale_of(name, scale, call.pop("q_BTGK"))
+    q_BTHK = arguments.repeat_heads(q_BTHK.astype(arguments.state_dtype(q_BTHK)) * scale, H)
+    call |= {"q_BTHK": q_BTHK, "k_BTHK": arguments.repeat_heads(call.pop("k_BTGK"), H)}
+    call |= {"a_BTHK": a_BTHK, "b_BTHK": b_BTHK}
     return dispatch.run(DIAGONAL_PLUS_LOW_RANK, implementation, **call)
 
 
@@ -289,13 +259,8 @@ def step(
     Raises:
       ValueError: shapes or dtypes that do not fit, named as for `delta_rule` with T = 1.
     """
-    name = "delta_rule.step"
-    inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, beta=beta_BH)
-    log_decay = arguments.one_token_decay(name, log_decay)
-    o_BTHV, state_BHKV = delta_rule(
-        *inputs_BTHK, log_decay=log_decay, scale=scale, initial_state=state
-    )
-    return o_BTHV[:, 0], state_BHKV
+    arrays = {"q": q_BHK, "k": k_BHK, "v": v_BHV, "beta": beta_BH}
+    return arguments.step(delta_rule, "delta_rule.step", log_decay, scale, state, **arrays)
 
 
 def step_diagonal_plus_low_rank(
@@ -311,10 +276,6 @@ def step_diagonal_plus_low_rank(
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `diagonal_plus_low_rank`, for decoding: as `step`, with a_BHK and b_BHK, (B, H,
     K) both, in the place of beta."""
+    arrays = {"q": q_BHK, "k": k_BHK, "v": v_BHV, "a": a_BHK, "b": b_BHK}
     name = "diagonal_plus_low_rank.step"
-    inputs_BTHK = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV, a=a_BHK, b=b_BHK)
-    log_decay = arguments.one_token_decay(name, log_decay)
-    o_BTHV, state_BHKV = diagonal_plus_low_rank(
-        *inputs_BTHK, log_decay=log_decay, scale=scale, initial_state=state
-    )
-    return o_BTHV[:, 0], state_BHKV
+    return arguments.step(diagonal_plus_low_rank, name, log_decay, scale, state, **arrays)

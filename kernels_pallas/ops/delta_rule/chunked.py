@@ -73,16 +73,9 @@ class Chunks(NamedTuple):
 
 
 def run(
-    q_BTGK,
-    k_BTGK,
-    v_BTHV,
-    beta_BTH,
-    log_decay_BTHK,
-    initial_state_BHKV,
-    segment_ids_BT,
-    chunk_size=None,
-    scale=1.0,
-):
+    q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
+    chunk_size=None, scale=1.0,
+):  # fmt: skip
     """Computes the delta rule in chunks; `api.py` normalises the arguments, scale a number."""
     log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     compensate = None
@@ -96,16 +89,9 @@ def run(
 
 
 def run_diagonal_plus_low_rank(
-    q_BTHK,
-    k_BTHK,
-    v_BTHV,
-    a_BTHK,
-    b_BTHK,
-    log_decay_BTHK,
-    initial_state_BHKV,
-    segment_ids_BT,
+    q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
     chunk_size=None,
-):
+):  # fmt: skip
     """Computes the general recurrence in chunks; `api.py` normalises the arguments."""
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)

@@ -19,16 +19,9 @@ _unit_lower_solve = functools.partial(solve_triangular, lower=True, unit_diagona
 
 
 def run(
-    q_BTGK,
-    k_BTGK,
-    v_BTHV,
-    beta_BTH,
-    log_decay_BTHK,
-    initial_state_BHKV,
-    segment_ids_BT,
-    chunk_size=None,
-    scale=1.0,
-):
+    q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
+    chunk_size=None, scale=1.0,
+):  # fmt: skip
     """Computes the delta rule in WY form, C tokens at a time. `api.py` normalises the arguments."""
     T, H, C, dtype = *v_BTHV.shape[1:3], chunk_size or CHUNK_SIZE, initial_state_BHKV.dtype
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, H) for x in (q_BTGK, k_BTGK))
@@ -70,16 +63,9 @@ def run(
 
 
 def run_diagonal_plus_low_rank(
-    q_BTHK,
-    k_BTHK,
-    v_BTHV,
-    a_BTHK,
-    b_BTHK,
-    log_decay_BTHK,
-    initial_state_BHKV,
-    segment_ids_BT,
+    q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
     chunk_size=None,
-):
+):  # fmt: skip
     """Computes diagonal plus low rank, C tokens at a time. `api.py` normalises the arguments."""
     T, C, dtype = v_BTHV.shape[1], chunk_size or CHUNK_SIZE, initial_state_BHKV.dtype
     g_BTHK = decay.per_channel(log_decay_BTHK, segment_ids_BT, k_BTHK.shape, dtype)

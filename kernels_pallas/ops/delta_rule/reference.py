@@ -1,6 +1,5 @@
 """The delta rule by its definition, one token at a time, which every other form must match."""
 
-import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import segments
@@ -25,34 +24,10 @@ def step_diagonal_plus_low_rank(q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, log_decay_BHK
     return jnp.einsum("BHK,BHKV->BHV", q_BHK, state_BHKV), state_BHKV
 
 
-def _scan(one_step, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT):
-    """Runs one `lax.scan` of one_step over time; v is the third of the inputs."""
-    dtype = initial_state_BHKV.dtype
-
-    def scan_step(state_BHKV, step_inputs):
-        arrays, log_decay_BHK, start_B = step_inputs
-        if start_B is not None:
-            state_BHKV = jnp.where(start_B[:, None, None, None], 0.0, state_BHKV)
-        o_BHV, state_BHKV = one_step(*arrays, log_decay_BHK, state_BHKV)
-        return state_BHKV, o_BHV
-
-    def time_first(x):
-        return jnp.moveaxis(x, 1, 0)
-
-    arrays = jax.tree.map(lambda x: time_first(x.astype(dtype)), inputs)
-    log_decay_TBHK = None if log_decay_BTHK is None else time_first(log_decay_BTHK.astype(dtype))
-    start_TB = None if segment_ids_BT is None else time_first(segments.starts(segment_ids_BT))
-    final_BHKV, o_TBHV = jax.lax.scan(
-        scan_step, initial_state_BHKV, (arrays, log_decay_TBHK, start_TB)
-    )
-    v_BTHV = inputs[2]
-    return jnp.moveaxis(o_TBHV, 0, 1).astype(v_BTHV.dtype), final_BHKV
-
-
 def recurrent(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT):
     """Computes the delta rule by `lax.scan` over time; `api.py` normalises the arguments."""
     inputs = (q_BTHK, k_BTHK, v_BTHV, beta_BTH)
-    return _scan(step, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT)
+    return segments.recurrent(step, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT)
 
 
 def recurrent_diagonal_plus_low_rank(
@@ -60,6 +35,6 @@ def recurrent_diagonal_plus_low_rank(
 ):
     """Computes the general recurrence by `lax.scan`; `api.py` normalises the arguments."""
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
-    return _scan(
+    return segments.recurrent(
         step_diagonal_plus_low_rank, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT
     )

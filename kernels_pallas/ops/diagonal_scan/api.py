@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from kernels_pallas.common import arguments, checks, dtypes, segments
+from kernels_pallas.common import arguments, decay, dtypes, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.diagonal_scan import chunked, gpu, naive_chunk, reference, tpu
 from kernels_pallas.ops.diagonal_scan.case import CASE
@@ -83,21 +83,15 @@ def diagonal_scan(
     if not jnp.issubdtype(x_BTD.dtype, jnp.inexact):
         raise ValueError(f"{operator}: x must be floating or complex; got {x_BTD.dtype}")
     B, T, D = x_BTD.shape
-    given = "decay_BTD" if log_decay is None else "log_decay"
-    decay: Any = decay_BTD if log_decay is None else log_decay
-    arguments.check_shape(operator, given, decay, (B, T, D), (D,))
+    name = "decay_BTD" if log_decay is None else "log_decay"
+    given: Any = decay_BTD if log_decay is None else log_decay
+    arguments.check_shape(operator, name, given, (B, T, D), (D,))
     if initial_state is None:
         initial_state = jnp.zeros_like(x_BTD, shape=(B, D))
     arguments.check_shape(operator, "initial_state", initial_state, (B, D))
 
-    dtype = dtypes.common(x_BTD.dtype, decay.dtype, initial_state.dtype, jnp.float32)
-    if log_decay is not None:
-        checks.not_positive(operator, "log_decay", jnp.real(log_decay))
-        decay = jnp.exp(log_decay.astype(dtypes.common(log_decay.dtype, jnp.float32)))
-    decay = decay.astype(dtype)
-    decay_BTD = (
-        jnp.asarray(decay) if decay.ndim == 3 else jnp.broadcast_to(decay[None, None], x_BTD.shape)
-    )
+    dtype = dtypes.common(x_BTD.dtype, given.dtype, initial_state.dtype, jnp.float32)
+    decay_BTD = decay.factors(operator, decay_BTD, log_decay, x_BTD.shape, dtype)
     start_BT1 = None
     if segment_ids is not None:
         arguments.check_segment_ids(operator, segment_ids, x_BTD)

@@ -10,10 +10,8 @@ from kernels_pallas.ops.linear_attention import chunked, gpu, naive_chunk, refer
 from kernels_pallas.ops.linear_attention.case import CASE
 
 
-def _one_token(
-    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
-):
-    del segment_ids_BT, chunk_size  # one token starts no document, so the state enters
+def _one_token(*, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, scale, **others):
+    del others  # one token starts no document, so the state enters
     dtype, H = initial_state_BHKV.dtype, v_BTHV.shape[2]
     q_BHK, k_BHK = (arguments.repeat_heads(x, H)[:, 0].astype(dtype) for x in (q_BTGK, k_BTGK))
     log_decay_BHK = None if log_decay_BTHK is None else log_decay_BTHK[:, 0]
@@ -23,23 +21,14 @@ def _one_token(
     return (scale * o_BHV)[:, None].astype(v_BTHV.dtype), state_BHKV
 
 
-def _not_one_token(*, v_BTHV, **arguments):
-    T = v_BTHV.shape[1]
-    return None if T == 1 else f"it takes one token; got T = {T}"
-
-
-def _reference(
-    q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
-):
+def _reference(*, q_BTGK, k_BTGK, v_BTHV, chunk_size, **call):
     del chunk_size
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, v_BTHV.shape[2]) for x in (q_BTGK, k_BTGK))
-    return reference.recurrent(
-        q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale
-    )
+    return reference.recurrent(q_BTHK, k_BTHK, v_BTHV, **call)
 
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("one_token", _one_token, _not_one_token),
+    dispatch.Implementation("one_token", _one_token, arguments.not_one_token),
     dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, platform="tpu"),
     dispatch.Implementation("triton", gpu.run, gpu.unsupported_reason, platform="gpu"),
     dispatch.Implementation("chunked", segments.isolated(chunked.run)),
@@ -101,22 +90,9 @@ def linear_attention(
       NotImplementedError: the named implementation cannot run this call.
     """
     name = "linear_attention"
-    arguments.check_qkv(name, q_BTHK, k_BTHK, v_BTHV)
-    arguments.check_segment_ids(name, segment_ids, v_BTHV)
-    arguments.check_chunk_size(name, chunk_size)
     arguments.check_scale(name, scale)
-    log_decay_BTHK = arguments.normal_log_decay(name, log_decay, q_BTHK, v_BTHV)
-    call = {
-        "q_BTGK": q_BTHK,
-        "k_BTGK": k_BTHK,
-        "v_BTHV": v_BTHV,
-        "log_decay_BTHK": log_decay_BTHK,
-        "initial_state_BHKV": arguments.normal_initial_state(
-            name, initial_state, q_BTHK, v_BTHV, k_BTHK, log_decay_BTHK
-        ),
-        "segment_ids_BT": segment_ids,
-        "chunk_size": chunk_size,
-    }
+    inputs = q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state, segment_ids, chunk_size
+    call = arguments.recurrence(name, *inputs, state_as_wide_as_all=True)
     if arguments.nothing(q_BTHK, v_BTHV):
         return jnp.zeros_like(v_BTHV), call["initial_state_BHKV"]
     call["scale"] = q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -151,14 +127,6 @@ def step(
     Raises:
       ValueError: shapes or dtypes that do not fit, named as for `linear_attention` with T = 1.
     """
+    arrays = {"q": q_BHK, "k": k_BHK, "v": v_BHV}
     name = "linear_attention.step"
-    q_BTHK, k_BTHK, v_BTHV = arguments.one_token(name, q=q_BHK, k=k_BHK, v=v_BHV)
-    o_BTHV, state_BHKV = linear_attention(
-        q_BTHK,
-        k_BTHK,
-        v_BTHV,
-        arguments.one_token_decay(name, log_decay),
-        scale=scale,
-        initial_state=state,
-    )
-    return o_BTHV[:, 0], state_BHKV
+    return arguments.step(linear_attention, name, log_decay, scale, state, **arrays)

@@ -1,6 +1,5 @@
 """Linear attention by its definition, one token at a time, which every other form must match."""
 
-import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import segments
@@ -24,22 +23,7 @@ def recurrent(
 
     Arguments are normalised by `api.py`; q and k have as many heads as v.
     """
-    dtype = initial_state_BHKV.dtype
-
-    def scan_step(state_BHKV, inputs):
-        (q_BHK, k_BHK, v_BHV), log_decay_BHK, start_B = inputs
-        if start_B is not None:
-            state_BHKV = jnp.where(start_B[:, None, None, None], 0.0, state_BHKV)
-        o_BHV, state_BHKV = step(q_BHK, k_BHK, v_BHV, log_decay_BHK, state_BHKV)
-        return state_BHKV, o_BHV
-
-    def time_first(x):
-        return jnp.moveaxis(x, 1, 0)
-
-    qkv = jax.tree.map(lambda x: time_first(x.astype(dtype)), (q_BTHK, k_BTHK, v_BTHV))
-    log_decay_TBHK = None if log_decay_BTHK is None else time_first(log_decay_BTHK.astype(dtype))
-    start_TB = None if segment_ids_BT is None else time_first(segments.starts(segment_ids_BT))
-    final_BHKV, o_TBHV = jax.lax.scan(
-        scan_step, initial_state_BHKV, (qkv, log_decay_TBHK, start_TB)
+    inputs = (q_BTHK, k_BTHK, v_BTHV)
+    return segments.recurrent(
+        step, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale
     )
-    return jnp.moveaxis(scale * o_TBHV, 0, 1).astype(v_BTHV.dtype), final_BHKV

@@ -12,11 +12,11 @@ from experiments.data import (
     baselines,
     documents,
     make_dataset,
-    split_bytes,
     stdlib_corpus,
     text,
     tfds_source,
 )
+from tests.experiments.data_helpers import split_bytes
 
 ROOT = pathlib.Path(__file__).parents[3]
 

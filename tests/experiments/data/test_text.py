@@ -8,12 +8,12 @@ from experiments.data import (
     documents,
     make_dataset,
     packing,
-    split_bytes,
     splits,
     text,
 )
 from seqmodels.text import tokenizers
 from tests.experiments import tokenizer_files
+from tests.experiments.data_helpers import split_bytes
 
 SPLITS = ("train", "validation", "test")
 

@@ -72,7 +72,9 @@ def backward(tiling, x, before, initial, w, *refs):
             for c in range(tiling.group):
                 a, slope = zip(*(at.activated(h) for h in at.sums(taps, c)))
                 if tiling.K is None:
-                    dh = [_times(s, g_here[q][c]) for q, s in enumerate(slope)]
+                    dh = [
+                        g_here[q][c] if s is None else s * g_here[q][c] for q, s in enumerate(slope)
+                    ]
                     at.store(dz, c, row, dh)
                     totals = at.with_products(totals, taps, c, dh)
                 else:
@@ -138,10 +140,6 @@ def _each_group(tiling, body) -> None:
 def _together(tiling) -> int:
     """Returns the number of rows whose head sums are computed at a time."""
     return next(n for n in range(SUM_ROWS, 0, -ROWS) if tiling.rows % n == 0)
-
-
-def _times(slope, g):
-    return g if slope is None else slope * g
 
 
 class Group:

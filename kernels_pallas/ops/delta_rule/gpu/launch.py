@@ -59,16 +59,9 @@ def _words(form) -> int:
 
 
 def run(
-    q_BTGK,
-    k_BTGK,
-    v_BTHV,
-    beta_BTH,
-    log_decay_BTHK,
-    initial_state_BHKV,
-    segment_ids_BT,
-    chunk_size,
-    scale,
-):
+    q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
+    chunk_size, scale,
+):  # fmt: skip
     """Runs the kernels. Arguments are normalised by `api.py`; the scale is a number."""
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = _form_of(*arrays, log_decay_BTHK, chunk_size)

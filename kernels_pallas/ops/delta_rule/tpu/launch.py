@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas.common import decay
 from kernels_pallas.ops.delta_rule import chunked
 from kernels_pallas.ops.delta_rule.tpu import per_channel, per_token
 from kernels_pallas.ops.delta_rule.tpu.tiling import Tiling, tiling_of, unsupported_reason
@@ -23,19 +24,12 @@ __all__ = ["run", "unsupported_reason"]
 
 
 def run(
-    q_BTGK,
-    k_BTGK,
-    v_BTHV,
-    beta_BTH,
-    log_decay_BTHK,
-    initial_state_BHKV,
-    segment_ids_BT,
-    scale,
+    q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale,
     chunk_size=None,
-):
+):  # fmt: skip
     """Runs the kernels. Arguments are normalised by `api.py`; results are those of the operator."""
     tiling = tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale)
-    g_BTHK = vjp.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
+    g_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, jnp.float32, tiling.H)
     q, k, v, state = vjp.flat_inputs(tiling, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV)
     g, gates = None, [beta_BTH]
     if tiling.per_channel:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas.common import decay
 from kernels_pallas.dispatch import manual_axes
 from kernels_pallas.ops.linear_attention import chunked
 from kernels_pallas.ops.linear_attention.tpu import per_channel, per_token
@@ -35,7 +36,7 @@ def run(
 ):
     """Runs the kernels. Arguments are normalised by `api.py`; results are those of the operator."""
     tiling = tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale)
-    g_BTHK = vjp.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
+    g_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, jnp.float32, tiling.H)
     q, k, v, state = vjp.flat_inputs(tiling, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV)
     gates = None
     if tiling.decay == "per_token":
