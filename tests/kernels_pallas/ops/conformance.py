@@ -125,7 +125,10 @@ def at(case: SuiteCase, regime: str) -> SuiteCase:
 
 def inputs_of(case: SuiteCase, shape: Shape, regime: str) -> dict[str, np.ndarray]:
     """Returns the case's inputs, the same ones for the same arguments."""
-    seed = zlib.crc32(repr((case.name, shape, regime)).encode())
+    # Seeded by the names that decays had at first: renaming them has drawn no other numbers.
+    words = {"per_token": "head", "per_channel": "channel", "per_head": "fixed"}
+    first_name = " ".join(words.get(word, word) for word in regime.split())
+    seed = zlib.crc32(repr((case.name, shape, first_name)).encode())
     return case.operator.case.inputs(np.random.default_rng(seed), shape, regime)
 
 
