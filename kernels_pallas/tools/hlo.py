@@ -111,8 +111,8 @@ class Instruction(NamedTuple):
 class Visit(NamedTuple):
     """Fields of one instruction that a program runs, with how often it runs.
 
-    computation: name of the computation that holds the instruction. times: executions per run of
-      the program.
+    computation: name of the computation that holds the instruction. times: executions per program
+      run.
     fused: whether it lies inside a fusion, where it moves no data between memories itself.
     """
 
@@ -186,8 +186,7 @@ class HloModule:
         yield from self._visits(self.entry, 1, False)
 
     def within(self, fusion: str) -> Iterator[Visit]:
-        """Yields a `Visit`, with times = 1, for every instruction of the fused computation
-        `fusion`."""
+        """Yields a `Visit`, run once, for each instruction of the fused computation `fusion`."""
         yield from self._visits(fusion, 1, True)
 
     def _visits(self, computation: str, times: int, fused: bool) -> Iterator[Visit]:
@@ -360,8 +359,7 @@ class _Unknown(Exception):
 
 
 def _counted_trips(module: HloModule, loop: Instruction, computation: str) -> int | None:
-    """Counts a `while` loop's iterations by evaluating its counters; None if these depend on
-    data."""
+    """Counts a `while` loop's iterations by its counters; None if these depend on data."""
     condition, body = ((loop.attribute(name) or "").lstrip("%") for name in ("condition", "body"))
     counters: dict[int, int] = {}  # by their index in the loop's tuple, those that matter
 

@@ -206,8 +206,7 @@ def _trips(bundles: str, predicate: str) -> int | None:
 
 
 def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Reads a utilization listing: each unit's slots per bundle, and the slots that each bundle
-    uses."""
+    """Reads a utilization listing: each unit's slots, and the slots that each bundle uses."""
     lines = text.splitlines()
     names = [name.strip() for name in lines[1].split(",")]
     capacity = dict(zip(names, map(int, lines[2].split())))
@@ -234,8 +233,7 @@ def inner_jaxprs(equation) -> list:
 
 
 def _call_of(instruction: str, calls) -> Any:
-    """Returns the pallas_call that became the HLO instruction, named such as "name.1" or
-    "jvp_name_.1"."""
+    """Returns the pallas_call compiled to an HLO instruction such as "name.1" or "jvp_name_.1"."""
     name = re.sub(r"\.\d+$", "", instruction).rstrip("_")
     endings = [re.sub(r"\W", "_", str(call.params["name"])) for call in calls]
     named = [c for c, e in zip(calls, endings) if name == e or name.endswith(f"_{e}")]
@@ -354,8 +352,7 @@ def _operations(module: hlo.HloModule):
 
 
 def _moved(instruction: hlo.Instruction, operands) -> list[list[hlo.Array]]:
-    """Returns the arrays that an operation reads or writes: its results and operands, or their
-    slices."""
+    """Returns the arrays that an operation reads or writes, of a slice only what is taken."""
     if instruction.operation == "slice":
         return [instruction.arrays] * 2
     if instruction.operation == "dynamic-update-slice":  # in place: a copy is its own operation

@@ -149,8 +149,9 @@ def devices(topology: str) -> list:
 
 @contextlib.contextmanager
 def tracing_for(topology: str):
-    """Context manager: functions traced inside are traced for a TPU, without a mesh for one device.
+    """Context manager: makes JAX trace functions for a TPU that this machine does not have.
 
+    Inside, code without a mesh sees one device of the topology.
     topology: a TPU generation such as "v6e", or a slice of it such as "v6e:2x2".
     """
     part = PARTS[part_of(topology)]
@@ -196,11 +197,10 @@ def compile_for(topology: str, function, *arguments) -> CompiledProgram:
 
 
 def without_listings() -> None:
-    """Makes the TPU compiler write no listings, which for a large program take longer than
-    compiling.
+    """Makes the TPU compiler write no listings of kernels.
 
-    Call it before anything else in this module. `compile_for` then raises for a program with Pallas
-    kernels.
+    For a large program these take longer than compiling. Call it before anything else in this
+    module; `compile_for` then raises for a program with Pallas kernels.
     """
     _prepare_environment(listings=False)
 
@@ -211,8 +211,7 @@ _PASSES = "(final_.*bundle|packed-bundles-(post-ra|no-spills-fills)).*"
 
 
 def _prepare_environment(listings: bool = True) -> None:
-    """Sets the environment variables that libtpu reads when it is loaded; a second call does
-    nothing.
+    """Sets the environment variables that libtpu reads when it is loaded, once per process.
 
     listings: whether the compiler writes listings of kernels.
     """
@@ -250,8 +249,7 @@ def _clear_dump() -> None:
 
 
 def _listings(text: str) -> dict[str, Listing]:
-    """Reads the `Listing` of each Pallas kernel in a program's HLO text from the compiler's
-    dump."""
+    """Reads the compiler's `Listing` of each Pallas kernel in a program's HLO text."""
     bodies = hlo.HloModule(text).computations.values()
     names = [instruction.name for body in bodies for instruction in body if instruction.is_kernel]
     memory = {}

@@ -87,8 +87,7 @@ def compile_launch(launch: gpu_launch.KernelLaunch, capability: int) -> LaunchFi
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Returns a cubin's registers and stack bytes per thread; a kernel's stack holds spills
-    alone."""
+    """Returns registers and stack bytes per thread of a cubin, whose stack holds spills alone."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
