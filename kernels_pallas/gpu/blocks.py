@@ -37,10 +37,8 @@ def dot(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def _terms_dot(x, y, TERMS: tl.constexpr, ROUNDED: tl.constexpr):
-    """Multiplies x and y as sums of TERMS (2 or 3) bfloat16 terms, smallest products first.
-
-    A bfloat16 operand is its own only term. ROUNDED: for Triton's interpreter, as in `dot`.
-    """
+    """Multiplies x and y as sums of TERMS (2 or 3) bfloat16 terms, smallest products first. A
+    bfloat16 operand is its own only term. ROUNDED: for Triton's interpreter, as in `dot`."""
     x0, y0 = _to_bf16(x, ROUNDED), _to_bf16(y, ROUNDED)
     x1, y1 = _rest(x, x0, ROUNDED), _rest(y, y0, ROUNDED)
     out = tl.full((x.shape[0], y.shape[1]), 0.0, tl.float32)
@@ -67,10 +65,8 @@ def _rest(x, high, ROUNDED: tl.constexpr):
 
 @triton.jit
 def _to_bf16(x, ROUNDED: tl.constexpr):
-    """Rounds x to the nearest bfloat16.
-
-    ROUNDED: rounds the bits first, for Triton's interpreter, which otherwise truncates.
-    """
+    """Rounds x to the nearest bfloat16. ROUNDED: rounds the bits first, for Triton's interpreter,
+    which otherwise truncates."""
     if ROUNDED and x.dtype != tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -101,10 +97,8 @@ def head(T, XH, H, GH):
 
 @triton.jit
 def load_tile(x, stride, first, T, left, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Loads a tile (ROWS, COLUMNS) of the matrix x, with zeros outside (T, width).
-
-    Rows begin at `first` and lie `stride` apart; columns begin at `left`.
-    """
+    """Loads a tile (ROWS, COLUMNS) of the matrix x, with zeros outside (T, width). Rows begin at
+    `first` and lie `stride` apart; columns begin at `left`."""
     i = first + tl.arange(0, ROWS)[:, None]
     c = left + tl.arange(0, COLUMNS)[None, :]
     return tl.load(x + i.to(tl.int64) * stride + c, mask=(i < T) & (c < width), other=0.0)
@@ -113,9 +107,7 @@ def load_tile(x, stride, first, T, left, width, ROWS: tl.constexpr, COLUMNS: tl.
 @triton.jit
 def store_tile(x, stride, first, T, left, width, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Stores a tile (ROWS, COLUMNS) to the matrix x, in x's dtype, and nothing outside (T, width).
-
-    Rows begin at `first` and lie `stride` apart; columns begin at `left`.
-    """
+    Rows begin at `first` and lie `stride` apart; columns begin at `left`."""
     i = first + tl.arange(0, ROWS)[:, None]
     c = left + tl.arange(0, COLUMNS)[None, :]
     at = x + i.to(tl.int64) * stride + c

@@ -53,10 +53,8 @@ class KernelLaunch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded():
-    """Context manager: collects the Triton launches traced inside in a list, and runs none.
-
-    Yields the list of KernelLaunch; each launch returns zeros.
-    """
+    """Context manager: collects the Triton launches traced inside in a list, and runs none. Yields
+    the list of KernelLaunch; each launch returns zeros."""
     launches = []
     token = _RECORD.set(launches)
     try:
@@ -99,9 +97,7 @@ def prepare() -> None:
 
 def precision(name: str) -> str:
     """Returns the PRECISION argument of `blocks.dot` for the precision `name`, such as "bf16x2".
-
-    Interpreted kernels get "<name> rounded": they round explicitly where a tensor core would.
-    """
+    Interpreted kernels get "<name> rounded": they round explicitly where a tensor core would."""
     return f"{name} rounded" if devices.interpreting() and name.startswith("bf16") else name
 
 

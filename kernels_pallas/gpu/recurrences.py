@@ -62,11 +62,8 @@ class TritonForm(NamedTuple):
 
     @classmethod
     def of(cls, operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, default_chunk):
-        """Returns the form of a call, read off its arrays' shapes and dtypes.
-
-        chunk_size: tokens per chunk; None is `default_chunk`. T, rounded up to a power of two, is
-          the most.
-        """
+        """Returns the form of a call, read off its arrays' shapes and dtypes. chunk_size: tokens
+        per chunk; None is `default_chunk`. T, rounded up to a power of two, is the most."""
         T, XH, K = q_BTGK.shape[1:]
         H, V = v_BTHV.shape[2:]
         dtypes = {x.dtype for x in (q_BTGK, k_BTGK, v_BTHV)}
@@ -84,10 +81,8 @@ class TritonForm(NamedTuple):
         )
 
     def tiles(self, kernel: str, whole_K=False):
-        """Returns block sizes, warps and stages of the kernel named `kernel`.
-
-        whole_K: whether one block holds all of K.
-        """
+        """Returns block sizes, warps and stages of the kernel named `kernel`. whole_K: whether one
+        block holds all of K."""
         tiles = launch.tiles(self.operator, kernel, self.dtype, self.K, self.V)
         if whole_K:
             tiles["BK"] = launch.power_of_two(self.K)
@@ -96,9 +91,7 @@ class TritonForm(NamedTuple):
 
 def fitting_chunk(longest: int, words: int) -> int:
     """Returns the longest chunk that fits shared memory: `longest` tokens, halved down to 16.
-
-    words: 32-bit words that a program holds there per token of a chunk.
-    """
+    words: 32-bit words that a program holds there per token of a chunk."""
     C = longest
     while C > 16 and 4 * words * C > launch.shared_limit():
         C //= 2
@@ -106,10 +99,8 @@ def fitting_chunk(longest: int, words: int) -> int:
 
 
 def too_long(K: int, C: int, words: int) -> str | None:
-    """Returns None if chunks of C tokens fit shared memory, else the reason and what fits.
-
-    words: 32-bit words that a program holds there per token of a chunk.
-    """
+    """Returns None if chunks of C tokens fit shared memory, else the reason and what fits. words:
+    32-bit words that a program holds there per token of a chunk."""
     takes, limit = 4 * words * C, launch.shared_limit()
     if takes <= limit:
         return None
@@ -139,9 +130,7 @@ def unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
     """Returns the log decay (B, T, GH, GK) with a reset at the first token of each document.
-
-    Without a decay it is zeros (B, T, 1, 1), as the kernels always read one.
-    """
+    Without a decay it is zeros (B, T, 1, 1), as the kernels always read one."""
     if log_decay_BTHK is None:
         log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:2], 1, 1))
     if segment_ids_BT is not None:

@@ -31,10 +31,8 @@ def decayed_scores(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, STRICT: tl.constexpr, SUB: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Triton kernel: computes the rows of A (B, H, N, C, C) for one sub-chunk of SUB tokens.
-
-    A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (STRICT: j < i), else 0.
-    """
+    """Triton kernel: computes the rows of A (B, H, N, C, C) for one sub-chunk of SUB tokens. A_ij =
+    sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (STRICT: j < i), else 0."""
     a = tl.program_id(0) % (C // SUB)
     n = tl.program_id(0) // (C // SUB)
     bh, key, value, gate = head(T, XH, H, GH)
@@ -87,10 +85,8 @@ def gradients_of_scores(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, STRICT: tl.constexpr, SCALE: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Triton kernel: computes dA = scale do y^T of one chunk, for o = scale A y.
-
-    It is 0 above the diagonal, and with STRICT on it.
-    """
+    """Triton kernel: computes dA = scale do y^T of one chunk, for o = scale A y. It is 0 above the
+    diagonal, and with STRICT on it."""
     n = tl.program_id(0)
     bh, key, value, gate = head(T, XH, H, GH)
     do += value * V

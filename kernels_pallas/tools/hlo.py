@@ -202,10 +202,8 @@ class HloModule:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """Parses the HLO text `type operation(operands), attributes` into an Instruction.
-
-    The type may be a tuple, and each operand may have its type in front.
-    """
+    """Parses the HLO text `type operation(operands), attributes` into an Instruction. The type may
+    be a tuple, and each operand may have its type in front."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     result, rest = text[:end], text[end:].lstrip()
     opening = rest.index("(")
@@ -244,10 +242,8 @@ def flops(module: HloModule, visit: Visit) -> int:
 
 
 def _convolution_flops(instruction: Instruction, left, right, out) -> int:
-    """Counts a convolution's FLOPs, leaving out products with padding or a dilation's zeros.
-
-    left, right, out: shapes of the input, the filter and the result.
-    """
+    """Counts a convolution's FLOPs, leaving out products with padding or a dilation's zeros. left,
+    right, out: shapes of the input, the filter and the result."""
     lhs_labels, rhs_labels, out_labels = re.split(r"_|->", instruction.attribute("dim_labels"))
     window = instruction.attribute("window") or ""
     fields = dict(re.findall(r"(\w+)=([\d_x\-]+)", window))

@@ -251,9 +251,7 @@ def _call_of(instruction: str, calls) -> Any:
 
 def _traffic(call) -> tuple[int, int | None]:
     """Returns a pallas_call's HBM bytes: operands and results once, and all blocks that it moves.
-
-    The second is None where the kernel moves data itself.
-    """
+    The second is None where the kernel moves data itself."""
     mapping = call.params["grid_mapping"]
     arrays = [v.aval for v in (*call.invars, *call.outvars)]
     least = sum(array.size * array.dtype.itemsize for array in arrays)

@@ -212,9 +212,7 @@ _PASSES = "(final_.*bundle|packed-bundles-(post-ra|no-spills-fills)).*"
 
 def _prepare_environment(listings: bool = True) -> None:
     """Sets the environment variables that libtpu reads when it is loaded, once per process.
-
-    listings: whether the compiler writes listings of kernels.
-    """
+    listings: whether the compiler writes listings of kernels."""
     global _DUMP
     if _DUMP is not None:
         return

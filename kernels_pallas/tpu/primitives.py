@@ -38,10 +38,8 @@ class Products:
         return jnp.dtype(jnp.bfloat16 if self.narrow else jnp.float32)
 
     def terms(self, x, count=2):
-        """Cuts x into a list of `count` bfloat16 terms of 8 bits each, largest first.
-
-        A bfloat16 x is its own only term; without `narrow`, x in float32 is.
-        """
+        """Cuts x into a list of `count` bfloat16 terms of 8 bits each, largest first. A bfloat16 x
+        is its own only term; without `narrow`, x in float32 is."""
         return _terms(x, count) if self.narrow else [x.astype(jnp.float32)]
 
     def dot(self, x, y, axes=(1, 0), terms=2):
@@ -69,10 +67,8 @@ class Products:
         return self.dot(x, y, axes, terms=3)
 
     def state(self, x, y, axes=(1, 0)):
-        """Multiplies x and y to 24 bits, or if `exact` with one rounding.
-
-        For products that carry a state from one chunk to the next.
-        """
+        """Multiplies x and y to 24 bits, or if `exact` with one rounding. For products that carry a
+        state from one chunk to the next."""
         return sum(self.exact_product(x, y, axes)) if self.exact else self.precise(x, y, axes)
 
     def ones(self, where):
@@ -134,10 +130,8 @@ def _where_any(rows, x):
 
 
 def _head(x, squares):
-    """Rounds x to multiples of 2^-10 times the power of two at or below its norm.
-
-    squares: the norm's square.
-    """
+    """Rounds x to multiples of 2^-10 times the power of two at or below its norm. squares: the
+    norm's square."""
     norm = jnp.sqrt(squares)
     bits = jax.lax.bitcast_convert_type(norm, jnp.int32) & 0x7F800000
     power = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -192,10 +186,8 @@ def inverse(products: Products, A_CC):
 
 
 def _joined(products, A_CC, X_CC, U):
-    """Joins the inverses of diagonal blocks of U tokens to inverses of blocks of 2 U tokens.
-
-    X_CC: block-diagonal inverses of I + A. A generator, for `in_turns`.
-    """
+    """Joins the inverses of diagonal blocks of U tokens to inverses of blocks of 2 U tokens. X_CC:
+    block-diagonal inverses of I + A. A generator, for `in_turns`."""
     C = A_CC.shape[0]
     if 2 * U == C:
         # One pair is left: its quarters alone are multiplied.
@@ -217,10 +209,8 @@ def _joined(products, A_CC, X_CC, U):
 
 
 def _block_inverse(A_CC, U):
-    """Inverts the U x U diagonal blocks of I + A; the result (C, C) is zero elsewhere.
-
-    A generator, for `in_turns`.
-    """
+    """Inverts the U x U diagonal blocks of I + A; the result (C, C) is zero elsewhere. A generator,
+    for `in_turns`."""
     C = A_CC.shape[0]
     width = min(C, LANES)
     strips = []
@@ -234,10 +224,8 @@ def _block_inverse(A_CC, U):
 
 
 def _strip_inverse(A_CC, U):
-    """Inverts the U x U diagonal blocks of I + A (C, C) for C up to 128, by substitution.
-
-    Row by row in all blocks at once, each block in its own lanes. A generator, for `in_turns`.
-    """
+    """Inverts the U x U diagonal blocks of I + A (C, C) for C up to 128, by substitution. Row by
+    row in all blocks at once, each block in its own lanes. A generator, for `in_turns`."""
     C = A_CC.shape[0]
     step = min(U, SUBLANES)
     lane = iota((step, C), 1)
@@ -312,9 +300,7 @@ def halving_sums(g_CK):
 
 def halving_sums_cotangent(dg_cumsum_CK, dg_reversed_CK, dlevels):
     """Computes the cotangent of g_CK from those of the results of `halving_sums` (its transpose).
-
-    dlevels: cotangents of the arrays for halves of 1, 2, 4, ..., C/2 tokens.
-    """
+    dlevels: cotangents of the arrays for halves of 1, 2, 4, ..., C/2 tokens."""
     dg_CK = jnp.zeros_like(dg_cumsum_CK)
     U = dg_cumsum_CK.shape[0]
     for dlevel_CK in reversed(dlevels):
@@ -356,9 +342,7 @@ def _sibling_total(x_CK, U):
 
 def _from_sibling(x_CK, U, reduce):
     """Applies `reduce` to each half of U tokens and gives its result to the other half's tokens.
-
-    reduce: takes x as (pairs, 2, U, K) to (pairs, 2, 1, K). U is at least a register's 8 rows.
-    """
+    reduce: takes x as (pairs, 2, U, K) to (pairs, 2, 1, K). U is at least a register's 8 rows."""
     C, K = x_CK.shape
     row = reduce(x_CK.reshape(C // (2 * U), 2, U, K))
     swapped = jnp.concatenate([row[:, 1:], row[:, :1]], axis=1)

@@ -137,10 +137,8 @@ class RecurrenceTiling:
 
     @classmethod
     def best_sizes(cls, decay, narrow, K, V) -> dict[str, int]:
-        """Returns the preferred "chunk_size" and "heads", the most value heads per grid step.
-
-        They come from `tuned.json`, or else from `heuristic`. narrow: whether inputs are bfloat16.
-        """
+        """Returns the preferred "chunk_size" and "heads", the most value heads per grid step. They
+        come from `tuned.json`, or else from `heuristic`. narrow: whether inputs are bfloat16."""
         dtype, shape = "bfloat16" if narrow else "float32", f"{K}x{V} {decay}"
         heuristic = cls.heuristic(decay, narrow, K, V)
         return tuning.lookup(heuristic, cls.OPERATOR, "pallas_tpu", dtype, shape)
@@ -197,9 +195,7 @@ def unsupported_reason(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, **_,
 ) -> str | None:  # fmt: skip
     """Returns None if an operator's TPU kernels can run this call, else the reason and a way out.
-
-    tiling_of: the operator's `RecurrenceTiling.of`.
-    """
+    tiling_of: the operator's `RecurrenceTiling.of`."""
     named = {"q": q_BTGK, "k": k_BTGK, "v": v_BTHV, "initial_state": initial_state_BHKV}
     for name, x in (named | {"log_decay": log_decay_BTHK}).items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):

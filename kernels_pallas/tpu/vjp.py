@@ -12,10 +12,8 @@ from kernels_pallas.tpu.tiling import RecurrenceTiling
 
 
 def pad_end(x, amounts: dict[int, int]):
-    """Appends zeros to x: `amounts[axis]` at the end of each axis named.
-
-    Zeros are tokens that neither write nor decay the state, or channels that are never read.
-    """
+    """Appends zeros to x: `amounts[axis]` at the end of each axis named. Zeros are tokens that
+    neither write nor decay the state, or channels that are never read."""
     widths = [(0, amounts.get(axis, 0)) for axis in range(x.ndim)]
     return jnp.pad(x, widths) if any(amounts.values()) else x
 
@@ -32,10 +30,8 @@ def flatten(x_BTHK, tiling: RecurrenceTiling, width: int, dtype):
 
 
 def flat_inputs(tiling: RecurrenceTiling, q_BTGK, k_BTGK, v_BTHV, state_BHKV):
-    """Returns q, k, v and the initial state in the layout of the TPU kernels.
-
-    q, k and v become (B, chunks * C, heads * dim); the state, padded, is float32.
-    """
+    """Returns q, k, v and the initial state in the layout of the TPU kernels. q, k and v become (B,
+    chunks * C, heads * dim); the state, padded, is float32."""
     q, k = (flatten(x, tiling, tiling.K, tiling.dtype) for x in (q_BTGK, k_BTGK))
     K, V = state_BHKV.shape[2:]
     state = pad_end(state_BHKV.astype(jnp.float32), {2: tiling.K - K, 3: tiling.V - V})
@@ -44,9 +40,7 @@ def flat_inputs(tiling: RecurrenceTiling, q_BTGK, k_BTGK, v_BTHV, state_BHKV):
 
 def outputs(tiling: RecurrenceTiling, o, final_BHKV, v_BTHV, K: int):
     """Returns o (B, T, H, V), in v's dtype, and the final state (B, H, K, V), both without padding.
-
-    o: the kernels' flat output. K: the call's key channels.
-    """
+    o: the kernels' flat output. K: the call's key channels."""
     T, V = tiling.T, v_BTHV.shape[3]
     o_BTHV = o.reshape(tiling.B, -1, tiling.H, tiling.V)[:, :T, :, :V]
     return o_BTHV.astype(v_BTHV.dtype), final_BHKV[:, :, :K, :V]
@@ -60,9 +54,7 @@ def apart(tiling: RecurrenceTiling, q, k, v):
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
     """Returns the log decay with a reset, `decay.RESET`, at the first token of each document.
-
-    Without documents it is returned as it is; without a decay, too, that is None.
-    """
+    Without documents it is returned as it is; without a decay, too, that is None."""
     if segment_ids_BT is None:
         return log_decay_BTHK
     if log_decay_BTHK is None:

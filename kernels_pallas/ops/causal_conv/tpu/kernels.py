@@ -13,11 +13,8 @@ SUM_ROWS = 64  # rows whose head sums are taken together
 
 
 def forward(tiling, x, before, initial, w, *refs):
-    """Computes y of one block: convolution, bias, activation, and the L2 norm of each head.
-
-    x: the block. before, initial: the tokens before it, in x or in the initial state. w: taps and
-      bias.
-    """
+    """Computes y of one block: convolution, bias, activation, and the L2 norm of each head. x: the
+    block. before, initial: the tokens before it, in x or in the initial state. w: taps and bias."""
     age, (y, seen, *columns) = (refs[0] if tiling.packed else None), refs[tiling.packed :]
     chunk, block = pl.program_id(1), pl.program_id(2)
 
@@ -50,10 +47,8 @@ def forward(tiling, x, before, initial, w, *refs):
 
 
 def backward(tiling, x, before, initial, w, *refs):
-    """Computes dx of one block, and adds the block's terms to the gradients of w and bias.
-
-    Inputs are those of `forward`, and g, the gradient of y.
-    """
+    """Computes dx of one block, and adds the block's terms to the gradients of w and bias. Inputs
+    are those of `forward`, and g, the gradient of y."""
     marks, refs = refs[: 2 * tiling.packed], refs[2 * tiling.packed :]
     age, room = marks or (None, None)
     g, dx, dw, first, seen, dz, *columns, later = refs
@@ -205,9 +200,7 @@ class Group:
 
     def _inside(self, z, q, c, row=0, timed=True):
         """Zeroes z at padding tokens and channels of the block, where they would change a result.
-
-        q, c, row: part, column and first row of z. timed: whether z may hold tokens beyond T.
-        """
+        q, c, row: part, column and first row of z. timed: whether z may hold tokens beyond T."""
         tiling, inside = self.tiling, None
         if timed and tiling.T % tiling.C:
             token = (row + primitives.iota(z.shape, 0)) * tiling.p + q
@@ -243,10 +236,8 @@ class Group:
         return [[ref[q, c, rows] for c in range(tiling.group)] for q in range(tiling.p)]
 
     def _marked(self, ref, row):
-        """Returns masks [part][lag] of whether the token `lag` away is in the same document.
-
-        ref: counts of such tokens (`age` or `room`); None, for calls without documents, gives None.
-        """
+        """Returns masks [part][lag] of whether the token `lag` away is in the same document. ref:
+        counts of such tokens (`age` or `room`); None, for calls without documents, gives None."""
         tiling = self.tiling
         if ref is None:
             return None
@@ -259,9 +250,7 @@ class Group:
 
     def _shifted(self, ref, row, sign, counts):
         """Loads the tokens at every lag before (sign -1) or after (1) each token, from scratch.
-
-        counts: masks of `_marked`, where False gives 0, or None. Returns [part][column][lag].
-        """
+        counts: masks of `_marked`, where False gives 0, or None. Returns [part][column][lag]."""
         tiling, loaded = self.tiling, {}
 
         def load(q, c, lag):
@@ -299,9 +288,7 @@ class Group:
 
     def with_products(self, totals, taps, c, dh):
         """Returns `totals`, sums for the gradients of w and bias, with these tokens' terms added.
-
-        dh: the gradient of the sums of column c, per part.
-        """
+        dh: the gradient of the sums of column c, per part."""
         tiling, totals = self.tiling, list(totals)
         for q in range(tiling.p):
             for lag in range(tiling.width):

@@ -47,10 +47,8 @@ SIZES = {"chunk_size": 512, "width": 512}
 
 
 def unsupported_reason(x_BTD, w, bias, initial_state, start_BT, finish) -> str | None:
-    """Returns None if the TPU kernels can run this call, else the reason.
-
-    start_BT: where documents start. finish: options of the activation and the norm.
-    """
+    """Returns None if the TPU kernels can run this call, else the reason. start_BT: where documents
+    start. finish: options of the activation and the norm."""
     for name, array in (("x", x_BTD), ("w", w)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('shifted' takes all)"
@@ -72,10 +70,8 @@ def unsupported_reason(x_BTD, w, bias, initial_state, start_BT, finish) -> str |
 
 
 def run(x_BTD, w, bias, initial_state, start_BT, finish):
-    """Computes the convolution by the TPU kernels; returns y and the tail of the inputs.
-
-    start_BT: where documents start. finish: options of the activation and the norm.
-    """
+    """Computes the convolution by the TPU kernels; returns y and the tail of the inputs. start_BT:
+    where documents start. finish: options of the activation and the norm."""
     tiling = Tiling.of(x_BTD, w, bias, start_BT, finish)
     if bias is not None:
         w = jnp.concatenate([w.astype(jnp.float32), bias.astype(jnp.float32)[None]])
@@ -85,11 +81,8 @@ def run(x_BTD, w, bias, initial_state, start_BT, finish):
 
 
 def _forward(static, start_BT, x_BTD, w, initial_state):
-    """Returns ((y, the tail), no residuals).
-
-    static: the tiling and the `reference.Finish`. w: float32, with the bias below the taps, both
-      halved for silu.
-    """
+    """Returns ((y, the tail), no residuals). static: the tiling and the `reference.Finish`. w:
+    float32, with the bias below the taps, both halved for silu."""
     tiling, _ = static
     (y_BTD,) = _launch(
         tiling,
@@ -157,18 +150,14 @@ def _inputs(x_BTD, w, initial_state):
 
 def _marks(tiling, start_BT, dtype):
     """Returns `age` and `room` of the module's docstring, (B, T, LANES), as (array, "mark") pairs.
-
-    Without documents it returns [].
-    """
+    Without documents it returns []."""
     if start_BT is None:
         return []
     T = start_BT.shape[1]
 
     def counted(starts_at):
         """Counts a token's neighbours in its document, nearest first, up to the width - 1.
-
-        starts_at: takes j to whether a document starts between a token and the one j away.
-        """
+        starts_at: takes j to whether a document starts between a token and the one j away."""
         count_BT, going_BT = jnp.zeros(start_BT.shape, dtype), True
         for j in range(1, tiling.width):
             going_BT = going_BT & ~starts_at(j)
@@ -255,11 +244,8 @@ class Tiling:
 
     @property
     def vmem_bytes(self):
-        """Estimates the backward kernel's VMEM.
-
-        It adds double-buffered blocks, scratch, what stays for the whole grid, and spilled
-        registers.
-        """
+        """Estimates the backward kernel's VMEM. It adds double-buffered blocks, scratch, what stays
+        for the whole grid, and spilled registers."""
         item = 4 // self.p
         blocks = item * (3 * self.C * self.d + 2 * HALO * self.d + 2 * self.C * LANES)
         blocks += 4 * self.all_channels * (HALO + pl.cdiv(self.width + 1, ROWS) * ROWS)

@@ -89,10 +89,8 @@ def inverses(
 
 @triton.jit
 def _load_inverse(X, at, C: tl.constexpr, EXACT: tl.constexpr):
-    """Loads the inverse (C, C) that `inverses` stored for chunk `at` = (b * H + h) * N + n.
-
-    EXACT: as float64, the sum of its two float32 terms.
-    """
+    """Loads the inverse (C, C) that `inverses` stored for chunk `at` = (b * H + h) * N + n. EXACT:
+    as float64, the sum of its two float32 terms."""
     if EXACT:
         X += at * 2 * C * C
         X_CC = load_tile(X, C, 0, C, 0, C, C, C).to(tl.float64)
@@ -109,10 +107,8 @@ def writes(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Triton kernel: computes U, the states that enter the chunks (out), and the final state.
-
-    X: the inverses. A program walks all chunks for one block of V of one head; BK covers all of K.
-    """
+    """Triton kernel: computes U, the states that enter the chunks (out), and the final state. X:
+    the inverses. A program walks all chunks for one block of V of one head; BK covers all of K."""
     v0 = tl.program_id(0) * BV
     bh, key, value, gate = head(T, XH, H, GH)
     N = tl.cdiv(T, C)

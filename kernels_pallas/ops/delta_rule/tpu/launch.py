@@ -33,10 +33,8 @@ def run(
     scale,
     chunk_size=None,
 ):
-    """Computes the delta rule by the TPU kernels; arguments are normalised by `api.py`.
-
-    Returns o and the final state, as the operator.
-    """
+    """Computes the delta rule by the TPU kernels; arguments are normalised by `api.py`. Returns o
+    and the final state, as the operator."""
     tiling = tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale)
     g_BTHK = vjp.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     q, k, v, state = vjp.flat_inputs(tiling, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV)
@@ -50,10 +48,8 @@ def run(
 
 
 def _gate_rows(gates, tiling):
-    """Arranges gates, arrays (B, T, H) of beta and log decay, with tokens along the lanes.
-
-    Returns (B, groups of heads, chunks, number of gates * heads per group, C).
-    """
+    """Arranges gates, arrays (B, T, H) of beta and log decay, with tokens along the lanes. Returns
+    (B, groups of heads, chunks, number of gates * heads per group, C)."""
 
     def one(x_BTH):
         x = vjp.pad_tokens(x_BTH.astype(jnp.float32), tiling)
@@ -77,10 +73,8 @@ def _plain(tiling, _, q, k, v, gates, g, S_BHKV):
 
 
 def _specs(tiling: Tiling, backward: bool):
-    """Returns the kernels' block specs by kind of block, such as "key" or "states".
-
-    Grid: rows of the batch, groups of heads, chunks (backward: from the last).
-    """
+    """Returns the kernels' block specs by kind of block, such as "key" or "states". Grid: rows of
+    the batch, groups of heads, chunks (backward: from the last)."""
     C, heads, keys = tiling.C, tiling.heads, tiling.keys
     last = tiling.chunks - 1
     at = (lambda n: last - n) if backward else (lambda n: n)
@@ -101,11 +95,8 @@ def _specs(tiling: Tiling, backward: bool):
 
 
 def _launch(tiling: Tiling, kernel, inputs, outputs):
-    """Launches the forward or backward kernel and returns its outputs.
-
-    inputs, outputs: (kind of block in `_specs`, array or shape and dtype) pairs; those of None are
-      left out.
-    """
+    """Launches the forward or backward kernel and returns its outputs. inputs, outputs: (kind of
+    block in `_specs`, array or shape and dtype) pairs; those of None are left out."""
     specs = _specs(tiling, kernel is _backward_kernel)
     return tpu_tiling.launch(
         functools.partial(kernel, tiling),
@@ -118,10 +109,8 @@ def _launch(tiling: Tiling, kernel, inputs, outputs):
 
 
 def _forward(tiling: Tiling, keep: bool, q, k, v, gates, g, S_BHKV):
-    """Launches the forward kernel; returns o and the final state.
-
-    keep: also returns the states that enter the chunks, for the backward pass.
-    """
+    """Launches the forward kernel; returns o and the final state. keep: also returns the states
+    that enter the chunks, for the backward pass."""
     inputs = [("key", q), ("key", k), ("value", v), ("gates", gates), ("state", S_BHKV)]
     B, H, K, V = S_BHKV.shape
     states = jax.ShapeDtypeStruct((B, tiling.chunks, H, K, V), jnp.float32) if keep else None

@@ -49,10 +49,8 @@ class Chunk(NamedTuple):
 
 
 def gates_of(p: Products, heads: int, rows_RC, g_CHK) -> list[Gates]:
-    """Returns the Gates of every head of a grid step.
-
-    rows_RC: beta, one row per head. g_CHK: log decay (C, heads * K), heads side by side.
-    """
+    """Returns the Gates of every head of a grid step. rows_RC: beta, one row per head. g_CHK: log
+    decay (C, heads * K), heads side by side."""
     columns_CR = rows_RC.T
     K = g_CHK.shape[1] // heads
     return [Gates(columns_CR[:, h : h + 1], g_CHK[:, h * K : (h + 1) * K]) for h in range(heads)]
@@ -101,10 +99,8 @@ def _state(p, x, y, axes=(1, 0)):
 
 
 def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
-    """Computes one head's o (C, V) and the state S' (K, V) that leaves the chunk.
-
-    S_KV: the state that enters the chunk. A generator, for `primitives.in_turns`.
-    """
+    """Computes one head's o (C, V) and the state S' (K, V) that leaves the chunk. S_KV: the state
+    that enters the chunk. A generator, for `primitives.in_turns`."""
     q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     C = k_CK.shape[0]
@@ -122,9 +118,7 @@ def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
 
 def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS_KV):
     """Computes one head's ChunkGradients from do and the cotangent dS' of the state that leaves.
-
-    S_KV: the state that enters the chunk. A generator, for `primitives.in_turns`.
-    """
+    S_KV: the state that enters the chunk. A generator, for `primitives.in_turns`."""
     q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     C = k_CK.shape[0]

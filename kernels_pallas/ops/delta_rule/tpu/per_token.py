@@ -66,10 +66,8 @@ class ChunkGradients(NamedTuple):
 
 
 def gates_of(p: Products, heads: int, rows_RC, g_CHK=None) -> list[Gates]:
-    """Computes the Gates of every head of a grid step.
-
-    rows_RC: beta, one row per head, then if decay is per token its log, one row per head.
-    """
+    """Computes the Gates of every head of a grid step. rows_RC: beta, one row per head, then if
+    decay is per token its log, one row per head."""
     C = rows_RC.shape[1]
     if rows_RC.shape[0] == heads:
         columns_CR = rows_RC.T
@@ -146,10 +144,8 @@ def solve(p, A_CC, A_rest_CC, X_CC, R_CV, axis):
 
 
 def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
-    """Computes one head's o (C, V) and the state S' (K, V) that leaves the chunk.
-
-    S_KV: the state that enters the chunk. A generator, for `primitives.in_turns`.
-    """
+    """Computes one head's o (C, V) and the state S' (K, V) that leaves the chunk. S_KV: the state
+    that enters the chunk. A generator, for `primitives.in_turns`."""
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     # S' = exp(g_total) S + k^T (exp(g_reversed) U)
     local_KV = p.state(k_CK, _times(c.U_CV, gates.exp_g_reversed_C1), (0, 0))
@@ -165,9 +161,7 @@ def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
 
 def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS_KV):
     """Computes one head's ChunkGradients from do and the cotangent dS' of the state that leaves.
-
-    S_KV: the state that enters the chunk. A generator, for `primitives.in_turns`.
-    """
+    S_KV: the state that enters the chunk. A generator, for `primitives.in_turns`."""
     C = k_CK.shape[0]
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     beta_C1, D_CC, exp_g_cumsum_C1, exp_g_reversed_C1, exp_g_total_11 = gates
@@ -225,10 +219,8 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
 
 
 def _decay_gradient(p, pairs_CC, dg_cumsum_C1, dg_reversed_C1):
-    """Computes dg_s (1, C), without the part of g_total, from cotangents of sums of log decay.
-
-    It sums dD_ij D_ij (pairs_CC) of j < s <= i, dg_cumsum_i of i >= s, and dg_reversed_j of j < s.
-    """
+    """Computes dg_s (1, C), without the part of g_total, from cotangents of sums of log decay. It
+    sums dD_ij D_ij (pairs_CC) of j < s <= i, dg_cumsum_i of i >= s, and dg_reversed_j of j < s."""
     C = pairs_CC.shape[0]
     between_CC = p.dot(pairs_CC, p.ones(~lower(C))) + dg_cumsum_C1
     return jnp.sum(jnp.where(lower(C), between_CC, dg_reversed_C1), axis=0, keepdims=True)

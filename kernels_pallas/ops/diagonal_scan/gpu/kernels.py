@@ -11,11 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def _program(T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
-    """Returns this program's chunk n and channels d, and their offsets in two kinds of arrays.
-
-    The offsets are those of the batch row's first token in (B, T, D), and of the chunk in (B, N,
-    D).
-    """
+    """Returns this program's chunk n and channels d, and their offsets in two kinds of arrays. The
+    offsets are those of the batch row's first token in (B, T, D), and of the chunk in (B, N, D)."""
     blocks = tl.cdiv(D, BD)
     n = tl.program_id(0) // blocks + tl.full((BD,), 0, tl.int32)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
@@ -29,10 +26,8 @@ def maps(
     T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):  # fmt: skip
-    """Triton kernel: computes the map h -> product h + local that one chunk applies to a state.
-
-    A token's map is h' = a h + x, or with ADJOINT h' = a (h + x).
-    """
+    """Triton kernel: computes the map h -> product h + local that one chunk applies to a state. A
+    token's map is h' = a h + x, or with ADJOINT h' = a (h + x)."""
     n, d, at, at_chunk = _program(T, D, C, BD)
     A = tl.full((BD,), 1.0, tl.float32)
     h = tl.full((BD,), 0.0, tl.float32)
@@ -58,9 +53,7 @@ def carry(
     T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Triton kernel: computes the states that enter T chunks, and the final one, from their maps.
-
-    One program goes through all chunks of BD channels.
-    """
+    One program goes through all chunks of BD channels."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     b = tl.program_id(1).to(tl.int64)
     h = tl.load(initial + b * D + d, mask=d < D, other=0.0)

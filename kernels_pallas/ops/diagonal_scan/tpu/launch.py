@@ -62,9 +62,7 @@ def unsupported_reason(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str
 
 def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
     """Computes h_t = decay_t * h_{t-1} + x_t by the TPU kernels; returns h and the final state.
-
-    Arguments are normalised by `api.py`. reverse: whether h_t comes from h_{t+1} instead.
-    """
+    Arguments are normalised by `api.py`. reverse: whether h_t comes from h_{t+1} instead."""
     if not jnp.iscomplexobj(decay_BTD):
         planes = (x_BTD,), (decay_BTD,), (initial_state_BD,)
         (h_BTD,), (final_BD,) = _scan(reverse, None, *planes)
@@ -75,11 +73,8 @@ def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
 
 
 def _forward(reverse, _, x, decay, initial):
-    """Returns ((h in x's dtype, the final state), the states that enter the chunks).
-
-    All are tuples of planes (real, and imaginary if complex): x and decay (B, T, D), initial (B,
-    D).
-    """
+    """Returns ((h in x's dtype, the final state), the states that enter the chunks). All are tuples
+    of planes (real, and imaginary if complex): x and decay (B, T, D), initial (B, D)."""
     tiling = _Tiling.of(x, reverse)
     P, states = tiling.planes, [z[:, None, None] for z in initial]
     outputs = _launch(
@@ -120,9 +115,7 @@ _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
     """Sizes of one call on a TPU and of its blocks: b rows of the batch, C tokens, d channels.
-
-    planes: 1 for real numbers, 2 for complex ones. reverse: whether h_t comes from h_{t+1}.
-    """
+    planes: 1 for real numbers, 2 for complex ones. reverse: whether h_t comes from h_{t+1}."""
 
     B: int
     T: int
@@ -135,10 +128,8 @@ class _Tiling:
 
     @classmethod
     def of(cls, x, reverse):
-        """Returns the tiling of a call, with blocks of up to the tuned `width` registers.
-
-        It takes the channels that waste least, then as many rows of the batch as fit.
-        """
+        """Returns the tiling of a call, with blocks of up to the tuned `width` registers. It takes
+        the channels that waste least, then as many rows of the batch as fit."""
         (B, T, D), planes = x[0].shape, len(x)
         kind = f"{D} {'real' if planes == 1 else 'complex'}"
         sizes = tuning.lookup(SIZES, "diagonal_scan", "pallas_tpu", str(x[0].dtype), kind)
@@ -166,11 +157,8 @@ class _Tiling:
         return self.C // RUNS
 
     def spec(self, kind: str, from_last: bool):
-        """Returns the block spec of an array.
-
-        kind: "t" for an array over time, "n" for every chunk's state, "s" for one state.
-        from_last: whether the grid begins at the last chunk.
-        """
+        """Returns the block spec of an array. kind: "t" for an array over time, "n" for every
+        chunk's state, "s" for one state. from_last: whether the grid begins at the last chunk."""
 
         def chunk(n):
             return self.chunks - 1 - n if from_last else n
@@ -190,10 +178,8 @@ class _Tiling:
 
 
 def _launch(tiling: _Tiling, kernel, inputs, outputs):
-    """Launches the forward or backward kernel and returns a list of its outputs.
-
-    inputs, outputs: (array, kind) and (dtype, kind) pairs, with the kinds of `_Tiling.spec`.
-    """
+    """Launches the forward or backward kernel and returns a list of its outputs. inputs, outputs:
+    (array, kind) and (dtype, kind) pairs, with the kinds of `_Tiling.spec`."""
     backward = kernel is _backward_kernel
     from_last = tiling.reverse != backward
     # Columns: a state, a map per run (A and b), and two blocks; backward also those of h.
@@ -312,10 +298,8 @@ def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Steps through the tokens of a chunk's 8 runs, all runs at once.
-
-    from_last: whether chunks, runs and tokens come in reverse. chunk: its number in that order.
-    """
+    """Steps through the tokens of a chunk's 8 runs, all runs at once. from_last: whether chunks,
+    runs and tokens come in reverse. chunk: its number in that order."""
 
     tiling: _Tiling
     from_last: bool
@@ -381,10 +365,8 @@ def _grouped(refs, planes: int):
 
 
 def _to_columns(columns, blocks) -> None:
-    """Copies blocks (b, rows, d) to scratch arrays (b * d / LANES, rows, LANES), in float32.
-
-    They have GAP unused rows between runs.
-    """
+    """Copies blocks (b, rows, d) to scratch arrays (b * d / LANES, rows, LANES), in float32. They
+    have GAP unused rows between runs."""
     for to, source in zip(columns, blocks):
         for row, lanes, column in _places(source.shape):
             for here, there in _runs(source.shape[1]):

@@ -33,10 +33,8 @@ __all__ = ["run", "unsupported_reason"]
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """Computes linear attention by the TPU kernels; arguments are normalised by `api.py`.
-
-    Returns o and the final state, as the operator.
-    """
+    """Computes linear attention by the TPU kernels; arguments are normalised by `api.py`. Returns o
+    and the final state, as the operator."""
     tiling = tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale)
     g_BTHK = vjp.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     q, k, v, state = vjp.flat_inputs(tiling, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV)
@@ -122,10 +120,8 @@ def _launch(tiling: Tiling, name, kernel, inputs, outputs, scratch):
 
 
 def _forward(tiling: Tiling, keep: bool, q, k, v, gates, state):
-    """Launches the forward kernel; returns o and the final state.
-
-    keep: also returns the states that enter the chunks, for the backward pass.
-    """
+    """Launches the forward kernel; returns o and the final state. keep: also returns the states
+    that enter the chunks, for the backward pass."""
     inputs = [("key", q), ("key", k), ("value", v), ("gates", gates), ("first", state)]
     states = (tiling.B, tiling.chunks, tiling.H, *tiling.state_shape)
     states = jax.ShapeDtypeStruct(states, tiling.dtype) if keep else None

@@ -29,9 +29,7 @@ SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
 
 def constants(tiling, backward):
     """Returns the (C, C) int32 matrix of the levels at which tokens i and j part (see the module).
-
-    i = j is SELF, i < j NEVER_MEET.
-    """
+    i = j is SELF, i < j NEVER_MEET."""
     del backward
     i, j = np.arange(tiling.C)[:, None], np.arange(tiling.C)[None]
     level = np.frexp((i ^ j).astype(np.float64))[1] - 1
@@ -52,11 +50,8 @@ def _tree(g_CK):
 
 
 def _small_step(cumsum_CK, reversed_CK, U):
-    """Combines the decays of halves of U <= 4 rows to those of blocks of 2 U rows.
-
-    Returns exp(g_cumsum) and exp(g_reversed) (C, K) of the blocks, which lie inside a register's 8
-    rows.
-    """
+    """Combines the decays of halves of U <= 4 rows to those of blocks of 2 U rows. Returns
+    exp(g_cumsum) and exp(g_reversed) (C, K) of the blocks, which lie inside a register's 8 rows."""
     C, K = cumsum_CK.shape
     cumsum, reversed_ = (x.reshape(C // SUBLANES, SUBLANES, K) for x in (cumsum_CK, reversed_CK))
     row = iota(cumsum.shape, 1)
@@ -94,9 +89,7 @@ def _roll(x, by):
 
 def _large_step(cumsum_CK, reversed_CK, U):
     """Combines the decays of halves of U rows, whole registers, to those of blocks of 2 U rows.
-
-    Returns exp(g_cumsum) and exp(g_reversed) (C, K) of the blocks.
-    """
+    Returns exp(g_cumsum) and exp(g_reversed) (C, K) of the blocks."""
     left, right = _halves(cumsum_CK, U)
     reversed_left, reversed_right = _halves(reversed_CK, U)
     cumsum_CK = _joined(left, right * left[:, U - 1 :])
@@ -116,10 +109,8 @@ def _joined(left_MUK, right_MUK):
 
 
 def _right(x_CK, U):
-    """Returns the rows of x in right halves of U rows, (C/2, K).
-
-    All rows if U is less than a register's 8 rows.
-    """
+    """Returns the rows of x in right halves of U rows, (C/2, K). All rows if U is less than a
+    register's 8 rows."""
     if U < SUBLANES:
         return x_CK
     _, right_MUK = _halves(x_CK, U)
@@ -135,10 +126,8 @@ def _from_right(x, U):
 
 
 def _scores(tiling, level_CC, qk_CC, levels):
-    """Computes A_ij = sum_K q_i D_ij k_j (C, C) for j <= i, and q k^T at i = j.
-
-    levels: (q, k) decayed to the middle of each level's blocks, smallest first.
-    """
+    """Computes A_ij = sum_K q_i D_ij k_j (C, C) for j <= i, and q k^T at i = j. levels: (q, k)
+    decayed to the middle of each level's blocks, smallest first."""
     A_CC = jnp.where(level_CC == SELF, qk_CC * tiling.scale, 0.0)
     for n, (q_CK, k_CK) in enumerate(levels):
         U = 1 << n
@@ -153,10 +142,8 @@ def _scores(tiling, level_CC, qk_CC, levels):
 
 
 def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK):
-    """Computes one head's o (C, V) and the state S' (V, K) that leaves the chunk, in float32.
-
-    S_VK: the state that enters the chunk. qk_CC: q k^T. constants: from `constants`.
-    """
+    """Computes one head's o (C, V) and the state S' (V, K) that leaves the chunk, in float32. S_VK:
+    the state that enters the chunk. qk_CC: q k^T. constants: from `constants`."""
     p = tiling.products
     q_CK, k_CK = q_CK.astype(jnp.float32) * tiling.scale, k_CK.astype(jnp.float32)
     # q exp(g_cumsum) and k exp(g_reversed) of every level, then of the whole chunk.
@@ -172,9 +159,7 @@ def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK):
 
 def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK, do_CV, dS_VK):
     """Computes one head's ChunkGradients from do and the cotangent dS' of the state that leaves.
-
-    S_VK: the state that enters the chunk. qk_CC: q k^T. constants: from `constants`.
-    """
+    S_VK: the state that enters the chunk. qk_CC: q k^T. constants: from `constants`."""
     p, C = tiling.products, tiling.C
     level_CC = constants[0][...]
     q_CK, k_CK = q_CK.astype(jnp.float32) * tiling.scale, k_CK.astype(jnp.float32)

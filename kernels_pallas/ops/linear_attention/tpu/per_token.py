@@ -76,10 +76,8 @@ def _lanes(x, width):
 
 
 def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV):
-    """Computes one head's o (C, V) and the state S' (K, V) that leaves the chunk, in float32.
-
-    S_KV: the state that enters the chunk. qk_CC: q k^T. constants: from `constants`.
-    """
+    """Computes one head's o (C, V) and the state S' (K, V) that leaves the chunk, in float32. S_KV:
+    the state that enters the chunk. qk_CC: q k^T. constants: from `constants`."""
     D_CC, exp_g_cumsum, exp_g_reversed_1C, exp_g_total = _decays(tiling, constants, g_1C)
     # A = (q k^T) * D, with the scale; exp(g_cumsum) q reads the entering state.
     A_CC = qk_CC * (D_CC * tiling.scale)
@@ -107,9 +105,7 @@ def _two_products(tiling, x, y, u, w):
 
 def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV, do_CV, dS_KV):
     """Computes one head's ChunkGradients from do and the cotangent dS' of the state that leaves.
-
-    S_KV: the state that enters the chunk. qk_CC: q k^T. constants: from `constants`.
-    """
+    S_KV: the state that enters the chunk. qk_CC: q k^T. constants: from `constants`."""
     p, C, K = tiling.products, tiling.C, tiling.K
     D_CC, exp_g_cumsum, _, exp_g_total = _decays(tiling, constants, g_1C)
     D_CC = D_CC * tiling.scale
