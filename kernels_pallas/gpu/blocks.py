@@ -86,10 +86,8 @@ def _bf16_dot(x, y, ROUNDED: tl.constexpr):
 @triton.jit
 def head(T, XH, H, GH):
     """Returns this program's index b * H + h, and the offsets at which its head's tokens begin.
-
-    The offsets are in units of the head dimension, for arrays (B, T, heads, dim) of XH key heads, H
-    value heads, and GH (1 or H) heads of decay.
-    """
+    They count heads in arrays (B, T, heads, dim): XH for keys, H for values, GH (1 or H) for
+    decay."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     return bh, b * T * XH + h // (H // XH), b * T * H + h, b * T * GH + h * (GH // H)

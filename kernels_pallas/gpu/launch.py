@@ -37,10 +37,7 @@ _INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder
 
 
 class KernelLaunch(NamedTuple):
-    """Fields of one launch of a Triton kernel: shapes of its arrays, and how it is compiled.
-
-    grid: numbers of programs. constants: the kernel's compile-time arguments, by name.
-    """
+    """Fields of one launch of a Triton kernel: array shapes, grid, and compile-time constants."""
 
     kernel: Any
     inputs: tuple[jax.ShapeDtypeStruct, ...]

@@ -212,8 +212,8 @@ def outputs(
 ):
     """Computes o = scale ((q exp(g_cumsum)) S + A y) (B, T, H, V) for every chunk.
 
-    states: S, those that enter the chunks. scores: A, from `scores`. strict: A_ii is left out.
-      dtype: of o, by default y's.
+    states: S, those that enter the chunks. scores: A. strict: A_ii = 0. dtype: of o, by default
+      y's.
     """
     chunks, _ = kernels()
     (o_BTHV,) = run_kernel(
@@ -231,11 +231,8 @@ def outputs(
 def gradients_of_values(
     form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, dstates, scores, *, scale, dtype=jnp.float32
 ):
-    """Computes dy, the gradient of y (B, T, H, V) through `outputs` and `states`.
-
-    dstates: cotangents of the states that leave the chunks; None for the gradient through `outputs`
-      alone.
-    """
+    """Computes dy, the gradient of y (B, T, H, V) through `outputs` and `states`. dstates:
+    cotangents of the states that leave the chunks, or None for `outputs` alone."""
     chunks, _ = kernels()
     leaving = dstates is not None
     # An operand that the kernel does not read may be any array.

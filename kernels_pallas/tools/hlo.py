@@ -83,8 +83,7 @@ class Instruction(NamedTuple):
     def called(self) -> list[str]:
         """Returns the names of the computations that the instruction runs.
 
-        These are a loop's body (not its condition), a conditional's branches, or what a fusion or
-        call runs.
+        Those of a loop are its body, not its condition; those of a conditional, its branches.
         """
         names = _CALLED.findall(self.attributes)
         if branches := _BRANCHES.search(self.attributes):
@@ -109,10 +108,9 @@ class Instruction(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """Fields of one instruction that a program runs, with how often it runs.
+    """Fields of one instruction that a program runs.
 
-    computation: name of the computation that holds the instruction. times: executions per program
-      run.
+    computation: name of the computation that holds it. times: how often it runs.
     fused: whether it lies inside a fusion, where it moves no data between memories itself.
     """
 
@@ -178,10 +176,9 @@ class HloModule:
         return [name for name, trips in self._trips.items() if trips is None]
 
     def visits(self) -> Iterator[Visit]:
-        """Yields a `Visit` for every instruction that the program runs.
+        """Yields a `Visit` for every instruction that runs, in loops, calls and fusions too.
 
-        Includes instructions in loops, calls and fusions; every branch of a conditional counts as
-        taken.
+        Every branch of a conditional counts as taken.
         """
         yield from self._visits(self.entry, 1, False)
 
@@ -226,10 +223,8 @@ def _closing(text: str, opening: int) -> int:
 
 
 def flops(module: HloModule, visit: Visit) -> int:
-    """Returns the FLOPs of one execution of a dot or convolution, and 0 for any other operation.
-
-    A multiplication and an addition count as two.
-    """
+    """Returns the multiplications and additions that a dot or convolution does in one run, else
+    0."""
     instruction, operation = visit.instruction, visit.instruction.operation
     if operation not in ("dot", "convolution"):
         return 0
@@ -388,10 +383,9 @@ def _counted_trips(module: HloModule, loop: Instruction, computation: str) -> in
 
 
 def _value(module: HloModule, computation: str, name: str, element: Callable[[int], int]) -> int:
-    """Evaluates the scalar that instruction `name` of a computation gives.
+    """Evaluates the scalar instruction `name`; raises _Unknown where it depends on data.
 
     element: returns, by index, an element of the loop's tuple or an operand of the fusion.
-    Raises _Unknown where the scalar depends on anything else.
     """
     instruction = module.by_name[computation][name]
     operation, attributes = instruction.operation, instruction.attributes

@@ -34,17 +34,16 @@ class KernelCost(NamedTuple):
     Shares and counts are per pass of the grid loop's body, with inner loops run.
 
     steps: number of grid steps, over all cores.
-    bundles: VLIW bundles in the grid loop's body, each once. step_cycles: the same with inner loops
+    bundles: VLIW bundles in the grid loop's body, each once. step_cycles: the same, inner loops
       run.
     cycles: of the whole grid on one core (v5p has two, and splits parallel axes between them).
     mxu_share: share of the cycles that issue to a matrix unit.
     load_share, store_share: share of the vector load and store slots in use.
     spills, fills: vector registers stored to memory and loaded back, per step.
-    spill_share: share of the kernel's bundles that are gone where the compiler packs it without
+    spill_share: share of the bundles that are gone where the compiler packs the kernel without
       spills.
     hbm_bytes: bytes of the blocks moved, a block again each time its index changes; None where the
-      kernel moves data itself.
-    least_hbm_bytes: bytes of every operand and result once.
+      kernel moves data itself. least_hbm_bytes: bytes of every operand and result once.
     """
 
     name: str
@@ -104,8 +103,7 @@ def measure(topology: str, function, *arguments) -> ProgramCost:
     """Compiles `function(*arguments)` for one TPU device and returns the ProgramCost.
 
     topology: a TPU generation such as "v6e", or a slice of it such as "v6e:2x2".
-    Raises what `tpu_compile.compile_for` raises, and ValueError if two kernels cannot be told apart
-    by name.
+    Raises what `tpu_compile.compile_for` raises, and ValueError for kernels that share a name.
     """
     compiled = tpu_compile.compile_for(topology, function, *arguments)
     with tpu_compile.tracing_for(topology):

@@ -80,9 +80,8 @@ PARTS = {
 class Listing(NamedTuple):
     """Fields of the compiler's report on one Pallas kernel.
 
-    bundles: text of the kernel's VLIW bundles. utilization: text of the units that each bundle
-      uses.
-    vmem_bytes, spill_bytes: VMEM allocated to the kernel, and the part of it that spilled registers
+    bundles, utilization: texts of its VLIW bundles, and of the units that each uses.
+    vmem_bytes, spill_bytes: VMEM allocated to the kernel, and how much of it spilled registers
       take.
     spill_bundles: how many fewer bundles the kernel has where the compiler packs it without spills.
     """
@@ -128,9 +127,7 @@ def part_of(topology: str) -> str:
 def devices(topology: str) -> list:
     """Returns the devices of a TPU slice as targets for compiling; they cannot run anything.
 
-    Args:
-      topology: a TPU generation such as "v6e", for its smallest slice, or a slice such as
-        "v6e:2x2".
+    topology: a TPU generation such as "v6e", for its smallest slice, or a slice such as "v6e:2x2".
 
     Raises:
       ValueError: an unknown generation, or a slice that the generation does not come in.
@@ -163,15 +160,13 @@ def tracing_for(topology: str):
 def compile_for(topology: str, function, *arguments) -> CompiledProgram:
     """Compiles `function(*arguments)` for one device of a TPU topology; returns a CompiledProgram.
 
-    Args:
-      topology: a TPU generation such as "v6e", or a slice of it such as "v6e:2x2".
-      arguments: pytrees of arrays or ShapeDtypeStructs, of which only shape and dtype count.
+    topology: a TPU generation such as "v6e", or a slice of it such as "v6e:2x2".
+    arguments: pytrees of arrays or ShapeDtypeStructs, of which only shape and dtype count.
 
     Raises:
-      ValueError: the topology is unknown.
-      ImportError: libtpu is not installed.
-      jax.errors.JaxRuntimeError, or Pallas' own errors: what compiling on the machine would raise,
-      too much VMEM included.
+      ValueError, ImportError: the topology is unknown, or libtpu is not installed.
+      jax.errors.JaxRuntimeError: what compiling on the machine would raise, as for too much VMEM;
+      Pallas may raise errors of its own.
     """
     device = devices(topology)[0]
 

@@ -24,9 +24,7 @@ VMEM_LIMIT = VMEM_BYTES + (8 << 20)  # what the compiler allows: the estimates a
 def launch(
     kernel, name, grid, inputs, outputs, scratch, *, semantics, vmem_limit: int | None = VMEM_LIMIT
 ):
-    """Runs a Pallas TPU kernel over its grid and returns a list of its outputs.
-
-    The kernel is interpreted where `devices.interpreting()` says so.
+    """Runs a Pallas TPU kernel, or interprets it where a CPU was asked to; returns its outputs.
 
     Args:
       kernel: called with references to inputs, outputs and scratch, in this order.
@@ -105,11 +103,8 @@ class RecurrenceTiling:
 
     @classmethod
     def of(cls, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale):
-        """Returns the tiling of a call: the longest chunks, then the most heads, that fit VMEM.
-
-        chunk_size: tokens per chunk; None lets the tiling choose. If nothing fits, the smallest is
-          returned.
-        """
+        """Returns the tiling of a call: the longest chunks, then the most heads, that fit VMEM. If
+        nothing fits it is the smallest. chunk_size: tokens per chunk, None to choose them."""
         B, T, H, V = v_BTHV.shape
         G, K = k_BTGK.shape[2:]
         decay = kind(log_decay_BTHK, segment_ids=segment_ids_BT)

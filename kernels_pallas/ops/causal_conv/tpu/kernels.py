@@ -167,10 +167,7 @@ class Group:
 
     def take(self, x, before, initial) -> None:
         """Copies the block x, and the tokens before it, as float32 to the scratch array `seen`.
-
-        before, initial: the tokens before the block, in x and in the initial state (for the first
-          chunk).
-        """
+        before, initial: those tokens, from x or, at the first chunk, from the initial state."""
         tiling = self.tiling
         for c in range(tiling.group):
             earlier = self._parts(before[0, :, self.lanes(c)])

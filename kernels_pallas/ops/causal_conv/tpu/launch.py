@@ -253,11 +253,8 @@ class Tiling:
         return 2 * blocks + columns + 4 * HALO * self.all_channels + (1 << 20)
 
     def spec(self, kind: str, array, backward: bool):
-        """Returns the block spec of an array.
-
-        kind: what its block holds, such as "time" (the block's tokens) or "before" (those before
-          them). backward: whether the grid begins at the last chunk.
-        """
+        """Returns the block spec of an array. kind: what its block holds, "time" for its own
+        tokens, "before" for those before. backward: whether the grid begins at the last chunk."""
 
         def chunk(t):
             return self.chunks - 1 - t if backward else t

@@ -154,10 +154,9 @@ def gradients_of_writes(
 ):  # fmt: skip
     """Triton kernel: computes dR = (I + A)^-T dU, for (I + A) U = R, and the states' cotangents.
 
-    du: the part of dU that comes through the outputs o of U's own chunk. X: the inverses (I +
-      A)^-1.
-    dfinal, dstart: cotangents of the final and of the initial state; out: of the states that leave
-      the chunks.
+    du: the part of dU through the outputs of U's own chunk. X: the inverses of I + A.
+    out: cotangents of the states that leave the chunks. dfinal, dstart: of the final and initial
+      state.
     A program walks the chunks in reverse for one block of V of one head; BK covers all of K.
     """
     v0 = tl.program_id(0) * BV

@@ -176,11 +176,10 @@ def _states_of(form):
 
 
 def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
-    """Computes U (what the tokens write to the state) and what leads to it, for the whole call.
+    """Computes U, what the tokens write to the state, and returns it with all it was computed from.
 
-    Returns:
-      The decayed scores of keys with keys (None unless decay is per channel), the inverses (I +
-      A)^-1 per chunk, U (B, T, H, V), the states that enter the chunks, and the final state.
+    These are the decayed scores of keys with keys (None unless decay is per channel), the inverses
+    of I + A per chunk, U (B, T, H, V), the states that enter the chunks, and the final state.
     """
     kk = recurrences.scores(form, k_BTGK, k_BTGK, g_BTHK, strict=True)
     parts = (2,) if exact else ()  # float64 as two float32 terms

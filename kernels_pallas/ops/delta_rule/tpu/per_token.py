@@ -21,10 +21,8 @@ from kernels_pallas.tpu.primitives import Products, lower, row_of, row_sums
 
 
 class Gates(NamedTuple):
-    """Fields of one head's gates in a chunk: beta, and the decays, which are None without a decay.
-
-    D_CC: D_ij = exp(g_{j+1} + ... + g_i) for j <= i, else 0.
-    """
+    """Fields of one head's gates in a chunk: beta, and its decays, which are None without a
+    decay."""
 
     beta_C1: jnp.ndarray
     D_CC: jnp.ndarray | None = None

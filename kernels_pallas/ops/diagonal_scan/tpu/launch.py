@@ -331,12 +331,9 @@ class _Walk:
             ref[:, self._rows(i), :] = z
 
     def entering(self, extend, A, b, state):
-        """Returns the states that enter the runs, also stored in A; puts the leaving one in
-        `state`.
-
-        These are steps 1 and 2 of the module's docstring. extend: composes a run's map (A, b) with
-        its i-th token's.
-        """
+        """Returns the states that enter the runs (steps 1 and 2 of the module), and stores them
+        in A. extend: adds a run's i-th token to its map (A, b). `state` becomes the one that
+        leaves."""
         zero, one = (
             tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.tiling.planes)
         )
