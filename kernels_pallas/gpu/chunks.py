@@ -75,8 +75,12 @@ def outputs(
     BG: tl.constexpr, STRICT: tl.constexpr, SCALE: tl.constexpr, INPUTS: tl.constexpr,
     MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Triton kernel: computes o = scale ((q exp(g_cumsum)) S + A y) of one chunk and block of V. S:
-    the states that enter the chunks. scores: A, if decay is per channel. STRICT: A_ii = 0."""
+    """Triton kernel: computes o = scale ((q exp(g_cumsum)) S + A y) of one chunk and block of V.
+
+    S: the states that enter the chunks. A: (q k^T) * D, with a decay per channel loaded from
+      `scores`.
+    STRICT: A_ii = 0.
+    """
     blocks = tl.cdiv(V, BV)
     n = tl.program_id(0) // blocks
     v0 = tl.program_id(0) % blocks * BV

@@ -62,8 +62,9 @@ class TritonForm(NamedTuple):
 
     @classmethod
     def of(cls, operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, default_chunk):
-        """Returns the form of a call, read off its arrays' shapes and dtypes. chunk_size: tokens
-        per chunk; None is `default_chunk`. T, rounded up to a power of two, is the most."""
+        """Returns the sizes and precision of a call, read off its arrays' shapes and dtypes.
+        chunk_size: tokens per chunk; None is `default_chunk`. At most T, rounded up to a power of
+        two."""
         T, XH, K = q_BTGK.shape[1:]
         H, V = v_BTHV.shape[2:]
         dtypes = {x.dtype for x in (q_BTGK, k_BTGK, v_BTHV)}
@@ -148,8 +149,9 @@ def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constant
     """Runs a Triton kernel over a grid (first axis, B * H), with its tuned block sizes.
 
     inputs, outputs: arrays, and (shape after B, dtype) pairs. grid: factors of the first axis: "K"
-      or "V" (their blocks), "N" (chunks), or numbers.
-    whole_K: whether a block holds all of K. constants: compile-time arguments besides the form's.
+      or "V" (the numbers of their blocks), "N" (chunks), or numbers.
+    whole_K: whether a block holds all of K. constants: compile-time arguments besides those of
+      `form`.
     """
     B = inputs[0].shape[0]
     outputs = [jax.ShapeDtypeStruct((B, *shape), dtype) for shape, dtype in outputs]
@@ -190,8 +192,7 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
 def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
     """Computes A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i).
 
-    Returns (B, H, N, C, C), or None unless decay is per channel: other kernels compute the scores
-    themselves.
+    Returns (B, H, N, C, C) if decay is per channel; else None, as the other kernels then compute A.
     """
     if not form.per_channel:
         return None
@@ -210,11 +211,8 @@ def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
 def outputs(
     form, q_BTGK, k_BTGK, y_BTHV, g_BTHK, states, scores, *, scale, strict=False, dtype=None
 ):
-    """Computes o = scale ((q exp(g_cumsum)) S + A y) (B, T, H, V) for every chunk.
-
-    states: S, those that enter the chunks. scores: A. strict: A_ii = 0. dtype: of o, by default
-      y's.
-    """
+    """Computes o = scale ((q exp(g_cumsum)) S + A y) (B, T, H, V) for every chunk. states: S, those
+    that enter the chunks. scores: A. strict: A_ii = 0. dtype: of o, by default y's."""
     chunks, _ = kernels()
     (o_BTHV,) = run_kernel(
         form,

@@ -116,7 +116,7 @@ def gradients_of_operands(
 
     A program takes one block of K. dx_in, dy_in, dg_in: gradients through the states, to which
     these are added. dg_s collects the term of every pair j < s <= i: those with both in c; i in c
-    and j before it; j in c and i after it; and those on either side.
+    and j before it; j in c and i after it; and j before c with i after it.
     """
     blocks = tl.cdiv(K, BK)
     k0 = tl.program_id(0) % blocks * BK

@@ -223,8 +223,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def flops(module: HloModule, visit: Visit) -> int:
-    """Returns the multiplications and additions that a dot or convolution does in one run, else
-    0."""
+    """Returns the FLOPs of one execution of a dot or convolution, 0 for any other operation."""
     instruction, operation = visit.instruction, visit.instruction.operation
     if operation not in ("dot", "convolution"):
         return 0
@@ -383,10 +382,8 @@ def _counted_trips(module: HloModule, loop: Instruction, computation: str) -> in
 
 
 def _value(module: HloModule, computation: str, name: str, element: Callable[[int], int]) -> int:
-    """Evaluates the scalar instruction `name`; raises _Unknown where it depends on data.
-
-    element: returns, by index, an element of the loop's tuple or an operand of the fusion.
-    """
+    """Evaluates the scalar instruction `name`; raises _Unknown where it depends on data. element:
+    returns, by index, an element of the loop's tuple or an operand of the fusion."""
     instruction = module.by_name[computation][name]
     operation, attributes = instruction.operation, instruction.attributes
     if operation == "constant" and re.fullmatch(r"-?\d+|true|false", attributes):

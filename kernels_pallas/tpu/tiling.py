@@ -17,7 +17,7 @@ from kernels_pallas.common.decay import kind
 from kernels_pallas.dispatch import devices, manual_axes, tuning
 from kernels_pallas.tpu.primitives import LANES, Products
 
-VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB per core, or more
+VMEM_BYTES = 40 << 20  # what a kernel may take: every TPU has 64 MiB per core, or more
 VMEM_LIMIT = VMEM_BYTES + (8 << 20)  # what the compiler allows: the estimates are rough
 
 

@@ -129,7 +129,7 @@ def _each(rows: int, step: int, body, carry=None):
 
 
 def _each_group(tiling, body) -> None:
-    """Runs body(column) at the first column (128 channels) of every group of a block."""
+    """Runs body(first) for each group of 128-channel columns of a block, by its first column."""
 
     def one(i, _):
         body(i * tiling.group)
@@ -138,7 +138,7 @@ def _each_group(tiling, body) -> None:
 
 
 def _together(tiling) -> int:
-    """Returns the number of rows for which head sums are computed at a time."""
+    """Returns the number of rows for which sums over heads are computed at a time."""
     return next(n for n in range(SUM_ROWS, 0, -ROWS) if tiling.rows % n == 0)
 
 
@@ -149,8 +149,9 @@ def _times(slope, g):
 class Group:
     """Steps of the convolution on `tiling.group` columns of a block, 128 channels each.
 
-    Values are lists [part][column] of arrays (rows, 128): part p holds the p-th token of every
-    32-bit word, which holds one float32 or two bfloat16 tokens. row: the first row worked on.
+    A 32-bit word holds one float32 or two bfloat16 tokens. Values are lists [part][column] of
+    arrays (rows, 128), where part p holds the p-th token of every word. row: the first row worked
+    on.
     """
 
     def __init__(self, tiling, chunk, block, column, w, seen, age):
@@ -179,7 +180,7 @@ class Group:
                 self.seen[q, c, tiling.halo :] = self._inside(here[q], q, c)
 
     def read(self, ref, row, rows):
-        """Reads `rows` rows of an input block in float32, as [part][column]."""
+        """Reads `rows` rows of an input block in float32, as lists [token of a word][column]."""
         p = self.tiling.p
         found = []
         for c in range(self.tiling.group):
@@ -197,7 +198,7 @@ class Group:
 
     def _inside(self, z, q, c, row=0, timed=True):
         """Zeroes z at padding tokens and channels of the block, where they would change a result.
-        q, c, row: part, column and first row of z. timed: whether z may hold tokens beyond T."""
+        q, c, row: token of a word, column, first row of z. timed: whether z may reach beyond T."""
         tiling, inside = self.tiling, None
         if timed and tiling.T % tiling.C:
             token = (row + primitives.iota(z.shape, 0)) * tiling.p + q
@@ -209,7 +210,8 @@ class Group:
         return z if inside is None else jnp.where(inside, z, 0.0)
 
     def write(self, ref, c, row, parts) -> None:
-        """Writes float32 parts of column c to an output block from `row` on, in its dtype."""
+        """Writes column c, one float32 array per token of a word, to an output block, in its
+        dtype."""
         p, rows, z = self.tiling.p, parts[0].shape[0], parts[0]
         if p == 2:
             if devices.interpreting():  # which knows neither of the two below
@@ -221,20 +223,21 @@ class Group:
         ref[0, pl.ds(_aligned(row, ROWS), rows), self.lanes(c)] = z
 
     def store(self, ref, c, row, parts) -> None:
-        """Stores the parts of column c that are not None in the scratch `ref` from `row` on."""
+        """Stores column c, an array or None (skipped) per token of a word, in the scratch `ref`."""
         for q, z in enumerate(parts):
             if z is not None:
                 ref[q, c, pl.ds(_aligned(row, ROWS), z.shape[0])] = z
 
     def load(self, ref, row):
-        """Loads `_together` rows of the scratch array `ref` from `row` on, as [part][column]."""
+        """Loads `_together` rows of a scratch array, as lists [token of a word][column]."""
         tiling = self.tiling
         rows = pl.ds(_aligned(row, ROWS), _together(tiling))
         return [[ref[q, c, rows] for c in range(tiling.group)] for q in range(tiling.p)]
 
     def _marked(self, ref, row):
-        """Returns masks [part][lag] of whether the token `lag` away is in the same document. ref:
-        counts of such tokens (`age` or `room`); None, for calls without documents, gives None."""
+        """Returns masks [token of a word][lag]: whether the token `lag` away is in the same
+        document. ref: counts of such tokens (`age` or `room`); None, without documents, gives
+        None."""
         tiling = self.tiling
         if ref is None:
             return None
@@ -242,12 +245,13 @@ class Group:
         return [[count >= j for j in range(tiling.width)] for count in self._parts(words)]
 
     def taps(self, row):
-        """Loads the inputs at every lag as [part][column][lag], 0 for those of other documents."""
+        """Loads the inputs [token of a word][column][lag], 0 where they are of another document."""
         return self._shifted(self.seen, row + self.tiling.halo, -1, self._marked(self.age, row))
 
     def _shifted(self, ref, row, sign, counts):
-        """Loads the tokens at every lag before (sign -1) or after (1) each token, from scratch.
-        counts: masks of `_marked`, where False gives 0, or None. Returns [part][column][lag]."""
+        """Loads from scratch the tokens at every lag before (sign -1) or after (1) each token.
+        counts: masks of `_marked`, 0 where False, or None. Returns [token of a
+        word][column][lag]."""
         tiling, loaded = self.tiling, {}
 
         def load(q, c, lag):
@@ -264,7 +268,8 @@ class Group:
         ]
 
     def _weighted(self, taps, c):
-        """Computes sum_lag w_{I-1-lag} taps[lag] for column c."""
+        """Computes sum_lag w_{I-1-lag} taps[lag], the filter of column c over inputs at each
+        lag."""
         n = self.tiling.width - 1
         total = self.w[c][n] * taps[0]
         for lag in range(1, n + 1):
@@ -272,7 +277,8 @@ class Group:
         return total
 
     def sums(self, taps, c):
-        """Computes z = bias + sum_i w_i x_{t-(I-1)+i} per part of column c (with silu, h = z/2)."""
+        """Computes z = bias + sum_i w_i x_{t-(I-1)+i} of column c (with silu, h = z/2). Returns one
+        array per token of a word."""
         h = [self._weighted(taps[q][c], c) for q in range(self.tiling.p)]
         return [z + self.w[c][self.tiling.width] for z in h] if self.tiling.bias else h
 
@@ -284,8 +290,8 @@ class Group:
         return h * u, u * (1.0 + h * (2.0 - u))
 
     def with_products(self, totals, taps, c, dh):
-        """Returns `totals`, sums for the gradients of w and bias, with these tokens' terms added.
-        dh: the gradient of the sums of column c, per part."""
+        """Returns `totals`, the gradients of w and bias so far, with these tokens' terms added. dh:
+        the gradient of the filter's output, column c, one array per token of a word."""
         tiling, totals = self.tiling, list(totals)
         for q in range(tiling.p):
             for lag in range(tiling.width):
@@ -304,11 +310,11 @@ class Group:
             self.write(ref, c, row, parts)
 
     def inverse_norms(self, a):
-        """Computes r = (sum a^2 + eps)^(-1/2) per head, repeated for each of its channels."""
+        """Computes r = (sum a^2 + eps)^(-1/2) over each head, repeated for each of its channels."""
         return [[lax.rsqrt(s + self.tiling.eps) for s in sums] for sums in self.head_sums(a, a)]
 
     def head_sums(self, x, y):
-        """Sums x y over each head, repeated for each of its channels, as [part][column]."""
+        """Sums x y over each head, repeated for its channels, as [token of a word][column]."""
         tiling = self.tiling
         products = [[z * s for z, s in zip(*columns)] for columns in zip(x, y)]
         if tiling.K % LANES == 0:

@@ -70,8 +70,8 @@ def unsupported_reason(x_BTD, w, bias, initial_state, start_BT, finish) -> str |
 
 
 def run(x_BTD, w, bias, initial_state, start_BT, finish):
-    """Computes the convolution by the TPU kernels; returns y and the tail of the inputs. start_BT:
-    where documents start. finish: options of the activation and the norm."""
+    """Computes the convolution by the TPU kernels; returns y and the tail (the last inputs).
+    start_BT: where documents start. finish: options of the activation and the norm."""
     tiling = Tiling.of(x_BTD, w, bias, start_BT, finish)
     if bias is not None:
         w = jnp.concatenate([w.astype(jnp.float32), bias.astype(jnp.float32)[None]])
@@ -81,8 +81,8 @@ def run(x_BTD, w, bias, initial_state, start_BT, finish):
 
 
 def _forward(static, start_BT, x_BTD, w, initial_state):
-    """Returns ((y, the tail), no residuals). static: the tiling and the `reference.Finish`. w:
-    float32, with the bias below the taps, both halved for silu."""
+    """Returns ((y, the tail of the inputs), no residuals). static: the tiling and the
+    `reference.Finish`. w: float32, with the bias below the taps, both halved for silu."""
     tiling, _ = static
     (y_BTD,) = _launch(
         tiling,
@@ -142,7 +142,7 @@ _conv = kernel_vjp.differentiable(_forward, _backward, _plain, save=False)  # ch
 
 
 def _inputs(x_BTD, w, initial_state):
-    """Returns the inputs that both kernels read first, as (array, kind of its block) pairs."""
+    """Returns (array, kind of its block) pairs of the inputs that both kernels read first."""
     missing = HALO - initial_state.shape[1]
     initial_BSD = jnp.pad(initial_state, ((0, 0), (missing, 0), (0, 0)))
     return (x_BTD, "time"), (x_BTD, "before"), (initial_BSD, "initial"), (w, "w")
@@ -156,8 +156,8 @@ def _marks(tiling, start_BT, dtype):
     T = start_BT.shape[1]
 
     def counted(starts_at):
-        """Counts a token's neighbours in its document, nearest first, up to the width - 1.
-        starts_at: takes j to whether a document starts between a token and the one j away."""
+        """Counts a token's neighbours in its document, nearest first, at most width - 1. starts_at:
+        takes j to whether a document starts between a token and the one j away."""
         count_BT, going_BT = jnp.zeros(start_BT.shape, dtype), True
         for j in range(1, tiling.width):
             going_BT = going_BT & ~starts_at(j)
@@ -171,7 +171,8 @@ def _marks(tiling, start_BT, dtype):
 
 
 def _initial_gradient(tiling, dz_BSD, w, start_BT):
-    """Computes the initial state's gradient from dz of the first HALO tokens (B, HALO, D)."""
+    """Computes the initial state's gradient (B, I-1, D). dz_BSD: gradient of the filter's output at
+    the first HALO tokens."""
     n = tiling.width - 1
     if start_BT is not None:
         start_BS = jnp.pad(start_BT, ((0, 0), (0, HALO)))[:, :HALO]

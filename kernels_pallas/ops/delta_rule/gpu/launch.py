@@ -44,8 +44,8 @@ def unsupported_reason(
 
 
 def _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size):
-    """Returns the call's TritonForm. chunk_size: tokens per chunk; None is the longest of up to
-    `CHUNK_SIZE` that fits shared memory."""
+    """Returns the sizes and precision of a call. chunk_size: tokens per chunk; None is the longest
+    of up to `CHUNK_SIZE` that fits shared memory."""
     arrays = q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK
     form = recurrences.TritonForm.of("delta_rule", *arrays, chunk_size, 64)
     if chunk_size is None:
@@ -70,8 +70,8 @@ def run(
     chunk_size,
     scale,
 ):
-    """Computes the delta rule by the Triton kernels; arguments are normalised by `api.py`. Returns
-    o and the final state, as the operator. scale: a number."""
+    """Computes the delta rule by the Triton kernels, for arguments normalised by `api.py`. Returns
+    o (B, T, H, V) and the final state (B, H, K, V)."""
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = _form_of(*arrays, log_decay_BTHK, chunk_size)
     exact = not form.per_channel and form.dtype == "float32"

@@ -33,8 +33,8 @@ def run(
     scale,
     chunk_size=None,
 ):
-    """Computes the delta rule by the TPU kernels; arguments are normalised by `api.py`. Returns o
-    and the final state, as the operator."""
+    """Computes the delta rule by the TPU kernels, for arguments normalised by `api.py`. Returns o
+    (B, T, H, V) and the final state (B, H, K, V)."""
     tiling = tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale)
     g_BTHK = vjp.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     q, k, v, state = vjp.flat_inputs(tiling, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV)
@@ -48,8 +48,8 @@ def run(
 
 
 def _gate_rows(gates, tiling):
-    """Arranges gates, arrays (B, T, H) of beta and log decay, with tokens along the lanes. Returns
-    (B, groups of heads, chunks, number of gates * heads per group, C)."""
+    """Arranges gates, arrays (B, T, H) of beta and perhaps log decay, with tokens along the lanes.
+    Returns (B, grid steps per chunk, chunks, gates * heads of a step, C)."""
 
     def one(x_BTH):
         x = vjp.pad_tokens(x_BTH.astype(jnp.float32), tiling)

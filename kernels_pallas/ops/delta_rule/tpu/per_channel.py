@@ -57,7 +57,7 @@ def gates_of(p: Products, heads: int, rows_RC, g_CHK) -> list[Gates]:
 
 
 def _parting(C, rows=1, columns=1):
-    """Returns i xor j, whose highest bit is the halving level at which tokens i and j part."""
+    """Returns i xor j, whose highest bit is the halving level that separates tokens i and j."""
     shape = (rows * C, columns * C)
     return (iota(shape, 0) % C) ^ (iota(shape, 1) % C)
 

@@ -21,8 +21,7 @@ from kernels_pallas.tpu.primitives import Products, lower, row_of, row_sums
 
 
 class Gates(NamedTuple):
-    """Fields of one head's gates in a chunk: beta, and its decays, which are None without a
-    decay."""
+    """Fields of one head's gates in a chunk: beta, and its decays (None if there is no decay)."""
 
     beta_C1: jnp.ndarray
     D_CC: jnp.ndarray | None = None
@@ -217,8 +216,8 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
 
 
 def _decay_gradient(p, pairs_CC, dg_cumsum_C1, dg_reversed_C1):
-    """Computes dg_s (1, C), without the part of g_total, from cotangents of sums of log decay. It
-    sums dD_ij D_ij (pairs_CC) of j < s <= i, dg_cumsum_i of i >= s, and dg_reversed_j of j < s."""
+    """Computes dg_s (1, C) of a chunk from cotangents of sums of log decay, but for g_total's. It
+    sums dD_ij D_ij (pairs_CC) of j < s <= i, dg_cumsum_i of i >= s, dg_reversed_j of j < s."""
     C = pairs_CC.shape[0]
     between_CC = p.dot(pairs_CC, p.ones(~lower(C))) + dg_cumsum_C1
     return jnp.sum(jnp.where(lower(C), between_CC, dg_reversed_C1), axis=0, keepdims=True)

@@ -157,8 +157,8 @@ class _Tiling:
         return self.C // RUNS
 
     def spec(self, kind: str, from_last: bool):
-        """Returns the block spec of an array. kind: "t" for an array over time, "n" for every
-        chunk's state, "s" for one state. from_last: whether the grid begins at the last chunk."""
+        """Returns the block spec of an array: over time ("t"), of every chunk's state ("n"), or of
+        one state ("s"). from_last: whether the grid begins at the last chunk."""
 
         def chunk(n):
             return self.chunks - 1 - n if from_last else n
@@ -222,10 +222,10 @@ def _forward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 
 def _states(walk, decay, x, A, b, state):
-    """Computes every h of a chunk, written in place of x.
+    """Computes every h of a chunk, written in place of x; all are references to scratch arrays.
 
-    All are references to scratch arrays. `state` holds the state that enters the chunk, then the
-    one that leaves it; afterwards A holds the states that enter the 8 runs of tokens.
+    `state` holds the state that enters the chunk, then the one that leaves it. Afterwards A holds
+    the states that enter the 8 runs of consecutive tokens.
     """
     zero, one = _constants(walk.tiling.planes)
 
@@ -298,8 +298,8 @@ def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Steps through the tokens of a chunk's 8 runs, all runs at once. from_last: whether chunks,
-    runs and tokens come in reverse. chunk: its number in that order."""
+    """Steps through a chunk's 8 runs of consecutive tokens, all runs at once. from_last: whether
+    chunks, runs and tokens come in reverse. chunk: its number in that order."""
 
     tiling: _Tiling
     from_last: bool
@@ -312,11 +312,12 @@ class _Walk:
         return pl.ds(self._token(i), RUNS, stride=self.tiling.run + GAP)
 
     def read(self, refs, i):
-        """Reads the i-th token of every run, in the order of the walk, per plane in `refs`."""
+        """Reads the i-th token of each of a chunk's 8 runs, in the order of the walk."""
         return tuple(ref[:, self._rows(i), :] for ref in refs)
 
     def tokens(self, refs, i, otherwise):
-        """Reads the i-th token of every run as `read`, with `otherwise` for padding beyond T."""
+        """Reads the i-th token of each of a chunk's 8 runs, with `otherwise` for padding beyond
+        T."""
         found = self.read(refs, i)
         tiling = self.tiling
         if tiling.T % tiling.C == 0:
@@ -331,9 +332,9 @@ class _Walk:
             ref[:, self._rows(i), :] = z
 
     def entering(self, extend, A, b, state):
-        """Returns the states that enter the runs (steps 1 and 2 of the module), and stores them
-        in A. extend: adds a run's i-th token to its map (A, b). `state` becomes the one that
-        leaves."""
+        """Returns the states that enter a chunk's 8 runs of tokens, and stores them in A.
+        extend: adds the runs' i-th tokens to their maps (A, b). `state`: enters the chunk, then
+        leaves it."""
         zero, one = (
             tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.tiling.planes)
         )
@@ -362,8 +363,8 @@ def _grouped(refs, planes: int):
 
 
 def _to_columns(columns, blocks) -> None:
-    """Copies blocks (b, rows, d) to scratch arrays (b * d / LANES, rows, LANES), in float32. They
-    have GAP unused rows between runs."""
+    """Copies blocks (b, rows, d) to scratch arrays (b * d / LANES, rows, LANES), in float32. There,
+    GAP unused rows lie between a chunk's 8 runs of tokens."""
     for to, source in zip(columns, blocks):
         for row, lanes, column in _places(source.shape):
             for here, there in _runs(source.shape[1]):
@@ -378,7 +379,8 @@ def _from_columns(blocks, columns) -> None:
 
 
 def _runs(rows: int):
-    """Lists per run its (rows in a block, rows in a scratch array); a single row is one run."""
+    """Lists per run of tokens its (rows in a block, rows in a scratch array); one row is one
+    run."""
     if rows == 1:
         return [(slice(0, 1), slice(0, 1))]
     run = rows // RUNS

@@ -35,8 +35,8 @@ def _form_of(*arrays, chunk_size):
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """Computes linear attention by the Triton kernels; arguments are normalised by `api.py`.
-    Returns o and the final state, as the operator."""
+    """Computes linear attention by the Triton kernels, for arguments normalised by `api.py`.
+    Returns o (B, T, H, V) and the final state (B, H, K, V)."""
     form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size=chunk_size)
     g_BTHK = recurrences.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     return _run((form, scale), None, q_BTGK, k_BTGK, v_BTHV, g_BTHK, initial_state_BHKV)

@@ -33,8 +33,8 @@ __all__ = ["run", "unsupported_reason"]
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """Computes linear attention by the TPU kernels; arguments are normalised by `api.py`. Returns o
-    and the final state, as the operator."""
+    """Computes linear attention by the TPU kernels, for arguments normalised by `api.py`. Returns o
+    (B, T, H, V) and the final state (B, H, K, V)."""
     tiling = tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale)
     g_BTHK = vjp.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     q, k, v, state = vjp.flat_inputs(tiling, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV)

@@ -28,8 +28,8 @@ SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
 
 
 def constants(tiling, backward):
-    """Returns the (C, C) int32 matrix of the levels at which tokens i and j part (see the module).
-    i = j is SELF, i < j NEVER_MEET."""
+    """Returns (C, C) int32: the halving level that separates tokens i > j, else SELF or
+    NEVER_MEET."""
     del backward
     i, j = np.arange(tiling.C)[:, None], np.arange(tiling.C)[None]
     level = np.frexp((i ^ j).astype(np.float64))[1] - 1
@@ -203,9 +203,9 @@ def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK, do_CV, dS_V
 def _to_halves(dg_total, p_CK, e_CK, U):
     """Turns the cotangents of decay sums over blocks of 2 U tokens into those over their halves.
 
-    A left half's total is part of every p in the right half, a right half's of every e in the left.
-    Shapes of dg_total and the result: (blocks, 1, K), or from 8 rows down a row per token, (C/8, 8,
-    K).
+    p_CK, e_CK: cotangents of g_cumsum and g_reversed. A left half's total is a term of every
+      g_cumsum in the right half, a right half's of every g_reversed in the left. Shapes of dg_total
+      and the result: (blocks, 1, K), or for U below 8 a row per token, (C/8, 8, K).
     """
     C, K = p_CK.shape
     if U >= SUBLANES:
