@@ -63,8 +63,7 @@ class TritonForm(NamedTuple):
     @classmethod
     def of(cls, operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, default_chunk):
         """Returns the sizes and precision of a call, read off its arrays' shapes and dtypes.
-        chunk_size: tokens per chunk; None is `default_chunk`. At most T, rounded up to a power of
-        two."""
+        chunk_size: tokens per chunk, None for `default_chunk`; it is cut to about T."""
         T, XH, K = q_BTGK.shape[1:]
         H, V = v_BTHV.shape[2:]
         dtypes = {x.dtype for x in (q_BTGK, k_BTGK, v_BTHV)}

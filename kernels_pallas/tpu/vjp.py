@@ -54,7 +54,7 @@ def apart(tiling: RecurrenceTiling, q, k, v):
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
     """Returns the log decay with a reset, `decay.RESET`, at the first token of each document.
-    Without documents it is returned as it is; without a decay, too, that is None."""
+    Without documents it is unchanged, and may be None."""
     if segment_ids_BT is None:
         return log_decay_BTHK
     if log_decay_BTHK is None:

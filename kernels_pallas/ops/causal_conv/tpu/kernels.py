@@ -210,8 +210,7 @@ class Group:
         return z if inside is None else jnp.where(inside, z, 0.0)
 
     def write(self, ref, c, row, parts) -> None:
-        """Writes column c, one float32 array per token of a word, to an output block, in its
-        dtype."""
+        """Writes column c to an output block in its dtype; parts: one array per token of a word."""
         p, rows, z = self.tiling.p, parts[0].shape[0], parts[0]
         if p == 2:
             if devices.interpreting():  # which knows neither of the two below
@@ -235,9 +234,8 @@ class Group:
         return [[ref[q, c, rows] for c in range(tiling.group)] for q in range(tiling.p)]
 
     def _marked(self, ref, row):
-        """Returns masks [token of a word][lag]: whether the token `lag` away is in the same
-        document. ref: counts of such tokens (`age` or `room`); None, without documents, gives
-        None."""
+        """Returns masks [token of a word][lag] of whether the token `lag` away is in the same
+        document. ref: counts of such tokens (`age` or `room`); None if there are no documents."""
         tiling = self.tiling
         if ref is None:
             return None
@@ -249,9 +247,8 @@ class Group:
         return self._shifted(self.seen, row + self.tiling.halo, -1, self._marked(self.age, row))
 
     def _shifted(self, ref, row, sign, counts):
-        """Loads from scratch the tokens at every lag before (sign -1) or after (1) each token.
-        counts: masks of `_marked`, 0 where False, or None. Returns [token of a
-        word][column][lag]."""
+        """Loads from scratch the tokens at each lag before (sign -1) or after (1) each token.
+        counts: masks, False for 0, or None. Returns [token of a word][column][lag]."""
         tiling, loaded = self.tiling, {}
 
         def load(q, c, lag):
@@ -268,8 +265,7 @@ class Group:
         ]
 
     def _weighted(self, taps, c):
-        """Computes sum_lag w_{I-1-lag} taps[lag], the filter of column c over inputs at each
-        lag."""
+        """Computes sum_lag w_{I-1-lag} taps[lag] of column c: the filter on inputs at each lag."""
         n = self.tiling.width - 1
         total = self.w[c][n] * taps[0]
         for lag in range(1, n + 1):

@@ -49,9 +49,9 @@ class Chunk(NamedTuple):
 
 
 class ChunkGradients(NamedTuple):
-    """Gradients of one chunk's inputs for one head; dS: of the state that enters the chunk.
+    """Fields are the gradients of one head's inputs in a chunk.
 
-    dg: the log decay's gradient, None without a decay.
+    dg: of log decay, None if there is none. dS_KV: of the state that enters the chunk.
     """
 
     dq_CK: jnp.ndarray
@@ -63,8 +63,8 @@ class ChunkGradients(NamedTuple):
 
 
 def gates_of(p: Products, heads: int, rows_RC, g_CHK=None) -> list[Gates]:
-    """Computes the Gates of every head of a grid step. rows_RC: beta, one row per head, then if
-    decay is per token its log, one row per head."""
+    """Computes the Gates of every head of a grid step. rows_RC: a row per head of beta, then, with
+    a decay per token, of log decay."""
     C = rows_RC.shape[1]
     if rows_RC.shape[0] == heads:
         columns_CR = rows_RC.T

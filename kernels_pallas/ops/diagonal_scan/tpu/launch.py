@@ -316,7 +316,7 @@ class _Walk:
         return tuple(ref[:, self._rows(i), :] for ref in refs)
 
     def tokens(self, refs, i, otherwise):
-        """Reads the i-th token of each of a chunk's 8 runs, with `otherwise` for padding beyond
+        """Reads the i-th token of each of 8 runs of a chunk, or `otherwise` for padding beyond
         T."""
         found = self.read(refs, i)
         tiling = self.tiling
@@ -332,9 +332,8 @@ class _Walk:
             ref[:, self._rows(i), :] = z
 
     def entering(self, extend, A, b, state):
-        """Returns the states that enter a chunk's 8 runs of tokens, and stores them in A.
-        extend: adds the runs' i-th tokens to their maps (A, b). `state`: enters the chunk, then
-        leaves it."""
+        """Returns the states that enter a chunk's 8 runs of tokens, and stores them in A. extend:
+        adds i-th tokens to the runs' maps (A, b). state: enters, then leaves the chunk."""
         zero, one = (
             tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.tiling.planes)
         )
@@ -379,8 +378,7 @@ def _from_columns(blocks, columns) -> None:
 
 
 def _runs(rows: int):
-    """Lists per run of tokens its (rows in a block, rows in a scratch array); one row is one
-    run."""
+    """Lists per run of tokens (rows in a block, rows in a scratch array); one row is one run."""
     if rows == 1:
         return [(slice(0, 1), slice(0, 1))]
     run = rows // RUNS

@@ -28,8 +28,7 @@ SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
 
 
 def constants(tiling, backward):
-    """Returns (C, C) int32: the halving level that separates tokens i > j, else SELF or
-    NEVER_MEET."""
+    """Returns (C, C) int32: the halving level that separates tokens i and j, SELF or NEVER_MEET."""
     del backward
     i, j = np.arange(tiling.C)[:, None], np.arange(tiling.C)[None]
     level = np.frexp((i ^ j).astype(np.float64))[1] - 1
@@ -126,8 +125,8 @@ def _from_right(x, U):
 
 
 def _scores(tiling, level_CC, qk_CC, levels):
-    """Computes A_ij = sum_K q_i D_ij k_j (C, C) for j <= i, and q k^T at i = j. levels: (q, k)
-    decayed to the middle of each level's blocks, smallest first."""
+    """Computes A_ij = scale sum_K q_i D_ij k_j (C, C) for j <= i, else 0. levels: (scale q, k),
+    decayed to the middle of blocks of 2, 4, ..., C tokens; qk_CC: q k^T, for i = j."""
     A_CC = jnp.where(level_CC == SELF, qk_CC * tiling.scale, 0.0)
     for n, (q_CK, k_CK) in enumerate(levels):
         U = 1 << n

@@ -16,9 +16,9 @@ from kernels_pallas.tpu.primitives import LANES, lower
 
 
 class ChunkGradients(NamedTuple):
-    """Gradients of one chunk's inputs for one value head; S: of the state that enters the chunk.
+    """Fields are the gradients of one value head's inputs in a chunk.
 
-    g: the log decay's gradient, None without a decay.
+    g: of log decay, None if there is none. S: of the state that enters the chunk.
     """
 
     q: jax.Array
@@ -29,7 +29,8 @@ class ChunkGradients(NamedTuple):
 
 
 def constants(tiling, backward):
-    """Returns the 0/1 matrices whose products with g are sums of log decay; () without a decay.
+    """Returns the 0/1 matrices whose products with log decay g sum it over tokens; () without
+    decay.
 
     The first has rows s, and columns [s > j] and LANES of ones, repeated for each bfloat16 term of
     g. The backward pass has a second one: [s > j] by rows j, and K rows of ones below.

@@ -15,7 +15,7 @@ LARGE = 256 * 256  # K V from which a state counts as large
 
 
 class Tiling(RecurrenceTiling):
-    """Sizes and blocks of one linear-attention call on a TPU; fields are `RecurrenceTiling`'s."""
+    """Sizes of one linear-attention call on a TPU: chunk length, heads per grid step, K and V."""
 
     OPERATOR = "linear_attention"
     OWN_KEYS = EXACT = False
