@@ -316,8 +316,7 @@ class _Walk:
         return tuple(ref[:, self._rows(i), :] for ref in refs)
 
     def tokens(self, refs, i, otherwise):
-        """Reads the i-th token of each of 8 runs of a chunk, or `otherwise` for padding beyond
-        T."""
+        """Reads the i-th token of each of a chunk's 8 runs; `otherwise` for padding beyond T."""
         found = self.read(refs, i)
         tiling = self.tiling
         if tiling.T % tiling.C == 0:

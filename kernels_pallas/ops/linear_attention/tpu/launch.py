@@ -74,11 +74,11 @@ def _specs(tiling: Tiling, backward: bool) -> dict[str, pl.BlockSpec]:
         return N - 1 - n if backward else n
 
     def first(b, x, n, j):
-        """Indexes a block of the initial state, fetched before the first chunk only."""
+        """Indexes a block of the state that the walk over chunks starts from, fetched once."""
         return b, x * J + jnp.where(n == 0, j, J - 1), 0, 0
 
     def last(b, x, n, j):
-        """Indexes a block of the final state, written after the last chunk only."""
+        """Indexes a block of the state that the walk over chunks ends with, written once."""
         return b, x * J + jnp.where(n == N - 1, j, 0), 0, 0
 
     state = (tiling.heads, *tiling.state_shape)

@@ -29,8 +29,7 @@ class ChunkGradients(NamedTuple):
 
 
 def constants(tiling, backward):
-    """Returns the 0/1 matrices whose products with log decay g sum it over tokens; () without
-    decay.
+    """Returns the 0/1 matrices whose products with log decay g sum it; () without a decay.
 
     The first has rows s, and columns [s > j] and LANES of ones, repeated for each bfloat16 term of
     g. The backward pass has a second one: [s > j] by rows j, and K rows of ones below.
