@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def dot(x, y, PRECISION: tl.constexpr):
-    """Multiplies x and y with float32 sums and the rounding that PRECISION names.
+    """Multiplies matrices x and y with float32 sums and the rounding that PRECISION names.
 
     "ieee" and "tf32x3" are Triton's. "bf16" rounds both operands to bfloat16. "bf16x2" takes a
     bfloat16 operand as it is and any other as a sum of two bfloat16 terms, without the product of
@@ -37,7 +37,8 @@ def dot(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def _terms_dot(x, y, TERMS: tl.constexpr, ROUNDED: tl.constexpr):
-    """Adds the products of bfloat16 terms, smallest first. A bfloat16 operand has one term."""
+    """Multiplies x and y as sums of TERMS (2 or 3) bfloat16 terms, smallest products first. A
+    bfloat16 operand is its own only term. ROUNDED: for Triton's interpreter, as in `dot`."""
     x0, y0 = _to_bf16(x, ROUNDED), _to_bf16(y, ROUNDED)
     x1, y1 = _rest(x, x0, ROUNDED), _rest(y, y0, ROUNDED)
     out = tl.full((x.shape[0], y.shape[1]), 0.0, tl.float32)
@@ -64,8 +65,8 @@ def _rest(x, high, ROUNDED: tl.constexpr):
 
 @triton.jit
 def _to_bf16(x, ROUNDED: tl.constexpr):
-    """Rounds to nearest, as a GPU does; Triton's interpreter truncates, so there the bits are
-    rounded first."""
+    """Rounds x to the nearest bfloat16. ROUNDED: rounds the bits first, for Triton's interpreter,
+    which otherwise truncates."""
     if ROUNDED and x.dtype != tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -84,8 +85,9 @@ def _bf16_dot(x, y, ROUNDED: tl.constexpr):
 
 @triton.jit
 def head(T, XH, H, GH):
-    """Returns this program's bh = (row, head), and where its tokens begin in arrays (B, T, heads):
-    of key heads (XH), value heads (H) and decays (GH, 1 or H)."""
+    """Returns this program's index b * H + h, and the offsets at which its head's tokens begin.
+    They count heads in arrays (B, T, heads, dim): XH for keys, H for values, GH (1 or H) for
+    decay."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     return bh, b * T * XH + h // (H // XH), b * T * H + h, b * T * GH + h * (GH // H)
@@ -93,8 +95,8 @@ def head(T, XH, H, GH):
 
 @triton.jit
 def load_tile(x, stride, first, T, left, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Loads ROWS rows of x from `first` on, `stride` apart, and COLUMNS columns from `left` on;
-    zeros outside (T, width)."""
+    """Loads a tile (ROWS, COLUMNS) of the matrix x, with zeros outside (T, width). Rows begin at
+    `first` and lie `stride` apart; columns begin at `left`."""
     i = first + tl.arange(0, ROWS)[:, None]
     c = left + tl.arange(0, COLUMNS)[None, :]
     return tl.load(x + i.to(tl.int64) * stride + c, mask=(i < T) & (c < width), other=0.0)
@@ -102,7 +104,8 @@ def load_tile(x, stride, first, T, left, width, ROWS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def store_tile(x, stride, first, T, left, width, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Stores a tile as `load_tile` loads it, in x's dtype; nothing outside (T, width)."""
+    """Stores a tile (ROWS, COLUMNS) to the matrix x, in x's dtype, and nothing outside (T, width).
+    Rows begin at `first` and lie `stride` apart; columns begin at `left`."""
     i = first + tl.arange(0, ROWS)[:, None]
     c = left + tl.arange(0, COLUMNS)[None, :]
     at = x + i.to(tl.int64) * stride + c
@@ -111,13 +114,13 @@ def store_tile(x, stride, first, T, left, width, tile, ROWS: tl.constexpr, COLUM
 
 @triton.jit
 def load_g_cumsum(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums log decay from the first of C tokens to token i, inclusive."""
+    """Computes (C, COLUMNS) sums of log decay from the first of C tokens through each token."""
     return tl.cumsum(load_tile(g, stride, first, T, left, width, C, COLUMNS), axis=0)
 
 
 @triton.jit
 def load_g_reversed(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums log decay over the tokens after token j, to the last of the C."""
+    """Computes (C, COLUMNS) sums of log decay after each of C tokens, through the last."""
     last = tl.minimum(T, first + C)
     return tl.cumsum(
         load_tile(g, stride, first + 1, last, left, width, C, COLUMNS), axis=0, reverse=True
@@ -126,13 +129,13 @@ def load_g_reversed(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def load_g_total(g, stride, first, T, left, width, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums log decay over all C tokens, as a column (COLUMNS, 1)."""
+    """Computes the sum of log decay over C tokens, as a column (COLUMNS, 1)."""
     return tl.sum(load_tile(g, stride, first, T, left, width, C, COLUMNS), axis=0)[:, None]
 
 
 @triton.jit
 def pair_decay(g, stride, first, T, C: tl.constexpr, STRICT: tl.constexpr):
-    """Computes D_ij = exp(g_{j+1} + ... + g_i) for j <= i (STRICT: j < i), else 0."""
+    """Computes D_ij = exp(g_{j+1} + ... + g_i) of a chunk for j <= i (STRICT: j < i), else 0."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     terms = tl.where(i > j, load_tile(g, stride, first, T, 0, 1, C, 1), 0.0)

@@ -35,8 +35,11 @@ def states(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the states that enter the chunks, and the final one. REVERSE, with x = q and y = do:
-    the cotangents of the states that leave chunks, and of the initial state."""
+    """Triton kernel: computes the states that enter the chunks (out), and the final state.
+
+    REVERSE, with x = q and y = do: the cotangents of the states that leave the chunks, and that of
+    the initial state. A program walks all chunks for one (BK, BV) block of one head's state.
+    """
     blocks = tl.cdiv(V, BV)
     k0 = tl.program_id(0) // blocks * BK
     v0 = tl.program_id(0) % blocks * BV
@@ -72,7 +75,12 @@ def outputs(
     BG: tl.constexpr, STRICT: tl.constexpr, SCALE: tl.constexpr, INPUTS: tl.constexpr,
     MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes o of one chunk and block of V. STRICT: token i does not see its own y."""
+    """Triton kernel: computes o = scale ((q exp(g_cumsum)) S + A y) of one chunk and block of V.
+
+    S: the states that enter the chunks. A: (q k^T) * D, with a decay per channel loaded from
+      `scores`.
+    STRICT: A_ii = 0.
+    """
     blocks = tl.cdiv(V, BV)
     n = tl.program_id(0) // blocks
     v0 = tl.program_id(0) % blocks * BV
@@ -115,7 +123,11 @@ def gradients_of_values(
     BG: tl.constexpr, LEAVING: tl.constexpr, SCALE: tl.constexpr, INPUTS: tl.constexpr,
     MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dy of one chunk and block of V: scale A^T do + (LEAVING) (k exp(g_reversed)) dS'."""
+    """Triton kernel: computes dy of `outputs` and `states` for one chunk and block of V.
+
+    dy = scale A^T do + (k exp(g_reversed)) dS'. scores: A, if decay is per channel. dS: the
+    cotangents dS' of the states that leave the chunks; without LEAVING their term is left out.
+    """
     blocks = tl.cdiv(V, BV)
     n = tl.program_id(0) // blocks
     v0 = tl.program_id(0) % blocks * BV
@@ -159,13 +171,14 @@ def gradients_of_keys(
     BG: tl.constexpr, STRICT: tl.constexpr, LEAVING: tl.constexpr, SCALE: tl.constexpr,
     INPUTS: tl.constexpr, MIXED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq, dk and dg of one chunk and block of K, for every value head.
+    """Triton kernel: computes dq, dk and dg of one chunk and one block of K, per value head.
 
-    With a decay per token they are whole, but for a sum of dg (B, blocks of K, T, H) over the
-    blocks. With one per channel they are what passes through the states, to which
-    `scores.gradients_of_operands` adds the pairs of a chunk. dg_s sums what crosses s: from the
-    entering state, between tokens, to the leaving state (docs/math, "Gradient of each token's log
-    decay").
+    S, dS: states that enter the chunks, and cotangents of those that leave them (read if LEAVING).
+      With a decay per channel, the gradients are only those through the states;
+      `scores.gradients_of_operands` adds those between tokens of a chunk. With a decay per token
+      they are complete, and dg (B, blocks of K, T, H) is to be summed over blocks.
+    dg_s sums what crosses token s: from the entering state, between tokens, to the leaving state
+    (docs/math, "Gradient of each token's log decay").
     """
     blocks = tl.cdiv(K, BK)
     n = tl.program_id(0) // blocks

@@ -37,7 +37,7 @@ _INTERPRETER = threading.Lock()  # one grid at a time: the interpreter's builder
 
 
 class KernelLaunch(NamedTuple):
-    """A kernel, its arrays' shapes, and the constants that it is compiled with."""
+    """Fields of one launch of a Triton kernel: array shapes, grid, and compile-time constants."""
 
     kernel: Any
     inputs: tuple[jax.ShapeDtypeStruct, ...]
@@ -50,7 +50,8 @@ class KernelLaunch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded():
-    """Yields a list that collects the launches traced inside the block, without running them."""
+    """Context manager: collects the Triton launches traced inside in a list, and runs none. Yields
+    the list of KernelLaunch; each launch returns zeros."""
     launches = []
     token = _RECORD.set(launches)
     try:
@@ -76,10 +77,10 @@ def shared_limit() -> int:
 
 
 def prepare() -> None:
-    """Sets what Triton reads when it decorates a kernel: to call before its module is imported.
+    """Sets what Triton reads when it decorates kernels; call it before importing their module.
 
     Raises:
-      RuntimeError: kernels are to be interpreted, and Triton was imported before for compiling.
+      RuntimeError: kernels are to be interpreted, but Triton was already imported for compiling.
     """
     if devices.interpreting():
         if "triton" not in sys.modules:
@@ -92,13 +93,15 @@ def prepare() -> None:
 
 
 def precision(name: str) -> str:
-    """Returns the PRECISION of `blocks.dot`: interpreted kernels round explicitly where a tensor
-    core would."""
+    """Returns the PRECISION argument of `blocks.dot` for the precision `name`, such as "bf16x2".
+    Interpreted kernels get "<name> rounded": they round explicitly where a tensor core would."""
     return f"{name} rounded" if devices.interpreting() and name.startswith("bf16") else name
 
 
 def run(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants):
-    """Runs a kernel over its grid and returns arrays of the shapes and dtypes of `outputs`.
+    """Runs a Triton kernel over its grid and returns a list of arrays.
+
+    outputs: shapes and dtypes of the results. constants: the kernel's compile-time arguments.
 
     Raises:
       ImportError: jax_triton is missing or unusable on this machine; the message names the extra.
@@ -134,7 +137,7 @@ def run(kernel, inputs, outputs, grid, *, num_warps=4, num_stages=2, **constants
 
 
 class _Tensor:
-    """A numpy array with the methods that Triton's interpreter calls on a torch tensor."""
+    """Adapter that gives a numpy array the torch methods that Triton's interpreter calls."""
 
     def __init__(self, array):
         self.array, self.dtype = array, str(array.dtype)
@@ -167,8 +170,11 @@ def _interpret(kernel, outputs, grid, constants, *inputs):
 
 
 def over_batch(function):
-    """Makes a function of arrays with batch axis 0 work under vmap, by merging the new axis into
-    the batch: a launch has no batching rule. Outputs have the batch first, too."""
+    """Decorator: gives a function of arrays with batch axis 0 a batching rule, for `jax.vmap`.
+
+    The new axis is merged into the batch, since a kernel launch has no batching rule. The function
+    takes one pytree of arrays; its outputs have the batch first, too.
+    """
 
     @jax.custom_batching.custom_vmap
     def call(arrays):
@@ -189,14 +195,16 @@ def over_batch(function):
 
 
 def tiles(operator: str, kernel: str, dtype: str, K: int, V: int) -> dict:
-    """Returns block sizes, warps and stages of one kernel: `TILES`, or `tuned.json`'s entry for
-    operator/triton/kernel/dtype/KxV. BK and BV are at most K and V, all rounded up to powers of
-    2."""
+    """Returns the block sizes, warps and stages of the Triton kernel named `kernel`, as a dict.
+
+    They are `tuned.json`'s entry for operator/triton/kernel/dtype/KxV, or else `TILES`. BK and BV
+    are at most K and V, all rounded up to powers of 2.
+    """
     K, V = power_of_two(K), power_of_two(V)
     chosen = tuning.lookup(TILES, operator, "triton", kernel, dtype, f"{K}x{V}")
     return chosen | {"BK": min(chosen["BK"], K), "BV": min(chosen["BV"], V)}
 
 
 def power_of_two(n: int) -> int:
-    """Rounds n up to a power of two, and to the 16 that a matrix unit takes at least."""
+    """Rounds n up to a power of two of at least 16, the least that a matrix unit takes."""
     return max(16, 1 << (n - 1).bit_length())

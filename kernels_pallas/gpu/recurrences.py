@@ -20,11 +20,12 @@ SUB = 16  # tokens of a sub-chunk, where decay is per channel
 
 
 class TritonForm(NamedTuple):
-    """Sizes and precision of one call, fixed at tracing.
+    """Sizes and precision of one Triton call of a matrix recurrence, fixed at tracing.
 
+    dtype: "bfloat16" or "float32", the key of tuned sizes. C: tokens per chunk.
     XH: heads of q and k. GH, GK: heads (1 or H) and channels (1 or K) of the decay.
-    inputs, mixed, sums: precision of products of two inputs, of what was computed from them, and of
-      sums by products. bfloat16 inputs multiply as they are, and what was computed from them as two
+    inputs, mixed, sums: precision of products of two inputs, of values computed from inputs, and of
+      sums by products. bfloat16 inputs multiply as they are, and values computed from them as two
       bfloat16 terms: one costs up to 3e-2 of a gradient's rms at its worst position, and with TF32
       a delta rule with beta = 2 drifts. float32 is IEEE.
     """
@@ -45,7 +46,7 @@ class TritonForm(NamedTuple):
 
     @property
     def constants(self):
-        """Returns the kernels' constants by name: sizes, precisions, sub-chunks."""
+        """Returns the kernels' compile-time constants by name: sizes, precisions and SUB."""
         precisions = {"INPUTS": self.inputs, "MIXED": self.mixed, "SUMS": self.sums}
         precisions = {name: launch.precision(given) for name, given in precisions.items()}
         return self._asdict() | precisions | {"SUB": SUB}
@@ -61,7 +62,8 @@ class TritonForm(NamedTuple):
 
     @classmethod
     def of(cls, operator, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size, default_chunk):
-        """Reads sizes, dtypes and precision off a call."""
+        """Returns the sizes and precision of a call, read off its arrays' shapes and dtypes.
+        chunk_size: tokens per chunk, None for `default_chunk`; it is cut to about T."""
         T, XH, K = q_BTGK.shape[1:]
         H, V = v_BTHV.shape[2:]
         dtypes = {x.dtype for x in (q_BTGK, k_BTGK, v_BTHV)}
@@ -79,7 +81,8 @@ class TritonForm(NamedTuple):
         )
 
     def tiles(self, kernel: str, whole_K=False):
-        """Returns one kernel's block sizes, warps and stages. whole_K: a block is all of K."""
+        """Returns block sizes, warps and stages of the kernel named `kernel`. whole_K: whether one
+        block holds all of K."""
         tiles = launch.tiles(self.operator, kernel, self.dtype, self.K, self.V)
         if whole_K:
             tiles["BK"] = launch.power_of_two(self.K)
@@ -87,10 +90,8 @@ class TritonForm(NamedTuple):
 
 
 def fitting_chunk(longest: int, words: int) -> int:
-    """Halves a chunk of `longest` tokens until it fits shared memory, down to 16.
-
-    words: 32-bit words that a program holds there per token of a chunk.
-    """
+    """Returns the longest chunk that fits shared memory: `longest` tokens, halved down to 16.
+    words: 32-bit words that a program holds there per token of a chunk."""
     C = longest
     while C > 16 and 4 * words * C > launch.shared_limit():
         C //= 2
@@ -98,7 +99,8 @@ def fitting_chunk(longest: int, words: int) -> int:
 
 
 def too_long(K: int, C: int, words: int) -> str | None:
-    """Returns None if chunks of C tokens fit shared memory, else the reason and what fits."""
+    """Returns None if chunks of C tokens fit shared memory, else the reason and what fits. words:
+    32-bit words that a program holds there per token of a chunk."""
     takes, limit = 4 * words * C, launch.shared_limit()
     if takes <= limit:
         return None
@@ -127,23 +129,25 @@ def unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size) -> str | 
 
 
 def with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV):
-    """Returns the decay as kernels take it: a document's first token is a reset, and without a
-    decay it is zeros of one head."""
+    """Returns the log decay (B, T, GH, GK) with a reset at the first token of each document.
+    Without a decay it is zeros (B, T, 1, 1), as the kernels always read one."""
     if log_decay_BTHK is None:
         log_decay_BTHK = jnp.zeros_like(v_BTHV, jnp.float32, (*v_BTHV.shape[:2], 1, 1))
     return decay.with_resets(log_decay_BTHK, segment_ids_BT, jnp.float32)
 
 
 def every_head(form, g_BTHK):
-    """Broadcasts the decay of `with_resets` to all heads, for the chunked form."""
+    """Broadcasts the log decay of `with_resets` to all H heads, as the chunked form takes it."""
     return jnp.broadcast_to(g_BTHK, (*g_BTHK.shape[:2], form.H, form.GK))
 
 
 def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constants):
-    """Runs a kernel over (grid, B * H), with its tiles and the form's constants that it takes.
+    """Runs a Triton kernel over a grid (first axis, B * H), with its tuned block sizes.
 
-    outputs: (shape after B, dtype). grid: what axis 0 is a product of: "K", "V" (blocks), "N"
-    (chunks), or numbers.
+    inputs, outputs: arrays, and (shape after B, dtype) pairs. grid: factors of the first axis: "K"
+      or "V" (the numbers of their blocks), "N" (chunks), or numbers.
+    whole_K: whether a block holds all of K. constants: compile-time arguments besides those of
+      `form`.
     """
     B = inputs[0].shape[0]
     outputs = [jax.ShapeDtypeStruct((B, *shape), dtype) for shape, dtype in outputs]
@@ -155,7 +159,7 @@ def run_kernel(form, kernel, inputs, outputs, grid, *, whole_K=False, **constant
 
 
 def kernels():
-    """Returns the modules of kernels, imported only here, as `prepare` has to come first."""
+    """Returns the modules `chunks` and `scores`, imported here so that `prepare` comes first."""
     launch.prepare()
     from kernels_pallas.gpu import chunks, scores
 
@@ -163,8 +167,11 @@ def kernels():
 
 
 def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0):
-    """Computes the states that enter the chunks (BHNKV) and the final one; reverse: the cotangents
-    of the states that leave chunks, and of the initial one."""
+    """Computes the states that enter the chunks (B, H, N, K, V), and the final state (B, H, K, V).
+
+    S' = exp(g_total) S + scale (x exp(g_reversed))^T y, from `start_BHKV`. reverse: with x = q and
+    y = do, the cotangents of the states that leave the chunks, and that of the initial state.
+    """
     chunks, _ = kernels()
     shape_HKV = form.H, form.K, form.V
     return run_kernel(
@@ -181,7 +188,7 @@ def states(form, x_BTGK, y_BTHV, g_BTHK, start_BHKV, *, reverse=False, scale=1.0
 def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
     """Computes A_ij = sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (strict: j < i).
 
-    (B, H, N, C, C), or None where decay is per token, and kernels compute the scores themselves.
+    Returns (B, H, N, C, C) if decay is per channel; else None, as the other kernels then compute A.
     """
     if not form.per_channel:
         return None
@@ -200,7 +207,8 @@ def scores(form, x_BTGK, y_BTGK, g_BTHK, *, strict=False):
 def outputs(
     form, q_BTGK, k_BTGK, y_BTHV, g_BTHK, states, scores, *, scale, strict=False, dtype=None
 ):
-    """Computes o = scale ((q exp(g_cumsum)) S + A y), with A from `scores`."""
+    """Computes o = scale ((q exp(g_cumsum)) S + A y) (B, T, H, V) for every chunk. states: S, those
+    that enter the chunks. scores: A. strict: A_ii = 0. dtype: of o, by default y's."""
     chunks, _ = kernels()
     (o_BTHV,) = run_kernel(
         form,
@@ -217,7 +225,8 @@ def outputs(
 def gradients_of_values(
     form, q_BTGK, k_BTGK, g_BTHK, do_BTHV, dstates, scores, *, scale, dtype=jnp.float32
 ):
-    """Computes dy of `outputs` and `states`; if dstates is None, of `outputs` alone."""
+    """Computes dy, the gradient of y (B, T, H, V) through `outputs` and `states`. dstates:
+    cotangents of the states that leave the chunks, or None for `outputs` alone."""
     chunks, _ = kernels()
     leaving = dstates is not None
     # An operand that the kernel does not read may be any array.
@@ -237,7 +246,11 @@ def gradients_of_values(
 def gradients_of_keys(
     form, q_BTGK, k_BTGK, y_BTHV, g_BTHK, do_BTHV, states, dstates, *, scale, strict=False
 ):
-    """Computes dq, dk (B, T, XH, K) and dg, float32, of `outputs` and, with dstates, `states`."""
+    """Computes dq, dk (B, T, XH, K) and the log decay's gradient dg, all float32.
+
+    They are gradients through `outputs` and, if `dstates` is given, through `states`. states,
+    dstates: the states that enter the chunks, and the cotangents of those that leave them.
+    """
     chunks, pairs = kernels()
     B = q_BTGK.shape[0]
     leaving = dstates is not None

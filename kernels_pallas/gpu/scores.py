@@ -31,7 +31,8 @@ def decayed_scores(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, STRICT: tl.constexpr, SUB: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rows of one sub-chunk of A (B, H, N, C, C), zeros above the diagonal."""
+    """Triton kernel: computes the rows of A (B, H, N, C, C) for one sub-chunk of SUB tokens. A_ij =
+    sum_K x_iK y_jK exp(g_{j+1} + ... + g_i)_K for j <= i (STRICT: j < i), else 0."""
     a = tl.program_id(0) % (C // SUB)
     n = tl.program_id(0) // (C // SUB)
     bh, key, value, gate = head(T, XH, H, GH)
@@ -84,7 +85,8 @@ def gradients_of_scores(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, STRICT: tl.constexpr, SCALE: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dA = scale do y^T of one chunk, zeros where A has no pair."""
+    """Triton kernel: computes dA = scale do y^T of one chunk, for o = scale A y. It is 0 above the
+    diagonal, and with STRICT on it."""
     n = tl.program_id(0)
     bh, key, value, gate = head(T, XH, H, GH)
     do += value * V
@@ -110,10 +112,11 @@ def gradients_of_operands(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, STRICT: tl.constexpr, SUB: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, dy and dg of one sub-chunk c and block of K, added to those through the states.
+    """Triton kernel: computes dx, dy and dg of `decayed_scores` from dA, for one sub-chunk c.
 
-    dg_s collects the term of every pair j < s <= i: those with both in c; i in c and j before it; j
-    in c and i after it; and those on either side.
+    A program takes one block of K. dx_in, dy_in, dg_in: gradients through the states, to which
+    these are added. dg_s collects the term of every pair j < s <= i: those with both in c; i in c
+    and j before it; j in c and i after it; and j before c with i after it.
     """
     blocks = tl.cdiv(K, BK)
     k0 = tl.program_id(0) % blocks * BK

@@ -34,7 +34,10 @@ _NOT_ENTERED = {
 
 
 class Array(NamedTuple):
-    """An array's type. space: the memory that it lies in; 0 is HBM and, on a TPU, 1 is VMEM."""
+    """Fields of an array type in HLO text, such as "bf16[8,128]{1,0:S(1)}".
+
+    space: number of the memory that holds the array: 0 is HBM and, on a TPU, 1 is VMEM.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -52,10 +55,10 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One instruction of a computation.
+    """Fields of one HLO instruction, `name = result operation(operands), attributes`.
 
-    operands: names in the same computation. attributes: the text after the operands; of a constant
-      or a parameter, its value or number.
+    result: the text of its result's type. operands: names of instructions in the same computation.
+    attributes: the text after the operands; for a constant its value, for a parameter its number.
     """
 
     name: str
@@ -66,7 +69,7 @@ class Instruction(NamedTuple):
 
     @property
     def arrays(self) -> list[Array]:
-        """Returns the arrays of the result, several of a tuple."""
+        """Returns the array types of the instruction's result: one, or a tuple's several."""
         return [
             Array(
                 dtype,
@@ -78,7 +81,10 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """Returns the computations that this instruction runs; of a loop, its body."""
+        """Returns the names of the computations that the instruction runs.
+
+        Those of a loop are its body, not its condition; those of a conditional, its branches.
+        """
         names = _CALLED.findall(self.attributes)
         if branches := _BRANCHES.search(self.attributes):
             names += re.findall(r"[\w.\-]+", branches[1])
@@ -86,22 +92,27 @@ class Instruction(NamedTuple):
 
     @property
     def is_kernel(self) -> bool:
-        """Returns whether this is a Pallas TPU kernel."""
+        """Returns whether the instruction calls a Pallas TPU kernel."""
         return 'custom_call_target="tpu_custom_call"' in self.attributes
 
     @property
     def estimated_cycles(self) -> int | None:
-        """Returns the compiler's own estimate; None if it made none."""
+        """Returns the compiler's estimate of the instruction's cycles, or None if it made none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else None
 
     def attribute(self, name: str) -> Any:
+        """Returns the text of the attribute `name`, or None if the instruction lacks it."""
         found = re.search(rf"\b{name}=(\{{(?:[^{{}}]|\{{[^}}]*\}})*\}}|[^,\s]+)", self.attributes)
         return found and found[1]
 
 
 class Visit(NamedTuple):
-    """An instruction that runs `times` times; inside a fusion it moves no data itself."""
+    """Fields of one instruction that a program runs.
+
+    computation: name of the computation that holds it. times: how often it runs.
+    fused: whether it lies inside a fusion, where it moves no data between memories itself.
+    """
 
     instruction: Instruction
     computation: str
@@ -110,7 +121,12 @@ class Visit(NamedTuple):
 
 
 class HloModule:
-    """A compiled program: for each computation, by name, its instructions in order."""
+    """Compiled program, parsed from its HLO text.
+
+    computations: the instructions of each computation, in order, by the computation's name.
+    roots: the name of the instruction that gives each computation's result.
+    entry: the name of the computation that the program starts with.
+    """
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -143,9 +159,10 @@ class HloModule:
         return [known[name] for name in instruction.operands if name in known]
 
     def trips(self, loop: Instruction, computation: str) -> int:
-        """Returns how often the body of a `while` runs.
+        """Returns how often the body of a `while` instruction runs.
 
-        Once where the text does not say; the loop is then one of `unknown_loops`.
+        Returns 1 where that cannot be determined; the loop is then listed in `unknown_loops`.
+        computation: name of the computation that holds the loop.
         """
         if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
             return int(known[1])
@@ -155,15 +172,18 @@ class HloModule:
 
     @property
     def unknown_loops(self) -> list[str]:
-        """Returns the loops for which `trips` could not tell the number of iterations."""
+        """Returns the names of loops whose iterations `trips` could not determine."""
         return [name for name, trips in self._trips.items() if trips is None]
 
     def visits(self) -> Iterator[Visit]:
-        """Yields all that runs: in loops, calls, fusions, and all branches as if taken."""
+        """Yields a `Visit` for every instruction that runs, in loops, calls and fusions too.
+
+        Every branch of a conditional counts as taken.
+        """
         yield from self._visits(self.entry, 1, False)
 
     def within(self, fusion: str) -> Iterator[Visit]:
-        """Yields the instructions of a fused computation, once each."""
+        """Yields a `Visit`, run once, for each instruction of the fused computation `fusion`."""
         yield from self._visits(fusion, 1, True)
 
     def _visits(self, computation: str, times: int, fused: bool) -> Iterator[Visit]:
@@ -179,7 +199,8 @@ class HloModule:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """Parses `type operation(operands), attributes`: types may be tuples, operands have types."""
+    """Parses the HLO text `type operation(operands), attributes` into an Instruction. The type may
+    be a tuple, and each operand may have its type in front."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     result, rest = text[:end], text[end:].lstrip()
     opening = rest.index("(")
@@ -202,7 +223,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def flops(module: HloModule, visit: Visit) -> int:
-    """Returns one run's multiplications and additions of a dot or a convolution, else 0."""
+    """Returns the FLOPs of one execution of a dot or convolution, 0 for any other operation."""
     instruction, operation = visit.instruction, visit.instruction.operation
     if operation not in ("dot", "convolution"):
         return 0
@@ -215,7 +236,8 @@ def flops(module: HloModule, visit: Visit) -> int:
 
 
 def _convolution_flops(instruction: Instruction, left, right, out) -> int:
-    """Counts what multiplies elements: no padding, no holes of a dilation."""
+    """Counts a convolution's FLOPs, leaving out products with padding or a dilation's zeros. left,
+    right, out: shapes of the input, the filter and the result."""
     lhs_labels, rhs_labels, out_labels = re.split(r"_|->", instruction.attribute("dim_labels"))
     window = instruction.attribute("window") or ""
     fields = dict(re.findall(r"(\w+)=([\d_x\-]+)", window))
@@ -241,7 +263,10 @@ def _convolution_flops(instruction: Instruction, left, right, out) -> int:
 def _window_hits(
     size: int, window: int, outputs: int, low: int, stride: int, holes: int, spread: int
 ) -> int:
-    """Counts the pairs (output, window position) of one dimension that fall on an element."""
+    """Counts the pairs (output, window position) along one dimension that read an input element.
+
+    low: padding before the first element. holes, spread: dilation of the input and of the window.
+    """
     (few, few_step), (many, many_step) = sorted([(outputs, stride), (window, spread)])
     at_many = np.arange(many) * many_step - low
     hits = 0
@@ -252,10 +277,11 @@ def _window_hits(
 
 
 def groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
-    """Returns the groups of devices that a collective joins; of a permute, (source, target) pairs.
+    """Returns a collective's groups of devices; for a permute, its (source, target) pairs.
 
-    Devices are numbers in the program's order. XLA writes groups as lists, as a shape that numbers
-    fill (transposed where it says so), or as axes of a mesh of its own.
+    Devices are numbers in the program's order, `devices` in all: one group if the text names none.
+    XLA writes groups as lists, as a shape that numbers fill (transposed where it says so), or as
+    axes of its own mesh.
     """
     if pairs := instruction.attribute("source_target_pairs"):
         numbers = _numbers(pairs)
@@ -290,7 +316,11 @@ def _iota(shape: list[int], order: str | None) -> np.ndarray:
 
 
 def _along(ids: np.ndarray, names: list[str], along: str) -> list[tuple[int, ...]]:
-    """Groups devices along mesh axes. 'x':(2)4 is the 4 of an axis x of size 2 * 4 * rest."""
+    """Returns the groups of devices that lie along some axes of a mesh.
+
+    ids: device numbers in the mesh's shape. names: the mesh's axes.
+    along: HLO text of the axes; 'x':(2)4 is the factor 4 of an axis x of size 2 * 4 * rest.
+    """
     for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", along):
         i = names.index(name)
         split = (int(before), int(size), ids.shape[i] // (int(before) * int(size)))
@@ -315,11 +345,11 @@ _SAME = {"copy", "bitcast", "convert", "reshape"}
 
 
 class _Unknown(Exception):
-    """Raised for a value that depends on other things than constants and counters."""
+    """Raised where a value depends on more than constants and loop counters."""
 
 
 def _counted_trips(module: HloModule, loop: Instruction, computation: str) -> int | None:
-    """Counts a loop's iterations from its counters; None if these depend on data."""
+    """Counts a `while` loop's iterations by its counters; None if these depend on data."""
     condition, body = ((loop.attribute(name) or "").lstrip("%") for name in ("condition", "body"))
     counters: dict[int, int] = {}  # by their index in the loop's tuple, those that matter
 
@@ -352,7 +382,8 @@ def _counted_trips(module: HloModule, loop: Instruction, computation: str) -> in
 
 
 def _value(module: HloModule, computation: str, name: str, element: Callable[[int], int]) -> int:
-    """Evaluates a scalar. element(index): an element of the loop's tuple, or a fusion's operand."""
+    """Evaluates the scalar instruction `name`; raises _Unknown where it depends on data. element:
+    returns, by index, an element of the loop's tuple or an operand of the fusion."""
     instruction = module.by_name[computation][name]
     operation, attributes = instruction.operation, instruction.attributes
     if operation == "constant" and re.fullmatch(r"-?\d+|true|false", attributes):

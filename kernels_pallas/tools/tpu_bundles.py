@@ -29,17 +29,21 @@ from kernels_pallas.tools import hlo, tpu_compile
 
 
 class KernelCost(NamedTuple):
-    """A pallas_call's cost. Shares and counts: per pass of the grid loop's body, inner loops run.
+    """Fields of a Pallas TPU kernel's static cost.
 
-    steps: the grid's product, of which each core takes its part.
-    bundles: in the grid loop's body, each once. step_cycles: the same with inner loops run.
+    Shares and counts are per pass of the grid loop's body, with inner loops run.
+
+    steps: number of grid steps, over all cores.
+    bundles: VLIW bundles in the grid loop's body, each once. step_cycles: the same, inner loops
+      run.
     cycles: of the whole grid on one core (v5p has two, and splits parallel axes between them).
-    mxu_share: of the cycles, those that issue to a matrix unit. load_share, store_share: of the
-      vector load and store slots.
-    spills, fills: vector registers stored to memory and loaded back, per step. spill_share: of the
-      kernel's bundles, those that are gone where the compiler packs it without them.
-    hbm_bytes: blocks moved, a block again each time its index changes; None where the kernel moves
-      data itself. least_hbm_bytes: every operand and result once.
+    mxu_share: share of the cycles that issue to a matrix unit.
+    load_share, store_share: share of the vector load and store slots in use.
+    spills, fills: vector registers stored to memory and loaded back, per step.
+    spill_share: share of the bundles that are gone where the compiler packs the kernel without
+      spills.
+    hbm_bytes: bytes of the blocks moved, a block again each time its index changes; None where the
+      kernel moves data itself. least_hbm_bytes: bytes of every operand and result once.
     """
 
     name: str
@@ -60,13 +64,14 @@ class KernelCost(NamedTuple):
 
 
 class ProgramCost(NamedTuple):
-    """The costs of a program's kernels, and of XLA's operations around them.
+    """Result of `measure`: static costs of a program's Pallas kernels and XLA operations.
 
     xla_cycles: the compiler's own estimates for the operations outside kernels, loops run.
-    unestimated_bytes: what the operations without an estimate move, such as a change of layout;
-      they are not in xla_cycles.
-    hbm_bytes: blocks that kernels move, and operands and results of XLA's operations as far as they
-      lie in HBM; None where there are loops. least_hbm_bytes: arguments and results once.
+    unestimated_bytes: bytes moved by operations that the compiler does not estimate, such as a
+      change of layout; they are not in xla_cycles.
+    hbm_bytes: bytes of the blocks that kernels move, and of XLA operations' operands and results
+      that lie in HBM; None where there are loops.
+    least_hbm_bytes: bytes of the program's arguments and results once.
     """
 
     compiled: tpu_compile.CompiledProgram
@@ -82,7 +87,12 @@ class ProgramCost(NamedTuple):
 
 
 class ListingLoops(NamedTuple):
-    """The loops of bundles: which are in the grid loop's body, and how often a pass issues each."""
+    """Result of `read_loops`: how often each VLIW bundle of a kernel is issued.
+
+    in_grid: per bundle, whether it lies in the grid loop's body.
+    times: how often one pass of that body (outside it, the kernel) issues each bundle.
+    grid_trips: how often the grid loop's body runs on one core.
+    """
 
     in_grid: np.ndarray
     times: np.ndarray
@@ -90,7 +100,11 @@ class ListingLoops(NamedTuple):
 
 
 def measure(topology: str, function, *arguments) -> ProgramCost:
-    """Compiles as `tpu_compile.compile_for` does, and returns the program's cost."""
+    """Compiles `function(*arguments)` for one TPU device and returns the ProgramCost.
+
+    topology: a TPU generation such as "v6e", or a slice of it such as "v6e:2x2".
+    Raises what `tpu_compile.compile_for` raises, and ValueError for kernels that share a name.
+    """
     compiled = tpu_compile.compile_for(topology, function, *arguments)
     with tpu_compile.tracing_for(topology):
         calls = list(pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr))
@@ -145,11 +159,12 @@ _DELAY_SLOTS = 4  # bundles after a branch that are issued either way
 
 
 def read_loops(bundles: str, steps: int) -> ListingLoops:
-    """Reads a `final_bundles` listing of a kernel whose grid has `steps` steps.
+    """Reads how often each bundle is issued from a kernel's `final_bundles` listing.
 
     A loop reaches from the bundle that starts a region to the branch back to it. Its exit test
-    gives its trips: from 0 to a limit by the tested counter's step, or one where the limit is no
-    constant. The grid loop's counter runs a little past the steps, to fill and drain the pipeline;
+    gives the number of iterations: from 0 to a limit by the tested counter's step, or one where the
+    limit is no constant.
+    The grid loop's counter runs a little past the grid's `steps`, to fill and drain the pipeline;
     those rounds skip the body and do not count. A grid of one step has no loop: the whole kernel is
     the body.
     """
@@ -189,7 +204,7 @@ def _trips(bundles: str, predicate: str) -> int | None:
 
 
 def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Reads a utilization listing: each unit's slots, and how many each bundle uses."""
+    """Reads a utilization listing: each unit's slots, and the slots that each bundle uses."""
     lines = text.splitlines()
     names = [name.strip() for name in lines[1].split(",")]
     capacity = dict(zip(names, map(int, lines[2].split())))
@@ -198,7 +213,7 @@ def read_utilization(text: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
 
 
 def pallas_calls(jaxpr):
-    """Yields the pallas_call equations of a jaxpr, and of jaxprs inside it."""
+    """Yields the pallas_call equations of a jaxpr and of the jaxprs inside it."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation
@@ -208,7 +223,7 @@ def pallas_calls(jaxpr):
 
 
 def inner_jaxprs(equation) -> list:
-    """Returns the jaxprs among an equation's parameters: bodies of loops, branches, calls."""
+    """Returns the jaxprs in an equation's parameters: loop bodies, branches, called functions."""
     values = list(equation.params.values())
     leaves = jax.tree.leaves(values, is_leaf=lambda x: hasattr(x, "eqns"))
     jaxprs = (getattr(leaf, "jaxpr", leaf) for leaf in leaves)
@@ -216,7 +231,7 @@ def inner_jaxprs(equation) -> list:
 
 
 def _call_of(instruction: str, calls) -> Any:
-    """Returns the pallas_call that became an instruction such as 'name.1' or 'jvp_name_.1'."""
+    """Returns the pallas_call compiled to an HLO instruction such as "name.1" or "jvp_name_.1"."""
     name = re.sub(r"\.\d+$", "", instruction).rstrip("_")
     endings = [re.sub(r"\W", "_", str(call.params["name"])) for call in calls]
     named = [c for c, e in zip(calls, endings) if name == e or name.endswith(f"_{e}")]
@@ -233,10 +248,8 @@ def _call_of(instruction: str, calls) -> Any:
 
 
 def _traffic(call) -> tuple[int, int | None]:
-    """Returns the bytes of operands and results, and those of all blocks moved.
-
-    The second is None where the kernel moves data itself.
-    """
+    """Returns a pallas_call's HBM bytes: operands and results once, and all blocks that it moves.
+    The second is None where the kernel moves data itself."""
     mapping = call.params["grid_mapping"]
     arrays = [v.aval for v in (*call.invars, *call.outvars)]
     least = sum(array.size * array.dtype.itemsize for array in arrays)
@@ -260,9 +273,9 @@ def _traffic(call) -> tuple[int, int | None]:
 
 
 def xla_cycles(module: hlo.HloModule) -> int:
-    """Sums the compiler's `estimated_cycles`, loop bodies as often as they run.
+    """Sums the compiler's cycle estimates over a program, a loop's body as often as it runs.
 
-    Of a conditional's branches the costliest counts.
+    Of a conditional's branches, the costliest counts.
     """
 
     def total(computation: str) -> int:
@@ -285,11 +298,11 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
 def xla_bytes(module: hlo.HloModule) -> int | None:
-    """Returns what operations outside kernels read and write in HBM; None where there are loops.
+    """Returns the HBM bytes of operations outside kernels; None for a program with loops.
 
-    Operands and results count whole, of a slice what is taken, of an update in place what is put.
-    What kernels find or leave in VMEM is subtracted, since their own count takes all of their
-    operands to be in HBM.
+    Operands and results count whole; a slice counts what it takes, an update in place what it puts.
+    Operands and results of kernels that lie in VMEM are subtracted, since the kernels' own count
+    takes them all to be in HBM.
     """
     if any(i.operation == "while" for body in module.computations.values() for i in body):
         return None
@@ -311,9 +324,9 @@ def xla_bytes(module: hlo.HloModule) -> int | None:
 
 
 def unestimated_bytes(module: hlo.HloModule) -> int:
-    """Returns what operations without an estimate move, in HBM or VMEM.
+    """Returns the bytes, in HBM or VMEM, moved by operations without a cycle estimate.
 
-    Kernels, loops and prefetches are not among them.
+    Kernels, loops and prefetches are left out.
     """
     total = 0
     for instruction, operands in _operations(module):
@@ -327,7 +340,7 @@ def unestimated_bytes(module: hlo.HloModule) -> int:
 
 
 def _operations(module: hlo.HloModule):
-    """Yields the entry's instructions that cost something, with their operands' arrays."""
+    """Yields (instruction, its operands' arrays) for the entry's instructions that cost time."""
     for instruction in module.computations[module.entry]:
         if instruction.operation not in _FREE and not instruction.operation.endswith("-done"):
             operands = module.operands(instruction, module.entry)
@@ -335,7 +348,7 @@ def _operations(module: hlo.HloModule):
 
 
 def _moved(instruction: hlo.Instruction, operands) -> list[list[hlo.Array]]:
-    """Returns the results and operands that an operation reads and writes."""
+    """Returns the arrays that an operation reads or writes, of a slice only what is taken."""
     if instruction.operation == "slice":
         return [instruction.arrays] * 2
     if instruction.operation == "dynamic-update-slice":  # in place: a copy is its own operation
@@ -344,5 +357,5 @@ def _moved(instruction: hlo.Instruction, operands) -> list[list[hlo.Array]]:
 
 
 def _bytes(arrays: list[hlo.Array], in_hbm: bool) -> int:
-    """Returns the bytes of those arrays that lie in HBM, or of those that lie in VMEM."""
+    """Returns the bytes of the arrays in HBM (`in_hbm`), or of those in VMEM."""
     return sum(array.bytes for array in arrays if array.space == (0 if in_hbm else 1))

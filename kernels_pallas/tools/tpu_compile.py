@@ -3,15 +3,15 @@
     from kernels_pallas.tools import tpu_compile
 
     x = jax.ShapeDtypeStruct((1, 8192, 256), jnp.bfloat16)
-    compiled = tpu_compile.compile_for("v6e", function, x)      # a part, or a slice: "v5p:4x4x8"
+    compiled = tpu_compile.compile_for("v6e", function, x)      # or for a slice: "v5p:4x4x8"
     compiled.hlo                            # the optimised program, scheduled; `hlo` reads it
     compiled.memory.temp_size_in_bytes      # compiled.cost: what the compiler counts
     compiled.listings                       # machine code of each Pallas kernel; see `tpu_bundles`
 
 Arguments are pytrees of ShapeDtypeStruct, or of arrays, of which only shape and dtype count. The
-function is traced for the part: `dispatch.devices.current()` is a TPU of that kind inside. A kernel
-that does not fit, or that Mosaic cannot lower, raises here as it would on the machine. Nothing is
-run, and no number from here is a time.
+function is traced for that generation: inside, `dispatch.devices.current()` is a TPU of its kind. A
+kernel that does not fit, or that Mosaic cannot lower, raises here as it would on the machine.
+Nothing is run, and no number from here is a time.
 
 Run with JAX_PLATFORMS=cpu. Several processes may compile at once. libtpu reads its environment when
 it is loaded: `_prepare_environment` and `dispatch.absent_tpu` are the places that set it.
@@ -38,13 +38,13 @@ from kernels_pallas.tools import hlo
 
 
 class TpuPart(NamedTuple):
-    """A TPU generation. Memory is that of one JAX device: a chip, or half a chip of tpu7x.
+    """Properties of a TPU generation, per JAX device: a chip, or half a chip of tpu7x.
 
     topology: the smallest slice that libtpu compiles for.
-    cores: TensorCores of a device; v5p's two appear as one ("megacore").
-    vmem_bytes: of one core. A kernel's own limit starts lower:
+    cores: TensorCores per device; v5p's two appear as one ("megacore").
+    vmem_bytes: VMEM of one core. A kernel's own limit starts lower:
       `pltpu.CompilerParams(vmem_limit_bytes=...)`.
-    mxu: the edge of a matrix unit, and how many units a core has.
+    mxu: the edge of a matrix unit, and the number of units per core.
     clock_hz: from peak FLOP/s = 2 * cores * units * edge**2 * clock; None where that gives no
       possible clock.
     """
@@ -78,9 +78,12 @@ PARTS = {
 
 
 class Listing(NamedTuple):
-    """The compiler's listings of a Pallas kernel: its VLIW bundles, units, VMEM and spills.
+    """Fields of the compiler's report on one Pallas kernel.
 
-    spill_bundles: how many fewer bundles there are where it packs the kernel without spills.
+    bundles, utilization: texts of its VLIW bundles, and of the units that each uses.
+    vmem_bytes, spill_bytes: VMEM allocated to the kernel, and how much of it spilled registers
+      take.
+    spill_bundles: how many fewer bundles the kernel has where the compiler packs it without spills.
     """
 
     bundles: str
@@ -91,7 +94,12 @@ class Listing(NamedTuple):
 
 
 class CompiledProgram(NamedTuple):
-    """A compiled program, and its kernels' listings by instruction, such as 'name.1'."""
+    """Result of `compile_for`: the executable with the compiler's text, counts and listings.
+
+    part: the TPU generation, such as "v6e". hlo: the optimised program's text.
+    memory, cost: results of the executable's `memory_analysis` and `cost_analysis`.
+    listings: the `Listing` of each Pallas kernel, by instruction name, such as "name.1".
+    """
 
     part: str
     executable: Any
@@ -102,7 +110,11 @@ class CompiledProgram(NamedTuple):
 
 
 def part_of(topology: str) -> str:
-    """Returns the part, 'v6e', of 'v6e:2x2' or 'v6e'. Raises ValueError, listing the parts."""
+    """Returns the TPU generation of a topology: "v6e" for "v6e" itself or its slice "v6e:2x2".
+
+    Raises:
+      ValueError: the generation is none of `PARTS`, which the message lists.
+    """
     part = topology.split(":")[0]
     if part not in PARTS:
         raise ValueError(
@@ -113,10 +125,12 @@ def part_of(topology: str) -> str:
 
 
 def devices(topology: str) -> list:
-    """Returns the devices of a slice, to compile for; they cannot run anything.
+    """Returns the devices of a TPU slice as targets for compiling; they cannot run anything.
+
+    topology: a TPU generation such as "v6e", for its smallest slice, or a slice such as "v6e:2x2".
 
     Raises:
-      ValueError: an unknown part, or a shape the part does not come in.
+      ValueError: an unknown generation, or a slice that the generation does not come in.
       ImportError: libtpu is not installed.
     """
     part = part_of(topology)
@@ -132,7 +146,11 @@ def devices(topology: str) -> list:
 
 @contextlib.contextmanager
 def tracing_for(topology: str):
-    """Makes tracing inside target the topology's device; code without a mesh sees one device."""
+    """Context manager: makes JAX trace functions for a TPU that this machine does not have.
+
+    Inside, code without a mesh sees one device of the topology.
+    topology: a TPU generation such as "v6e", or a slice of it such as "v6e:2x2".
+    """
     part = PARTS[part_of(topology)]
     device = AbstractDevice(device_kind=part.device_kind, num_cores=part.cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
@@ -140,12 +158,15 @@ def tracing_for(topology: str):
 
 
 def compile_for(topology: str, function, *arguments) -> CompiledProgram:
-    """Compiles `function(*arguments)` for one device of the topology.
+    """Compiles `function(*arguments)` for one device of a TPU topology; returns a CompiledProgram.
+
+    topology: a TPU generation such as "v6e", or a slice of it such as "v6e:2x2".
+    arguments: pytrees of arrays or ShapeDtypeStructs, of which only shape and dtype count.
 
     Raises:
-      ValueError, ImportError: as `devices`.
-      jax.errors.JaxRuntimeError, or Pallas' own errors: what compiling on the machine would raise,
-        too much VMEM included.
+      ValueError, ImportError: the topology is unknown, or libtpu is not installed.
+      jax.errors.JaxRuntimeError: what compiling on the machine would raise, as for too much VMEM;
+      Pallas may raise errors of its own.
     """
     device = devices(topology)[0]
 
@@ -171,9 +192,10 @@ def compile_for(topology: str, function, *arguments) -> CompiledProgram:
 
 
 def without_listings() -> None:
-    """Makes the compiler write no listing, which for a large program takes longer than compiling.
+    """Makes the TPU compiler write no listings of kernels.
 
-    Call it before anything else here. `compile_for` then has nothing to read, and raises.
+    For a large program these take longer than compiling. Call it before anything else in this
+    module; `compile_for` then raises for a program with Pallas kernels.
     """
     _prepare_environment(listings=False)
 
@@ -184,7 +206,8 @@ _PASSES = "(final_.*bundle|packed-bundles-(post-ra|no-spills-fills)).*"
 
 
 def _prepare_environment(listings: bool = True) -> None:
-    """Sets what libtpu reads when it is loaded; does nothing the second time."""
+    """Sets the environment variables that libtpu reads when it is loaded, once per process.
+    listings: whether the compiler writes listings of kernels."""
     global _DUMP
     if _DUMP is not None:
         return
@@ -219,7 +242,7 @@ def _clear_dump() -> None:
 
 
 def _listings(text: str) -> dict[str, Listing]:
-    """Reads the dump of each kernel in a program's text."""
+    """Reads the compiler's `Listing` of each Pallas kernel in a program's HLO text."""
     bodies = hlo.HloModule(text).computations.values()
     names = [instruction.name for body in bodies for instruction in body if instruction.is_kernel]
     memory = {}

@@ -21,10 +21,11 @@ TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "
 
 
 class LaunchFigures(NamedTuple):
-    """The cost of one launch as compiled.
+    """Result of `compile_launch`: the resources that one launch of a Triton kernel takes.
 
-    registers, spilled: per thread; spilled is in bytes. shared: bytes per program, of `limit` that
-      the GPU has. bytes: inputs read once and outputs written once.
+    registers, spilled: registers and bytes of spills per thread.
+    shared, limit: bytes of shared memory per program, and how many the GPU allows.
+    bytes: bytes of the inputs read once and the outputs written once.
     """
 
     kernel: str
@@ -38,9 +39,9 @@ class LaunchFigures(NamedTuple):
 
 
 def launches(function, *shapes) -> list[gpu_launch.KernelLaunch]:
-    """Returns the launches of `function` on arrays of these shapes, in order.
+    """Returns, in order, the Triton launches of `function` on arrays of these shapes.
 
-    The function must name the implementation 'triton'.
+    The function must name the implementation 'triton'; nothing is run.
     """
     with gpu_launch.recorded() as found:
         jax.eval_shape(function, *shapes)
@@ -48,7 +49,7 @@ def launches(function, *shapes) -> list[gpu_launch.KernelLaunch]:
 
 
 def compile_launch(launch: gpu_launch.KernelLaunch, capability: int) -> LaunchFigures:
-    """Compiles one launch for sm_<capability>.
+    """Compiles a recorded launch for GPUs of sm_<capability> and returns its LaunchFigures.
 
     Raises:
       RuntimeError: Triton was imported for interpreting in this process.
@@ -86,7 +87,7 @@ def compile_launch(launch: gpu_launch.KernelLaunch, capability: int) -> LaunchFi
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Returns registers and stack bytes per thread; a kernel's stack holds spills alone."""
+    """Returns registers and stack bytes per thread of a cubin, whose stack holds spills alone."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -16,16 +16,16 @@ SUBLANES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """Matrix products inside a kernel, each with a stated rounding; sums are float32.
+    """Matrix products inside a TPU kernel, each with a stated rounding; sums are float32.
 
-    Operands are cut into terms explicitly, never by a device's default precision, so an interpreted
-    kernel rounds as a compiled one does. In every method `axes` says which axis of x and of y is
-    summed over.
+    Operands are cut into bfloat16 terms explicitly, never by a device's default precision, so that
+    an interpreted kernel rounds as a compiled one does. In every method `axes` gives the axis of x
+    and the axis of y that are summed over.
 
-    narrow: the call's inputs are bfloat16 and go to the matrix unit as they are. What was computed
-      from them, in float32, goes as a sum of bfloat16 terms. Otherwise operands are float32 and
-      products have the highest precision.
-    exact: float32 where rounding errors may never fade; `state` then rounds once (see
+    narrow: whether the call's inputs are bfloat16. They then go to the matrix unit as they are, and
+      float32 results computed from them as sums of bfloat16 terms. Otherwise operands are float32
+      and products have the highest precision.
+    exact: whether `state` rounds once, for float32 calls whose rounding errors may never fade (see
       `ops/delta_rule/compensated.py`).
     """
 
@@ -38,14 +38,12 @@ class Products:
         return jnp.dtype(jnp.bfloat16 if self.narrow else jnp.float32)
 
     def terms(self, x, count=2):
-        """Cuts x into `count` bfloat16 terms of 8 bits, largest first, as products read it.
-
-        A bfloat16 x is its own only term; without `narrow` so is a float32 one.
-        """
+        """Cuts x into a list of `count` bfloat16 terms of 8 bits each, largest first. A bfloat16 x
+        is its own only term; without `narrow`, x in float32 is."""
         return _terms(x, count) if self.narrow else [x.astype(jnp.float32)]
 
     def dot(self, x, y, axes=(1, 0), terms=2):
-        """Multiplies x and y, by default to 16 bits.
+        """Multiplies x and y, each cut into `terms` bfloat16 terms: by default to 16 bits.
 
         The product of the two smaller terms (2^-16 of the whole) is left out. One term per operand
         costs up to twice the suite's 2e-2 at the worst position of a gradient of the delta rule.
@@ -61,28 +59,30 @@ class Products:
         return sum(reversed(products[:-1]), start=products[-1])
 
     def rounded(self, x, y, axes=(1, 0)):
-        """Multiplies x and y, each rounded once to the inputs' dtype."""
+        """Multiplies x and y, each rounded once to the dtype of the call's inputs."""
         return self.dot(x, y, axes, terms=1)
 
     def precise(self, x, y, axes=(1, 0)):
-        """Multiplies to 24 bits: for inverses, which may magnify an error hundreds of times."""
+        """Multiplies x and y to 24 bits, as inverses need: they may magnify errors hundredfold."""
         return self.dot(x, y, axes, terms=3)
 
     def state(self, x, y, axes=(1, 0)):
-        """Multiplies what carries a state from one chunk to the next."""
+        """Multiplies x and y to 24 bits, or if `exact` with one rounding. For products that carry a
+        state from one chunk to the next."""
         return sum(self.exact_product(x, y, axes)) if self.exact else self.precise(x, y, axes)
 
     def ones(self, where):
-        """Casts a mask to 0 and 1, exact in either dtype, for sums by `dot`."""
+        """Casts a boolean mask to 0 and 1 in the inputs' dtype, for sums by matrix products."""
         return where.astype(self.dtype)
 
     def exact_product(self, x, y, axes, y_squares=None):
-        """Multiplies float32 arrays, as two terms: the exact product of their leading 11 bits and
-        the small rest.
+        """Returns x y for float32 arrays as two terms, to be added by the caller.
 
-        y_squares: sums of y^2 that say how large y is, for each of its entries; None takes them
-          over all that is summed. In sums over tokens (axes (0, 0)) tokens of other documents,
-          whose products are 0, have no part in how the rest is rounded.
+        The first is the exact product of the leading 11 bits of x and y, the second the small rest.
+
+        y_squares: sums of y^2 that give the magnitude of y, per entry; None sums over the
+          contracted axis. In sums over tokens (axes (0, 0)) the tokens of other documents, whose
+          products are 0, then do not change how the rest is rounded.
         """
         if y_squares is None:
             if axes == (0, 0):
@@ -94,7 +94,7 @@ class Products:
 
 
 def _terms(x, count):
-    """Cuts x into bfloat16 terms, largest first: x itself if it is bfloat16, else `count` of them.
+    """Cuts x into bfloat16 terms, largest first: x itself if it is bfloat16, else `count` terms.
 
     An interpreted kernel gets float32 arrays of the same values: XLA's CPU backend refuses some
     bfloat16 products and drops a conversion to bfloat16 and back, but not `reduce_precision`.
@@ -124,13 +124,14 @@ def _squares(x, axis):
 
 
 def _where_any(rows, x):
-    """Zeroes the rows of x (C, ...) where that row of `rows` (C, ...) is all 0."""
+    """Zeroes the rows of x (C, ...) for which the same row of `rows` (C, ...) is all 0."""
     largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)  # squares of 1e-22 are 0
     return jnp.where(largest > 0, x, 0.0)
 
 
 def _head(x, squares):
-    """Rounds x to 2^-10 of the power of two that its norm reaches, given the norm's square."""
+    """Rounds x to multiples of 2^-10 times the power of two at or below its norm. squares: the
+    norm's square."""
     norm = jnp.sqrt(squares)
     bits = jax.lax.bitcast_convert_type(norm, jnp.int32) & 0x7F800000
     power = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -143,16 +144,16 @@ def iota(shape, axis):
 
 
 def lower(C: int, strict: bool = False):
-    """Returns the mask (C, C) of j <= i, or of j < i."""
+    """Returns the mask (C, C) that is true where j <= i, or with `strict` where j < i."""
     i, j = iota((C, C), 0), iota((C, C), 1)
     return j < i if strict else j <= i
 
 
 def in_turns(generators):
-    """Runs generators in step, from `yield` to `yield`, and returns the list of their results.
+    """Runs generators side by side, each up to its next `yield` in turn; lists their return values.
 
-    The products of one head wait for one another, and those of other heads fill the gaps, but only
-    where the kernel's operations come in that order: the compiler moves them little.
+    One head's products wait for one another, and those of other heads fill the gaps, but only where
+    the kernel's operations come in that order: the compiler moves them little.
     """
     results, running = {}, dict(enumerate(generators))
     while running:
@@ -171,9 +172,9 @@ INVERSE_BLOCK = 32  # tokens of a diagonal block that is inverted by substitutio
 def inverse(products: Products, A_CC):
     """Computes (I + A)^-1 in float32 for A strictly lower triangular. A generator, for `in_turns`.
 
-    Diagonal blocks are inverted by substitution on the vector unit, all of a chunk's side by side
-    in the lanes. Then neighbours are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two products per
-    level, to 24 bits (docs/math/delta_rule.md, "The inverse").
+    Diagonal blocks are inverted by substitution on the vector unit, all blocks of a chunk side by
+    side in the lanes. Then neighbouring blocks are joined, [X1 0; Y X2] with Y = -X2 A21 X1, by two
+    products per level, to 24 bits (docs/math/delta_rule.md, "The inverse").
     """
     C = A_CC.shape[0]
     U = min(C, INVERSE_BLOCK)
@@ -185,7 +186,8 @@ def inverse(products: Products, A_CC):
 
 
 def _joined(products, A_CC, X_CC, U):
-    """Joins inverses of diagonal blocks of U tokens to those of blocks of 2 U."""
+    """Joins the inverses of diagonal blocks of U tokens to inverses of blocks of 2 U tokens. X_CC:
+    block-diagonal inverses of I + A. A generator, for `in_turns`."""
     C = A_CC.shape[0]
     if 2 * U == C:
         # One pair is left: its quarters alone are multiplied.
@@ -207,7 +209,8 @@ def _joined(products, A_CC, X_CC, U):
 
 
 def _block_inverse(A_CC, U):
-    """Inverts the U x U diagonal blocks of I + A; zero elsewhere."""
+    """Inverts the U x U diagonal blocks of I + A; the result (C, C) is zero elsewhere. A generator,
+    for `in_turns`."""
     C = A_CC.shape[0]
     width = min(C, LANES)
     strips = []
@@ -221,8 +224,8 @@ def _block_inverse(A_CC, U):
 
 
 def _strip_inverse(A_CC, U):
-    """Inverts the diagonal blocks where C is at most 128: row by row, in all blocks at once, each
-    block's columns in its own lanes."""
+    """Inverts the U x U diagonal blocks of I + A (C, C) for C up to 128, by substitution. Row by
+    row in all blocks at once, each block in its own lanes. A generator, for `in_turns`."""
     C = A_CC.shape[0]
     step = min(U, SUBLANES)
     lane = iota((step, C), 1)
@@ -256,13 +259,13 @@ def row_sums(x):
 
 
 def row_of(x_C1):
-    """Transposes a column to a row."""
+    """Transposes a column (C, 1) to a row (1, C), by a masked sum."""
     C = x_C1.shape[0]
     return jnp.sum(jnp.where(_diagonal(C), x_C1, 0.0), axis=0, keepdims=True)
 
 
 def column_of(x_1C):
-    """Transposes a row to a column."""
+    """Transposes a row (1, C) to a column (C, 1), by a masked sum."""
     return row_sums(jnp.where(_diagonal(x_1C.shape[1]), x_1C, 0.0))
 
 
@@ -271,10 +274,10 @@ def _diagonal(C):
 
 
 def halving_sums(g_CK):
-    """Sums log decay per channel (C, K), C a power of two, over a chunk and its halves.
+    """Sums log decay per channel (C, K) over a chunk and over its halves, their halves, and so on.
 
-    A block's sums are those of its halves and the total of one half, so that each is an addition of
-    non-positive numbers only (docs/math/linear_attention.md, "Per channel").
+    C is a power of two. A block's sums are those of its halves plus the total of one half, so that
+    each is an addition of non-positive numbers only (docs/math/linear_attention.md, "Per channel").
 
     Returns:
       g_cumsum_CK and g_reversed_CK of the chunk; then for halves of U = 1, 2, 4, ..., C/2 tokens
@@ -296,7 +299,8 @@ def halving_sums(g_CK):
 
 
 def halving_sums_cotangent(dg_cumsum_CK, dg_reversed_CK, dlevels):
-    """Transposes `halving_sums`: takes the cotangents of its results to that of g."""
+    """Computes the cotangent of g_CK from those of the results of `halving_sums` (its transpose).
+    dlevels: cotangents of the arrays for halves of 1, 2, 4, ..., C/2 tokens."""
     dg_CK = jnp.zeros_like(dg_cumsum_CK)
     U = dg_cumsum_CK.shape[0]
     for dlevel_CK in reversed(dlevels):
@@ -314,7 +318,7 @@ def _in_right_half(x_CK, U):
 
 
 def _sibling_last(x_CK, U):
-    """Gives every token the last row of the neighbouring half of U tokens."""
+    """Returns for every token the last row of x in the half beside its own half of U tokens."""
     if U >= SUBLANES:
         return _from_sibling(x_CK, U, lambda x: x[:, :, U - 1 :])
     row = iota((SUBLANES, x_CK.shape[1]), 0)
@@ -323,7 +327,7 @@ def _sibling_last(x_CK, U):
 
 
 def _sibling_total(x_CK, U):
-    """Gives every token the sum over the neighbouring half of U tokens."""
+    """Returns for every token the sum of x over the half beside its own half of U tokens."""
     if U >= SUBLANES:
         return _from_sibling(x_CK, U, lambda x: jnp.sum(x, axis=2, keepdims=True))
     row = iota((SUBLANES, x_CK.shape[1]), 0)
@@ -337,7 +341,8 @@ def _sibling_total(x_CK, U):
 
 
 def _from_sibling(x_CK, U, reduce):
-    """Reduces each half (pairs, 2, U, K) and gives the result to the other half of its pair."""
+    """Applies `reduce` to each half of U tokens and gives its result to the other half's tokens.
+    reduce: takes x as (pairs, 2, U, K) to (pairs, 2, 1, K). U is at least a register's 8 rows."""
     C, K = x_CK.shape
     row = reduce(x_CK.reshape(C // (2 * U), 2, U, K))
     swapped = jnp.concatenate([row[:, 1:], row[:, :1]], axis=1)

@@ -17,14 +17,14 @@ from kernels_pallas.common.decay import kind
 from kernels_pallas.dispatch import devices, manual_axes, tuning
 from kernels_pallas.tpu.primitives import LANES, Products
 
-VMEM_BYTES = 40 << 20  # what a kernel may take: every part has 64 MiB per core, or more
+VMEM_BYTES = 40 << 20  # what a kernel may take: every TPU has 64 MiB per core, or more
 VMEM_LIMIT = VMEM_BYTES + (8 << 20)  # what the compiler allows: the estimates are rough
 
 
 def launch(
     kernel, name, grid, inputs, outputs, scratch, *, semantics, vmem_limit: int | None = VMEM_LIMIT
 ):
-    """Runs a Pallas kernel over its grid, interpreted where a CPU was asked to; returns a list.
+    """Runs a Pallas TPU kernel, or interprets it where a CPU was asked to; returns its outputs.
 
     Args:
       kernel: called with references to inputs, outputs and scratch, in this order.
@@ -32,6 +32,7 @@ def launch(
       outputs: (block spec, shape and dtype) pairs.
       scratch: shapes of float32 arrays in VMEM that stay between grid steps.
       semantics: per grid axis "parallel" or "arbitrary" (steps run in order).
+      vmem_limit: bytes of VMEM that the compiler allows; None is its default.
     """
     in_specs, arrays = zip(*inputs)
     out_specs, shapes = zip(*outputs)
@@ -51,14 +52,15 @@ def launch(
 
 
 def head_cuts(G: int, H: int, K: int, V: int, most: int, *, per_channel: bool, own_keys: bool):
-    """Lists the possible (value heads, key heads) of a grid step, largest first.
+    """Lists the possible (value heads, key heads) per grid step, most heads first.
 
     Mosaic cuts an array's last dimension into whole registers of 128 lanes, or not at all. Heads
-    lie side by side there: H of V values, G of K keys, and H of K decays where decay is per
-    channel.
+    lie side by side in that dimension: H of V values, G of K keys, and H of K decays where decay is
+    per channel.
 
-    own_keys: every step writes gradients of the key heads that it reads to a place of its own, also
-      where steps share one.
+    most: the largest number of value heads per step.
+    own_keys: whether every step writes the gradients of the key heads that it reads to a place of
+      its own, even where several steps share a key head.
     """
     shared, cuts = H // G, []
     for heads in range(min(H, most), 0, -1):
@@ -74,12 +76,12 @@ def head_cuts(G: int, H: int, K: int, V: int, most: int, *, per_channel: bool, o
 
 @dataclasses.dataclass(frozen=True)
 class RecurrenceTiling:
-    """Sizes and blocks of one call: hashable, chosen before tracing.
+    """Sizes and blocks of one TPU call of a matrix recurrence: hashable, chosen before tracing.
 
-    T is the call's own; K and V are rounded up to whole 64s or 128s.
-    heads, keys: value and key heads per grid step.
+    T is the call's own; K and V are rounded up to multiples of 64 or 128. C: tokens per chunk.
+    heads, keys: value heads and key heads per grid step.
     decay: "none", "per_token" or "per_channel".
-    products: how the kernels multiply. scale: of the output.
+    products: how the kernels multiply. scale: factor of the output.
     """
 
     OPERATOR: ClassVar[str]
@@ -101,7 +103,8 @@ class RecurrenceTiling:
 
     @classmethod
     def of(cls, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale):
-        """Cuts a call into the longest chunks, then the most heads, that fit VMEM."""
+        """Returns the tiling of a call: the longest chunks, then the most heads, that fit VMEM. If
+        nothing fits it is the smallest. chunk_size: tokens per chunk, None to choose them."""
         B, T, H, V = v_BTHV.shape
         G, K = k_BTGK.shape[2:]
         decay = kind(log_decay_BTHK, segment_ids=segment_ids_BT)
@@ -129,24 +132,28 @@ class RecurrenceTiling:
 
     @classmethod
     def best_sizes(cls, decay, narrow, K, V) -> dict[str, int]:
-        """Returns chunk size and most heads per grid step, for a call without chunk size."""
+        """Returns the preferred "chunk_size" and "heads", the most value heads per grid step. They
+        come from `tuned.json`, or else from `heuristic`. narrow: whether inputs are bfloat16."""
         dtype, shape = "bfloat16" if narrow else "float32", f"{K}x{V} {decay}"
         heuristic = cls.heuristic(decay, narrow, K, V)
         return tuning.lookup(heuristic, cls.OPERATOR, "pallas_tpu", dtype, shape)
 
     @staticmethod
     def heuristic(decay, narrow, K, V) -> dict[str, int]:
-        """Returns the sizes of `best_sizes` where `tuned.json` has no entry."""
+        """Returns the "chunk_size" and "heads" of a call for which `tuned.json` has no entry."""
         raise NotImplementedError
 
     @property
     def vmem_bytes(self) -> int:
-        """Estimates the backward kernel's VMEM, rather too high than too low."""
+        """Estimates the VMEM that the backward kernel takes, rather too high than too low."""
         raise NotImplementedError
 
     def _vmem(self, blocks: int, held: int) -> int:
-        """Returns the bytes of q, k, v, do and gradients (each block twice: it is double-buffered),
-        of other blocks, and of `held`, once."""
+        """Returns the VMEM bytes of a kernel from those of its parts.
+
+        Blocks of q, k, v, do, their gradients and the `blocks` given (bytes) count twice, as they
+        are double-buffered; `held`, bytes of scratch and intermediate arrays, counts once.
+        """
         rows = 4 * self.keys * self.K + 3 * self.heads * self.V
         return 2 * (self.C * self.dtype.itemsize * rows + blocks) + held
 
@@ -164,12 +171,12 @@ class RecurrenceTiling:
 
     @property
     def groups(self) -> int:
-        """Returns the grid steps per row and chunk: value heads over those of a step."""
+        """Returns the grid steps per chunk of a batch row: all value heads over those of a step."""
         return self.H // self.heads
 
     @property
     def copies(self) -> int:
-        """Returns how many value heads of a step read one key head."""
+        """Returns how many value heads of a grid step read the same key head."""
         return self.heads // self.keys
 
     @property
@@ -182,10 +189,8 @@ def unsupported_reason(
     tiling_of, *,
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, **_,
 ) -> str | None:  # fmt: skip
-    """Returns None if the kernels can run this call, else the reason and what comes nearest.
-
-    tiling_of: the operator's `RecurrenceTiling.of`.
-    """
+    """Returns None if an operator's TPU kernels can run this call, else the reason and a way out.
+    tiling_of: the operator's `RecurrenceTiling.of`."""
     named = {"q": q_BTGK, "k": k_BTGK, "v": v_BTHV, "initial_state": initial_state_BHKV}
     for name, x in (named | {"log_decay": log_decay_BTHK}).items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):

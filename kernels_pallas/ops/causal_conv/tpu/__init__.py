@@ -1,4 +1,4 @@
-"""TPU kernels of `causal_conv`: the implementation, and which calls it refuses."""
+"""TPU kernels of `causal_conv`: `run`, and `unsupported_reason` for calls it refuses."""
 
 from kernels_pallas.ops.causal_conv.tpu.launch import run, unsupported_reason
 

@@ -1,5 +1,4 @@
-"""The bodies of the TPU kernels of `causal_conv`. The docstring of `launch.py` explains them and
-their names."""
+"""Bodies of the TPU kernels of `causal_conv`; the docstring of `launch.py` explains their names."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,7 +13,8 @@ SUM_ROWS = 64  # rows whose head sums are taken together
 
 
 def forward(tiling, x, before, initial, w, *refs):
-    """Computes y of one block: taps, bias, activation, and the norm of each head."""
+    """Computes y of one block: convolution, bias, activation, and the L2 norm of each head. x: the
+    block. before, initial: the tokens before it, in x or in the initial state. w: taps and bias."""
     age, (y, seen, *columns) = (refs[0] if tiling.packed else None), refs[tiling.packed :]
     chunk, block = pl.program_id(1), pl.program_id(2)
 
@@ -47,7 +47,8 @@ def forward(tiling, x, before, initial, w, *refs):
 
 
 def backward(tiling, x, before, initial, w, *refs):
-    """Computes dx of one block, and adds its part to the gradients of w and bias."""
+    """Computes dx of one block, and adds the block's terms to the gradients of w and bias. Inputs
+    are those of `forward`, and g, the gradient of y."""
     marks, refs = refs[: 2 * tiling.packed], refs[2 * tiling.packed :]
     age, room = marks or (None, None)
     g, dx, dw, first, seen, dz, *columns, later = refs
@@ -123,14 +124,15 @@ def backward(tiling, x, before, initial, w, *refs):
 
 
 def _each(rows: int, step: int, body, carry=None):
-    """Runs body(row, carry) for every `step`th row, unrolled, so that the compiler can overlap
-    rows."""
+    """Runs body(row, carry) for every `step`th row, unrolled to let the compiler overlap rows."""
     steps = rows // step
     unroll = 1 if devices.interpreting() else steps
     return lax.fori_loop(0, steps, lambda i, z: body(i * step, z), carry, unroll=unroll)
 
 
 def _each_group(tiling, body) -> None:
+    """Runs body(first) for each group of 128-channel columns of a block, by its first column."""
+
     def one(i, _):
         body(i * tiling.group)
 
@@ -138,13 +140,17 @@ def _each_group(tiling, body) -> None:
 
 
 def _together(tiling) -> int:
-    """Returns the number of rows whose head sums are computed at a time."""
+    """Returns the number of rows for which sums over heads are computed at a time."""
     return next(n for n in range(SUM_ROWS, 0, -ROWS) if tiling.rows % n == 0)
 
 
 class Group:
-    """The computation of `group` columns of a block, 128 channels each. Values are indexed
-    [part][column]: part p holds the p-th token of every 32-bit word."""
+    """Steps of the convolution on `tiling.group` columns of a block, 128 channels each.
+
+    A 32-bit word holds one float32 or two bfloat16 tokens. Values are lists [part][column] of
+    arrays (rows, 128), where part p holds the p-th token of every word. row: the first row worked
+    on.
+    """
 
     def __init__(self, tiling, chunk, block, column, w, seen, age):
         self.tiling, self.chunk, self.block, self.column = tiling, chunk, block, column
@@ -159,7 +165,8 @@ class Group:
         return pl.ds(pl.multiple_of((self.column + c) * LANES, LANES), LANES)
 
     def take(self, x, before, initial) -> None:
-        """Copies x, and the tokens before it, to float32 columns in scratch memory."""
+        """Copies the block x, and the tokens before it, as float32 to the scratch array `seen`.
+        before, initial: those tokens, from x or, at the first chunk, from the initial state."""
         tiling = self.tiling
         for c in range(tiling.group):
             earlier = self._parts(before[0, :, self.lanes(c)])
@@ -171,7 +178,7 @@ class Group:
                 self.seen[q, c, tiling.halo :] = self._inside(here[q], q, c)
 
     def read(self, ref, row, rows):
-        """Reads rows of a block in float32, as [part][column]."""
+        """Reads `rows` rows of an input block in float32, as lists [token of a word][column]."""
         p = self.tiling.p
         found = []
         for c in range(self.tiling.group):
@@ -180,7 +187,7 @@ class Group:
         return [list(z) for z in zip(*found)]
 
     def _parts(self, words):
-        """Splits words into their tokens, one array per token of a word, in float32."""
+        """Splits an array of 32-bit words into float32 arrays, one per token of a word."""
         if self.tiling.p == 1:
             return [words]
         words = pltpu.bitcast(words, jnp.int32)
@@ -188,7 +195,8 @@ class Group:
         return [lax.bitcast_convert_type(z, jnp.float32) for z in both]
 
     def _inside(self, z, q, c, row=0, timed=True):
-        """Zeroes tokens and channels that only pad the block, where they would change a result."""
+        """Zeroes z at padding tokens and channels of the block, where they would change a result.
+        q, c, row: token of a word, column, first row of z. timed: whether z may reach beyond T."""
         tiling, inside = self.tiling, None
         if timed and tiling.T % tiling.C:
             token = (row + primitives.iota(z.shape, 0)) * tiling.p + q
@@ -200,7 +208,7 @@ class Group:
         return z if inside is None else jnp.where(inside, z, 0.0)
 
     def write(self, ref, c, row, parts) -> None:
-        """Writes parts, packed to words, to rows of a block, in its dtype."""
+        """Writes column c to an output block in its dtype; parts: one array per token of a word."""
         p, rows, z = self.tiling.p, parts[0].shape[0], parts[0]
         if p == 2:
             if devices.interpreting():  # which knows neither of the two below
@@ -212,19 +220,20 @@ class Group:
         ref[0, pl.ds(_aligned(row, ROWS), rows), self.lanes(c)] = z
 
     def store(self, ref, c, row, parts) -> None:
-        """Stores the parts that are not None in scratch columns."""
+        """Stores column c, an array or None (skipped) per token of a word, in the scratch `ref`."""
         for q, z in enumerate(parts):
             if z is not None:
                 ref[q, c, pl.ds(_aligned(row, ROWS), z.shape[0])] = z
 
     def load(self, ref, row):
-        """Loads `_together` rows of scratch columns as [part][column]."""
+        """Loads `_together` rows of a scratch array, as lists [token of a word][column]."""
         tiling = self.tiling
         rows = pl.ds(_aligned(row, ROWS), _together(tiling))
         return [[ref[q, c, rows] for c in range(tiling.group)] for q in range(tiling.p)]
 
     def _marked(self, ref, row):
-        """Returns as [part][lag] whether a tap lies in the token's document, from its mark."""
+        """Returns masks [token of a word][lag] of whether the token `lag` away is in the same
+        document. ref: counts of such tokens (`age` or `room`); None if there are no documents."""
         tiling = self.tiling
         if ref is None:
             return None
@@ -232,11 +241,12 @@ class Group:
         return [[count >= j for j in range(tiling.width)] for count in self._parts(words)]
 
     def taps(self, row):
-        """Loads inputs as [part][column][lag], 0 where they belong to another document."""
+        """Loads the inputs [token of a word][column][lag], 0 where they are of another document."""
         return self._shifted(self.seen, row + self.tiling.halo, -1, self._marked(self.age, row))
 
     def _shifted(self, ref, row, sign, counts):
-        """Loads columns at every lag, before (sign -1) or after (1) each token."""
+        """Loads from scratch the tokens at each lag before (sign -1) or after (1) each token.
+        counts: masks, False for 0, or None. Returns [token of a word][column][lag]."""
         tiling, loaded = self.tiling, {}
 
         def load(q, c, lag):
@@ -253,7 +263,7 @@ class Group:
         ]
 
     def _weighted(self, taps, c):
-        """Computes sum_lag w_{I-1-lag} taps[lag]."""
+        """Computes sum_lag w_{I-1-lag} taps[lag] of column c: the filter on inputs at each lag."""
         n = self.tiling.width - 1
         total = self.w[c][n] * taps[0]
         for lag in range(1, n + 1):
@@ -261,19 +271,21 @@ class Group:
         return total
 
     def sums(self, taps, c):
-        """Computes z of each part (with silu, h = z/2)."""
+        """Computes z = bias + sum_i w_i x_{t-(I-1)+i} of column c (with silu, h = z/2). Returns one
+        array per token of a word."""
         h = [self._weighted(taps[q][c], c) for q in range(self.tiling.p)]
         return [z + self.w[c][self.tiling.width] for z in h] if self.tiling.bias else h
 
     def activated(self, h):
-        """Computes the activation and its derivative (None stands for 1)."""
+        """Returns the activation and its derivative at h (None stands for a derivative of 1)."""
         if not self.tiling.silu:
             return h, None
         u = 2.0 / (1.0 + jnp.exp(-2.0 * h))
         return h * u, u * (1.0 + h * (2.0 - u))
 
     def with_products(self, totals, taps, c, dh):
-        """Adds these tokens' terms to the gradients of w and bias."""
+        """Returns `totals`, the gradients of w and bias so far, with these tokens' terms added. dh:
+        the gradient of the filter's output, column c, one array per token of a word."""
         tiling, totals = self.tiling, list(totals)
         for q in range(tiling.p):
             for lag in range(tiling.width):
@@ -285,18 +297,18 @@ class Group:
         return totals
 
     def write_dx(self, ref, dz, room, row) -> None:
-        """Computes and writes dx_t = sum_j w_{I-1-j} dz_{t+j}."""
+        """Computes dx_t = sum_j w_{I-1-j} dz_{t+j} and writes it to the output block `ref`."""
         later = self._shifted(dz, row, 1, self._marked(room, row))
         for c in range(self.tiling.group):
             parts = [self._weighted(later[q][c], c) for q in range(self.tiling.p)]
             self.write(ref, c, row, parts)
 
     def inverse_norms(self, a):
-        """Computes r = (sum a^2 + eps)^(-1/2) per head, in the layout of `head_sums`."""
+        """Computes r = (sum a^2 + eps)^(-1/2) over each head, repeated for each of its channels."""
         return [[lax.rsqrt(s + self.tiling.eps) for s in sums] for sums in self.head_sums(a, a)]
 
     def head_sums(self, x, y):
-        """Sums x y over each head, repeated for each of its channels, as [part][column]."""
+        """Sums x y over each head, repeated for its channels, as [token of a word][column]."""
         tiling = self.tiling
         products = [[z * s for z, s in zip(*columns)] for columns in zip(x, y)]
         if tiling.K % LANES == 0:

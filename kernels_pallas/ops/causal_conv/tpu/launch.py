@@ -47,7 +47,8 @@ SIZES = {"chunk_size": 512, "width": 512}
 
 
 def unsupported_reason(x_BTD, w, bias, initial_state, start_BT, finish) -> str | None:
-    """Returns None if the kernel can run this call, else the reason."""
+    """Returns None if the TPU kernels can run this call, else the reason. start_BT: where documents
+    start. finish: options of the activation and the norm."""
     for name, array in (("x", x_BTD), ("w", w)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('shifted' takes all)"
@@ -69,7 +70,8 @@ def unsupported_reason(x_BTD, w, bias, initial_state, start_BT, finish) -> str |
 
 
 def run(x_BTD, w, bias, initial_state, start_BT, finish):
-    """Runs the kernels, with the contract of `reference.recurrent`."""
+    """Computes the convolution by the TPU kernels; returns y and the tail (the last inputs).
+    start_BT: where documents start. finish: options of the activation and the norm."""
     tiling = Tiling.of(x_BTD, w, bias, start_BT, finish)
     if bias is not None:
         w = jnp.concatenate([w.astype(jnp.float32), bias.astype(jnp.float32)[None]])
@@ -79,11 +81,8 @@ def run(x_BTD, w, bias, initial_state, start_BT, finish):
 
 
 def _forward(static, start_BT, x_BTD, w, initial_state):
-    """Returns ((y, the tail), no residuals).
-
-    static: the tiling and the `reference.Finish`. w: float32, with the bias below the taps, both
-      halved for silu.
-    """
+    """Returns ((y, the tail of the inputs), no residuals). static: the tiling and the
+    `reference.Finish`. w: float32, with the bias below the taps, both halved for silu."""
     tiling, _ = static
     (y_BTD,) = _launch(
         tiling,
@@ -143,21 +142,22 @@ _conv = kernel_vjp.differentiable(_forward, _backward, _plain, save=False)  # ch
 
 
 def _inputs(x_BTD, w, initial_state):
-    """Returns the first inputs of both kernels, each with the kind of its block."""
+    """Returns (array, kind of its block) pairs of the inputs that both kernels read first."""
     missing = HALO - initial_state.shape[1]
     initial_BSD = jnp.pad(initial_state, ((0, 0), (missing, 0), (0, 0)))
     return (x_BTD, "time"), (x_BTD, "before"), (initial_BSD, "initial"), (w, "w")
 
 
 def _marks(tiling, start_BT, dtype):
-    """Returns `age` and `room` of the module's docstring, (B, T, LANES); [] without documents."""
+    """Returns `age` and `room` of the module's docstring, (B, T, LANES), as (array, "mark") pairs.
+    Without documents it returns []."""
     if start_BT is None:
         return []
     T = start_BT.shape[1]
 
     def counted(starts_at):
-        """Counts the neighbours, nearest first, until `starts_at(j)` says that a document starts
-        between a token and the one j from it."""
+        """Counts a token's neighbours in its document, nearest first, at most width - 1. starts_at:
+        takes j to whether a document starts between a token and the one j away."""
         count_BT, going_BT = jnp.zeros(start_BT.shape, dtype), True
         for j in range(1, tiling.width):
             going_BT = going_BT & ~starts_at(j)
@@ -171,7 +171,8 @@ def _marks(tiling, start_BT, dtype):
 
 
 def _initial_gradient(tiling, dz_BSD, w, start_BT):
-    """Computes the initial state's gradient from dz of the first HALO tokens."""
+    """Computes the initial state's gradient (B, I-1, D). dz_BSD: gradient of the filter's output at
+    the first HALO tokens."""
     n = tiling.width - 1
     if start_BT is not None:
         start_BS = jnp.pad(start_BT, ((0, 0), (0, HALO)))[:, :HALO]
@@ -187,11 +188,11 @@ def _initial_gradient(tiling, dz_BSD, w, start_BT):
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes of one call and of its blocks.
+    """Sizes of one convolution on a TPU and of its blocks.
 
-    width: taps. packed: documents are marked. K: channels per head of the norm, or None.
-    p: tokens that share a word of 32 bits. C, d: tokens and channels of a block.
-    group: columns of LANES channels that hold whole heads, and are worked on together.
+    width: taps. packed: whether documents are marked. K: channels per head of the norm, or None.
+    p: tokens per 32-bit word. C, d: tokens and channels of a block.
+    group: columns of LANES channels that together hold whole heads, and are computed together.
     """
 
     B: int
@@ -235,7 +236,7 @@ class Tiling:
 
     @property
     def rows(self):
-        """Returns the rows of words in a block."""
+        """Returns the rows of 32-bit words in a block."""
         return self.C // self.p
 
     @property
@@ -244,8 +245,8 @@ class Tiling:
 
     @property
     def vmem_bytes(self):
-        """Estimates the backward kernel's VMEM: blocks, double-buffered; columns; what is in memory
-        for the whole grid; spilled registers."""
+        """Estimates the backward kernel's VMEM. It adds double-buffered blocks, scratch, what stays
+        for the whole grid, and spilled registers."""
         item = 4 // self.p
         blocks = item * (3 * self.C * self.d + 2 * HALO * self.d + 2 * self.C * LANES)
         blocks += 4 * self.all_channels * (HALO + pl.cdiv(self.width + 1, ROWS) * ROWS)
@@ -253,7 +254,8 @@ class Tiling:
         return 2 * blocks + columns + 4 * HALO * self.all_channels + (1 << 20)
 
     def spec(self, kind: str, array, backward: bool):
-        """Returns an array's block spec. backward: the grid begins at the last chunk."""
+        """Returns the block spec of an array. kind: what its block holds, "time" for its own
+        tokens, "before" for those before. backward: whether the grid begins at the last chunk."""
 
         def chunk(t):
             return self.chunks - 1 - t if backward else t
@@ -274,8 +276,9 @@ class Tiling:
 
 
 def _launch(tiling: Tiling, kernel, inputs, outputs, columns):
-    """Launches a kernel. inputs, outputs: (array or shape, what its block holds).
+    """Launches the forward or backward kernel and returns a list of its outputs.
 
+    inputs, outputs: (array or shape, kind of its block in `Tiling.spec`) pairs.
     columns: rows of each scratch array.
     """
     backward = kernel is kernels.backward

@@ -1,4 +1,4 @@
-"""Triton kernels of `delta_rule`: the implementation, and which calls it refuses."""
+"""Triton kernels of `delta_rule`: `run`, and `unsupported_reason` for calls it refuses."""
 
 from kernels_pallas.ops.delta_rule.gpu.launch import run, unsupported_reason
 

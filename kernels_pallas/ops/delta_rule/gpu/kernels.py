@@ -23,7 +23,7 @@ from kernels_pallas.gpu.blocks import (
 
 @triton.jit
 def _inverse(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """Inverts I + A for A (C, C) strictly lower triangular, C = 16 * 2^LEVELS."""
+    """Computes (I + A)^-1 for A (C, C) strictly lower triangular, C = 16 * 2^LEVELS."""
     M: tl.constexpr = C // 16
     block = tl.arange(0, M)
     same = (block[:, None] == block[None, :])[:, None, :, None]
@@ -58,9 +58,10 @@ def inverses(
     BG: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Writes (I + A)^-1 of one chunk, (B, H, N, C, C).
+    """Triton kernel: computes (I + A)^-1 of one chunk, stored as out (B, H, N, C, C).
 
-    scores: k k^T * D below the diagonal, where the decay is per channel.
+    scores: k k^T * D below the diagonal, if decay is per channel. EXACT: in float64, stored as two
+      float32 terms (B, H, N, 2, C, C).
     """
     n = tl.program_id(0)
     bh, key, value, gate = head(T, XH, H, GH)
@@ -88,7 +89,8 @@ def inverses(
 
 @triton.jit
 def _load_inverse(X, at, C: tl.constexpr, EXACT: tl.constexpr):
-    """Loads the result of `inverses`; EXACT: in float64, from its two float32 terms."""
+    """Loads the inverse (C, C) that `inverses` stored for chunk `at` = (b * H + h) * N + n. EXACT:
+    as float64, the sum of its two float32 terms."""
     if EXACT:
         X += at * 2 * C * C
         X_CC = load_tile(X, C, 0, C, 0, C, C, C).to(tl.float64)
@@ -105,7 +107,8 @@ def writes(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes U, the states that enter the chunks, and the final state. BK is all of K."""
+    """Triton kernel: computes U, the states that enter the chunks (out), and the final state. X:
+    the inverses. A program walks all chunks for one block of V of one head; BK covers all of K."""
     v0 = tl.program_id(0) * BV
     bh, key, value, gate = head(T, XH, H, GH)
     N = tl.cdiv(T, C)
@@ -149,9 +152,12 @@ def gradients_of_writes(
     V: tl.constexpr, GK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dR = (I + A)^-T dU, where (I + A) U = R, and the cotangents of states.
+    """Triton kernel: computes dR = (I + A)^-T dU, for (I + A) U = R, and the states' cotangents.
 
-    BK is all of K. du: the part of dU that comes from the outputs of its own chunk.
+    du: the part of dU through the outputs of U's own chunk. X: the inverses of I + A.
+    out: cotangents of the states that leave the chunks. dfinal, dstart: of the final and initial
+      state.
+    A program walks the chunks in reverse for one block of V of one head; BK covers all of K.
     """
     v0 = tl.program_id(0) * BV
     bh, key, value, gate = head(T, XH, H, GH)

@@ -34,7 +34,7 @@ SHARED_WORDS = {
 def unsupported_reason(
     *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
 ):
-    """Returns None if the kernels can run this call, else the reason."""
+    """Returns None if the Triton kernels can run this call, else the reason."""
     if chunk_size is not None and chunk_size > 64:
         return f"chunk_size goes to 64; got {chunk_size}"
     if reason := recurrences.unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
@@ -44,7 +44,8 @@ def unsupported_reason(
 
 
 def _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size):
-    """Returns the call's form, with the given chunk, or the longest usual one that fits memory."""
+    """Returns the sizes and precision of a call. chunk_size: tokens per chunk; None is the longest
+    of up to `CHUNK_SIZE` that fits shared memory."""
     arrays = q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK
     form = recurrences.TritonForm.of("delta_rule", *arrays, chunk_size, 64)
     if chunk_size is None:
@@ -62,7 +63,8 @@ def run(
     q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
     chunk_size, scale,
 ):  # fmt: skip
-    """Runs the kernels. Arguments are normalised by `api.py`; the scale is a number."""
+    """Computes the delta rule by the Triton kernels, for arguments normalised by `api.py`. Returns
+    o (B, T, H, V) and the final state (B, H, K, V)."""
     arrays = q_BTGK, k_BTGK, v_BTHV
     form = _form_of(*arrays, log_decay_BTHK, chunk_size)
     exact = not form.per_channel and form.dtype == "float32"
@@ -161,14 +163,17 @@ def _precision(form, exact):
 
 
 def _states_of(form):
-    """Returns shape and dtype of the states at chunk boundaries, and of one state."""
+    """Returns (shape after B, dtype) of the states at chunk boundaries, and of the final state."""
     shape = form.K, form.V
     return ((form.H, form.N, *shape), jnp.float32), ((form.H, *shape), jnp.float32)
 
 
 def _writes(form, exact, k_BTGK, v_BTHV, beta_BTH, g_BTHK, start_BHKV):
-    """Computes the scores of keys with keys (None with a decay per token), the inverses, U, the
-    states that enter the chunks, and the final one."""
+    """Computes U, what the tokens write to the state, and returns it with all it was computed from.
+
+    These are the decayed scores of keys with keys (None unless decay is per channel), the inverses
+    of I + A per chunk, U (B, T, H, V), the states that enter the chunks, and the final state.
+    """
     kk = recurrences.scores(form, k_BTGK, k_BTGK, g_BTHK, strict=True)
     parts = (2,) if exact else ()  # float64 as two float32 terms
     (X_BHNCC,) = recurrences.run_kernel(

@@ -1,4 +1,4 @@
-"""TPU kernels of `delta_rule`: the implementation, and which calls it refuses."""
+"""TPU kernels of `delta_rule`: `run`, and `unsupported_reason` for calls it refuses."""
 
 from kernels_pallas.ops.delta_rule.tpu.launch import run, unsupported_reason
 

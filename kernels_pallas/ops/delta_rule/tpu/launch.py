@@ -27,7 +27,8 @@ def run(
     q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale,
     chunk_size=None,
 ):  # fmt: skip
-    """Runs the kernels. Arguments are normalised by `api.py`; results are those of the operator."""
+    """Computes the delta rule by the TPU kernels, for arguments normalised by `api.py`. Returns o
+    (B, T, H, V) and the final state (B, H, K, V)."""
     tiling = tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale)
     g_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, jnp.float32, tiling.H)
     q, k, v, state = vjp.flat_inputs(tiling, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV)
@@ -41,7 +42,8 @@ def run(
 
 
 def _gate_rows(gates, tiling):
-    """Arranges gates (B, T, H) as (B, groups, chunks, gates * heads, C): tokens in the lanes."""
+    """Arranges gates, arrays (B, T, H) of beta and perhaps log decay, with tokens along the lanes.
+    Returns (B, grid steps per chunk, chunks, gates * heads of a step, C)."""
 
     def one(x_BTH):
         x = vjp.pad_tokens(x_BTH.astype(jnp.float32), tiling)
@@ -65,7 +67,8 @@ def _plain(tiling, _, q, k, v, gates, g, S_BHKV):
 
 
 def _specs(tiling: Tiling, backward: bool):
-    """Returns block specs by kind of block. Grid: rows, groups of heads, chunks (or reversed)."""
+    """Returns the kernels' block specs by kind of block, such as "key" or "states". Grid: rows of
+    the batch, groups of heads, chunks (backward: from the last)."""
     C, heads, keys = tiling.C, tiling.heads, tiling.keys
     last = tiling.chunks - 1
     at = (lambda n: last - n) if backward else (lambda n: n)
@@ -86,8 +89,8 @@ def _specs(tiling: Tiling, backward: bool):
 
 
 def _launch(tiling: Tiling, kernel, inputs, outputs):
-    """Launches a kernel over (kind of block, array) inputs and (kind, shape and dtype) outputs,
-    either None where the call has none."""
+    """Launches the forward or backward kernel and returns its outputs. inputs, outputs: (kind of
+    block in `_specs`, array or shape and dtype) pairs; those of None are left out."""
     specs = _specs(tiling, kernel is _backward_kernel)
     return tpu_tiling.launch(
         functools.partial(kernel, tiling),
@@ -100,7 +103,8 @@ def _launch(tiling: Tiling, kernel, inputs, outputs):
 
 
 def _forward(tiling: Tiling, keep: bool, q, k, v, gates, g, S_BHKV):
-    """Launches the forward kernel. keep: also return the states that enter the chunks."""
+    """Launches the forward kernel; returns o and the final state. keep: also returns the states
+    that enter the chunks, for the backward pass."""
     inputs = [("key", q), ("key", k), ("value", v), ("gates", gates), ("state", S_BHKV)]
     B, H, K, V = S_BHKV.shape
     states = jax.ShapeDtypeStruct((B, tiling.chunks, H, K, V), jnp.float32) if keep else None
@@ -130,7 +134,7 @@ _run = vjp.differentiable(_forward, _backward, _plain)
 
 
 def _algebra(tiling):
-    """Returns the module with the algebra of a chunk."""
+    """Returns the module with the equations of one chunk for the call's decay."""
     return per_channel if tiling.per_channel else per_token
 
 

@@ -22,16 +22,18 @@ from kernels_pallas.tpu.primitives import Products, column_of, iota, lower, row_
 
 
 class Gates(NamedTuple):
-    """The gates of one head: beta and log decay."""
+    """Fields of one head's gates in a chunk: beta (C, 1) and the log decay per channel (C, K)."""
 
     beta_C1: jnp.ndarray
     g_CK: jnp.ndarray
 
 
 class Chunk(NamedTuple):
-    """Arrays of the forward pass that the backward pass reads again, as in `per_token.Chunk`.
+    """Arrays of a chunk's forward pass that its backward pass reads again, for one head.
 
-    levels: E_CK of each.
+    levels: per level of halving, the decay E (C, K) between a token and the middle of its block.
+    kk_CC: k D k^T. A_rest_CC: A's rounding error, in `exact` calls. X_CC: (I + A)^-1.
+    read_CV: v - (k exp(g_cumsum)) S, so that R = beta * read.
     """
 
     levels: list[jnp.ndarray]
@@ -47,14 +49,15 @@ class Chunk(NamedTuple):
 
 
 def gates_of(p: Products, heads: int, rows_RC, g_CHK) -> list[Gates]:
-    """Splits beta (a row per head) and g (heads side by side) into each head's Gates."""
+    """Returns the Gates of every head of a grid step. rows_RC: beta, one row per head. g_CHK: log
+    decay (C, heads * K), heads side by side."""
     columns_CR = rows_RC.T
     K = g_CHK.shape[1] // heads
     return [Gates(columns_CR[:, h : h + 1], g_CHK[:, h * K : (h + 1) * K]) for h in range(heads)]
 
 
 def _parting(C, rows=1, columns=1):
-    """Returns i xor j, whose highest bit is the halving level that separates i and j, tiled."""
+    """Returns i xor j, whose highest bit is the halving level that separates tokens i and j."""
     shape = (rows * C, columns * C)
     return (iota(shape, 0) % C) ^ (iota(shape, 1) % C)
 
@@ -91,12 +94,13 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
 
 
 def _state(p, x, y, axes=(1, 0)):
-    """Multiplies what carries a state from chunk to chunk: rounded once if the call is `exact`."""
+    """Multiplies x and y, which carry a state across chunks: with one rounding if `p.exact`."""
     return p.state(x, y, axes) if p.exact else p.dot(x, y, axes)
 
 
 def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
-    """Returns o and the state S' that leaves. A generator, for `primitives.in_turns`."""
+    """Computes one head's o (C, V) and the state S' (K, V) that leaves the chunk. S_KV: the state
+    that enters the chunk. A generator, for `primitives.in_turns`."""
     q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     C = k_CK.shape[0]
@@ -113,8 +117,8 @@ def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
 
 
 def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS_KV):
-    """Returns the ChunkGradients, given do and the cotangent dS' of the state that leaves. A
-    generator, for `primitives.in_turns`."""
+    """Computes one head's ChunkGradients from do and the cotangent dS' of the state that leaves.
+    S_KV: the state that enters the chunk. A generator, for `primitives.in_turns`."""
     q_CK, k_CK = q_CK.astype(jnp.float32), k_CK.astype(jnp.float32)
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     C = k_CK.shape[0]

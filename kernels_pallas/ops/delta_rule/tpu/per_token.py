@@ -21,7 +21,7 @@ from kernels_pallas.tpu.primitives import Products, lower, row_of, row_sums
 
 
 class Gates(NamedTuple):
-    """The gates of one head: beta, and its decays; without a decay these are None."""
+    """Fields of one head's gates in a chunk: beta, and its decays (None if there is no decay)."""
 
     beta_C1: jnp.ndarray
     D_CC: jnp.ndarray | None = None
@@ -31,10 +31,10 @@ class Gates(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Arrays of the forward pass that the backward pass reads again.
+    """Arrays of a chunk's forward pass that its backward pass reads again, for one head.
 
-    A_rest_CC: A's rounding error, in `exact` calls. X_CC: (I + A)^-1. read_CV: v - what k
-      reads of the entering state, so that R = beta * read.
+    qk_CC, kk_CC: q k^T, k k^T. A_rest_CC: A's rounding error, in `exact` calls. X_CC: (I + A)^-1.
+    kS_CV: exp(g_cumsum) k S. read_CV: v - kS, so that R = beta * read.
     """
 
     qk_CC: jnp.ndarray
@@ -49,7 +49,10 @@ class Chunk(NamedTuple):
 
 
 class ChunkGradients(NamedTuple):
-    """Gradients of one head of a chunk. dS: of the entering state. dg: None without a decay."""
+    """Fields are the gradients of one head's inputs in a chunk.
+
+    dg: of log decay, None if there is none. dS_KV: of the state that enters the chunk.
+    """
 
     dq_CK: jnp.ndarray
     dk_CK: jnp.ndarray
@@ -60,10 +63,8 @@ class ChunkGradients(NamedTuple):
 
 
 def gates_of(p: Products, heads: int, rows_RC, g_CHK=None) -> list[Gates]:
-    """Computes the Gates of every head.
-
-    rows_RC: beta of each head, then the log decay of each where there is one.
-    """
+    """Computes the Gates of every head of a grid step. rows_RC: a row per head of beta, then, with
+    a decay per token, of log decay."""
     C = rows_RC.shape[1]
     if rows_RC.shape[0] == heads:
         columns_CR = rows_RC.T
@@ -119,8 +120,11 @@ def _chunk(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV) -> Generato
 
 
 def solve(p, A_CC, A_rest_CC, X_CC, R_CV, axis):
-    """Computes (I + A)^-1 R, or with axis 0 (I + A)^-T R. With A_rest it corrects the result once
-    by its residual (docs/math/delta_rule.md, "Compensated products")."""
+    """Computes (I + A)^-1 R, or with axis 0 (I + A)^-T R.
+
+    X_CC: the inverse. A_rest_CC: A's rounding error or None; if given, the result is corrected once
+      by its residual (docs/math/delta_rule.md, "Compensated products").
+    """
     axes = (axis, 0)
     U_CV = p.precise(X_CC, R_CV, axes)
     if A_rest_CC is None:
@@ -137,7 +141,8 @@ def solve(p, A_CC, A_rest_CC, X_CC, R_CV, axis):
 
 
 def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
-    """Returns o and the state S' that leaves. A generator, for `primitives.in_turns`."""
+    """Computes one head's o (C, V) and the state S' (K, V) that leaves the chunk. S_KV: the state
+    that enters the chunk. A generator, for `primitives.in_turns`."""
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     # S' = exp(g_total) S + k^T (exp(g_reversed) U)
     local_KV = p.state(k_CK, _times(c.U_CV, gates.exp_g_reversed_C1), (0, 0))
@@ -152,8 +157,8 @@ def forward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV):
 
 
 def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS_KV):
-    """Returns the ChunkGradients, given do and the cotangent dS' of the state that leaves. A
-    generator, for `primitives.in_turns`."""
+    """Computes one head's ChunkGradients from do and the cotangent dS' of the state that leaves.
+    S_KV: the state that enters the chunk. A generator, for `primitives.in_turns`."""
     C = k_CK.shape[0]
     c = yield from _chunk(p, gates, scale, q_CK, k_CK, v_CV, S_KV)
     beta_C1, D_CC, exp_g_cumsum_C1, exp_g_reversed_C1, exp_g_total_11 = gates
@@ -211,7 +216,8 @@ def backward(p: Products, gates: Gates, scale, q_CK, k_CK, v_CV, S_KV, do_CV, dS
 
 
 def _decay_gradient(p, pairs_CC, dg_cumsum_C1, dg_reversed_C1):
-    """Sums dg_s over pairs j < s <= i, g_cumsum_i with i >= s, and g_reversed_j with j < s."""
+    """Computes dg_s (1, C) of a chunk from cotangents of sums of log decay, but for g_total's. It
+    sums dD_ij D_ij (pairs_CC) of j < s <= i, dg_cumsum_i of i >= s, dg_reversed_j of j < s."""
     C = pairs_CC.shape[0]
     between_CC = p.dot(pairs_CC, p.ones(~lower(C))) + dg_cumsum_C1
     return jnp.sum(jnp.where(lower(C), between_CC, dg_reversed_C1), axis=0, keepdims=True)

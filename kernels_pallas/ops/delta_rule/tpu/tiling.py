@@ -19,7 +19,7 @@ FLOAT32_HEADS = 2  # float32 is there to be exact: a smaller kernel compiles soo
 
 
 class Tiling(RecurrenceTiling):
-    """Sizes and blocks of a delta-rule call, as `RecurrenceTiling`."""
+    """Sizes of one delta-rule call on a TPU: chunk length, heads per grid step, padded K and V."""
 
     OPERATOR = "delta_rule"
     OWN_KEYS = EXACT = True

@@ -1,4 +1,4 @@
-"""Triton kernels of `diagonal_scan`: the implementation, and which calls it refuses."""
+"""Triton kernels of `diagonal_scan`: `run`, and `unsupported_reason` for calls it refuses."""
 
 from kernels_pallas.ops.diagonal_scan.gpu.launch import run, unsupported_reason
 

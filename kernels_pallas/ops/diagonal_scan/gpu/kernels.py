@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def _program(T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
-    """Returns this program's chunk and channels, and the offsets of both in arrays over tokens (at
-    the row's first token) and over chunks."""
+    """Returns this program's chunk n and channels d, and their offsets in two kinds of arrays. The
+    offsets are those of the batch row's first token in (B, T, D), and of the chunk in (B, N, D)."""
     blocks = tl.cdiv(D, BD)
     n = tl.program_id(0) // blocks + tl.full((BD,), 0, tl.int32)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
@@ -26,8 +26,8 @@ def maps(
     T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the map h -> product h + local of one chunk, where h' = a h + x, or with ADJOINT
-    h' = a (h + x)."""
+    """Triton kernel: computes the map h -> product h + local that one chunk applies to a state. A
+    token's map is h' = a h + x, or with ADJOINT h' = a (h + x)."""
     n, d, at, at_chunk = _program(T, D, C, BD)
     A = tl.full((BD,), 1.0, tl.float32)
     h = tl.full((BD,), 0.0, tl.float32)
@@ -52,8 +52,8 @@ def carry(
     product, local, initial, entering, final,
     T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the state that enters each of T chunks, from their maps, and the final state; one
-    program goes through all chunks."""
+    """Triton kernel: computes the states that enter T chunks, and the final one, from their maps.
+    One program goes through all chunks of BD channels."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     b = tl.program_id(1).to(tl.int64)
     h = tl.load(initial + b * D + d, mask=d < D, other=0.0)
@@ -74,7 +74,7 @@ def scan(
     x, decay, entering, out,
     T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Writes h_t = a_t h_{t-1} + x_t of one chunk."""
+    """Triton kernel: computes h_t = a_t h_{t-1} + x_t of one chunk from its entering state."""
     n, d, at, at_chunk = _program(T, D, C, BD)
     h = tl.load(entering + at_chunk, mask=d < D, other=0.0)
     for step in range(C):
@@ -93,8 +93,11 @@ def gradients(
     g, decay, h, initial, entering, dx, ddecay,
     T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx_t = l_t and da_t = l_t h_{t-1} of one chunk, with l_t = g_t + c_t and c_{t-1} = a_t
-    l_t. REVERSE is that of the forward scan."""
+    """Triton kernel: computes dx_t = l_t and da_t = l_t h_{t-1} of one chunk.
+
+    Here l_t = g_t + c_t and c_{t-1} = a_t l_t; g is the gradient of h, and c begins as `entering`.
+    initial: the state before the first token. REVERSE is that of the forward scan.
+    """
     n, d, at, at_chunk = _program(T, D, C, BD)
     b = tl.program_id(1).to(tl.int64)
     c = tl.load(entering + at_chunk, mask=d < D, other=0.0)

@@ -20,7 +20,7 @@ TILES = {"C": 64, "BD": 128, "num_warps": 4, "num_stages": 2}
 
 
 def unsupported_reason(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
-    """Returns None if the kernels can run this call, else the reason."""
+    """Returns None if the Triton kernels can run this call, else the reason."""
     for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype}; it takes float32 and bfloat16 ('chunked' takes all)"
@@ -33,7 +33,8 @@ def unsupported_reason(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str
 
 
 def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
-    """Runs h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
+    """Computes h_t = decay_t * h_{t-1} + x_t by the Triton kernels; returns h and the final state.
+    Arguments are normalised by `api.py`. reverse: whether h_t comes from h_{t+1} instead."""
     h_BTD, final_BD = _scan(
         reverse,
         None,
@@ -82,7 +83,8 @@ _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 def _entering(x_BTD, decay_BTD, initial_BD, reverse, adjoint=False):
-    """Computes the state that enters each chunk, and the final state."""
+    """Computes the states that enter the chunks (B, N, D), and the final state (B, D). adjoint: for
+    the backward pass's h' = a (h + x) instead of h' = a h + x."""
     B, T, D = x_BTD.shape
     shape_BND = B, -(-T // _tiles(D)["C"]), D
     product_BND, local_BND = _launch(
@@ -107,8 +109,8 @@ def _states(x_BTD, decay_BTD, entering_BND, reverse, dtype):
 
 
 def _tiles(D):
-    """Returns chunk length, channels per program, warps and stages, equal for all kernels, as they
-    exchange data per chunk."""
+    """Returns chunk length, channels per program, warps and stages, from `tuned.json` or `TILES`.
+    All kernels take the same, as they exchange data per chunk."""
     tiles = tuning.lookup(TILES, "diagonal_scan", "triton", str(D))
     return tiles | {"BD": min(tiles["BD"], launch.power_of_two(D))}
 

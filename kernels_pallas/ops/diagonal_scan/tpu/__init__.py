@@ -1,4 +1,4 @@
-"""TPU kernels of `diagonal_scan`: the implementation, and which calls it refuses."""
+"""TPU kernels of `diagonal_scan`: `run`, and `unsupported_reason` for calls it refuses."""
 
 from kernels_pallas.ops.diagonal_scan.tpu.launch import run, unsupported_reason
 

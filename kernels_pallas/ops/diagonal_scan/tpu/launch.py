@@ -50,7 +50,7 @@ GAP = 4  # rows between runs
 
 
 def unsupported_reason(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str | None:
-    """Returns None if the kernel can run this call, else the reason."""
+    """Returns None if the TPU kernels can run this call, else the reason."""
     for name, array in (("x", x_BTD), ("decay", decay_BTD), ("initial_state", initial_state_BD)):
         if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.complex64):
             return (
@@ -61,7 +61,8 @@ def unsupported_reason(x_BTD, decay_BTD, initial_state_BD, reverse=False) -> str
 
 
 def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
-    """Runs h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
+    """Computes h_t = decay_t * h_{t-1} + x_t by the TPU kernels; returns h and the final state.
+    Arguments are normalised by `api.py`. reverse: whether h_t comes from h_{t+1} instead."""
     if not jnp.iscomplexobj(decay_BTD):
         planes = (x_BTD,), (decay_BTD,), (initial_state_BD,)
         (h_BTD,), (final_BD,) = _scan(reverse, None, *planes)
@@ -72,10 +73,8 @@ def run(x_BTD, decay_BTD, initial_state_BD, reverse=False):
 
 
 def _forward(reverse, _, x, decay, initial):
-    """Returns (h in x's dtype, the final state), and the states that enter the chunks.
-
-    All are tuples of planes: x and decay (B, T, D), initial (B, D).
-    """
+    """Returns ((h in x's dtype, the final state), the states that enter the chunks). All are tuples
+    of planes (real, and imaginary if complex): x and decay (B, T, D), initial (B, D)."""
     tiling = _Tiling.of(x, reverse)
     P, states = tiling.planes, [z[:, None, None] for z in initial]
     outputs = _launch(
@@ -115,10 +114,8 @@ _scan = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """Sizes of one call and of its blocks: b rows of the batch, C tokens, d channels.
-
-    reverse: h_t comes from h_{t+1}.
-    """
+    """Sizes of one call on a TPU and of its blocks: b rows of the batch, C tokens, d channels.
+    planes: 1 for real numbers, 2 for complex ones. reverse: whether h_t comes from h_{t+1}."""
 
     B: int
     T: int
@@ -131,8 +128,8 @@ class _Tiling:
 
     @classmethod
     def of(cls, x, reverse):
-        """Cuts a call into blocks of up to `width` registers: the channels that waste least, then
-        as many rows of the batch as fit."""
+        """Returns the tiling of a call, with blocks of up to the tuned `width` registers. It takes
+        the channels that waste least, then as many rows of the batch as fit."""
         (B, T, D), planes = x[0].shape, len(x)
         kind = f"{D} {'real' if planes == 1 else 'complex'}"
         sizes = tuning.lookup(SIZES, "diagonal_scan", "pallas_tpu", str(x[0].dtype), kind)
@@ -160,11 +157,8 @@ class _Tiling:
         return self.C // RUNS
 
     def spec(self, kind: str, from_last: bool):
-        """Returns the block spec of an array over time ("t"), of every chunk's state ("n"), or of
-        one state ("s").
-
-        from_last: the grid begins at the last chunk.
-        """
+        """Returns the block spec of an array: over time ("t"), of every chunk's state ("n"), or of
+        one state ("s"). from_last: whether the grid begins at the last chunk."""
 
         def chunk(n):
             return self.chunks - 1 - n if from_last else n
@@ -177,14 +171,15 @@ class _Tiling:
         )
 
     def shape(self, kind: str) -> tuple[int, ...]:
-        """Returns a whole array's shape, by the kinds of `spec`."""
+        """Returns the shape of a whole array of one of the kinds of `spec`."""
         if kind == "t":
             return self.B, self.T, self.D
         return self.B, self.chunks if kind == "n" else 1, 1, self.D
 
 
 def _launch(tiling: _Tiling, kernel, inputs, outputs):
-    """Launches a kernel over inputs, (array, kind) each, to outputs, (dtype, kind) each."""
+    """Launches the forward or backward kernel and returns a list of its outputs. inputs, outputs:
+    (array, kind) and (dtype, kind) pairs, with the kinds of `_Tiling.spec`."""
     backward = kernel is _backward_kernel
     from_last = tiling.reverse != backward
     # Columns: a state, a map per run (A and b), and two blocks; backward also those of h.
@@ -227,10 +222,10 @@ def _forward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 
 def _states(walk, decay, x, A, b, state):
-    """Writes every h of a chunk in place of x.
+    """Computes every h of a chunk, written in place of x; all are references to scratch arrays.
 
-    `state`, which enters, is replaced by the state that leaves; afterwards A holds the states that
-    enter the runs.
+    `state` holds the state that enters the chunk, then the one that leaves it. Afterwards A holds
+    the states that enter the 8 runs of consecutive tokens.
     """
     zero, one = _constants(walk.tiling.planes)
 
@@ -303,10 +298,8 @@ def _backward_kernel(tiling: _Tiling, from_last: bool, *refs):
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Steps through the 8 runs of a chunk, all at once.
-
-    from_last: whether chunks, runs and tokens are reversed. chunk: its number in that order.
-    """
+    """Steps through a chunk's 8 runs of consecutive tokens, all runs at once. from_last: whether
+    chunks, runs and tokens come in reverse. chunk: its number in that order."""
 
     tiling: _Tiling
     from_last: bool
@@ -319,11 +312,11 @@ class _Walk:
         return pl.ds(self._token(i), RUNS, stride=self.tiling.run + GAP)
 
     def read(self, refs, i):
-        """Reads the i-th token of every run, in the order of the walk."""
+        """Reads the i-th token of each of a chunk's 8 runs, in the order of the walk."""
         return tuple(ref[:, self._rows(i), :] for ref in refs)
 
     def tokens(self, refs, i, otherwise):
-        """Reads as `read`, with `otherwise` for padding after the last token."""
+        """Reads the i-th token of each of a chunk's 8 runs; `otherwise` for padding beyond T."""
         found = self.read(refs, i)
         tiling = self.tiling
         if tiling.T % tiling.C == 0:
@@ -338,8 +331,8 @@ class _Walk:
             ref[:, self._rows(i), :] = z
 
     def entering(self, extend, A, b, state):
-        """Returns the states that enter the runs (steps 1 and 2 of the module's docstring), and
-        stores them in A."""
+        """Returns the states that enter a chunk's 8 runs of tokens, and stores them in A. extend:
+        adds i-th tokens to the runs' maps (A, b). state: enters, then leaves the chunk."""
         zero, one = (
             tuple(jnp.full(A[0].shape, z) for z in c) for c in _constants(self.tiling.planes)
         )
@@ -368,8 +361,8 @@ def _grouped(refs, planes: int):
 
 
 def _to_columns(columns, blocks) -> None:
-    """Copies blocks (b, rows, d) to columns (b * d / LANES, rows, LANES), in float32, with gaps
-    between runs."""
+    """Copies blocks (b, rows, d) to scratch arrays (b * d / LANES, rows, LANES), in float32. There,
+    GAP unused rows lie between a chunk's 8 runs of tokens."""
     for to, source in zip(columns, blocks):
         for row, lanes, column in _places(source.shape):
             for here, there in _runs(source.shape[1]):
@@ -384,7 +377,7 @@ def _from_columns(blocks, columns) -> None:
 
 
 def _runs(rows: int):
-    """Lists (a run's rows in a block, their rows in a column); a state is one run of one row."""
+    """Lists per run of tokens (rows in a block, rows in a scratch array); one row is one run."""
     if rows == 1:
         return [(slice(0, 1), slice(0, 1))]
     run = rows // RUNS
@@ -393,7 +386,7 @@ def _runs(rows: int):
 
 
 def _places(shape):
-    """Yields (row of the batch, its lanes, column) for every column of a block."""
+    """Yields (row of the batch, lanes of the block, index in scratch) per 128 channels."""
     b, _, d = shape
     width = d // LANES
     for column in range(b * width):
@@ -417,7 +410,7 @@ def _times(x, y):
 
 
 def _applied(A, state):
-    """Computes A times a state; 0 where the state is 0, though A may have overflowed."""
+    """Computes A times a state; 0 where the state is 0, even if A has overflowed."""
     some = functools.reduce(jnp.logical_or, (z != 0.0 for z in state))
     return tuple(jnp.where(some, z, 0.0) for z in _times(A, state))
 

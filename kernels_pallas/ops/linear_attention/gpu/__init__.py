@@ -1,4 +1,4 @@
-"""Triton kernels of `linear_attention`: the implementation, and which calls it refuses."""
+"""Triton kernels of `linear_attention`: `run`, and `unsupported_reason` for calls it refuses."""
 
 from kernels_pallas.ops.linear_attention.gpu.launch import run, unsupported_reason
 

@@ -19,7 +19,7 @@ SHARED_WORDS = {"bfloat16": 224, "float32": 288}
 def unsupported_reason(
     *, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, chunk_size, **others
 ):
-    """Returns None if the kernels can run this call, else the reason."""
+    """Returns None if the Triton kernels can run this call, else the reason."""
     if reason := recurrences.unsupported_reason(q_BTGK, v_BTHV, initial_state_BHKV, chunk_size):
         return reason
     form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size=chunk_size)
@@ -35,7 +35,8 @@ def _form_of(*arrays, chunk_size):
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """Runs the kernels. Arguments are normalised by `api.py`."""
+    """Computes linear attention by the Triton kernels, for arguments normalised by `api.py`.
+    Returns o (B, T, H, V) and the final state (B, H, K, V)."""
     form = _form_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, chunk_size=chunk_size)
     g_BTHK = recurrences.with_resets(log_decay_BTHK, segment_ids_BT, v_BTHV)
     return _run((form, scale), None, q_BTGK, k_BTGK, v_BTHV, g_BTHK, initial_state_BHKV)

@@ -1,4 +1,4 @@
-"""TPU kernels of `linear_attention`: the implementation, and which calls it refuses."""
+"""TPU kernels of `linear_attention`: `run`, and `unsupported_reason` for calls it refuses."""
 
 from kernels_pallas.ops.linear_attention.tpu.launch import run, unsupported_reason
 

@@ -34,7 +34,8 @@ __all__ = ["run", "unsupported_reason"]
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """Runs the kernels. Arguments are normalised by `api.py`; results are those of the operator."""
+    """Computes linear attention by the TPU kernels, for arguments normalised by `api.py`. Returns o
+    (B, T, H, V) and the final state (B, H, K, V)."""
     tiling = tiling_of(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, chunk_size, scale)
     g_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, jnp.float32, tiling.H)
     q, k, v, state = vjp.flat_inputs(tiling, q_BTGK, k_BTGK, v_BTHV, initial_state_BHKV)
@@ -63,10 +64,10 @@ def _plain(tiling: Tiling, _, q, k, v, gates, state):
 
 
 def _specs(tiling: Tiling, backward: bool) -> dict[str, pl.BlockSpec]:
-    """Returns block specs by kind of block.
+    """Returns the kernels' block specs by kind of block, such as "key" or "states".
 
-    Grid: rows, groups of steps that share key heads, chunks (backward: from the last), the steps of
-    a group.
+    Grid: rows of the batch, groups of steps that share key heads, chunks (backward: from the last),
+      the steps of a group.
     """
     C, N, J = tiling.C, tiling.chunks, tiling.shared
 
@@ -74,11 +75,11 @@ def _specs(tiling: Tiling, backward: bool) -> dict[str, pl.BlockSpec]:
         return N - 1 - n if backward else n
 
     def first(b, x, n, j):
-        """Indexes blocks that are fetched before the first chunk only."""
+        """Indexes a block of the state that the walk over chunks starts from, fetched once."""
         return b, x * J + jnp.where(n == 0, j, J - 1), 0, 0
 
     def last(b, x, n, j):
-        """Indexes blocks that are written after the last chunk only."""
+        """Indexes a block of the state that the walk over chunks ends with, written once."""
         return b, x * J + jnp.where(n == N - 1, j, 0), 0, 0
 
     state = (tiling.heads, *tiling.state_shape)
@@ -98,8 +99,11 @@ def _specs(tiling: Tiling, backward: bool) -> dict[str, pl.BlockSpec]:
 
 
 def _launch(tiling: Tiling, name, kernel, inputs, outputs, scratch):
-    """Launches a kernel over (kind of block, array) inputs and (kind, shape and dtype) outputs,
-    either None where the decay has none. The constants of the chunk's algebra come in front."""
+    """Launches the kernel called `name`, "forward" or "backward", and returns its outputs.
+
+    inputs, outputs: (kind of block in `_specs`, array or shape and dtype) pairs; those of None are
+      left out. The constants of the chunk's equations come before the inputs.
+    """
     specs = _specs(tiling, name == "backward")
     constants = _algebra(tiling).constants(tiling, backward=name == "backward")
     fixed = [pl.BlockSpec(x.shape, lambda b, x, n, j, rank=x.ndim: (0,) * rank) for x in constants]
@@ -117,7 +121,8 @@ def _launch(tiling: Tiling, name, kernel, inputs, outputs, scratch):
 
 
 def _forward(tiling: Tiling, keep: bool, q, k, v, gates, state):
-    """Launches the forward kernel. keep: also return the states that enter the chunks."""
+    """Launches the forward kernel; returns o and the final state. keep: also returns the states
+    that enter the chunks, for the backward pass."""
     inputs = [("key", q), ("key", k), ("value", v), ("gates", gates), ("first", state)]
     states = (tiling.B, tiling.chunks, tiling.H, *tiling.state_shape)
     states = jax.ShapeDtypeStruct(states, tiling.dtype) if keep else None
@@ -143,7 +148,7 @@ _run = vjp.differentiable(_forward, _backward, _plain)
 
 
 def _algebra(tiling):
-    """Returns the module with the algebra of a chunk."""
+    """Returns the module with the equations of one chunk for the call's decay."""
     return per_channel if tiling.per_channel else per_token
 
 
@@ -156,7 +161,7 @@ def _head(ref, h, width):
 
 
 def _gates(tiling, refs, h):
-    """Reads the log decay of one head: None, a row (1, C), or (C, K)."""
+    """Reads the log decay of head h in a chunk: (1, C) per token, (C, K) per channel, else None."""
     if tiling.decay == "none":
         return None
     return _head(refs[0], h, tiling.K) if tiling.per_channel else refs[0][0, h, 0]
@@ -229,8 +234,11 @@ def _backward_kernel(tiling: Tiling, fixed: int, *refs):
 
 
 def _write_key_gradients(tiling, lanes, refs, sums_refs, gradients):
-    """Writes the gradients of a key head. If several grid steps share the head, each writes the
-    float32 sum so far; the last one's is whole."""
+    """Writes dq and dk of one key head to its `lanes` of the output blocks `refs`.
+
+    If several grid steps share the head, each writes the float32 sum so far, kept in `sums_refs`;
+    the last one's is complete.
+    """
     if tiling.shared == 1:
         for ref, d in zip(refs, gradients):
             ref[0, :, lanes] = d.astype(ref.dtype)

@@ -28,7 +28,7 @@ SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
 
 
 def constants(tiling, backward):
-    """Returns the level at which i and j part (see the module), (C, C) int32."""
+    """Returns (C, C) int32: the halving level that separates tokens i and j, SELF or NEVER_MEET."""
     del backward
     i, j = np.arange(tiling.C)[:, None], np.arange(tiling.C)[None]
     level = np.frexp((i ^ j).astype(np.float64))[1] - 1
@@ -36,8 +36,7 @@ def constants(tiling, backward):
 
 
 def _tree(g_CK):
-    """Yields (exp(g_cumsum), exp(g_reversed)) of every level's halves, smallest first, then those
-    of the whole chunk."""
+    """Yields (exp(g_cumsum), exp(g_reversed)) within blocks of 1, 2, 4, ..., C tokens."""
     C = g_CK.shape[0]
     exp_g_cumsum, exp_g_reversed = jnp.exp(g_CK), jnp.ones_like(g_CK)
     U = 1
@@ -50,7 +49,8 @@ def _tree(g_CK):
 
 
 def _small_step(cumsum_CK, reversed_CK, U):
-    """Combines the decays of two halves of U <= 4 rows, inside a register's 8 rows."""
+    """Combines the decays of halves of U <= 4 rows to those of blocks of 2 U rows. Returns
+    exp(g_cumsum) and exp(g_reversed) (C, K) of the blocks, which lie inside a register's 8 rows."""
     C, K = cumsum_CK.shape
     cumsum, reversed_ = (x.reshape(C // SUBLANES, SUBLANES, K) for x in (cumsum_CK, reversed_CK))
     row = iota(cumsum.shape, 1)
@@ -69,25 +69,26 @@ def _small_step(cumsum_CK, reversed_CK, U):
 
 
 def _swapped_last(x, first, right, U=2):
-    """Gives each row the other half's last row, in a block of 2 U rows from `first` on."""
+    """Gives each row the other half's last row, in the block of 2 U rows from `first` on."""
     left_last = x[:, first + U - 1 : first + U]
     right_last = x[:, first + 2 * U - 1 : first + 2 * U]
     return jnp.where(right, left_last, right_last)
 
 
 def _swapped(x, U, row):
-    """Swaps neighbouring halves of U rows (1, 2 or 4)."""
+    """Swaps neighbouring halves of U rows (1, 2 or 4) inside registers of 8 rows."""
     up, down = _roll(x, SUBLANES - U), _roll(x, U)
     return down if U == 4 else jnp.where(row & U > 0, down, up)
 
 
 def _roll(x, by):
-    """Moves the rows of each register down by `by`, cyclically."""
+    """Moves the rows of each register of 8 rows down by `by`, cyclically."""
     return jnp.roll(x, by, axis=1)
 
 
 def _large_step(cumsum_CK, reversed_CK, U):
-    """Combines the decays of two halves of whole registers."""
+    """Combines the decays of halves of U rows, whole registers, to those of blocks of 2 U rows.
+    Returns exp(g_cumsum) and exp(g_reversed) (C, K) of the blocks."""
     left, right = _halves(cumsum_CK, U)
     reversed_left, reversed_right = _halves(reversed_CK, U)
     cumsum_CK = _joined(left, right * left[:, U - 1 :])
@@ -95,7 +96,7 @@ def _large_step(cumsum_CK, reversed_CK, U):
 
 
 def _halves(x_CK, U):
-    """Splits into left halves and right halves, (M, U, K) each."""
+    """Splits rows (C, K) into left and right halves of blocks of 2 U rows, (M, U, K) each."""
     C, K = x_CK.shape
     x = x_CK.reshape(C // (2 * U), 2, U, K)
     return x[:, 0], x[:, 1]
@@ -107,7 +108,8 @@ def _joined(left_MUK, right_MUK):
 
 
 def _right(x_CK, U):
-    """Returns the rows of right halves, (C/2, K); all rows if halves are less than a register."""
+    """Returns the rows of x in right halves of U rows, (C/2, K). All rows if U is less than a
+    register's 8 rows."""
     if U < SUBLANES:
         return x_CK
     _, right_MUK = _halves(x_CK, U)
@@ -115,7 +117,7 @@ def _right(x_CK, U):
 
 
 def _from_right(x, U):
-    """Undoes `_right`, with zeros for left halves."""
+    """Puts the rows that `_right` took back in their places, with zeros in left halves."""
     if U < SUBLANES:
         return x
     x_MUK = x.reshape(-1, U, x.shape[1])
@@ -123,7 +125,8 @@ def _from_right(x, U):
 
 
 def _scores(tiling, level_CC, qk_CC, levels):
-    """Computes A_ij = sum_K q_i D_ij k_j from q and k decayed at each level, and q k^T at i = j."""
+    """Computes A_ij = scale sum_K q_i D_ij k_j (C, C) for j <= i, else 0. levels: (scale q, k),
+    decayed to the middle of blocks of 2, 4, ..., C tokens; qk_CC: q k^T, for i = j."""
     A_CC = jnp.where(level_CC == SELF, qk_CC * tiling.scale, 0.0)
     for n, (q_CK, k_CK) in enumerate(levels):
         U = 1 << n
@@ -138,7 +141,8 @@ def _scores(tiling, level_CC, qk_CC, levels):
 
 
 def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK):
-    """Returns o and the state S' that leaves the chunk, in float32."""
+    """Computes one head's o (C, V) and the state S' (V, K) that leaves the chunk, in float32. S_VK:
+    the state that enters the chunk. qk_CC: q k^T. constants: from `constants`."""
     p = tiling.products
     q_CK, k_CK = q_CK.astype(jnp.float32) * tiling.scale, k_CK.astype(jnp.float32)
     # q exp(g_cumsum) and k exp(g_reversed) of every level, then of the whole chunk.
@@ -153,7 +157,8 @@ def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK):
 
 
 def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK, do_CV, dS_VK):
-    """Returns the ChunkGradients, given do and the cotangent dS' of the state that leaves."""
+    """Computes one head's ChunkGradients from do and the cotangent dS' of the state that leaves.
+    S_VK: the state that enters the chunk. qk_CC: q k^T. constants: from `constants`."""
     p, C = tiling.products, tiling.C
     level_CC = constants[0][...]
     q_CK, k_CK = q_CK.astype(jnp.float32) * tiling.scale, k_CK.astype(jnp.float32)
@@ -195,10 +200,11 @@ def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_CK, S_VK, do_CV, dS_V
 
 
 def _to_halves(dg_total, p_CK, e_CK, U):
-    """Turns the cotangent of sums over blocks of 2 U tokens into that of sums over their halves.
+    """Turns the cotangents of decay sums over blocks of 2 U tokens into those over their halves.
 
-    A left half's whole sum is part of every p in the right half, a right half's of every e in the
-    left. Shapes: (blocks, 1, K), or from 8 rows down a row for each token, (C/8, 8, K).
+    p_CK, e_CK: cotangents of g_cumsum and g_reversed. A left half's total is a term of every
+      g_cumsum in the right half, a right half's of every g_reversed in the left. Shapes of dg_total
+      and the result: (blocks, 1, K), or for U below 8 a row per token, (C/8, 8, K).
     """
     C, K = p_CK.shape
     if U >= SUBLANES:

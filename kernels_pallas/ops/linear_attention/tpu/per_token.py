@@ -16,7 +16,10 @@ from kernels_pallas.tpu.primitives import LANES, lower
 
 
 class ChunkGradients(NamedTuple):
-    """Gradients of one head of a chunk. S: of the entering state. g: None without a decay."""
+    """Fields are the gradients of one value head's inputs in a chunk.
+
+    g: of log decay, None if there is none. S: of the state that enters the chunk.
+    """
 
     q: jax.Array
     k: jax.Array
@@ -26,10 +29,10 @@ class ChunkGradients(NamedTuple):
 
 
 def constants(tiling, backward):
-    """Returns 0/1 matrices, products with which are sums of g.
+    """Returns the 0/1 matrices whose products with log decay g sum it; () without a decay.
 
-    The first, by rows s: [s > j] and LANES columns of ones, repeated for each term of g. For the
-    backward pass also [s > j] by rows j, and K rows of ones below.
+    The first has rows s, and columns [s > j] and LANES of ones, repeated for each bfloat16 term of
+    g. The backward pass has a second one: [s > j] by rows j, and K rows of ones below.
     """
     if tiling.decay == "none":
         return ()
@@ -44,8 +47,11 @@ def constants(tiling, backward):
 
 
 def _decays(tiling, constants, g_1C):
-    """Returns D (C, C), exp(g_cumsum) (C, 128) and exp(g_total) (1, 128) in every lane, and
-    exp(g_reversed) (1, C); without a decay, only D."""
+    """Computes a chunk's decays from its log decay (1, C).
+
+    Returns D (C, C), exp(g_cumsum) (C, 128) with equal lanes, exp(g_reversed) (1, C), and
+    exp(g_total) (1, 128). Without a decay only D, and None for the rest.
+    """
     C = tiling.C
     lower_CC = lower(C)
     if g_1C is None:
@@ -63,14 +69,15 @@ def _sums(tiling, x_CC, zeros_and_ones):
 
 
 def _lanes(x, width):
-    """Repeats an array of 128 equal lanes to `width` lanes."""
+    """Widens an array of 128 equal lanes to `width` lanes."""
     copies = -(-width // x.shape[1])
     x = jnp.concatenate([x] * copies, axis=1) if copies > 1 else x
     return x[:, :width]
 
 
 def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV):
-    """Returns o and the state S' that leaves the chunk, in float32."""
+    """Computes one head's o (C, V) and the state S' (K, V) that leaves the chunk, in float32. S_KV:
+    the state that enters the chunk. qk_CC: q k^T. constants: from `constants`."""
     D_CC, exp_g_cumsum, exp_g_reversed_1C, exp_g_total = _decays(tiling, constants, g_1C)
     # A = (q k^T) * D, with the scale; exp(g_cumsum) q reads the entering state.
     A_CC = qk_CC * (D_CC * tiling.scale)
@@ -87,7 +94,7 @@ def forward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV):
 
 
 def _two_products(tiling, x, y, u, w):
-    """Computes x y + u w, as one product with a longer sum where shapes allow it."""
+    """Computes x y + u w, as one product with a longer sum where the shapes allow it."""
     p = tiling.products
     if x.shape[1] % LANES or u.shape[1] % LANES:
         return p.rounded(x, y) + p.rounded(u, w)
@@ -97,7 +104,8 @@ def _two_products(tiling, x, y, u, w):
 
 
 def backward(tiling, constants, q_CK, k_CK, qk_CC, v_CV, g_1C, S_KV, do_CV, dS_KV):
-    """Returns the ChunkGradients, given do and the cotangent dS' of the state that leaves."""
+    """Computes one head's ChunkGradients from do and the cotangent dS' of the state that leaves.
+    S_KV: the state that enters the chunk. qk_CC: q k^T. constants: from `constants`."""
     p, C, K = tiling.products, tiling.C, tiling.K
     D_CC, exp_g_cumsum, _, exp_g_total = _decays(tiling, constants, g_1C)
     D_CC = D_CC * tiling.scale

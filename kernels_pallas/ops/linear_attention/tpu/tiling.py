@@ -15,17 +15,18 @@ LARGE = 256 * 256  # K V from which a state counts as large
 
 
 class Tiling(RecurrenceTiling):
-    """Sizes and blocks of a linear-attention call, as `RecurrenceTiling`."""
+    """Sizes of one linear-attention call on a TPU: chunk length, heads per grid step, K and V."""
 
     OPERATOR = "linear_attention"
     OWN_KEYS = EXACT = False
 
     @staticmethod
     def heuristic(decay, narrow, K, V):
-        """Returns the sizes with the fewest static cycles on v6e.
+        """Returns the chunk size and heads per grid step with the fewest static cycles on v6e.
 
-        A longer chunk touches the state less often and its own pairs more, which cost most where
-        they decay: 256 tokens pay without a decay, and with one per token where the state is large.
+        A longer chunk touches the state less often and its own pairs of tokens more, which cost
+        most where they decay: 256 tokens pay without a decay, and with one per token where the
+        state is large.
         """
         large = K * V >= LARGE
         most = HEADS[decay] if narrow else HEADS[decay] // 2
@@ -34,7 +35,7 @@ class Tiling(RecurrenceTiling):
 
     @property
     def state_shape(self) -> tuple[int, int]:
-        """Returns the state's shape in VMEM: with a decay per channel, channels are lanes."""
+        """Returns the state's shape in VMEM: (V, K) if decay is per channel, else (K, V)."""
         return (self.V, self.K) if self.per_channel else (self.K, self.V)
 
     @property
