@@ -34,6 +34,8 @@ _MODULES = (
     "xlstm",
 )  # fmt: skip
 _MOST_LAYERS, _LARGEST = 10_000, 2**31
+# Fields whose null is a value: as many key heads as query heads, and no window.
+_NULLABLE = ("num_key_value_heads", "sliding_window")
 _ROTARY_BUFFERS = (r".*rotary_emb\.inv_freq",)
 # Fields that change what is computed and that no architecture here reads, with the values that
 # change nothing.
@@ -64,8 +66,12 @@ class HFConfig:
         self.fields, self.name = fields, name
 
     def with_defaults(self, **fields) -> "HFConfig":
-        """Returns a copy in which absent (not null) fields have these values."""
-        return HFConfig(fields | self.fields, self.name)
+        """Returns a copy in which absent fields have these values.
+
+        Null is absent, except for the key heads and the window, where null is a value.
+        """
+        present = {k: v for k, v in self.fields.items() if v is not None or k in _NULLABLE}
+        return HFConfig(fields | present, self.name)
 
     def integer(self, field: str, default: int | None = None) -> int:
         """Reads a positive integer, of a size that a model can have."""
