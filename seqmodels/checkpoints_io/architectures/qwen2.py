@@ -9,9 +9,9 @@ from seqmodels.modules.pattern import MixerSpec
 
 
 def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfig:
-    """Returns a config whose `layer_types` alone says which layers have windows.
+    """Returns a config.json whose `layer_types` alone determines which layers have windows.
 
-    Without `use_sliding_window` none has; where the config lists no types, those that `slides` do.
+    Without `use_sliding_window` none has; where layer_types is absent, layer i has if `slides(i)`.
     """
     L = config.integer("num_hidden_layers")
     used = config.flag("use_sliding_window", False) and config.get("sliding_window") is not None
@@ -24,7 +24,11 @@ def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfi
 
 
 def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
-    """Returns every layer's attention: windows from layer `max_window_layers` on, if any."""
+    """Returns a MixerSpec of softmax attention for every layer.
+
+    `layer_types` says which layers have a window; where it is absent these are the layers from
+    `max_window_layers` on.
+    """
     first = config.get("max_window_layers", 28)
     if type(first) is not int or first < 0:
         raise ValueError(f"{config.name}: max_window_layers is {first!r}; it must be a count")
@@ -32,7 +36,7 @@ def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
 
 
 def hf_config(model, specs):
-    """Writes config.json with the windows as Qwen's configs say them."""
+    """Returns config.json's fields; layers' windows are in layer_types and use_sliding_window."""
     fields = decoder.hf_config(model, specs)
     types = decoder.layer_types(specs)
     return fields | {"layer_types": types, "use_sliding_window": "sliding_attention" in types}

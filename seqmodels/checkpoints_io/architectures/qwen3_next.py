@@ -63,6 +63,7 @@ def _model_config(config):
 
 
 def _dense_layers(config, L):
+    """Returns the indices of layers with a SwiGLU in place of a mixture of experts."""
     listed = config.listed("mlp_only_layers", int)
     step = config.integer("decoder_sparse_step", 1)
     return {i for i in range(L) if i in listed or (i + 1) % step}
@@ -90,7 +91,7 @@ def _hf_config(model, specs):
 
 
 def _experts(model, layer):
-    """Returns the layer's experts, or None where it has a SwiGLU."""
+    """Returns a layer's MixtureOfExperts module, or None if the layer has a SwiGLU instead."""
     return parts.experts_of(dict(layer.options).get("channel_mixer", model["channel_mixer"]))
 
 

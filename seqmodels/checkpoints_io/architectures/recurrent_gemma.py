@@ -65,7 +65,7 @@ def _model_config(config):
 
 
 def _embedding_scale(D: int) -> float:
-    """Returns sqrt(D) in bfloat16, as the model was trained with it."""
+    """Returns the factor of embeddings, sqrt(D) rounded to bfloat16 as in training."""
     return float(np.sqrt(D).astype(jnp.bfloat16))
 
 
