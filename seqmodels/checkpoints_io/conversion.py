@@ -28,8 +28,10 @@ _OUTPUT = "lm_head.weight"  # files of tied models often have a copy of the embe
 
 @functools.lru_cache(maxsize=16)
 def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns {path: shape and dtype} of a model's parameters, without compiling anything; a path
-    is "blocks/block_0/mixer/q/kernel"."""
+    """Returns {path: shape and dtype} of a model's parameters, without compiling anything.
+
+    A path is such as "blocks/block_0/mixer/q/kernel".
+    """
     return _flat(nn.meta.unbox(boxed_params(model)))
 
 
@@ -85,10 +87,9 @@ class Slots:
 
 
 def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
-    """Returns `rules`, sorted so that rows of a stacked parameter are adjacent and few buffers are
-    open.
+    """Returns `rules`, sorted so that rows of a stacked parameter are adjacent.
 
-    Raises ValueError unless every parameter has exactly one rule.
+    So few parameters are incomplete at a time. Raises ValueError unless each has exactly one rule.
     """
     rules = list(rules)
     named = [path for rule in rules for path in rule.paths]
@@ -139,8 +140,7 @@ def check_source(
 
 
 def is_untied(source: Source, rules: Iterable[Rule], expected: Mapping[str, TensorEntry]) -> bool:
-    """Returns whether a file's lm_head.weight differs from the embedding that its config ties it
-    to."""
+    """Returns whether a tied model's file has an lm_head.weight other than the embedding."""
     found = source.entries
     embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
     if _OUTPUT in expected or not {_OUTPUT, embedding} <= found.keys():
@@ -239,8 +239,7 @@ def num_parameters(slots: Slots) -> int:
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Returns `array` as `dtype`; raises ValueError if a finite number overflows, as 1e5 in
-    float16."""
+    """Casts `array`; raises ValueError if a finite number becomes infinite, as 1e5 in float16."""
     with np.errstate(over="ignore"):
         cast = array.astype(dtype, copy=False)
     if cast.dtype != array.dtype and np.isinf(cast).sum() > np.isinf(array).sum():

@@ -56,8 +56,7 @@ class TensorEntry(NamedTuple):
 
 
 class Source(Protocol):
-    """Protocol of tensors that are read by name, one at a time; `name` is the source, for
-    errors."""
+    """Protocol of tensors that are read by name, one at a time; `name` is for error messages."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""Reads a GGUF file as if it were a Hugging Face folder with config.json, tensors and a tokenizer.
+"""Reads a GGUF file like a Hugging Face folder, with config.json, tensors and a tokenizer.
 
 The `gguf` package (extra `[gguf]`) dequantizes tensors to float32 as they are read, one at a time.
 """
@@ -66,8 +66,7 @@ def open_model(path: Path):
 
     Raises:
       ValueError: a file that is missing, not GGUF or cut off; an architecture or tensor type that
-        we
-        do not support; no `gguf` package.
+        we do not support; no `gguf` package.
     """
     if str(path) == SMOLLM2 and not path.exists():
         path = _smollm2_file()
@@ -101,8 +100,7 @@ class GGUFTensors:
         }
 
     def _dtype(self, name: str, kind: int) -> np.dtype:
-        """Returns the dtype of a tensor once read; raises ValueError if it cannot be
-        dequantized."""
+        """Returns the dtype that reading a tensor gives; raises ValueError if it cannot be read."""
         types = self._quants.GGMLQuantizationType
         plain = {types.F32: np.float32, types.F16: np.float16, types.BF16: ml_dtypes.bfloat16}
         if kind in plain:

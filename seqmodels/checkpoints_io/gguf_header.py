@@ -35,9 +35,10 @@ _STRING, _ARRAY = 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Place of a tensor in a GGUF file. shape: outermost axis first. kind: GGML's number of its
-    type.
-    begin: offset of its first byte."""
+    """Place of a tensor in a GGUF file.
+
+    shape: outermost axis first. kind: GGML's number of the tensor's type. begin: its first byte.
+    """
 
     shape: tuple[int, ...]
     kind: int

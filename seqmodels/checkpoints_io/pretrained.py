@@ -79,9 +79,8 @@ def load_pretrained(
 
     Raises:
       ValueError: an architecture that is not supported (the message lists those that are); files
-        that
-        are cut off or of another format; tensors that are missing, extra or misshapen, by name;
-        max_len beyond the model's context.
+        that are cut off or of another format; tensors that are missing, extra or misshapen, by
+        name; max_len beyond the model's context.
     """
     hf_config, tensors, tokenizer_path, tokens = _open(str(source))
     if hf_config.get("model_type") == own_layout.MODEL_TYPE:
@@ -187,8 +186,7 @@ def save_pretrained(
 
 
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Lists the differences of two configs' models as "field: a, b"; [] if both compute the
-    same."""
+    """Lists how the models of two configs differ, as "field: a, b"; [] if they compute the same."""
     a, b = (_computation(language_model.from_config(dict(config))) for config in (a, b))
     return [f"{k}: {a.get(k)!r}, {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
@@ -244,10 +242,10 @@ def _as_computed(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[str, Any]:
-    """Returns the config.json of a model in the layout `target`.
+    """Returns the config.json of a model in the layout `target`, with fields of an earlier one
+    (`kept`).
 
-    kept: fields of an earlier config.json. Raises ValueError if the layout cannot express the
-      model.
+    Raises ValueError if the layout cannot express the model.
     """
     config = target.hf_config(model_config, model.mixers)
     length = "max_position_embeddings"
@@ -314,8 +312,7 @@ def _from_hub(name: str) -> Path:
 
 
 def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str) -> dict[str, Any]:
-    """Returns `model_config` with caches of `max_len` tokens in its full-attention layers, for
-    decoding.
+    """Returns `model_config` with decoding caches of `max_len` tokens in full-attention layers.
 
     None changes nothing. Raises ValueError, naming the model by `name`, for more than its context.
     """

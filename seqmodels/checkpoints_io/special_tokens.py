@@ -69,7 +69,8 @@ class SpecialTokens:
         return {name: value for name, value in fields.items() if value is not None}
 
     def filled(self, other: "SpecialTokens") -> "SpecialTokens":
-        """Returns a copy in which fields that are not set are those of `other`."""
+        """Returns a copy in which fields that are not set, and further names, are those of
+        `other`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {name: value for name, value in own.items() if value not in (None, (), {})}
         return dataclasses.replace(other, **known | {"names": {**other.names, **self.names}})

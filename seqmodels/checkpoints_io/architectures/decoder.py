@@ -238,7 +238,8 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, An
 
 
 def layer_types(specs: Sequence[MixerSpec]) -> list[str]:
-    """Returns `layer_types` of config.json: the sliding or full attention of every layer."""
+    """Returns config.json's `layer_types`: a layer is "sliding_attention" with a window, else
+    "full_attention"."""
     return [_TYPES[parts.option_values(s)["window"] is None] for s in specs]
 
 
@@ -254,8 +255,7 @@ def tensors(model: dict[str, Any], specs: Sequence[MixerSpec]) -> Iterator[rules
 
 
 def attention(layer: MixerSpec, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """Yields the conversion rules for one softmax attention layer, with norms of q and k if it has
-    them."""
+    """Yields the conversion rules for one softmax attention layer, norms of q and k included."""
     options = parts.option_values(layer)
     bias, o_bias = options["use_bias"], options["o_bias"]
     yield from parts.linears(theirs, ours, {f"{name}_proj": name for name in "qkv"}, bias)

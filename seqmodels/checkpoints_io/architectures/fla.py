@@ -97,7 +97,7 @@ def architecture(
 
 
 def delta_fields(use_gate: bool) -> tuple[parts.Field, ...]:
-    """Returns the fields of both DeltaNet and Gated DeltaNet; `use_gate` is that field's
+    """Returns the config.json fields that both delta rule families have; `use_gate` is a
     default."""
     return (
         parts.Field("conv_size", "conv_width", HFConfig.integer, 4),
@@ -144,11 +144,10 @@ def short_convs(theirs: str, ours: str) -> Iterable[rules.Rule]:
 
 
 def _softmax_layers(config: HFConfig, D: int, L: int) -> dict[int, MixerSpec]:
-    """Returns {layer's index: MixerSpec} for config.json's layers of softmax attention, its field
-    `attn`.
+    """Returns {layer's index: MixerSpec} for the layers of softmax attention in a config.json.
 
-    `attn` is an object or a list of them, each with its layers' indices. L: the number of all
-    layers.
+    Its field `attn` is an object or a list of them, each with its layers' indices. D: the width. L:
+    the number of all layers.
     """
     found = config.get("attn") or []
     layers: dict[int, MixerSpec] = {}

@@ -1,5 +1,5 @@
-"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288, 2407.21783), and models built like them: SmolLM,
-SmolLM2, TinyLlama."""
+"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288, 2407.21783) checkpoints, and those of models built
+like them: SmolLM, SmolLM2, TinyLlama."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts
 

@@ -1,5 +1,5 @@
-"""MiniMax-Text-01 (arXiv 2501.08313): lightning attention, some softmax attention, weighted
-residuals, a mixture of experts."""
+"""MiniMax-Text-01 (arXiv 2501.08313) checkpoints: lightning attention, some softmax attention,
+weighted residuals, a mixture of experts."""
 
 from typing import Any
 

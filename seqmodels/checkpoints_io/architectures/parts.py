@@ -1,4 +1,4 @@
-"""Helpers that the families of models share: conversion rules, and tables of config.json's fields.
+"""Helpers that families of models share: conversion rules, and tables of config.json's fields.
 
 In functions that yield rules, `theirs` is a prefix of tensor names in the published layout, and
 `ours` a path of parameters in our model.
@@ -197,10 +197,10 @@ def packed_heads(
 
 
 def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterator[rules.Rule]:
-    """Yields rules that stack the matrices `{theirs}.{e}.{name}.weight`, one of each of `count`
-    experts.
+    """Yields rules that stack the matrices of all experts, which are SwiGLUs, to one parameter per
+    kind.
 
-    names: published names of the experts' SwiGLU matrices gate, up and down.
+    The tensors are `{theirs}.{e}.{name}.weight` for e < count; names: those of gate, up and down.
     """
     for their_name, our_name in zip(names, ("gate", "up", "down")):
         yield rules.Rule(

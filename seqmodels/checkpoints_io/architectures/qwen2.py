@@ -1,5 +1,5 @@
-"""Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): biases on q, k and v, and windows on the upper
-layers, if any."""
+"""Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115) checkpoints: Llama with biases on q, k and v,
+and windows on the upper layers, if any."""
 
 from collections.abc import Callable
 from typing import Any

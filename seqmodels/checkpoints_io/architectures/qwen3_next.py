@@ -1,5 +1,5 @@
-"""Qwen3-Next (Qwen team, 2025): three Gated DeltaNets to one gated softmax attention, and a mixture
-of experts in every layer."""
+"""Qwen3-Next (Qwen team, 2025) checkpoints: three Gated DeltaNet layers to one of gated softmax
+attention, and a mixture of experts in every layer."""
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts

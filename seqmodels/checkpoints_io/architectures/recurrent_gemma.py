@@ -1,4 +1,4 @@
-"""RecurrentGemma (arXiv 2404.07839), which is Griffin (arXiv 2402.19427): RG-LRU layers and
+"""RecurrentGemma (arXiv 2404.07839) checkpoints: Griffin (arXiv 2402.19427), with RG-LRU layers and
 windowed multi-query attention."""
 
 import jax.numpy as jnp
