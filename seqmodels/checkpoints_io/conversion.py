@@ -1,7 +1,5 @@
-"""Converts a checkpoint's tensors to parameters by an architecture's rules, and back.
-
-Both directions are streams: only the tensors of one rule are in memory at a time.
-"""
+"""Converts a checkpoint's tensors to parameters by an architecture's rules, and back, as a stream:
+only one rule's tensors are in memory."""
 
 import collections
 import functools
@@ -28,10 +26,7 @@ _OUTPUT = "lm_head.weight"  # files of tied models often have a copy of the embe
 
 @functools.lru_cache(maxsize=16)
 def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns {path: shape and dtype} of a model's parameters, without compiling anything.
-
-    A path is such as "blocks/block_0/mixer/q/kernel".
-    """
+    """Returns {path, such as "embed/embedding": shape and dtype} of a model's parameters."""
     return _flat(nn.meta.unbox(boxed_params(model)))
 
 
@@ -68,7 +63,7 @@ class Slots:
         self.paths = dict(self._unrolled())
 
     def _unrolled(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
-        """Yields (path with the layer's own number, (leaf, row)) for every parameter."""
+        """Yields (path in the unscanned model, (leaf, row)) for every layer's parameters."""
         for leaf in self.leaves:
             match = re.fullmatch(r"blocks/block_(\d+)/(.*)", leaf)
             if not match:

@@ -67,10 +67,8 @@ class Source(Protocol):
 
 
 class SafetensorsFile:
-    """A safetensors file, as a `Source`; it is checked when opened.
-
-    The file is memory-mapped, and must not be changed in place while it is read.
-    """
+    """A safetensors file, checked when opened. It is memory-mapped, and must not be changed in
+    place while it is read."""
 
     def __init__(self, path: str | Path):
         self.name = str(path)
@@ -108,10 +106,7 @@ class SafetensorsFile:
 
 
 class ShardedFiles:
-    """The safetensors files of one index, as a `Source`.
-
-    It holds the tensors that the index lists; others in these files are ignored.
-    """
+    """Tensors that an index lists, in safetensors files beside it. Others there are ignored."""
 
     def __init__(self, index: str | Path):
         index = Path(index)
@@ -139,10 +134,7 @@ class ShardedFiles:
 
 
 def open_folder(folder: str | Path) -> Source:
-    """Opens the safetensors of a folder: model.safetensors, or else the shards that an index lists.
-
-    Raises ValueError for a folder with neither.
-    """
+    """Opens model.safetensors or an index's shards; raises ValueError if `folder` has neither."""
     folder = Path(folder)
     if (folder / SINGLE_FILE).is_file():
         return SafetensorsFile(folder / SINGLE_FILE)

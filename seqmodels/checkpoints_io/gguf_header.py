@@ -35,10 +35,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Place of a tensor in a GGUF file.
-
-    shape: outermost axis first. kind: GGML's number of the tensor's type. begin: its first byte.
-    """
+    """Place of a tensor in a GGUF file; `kind` is GGML's number of its type, `begin` its offset."""
 
     shape: tuple[int, ...]
     kind: int

@@ -206,10 +206,7 @@ def _sentencepiece(metadata, tokens, types, name):
 
 
 def _unigram(metadata, tokens, types, name):
-    """Makes a SentencePiece unigram tokenizer, GGUF's kind "t5"; returns the same as `_byte_level`.
-
-    Of all spellings of a text the model takes the one with the highest sum of scores.
-    """
+    """Makes a SentencePiece unigram tokenizer, kind "t5"; returns the same as `_byte_level`."""
     from tokenizers import Tokenizer, models
 
     scored = list(zip(tokens, _scores(metadata, tokens, name)))

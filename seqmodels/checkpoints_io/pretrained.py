@@ -242,11 +242,8 @@ def _as_computed(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[str, Any]:
-    """Returns the config.json of a model in the layout `target`, with fields of an earlier one
-    (`kept`).
-
-    Raises ValueError if the layout cannot express the model.
-    """
+    """Returns a model's config.json in the layout `target`; raises ValueError if that loses
+    something."""
     config = target.hf_config(model_config, model.mixers)
     length = "max_position_embeddings"
     context = [c[length] for c in (kept, config) if length in c]
@@ -269,10 +266,7 @@ def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[st
 
 
 def _open(source: str):
-    """Opens a folder, a GGUF file or a hub model.
-
-    Returns (config.json's fields, tensors, tokenizer file or None, special tokens).
-    """
+    """Opens a folder, GGUF file or hub model: (config, tensors, tokenizer file or None, tokens)."""
     if source.startswith(GGUF_PREFIX):
         from seqmodels.checkpoints_io import gguf_files  # an extra
 

@@ -91,7 +91,7 @@ def _checkpoint(folder: Path, step: int | None) -> str:
 
 
 def _read_params(checkpoint: str, model_config: Mapping[str, Any], averaged: bool):
-    """Reads a checkpoint's parameters; `averaged`: the averages that Schedule-Free evaluates."""
+    """Reads a checkpoint's parameters; averaged: whether to return Schedule-Free's averages."""
     try:
         from orbax.checkpoint import v1 as ocp
     except ImportError as error:

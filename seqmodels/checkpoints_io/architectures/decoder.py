@@ -27,10 +27,7 @@ _SCALINGS = {
 
 
 def model_config(config: HFConfig, specs: Sequence[MixerSpec], **fields) -> dict[str, Any]:
-    """Returns config.model (the fields of LanguageModel) for a config.json and its layers `specs`.
-
-    fields: further fields of config.model.
-    """
+    """Returns config.model for a config.json and its layers `specs`; `fields` are added."""
     return config.options(_FIELDS) | {
         "pattern": to_text(specs),
         "channel_mixer": config.choice("hidden_act", _ACTIVATIONS, "silu"),
@@ -70,10 +67,7 @@ def attention_options(
 def attention_fields(
     options: dict[str, Any], d_model: int, partial: bool = False
 ) -> dict[str, Any]:
-    """Returns config.json's fields for options of softmax attention; inverts `attention_options`.
-
-    partial: whether to write the fraction of channels that is rotated.
-    """
+    """Returns config.json's fields for attention's options; partial: whether with rope_fraction."""
     H = options["num_heads"]
     return {
         "num_attention_heads": H,
@@ -143,10 +137,8 @@ def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, A
 
 
 def _scaling_values(config: HFConfig, rope: HFConfig, kind: str) -> tuple[float | bool, ...]:
-    """Returns the parameters of a RoPE scaling, in the order of `positions.SCALINGS`.
-
-    rope: config.json's section on rotary positions; kind: its `rope_type`.
-    """
+    """Returns the numbers of a RoPE scaling (`rope_type` is `kind`), in positions.SCALINGS'
+    order."""
     if kind in ("default", "linear"):
         return tuple(rope.positive(field) for field in _SCALINGS[kind])
     context = config.integer(_CONTEXT, 2048)
@@ -210,10 +202,7 @@ def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any
 
 
 def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, Any]:
-    """Returns config.json's fields for a decoder, those that all families in this style have.
-
-    Raises ValueError for mixers other than softmax attention, and channel mixers without a gate.
-    """
+    """Returns config.json's fields for a decoder; raises ValueError if a mixer is not attention."""
     if others := sorted({s.name for s in specs} - {"attention"}):
         raise ValueError(
             f"only softmax attention has a place in this layout; there is {', '.join(others)}"

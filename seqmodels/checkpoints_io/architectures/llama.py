@@ -5,10 +5,8 @@ from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts
 
 
 def biases(config):
-    """Reads config.json's flags of biases, `attention_bias` and `mlp_bias`.
-
-    Returns (options of the mixer `attention`, fields of config.model); a false flag adds nothing.
-    """
+    """Reads attention_bias and mlp_bias; returns what they set, (options of the mixer `attention`,
+    fields of config.model)."""
     attention = {"use_bias": True} if config.flag("attention_bias", False) else {}
     return attention, {"channel_bias": True} if config.flag("mlp_bias", False) else {}
 

@@ -56,10 +56,8 @@ def _model_config(config):
 
 
 def _weights(config, which):
-    """Reads the weights (a, b) of a layer's residual x <- a x + b f(x) from config.json.
-
-    which: the fields' name of f: "linear_attn", "full_attn" or "mlp".
-    """
+    """Reads the weights (a, b) of a residual x <- a x + b f(x) from the fields of f, whose names
+    begin with `which`."""
     return tuple(config.number(f"{which}_{name}_factor", 1.0) for name in ("alpha", "beta"))
 
 

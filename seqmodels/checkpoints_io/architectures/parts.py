@@ -134,10 +134,7 @@ def check_mamba2_width(config: HFConfig, D: int, options: Mapping[str, Any], hea
 
 
 def ends(model: Mapping[str, Any], embedding: str, last_norm: str) -> Iterator[rules.Rule]:
-    """Yields the conversion rules for the embedding, the last norm and, if not tied, lm_head.
-
-    embedding, last_norm: their published names.
-    """
+    """Yields the conversion rules for the embedding, the last norm and, if not tied, lm_head."""
     yield rules.same(f"{embedding}.weight", "embed/embedding")
     yield norm(last_norm, "final_norm")
     if not model["tied_embeddings"]:
@@ -150,10 +147,7 @@ def norm(theirs: str, ours: str) -> rules.Rule:
 
 
 def block_norms(theirs: str, ours: str, mixer: str, channel: str) -> Iterator[rules.Rule]:
-    """Yields the conversion rules for a layer's two norms.
-
-    mixer, channel: published names of the norms before the mixer and before the channel mixer.
-    """
+    """Yields the conversion rules for the norms before a layer's mixer and its channel mixer."""
     yield norm(f"{theirs}.{mixer}", f"{ours}/mixer_norm")
     yield norm(f"{theirs}.{channel}", f"{ours}/channel_norm")
 

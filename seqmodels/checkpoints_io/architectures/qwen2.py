@@ -24,11 +24,7 @@ def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfi
 
 
 def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
-    """Returns a MixerSpec of softmax attention for every layer.
-
-    `layer_types` says which layers have a window; where it is absent these are the layers from
-    `max_window_layers` on.
-    """
+    """Returns every layer's MixerSpec: attention, with a window where config.json says so."""
     first = config.get("max_window_layers", 28)
     if type(first) is not int or first < 0:
         raise ValueError(f"{config.name}: max_window_layers is {first!r}; it must be a count")
