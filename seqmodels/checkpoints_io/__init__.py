@@ -1,5 +1,5 @@
-"""Reads and writes pretrained models: Hugging Face folders (safetensors and config.json), in their
-layouts or our own; reads GGUF files."""
+"""Reads and writes pretrained models: Hugging Face folders (config.json and safetensors), in
+published layouts or our own. Reads GGUF files, too."""
 
 from seqmodels.checkpoints_io.pretrained import (
     Pretrained,

@@ -1,5 +1,5 @@
-"""Converts tensors to parameters by an architecture's rules, and back, as a stream: only the
-tensors of one rule are in memory."""
+"""Converts a checkpoint's tensors to parameters by an architecture's rules, and back, as a stream:
+only one rule's tensors are in memory."""
 
 import collections
 import functools
@@ -26,15 +26,14 @@ _OUTPUT = "lm_head.weight"  # files of tied models often have a copy of the embe
 
 @functools.lru_cache(maxsize=16)
 def abstract_params(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and dtypes of a model's parameters by path ("blocks/block_0/mixer/q/kernel"),
-    without compiling anything."""
+    """Returns {path, such as "embed/embedding": shape and dtype} of a model's parameters."""
     return _flat(nn.meta.unbox(boxed_params(model)))
 
 
 @functools.lru_cache(maxsize=4)
 def float32_paths(model: LanguageModel) -> frozenset[str]:
     """Returns the paths of parameters that are float32 whatever `param_dtype` is: decays, gates,
-    routers and feature maps. Norms, though float32, are left out."""
+    routers and feature maps, but not norms."""
     narrow = model.clone(param_dtype=jnp.bfloat16)
     return frozenset(
         path
@@ -44,16 +43,16 @@ def float32_paths(model: LanguageModel) -> frozenset[str]:
 
 
 def boxed_params(model: LanguageModel) -> Params:
-    """Returns a model's parameters, abstract, boxed with their logical axis names."""
+    """Returns a model's parameter tree as shapes and dtypes, boxed with logical axis names."""
     tokens_BT = jax.ShapeDtypeStruct((1, 7), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
 
 
 class Slots:
-    """Maps the path of one layer's parameter to where the model holds it.
+    """A map from every layer's parameters to where the model, which may be scanned, stores them.
 
-    "block_5/mixer/q/kernel" may be row 3 of the stacked leaf "blocks/block_1/mixer/q/kernel":
-    `paths` has (leaf, row), where row is None for leaves that are not stacked.
+    `paths` is {path: (leaf, row)}: "block_5/mixer/q/kernel" may be row 3 of the stacked leaf
+    "blocks/block_1/mixer/q/kernel". The row is None for leaves that are not stacked.
     """
 
     def __init__(self, model: LanguageModel):
@@ -64,6 +63,7 @@ class Slots:
         self.paths = dict(self._unrolled())
 
     def _unrolled(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
+        """Yields (path in the unscanned model, (leaf, row)) for every layer's parameters."""
         for leaf in self.leaves:
             match = re.fullmatch(r"blocks/block_(\d+)/(.*)", leaf)
             if not match:
@@ -82,9 +82,9 @@ class Slots:
 
 
 def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
-    """Sorts rules so that rows of a stacked parameter are adjacent: few buffers are open.
+    """Returns `rules`, sorted so that rows of a stacked parameter are adjacent.
 
-    Raises ValueError unless every parameter has exactly one rule.
+    So few parameters are incomplete at a time. Raises ValueError unless each has exactly one rule.
     """
     rules = list(rules)
     named = [path for rule in rules for path in rule.paths]
@@ -100,7 +100,7 @@ def check_rules(rules: Iterable[Rule], slots: Slots) -> list[Rule]:
 
 
 def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, TensorEntry]:
-    """Returns shape and dtype of each tensor that the rules make from the parameters."""
+    """Returns {tensor name: shape and dtype} of the tensors that `rules` make of the parameters."""
     entries = {}
     for rule in rules:
         # Arrays of one stored byte each: most rules only change the view.
@@ -113,8 +113,10 @@ def expected_entries(rules: Sequence[Rule], slots: Slots) -> dict[str, TensorEnt
 def check_source(
     source: Source, expected: Mapping[str, TensorEntry], ignored: Sequence[str]
 ) -> None:
-    """Raises ValueError, listing tensors that are missing, extra, or of a wrong shape or dtype. A
-    tied model's output matrix is allowed."""
+    """Raises ValueError, with a list, if tensors are missing, extra, or of a wrong shape or dtype.
+
+    ignored: regular expressions of names that may be extra, as lm_head.weight always may.
+    """
     found = source.entries
     patterns = [re.compile(pattern) for pattern in (*ignored, re.escape(_OUTPUT))]
     missing = [f"missing: {n} {list(e.shape)}" for n, e in expected.items() if n not in found]
@@ -133,7 +135,7 @@ def check_source(
 
 
 def is_untied(source: Source, rules: Iterable[Rule], expected: Mapping[str, TensorEntry]) -> bool:
-    """Returns whether output matrix and embedding differ in a file whose config ties them."""
+    """Returns whether a tied model's file has an lm_head.weight other than the embedding."""
     found = source.entries
     embedding = next(rule.names[0] for rule in rules if rule.paths == ("embed/embedding",))
     if _OUTPUT in expected or not {_OUTPUT, embedding} <= found.keys():
@@ -149,11 +151,12 @@ def read_params(
     dtype_of: Callable[[str, Sequence[np.dtype]], np.dtype],
     put: Callable[[str, np.ndarray], Any],
 ) -> Params:
-    """Reads the parameters, passing each to `put(path, array)` once it is complete.
+    """Reads a model's parameters from `source`; returns their tree, made of what `put` returns.
 
     Memory holds what `put` returns and one parameter more.
 
-    dtype_of: (path of the leaf, dtypes of the tensors it is made of) to the dtype it gets.
+    dtype_of: (path in the model, dtypes of the tensors it is made of) to the parameter's dtype.
+    put: called as put(path, array) for every parameter once it is complete.
     """
     buffers: dict[str, np.ndarray] = {}
     remaining = collections.Counter(leaf for leaf, _ in slots.paths.values())
@@ -183,8 +186,11 @@ def tensor_reader(
     slots: Slots,
     dtype: str | Mapping[str, str] | None = None,
 ) -> tuple[dict[str, TensorEntry], Callable[[str], np.ndarray]]:
-    """Returns `files.write`'s arguments: the entries of all tensors, and a function from a name to
-    the tensor. `dtype` is as in `save_pretrained`."""
+    """Returns the arguments with which `files.write` saves `params`.
+
+    They are all tensors' shapes and dtypes, and a function from a name to that tensor. `dtype` is
+    that of `save_pretrained`. Raises ValueError for parameters of another model.
+    """
     leaves = _flat(nn.meta.unbox(params))
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     expected = {path: tuple(leaf.shape) for path, leaf in slots.leaves.items()}
@@ -228,7 +234,7 @@ def num_parameters(slots: Slots) -> int:
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Casts an array; raises ValueError if a finite number overflows, as 1e5 does in float16."""
+    """Casts `array`; raises ValueError if a finite number becomes infinite, as 1e5 in float16."""
     with np.errstate(over="ignore"):
         cast = array.astype(dtype, copy=False)
     if cast.dtype != array.dtype and np.isinf(cast).sum() > np.isinf(array).sum():

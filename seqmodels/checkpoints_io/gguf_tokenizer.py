@@ -1,9 +1,10 @@
-"""Makes a `tokenizers` file from a GGUF file's metadata, and reads its special tokens.
+"""Makes a tokenizer.json of a GGUF file's metadata, and reads its special tokens.
 
 Kinds of tokenizers (tokenizer.ggml.model):
 
 - "gpt2": byte-level BPE. The file names the rule that cuts text into words (tokenizer.ggml.pre) and
-  does not hold it; `_PRE` has those known here. Without a name, or with "default", it is unknown.
+  does not hold it; `_PRE` has the rules that we know. A file without a name, or with "default", is
+  not supported.
 - "llama": SentencePiece's BPE, with scores of tokens in place of merges, spaces as U+2581, and
   bytes where no token spells a character.
 - "t5": SentencePiece's unigram model.
@@ -70,10 +71,10 @@ class Unsupported(ValueError):
 
 
 def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
-    """Writes the tokenizer, and files that describe it, to the cache; returns its path.
+    """Writes a GGUF file's tokenizer to the cache as a tokenizer.json; returns its path.
 
-    Returns None where the file has no tokenizer and, with a warning, where its kind is not
-    supported: the weights can be used with another tokenizer file.
+    Returns None if the file has no tokenizer and, with a warning, if that is of an unsupported
+    kind: the weights can be used with another tokenizer.
     """
     if metadata.get(f"{_KEY}.model") in (None, "none", "no_vocab"):
         return None
@@ -86,9 +87,10 @@ def tokenizer_file(metadata: dict[str, Any], name: str) -> Path | None:
 
 
 def special_tokens_of(metadata: dict[str, Any]) -> SpecialTokens:
-    """Returns special tokens and chat templates; ids outside the vocabulary are ignored.
+    """Returns the special tokens and chat templates of a GGUF file's metadata.
 
-    The ends of a text (eos), of a turn (eot) and of a message (eom) may be different tokens.
+    Its tokens for the ends of a text (eos), a turn (eot) and a message (eom) may differ; all are in
+    `eos` of the result. Ids outside the vocabulary are ignored.
     """
     tokens = metadata.get(f"{_KEY}.tokens")
     tokens = tokens if isinstance(tokens, list) else []
@@ -105,9 +107,9 @@ def special_tokens_of(metadata: dict[str, Any]) -> SpecialTokens:
 
 
 def make(metadata: dict[str, Any], name: str):
-    """Makes the `tokenizers.Tokenizer` of a GGUF file called `name`.
+    """Returns the `tokenizers.Tokenizer` that a GGUF file's metadata describes.
 
-    Raises ValueError for a kind that is not supported, or lists that do not fit together.
+    Raises ValueError, naming the file by `name`, for an unsupported kind or inconsistent lists.
     """
     from tokenizers import AddedToken
 
@@ -135,10 +137,10 @@ def make(metadata: dict[str, Any], name: str):
 
 
 def _byte_level(metadata, tokens, types, name):
-    """Makes a tokenizer of kind "gpt2".
+    """Makes a byte-level BPE tokenizer, GGUF's kind "gpt2".
 
-    Returns, as the makers of other kinds do, the tokenizer, and whether texts begin with bos and
-    end with eos where the file does not say.
+    Returns, like the functions for other kinds, (tokenizer, whether texts begin with bos, whether
+    they end with eos); the file's metadata may override both flags.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as pre
@@ -168,8 +170,11 @@ def _byte_level(metadata, tokens, types, name):
 
 
 def _sentencepiece(metadata, tokens, types, name):
-    """Makes SentencePiece's BPE, which keeps joining the neighbours whose token has the highest
-    score, from merges in the order of scores; equal scores go by id."""
+    """Makes a SentencePiece BPE tokenizer, GGUF's kind "llama"; returns the same as `_byte_level`.
+
+    SentencePiece keeps joining the neighbours whose token has the highest score. Here that is a
+    list of merges in the order of scores, and equal scores in the order of ids.
+    """
     from tokenizers import Tokenizer, models
 
     scores = _scores(metadata, tokens, name)
@@ -201,7 +206,7 @@ def _sentencepiece(metadata, tokens, types, name):
 
 
 def _unigram(metadata, tokens, types, name):
-    """Makes SentencePiece's unigram model: it takes the spelling of the highest summed score."""
+    """Makes a SentencePiece unigram tokenizer, kind "t5"; returns the same as `_byte_level`."""
     from tokenizers import Tokenizer, models
 
     scored = list(zip(tokens, _scores(metadata, tokens, name)))
@@ -212,8 +217,8 @@ def _unigram(metadata, tokens, types, name):
 
 
 def _spell_spaces(tokenizer, metadata, name: str) -> None:
-    """Normalizes text as SentencePiece does: by the file's own table, with a space in front and
-    U+2581 for spaces; decoding undoes the latter two."""
+    """Makes a tokenizer normalize text as SentencePiece does: by the file's own table, then with a
+    space in front and U+2581 for spaces. Decoding undoes the latter two."""
     from tokenizers import Regex, decoders, normalizers
 
     charsmap = metadata.get(f"{_KEY}.precompiled_charsmap")
@@ -241,7 +246,10 @@ def _precompiled(charsmap, name: str):
 
 
 def _add_at_ends(tokenizer, metadata, tokens, name: str, **default: bool) -> None:
-    """Makes texts start with bos and end with eos if the file, or else `default`, says so."""
+    """Makes a tokenizer add bos before and eos after a text, if the GGUF file's metadata says so.
+
+    default: for "bos" and "eos", whether to add them where the metadata says nothing.
+    """
     from tokenizers import processors
 
     added = {}
@@ -261,8 +269,11 @@ def _add_at_ends(tokenizer, metadata, tokens, name: str, **default: bool) -> Non
 
 
 def _id(metadata: dict[str, Any], name: str, count: int) -> int | None:
-    """Returns the id of a special token among `count` tokens: the file's, else the usual one of its
-    kind of tokenizer, else None."""
+    """Returns the id of a GGUF file's special token, such as "bos", or None if there is none.
+
+    An id that is absent, or not below `count`, is replaced by the usual one of the tokenizer's
+    kind.
+    """
     kind = metadata.get(f"{_KEY}.model")
     usual = _DEFAULT_IDS.get(kind if isinstance(kind, str) else "", {}).get(name)
     for i in (metadata.get(f"{_KEY}.{name}_token_id"), usual):
@@ -272,7 +283,7 @@ def _id(metadata: dict[str, Any], name: str, count: int) -> int | None:
 
 
 def _unknown(metadata, tokens: list[str], name: str) -> int:
-    """Returns the id of the token for characters that the vocabulary lacks."""
+    """Returns the id of the token that stands for characters outside the vocabulary."""
     i = _id(metadata, "unknown", len(tokens))
     if i is None:
         raise ValueError(f"{name}: {_KEY}.unknown_token_id is no token's number")

@@ -1,4 +1,4 @@
-"""The layout of our own models, which holds any config.model: model_type "seqmodels".
+"""The layout of files of our own models, which holds any config.model: model_type "seqmodels".
 
     config.json   {"model_type": "seqmodels", "format": 1, "model": {config.model}, ...}
     tensors       "block_3.mixer.q.kernel": one layer's, whether the stack is scanned or not

@@ -1,4 +1,4 @@
-"""Loads models from folders and files, and saves them to folders."""
+"""Loads pretrained models from folders, GGUF files and the hub, and saves them to folders."""
 
 import collections
 import dataclasses
@@ -25,15 +25,16 @@ _HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "chunk_size", "max_l
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """The result of `load_pretrained`.
+    """Result of `load_pretrained`.
 
     model_config: what `language_model.from_config` takes.
     params: JAX arrays, or what `put` made of them.
-    hf_config: config.json as it was.
-    tokenizer_path: a `tokenizers` file, if there is one.
-    tokens: what the files say of special tokens and chat templates.
-    dtypes: the dtype of each parameter in the files, by path ("block_3/mixer/q/kernel", scanned or
-      not). Given to `save_pretrained`, files come out as they went in.
+    hf_config: the fields of config.json, unchanged.
+    tokenizer_path: a file of the `tokenizers` library, if there is one.
+    tokens: special tokens and chat templates.
+    dtypes: {path: dtype in the files} of the parameters; a path is "block_3/mixer/q/kernel",
+      scanned or not. With these as its `dtype`, `save_pretrained` writes files equal to those that
+      were read.
     """
 
     model_config: dict[str, Any]
@@ -50,7 +51,7 @@ class Pretrained:
 
     @property
     def chat_template(self) -> str | None:
-        """Returns the Jinja template of conversations, or None."""
+        """Returns the Jinja template that formats conversations, or None."""
         return self.tokens.chat_templates.get(special_tokens.DEFAULT)
 
 
@@ -69,16 +70,16 @@ def load_pretrained(
     Args:
       source: a folder, `gguf:<file>` (`gguf:smollm2` is that of the extra [smollm]), or a hub name.
       dtype: of parameters and activations (gates, decays, states and norms' sums stay float32).
-        None is the files' own; where that is float16 activations are float32, as in many models
-        they grow beyond float16's 65504.
+        None keeps the files' dtype; if that is float16, activations are float32, as many models'
+        activations exceed float16's 65504.
       max_len: tokens that full-attention layers keep when decoding; None is the model's context.
-      put: (path, array) to what is kept of a parameter, for instance device_put to a sharding;
-        None is jnp.asarray.
+      put: a function of (path, array) that returns what to keep of a parameter, for instance
+        device_put to a sharding; None is jnp.asarray.
       overrides: fields of config.model to change, such as remat or scan_layers.
 
     Raises:
-      ValueError: an architecture that is not supported (the supported ones are listed); files that
-        are cut off or are not what they say; tensors that are missing, extra or misshapen, by
+      ValueError: an architecture that is not supported (the message lists those that are); files
+        that are cut off or of another format; tensors that are missing, extra or misshapen, by
         name; max_len beyond the model's context.
     """
     hf_config, tensors, tokenizer_path, tokens = _open(str(source))
@@ -150,11 +151,11 @@ def save_pretrained(
         `architectures` makes files for other programs.
       dtype: of all tensors but those that every model keeps in float32, such as decays, which a
         recurrence raises to powers. Or {path: dtype} of single parameters (`Pretrained.dtypes`).
-        None, and a path that is not there, is the parameter's own.
-      hf_config: fields that config.json keeps where the model does not say otherwise, such as
+        None, and a path that this lacks, keep the parameter's own dtype.
+      hf_config: fields to add to config.json if the model does not determine them, such as
         `bos_token_id`.
       tokenizer_path: a tokenizer.json to copy, with the files that describe it in its folder.
-      tokens: special tokens to write; None is what `hf_config` and the tokenizer's files say.
+      tokens: special tokens to write; None takes those of `hf_config` and the tokenizer's files.
 
     Raises:
       ValueError: a model that this architecture cannot express, with what differs; parameters of
@@ -185,14 +186,16 @@ def save_pretrained(
 
 
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Lists how two configs' models differ, as "field: a, b"; [] if they compute the same."""
+    """Lists how the models of two configs differ, as "field: a, b"; [] if they compute the same."""
     a, b = (_computation(language_model.from_config(dict(config))) for config in (a, b))
     return [f"{k}: {a.get(k)!r}, {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
 def _table(architecture: Architecture, model_config: Mapping[str, Any], prefix: str = ""):
-    """Returns the model's Slots, and the rules between its parameters and tensors named without
-    `prefix`."""
+    """Returns a model's Slots, and the rules between its parameters and a checkpoint's tensors.
+
+    prefix: what the checkpoint's tensor names lack, compared with the architecture's.
+    """
     model = language_model.from_config(dict(model_config))
     slots = conversion.Slots(model)
     rules = architecture.rules(_with_defaults(model_config, model), model.mixers)
@@ -200,7 +203,7 @@ def _table(architecture: Architecture, model_config: Mapping[str, Any], prefix: 
 
 
 def _with_defaults(model_config: Mapping[str, Any], model) -> dict[str, Any]:
-    """Returns config.model with every field that a LanguageModel has."""
+    """Returns config.model with all fields of LanguageModel; absent ones have their defaults."""
     fields = _fields(model)
     for name in ("mixers", "parent", "name"):
         del fields[name]
@@ -212,7 +215,7 @@ def _fields(model) -> dict[str, Any]:
 
 
 def _computation(model) -> dict[str, Any]:
-    """Returns the fields and options that determine what a model computes, as a flat dict."""
+    """Returns, as a flat dict, the fields and options that determine what a model computes."""
     what = {k: v for k, v in _fields(model).items() if k not in (*_HOW, "mixers")}
     for i, spec in enumerate(model.mixers):
         options = mixers.options(spec.name) | {"d_model": model.d_model} | dict(spec.options)
@@ -225,7 +228,7 @@ def _computation(model) -> dict[str, Any]:
 
 
 def _as_computed(options: dict[str, Any]) -> dict[str, Any]:
-    """Replaces None in attention's options by its meaning, and drops unused ones."""
+    """Returns attention's options with each None replaced by its meaning, and unused ones None."""
     H, qk_norm = options["num_heads"], options["qk_norm"]
     filled = {
         "num_kv_heads": options["num_kv_heads"] or H,
@@ -239,6 +242,8 @@ def _as_computed(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[str, Any]:
+    """Returns a model's config.json in the layout `target`; raises ValueError if that loses
+    something."""
     config = target.hf_config(model_config, model.mixers)
     length = "max_position_embeddings"
     context = [c[length] for c in (kept, config) if length in c]
@@ -261,7 +266,7 @@ def _hf_config(target: Architecture, model_config, model, kept: dict) -> dict[st
 
 
 def _open(source: str):
-    """Opens any source: (config, tensors, tokenizer file or None, special tokens)."""
+    """Opens a folder, GGUF file or hub model: (config, tensors, tokenizer file or None, tokens)."""
     if source.startswith(GGUF_PREFIX):
         from seqmodels.checkpoints_io import gguf_files  # an extra
 
@@ -278,7 +283,7 @@ def _open(source: str):
 
 
 def _from_hub(name: str) -> Path:
-    """Returns the local copy of a hub model, downloading it where the machine is online."""
+    """Returns the local folder of a model on the hub, downloaded if need be."""
     kinds = (
         "a folder with config.json and safetensors, gguf:<file>, or a hub name such as org/model"
     )
@@ -301,9 +306,9 @@ def _from_hub(name: str) -> Path:
 
 
 def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str) -> dict[str, Any]:
-    """Returns config.model with full-attention caches of `max_len` tokens for decoding.
+    """Returns `model_config` with decoding caches of `max_len` tokens in full-attention layers.
 
-    None changes nothing. Raises ValueError, naming the model by `name`, for more than they hold.
+    None changes nothing. Raises ValueError, naming the model by `name`, for more than its context.
     """
     if max_len is None:
         return dict(model_config)
@@ -321,7 +326,7 @@ def with_max_len(model_config: Mapping[str, Any], max_len: int | None, name: str
 
 
 def _weights_dtype(tensors: files.Source) -> str:
-    """Returns the floating dtype that most bytes have; float32 stands for float64."""
+    """Returns the floating dtype of most bytes of the tensors; float32 in place of float64."""
     entries = [e for e in tensors.entries.values() if jnp.issubdtype(e.dtype, jnp.floating)]
     if not entries:
         raise ValueError(f"{tensors.name} holds no tensor of a floating dtype")

@@ -17,9 +17,9 @@ Arrays = Sequence[np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Turns the tensors called `names` into the parameters at `paths`.
+    """A conversion of the tensors called `names` into our parameters at `paths`, and back.
 
-    into: arrays in the order of `names` to arrays in the order of `paths`. out: the inverse.
+    into: arrays in the order of `names` to arrays in that of `paths`. out: the inverse of `into`.
     """
 
     names: tuple[str, ...]
@@ -28,13 +28,13 @@ class Rule:
     out: Callable[..., Arrays]
 
     def without(self, prefix: str) -> "Rule":
-        """Returns the rule for tensor names without a prefix."""
+        """Returns the rule with `prefix` removed from its tensors' names."""
         names = tuple(name.removeprefix(prefix) for name in self.names)
         return dataclasses.replace(self, names=names)
 
 
 class Move(NamedTuple):
-    """An invertible function of one array."""
+    """An invertible function of one array, such as a transpose; `out` is the inverse of `into`."""
 
     into: Callable[[np.ndarray], np.ndarray]
     out: Callable[[np.ndarray], np.ndarray]
@@ -48,22 +48,25 @@ CONV1D = Move(lambda x: x.squeeze(1).T, lambda x: x.T[:, None])
 
 
 def moved(name: str, path: str, move: Move) -> Rule:
-    """Returns a rule that applies a Move to one tensor."""
+    """Returns a rule that makes tensor `name` the parameter at `path` by a Move."""
     return Rule((name,), (path,), lambda x: (move.into(x),), lambda x: (move.out(x),))
 
 
 def same(name: str, path: str) -> Rule:
-    """Returns a rule that leaves one tensor as it is."""
+    """Returns a rule that copies tensor `name` to the parameter at `path`."""
     return moved(name, path, AS_IS)
 
 
 def transposed(name: str, path: str) -> Rule:
-    """Returns a rule that transposes a matrix."""
+    """Returns a rule that makes the transpose of matrix `name` the parameter at `path`."""
     return moved(name, path, LINEAR)
 
 
 def linear(name: str, path: str, bias: bool = False, move: Move = LINEAR) -> Iterator[Rule]:
-    """Yields rules from PyTorch's nn.Linear, or with another `move` another module, to nn.Dense."""
+    """Yields rules that turn an nn.Linear into our nn.Dense; bias: whether it has one.
+
+    move: another Move for the weight, such as CONV1D, if `name` is another module.
+    """
     yield moved(f"{name}.weight", f"{path}/kernel", move)
     if bias:
         yield same(f"{name}.bias", f"{path}/bias")
@@ -72,7 +75,10 @@ def linear(name: str, path: str, bias: bool = False, move: Move = LINEAR) -> Ite
 def split(
     name: str, paths: Sequence[str], widths: Sequence[int], move: Move = AS_IS, axis: int = 0
 ) -> Rule:
-    """Returns a rule that cuts `axis` into `widths` and makes each part a parameter by `move`."""
+    """Returns a rule that cuts tensor `name` along `axis` into the parameters at `paths`.
+
+    widths: their sizes along this axis. move: a Move applied to each after the cut.
+    """
     ends = np.cumsum(widths)[:-1]
 
     def into(x):
@@ -87,7 +93,10 @@ def split(
 def packed(
     name: str, ours: str, widths: dict[str, int], bias: bool = False, move: Move = LINEAR
 ) -> Iterator[Rule]:
-    """Yields rules that cut an nn.Linear into several of ours, {ours: output features}."""
+    """Yields rules that cut one nn.Linear `name` along its output features into our projections.
+
+    widths: {our projection: its number of output features}; paths are `{ours}/{projection}`.
+    """
     paths, sizes = [f"{ours}/{own}" for own in widths], list(widths.values())
     yield split(f"{name}.weight", [f"{path}/kernel" for path in paths], sizes, move)
     if bias:

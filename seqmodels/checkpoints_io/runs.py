@@ -1,8 +1,8 @@
 """Loads weights from runs of `experiments.train`.
 
 A run's folder holds config.json, the resolved config it trains with, and checkpoints/<step>,
-written by Orbax. It is read onto one device here, wherever it was trained; orbax-checkpoint (extra
-[train]) is imported when a checkpoint is read.
+written by Orbax. Checkpoints are read onto one device, whatever the run trained on;
+orbax-checkpoint (extra [train]) is imported when one is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ STORED_DTYPES = "stored_dtypes.json"
 
 
 def is_run(source: str | Path) -> bool:
-    """Returns whether `source` is the folder of a run."""
+    """Returns whether `source` is a folder of a run, one that has checkpoints."""
     return (Path(source).expanduser() / "checkpoints").is_dir()
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
-    """Returns the content of a run's config.json. Raises ValueError if there is no such file."""
+    """Returns the content of a run's config.json; raises ValueError if the folder has none."""
     path = Path(workdir).expanduser() / "config.json"
     if not path.is_file():
         raise ValueError(f"{workdir} holds no run: there is no {path}")
@@ -40,7 +40,7 @@ def load_run(
 ) -> Pretrained:
     """Returns the model of a run's checkpoint, with the parameters to evaluate and sample with.
 
-    step: which checkpoint; None is the latest.
+    workdir: the run's folder. step: the checkpoint's; None is the latest.
     model_config: config.model to read it with, such as with another param_dtype; None is the run's.
 
     Raises ValueError for a folder without such a checkpoint, a checkpoint of another model than the
@@ -57,10 +57,10 @@ def load_run(
 def described(
     model_config: Mapping[str, Any], data: Mapping[str, Any], params, workdir: str
 ) -> Pretrained:
-    """Returns a run's model with these parameters, and the run's special tokens.
+    """Returns a Pretrained of a run's parameters, with the run's tokenizer and special tokens.
 
-    data: the config's section of the same name. What stands beside the tokenizer counts, as in any
-    folder; where that says nothing, a text begins and ends with the run's document token.
+    data: the section "data" of the run's config. Files beside the tokenizer state the special
+      tokens; where they do not, the run's document token begins and ends a text.
     """
     kept = {"model_type": own_layout.MODEL_TYPE}
     name, path, tokens = data.get("tokenizer"), None, SpecialTokens()
@@ -95,7 +95,7 @@ def chosen_step(folder: Path, steps: Sequence[int], step: int | None) -> int:
 
 
 def _read_params(checkpoint: str, model_config: Mapping[str, Any], averaged: bool):
-    """Reads the parameters of `model_config`; averaged: Schedule-Free's average of them."""
+    """Reads a checkpoint's parameters; averaged: whether to return Schedule-Free's averages."""
     try:
         from orbax.checkpoint import v1 as ocp
     except ImportError as error:

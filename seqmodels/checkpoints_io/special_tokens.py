@@ -6,15 +6,15 @@ conversations are formatted.
     config.json              the same fields
     tokenizer_config.json    "bos_token": "<s>" and so on, and chat_template: Jinja, or several by
       name
-    special_tokens_map.json  what the one above leaves out, in folders of older programs
+    special_tokens_map.json  in folders of older programs, what tokenizer_config.json leaves out
     chat_template.jinja, additional_chat_templates/<name>.jinja
 
-As in transformers the first file that names an id counts; tokenizer_config.json names its text.
-Runs and GGUF files are read the same way: a run keeps these files beside its tokenizer.json, and a
-GGUF file's metadata is written as such files.
+As in transformers, the first file in this list that has an id counts, and then the texts in
+tokenizer_config.json. Runs and GGUF files are read the same way: a run keeps these files beside its
+tokenizer.json, and a GGUF file's metadata is written as such files.
 
 Tokens that tokenizer_config.json (in folders of older programs added_tokens.json) lists or names
-are added to those of tokenizer.json that are never cut.
+are added to tokenizer.json's own added tokens, which are never cut.
 """
 
 import contextlib
@@ -49,11 +49,11 @@ _TOLD_ALONE = (_PLAIN, "TokenizersBackend")
 class SpecialTokens:
     """Special tokens and chat templates of a model.
 
-    bos, pad: ids, if there are such tokens.
-    eos: every id that ends a text or a turn, the text's own first.
+    bos, pad: ids of the tokens that begin a text and that pad, or None.
+    eos: every id that ends a text or a turn; the end of a text comes first.
     names: texts that chat templates are given, such as {"bos_token": "<s>"}.
-    chat_templates: Jinja by name. "default" writes a conversation, "tool_use", if it is there, one
-      with tools.
+    chat_templates: {name: Jinja template}. "default" formats a conversation, "tool_use", if it is
+      there, one with tools.
     """
 
     bos: int | None = None
@@ -63,23 +63,24 @@ class SpecialTokens:
     chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def ids(self) -> dict[str, int | list[int]]:
-        """Returns the known ids as fields of config.json and generation_config.json."""
+        """Returns the ids that are set, as fields of config.json and generation_config.json."""
         eos = self.eos[0] if len(self.eos) == 1 else list(self.eos) or None
         fields = {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
         return {name: value for name, value in fields.items() if value is not None}
 
     def filled(self, other: "SpecialTokens") -> "SpecialTokens":
-        """Returns a copy with unknown fields taken from `other`."""
+        """Returns a copy in which fields that are not set, and further names, are those of
+        `other`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {name: value for name, value in own.items() if value not in (None, (), {})}
         return dataclasses.replace(other, **known | {"names": {**other.names, **self.names}})
 
 
 def read(folder: Path, config: Mapping[str, Any] | None = None) -> SpecialTokens:
-    """Reads those of the files that exist in `folder`.
+    """Returns the special tokens and chat templates that the files in `folder` describe.
 
-    config: the fields of config.json, where it is not in this folder.
-    Raises ValueError, naming the file, for one that is no JSON object.
+    config: the fields of config.json, if it is not in this folder. Files may be absent; one that is
+      no JSON object raises a ValueError that names it.
     """
     generation = _fields(folder / _GENERATION_CONFIG)
     config = _fields(folder / "config.json") if config is None else config
@@ -102,10 +103,12 @@ def read(folder: Path, config: Mapping[str, Any] | None = None) -> SpecialTokens
 
 
 def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) -> list[Path]:
-    """Writes to `folder` what `read` reads, except config.json; returns the files' paths.
+    """Writes special tokens and chat templates as the files that `read` reads, without config.json.
 
-    tokenizer: a tokenizer.json to copy, with the files beside it, in which `tokens` replaces what
-      differs. None leaves out tokenizer_config.json: there is no tokenizer to describe.
+    tokenizer: a tokenizer.json to copy, with the files beside it, changed where `tokens` differs
+      from them. None writes only generation_config.json: there is no tokenizer to describe.
+
+    Returns the paths of the files.
     """
     beside = tokenizer.parent if tokenizer else None
     said = _fields(beside / _GENERATION_CONFIG) if beside else {}
@@ -142,8 +145,10 @@ def write(folder: Path, tokens: SpecialTokens, tokenizer: Path | None = None) ->
 
 
 def completed(tokenizer: Path) -> Path:
-    """Returns a tokenizer.json that has all tokens named in the files beside it: the given one, or
-    a completed copy in the cache."""
+    """Returns a tokenizer.json with all tokens that the files beside `tokenizer` name.
+
+    That is `tokenizer` itself or, if it lacks some, a copy in the cache with these added.
+    """
     lacking = _lacking(tokenizer)
     if not lacking:
         return tokenizer
@@ -158,9 +163,10 @@ def completed(tokenizer: Path) -> Path:
 
 
 def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
-    """Stores a tokenizer.json and files that describe it in the cache; returns its path.
+    """Stores a tokenizer.json in the cache, with files that describe `tokens`; returns its path.
 
-    like: the tokenizer.json it was made of; the files beside that one are kept, as in `write`.
+    text: content of the tokenizer.json. like: the tokenizer.json that it was made from; the files
+    beside that one are kept, as in `write`.
     """
     folders = verification.cache_folder() / "tokenizers"
     folders.mkdir(parents=True, exist_ok=True)
@@ -180,7 +186,7 @@ def keep(text: str, tokens: SpecialTokens, like: Path | None = None) -> Path:
 
 
 def _put(folder: Path, name: str, fields: dict[str, Any], beside: Path | None) -> list[Path]:
-    """Writes a JSON file, or copies the one in `beside` if its content is the same."""
+    """Writes `fields` to the JSON file `name`, or copies the one in `beside` if it has the same."""
     if beside and fields and _fields(beside / name) == fields:
         return _copy(beside / name, folder / name)
     if not fields:
@@ -202,7 +208,8 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """Reads tokenizer_config.json and, where it lists no added tokens, special_tokens_map.json."""
+    """Returns the fields of tokenizer_config.json and, where it lists no added tokens, those of
+    special_tokens_map.json."""
     described = _fields(folder / _TOKENIZER_CONFIG)
     if "added_tokens_decoder" not in described:
         described |= _typed(_fields(folder / _SPECIAL_TOKENS_MAP))
@@ -210,7 +217,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _typed(value: Any) -> Any:
-    """Adds the types of tokenizer_config.json to special_tokens_map.json's tokens."""
+    """Returns tokens of special_tokens_map.json in the form that tokenizer_config.json has."""
     if isinstance(value, list):
         return [_typed(item) for item in value]
     if not isinstance(value, dict):
@@ -220,7 +227,7 @@ def _typed(value: Any) -> Any:
 
 
 def _named(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns special tokens, texts or objects with options, by names such as "bos_token"."""
+    """Returns {name: special token}; a name is "bos_token", a token a text or an object."""
     extra = described.get("extra_special_tokens")
     named = {k: v for k, v in described.items() if k.endswith("_token")}
     named |= extra if isinstance(extra, dict) else {}
@@ -228,6 +235,7 @@ def _named(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names(described: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {name: text of a special token}, such as {"bos_token": "<s>"}."""
     return {k: _text(v) for k, v in _named(described).items()}
 
 
@@ -236,8 +244,8 @@ def _text(token: Any) -> Any:
 
 
 def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
-    """Lists added tokens in the files beside a tokenizer.json that it lacks, or has with other
-    options."""
+    """Returns the tokens, as options for the `tokenizers` library, that a tokenizer.json lacks, or
+    has with other options, and that files beside it list."""
     described = _described(tokenizer.parent)
     named = list(_named(described).values())
     for field in ("extra_special_tokens", "additional_special_tokens"):
@@ -271,7 +279,7 @@ def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
 
 
 def _options(token: Any) -> dict[str, Any]:
-    """Returns an added token's options for the `tokenizers` library; {} if it is not a token."""
+    """Returns an added token's options for the `tokenizers` library, or {} if it is malformed."""
     if (
         not isinstance(token, dict)
         or not isinstance(token.get("content"), str)
@@ -290,7 +298,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    """Returns ids by text; {} for a file that is no tokenizer: opening it raises elsewhere."""
+    """Returns {text: id} of a tokenizer.json's tokens, or {} if that file is broken."""
     try:
         fields = json.loads(path.read_bytes())
         words = fields["model"]["vocab"]
@@ -302,6 +310,7 @@ def _vocabulary(path: Path) -> dict[str, int]:
 
 
 def _names_by_id(tokens: SpecialTokens, vocabulary: Mapping[str, int]) -> dict[str, str]:
+    """Returns the texts of the bos and eos tokens, by the names of tokenizer_config.json."""
     ids = {"bos_token": tokens.bos, "eos_token": next(iter(tokens.eos), None)}
     texts = {i: text for text, i in vocabulary.items()}
     return {name: texts[i] for name, i in ids.items() if i in texts}
@@ -314,7 +323,7 @@ def _template_files(folder: Path) -> dict[str, Path]:
 
 
 def _chat_templates(folder: Path, described: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the templates in files, or if there are none those of tokenizer_config.json."""
+    """Returns {name: Jinja template} from .jinja files, or else from tokenizer_config.json."""
     if paths := _template_files(folder):
         return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     found = described.get("chat_template")

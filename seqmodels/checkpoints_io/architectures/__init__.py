@@ -34,6 +34,8 @@ _MODULES = (
     "xlstm",
 )  # fmt: skip
 _MOST_LAYERS, _LARGEST = 10_000, 2**31
+# Fields whose null is a value: as many key heads as query heads, and no window.
+_NULLABLE = ("num_key_value_heads", "sliding_window")
 _ROTARY_BUFFERS = (r".*rotary_emb\.inv_freq",)
 # Fields that change what is computed and that no architecture here reads, with the values that
 # change nothing.
@@ -54,37 +56,42 @@ _UNSUPPORTED = {
 
 
 class HFConfig:
-    """A config.json whose fields are checked as they are read. `name` is the file, for messages.
+    """Fields of a config.json, checked as they are read; `name` is the file, for error messages.
 
-    Readers of a field take a default for a field that is absent or null; without a default such a
-    field is an error. Every reader raises ValueError for a value of another kind.
+    Methods that read a field take a default for one that is absent or null; without a default such
+    a field is an error. All raise ValueError for a value of another kind.
     """
 
     def __init__(self, fields: dict[str, Any], name: str):
         self.fields, self.name = fields, name
 
     def with_defaults(self, **fields) -> "HFConfig":
-        """Returns a copy in which absent (not null) fields have these values."""
-        return HFConfig(fields | self.fields, self.name)
+        """Returns a copy in which absent or null fields have these values.
+
+        Null key heads and a null window stay, as null is a value of these fields.
+        """
+        present = {k: v for k, v in self.fields.items() if v is not None or k in _NULLABLE}
+        return HFConfig(fields | present, self.name)
 
     def integer(self, field: str, default: int | None = None) -> int:
-        """Reads a positive integer, of a size that a model can have."""
+        """Reads an integer from 1 to 2^31, or to 10,000 if it counts layers or blocks."""
         most = _MOST_LAYERS if "layer" in field or "block" in field else _LARGEST
         what = f"a positive integer up to {most}"
         return self._checked(field, default, lambda v: type(v) is int and 0 < v <= most, what)
 
     def optional_integer(self, field: str) -> int | None:
-        """Reads a positive integer; None where it is null or absent."""
+        """Reads a positive integer; returns None if the field is null or absent."""
         return None if self.get(field) is None else self.integer(field)
 
     def number(self, field: str, default: float | None = None) -> float:
+
         def is_right(value):
             return type(value) in (int, float) and abs(value) < 1e30
 
         return float(self._checked(field, default, is_right, "a number"))
 
     def positive(self, field: str, default: float | None = None) -> float:
-        """Reads a number above 0, as divisors and scales are."""
+        """Reads a number that must be above 0, such as a divisor or a scale."""
         value = self.number(field, default)
         if value <= 0:
             raise ValueError(f"{self.name}: {field} is {value!r}; it must be a positive number")
@@ -94,7 +101,7 @@ class HFConfig:
         return self._checked(field, default, lambda v: isinstance(v, bool), "true or false")
 
     def choice(self, field: str, choices: dict[str, Any], default: str | None = None) -> Any:
-        """Returns the entry of `choices` that the field's value selects."""
+        """Reads a string that must be a key of `choices`, and returns the value under that key."""
         value = self._checked(
             field, default, lambda v: isinstance(v, str) and v in choices, " or ".join(choices)
         )
@@ -103,7 +110,7 @@ class HFConfig:
     def listed(
         self, field: str, kind: type, default: Sequence[Any] = (), count: int | None = None
     ) -> list[Any]:
-        """Reads a list of integers or strings (`kind`), of `count` of them if that is given."""
+        """Reads a list of elements of type `kind` (int or str), with `count` elements if given."""
         return self._checked(
             field,
             list(default),
@@ -114,7 +121,10 @@ class HFConfig:
         )
 
     def layer_types(self, default: Sequence[str], known: Iterable[str]) -> list[str]:
-        """Reads `layer_types`: one of the `known` kinds for each layer that `default` has."""
+        """Reads `layer_types`, which has a string from `known` for every layer.
+
+        default: the list that an absent field stands for; a list of another length is refused.
+        """
         types = self.listed("layer_types", str, default, len(default))
         if unknown := sorted(set(types) - set(known)):
             raise ValueError(
@@ -123,17 +133,17 @@ class HFConfig:
         return types
 
     def get(self, field: str, default: Any = None) -> Any:
-        """Returns the field's value unchecked, `default` if it is null."""
+        """Returns a field's value unchecked, or `default` if it is null or absent."""
         value = self.fields.get(field)
         return default if value is None else value
 
     def section(self, field: str) -> "HFConfig":
-        """Reads a nested object; absent or null is an empty one."""
+        """Reads a nested object as an HFConfig; an absent or null one has no fields."""
         value = self._checked(field, {}, lambda v: isinstance(v, dict), "an object")
         return HFConfig(value, f"{self.name}, {field}")
 
     def require(self, **fields) -> None:
-        """Raises ValueError for fields with other values than these; absent fields pass."""
+        """Raises ValueError if a field has another value than given here; absent ones pass."""
         for field, value in fields.items():
             found = self.get(field, value)
             if found != value:
@@ -142,7 +152,7 @@ class HFConfig:
                 )
 
     def options(self, table: Iterable[Any]) -> dict[str, Any]:
-        """Reads the fields of a table of `parts.Field` into a dict of our option names."""
+        """Reads the fields of a table of `parts.Field`; returns {our option: value}."""
         return {f.ours: f.read(self, f.theirs, f.default) for f in table}
 
     def _checked(self, field, default, is_right, what):
@@ -156,9 +166,10 @@ class HFConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Describes one family; the fields are explained in this module's docstring.
+    """Description of one family of models; this module's docstring explains the functions it holds.
 
     model_type, class_name: as in config.json ("llama", "LlamaForCausalLM").
+    ignored: regular expressions of the names of tensors that are skipped.
     base_prefix: the prefix of tensor names that files saved without a language-modelling head lack.
     """
 
@@ -172,17 +183,17 @@ class Architecture:
 
 
 def names() -> list[str]:
-    """Lists every supported model_type."""
+    """Returns the supported values of config.json's `model_type`, sorted."""
     return sorted(_MODULES)
 
 
 def check_supported(config: HFConfig) -> None:
-    """Refuses fields that change what is computed and that no architecture here reads."""
+    """Raises ValueError for fields that change what is computed and that no family reads."""
     config.require(**_UNSUPPORTED)
 
 
 def get(model_type: object) -> Architecture:
-    """Returns the architecture of a model_type; raises ValueError, listing those there are."""
+    """Returns the family with config.json's `model_type`; raises ValueError for an unknown one."""
     if model_type not in _MODULES:
         raise ValueError(
             f"unknown architecture {model_type!r}; supported are {', '.join(names())}, and seqmodels for our own"

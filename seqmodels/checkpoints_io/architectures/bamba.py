@@ -1,5 +1,5 @@
-"""Bamba (IBM, Princeton, UIUC, 2024): Mamba-2 layers and a few of softmax attention, each with a
-SwiGLU."""
+"""Bamba (IBM, Princeton, UIUC, 2024) checkpoints: Mamba-2 and a few softmax attention layers, with
+SwiGLUs."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
 from seqmodels.modules.pattern import to_text

@@ -1,4 +1,4 @@
-"""Common parts of the softmax decoders in the style of Llama.
+"""Functions that the families of softmax decoders in the style of Llama share.
 
 Layers are x <- x + attention(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms, rotary
 positions, and no biases but those that a family names.
@@ -27,7 +27,7 @@ _SCALINGS = {
 
 
 def model_config(config: HFConfig, specs: Sequence[MixerSpec], **fields) -> dict[str, Any]:
-    """Returns config.model of a decoder with the layers `specs`; `fields` are added."""
+    """Returns config.model for a config.json and its layers `specs`; `fields` are added."""
     return config.options(_FIELDS) | {
         "pattern": to_text(specs),
         "channel_mixer": config.choice("hidden_act", _ACTIVATIONS, "silu"),
@@ -46,10 +46,11 @@ def attention_options(
     rotated: float | None = None,
     **options,
 ) -> dict[str, Any]:
-    """Reads the options of `attention` that all families have; `options` are added.
+    """Reads the options of the mixer `attention` from config.json: heads, widths, rotary positions.
 
-    D, heads, kv_heads and head_dim are defaults of the library, where it has any; `rotated` is
-    `rope_options`' fraction. Options that are None are left out.
+    D, heads, kv_heads, head_dim: what the family's library takes for absent fields, if anything.
+    rotated: the fraction of channels that is rotated, `fraction` of `rope_options`.
+    options: further options of the mixer. Those that are None are left out of the result.
     """
     H = config.integer("num_attention_heads", heads)
     head_dim = head_dim or max(config.integer("hidden_size", D) // H, 1)
@@ -66,7 +67,7 @@ def attention_options(
 def attention_fields(
     options: dict[str, Any], d_model: int, partial: bool = False
 ) -> dict[str, Any]:
-    """Inverts `attention_options`: returns config.json's fields. `partial`: see `rope_fields`."""
+    """Returns config.json's fields for attention's options; partial: whether with rope_fraction."""
     H = options["num_heads"]
     return {
         "num_attention_heads": H,
@@ -78,8 +79,11 @@ def attention_fields(
 
 
 def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
-    """Returns the attention of every layer; "sliding_attention" in `layer_types` gets the window
-    `sliding_window`."""
+    """Returns the MixerSpec of every layer of a config.json, all softmax attention with `options`.
+
+    Layers that `layer_types` calls "sliding_attention" have the window `sliding_window`; without
+    `layer_types` all layers have it, if it is set.
+    """
     window = config.optional_integer("sliding_window")
     default = [_TYPES[0] if window else _TYPES[1]] * config.integer("num_hidden_layers")
     types = config.layer_types(default, _TYPES)
@@ -90,13 +94,14 @@ def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
 
 
 def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, Any]:
-    """Reads rope_base, rope_scaling, rope_fraction and max_length; None is the mixer's default.
+    """Reads config.json's rotary positions (RoPE) as options of the mixer `attention`.
 
-    They stand in `rope_parameters`, or the older `rope_theta`, `rope_scaling` and
-    `partial_rotary_factor`; max_length is `max_position_embeddings`, or how far a scaling reaches.
+    Returns rope_base, rope_scaling, rope_fraction and max_length; None stands for the mixer's
+    default. They stand in `rope_parameters`, or the older `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`. max_length is `max_position_embeddings`, or how far a scaling reaches.
 
-    fraction: the part of each head's channels that is rotated where the config does not say. None:
-      all channels are, and a config that says otherwise is refused.
+    fraction: the fraction of each head's channels that is rotated where config.json does not say.
+      None: all channels are, and a config.json that says otherwise is refused.
     """
     rope = _rope_section(config)
     kind = rope.get("rope_type", "default")
@@ -132,7 +137,8 @@ def rope_options(config: HFConfig, fraction: float | None = None) -> dict[str, A
 
 
 def _scaling_values(config: HFConfig, rope: HFConfig, kind: str) -> tuple[float | bool, ...]:
-    """Returns a scaling's parameters in the order of `positions.SCALINGS`."""
+    """Returns the numbers of a RoPE scaling (`rope_type` is `kind`), in positions.SCALINGS'
+    order."""
     if kind in ("default", "linear"):
         return tuple(rope.positive(field) for field in _SCALINGS[kind])
     context = config.integer(_CONTEXT, 2048)
@@ -155,10 +161,10 @@ def _scaling_values(config: HFConfig, rope: HFConfig, kind: str) -> tuple[float 
 
 
 def _rope_section(config: HFConfig) -> HFConfig:
-    """Merges `rope_parameters` and the older `rope_scaling`.
+    """Returns config.json's `rope_parameters` and older `rope_scaling`, merged into one section.
 
-    Files that have both say the same twice, or rope_scaling was added by hand, for longer texts, to
-    rope_parameters without a scaling. Raises ValueError where they contradict each other.
+    Files that have both state the same twice, or rope_scaling was added by hand, for longer texts,
+    to rope_parameters without a scaling. Raises ValueError where the two contradict each other.
     """
     merged: dict[str, Any] = {}
     for field in ("rope_parameters", "rope_scaling"):
@@ -177,7 +183,11 @@ def _rope_section(config: HFConfig) -> HFConfig:
 
 
 def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any]:
-    """Inverts `rope_options`: returns the older fields, too, and the fraction if `partial`."""
+    """Returns config.json's fields of rotary positions (RoPE) for options of the mixer `attention`.
+
+    Inverts `rope_options`. Beside `rope_parameters` the result has the older fields `rope_theta`
+    and `rope_scaling`, which other programs may read. partial: whether to write rope_fraction.
+    """
     kind, *values = options["rope_scaling"] or ("default",)
     theta = float(options["rope_base"] or 10_000.0)
     scaling = {"rope_type": kind} | dict(zip(_SCALINGS.get(kind, ()), values))
@@ -192,7 +202,7 @@ def rope_fields(options: dict[str, Any], partial: bool = False) -> dict[str, Any
 
 
 def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, Any]:
-    """Returns the fields of config.json that every family has; refuses other mixers."""
+    """Returns config.json's fields for a decoder; raises ValueError if a mixer is not attention."""
     if others := sorted({s.name for s in specs} - {"attention"}):
         raise ValueError(
             f"only softmax attention has a place in this layout; there is {', '.join(others)}"
@@ -217,12 +227,13 @@ def hf_config(model: dict[str, Any], specs: Sequence[MixerSpec]) -> dict[str, An
 
 
 def layer_types(specs: Sequence[MixerSpec]) -> list[str]:
-    """Returns `layer_types` of config.json: which layers have a window."""
+    """Returns config.json's `layer_types`: a layer is "sliding_attention" with a window, else
+    "full_attention"."""
     return [_TYPES[parts.option_values(s)["window"] is None] for s in specs]
 
 
 def tensors(model: dict[str, Any], specs: Sequence[MixerSpec]) -> Iterator[rules.Rule]:
-    """Yields the rules of all tensors."""
+    """Yields the conversion rules for all tensors of a decoder that are named as Llama's."""
     yield from parts.ends(model, "model.embed_tokens", "model.norm")
     for i, layer in enumerate(specs):
         theirs, ours = f"model.layers.{i}", f"block_{i}"
@@ -233,7 +244,7 @@ def tensors(model: dict[str, Any], specs: Sequence[MixerSpec]) -> Iterator[rules
 
 
 def attention(layer: MixerSpec, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """Yields the rules of an attention layer's tensors."""
+    """Yields the conversion rules for one softmax attention layer, norms of q and k included."""
     options = parts.option_values(layer)
     bias, o_bias = options["use_bias"], options["o_bias"]
     yield from parts.linears(theirs, ours, {f"{name}_proj": name for name in "qkv"}, bias)

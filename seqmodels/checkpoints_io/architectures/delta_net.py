@@ -1,4 +1,4 @@
-"""DeltaNet (arXiv 2406.06484), as flash-linear-attention's DeltaNetForCausalLM has it."""
+"""DeltaNet (arXiv 2406.06484) checkpoints, in flash-linear-attention's layout."""
 
 from seqmodels.checkpoints_io.architectures import fla, parts
 

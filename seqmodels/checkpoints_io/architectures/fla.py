@@ -1,7 +1,8 @@
-"""Common parts of flash-linear-attention's layouts (github.com/fla-org/flash-linear-attention).
+"""Functions that the families of flash-linear-attention share.
 
-Layers are x <- x + mixer(norm(x)), then x <- x + SwiGLU(norm(x)), with RMS norms. Tensors of every
-mixer are called "attn"; the field `attn` of config.json says which layers have softmax attention.
+Source: github.com/fla-org/flash-linear-attention. Layers are x <- x + mixer(norm(x)), then
+x <- x + SwiGLU(norm(x)), with RMS norms. Every mixer's tensors are called "attn"; the field `attn`
+of config.json says which layers have softmax attention.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,16 +37,18 @@ def architecture(
     hidden_ratio: int = 4,
     extra: Callable[[], Iterable[rules.Rule]] = tuple,
 ) -> Architecture:
-    """Makes a family's Architecture from its mixer, the mixer's options and its tensors.
+    """Returns the Architecture of a family of flash-linear-attention, from what only its mixer has.
 
     Args:
-      table: fields that are options of the mixer.
-      tensors: (options, prefix of their names, our path) to rules.
+      mixer: the mixer's name in our registry.
+      table: config.json's fields that are options of the mixer.
+      tensors: (options, prefix of tensor names, our path) to the mixer's conversion rules.
       required: fields of which only this value is supported. Fields that choose between kernels,
         and change no result, may have any.
-      options, fields: config.json to further options; (options, d_model) to their fields.
-      hidden_ratio: default of the field of this name.
-      extra: rules that belong to no layer.
+      options: config.json to the mixer's options beside those of `table`.
+      fields: (options, d_model) to config.json's fields; inverts `options`.
+      hidden_ratio: default of config.json's field of this name.
+      extra: returns the rules for tensors outside the layers.
     """
 
     def model_config(config: HFConfig) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def architecture(
 
 
 def delta_fields(use_gate: bool) -> tuple[parts.Field, ...]:
-    """Returns the fields that DeltaNet and Gated DeltaNet share; `use_gate` is its default."""
+    """Returns the config.json fields that both delta rule families have; `use_gate` is a
+    default."""
     return (
         parts.Field("conv_size", "conv_width", HFConfig.integer, 4),
         parts.Field("allow_neg_eigval", "allow_neg_eigval", HFConfig.flag, False),
@@ -104,7 +108,7 @@ def delta_fields(use_gate: bool) -> tuple[parts.Field, ...]:
 
 
 def head_fields(heads: int, expand_k: float, expand_v: float) -> tuple[parts.Field, ...]:
-    """Returns the fields that GLA and RetNet share, with their defaults."""
+    """Returns the config.json fields that GLA and RetNet share; the arguments are defaults."""
     return (
         parts.Field("num_heads", "num_heads", HFConfig.integer, heads),
         parts.Field("expand_k", "expand_k", HFConfig.positive, expand_k),
@@ -124,12 +128,12 @@ HEADS_REQUIRED = {
 
 
 def require_all_heads(config: HFConfig, heads: int) -> None:
-    """Raises ValueError for fewer key heads than value heads; the default is `heads`."""
+    """Raises ValueError if num_kv_heads differs from num_heads, which is `heads` if absent."""
     config.require(num_kv_heads=config.integer("num_heads", heads))
 
 
 def projections(theirs: str, ours: str, names: str) -> Iterable[rules.Rule]:
-    """Yields the rules of projections by letters: "qkv" is q_proj, k_proj and v_proj."""
+    """Yields the conversion rules for nn.Linears by letter: "qkv" is q_proj, k_proj, v_proj."""
     return parts.linears(theirs, ours, {f"{name}_proj": name for name in names})
 
 
@@ -140,7 +144,11 @@ def short_convs(theirs: str, ours: str) -> Iterable[rules.Rule]:
 
 
 def _softmax_layers(config: HFConfig, D: int, L: int) -> dict[int, MixerSpec]:
-    """Reads `attn`: one object or a list of them, each with the indices of its layers."""
+    """Returns {layer's index: MixerSpec} for the layers of softmax attention in a config.json.
+
+    Its field `attn` is an object or a list of them, each with its layers' indices. D: the width. L:
+    the number of all layers.
+    """
     found = config.get("attn") or []
     layers: dict[int, MixerSpec] = {}
     for item in found if isinstance(found, list) else [found]:
@@ -166,7 +174,7 @@ def _softmax_layers(config: HFConfig, D: int, L: int) -> dict[int, MixerSpec]:
 
 
 def _attn(specs: Sequence[MixerSpec]) -> list[dict[str, Any]] | None:
-    """Inverts `_softmax_layers`; returns None if no layer is softmax attention."""
+    """Returns config.json's `attn`, which describes the layers of softmax attention, if any."""
     indices: dict[MixerSpec, list[int]] = {}
     for i, layer in enumerate(specs):
         if layer.name == "attention":

@@ -1,4 +1,4 @@
-"""Gated DeltaNet (arXiv 2412.06464), as GatedDeltaNetForCausalLM of flash-linear-attention."""
+"""Gated DeltaNet (arXiv 2412.06464) checkpoints, in flash-linear-attention's layout."""
 
 from seqmodels.checkpoints_io.architectures import HFConfig, fla, parts
 

@@ -1,4 +1,4 @@
-"""Gated linear attention (arXiv 2312.06635), as flash-linear-attention's GLAForCausalLM has it."""
+"""Gated linear attention (arXiv 2312.06635) checkpoints, in flash-linear-attention's layout."""
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import fla, parts

@@ -1,7 +1,7 @@
-"""GPT-2 (Radford et al., 2019): learned positions, LayerNorm, biases everywhere, an ungated MLP
-with the tanh form of GELU.
+"""GPT-2 (Radford et al., 2019) checkpoints: learned positions, LayerNorm, biases everywhere, an
+ungated MLP with the tanh form of GELU.
 
-Its projections are stored (input, output) as ours are, with q, k and v as one.
+Their matrices are stored (input, output) as ours are; those of q, k and v are one tensor.
 """
 
 from seqmodels.checkpoints_io import rules

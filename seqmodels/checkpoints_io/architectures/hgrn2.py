@@ -1,4 +1,4 @@
-"""HGRN2 (arXiv 2404.07904), as flash-linear-attention's HGRN2ForCausalLM has it."""
+"""HGRN2 (arXiv 2404.07904) checkpoints, in flash-linear-attention's layout."""
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import fla, parts

@@ -1,17 +1,18 @@
-"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288, 2407.21783), and what is built like them: SmolLM,
-SmolLM2, TinyLlama."""
+"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288, 2407.21783) checkpoints, and those of models built
+like them: SmolLM, SmolLM2, TinyLlama."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts
 
 
 def biases(config):
-    """Reads the two bias flags; returns (options of attention, fields of config.model)."""
+    """Reads attention_bias and mlp_bias; returns what they set, (options of the mixer `attention`,
+    fields of config.model)."""
     attention = {"use_bias": True} if config.flag("attention_bias", False) else {}
     return attention, {"channel_bias": True} if config.flag("mlp_bias", False) else {}
 
 
 def bias_fields(model, specs):
-    """Inverts `biases`: returns the two flags."""
+    """Returns config.json's flags `attention_bias` and `mlp_bias` of a model."""
     attention = parts.option_values(specs[0])["use_bias"]
     return {"attention_bias": attention, "mlp_bias": model["channel_bias"]}
 

@@ -1,4 +1,4 @@
-"""Mamba (Gu & Dao, arXiv 2312.00752), as transformers' MambaForCausalLM has it."""
+"""Mamba (Gu & Dao, arXiv 2312.00752) checkpoints, as of transformers' MambaForCausalLM."""
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, parts

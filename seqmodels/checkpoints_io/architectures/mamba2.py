@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao & Gu, arXiv 2405.21060), as transformers' Mamba2ForCausalLM has it."""
+"""Mamba-2 (Dao & Gu, arXiv 2405.21060) checkpoints, as of transformers' Mamba2ForCausalLM."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, parts
 from seqmodels.modules.pattern import to_text

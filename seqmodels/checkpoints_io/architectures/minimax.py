@@ -1,5 +1,5 @@
-"""MiniMax-Text-01 (arXiv 2501.08313): lightning attention, some softmax attention, weighted
-residuals, a mixture of experts."""
+"""MiniMax-Text-01 (arXiv 2501.08313) checkpoints: lightning attention, some softmax attention,
+weighted residuals, a mixture of experts."""
 
 from typing import Any
 
@@ -56,7 +56,8 @@ def _model_config(config):
 
 
 def _weights(config, which):
-    """Reads the weights (a, b) of a residual x <- a x + b f(x)."""
+    """Reads the weights (a, b) of a residual x <- a x + b f(x) from the fields of f, whose names
+    begin with `which`."""
     return tuple(config.number(f"{which}_{name}_factor", 1.0) for name in ("alpha", "beta"))
 
 

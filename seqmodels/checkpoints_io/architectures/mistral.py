@@ -1,4 +1,4 @@
-"""Mistral 7B (arXiv 2310.06825): Llama with a sliding window on every layer, or on none."""
+"""Mistral 7B (arXiv 2310.06825) checkpoints: Llama with a window on all layers, or on none."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts
 

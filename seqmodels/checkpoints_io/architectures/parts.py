@@ -1,6 +1,7 @@
-"""Common parts of the families' tables: rules for tensors, and fields of config.json.
+"""Helpers that families of models share: conversion rules, and tables of config.json's fields.
 
-In rules, `theirs` is a prefix of tensor names and `ours` a path of parameters.
+In functions that yield rules, `theirs` is a prefix of tensor names in the published layout, and
+`ours` a path of parameters in our model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,11 @@ MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
 class Field(NamedTuple):
-    """A field of config.json that is one option of ours; `read` is a method of HFConfig."""
+    """A field of config.json that holds one option of our models.
+
+    theirs, ours: names of the field and the option. read: the method of HFConfig that reads it.
+    default: the value of an absent or null field; None makes such a field an error.
+    """
 
     theirs: str
     ours: str
@@ -28,21 +33,22 @@ class Field(NamedTuple):
 
 
 def given(values: Mapping[str, Any], name: str) -> Any:
-    """Returns an option that the layout requires; raises ValueError if it is None."""
+    """Returns `values[name]`, which config.json must state; raises ValueError if it is None."""
     if values.get(name) is None:
         raise ValueError(f"this layout needs {name}; set it in config.model or in its pattern")
     return values[name]
 
 
 def fields_of(values: Mapping[str, Any], table: Iterable[Field]) -> dict[str, Any]:
-    """Returns config.json's fields for our options: the inverse of `HFConfig.options`."""
+    """Returns config.json's fields for our options `values`; inverts `HFConfig.options`."""
     return {field.theirs: given(values, field.ours) for field in table}
 
 
 def model_fields(eps: str, **defaults) -> tuple[Field, ...]:
-    """Returns the fields that every config.json has, where `eps` names the norms' epsilon.
+    """Returns the fields of every family: vocabulary, width, depth, norm epsilon, tied embeddings.
 
-    defaults: what the family's library takes where the file says nothing, by our names.
+    eps: config.json's name of the norms' epsilon.
+    defaults: what the family's library takes for absent fields, by our names. It has `norm_eps`.
     """
     integer, get = HFConfig.integer, defaults.get
     return (
@@ -60,19 +66,19 @@ D_FF = Field("intermediate_size", "d_ff", HFConfig.integer)
 
 
 def spec(name: str, **options) -> MixerSpec:
-    """Returns a layer's MixerSpec, without options that are None."""
+    """Returns a layer's MixerSpec: the mixer `name` with those options that are not None."""
     return MixerSpec(name, tuple((k, v) for k, v in options.items() if v is not None))
 
 
 def option_values(layer: MixerSpec) -> dict[str, Any]:
-    """Returns all options of a layer, defaults included."""
+    """Returns all options of a layer's mixer; those that its spec omits have their defaults."""
     return mixers.options(layer.name) | dict(layer.options)
 
 
 def options_of(specs: Sequence[MixerSpec], name: str, optional: bool = False) -> dict[str, Any]:
-    """Returns all options of the first layer whose mixer is `name`; others are not compared.
+    """Returns all options, defaults included, of the first layer whose mixer is `name`.
 
-    Without such a layer these are the mixer's defaults if `optional`, and else it raises.
+    Without such a layer, returns the mixer's defaults if `optional`, and else raises ValueError.
     """
     for layer in specs:
         if layer.name == name:
@@ -83,15 +89,15 @@ def options_of(specs: Sequence[MixerSpec], name: str, optional: bool = False) ->
 
 
 def only(specs: Sequence[MixerSpec], *names: str) -> None:
-    """Raises ValueError for mixers that the layout cannot hold."""
+    """Raises ValueError if a layer has a mixer that is not in `names`, those of this layout."""
     if others := sorted({s.name for s in specs} - set(names)):
         raise ValueError(f"only {' and '.join(names)} have a place in this layout, not {others[0]}")
 
 
 def experts_text(config: HFConfig, table: Sequence[Field]) -> str:
-    """Returns a mixture of experts as a channel mixer's text, with options from `table`.
+    """Returns config.json's mixture of experts as a channel mixer's text, "moe(...)".
 
-    Each expert has tensors of its own, so a count beyond reason is refused before they are named.
+    table: fields that are options of the mixture. More than 4096 experts raise a ValueError.
     """
     options = config.options(table)
     if options["num_experts"] > _MOST_EXPERTS:
@@ -103,13 +109,13 @@ def experts_text(config: HFConfig, table: Sequence[Field]) -> str:
 
 
 def experts_of(text: str | None) -> channel_mixers.MixtureOfExperts | None:
-    """Returns the mixture of experts that a channel mixer's text describes, or None for another."""
+    """Returns the MixtureOfExperts that `text` describes, or None for another channel mixer."""
     module = channel_mixers.make(text or "swiglu", parent=None)
     return module if isinstance(module, channel_mixers.MixtureOfExperts) else None
 
 
 def no_time_step_limit(config: HFConfig) -> None:
-    """Raises ValueError if Mamba-2's dt has bounds, which are not supported."""
+    """Raises ValueError if config.json bounds Mamba-2's step size dt, which we do not support."""
     limit = config.get("time_step_limit", [0.0, float("inf")])
     # transformers 5 writes what JSON has no number for as an object.
     if limit not in ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}]):
@@ -119,7 +125,7 @@ def no_time_step_limit(config: HFConfig) -> None:
 
 
 def check_mamba2_width(config: HFConfig, D: int, options: Mapping[str, Any], heads: int) -> None:
-    """Raises ValueError for heads that do not add up to the mixer's width."""
+    """Raises ValueError unless a Mamba-2 mixer's heads * head_dim = expand * D."""
     expand, dim = options["expand"], options["head_dim"]
     if expand * D != heads * dim:
         raise ValueError(
@@ -128,7 +134,7 @@ def check_mamba2_width(config: HFConfig, D: int, options: Mapping[str, Any], hea
 
 
 def ends(model: Mapping[str, Any], embedding: str, last_norm: str) -> Iterator[rules.Rule]:
-    """Yields the rules of the embedding, the last norm and, where it is not tied, lm_head."""
+    """Yields the conversion rules for the embedding, the last norm and, if not tied, lm_head."""
     yield rules.same(f"{embedding}.weight", "embed/embedding")
     yield norm(last_norm, "final_norm")
     if not model["tied_embeddings"]:
@@ -136,17 +142,18 @@ def ends(model: Mapping[str, Any], embedding: str, last_norm: str) -> Iterator[r
 
 
 def norm(theirs: str, ours: str) -> rules.Rule:
+    """Returns the conversion rule for a norm's gain, which is copied."""
     return rules.same(f"{theirs}.weight", f"{ours}/scale")
 
 
 def block_norms(theirs: str, ours: str, mixer: str, channel: str) -> Iterator[rules.Rule]:
-    """Yields the rules of the norms before a layer's mixer and its channel mixer."""
+    """Yields the conversion rules for the norms before a layer's mixer and its channel mixer."""
     yield norm(f"{theirs}.{mixer}", f"{ours}/mixer_norm")
     yield norm(f"{theirs}.{channel}", f"{ours}/channel_norm")
 
 
 def same(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[rules.Rule]:
-    """Yields the rules of a module's tensors that are ours unchanged, {theirs: ours}."""
+    """Yields rules that copy a module's tensors unchanged; names: {published name: our name}."""
     for their_name, our_name in names.items():
         yield rules.same(f"{theirs}.{their_name}", f"{ours}/{our_name}")
 
@@ -154,7 +161,7 @@ def same(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[rules.Rul
 def linears(
     theirs: str, ours: str, names: Mapping[str, str], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """Yields the rules of several nn.Linear of a module, {theirs: ours}."""
+    """Yields the conversion rules for nn.Linear layers; names: {published name: our name}."""
     for their_name, our_name in names.items():
         yield from rules.linear(f"{theirs}.{their_name}", f"{ours}/{our_name}", bias)
 
@@ -162,8 +169,10 @@ def linears(
 def packed_heads(
     name: str, ours: str, heads: int, widths: Mapping[str, int], bias: bool = False
 ) -> Iterator[rules.Rule]:
-    """Yields rules that cut an nn.Linear into ours; for every head in turn it has the features of
-    each, {ours: features per head}."""
+    """Yields rules that cut an nn.Linear whose outputs are grouped by head into our projections.
+
+    widths: {our projection: features per head}, in the order in which each head has them.
+    """
     ends = np.cumsum(list(widths.values()))
 
     def into(x):
@@ -182,8 +191,11 @@ def packed_heads(
 
 
 def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterator[rules.Rule]:
-    """Yields rules that stack the SwiGLUs `{theirs}.{e}.{name}.weight` of experts e < count;
-    `names` are those of gate, up and down."""
+    """Yields rules that stack the matrices of all experts, which are SwiGLUs, to one parameter per
+    kind.
+
+    The tensors are `{theirs}.{e}.{name}.weight` for e < count; names: those of gate, up and down.
+    """
     for their_name, our_name in zip(names, ("gate", "up", "down")):
         yield rules.Rule(
             tuple(f"{theirs}.{e}.{their_name}.weight" for e in range(count)),
@@ -194,7 +206,7 @@ def experts(theirs: str, ours: str, count: int, names: Sequence[str]) -> Iterato
 
 
 def mamba2(layer: MixerSpec, d_model: int, theirs: str, ours: str) -> Iterator[rules.Rule]:
-    """Yields the rules of a Mamba-2 mixer, which transformers' families share."""
+    """Yields the conversion rules for a Mamba-2 layer in the names of transformers' models."""
     options = option_values(layer)
     E, V = options["expand"] * d_model, options["head_dim"]
     width = options["num_groups"] * options["d_state"]

@@ -1,5 +1,5 @@
-"""Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): biases on q, k and v, and windows on the upper
-layers, if any."""
+"""Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115) checkpoints: Llama with biases on q, k and v,
+and windows on the upper layers, if any."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,9 @@ from seqmodels.modules.pattern import MixerSpec
 
 
 def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfig:
-    """Returns a config whose `layer_types` alone says which layers have windows.
+    """Returns a config.json whose `layer_types` alone determines which layers have windows.
 
-    Without `use_sliding_window` none has; where the config lists no types, those that `slides` do.
+    Without `use_sliding_window` none has; where layer_types is absent, layer i has if `slides(i)`.
     """
     L = config.integer("num_hidden_layers")
     used = config.flag("use_sliding_window", False) and config.get("sliding_window") is not None
@@ -24,7 +24,7 @@ def with_layer_types(config: HFConfig, slides: Callable[[int], bool]) -> HFConfi
 
 
 def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
-    """Returns every layer's attention: windows from layer `max_window_layers` on, if any."""
+    """Returns every layer's MixerSpec: attention, with a window where config.json says so."""
     first = config.get("max_window_layers", 28)
     if type(first) is not int or first < 0:
         raise ValueError(f"{config.name}: max_window_layers is {first!r}; it must be a count")
@@ -32,7 +32,7 @@ def layers(config: HFConfig, options: dict[str, Any]) -> list[MixerSpec]:
 
 
 def hf_config(model, specs):
-    """Writes config.json with the windows as Qwen's configs say them."""
+    """Returns config.json's fields; layers' windows are in layer_types and use_sliding_window."""
     fields = decoder.hf_config(model, specs)
     types = decoder.layer_types(specs)
     return fields | {"layer_types": types, "use_sliding_window": "sliding_attention" in types}

@@ -1,5 +1,5 @@
-"""Qwen3, dense (arXiv 2505.09388): RMS norm on the heads of q and k, no biases, a head dimension of
-its own."""
+"""Dense Qwen3 (arXiv 2505.09388) checkpoints: Llama with RMS norms of q and k per head, and a head
+dimension of its own."""
 
 from seqmodels.checkpoints_io.architectures import Architecture, decoder, parts, qwen2
 

@@ -1,5 +1,5 @@
-"""Qwen3-Next (Qwen team, 2025): three Gated DeltaNets to one gated softmax attention, and a mixture
-of experts in every layer."""
+"""Qwen3-Next (Qwen team, 2025) checkpoints: three Gated DeltaNet layers to one of gated softmax
+attention, and a mixture of experts in every layer."""
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, decoder, parts
@@ -63,6 +63,7 @@ def _model_config(config):
 
 
 def _dense_layers(config, L):
+    """Returns the indices of layers with a SwiGLU in place of a mixture of experts."""
     listed = config.listed("mlp_only_layers", int)
     step = config.integer("decoder_sparse_step", 1)
     return {i for i in range(L) if i in listed or (i + 1) % step}
@@ -90,7 +91,7 @@ def _hf_config(model, specs):
 
 
 def _experts(model, layer):
-    """Returns the layer's experts, or None where it has a SwiGLU."""
+    """Returns a layer's MixtureOfExperts module, or None if the layer has a SwiGLU instead."""
     return parts.experts_of(dict(layer.options).get("channel_mixer", model["channel_mixer"]))
 
 

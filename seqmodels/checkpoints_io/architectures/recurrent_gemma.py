@@ -1,4 +1,4 @@
-"""RecurrentGemma (arXiv 2404.07839), which is Griffin (arXiv 2402.19427): RG-LRU layers and
+"""RecurrentGemma (arXiv 2404.07839) checkpoints: Griffin (arXiv 2402.19427), with RG-LRU layers and
 windowed multi-query attention."""
 
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def _model_config(config):
 
 
 def _embedding_scale(D: int) -> float:
-    """Returns sqrt(D) in bfloat16, as the model was trained with it."""
+    """Returns the factor of embeddings, sqrt(D) rounded to bfloat16 as in training."""
     return float(np.sqrt(D).astype(jnp.bfloat16))
 
 

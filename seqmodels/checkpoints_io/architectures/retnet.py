@@ -1,4 +1,4 @@
-"""RetNet (arXiv 2307.08621), as flash-linear-attention's RetNetForCausalLM has it."""
+"""RetNet (arXiv 2307.08621) checkpoints, in flash-linear-attention's layout."""
 
 from seqmodels.checkpoints_io.architectures import fla, parts
 

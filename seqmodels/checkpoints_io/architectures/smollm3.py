@@ -1,7 +1,7 @@
-"""SmolLM3 (Hugging Face, 2025): Llama whose every fourth layer has no positions (NoPE, arXiv
-2501.18795).
+"""SmolLM3 (Hugging Face, 2025) checkpoints: Llama without positions in every fourth layer (NoPE,
+arXiv 2501.18795).
 
-SmolLM and SmolLM2 are Llama, and say so in their config.json.
+SmolLM and SmolLM2 are Llama, and their config.json has that model_type.
 """
 
 import dataclasses

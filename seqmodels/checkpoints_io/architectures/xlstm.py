@@ -1,4 +1,5 @@
-"""xLSTM 7B (arXiv 2503.13427): mLSTM layers, each with a SwiGLU; gates and logits soft-capped."""
+"""xLSTM 7B (arXiv 2503.13427) checkpoints: mLSTM layers with SwiGLUs, soft-capped gates and
+logits."""
 
 from seqmodels.checkpoints_io import rules
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig, parts

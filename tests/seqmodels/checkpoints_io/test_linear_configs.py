@@ -12,8 +12,11 @@ SOFTMAX = {"num_attention_heads": 4, "intermediate_size": 48}
 
 
 def read(model_type, **fields):
-    config = HFConfig(SMALL | fields, "config.json")
-    return architectures.get(model_type).model_config(config)
+    return read_all(model_type, SMALL | fields)
+
+
+def read_all(model_type, fields):
+    return architectures.get(model_type).model_config(HFConfig(fields, "config.json"))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,46 @@ def read(model_type, **fields):
 def test_refused(model_type, fields, message):
     with pytest.raises(ValueError, match=message):
         read(model_type, **fields)
+
+
+def outcome(model_type, fields):
+    try:
+        return read_all(model_type, fields)
+    except ValueError:
+        return "refused"
+
+
+@pytest.mark.parametrize("model_type", architectures.names())
+def test_null_is_absent(model_type, monkeypatch):
+    """Null and absent fields are read alike, or refused alike, unless null is a value of theirs."""
+    own = {
+        "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+        "mamba2": {"num_heads": 4, "head_dim": 16},
+        "xlstm": {"embedding_dim": 32, "num_blocks": 3},
+        "bamba": {"mamba_n_heads": 4},
+    }
+    fields, names, get = SMALL | SOFTMAX | own.get(model_type, {}), set(), HFConfig.get
+
+    def recording_get(config, field, default=None):
+        names.add(field)
+        return get(config, field, default)
+
+    monkeypatch.setattr(HFConfig, "get", recording_get)
+    read(model_type, **fields)
+    monkeypatch.undo()
+    assert "tie_word_embeddings" in names
+    for name in names - {"num_key_value_heads", "sliding_window"}:
+        absent = {k: v for k, v in fields.items() if k != name}
+        assert outcome(model_type, absent) == outcome(model_type, absent | {name: None}), name
+
+
+def test_null_of_fields_with_a_family_default():
+    xlstm = {"embedding_dim": 32, "num_blocks": 3, "num_hidden_layers": None}
+    assert read("xlstm", **xlstm)["num_layers"] == 3
+    nulls = {"tie_word_embeddings": None, "rope_theta": None, "max_position_embeddings": None}
+    assert read("smollm3", **SOFTMAX, **nulls) == read("smollm3", **SOFTMAX)
+    # As in transformers, null is as many key heads as query heads, not the family's 8.
+    assert softmax_options("mistral", num_key_value_heads=None)[0]["num_kv_heads"] == 4
 
 
 LINEAR_BY_2 = {"rope_type": "linear", "factor": 2.0}
