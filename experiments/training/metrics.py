@@ -17,10 +17,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricWriter:
-    """Writes rows of named numbers to metrics.jsonl, TensorBoard and Weights & Biases.
-
-    Only process 0 writes.
-
+    """Writes named numbers to metrics.jsonl, TensorBoard and Weights & Biases, from process 0.
 
     config: its fields `tensorboard` (bool) and `wandb` (a project's name, or "") turn those two on.
     start_step: the step from which a run resumes. Rows after it are dropped from metrics.jsonl, as

@@ -15,41 +15,38 @@ Schedule = Callable[[int | jax.Array], jax.Array]
 
 
 def constant(s, config, steps):
-    """Computes the constant schedule, lr0, as a fraction of lr0: 1."""
+    """Returns lr / lr0 of the constant schedule: 1 at every progress s."""
     return jnp.ones_like(s)
 
 
 def linear(s, config, steps):
-    """Computes linear decay, lr0 (1 - (1 - m) s), as a fraction of lr0.
-
-    With m = 0 it is "straight to zero" of arXiv 2502.15938.
-    """
+    """Returns lr / lr0 of linear decay to m: 1 - (1 - m) s at progress s (arXiv 2502.15938)."""
     return 1 - (1 - config.final_fraction) * s
 
 
 def warmup_cosine(s, config, steps):
-    """Computes cosine decay, lr0 (m + (1 - m) (1 + cos(pi s)) / 2), as a fraction of lr0.
+    """Returns lr / lr0 of cosine decay: m + (1 - m) (1 + cos(pi s)) / 2.
 
-    (SGDR, arXiv 1608.03983, eq. 5.)
+    s is progress in [0, 1], m final_fraction (SGDR, arXiv 1608.03983, eq. 5).
     """
     m = config.final_fraction
     return m + (1 - m) * 0.5 * (1 + jnp.cos(jnp.pi * s))
 
 
 def wsd(s, config, steps):
-    """Computes warmup-stable-decay, as a fraction of lr0 (MiniCPM, arXiv 2404.06395, section 4.2).
+    """Returns lr / lr0 of warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4.2).
 
-    The rate is lr0 until the last `decay_fraction` of the N updates, in which it falls to m lr0
-    linearly in n. arXiv 2405.18392 found that no worse than an exponential.
+    It is 1 until the last `decay_fraction` of the N updates, in which it falls to m =
+    final_fraction linearly in n. arXiv 2405.18392 found that no worse than an exponential.
     """
     n = config.warmup_steps + s * (steps - config.warmup_steps)
     return 1 - (1 - config.final_fraction) * _final_decay(n, config, steps)
 
 
 def rex(s, config, steps):
-    """Computes REX, lr0 (m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2)), as a fraction of lr0.
+    """Returns lr / lr0 of REX: m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2).
 
-    (arXiv 2107.04197, section 4.)
+    s is progress in [0, 1], m final_fraction (arXiv 2107.04197, section 4).
     """
     m = config.final_fraction
     return m + (1 - m) * (1 - s) / (0.5 + 0.5 * (1 - s))
