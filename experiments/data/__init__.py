@@ -127,7 +127,7 @@ def make_dataset(
 
 
 def documents(config: Mapping[str, Any], split: str):
-    """Returns the documents of a text dataset's split: a sequence of bytes, with `len` and `[i]`."""
+    """Returns the documents of a text dataset's split, as a sequence of bytes."""
     config = _filled(config)
     batches.check_split(split)
     # TFDS takes seconds to import, and only two of the datasets need it.
@@ -166,7 +166,7 @@ def split_bytes(config: Mapping[str, Any], split: str) -> bytes:
 
 
 def _filled(config: Mapping[str, Any]) -> ConfigDict:
-    """Returns the `data` section with defaults for missing options; unknown ones raise ValueError."""
+    """Returns the `data` section with missing options at their defaults; unknown ones raise."""
     if "name" not in config:
         raise ValueError(f"data.name is missing; the choices are {', '.join(DATASETS)}.")
     filled = default_config(config["name"])
