@@ -73,7 +73,7 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> ran
 
 
 def join_states(states: list[State]) -> State:
-    """Returns a dataset's position, joined from the positions of all its shares in order.
+    """Returns the data position of a whole dataset, joined from those of all shares in order.
 
     Lists, which have an entry per row, are concatenated; other values must be equal in all shares,
     else it raises ValueError.
@@ -142,7 +142,7 @@ class EpochOrder:
 
 
 class Prefetched(grain.IterDataset):
-    """Dataset that reads up to `buffer_size` batches of `parent` ahead on a thread; 0: none."""
+    """Dataset that reads up to `buffer_size` batches ahead on a thread; with 0 it reads none."""
 
     def __init__(self, parent: grain.IterDataset, buffer_size: int):
         super().__init__(parent)

@@ -124,7 +124,7 @@ class PackIterDataset(grain.IterDataset):
 
 
 class _Lane:
-    """Reader of one lane's documents, with its position: a document and a token in it.
+    """Reader of one lane: the documents of one row of every batch; of all rows in a one-pass split.
 
     deals: rising pairs (first, lanes): from document `first` on, documents are dealt in turn to
       this many lanes, among which this one has the number `index`.
@@ -245,7 +245,7 @@ class _PackIterator(grain.DatasetIterator):
 
 
 def _deal_anew(deals, positions, lanes: int):
-    """Returns (deals, positions) that continue a data position with `lanes` lanes, not as many."""
+    """Returns (deals, positions) that continue a saved position with another number of lanes."""
     # The first document that no lane was given, or that a dropped lane has not begun.
     left_out = [document + (offset > 0) for document, offset in positions[lanes:]]
     if left_out:

@@ -64,7 +64,7 @@ def stdlib_root() -> pathlib.Path:
 
 
 def source_files(root: pathlib.Path) -> list[str]:
-    """Returns the sorted relative paths of non-empty .py files below `root`, except LEFT_OUT."""
+    """Returns the sorted relative paths of the .py files below `root` that the corpus has."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT]

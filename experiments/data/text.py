@@ -172,7 +172,7 @@ def _cut(data: mmap.mmap, at: int, limit: int) -> int:
 
 
 def _lines(data: mmap.mmap, first: int, last: int):
-    """Returns start and stop bytes of the lines that are not empty, without their line ends."""
+    """Returns first and stop bytes of the lines that are not empty, without their line ends."""
     starts, stops, start = [], [], first
     for match in _LINE_END.finditer(data, first, last):
         starts.append(start)

@@ -24,7 +24,7 @@ def on_mesh(config, params, workdir: str) -> LoadedModel:
 
 
 def load_run(config, workdir: str, step: int | None = None) -> LoadedModel:
-    """Returns a run's model, tokenizer and checkpoint, on the mesh of `config`.
+    """Returns a run's model with its tokenizer and a checkpoint's parameters, on the config's mesh.
 
     That mesh may differ from training's. (`seqmodels.load` reads a run onto one device.)
 
@@ -59,8 +59,8 @@ def write(
 
     layout: "workdir" (a run, to be trained further), "seqmodels" (our own), or a model_type such as
       "llama", whose files other libraries read.
-    dtype: of the weights, except those that models keep in float32, such as decays; None keeps the
-      dtypes that the source's files had. In a workdir weights are float32.
+    dtype: of the weights, except those that models keep in float32, such as decays. None keeps each
+      one's own; for a run, that of the weights it began from. In a workdir weights are float32.
     tokenizer: path of a tokenizer file, or "bytes", for a model without a tokenizer.
     max_shard_bytes: largest size of one file of weights.
 

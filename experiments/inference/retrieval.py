@@ -20,18 +20,17 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[dict]:
-    """Returns a row {task, length, depth, examples, accuracy} per combination of these.
+    """Returns a row {task, length, depth, examples, accuracy} per task, length and depth.
 
     Accuracy is the share of examples whose answer occurs in the model's greedy continuation, up to
     the end of the line.
 
-    forms: tasks of `needles.FORMS`.
+    forms: names of tasks, from `needles.FORMS`.
     lengths: tokens of a prompt and its answer.
     depths: where the needle stands in the text, from 0 (start) to 1 (end).
-    examples: number per combination.
+    examples: number of examples per row.
 
-    Raises ValueError, before anything is generated, for an unknown task or impossible lengths or
-    depths.
+    Raises ValueError, before anything is generated, for an unknown task, length or depth.
     """
     cells = [(form, length, depth) for form in forms for length in lengths for depth in depths]
     asked = {

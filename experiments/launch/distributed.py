@@ -119,7 +119,7 @@ def session(options: flags.FlagValues) -> Iterator[None]:
 
 
 def end(code: int) -> None:
-    """Ends the process with an exit code, without waiting for the run's other processes."""
+    """Ends the process with exit code `code`, without waiting for the run's other processes."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
     sys.stdout.flush()
@@ -178,8 +178,8 @@ def check_shared(folder: Path) -> None:
 class DataShare:
     """Fields of the share of each batch that a process reads: `index` of `count` equal ones.
 
-    Processes that hold different parts in time of the same rows read the same share; `first` is
-    true on one of them.
+    Processes that hold different time ranges of the same rows (context parallelism) read the same
+    share; `first` is true on one of them.
     """
 
     index: int = 0

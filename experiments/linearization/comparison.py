@@ -130,7 +130,10 @@ def _scores(config, found: teachers.Teacher, contexts, devices) -> dict:
 
 
 def transfer_errors(config, teacher, student, num_batches: int) -> dict[str, float]:
-    """Returns mean distances per token of student's to teacher's layers, over test batches."""
+    """Returns mean distances per token between converted layers of student and teacher.
+
+    They are averaged over the first `num_batches` batches of the test split.
+    """
     model = transfer.make_model(teacher.model, student.model)
     both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
 

@@ -175,7 +175,7 @@ def _model(teacher: teachers.Teacher, specs) -> language_model.LanguageModel:
 
 
 def _run_stage(config, name, teacher, student, workdir, devices):
-    """Returns the student after a stage, and the stage's result; a finished one is read."""
+    """Returns the student after a stage, and the stage's result, from `workdir` if it is done."""
     stage, folder = config.linearize.stages[name], workdir / name
     done = folder / "result.json"
     task = tasks.make_task(stage, teacher, student)
@@ -199,7 +199,7 @@ def _chosen(teacher, student):
 def _save_student(config, model_config, params, folder: Path) -> None:
     """Writes a student's parameters as a run's folder, with a checkpoint of step 0.
 
-    An earlier student there is replaced, unless it was trained further since.
+    A student written there before is replaced, unless it was trained further since.
     """
     earlier = Checkpoints(folder, keep=1, training=False)
     trained_further = bool(earlier.latest_step())

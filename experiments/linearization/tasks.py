@@ -88,7 +88,7 @@ class _TrainedAndFrozen:
 
 
 def _cut(stage, params, boxed, allowed=lambda path: True) -> _TrainedAndFrozen:
-    """Returns parameters split into trained and frozen; patterns match only `allowed` paths."""
+    """Returns parameters split into trained and frozen by the stage's patterns of paths."""
     eligible, _ = partition.split(params, allowed)
     partition.require(eligible, stage.train, "train")
     partition.require(eligible, stage.lora, "lora")

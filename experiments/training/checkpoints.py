@@ -167,11 +167,10 @@ class Checkpoints:
         return TrainState(params=parts["params"], **parts["training"])
 
     def restore_parts(self, step: int, abstract_state: TrainState, names: tuple[str, ...]) -> dict:
-        """Returns only some parts of the checkpoint of `step`, as a dict, such as for evaluation.
+        """Returns some parts of the checkpoint of `step`, such as for evaluation: name -> tree.
 
-        names: of the parts to read: "params", "training" or both.
-        abstract_state: shapes, dtypes and shardings to restore into.
-        Raises ValueError if their shapes in the checkpoint differ.
+        names: "params", "training" or both. Raises ValueError if shapes differ from
+          `abstract_state`'s.
         """
         abstract = {name: _parts(abstract_state)[name] for name in names}
         self._check_same_trees(step, abstract)

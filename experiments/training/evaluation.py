@@ -40,10 +40,7 @@ class Scores:
         self._bytes += int(batch["num_bytes"][counts].sum())
 
     def totals(self) -> dict[str, float]:
-        """Returns loss (nats per token), perplexity, accuracy, tokens; of text bits_per_byte, too.
-
-        Raises ValueError if no token was counted.
-        """
+        """Returns loss (nats per token), perplexity, accuracy, tokens; bits_per_byte of text."""
         nll, correct, tokens = self._by_position.sum(axis=1).tolist()
         if not tokens:
             raise ValueError("no token of this split counts in the loss: it is empty")
@@ -63,7 +60,7 @@ class Scores:
         return bucket_table(self._by_position, buckets)
 
     def late_loss(self) -> float:
-        """Returns the mean loss from three quarters of the last position in a document on."""
+        """Returns the mean loss at positions beyond 3/4 of the longest document that was scored."""
         nll, _, tokens = self._by_position[:, np.flatnonzero(self._by_position[2])[-1] * 3 // 4 :]
         return nll.sum() / tokens.sum()
 
@@ -148,10 +145,7 @@ def by_context(
 
 
 def _places(segment_ids_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each token's position in its document and that document's length, both (B, T).
-
-    A document is a run of equal segment ids in a row.
-    """
+    """Returns every token's position in its document (equal ids), and that document's length."""
     B, T = segment_ids_BT.shape
     starts_BT = np.ones((B, T), bool)
     starts_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]

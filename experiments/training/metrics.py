@@ -105,10 +105,7 @@ def _import_extra(package: str, extra: str):
 
 
 class Progress:
-    """Shows training's progress, on process 0: a bar on a terminal, else lines on standard error.
-
-    steps: number of updates of the whole run.
-    """
+    """Shows training as a progress bar on a terminal, else as log lines; on process 0."""
 
     def __init__(self, start_step: int, steps: int):
         self._steps = steps

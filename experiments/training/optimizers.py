@@ -48,7 +48,7 @@ def decay_mask(boxed_params) -> dict:
 
 
 def muon_dimensions(boxed_params) -> dict:
-    """Returns a tree of the input and output axes of linear maps (`layers.Kernel`), else None."""
+    """Returns a tree of linear maps' (`layers.Kernel`) input and output axes, None for others."""
     numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return _map(lambda leaf: numbers if isinstance(leaf, layers.Kernel) else None, boxed_params)
 

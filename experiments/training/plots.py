@@ -78,11 +78,7 @@ def _save(figure, path: Path) -> None:
 
 
 def lines(panels: dict[str, dict[str, list[tuple]]], x: str, path: Path) -> None:
-    """Draws panels side by side, with logarithmic axes and one legend, into a PNG.
-
-    panels: label of a panel's y axis -> curve's name -> points (x, y).
-    x: label of every x axis.
-    """
+    """Draws panels (y label -> curve's name -> points (x, y)) side by side, with log axes."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 1.6, 3.8), layout="constrained"
     )

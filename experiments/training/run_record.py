@@ -18,10 +18,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def default_workdir(config_path: str) -> Path:
-    """Returns the folder runs/<config>-<time> for a new run.
-
-    config_path: path.py[:argument]. The argument is part of the folder's name.
-    """
+    """Returns the folder runs/<config>-<argument>-<time> for a new run of a config file."""
     path, _, argument = config_path.partition(":")
     name = "-".join(filter(None, [Path(path).stem, argument.replace("/", "_")]))
     return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -53,10 +50,7 @@ def _plain(config: ConfigDict) -> dict:
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
-    """Returns the config of the run in a folder, with defaults for fields that it lacks.
-
-    Raises ValueError if the folder holds no run, or a linearization.
-    """
+    """Returns the config of the run in a folder. Raises ValueError if it holds no run."""
     if not workdir:
         raise ValueError("give the --workdir of a training run")
     path = Path(workdir) / "config.json"
@@ -79,10 +73,7 @@ def holds_linearization(workdir: str | Path) -> bool:
 
 
 def record_start(workdir: Path, step: int, changes: list[str]) -> None:
-    """Appends a start of the run to run.json: time, command, git commit, versions, devices.
-
-    step: the step from which the run starts. changes: differences of its config, of `save_config`.
-    """
+    """Appends a start of the run to run.json: time, step, command, git commit and devices."""
     path = workdir / "run.json"
     starts = json.loads(path.read_text()) if path.exists() else []
     device = jax.devices()[0]

@@ -15,12 +15,15 @@ Schedule = Callable[[int | jax.Array], jax.Array]
 
 
 def constant(s, config, steps):
-    """Returns lr / lr0 of the constant schedule: 1 at every progress s."""
+    """Returns lr / lr0 of the constant schedule: 1, whatever the progress s."""
     return jnp.ones_like(s)
 
 
 def linear(s, config, steps):
-    """Returns lr / lr0 of linear decay to m: 1 - (1 - m) s at progress s (arXiv 2502.15938)."""
+    """Returns lr / lr0 of linear decay: 1 - (1 - m) s.
+
+    s is progress in [0, 1], m final_fraction. m = 0 is "straight to zero" of arXiv 2502.15938.
+    """
     return 1 - (1 - config.final_fraction) * s
 
 

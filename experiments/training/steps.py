@@ -222,10 +222,7 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
 
 
 def cross_entropy(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Array, TokenDetails]:
-    """Returns the cross-entropy of every label, loss_BT, and its TokenDetails (nll, correct).
-
-    z_loss: weight of (log Z)^2 in loss_BT. The full logits are never in memory at once.
-    """
+    """Returns every label's cross-entropy loss_BT and its TokenDetails, without whole logits."""
 
     def head(x_BTD, matrix, layout):
         return operators.linear_cross_entropy(

@@ -74,7 +74,7 @@ def text(result: dict) -> str:
 
 
 def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate: float) -> str:
-    """Returns the error text for a step with non-finite metrics `values`: what to try."""
+    """Returns the error text for metrics `values` that are not finite, with what to try."""
     checkpoints.wait()
     last = checkpoints.latest_step()
     kept = (

@@ -29,7 +29,7 @@ class ModularArithmetic(lengths.RandomLengths):
 
     supervise: "last" (the paper's) or, without brackets, "all": from min_length on every number
       also has a label, the value of the expression so far.
-    multiply: whether * is an operator.
+    brackets, multiply: whether expressions have brackets, and the operator *.
     """
 
     modulus: int = 5
