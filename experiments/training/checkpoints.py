@@ -182,7 +182,7 @@ class Checkpoints:
         try:
             self._checkpointer.close()
         except (OSError, ValueError, RuntimeError):
-            if not self._failed:  # Orbax raises a failure once more
+            if not self._failed:  # Orbax raises the same failure a second time
                 raise
 
     def _check_same_trees(self, step: int, abstract: dict) -> None:

@@ -36,7 +36,7 @@ def evaluation_params(program: Program, config, workdir: Path, step: int | None 
         raise ValueError(
             f"there is no checkpoint of step {step} in {checkpoints.directory}; there are {found}"
         )
-    # Only Schedule-Free keeps a part of them in the optimizer's state.
+    # Schedule-Free alone needs the optimizer's state for the parameters to evaluate with.
     names = ("params", "training") if config.optimizer.name == "schedule_free" else ("params",)
     parts = checkpoints.restore_parts(step, program.abstract_state, names)
     checkpoints.close()
