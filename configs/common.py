@@ -112,7 +112,7 @@ def get_config() -> ConfigDict:
 
 
 def _typed(kind: Any, default: Any) -> Any:
-    """Returns a field's default, for one that may be None as a reference, which keeps the type."""
+    """Returns a field's default, as a reference that keeps the type `kind` where it may be None."""
     if NoneType not in get_args(kind) and default is not None:
         return default
     return FieldReference(default, kind | int if float in get_args(kind) else kind)
@@ -122,7 +122,7 @@ RENAMED = {("parallel", "exchange"): "collective"}  # fields by the names that o
 
 
 def with_defaults(fields: Mapping[str, Any]) -> ConfigDict:
-    """Returns a saved config with the type of every field, and with defaults for missing ones."""
+    """Returns a saved config with defaults for missing fields, and the type of every field."""
     config = get_config()
     fields = {
         section: {RENAMED.get((section, name), name): value for name, value in values.items()}
@@ -138,7 +138,7 @@ def with_defaults(fields: Mapping[str, Any]) -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """Returns the config, shrunk in place to a few steps of a tiny model that run in seconds."""
+    """Shrinks a config in place to a few steps of a tiny model, which take seconds; returns it."""
     config.train.update(
         {"steps": 4, "log_every": 1, "eval_every": 2, "eval_batches": 1, "test_batches": 1}
     )
@@ -163,10 +163,10 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 
 def with_argument(config: ConfigDict, argument: str, **variants: Callable[[ConfigDict], None]):
-    """Returns the config, changed by the argument "a,b" of --config=configs/x.py:a,b.
+    """Returns the config, changed in place by the argument "a,b" of --config=configs/x.py:a,b.
 
-    Each of `variants` changes the config in place. Every config has the variant "smoke". Raises
-    ValueError for an unknown one.
+    variants: name -> function that changes the config in place. Every config has "smoke", too.
+    Raises ValueError for an unknown name in the argument.
     """
     known = variants | {"smoke": smoke}
     for name in filter(None, argument.split(",")):

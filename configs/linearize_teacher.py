@@ -1,4 +1,4 @@
-"""A small softmax transformer, byte by byte: the teacher of linearization tests and tables.
+"""A small softmax transformer on bytes: the teacher of linearization tests and tables.
 
     python -m experiments.train --config=configs/linearize_teacher.py --workdir=runs/teacher
 

@@ -4,8 +4,8 @@
     python -m experiments.train --config=configs/mqar.py:linear_attention,pairs8
 
 Arguments: a mixer (attention, delta_net, gated_delta_net, linear_attention); pairs8 for 128 tokens
-  and 8 pairs in place of 64 and 4; full_vocabulary for the paper's 8192 tokens (here 512, which two
-  cores can do in minutes). docs/results.md has each mixer's accuracy.
+  and 8 pairs in place of 64 and 4; full_vocabulary for the paper's 8192 tokens in place of 512,
+  which two cores train on in minutes. docs/results.md has each mixer's accuracy.
 """
 
 from configs import common

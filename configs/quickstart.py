@@ -1,8 +1,9 @@
-"""A small hybrid, byte by byte, on the source of the Python standard library.
+"""A small hybrid of Gated DeltaNet and windowed attention, on bytes of Python's standard library.
 
     python -m experiments.train --config=configs/quickstart.py
 
-Minutes on two cores, from building the corpus to the picture; docs/results.md has the figures.
+It takes minutes on two cores, from building the corpus to the loss curve; docs/results.md has the
+figures.
 """
 
 from configs import common

@@ -1,9 +1,10 @@
-"""Any one mixer at a small size on the quickstart's text, with one width, depth and budget for all.
+"""A small language model of any one mixer, with the same text, width, depth and budget for all.
 
     python -m experiments.train --config=configs/small.py:gla
     python -m experiments.train --config=configs/small.py:mamba2,smoke
 
-The argument is a mixer's registered name (`seqmodels.mixers.names()`).
+The argument is a mixer's registered name (`seqmodels.mixers.names()`). Text and budget are those of
+configs/quickstart.py.
 """
 
 from configs import common, quickstart

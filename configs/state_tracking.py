@@ -1,14 +1,14 @@
-"""Tasks that ask for a state, by name: parity, modular_arithmetic, word_problem.
+"""Synthetic tasks that need a state: parity, modular_arithmetic, word_problem.
 
 (arXiv 2411.12537, 2502.10297.)
 
     python -m experiments.train --config=configs/state_tracking.py:parity,delta_net_negative
     python -m experiments.train --config=configs/state_tracking.py:word_problem,delta_product
 
-The first argument is the task, then variants: delta_net, delta_net_negative (eigenvalues in [-1,
-  1]), mamba, mamba_negative, delta_product (two Householder factors per token), mlstm, attention.
-  Parity is trained on lengths 3 to 40 and tested on prefixes of 40 to 256; docs/results.md has the
-  accuracies.
+The first argument is the task, the second a model: delta_net, delta_net_negative (eigenvalues in
+[-1, 1]), mamba, mamba_negative, delta_product (two Householder factors per token), mlstm,
+attention. Parity is trained on lengths 3 to 40 and tested on prefixes of 40 to 256; docs/results.md
+has the accuracies.
 """
 
 from configs import common

@@ -1,4 +1,4 @@
-"""The config in a workdir: to train a converted model on, or to run a run again elsewhere.
+"""The config of a run's workdir: to train a converted model, or to run a run again elsewhere.
 
 python -m experiments.train --config=configs/workdir.py:runs/smollm2 --workdir=runs/smollm2
 """

@@ -1,4 +1,4 @@
-"""Measures operators, peers, what kernels cost as compiled, and linearizations.
+"""Measures operators and their peers, compiled kernels, and linearizations.
 
     python -m experiments.bench --op=delta_rule   operators, generation, compilation
     python -m experiments.bench tune              chunk and block sizes, into the operators' table
@@ -71,7 +71,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the command that is named first; without a name, `operators`."""
+    """Runs the benchmark named by the first argument; without a name, `operators`."""
     named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     name = sys.argv.pop(1) if named else "operators"
     if name not in COMMANDS:

@@ -1,5 +1,4 @@
-"""Converts weights of any source to Hugging Face's layout, to our own, or to a run to train
-further.
+"""Converts a model's weights to Hugging Face's layout, to our own, or to a run to train further.
 
     python -m experiments.convert --source=gguf:smollm2 --to=workdir --out=runs/smollm2
     python -m experiments.convert --source=folder_or_hub_name --to=seqmodels --out=exported \
@@ -8,11 +7,12 @@ further.
 
 Sources are those of `seqmodels.load`, the workdir of a run among them (its latest checkpoint).
 Layouts: "workdir", with which train (--config=configs/workdir.py:runs/smollm2), evaluate and
-generate go on; "seqmodels", which holds every model of ours; or a model_type such as llama, where
-that layout can say what the model is.
+generate go on; "seqmodels", which holds every model of ours; or a model_type such as llama, if that
+architecture can express the model.
 
-The tokenizer goes along, with what its files say of tokens: which begin and end a text or a turn,
-and the chat templates. From bytes other programs' layouts get a tokenizer.json of them.
+The tokenizer is written too, with what its files say of tokens: which begin and end a text or a
+turn, and the chat templates. A model of bytes gets a tokenizer.json of bytes in other programs'
+layouts.
 
 A run trains float32 parameters, whatever its source is stored in, and computes in the source's
 dtype (float16 in float32). Exported again, each tensor has the dtype that it came in; --dtype sets

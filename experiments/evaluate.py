@@ -1,5 +1,4 @@
-"""Scores a model: perplexity by position and by context length, retrieval from long texts, tasks of
-the evaluation harness.
+"""Scores a model: loss by position and context length, retrieval from long texts, harness tasks.
 
     python -m experiments.evaluate --workdir=runs/quickstart-20261121-120000 --split=test
     python -m experiments.evaluate --workdir=... --config.data.seq_len=4096 --max_batches=20

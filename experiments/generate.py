@@ -1,5 +1,4 @@
-"""Continues prompts with a run's latest checkpoint, or a pretrained model: a single one is
-streamed, several are read together.
+"""Continues prompts with a run's latest checkpoint or a pretrained model.
 
     python -m experiments.generate --workdir=runs/quickstart-20261121-120000 --prompt="def " \
       --length=300 --temperature=0.8
@@ -7,11 +6,12 @@ streamed, several are read together.
       --temperature=0
     python -m experiments.generate --model=gguf:smollm2 --chat --prompt="What is a state space?"
 
-The prompt is read first; then each token costs the same time and the same memory, however much was
-read, in stacks of recurrent and windowed layers. An empty prompt starts a new document. Generation
-ends early where the model ends its text or turn or starts another document, and before a stop
-string. --model takes what `seqmodels.load` does; --chat puts the prompt into the model's chat
-template, also of a run that `convert` made of such a model.
+A single prompt's text is streamed; several prompts are continued together. The prompt is read
+first; then, in stacks of recurrent and windowed layers, each token costs the same time and memory,
+however long the text. An empty prompt starts a new document. Generation ends early where the model
+ends its text or turn or starts another document, and before a stop string. --model takes what
+`seqmodels.load` does; --chat puts the prompt into the model's chat template, also of a run that
+`convert` made of such a model.
 """
 
 from absl import flags

@@ -4,8 +4,8 @@
     python -m experiments.linearize --config=configs/linearize/lolcats.py \\
         --config.linearize.teacher=runs/teacher
 
-Everything goes to --workdir: a folder per stage, and `student`, which `experiments.evaluate` and
-`experiments.generate` take as their --workdir. The same command with the same --workdir resumes
+Everything is written into --workdir: a folder per stage, and `student`, a run's folder for
+`experiments.evaluate` and `experiments.generate`. The same command with the same --workdir resumes
 from its last checkpoint.
 """
 

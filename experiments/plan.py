@@ -71,7 +71,7 @@ def main(argv):
 
 
 def _candidates() -> tuple[list[candidates.Candidate], list[str]]:
-    """Returns the candidates, and what `--sweep` left out and why; raises for bad flags."""
+    """Returns the candidates to compile, and texts on what `--sweep` left out; bad flags raise."""
     if not _TOPOLOGY.value:
         known = "; ".join(f"{part}: {', '.join(shapes)}" for part, shapes in parts.KNOWN.items())
         raise cli.UserError(f"give a slice: --topology=v5p:4x4x8. There are {known}")

@@ -1,4 +1,4 @@
-"""Trains a model.
+"""Trains a language model, or a model of a synthetic task, as a config describes it.
 
     python -m experiments.train --config=configs/quickstart.py
     python -m experiments.train --config=configs/quickstart.py:smoke --config.train.steps=20

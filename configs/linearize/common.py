@@ -4,9 +4,10 @@
                            extra [smollm]), a hub name
     linearize.student      the pattern of converted layers: a mixer, or several in turn; options are
                            the teacher's where it has them
-    linearize.layers       "all" softmax layers of the teacher, or indices and ranges: "0-7,12"
-    linearize.keep_every   of so many of them one stays softmax; 0: none
-    linearize.keep         the "last" or the "first" of them
+    linearize.layers       layers to convert: "all" softmax layers of the teacher, or indices and
+                           ranges: "0-7,12"
+    linearize.keep_every   of every so many of those layers one stays softmax; 0: none
+    linearize.keep         which one stays: the "last" or the "first" of every so many
     linearize.seed         what new mixers take over: "auto", "none"
                            (seqmodels.linearize.students.seed_params)
     linearize.export       also write the student as safetensors + config.json into
@@ -18,14 +19,16 @@
         train, lora    regular expressions of the parameters' paths: those trained whole, and those
                        trained with adapters of lora_rank and lora_alpha
         steps, learning_rate, weight_decay, clip
+                       in place of train.steps and the fields of `optimizer`
         heads, mixer, block, attention_map
                        weights of a transfer's distances (seqmodels.linearize.transfer)
         ce, kl, temperature
-                       of a distillation
+                       weights of a distillation's cross-entropy and KL divergence, and the latter's
+                       temperature
         select_weight, select_target, select_power
                        the penalty that chooses layers, of mixers `selective`
-        layers         "" or those converted up to this stage, of linearize.layers: progressive
-                       replacement
+        layers         those of linearize.layers that are converted up to this stage (progressive
+                       replacement); "": all
 
 `data`, `schedule`, `checkpoint`, ... are those of configs/common.py; data.tokenizer "teacher" is
 the teacher's own. Of `model` only remat and dtype (of activations) are read: the rest is the
@@ -64,7 +67,11 @@ LORA_QKVO = r"mixer/[qkvo]/kernel$"
 
 
 def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
-    """Returns a config of these stages; each says what differs from STAGE."""
+    """Returns the config of a linearization.
+
+    student: pattern of the converted layers. stages: of each the fields that differ from STAGE.
+    linearize: fields of config.linearize that differ from their defaults.
+    """
     config = common.get_config()
     config.data = default_config("python_stdlib")
     config.data.update({"tokenizer": "teacher", "seq_len": 512, "batch_size": 8})
@@ -94,14 +101,18 @@ def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
 
 
 def with_argument(config: ConfigDict, argument: str, **variants):
-    """Applies the config's argument as configs.common's does. Every method has the variants
+    """Returns the config, changed in place by the argument "a,b" of --config=<method>.py:a,b.
 
-    smollm   SmolLM2-135M-Instruct as the teacher, two rows of 512, a fifth of the steps, larger
-             ones: minutes on two CPU cores
+    variants: name -> function that changes the config in place. Every method has these, too:
+
+    smollm   SmolLM2-135M-Instruct as the teacher, two rows of 512, a fifth of the steps, higher
+             learning rates: minutes on two CPU cores
     gpu      longer: 1024 tokens per row, 16 rows, bfloat16 products, ten times the steps
     hybrid   every fourth layer stays softmax; half: every second
     small    for configs/linearize_teacher.py: 8 rows of 256, windows of 4, thrice the steps
     tiny     four steps per stage on short rows: seconds
+
+    Raises ValueError for an unknown name in the argument.
     """
     known = variants | {
         "smollm": _smollm,

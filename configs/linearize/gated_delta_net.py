@@ -1,7 +1,7 @@
-"""Gated DeltaNet students by layer-wise distillation, as InfiniteVL's language layers.
+"""Gated DeltaNet students by layer-wise distillation, like InfiniteVL's language layers.
 
-(arXiv 2512.08829.) Random mixers learn to give the layers' outputs, then the teacher's distribution
-at temperature 2.
+(arXiv 2512.08829.) New, random mixers learn the outputs of the teacher's layers, then all of them
+its distribution of tokens, at temperature 2.
 
     python -m experiments.linearize --config=configs/linearize/gated_delta_net.py:smollm
 

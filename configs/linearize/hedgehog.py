@@ -1,9 +1,9 @@
-"""Hedgehog (arXiv 2402.04347): a learned map alone, distilled on attention's weights; then LoRA.
+"""Hedgehog (arXiv 2402.04347): a learned feature map, distilled on attention's weights; then LoRA.
 
     python -m experiments.linearize --config=configs/linearize/hedgehog.py:smollm
 
-Arguments: elu_plus_one, t2r: another map in its place; map: its distillation alone; hybrid, smollm,
-gpu, tiny: configs/linearize/common.py.
+Arguments: elu_plus_one, t2r: another feature map in its place; map: distil the map, without LoRA;
+  hybrid, smollm, gpu, tiny: configs/linearize/common.py.
 """
 
 from configs.linearize import common

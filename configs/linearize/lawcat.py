@@ -1,6 +1,6 @@
-"""LAWCAT (arXiv 2509.18467): identity convolutions on q and k, and normalised gated attention.
+"""LAWCAT (arXiv 2509.18467): convolutions on q and k, and normalised gated linear attention.
 
-There is no window. Layer-wise transfer, then LoRA.
+The convolutions begin as identities, and no layer has a window. Layer-wise transfer, then LoRA.
 
     python -m experiments.linearize --config=configs/linearize/lawcat.py:smollm
 

@@ -1,10 +1,12 @@
-"""Liger (arXiv 2503.01496): softmax weights as gated linear attention beside a window of 64; LoRA.
+"""Liger (arXiv 2503.01496): gated linear attention with softmax's weights, beside a window of 64.
+
+One stage of LoRA trains it.
 
     python -m experiments.linearize --config=configs/linearize/liger.py:smollm
 
 Arguments: gla (the default), hgrn2, scalar: the kind of gate. The paper's ablations: ungated;
-random_gate: the gate of a new projection; no_window: linear alone; feature_map: a learned, ungated
-  map (T2R's) in the place of the softmax over channels. hybrid, smollm, gpu, tiny:
+  random_gate: the gate of a new projection; no_window: linear attention alone; feature_map: a
+  learned, ungated map (T2R's) in the place of the softmax over channels. hybrid, smollm, gpu, tiny:
   configs/linearize/common.py.
 """
 

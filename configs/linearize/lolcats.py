@@ -1,6 +1,7 @@
-"""LoLCATs (arXiv 2410.10254): softmax in a window, Hedgehog's map before it, one denominator.
+"""LoLCATs (arXiv 2410.10254): softmax within a window, learned linear attention before it.
 
-Attention transfer, then LoRA.
+The linear part uses Hedgehog's feature map, and both parts share one denominator. Attention
+transfer, then LoRA.
 
     python -m experiments.linearize --config=configs/linearize/lolcats.py:smollm
 

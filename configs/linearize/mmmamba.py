@@ -1,13 +1,13 @@
 """mmMamba (arXiv 2502.13145): Mamba-2's recurrence seeded from softmax attention.
 
-Layer by layer, first the new parameters, then q, k and v too; then end to end on the teacher's
-distribution.
+Stages 1 and 2 train layer by layer, first the new parameters, then q, k and v too; stage 3 trains
+end to end on the teacher's distribution of tokens.
 
     python -m experiments.linearize --config=configs/linearize/mmmamba.py:smollm
 
 Arguments: scratch: q, k, v and o are taken over, the rest is random; mamba_in_llama: Mamba-2 itself
-  with x, B, C from v, k, q (arXiv 2408.15237), which is trained whole in both stages; hybrid keeps
-  the first of every four layers; smollm, gpu, tiny: configs/linearize/common.py.
+  with x, B, C from v, k, q (arXiv 2408.15237), trained whole in stages 1 and 2; hybrid keeps the
+  first of every four layers; smollm, gpu, tiny: configs/linearize/common.py.
 """
 
 from configs.linearize import common

@@ -1,7 +1,8 @@
 r"""Selective transfer: a learnable mix per layer decides which layers become linear.
 
-LinVideo's idea (arXiv 2510.08318), here of a language model. Hedgehog's map is distilled; then map,
-adapters and mix are trained while a penalty brings every mix to 0 or 1 and half of them to 1.
+LinVideo's idea (arXiv 2510.08318), applied to a language model. Hedgehog's feature map is
+distilled; then map, LoRA adapters and mix are trained while a penalty drives every mix to 0 or 1,
+and select_target of them to 1.
 
     python -m experiments.linearize --config=configs/linearize/selective.py:smollm \
         --config.linearize.stages.stage_2.select_target=15

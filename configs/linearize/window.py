@@ -1,4 +1,4 @@
-"""The baseline of every linearization with a window: softmax within 64 tokens alone, and LoRA.
+"""Baseline of all linearizations with a window: softmax attention within 64 tokens, and LoRA.
 
     python -m experiments.linearize --config=configs/linearize/window.py:smollm
 

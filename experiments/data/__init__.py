@@ -71,7 +71,7 @@ DATASETS = (*_TEXTS, *tasks.TASKS)
 
 
 def default_config(name: str) -> ConfigDict:
-    """Returns every option of a dataset with its default: the `data` section of a config."""
+    """Returns the `data` section of a config for one dataset: every option with its default."""
     if name not in DATASETS:
         raise ValueError(
             f"Unknown dataset {name!r}{_hint(name, DATASETS)}; the choices are {', '.join(DATASETS)}."
@@ -83,10 +83,12 @@ def default_config(name: str) -> ConfigDict:
 def make_dataset(
     config: Mapping[str, Any], split: str, *, process_index: int = 0, process_count: int = 1
 ) -> Dataset:
-    """Makes one split of the dataset that `config` (a config's `data` section) describes.
+    """Returns one split of the dataset that `config` (a config's `data` section) describes.
 
-    Of every global batch, which does not depend on the number of processes, this process gets the
-    rows [process_index, process_index + 1) * batch_size / process_count.
+    The global batch does not depend on the number of processes. Of its rows this process gets the
+    process_index-th of process_count equal, contiguous slices.
+
+    Raises ValueError for an unknown dataset, option or split.
     """
     config = _filled(config)
     batches.check_split(split)
@@ -124,7 +126,7 @@ def make_dataset(
 
 
 def documents(config: Mapping[str, Any], split: str):
-    """Returns a text dataset's documents of a split as bytes, with `len` and `[i]`."""
+    """Returns the documents of a text dataset's split, as a sequence of bytes."""
     config = _filled(config)
     batches.check_split(split)
     # TFDS takes seconds to import, and only two of the datasets need it.
@@ -157,7 +159,7 @@ def documents(config: Mapping[str, Any], split: str):
 
 
 def _filled(config: Mapping[str, Any]) -> ConfigDict:
-    """Fills in the defaults of missing options; unknown options raise."""
+    """Returns the `data` section with missing options at their defaults; unknown ones raise."""
     if "name" not in config:
         raise ValueError(f"data.name is missing; the choices are {', '.join(DATASETS)}.")
     filled = default_config(config["name"])

@@ -1,7 +1,7 @@
-"""Baselines for a text model's bits per byte, on the same held-out bytes.
+"""Computes baselines (gzip, a byte bigram) for a text model's bits per byte, on the same bytes.
 
-As models here (`packing`), baselines also predict where documents end (a `text.Piece` has no end),
-and divide by the bytes of the text alone. Empty documents are skipped.
+Like this repository's models (`packing`), baselines also predict where documents end (a
+`text.Piece` has no end), and divide by the bytes of the text alone. Empty documents are skipped.
 """
 
 import gzip
@@ -15,10 +15,10 @@ END = 256  # after a document's last byte, and before its first
 
 
 def gzip_bits_per_byte(held_out: Iterable[bytes]) -> float:
-    """Returns 8 times the size of `gzip -9` of the documents over their number of bytes.
+    """Returns the bits per byte of `gzip -9` on the documents: 8 compressed size / size.
 
-    gzip reads them as one file in which a byte 0 is each document's end. It has a window of 32 KB
-    and sees no training text: a known reference point, not a trained competitor.
+    gzip reads them as one file in which a byte 0 marks each document's end. It has a window of 32
+    KB and sees no training text: a known reference point, not a trained competitor.
     """
     documents = [document for document in held_out if document]
     if not documents:
@@ -30,7 +30,7 @@ def gzip_bits_per_byte(held_out: Iterable[bytes]) -> float:
 def bigram_bits_per_byte(
     train: Iterable[bytes], held_out: Iterable[bytes], smoothing: float = 1.0
 ) -> float:
-    """Returns bits per byte on `held_out` of a byte-bigram model fitted on `train`.
+    """Returns the bits per byte on `held_out` of a byte-bigram model fitted on `train`.
 
     p(b | a) = (count(a, b) + smoothing) / (count(a) + 257 smoothing), for a and b among the 256
     bytes and END; smoothing=1 is add-one. A document's first byte is predicted from END, and END
@@ -50,7 +50,7 @@ def _ends(document: bytes) -> bool:
 
 
 def _bigrams(document: bytes) -> np.ndarray:
-    """Counts how often the second symbol follows the first, (257, 257)."""
+    """Returns a (257, 257) table: how often symbol b follows symbol a in a document, at [a, b]."""
     end = np.repeat(END, _ends(document))
     symbols = np.concatenate([[END], np.frombuffer(document, np.uint8), end])
     return np.bincount(symbols[:-1] * 257 + symbols[1:], minlength=257 * 257).reshape(257, 257)

@@ -1,4 +1,4 @@
-"""Defines what every dataset yields, and which rows of a global batch belong to a process."""
+"""Defines the batches of every dataset, and which rows of a global batch a process reads."""
 
 import atexit
 import dataclasses
@@ -19,16 +19,16 @@ State = dict[str, Any]  # an iterator's position, ready for JSON
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """One split of one dataset, as this process sees it.
+    """Fields of one split of a dataset, as this process sees it: batches, vocabulary, tokenizer.
 
     `iter(dataset)` starts a fresh Grain iterator: `next` returns a batch, `get_state` and
-    `set_state` save and restore the position exactly, that of the last batch returned, whatever was
-    read ahead. Orbax takes the iterator itself as a checkpointable. The train split never ends; the
-    others end after one pass.
+    `set_state` save and restore the position of the last batch returned, whatever was read ahead.
+    Orbax takes the iterator itself as a checkpointable. The train split never ends; the others end
+    after one pass.
 
     A batch is a dict of arrays of one shape (rows of this process, T):
       inputs       int32
-      labels       int32; 0 where there is none. In text that of a document's last token is the
+      labels       int32; 0 where there is none. In text the label of a document's last token is the
                    tokenizer's document_id
       segment_ids  int32: documents of a row count from 1, padding is 0
       loss_mask    float32: 0 where there is no label
@@ -49,7 +49,7 @@ class Dataset:
 
 
 def empty(rows: int, seq_len: int) -> dict[str, np.ndarray]:
-    """Returns a batch of padding alone, to be written into."""
+    """Returns a batch of padding: a dict of zero arrays of shape (rows, seq_len), to be filled."""
     dtypes = dict.fromkeys(("inputs", "labels", "segment_ids", "loss_mask", "num_bytes"), np.int32)
     dtypes["loss_mask"] = np.float32
     return {name: np.zeros((rows, seq_len), dtype) for name, dtype in dtypes.items()}
@@ -73,9 +73,10 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> ran
 
 
 def join_states(states: list[State]) -> State:
-    """Joins the data positions of a dataset's shares, in order, to that of the whole dataset.
+    """Returns the data position of a whole dataset, joined from those of all shares in order.
 
-    Lists, which have an entry per row, are concatenated; all else must be equal in all shares.
+    Lists, which have an entry per row, are concatenated; other values must be equal in all shares,
+    else it raises ValueError.
     """
     joined = {}
     for key, value in states[0].items():
@@ -92,7 +93,7 @@ def join_states(states: list[State]) -> State:
 
 
 def check_state(state: State, names: Sequence[str]) -> None:
-    """Raises ValueError for a saved data position whose entries are not `names`."""
+    """Raises ValueError if a saved data position has other entries than `names`."""
     if sorted(state) != sorted(names):
         raise ValueError(
             f"the data position that was saved has {', '.join(sorted(state)) or 'nothing'}, and one in this dataset has "
@@ -102,8 +103,10 @@ def check_state(state: State, names: Sequence[str]) -> None:
 
 
 class EpochOrder:
-    """An endless shuffle of 0 ... n-1 with random access, without memory: `[i]` lies in epoch
-    i // n, and every epoch has an order of its own.
+    """Endless shuffle of 0 ... n-1 with random access, which stores no permutation.
+
+    `[i]` lies in epoch i // n, and every epoch has an order of its own, which follows from the
+    seed.
 
     A Feistel network permutes the 4^h >= n numbers of 2h bits, whatever its round function. A
     number outside [0, n) is sent through again until it falls inside (cycle walking: Black and
@@ -139,7 +142,7 @@ class EpochOrder:
 
 
 class Prefetched(grain.IterDataset):
-    """Reads up to `buffer_size` batches ahead on one thread; 0 reads in the caller's."""
+    """Dataset that reads up to `buffer_size` batches ahead on a thread; with 0 it reads none."""
 
     def __init__(self, parent: grain.IterDataset, buffer_size: int):
         super().__init__(parent)
@@ -154,8 +157,11 @@ class Prefetched(grain.IterDataset):
 
 
 class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain's iterator, closed at most once: its `__del__` closes it again, which fails when Python
-    is shutting down, or if `__init__` failed."""
+    """Grain's prefetching iterator, closed at most once.
+
+    Its `__del__` closes it again, which fails when Python is shutting down, or if `__init__`
+    failed.
+    """
 
     _done = True
 

@@ -1,8 +1,8 @@
-"""Makes texts of any length that hide a fact at any depth, and ask a question that it answers.
+"""Makes texts of any length that hide a fact at any depth, with a question that the fact answers.
 
     passkey    a five-digit pass key among a few repeated sentences
     s_niah_1   a seven-digit number under a key word, among the same sentences
-    s_niah_2   the same in prose that does not repeat
+    s_niah_2   a seven-digit number under a key word, in prose that does not repeat
     s_niah_3   a UUID under a key word, in prose
 
 passkey is that of landmark attention (arXiv 2305.16300, section 4.2), the others are RULER's single
@@ -73,8 +73,12 @@ def _prose(rng: np.random.Generator) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class NeedleForm:
-    """Recipe of a text. value: draws the value that is asked for. haystack: an endless iterator of
-    sentences. before, needle, after: text with {key} and {value}."""
+    """Fields of a recipe for texts with a hidden fact (the needle).
+
+    value: draws the value that is asked for.
+    haystack: returns an endless iterator of sentences.
+    before, needle, after: parts of the text, with {key} and {value} to be filled in.
+    """
 
     value: Callable[[np.random.Generator], str]
     haystack: Callable[[np.random.Generator], Iterator[str]]
@@ -109,9 +113,13 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A text with a needle. prompt_N: token ids of `prompt`. answer: the expected text.
-    answer_tokens: how many to generate for it. depth: where the needle begins, as a share of the
-    haystack's tokens."""
+    """Fields of a text with a hidden fact (the needle), which ends in a question.
+
+    prompt_N, prompt: the text as token ids, and as a string.
+    answer: the expected continuation.
+    answer_tokens: how many tokens to generate for it.
+    depth: where the needle begins, as a share of the haystack's tokens.
+    """
 
     prompt_N: np.ndarray
     prompt: str
@@ -129,14 +137,16 @@ def make_example(
     seed: int = 0,
     number: int = 0,
 ) -> Example:
-    """Makes example `number` of a form: as many whole sentences as fit into `length` tokens with
-    needle, question and answer.
+    """Returns example `number` of a retrieval task: a text that hides a fact, and its answer.
 
-    encode: a prompt to its token ids, with the special tokens before a text.
+    As many whole sentences as fit into `length` tokens stand around needle, question and answer.
+
+    form: the task's name in FORMS.
+    encode: function from a prompt to its token ids, with the special tokens before a text.
     depth: 0 puts the needle before all other sentences, 1 after them. The same (seed, number)
       hides the same value under the same key at every length and depth.
 
-    Raises ValueError for an unknown form, a depth outside [0, 1], and a length without room for
+    Raises ValueError for an unknown task, a depth outside [0, 1], and a length without room for
     needle and question.
     """
     if form not in FORMS:

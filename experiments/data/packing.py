@@ -11,15 +11,16 @@ before it is the first token after it, so no prediction is lost. Only padding, i
 a one-pass split, has no label. (First-fit packing would keep more short documents whole, but leaves
 holes, and must read ahead.)
 
-Lanes: row r of every batch belongs to lane r, and lane r reads documents r, r + B, r + 2B, ... of
-the shuffled stream. So a batch holds B different documents, a process reads only its own lanes, and
-the global batch is the same for any number of processes. A one-pass split has one lane, which every
-process reads whole and takes its rows from, so that all see the same number of batches.
+Lanes: of B rows in a batch, row r of every batch belongs to lane r, and lane r reads documents r, r
++ B, r + 2B, ... of the shuffled stream. So a batch holds B different documents, a process reads
+only its own lanes, and the global batch is the same for any number of processes. A one-pass split
+has one lane, which every process reads whole and takes its rows from, so that all see the same
+number of batches.
 
-A run can resume with another batch size. Remaining lanes continue up to the first document that no
-lane was given; from there on documents are dealt to all lanes anew. So no document is read twice
-in an epoch. With more lanes none is left out; with fewer, what the dropped lanes had not read of
-their documents stays unread until the next epoch.
+A run can resume with another batch size. Remaining lanes continue up to the first document that was
+given to no lane; from there on documents are distributed over all lanes anew. So no document is
+read twice in an epoch. With more lanes none is left out; with fewer, the unread rest of the dropped
+lanes' documents waits for the next epoch.
 """
 
 import functools
@@ -45,7 +46,7 @@ def packed_batches(
     seed: int,
     what: str,
 ) -> grain.IterDataset:
-    """Returns batches of `rows` out of each global batch of packed documents.
+    """Returns the dataset of batches of packed documents: of each global batch the given `rows`.
 
     documents: random access to bytes (`len`, `[i]`).
     train: True repeats forever in a new order each epoch. False is one pass, in a shuffled order
@@ -67,9 +68,9 @@ def packed_batches(
 def document_tokens(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
     """Returns a document's tokens (N, 2): each one's id, and the bytes of text it stands for.
 
-    A Piece has no end, and an empty document its start alone. The bytes are those of num_bytes_W;
-    the last token's make them add up to len(data), also where the tokenizer changes the text (a
-    normalizer, dropped spaces, characters that the vocabulary lacks).
+    A Piece has no end token, and an empty document only a start token. Bytes are counted by the
+    tokenizer's num_bytes_W; the last token's make them add up to len(data), also where the
+    tokenizer changes the text (a normalizer, dropped spaces, characters that the vocabulary lacks).
     """
     start = [tokenizer.document_id]
     end = start * (len(data) > 0 and not isinstance(data, Piece))
@@ -89,9 +90,11 @@ _RESTART = "Bring back the text it was saved with, or go on from this one's star
 
 
 class PackIterDataset(grain.IterDataset):
-    """Packs a MapDataset of token arrays, read in `order`, as this module's docstring says.
+    """Dataset that packs documents into rows (see this module's docstring) and yields batches.
 
-    endless: epoch after epoch, in lanes; else one epoch, in one lane.
+    documents: Grain's MapDataset of arrays (N, 2), as `document_tokens` returns; read in `order`.
+    endless: whether epoch follows epoch, in a lane per row; else it is one epoch, in one lane.
+    rows: those of the global batch that this process reads.
     """
 
     def __init__(self, documents, order, endless, *, seq_len, batch_size, rows, what):
@@ -106,7 +109,7 @@ class PackIterDataset(grain.IterDataset):
 
     @functools.cached_property
     def corpus(self) -> dict[str, int | str]:
-        """The number of documents and a hash of some: a saved position is valid for no others."""
+        """Number of documents and a hash of some, for which alone a saved position is valid."""
         n = len(self.documents)
         content = hashlib.sha256()
         for i in range(0, n, -(-n // _SAMPLED)):
@@ -121,10 +124,11 @@ class PackIterDataset(grain.IterDataset):
 
 
 class _Lane:
-    """A reader of the stream: its current document, and how many of that one's tokens are used.
+    """Reader of one lane: the documents of one row of every batch; of all rows in a one-pass split.
 
     deals: rising pairs (first, lanes): from document `first` on, documents are dealt in turn to
       this many lanes, among which this one has the number `index`.
+    document, offset: number of the current document in the stream, and of its tokens used.
     """
 
     def __init__(self, dataset: PackIterDataset, deals, index: int, document: int, offset: int):
@@ -133,7 +137,7 @@ class _Lane:
         self.tokens = None  # of the current document, read when first needed
 
     def following(self) -> int:
-        """Returns the number of the lane's next document."""
+        """Returns the number, in the shuffled stream, of the document that the lane reads next."""
         later = [deal for deal in self.deals if deal[0] > self.document]
         number = self.document + self.deals[-len(later) - 1][1]
         for first, _ in later:
@@ -165,7 +169,7 @@ class _Lane:
         return self.tokens
 
     def fill(self, inputs_T, labels_T, segment_ids_T, loss_mask_T, num_bytes_T) -> bool:
-        """Writes the lane's next row; returns False if the stream had ended before it."""
+        """Writes the lane's next row into the arrays; returns False if the stream has ended."""
         filled, segment = 0, 0
         while filled < len(inputs_T) and (tokens_N2 := self.current()) is not None:
             # One token beyond the row: it is the last label and no input.
@@ -217,8 +221,11 @@ class _PackIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: batches.State) -> None:
-        """Restores a data position: that of this process's lanes, or all processes' joined, whose
-        number of lanes may differ."""
+        """Restores a data position: this process's, or that of all processes, joined.
+
+        The joined one may have another number of lanes (batch size) than this dataset.
+        Raises ValueError for another corpus, or for some but not all lanes.
+        """
         d = self._dataset
         batches.check_state(state, ("document", "offset", "lanes", "corpus"))
         _check_corpus(d, state["corpus"])
@@ -238,7 +245,7 @@ class _PackIterator(grain.DatasetIterator):
 
 
 def _deal_anew(deals, positions, lanes: int):
-    """Returns (deals, positions) that continue a data position with another number of lanes."""
+    """Returns (deals, positions) that continue a saved position with another number of lanes."""
     # The first document that no lane was given, or that a dropped lane has not begun.
     left_out = [document + (offset > 0) for document, offset in positions[lanes:]]
     if left_out:

@@ -1,4 +1,4 @@
-"""Assigns documents to splits by a hash of their name alone, the same on every machine."""
+"""Assigns documents to train, validation or test by a hash of their names alone."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ SHARES = {"train": 0.9, "validation": 0.05, "test": 0.05}
 
 
 def split_of(name: str) -> str:
-    """Returns the split of a document from the hash of its name; SHARES are the fractions."""
+    """Returns the split of the document `name`, by the name's hash; SHARES has the fractions."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
     if place < SHARES["train"]:
         return "train"
@@ -16,7 +16,7 @@ def split_of(name: str) -> str:
 
 
 def share_of(split: str) -> tuple[float, float]:
-    """Returns the interval of [0, 1] that a split takes of a text that is split by position."""
+    """Returns the interval of [0, 1] that is a split's part of a text cut by position."""
     check_split(split)
     start = sum(SHARES[s] for s in SPLITS[: SPLITS.index(split)])
     return start, 1.0 if split == SPLITS[-1] else start + SHARES[split]

@@ -25,9 +25,10 @@ GENERATED = "_sysconfigdata"  # records how this Python was built on this machin
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-    """One example per file: `path` (relative, with slashes) and `text` (the file's bytes).
+    """TFDS dataset of Python files, an example per file: `path` and `text` (the file's bytes).
 
-    root: the folder whose .py files are read; None is this Python's standard library.
+    root: the folder whose .py files are read; None is this Python's standard library. A `path` is
+      relative to it, with slashes.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -63,7 +64,7 @@ def stdlib_root() -> pathlib.Path:
 
 
 def source_files(root: pathlib.Path) -> list[str]:
-    """Lists the relative paths of .py files that are not empty, sorted."""
+    """Returns the sorted relative paths of the .py files below `root` that the corpus has."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
@@ -74,9 +75,9 @@ def source_files(root: pathlib.Path) -> list[str]:
 
 
 def stdlib_documents(split: str, data_dir: str = ""):
-    """Returns the documents of a split, building the dataset below `data_dir` if it is missing.
+    """Returns the documents of a split of python_stdlib, building the dataset if it is missing.
 
-    "" is the cache folder of kernels_pallas.dispatch.verification.
+    data_dir: the folder it is built in; "" is kernels_pallas' cache folder.
     """
     batches.check_split(split)
     folder = pathlib.Path(data_dir).expanduser() if data_dir else verification.cache_folder()
@@ -85,10 +86,12 @@ def stdlib_documents(split: str, data_dir: str = ""):
 
 
 def build(data_dir: pathlib.Path, root: pathlib.Path | None = None) -> PythonStdlib:
-    """Returns the dataset of `root` (None: this Python's standard library), built if missing.
+    """Returns the python_stdlib dataset, built below `data_dir` if it is missing.
+
+    root: the folder of sources; None is this Python's standard library.
 
     Its folder below `data_dir` is named by the Python version and a hash of the files' names and
-    sizes, so another Python, or a patched one, gets its own. Each process builds in its own
+    sizes, so another Python, or a patched one, gets its own. Each process builds in a temporary
     folder and renames it: of several at once one wins, and no half-written dataset shows.
     """
     root = stdlib_root() if root is None else pathlib.Path(root)

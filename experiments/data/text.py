@@ -1,8 +1,8 @@
 """Reads the user's own text files as random-access documents.
 
-A file is a document, or each of its lines is (`documents="lines"`). Long documents are cut, at a
-line's end where there is one, into documents of about `document_bytes`: memory holds no more at
-once, and rows of a batch start at different places of one big file. All but the last are a `Piece`.
+A document is a file or, with documents="lines", a line. Long documents are cut, where possible at
+a line's end, into documents of about `document_bytes`: memory holds no more at once, and rows of a
+batch start at different places of one big file. All but the last of these are a `Piece`.
 """
 
 import glob
@@ -21,14 +21,15 @@ DOCUMENTS = ("files", "lines")
 
 
 class Piece(bytes):
-    """A part of a document that the next document continues: its end is not to be learned."""
+    """Bytes of a document that goes on in the next one: its end is not a label."""
 
 
 class TextFiles:
-    """Documents that are parts of files: `[i]` reads one as bytes, a Piece where it was cut.
+    """Sequence of documents that are parts of files: `[i]` reads one as bytes, or as a Piece.
 
-    names: file names. file_N, start_N, stop_N: file, first byte and stop of each document. ends_N:
-      whether the document ends there.
+    names: file names.
+    file_N, start_N, stop_N: of each document its file's index, first byte and stop.
+    ends_N: whether the document ends at its stop; else it was cut there, and is a Piece.
     """
 
     def __init__(self, names, file_N, start_N, stop_N, ends_N):
@@ -57,14 +58,16 @@ def text_documents(
     documents: str = "files",
     document_bytes: int = 1 << 14,
 ) -> TextFiles:
-    """Returns the documents of one split.
+    """Returns the documents of one split of text files.
 
     paths: files, folders (every file below, hidden ones left out) and globs; a sequence, or one
       string with commas between them.
     held_out_paths: paths of "validation" and "test". With any of these given all of `paths` is for
-      training, and a split without paths raises. Without them 90, 5 and 5 % go to train, validation
-      and test: from 100 files on by a hash of each file's name (relative to its folder), else by
-      cutting every file by position.
+      training, and a split without paths raises ValueError. Without them 90, 5 and 5 % go to train,
+      validation and test: from 100 files on by a hash of each file's name (relative to its folder),
+      else by cutting every file by position.
+    documents: "files" or "lines", what counts as a document.
+    document_bytes: about where longer documents are cut.
     """
     batches.check_split(split)
     if documents not in DOCUMENTS:
@@ -98,7 +101,7 @@ def text_documents(
 
 
 def find_files(paths: str | Sequence[str]) -> list[tuple[str, str]]:
-    """Lists (path, name) of every file that `paths` means, sorted; missing ones raise."""
+    """Returns (path, name) of every file that `paths` stand for, sorted; missing ones raise."""
     patterns = _list(paths)
     if not patterns:
         raise ValueError("No text files: set config.data.paths to files, folders or globs.")
@@ -130,8 +133,10 @@ def _list(paths) -> list[str]:
 
 
 def _documents(path: str, share, lines: bool, document_bytes: int):
-    """Returns starts and stops of the documents in a share [from, to) of a file's length, and
-    whether each stop is a document's end, not a cut."""
+    """Returns start and stop bytes of a file's documents, and whether each stop ends the document.
+
+    share: the interval of the file's length to read, within [0, 1].
+    """
     size = os.path.getsize(path)
     none = np.zeros(0, np.int64)
     if size == 0:
@@ -156,7 +161,7 @@ _LINE_END = re.compile(rb"\r?\n")
 
 
 def _cut(data: mmap.mmap, at: int, limit: int) -> int:
-    """Returns the first place in [at, limit) after a newline, or else between characters."""
+    """Returns the first offset in [at, limit) after a newline, else between UTF-8 characters."""
     if at == 0 or at >= len(data):
         return min(at, len(data))
     newline = data.find(b"\n", at - 1, limit)
@@ -167,7 +172,7 @@ def _cut(data: mmap.mmap, at: int, limit: int) -> int:
 
 
 def _lines(data: mmap.mmap, first: int, last: int):
-    """Returns starts and stops of lines that are not empty, without their ends."""
+    """Returns first and stop bytes of the lines that are not empty, without their line ends."""
     starts, stops, start = [], [], first
     for match in _LINE_END.finditer(data, first, last):
         starts.append(start)

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 
 class Texts:
-    """The bytes of one text feature of a `tfds` data source."""
+    """Sequence of the bytes of one text feature, `key`, of a `tfds` data source."""
 
     def __init__(self, source, key: str):
         self.source, self.key = source, key
@@ -27,7 +27,7 @@ class Texts:
 
 @contextlib.contextmanager
 def quiet():
-    """Silences the bars and prints that TFDS makes while it prepares a dataset."""
+    """Context manager: silences the bars and prints that TFDS makes while it prepares a dataset."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -37,7 +37,7 @@ def quiet():
 
 
 def prepare(builder) -> None:
-    """Downloads and writes the dataset if it is not there.
+    """Downloads a TFDS builder's dataset and writes it to disk, unless it is there.
 
     Of processes that share a disk one does it and the others wait; to a bucket (gs://) all write
     the same.
@@ -56,9 +56,12 @@ def prepare(builder) -> None:
 
 
 def tfds_documents(name: str, split: str, *, text_key: str = "text", data_dir: str = "") -> Texts:
-    """Returns the documents of `name` ("wiki40b/en:1.3.0") in a TFDS split ("train[:1%]").
+    """Returns the documents of a TFDS dataset, `name` such as "wiki40b/en:1.3.0".
 
-    text_key: the feature that holds the text. data_dir: "" is TFDS's own default.
+    split: in TFDS's notation, such as "train[:1%]".
+    text_key: the feature that holds the text.
+    data_dir: "" is TFDS's own default.
+    Raises ValueError for an unknown dataset, split or feature.
     """
     if not name:
         raise ValueError("config.data.tfds_name is empty: give the name of a TFDS dataset.")

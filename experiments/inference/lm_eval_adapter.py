@@ -3,9 +3,9 @@
     python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=arc_easy,lambada_openai
     python -m experiments.evaluate --workdir=runs/... --lm_eval_tasks=mine --lm_eval_path=folder
 
-What a request means (where context and continuation part, which token stands before an empty
-context, rolling windows) is the harness's own, as its model for transformers has it; so the same
-weights get the same scores.
+How a request is tokenized (the border of context and continuation, the token before an empty
+context, rolling windows) follows the harness's own model for transformers, so the same weights get
+the same scores.
 """
 
 import difflib
@@ -28,20 +28,18 @@ MAX_GENERATED = 256  # tokens, where a task does not say
 
 
 class HarnessModel(TemplateLM):
-    """A loaded model with the methods that the harness calls.
+    """Adapter of a loaded model: the methods that the evaluation harness calls.
 
-    Before an empty context, and before a text whose perplexity is asked for, stands a prefix token:
-    the document's start for models that have learned documents with it (runs, models of bytes),
-    which have it before all contexts, too; else what the harness takes of a Hugging Face tokenizer,
-    its bos token, or its eos token. A generated text begins with the space that stands before its
-    first word, under every tokenizer; the harness's model for transformers decodes it alone, and
-    has no such space with SentencePiece.
+    A prefix token stands before an empty context, and before a text whose perplexity is asked for.
+    For models that learned documents with a start token (runs, models of bytes) it is that token,
+    and stands before all other contexts, too; else it is the tokenizer's bos token or, without one,
+    its eos token, as in the harness. A generated text keeps the space before its first word under
+    every tokenizer; the harness's own model for transformers loses it with SentencePiece.
 
     batch_size: prompts generated together.
-    max_length: tokens that the model may see; longer requests lose tokens from the left, as the
-      harness has it. None is the context of a pretrained model. A run is given as many as there
-      are, up to its learned positions, and when generating as many as the shortest cache of a
-      full-attention layer holds.
+    max_length: tokens that the model may see; longer requests lose tokens from the left. None is
+      the context of a pretrained model. A run then sees all tokens, up to its learned positions,
+      and in generation as many as the shortest cache of a full-attention layer holds.
     """
 
     max_gen_toks = MAX_GENERATED
@@ -75,7 +73,10 @@ class HarnessModel(TemplateLM):
         return ids if begins and not self._document_starts else self._loaded.encode(string)
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """Scores requests ((context, continuation), context's ids, continuation's ids)."""
+        """Returns (log probability, whether greedy decoding gives it) per request's continuation.
+
+        requests: (texts, context's token ids, continuation's token ids) each.
+        """
         sequences = []
         for _, context, continuation in requests:
             tokens = [*context, *continuation]
@@ -143,7 +144,7 @@ class HarnessModel(TemplateLM):
 
 
 def _generation(asked: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
-    """Returns a task's generation arguments as (options of sampling, tokens, stop strings)."""
+    """Returns (sampling options, token limit, stop strings) of a task's generation arguments."""
     asked = dict(asked)
     until = asked.pop("until", None) or []
     length = next(
@@ -172,12 +173,17 @@ def run(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the harness's results: "results" (task -> metric -> value), "n-samples", "versions".
+    """Runs tasks of the evaluation harness; returns its "results", "n-samples" and "versions".
 
-    path: a folder with task files of your own. include_defaults: whether to read the harness's own,
-    too, which takes seconds. limit: examples of each task.
+    "results" is task -> metric -> value.
 
-    Raises ValueError for a task that is not there, with close matches.
+    tasks: names of tasks.
+    path: a folder with task files of your own.
+    include_defaults: whether to read the harness's own tasks, too, which takes seconds.
+    limit: number of examples per task; None is all.
+    num_fewshot: solved examples before each; None is the task's own number.
+
+    Raises ValueError for an unknown task, with close matches.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = TaskManager(include_path=path, include_defaults=include_defaults)
@@ -210,7 +216,7 @@ def _unknown(name: str, known: set[str], path: str | None) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns every task's metrics as a text table."""
+    """Returns the metrics of every task in `run`'s results as a text table."""
     lines = []
     for task, metrics in results["results"].items():
         for metric, value in metrics.items():

@@ -1,5 +1,4 @@
-"""Loads models with their tokenizers onto a run's mesh, and writes weights as a run or in another
-program's layout."""
+"""Loads a run's model and tokenizer onto its mesh, and writes models in several layouts."""
 
 from pathlib import Path
 
@@ -19,15 +18,17 @@ WORKDIR = "workdir"
 
 
 def on_mesh(config, params, workdir: str) -> LoadedModel:
-    """Returns a run's language model with these parameters, which may be sharded in any way."""
+    """Returns a run's model and tokenizer, read from `workdir`, with parameters in any sharding."""
     found = runs.described(config.model.to_dict(), config.data.to_dict(), params, workdir)
     return loading.with_tokenizer(found, starts_documents=True)
 
 
 def load_run(config, workdir: str, step: int | None = None) -> LoadedModel:
-    """Returns the language model of a run's checkpoint on the mesh of its config, which may differ
-    from that of training. `seqmodels.load` reads it onto one device.
+    """Returns a run's model with its tokenizer and a checkpoint's parameters, on the config's mesh.
 
+    That mesh may differ from training's. (`seqmodels.load` reads a run onto one device.)
+
+    step: which checkpoint to read; None is the latest.
     Raises ValueError where the run's data is not text.
     """
     if "tokenizer" not in config.data:
@@ -41,7 +42,7 @@ def load_run(config, workdir: str, step: int | None = None) -> LoadedModel:
 
 
 def layouts() -> list[str]:
-    """Returns the names of the layouts that `write` supports."""
+    """Returns the names of the layouts of weights that `write` supports, such as "llama"."""
     return [WORKDIR, own_layout.MODEL_TYPE, *architectures.names()]
 
 
@@ -54,13 +55,16 @@ def write(
     tokenizer: str = "",
     max_shard_bytes: int = files.MAX_SHARD_BYTES,
 ) -> list[Path]:
-    """Writes a model to the folder `out` in one of `layouts`; returns what was written.
+    """Writes a model and its tokenizer into the folder `out`; returns the paths of the files.
 
-    dtype: of the tensors, but for what models keep in float32, such as decays; None is what they
-      had, or those that a run began from. A workdir's are float32.
-    tokenizer: the path of a file, or 'bytes', where the model came without one.
+    layout: "workdir" (a run, to be trained further), "seqmodels" (our own), or a model_type such as
+      "llama", whose files other libraries read.
+    dtype: of the weights, except those that models keep in float32, such as decays. None keeps each
+      one's own; for a run, that of the weights it began from. In a workdir weights are float32.
+    tokenizer: path of a tokenizer file, or "bytes", for a model without a tokenizer.
+    max_shard_bytes: largest size of one file of weights.
 
-    Raises ValueError, before anything is written, for a tokenizer that is not the model's.
+    Raises ValueError, before anything is written, for a tokenizer that does not fit the model.
     """
     if layout == WORKDIR:
         loaded = loading.with_tokenizer(found, tokenizer)
@@ -85,13 +89,13 @@ def write(
 
 
 def write_workdir(workdir: Path, loaded: LoadedModel) -> Path:
-    """Writes a run at step 0 with these weights, as train, evaluate and generate take it; returns
-    the checkpoint's folder.
+    """Writes a model as a run at step 0, which train, evaluate and generate read.
 
-    Its config has this model and tokenizer, AdamW at 1e-5, and python_stdlib as data; every field
-    can be overridden. Parameters are float32, whatever they were stored in: a step of training is
-    smaller than what bfloat16 can add to most of them. Activations keep the model's dtype, and an
-    export the stored ones.
+    Returns the checkpoint's folder. The run's config has this model and tokenizer, AdamW at 1e-5,
+    and python_stdlib as data; every field can be overridden. Parameters are float32, whatever they
+    were stored in: an update is smaller than what bfloat16 can add to most of them. Activations
+    keep the model's dtype, and a later export the stored dtypes. Raises ValueError if `workdir`
+    holds a run.
     """
     if (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a run already; give another folder")
@@ -121,7 +125,7 @@ def write_workdir(workdir: Path, loaded: LoadedModel) -> Path:
 
 
 class NothingRead:
-    """The data position at the start of a run, for any dataset."""
+    """Data iterator whose state is empty: the position at the start of a run, for any dataset."""
 
     def get_state(self):
         return {}

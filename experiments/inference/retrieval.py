@@ -1,4 +1,4 @@
-"""Measures how often a model finds a needle in a haystack, by task, length and depth."""
+"""Measures how often a model finds a needle (a hidden fact) in a long text, by length and depth."""
 
 from collections.abc import Sequence
 
@@ -20,13 +20,17 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[dict]:
-    """Returns rows of task, length, depth, examples and accuracy: the share of examples whose
-    answer is in the model's greedy continuation, up to the end of the line.
+    """Returns a row {task, length, depth, examples, accuracy} per task, length and depth.
 
-    forms: `needles` has the tasks. lengths: tokens of a prompt and its answer.
+    Accuracy is the share of examples whose answer occurs in the model's greedy continuation, up to
+    the end of the line.
 
-    Raises ValueError for what `needles.make_example` and `LoadedModel.generate` refuse, before
-    anything is generated.
+    forms: names of tasks, from `needles.FORMS`.
+    lengths: tokens of a prompt and its answer.
+    depths: where the needle stands in the text, from 0 (start) to 1 (end).
+    examples: number of examples per row.
+
+    Raises ValueError, before anything is generated, for an unknown task, length or depth.
     """
     cells = [(form, length, depth) for form in forms for length in lengths for depth in depths]
     asked = {
@@ -52,7 +56,7 @@ def evaluate(
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Returns the rows as a text table: lengths down, depths across."""
+    """Returns the rows of `evaluate` as a text table per task: lengths down, depths across."""
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]

@@ -1,5 +1,4 @@
-"""Writes a model's scores on a split as tables, JSON and pictures: loss, perplexity, bits per byte
-and accuracy, by position in a document (for tasks, by length), and by context length."""
+"""Scores a model on a split of its data, and writes tables, JSON and pictures of the result."""
 
 import functools
 from collections.abc import Sequence
@@ -19,11 +18,14 @@ def score(
     buckets: int = 16,
     out: Path | None,
 ) -> None:
-    """Scores the subject on a split, prints tables, and writes a JSON file and pictures to `out`.
-    With out=None, as on all processes but the first, it only computes.
+    """Scores a model on a split; prints tables, and writes a JSON file and pictures into `out`.
 
-    context_lengths: rows of so many tokens are scored as well, the same text again.
-    max_batches: of the split; 0 is all of it. buckets: rows of the tables.
+    Tables are by position in a document, for synthetic tasks by length. With out=None, as on all
+    processes but the first, the scores are only computed.
+
+    context_lengths: the text is scored again in rows of each of these lengths, in tokens.
+    max_batches: number of the split's batches to score; 0 is all.
+    buckets: number of rows of a table.
     """
     scores = evaluation.evaluate(subject.program, subject.params, subject.dataset, max_batches)
     read = functools.partial(subjects.read_split, split=split)

@@ -22,11 +22,15 @@ TEXTS = ["python_stdlib", "text", "tfds"]  # what a pretrained model can be scor
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model to score.
+    """Fields of a model to score, and of the data to score it on.
 
-    config: a run's, or one that a pretrained model's fields came into. params: as `program` has
-    them; those of `loaded`, too. loaded: None where the run's data is not text. dataset: this
-    process's share of the split that is scored, if one is. step: of a run.
+    name: for tables and messages.
+    config: a run's; for a pretrained model one that was filled with its fields.
+    program: jitted functions of the model on the config's mesh.
+    params: parameters in the layout of `program`.
+    loaded: the same model with its tokenizer; None where the run's data is not text.
+    dataset: this process's share of the split to score; None where no split is scored.
+    step: of a run's checkpoint; None for a pretrained model.
     """
 
     name: str
@@ -39,7 +43,10 @@ class Subject:
 
 
 def config_of(flag: Callable[[str], str | None]) -> ConfigDict:
-    """Returns the config of --workdir's run; with --model, one with the data that --data names."""
+    """Returns the config to score with: that of --workdir's run or, with --model, one for its data.
+
+    flag: function from a flag's name to its text or None.
+    """
     if not flag("model"):
         return run_record.load_config(flag("workdir") or "")
     if flag("workdir"):
@@ -53,9 +60,11 @@ def config_of(flag: Callable[[str], str | None]) -> ConfigDict:
 def of_run(
     config, workdir: str, split: str | None, step: int | None = None, asked: Sequence[str] = ()
 ) -> Subject:
-    """Returns a run's checkpoint (None: the latest), and the dataset of `split`, if given.
+    """Returns a run's checkpoint as a Subject, with the dataset of `split`, if one is given.
 
-    asked: flags that need a language model. Raises UserError for one where the data is not text.
+    step: which checkpoint; None is the latest.
+    asked: names of the flags given that need a language model. Raises UserError if there is one and
+      the run's data is not text.
     """
     of_text = "tokenizer" in config.data
     if asked and not of_text:
@@ -72,7 +81,11 @@ def of_run(
 
 
 def of_source(config, source: str, split: str | None, **options) -> Subject:
-    """Returns what `seqmodels.load` finds as a subject; sets the fields of `config` to match."""
+    """Returns a pretrained model as a Subject, with the dataset of `split`, if one is given.
+
+    config: is changed in place to the model's fields and tokenizer.
+    source, options: arguments of `seqmodels.load`.
+    """
     loaded = seqmodels.load(source, config.data.tokenizer, **options)
     config.model = loaded.config
     own = {"tokenizer": loaded.tokenizer_name, "document_token": loaded.document_token}
@@ -89,9 +102,9 @@ def of_source(config, source: str, split: str | None, **options) -> Subject:
 
 
 def read_split(config, split: str):
-    """Returns this process's share of a split of config.data.
+    """Returns this process's share of a split of config.data, as a Dataset.
 
-    Raises ValueError where the data has more ids than the model.
+    Raises ValueError where the data has token ids that the model lacks.
     """
     share = distributed.data_share(sharding.batch_sharding(sharding.make_mesh(config.mesh)))
     dataset = make_dataset(config.data, split, process_index=share.index, process_count=share.count)

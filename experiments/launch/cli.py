@@ -1,4 +1,4 @@
-"""Shared code of the binaries: config flags whose mistakes are explained, and exit codes.
+"""Shared code of the binaries: config flags whose mistakes are explained, and these exit codes.
 
 0          done
 2          a mistake of the user's: an unknown flag, field, name or file; one message, no traceback
@@ -7,7 +7,7 @@
 5          another process of the run did not come
 130, 143   stopped by Ctrl-C or SIGTERM, after saving (with several processes always 143)
 134        aborted by JAX, since another process of the run died
-141        nobody reads what it prints any more, as in `... | head`
+141        the reader of standard output has exited, as in `... | head`
 1          any other error, with its traceback
 """
 
@@ -44,7 +44,7 @@ _HELP = r"--?(help(short|full|xml)?|\?)"
 
 
 class _Parser(flags.ArgumentParser):
-    """Parser of a config field's value, whose errors say which type is expected."""
+    """Parser of the text given for a config field, whose errors name the expected type."""
 
     def __init__(self, parser: flags.ArgumentParser, kind: type, optional: bool):
         self._parser, self._optional = parser, optional
@@ -77,15 +77,15 @@ for _kind, _parser in (
 
 
 class UserError(ValueError):
-    """A user's mistake, which the message explains without a traceback."""
+    """Error that is a user's mistake; its message is shown without a traceback."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss, gradient or parameter is not finite."""
+    """Error of a loss, gradient or parameter that is not finite."""
 
 
 class Stopped(SystemExit):
-    """A signal ended the run, after saving; carries the exit code 128 + signal."""
+    """Exit of a run that a signal ended, after saving; its exit code is 128 + signal."""
 
 
 def run(
@@ -93,13 +93,14 @@ def run(
     config_from: str | Callable[[Callable[[str], str | None]], ConfigDict] | None = "file",
     many_hosts: bool = False,
 ) -> None:
-    """Runs main(argv) by absl's app.run, with the exit codes above.
+    """Runs a binary's main(argv) by absl's app.run, with the exit codes of this module.
 
-    config_from: where the config comes from, any field of which --config.x.y=value overrides.
-      "file": the binary's own flag --config=path.py[:argument]. "workdir": the run in the folder of
-      --workdir. A function: it returns the config, and is given one that returns a flag's text or
-      None. None: there is no config.
-    many_hosts: whether the binary has the flags of `distributed`, and runs in its session.
+    config_from: where the config comes from; --config.x.y=value overrides its fields. "file": the
+      binary's own flag --config=path.py[:argument]. "workdir": the run in the folder of --workdir.
+      A function: it is given a function from a flag's name to its text or None, and returns the
+      config. None: there is no config.
+    many_hosts: whether the binary defines the flags of `distributed` and runs main in its
+      `session`.
     """
     absent_tpu.pass_over()
     if many_hosts:
@@ -136,9 +137,9 @@ def run(
 
 
 def parse_flags(argv: Sequence[str], config_from="file") -> list[str]:
-    """Reads a binary's flags, its config among them, and returns the other arguments.
+    """Parses a binary's flags, overrides of its config among them; returns the other arguments.
 
-    config_from: see `run`.
+    config_from: where the config comes from, as in `run`.
     Raises UserError for an unknown flag or field, or a value that is not of the field's type.
     """
     try:
@@ -169,7 +170,7 @@ def _nobody_reads() -> bool:
 
 
 def no_arguments(argv: Sequence[str]) -> None:
-    """Raises UserError for an argument that is neither the binary's name nor a flag."""
+    """Raises UserError if the command line has arguments that are not flags."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: flags start with --")
 
@@ -200,7 +201,7 @@ def chosen(flag: str, values: Sequence[str], choices: Sequence[str], every: str 
 
 
 def output_folder(path: str | Path) -> Path:
-    """Makes a folder where there is none. Raises OSError, which names it, if it is not writable."""
+    """Creates a folder if missing; returns its path. Raises OSError if it is not writable."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -208,7 +209,7 @@ def output_folder(path: str | Path) -> Path:
 
 
 def load_config(path_and_argument: str) -> ConfigDict:
-    """Returns get_config(argument) of a config file. Raises UserError if it has none."""
+    """Returns the config of "path.py:argument". Raises UserError if the file has no get_config."""
     path, _, argument = path_and_argument.partition(":")
     if not path:
         raise UserError("give a config: --config=configs/quickstart.py")
@@ -229,7 +230,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
 
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Raises UserError for overrides of unknown fields and of sections; lists the known ones."""
+    """Raises UserError for flags --config.x.y that name an unknown field or a whole section."""
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if not match:
@@ -295,9 +296,9 @@ def _flag_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def _explained(function, *arguments):
-    """Returns function(*arguments). A ValueError or OSError that our code raised becomes UserError.
+    """Returns function(*arguments). A ValueError or OSError from this repository becomes UserError.
 
-    One that a library raised is a defect, and keeps its traceback.
+    Those that a library raised are defects, and keep their traceback.
     """
     try:
         return function(*arguments)
@@ -311,7 +312,7 @@ def _explained(function, *arguments):
 
 
 def _exit_code(error: BaseException) -> tuple[int, str | None]:
-    """Returns the exit code, and the message to print: None for a traceback, "" for nothing."""
+    """Returns (exit code, message) of an error; None asks for its traceback, "" for silence."""
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         return 128 + signal.SIGPIPE, ""
     for kind, code in ((UserError, 2), (NonFiniteLoss, 3), (SaveFailed, 4)):

@@ -11,9 +11,9 @@
   2. GKE with TPUs: TPU_WORKER_HOSTNAMES or MEGASCALE_NUM_SLICES names more than one host.
   3. Slurm's srun with several tasks (SLURM_STEP_NUM_TASKS; a shell of salloc counts one).
   4. Open MPI's mpirun with several ranks (OMPI_COMM_WORLD_SIZE).
-  5. A Cloud TPU VM of a slice with several hosts, which its metadata server says.
-JAX detects the rest, such as the address of process 0. With "on" it is asked wherever the process
-runs, and may find what is not listed here (Kubernetes, with the package `kubernetes`).
+  5. A Cloud TPU VM of a slice with several hosts, according to its metadata server.
+JAX detects the rest, such as the address of process 0. With "on" JAX is called in any environment,
+and may detect one that is not listed here (Kubernetes, with the package `kubernetes`).
 """
 
 import contextlib
@@ -72,8 +72,9 @@ def initialization(
 ) -> dict | None:
     """Returns arguments for `jax.distributed.initialize`, or None where this process is alone.
 
-    given: the flags `coordinator`, `num_processes` and `process_id`.
-    Raises ValueError where flags and environment say half of it, or what cannot be.
+    given: values of the flags `coordinator`, `num_processes` and `process_id`.
+    environment: the environment's variables, which stand in for flags that are None.
+    Raises ValueError where only some of the three are given, or numbers are impossible.
     """
     told = {
         name: environment.get(variable) if given.get(name) is None else given[name]
@@ -92,10 +93,13 @@ def initialization(
 
 @contextlib.contextmanager
 def session(options: flags.FlagValues) -> Iterator[None]:
-    """Connects this process with the others on entry, and waits for them on exit, if there are any.
+    """Context manager: connects all processes of a run on entry, and waits for all on exit.
 
-    It has to be entered before any other use of JAX. Raises ValueError where the environment says
-    too little. Ends the process where not all come within --distributed_timeout (`roll_call`).
+    It does nothing where this process is alone, and has to be entered before any other use of JAX.
+
+    options: absl's parsed flags, with those of `define_flags`.
+    Raises ValueError where the environment says too little. Ends the process where not all come
+    within --distributed_timeout (`roll_call`).
     """
     arguments = None
     if options.distributed != "off":
@@ -115,7 +119,7 @@ def session(options: flags.FlagValues) -> Iterator[None]:
 
 
 def end(code: int) -> None:
-    """Ends the process. One of several does not exit as usual: it would wait for the others."""
+    """Ends the process with exit code `code`, without waiting for the run's other processes."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
     sys.stdout.flush()
@@ -127,12 +131,12 @@ def end(code: int) -> None:
 
 
 def label() -> str:
-    """Returns "process 1 of 4: ", the start of this process's messages; "" where it is alone."""
+    """Returns "process 1 of 4: ", to begin messages of this process; "" where it is alone."""
     return f"process {_place[0]} of {_place[1]}: " if _place[1] > 1 else ""
 
 
 def agree(value: int, what: str) -> int:
-    """Returns `value`. Raises ValueError on all processes if their values differ."""
+    """Returns the integer `value`. Raises ValueError on all processes if their values differ."""
     if jax.process_count() > 1:
         values = np.ravel(multihost_utils.process_allgather(np.int32(value)))
         if len(set(values.tolist())) > 1:
@@ -141,12 +145,12 @@ def agree(value: int, what: str) -> int:
 
 
 def told_by_first(value: bool) -> bool:
-    """Returns process 0's value on all processes."""
+    """Returns, on every process, the value that process 0 gives."""
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
 
 
 def check_shared(folder: Path) -> None:
-    """Raises ValueError on all processes if one does not see process 0's file in `folder`."""
+    """Raises ValueError on all processes if one does not see a file of process 0's in `folder`."""
     if jax.process_count() == 1:
         return
     token = np.random.SeedSequence().entropy % 2**31
@@ -172,10 +176,10 @@ def check_shared(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataShare:
-    """The part of every batch that a process reads: the `index`-th of `count` equal ones.
+    """Fields of the share of each batch that a process reads: `index` of `count` equal ones.
 
-    Processes that hold different parts of the time of the same rows read the same share; `first` is
-    true on one of them.
+    Processes that hold different time ranges of the same rows (context parallelism) read the same
+    share; `first` is true on one of them.
     """
 
     index: int = 0
@@ -185,9 +189,10 @@ class DataShare:
 
 @functools.lru_cache
 def data_share(batch_sharding: jax.sharding.Sharding) -> DataShare:
-    """Returns this process's share of batches (B, T) that lie as `batch_sharding` says.
+    """Returns the share of a batch's rows that this process reads.
 
-    Raises ValueError where processes hold rows in common, but not the same ones.
+    batch_sharding: of arrays (B, T) over the mesh.
+    Raises ValueError where two processes hold some rows in common, but not all.
     """
     pieces = len(batch_sharding.device_set)
     rows_of = {}
@@ -206,9 +211,9 @@ def data_share(batch_sharding: jax.sharding.Sharding) -> DataShare:
 
 
 def global_batch(batch_sharding: jax.sharding.Sharding, batch: dict[str, np.ndarray]) -> dict:
-    """Returns the batch of all processes on their devices.
+    """Returns the global batch as arrays on the devices of all processes.
 
-    batch: the rows of this process's share, at full length.
+    batch: array's name -> the rows of this process's share, at full length.
     """
     count = data_share(batch_sharding).count
     return {
@@ -315,7 +320,7 @@ def _open_mpi(environment, coordinator: str | None) -> dict | None:
 
 
 def _tpu_vm(environment) -> bool:
-    """Returns whether this is one of several Cloud TPU VMs, of one slice or several."""
+    """Returns whether this host is one of several Cloud TPU VMs, of one slice or several."""
     if "TPU_SKIP_MDS_QUERY" in environment:  # importing JAX sets it where there is no TPU
         return False
     hosts = _metadata("worker-network-endpoints")
@@ -324,9 +329,9 @@ def _tpu_vm(environment) -> bool:
 
 
 def _one_of(count: int, process: int, all_devices: bool = False) -> dict | None:
-    """Returns `initialize`'s arguments for process `process` of `count`; None if count is 1.
+    """Returns `jax.distributed.initialize`'s arguments for one of `count` processes; None for 1.
 
-    all_devices: it uses all of its host; JAX would take one for each local process.
+    all_devices: the process uses all devices of its host; else JAX gives each local process one.
     """
     if count == 1:
         return None
@@ -335,7 +340,7 @@ def _one_of(count: int, process: int, all_devices: bool = False) -> dict | None:
 
 
 def _metadata(name: str) -> str:
-    """Returns an attribute of this VM from Google's metadata server, "" where there is none."""
+    """Returns an attribute of this VM from Google's metadata server, "" without a server."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         f"http://{server}/computeMetadata/v1/instance/attributes/{name}",
@@ -356,7 +361,7 @@ def _port(address: str) -> int:
 
 
 def _check_port(address: str) -> None:
-    """Raises ValueError where another program listens on the port: JAX would share it, or crash."""
+    """Raises ValueError where another program listens on the address's port here."""
     try:
         socket.create_server(("", _port(address))).close()
     except OSError as error:

@@ -1,7 +1,7 @@
 """Names the processes of a run that are missing at its start, which JAX does not do.
 
-Where a process does not come, `jax.distributed.initialize` (JAX 0.10 to 0.12) aborts the others
-with a stack trace and "Deadline Exceeded", and until then it does not hear Ctrl-C.
+If a process does not come, `jax.distributed.initialize` (JAX 0.10 to 0.12) aborts the others with a
+stack trace and "Deadline Exceeded", and until then it ignores Ctrl-C.
 """
 
 import contextlib
@@ -20,10 +20,13 @@ _TOUCH_EVERY = 5.0  # seconds
 
 @contextlib.contextmanager
 def roll_call(workdir: str | None, process: int | None, count: int | None, timeout: float):
-    """Ends this process with EXIT_CODE, naming the missing ones, if the block takes too long.
+    """Context manager: ends this process with EXIT_CODE if the block takes over `timeout` seconds.
 
-    While it waits, each process touches a file of its own in `workdir`, which all share. Numbers
-    of processes, and the workdir, are None where they are not known: then no number is named.
+    The block waits for the run's other processes, and the error names those that are missing.
+    Meanwhile each process touches a file of its own in `workdir`, which all share.
+
+    process, count: this process's number, and how many there are. Where they or the workdir are
+      None (unknown), the error names no numbers.
     """
     name = f"{socket.gethostname()}-{os.getpid()}" if process is None else str(process)
     mine = workdir and Path(workdir, _FOLDER, name)
@@ -59,7 +62,7 @@ def roll_call(workdir: str | None, process: int | None, count: int | None, timeo
 
 
 def _missing(mine: Path | None, count: int | None, timeout: float) -> str:
-    """Describes which processes touched their file beside `mine` lately, and which did not."""
+    """Returns the error's text: which processes touched their file beside `mine` lately."""
     here = {}
     if mine:
         with contextlib.suppress(OSError):
@@ -81,6 +84,6 @@ def _missing(mine: Path | None, count: int | None, timeout: float) -> str:
 
 
 def some(names: list[str]) -> str:
-    """Joins the first 16 names by commas."""
+    """Returns the first 16 of `names` joined by commas, and how many more there are."""
     more = f" and {len(names) - 16} more" if len(names) > 16 else ""
     return ", ".join(names[:16]) + more

@@ -1,4 +1,4 @@
-"""Compares linearizations of one teacher: each is run in a folder of its own and scored alike."""
+"""Compares linearizations of one teacher: each runs in its own folder, and all are scored alike."""
 
 import itertools
 import json
@@ -32,11 +32,17 @@ def compare(
     change=lambda config: None,
     devices=None,
 ) -> dict[str, dict]:
-    """Returns a row of scores for the teacher and one per method, and writes workdir/table.json.
+    """Runs and scores linearizations of one teacher; returns name -> scores, also the teacher's.
 
-    Rows that are there are read, and runs that were stopped are resumed.
+    They are also written to workdir/table.json and table.md. Scores written there before are read,
+    and interrupted runs are resumed.
 
-    change: applied to each method's config.
+    teacher: as in `teachers.load`.
+    methods: names of configs in configs/linearize, with arguments of their own, as "liger:hgrn2".
+    argument: further config argument of all methods, such as "smollm".
+    contexts: context lengths at which decoding is measured.
+    transfer_batches: test batches over which distances of layers are averaged.
+    change: function that edits each method's config in place.
     """
     # Load every config, and fit it to the teacher, before the first run: mistakes show at once.
     rows, configs = {}, {TEACHER: _config(methods[0], argument)}
@@ -107,7 +113,7 @@ def _student_row(config, folder, contexts, transfer_batches, devices):
 
 
 def _scores(config, found: Pretrained, contexts, devices) -> dict:
-    """Measures perplexity on the test split, and what decoding costs."""
+    """Returns a model's perplexity on the test split, and its cost of decoding per context."""
     with config.unlocked():
         config.model = type(config)(found.model_config)
     test_set = make_dataset(config.data, "test")
@@ -125,7 +131,10 @@ def _scores(config, found: Pretrained, contexts, devices) -> dict:
 
 
 def transfer_errors(config, teacher, student, num_batches: int) -> dict[str, float]:
-    """Returns the mean distances per token over the first batches of the test split."""
+    """Returns mean distances per token between converted layers of student and teacher.
+
+    They are averaged over the first `num_batches` batches of the test split.
+    """
     model = transfer.make_model(teacher.model, student.model)
     both = transfer.params(model, (teacher.model, teacher.params), (student.model, student.params))
 
@@ -144,7 +153,7 @@ def transfer_errors(config, teacher, student, num_batches: int) -> dict[str, flo
 
 
 def table(rows: dict[str, dict], contexts: tuple[int, ...]) -> str:
-    """Writes rows as a table in Markdown."""
+    """Returns the scores of `compare` as a Markdown table, a row per model."""
     at = [f"{context // 1024}k" if context >= 1024 else str(context) for context in contexts]
     head = ["", "perplexity", "transfer", "map KL", "trained", "tokens"]
     head += [f"tokens/s {c}" for c in at] + [f"state {c}" for c in at]

@@ -1,4 +1,4 @@
-"""Measures what decoding costs, in time per token and bytes of state, by length of the context."""
+"""Measures the cost of decoding by context length: seconds per token and bytes of state."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ from seqmodels.modules import pattern
 
 
 def with_context(model_config: dict[str, Any], context: int) -> dict[str, Any]:
-    """Returns the model config with full-attention caches of `context` tokens."""
+    """Returns a model config whose full-attention layers have caches of `context` tokens."""
     specs = list(pattern.layers(model_config["pattern"], model_config["num_layers"]))
     for i, spec in enumerate(specs):
         if "max_length" in mixers.options(spec.name):
@@ -26,7 +26,7 @@ def with_context(model_config: dict[str, Any], context: int) -> dict[str, Any]:
 
 
 def state_bytes(model_config: dict[str, Any], context: int) -> int:
-    """Returns the bytes of one sequence's state after `context` tokens."""
+    """Returns the bytes of a model's decoding state for one sequence of `context` tokens."""
     model = language_model.from_config(with_context(model_config, context))
     leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(1)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
@@ -35,10 +35,10 @@ def state_bytes(model_config: dict[str, Any], context: int) -> int:
 def seconds_per_token(
     model_config: dict[str, Any], params, context: int, tokens: int = 8, rounds: int = 3
 ) -> float:
-    """Returns the median over `rounds` runs of `tokens` decoding steps, without compilation.
+    """Returns the median time of a decoding step, over `rounds` rounds of `tokens` steps each.
 
-    The cache has `context` slots and is empty: a step reads all of them, filled or not, so nothing
-    has to be prefilled.
+    Caches have `context` slots and are empty: a step reads all of them, filled or not, so nothing
+    has to be prefilled. Compilation is not counted.
     """
     model = language_model.from_config(with_context(model_config, context))
 
@@ -60,7 +60,7 @@ def seconds_per_token(
 
 
 def measure(model_config: dict[str, Any], params, contexts: Sequence[int]) -> list[dict]:
-    """Returns a row {context, state_bytes, seconds_per_token} per context."""
+    """Returns a dict of context, state_bytes and seconds_per_token for each context length."""
     return [
         {
             "context": context,
@@ -72,7 +72,7 @@ def measure(model_config: dict[str, Any], params, contexts: Sequence[int]) -> li
 
 
 def picture(rows: dict[str, list[dict]], path: Path) -> None:
-    """Draws milliseconds per token and megabytes of state by context, a line per model."""
+    """Draws milliseconds per token and MB of state over context length, a curve per model."""
     what = {
         "seconds_per_token": ("milliseconds per token", 1e3),
         "state_bytes": ("MB of state", 1e-6),

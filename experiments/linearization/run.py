@@ -1,5 +1,4 @@
-"""Runs a linearization from teacher to student: each stage in turn, by
-`experiments.training.loop`."""
+"""Runs a linearization from teacher to student: one training run (`training.loop`) per stage."""
 
 import dataclasses
 import json
@@ -26,7 +25,12 @@ from seqmodels.modules import pattern
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """A config's stages, the mixers of the student at each, and the final student's mixers."""
+    """Fields of a linearization's plan: which layers are converted, stage by stage.
+
+    stages: names of the stages, in order.
+    specs: per stage, the mixers of all the student's layers in it.
+    converted: the mixers of all layers of the final student.
+    """
 
     stages: tuple[str, ...]
     specs: tuple[tuple[pattern.MixerSpec, ...], ...]
@@ -34,10 +38,10 @@ class StagePlan:
 
 
 def make_plan(config, teacher: language_model.LanguageModel) -> StagePlan:
-    """Plans the stages of `config.linearize`.
+    """Returns the plan of `config.linearize`: stages in order, and the student's mixers in each.
 
-    Raises ValueError for layers that are not there, or that a stage leaves out after another has
-    converted them.
+    Raises ValueError for layers that do not exist, or that a stage leaves out after an earlier one
+    has converted them.
     """
     fields = config.linearize
     # Stages run in the order of their names, stage_2 before stage_10.
@@ -65,8 +69,8 @@ def make_plan(config, teacher: language_model.LanguageModel) -> StagePlan:
 def check_stages(config, plan: StagePlan, teacher: Pretrained) -> None:
     """Traces the loss of every stage, so that mistakes in the last show before the first is run.
 
-    Raises ValueError for patterns that match nothing, losses that no layer gives, and whatever else
-    does not fit.
+    Raises ValueError for patterns of parameters that match nothing, losses that no layer has, and
+    other misfits.
     """
 
     def abstract(model):
@@ -87,7 +91,7 @@ def check_stages(config, plan: StagePlan, teacher: Pretrained) -> None:
 
 
 def stage_config(config, name: str, model_config: dict[str, Any], last: bool) -> ConfigDict:
-    """Returns the config of a stage's run: the linearization's, for the stage's student."""
+    """Returns the config of a stage's run; only the `last` stage may end with a text sample."""
     stage = config.linearize.stages[name]
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -101,14 +105,14 @@ def stage_config(config, name: str, model_config: dict[str, Any], last: bool) ->
 
 
 def linearize(config, workdir: str | Path, devices=None) -> dict:
-    """Runs all stages and returns what workdir/result.json holds.
+    """Runs all stages of a linearization; returns the result that workdir/result.json also holds.
 
     workdir/student is the student's run folder, for `experiments.evaluate` and
-    `experiments.generate`. Every stage has a folder of its own; those that are done are not run
-    again, and one that was stopped resumes from its last checkpoint. Checkpoints hold what a stage
-    trains; all else comes from the teacher and the stages before.
+    `experiments.generate`. Every stage has a folder of its own; finished stages are not run again,
+    and an interrupted one resumes from its last checkpoint. Checkpoints hold what a stage trains;
+    all other parameters come from the teacher and earlier stages.
 
-    Raises ValueError for what does not fit the teacher, and what `loop.train` raises.
+    Raises ValueError for a config that does not fit the teacher, and the errors of `loop.train`.
     """
     workdir = Path(workdir)
     if (workdir / "config.json").exists() and not run_record.holds_linearization(workdir):
@@ -128,7 +132,7 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     student, results = own, {}
 
     def grow(specs, number):
-        """Returns the student with these mixers: new ones are seeded, the others unchanged."""
+        """Returns the student with the mixers `specs`: new ones are seeded, others unchanged."""
         if specs == student.model.mixers:
             return student
         model = _model(teacher, specs)
@@ -171,7 +175,7 @@ def _model(teacher: Pretrained, specs) -> language_model.LanguageModel:
 
 
 def _run_stage(config, name, teacher, student, workdir, devices):
-    """Returns the student after a stage, and the stage's result; reads those of a finished one."""
+    """Returns the student after a stage, and the stage's result, from `workdir` if it is done."""
     stage, folder = config.linearize.stages[name], workdir / name
     done = folder / "result.json"
     task = tasks.make_task(stage, teacher, student)
@@ -193,9 +197,9 @@ def _chosen(teacher, student):
 
 
 def _save_student(config, model_config, params, folder: Path) -> None:
-    """Writes a student as a run's folder whose checkpoint of step 0 has parameters alone.
+    """Writes a student's parameters as a run's folder, with a checkpoint of step 0.
 
-    It replaces an earlier one, except a student that somebody has trained further.
+    A student written there before is replaced, unless it was trained further since.
     """
     earlier = Checkpoints(folder, keep=1, training=False)
     trained_further = bool(earlier.latest_step())

@@ -1,4 +1,4 @@
-"""Turns a stage of a linearization into a Task, which `experiments.training.steps` trains."""
+"""Turns a stage of a linearization into a Task: parameters to train, and their loss."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -18,19 +18,20 @@ _DISTILL_WEIGHTS = ("ce", "kl", "select_weight")
 
 
 class Model(NamedTuple):
-    """A language model and its parameters."""
+    """Fields of a language model with its parameters."""
 
     model: language_model.LanguageModel
     params: dict[str, Any]
 
 
 def make_task(stage, teacher: Model, student: Model) -> steps.Task:
-    """Returns the Task of `config.linearize.stages.<stage>` (configs/linearize/common.py).
+    """Returns the Task of a stage, `config.linearize.stages.<stage>` (configs/linearize/common.py).
 
-    Of the student's parameters those that `train` matches are trained, those that `lora` matches
-    get adapters, and all others are frozen. With objective "transfer" they are a TransferModel's,
-    and only its student's layers can be trained; with "distill" they are the student's, and the
-    teacher's are frozen beside them.
+    Student parameters whose paths match `train` are trained, those that match `lora` get adapters,
+    and all others are frozen. With objective "transfer" the parameters are those of a
+    TransferModel, which has converted layers twice, the teacher's and the student's, and only the
+    student's can be trained. With "distill" they are the student's, with the teacher's frozen
+    beside them.
 
     Raises ValueError for an unknown objective, a pattern that matches nothing, or a stage that
     trains nothing or has no loss.
@@ -53,8 +54,10 @@ def make_task(stage, teacher: Model, student: Model) -> steps.Task:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainedAndFrozen:
-    """Parameters in two trees: trained ones with LoRA adapters, and frozen ones.
+    """Parameters in two trees: trained ones, with LoRA adapters, and frozen ones.
 
+    start, frozen: values of the trained and of the frozen ones.
+    boxed_start, boxed_frozen: the same as boxed shapes.
     boxed_lora: the parameters among which `stage.lora` selects those to adapt.
     """
 
@@ -85,7 +88,7 @@ class _TrainedAndFrozen:
 
 
 def _cut(stage, params, boxed, allowed=lambda path: True) -> _TrainedAndFrozen:
-    """Splits parameters by the stage's patterns, which see only paths that are `allowed`."""
+    """Returns parameters split into trained and frozen by the stage's patterns of paths."""
     eligible, _ = partition.split(params, allowed)
     partition.require(eligible, stage.train, "train")
     partition.require(eligible, stage.lora, "lora")
@@ -97,7 +100,7 @@ def _cut(stage, params, boxed, allowed=lambda path: True) -> _TrainedAndFrozen:
 
 
 def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_frozen) -> steps.Task:
-    """Returns the Task that trains `cut` by `loss` and evaluates `model`."""
+    """Returns the Task that trains the parameters `cut` by `loss` and evaluates `model`."""
 
     def token_losses(params, frozen, batch):
         _, details = steps.cross_entropy(model, model_params(params, frozen), batch)

@@ -1,4 +1,4 @@
-"""Loads the model that a linearization starts from, and fits data to it."""
+"""Loads the model that a linearization starts from, and fits the config's data to it."""
 
 import dataclasses
 from typing import Any
@@ -10,16 +10,16 @@ from seqmodels.text import tokenizers
 
 
 def overrides(config) -> dict[str, Any]:
-    """Returns the fields of a linearization's config.model, which teacher and students share."""
+    """Returns the fields of config.model (remat, dtype) that replace the teacher's own."""
     return {name: config.model[name] for name in ("remat", "dtype")}
 
 
 def load(source: str, overrides: dict[str, Any]) -> checkpoints_io.Pretrained:
     """Loads a teacher with float32 parameters.
 
-    source: a run's folder (of `experiments.train`), or what `load_pretrained` takes: a Hugging Face
-      folder, `gguf:<file>` or a hub name.
-    overrides: fields of config.model, such as remat.
+    source: a run's folder (of `experiments.train`), a Hugging Face folder, `gguf:<file>` or a hub
+      name.
+    overrides: fields of config.model that replace the teacher's own, such as remat.
     """
     if not source:
         raise ValueError(
@@ -32,8 +32,8 @@ def load(source: str, overrides: dict[str, Any]) -> checkpoints_io.Pretrained:
 def with_data(config: ConfigDict, teacher: checkpoints_io.Pretrained) -> ConfigDict:
     """Returns a copy of the config with the teacher's tokenizer, unless the config names one.
 
-    Raises ValueError for data that is no text, where neither names a tokenizer, or for another
-    model's tokenizer.
+    Another tokenizer that the config names is kept. Raises ValueError for data that is not text,
+    where there is no tokenizer, or for one that does not fit the teacher's vocabulary.
     """
     config = config.copy_and_resolve_references()
     data = config.data
@@ -54,8 +54,7 @@ def with_data(config: ConfigDict, teacher: checkpoints_io.Pretrained) -> ConfigD
 
 
 def check_context(model_config: dict[str, Any], seq_len: int) -> None:
-    """Raises ValueError for rows longer than the context of the teacher's softmax layers or its
-    learned positions."""
+    """Raises ValueError if `seq_len` exceeds the teacher's softmax context or learned positions."""
     model = language_model.from_config(model_config)
     limits = [
         (mixers.options(spec.name) | dict(spec.options)).get("max_length")

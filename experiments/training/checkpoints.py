@@ -1,11 +1,11 @@
 """Saves and restores training state and data position, in workdir/checkpoints/<step>, by Orbax.
 
-A checkpoint has three parts: "params", "training" (step and optimizer state) and "data" (a JSON
-file per share of the batch). All processes write and read it in one folder. It can be restored on
-another mesh and by another number of processes, data position included. Saving runs in the
-background. A step's folder appears by a rename once all of it is written, so that a process killed
-at any moment leaves whole checkpoints and at most one temporary folder, which the next training run
-removes.
+A checkpoint has three parts: "params", "training" (step and optimizer state) and "data" (one JSON
+file for each of the equal shares of the batch's rows). All processes write and read one folder. A
+checkpoint can be restored on another mesh and by another number of processes, data position
+included. Saving runs in the background. A step's folder appears by a rename once all of it is
+written, so a process killed at any moment leaves complete checkpoints and at most one temporary
+folder, which the next training run removes.
 """
 
 import contextlib
@@ -34,15 +34,15 @@ class TrainState:
 
 
 class SaveFailed(RuntimeError):
-    """Raised when a checkpoint cannot be saved; says why, and which checkpoints exist."""
+    """Error of a checkpoint that cannot be saved; says why, and which checkpoints exist."""
 
 
 class DataPosition:
-    """The state of a data iterator as a part of a checkpoint: a JSON file per share of the batch.
+    """Data iterator's position as one part of a checkpoint: a JSON file per share of the batch.
 
-    Reading joins the shares (`batches.join_states`), and the iterator takes its own of that. So the
-    next batches are those that the writing run would have seen, whatever the number of processes:
-    no example is repeated or skipped.
+    Reading joins the files of all shares (`batches.join_states`), and the iterator takes the
+    position of its own share from them. So the next batches are those that the writing run would
+    have seen, whatever the number of processes: no example is repeated or skipped.
     """
 
     def __init__(self, iterator, share: DataShare = DataShare()):  # noqa: B008, frozen
@@ -63,7 +63,7 @@ class DataPosition:
         raise NotImplementedError("use `read`: Orbax wraps errors of what it loads into its own")
 
     def read(self, directory: Path) -> None:
-        """Restores the iterator. Raises ValueError if files are missing or data have changed."""
+        """Restores the iterator. Raises ValueError if a file is missing or the data changed."""
         found = sorted(directory.glob("share_*_of_*.json"))
         count = int(re.search(r"_of_(\d+)", found[0].name)[1]) if found else 1
         paths = [directory / f"share_{i}_of_{count}.json" for i in range(count)]
@@ -75,11 +75,12 @@ class DataPosition:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """Checkpoints of one run: saves, restores and lists them.
 
     workdir: the run's folder.
     keep: how many of the latest checkpoints stay.
-    training: whether this process writes. Then it removes the files of an interrupted save.
+    training: whether this process trains. If so, the files of an interrupted save are removed
+      first.
     share: the share of the batch that this process reads.
     """
 
@@ -109,16 +110,17 @@ class Checkpoints:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def latest_step(self) -> int | None:
-        """Returns the last of `steps`, or None."""
+        """Returns the step of the latest complete checkpoint, or None without one."""
         return max(self.steps(), default=None)
 
     def path(self, step: int) -> Path:
         return self.directory / str(step)
 
     def save(self, state: TrainState, data_iterator) -> None:
-        """Starts saving, and returns once the values are copied.
+        """Starts saving `state` and the data iterator's position; returns once they are copied.
 
-        If it fails, the next `poll`, `save` or `wait` raises SaveFailed.
+        Does nothing if the state's step is saved already. If saving fails later, the next `poll`,
+        `save` or `wait` raises SaveFailed.
         """
         self.wait()
         step = int(state.step)
@@ -131,12 +133,15 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def poll(self) -> None:
-        """Raises SaveFailed if the running save has failed. Does not wait for it."""
+        """Raises SaveFailed if the save in the background has failed; does not wait for its end."""
         with contextlib.suppress(TimeoutError):
             self.wait(timeout=0)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Waits for the running save. Raises SaveFailed if it failed."""
+        """Waits for the save in the background, at most `timeout` seconds (None: without limit).
+
+        Raises SaveFailed if it failed, and TimeoutError if it still runs then.
+        """
         if self._pending is None:
             return
         try:
@@ -149,9 +154,9 @@ class Checkpoints:
         self._pending = None
 
     def restore(self, step: int, abstract_state: TrainState, data_iterator) -> TrainState:
-        """Returns the state of `step`, laid out as `abstract_state` says.
+        """Returns the state saved at `step`, in the dtypes and shardings of `abstract_state`.
 
-        The data iterator, unless it is None, is set to where it stood.
+        data_iterator: is set to the saved data position; None leaves that unread.
         Raises ValueError if the checkpoint is of another model, optimizer or data.
         """
         abstract = _parts(abstract_state)
@@ -162,24 +167,29 @@ class Checkpoints:
         return TrainState(params=parts["params"], **parts["training"])
 
     def restore_parts(self, step: int, abstract_state: TrainState, names: tuple[str, ...]) -> dict:
-        """Returns only the parts `names` ("params", "training") of a checkpoint, for evaluation."""
+        """Returns some parts of the checkpoint of `step`, such as for evaluation: name -> tree.
+
+        names: "params", "training" or both. Raises ValueError if shapes differ from
+          `abstract_state`'s.
+        """
         abstract = {name: _parts(abstract_state)[name] for name in names}
         self._check_same_trees(step, abstract)
         return self._checkpointer.load_checkpointables(step, abstract)
 
     def close(self) -> None:
-        """Waits for the running save. Raises SaveFailed if it failed, once."""
+        """Waits for the save in the background and closes Orbax. Raises SaveFailed if it failed."""
         self.wait()
         try:
             self._checkpointer.close()
         except (OSError, ValueError, RuntimeError):
-            if not self._failed:  # Orbax raises a failure once more
+            if not self._failed:  # Orbax raises the same failure a second time
                 raise
 
     def _check_same_trees(self, step: int, abstract: dict) -> None:
-        """Raises ValueError if checkpoint `step` is of another model or optimizer.
+        """Raises ValueError if checkpoint `step` has other leaves or shapes than `abstract`.
 
-        The message lists the parameters that differ.
+        abstract: part's name -> expected tree of shapes. The message lists up to 20 leaves that
+          differ.
         """
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # Orbax warns that "data" has no metadata
@@ -220,7 +230,7 @@ class Checkpoints:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder, retrying for 10 seconds, as a failed save may still be writing to it."""
+    """Removes a folder, retrying for 10 seconds, since a failed save may still be writing to it."""
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -230,7 +240,7 @@ def _remove(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Returns whether an error means a full disk; TensorStore's say so in their text only."""
+    """Returns whether an error means a full disk, by its text, as TensorStore sets no errno."""
     return "No space left on device" in str(error)
 
 

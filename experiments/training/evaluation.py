@@ -15,11 +15,11 @@ from seqmodels import sharding
 
 
 class Scores:
-    """Sums over the tokens that the loss mask counts, in float64.
+    """Sums of loss, correct predictions and tokens that the loss mask counts, in float64.
 
-    In text these are all tokens of all documents, and the end of each document. So loss, accuracy
-    and bits per byte include what it costs to say where a text ends. The bytes are those of the
-    text alone.
+    In text the mask counts all tokens of all documents and the end of each document. So loss,
+    accuracy and bits per byte include the cost of predicting where a text ends, while the bytes are
+    those of the text alone.
     """
 
     def __init__(self):
@@ -40,7 +40,7 @@ class Scores:
         self._bytes += int(batch["num_bytes"][counts].sum())
 
     def totals(self) -> dict[str, float]:
-        """Returns loss (nats per token), perplexity, accuracy, tokens; bytes and bits_per_byte."""
+        """Returns loss (nats per token), perplexity, accuracy, tokens; bits_per_byte of text."""
         nll, correct, tokens = self._by_position.sum(axis=1).tolist()
         if not tokens:
             raise ValueError("no token of this split counts in the loss: it is empty")
@@ -56,24 +56,25 @@ class Scores:
         return scores
 
     def by_position(self, buckets: int = 16) -> list[dict]:
-        """Returns a `bucket_table` over the position of a prediction in its document."""
+        """Returns a `bucket_table` of scores by the position of a prediction in its document."""
         return bucket_table(self._by_position, buckets)
 
     def late_loss(self) -> float:
-        """Returns the loss of predictions after at least three quarters of the longest context."""
+        """Returns the mean loss at positions beyond 3/4 of the longest document that was scored."""
         nll, _, tokens = self._by_position[:, np.flatnonzero(self._by_position[2])[-1] * 3 // 4 :]
         return nll.sum() / tokens.sum()
 
     def by_length(self, buckets: int = 16) -> list[dict]:
-        """Returns a `bucket_table` over the length of a prediction's document."""
+        """Returns a `bucket_table` of scores by the length of a prediction's document."""
         return bucket_table(self._by_length, buckets)
 
 
 def bucket_table(sums: np.ndarray, buckets: int) -> list[dict]:
-    """Cuts positions or lengths into at most `buckets` ranges of equal width.
+    """Returns scores of positions or lengths, grouped into at most `buckets` ranges of equal width.
 
-    sums: rows loss, correct, tokens; a column per position or length.
-    Returns rows first, last, tokens, loss, perplexity, accuracy, of those ranges that have tokens.
+    sums: (3, positions or lengths); its rows are sums of loss, of correct predictions and of
+      tokens.
+    Each range that has tokens gives a dict: first, last, tokens, loss, perplexity, accuracy.
     """
     used = np.flatnonzero(sums[2])
     width = -(-(used[-1] - used[0] + 1) // buckets)
@@ -89,12 +90,12 @@ def bucket_table(sums: np.ndarray, buckets: int) -> list[dict]:
 
 
 def perplexity(loss: float) -> float:
-    """Returns exp(loss) of a loss in nats per token; inf where that is too large."""
+    """Returns exp(loss) of a loss in nats per token; inf from a loss of 700 on."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def check_finite(name: str, loss: float) -> None:
-    """Raises NonFiniteLoss if a loss is not finite."""
+    """Raises NonFiniteLoss if `loss` is not finite, with `name`, the model, in the message."""
     if not math.isfinite(loss):
         raise NonFiniteLoss(
             f"{name}: the loss is {loss}. Parameters have diverged, or the model computes in too "
@@ -103,7 +104,10 @@ def check_finite(name: str, loss: float) -> None:
 
 
 def evaluate(program: Program, params, dataset, max_batches: int | None = None) -> Scores:
-    """Returns the scores of the first `max_batches` batches; None or 0: of one whole pass."""
+    """Returns the scores of a model on a dataset, over all processes.
+
+    max_batches: score only so many batches; None or 0 scores one whole pass.
+    """
     scores = Scores()
     for batch in itertools.islice(dataset, max_batches or None):
         on_devices = program.put(batch)
@@ -117,13 +121,14 @@ def evaluate(program: Program, params, dataset, max_batches: int | None = None) 
 def by_context(
     config, params, make_dataset, lengths: Sequence[int], max_batches: int | None = None
 ) -> dict[int, Scores]:
-    """Returns the scores of one text, cut into rows of each length.
+    """Returns context length -> scores of the same text, cut into rows of that many tokens.
 
-    Every label counts once for each length, and is predicted from at most so many tokens.
+    Each label counts once per context length, predicted from at most so many tokens before it.
 
-    params: as `steps.build(config, ...)` has them.
-    make_dataset: config -> the split.
-    max_batches: of config's own size. The other lengths read as many tokens.
+    params: parameters of the model, as `steps.build(config, ...)` lays them out.
+    make_dataset: function from a config to the split to score.
+    lengths: context lengths in tokens.
+    max_batches: limits the text to so many batches of the config's own size; None or 0: no limit.
     """
     scores = {}
     num_devices = sharding.make_mesh(config.mesh).size
@@ -140,7 +145,7 @@ def by_context(
 
 
 def _places(segment_ids_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each token's position in its document (a run of equal ids) and that one's length."""
+    """Returns every token's position in its document (equal ids), and that document's length."""
     B, T = segment_ids_BT.shape
     starts_BT = np.ones((B, T), bool)
     starts_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]

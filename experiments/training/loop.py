@@ -1,4 +1,4 @@
-"""The training loop: one function, to be read from top to bottom."""
+"""Trains a model: `train` is the whole loop, with its stop signals and its clock beside it."""
 
 import contextlib
 import math
@@ -24,20 +24,20 @@ from seqmodels.text import tokenizers
 def train(
     config, workdir: str | Path, devices=None, make_task=None, new_data: bool = False
 ) -> dict:
-    """Trains what `config` describes (configs/common.py) and returns workdir/result.json.
+    """Trains the model that `config` describes (configs/common.py); returns the final scores.
 
-    If the workdir holds checkpoints, training goes on from the latest.
+    They are also written to workdir/result.json. If the workdir holds checkpoints, training goes on
+    from the latest.
 
     devices: the devices to train on; None is all.
-    make_task: (resolved config, seq_len) -> steps.Task; None trains the config's language model,
-      all of it.
-    new_data: whether a resumed run begins its data anew. They may differ from the checkpoint's.
+    make_task: (resolved config, seq_len) -> steps.Task; None trains all parameters of the config's
+      language model.
+    new_data: whether a resumed run reads its data from the start; they may be other data.
 
     Raises:
       ValueError: the config has a mistake, or the workdir's checkpoint is of another model. Nothing
         was written.
-      NonFiniteLoss: a loss, gradient or parameter was not finite. The state that has it was not
-        saved.
+      NonFiniteLoss: a loss, gradient or parameter was not finite. That state was not saved.
       SaveFailed: a checkpoint could not be written. Earlier ones are intact.
       Stopped: SIGTERM or Ctrl-C came. The state was saved.
     """
@@ -165,7 +165,7 @@ def train(
 
 
 def check_counts(config) -> None:
-    """Raises ValueError for impossible numbers of steps, batches or tokens."""
+    """Raises ValueError for numbers in a config (steps, intervals, batches) below their minimum."""
     for least, names in (
         (1, ("train.log_every", "train.eval_every", "checkpoint.every")),
         (0, ("train.steps", "train.eval_batches", "train.test_batches")),
@@ -180,9 +180,10 @@ def check_counts(config) -> None:
 
 
 def resolve(config, dataset):
-    """Returns a copy of the config with the dataset's vocabulary size, unless it sets its own.
+    """Returns a copy of the config in which model.vocab_size is set.
 
-    Raises ValueError if the dataset has token ids above that.
+    A vocab_size of 0 becomes the dataset's. Raises ValueError if the dataset has token ids that the
+    model's vocabulary lacks.
     """
     config = config.copy_and_resolve_references()
     size, text = config.model.get("vocab_size") or dataset.vocab_size, dataset.tokenizer
@@ -197,13 +198,13 @@ def resolve(config, dataset):
 
 
 class Clock:
-    """Measures tokens per second since the last call, without compilation and pauses."""
+    """Measures tokens per second between calls of `speed`, without compilation and pauses."""
 
     def __init__(self):
         self._start = self._step = None
 
     def start(self, step: int) -> None:
-        """Starts the clock, once the first step, which compiles, is done."""
+        """Starts the clock after training step `step`, the first, which compiles."""
         self._start, self._step = time.perf_counter(), step
 
     def speed(self, step: int, tokens_per_step: int) -> dict[str, float]:
@@ -221,10 +222,10 @@ class Clock:
 
 
 class StopSignals:
-    """Records SIGTERM and Ctrl-C, which then do not kill the process; a second one does.
+    """Context manager: records SIGTERM and Ctrl-C, which then do not end the process.
 
-    With several processes JAX listens for SIGTERM to any of them, and finds a step at which all
-    stop. Ctrl-C is passed on as SIGTERM.
+    A second signal does. `requested` says whether one came. With several processes JAX listens for
+    SIGTERM to any of them and finds a step at which all stop; Ctrl-C is passed on as SIGTERM.
     """
 
     def __init__(self):
@@ -254,7 +255,7 @@ class StopSignals:
         signal.signal(number, signal.SIG_DFL)
 
     def requested(self, step: int) -> bool:
-        """Returns whether to stop after this step: the same on all processes."""
+        """Returns whether training is to stop after this step, the same on all processes."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal is not None

@@ -17,12 +17,12 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricWriter:
-    """Writes rows of named numbers, on process 0.
+    """Writes named numbers to metrics.jsonl, TensorBoard and Weights & Biases, from process 0.
 
-    config: its fields `tensorboard` (bool) and `wandb` (a project's name, or "") turn those on.
-    start_step: the step that a run goes on from. Rows after it, which were written past the last
-      checkpoint, are dropped, and so are the scores of an earlier end.
-    Raises ValueError, which names the extra, if a package is missing, and if W&B has no key.
+    config: its fields `tensorboard` (bool) and `wandb` (a project's name, or "") turn those two on.
+    start_step: the step from which a run resumes. Rows after it are dropped from metrics.jsonl, as
+      they were written past the last checkpoint; so are test scores of an earlier end.
+    Raises ValueError if a package is missing (naming the extra) or Weights & Biases has no key.
     """
 
     def __init__(self, config, workdir: Path, start_step: int = 0):
@@ -89,7 +89,7 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 
 def has_validation(workdir: Path, step: int) -> bool:
-    """Returns whether the validation split was scored at this step."""
+    """Returns whether a run's metrics.jsonl has a score of the validation split at this step."""
     rows = read_metrics(workdir)
     return any(row["step"] == step and "validation_loss" in row for row in rows)
 
@@ -105,7 +105,7 @@ def _import_extra(package: str, extra: str):
 
 
 class Progress:
-    """Shows a bar with loss, tokens/s and time left on a terminal, else log lines; on process 0."""
+    """Shows training as a progress bar on a terminal, else as log lines; on process 0."""
 
     def __init__(self, start_step: int, steps: int):
         self._steps = steps
@@ -119,7 +119,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, **values: float) -> None:
-        """Shows the current numbers, beside the bar or as a log line."""
+        """Shows current numbers, such as the loss, beside the bar or as a line of their own."""
         if self._quiet:
             return
         text = ", ".join(
@@ -131,7 +131,7 @@ class Progress:
             self.say(f"step {step}/{self._steps}: {text}")
 
     def say(self, text: str) -> None:
-        """Prints a line, which the bar does not overwrite."""
+        """Prints a line of text above the bar, or with the time of day where there is no bar."""
         if self._quiet:
             return
         if self._bar is not None:

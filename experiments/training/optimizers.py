@@ -1,13 +1,14 @@
-"""Optimizers by name. All have one form:
+"""Builds optimizers by name, all of this structure:
 
     clip by global norm -> direction -> + weight_decay * parameter (masked) -> * -learning rate
 
-Updates are computed and the state is kept in float32, also where parameters are narrower: in
-float16 Adam's eps is 0, and so are the squares of small gradients.
+Updates are computed, and the optimizer state is stored, in float32 even where parameters are
+narrower: in float16 Adam's eps is 0, and so are the squares of small gradients.
 
 Scanned layers' parameters are stacked along a leading axis, "layers". Whether a parameter is a
-matrix, a vector or a scalar is judged without that axis, by the axis names of its box. The class of
-the box says whether it may be decayed and whether it is a linear map (`seqmodels.modules.layers`).
+matrix, a vector or a scalar is judged without that axis, by the axis names of its box (Flax's
+metadata wrapper). The box's class says whether weight decay applies and whether the parameter is a
+linear map (`seqmodels.modules.layers`).
 """
 
 import jax
@@ -20,14 +21,15 @@ from seqmodels.modules import layers
 
 
 def path_name(path) -> str:
-    """Returns a jax key path as "a/b/c"."""
+    """Returns a JAX key path, such as one of tree_flatten_with_path, as text "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def rank(leaf) -> int:
-    """Returns the number of a parameter's axes, without that of a scan over layers.
+    """Returns a parameter's number of axes, without the axis "layers" that a scan over layers adds.
 
-    leaf: as `init` returns it, in its box. Without a box it counts as not stacked.
+    leaf: the parameter in its box, as `init` returns it. An array without a box counts as not
+      stacked.
     """
     if layers.is_boxed(leaf):
         return leaf.unbox().ndim - list(leaf.names).count("layers")
@@ -39,28 +41,28 @@ def _map(function, boxed_params):
 
 
 def decay_mask(boxed_params) -> dict:
-    """Returns True for parameters to decay: of rank 2 or more, and not `layers.Undecayed`."""
+    """Returns a tree, True for parameters to decay: rank 2 or more, not `layers.Undecayed`."""
     return _map(
         lambda leaf: rank(leaf) >= 2 and not isinstance(leaf, layers.Undecayed), boxed_params
     )
 
 
 def muon_dimensions(boxed_params) -> dict:
-    """Returns the input and output axes of each `layers.Kernel`, and None for other parameters."""
+    """Returns a tree of linear maps' (`layers.Kernel`) input and output axes, None for others."""
     numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return _map(lambda leaf: numbers if isinstance(leaf, layers.Kernel) else None, boxed_params)
 
 
 def _adam(config, boxed_params):
-    """Returns AdamW (arXiv 1711.05101)."""
+    """Returns Adam's direction, m / (sqrt(v) + eps), for AdamW (arXiv 1711.05101) and LAMB."""
     return optax.scale_by_adam(config.b1, config.b2, config.eps)
 
 
 def _muon(config, boxed_params):
-    """Returns Muon for matrices, whose momentum it orthogonalises, and Adam for the rest.
+    """Returns Muon's direction (orthogonalised momentum) for matrices, and Adam's for the rest.
 
-    Updates have rms 0.2 as Adam's do, so that one learning rate serves both (Moonlight, arXiv
-    2502.16982, section 2.2).
+    Matrix updates are scaled to an rms of 0.2, like Adam's, so that one learning rate serves both
+    (Moonlight, arXiv 2502.16982, section 2.2).
     """
     return contrib.muon(
         learning_rate=-1.0,  # a direction: the sign and the rate come after weight decay
@@ -102,10 +104,11 @@ def make_optimizer(
     """Returns the optimizer `config.name`: adamw, lamb, lion, muon, schedule_free or sgd.
 
     config: the fields name, b1, b2, eps, weight_decay, and clip, the largest global norm of the
-      gradient (None or 0: any).
-    boxed_params: as `init` returns them. Only shapes and names are read.
+      gradient (None or 0: no limit).
+    schedule: function from the step to the learning rate.
+    boxed_params: parameters as `init` returns them. Only shapes, axis names and classes are read.
     offload: whether the update runs on the host. Then `clip` has to run before it on the devices,
-      where the norm of all parts is known. The state has the same form.
+      where the whole gradient's norm is known. The state has the same structure.
 
     Raises ValueError for an unknown name, one that cannot be offloaded, or numbers out of range.
     """
@@ -149,21 +152,23 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def widened(tree):
-    """Returns the tree with arrays narrower than float32 cast to it."""
+    """Returns a tree of arrays in which those narrower than float32 are cast to float32."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def clip(config, grads):
-    """Returns gradients with a global norm of at most `config.clip`, for offloaded updates."""
+    """Returns gradients scaled to a global norm of at most `config.clip`, for offloaded updates."""
     if not config.clip:
         return grads
     return optax.clip_by_global_norm(config.clip).update(grads, optax.EmptyState())[0]
 
 
 def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:
-    """Computes u <- u |p| / |u|, if neither norm is 0 (LAMB, arXiv 1904.00962, algorithm 2).
+    """Returns the transformation u <- u |p| / |u|, of u alone where a norm is 0.
 
-    Norms are those of one layer's parameter.
+    u is an update and p its parameter; norms are per layer (LAMB, arXiv 1904.00962, algorithm 2).
+
+    rank_tree: each parameter's number of axes within one layer.
     """
 
     def rescale(u, p, rank):
@@ -179,7 +184,7 @@ def scale_by_trust_ratio(rank_tree) -> optax.GradientTransformation:
 
 
 def evaluation_params(params, opt_state):
-    """Returns Schedule-Free's average of parameters (arXiv 2405.15682), for others `params`."""
+    """Returns Schedule-Free's averaged parameters (arXiv 2405.15682); `params` for others."""
 
     def is_average(x):
         return isinstance(x, contrib.ScheduleFreeState)

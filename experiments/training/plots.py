@@ -1,4 +1,4 @@
-"""Pictures of a run, written as PNG without a display."""
+"""Draws curves of a run (loss, accuracy, cost) as PNG files, without a display."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ import numpy as np
 def loss_curve(
     rows: list[dict], path: Path, unit: str = "nats per token", scale: float = 1.0, baselines=None
 ) -> None:
-    """Draws training loss (faint, and smoothed by a running mean) and validation loss over steps.
+    """Draws training loss (also smoothed) and validation loss over steps, into a PNG.
 
-    rows: of metrics.jsonl.
-    scale: `unit` per nat.
-    baselines: name -> value in `unit`, drawn as level lines.
+    rows: dicts of metrics.jsonl, with "step" and "loss" or "validation_loss" in nats per token.
+    unit, scale: the unit on the y axis, and the factor from nats to it.
+    baselines: name -> value in `unit`, drawn as horizontal lines.
     """
     train = np.array([(r["step"], r["loss"]) for r in rows if "loss" in r]).reshape(-1, 2)
     held_out = np.array([(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r])
@@ -37,7 +37,7 @@ def loss_curve(
 
 
 def bucket_curve(table: list[dict], x: str, path: Path) -> None:
-    """Draws loss and accuracy over the rows of an `evaluation.bucket_table`."""
+    """Draws loss and accuracy over the ranges of a `bucket_table`; `x` is the x axis' label."""
     middle = [(row["first"] + row["last"]) / 2 for row in table]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(middle, [row["loss"] for row in table], "o-", label="loss, nats per token")
@@ -51,7 +51,7 @@ def bucket_curve(table: list[dict], x: str, path: Path) -> None:
 
 
 def loss_by_position(tables: dict[str, list[dict]], path: Path) -> None:
-    """Draws the loss by position of several `evaluation.bucket_table`s, named by context."""
+    """Draws loss by position in a document, a curve per entry (label -> rows) of `tables`."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, table in tables.items():
         middle = [(row["first"] + row["last"]) / 2 for row in table]
@@ -64,7 +64,7 @@ def loss_by_position(tables: dict[str, list[dict]], path: Path) -> None:
 
 
 def _smooth(y):
-    """Returns means over a centred window of a thirtieth of the curve, shorter at its ends."""
+    """Returns the running mean of a curve, over a centred window of a thirtieth of its length."""
     half = max(len(y) // 60, 1)
     sums = np.concatenate([[0.0], np.cumsum(y)])
     first = np.maximum(np.arange(len(y)) - half, 0)
@@ -78,7 +78,7 @@ def save(figure, path: Path, dpi: int = 130) -> None:
 
 
 def lines(panels: dict[str, dict[str, list[tuple]]], x: str, path: Path) -> None:
-    """Draws panels side by side on logarithmic axes: y axis -> line's name -> points (x, y)."""
+    """Draws panels (y label -> curve's name -> points (x, y)) side by side, with log axes."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 1.6, 3.8), layout="constrained"
     )

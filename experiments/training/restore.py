@@ -1,4 +1,4 @@
-"""Reads the parameters of a trained model from the folder of its run."""
+"""Reads a trained model's parameters from a run's folder."""
 
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from seqmodels.checkpoints_io import runs
 def reading_config(config):
     """Returns a copy of a run's config for binaries that only read its parameters.
 
-    Parameters are restored in the dtype in which they are multiplied: the same numbers in less
-    memory. Those of Schedule-Free are computed from what is restored, and keep their dtype.
+    Its param_dtype is the dtype of the model's matrix products, so that restoring takes less memory
+    and gives the same products. With Schedule-Free it is unchanged, as its average is computed
+    first.
     """
     config = config.copy_and_resolve_references()
     if "dtype" in config.model and config.optimizer.name != "schedule_free":
@@ -21,10 +22,11 @@ def reading_config(config):
 
 
 def evaluation_params(program: Program, config, workdir: Path, step: int | None = None):
-    """Returns (step, parameters to evaluate and sample with) of a run's checkpoint.
+    """Returns (step, parameters to evaluate and sample with) from a run's checkpoint.
 
-    step: of the checkpoint; None is the latest.
-    Raises ValueError where there is no such checkpoint, or it is of another model.
+    program: of `steps.build`, which says how the parameters are laid out.
+    step: which checkpoint to read; None is the latest.
+    Raises ValueError if there is no such checkpoint, or it is of another model.
     """
     checkpoints = Checkpoints(workdir, training=False)
     step = runs.chosen_step(checkpoints.directory, checkpoints.steps(), step)

@@ -18,16 +18,17 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def default_workdir(config_path: str) -> Path:
-    """Returns runs/<config>-<time>. The config's argument is part of the name."""
+    """Returns the folder runs/<config>-<argument>-<time> for a new run of a config file."""
     path, _, argument = config_path.partition(":")
     name = "-".join(filter(None, [Path(path).stem, argument.replace("/", "_")]))
     return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def save_config(workdir: Path, config: ConfigDict) -> list[str]:
-    """Writes the resolved config. Returns how it differs from the one it replaces.
+    """Writes the config to workdir/config.json; returns its differences from the file it replaces.
 
-    There is one "field: old -> new" per field. A field that the old one lacks had its default.
+    Each is a text "field: old -> new". Fields that the earlier file lacks count as their
+    defaults.
     """
     path = workdir / "config.json"
     new = _plain(config)
@@ -40,7 +41,7 @@ def save_config(workdir: Path, config: ConfigDict) -> list[str]:
 
 
 def checksum(config: ConfigDict) -> int:
-    """Returns a 31-bit hash of the config."""
+    """Returns a 31-bit hash of a config, by which processes check that theirs are equal."""
     return zlib.crc32(json.dumps(_plain(config), sort_keys=True).encode()) >> 1
 
 
@@ -49,7 +50,7 @@ def _plain(config: ConfigDict) -> dict:
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
-    """Returns the config of a run. Raises ValueError if the folder holds no run."""
+    """Returns the config of the run in a folder. Raises ValueError if it holds no run."""
     if not workdir:
         raise ValueError("give the --workdir of a training run")
     path = Path(workdir) / "config.json"
@@ -65,14 +66,14 @@ def load_config(workdir: str | Path) -> ConfigDict:
 
 
 def holds_linearization(workdir: str | Path) -> bool:
-    """Returns whether the folder is of `experiments.linearize`, which holds several runs."""
+    """Returns whether the folder is one of `experiments.linearize`, with a run per stage."""
     path = Path(workdir) / "config.json"
     made = path.exists() and "linearize" in json.loads(path.read_text())
     return made and not (Path(workdir) / "checkpoints").is_dir()
 
 
 def record_start(workdir: Path, step: int, changes: list[str]) -> None:
-    """Adds a start to the list in run.json: time, command, git commit, versions, devices."""
+    """Appends a start of the run to run.json: time, step, command, git commit and devices."""
     path = workdir / "run.json"
     starts = json.loads(path.read_text()) if path.exists() else []
     device = jax.devices()[0]
@@ -94,7 +95,7 @@ def record_start(workdir: Path, step: int, changes: list[str]) -> None:
 
 
 def git_state() -> dict | None:
-    """Returns the commit, and whether the tree has uncommitted changes. None without a checkout."""
+    """Returns git's commit and whether files have uncommitted changes; None without a checkout."""
 
     def git(*arguments):
         folder = Path(__file__).parent
@@ -113,7 +114,7 @@ def write_json(path: Path, value) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically: to a temporary file, which is then renamed."""
+    """Writes a text file atomically: to a temporary file, which is then renamed."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)

@@ -1,8 +1,9 @@
-"""Learning-rate schedules by name: functions step -> learning rate, usable under jit.
+"""Builds learning-rate schedules by name: functions step -> learning rate, usable under jit.
 
 n is the number of the update, from 0; N the updates of the run (`train.steps`); W `warmup_steps`;
-lr0 `learning_rate`; m `final_fraction`; s = (n - W) / (N - W), in [0, 1]. The formulas below hold
-from W on. Before it they are multiplied by (n + 1) / W: the first update does not have rate 0.
+lr0 `learning_rate`; m `final_fraction`; s = (n - W) / (N - W), in [0, 1]. The formulas of the
+functions below hold from n = W on. In the warmup, n < W, they are multiplied by (n + 1) / W, so
+that the first update's rate is not 0.
 """
 
 from collections.abc import Callable
@@ -14,33 +15,42 @@ Schedule = Callable[[int | jax.Array], jax.Array]
 
 
 def constant(s, config, steps):
-    """The constant schedule: lr0."""
+    """Returns lr / lr0 of the constant schedule: 1, whatever the progress s."""
     return jnp.ones_like(s)
 
 
 def linear(s, config, steps):
-    """Linear decay: lr0 (1 - (1 - m) s). With m = 0, "straight to zero" of arXiv 2502.15938."""
+    """Returns lr / lr0 of linear decay: 1 - (1 - m) s.
+
+    s is progress in [0, 1], m final_fraction. m = 0 is "straight to zero" of arXiv 2502.15938.
+    """
     return 1 - (1 - config.final_fraction) * s
 
 
 def warmup_cosine(s, config, steps):
-    """Cosine decay: lr0 (m + (1 - m) (1 + cos(pi s)) / 2) (SGDR, arXiv 1608.03983, eq. 5)."""
+    """Returns lr / lr0 of cosine decay: m + (1 - m) (1 + cos(pi s)) / 2.
+
+    s is progress in [0, 1], m final_fraction (SGDR, arXiv 1608.03983, eq. 5).
+    """
     m = config.final_fraction
     return m + (1 - m) * 0.5 * (1 + jnp.cos(jnp.pi * s))
 
 
 def wsd(s, config, steps):
-    """Warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4.2).
+    """Returns lr / lr0 of warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4.2).
 
-    lr0 until the last `decay_fraction` of the N updates, then down to m lr0 linearly in n, which
-    arXiv 2405.18392 found no worse than an exponential.
+    It is 1 until the last `decay_fraction` of the N updates, in which it falls to m =
+    final_fraction linearly in n. arXiv 2405.18392 found that no worse than an exponential.
     """
     n = config.warmup_steps + s * (steps - config.warmup_steps)
     return 1 - (1 - config.final_fraction) * _final_decay(n, config, steps)
 
 
 def rex(s, config, steps):
-    """REX: lr0 (m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2)) (arXiv 2107.04197, section 4)."""
+    """Returns lr / lr0 of REX: m + (1 - m) (1 - s) / (1/2 + (1 - s) / 2).
+
+    s is progress in [0, 1], m final_fraction (arXiv 2107.04197, section 4).
+    """
     m = config.final_fraction
     return m + (1 - m) * (1 - s) / (0.5 + 0.5 * (1 - s))
 
@@ -54,12 +64,12 @@ def names() -> list[str]:
 
 
 def power(config, learning_rate: float, steps: int, batch_size: int, length: int) -> Schedule:
-    """The Power schedule, agnostic of batch size and length of training (arXiv 2408.13359).
+    """Returns the Power schedule, agnostic of batch size and length of training (arXiv 2408.13359).
 
-    With B sequences in a batch and t tokens seen so far (eqs. 7 and 8),
+    With B sequences of `length` tokens in a batch and t tokens seen so far (eqs. 7 and 8),
 
       eta(t) = min(lr0, B a t^b)
-      lr     = (t / t_W) eta(t_W)     in the warmup
+      lr     = (t / t_W) eta(t_W)     in the warmup, whose end is at t_W tokens
                eta(t)                 after it
                f eta(t_(N - d))       in the last d = `decay_fraction` N updates,
 
@@ -82,10 +92,10 @@ def power(config, learning_rate: float, steps: int, batch_size: int, length: int
 def make_schedule(
     config, learning_rate: float, steps: int, batch_size: int = 1, length: int = 1
 ) -> Schedule:
-    """Returns the schedule `config.name` of a run of `steps` updates.
+    """Returns the learning-rate schedule `config.name` of a run of `steps` updates.
 
-    config: the fields name, warmup_steps, final_fraction; of wsd and power decay_fraction; of power
-      power_a, power_b.
+    config: the fields name, warmup_steps and final_fraction; for wsd and power also decay_fraction;
+      for power also power_a and power_b.
     batch_size, length: sequences in a batch, and tokens in a sequence. Only `power` uses them.
     Raises ValueError for an unknown name, a warmup longer than the run, or a fraction out of range.
     """
@@ -116,6 +126,6 @@ def _warmup(n, config):
 
 
 def _final_decay(n, config, steps):
-    """Returns 0 until the last `decay_fraction` of the updates, then a linear rise to 1."""
+    """Returns 0 for update n before the last `decay_fraction` of all, then a linear rise to 1."""
     decay_steps = max(config.decay_fraction * steps, 1)
     return jnp.minimum(jnp.maximum(n - (steps - decay_steps), 0.0) / decay_steps, 1.0)

@@ -23,13 +23,16 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The parameters that a run trains, and their loss. `language_modelling` is the usual one.
+    """Fields of what a run trains: its model, trained and frozen parameters, and losses.
 
-    boxed_params: the parameters that are trained and saved, abstract, boxed with the names of their
-      logical axes.
-    init: (key, start) -> their values, boxed or not.
-    loss: (params, frozen, batch) -> loss_BT, metrics. Its mean over the tokens that count is
-      differentiated. The metrics, one of them "loss", are (B, T) each, and are averaged alike.
+    `language_modelling` returns the usual one.
+
+    boxed_params: the parameters that are trained and saved, as shapes, boxed with the names of
+      their logical axes.
+    init: (key, start) -> values of these parameters, boxed or not.
+    loss: (params, frozen, batch) -> loss_BT, metrics. The mean of loss_BT over the tokens that the
+      loss mask counts is differentiated. The metrics, one of them "loss", are (B, T) each, averaged
+      alike.
     token_losses: (params, frozen, batch) -> nll_BT, correct_BT of `model`, for evaluation.
     model_params: (params, frozen) -> all parameters of `model`.
     start: arrays that `init` begins from.
@@ -49,10 +52,10 @@ class Task:
 
 
 def language_modelling(config, seq_len: int) -> Task:
-    """Returns the Task that trains all of a config's model by cross-entropy.
+    """Returns the Task that trains all parameters of a config's language model by cross-entropy.
 
-    The loss adds train.z_loss (log Z)^2 for each token (PaLM, arXiv 2204.02311, section 5). `init`
-    takes all parameters as `start`, or draws them if that is ().
+    The loss per token adds train.z_loss (log Z)^2 (PaLM, arXiv 2204.02311, section 5). The Task's
+    `init` draws parameters if `start` is (); else `start` holds all of them.
     """
     model = language_model.from_config(config.model)
     model.check_length(seq_len)
@@ -77,15 +80,15 @@ def language_modelling(config, seq_len: int) -> Task:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The functions of a run, jitted for its mesh.
+    """Functions of a run, jitted for its mesh.
 
     schedule: step -> learning rate.
     abstract_state: shapes, dtypes and shardings of the TrainState, for restoring into.
     init: (seed, start=the task's) -> TrainState.
-    train_step: (state, batch) -> (state, metrics). The given state is donated.
+    train_step: (state, batch) -> (state, metrics). The given state's buffers are donated.
     token_losses: (params, batch) -> nll_BT, correct_BT, float32, of all tokens, masked or not.
     evaluation_params: (params, opt_state) -> the parameters to evaluate with.
-    model_params: of those -> the parameters of `model`.
+    model_params: result of evaluation_params -> all parameters of `model`.
     """
 
     model: language_model.LanguageModel
@@ -103,8 +106,9 @@ class Program:
         return len(self.batch_sharding.device_set)
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        """Returns the global batch on the devices, from the rows of this process's share.
+        """Returns the global batch on the devices.
 
+        batch: the rows that this process reads.
         Raises ValueError for token ids that the model does not have.
         """
         for name in ("inputs", "labels"):
@@ -113,13 +117,13 @@ class Program:
 
 
 def build(config, seq_len: int, devices=None, task: Task | None = None) -> Program:
-    """Returns the Program of a resolved config. Nothing is compiled yet.
+    """Returns the Program (jitted functions) of a resolved config. Nothing is compiled yet.
 
     seq_len: tokens in a row of a batch.
     devices: the devices of the mesh; None is all.
     task: what is trained; None is `language_modelling`.
 
-    Raises ValueError for what does not fit together: batch, mesh, model, schedule, optimizer.
+    Raises ValueError where batch, mesh, model, schedule and optimizer do not fit together.
     """
     # Check the batch against mesh and microbatches.
     batch_size = config.data.batch_size
@@ -169,7 +173,7 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
     with_frozen = bool(jax.tree.leaves(frozen))
 
     def compiled(function, in_shardings, **options):
-        """Returns a jitted form of function(*arguments, frozen) with `frozen` bound."""
+        """Returns function(*arguments, frozen) jitted, with the task's frozen parameters bound."""
         if not with_frozen:
 
             def alone(*arguments):
@@ -218,7 +222,7 @@ def build(config, seq_len: int, devices=None, task: Task | None = None) -> Progr
 
 
 def cross_entropy(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Array, TokenDetails]:
-    """Returns loss_BT of each label, and its details; the logits are never all in memory."""
+    """Returns every label's cross-entropy loss_BT and its TokenDetails, without whole logits."""
 
     def head(x_BTD, matrix, layout):
         return operators.linear_cross_entropy(
@@ -231,9 +235,9 @@ def cross_entropy(model, params, batch: Batch, z_loss: float = 0.0) -> tuple[Arr
 
 
 def _train_step(loss_of, optimizer, clip, placement, accumulate: int):
-    """Returns the function (state, batch, frozen) -> (state, metrics) that makes one update.
+    """Returns the function (state, batch, frozen) -> (state, metrics) of one optimizer update.
 
-    The loss is the mean over all tokens that count, on all devices and in all microbatches.
+    The loss is the mean over all tokens that the loss mask counts, on all devices and microbatches.
     """
 
     def loss_and_metrics(params, frozen, batch, weight):

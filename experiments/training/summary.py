@@ -1,4 +1,4 @@
-"""Ends a run: scores beside baselines, a sample, a picture and result.json, or an error."""
+"""Ends a run: writes scores with baselines, a sample and a loss curve, or words the error."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ _BIGRAM_TRAINING_BYTES = 64 << 20
 
 
 def check_sample(config, model, tokenizer) -> None:
-    """Raises ValueError if `finish` could not generate the sample that the config asks for."""
+    """Raises ValueError if the sample that the config asks for could not be generated."""
     if tokenizer is not None and config.sample.length:
         sampling.check_options(config.sample.temperature, None, None)
         prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
@@ -27,9 +27,9 @@ def check_sample(config, model, tokenizer) -> None:
 
 
 def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dict:
-    """Adds a sample to the scores of the test split, and returns them.
+    """Returns `result`, the scores of the test split, with a text sample added.
 
-    Process 0 also adds baselines and names of files, and writes result.json and loss.png.
+    Process 0 also adds baselines and the paths of files, and writes result.json and loss.png.
     """
     if tokenizer is not None and config.sample.length:
         prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
@@ -58,7 +58,7 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
 
 
 def text(result: dict) -> str:
-    """Formats a result as text."""
+    """Returns the result of a run (`finish`) as text for the terminal."""
     out = [
         f"test loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
         f"accuracy {result['accuracy']:.4f}, over {result['tokens']:,} tokens"
@@ -74,7 +74,7 @@ def text(result: dict) -> str:
 
 
 def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate: float) -> str:
-    """Returns the error for non-finite metrics: which checkpoints exist, what to try."""
+    """Returns the error text for metrics `values` that are not finite, with what to try."""
     checkpoints.wait()
     last = checkpoints.latest_step()
     kept = (
@@ -95,9 +95,9 @@ def non_finite(step: int, values: dict, checkpoints: Checkpoints, learning_rate:
 
 
 def scored_bytes(documents, count: int) -> list[bytes]:
-    """Returns the documents of the first `count` bytes of one pass over a split.
+    """Returns the documents that make up the first `count` bytes of one pass over a split.
 
-    The last one is cut there. They are in the corpus's order.
+    The last one is cut there. They are in the corpus's order, not the pass's.
     """
     order = packing.one_pass_order(len(documents))
     numbers = (order[i] for i in range(len(documents)))
@@ -106,7 +106,7 @@ def scored_bytes(documents, count: int) -> list[bytes]:
 
 
 def first_bytes(documents, numbers, count: int):
-    """Yields these documents until they have `count` bytes in all, the last one cut."""
+    """Yields documents[i], i in `numbers`, until `count` bytes are reached; the last one is cut."""
     for i in numbers:
         document = documents[i]
         yield document if len(document) <= count else Piece(document[:count])

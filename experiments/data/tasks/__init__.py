@@ -1,4 +1,4 @@
-"""Makes examples of synthetic tasks, which need no files: each follows from (seed, split, number).
+"""Makes examples of synthetic tasks, without files: each follows from (seed, split, number).
 
 A task is a frozen dataclass whose fields are its options; a field `eval_x` other than 0 replaces
 `x` in the validation and test splits. It has
@@ -40,12 +40,12 @@ TASKS: dict[str, Callable[..., SyntheticTask]] = {
 
 
 def options(name: str) -> dict[str, Any]:
-    """Returns a task's options with their defaults."""
+    """Returns the options of the task `name`, with their defaults."""
     return {field.name: field.default for field in dataclasses.fields(TASKS[name])}
 
 
 def make_task(name: str, split: str, **given) -> SyntheticTask:
-    """Makes the task of a split: outside of training, `eval_` options replace the others."""
+    """Returns the task for a split: outside of training, options eval_x replace the options x."""
     batches.check_split(split)
     values = options(name) | given
     if split != "train":
@@ -63,7 +63,7 @@ def make_task(name: str, split: str, **given) -> SyntheticTask:
 def task_batches(
     task: SyntheticTask, split: str, *, seed: int, num_examples: int, batch_size: int, rows: range
 ) -> grain.IterDataset:
-    """Returns batches of `rows` out of each global batch of examples.
+    """Returns the dataset of batches of a task's examples: of each global batch the given `rows`.
 
     num_examples: training repeats this many, in a new order each epoch; 0 never repeats one. The
       other splits are one pass over them, whose last batch is filled up with padding.
@@ -94,9 +94,9 @@ def task_batches(
 
 
 class TaskIterDataset(grain.IterDataset):
-    """Calls make_batch(number of the first example) until `count` examples are used up.
+    """Dataset of the batches make_batch(number of the first example), for `count` examples.
 
-    A position is that number, so that it is valid for any batch size.
+    A saved position is that number, so that it is valid for any batch size.
     """
 
     def __init__(self, make_batch, count: int, batch_size: int):

@@ -1,4 +1,4 @@
-"""Common parts of the tasks with random lengths. `make_task` adds the task's name to errors."""
+"""Options, labels and loss masks that tasks share; `make_task` adds the task's name to errors."""
 
 import dataclasses
 
@@ -11,14 +11,17 @@ def check(ok: bool, message: str):
 
 
 def labelled(length: int, places, values) -> tuple[np.ndarray, np.ndarray]:
-    """Returns labels that are `values` at `places`, and the loss mask that counts these."""
+    """Returns labels and loss mask, both of `length`, for examples scored at some positions only.
+
+    places, values: those positions and their labels. Elsewhere labels and mask are 0.
+    """
     labels, mask = np.zeros(length, np.int64), np.zeros(length, np.float32)
     labels[places], mask[places] = values, 1.0
     return labels, mask
 
 
 def last_only(length: int) -> np.ndarray:
-    """Returns a loss mask that counts the last position."""
+    """Returns a loss mask of `length` positions in which only the last one counts."""
     mask = np.zeros(length, np.float32)
     mask[-1] = 1.0
     return mask
@@ -36,9 +39,10 @@ class OneLength:
 
 @dataclasses.dataclass(frozen=True)
 class RandomLengths:
-    """Options of tasks whose lengths are uniform in [min_length, max_length], rows padded.
+    """Options of tasks whose lengths are uniform in [min_length, max_length], with padded rows.
 
-    supervise: "last" (only the answer counts) or "all" (every prefix that is an example counts).
+    eval_min_length, eval_max_length: the same for validation and test.
+    supervise: "last" (only the answer at the end is a label) or "all" (so is that of every prefix).
     """
 
     min_length: int = 3

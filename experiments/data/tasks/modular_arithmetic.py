@@ -25,9 +25,12 @@ OPERATORS = "+-*()="
 
 @dataclasses.dataclass(frozen=True)
 class ModularArithmetic(lengths.RandomLengths):
-    """Modular arithmetic. `supervise`: "last" (the paper's) or, without brackets, "all": from
-    min_length on every number also has a label, the value of the expression so far. `multiply`:
-    whether * is an operator. Chance: 1/modulus."""
+    """Options of modular arithmetic. Chance: 1/modulus.
+
+    supervise: "last" (the paper's) or, without brackets, "all": from min_length on every number
+      also has a label, the value of the expression so far.
+    brackets, multiply: whether expressions have brackets, and the operator *.
+    """
 
     modulus: int = 5
     brackets: bool = False
@@ -87,7 +90,7 @@ class ModularArithmetic(lengths.RandomLengths):
         return inputs, np.repeat(values, 2), mask
 
     def _tree(self, rng, length: int, operators: str) -> tuple[list[int], int]:
-        """Returns an expression of exactly `length` tokens, and its value."""
+        """Returns a random expression of exactly `length` tokens, and its value."""
         token, number = self._token, int(rng.integers(0, self.modulus))
         leaf = {
             1: ([number], number),

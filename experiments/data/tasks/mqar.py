@@ -24,11 +24,14 @@ from experiments.data.tasks import lengths
 class MQAR(lengths.OneLength):
     """MQAR with seq_len N, even and at least 4 D, and num_pairs D.
 
-    random_non_queries: fill with random tokens.
+    seq_len is even and at least 4 D. Chance: 1/vocab_size, or 2/vocab_size knowing that answers are
+    values.
+
+    random_non_queries: whether random tokens fill the other positions; else zeros.
+    power_a: the smaller, the nearer are queries to their pairs.
     min_pairs: a training example has N and D, or both halved any number of times that leaves at
-      least this many pairs, each equally likely. 0, which is that of the other splits unless
-      eval_min_pairs is given, never halves.
-    Chance: 1/vocab_size, or 2/vocab_size knowing that answers are values.
+      least this many pairs, each equally likely. 0 never halves. Other splits halve only if
+      eval_min_pairs is given.
     """
 
     seq_len: int = 64

@@ -18,8 +18,10 @@ from experiments.data.tasks import lengths
 
 @dataclasses.dataclass(frozen=True)
 class Parity(lengths.RandomLengths):
-    """Parity of a bit string. `supervise`: "last" is the paper's; "all" is a denser signal, which
-    trains in fewer steps. Chance: 1/2."""
+    """Options of parity of a bit string. Chance: 1/2.
+
+    supervise: "last" is the paper's; "all" is a denser signal, which trains in fewer steps.
+    """
 
     vocab_size = 2
     chance = 0.5

@@ -19,7 +19,7 @@ from experiments.data.tasks import lengths
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveCopying(lengths.OneLength):
-    """Selective copying, with this module's options. Chance: 1/(vocab_size - 2)."""
+    """Options of selective copying, of `num_tokens` data tokens. Chance: 1/(vocab_size - 2)."""
 
     seq_len: int = 256
     num_tokens: int = 16

@@ -28,13 +28,13 @@ def group_elements(group: str) -> np.ndarray:
 
 
 def _swaps(permutation) -> int:
-    """Counts the inversions of a permutation, whose parity is the permutation's."""
+    """Returns the number of a permutation's inversions, whose parity is the permutation's."""
     return sum(a > b for a, b in itertools.combinations(permutation, 2))
 
 
 @functools.cache
 def product_table(group: str) -> np.ndarray:
-    """Returns the table whose entry [a, b] is the element "first b, then a"."""
+    """Returns a group's product table: [a, b] is the element "first b, then a", by index."""
     elements = group_elements(group)
     index = {tuple(p): i for i, p in enumerate(elements.tolist())}
     return np.asarray([[index[tuple(a[b].tolist())] for b in elements] for a in elements])
@@ -44,7 +44,8 @@ def product_table(group: str) -> np.ndarray:
 class WordProblem(lengths.OneLength):
     """A group's word problem. Chance: 1/|G|.
 
-    group: one of GROUPS. seq_len: T, counting fillers.
+    group: one of GROUPS.
+    seq_len: T, counting fillers.
     swaps_only: draw only the identity and elements that exchange two points (S groups alone).
     tokens_per_element: n > 1 puts n - 1 fillers after each element, and its label at the last one.
     """
