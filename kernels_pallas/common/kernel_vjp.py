@@ -22,13 +22,14 @@ def differentiable(
 ):
     """Returns f(form, fixed, *arrays) -> outputs, with reverse derivatives of any order.
 
-    Of these, form is hashable and fixed at tracing; fixed is a pytree of arrays without
+    f takes a hashable `form`, static under tracing, and `fixed`, a pytree of arrays without
     derivatives, such as document ids, or None.
 
     Args:
       forward: (form, fixed, *arrays) -> (outputs, residuals).
       backward: (form, fixed, arrays, residuals, cotangents of the outputs) -> those of the arrays.
-      plain: (form, fixed, *arrays) -> outputs, equal to `forward`'s, by what JAX differentiates.
+      plain: (form, fixed, *arrays) -> the outputs of `forward`, computed by what JAX can
+        differentiate; gives second and higher derivatives.
       call: (form, fixed, *arrays) -> outputs, for calls that nobody differentiates; None is
         `forward` without its residuals.
       save: whether outputs and residuals get the checkpoint name of operator residuals (`remat`).

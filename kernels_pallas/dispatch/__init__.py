@@ -1,5 +1,6 @@
-"""Choice of an implementation: by name, or the best one whose kernels passed their check on this
-kind of device."""
+"""Choice of an operator's implementation: the one that a call names, or the best one whose kernels
+passed their check on this kind of device.
+"""
 
 from kernels_pallas.dispatch.choose import (
     Choice,
