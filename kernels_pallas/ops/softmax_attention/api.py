@@ -123,8 +123,8 @@ def step(
     Args:
       q_BHK: (B, H, K), floating.
       k_BSGK, v_BSGV: (B, S, G, K) and (B, S, G, V), the slots of the cache.
-      q_position_B: int (B,), the token's place.
-      kv_positions_BS: int (B, S), the places of the slots; -1 is an empty one.
+      q_position_B: int (B,), the token's position.
+      kv_positions_BS: int (B, S), the positions of the slots' tokens; -1 is an empty slot.
       window, scale: as for `softmax_attention`.
 
     Returns:
@@ -168,8 +168,7 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window, causal) -> None:
 
 
 def _signed(x) -> Any:
-    """Casts integers to int32 or wider: a key's age is a difference, which unsigned integers cannot
-    hold."""
+    """Returns integer arrays as int32 or wider: differences of positions may be negative."""
     if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
         return x
     return jnp.asarray(x).astype(dtypes.common(x.dtype, jnp.int32))
