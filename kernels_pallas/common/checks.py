@@ -18,7 +18,7 @@ _ON = contextvars.ContextVar("checks", default=os.environ.get("SEQMODELS_CHECKS"
 
 @contextlib.contextmanager
 def enabled(on: bool = True):
-    """Context manager: turns the checks on (or off) for what is called or traced in its block."""
+    """Context manager: turns checks of values on (or off) for calls made, or traced, inside."""
     token = _ON.set(on)
     try:
         yield

@@ -119,7 +119,7 @@ def write_at(buffers, pieces, start):
 
 
 def from_buffers(buffers, like):
-    """Returns the contents of buffers that `buffers_like` made, in the dtypes of `like`."""
+    """Returns the arrays that `buffers`, made by `buffers_like`, hold, in the dtypes of `like`."""
 
     def one(buffer, x):
         held = buffer.dtype == x.dtype

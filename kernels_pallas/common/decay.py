@@ -105,7 +105,10 @@ def with_resets(log_decay_BTHK, segment_ids_BT, dtype):
 
 
 def per_channel(log_decay_BTHK, segment_ids_BT, shape_BTHK, dtype) -> jax.Array:
-    """Returns the log decay, None as 0, in shape_BTHK, with `RESET` where documents start."""
+    """Returns the log decay broadcast to (B, T, H, K), with `RESET` where documents start.
+
+    log_decay_BTHK: (B, T, H, K or 1), or None for zeros. shape_BTHK: the result's shape.
+    """
     log_decay_BTHK = with_resets(log_decay_BTHK, segment_ids_BT, dtype)
     zero = jnp.zeros((), dtype)
     return jnp.broadcast_to(zero if log_decay_BTHK is None else log_decay_BTHK, shape_BTHK)
@@ -174,7 +177,7 @@ def _halvings(log_decay_CK: jax.Array) -> Sums:
 
 @jax.custom_vjp
 def _level_sums(log_decay_CK):
-    """Returns g_cumsum, g_exclusive and g_reversed, each as a list [whole chunk, *levels]."""
+    """Returns g_cumsum, g_exclusive and g_reversed of log decay, each as [whole chunk, *levels]."""
     C = log_decay_CK.shape[-2]
     edges = [C + level * C // 2 for level in range(C.bit_length() - 1)]
     rows = _summed_tokens(C, log_decay_CK.dtype)
@@ -204,7 +207,7 @@ def _sums_of(summed_tokens, log_decay_CK) -> tuple[jax.Array, ...]:
 
 
 def _summed_tokens(C: int, dtype, levels: bool = True) -> tuple:
-    """Returns 0/1 matrices (rows, C) that give g_cumsum, g_exclusive and g_reversed by a product.
+    """Returns three 0/1 matrices, whose products with log decay are the sums of `_level_sums`.
 
     Each has C rows for the whole chunk and, if `levels`, C/2 more for each level of halving.
     """
@@ -219,7 +222,7 @@ def _tokens(C: int):
 
 @functools.cache
 def _bounds(C: int, levels: bool):
-    """Returns (first, last), the range of tokens that each row sums, for each of the three sums."""
+    """Returns (first, last), the tokens that each row of `_summed_tokens` sums, for three sums."""
     i = np.arange(C)
     g_cumsum, g_exclusive, g_reversed = [(0 * i, i)], [(0 * i, i - 1)], [(i + 1, 0 * i + C - 1)]
     for level in range(C.bit_length() - 1 if levels else 0):
@@ -378,19 +381,20 @@ def _assemble(diagonal, rectangles) -> jax.Array:
 
 
 def g_cumsum(log_decay_BTX: jax.Array) -> jax.Array:
-    """Computes g_1 + ... + g_t for each token t of a shard (B, T, ...), g in [RESET, 0]."""
+    """Computes sums of log decay, g_1 + ... + g_t, for each token t of a shard (B, T, ...)."""
     return _shard_sums(log_decay_BTX, np.tri(SHARD_BLOCK), reverse=False)
 
 
 def g_reversed(log_decay_BTX: jax.Array) -> jax.Array:
-    """Computes g_{t+1} + ... + g_T for each token t of a shard (B, T, ...), g in [RESET, 0]."""
+    """Computes sums of log decay, g_{t+1} + ... + g_T, for each token t of a shard (B, T, ...)."""
     return _shard_sums(log_decay_BTX, np.tri(SHARD_BLOCK, k=-1).T, reverse=True)
 
 
 def _shard_sums(log_decay_BTX, rows_CC, reverse: bool):
-    """Returns sums over time: a product with rows_CC in blocks of C tokens, plus whole blocks.
+    """Returns sums over time of a shard's log decay, whose entries are in [RESET, 0].
 
-    A TPU's cumulative sum over all tokens would move more memory.
+    Inside blocks of C tokens it is a product with rows_CC; then other blocks' sums are added. A
+    TPU's cumulative sum over all tokens would move more memory.
     """
     (B, T, *X), C = log_decay_BTX.shape, SHARD_BLOCK
     padding = ((0, 0), (0, -T % C)) + ((0, 0),) * len(X)

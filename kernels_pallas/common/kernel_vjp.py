@@ -26,11 +26,12 @@ def differentiable(
     derivatives, such as document ids, or None.
 
     Args:
-      forward: (form, fixed, *arrays) -> (outputs, residuals).
-      backward: (form, fixed, arrays, residuals, cotangents of the outputs) -> those of the arrays.
-      plain: (form, fixed, *arrays) -> the outputs of `forward`, computed by what JAX can
-        differentiate; gives second and higher derivatives.
-      call: (form, fixed, *arrays) -> outputs, for calls that nobody differentiates; None is
+      forward: maps (form, fixed, *arrays) to (outputs, residuals); may run a kernel.
+      backward: maps (form, fixed, arrays, residuals, cotangents of the outputs) to the cotangents
+        of the arrays.
+      plain: maps (form, fixed, *arrays) to the outputs of `forward`, in operations that JAX can
+        differentiate; second and higher derivatives come from it.
+      call: maps (form, fixed, *arrays) to outputs, for calls that nobody differentiates; None is
         `forward` without its residuals.
       save: whether outputs and residuals get the checkpoint name of operator residuals (`remat`).
     """

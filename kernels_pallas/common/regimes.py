@@ -8,7 +8,7 @@ DECAYS = tuple(f"{kind} {law}" for kind in ("per_token", "per_channel") for law 
 
 
 def normal(rng, *size, dtype: type[np.generic] = np.float32):
-    """Draws standard normal numbers of shape `size`; if complex, both parts are."""
+    """Draws standard normal numbers of shape `size`; of complex ones both parts are normal."""
     x = rng.standard_normal(size)
     if np.issubdtype(dtype, np.complexfloating):
         x = x + 1j * rng.standard_normal(size)

@@ -22,9 +22,9 @@ def varying(tree) -> frozenset[str]:
 
 
 def alike(tree, axis_name: str | Collection[str] = ()):
-    """Returns a pytree with every array made to vary over the same mesh axes.
+    """Returns a pytree with every array made to vary over the same manual mesh axes.
 
-    These are axis_name (a name or several) and every axis that one of the arrays varies over.
+    These are axis_name (one name or several) and all axes that any of the arrays varies over.
     """
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     axes = varying(tree).union(names)

@@ -122,7 +122,11 @@ def run_diagonal_plus_low_rank(
 
 
 class _Form(NamedTuple):
-    """Static arguments of `_run`. C: tokens of a chunk, a power of two. M: chunks of a block."""
+    """Static options of `_run`.
+
+    chunks: the function that makes a block's `Chunks`. scale: multiplies q. C: tokens of a chunk, a
+      power of two. M: chunks of a block.
+    """
 
     chunks: Callable[..., Chunks]  # takes a block's inputs, each (M, B, heads, C, dim)
     scale: float
@@ -235,7 +239,7 @@ def _pair_decay(sums, exclusive):
 
 
 def _A_rest(x_MBHCK, y_MBHCK, sums, *, exclusive):
-    """Returns the rounding error of A's products x_i^T diag(D_ij) y_j, without gradient."""
+    """Returns what to add to A's rounded products x_i^T diag(D_ij) y_j, without gradient."""
     x_MBHCK, y_MBHCK, sums = jax.lax.stop_gradient((x_MBHCK, y_MBHCK, sums))
     decay_kind = decay.kind(sums.log_decay_CK)
     if decay_kind == "per_channel":
@@ -253,7 +257,7 @@ def _A_rest(x_MBHCK, y_MBHCK, sums, *, exclusive):
 
 
 def _pass(chunks: Chunks, S_BHKV):
-    """Returns a block's outputs, the state that leaves it, and the states that enter its chunks."""
+    """Returns a block's outputs, the state that leaves it, and the state that enters each chunk."""
     state_dot = compensated.state_product(chunks.A_rest_CC)
 
     def one_chunk(S_BHKV, inputs):
@@ -326,9 +330,9 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
 
 @custom_vjp(0)
 def _run(form: _Form, inputs, S_BHKV, compensate):
-    """Computes all blocks in turn; returns (o_BTHV, the final state).
+    """Computes all blocks of chunks in turn; returns (o_BTHV, the final state).
 
-    inputs: (B, T, heads, dim), q first, v third. compensate: a traced flag, or None for no.
+    inputs: arrays (B, T, heads, dim), q first, v third. compensate: a traced flag, or None for no.
     """
     return _run_forward(form, inputs, S_BHKV, compensate)[0]
 

@@ -32,10 +32,12 @@ def squared(x_BTHK):
 
 
 def needed(sizes_BTH, log_decay_BTHK):
-    """Returns a traced flag: whether 16 tokens somewhere are near a reflection and decay little.
+    """Returns a traced flag: whether some 16 tokens come near a reflection and decay little.
+
+    Only there products must be compensated.
 
     Args:
-      sizes_BTH: beta |k|^2 of each token; what is not a number counts as a reflection.
+      sizes_BTH: beta |k|^2 of each token, near 2 for a reflection; NaN counts as one.
       log_decay_BTHK: (B, T, H, K or 1), or None.
     """
     sizes_BTH, log_decay_BTHK = jax.lax.stop_gradient((sizes_BTH, log_decay_BTHK))
@@ -90,7 +92,7 @@ def _unless_zero(used, rest):
 
 
 def state_product(A_rest_CC):
-    """Returns the einsum for products that carry states: `rounded_once`, unless A_rest is None."""
+    """Returns the einsum for products with states: jnp's if A_rest is None, else `rounded_once`."""
     return jnp.einsum if A_rest_CC is None else rounded_once
 
 

@@ -26,7 +26,7 @@ def step_diagonal_plus_low_rank(q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, log_decay_BHK
 
 
 def _scan(one_step, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT):
-    """Scans one_step, one token's recurrence, over inputs (B, T, H, ...), v third."""
+    """Scans one_step, the recurrence of one token, over inputs (B, T, H, ...), v the third."""
     dtype = initial_state_BHKV.dtype
 
     def scan_step(state_BHKV, step_inputs):
@@ -58,7 +58,7 @@ def recurrent(q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BH
 def recurrent_diagonal_plus_low_rank(
     q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, initial_state_BHKV, segment_ids_BT
 ):
-    """Computes diagonal plus low rank token by token; returns (o_BTHV, the final state)."""
+    """Computes diagonal plus low rank token by token, from normalised arguments; returns (o, S)."""
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
     return _scan(
         step_diagonal_plus_low_rank, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT

@@ -54,7 +54,7 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
     missing = chunk_blocks.padding(T, C)
 
     def in_chunks(z_BTD, fill):
-        """Cuts (B, T, D) into chunks (B, N, C, D), padded with `fill`."""
+        """Cuts (B, T, D) into chunks (B, N, C, D); padding by `fill` leaves the state as it is."""
         if z_BTD is None:
             return None
         if missing != 0:
@@ -109,7 +109,7 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
         return jax.tree.map(lambda z: jnp.moveaxis(z, 0, 1), states)
 
     def corrected(b_BND, state_BD):
-        """Returns entering states, with a second pass that adds what rounding of A lost."""
+        """Returns the states that enter chunks; a second pass adds what rounding of A lost."""
         entering_BND, leaving_BND = by_maps(b_BND, state_BD)
         exact_BND, _ = lax.scan(lambda h, i: (next_state(h, i), None), entering_BND, order_C)
         missed_BND, _ = by_maps(exact_BND - leaving_BND, jnp.zeros_like(state_BD))

@@ -25,7 +25,7 @@ def step(x_BD, decay_BD, state_BD):
 
 
 def output_dtype(x_dtype, state_dtype):
-    """Returns the dtype of outputs: x's, or the state's if that is complex and x is real."""
+    """Returns the dtype of the scan's outputs: x's, or a complex state's where x is real."""
     promoted = jnp.issubdtype(state_dtype, jnp.complexfloating) and not jnp.issubdtype(
         x_dtype, jnp.complexfloating
     )
@@ -33,7 +33,7 @@ def output_dtype(x_dtype, state_dtype):
 
 
 def unless(start, decayed):
-    """Returns the decayed state, or 0 where a document starts: a product with 0 would keep NaN."""
+    """Returns the decayed state, but 0 where a document starts: NaN times a decay of 0 is NaN."""
     return decayed if start is None else jnp.where(start, 0, decayed)
 
 

@@ -5,7 +5,7 @@ from kernels_pallas.dispatch.case import OperatorCase, checked_dtype
 
 
 def recurrence_kind(*, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, **others):
-    """Returns (kind of decay, dtype of the check) of a call of any matrix recurrence.
+    """Returns the kind of decay of a matrix recurrence's call, and the dtype of the check for it.
 
     Documents without a decay are "per_token", as a document's start is a reset.
     """

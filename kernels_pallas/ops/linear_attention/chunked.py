@@ -76,8 +76,11 @@ def run(
 
 
 class _Form(NamedTuple):
-    """Static arguments of `_run`: tokens C of a chunk and L of a block, value heads R per key head,
-    whether decays are per channel, and the scale of the output."""
+    """Static options of `_run`.
+
+    C, L: tokens of a chunk and of a block. R: value heads per key head. per_channel: whether each
+      key channel has its decay. scale: multiplies the output.
+    """
 
     C: int
     L: int
@@ -223,7 +226,7 @@ def _chunks(form, state_EKW, inputs, runs):
 
 
 def _entering_states(state_EKW, exp_g_total_MEKW, local_MEKW):
-    """Returns the states that enter chunks, and the final one, by S' = exp(g_total) S + local."""
+    """Returns each chunk's entering state, and the final state, by S' = exp(g_total) S + local."""
 
     def body(state_EKW, chunk):
         exp_g_total_EKW, local_EKW = chunk

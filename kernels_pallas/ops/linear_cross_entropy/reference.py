@@ -27,10 +27,10 @@ class TokenDetails(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """The loss -log p(label) + z_loss log_z^2 of logits (B, T, W), with `TokenDetails`.
+    """The loss -log p(label) + z_loss log_z^2 as a function of logits (B, T, W), with its details.
 
     per_token is (labels, mask), learned is z_loss. words_axis: the mesh axis that words are split
-    over, or None.
+    over, or None. Details are `TokenDetails`.
     """
 
     softcap: float | None
@@ -66,10 +66,10 @@ class CrossEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """The loss KL(teacher || student) of the student's logits (B, T, W), without details.
+    """The loss KL(teacher || student) as a function of the student's logits (B, T, W).
 
-    per_token is (the teacher's hidden states, or logits where teacher_layout is None, and mask),
-    fixed the teacher's matrix and bias.
+    per_token is (the teacher's hidden states, or its logits where teacher_layout is None; mask),
+    fixed the teacher's matrix and bias. It has no details.
     """
 
     softcap: float | None

@@ -25,7 +25,7 @@ def _same_width(q_BTHK, k_BSGK, v_BSGV):
 
 
 def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """Calls `jax.nn.dot_product_attention`, with all logits in memory; 0 where no key is seen."""
+    """Calls `jax.nn.dot_product_attention`, which holds all logits; 0 where a query sees no key."""
     V, dtype = v_BSGV.shape[-1], q_BTHK.dtype
     seen_BTS = visibility.mask()
     qkv = _same_width(q_BTHK, k_BSGK, v_BSGV)

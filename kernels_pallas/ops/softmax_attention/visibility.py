@@ -42,7 +42,7 @@ class Visibility:
         return seen_BTS
 
     def padded(self, queries: int, keys: int) -> "Visibility":
-        """Returns the mask with this many empty slots of queries and of keys appended."""
+        """Returns the mask after appending this many empty slots of queries and of keys."""
 
         def pad(x, count, value):
             return None if x is None else jnp.pad(x, ((0, 0), (0, count)), constant_values=value)
