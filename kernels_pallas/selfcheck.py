@@ -84,7 +84,7 @@ def main(arguments=None) -> int:
     absent_tpu.pass_over()
     try:
         target = devices.current()
-    except RuntimeError as error:  # JAX_PLATFORMS names what is not there
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that is not there
         parser.error(str(error))
     interpret = options.interpret and target.platform == "cpu"
     platforms = ("tpu", "gpu") if interpret else (target.platform,)

@@ -101,7 +101,7 @@ def is_number(value) -> bool:
 
 
 def check_count(operator: str, name: str, value, what: str = "an integer of at least 1, or None"):
-    """Raises ValueError unless `value` is None or a positive integer; `what` says so in words."""
+    """Raises ValueError, which expects `what`, unless `value` is None or a positive integer."""
     if value is not None and not (is_count(value) and value >= 1):
         raise ValueError(f"{operator}: {name} is {value!r:.60}; expected {what}")
 

@@ -162,7 +162,10 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
 
 
 def _halvings(log_decay_CK: jax.Array) -> Sums:
-    """Returns `Sums` of (..., C, K) by products with 0/1 matrices: XLA recomputes a chain."""
+    """Returns `Sums` of log decay (..., C, K), by products with 0/1 matrices.
+
+    XLA would recompute a chain of sums.
+    """
     *lead, C, K = log_decay_CK.shape
     (g_cumsum_CK, *g_cumsum), (g_exclusive_CK, *g_exclusive), (g_reversed_CK, *g_reversed) = (
         _level_sums(log_decay_CK)
@@ -261,7 +264,7 @@ def _pair_decay(log_decay_C1, exclusive):
     g_AU = log_decay_C1.reshape(-1, A, U)
     # Pairs in one block
     same_AUU = jnp.where(_lower(U, -1 if exclusive else 0), sums_between(g_AU, exclusive), -jnp.inf)
-    # Pairs in two: up to i in its block, over whole blocks between, behind j in its block
+    # Pairs in two blocks: up to i in its own, over whole blocks between, after j in its own
     exp_g_cumsum_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if exclusive else g_AU, axis=-1))
     exp_g_between_AA = jnp.exp(sums_between(jnp.sum(g_AU, axis=-1), exclusive=True))
     exp_g_reversed_AU = jnp.exp(jax.lax.cumsum(_advanced(g_AU), axis=g_AU.ndim - 1, reverse=True))
@@ -297,7 +300,7 @@ _pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 
 
 def sums_between(g_U: jax.Array, exclusive: bool) -> jax.Array:
-    """Computes g_{j+1} + ... + g_i (`exclusive`: to g_{i-1}), else 0: (..., U) to (..., U, U)."""
+    """Computes g_{j+1} + ... + g_i (`exclusive`: ... + g_{i-1}) for j < i, else 0: (..., U, U)."""
     U = g_U.shape[-1]
     up_to_UU = _lower(U, -1 if exclusive else 0)  # s <= i, or s < i
     terms_UU = jnp.where(up_to_UU, g_U[..., None, :], 0.0)

@@ -21,5 +21,5 @@ def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def custom_vjp(*nondiff_argnums: int) -> Callable[[Callable], Any]:
-    """Decorator: `jax.custom_vjp`, with the positions of the arguments that are no arrays."""
+    """Decorator: `jax.custom_vjp`, given the positions of the arguments that are no arrays."""
     return functools.partial(jax.custom_vjp, nondiff_argnums=nondiff_argnums)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-# Of log decays, beside "check" and "trained"; all of them are legal.
+# Distributions of log decays, beside "check" and "trained"; all are legal arguments.
 LAWS = ("weak", "strong", "mixed", "resets", "extreme")
 DECAYS = tuple(f"{kind} {law}" for kind in ("per_token", "per_channel") for law in LAWS)
 
@@ -49,8 +49,7 @@ def gate(rng, size, law: str):
 
 
 def log_decay(rng, shape, regime: str) -> dict:
-    """Returns {"log_decay": array} for a regime such as "per_token weak", whose last words are the
-    decay's kind and its distribution.
+    """Returns {"log_decay": array} for a regime that ends in kind and law, as "per_token weak".
 
     "per_head" alone is RetNet's decay. Other regimes give {}. shape: a `dispatch.case.Shape`.
     """

@@ -11,10 +11,11 @@ from kernels_pallas.common import matmul
 
 
 def starts(segment_ids_BT: jax.Array, reverse: bool = False) -> jax.Array:
-    """Returns True (B, T) where a document begins, but in a row's first: an initial state enters.
+    """Returns True (B, T) at each document's first token, but not at a row's first token.
 
-    reverse: whether time runs backwards, so that a document begins at its last token; then it is
-      the row's last token that is False.
+    There an initial state enters.
+    reverse: whether time runs backwards, so that a document begins at its last token; then the
+      exception is the row's last token.
     """
     changed_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     return jnp.pad(changed_BT, ((0, 0), (0, 1) if reverse else (1, 0)))

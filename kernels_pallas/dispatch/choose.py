@@ -53,7 +53,7 @@ class Operator:
     """An operator as dispatch, self-check, benchmarks and tests use it.
 
     function: its public function.
-    implementations: all of them, the best first.
+    implementations: the ways to compute it, the best first.
     case: how it is called and checked; None for an operator without kernels.
     """
 

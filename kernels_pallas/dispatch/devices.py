@@ -30,8 +30,7 @@ class Target(NamedTuple):
 
 
 def current() -> Target:
-    """Returns the target: the abstract device in scope, else `jax.default_device`, else the first
-    device of the process."""
+    """Returns the target: an abstract device in scope, `jax.default_device`, or the first one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = _CONFIG.jax_default_device or jax.devices()[0]
@@ -76,8 +75,7 @@ def of(arrays):
 
 
 def compute_capability() -> float | None:
-    """Returns the compute capability, such as 9.0, of the GPU that is the target; None if this
-    process has no such GPU."""
+    """Returns the compute capability, such as 9.0, of the target GPU; None if it is not at hand."""
     device = jax.devices()[0]
     found = getattr(device, "compute_capability", None)
     return float(found) if found and device.device_kind == current().kind else None

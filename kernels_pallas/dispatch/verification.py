@@ -131,10 +131,10 @@ def cache_file() -> pathlib.Path:
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns the folder that records kernels' checks: $SEQMODELS_CACHE, or `seqmodels` in
-    $XDG_CACHE_HOME or in ~/.cache.
+    """Returns the folder of recorded checks: $SEQMODELS_CACHE, or one in the user's cache.
 
-    `~` is the user's home in all three; without a home it is a temporary folder.
+    That is `seqmodels` in $XDG_CACHE_HOME or in ~/.cache. `~` is the user's home in all three;
+    without a home it is a temporary folder.
     """
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     own = os.environ.get("SEQMODELS_CACHE") or os.path.join(general, "seqmodels")

@@ -114,7 +114,7 @@ def tail(x_BTD, initial_state, start_BT):
     last = max(T - n, 0) if chunk_blocks.known(T) else 0
     seen_BSD = jnp.concatenate([initial_state, x_BTD[:, last:]], axis=1)
     if start_BT is not None:
-        # what entered belongs to the first token's run, 0
+        # the initial state belongs to the first token's document, 0
         run_BS = jnp.pad(segments.count_starts(start_BT[:, last:]), ((0, 0), (n, 0)))
         seen_BSD = jnp.where((run_BS == run_BS[:, -1:])[..., None], seen_BSD, 0)
     return seen_BSD[:, seen_BSD.shape[1] - n :]

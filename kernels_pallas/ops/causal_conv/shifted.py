@@ -17,10 +17,10 @@ from kernels_pallas.ops.causal_conv import reference
 
 
 def run(x_BTD, w, bias, initial_state, start_BT, finish):
-    """Computes the convolution; arguments and results are those of `reference.recurrent`."""
+    """Computes the convolution by shifted multiply-adds; returns (y_BTD, the last I-1 inputs)."""
     entered_BSD = jnp.concatenate([initial_state, x_BTD], axis=1)
     run_BS = None
-    if start_BT is not None:  # what entered belongs to the first token's run, 0
+    if start_BT is not None:  # the initial state is in document 0
         run_BS = jnp.pad(segments.count_starts(start_BT), ((0, 0), (w.shape[0] - 1, 0)))
     y_BTD = _finished(finish, entered_BSD, w, bias, run_BS)
     return y_BTD, reference.tail(x_BTD, initial_state, start_BT)

@@ -58,7 +58,10 @@ def _diagonal_plus_low_rank_reference(*, chunk_size, **call):
 
 
 def _scaled(implementation):
-    """Wraps an implementation that takes scaled q; q is scaled in float32 or wider."""
+    """Wraps an implementation that takes scaled q into one that takes q and scale.
+
+    The product is in float32 or wider, lest q be rounded twice.
+    """
 
     def call(*, q_BTGK, scale, **others):
         q_BTGK = q_BTGK.astype(arguments.state_dtype(q_BTGK)) * scale

@@ -22,9 +22,9 @@ TOKENS_OF_A_PIECE = (256, 4096)
 def heuristic_chunk_size(B: int, T: int, W: int) -> int:
     """Returns how many tokens of each row make a chunk, such that chunks are nearly equal.
 
-    Each chunk reads and writes all of dmatrix, so that fewer than several hundred tokens would wait
-    for memory; more than a few thousand gain nothing. In between, the logits of a chunk take up to
-    half a gigabyte. A symbolic length or batch is one chunk.
+    Each chunk reads and writes the matrix's whole gradient, so that fewer than several hundred
+    tokens would wait for memory; more than a few thousand gain nothing. In between, the logits of a
+    chunk take up to half a gigabyte. A symbolic length or batch is one chunk.
     """
     if not chunk_blocks.known(B, T):
         return T

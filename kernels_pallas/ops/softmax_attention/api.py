@@ -95,7 +95,7 @@ def softmax_attention(
         causal,
         window,
     )
-    if 0 in (*q_BTHK.shape[:3], *v_BTGV.shape):  # nobody asks, or there is nothing to see
+    if 0 in (*q_BTHK.shape[:3], *v_BTGV.shape):  # no queries, or no keys
         return jnp.zeros_like(q_BTHK, shape=(*q_BTHK.shape[:3], v_BTGV.shape[3]))
     if q_BTHK.shape[3] == 0:  # all logits are 0, as those of one channel of zeros
         q_BTHK, k_BTGK = (jnp.pad(z, ((0, 0),) * 3 + ((0, 1),)) for z in (q_BTHK, k_BTGK))
@@ -201,7 +201,7 @@ def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Vi
             )
         q_position_BT = jnp.arange(T, dtype=jnp.int32)[None]
         kv_position_BS = jnp.arange(S, dtype=jnp.int32)[None]
-    # One that holds all there is is none: sums of it and an index, or a position, might overflow.
+    # A window that holds all tokens is none: its sum with an index or a position might overflow.
     if window is not None and window >= (2**30 if by_index else 2**31 - 1):
         window = None
     if q_segment_BT is not None and kv_segment_BS is None:

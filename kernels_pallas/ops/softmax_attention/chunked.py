@@ -19,7 +19,7 @@ BLOCK_SIZE = 128
 
 
 def run(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """Computes attention in blocks; arguments and result are those of `reference.naive`."""
+    """Computes attention in blocks of queries and keys; arguments as for `reference.naive`."""
     T, S, G = q_BTHK.shape[1], *v_BSGV.shape[1:3]
     C, E = block_sizes(T, S)
     k_BGSK, v_BGSV = (keys_first(z, E) for z in (k_BSGK, v_BSGV))
@@ -49,7 +49,7 @@ def keys_first(z_BSGX, E):
 
 
 def time_first(o_BGRTV, T):
-    """Reshapes (B, G, R, T, V) to (B, T, H, V), H = G R, without padding behind T tokens."""
+    """Reshapes (B, G, R, T, V) to (B, T, H, V), H = G R, without the padding after T tokens."""
     B, G, R, _, V = o_BGRTV.shape
     return o_BGRTV[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, V)
 
@@ -148,8 +148,7 @@ def normalized(running):
 def update_backward(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
     """Returns dq with the contribution of these keys added, and the keys' dk and dv.
 
-    All are float32 or wider.
-    saved: q, the cotangent g of o, each query's log_sum over all its keys, and sum_V g o.
+    All are float32 or wider. saved: q, the cotangent g of o, each query's log_sum over all its keys, and sum_V g o.
     """
     q_BGRTK, g_BGRTV, log_sum_BGRT, drop_BGRT = saved
     C, E = sizes
