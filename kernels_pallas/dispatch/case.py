@@ -1,5 +1,4 @@
-"""The description of an operator that every check of it reads: the self-check of its kernels, the
-benchmarks and the conformance suite.
+"""Descriptions of operators, for self-check, benchmarks and conformance suite to read.
 
 Each operator has one, `CASE` in `ops/<operator>/case.py`.
 """

@@ -148,7 +148,8 @@ def normalized(running):
 def update_backward(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
     """Returns dq with the contribution of these keys added, and the keys' dk and dv.
 
-    All are float32 or wider. saved: q, the cotangent g of o, each query's log_sum over all its keys, and sum_V g o.
+    saved: q, the cotangent g of o, each query's log_sum over all its keys, and sum_V g o. Results
+      are float32 or wider.
     """
     q_BGRTK, g_BGRTV, log_sum_BGRT, drop_BGRT = saved
     C, E = sizes
