@@ -1,20 +1,20 @@
 """Linear-time sequence operators on arrays, forward and backward, on CPU, TPU and GPU.
 
-Three recurrences carry every mixer of `seqmodels`:
+Three recurrences underlie every mixer of `seqmodels`:
 
     linear_attention    S_t = diag(a_t) S_{t-1} + k_t v_t^T                          o_t = S_t^T q_t
     delta_rule          S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T  o_t = S_t^T q_t
     diagonal_scan       h_t = a_t * h_{t-1} + x_t
 
-`diagonal_plus_low_rank` is the delta rule's general form. Beside them stand `softmax_attention`
-(full or sliding window, grouped heads), `causal_conv` (short and depthwise) and, for a model's end,
-`linear_cross_entropy` and `linear_kl_divergence`: losses without the logits.
+`diagonal_plus_low_rank` is the delta rule's general form. Further operators are `softmax_attention`
+(full or sliding window, grouped heads), `causal_conv` (short and depthwise), and two losses that
+never hold all logits of a language model: `linear_cross_entropy` and `linear_kl_divergence`.
 
 `ops.<operator>.step` decodes one token. `explain` says which implementation serves a call, and why
-a better one does not.
+each better one does not.
 
-Letters: B batch, T time, H (value) heads, G key heads, K key dim, V value dim, N chunks, C chunk
-length.
+Array names end in their axes: B batch, T time, H value heads, G key heads, K key dim, V value dim,
+D channels, N chunks, C tokens of a chunk.
 """
 
 from kernels_pallas.dispatch import explain

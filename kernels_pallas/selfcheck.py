@@ -6,9 +6,10 @@
     python -m kernels_pallas.selfcheck --interpret       on a CPU, through the interpreters, at tiny
                                                          sizes (minutes)
 
-Exit code 1 if a kernel is wrong or cannot run. `dispatch.verification` makes the same checks, one
-at a time, before a kernel serves where no implementation was named. What is found here is recorded
-for it. `dispatch.kernel_check` says what is compared, and how.
+The exit code is 1 if a kernel gives wrong numbers or raises an error; a kind of call that a kernel
+does not support counts as not run. `dispatch.kernel_check` defines the comparison. Results are
+recorded (not with --interpret) for `dispatch.verification`, which otherwise makes the same check
+before it chooses a kernel for a call that names no implementation.
 """
 
 import argparse
@@ -40,8 +41,10 @@ HEADING = (
 
 
 def checks(operator: Operator, platforms) -> list[tuple[str, str, str]]:
-    """Returns (implementation, kind, dtype) of every check of an operator's kernels for the
-    platforms."""
+    """Returns (implementation, kind of call, dtype) for each check of an operator's kernels.
+
+    Kernels count if they are for one of the `platforms`, such as "tpu".
+    """
     return [
         (implementation.name, kind, dtype)
         for implementation in operator.implementations
@@ -59,7 +62,7 @@ def _dtypes(case, implementation, kind):
 
 
 def line(result: kernel_check.CheckResult) -> str:
-    """Returns a row of the table that `main` prints."""
+    """Returns one check's result as a row of the table that `main` prints."""
     call = f"{result.operator:18} {result.implementation:11} {result.kind:20} {result.dtype:9}"
     errors = ("       -" if x is None else f"{x:8.1e}" for x in (result.forward, result.gradient))
     verdict = "ok" if result.problem is None else "not run" if result.refused else "WRONG"
@@ -69,7 +72,7 @@ def line(result: kernel_check.CheckResult) -> str:
 
 
 def main(arguments=None) -> int:
-    """Runs the checks that the arguments ask for; returns the exit code."""
+    """Runs the checks that the command line selects and prints a table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.selfcheck")
     parser.add_argument("--op", choices=OPERATORS, help="one operator; default: all")
     parser.add_argument(
@@ -81,7 +84,7 @@ def main(arguments=None) -> int:
     absent_tpu.pass_over()
     try:
         target = devices.current()
-    except RuntimeError as error:  # JAX_PLATFORMS names what is not there
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that is not there
         parser.error(str(error))
     interpret = options.interpret and target.platform == "cpu"
     platforms = ("tpu", "gpu") if interpret else (target.platform,)

@@ -1,7 +1,7 @@
-"""Checks of operators' arguments, and the one form that implementations of a recurrence see.
+"""Checks of operators' arguments, and their conversion to what every implementation takes.
 
-That form: heads of q and k divide those of v, log_decay is None or finite and (B, T, H, K or 1),
-the initial state is an array in float32 or wider.
+After it the heads of q and k divide those of v, log_decay is None or finite and (B, T, H, K or 1),
+and the initial state is an array in float32 or wider.
 """
 
 import numbers
@@ -16,7 +16,7 @@ from kernels_pallas.common import checks, decay, dtypes
 
 
 def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
-    """Raises ValueError where q, k and v do not fit each other, in shape or in kind."""
+    """Raises ValueError unless q, k and v are floating arrays whose shapes fit each other."""
     for name, array in (("q", q_BTGK), ("k", k_BTGK), ("v", v_BTHV)):
         check_float(operator, name, array)
     shapes = f"q {q_BTGK.shape}, k {k_BTGK.shape}, v {v_BTHV.shape}"
@@ -33,12 +33,12 @@ def check_qkv(operator: str, q_BTGK, k_BTGK, v_BTHV) -> None:
 
 
 def divides(groups: int, heads: int) -> bool:
-    """Returns whether `groups` divides `heads`; only 0 heads make 0 groups."""
+    """Returns whether `groups` divides `heads`; 0 groups divide 0 heads only."""
     return heads % groups == 0 if groups else heads == 0
 
 
 def check_array(operator: str, name: str, array) -> None:
-    """Raises ValueError where `array` is no array, such as a number or a list."""
+    """Raises ValueError unless `array` is a JAX or NumPy array, or a `jax.ShapeDtypeStruct`."""
     if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         given = "None" if array is None else f"{array!r:.60} ({type(array).__name__})"
         raise ValueError(
@@ -47,7 +47,7 @@ def check_array(operator: str, name: str, array) -> None:
 
 
 def check_float(operator: str, name: str, array) -> None:
-    """Raises ValueError where `array` is not an array of real floating point."""
+    """Raises ValueError unless `array` is an array of real floating-point numbers."""
     check_array(operator, name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
@@ -56,7 +56,7 @@ def check_float(operator: str, name: str, array) -> None:
 
 
 def check_segment_ids(operator: str, segment_ids, x_BTX) -> None:
-    """Raises ValueError where segment ids are given and are not integers of shape (B, T)."""
+    """Raises ValueError unless segment ids are None, or integers (B, T) with the sizes of x_BTX."""
     if segment_ids is None:
         return
     check_shape(operator, "segment_ids", segment_ids, x_BTX.shape[:2])
@@ -64,14 +64,14 @@ def check_segment_ids(operator: str, segment_ids, x_BTX) -> None:
 
 
 def check_integers(operator: str, name: str, array) -> None:
-    """Raises ValueError where `array` is not an array of integers."""
+    """Raises ValueError unless `array` is an array of integers."""
     check_array(operator, name, array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{operator}: {name} has dtype {array.dtype}; expected integers")
 
 
 def check_scale(operator: str, scale) -> None:
-    """Raises ValueError where a scale is given that is no number: it is compiled in."""
+    """Raises ValueError unless `scale` is None or a number, not an array: it is compiled in."""
     if scale is not None and not is_number(scale):
         raise ValueError(
             f"{operator}: scale is {scale!r}; expected a number or None (multiply q by one that is learned)"
@@ -79,7 +79,7 @@ def check_scale(operator: str, scale) -> None:
 
 
 def check_number_or_scalar(operator: str, name: str, value) -> None:
-    """Raises ValueError where `value` is neither a number nor a floating array of shape ()."""
+    """Raises ValueError unless `value` is a number or a floating array of shape ()."""
     if is_number(value):
         return
     scalar = isinstance(value, jax.Array | np.ndarray) and value.shape == ()
@@ -90,7 +90,7 @@ def check_number_or_scalar(operator: str, name: str, value) -> None:
 
 
 def check_positive(operator: str, name: str, value) -> None:
-    """Raises ValueError where `value` is given and is no number above 0."""
+    """Raises ValueError unless `value` is None or a number above 0."""
     if value is not None and not (is_number(value) and value > 0):
         raise ValueError(
             f"{operator}: {name} is {value!r:.60}; expected a positive number, or None"
@@ -103,7 +103,7 @@ def is_number(value) -> bool:
 
 
 def check_count(operator: str, name: str, value, what: str = "an integer of at least 1, or None"):
-    """Raises ValueError where `value` is given and is no positive integer."""
+    """Raises ValueError, which expects `what`, unless `value` is None or a positive integer."""
     if value is not None and not (is_count(value) and value >= 1):
         raise ValueError(f"{operator}: {name} is {value!r:.60}; expected {what}")
 
@@ -114,13 +114,13 @@ def is_count(value) -> bool:
 
 
 def check_flag(operator: str, name: str, value) -> None:
-    """Raises ValueError where `value` is not True or False: it is compiled in."""
+    """Raises ValueError unless `value` is True or False, not an array: it is compiled in."""
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{operator}: {name} is {value!r:.60}; expected True or False")
 
 
 def check_chunk_size(operator: str, chunk_size) -> None:
-    """Raises ValueError where a chunk size is given and is not a power of two of at least 16."""
+    """Raises ValueError unless `chunk_size` is None or a power of two of at least 16."""
     if chunk_size is None:
         return
     if not is_count(chunk_size) or chunk_size < 16 or chunk_size & (chunk_size - 1):
@@ -130,7 +130,7 @@ def check_chunk_size(operator: str, chunk_size) -> None:
 
 
 def check_shape(operator: str, name: str, array, *expected: tuple[int, ...]) -> None:
-    """Raises ValueError where `array` is not an array of one of the `expected` shapes."""
+    """Raises ValueError unless `array` is an array that has one of the `expected` shapes."""
     check_array(operator, name, array)
     if array.shape not in expected:
         choices = " or ".join(str(shape) for shape in expected)
@@ -163,10 +163,14 @@ def recurrence(
 
 
 def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
-    """Returns a log decay of any kind as None, (B, T, H, 1) or (B, T, H, K), in float32 or wider.
+    """Returns a log decay as None or (B, T, H, K or 1), in float32 or wider.
 
-    What lies below `decay.RESET` becomes it, which changes neither results nor gradients: its
-    exponential is 0 already. Raises ValueError for a wrong shape, dtype or (with checks on) sign.
+    log_decay: None, (H,), (B, T, H) or (B, T, H, K). Only a log decay per channel keeps K; the
+      others get a last axis of 1.
+
+    Entries below `decay.RESET`, -inf included, become RESET. Results and gradients stay the same,
+    as the exponential of such an entry is 0 already. Raises ValueError for a wrong shape or dtype
+    and, with `checks` on, for a positive entry.
     """
     if log_decay is None:
         return None
@@ -182,9 +186,10 @@ def normal_log_decay(operator: str, log_decay, q_BTGK, v_BTHV):
 
 
 def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) -> jax.Array:
-    """Returns the initial state (B, H, K, V), zeros for None, in float32 or an input's wider dtype.
+    """Returns the initial state (B, H, K, V), zeros for None, in float32 or wider.
 
-    others: arrays whose dtype counts beside those of q and v, or Nones.
+    q_BTGK, v_BTHV: give the sizes. The result is float64 where one of them or of `others`
+      (arrays or None) is.
     """
     B, _, H, V = v_BTHV.shape
     shape_BHKV = (B, H, q_BTGK.shape[3], V)
@@ -197,7 +202,7 @@ def normal_initial_state(operator: str, initial_state, q_BTGK, v_BTHV, *others) 
 
 
 def state_dtype(*arrays) -> jnp.dtype:
-    """Returns the dtype of states, gates and their sums: float32, or float64 where an input is."""
+    """Returns the dtype of states, gates and their sums: float32, or float64 where an array is."""
     return dtypes.common(*(array.dtype for array in arrays), jnp.float32)
 
 
@@ -208,7 +213,7 @@ def not_one_token(*, v_BTHV, **others) -> str | None:
 
 
 def one_token(operator: str, **arrays) -> list:
-    """Returns the arrays (B, heads, ...) of one token with a time axis of length 1."""
+    """Returns the arrays (B, heads, ...) of one token with a time axis: (B, 1, heads, ...)."""
     for name, array in arrays.items():
         check_array(operator, name, array)
         if array.ndim < 2:
@@ -219,10 +224,7 @@ def one_token(operator: str, **arrays) -> list:
 
 
 def step(function: Callable, operator: str, log_decay, scale, state, **arrays):
-    """Returns o_BHV and the next state of one token, by the function of a matrix recurrence.
-
-    operator: its name in errors. arrays: q, k, v and what else the function takes by position.
-    """
+    """Returns one token's log decay (B, H, ...) as (B, 1, H, ...); None and (H,) stay as is."""
     inputs_BTHK = one_token(operator, **arrays)
     if log_decay is not None:
         check_array(operator, "log_decay", log_decay)
@@ -234,7 +236,7 @@ def step(function: Callable, operator: str, log_decay, scale, state, **arrays):
 
 
 def nothing(*arrays) -> bool:
-    """Returns whether an array is empty: then nothing is written to a state, and outputs are 0."""
+    """Returns whether an array is empty: an operator then returns zeros and writes no state."""
     return any(0 in x.shape for x in arrays)
 
 

@@ -1,4 +1,4 @@
-"""Conditionals at run time, with one branch for a whole batch."""
+"""Conditionals at run time that take one branch for a whole batch, under `jax.vmap` too."""
 
 import functools
 
@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 @jax.custom_batching.custom_vmap
 def anywhere(flags) -> jax.Array:
-    """Returns whether any flag is set, in any row of a batch that `jax.vmap` adds.
+    """Returns whether any of `flags` is True, in any row of a batch that `jax.vmap` adds.
 
-    With a flag per row, `vmap` would run both branches of a condition for each row.
+    The result is one boolean for all rows: with one per row, `vmap` would run both branches of a
+    condition.
     """
     return jnp.any(flags)
 
@@ -22,7 +23,10 @@ def _anywhere_in_a_batch(axis_size, batched, flags):
 
 
 def either(flag, run, *operands):
-    """Returns run(flag, *operands) for a traced flag, both branches compiled; None is False."""
+    """Calls run(True, *operands) or run(False, *operands), as `flag` says when the program runs.
+
+    Both are compiled. A flag of None means False, known at compile time.
+    """
     if flag is None:
         return run(False, *operands)
     return jax.lax.cond(

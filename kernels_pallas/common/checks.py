@@ -1,7 +1,8 @@
-"""Checks of values, which are off unless asked for; shapes are always checked.
+"""Optional checks of the values in arrays, off by default; shapes are always checked.
 
-They are on with the environment variable SEQMODELS_CHECKS=1, or inside `with checks.enabled():`,
-read when a call is traced: a function compiled with the checks off stays without them.
+They are on if the environment variable SEQMODELS_CHECKS is 1, or inside `with checks.enabled():`.
+The setting is read when a call is traced: a function compiled with the checks off stays without
+them.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ _ON = contextvars.ContextVar("checks", default=os.environ.get("SEQMODELS_CHECKS"
 
 @contextlib.contextmanager
 def enabled(on: bool = True):
-    """Turns the checks on (or off) for the calls made, or traced, inside the block."""
+    """Context manager: turns checks of values on (or off) for calls made, or traced, inside."""
     token = _ON.set(on)
     try:
         yield
@@ -26,10 +27,10 @@ def enabled(on: bool = True):
 
 
 def not_positive(operator: str, name: str, array: jax.Array) -> None:
-    """Raises ValueError, with checks on, where a real array has an entry above 0 or NaN.
+    """Raises ValueError, if checks are on, where a real array has an entry above 0 or NaN.
 
-    -inf is legal. A concrete array raises at once; a traced one when the program runs, as JAX's
-    runtime error with the same message in it.
+    -inf is legal. A concrete array raises at once; a traced one when the compiled program runs, as
+    JAX's runtime error with the same message in it.
     """
     if not _ON.get():
         return

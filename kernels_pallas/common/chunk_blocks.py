@@ -1,7 +1,7 @@
-"""Blocks of chunks: how many chunks a chunked form treats at once, and the scan over the blocks.
+"""Blocks of chunks: how many chunks a chunked operator computes at once, and a scan over blocks.
 
-Blocks follow each other in time. Each is cut from the inputs, and its results are put into the
-outputs in place.
+A chunk is C consecutive tokens, a block several consecutive chunks. The scan slices each block from
+the inputs, and writes its results into the outputs in place.
 """
 
 import jax
@@ -15,17 +15,18 @@ CPU_STATE_ROWS = 1024  # (chunk, head) pairs times width of a block that stays i
 def chunks_per_block(
     chunks: int, heads: int, widest: int, *, accelerator_pairs: int | None = None
 ) -> int:
-    """Returns how many of a sequence's chunks make a block, so that blocks are as even as can be.
+    """Returns how many chunks make a block, such that a sequence's blocks are nearly equal.
 
-    On CPU a block stays in cache from one product to the next: 16 (chunk, head) pairs at a width
-    of 64, where fewer gain nothing, 4 at 256, where more take longer. On an accelerator it is
-    `accelerator_pairs`, None for the whole sequence: parallel work counts, a loop costs launches.
+    On CPU a block stays in cache from one product to the next: 16 (chunk, head) pairs at a width of
+    64, where fewer gain nothing, 4 at 256, where more take longer. On an accelerator a block is
+    larger, up to the whole sequence: there parallel work counts, and each step of a loop costs
+    kernel launches.
 
     Args:
-      chunks: of the sequence.
-      heads: of all rows together; a block holds all of them.
+      chunks: the number of the sequence's chunks.
+      heads: the number of heads times the batch size; a block holds all of them.
       widest: the larger of K and V.
-      accelerator_pairs: (chunk, head) pairs of a block on an accelerator.
+      accelerator_pairs: (chunk, head) pairs of a block on an accelerator; None is all of them.
     """
     pairs = accelerator_pairs
     if devices.current().platform == "cpu":
@@ -37,30 +38,31 @@ def chunks_per_block(
 
 
 def chunk_length(longest: int, T: int, least: int = 1) -> int:
-    """Returns the least power of two, from `least` to `longest`, that holds T tokens."""
+    """Returns the chunk length for T tokens: a power of two, at most `longest`, that holds them."""
     return min(longest, max(least, 1 << (T - 1).bit_length())) if known(T) else longest
 
 
 def known(*sizes) -> bool:
-    """Returns whether sizes are integers, not symbolic ones of `jax.export`."""
+    """Returns whether all sizes are integers, rather than symbolic dimensions of `jax.export`."""
     return all(isinstance(size, int) for size in sizes)
 
 
 def padding(T: int, L: int) -> int:
-    """Returns how many tokens to add to T for a multiple of L; a symbolic T is allowed."""
+    """Returns how many tokens T lacks to a multiple of L; T may be a symbolic dimension."""
     return -(-T // L) * L - T
 
 
 def scan(block, state, inputs, like, L: int, *, per_block=None, reverse: bool = False):
-    """Runs a function over blocks of L tokens, one after the other.
+    """Scans a function over the blocks of L tokens of arrays (B, T, ...), carrying a state.
 
     Args:
-      block: (state, its entry of per_block, its inputs) -> (its outputs, next state, its result).
+      block: maps (state, the block's entry of per_block, its inputs) to (its outputs, the next
+        state, its result).
       state: what enters the first block (reverse: the last).
       inputs: a pytree of (B, T, ...), L dividing T; None stays None.
       like: a pytree of arrays (B, T, ...) with the shapes and dtypes of all outputs.
-      per_block: a pytree of (N, ...) with an entry per block, or None.
-      reverse: whether time runs backwards.
+      per_block: a pytree of (N, ...) with an entry for each of the N blocks, or None.
+      reverse: whether the scan runs from the last block to the first.
 
     Returns:
       The outputs (B, T, ...), the final state, and the blocks' results, stacked (N, ...).
@@ -79,11 +81,11 @@ def scan(block, state, inputs, like, L: int, *, per_block=None, reverse: bool = 
 
 
 def read(tree, n, L: int):
-    """Returns block n of arrays (B, T, ...), sliced where it is used: a transposed copy of the
-    whole costs more than the rest.
+    """Returns the n-th block of L tokens of each array (B, T, ...) in a pytree.
 
+    It is sliced where it is used: a transposed copy of the whole arrays costs more than the rest.
     On CPU a block is read in memory's order before anything transposes it. Fused, the two read a
-    head's rows here and there, and wait for memory at each (jaxlib 0.11.2: 80 us for 25 + 20).
+    head's rows here and there, and wait for memory at each (jaxlib 0.11.2: 80 us, apart 25 + 20).
     """
 
     on_cpu = devices.current().platform == "cpu"
@@ -96,17 +98,17 @@ def read(tree, n, L: int):
 
 
 def buffers_like(tree):
-    """Returns buffers for arrays like these: `write_at` fills them, `from_buffers` reads them.
+    """Returns uninitialised output buffers with the shapes of a pytree of arrays.
 
-    On CPU a narrow float is held by its bits: at every write XLA's CPU backend (jaxlib 0.10 to
-    0.12) converts a whole bfloat16 or float16 buffer to float32 and back, so that time would grow
-    with the square of the length.
+    `write_at` fills them and `from_buffers` reads them. On CPU 16-bit floats are held as uint16: at
+    every write XLA's CPU backend (jaxlib 0.10 to 0.12) converts a whole bfloat16 or float16 buffer
+    to float32 and back, so that time would grow with the square of the length.
     """
     return jax.tree.map(lambda x: jnp.empty_like(x, _held_as(x.dtype)), tree)
 
 
 def write_at(buffers, pieces, start):
-    """Returns the buffers with the tokens from `start` on overwritten by this block."""
+    """Returns the buffers (B, T, ...) with `pieces` (B, L, ...) written from token `start` on."""
 
     def one(buffer, piece):
         if piece.dtype != buffer.dtype:
@@ -117,7 +119,7 @@ def write_at(buffers, pieces, start):
 
 
 def from_buffers(buffers, like):
-    """Returns the arrays that the buffers hold, in the dtypes of `like`."""
+    """Returns the arrays that `buffers`, made by `buffers_like`, hold, in the dtypes of `like`."""
 
     def one(buffer, x):
         held = buffer.dtype == x.dtype
@@ -132,7 +134,7 @@ def _held_as(dtype):
 
 
 def to_chunks(x_BTHX: jax.Array, C: int, dtype=None) -> jax.Array:
-    """Cuts (B, T, H, X) into chunks (N, B, H, C, X), T padded with zeros to a multiple of C."""
+    """Reshapes (B, T, H, X) to N chunks of C tokens, (N, B, H, C, X), zero-padding T as needed."""
     missing = padding(x_BTHX.shape[1], C)
     if missing != 0:
         x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, missing), (0, 0), (0, 0)))
@@ -141,6 +143,6 @@ def to_chunks(x_BTHX: jax.Array, C: int, dtype=None) -> jax.Array:
 
 
 def from_chunks(x_NBHCX: jax.Array) -> jax.Array:
-    """Joins chunks (N, B, H, C, X) to (B, N C, H, X)."""
+    """Reshapes N chunks of C tokens, (N, B, H, C, X), to (B, N C, H, X)."""
     N, B, H, C, X = x_NBHCX.shape
     return x_NBHCX.transpose(1, 0, 3, 2, 4).reshape(B, N * C, H, X)

@@ -1,25 +1,25 @@
 """Log decay: its kinds, and its sums inside a chunk, stable by construction.
 
 A chunked recurrence needs, for tokens j < i of one chunk, D_ij = exp(g_{j+1} + ... + g_i), with
-every g <= 0. A difference of two cumulative sums loses all digits where the decay is strong, and
-exp(g_cumsum_i) exp(-g_cumsum_j) overflows. Here nothing is subtracted. What forgets everything,
--inf or any number whose exponential is 0 in float64 too, comes as the finite `RESET`
-(`arguments.normal_log_decay`), so that no sum overflows and none multiplies 0 by inf.
+every log decay g <= 0. A difference of two cumulative sums loses all digits where the decay is
+strong, and exp(g_cumsum_i) exp(-g_cumsum_j) overflows. Here nothing is subtracted. A log decay that
+forgets everything, -inf or any number whose exponential is 0 in float64 too, is first replaced by
+the finite `RESET` (`arguments.normal_log_decay`), so that no sum overflows and no product is 0 inf.
 
-A chunk is halved again and again. Two tokens j < i part at exactly one level, j into the left half
-of a block and i into its right half, and there
+A chunk is halved again and again. Two tokens j < i are separated at exactly one level, where j lies
+in the left half of a block and i in its right half, and there
 
     g_{j+1} + ... + g_i  =  g_reversed_j + g_cumsum_i,
     g_reversed_j  =  the sum over the tokens after j up to the middle of that block,
     g_cumsum_i    =  the sum from the middle up to and with i,
 
 two pure sums of numbers <= 0. Both exponentials are at most 1; a reset gives 0 with derivative 0.
-For a decay per channel each level's rectangle is one matrix product,
-(q exp(g_cumsum)) (k exp(g_reversed))^T, so that no (C, C, K) array of pairs exists.
+For a decay per channel the scores of a level's pairs (i, j) are one matrix product of the form (q
+exp(g_cumsum)) (k exp(g_reversed))^T, so that no (C, C, K) array of pairs exists.
 
 The same division in two levels (blocks of 16, pairs inside them one by one) is "secondary chunking"
 in GLA (arXiv 2312.06635, section 4.3). Arrays are (..., C, K) with K = 1 for a decay per head or
-token; C is a power of two. docs/math/linear_attention.md derives all of it.
+token; the chunk length C is a power of two. docs/math/linear_attention.md derives all of it.
 """
 
 import functools
@@ -34,11 +34,11 @@ from kernels_pallas.common.dtypes import custom_vjp
 
 
 class Level(NamedTuple):
-    """Sums of one level of halving: M blocks of two halves of U tokens, U = 1, 2, 4, ..., C/2.
+    """Sums of log decay at one level of a chunk's halving: M blocks of two halves of U tokens.
 
-    g_cumsum_MUK: of right halves, the sum from the middle up to and with token i.
-    g_exclusive_MUK: of right halves, the same without token i.
-    g_reversed_MUK: of left halves, the sum over the tokens after j up to the middle.
+    g_cumsum_MUK: for token i of a right half, the sum from the block's middle up to and with i.
+    g_exclusive_MUK: the same without token i.
+    g_reversed_MUK: for token j of a left half, the sum over the tokens after j up to the middle.
     """
 
     g_cumsum_MUK: jax.Array
@@ -47,14 +47,16 @@ class Level(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums of log decay in one chunk.
+    """Sums of log decay over ranges of one chunk's tokens.
 
-    log_decay_CK: what was summed.
-    g_cumsum_CK: from the chunk's start up to and with token i, for the entering state at i.
+    log_decay_CK: the log decay itself.
+    g_cumsum_CK: from the chunk's start up to and with token i: how far the entering state has
+      decayed at i.
     g_exclusive_CK: the same without token i, for recurrences that read before the state decays.
-    g_reversed_CK: over the tokens after j up to the chunk's end, for token j in the leaving state.
-    g_total_K: over the whole chunk, for the entering state in the leaving state.
-    levels: smallest halves first; empty where they were not asked for.
+    g_reversed_CK: over the tokens after j up to the chunk's end: how far what token j wrote has
+      decayed there.
+    g_total_K: over the whole chunk: how far the entering state has decayed at its end.
+    levels: a `Level` per level of halving, smallest halves first; empty where not asked for.
     """
 
     log_decay_CK: jax.Array
@@ -72,7 +74,7 @@ RESET = -1e3  # the least log decay, that of a reset: its exponential is 0 in fl
 
 
 def kind(log_decay, *, segment_ids=None) -> str:
-    """Names the kind of a log decay; nothing else decides it.
+    """Returns the kind of a log decay: "none", "per_head", "per_token" or "per_channel".
 
     Args:
       log_decay: None ("none"), (H,) ("per_head"), (B, T, H) or (B, T, H, 1) ("per_token"), or
@@ -116,16 +118,20 @@ def factors(operator: str, decay_BTD, log_decay, shape_BTD, dtype) -> jax.Array:
 
 
 def per_channel(log_decay_BTHK, segment_ids_BT, shape_BTHK, dtype) -> jax.Array:
-    """Returns `with_resets` broadcast to every channel; zeros where nothing decays."""
+    """Returns the log decay broadcast to (B, T, H, K), with `RESET` where documents start.
+
+    log_decay_BTHK: (B, T, H, K or 1), or None for zeros. shape_BTHK: the result's shape.
+    """
     log_decay_BTHK = with_resets(log_decay_BTHK, segment_ids_BT, dtype)
     zero = jnp.zeros((), dtype)
     return jnp.broadcast_to(zero if log_decay_BTHK is None else log_decay_BTHK, shape_BTHK)
 
 
 def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
-    """Returns all sums of a chunk's log decay (..., C, K), C a power of two, entries in [RESET, 0].
+    """Returns the `Sums` of log decay (..., C, K), C a power of two, entries in [RESET, 0].
 
-    levels: whether to return those that `decayed_scores` needs; `pair_decay` needs none.
+    levels: whether to compute the sums of each level of halving, which `decayed_scores` needs and
+      `pair_decay` does not.
     """
     *lead, C, K = log_decay_CK.shape
     if C & (C - 1):
@@ -169,7 +175,10 @@ def chunk_sums(log_decay_CK: jax.Array, *, levels: bool = True) -> Sums:
 
 
 def _halvings(log_decay_CK: jax.Array) -> Sums:
-    """Computes `chunk_sums` by products with zeros and ones: no chain that XLA recomputes."""
+    """Returns `Sums` of log decay (..., C, K), by products with 0/1 matrices.
+
+    XLA would recompute a chain of sums.
+    """
     *lead, C, K = log_decay_CK.shape
     (g_cumsum_CK, *g_cumsum), (g_exclusive_CK, *g_exclusive), (g_reversed_CK, *g_reversed) = (
         _level_sums(log_decay_CK)
@@ -184,7 +193,7 @@ def _halvings(log_decay_CK: jax.Array) -> Sums:
 
 @jax.custom_vjp
 def _level_sums(log_decay_CK):
-    """Returns g_cumsum, g_exclusive and g_reversed, each as [whole chunk, *levels]."""
+    """Returns g_cumsum, g_exclusive and g_reversed of log decay, each as [whole chunk, *levels]."""
     C = log_decay_CK.shape[-2]
     edges = [C + level * C // 2 for level in range(C.bit_length() - 1)]
     rows = _summed_tokens(C, log_decay_CK.dtype)
@@ -214,22 +223,22 @@ def _sums_of(summed_tokens, log_decay_CK) -> tuple[jax.Array, ...]:
 
 
 def _summed_tokens(C: int, dtype, levels: bool = True) -> tuple:
-    """Returns three 0/1 matrices, for the three sums: the tokens that each row adds up.
+    """Returns three 0/1 matrices, whose products with log decay are the sums of `_level_sums`.
 
-    levels: whether C/2 rows follow for each level.
+    Each has C rows for the whole chunk and, if `levels`, C/2 more for each level of halving.
     """
     s = _tokens(C)[None]
     return tuple(((first <= s) & (s <= last)).astype(dtype) for first, last in _bounds(C, levels))
 
 
 def _tokens(C: int):
-    """Returns 0 ... C-1: a compile-time constant, so that masks are, too, unless C is large."""
+    """Returns 0 ... C-1, as a NumPy constant unless C is large, so that masks are constants too."""
     return (np if C <= LARGEST_CONSTANT else jnp).arange(C)
 
 
 @functools.cache
 def _bounds(C: int, levels: bool):
-    """Returns the first and the last token of each row's sum, as columns."""
+    """Returns (first, last), the tokens that each row of `_summed_tokens` sums, for three sums."""
     i = np.arange(C)
     g_cumsum, g_exclusive, g_reversed = [(0 * i, i)], [(0 * i, i - 1)], [(i + 1, 0 * i + C - 1)]
     for level in range(C.bit_length() - 1 if levels else 0):
@@ -248,12 +257,12 @@ def pair_decay(log_decay_C1: jax.Array, *, exclusive: bool = False) -> jax.Array
     """Computes D_ij = exp(g_{j+1} + ... + g_i) for j <= i, else 0: (..., C, 1) to (..., C, C).
 
     With `exclusive` it is D_{i-1,j} = exp(g_{j+1} + ... + g_{i-1}) for j < i, with a diagonal of 0.
-    For a decay per head or token pairs are few and formed directly: in one block of 16 by their own
-    sums, others as a product of three exponentials, from the start of i's block to i, over the
+    For a decay per head or token all pairs can be formed: those inside one block of 16 from their
+    own sums, others as a product of three exponentials, from the start of i's block to i, over the
     whole blocks between, and from after j to the end of j's block.
 
     Gradient of each token's log decay. D_ij depends on g_s exactly when j < s <= i, so
-    dg_s = sum_{j < s <= i} dD_ij D_ij, one product with zeros and ones.
+    dg_s = sum_{j < s <= i} dD_ij D_ij, one product with a matrix of zeros and ones.
     """
     return _pair_decay(log_decay_C1, exclusive)
 
@@ -268,7 +277,7 @@ def _pair_decay(log_decay_C1, exclusive):
     g_AU = log_decay_C1.reshape(-1, A, U)
     # Pairs in one block
     same_AUU = jnp.where(_lower(U, -1 if exclusive else 0), sums_between(g_AU, exclusive), -jnp.inf)
-    # Pairs in two: up to i in its block, over whole blocks between, behind j in its block
+    # Pairs in two blocks: up to i in its own, over whole blocks between, after j in its own
     exp_g_cumsum_AU = jnp.exp(jnp.cumsum(_delayed(g_AU) if exclusive else g_AU, axis=-1))
     exp_g_between_AA = jnp.exp(sums_between(jnp.sum(g_AU, axis=-1), exclusive=True))
     exp_g_reversed_AU = jnp.exp(jax.lax.cumsum(_advanced(g_AU), axis=g_AU.ndim - 1, reverse=True))
@@ -304,7 +313,7 @@ _pair_decay.defvjp(_pair_decay_forward, _pair_decay_backward)
 
 
 def sums_between(g_U: jax.Array, exclusive: bool) -> jax.Array:
-    """Computes g_{j+1} + ... + g_i (`exclusive`: to g_{i-1}), else 0: (..., U) to (..., U, U)."""
+    """Computes g_{j+1} + ... + g_i (`exclusive`: ... + g_{i-1}) for j < i, else 0: (..., U, U)."""
     U = g_U.shape[-1]
     up_to_UU = _lower(U, -1 if exclusive else 0)  # s <= i, or s < i
     terms_UU = jnp.where(up_to_UU, g_U[..., None, :], 0.0)
@@ -326,7 +335,10 @@ def _advanced(g_U):
 
 
 def naive_pair_decay(log_decay_CK: jax.Array, *, exclusive: bool = False) -> jax.Array:
-    """Computes D_ij per channel as docs/math defines it: (..., C, K) to (..., C, C, K)."""
+    """Computes D_ij = exp(g_{j+1} + ... + g_i) of each channel: (..., C, K) to (..., C, C, K).
+
+    D_ij is 0 for j > i. With `exclusive` it is D_{i-1,j}, as in `pair_decay`.
+    """
     i, j, s = jnp.ogrid[tuple(slice(log_decay_CK.shape[-2]) for _ in range(3))]
     last = i - 1 if exclusive else i
     between_CCC = ((j < s) & (s <= last)).astype(log_decay_CK.dtype)
@@ -336,7 +348,11 @@ def naive_pair_decay(log_decay_CK: jax.Array, *, exclusive: bool = False) -> jax
 
 
 def rectangle(q_MUK: jax.Array, k_MUK: jax.Array, rows_MUK, g_reversed_MUK) -> jax.Array:
-    """Computes a level's scores: sum_K q_iK exp(rows_iK) k_jK exp(g_reversed_jK)."""
+    """Computes the scores of one level of halving, sum_K q_iK exp(rows_iK) k_jK exp(g_reversed_jK).
+
+    q_MUK, rows_MUK: queries i of the blocks' right halves, and their sums of log decay.
+    k_MUK, g_reversed_MUK: the same of keys j of left halves.
+    """
     q_MUK, k_MUK = q_MUK * jnp.exp(rows_MUK), k_MUK * jnp.exp(g_reversed_MUK)
     if q_MUK.shape[-2] == 1:
         return matmul.sum_last(q_MUK * k_MUK)
@@ -350,9 +366,9 @@ def decayed_scores(
 
     Args:
       q_CK, k_CK: (..., C, K).
-      sums: with their levels, of (..., C, K or 1).
+      sums: the result of `chunk_sums`, with levels, for a log decay (..., C, K or 1).
       exclusive: whether it is q_i^T diag(D_{i-1,j}) k_j, with a diagonal of 0.
-      rectangle: the function that gives each level's scores.
+      rectangle: the function that computes each level's scores.
     """
     *lead, C, K = q_CK.shape
     accumulate = dtypes.common(q_CK, k_CK, sums.g_cumsum_CK)
@@ -369,7 +385,7 @@ def decayed_scores(
 
 
 def _assemble(diagonal, rectangles) -> jax.Array:
-    """Joins a diagonal (..., C, 1, 1) and all levels' rectangles (..., M, U, U) to (..., C, C)."""
+    """Joins a diagonal (..., C, 1, 1) and all levels' scores (..., M, U, U) to (..., C, C)."""
     blocks = diagonal
     for rectangle in rectangles:
         *lead, M, U, _ = rectangle.shape
@@ -381,17 +397,21 @@ def _assemble(diagonal, rectangles) -> jax.Array:
 
 
 def g_cumsum(log_decay_BTX: jax.Array) -> jax.Array:
-    """Computes g_1 + ... + g_t in a shard (B, T, ...), any T; entries as in `chunk_sums`."""
+    """Computes sums of log decay, g_1 + ... + g_t, for each token t of a shard (B, T, ...)."""
     return _shard_sums(log_decay_BTX, np.tri(SHARD_BLOCK), reverse=False)
 
 
 def g_reversed(log_decay_BTX: jax.Array) -> jax.Array:
-    """Computes g_{t+1} + ... + g_T in a shard (B, T, ...)."""
+    """Computes sums of log decay, g_{t+1} + ... + g_T, for each token t of a shard (B, T, ...)."""
     return _shard_sums(log_decay_BTX, np.tri(SHARD_BLOCK, k=-1).T, reverse=True)
 
 
 def _shard_sums(log_decay_BTX, rows_CC, reverse: bool):
-    """Sums tokens in blocks, then blocks, by products: a TPU's cumulative sum moves more memory."""
+    """Returns sums over time of a shard's log decay, whose entries are in [RESET, 0].
+
+    Inside blocks of C tokens it is a product with rows_CC; then other blocks' sums are added. A
+    TPU's cumulative sum over all tokens would move more memory.
+    """
     (B, T, *X), C = log_decay_BTX.shape, SHARD_BLOCK
     padding = ((0, 0), (0, -T % C)) + ((0, 0),) * len(X)
     g_BNCX = jnp.pad(log_decay_BTX, padding).reshape(B, -1, C, *X)

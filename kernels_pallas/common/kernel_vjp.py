@@ -22,14 +22,16 @@ def differentiable(
 ):
     """Returns f(form, fixed, *arrays) -> outputs, with reverse derivatives of any order.
 
-    Of these, form is hashable and fixed at tracing; fixed is a pytree of arrays without
+    f takes a hashable `form`, static under tracing, and `fixed`, a pytree of arrays without
     derivatives, such as document ids, or None.
 
     Args:
-      forward: (form, fixed, *arrays) -> (outputs, residuals).
-      backward: (form, fixed, arrays, residuals, cotangents of the outputs) -> those of the arrays.
-      plain: (form, fixed, *arrays) -> outputs, equal to `forward`'s, by what JAX differentiates.
-      call: (form, fixed, *arrays) -> outputs, for calls that nobody differentiates; None is
+      forward: maps (form, fixed, *arrays) to (outputs, residuals); may run a kernel.
+      backward: maps (form, fixed, arrays, residuals, cotangents of the outputs) to the cotangents
+        of the arrays.
+      plain: maps (form, fixed, *arrays) to the outputs of `forward`, in operations that JAX can
+        differentiate; second and higher derivatives come from it.
+      call: maps (form, fixed, *arrays) to outputs, for calls that nobody differentiates; None is
         `forward` without its residuals.
       save: whether outputs and residuals get the checkpoint name of operator residuals (`remat`).
     """

@@ -1,4 +1,4 @@
-"""Matrix products with float32 results, forward and backward, and sums of rows as products."""
+"""Matrix products with float32 results, forward and backward, and sums over the last axis."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ from kernels_pallas.common.dtypes import custom_vjp
 
 @custom_vjp(0)
 def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Computes an einsum of two operands in float32 or wider, in the backward pass, too.
+    """Computes an einsum of x and y in float32 or wider, and its gradients in the same way.
 
     Two bfloat16 operands, which are then a caller's inputs, go to the matrix unit as they are. If
     one is float32 (a decayed key, a score, a state, a cotangent), the product is in float32:
     rounding that operand would cost up to 3e-2 of the result's rms where entries are heavy-tailed.
-    How a device multiplies float32 is `jax_default_matmul_precision`, as everywhere in JAX. Each
-    letter of an operand must stand in the other or in the result. Cotangents have the dtype of
-    their operand.
+    The precision of float32 products is `jax_default_matmul_precision`, as everywhere in JAX. Each
+    letter of an operand must stand in the other operand or in the result. Cotangents have the dtype
+    of their operand.
     """
     accumulate = dtypes.common(x.dtype, y.dtype, jnp.float32)
 
@@ -50,9 +50,9 @@ einsum.defvjp(_forward, _backward)
 
 
 def sum_last(x: jax.Array) -> jax.Array:
-    """Sums over the last axis, which becomes 1: (..., K) to (..., 1).
+    """Sums over the last axis and keeps it with size 1: (..., K) to (..., 1).
 
-    On CPU it is a product with ones: XLA's reduction of the minor axis takes longer there
+    On CPU it is a product with ones, which is faster there than XLA's reduction of the last axis
     (docs/results.md).
     """
     return _sum_last(x.shape[-1], x)
@@ -79,7 +79,10 @@ _sum_last.defvjp(
 
 
 def cleared(x_BTHK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns x with 0 for NaN and Inf, and where they were, (B, T, H); x may be (B, T, H), too."""
+    """Returns x with 0 in place of NaN and Inf, and a mask (B, T, H) of where those were.
+
+    x_BTHK may also be (B, T, H); with a last axis the mask is True where any of its entries is bad.
+    """
     finite = jnp.isfinite(x_BTHK)
     bad_BTH = ~finite
     if x_BTHK.ndim == 4:  # as a product, as sums of rows are
@@ -88,7 +91,7 @@ def cleared(x_BTHK: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns x scale, where scale broadcasts to x; of (..., 1) the gradient is a `sum_last`."""
+    """Returns x * scale, broadcast; if scale is (..., 1), its gradient is summed by `sum_last`."""
     if scale.shape[-1] > 1:
         return dtypes.multiply(x, scale)
     return _rows_scaled(x, jnp.broadcast_to(scale, (*x.shape[:-1], 1)))

@@ -1,14 +1,14 @@
-"""Random inputs of the operators' cases (`ops/<operator>/case.py`)."""
+"""Random inputs for checks and benchmarks of the operators (`ops/<operator>/case.py`)."""
 
 import numpy as np
 
-# Of log decays, beside "check" and "trained"; all of them are legal.
+# Distributions of log decays, beside "check" and "trained"; all are legal arguments.
 LAWS = ("weak", "strong", "mixed", "resets", "extreme")
 DECAYS = tuple(f"{kind} {law}" for kind in ("per_token", "per_channel") for law in LAWS)
 
 
 def normal(rng, *size, dtype: type[np.generic] = np.float32):
-    """Draws standard normal numbers; if complex, both parts are."""
+    """Draws standard normal numbers of shape `size`; of complex ones both parts are normal."""
     x = rng.standard_normal(size)
     if np.issubdtype(dtype, np.complexfloating):
         x = x + 1j * rng.standard_normal(size)
@@ -16,13 +16,13 @@ def normal(rng, *size, dtype: type[np.generic] = np.float32):
 
 
 def unit(rng, *size):
-    """Draws random vectors of length 1 along the last axis."""
+    """Draws random vectors (the last axis of shape `size`) of length 1."""
     x = rng.standard_normal(size)
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def gate(rng, size, law: str):
-    """Draws log decays from the distribution called `law`."""
+    """Draws log decays of shape `size` from the distribution named `law`, such as "weak"."""
     if law == "trained":  # half-lives from a few tokens to a few thousand
         return -np.exp(rng.uniform(np.log(3e-4), np.log(0.3), size)).astype(np.float32)
     if law == "check":  # from hardly any to nothing left, and now and then exactly nothing
@@ -49,8 +49,10 @@ def gate(rng, size, law: str):
 
 
 def log_decay(rng, shape, regime: str) -> dict:
-    """Returns {"log_decay": ...} for a regime whose name ends in kind and law, such as "per_token
-    weak"; "per_head" alone is RetNet's decay. Other names give {}."""
+    """Returns {"log_decay": array} for a regime that ends in kind and law, as "per_token weak".
+
+    "per_head" alone is RetNet's decay. Other regimes give {}. shape: a `dispatch.case.Shape`.
+    """
     B, T, H, K = shape.B, shape.T, shape.H, shape.K
     sizes = {"per_head": (H,), "per_token": (B, T, H), "per_channel": (B, T, H, K)}
     match regime.split():
@@ -62,7 +64,7 @@ def log_decay(rng, shape, regime: str) -> dict:
 
 
 def recurrence(rng, shape, regime: str) -> dict:
-    """Draws inputs of a matrix recurrence: q, k, v, the initial state (B, H, K, V), a decay."""
+    """Draws a matrix recurrence's inputs by name: q, k, v, initial_state and a log_decay."""
     B, T, H, G, K, V = shape.B, shape.T, shape.H, shape.key_heads, shape.K, shape.V
     q_BTGK, k_BTGK = normal(rng, B, T, G, K), normal(rng, B, T, G, K)
     v_BTHV, state_BHKV = normal(rng, B, T, H, V), normal(rng, B, H, K, V)

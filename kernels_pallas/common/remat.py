@@ -1,4 +1,4 @@
-"""Names (`checkpoint_name`) of what an operator computes, for policies of `jax.checkpoint`.
+"""Names of operators' results, by which a policy of `jax.checkpoint` can save them.
 
 A layer recomputed in the backward pass runs its operators twice, unless its policy saves these:
 
@@ -14,5 +14,5 @@ ENTERING_STATES = "entering_states"  # received from another shard, each as larg
 
 
 def named(arrays, name: str = OPERATOR_RESIDUALS):
-    """Gives every array of a pytree the name that a checkpoint policy selects it by."""
+    """Returns a pytree whose arrays carry a name by which a checkpoint policy can select them."""
     return jax.tree.map(lambda x: checkpoint_name(x, name), arrays)

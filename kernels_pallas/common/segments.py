@@ -1,4 +1,4 @@
-"""Packed documents: what operators derive from `segment_ids_BT`.
+"""Packed documents: the masks and indices that operators derive from `segment_ids_BT`.
 
 A document is a run of equal ids. A state (or convolution tap) enters a token exactly when the token
 before it, in the same row, has the same id. `initial_state` enters the first token of a row.
@@ -11,27 +11,28 @@ from kernels_pallas.common import matmul
 
 
 def starts(segment_ids_BT: jax.Array, reverse: bool = False) -> jax.Array:
-    """Returns True where a token begins a document; column 0 is False, so an initial state enters.
+    """Returns True (B, T) at each document's first token, but not at a row's first token.
 
-    reverse: whether time runs backwards, so that a document begins at its last token; then the last
-      column is False.
+    There an initial state enters.
+    reverse: whether time runs backwards, so that a document begins at its last token; then the
+      exception is the row's last token.
     """
     changed_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     return jnp.pad(changed_BT, ((0, 0), (0, 1) if reverse else (1, 0)))
 
 
 def run_index(segment_ids_BT: jax.Array) -> jax.Array:
-    """Returns each token's document, numbered from 0 in its row."""
+    """Returns the index (B, T) of each token's document, counted from 0 in its row."""
     return count_starts(starts(segment_ids_BT))
 
 
 def count_starts(start_BT: jax.Array) -> jax.Array:
-    """Returns `run_index` from the result of `starts`."""
+    """Returns each token's document index (B, T), counted from the starts that `starts` gives."""
     return jnp.cumsum(start_BT.astype(jnp.int32), axis=1)
 
 
 def positions(segment_ids_BT: jax.Array) -> jax.Array:
-    """Returns each token's index in its document."""
+    """Returns the position (B, T) of each token in its document, counted from 0."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     start_index_BT = jnp.where(starts(segment_ids_BT), index_T[None], 0)
     return index_T[None] - jax.lax.cummax(start_index_BT, axis=1)
@@ -68,12 +69,13 @@ def recurrent(
 
 
 def isolated(operator):
-    """Makes NaN and Inf stay in their document, of a matrix recurrence whose masks are products.
+    """Wraps a matrix recurrence, whose masks are products with 0, so that NaN and Inf stay in their
+    document.
 
     From a token (or an initial state) that is not finite on, its head's outputs are NaN up to the
-    document's end; gradients are those of the others. It costs a pass over the arguments, so that
-    calls without segment ids go without: a chunk's earlier tokens may be NaN there, too. So may
-    other documents where finite arguments overflow.
+    document's end; no other output is NaN, and gradients are those of the other outputs. The
+    wrapper costs a pass over the arguments, so calls without segment ids go without: there, a
+    chunk's earlier tokens may be NaN too. So may other documents where finite arguments overflow.
     """
 
     def call(*, initial_state_BHKV, segment_ids_BT, **inputs):

@@ -52,7 +52,7 @@ def inverse(A_CC: jax.Array) -> jax.Array:
 
 
 def _blocks(A_CC, U, down, stride):
-    """Returns the U x U blocks `down` rows below the diagonal, one every `stride` tokens."""
+    """Returns A's U x U blocks at columns i = 0, stride, 2 stride, ... and rows i + down."""
     starts = range(0, A_CC.shape[-1], stride)
     return jnp.stack([A_CC[..., i + down : i + down + U, i : i + U] for i in starts], axis=-3)
 

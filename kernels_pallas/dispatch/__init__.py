@@ -1,5 +1,4 @@
-"""Choice of an implementation: by name, or the best one whose kernels passed their check on this
-kind of device."""
+"""Choice of an operator's implementation: by name, or the best whose kernels passed their check."""
 
 from kernels_pallas.dispatch.choose import (
     Choice,

@@ -1,5 +1,6 @@
-"""Keeps libtpu quiet on a machine without a TPU, where it is installed to compile for one
-(`tools.tpu_compile`).
+"""Keeps libtpu, installed to compile for a TPU, from starting where there is none.
+
+`tools.tpu_compile` is what compiles.
 """
 
 import glob
@@ -16,11 +17,11 @@ _SET_BY_JAX = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}  # when imported, witho
 
 
 def pass_over() -> None:
-    """Keeps JAX from initialising libtpu where there is no TPU. For programs, before JAX's first
-    use; libraries leave JAX alone.
+    """Keeps JAX from initialising libtpu on a machine without a TPU.
 
-    Nothing changes where the user, or JAX on seeing a chip, has chosen platforms, or anything else
-    speaks of a TPU.
+    Programs call it before JAX's first use; libraries leave JAX's settings alone. Nothing changes
+    where platforms are chosen already, by the user or by JAX on seeing a chip, or where an
+    environment variable or a device file speaks of a TPU.
     """
     config: Any = jax.config  # its type does not list the flags
     chosen = config.jax_platforms is not None
@@ -35,7 +36,7 @@ def pass_over() -> None:
 
 
 def tell_libtpu() -> None:
-    """Sets environment variables so that libtpu neither asks Google Cloud's metadata server, nor
+    """Sets environment variables by which libtpu neither asks Google Cloud's metadata server, nor
     locks a chip, nor writes logs."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -1,5 +1,4 @@
-"""The description of an operator that every check of it reads: the self-check of its kernels, the
-benchmarks and the conformance suite.
+"""Descriptions of operators, for self-check, benchmarks and conformance suite to read.
 
 Each operator has one, `CASE` in `ops/<operator>/case.py`.
 """
@@ -16,10 +15,10 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of one problem, by the letters of `array_typing`.
+    """Sizes of an operator's inputs: B batch, T time, H value heads, K key dim, V value dim.
 
     G: key heads; None is H. D: channels of operators without heads; None is H V. I: taps of a
-    convolution. window: tokens that a query sees in a kind of call with a window.
+      convolution. window: the tokens that a query sees, where the kind of call has a window.
     """
 
     B: int = 1
@@ -44,7 +43,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class OperatorCase:
-    """The arguments of an operator, its inputs, and the kinds of call that its kernels tell apart.
+    """Description of an operator: arguments, test inputs, and the kinds of call with own kernels.
 
     positional: names of the inputs that are given by position, in their order. The others are given
       by keyword, under their names.
@@ -55,13 +54,13 @@ class OperatorCase:
     kind_of: the normalised arguments of a call, as an implementation gets them -> its kind, and the
       dtype of the check that covers it.
     options: (kind or regime, shape) -> the keywords that make a call be of that kind.
-    further_calls: (kind, shape) -> keywords by a suffix of the results' names: calls that the
-      self-check makes beside the plain one.
-    packed: whether the self-check calls a kind with segment ids.
-    regimes: those of the conformance suite.
+    further_calls: (kind, shape) -> {suffix: keywords}, the calls that the self-check makes beside
+      the plain one; the suffix is added to the names of their results.
+    packed: kind -> whether the self-check calls it with segment ids.
+    regimes: the regimes that the conformance suite tests.
     rounded: the inputs that take the dtype asked for. The others (states, gates) stay float32.
     unbatched: the inputs of rank 2 or more without a batch axis.
-    letters: the sizes that the operator has.
+    letters: the sizes of `Shape` that the operator has.
     truth: the implementation that kernels are compared with.
     float16: the kernels that take float16, beside float32 and bfloat16.
     """
@@ -81,8 +80,10 @@ class OperatorCase:
     float16: tuple[str, ...] = ()
 
     def call(self, function: Callable, inputs: Arrays, **keywords) -> Arrays:
-        """Returns the public function's results for a dict of inputs, as "output" and, if it
-        returns a state, "final state"."""
+        """Calls an operator's public function on inputs by name.
+
+        Returns its results by name: "output" and, if it returns a state, "final state".
+        """
         others = dict(inputs)
         given = [others.pop(name, None) for name in self.positional]
         results = function(*given, **others, **keywords)
@@ -91,8 +92,10 @@ class OperatorCase:
 
 
 def checked_dtype(*arrays: jax.Array) -> str:
-    """Returns the dtype whose self-check covers inputs of these dtypes: of a mixture, the
-    widest."""
+    """Returns the dtype of the self-check that covers a call with these arrays.
+
+    It is float32 if one array is, bfloat16 if all are, else float16.
+    """
     dtypes = {str(x.dtype) for x in arrays}
     if "float32" in dtypes:
         return "float32"

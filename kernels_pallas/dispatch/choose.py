@@ -1,4 +1,4 @@
-"""Choice of an operator's implementation: the named one, or the best that can run the call."""
+"""Choice of an operator's implementation: the one a call names, or the best that can run it."""
 
 import contextlib
 import contextvars
@@ -19,14 +19,14 @@ _RECORDED: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorde
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operator.
+    """One way to compute an operator, such as its kernel for a TPU.
 
     name: the value of `implementation=` that asks for it.
     call: the function, on the operator's normalised arguments.
-    unsupported_reason: of the call's keyword arguments, the reason why it cannot run, or None.
-    platform: the one that it is a kernel for, 'tpu' or 'gpu'; None runs anywhere.
-    passed_over_reason: the reason why it should serve only where it is named, although it can run,
-      or None.
+    unsupported_reason: maps the call's keyword arguments to the reason why it cannot run, or None.
+    platform: 'tpu' or 'gpu' for a kernel; None runs anywhere.
+    passed_over_reason: maps the same to the reason why it should serve only where it is named,
+      although it can run, or None.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Implementation:
     passed_over_reason: Callable[..., str | None] = lambda **arguments: None
 
     def reason_against(self, arguments) -> str | None:
-        """Returns why this call cannot run on the current target, or None."""
+        """Returns why the current target cannot run a call with these arguments, or None."""
         target = devices.current()
         if self.platform not in (None, target.platform):
             return f"it is a kernel for {self.platform}; this is {target.platform}"
@@ -52,9 +52,9 @@ class Implementation:
 class Operator:
     """An operator as dispatch, self-check, benchmarks and tests use it.
 
-    function: the public one.
-    implementations: the best first.
-    case: how it is called and checked; None where it has no kernel that would have to be.
+    function: its public function.
+    implementations: the ways to compute it, the best first.
+    case: how it is called and checked; None for an operator without kernels.
     """
 
     function: Callable[..., Any]
@@ -68,11 +68,11 @@ class Operator:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The implementation chosen for a kind of call.
+    """Result of a choice: the implementation that serves a kind of call.
 
     kind: what of the call matters, and the dtype, such as "per_token bfloat16"; empty for operators
-      without kernels. passed_over: the better implementations, each with the reason why it does not
-      serve.
+      without kernels.
+    passed_over: the better implementations, each with the reason why it does not serve.
     """
 
     operator: str
@@ -88,10 +88,10 @@ class Choice:
 
 @contextlib.contextmanager
 def recorded():
-    """Yields a list that collects the `Choice` of every operator traced inside the block, one per
-    operator, kind of call and implementation.
+    """Context manager: yields a list of the `Choice` of each operator traced in its block.
 
-    What JAX finds in its caches is not traced.
+    It holds one per operator, kind of call and implementation. What JAX finds in its caches is not
+    traced.
     """
     found: list[Choice] = []
     token = _RECORDED.set(found)
@@ -102,11 +102,11 @@ def recorded():
 
 
 def explain(operator: Callable, *arguments, **keywords) -> Choice:
-    """Tells which implementation serves a call here, and why each better one does not.
+    """Returns which implementation serves a call here, and why each better one does not.
 
-    operator: a public function, such as `kernels_pallas.delta_rule`. The arguments are its own,
-    arrays or `jax.ShapeDtypeStruct`. Nothing is computed; a kernel that has not been checked on
-    this kind of device is checked, as a call would.
+    `operator` is a public function, such as `kernels_pallas.delta_rule`, followed by its own
+    arguments, arrays or `jax.ShapeDtypeStruct`. Nothing is computed, except that a kernel not yet
+    checked on this kind of device is checked, as in a call.
 
         >>> q = k = v = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
         >>> beta = jax.ShapeDtypeStruct((1, 4096, 8), jnp.float32)
@@ -116,8 +116,8 @@ def explain(operator: Callable, *arguments, **keywords) -> Choice:
         cpu
 
     Raises:
-      ValueError: the operator's own, or it chooses nothing: no tokens, or not an operator.
-      NotImplementedError: the implementation that is named cannot run this call.
+      ValueError: the operator refuses the arguments, or chooses nothing (no tokens, no operator).
+      NotImplementedError: the named implementation cannot run this call.
     """
     leaves, structure = jax.tree.flatten((arguments, keywords))
     kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
@@ -138,11 +138,12 @@ def explain(operator: Callable, *arguments, **keywords) -> Choice:
 def choose(operator: Operator, name: str | None, **arguments) -> Implementation:
     """Returns the implementation called `name`, or for None the first that supports the call.
 
-    A named implementation that cannot run raises and says why; nothing is swapped in silence. For
-    None, a kernel serves once it has passed its check on this kind of device (`verification`); a
-    named one is not checked.
+    A named implementation that cannot run raises and says why; no other one replaces it. For None,
+    a kernel serves once it has passed its check on this kind of device (`verification`); a named
+    one is not checked.
 
-    Arrays that are committed to another platform than the process's first are computed there.
+    If arrays are committed to another platform than that of the process's first device, the call
+    runs there.
 
     Raises:
       ValueError: the name is unknown (the choices are listed).
@@ -210,7 +211,9 @@ def _record(operator, implementation, passed_over, arguments) -> None:
 
 
 def run(operator: Operator, name: str | None, **arguments) -> Any:
-    """Calls the implementation that `choose` returns, after making all arrays vary over the same
-    axes under `jax.shard_map` (`manual_axes`)."""
+    """Chooses an operator's implementation by `choose`, calls it and returns its results.
+
+    Under `jax.shard_map` all arrays first come to vary over the same mesh axes (`manual_axes`).
+    """
     arguments = manual_axes.alike(arguments)
     return choose(operator, name, **arguments).call(**arguments)

@@ -1,4 +1,4 @@
-"""The device that a call is being traced for, and whether kernels may run interpreted on a CPU.
+"""The target, which is the device that a call is traced for, and whether kernels run interpreted.
 
 A kernel is written for one platform, 'tpu' or 'gpu'. It may be traced on a host that has neither:
 inside `jax.sharding.use_abstract_mesh` of a mesh with an abstract device, that device is the
@@ -19,10 +19,10 @@ _INTERPRETED = contextvars.ContextVar("interpreted", default=False)
 
 
 class Target(NamedTuple):
-    """A device to trace for.
+    """The device that a call is traced for.
 
-    platform: 'cpu', 'tpu' or 'gpu'. kind: the device's own name, such as 'TPU v6 lite' or
-    'NVIDIA H200'.
+    platform: 'cpu', 'tpu' or 'gpu'. kind: the device's own name, such as 'TPU v6 lite' or 'NVIDIA
+      H200'.
     """
 
     platform: str
@@ -30,8 +30,7 @@ class Target(NamedTuple):
 
 
 def current() -> Target:
-    """Returns the abstract device in scope; where there is none, `jax.default_device`'s; else the
-    process's first device."""
+    """Returns the target: an abstract device in scope, `jax.default_device`, or the first one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = _CONFIG.jax_default_device or jax.devices()[0]
@@ -45,11 +44,11 @@ def platform_of(device) -> str:
 
 
 def committed(arrays) -> Any:
-    """Returns the device that an array is committed to, as `jax.device_put(x, device)` leaves it.
+    """Returns the device that one of the arrays is committed to, as by `jax.device_put(x, device)`.
 
-    None where there is no such array, or where an abstract device is in scope. Inside jit nothing
-    is known of where its arguments will lie: there `jax.default_device` has to name a device of
-    another platform than the process's first.
+    None where no array is, or where an abstract device is in scope. Inside jit it is not known
+    where the arguments will lie: there `jax.default_device` has to name a device of another
+    platform than the process's first.
     """
     if jax.sharding.get_abstract_mesh().abstract_device is not None:
         return None
@@ -63,8 +62,10 @@ def committed(arrays) -> Any:
 
 @contextlib.contextmanager
 def of(arrays):
-    """Sets the target, inside the block, to the device an array is committed to, if its platform
-    differs from the current target's; yields whether it does."""
+    """Context manager: inside, the target is the device that one of `arrays` is committed to.
+
+    The target changes only if that device is of another platform; yields whether it does.
+    """
     device = committed(arrays)
     if device is None or platform_of(device) == current().platform:
         yield False
@@ -74,8 +75,7 @@ def of(arrays):
 
 
 def compute_capability() -> float | None:
-    """Returns the compute capability, such as 9.0, of the GPU being traced for; None if it is not
-    one of this process's."""
+    """Returns the compute capability, such as 9.0, of the target GPU; None if it is not at hand."""
     device = jax.devices()[0]
     found = getattr(device, "compute_capability", None)
     return float(found) if found and device.device_kind == current().kind else None
@@ -83,7 +83,7 @@ def compute_capability() -> float | None:
 
 @contextlib.contextmanager
 def interpreted(on: bool = True):
-    """Lets kernels that are traced inside the block run interpreted, where the target is a CPU."""
+    """Context manager: lets kernels traced in its block run interpreted, if the target is a CPU."""
     token = _INTERPRETED.set(on)
     try:
         yield
@@ -92,5 +92,5 @@ def interpreted(on: bool = True):
 
 
 def interpreting() -> bool:
-    """Returns whether a kernel that is traced now is to be interpreted."""
+    """Returns whether a kernel that is traced now has to run in an interpreter."""
     return _INTERPRETED.get() and current().platform == "cpu"

@@ -1,9 +1,9 @@
 """Operators under a mesh with explicit axes (`jax.sharding.AxisType.Explicit`), where an array's
 type has its sharding.
 
-Inside an operator those axes are the compiler's, as they are under a mesh with automatic ones:
-chunks, padding and loops have no sharding that anybody could name. The results are sharded as their
-letters are in the arguments.
+Inside an operator the compiler chooses the sharding along those axes, as under a mesh with
+automatic ones: chunks, padding and loops have no sharding that anybody could name. Outside, each
+dimension of a result is sharded as the arguments' dimension with the same letter.
 """
 
 import functools
@@ -15,10 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def automatic(results, **letters: str):
-    """Decorates a function of arrays so that it works under a mesh with explicit axes.
+    """Decorator: makes a function of arrays work under a mesh with explicit axes.
 
-    results: the letters of the results, a pytree of strings, or one for all. letters: those of the
-    arguments, as far as results take theirs from them.
+    Letters name dimensions, as in "BTD": each dimension of a result is sharded as the arguments'
+    dimension with its letter, or not at all where none has it.
+
+    results: the results' letters, a string each in a pytree, or one string for all results.
+    letters: by argument name, the arguments' letters.
     """
 
     def decorate(function):

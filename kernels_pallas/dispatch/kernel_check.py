@@ -1,13 +1,13 @@
 """The numerical check of a kernel, forward and backward, against a reference implementation.
 
-Compared are the output and the final state, as computed for inference and for training, and the
+It compares the output and the final state, as computed for inference and for training, and the
 gradients of all inputs, under random cotangents. Sizes are those that models use: heads of 128 in
 groups, more than one chunk, the last one not whole, an initial state, documents that end inside
-chunks. The chunked form (of a convolution the shifted one) gets the same (rounded) inputs in
-float32, and products at the highest precision. The error is that of the conformance suite: at each
-position the rms of the difference over the last axis (arrays of rank below 4: of each entry) over
-the rms of the whole tensor. The largest counts, less the largest that writing the truth itself in
-the result's dtype makes (a bfloat16 entry of 20 times the rms is off by 4e-2 of it).
+chunks. The reference is the chunked form (of a convolution the shifted one), on the same (rounded)
+inputs in float32, with products at the highest precision. The error at a position is the rms of the
+difference over the last axis (arrays of rank below 4: of one entry) over the rms of the whole
+tensor, as in the conformance suite. The largest counts, less the largest that rounding the
+reference to the result's dtype makes (a bfloat16 entry of 20 times the rms is off by 4e-2 of it).
 """
 
 import time
@@ -29,11 +29,11 @@ TINY = Shape(B=1, T=40, G=1, H=2, K=16, V=16, D=32, window=13)
 
 
 class CheckResult(NamedTuple):
-    """The result of a check.
+    """Result of one check of a kernel.
 
     forward, gradient: the largest errors, None where nothing was computed. problem: what is wrong,
-    or None. raised: an exception stood in the way. refused: the implementation does not support
-    this kind of call.
+      or None. raised: whether an exception stopped the check. refused: whether that was because the
+      implementation does not support this kind of call.
     """
 
     operator: str
@@ -49,8 +49,11 @@ class CheckResult(NamedTuple):
 
 
 def check(operator, implementation: str, kind: str, dtype: str, shape=FULL) -> CheckResult:
-    """Runs one check of a `dispatch.Operator` on this process's first device. Errors and exceptions
-    are in the result; nothing raises."""
+    """Runs one check of an implementation of a `dispatch.Operator`, on this process's first device.
+
+    kind and dtype say which of the operator's kinds of call is checked. Exceptions are not raised,
+    but described in the result.
+    """
     start = time.perf_counter()
     call = (operator.name, implementation, kind, dtype)
     try:
@@ -73,7 +76,7 @@ def check(operator, implementation: str, kind: str, dtype: str, shape=FULL) -> C
 
 
 def _errors(operator, implementation, kind, dtype, shape) -> tuple[dict, dict]:
-    """Returns the errors of outputs, and those of gradients, by name."""
+    """Returns two dicts by name: the errors of outputs and states, and those of gradients."""
     case = operator.case
     rng = np.random.default_rng(zlib.crc32(f"{operator.name} {kind}".encode()))
     device = jax.local_devices()[0]
@@ -88,8 +91,12 @@ def _errors(operator, implementation, kind, dtype, shape) -> tuple[dict, dict]:
         ids_BT = _documents(shape) if case.packed(kind) else None
 
         def everything(name):
-            """Returns a jitted (inputs, cotangents, ids) -> results in inference, in training, and
-            gradients, by the suffixes of `further_calls`; and the forward pass alone."""
+            """Returns (run, forward) for the implementation `name`.
+
+            forward: (inputs by suffix, ids) -> outputs by the suffixes of `further_calls`.
+            run: jitted (inputs, cotangents, ids) -> outputs in inference, outputs in training, and
+              gradients.
+            """
 
             def forward(given, ids_BT):
                 return {
@@ -138,7 +145,10 @@ def _errors(operator, implementation, kind, dtype, shape) -> tuple[dict, dict]:
 
 
 def position_error(got, expected) -> float:
-    """Returns the module's error measure; inf for another shape or values that are not finite."""
+    """Returns the largest error of `got` at a position, in units of the rms of `expected`.
+
+    The module's docstring defines it. It is inf for another shape or values that are not finite.
+    """
     got, expected = np.asarray(got), np.asarray(expected)
     if got.shape != expected.shape:
         return np.inf
@@ -167,8 +177,10 @@ def _normal(rng, like):
 
 
 def _documents(shape) -> np.ndarray:
-    """Returns segment ids of three documents. The second contains most chunk edges; the third has
-    the id of the first."""
+    """Returns segment ids (B, T) of three documents in each row.
+
+    The second contains most chunk edges; the third has the id of the first.
+    """
     T = np.arange(shape.T)
     ids_T = 1 + ((T >= shape.T // 4) & (T < shape.T - shape.T // 10))
     return np.tile(ids_T.astype(np.int32), (shape.B, 1))

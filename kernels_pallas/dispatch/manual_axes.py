@@ -1,5 +1,5 @@
-"""Types under `jax.shard_map`, whose `check_vma` tracks the manual mesh axes that an array varies
-over.
+"""Support of `jax.shard_map`, whose `check_vma` tracks the manual mesh axes that an array varies
+over, as a part of its type.
 
 Loops require that what they carry keeps its type, and custom derivatives that a cotangent has the
 type of its operand. So every operator first makes its operands alike; the transpose of that sums
@@ -16,14 +16,16 @@ from jax import lax
 
 
 def varying(tree) -> frozenset[str]:
-    """Returns the mesh axes that some array of a pytree varies over."""
+    """Returns the names of the manual mesh axes that some array of a pytree varies over."""
     axes = (jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree) if _is_array(x))
     return frozenset().union(*axes)
 
 
 def alike(tree, axis_name: str | Collection[str] = ()):
-    """Makes every array of a pytree vary over `axes`, and over every axis that one of the arrays
-    varies over."""
+    """Returns a pytree with every array made to vary over the same manual mesh axes.
+
+    These are axis_name (one name or several) and all axes that any of the arrays varies over.
+    """
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     axes = varying(tree).union(names)
 
@@ -35,9 +37,10 @@ def alike(tree, axis_name: str | Collection[str] = ()):
 
 
 def shapes(outputs, inputs) -> list[jax.ShapeDtypeStruct]:
-    """Returns abstract arrays for what a kernel writes, with the type of what it reads.
+    """Returns a `jax.ShapeDtypeStruct` for each result of a kernel.
 
-    outputs: anything that has a shape and a dtype each.
+    outputs: anything with the results' shapes and dtypes. inputs: the kernel's arrays, whose first
+      one gives the mesh axes that the results vary over.
     """
     axes = jax.typeof(inputs[0]).manual_axis_type
     return [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes) for x in outputs]

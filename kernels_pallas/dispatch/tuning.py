@@ -1,4 +1,4 @@
-"""Chunk and block sizes: from a table of tuned calls, else from the implementation's own rule.
+"""Chunk and block sizes of kernels: from a table of tuned sizes, else from the kernel's own rule.
 
 `tuned.json` beside this file maps keys to sizes. A key is written
 operator/implementation/.../device kind; an implementation says what stands between, for instance
@@ -6,8 +6,8 @@ operator/implementation/.../device kind; an implementation says what stands betw
     delta_rule/pallas_tpu/bfloat16/128x128 per_token/TPU v6 lite  {"chunk_size": 128, "heads": 8}
     delta_rule/triton/writes/bfloat16                             {"BV": 32, "num_warps": 8}
 
-An entry holds for its key and for all that continue it (the second: for every shape and GPU), and
-the longer key wins. K x V, the kind of decay and the device are met exactly or not at all: sizes
+An entry holds for its key and for all longer keys that begin with it (the second: for every shape
+and GPU), and the longer key wins. K x V, the kind of decay and the device must match exactly: sizes
 for a neighbouring shape are no better than the rule, and may not fit. Nothing is ever tuned while a
 model runs; `python -m experiments.bench tune` writes the table.
 """
@@ -26,11 +26,11 @@ _ASKED: contextvars.ContextVar[dict | None] = contextvars.ContextVar("asked", de
 
 
 def lookup(heuristic: dict[str, int], operator: str, implementation: str, *rest: str) -> dict:
-    """Returns the sizes of a call that is traced now.
+    """Returns the chunk and block sizes of a call being traced, such as {"chunk_size": 64}.
 
     heuristic: the implementation's own sizes; the table may replace any of them, and adds none.
-    rest: what the sizes depend on, from the general to the special. The device's kind is added
-    here.
+    rest: the key's middle parts, which the sizes depend on, from the general to the special. The
+      device's kind is added here.
     """
     key = (operator, implementation, *rest, devices.current().kind)
     found, tried = dict(heuristic), _TRIED.get() or {}
@@ -50,8 +50,10 @@ def _table() -> dict[str, dict[str, int]]:
 
 @contextlib.contextmanager
 def trying(sizes: dict[str, dict[str, int]]):
-    """Gives these entries precedence over the table, inside the block. They are read at tracing:
-    trace a function that no cache has."""
+    """Context manager: makes `sizes`, entries by key, override the tuned table in its block.
+
+    They are read at tracing: trace a function that no cache has.
+    """
     token = _TRIED.set(sizes)
     try:
         yield
@@ -61,7 +63,7 @@ def trying(sizes: dict[str, dict[str, int]]):
 
 @contextlib.contextmanager
 def asked():
-    """Yields a dict that collects the keys looked up inside the block, and the sizes found."""
+    """Context manager: yields a dict of the keys looked up in its block, with their sizes."""
     found = {}
     token = _ASKED.set(found)
     try:
@@ -71,8 +73,10 @@ def asked():
 
 
 def save(entries: dict[str, dict[str, int]], path: pathlib.Path = TABLE) -> None:
-    """Writes entries to the table, replacing those of the same keys; an empty one removes its
-    key."""
+    """Writes entries to the table of tuned sizes, replacing those of the same keys.
+
+    An empty entry removes its key.
+    """
     merged = json.loads(path.read_text()) | entries
     lines = [
         f" {json.dumps(key)}: {json.dumps(merged[key])}" for key in sorted(merged) if merged[key]

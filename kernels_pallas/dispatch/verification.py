@@ -1,4 +1,4 @@
-"""Decides whether a kernel may serve unnamed: by a check on first use, which is recorded.
+"""Decides whether a kernel may serve calls that name no implementation, by a check on first use.
 
 A kernel proven by compiling and interpreting may be wrong on hardware that its tests never saw. So
 when `implementation=None` is about to choose a kernel, `unverified_reason` wants a passed check
@@ -76,7 +76,7 @@ def unverified_reason(operator, implementation: str, arguments: dict) -> str | N
 
 
 def _check(x64: bool, operator, *call) -> kernel_check.CheckResult:
-    """Runs the check with the caller's jax_enable_x64, which is thread-local."""
+    """Runs the kernel check with jax_enable_x64 as in the caller's thread: it is thread-local."""
     with jax.enable_x64(x64):
         return kernel_check.check(operator, *call)
 
@@ -91,7 +91,10 @@ def _explained(target, operator, implementation, kind, dtype, problem) -> str:
 
 
 def record_key(target: devices.Target, operator: str, *call: str) -> str:
-    """Returns the key of a check's record. call: implementation, kind, dtype."""
+    """Returns the key of a check's record: call, kind of device, versions, hash of the source.
+
+    call: the implementation, the kind of call and the dtype.
+    """
     found = ", ".join(f"{name} {version}" for name, version in versions(target.platform).items())
     x64 = " | x64" if _CONFIG.jax_enable_x64 else ""
     return (
@@ -101,7 +104,7 @@ def record_key(target: devices.Target, operator: str, *call: str) -> str:
 
 @functools.cache
 def versions(platform: str) -> dict[str, str]:
-    """Returns the versions of JAX and of the compilers of the platform's kernels."""
+    """Returns the installed versions of JAX and of the compilers of kernels for 'tpu' or 'gpu'."""
     found = {}
     for name in ("jax", "jaxlib", *_COMPILERS.get(platform, ())):
         try:
@@ -113,7 +116,7 @@ def versions(platform: str) -> dict[str, str]:
 
 @functools.cache
 def _source(operator: str) -> str:
-    """Returns a hash of the source files that compute the operator."""
+    """Returns a hash of the source files that an operator's results depend on."""
     package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for folder in (*_SHARED_FOLDERS, f"ops/{operator}"):
         for path in sorted((package / folder).rglob("*.*")):
@@ -123,14 +126,15 @@ def _source(operator: str) -> str:
 
 
 def cache_file() -> pathlib.Path:
-    """Returns the path of the records, selfcheck.json in `cache_folder()`."""
+    """Returns the path of the file that records the results of kernels' checks."""
     return cache_folder() / "selfcheck.json"
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns $SEQMODELS_CACHE, or `seqmodels` in $XDG_CACHE_HOME or in ~/.cache.
+    """Returns the folder of recorded checks: $SEQMODELS_CACHE, or one in the user's cache.
 
-    `~` is the user's home in all of them.
+    That is `seqmodels` in $XDG_CACHE_HOME or in ~/.cache. `~` is the user's home in all three;
+    without a home it is a temporary folder.
     """
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     own = os.environ.get("SEQMODELS_CACHE") or os.path.join(general, "seqmodels")
@@ -149,7 +153,7 @@ def _records() -> dict:
 
 
 def _recorded(key: str) -> tuple[str | None, bool]:
-    """Returns the recorded problem, or None, and whether there is a record."""
+    """Returns (the recorded problem or None, whether the check has a record)."""
     entry = _records().get(key)
     if not isinstance(entry, dict) or not isinstance(entry.get("problem", 0), str | None):
         return None, False
@@ -157,8 +161,10 @@ def _recorded(key: str) -> tuple[str | None, bool]:
 
 
 def record(key: str, result) -> None:
-    """Writes a `kernel_check.CheckResult` to the file, atomically: other processes may be writing,
-    too."""
+    """Writes the result of a kernel's check to the file of records, unless it raised an exception.
+
+    The file is replaced atomically: other processes may be writing, too.
+    """
     if result.raised:
         return
     entry = {

@@ -1,4 +1,4 @@
-"""The `causal_conv` operator: `kernels_pallas.causal_conv` is public, `step` decodes one token."""
+"""Short causal convolution: `kernels_pallas.causal_conv` is public, `step` decodes one token."""
 
 from kernels_pallas.ops.causal_conv.reference import step
 

@@ -1,4 +1,4 @@
-"""The kinds of calls and the inputs with which `causal_conv` is checked."""
+"""The test inputs of `causal_conv`, and the kinds of call with which it is checked."""
 
 import jax.numpy as jnp
 
@@ -7,8 +7,10 @@ from kernels_pallas.dispatch.case import OperatorCase
 
 
 def _inputs(rng, shape, regime):
-    """Draws inputs of a regime. In the suite it is "width <taps>", with "bias" or without; others
-    have shape.I taps and a bias."""
+    """Draws inputs by name for a regime, such as "width 4 bias silu norm" (four taps and a bias).
+
+    Regimes that do not begin with "width" have shape.I taps and a bias.
+    """
     B, T, D, words = shape.B, shape.T, shape.width, regime.split()
     taps = int(words[1]) if words[0] == "width" else shape.I
     sizes = {"x": (B, T, D), "w": (taps, D), "initial_state": (B, taps - 1, D)}
@@ -29,7 +31,7 @@ def _options(kind, shape):
 
 
 def _further_calls(kind, shape):
-    """Returns, for calls with a norm, one more, whose heads are half as wide: their sums differ."""
+    """Returns, for kinds with an L2 norm, the options of one more call, with heads half as wide."""
     return {" of narrow heads": {"l2_norm_heads": 2 * _norm_heads(shape)}} if "norm" in kind else {}
 
 

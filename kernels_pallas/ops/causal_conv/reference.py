@@ -1,4 +1,4 @@
-"""The short causal convolution by its definition: one token at a time, the tail as its state."""
+"""The short causal convolution by its definition, token by token; its state is the last inputs."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,17 @@ from kernels_pallas.common import arguments, chunk_blocks, dtypes, matmul, segme
 
 
 class Finish(NamedTuple):
-    """The last step: the activation, then each of `heads` equal parts divided by its L2 norm."""
+    """What follows the convolution: an activation, then an L2 norm per head; each may be None.
+
+    heads: the number of heads that the D channels make. eps: added to a head's sum of squares.
+    """
 
     activation: str | None = None
     heads: int | None = None
     eps: float = 1e-6
 
     def __call__(self, z):
-        """Applies the activation and the norm to (..., D), in z's dtype."""
+        """Applies the activation and the norm to the sums z (..., D), in z's dtype."""
         if self.activation == "silu":
             z = jax.nn.silu(z)
         if self.heads is not None:
@@ -27,7 +30,7 @@ class Finish(NamedTuple):
 
 
 def finish_of(x, activation, heads, eps) -> Finish:
-    """Returns the `Finish` of (..., D) inputs; raises ValueError for options that do not fit."""
+    """Returns the `Finish` for inputs x (..., D); raises ValueError for options that do not fit."""
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv: activation is {activation!r}; expected None or 'silu'")
     if not arguments.is_number(eps) or eps < 0:
@@ -42,7 +45,7 @@ def finish_of(x, activation, heads, eps) -> Finish:
 
 
 def promoted(x, *others):
-    """Returns x, made complex if one of `others` (arrays or None) is."""
+    """Returns x, cast to a complex dtype if one of `others` (arrays or None) is complex."""
     others = [z for z in others if z is not None]
     if jnp.iscomplexobj(x) or not any(jnp.iscomplexobj(z) for z in others):
         return x
@@ -50,7 +53,7 @@ def promoted(x, *others):
 
 
 def demoted(z, dtype):
-    """Returns z in `dtype`, or its real part if that is real: the transpose of `promoted`."""
+    """Returns z in `dtype`, or its real part if `dtype` is real: the transpose of `promoted`."""
     return (z if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.real(z)).astype(dtype)
 
 
@@ -59,11 +62,11 @@ def step(x_BD, w, tail, *, bias=None, activation=None, l2_norm_heads=None, eps=1
 
     Args:
       x_BD: the token's input.
-      w: (I, D), w[-1] on this token.
+      w: (I, D), whose last row w[-1] is multiplied with this token.
       tail: (B, I-1, D), the inputs before it, oldest first, as `causal_conv` or an earlier step
         returned it.
       bias: (D,) or None.
-      activation, l2_norm_heads, eps: of z, as in `causal_conv`.
+      activation, l2_norm_heads, eps: applied to z, as in `causal_conv`.
 
     Returns:
       (y_BD, the new tail), in the dtypes that `causal_conv` gives; sums are float32 or wider.
@@ -87,7 +90,11 @@ def _step(x_BD, w, tail, bias, finish):
 
 
 def recurrent(x_BTD, w, bias, initial_state, start_BT, finish):
-    """Scans `step` over time, with tail 0 at a document's start; arguments as in `api.py`."""
+    """Computes the convolution token by token; returns (y_BTD, the last I-1 inputs).
+
+    start_BT: True where a document starts and earlier inputs count as 0, or None. finish: the
+      `Finish` of each token's sum. `api.py` normalises the arguments.
+    """
 
     def scan_step(tail, token):
         x_BD, start_B = token
@@ -107,7 +114,7 @@ def tail(x_BTD, initial_state, start_BT):
     last = max(T - n, 0) if chunk_blocks.known(T) else 0
     seen_BSD = jnp.concatenate([initial_state, x_BTD[:, last:]], axis=1)
     if start_BT is not None:
-        # what entered belongs to the first token's run, 0
+        # the initial state belongs to the first token's document, 0
         run_BS = jnp.pad(segments.count_starts(start_BT[:, last:]), ((0, 0), (n, 0)))
         seen_BSD = jnp.where((run_BS == run_BS[:, -1:])[..., None], seen_BSD, 0)
     return seen_BSD[:, seen_BSD.shape[1] - n :]

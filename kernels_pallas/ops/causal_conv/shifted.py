@@ -1,9 +1,9 @@
 """The short causal convolution as I shifted multiply-adds, with its own backward pass.
 
-XLA fuses them into one pass (docs/math/causal_conv.md). A tap counts where both its ends lie in
-one document. The backward pass computes z again, and differentiates activation and norm there: its
-residuals are the arguments alone. `lax.conv_general_dilated` with D feature groups is the same sum,
-and much slower on CPU (docs/results.md).
+XLA fuses them into one pass (docs/math/causal_conv.md). A tap counts where its input and its output
+lie in one document. The backward pass computes the sums z again, and differentiates activation and
+norm there: its residuals are the arguments alone. `lax.conv_general_dilated` with D feature groups
+is the same sum, and much slower on CPU (docs/results.md).
 """
 
 from typing import Any
@@ -17,17 +17,21 @@ from kernels_pallas.ops.causal_conv import reference
 
 
 def run(x_BTD, w, bias, initial_state, start_BT, finish):
-    """Runs the convolution, with the contract of `reference.recurrent`."""
+    """Computes the convolution by shifted multiply-adds; returns (y_BTD, the last I-1 inputs)."""
     entered_BSD = jnp.concatenate([initial_state, x_BTD], axis=1)
     run_BS = None
-    if start_BT is not None:  # what entered belongs to the first token's run, 0
+    if start_BT is not None:  # the initial state is in document 0
         run_BS = jnp.pad(segments.count_starts(start_BT), ((0, 0), (w.shape[0] - 1, 0)))
     y_BTD = _finished(finish, entered_BSD, w, bias, run_BS)
     return y_BTD, reference.tail(x_BTD, initial_state, start_BT)
 
 
 def _in_document(tap_BTD, run_BS, first, second, length):
-    """Returns a tap, 0 where its input and output (`first`, `second`) lie in two documents."""
+    """Returns a tap's inputs, 0 where input and output lie in two documents.
+
+    first, second: the columns of run_BS, which numbers documents, where the inputs and the outputs
+      begin.
+    """
     if run_BS is None or first == second:
         return tap_BTD
     same_BT = run_BS[:, first : first + length] == run_BS[:, second : second + length]
@@ -40,7 +44,7 @@ def _finished(finish, entered_BSD, w, bias, run_BS):
 
 
 def _sums(entered_BSD, w, bias, run_BS):
-    """Computes z_t = bias + sum_i w_i e_{t+i} for T = S - (I-1) tokens, in float32 or wider."""
+    """Computes z_t = bias + sum_i w_i e_{t+i}, where e is I-1 earlier inputs and then T of x."""
     width, S = w.shape[0], entered_BSD.shape[1]
     T = S - (width - 1)
     dtype = dtypes.common(entered_BSD.dtype, w.dtype, jnp.float32)

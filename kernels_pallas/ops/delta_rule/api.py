@@ -49,8 +49,10 @@ def _diagonal_plus_low_rank_reference(*, chunk_size, **call):
 
 
 def _scaled(implementation):
-    """Wraps an implementation that takes scaled q. The product is in float32 or wider, lest q be
-    rounded twice."""
+    """Wraps an implementation that takes scaled q into one that takes q and scale.
+
+    The product is in float32 or wider, lest q be rounded twice.
+    """
 
     def call(*, q_BTGK, scale, **others):
         q_BTGK = q_BTGK.astype(arguments.state_dtype(q_BTGK)) * scale
@@ -60,8 +62,7 @@ def _scaled(implementation):
 
 
 def _scale_of(operator, scale, q_BTGK) -> tuple[float, jax.Array]:
-    """Returns (scale as a number, q). A learned scale is multiplied into q here, in float32 or
-    wider, and the number is 1."""
+    """Returns (scale as a number, q); a learned scale is multiplied into q, in float32 or wider."""
     if scale is None:
         return q_BTGK.shape[-1] ** -0.5, q_BTGK
     arguments.check_number_or_scalar(operator, "scale", scale)
@@ -105,8 +106,9 @@ def delta_rule(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the delta rule, with or without a decay. Each token reads what the state holds under
-    its key, and replaces it by its value as far as beta says:
+    """Computes the delta rule, with or without a decay.
+
+    A token reads what the state holds for its key, and replaces a share beta of it by its value:
 
         S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T
         o_t = scale * S_t^T q_t
@@ -179,8 +181,7 @@ def diagonal_plus_low_rank(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the general form of the delta rule, whose transition is a diagonal and a matrix of
-    rank one:
+    """Computes the delta rule's general form, with a diagonal plus rank-one transition:
 
         S_t = (diag(exp(log_decay_t)) + a_t b_t^T) S_{t-1} + k_t v_t^T
         o_t = scale * S_t^T q_t
@@ -274,8 +275,11 @@ def step_diagonal_plus_low_rank(
     scale: float | None = None,
     state: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of `diagonal_plus_low_rank`, for decoding: as `step`, with a_BHK and b_BHK, (B, H,
-    K) both, in the place of beta."""
+    """One token of `diagonal_plus_low_rank`, for decoding, in constant time and memory.
+
+    Arguments and results are those of `step`, but for a_BHK and b_BHK, both (B, H, K), which stand
+    in the place of beta_BH.
+    """
     arrays = {"q": q_BHK, "k": k_BHK, "v": v_BHV, "a": a_BHK, "b": b_BHK}
     name = "diagonal_plus_low_rank.step"
     return arguments.step(diagonal_plus_low_rank, name, log_decay, scale, state, **arrays)

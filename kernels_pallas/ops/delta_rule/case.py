@@ -1,4 +1,4 @@
-"""The kinds of calls and the inputs with which `delta_rule` and its general form are checked."""
+"""The test inputs of `delta_rule` and `diagonal_plus_low_rank`, and the kinds of call to check."""
 
 import dataclasses
 
@@ -40,8 +40,10 @@ def _delta_rule_inputs(rng, shape, regime):
 
 
 def _diagonal_plus_low_rank_inputs(rng, shape, regime):
-    """Draws inputs as in RWKV-7: a = -(rate * b), |b| = 1. In the regime "twice" the rate is 2,
-    which makes each step a reflection."""
+    """Draws inputs by name as in RWKV-7: a = -(rate * b), |b| = 1.
+
+    In the regime "twice" the rate is 2, which makes each token's transition a reflection.
+    """
     B, T, H, G, K, V = shape.B, shape.T, shape.H, shape.key_heads, shape.K, shape.V
     b = regimes.unit(rng, B, T, H, K)
     rate = rng.random((B, T, H, K)).astype(np.float32)

@@ -50,11 +50,13 @@ ACCELERATOR_PAIRS = 64  # (chunk, head) pairs of a block
 
 
 class Chunks(NamedTuple):
-    """Chunks as affine maps of the state S_KV that enters: (chunks M, B, H, ...).
+    """A block's chunks as affine maps of the state S_KV that enters: (M chunks, B, H, ...).
 
-    (I + A_CC) U = write_CV + read_CK S
-    o = local_CV + q_CK S + Z_CC U
-    S' = exp_g_total_K1 S + w_CK^T U + local_KV
+    A chunk's tokens write U, give outputs o and leave the state S':
+
+        (I + A_CC) U = write_CV + read_CK S
+        o = local_CV + q_CK S + Z_CC U
+        S' = exp_g_total_K1 S + w_CK^T U + local_KV
 
     exp_g_total_K1: None where nothing decays.
     A_rest_CC: the rounding error of A_CC, where products are compensated; without gradient.
@@ -76,7 +78,7 @@ def run(
     q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
     chunk_size=None, scale=1.0,
 ):  # fmt: skip
-    """Computes the delta rule in chunks; `api.py` normalises the arguments, scale a number."""
+    """Computes the delta rule in chunks from normalised arguments; returns (o, the final state)."""
     log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
     compensate = None
     if initial_state_BHKV.dtype == jnp.float32:
@@ -92,7 +94,7 @@ def run_diagonal_plus_low_rank(
     q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
     chunk_size=None,
 ):  # fmt: skip
-    """Computes the general recurrence in chunks; `api.py` normalises the arguments."""
+    """Computes diagonal plus low rank in chunks from normalised arguments; returns (o, state)."""
     if segment_ids_BT is not None:
         b_BTHK = jnp.where(segments.starts(segment_ids_BT)[:, :, None, None], 0.0, b_BTHK)
     log_decay_BTHK = decay.with_resets(log_decay_BTHK, segment_ids_BT, initial_state_BHKV.dtype)
@@ -106,7 +108,11 @@ def run_diagonal_plus_low_rank(
 
 
 class _Form(NamedTuple):
-    """Static arguments. C: chunk length, a power of two. M: chunks per block."""
+    """Static options of `_run`.
+
+    chunks: the function that makes a block's `Chunks`. scale: multiplies q. C: tokens of a chunk, a
+      power of two. M: chunks of a block.
+    """
 
     chunks: Callable[..., Chunks]  # takes a block's inputs, each (M, B, heads, C, dim)
     scale: float
@@ -126,7 +132,7 @@ def _form(chunks, K, v_BTHV, chunk_size, scale) -> _Form:
 def _delta_rule_chunks(
     q_MBGCK, k_MBGCK, v_MBHCV, beta_MBHC1, log_decay_MBHCK, *, compensate
 ) -> Chunks:
-    """Makes Chunks with A_ij = beta_i k_i^T diag(D_ij) k_j and Z_ij = q_i^T diag(D_ij) k_j."""
+    """Returns `Chunks` with A_ij = beta_i k_i^T diag(D_ij) k_j and Z_ij = q_i^T diag(D_ij) k_j."""
     H = v_MBHCV.shape[2]
     sums = _decay_sums(log_decay_MBHCK)
     products = _decayed_products(sums, H)
@@ -149,7 +155,7 @@ def _delta_rule_chunks(
 def _diagonal_plus_low_rank_chunks(
     q_MBHCK, k_MBHCK, v_MBHCV, a_MBHCK, b_MBHCK, log_decay_MBHCK, *, compensate
 ) -> Chunks:
-    """Makes Chunks with A_ij = -b_i^T diag(D_{i-1,j}) a_j and Z_ij = q_i^T diag(D_ij) a_j.
+    """Returns `Chunks` with A_ij = -b_i^T diag(D_{i-1,j}) a_j and Z_ij = q_i^T diag(D_ij) a_j.
 
     k and v do not depend on the state: they stand in write_CV, local_CV and local_KV.
     """
@@ -172,7 +178,7 @@ def _diagonal_plus_low_rank_chunks(
 
 
 def _decay_sums(log_decay_MBHCK):
-    """Returns the chunk's sums of log decay; without a decay each is None."""
+    """Returns the `decay.Sums` of each chunk's log decay, whose fields are None without a decay."""
     decay_kind = decay.kind(log_decay_MBHCK)
     if decay_kind == "none":
         return cast(decay.Sums, decay.Sums._make([None] * len(decay.Sums._fields)))
@@ -188,10 +194,10 @@ def _exp_g_total(sums):
 
 
 def _decayed_products(sums, H, *, exclusive=False):
-    """Returns a function of rows x and columns y: x_i^T diag(D_ij) y_j, zero for j > i.
+    """Returns a function (x, y) -> x_i^T diag(D_ij) y_j of a chunk's tokens, zero for j > i.
 
     With `exclusive` it is x_i^T diag(D_{i-1,j}) y_j, and the diagonal is zero. Where all channels
-    decay alike, heads that share rows and columns share their products.
+    decay alike, heads that share x and y share their products x_i^T y_j.
     """
     if decay.kind(sums.log_decay_CK) == "per_channel":
 
@@ -219,7 +225,7 @@ def _pair_decay(sums, exclusive):
 
 
 def _A_rest(x_MBHCK, y_MBHCK, sums, *, exclusive):
-    """Returns the rounding error of the products x_i^T diag(D_ij) y_j in A, without gradient."""
+    """Returns what to add to A's rounded products x_i^T diag(D_ij) y_j, without gradient."""
     x_MBHCK, y_MBHCK, sums = jax.lax.stop_gradient((x_MBHCK, y_MBHCK, sums))
     decay_kind = decay.kind(sums.log_decay_CK)
     if decay_kind == "per_channel":
@@ -237,7 +243,7 @@ def _A_rest(x_MBHCK, y_MBHCK, sums, *, exclusive):
 
 
 def _pass(chunks: Chunks, S_BHKV):
-    """Returns a block's outputs, the state that leaves it, and those that enter its chunks."""
+    """Returns a block's outputs, the state that leaves it, and the state that enters each chunk."""
     state_dot = compensated.state_product(chunks.A_rest_CC)
 
     def one_chunk(S_BHKV, inputs):
@@ -310,7 +316,10 @@ def _pass_backward(c: Chunks, S_MBHKV, do_MBHCV, dS_BHKV):
 
 @custom_vjp(0)
 def _run(form: _Form, inputs, S_BHKV, compensate):
-    """Runs the chunks. inputs: (B, T, heads, dim), q first, v third. compensate: flag or None."""
+    """Computes all blocks of chunks in turn; returns (o_BTHV, the final state).
+
+    inputs: arrays (B, T, heads, dim), q first, v third. compensate: a traced flag, or None for no.
+    """
     return _run_forward(form, inputs, S_BHKV, compensate)[0]
 
 
@@ -361,7 +370,7 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _padded(arrays, L):
-    """Pads (B, T, H, K) to a multiple of L by tokens that neither decay nor write."""
+    """Pads arrays (B, T, H, K) to a multiple of L tokens by zeros: they neither decay nor write."""
     return jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, chunk_blocks.padding(x.shape[1], L)), (0, 0), (0, 0))),
         arrays,
@@ -369,10 +378,10 @@ def _padded(arrays, L):
 
 
 def _chunks(inputs, form, dtype):
-    """Cuts a block's inputs into chunks; the first of them, q, is scaled.
+    """Cuts a block's inputs into chunks of C tokens, in `dtype`, and scales the first input, q.
 
-    All is computed in float32 or wider: U is a long alternating sum where beta is near 2, and with
-    bfloat16 operands it keeps one digit.
+    `dtype` is float32 or wider: U is a long alternating sum where beta is near 2, and with bfloat16
+    operands it keeps one digit.
     """
     to_chunks = functools.partial(chunk_blocks.to_chunks, C=form.C, dtype=dtype)
     q_MBGCK, *others = jax.tree.map(to_chunks, inputs)

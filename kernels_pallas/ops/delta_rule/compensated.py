@@ -3,8 +3,8 @@
 With beta |k|^2 = 2 and little or no decay the transition is a reflection, which forgets nothing.
 Where one key comes again and again, the same rounding error of k.k acts at every token, in one
 direction, and after T tokens has grown to T times itself. Where that can happen, decided as the
-program runs (`needed`), products are split into a part that is exact and a small rest, what
-rounding took from A is held beside it, and the triangular system is solved with one correction.
+program runs (`needed`), products are split into an exact term and a small rest, the rounding error
+of A is kept beside A, and the triangular system is solved with one correction.
 """
 
 import functools
@@ -27,15 +27,17 @@ precise = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def squared(x_BTHK):
-    """Returns |x|^2 in float32, (B, T, H)."""
+    """Returns |x|^2, the squared norm over the last axis, in float32: (B, T, H)."""
     return matmul.sum_last(x_BTHK.astype(jnp.float32) ** 2)[..., 0]
 
 
 def needed(sizes_BTH, log_decay_BTHK):
-    """Returns a flag: whether a window of 16 tokens is near a reflection and decays little.
+    """Returns a traced flag: whether some 16 tokens come near a reflection and decay little.
+
+    Only there products must be compensated.
 
     Args:
-      sizes_BTH: beta |k|^2 of each token; what is not a number counts as a reflection.
+      sizes_BTH: beta |k|^2 of each token, near 2 for a reflection; NaN counts as one.
       log_decay_BTHK: (B, T, H, K or 1), or None.
     """
     sizes_BTH, log_decay_BTHK = jax.lax.stop_gradient((sizes_BTH, log_decay_BTHK))
@@ -54,23 +56,23 @@ def needed(sizes_BTH, log_decay_BTHK):
 
 
 def product_rest(x_MBHCK, y_MBHCK):
-    """Returns the error of x y^T as float32 rounds it, itself to float32's precision."""
+    """Returns what to add to the rounded products x_i^T y_j: their error, itself in float32."""
     products = "...iK,...jK->...ij"
     exact, rest = _split_product(products, x_MBHCK, y_MBHCK)
     return (exact - jnp.einsum(products, x_MBHCK, y_MBHCK)) + rest
 
 
 def decayed_rest(products, rest, D, sums):
-    """Returns the rounding error of products * D, given that of the products, `rest`.
+    """Returns what to add to the rounded products * D, where `rest` is the same for `products`.
 
-    D is exp(sums). The error is computed from 1 - D, which has more digits where D is near 1.
+    D is exp(sums). expm1(sums) is used, which keeps the digits of 1 - D; 0 where products * D is 0.
     """
     used = _as_computed(products * D)
     return _unless_zero(used, ((products - used) + products * jnp.expm1(sums)) + rest * D)
 
 
 def rectangle_rest(q_MUK, k_MUK, rows_MUK, g_reversed_MUK):
-    """Returns the rounding error of `decay.rectangle`."""
+    """Returns what to add to the rounded scores that `decay.rectangle` gives: their error."""
     used = _as_computed(decay.rectangle(q_MUK, k_MUK, rows_MUK, g_reversed_MUK))
     products = "...iK,...jK->...ij"
     change = precise(products, q_MUK * jnp.expm1(rows_MUK), k_MUK)
@@ -80,17 +82,17 @@ def rectangle_rest(q_MUK, k_MUK, rows_MUK, g_reversed_MUK):
 
 
 def _as_computed(x):
-    """Keeps XLA from fusing x into a subtraction that needs it as rounded elsewhere."""
+    """Returns x as rounded elsewhere: a barrier keeps XLA from fusing it into a subtraction."""
     return jax.lax.optimization_barrier(x)
 
 
 def _unless_zero(used, rest):
-    """Returns `rest`, but 0 where `used` is exactly 0, as between documents."""
+    """Returns `rest`, but 0 where `used`, which it corrects, is exactly 0, as between documents."""
     return jnp.where(used == 0, 0.0, rest)
 
 
 def state_product(A_rest_CC):
-    """Returns the einsum for products that carry states: rounded once if compensated."""
+    """Returns the einsum for products with states: jnp's if A_rest is None, else `rounded_once`."""
     return jnp.einsum if A_rest_CC is None else rounded_once
 
 
@@ -101,9 +103,9 @@ def rounded_once(subscripts, x, y) -> jax.Array:
 
 
 def solve(A_CC, A_rest_CC, X_CC, R_CV):
-    """Solves (I + A) U = R, given the inverse X of I + A.
+    """Solves (I + A) U = R for U, given X, the inverse of I + A.
 
-    Where A's rounding error A_rest is given, the residual corrects U once.
+    Where A's rounding error A_rest is given, U is corrected once by its residual.
     """
     U_CV = precise("...ij,...jV->...iV", X_CC, R_CV)
     if A_rest_CC is None:
@@ -120,7 +122,7 @@ def solve(A_CC, A_rest_CC, X_CC, R_CV):
 
 
 def solve_transposed(A_CC, A_rest_CC, X_CC, R_CV):
-    """Solves (I + A)^T U = R."""
+    """Solves (I + A)^T U = R for U, given X, the inverse of I + A, and A's rounding error."""
 
     def transposed(x_CC):
         return x_CC if x_CC is None else jnp.swapaxes(x_CC, -1, -2)
@@ -129,11 +131,11 @@ def solve_transposed(A_CC, A_rest_CC, X_CC, R_CV):
 
 
 def _split_product(subscripts, x, y, y_squares=None):
-    """Returns a product in float32 as two terms, an exact one and a small rest.
+    """Returns a float32 einsum as two terms to add: one without rounding error, and a small rest.
 
-    The exact one multiplies heads of 11 bits, whose products and sums float32 holds exactly.
-    y_squares: for each entry of y, the sum of squares that sets its head's unit; None is the sum
-      over the axis that is summed.
+    The first multiplies x and y rounded to 11 bits, whose products and sums float32 holds exactly.
+    y_squares: for each entry of y, the sum of squares that sets its unit of rounding; None is the
+      sum over the axis that the einsum sums.
     """
     x_letters, y_letters = subscripts.split("->")[0].replace("...", "").split(",")
     (summed,) = set(x_letters) & set(y_letters) - set(subscripts.split("->")[1])

@@ -1,8 +1,9 @@
-"""The chunk algebra of the delta rule, and of diagonal plus low rank, to be read beside docs/math.
+"""The chunk algebra of the delta rule and of diagonal plus low rank, to be read beside docs/math.
 
-It computes what `chunked.py` computes, chunk after chunk and pair by pair of tokens, in
-O(C^2 K) memory, and leaves the backward pass to JAX. Where beta is 2 a state forgets nothing,
-rounding errors included, so U is refined once, and products that make states are rounded once.
+It computes what `chunked.py` computes, chunk after chunk and pair by pair of tokens, in O(C^2 K)
+memory, and leaves the backward pass to JAX. Where beta is 2 a state forgets nothing, rounding
+errors included, so the written vectors U are refined once, and products that make states are
+rounded once.
 """
 
 import functools
@@ -22,7 +23,7 @@ def run(
     q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
     chunk_size=None, scale=1.0,
 ):  # fmt: skip
-    """Computes the delta rule in WY form, C tokens at a time. `api.py` normalises the arguments."""
+    """Computes the delta rule from normalised arguments, C tokens at a time; returns (o, state)."""
     T, H, C, dtype = *v_BTHV.shape[1:3], chunk_size or CHUNK_SIZE, initial_state_BHKV.dtype
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, H) for x in (q_BTGK, k_BTGK))
     g_BTHK = decay.per_channel(log_decay_BTHK, segment_ids_BT, k_BTHK.shape, dtype)
@@ -66,7 +67,7 @@ def run_diagonal_plus_low_rank(
     q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, initial_state_BHKV, segment_ids_BT,
     chunk_size=None,
 ):  # fmt: skip
-    """Computes diagonal plus low rank, C tokens at a time. `api.py` normalises the arguments."""
+    """Computes diagonal plus low rank from normalised arguments, C tokens at a time."""
     T, C, dtype = v_BTHV.shape[1], chunk_size or CHUNK_SIZE, initial_state_BHKV.dtype
     g_BTHK = decay.per_channel(log_decay_BTHK, segment_ids_BT, k_BTHK.shape, dtype)
     if segment_ids_BT is not None:  # a document's first token reads nothing

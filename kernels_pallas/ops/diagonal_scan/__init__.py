@@ -1,4 +1,4 @@
-"""`kernels_pallas.diagonal_scan` and its implementations; `step` decodes one token."""
+"""The diagonal recurrence: `kernels_pallas.diagonal_scan` is public, `step` decodes one token."""
 
 from kernels_pallas.ops.diagonal_scan.reference import step
 

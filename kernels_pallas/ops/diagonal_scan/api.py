@@ -1,4 +1,4 @@
-"""The elementwise recurrence, real or complex: the public function."""
+"""The public function of the elementwise linear recurrence h_t = a_t * h_{t-1} + x_t."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from kernels_pallas.ops.diagonal_scan.case import CASE
 
 
 def _by_decay(function):
-    """Wraps a function that needs no document starts, as the decay is 0 there."""
+    """Wraps a function so that start_BT1 is dropped: the decay is 0 where a document starts."""
     return lambda *, start_BT1, **call: function(**call)
 
 
@@ -44,7 +44,7 @@ def diagonal_scan(
         h_t = a_t * h_{t-1} + x_t        (reverse: h_t = a_t * h_{t+1} + x_t)
 
     with a = decay_BTD or exp(log_decay). LRU (arXiv 2303.06349, eq. 2), RG-LRU (2402.19427, eq. 4),
-    S5 and Mamba-1 (2312.00752, eq. 2a) are this with their own a and x. Any T. Runs as a chunked
+    S5 and Mamba-1 (2312.00752, eq. 2a) are this with their own a and x. Any T. It runs as a chunked
     scan with its own backward pass, whose residuals are a and h alone.
 
     Args:

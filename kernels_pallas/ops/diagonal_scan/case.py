@@ -1,4 +1,4 @@
-"""The kinds of calls and the inputs with which `diagonal_scan` is checked."""
+"""The test inputs of `diagonal_scan`, and the kinds of call with which it is checked."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +8,10 @@ from kernels_pallas.dispatch.case import OperatorCase
 
 
 def _inputs(rng, shape, regime):
-    """Draws inputs of a regime, "complex <law>" or, real, "<law>" or "real <law>". Laws that begin
-    with "log" give log_decay."""
+    """Draws inputs by name for a regime, "complex <law>" or, real, "<law>" or "real <law>".
+
+    <law> is the decays' distribution; one that begins with "log" gives log_decay, not decay.
+    """
     B, T, D = shape.B, shape.T, shape.width
     is_complex = regime.startswith("complex")
     law = regime.removeprefix("complex ").removeprefix("real ")

@@ -42,7 +42,7 @@ LASTING = 7 / 8
 
 
 def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
-    """Computes h_t = decay_t * h_{t-1} + x_t. Arguments are normalised by `api.py`."""
+    """Computes h_t = decay_t * h_{t-1} + x_t in two levels of scans; returns (h, final state)."""
     dtype = decay_BTD.dtype
     h_BTD, final_BD = _scan(reverse, x_BTD.astype(dtype), decay_BTD, initial_state_BD, start_BT1)
     return h_BTD.astype(reference.output_dtype(x_BTD.dtype, dtype)), final_BD
@@ -54,7 +54,7 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
     missing = chunk_blocks.padding(T, C)
 
     def in_chunks(z_BTD, fill):
-        """Cuts into (B, N, C, D), padded with `fill` so that padding leaves the state as it is."""
+        """Cuts (B, T, D) into chunks (B, N, C, D); padding by `fill` leaves the state as it is."""
         if z_BTD is None:
             return None
         if missing != 0:
@@ -97,7 +97,7 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
 
     # 2. The state that enters each chunk, in one of three ways
     def by_maps(b_BND, state_BD):
-        """Returns the states before and after each chunk, from the chunks' affine maps."""
+        """Returns the states before and after each chunk, from the chunks' maps h -> A h + b."""
 
         def one_chunk(state_BD, chunk):
             A_BD, b_BD, cut_B1 = chunk
@@ -109,7 +109,7 @@ def _two_level(reverse, x_BTD, decay_BTD, initial_state_BD, start_BT1):
         return jax.tree.map(lambda z: jnp.moveaxis(z, 0, 1), states)
 
     def corrected(b_BND, state_BD):
-        """Returns the entering states, with a second pass that adds what rounding of A lost."""
+        """Returns the states that enter chunks; a second pass adds what rounding of A lost."""
         entering_BND, leaving_BND = by_maps(b_BND, state_BD)
         exact_BND, _ = lax.scan(lambda h, i: (next_state(h, i), None), entering_BND, order_C)
         missed_BND, _ = by_maps(exact_BND - leaving_BND, jnp.zeros_like(state_BD))
@@ -161,7 +161,7 @@ def _backward(reverse, saved, gradients):
     g_BTD, g_final_BD = gradients
 
     def neighbour(z_BTD, edge_B1D, later):
-        """Shifts by one token: to the value of the token scanned next (`later`) or before."""
+        """Returns each token's next (`later`) or previous value in the scan; edge_B1D fills in."""
         if later == reverse:
             return jnp.concatenate([edge_B1D, z_BTD[:, :-1]], axis=1)
         return jnp.concatenate([z_BTD[:, 1:], edge_B1D], axis=1)

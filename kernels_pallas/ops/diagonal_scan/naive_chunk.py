@@ -13,7 +13,7 @@ CHUNK_SIZE = 32
 
 
 def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
-    """Computes h_t = decay_t * h_{t-1} + x_t, C tokens at a time; `api.py` checks arguments."""
+    """Computes h_t = decay_t * h_{t-1} + x_t from normalised arguments, C tokens at a time."""
     T, C, dtype = x_BTD.shape[1], CHUNK_SIZE, decay_BTD.dtype
     i, j, s = jnp.ogrid[: C + 1, : C + 1, : C + 1]
     up_to_1CC1, between_1CCC1 = (j <= i)[None], ((j < s) & (s <= i))[None, ..., None]

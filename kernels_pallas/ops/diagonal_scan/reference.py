@@ -11,7 +11,7 @@ def step(x_BD, decay_BD, state_BD):
 
     Args:
       x_BD: the token's input.
-      decay_BD: its decay, real or complex, (B, D) or (D,); of a log decay, `jnp.exp` of it.
+      decay_BD: its decay, real or complex, (B, D) or (D,), or `jnp.exp` of its log decay.
       state_BD: the state that `diagonal_scan` or an earlier step returned; float32 or wider.
 
     Returns:
@@ -25,7 +25,7 @@ def step(x_BD, decay_BD, state_BD):
 
 
 def output_dtype(x_dtype, state_dtype):
-    """Returns the dtype of outputs: that of x, or a complex state's where x is real."""
+    """Returns the dtype of the scan's outputs: x's, or a complex state's where x is real."""
     promoted = jnp.issubdtype(state_dtype, jnp.complexfloating) and not jnp.issubdtype(
         x_dtype, jnp.complexfloating
     )
@@ -33,14 +33,15 @@ def output_dtype(x_dtype, state_dtype):
 
 
 def unless(start, decayed):
-    """Returns the decayed state, or 0 where a document starts: a product with 0 passes NaN on."""
+    """Returns the decayed state, but 0 where a document starts: NaN times a decay of 0 is NaN."""
     return decayed if start is None else jnp.where(start, 0, decayed)
 
 
 def recurrent(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
-    """Computes h_t = decay_t * h_{t-1} + x_t by `lax.scan`. `api.py` normalises the arguments.
+    """Computes h_t = decay_t * h_{t-1} + x_t token by token; returns (h_BTD, the final state).
 
-    start_BT1: True where a document starts, seen in the direction of time, or None.
+    start_BT1: True where a document starts, in the direction of the scan, or None.
+    reverse: whether h_t comes from h_{t+1}. Arguments are normalised by `api.py`.
     """
 
     def scan_step(state_BD, inputs):

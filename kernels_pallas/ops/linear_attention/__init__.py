@@ -1,4 +1,4 @@
-"""`kernels_pallas.linear_attention` and its implementations; `step` decodes one token."""
+"""Linear attention: `kernels_pallas.linear_attention` is public, `step` decodes one token."""
 
 from kernels_pallas.ops.linear_attention.api import step
 

@@ -1,12 +1,14 @@
-"""The kinds of calls and the inputs with which `linear_attention` is checked."""
+"""The test inputs of `linear_attention`, and the kinds of call with which it is checked."""
 
 from kernels_pallas.common import decay, regimes
 from kernels_pallas.dispatch.case import OperatorCase, checked_dtype
 
 
 def recurrence_kind(*, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, segment_ids_BT, **others):
-    """Returns a call's kind, for any matrix recurrence. Documents without a decay are "per_token",
-    as a document's start is a reset."""
+    """Returns the kind of decay of a matrix recurrence's call, and the dtype of the check for it.
+
+    Documents without a decay are "per_token", as a document's start is a reset.
+    """
     kind = decay.kind(log_decay_BTHK, segment_ids=segment_ids_BT)
     return kind, checked_dtype(q_BTGK, k_BTGK, v_BTHV)
 

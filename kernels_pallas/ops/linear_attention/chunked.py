@@ -33,7 +33,7 @@ CHUNK_SIZE = 64
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """Runs the chunked form on arguments from `api.py`; chunk_size: a power of two or None."""
+    """Computes linear attention in chunks from normalised arguments; returns (o, final state)."""
     decay_kind = decay.kind(log_decay_BTHK)
     per_channel = decay_kind == "per_channel"
     if per_channel:
@@ -50,7 +50,7 @@ def run(
     padding = N * M * C - T
 
     def padded(x_BTX, width):
-        """Pads (B, T, G, width) with zeros, which write nothing to the state and decay nothing."""
+        """Reshapes to (B, T, G, width) and pads T with zeros, which neither write nor decay."""
         return jnp.pad(x_BTX.reshape(B, T, G, width), ((0, 0), (0, padding), (0, 0), (0, 0)))
 
     log_decay = None
@@ -76,7 +76,11 @@ def run(
 
 
 class _Form(NamedTuple):
-    """Static arguments. per_channel: whether decays are. scale: of the output."""
+    """Static options of `_run`.
+
+    C, L: tokens of a chunk and of a block. R: value heads per key head. per_channel: whether each
+      key channel has its decay. scale: multiplies the output.
+    """
 
     C: int
     L: int
@@ -87,7 +91,11 @@ class _Form(NamedTuple):
 
 @custom_vjp(0)
 def _run(form, inputs, state_BGKW, runs):
-    """Runs the blocks. inputs: q, k, v, log decay, (B, T, G, ...). runs: run indices, or None."""
+    """Computes all blocks in turn; returns (o_BTGW, the final state).
+
+    inputs: q, k, v and the log decay or None, each (B, T, G, ...). runs: the documents (B, T) of
+      each token and of the token before it, or None.
+    """
     return _forward(form, inputs, state_BGKW, runs)[0]
 
 
@@ -125,7 +133,7 @@ _run.defvjp(_forward, _backward)
 
 
 def _block(form, state_BGKW, inputs, runs):
-    """Computes a block of chunks (B, L, G, ...): its output, and the state that leaves it."""
+    """Returns the output (B, L, G, ...) of a block of chunks, and the state that leaves it."""
     B, L, G, W = inputs[2].shape
     M, C, E = L // form.C, form.C, B * G
 
@@ -145,7 +153,7 @@ def _block(form, state_BGKW, inputs, runs):
 
 
 def _chunks(form, state_EKW, inputs, runs):
-    """Computes M chunks at once: outputs (M, E, C, W), and the state after the last chunk.
+    """Computes M chunks at once: returns outputs (M, E, C, W) and the state after the last chunk.
 
     Args:
       form: the sizes, the kind of decay and the scale.
@@ -160,7 +168,7 @@ def _chunks(form, state_EKW, inputs, runs):
     pairs_MECC, enters_MEC, leaves_MEC, stays_ME = _masks(runs)
 
     def over_values(x_R):
-        """Repeats a number per head for each of its values: (..., R) to (..., W)."""
+        """Repeats the number of each head for all of the head's values: (..., R) to (..., W)."""
         return jnp.repeat(x_R, W // x_R.shape[-1], axis=-1)
 
     # exp(g_cumsum), exp(g_reversed) and exp(g_total), 0 where a document begins between
@@ -218,7 +226,7 @@ def _chunks(form, state_EKW, inputs, runs):
 
 
 def _entering_states(state_EKW, exp_g_total_MEKW, local_MEKW):
-    """Returns the states that enter chunks, and the final one: S' = exp(g_total) S + local."""
+    """Returns each chunk's entering state, and the final state, by S' = exp(g_total) S + local."""
 
     def body(state_EKW, chunk):
         exp_g_total_EKW, local_EKW = chunk
@@ -232,8 +240,11 @@ def _entering_states(state_EKW, exp_g_total_MEKW, local_MEKW):
 
 
 def _masks(runs):
-    """Returns masks of documents, or Nones: pairs of tokens in one, tokens that see the entering
-    state, tokens that reach the leaving state, and whether the entering state reaches it."""
+    """Returns masks of packed documents, or Nones: (pairs, enters, leaves, stays).
+
+    They hold for pairs of tokens in one document, tokens that see the entering state, tokens that
+    reach the leaving state, and chunks whose entering state reaches it.
+    """
     if runs is None:
         return None, None, None, None
     run_MEC, before_ME = runs
@@ -247,7 +258,7 @@ def _masks(runs):
 
 
 def _masked(mask, decay_X):
-    """Returns decay_X (one axis more than the mask; None is 1) where the mask holds, else 0."""
+    """Returns decay_X (one axis more than the mask; None is 1), but 0 where the mask is False."""
     if mask is None:
         return decay_X
     return jnp.where(mask[..., None], 1.0 if decay_X is None else decay_X, 0.0)

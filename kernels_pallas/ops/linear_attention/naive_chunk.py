@@ -15,7 +15,7 @@ CHUNK_SIZE = 16
 def run(
     q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, chunk_size, scale
 ):
-    """Computes linear attention, C tokens at a time. `api.py` normalises the arguments."""
+    """Computes linear attention from normalised arguments, C tokens at a time; returns (o, S)."""
     T, H, C, dtype = *v_BTHV.shape[1:3], chunk_size or CHUNK_SIZE, initial_state_BHKV.dtype
     q_BTHK, k_BTHK = (arguments.repeat_heads(x, H) for x in (q_BTGK, k_BTGK))
     g_BTHK = decay.per_channel(log_decay_BTHK, segment_ids_BT, k_BTHK.shape, dtype)

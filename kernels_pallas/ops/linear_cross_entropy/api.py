@@ -1,5 +1,4 @@
-"""Losses from hidden states and the output matrix, without holding the logits: the public
-functions."""
+"""Losses from hidden states and the output matrix, never holding all logits: public functions."""
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +32,15 @@ def linear_cross_entropy(
     details: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, TokenDetails]:
-    """Computes the cross-entropy of each token from hidden states, holding the logits of a piece of
-    time only:
+    """Computes each token's cross-entropy from hidden states, holding few tokens' logits at a time:
 
         logits = x matrix^T + bias      (with a soft cap c: c tanh(logits / c); Gemma 2, arXiv
                                          2408.00118)
         log Z  = logsumexp(logits)
         loss   = log Z - logits[label] + z_loss (log Z)^2      (PaLM, 2204.02311, section 5)
 
-    Memory beside arguments and results: a piece's logits and, backward, the gradients; never B x T
-    x W numbers.
+    Memory beside arguments and results: the logits of chunk_size tokens of each row and, backward,
+    the gradients; never B x T x W numbers.
 
     Args:
       x_BTD: (B, T, D), the last norm's output. Where the matrix is bfloat16, too, products take
@@ -60,10 +58,10 @@ def linear_cross_entropy(
       chunk_size: tokens of each row whose logits are held at once; None picks by shape
         (`chunked.heuristic_chunk_size`).
       words_axis: inside `jax.shard_map`, a mesh axis over which the words are split. The matrix and
-        the bias are this rank's words, in the order of ranks, and labels count all. Logits stay
-        where they are; three numbers per token are summed.
-      details: also return what else is known of each token: -log p, log Z, whether the label is
-        the likeliest.
+        the bias hold this rank's words, in the order of ranks, and labels count all words. Logits
+        stay where they are; three numbers per token are summed.
+      details: whether to also return, for each token, -log p, log Z and whether the label is the
+        likeliest word.
       implementation: 'chunked', 'reference' (all logits at once), or None for the best here.
 
     Returns:
@@ -106,18 +104,18 @@ def linear_kl_divergence(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Computes the divergence of each token's distribution from a teacher's, for distillation
+    """Computes KL(teacher || student) of each token's distribution over words, for distillation
     (Hinton et al., arXiv 1503.02531):
 
         p = softmax(teacher's logits / temperature)      q = softmax(logits / temperature)
         KL = sum_w p (log p - log q)
 
-    It leaves out the factor temperature^2 that keeps its gradient's size. Logits, masks and memory
-    are as in `linear_cross_entropy`.
+    The factor temperature^2, which keeps the size of its gradient, is left out. Logits, masks and
+    memory are as in `linear_cross_entropy`.
 
     Args:
       teacher_BTE: with teacher_matrix: the teacher's hidden states (B, T, E), whose logits are made
-        a piece at a time as well. Without: its logits (B, T, W).
+        for chunk_size tokens at a time as well. Without: its logits (B, T, W).
       teacher_matrix: (W, E), or (E, W) with teacher_layout="DW".
       temperature: a positive number.
       The others: as for `linear_cross_entropy`; teacher_bias_W and teacher_logit_softcap are the
@@ -201,7 +199,7 @@ def _run(
 
 
 def _check_product(operator, name, matrix_name, x_BTD, matrix, layout) -> int:
-    """Returns the vocabulary size. Raises ValueError if x, the matrix and its layout do not fit."""
+    """Returns the vocabulary size; raises ValueError if x, the matrix and its layout do not fit."""
     if layout not in LAYOUTS:
         raise ValueError(
             f"{operator}: unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}"

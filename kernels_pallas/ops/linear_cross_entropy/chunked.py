@@ -1,9 +1,10 @@
-"""Losses of logits, computed in pieces of time, so that (B, T, W) logits are never in memory.
+"""Losses of logits, computed one chunk of time after the other: all logits are never in memory.
 
-The equations stand in docs/math/linear_cross_entropy.md. Forward, a loop over pieces of c tokens of
-every row makes the piece's logits (B, c, W) and saves its losses. Backward, it makes the logits
-once more, takes the loss's gradient with respect to them, and multiplies it out. Sums over pieces
-are float32. Time is cut, not the tokens of all rows, so that rows stay on their devices.
+The equations stand in docs/math/linear_cross_entropy.md. A chunk ("piece" in the code) is c
+consecutive tokens of every row. Forward, a loop over chunks makes the chunk's logits (B, c, W) and
+saves its losses. Backward, it makes the logits once more, takes the loss's gradient with respect to
+them, and multiplies it with x and with the matrix. Sums over chunks are float32. Time is cut, not
+the tokens of all rows, so that rows stay on their devices.
 """
 
 import jax
@@ -19,11 +20,11 @@ TOKENS_OF_A_PIECE = (256, 4096)
 
 
 def heuristic_chunk_size(B: int, T: int, W: int) -> int:
-    """Returns the tokens per row of a piece of time, such that pieces are nearly equal.
+    """Returns how many tokens of each row make a chunk, such that chunks are nearly equal.
 
-    Each piece reads and writes all of dmatrix, so that fewer than several hundred tokens would wait
-    for memory; more than a few thousand gain nothing. In between, the logits of a piece take up to
-    half a gigabyte. A symbolic length or batch is one piece.
+    Each chunk reads and writes the matrix's whole gradient, so that fewer than several hundred
+    tokens would wait for memory; more than a few thousand gain nothing. In between, the logits of a
+    chunk take up to half a gigabyte. A symbolic length or batch is one chunk.
     """
     if not chunk_blocks.known(B, T):
         return T
@@ -35,9 +36,10 @@ def heuristic_chunk_size(B: int, T: int, W: int) -> int:
 
 @custom_vjp(0, 1, 2)
 def run(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
-    """Returns `loss` of the logits and its details, (B, T) in float32 or wider.
+    """Computes `loss` of the logits; returns it with its details, (B, T) in float32 or wider.
 
-    Gradients go to x, the matrix, the bias and `learned`.
+    `loss` is a `reference.CrossEntropy` or `Divergence`; per_token, fixed and learned are its
+    arguments beside the logits. Gradients go to x, the matrix, the bias and `learned`.
     """
 
     def piece_results(start, size):
@@ -99,7 +101,7 @@ run.defvjp(_forward, _backward)
 
 
 def _over_pieces(one_piece, carry, chunk_size: int, T: int):
-    """Folds one_piece(carry, start, size) over pieces of time; the last may be shorter."""
+    """Folds one_piece(carry, start, size) over T tokens in chunks, the last of them shorter."""
     full, rest = divmod(T, chunk_size)
     if full:
         carry = lax.fori_loop(0, full, lambda i, c: one_piece(c, i * chunk_size, chunk_size), carry)

@@ -1,4 +1,4 @@
-"""Losses of logits by their definitions, with all logits at once."""
+"""Losses of next-token logits by their definitions, with all logits at once."""
 
 import dataclasses
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from kernels_pallas.common import matmul
 
 
 class TokenDetails(NamedTuple):
-    """Details per token, in float32 or wider, masked tokens included.
+    """Details of `linear_cross_entropy` per token, in float32 or wider, masked tokens included.
 
     nll_BT: -log p(label).
     log_z_BT: the log-sum-exp of the logits.
@@ -27,9 +27,10 @@ class TokenDetails(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """The loss -log p(label) + z_loss log_z^2. per_token: (labels, mask). learned: z_loss.
+    """The loss -log p(label) + z_loss log_z^2 as a function of logits (B, T, W), with its details.
 
-    words_axis: the mesh axis that words are split over, or None.
+    per_token is (labels, mask), learned is z_loss. words_axis: the mesh axis that words are split
+    over, or None. Details are `TokenDetails`.
     """
 
     softcap: float | None
@@ -58,17 +59,17 @@ class CrossEntropy:
         return masked(nll_BT + z_loss.astype(log_z_BT.dtype) * log_z_BT**2, mask_BT), details
 
     def _sum(self, x_BTW):
-        """Sums over all words, of every shard."""
+        """Sums (B, T, W) over all words, those of other devices included."""
         x_BT = jnp.sum(x_BTW, axis=-1)
         return x_BT if self.words_axis is None else jax.lax.psum(x_BT, self.words_axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """The loss KL(teacher || student), without details.
+    """The loss KL(teacher || student) as a function of the student's logits (B, T, W).
 
-    per_token is (the teacher's hidden states, or logits where teacher_layout is None, and mask),
-    fixed the teacher's matrix and bias.
+    per_token is (the teacher's hidden states, or its logits where teacher_layout is None; mask),
+    fixed the teacher's matrix and bias. It has no details.
     """
 
     softcap: float | None
@@ -105,7 +106,7 @@ def unmasked(x_BTD, mask_BT):
 
 
 def all_logits(x_BTD, matrix, bias_W, layout: str):
-    """Computes x matrix^T ("WD") or x matrix ("DW"), plus bias: (B, T, W), float32 or wider."""
+    """Computes logits, x matrix^T ("WD") or x matrix ("DW"), plus bias, in float32 or wider."""
     logits_BTW = matmul.einsum(f"btd,{layout.lower()}->btw", x_BTD, matrix)
     return (
         logits_BTW if bias_W is None else logits_BTW + bias_W[None, None].astype(logits_BTW.dtype)
@@ -113,7 +114,7 @@ def all_logits(x_BTD, matrix, bias_W, layout: str):
 
 
 def whole(loss, layout, chunk_size, x_BTD, matrix, bias_W, per_token, fixed, learned):
-    """Computes `loss` from all logits at once, with its details."""
+    """Computes `loss` from all logits at once, with its details; arguments as in `chunked.run`."""
     del chunk_size
     per_token, fixed = jax.lax.stop_gradient((per_token, fixed))
     arrays = jax.lax.stop_gradient((x_BTD, matrix, bias_W))

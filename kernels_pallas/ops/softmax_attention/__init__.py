@@ -1,4 +1,4 @@
-"""`kernels_pallas.softmax_attention` and its implementations; `step` decodes one token."""
+"""Softmax attention: `kernels_pallas.softmax_attention` is public, `step` decodes one token."""
 
 from kernels_pallas.ops.softmax_attention.api import step
 

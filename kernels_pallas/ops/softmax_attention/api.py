@@ -95,7 +95,7 @@ def softmax_attention(
         causal,
         window,
     )
-    if 0 in (*q_BTHK.shape[:3], *v_BTGV.shape):  # nobody asks, or there is nothing to see
+    if 0 in (*q_BTHK.shape[:3], *v_BTGV.shape):  # no queries, or no keys
         return jnp.zeros_like(q_BTHK, shape=(*q_BTHK.shape[:3], v_BTGV.shape[3]))
     if q_BTHK.shape[3] == 0:  # all logits are 0, as those of one channel of zeros
         q_BTHK, k_BTGK = (jnp.pad(z, ((0, 0),) * 3 + ((0, 1),)) for z in (q_BTHK, k_BTGK))
@@ -123,8 +123,8 @@ def step(
     Args:
       q_BHK: (B, H, K), floating.
       k_BSGK, v_BSGV: (B, S, G, K) and (B, S, G, V), the slots of the cache.
-      q_position_B: int (B,), the token's place.
-      kv_positions_BS: int (B, S), the places of the slots; -1 is an empty one.
+      q_position_B: int (B,), the token's position.
+      kv_positions_BS: int (B, S), the positions of the slots' tokens; -1 is an empty slot.
       window, scale: as for `softmax_attention`.
 
     Returns:
@@ -168,8 +168,7 @@ def _check(q_BTHK, k_BSGK, v_BSGV, window, causal) -> None:
 
 
 def _signed(x) -> Any:
-    """Casts integers to int32 or wider: a key's age is a difference, which unsigned integers cannot
-    hold."""
+    """Returns integer arrays as int32 or wider: differences of positions may be negative."""
     if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
         return x
     return jnp.asarray(x).astype(dtypes.common(x.dtype, jnp.int32))
@@ -202,7 +201,7 @@ def _visibility(batch_and_time, S, segment_ids, positions, causal, window) -> Vi
             )
         q_position_BT = jnp.arange(T, dtype=jnp.int32)[None]
         kv_position_BS = jnp.arange(S, dtype=jnp.int32)[None]
-    # One that holds all there is is none: sums of it and an index, or a position, might overflow.
+    # A window that holds all tokens is none: its sum with an index or a position might overflow.
     if window is not None and window >= (2**30 if by_index else 2**31 - 1):
         window = None
     if q_segment_BT is not None and kv_segment_BS is None:

@@ -1,4 +1,4 @@
-"""The kinds of calls and the inputs with which `softmax_attention` is checked."""
+"""The test inputs of `softmax_attention`, and the kinds of call with which it is checked."""
 
 from kernels_pallas.common import regimes
 from kernels_pallas.dispatch.case import OperatorCase, checked_dtype

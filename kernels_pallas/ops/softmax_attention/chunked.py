@@ -3,10 +3,10 @@
 The equations stand in docs/math/softmax_attention.md. For every block of C queries the blocks of E
 keys it can see are visited in turn, with running maximum m, sum l and output o (the online softmax
 of arXiv 1805.02867, in blocks as in FlashAttention, 2205.14135). Blocks that no query sees are not
-visited, so that a window costs O(T * window): by index they are known from their place, by
-positions from the range of positions and documents in them. The backward pass saves q, k, v, o
-(unrounded: ds is a difference) and log_sum, and makes the probabilities of each block again
-(2307.08691, section 3.1). `context_parallel.ring_attention` uses the same steps.
+visited, so that a window costs O(T * window): where tokens are masked by index, the blocks' own
+indices tell which these are, else the ranges of positions and documents in them. The backward pass
+saves q, k, v, o (unrounded: ds is a difference) and log_sum, and makes the probabilities of each
+block again (2307.08691, section 3.1). `context_parallel.ring_attention` uses the same steps.
 """
 
 import jax
@@ -19,7 +19,7 @@ BLOCK_SIZE = 128
 
 
 def run(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """Computes attention in blocks, with the contract of `reference.naive`."""
+    """Computes attention in blocks of queries and keys; arguments as for `reference.naive`."""
     T, S, G = q_BTHK.shape[1], *v_BSGV.shape[1:3]
     C, E = block_sizes(T, S)
     k_BGSK, v_BGSV = (keys_first(z, E) for z in (k_BSGK, v_BSGV))
@@ -30,32 +30,32 @@ def run(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
 
 
 def block_sizes(T: int, S: int) -> tuple[int, int]:
-    """Returns the block sizes C of queries and E of keys."""
+    """Returns (C, E), the queries and the keys of a block, for T queries and S keys."""
     C, E = (min(BLOCK_SIZE, x) if chunk_blocks.known(x) else BLOCK_SIZE for x in (T, S))
     return C, E
 
 
 def queries_first(q_BTHK, G, C):
-    """Reshapes (B, T, H, K) to (B, G, R, T, K), T padded to whole blocks."""
+    """Reshapes (B, T, H, K) to (B, G, R, T, K), R = H/G, with T zero-padded to blocks of C."""
     B, T, H, K = q_BTHK.shape
     q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     return jnp.pad(q_BGRTK, ((0, 0), (0, 0), (0, 0), (0, chunk_blocks.padding(T, C)), (0, 0)))
 
 
 def keys_first(z_BSGX, E):
-    """Reshapes (B, S, G, X) to (B, G, S, X), S padded to whole blocks."""
+    """Reshapes (B, S, G, X) to (B, G, S, X), with S zero-padded to blocks of E."""
     S = z_BSGX.shape[1]
     return jnp.pad(z_BSGX.swapaxes(1, 2), ((0, 0), (0, 0), (0, chunk_blocks.padding(S, E)), (0, 0)))
 
 
 def time_first(o_BGRTV, T):
-    """Reshapes (B, G, R, T, V) to (B, T, H, V), without the padding."""
+    """Reshapes (B, G, R, T, V) to (B, T, H, V), H = G R, without the padding after T tokens."""
     B, G, R, _, V = o_BGRTV.shape
     return o_BGRTV[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, V)
 
 
 def _key_blocks(i, count, visibility, C):
-    """Returns the range (first, last + 1) of key blocks that query block i can see."""
+    """Returns the range (first, last + 1) of the `count` key blocks that query block i can see."""
     first, last = 0, count
     if visibility.aligned and visibility.causal:
         last = i + 1
@@ -75,7 +75,7 @@ def _add(z, block, i, size):
 
 
 def _product(subscripts, x, y, dtype):
-    """Computes an einsum of operands in `dtype`, the inputs', with float32 or wider sums."""
+    """Computes an einsum of x and y, both cast to `dtype`, with sums in float32 or wider."""
     accumulate = dtypes.common(dtype, jnp.float32)
     return jnp.einsum(
         subscripts, x.astype(dtype), y.astype(dtype), preferred_element_type=accumulate
@@ -83,7 +83,7 @@ def _product(subscripts, x, y, dtype):
 
 
 def _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes):
-    """Computes a block's logits s = scale q k^T, -inf where a key is not seen."""
+    """Computes the logits s = scale q k^T of query block i and key block j, -inf where not seen."""
     C, E = sizes
     logits_BGRCE = scale * _product("bgrck,bgek->bgrce", q_BGRCK, k_BGEK, q_BGRCK.dtype)
     seen_BCE = visibility.block(i * C, C, j * E, E).mask()
@@ -91,7 +91,7 @@ def _logits(q_BGRCK, k_BGEK, visibility, i, j, scale, sizes):
 
 
 def initial(q_BGRTK, v_BGSV):
-    """Returns m = -inf, l = 0 and o = 0 of every query: the online softmax before any key."""
+    """Returns (m, l, o) of every query before any key: maximum -inf, sum 0 and output 0."""
     accumulate = dtypes.common(q_BGRTK.dtype, jnp.float32)
     l_BGRT = jnp.zeros_like(q_BGRTK[..., 0], accumulate)
     o_BGRTV = jnp.zeros_like(q_BGRTK, accumulate, (*l_BGRT.shape, v_BGSV.shape[3]))
@@ -99,7 +99,7 @@ def initial(q_BGRTK, v_BGSV):
 
 
 def update(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
-    """Returns m, l and o of the online softmax after these keys, of which queries see some."""
+    """Returns the online softmax's (m, l, o), updated from `running` by these keys and values."""
     C, E = sizes
     count = k_BGSK.shape[2] // E
     seen_NM = visibility.blocks_seen(C, E)
@@ -137,7 +137,7 @@ def update(running, q_BGRTK, k_BGSK, v_BGSV, visibility, scale, sizes):
 
 
 def normalized(running):
-    """Returns o / l and log_sum = m + log l, both 0 for a query that sees no key."""
+    """Returns o / l and log_sum = m + log l, from (m, l, o); 0 for a query that sees no key."""
     m_BGRT, l_BGRT, o_BGRTV = running
     some_BGRT = l_BGRT > 0
     total_BGRT = jnp.where(some_BGRT, l_BGRT, 1)
@@ -146,9 +146,10 @@ def normalized(running):
 
 
 def update_backward(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
-    """Returns dq plus these keys' part, and the keys' dk and dv, in float32 or wider.
+    """Returns dq with the contribution of these keys added, and the keys' dk and dv.
 
-    saved: q, the cotangent g of o, each query's log_sum over all its keys, and sum_V g o.
+    saved: q, the cotangent g of o, each query's log_sum over all its keys, and sum_V g o. Results
+      are float32 or wider.
     """
     q_BGRTK, g_BGRTV, log_sum_BGRT, drop_BGRT = saved
     C, E = sizes
@@ -191,7 +192,7 @@ def update_backward(dq_BGRTK, saved, k_BGSK, v_BGSV, visibility, scale, sizes):
 
 
 def _where_seen(seen_NM, i, key_block):
-    """Wraps key_block so that it is skipped where query block i sees none of its keys."""
+    """Wraps key_block(j, carry) to do nothing where query block i sees no key of block j."""
     if seen_NM is None:
         return key_block
     return lambda j, carry: lax.cond(seen_NM[i, j], key_block, lambda j, carry: carry, j, carry)
@@ -213,7 +214,7 @@ def _backward(form, visibility, arrays, residuals, g_BGRTV):
 
 
 def plain(form, visibility, q_BGRTK, k_BGSK, v_BGSV):
-    """Attends in blocks of queries with all keys, each recomputed, for JAX to differentiate."""
+    """Computes attention by blocks of queries in operations that JAX itself can differentiate."""
     scale, (C, _) = form
     T, S = q_BGRTK.shape[3], k_BGSK.shape[2]
 

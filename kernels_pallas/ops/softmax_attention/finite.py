@@ -1,4 +1,4 @@
-"""Keeps NaN and Inf to the queries that see them: a masked product, times 0, passes them on."""
+"""Keeps NaN and Inf to the queries that see them: masking by a product with 0 passes them on."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ BLOCK_SIZE = 128
 
 
 def isolated(attend, *, one_query=False):
-    """Makes `attend` return NaN exactly where a query, or a key or value it sees, is not finite.
+    """Wraps an attention function so that NaN and Inf reach exactly the queries that see them.
 
-    Gradients are those of the other outputs. It costs a pass over q, k and v, so that one query (a
-    decoding step, which reads them once) goes without unless `one_query`.
+    An output is NaN where its query, or a key or value that it sees, is not finite. Gradients are
+    those of the other outputs. It costs a pass over q, k and v, so that calls with one query (a
+    decoding step, which reads them once) go without unless `one_query`.
     """
 
     def call(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
@@ -31,7 +32,7 @@ def isolated(attend, *, one_query=False):
 
 
 def _sees(bad_BSG, visibility, T):
-    """Returns which queries see a bad key, (B, T, G), a block of queries at a time."""
+    """Returns (B, T, G), whether a query sees a key that bad_BSG marks, by blocks of queries."""
     B, S, G = bad_BSG.shape
     whole = not chunk_blocks.known(T) or T <= BLOCK_SIZE
     C = T if whole else BLOCK_SIZE

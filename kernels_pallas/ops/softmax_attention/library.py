@@ -1,6 +1,7 @@
 """Softmax attention by JAX's own implementations: XLA, cuDNN on GPUs, splash attention on TPUs.
 
-All want K == V: the narrower side is padded by zero columns, which change no logits and no outputs.
+All need K == V: the narrower of keys and values is padded with zeros, which change no logits and no
+outputs.
 """
 
 import functools
@@ -24,7 +25,7 @@ def _same_width(q_BTHK, k_BSGK, v_BSGV):
 
 
 def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """Calls `jax.nn.dot_product_attention`, with all logits in memory, as `reference.naive`."""
+    """Calls `jax.nn.dot_product_attention`, which holds all logits; 0 where a query sees no key."""
     V, dtype = v_BSGV.shape[-1], q_BTHK.dtype
     seen_BTS = visibility.mask()
     qkv = _same_width(q_BTHK, k_BSGK, v_BSGV)
@@ -39,9 +40,9 @@ def xla(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
 
 
 def _differentiable(attend):
-    """Gives a library's attend(scale, visibility, q, k, v) derivatives of any order.
+    """Decorator: gives a library's attend(scale, visibility, q, k, v) derivatives of any order.
 
-    The first is the library's own, the others are the chunked form's.
+    The first derivative is the library's own, the others are the chunked form's.
     """
 
     @functools.partial(jax.jit, static_argnums=0)  # one array given twice is two inputs inside
@@ -65,7 +66,7 @@ def _differentiable(attend):
 
 
 def cudnn(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """Calls cuDNN's fused attention; `cudnn_unsupported_reason` must be None."""
+    """Calls cuDNN's fused attention, in a call for which `cudnn_unsupported_reason` is None."""
     return _cudnn(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
 
 
@@ -104,7 +105,7 @@ def cudnn_unsupported_reason(*, q, v, visibility) -> str | None:
 
 
 def splash(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
-    """Calls JAX's splash attention (Pallas, TPU), which skips fully masked blocks; any T."""
+    """Calls JAX's splash attention (Pallas, TPU), which skips fully masked blocks, for any T."""
     return _splash(scale, visibility, q_BTHK, k_BSGK, v_BSGV)
 
 

@@ -9,7 +9,7 @@ from kernels_pallas.common import dtypes
 def naive(q_BTHK, k_BSGK, v_BSGV, visibility, scale):
     """Computes o_t = sum_s p_ts v_s, p_t the softmax of scale q_t^T k_s over the keys that t sees.
 
-    Arguments are normalised by `api.py`. A query that sees nothing gets 0.
+    Arguments are normalised by `api.py`; `visibility` is the mask. A query without keys gets 0.
     """
     B, T, H, K = q_BTHK.shape
     G, V = v_BSGV.shape[2:]

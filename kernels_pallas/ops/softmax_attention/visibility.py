@@ -1,4 +1,4 @@
-"""Masks of softmax attention: one rule for training on packed documents and for decoding."""
+"""The mask of softmax attention: one rule for training on packed documents and for decoding."""
 
 import dataclasses
 from typing import Any
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-    """The mask by which query t sees key s iff all of these hold:
+    """The mask of an attention call. Query t sees key s if and only if all of these hold:
 
       s's slot is filled: kv_position >= 0;    causal: kv_position <= q_position;
       window: |q_position - kv_position| < window;    segments: q_segment == kv_segment.
 
     Positions are (B or 1, T) and (B or 1, S), segments too or None. `aligned`: token t is at index
-    t on both sides, so that blocks can be left out by their indices alone. `by_index`: positions
-    are indices, and every slot is filled.
+    t of queries and of keys, so that blocks can be left out by their indices alone. `by_index`:
+    positions are indices, and every slot is filled.
     """
 
     q_position_BT: jax.Array
@@ -30,7 +30,7 @@ class Visibility:
     by_index: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def mask(self) -> jax.Array:
-        """Returns whether t sees s, (B or 1, T, S)."""
+        """Returns the boolean mask (B or 1, T, S): whether query t sees key s."""
         age_BTS = self.q_position_BT[:, :, None] - self.kv_position_BS[:, None, :]
         seen_BTS = jnp.broadcast_to(self.kv_position_BS[:, None, :] >= 0, age_BTS.shape)
         if self.causal:
@@ -42,7 +42,7 @@ class Visibility:
         return seen_BTS
 
     def padded(self, queries: int, keys: int) -> "Visibility":
-        """Returns the visibility with this many empty query and key slots appended."""
+        """Returns the mask after appending this many empty slots of queries and of keys."""
 
         def pad(x, count, value):
             return None if x is None else jnp.pad(x, ((0, 0), (0, count)), constant_values=value)
@@ -56,7 +56,7 @@ class Visibility:
         )
 
     def block(self, first_query, queries: int, first_key, keys: int) -> "Visibility":
-        """Returns the visibility of a block of queries and one of keys; starts may be traced."""
+        """Returns the mask between a range of queries and a range of keys; starts may be traced."""
 
         def cut(x, start, size):
             return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
@@ -72,8 +72,9 @@ class Visibility:
     def blocks_seen(self, queries: int, keys: int) -> jax.Array | None:
         """Returns which blocks of queries and keys may have a visible pair, (N, M).
 
-        It goes by ranges of positions and documents, so that a block called seen may hold no pair.
-        None where `aligned`: there the blocks' indices tell.
+        queries, keys: the sizes of blocks. Only ranges of positions and documents are compared, so
+          that a block called seen may hold no pair. None where `aligned`: there the blocks' indices
+          tell.
         """
         if self.aligned:
             return None
