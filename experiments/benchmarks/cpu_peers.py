@@ -49,8 +49,11 @@ def _jla_linear_attention(kind: str, x):
 
 
 def _jla(kind: str):
-    """Returns jax-linear-attention's call as a partial of a module-level function: it is pickled
-    for the process that measures memory."""
+    """Returns jax-linear-attention's chunked form of an operator of its own, such as "kda".
+
+    It is a partial of a module-level function, so that the process that measures memory can
+    unpickle it.
+    """
     return functools.partial(_jla_linear_attention, kind)
 
 
@@ -67,7 +70,11 @@ NAMES = tuple(dict.fromkeys(comparison.name for comparison in COMPARISONS))
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of the comparison. length: T when timed. memory_length: T of the memory, B 1."""
+    """Settings of the comparison on a CPU.
+
+    length: tokens per sequence when timed. memory_length: tokens of the one sequence that memory is
+      measured on. rounds, seconds: see `timing.interleaved`.
+    """
 
     shape: operators.Shape = SHAPE
     length: int = LENGTH
@@ -85,8 +92,11 @@ def peer_entry(comparison: Comparison) -> BenchmarkEntry:
 
 
 def compare(name: str, settings: Settings, log=print) -> list[dict]:
-    """Checks ours and the peers that are here against the recurrence in float64, then times them in
-    turn. Returns a row for each peer and pass; `verdicts` say why a figure is missing."""
+    """Times our chunked form and its installed peers in turn, after checking their results.
+
+    name: a comparison, such as "KDA". Truth is the recurrence in float64. Returns a row for each
+      peer and pass; its `verdicts` say why a figure is missing.
+    """
     chosen = [c for c in COMPARISONS if c.name == name]
     sweeping = sweep.Settings(
         shape=settings.shape,
@@ -127,8 +137,11 @@ def _figures(row: dict) -> dict:
 
 
 def memory(name: str, settings: Settings, log=print) -> list[dict]:
-    """Measures the peak memory of forward+backward of ours and of each peer, for one sequence, each
-    in a process of its own."""
+    """Measures the peak memory of forward+backward on one sequence, of our form and of each peer.
+
+    name: a comparison, such as "KDA". Each is measured in a process of its own. Returns a row for
+      each; its `note` says why a figure is missing.
+    """
     rows = []
     for comparison in (c for c in COMPARISONS if c.name == name):
         for which in (OURS, comparison.package):
@@ -154,7 +167,7 @@ def _prepare_long(comparison: Comparison, which: str, settings: Settings) -> Pre
 
 
 def line(row: dict) -> dict:
-    """Returns a row of the printed table."""
+    """Returns one comparison's times as a row of the printed table: ours, the peer's, the ratio."""
     ours, theirs = row["ours"], row["theirs"]
     figures = {}
     for name, found in (("ours", ours), ("peer", theirs)):
@@ -196,8 +209,11 @@ def targets(rows: Sequence[dict]) -> list[report.Target]:
 
 
 def save(folder: Path, parts: dict[str, list[dict]]) -> None:
-    """Writes rows ("timing", "memory") to <peer>.json, replacing a part as a whole, and tables.md
-    from all peers' files. A peer that is not installed leaves its file as it is."""
+    """Writes measured rows into <peer>.json, and all peers' saved rows as tables into tables.md.
+
+    parts: {"timing" or "memory": rows}; they replace all of a peer's older rows of that kind. The
+      file of a peer that was not measured stays as it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     environment = machine.environment()
     for package, distributions in _DISTRIBUTIONS.items():
@@ -216,7 +232,7 @@ def save(folder: Path, parts: dict[str, list[dict]]) -> None:
 
 
 def _of_the_peer(row: dict) -> bool:
-    """Returns whether the row has a measurement of the peer, not of ours alone."""
+    """Returns whether a row holds a measurement of the peer, and not of our form alone."""
     if "theirs" in row:
         return row["theirs"] is not None
     return row["implementation"] == row["peer"] and row["peak_bytes"] is not None

@@ -12,8 +12,10 @@ from experiments.benchmarks.report import Row
 
 
 def time_per_token(rows: list[Row], path: Path, title: str) -> None:
-    """Draws time per token over T, both logarithmic: a row of panels for each operator and variant,
-    a column for each pass."""
+    """Draws time per token over sequence length T, both logarithmic, one curve per implementation.
+
+    There is a row of panels for each operator and variant, and a column of panels for each pass.
+    """
     rows = [row for row in rows if "seconds" in row]
     cases = list(dict.fromkeys((row["operator"], row["variant"]) for row in rows))
     passes = list(dict.fromkeys(row["pass"] for row in rows))
@@ -37,7 +39,7 @@ def time_per_token(rows: list[Row], path: Path, title: str) -> None:
 
 
 def generation(rows: list[Row], path: Path, title: str) -> None:
-    """Draws time per generated token over the tokens read before it."""
+    """Draws time per generated token over the number of tokens read before, a curve per model."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in dict.fromkeys(row["model"] for row in rows):
         here = [row for row in rows if row["model"] == name]
@@ -53,7 +55,7 @@ def generation(rows: list[Row], path: Path, title: str) -> None:
 
 
 def _band(axes, rows: list[Row], name: str) -> None:
-    """Draws the median, and the quartiles as a band."""
+    """Draws one implementation's median time per token over T, with the quartiles as a band."""
     x = [row["T"] for row in rows]
     scale = [row["token_us"] / row["seconds"] for row in rows]
     low, high = (

@@ -139,8 +139,11 @@ def _ops(known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _measurement(op: str) -> Callable[[Path, str], report.Section]:
-    """Returns the function (folder, title of pictures) -> Section that measures `op`; raises
-    UserError for bad flags."""
+    """Returns the function (folder, title of pictures) -> Section that measures `op`.
+
+    Raises:
+      UserError: the flags do not fit the operator.
+    """
     lengths = _LENGTHS.value and tuple(cli.numbers("lengths", _LENGTHS.value))
     if op == "compile":
         return functools.partial(compile_time.section, compile_time.Settings())
@@ -178,8 +181,11 @@ def _chosen(flag: str, values: list[str], choices: tuple[str, ...]) -> tuple[str
 
 
 def _implementations(op: str) -> tuple[str, ...]:
-    """Returns those of --implementations that the operator has; raises UserError if it has none of
-    them."""
+    """Returns the names in --implementations that `op` has; without the flag, all that it has.
+
+    Raises:
+      UserError: `op` has none of the names, or nothing has one of them.
+    """
     has = operators.CASES[op].implementations
     if _IMPLEMENTATIONS.value is None:
         return has
