@@ -34,7 +34,7 @@ LINKS = "<!-- links of mixers: python docs/make.py -->", "<!-- end of links -->"
 def described(name: str) -> dict:
     """Returns what the docs say of a mixer: equations, papers, file, operators and config.
 
-    Its class's docstring has a title that cites the paper, and then the equations, indented.
+    The mixer's docstring has a title that cites the paper, and then the equations, indented.
     """
     cls = mixers.mixer_class(name)
     path = Path(inspect.getsourcefile(cls))
@@ -87,8 +87,7 @@ def called(name: str) -> list[str]:
 
 
 def config(name: str) -> str:
-    """Returns the name of a mixer's config: of a published size, else of a linearization, or
-    small."""
+    """Returns the name of a mixer's config: of a published size, a linearization, or "small"."""
     for path in sorted(ROOT.glob(f"configs/{name}_[0-9]*.py")):
         return path.stem
     methods = sorted(path.stem for path in ROOT.glob("configs/linearize/[a-z]*.py"))
@@ -106,10 +105,7 @@ def config(name: str) -> str:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Returns README's table of mixers in Markdown.
-
-    rows: {mixer's name: what `described` returns}. Its links, to files and papers, are by `links`.
-    """
+    """Returns README's table of mixers in Markdown; `links` returns the targets of its links."""
     lines = ["| mixer, its file | recurrence | paper | config |", "|---|---|---|---|"]
     for name, row in rows.items():
         equation = row["equations"][0].replace("|", "\\|")

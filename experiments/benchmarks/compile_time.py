@@ -20,8 +20,8 @@ class Settings:
     """Settings of the compile-time benchmark.
 
     depths: layers of the whole model and of the shortened one. batch, length: sequences, and tokens
-      in each, of the training step; compile time hardly depends on the batch. rounds: compilations
-      per depth.
+      in each, of the training step (compile time hardly depends on the batch). rounds:
+      compilations.
     """
 
     depths: tuple[int, int] = (24, 4)
@@ -39,7 +39,7 @@ def step_config(num_layers: int, settings: Settings) -> ConfigDict:
 
 
 def compile_step(config: ConfigDict) -> Row:
-    """Returns the seconds to trace, lower and compile a config's training step, and its size."""
+    """Returns seconds to trace, lower and compile a config's training step, and its parameters."""
     program = steps.build(config, config.data.seq_len)
     size = (config.data.batch_size, config.data.seq_len)
     batch = {name: jax.ShapeDtypeStruct(size, x.dtype) for name, x in batches.empty(1, 1).items()}
@@ -60,7 +60,7 @@ def compile_step(config: ConfigDict) -> Row:
 
 
 def section(settings: Settings, folder: Path, title: str) -> Section:
-    """Measures compile time at both depths; returns the report's section, without a picture."""
+    """Measures compile time at both depths (numbers of layers); returns the report's section."""
     del folder, title  # no picture
     rows = run(settings)
     given = (
@@ -70,10 +70,8 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
 
 
 def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
-    """Compiles the training step at both depths in turn, each time from empty caches.
-
-    Returns a table row per depth: median seconds by stage, and the ratio to the smaller depth.
-    """
+    """Compiles each depth in turn, caches emptied; returns a row per depth: median seconds,
+    ratio."""
     found = {depth: [] for depth in settings.depths}
     log("compile: once to warm up")
     compile_step(step_config(min(settings.depths), settings))

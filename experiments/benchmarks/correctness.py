@@ -24,18 +24,14 @@ def tolerance(dtype: str) -> float:
 
 
 def truth(definition, problem: Problem) -> Arrays:
-    """Returns outputs and gradients of `definition`, a function from dict to dict, in float64."""
+    """Returns the float64 outputs and gradients of `definition`, a function from dict to dict."""
     with jax.enable_x64(True):
         wide = jax.tree.map(_widen, (problem.inputs, problem.cotangents))
         return jax.tree.map(np.asarray, jax.jit(with_gradients(definition))(*wide))
 
 
 def errors(entry: BenchmarkEntry, problem: Problem, expected: Arrays) -> dict[str, float]:
-    """Returns {name: largest error at a position} of an entry's results against `expected`.
-
-    Results are its outputs from a forward call, marked "(forward)", and its outputs and gradients
-    from a call with backward.
-    """
+    """Returns {output or gradient: largest error at a position} of an entry, against `expected`."""
     forward = entry.prepare(problem, False).run()
     both = entry.prepare(problem, True).run()
     found = {f"{name} (forward)": position_error(x, expected[name]) for name, x in forward.items()}
@@ -45,8 +41,7 @@ def errors(entry: BenchmarkEntry, problem: Problem, expected: Arrays) -> dict[st
 def wrong(found: dict[str, float], limit: float) -> str | None:
     """Returns the errors that are not below `limit` as text, worst first; None if there are none.
 
-    found: {name of an output or gradient: its error}. NaN counts as wrong; the text lists at most
-      three.
+    found: {name of an output or gradient: error}. NaN counts as wrong; at most three are listed.
     """
     bad = sorted(((name, e) for name, e in found.items() if not e < limit), key=lambda x: -x[1])
     if not bad:

@@ -49,11 +49,7 @@ def _jla_linear_attention(kind: str, x):
 
 
 def _jla(kind: str):
-    """Returns jax-linear-attention's chunked form of an operator of its own, such as "kda".
-
-    It is a partial of a module-level function, so that the process that measures memory can
-    unpickle it.
-    """
+    """Returns jax-linear-attention's operator `kind`, chunked, as a partial that can be pickled."""
     return functools.partial(_jla_linear_attention, kind)
 
 
@@ -70,10 +66,9 @@ NAMES = tuple(dict.fromkeys(comparison.name for comparison in COMPARISONS))
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of the comparison on a CPU.
+    """Settings of the comparison on a CPU. rounds, seconds: see `timing.interleaved`.
 
-    length: tokens per sequence when timed. memory_length: tokens of the one sequence that memory is
-      measured on. rounds, seconds: see `timing.interleaved`.
+    length: tokens per sequence when timed. memory_length: tokens of the one sequence for memory.
     """
 
     shape: operators.Shape = SHAPE
@@ -92,10 +87,10 @@ def peer_entry(comparison: Comparison) -> BenchmarkEntry:
 
 
 def compare(name: str, settings: Settings, log=print) -> list[dict]:
-    """Times our chunked form and its installed peers in turn, after checking their results.
+    """Times our chunked implementation and its installed peers in turn, if their results are right.
 
-    name: a comparison, such as "KDA". Truth is the recurrence in float64. Returns a row for each
-      peer and pass; its `verdicts` say why a figure is missing.
+    name: of the comparison, such as "KDA". Truth is the recurrence in float64. Returns a row for
+      each peer and pass; its `verdicts` say why a figure is missing.
     """
     chosen = [c for c in COMPARISONS if c.name == name]
     sweeping = sweep.Settings(
@@ -137,10 +132,9 @@ def _figures(row: dict) -> dict:
 
 
 def memory(name: str, settings: Settings, log=print) -> list[dict]:
-    """Measures the peak memory of forward+backward on one sequence, of our form and of each peer.
+    """Measures peak memory of forward+backward on one sequence, ours and each peer's.
 
-    name: a comparison, such as "KDA". Each is measured in a process of its own. Returns a row for
-      each; its `note` says why a figure is missing.
+    name: of the comparison, such as "KDA". Each is measured in a process of its own, and has a row.
     """
     rows = []
     for comparison in (c for c in COMPARISONS if c.name == name):

@@ -25,8 +25,7 @@ class Prepared:
 
     run: makes the call, and returns when its results are computed: the outputs by name and, if
       prepared with backward, "gradient of <input>" for every input.
-    temp_bytes: memory beside inputs and outputs, as the compiler plans it; None where it does not
-      say.
+    temp_bytes: memory beside inputs and outputs, as the compiler plans it, if it says.
     total_bytes: temp_bytes with inputs and outputs.
     """
 
@@ -40,7 +39,6 @@ class Prepared:
 class BenchmarkEntry:
     """A named way to compute a problem: one of our implementations, or another library's.
 
-    name: as tables show it.
     prepare: (problem, backward) -> Prepared; raises NotImplementedError, with the reason, for a
       problem that it cannot compute.
     """
@@ -61,8 +59,7 @@ def with_gradients(call: Callable[[Arrays], Arrays]) -> Callable[[Arrays, Arrays
 
 
 def jax_entry(name: str, call: Callable[[Arrays], Arrays]) -> BenchmarkEntry:
-    """Returns the benchmark entry of a JAX function from dict to dict; its `prepare` compiles
-    it."""
+    """Returns a benchmark entry that compiles and runs `call`, a JAX function from dict to dict."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         function = with_gradients(call) if backward else call

@@ -92,7 +92,7 @@ def peer_entry(comparison: Comparison) -> BenchmarkEntry:
 def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[float, float]:
     """Returns (FLOPs, bytes moved) of one operator call, for a bound on its time at the GPU's peak.
 
-    FLOPs are those of the matrix products of a chunked form, in chunks of CHUNK tokens. Bytes are
+    FLOPs are of the matrix products of a chunked form, in chunks of CHUNK tokens. Bytes are
     bfloat16 inputs (float32 gates) read once and results written once. backward: with the backward
     pass.
     """
@@ -109,10 +109,10 @@ def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[flo
 
 
 def measure(comparison: Comparison, lengths, rounds: int, log=print) -> list[dict]:
-    """Times our Triton kernels, the peer and cuDNN attention in turn; returns a row per T and pass.
+    """Times our Triton kernel, the peer and cuDNN attention in turn; returns a row per T and pass.
 
-    Ours and the peer are first checked at T 300, and only timed where their results are right.
-    lengths: the values of T; the batch has TOKENS tokens.
+    lengths: the values of T. Ours and the peer's results are checked first; wrong ones are not
+      timed.
     """
     case = operators.CASES[comparison.op]
     ours = case.entry("triton", comparison.variant, SHAPE)
@@ -169,8 +169,7 @@ def not_run(comparison: Comparison, lengths) -> list[dict]:
 def line(row: dict) -> dict:
     """Returns one measurement as a row of the printed table.
 
-    "of roofline": the time that the FLOPs or the bytes, whichever takes longer, need at the GPU's
-      peak, over our time.
+    "of roofline": the least time that the FLOPs and bytes need at the GPU's peak, over our time.
     """
     ms = row.get("ms", {})
     ours, peer = ms.get("triton"), ms.get(row["peer"])
@@ -198,7 +197,7 @@ def _peak() -> tuple[float | None, float | None]:
 
 
 def crossings(rows: list[dict]) -> list[str]:
-    """Returns a line per comparison and pass: the T from which ours beats cuDNN attention."""
+    """Returns a line per comparison and pass: from which T our kernel beats cuDNN attention."""
     found = []
     for name, which in sorted({(row["comparison"], row["pass"]) for row in rows}):
         faster = {

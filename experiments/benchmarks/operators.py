@@ -31,13 +31,11 @@ _DOCUMENT = 1000  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class OperatorBenchmark:
-    """How an operator is benchmarked: its kinds of call, and its published shapes.
+    """How an operator is benchmarked: on which kinds of call, shapes and inputs (regime "trained").
 
     kinds: {variant, the name in tables and flags: kind of call in the operator's case}; each is
       timed separately. A shape that names no variant has the first.
     published: the module with the operator's published shapes.
-
-    Inputs are those of the regime "trained" of the operator's case.
     """
 
     operator: dispatch.Operator
@@ -127,11 +125,7 @@ CASES = {
 
 
 def published(case: OperatorBenchmark, name: str) -> tuple[Shape, int, str]:
-    """Returns (sizes, length T, variant) of an operator's published shape called `name`.
-
-    Raises:
-      ValueError: no such shape; the message lists the choices.
-    """
+    """Returns (sizes, T, variant) of a published shape; raises ValueError for an unknown one."""
     if name not in case.shapes:
         raise ValueError(
             f"{case.name} has no shape {name!r}; choose one of {', '.join(case.shapes)}"

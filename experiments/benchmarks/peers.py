@@ -22,7 +22,7 @@ class Comparison:
     op, variant: our operator and its kind of call, such as a decay. package: the peer's Python
       package.
     call: inputs, in the peer's arrays -> (output, final state).
-    limit: the most time that our forward+backward may take, as a share of the peer's.
+    limit: the most that our forward+backward may take, as a share of the peer's time.
     """
 
     name: str
@@ -34,11 +34,7 @@ class Comparison:
 
 
 def torch_entry(comparison: Comparison, device: str, install: str) -> BenchmarkEntry:
-    """Returns a benchmark entry that runs the peer's call in torch on `device`.
-
-    With backward, torch's autograd computes the gradient of every input. install: the command that
-    installs the peer, for the error where it is missing.
-    """
+    """Returns the benchmark entry of a torch peer on `device`. install: how to get the peer."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         _installed(comparison, install)

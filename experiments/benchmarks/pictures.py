@@ -12,10 +12,7 @@ from experiments.benchmarks.report import Row
 
 
 def time_per_token(rows: list[Row], path: Path, title: str) -> None:
-    """Draws time per token over sequence length T, both logarithmic, one curve per implementation.
-
-    There is a row of panels for each operator and variant, and a column of panels for each pass.
-    """
+    """Draws time per token over T by implementation, a panel per operator, variant and pass."""
     rows = [row for row in rows if "seconds" in row]
     cases = list(dict.fromkeys((row["operator"], row["variant"]) for row in rows))
     passes = list(dict.fromkeys(row["pass"] for row in rows))

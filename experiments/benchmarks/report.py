@@ -44,11 +44,7 @@ def text(section: Section) -> str:
 
 
 def save(folder: Path, environment: Row, sections: list[Section]) -> None:
-    """Writes a report's sections to result.json and tables.md in `folder`.
-
-    environment: the machine, from `machine.environment`. tables.md shows a section's picture,
-      <name>.png, if `folder` has one.
-    """
+    """Writes sections to result.json and tables.md, with the picture <name>.png of each, if any."""
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "environment": environment,

@@ -50,13 +50,9 @@ HEADING = (
 
 
 def workload(case: operators.OperatorBenchmark, name: str) -> tuple[operators.Shape, int, tuple]:
-    """Returns (sizes, length T, variants) of an operator's workload called `name`.
+    """Returns (sizes, T, variants) of a shape of an operator; raises ValueError for an unknown one.
 
-    'target' is the shape that targets are set at, in all variants; a published shape has its own
-    one.
-
-    Raises:
-      ValueError: no such shape; the message lists the choices.
+    'target' is the shape that targets are set at, in all variants; a published shape has its own.
     """
     if name == "target":
         sizes = {k: v for k, v in TARGET_SHAPE.items() if k in case.letters}
@@ -72,10 +68,7 @@ def workload(case: operators.OperatorBenchmark, name: str) -> tuple[operators.Sh
 
 
 def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
-    """Returns shapes and dtypes of an operator's inputs of length T, without making the inputs.
-
-    They are derived from inputs of two and three tokens, as real ones may take gigabytes.
-    """
+    """Returns an operator's inputs of length T as shapes and dtypes, without making arrays."""
     short, longer = (
         case.make_inputs(np.random.default_rng(0), shape, length, variant) for length in (2, 3)
     )
@@ -88,7 +81,7 @@ def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
 
 
 def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IMPLEMENTATIONS):
-    """Yields the compiled costs of each variant, implementation and pass, as soon as measured."""
+    """Yields a row of costs as compiled for a TPU for every variant, implementation and pass."""
     case = operators.CASES[op]
     shape, T, variants = workload(case, shape_name)
     # Where channels are independent, a register holds 128 of them.
@@ -184,10 +177,8 @@ def key(row: dict) -> tuple:
 
 
 def save(folder: Path, new: list[dict]) -> None:
-    """Saves compiled costs in the folder's JSON files, one file per operator and TPU generation.
-
-    A row replaces the saved one of the same `key`. Rewrites tables.md from the rows of all files.
-    """
+    """Saves rows in a JSON file per operator and TPU generation, and all saved rows as
+    tables.md."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({_file(row) for row in new}):
         path = folder / name
@@ -260,8 +251,7 @@ def kernel_lines(row: dict) -> list[dict]:
 def targets(found: list[dict]) -> list[report.Target]:
     """Returns whether kernels meet the targets for static cycles, spills and HBM traffic.
 
-    Only the Pallas TPU kernels on v6e at the target shape in bfloat16 are judged; other rows are
-    skipped.
+    Judged are Pallas kernels on v6e at the target shape in bfloat16; other rows are skipped.
     """
     verdicts = []
     for row in found:
@@ -300,11 +290,6 @@ def targets(found: list[dict]) -> list[report.Target]:
 
 
 def check_topologies(names: list[str]) -> None:
-    """Checks that libtpu can compile for each of these TPU topologies, such as 'v6e:2x2'.
-
-    Raises:
-      ValueError: no such topology; the message lists the choices.
-      ImportError: libtpu is not installed.
-    """
+    """Raises ValueError for an unknown TPU topology, ImportError if libtpu is not installed."""
     for name in names:
         tpu_compile.devices(name)

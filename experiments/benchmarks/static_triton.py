@@ -27,7 +27,7 @@ _GPU = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "
 def rows(op: str, shape_name: str, dtype: str, capabilities) -> list[dict]:
     """Compiles an operator's Triton kernels, both passes; returns a row of figures per kernel.
 
-    There is one for every variant and compute capability; launches with equal figures share a row.
+    capabilities: of GPUs, such as 90. Launches of a kernel with equal figures share a row.
     """
     case = operators.CASES[op]
     shape, T, variants = static_cost.workload(case, shape_name)
@@ -73,10 +73,8 @@ def key(row: dict) -> tuple:
 
 
 def save(folder: Path, new: list[dict]) -> None:
-    """Saves rows of compiled kernels in the folder's triton.json, and all saved rows as triton.md.
-
-    The new rows replace all older ones of the same programs, as told by `key`.
-    """
+    """Saves rows of compiled kernels in the folder's triton.json, and all saved ones as
+    triton.md."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "triton.json"
     saved = json.loads(path.read_text()) if path.exists() else {"rows": []}

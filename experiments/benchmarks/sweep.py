@@ -22,11 +22,10 @@ _SECONDS = ("seconds", "seconds_lower", "seconds_upper")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a sweep over lengths.
+    """Settings of a sweep over lengths. rounds, seconds: see `timing.interleaved`.
 
-    implementations: names; None is all that the operator has. rounds, seconds: see
-      `timing.interleaved`. check_length: T of the problem that results are checked on; the default
-      is several chunks and an incomplete one.
+    implementations: names; None is all that the operator has. check_length: T of the problem that
+      results are checked on; the default is several chunks and an incomplete one.
     """
 
     shape: operators.Shape = operators.Shape()
@@ -47,10 +46,7 @@ def section(
     title: str,
     peers: Sequence[BenchmarkEntry] = (),
 ) -> Section:
-    """Measures an operator's variants over length, and draws <operator>.png in `folder`.
-
-    peers: entries of other libraries, checked and timed beside ours. title: the picture's.
-    """
+    """Measures variants of an operator and `peers`, and draws <operator>.png in `folder`."""
     rows, checks = [], []
     for variant in variants:
         more_rows, more_checks = run(case, variant, settings, peers)
@@ -76,10 +72,8 @@ def run(
     peers: Sequence[BenchmarkEntry] = (),
     log: Callable[[str], None] = print,
 ) -> tuple[list[Row], list[Row]]:
-    """Checks every implementation and peer on one variant, and times those with right results.
-
-    Returns rows of timings, and rows of checks.
-    """
+    """Checks all entries of one variant and times those that are right; returns timings and
+    checks."""
     names = case.implementations if settings.implementations is None else settings.implementations
     entries = [case.entry(name, variant, settings.shape) for name in names]
     checks, sound = check(case, variant, settings, [*entries, *peers], log)
@@ -90,10 +84,7 @@ def run(
 
 
 def check(case, variant, settings, entries, log) -> tuple[list[Row], list[BenchmarkEntry]]:
-    """Compares results of each entry, gradients too, with the recurrence in float64.
-
-    Returns a row of errors for each entry, and the entries whose results are right.
-    """
+    """Checks entries against the float64 recurrence; returns a row for each, and the right ones."""
     limit = correctness.tolerance(settings.dtype)
     few_rows = dataclasses.replace(settings.shape, B=min(settings.shape.B, 2))
     problem = operators.make_problem(case, few_rows, settings.check_length, variant, settings.dtype)

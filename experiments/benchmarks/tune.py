@@ -63,7 +63,7 @@ class Job(NamedTuple):
 class Found(NamedTuple):
     """Result of tuning one key of the table: its best sizes.
 
-    costs: every choice of sizes that was tried, with its cost in `unit`; None where it raised.
+    costs: every choice of sizes that was tried, and its cost in `unit`; None where it raised.
     """
 
     key: str
@@ -75,7 +75,7 @@ class Found(NamedTuple):
 def jobs(ops, shapes, dtype: str, implementations, topologies) -> list[Job]:
     """Returns the operator calls to tune for, in all combinations of the arguments.
 
-    shapes: 'target', published names, or None for all there are; an operator skips those it lacks.
+    shapes: 'target', published names, or None for all; an operator skips those that it lacks.
     topologies: TPU slices to compile for; None among them is the device at hand.
     """
     found = []
@@ -138,10 +138,8 @@ def _descend(job, key, start, best, measure) -> Found:
 
 
 def _call(job: Job) -> tuple[Callable, Any]:
-    """Returns a job's call as a function (inputs, cotangents) -> outputs and gradients.
-
-    The function is new, so that no cache holds it. Its arguments' shapes are returned with it.
-    """
+    """Returns a job's call with gradients as a new function, in no cache, and its inputs'
+    shapes."""
     case = operators.CASES[job.op]
     shape, T, _ = static_cost.workload(case, job.shape)
     inputs = static_cost.abstract_inputs(case, shape, T, job.variant, job.dtype)
@@ -205,10 +203,7 @@ def _timed(job: Job, rounds: int, seconds: float):
 
 
 def save(folder: Path, found: list[Found]) -> None:
-    """Saves best sizes in the folder's tuned.json, and all choices tried in reports/tuning.json.
-
-    Both replace older entries of the same keys.
-    """
+    """Saves best sizes in the folder's tuned.json, and all choices tried in reports/tuning.json."""
     folder.mkdir(parents=True, exist_ok=True)
     reports = REPORTS if folder == FOLDER else folder / "reports"
     table, evidence = folder / tuning.TABLE.name, reports / "tuning.json"

@@ -21,8 +21,7 @@ GIB = 2**30
 
 
 class Candidate(NamedTuple):
-    """A training config on a TPU slice, with the program that `train` would run there,
-    uncompiled."""
+    """A training config on a TPU slice, and the step that `train` would run there, uncompiled."""
 
     config: ConfigDict
     where: parts.Slice
@@ -48,8 +47,7 @@ def _bytes_per_device(tree) -> int:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Fills in a config's vocabulary size and sequence length, from the dataset if one is
-    absent."""
+    """Fills in a config's vocabulary size and row length, from its dataset if one is missing."""
     if config.model.get("vocab_size") and "seq_len" in config.data:
         return config.copy_and_resolve_references()
     dataset = data.make_dataset(config.data, "train")
@@ -87,8 +85,8 @@ def make(
 ) -> Candidate:
     """Returns the candidate of a config on a slice; an argument of None keeps the config's value.
 
-    tokens_per_device: sets batch size and sequence length, one sequence for each group of devices
-      along the mesh axis "seq", with so many tokens on each device.
+    tokens_per_device: sets the batch to one sequence for each group of devices along the mesh axis
+      "seq", with so many tokens on each device.
 
     Raises:
       ValueError: sizes that do not fit together; the message says which.
@@ -114,10 +112,10 @@ def make(
 def sweep(
     config: ConfigDict, where: parts.Slice, batch_sizes: Sequence[int]
 ) -> tuple[list[Candidate], list[str]]:
-    """Returns candidates of every mesh worth compiling, and a line of text on each that is not.
+    """Returns a candidate for each mesh worth compiling, and a line of text per mesh left out.
 
-    Meshes are fsdp alone, data alone, and data with fsdp, fsdp with seq, and fsdp with tensor,
-    where the second axis is a power of four.
+    Meshes put all devices on fsdp or on data, or split them over data and fsdp, fsdp and seq, or
+    fsdp and tensor, the second of these a power of four.
     """
     found, left_out = [], []
     for sizes in _meshes(len(where.devices)):

@@ -40,7 +40,8 @@ class Collective(NamedTuple):
 def read(
     visit: hlo.Visit, module: hlo.HloModule, mesh: Mesh, where: parts.Slice
 ) -> Collective | None:
-    """Returns the Collective that a visited HLO instruction runs or starts; None for other ones."""
+    """Returns the Collective that a visited HLO instruction runs or starts; None if there is
+    none."""
     instruction = visit.instruction
     kind = instruction.operation.removesuffix("-start")
     if kind not in KINDS:
@@ -76,10 +77,10 @@ def read(
 
 
 def _seconds(kind: str, given: int, received: float, group: list, where: parts.Slice) -> float:
-    """Returns a collective's estimated time: its bytes' at the links' rate, or its hops' latency.
+    """Returns a collective's seconds, the larger of its bytes' transfer time and its hops' latency.
 
-    given: bytes of its operand. group: its devices. The larger time counts. An all-to-all of n > 8
-      devices counts its bytes n/8 times, since they pass through other devices.
+    given: bytes of its operand. group: its devices. An all-to-all of n > 8 devices counts its bytes
+      n/8 times, since they pass through other devices.
     """
     if kind == "collective-permute":
         # Each link carries the messages of as many devices as one message takes links.
@@ -96,8 +97,8 @@ def _seconds(kind: str, given: int, received: float, group: list, where: parts.S
 def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
     """Returns the mesh axes, joined by "+", along which the devices of a group differ.
 
-    pairs: the groups are a permute's (source, target) pairs. "part of" says that a group lacks some
-      of the axes' devices.
+    pairs: the groups are a permute's (source, target) pairs. The text begins with "part of" where a
+      group does not have all devices along the axes.
     """
     shape = mesh.devices.shape
     varying, sizes = set(), set()
@@ -111,10 +112,7 @@ def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
 
 
 def grouped(found: list[Collective]) -> list[dict]:
-    """Returns a table row for all collectives of the same kind, mesh axes and group size.
-
-    Bytes are those of the device that receives most.
-    """
+    """Returns a row per kind, axes and size; bytes are those of the device that receives most."""
     rows = []
 
     def key(c):

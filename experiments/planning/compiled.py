@@ -21,8 +21,7 @@ class CompiledStep(NamedTuple):
     """Result of compiling a training step.
 
     text: the optimised HLO program; None where it needs more HBM than a device has.
-    memory: XLA's buffers on one device, in bytes; results in the place of donated state do not
-      count.
+    memory: XLA's buffers on one device in bytes; results in place of donated state do not count.
     xla: FLOPs and bytes as XLA counts them. kernels: FLOPs of Pallas kernels by name.
     seconds, processor_seconds: wall and processor time of compiling.
     """
@@ -38,8 +37,7 @@ class CompiledStep(NamedTuple):
 def plan(candidate: Candidate) -> Row:
     """Compiles a candidate's training step; returns its settings, memory, costs and collectives.
 
-    A step that needs more HBM than a device has makes a row too: with `needed_bytes`, without costs
-    and collectives.
+    A step that needs more HBM than a device has makes a row without costs and collectives.
     """
     return read(candidate, compile_step(candidate))
 
@@ -135,10 +133,7 @@ def described(candidate: Candidate) -> Row:
 
 
 def costs(module: hlo.HloModule, machine: estimate.Machine, row: Row) -> Row:
-    """Returns what a compiled step adds to its candidate's `row`: FLOPs, bytes, collectives, time.
-
-    module: the step's HLO program. The time is estimated.
-    """
+    """Returns what a compiled step's HLO adds to its `row`: FLOPs, bytes, collectives, times."""
     where = machine.where
     sent = [c for v in module.visits() if (c := collectives.read(v, module, machine.mesh, where))]
     cost = estimate.cost(module, machine)
@@ -189,8 +184,7 @@ def kernel_flops(jaxpr) -> Mapping[str, float]:
 
 
 def _dots(jaxpr) -> float:
-    """Returns FLOPs of the matrix products in a kernel's body, in all loop steps and every
-    branch."""
+    """Returns FLOPs of the matrix products in a kernel's body, all iterations and branches."""
     total = 0.0
     for equation in jaxpr.eqns:
         params = equation.params

@@ -84,7 +84,7 @@ def cost(module: hlo.HloModule, machine: Machine) -> StepCost:
 
 
 def _sequence(module: hlo.HloModule, computation: str, machine: Machine) -> StepCost:
-    """Returns the cost of an HLO computation: simulates its instructions in order, with a clock."""
+    """Returns the cost of an HLO computation, whose instructions it simulates in order."""
     total, clock = StepCost(), 0.0
     free = {"copies": 0.0, "links": 0.0}  # when each has done what it was given
     done: dict[str, tuple[str, float]] = {}
@@ -197,10 +197,7 @@ def hbm_bytes(module: hlo.HloModule, computation: str, instruction: hlo.Instruct
 
 
 def _read(module: hlo.HloModule, fused: str, index: int) -> float:
-    """Returns the bytes that a fusion reads of its parameter number `index`; inf means all bytes.
-
-    fused: the name of the fusion's computation.
-    """
+    """Returns the bytes read of parameter `index` by the fusion called `fused`; inf means all."""
     body = module.computations[fused]
     parameters = [i.name for i in body if i.operation == "parameter" and i.attributes == str(index)]
     total, names = 0.0, set(parameters)

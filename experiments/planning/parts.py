@@ -47,8 +47,7 @@ class Links(NamedTuple):
 
     @property
     def bytes_per_second(self) -> float:
-        """Returns the usable rate of a link in one direction, as one of the chip's devices has
-        it."""
+        """Returns the usable bytes per second of a link, one way, for one of the chip's devices."""
         return LINK_EFFICIENCY * self.chip_bytes_per_second / (4 * self.dimensions * self.devices)
 
 
@@ -106,7 +105,7 @@ def find(topology: str) -> Slice:
 
 
 def hops(where: Slice, a, b) -> int:
-    """Returns the number of links between devices a and b, the shorter way round a closed ring."""
+    """Returns the number of links between devices a and b, the shorter way round in a ring."""
     apart = 0
     for dimension, size in enumerate(where.shape):
         steps = abs(a.coords[dimension] - b.coords[dimension])

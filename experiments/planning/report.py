@@ -27,7 +27,7 @@ NOTE = (
 
 
 def usable_bytes(row: Row) -> int:
-    """Returns a device's HBM; where the program needs more, libtpu's figure for what it may use."""
+    """Returns the HBM bytes of a device that a plan may use: as libtpu says, if it does, or all."""
     return row.get("usable_bytes", row["hbm_bytes_a_device"])
 
 
@@ -173,7 +173,7 @@ def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> Non
     """Saves plans in the folder's plan.json, where each replaces an older one of its candidate.
 
     Writes all saved plans as tables.md, memory.png and, if they differ in devices, scaling.png.
-    command: what made the new plans. left_out: a line on each candidate that was not compiled.
+    command: the one that made the new plans. left_out: a line per candidate that was not compiled.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plan.json"
@@ -200,7 +200,7 @@ _SAME_IN = (
 
 
 def _key(row: Row) -> str:
-    """Returns the settings that identify a plan's candidate, as text: equal ones are the same."""
+    """Returns text that identifies a plan's candidate; equal texts are plans of the same one."""
     return json.dumps([row[field] for field in _SAME_IN])
 
 
@@ -238,8 +238,7 @@ def memory_bars(rows: list[Row], path: Path) -> None:
 def scaling(rows: list[Row], path: Path) -> None:
     """Draws a step's time per token and device, and its collectives' share, over device count.
 
-    Times are estimates. There is one curve for each collective by which states travel between
-    devices.
+    Times are estimates; each collective that carries states between devices has its own curve.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     rows = [row for row in rows if "estimate" in row]

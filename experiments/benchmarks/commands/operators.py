@@ -139,11 +139,7 @@ def _ops(known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _measurement(op: str) -> Callable[[Path, str], report.Section]:
-    """Returns the function (folder, title of pictures) -> Section that measures `op`.
-
-    Raises:
-      UserError: the flags do not fit the operator.
-    """
+    """Returns a function (folder, picture title) -> Section that benchmarks `op` by the flags."""
     lengths = _LENGTHS.value and tuple(cli.numbers("lengths", _LENGTHS.value))
     if op == "compile":
         return functools.partial(compile_time.section, compile_time.Settings())
@@ -181,11 +177,7 @@ def _chosen(flag: str, values: list[str], choices: tuple[str, ...]) -> tuple[str
 
 
 def _implementations(op: str) -> tuple[str, ...]:
-    """Returns the names in --implementations that `op` has; without the flag, all that it has.
-
-    Raises:
-      UserError: `op` has none of the names, or nothing has one of them.
-    """
+    """Returns those of --implementations that `op` has (default: all); raises UserError if none."""
     has = operators.CASES[op].implementations
     if _IMPLEMENTATIONS.value is None:
         return has

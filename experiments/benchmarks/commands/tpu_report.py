@@ -56,11 +56,8 @@ def main(argv):
 
 
 def _runs() -> list[tuple[str, str, str]]:
-    """Returns the (operator, shape, topology) combinations that the flags ask for.
-
-    Raises:
-      ValueError: an unknown name (UserError, unless it is a topology), or libtpu is not installed.
-    """
+    """Returns the (operator, shape, topology) that the flags ask for; raises ValueError if
+    unknown."""
     ops = static_cost.OPS if _OP.value == ["all"] else _OP.value
     for op in ops:
         if op not in static_cost.OPS:

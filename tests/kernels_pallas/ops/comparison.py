@@ -20,10 +20,7 @@ SMALLEST_SCALE = 1e-30
 
 
 def position_error(got, truth) -> float:
-    """Returns the largest error of `got` at any position, relative to the rms of `truth`.
-
-    The module's docstring defines it.
-    """
+    """Returns the largest error of `got` at any position, relative to the rms of `truth`."""
     wide = np.complex128 if np.iscomplexobj(truth) else np.float64
     got, truth = np.asarray(got).astype(wide), np.asarray(truth).astype(wide)
     assert got.shape == truth.shape, f"{got.shape} is not {truth.shape}"
@@ -38,10 +35,7 @@ def position_error(got, truth) -> float:
 
 
 def assert_close(got: dict, truth: dict, tolerance: float) -> None:
-    """Asserts that every named tensor is within `tolerance` of the truth at every position.
-
-    The message lists all tensors that are not.
-    """
+    """Asserts that each named tensor is within `tolerance` of the truth at every position."""
     assert got.keys() == truth.keys()
     errors = {name: position_error(got[name], truth[name]) for name in truth}
     wrong = {
@@ -53,10 +47,7 @@ def assert_close(got: dict, truth: dict, tolerance: float) -> None:
 
 
 def _own_rounding(dtype, truth) -> float:
-    """Returns the error of the truth itself when written in bfloat16; 0 for other dtypes.
-
-    It is above 2e-2 where one position is 20 times the rms.
-    """
+    """Returns the error of the truth itself when written in bfloat16; 0 for other dtypes."""
     if dtype != jnp.bfloat16:
         return 0.0
     return position_error(np.asarray(truth).astype(dtype), truth)
@@ -76,10 +67,7 @@ def cotangents_of(output, final, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
 
 
 def over_time(inputs: dict, take: Callable) -> dict:
-    """Returns the inputs with `take` applied to each array that has a time axis (axis 1).
-
-    "initial_state" and fixed decays have none, and stay as they are.
-    """
+    """Returns inputs with `take` applied to those that have a time axis (axis 1), not the state."""
     return {
         name: take(x) if name != "initial_state" and x.ndim >= 3 else x
         for name, x in inputs.items()
@@ -89,7 +77,7 @@ def over_time(inputs: dict, take: Callable) -> dict:
 def documents(B: int, T: int, seed: int = 0) -> np.ndarray:
     """Returns segment ids (B, T) with boundaries of all kinds; row 0 is a single document.
 
-    There are documents of one token, boundaries at chunk edges, and ids that come back.
+    Documents of one token, boundaries at chunk edges, and ids that come back are among them.
     """
     rng = np.random.default_rng(seed)
     ids = np.ones((B, T), np.int32)

@@ -60,8 +60,8 @@ class SuiteCase:
     implementations: names of those that run through the suite.
     typical: regimes in which every token reaches every later one (weak decay), for the structural
       tests; the fast suite has the first.
-    fast: (T, regime) pairs of the fast suite, the last of them in bfloat16, too; all other pairs
-      are marked slow.
+    fast: (T, regime) pairs of the fast suite, the last of them in bfloat16, too; all others are
+      slow.
     call: (inputs, implementation=..., segment_ids=None) -> (output, final state).
     grouped: whether fewer key than value heads, G < H, is a legal shape.
     fast_kernels: the (T, regime) pairs of kernels in the fast suite, with documents. Of kernels'
@@ -104,10 +104,7 @@ def suite_case(operator: dispatch.Operator, **fields) -> SuiteCase:
 
 
 def by_position(step, *names: str):
-    """Returns an operator's step in the form of `SuiteCase.step`: inputs in a dict, and the state.
-
-    names: the inputs that the operator's `step` takes by position; it takes the others by name.
-    """
+    """Returns an operator's `step`, which takes `names` by position, as a function of a dict."""
 
     def call(token, state):
         others = {name: x for name, x in token.items() if name not in names}
@@ -118,8 +115,7 @@ def by_position(step, *names: str):
 
 @functools.cache
 def at(case: SuiteCase, regime: str) -> SuiteCase:
-    """Returns the case with the options that a regime stands for, given to its `call` and
-    `step`."""
+    """Returns the case with the options that a regime stands for in its `call` and `step`."""
     options = case.operator.case.options(regime, Shape())
     if not options:
         return case
@@ -135,7 +131,7 @@ def inputs_of(case: SuiteCase, shape: Shape, regime: str) -> dict[str, np.ndarra
 
 @functools.cache
 def _everything(case: SuiteCase, implementation: str):
-    """Returns a jitted function (inputs, cotangents, segment ids) -> what `everything` returns."""
+    """Returns a jitted function that computes output, final state and gradients of one call."""
 
     @jax.jit
     def run(inputs, cotangents, segment_ids):
@@ -151,10 +147,7 @@ def _everything(case: SuiteCase, implementation: str):
 
 
 def everything(case, implementation, inputs, segment_ids=None, cotangents=None) -> dict:
-    """Returns output, final state and the gradient of every input of one call, arrays by name.
-
-    cotangents: of output and final state; random ones if None.
-    """
+    """Returns output, final state and all gradients by name; cotangents are random if None."""
     if cotangents is None:
         shapes = jax.eval_shape(
             lambda x: case.call(x, implementation="reference", segment_ids=segment_ids), inputs
@@ -164,8 +157,7 @@ def everything(case, implementation, inputs, segment_ids=None, cotangents=None) 
 
 
 def truth(case, inputs, segment_ids=None, cotangents=None) -> dict:
-    """Returns what `everything` does, from the recurrent form in float64 on exactly these
-    inputs."""
+    """Returns the recurrent form's output, final state and all gradients in float64, by name."""
     with jax.enable_x64(True):
         wide = {
             name: np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64)
@@ -176,17 +168,13 @@ def truth(case, inputs, segment_ids=None, cotangents=None) -> dict:
 
 
 class Suite:
-    """Conformance tests of one operator; subclass as `class TestX(Suite): case = CASE`.
-
-    Every test is made for each of the case's implementations.
-    """
+    """Conformance tests of an operator; subclass as `class TestX(Suite): case = CASE`."""
 
     case: SuiteCase
 
     @pytest.fixture(autouse=True)
     def _interpreted(self):
-        """Fixture: runs kernels, which tests choose by name, interpreted, as the tests are on a
-        CPU."""
+        """Fixture: runs Pallas and Triton kernels interpreted, since tests are on a CPU."""
         with devices.interpreted():
             yield
 
@@ -258,10 +246,7 @@ class Suite:
         assert_close(got, truth(at(self.case, typical), inputs, ids), TOLERANCE["float32"])
 
     def test_packed_equals_separate(self, implementation, typical):
-        """Checks that four documents in a row equal those four in a batch, gradients too.
-
-        The documents' lengths miss the chunk edges.
-        """
+        """Checks that four documents in a row give what a batch of four gives, gradients too."""
         T, N = 136, 4
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         ids = np.repeat(np.arange(N, dtype=np.int32), T // N)[None]
@@ -298,8 +283,7 @@ class Suite:
         assert_close(got, together, TOLERANCE["float32"])
 
     def test_documents_do_not_touch(self, implementation, typical):
-        """Checks that other documents' values leave a document's outputs and gradients bit for
-        bit."""
+        """Checks that a document's results keep every bit when other documents change."""
         T, start, stop = 100, 37, 80
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         inside = (np.arange(T) >= start) & (np.arange(T) < stop)
@@ -323,7 +307,7 @@ class Suite:
             assert np.abs(here).max() > 0, name
 
     def test_what_is_not_finite_stays_apart(self, implementation, typical):
-        """Checks that NaN or inf in a document's inputs leaves every bit of other documents.
+        """Checks that NaN or inf in one document leaves every bit of the other documents.
 
         The initial state belongs to the first document; the last one is padding.
         """
@@ -369,8 +353,7 @@ class Suite:
                     np.testing.assert_array_equal(got["final state"], expected["final state"])
 
     def test_pieces_equal_whole(self, implementation, typical):
-        """Checks that two calls, with the state carried, equal one call on the whole, gradients
-        too."""
+        """Checks that a sequence cut in two, with the state carried, gives the whole's results."""
         case, cut = at(self.case, typical), 37
         inputs = inputs_of(case, Shape(T=100), typical)
 
@@ -442,10 +425,8 @@ class Suite:
         assert_close(eager, {name: whole[name] for name in eager}, TOLERANCE["float32"])
 
     def test_causality_by_gradient(self, implementation, typical):
-        """Checks by gradients that an output depends on its token and every earlier one alone.
-
-        Gradients of later tokens are exactly zero.
-        """
+        """Checks that an output at t has no gradient at later tokens, and some at every earlier
+        one."""
         T = 100
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         output, final = jax.eval_shape(

@@ -75,10 +75,7 @@ class Case:
         return f"{self.name}-{self.variant}" if self.variant else self.name
 
     def make(self, **keywords) -> mixers.Mixer:
-        """Returns the case's mixer, D wide.
-
-        Variants other than 0 run the recurrent form of their operator, which compiles fastest.
-        """
+        """Returns the mixer; variants above 0 take the recurrent form, which compiles fastest."""
         options = SMALL_OPTIONS.get(self.name, ({},))[self.variant]
         if self.variant and self.name not in ("attention", "transnormer_local"):
             keywords.setdefault("implementation", "reference")
@@ -137,8 +134,7 @@ def error(actual, expected) -> float:
 
 
 def assert_close(actual, expected, limit, label):
-    """Asserts that the `error` of each leaf of a tree is below `limit`; messages begin with
-    `label`."""
+    """Asserts that each leaf's `error` is below `limit`; `label` opens the message."""
     paths = jax.tree_util.tree_leaves_with_path(expected)
     for (path, b), a in zip(paths, jax.tree.leaves(actual), strict=True):
         found = error(a, b)
@@ -146,10 +142,10 @@ def assert_close(actual, expected, limit, label):
 
 
 def check_consistency(case: Case):
-    """Checks that a mixer gives the same packed, in pieces, token by token, and in bfloat16.
+    """Checks that a mixer gives the same results packed, in pieces and token by token.
 
     The truth is one token at a time with no segment ids, the state cleared where a document begins.
-    bfloat16 is compared with a wider limit.
+    bfloat16 is compared, too.
     """
     mixer, layer, segment_ids_BT = case.make(), case.layer(), segment_ids()
     start_BT = np.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
@@ -219,11 +215,11 @@ class Recall(nn.Module):
 
 @functools.cache
 def training_step(case: Case):
-    """Returns (step, start), the training step of a mixer in a Recall model and its initial values.
+    """Returns (step, start): a training step of the mixer in a Recall model, and its first values.
 
-    step: (params, Adam's state, *batch) -> new ones, loss, gradients of params and x. start:
-      mixer's params -> params, Adam's state. One program serves two checks: the loss is cross
-      entropy where mask_BT, plus y . cotangent_BTD.
+    step: (params, Adam's state, *batch) -> new ones, loss, gradients of params and x. One program
+      serves two checks: the loss is cross entropy where mask_BT, plus y . cotangent_BTD.
+    start: the mixer's params -> (params, Adam's state).
     """
     model, optimizer = Recall(case), optax.adam(2e-2)
     rng = np.random.default_rng(0)
@@ -252,10 +248,7 @@ def training_step(case: Case):
 
 
 def check_gradients(case: Case):
-    """Checks that a mixer's gradients are finite and reach every parameter.
-
-    The output at a token must have no gradient from later tokens or other documents.
-    """
+    """Checks that gradients are finite, and 0 at later tokens and at those of other documents."""
     step, start = training_step(case)
     segment_ids_BT, t = jnp.tile(segment_ids(), (2, 1)), 14
     x_BTD = jnp.tile(normal(B, T, D, seed=1), (2, 1, 1)).at[B:].multiply(30.0)
