@@ -70,8 +70,7 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
 
 
 def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
-    """Compiles each depth in turn, caches emptied; returns a row per depth: median seconds,
-    ratio."""
+    """Compiles each depth in turn, caches emptied; returns a row of median seconds per depth."""
     found = {depth: [] for depth in settings.depths}
     log("compile: once to warm up")
     compile_step(step_config(min(settings.depths), settings))

@@ -177,8 +177,7 @@ def key(row: dict) -> tuple:
 
 
 def save(folder: Path, new: list[dict]) -> None:
-    """Saves rows in a JSON file per operator and TPU generation, and all saved rows as
-    tables.md."""
+    """Saves rows, a JSON file per operator and TPU generation, and all saved rows as tables.md."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({_file(row) for row in new}):
         path = folder / name

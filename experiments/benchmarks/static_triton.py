@@ -73,8 +73,7 @@ def key(row: dict) -> tuple:
 
 
 def save(folder: Path, new: list[dict]) -> None:
-    """Saves rows of compiled kernels in the folder's triton.json, and all saved ones as
-    triton.md."""
+    """Saves rows of compiled kernels in triton.json, and all rows saved there as triton.md."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "triton.json"
     saved = json.loads(path.read_text()) if path.exists() else {"rows": []}

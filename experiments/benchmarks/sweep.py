@@ -72,7 +72,7 @@ def run(
     peers: Sequence[BenchmarkEntry] = (),
     log: Callable[[str], None] = print,
 ) -> tuple[list[Row], list[Row]]:
-    """Checks all entries of one variant and times those that are right; returns timings and
+    """Checks all entries of a variant and times those that are right; returns timings and
     checks."""
     names = case.implementations if settings.implementations is None else settings.implementations
     entries = [case.entry(name, variant, settings.shape) for name in names]

@@ -138,8 +138,7 @@ def _descend(job, key, start, best, measure) -> Found:
 
 
 def _call(job: Job) -> tuple[Callable, Any]:
-    """Returns a job's call with gradients as a new function, in no cache, and its inputs'
-    shapes."""
+    """Returns a job's call with gradients as a new, uncached function, and its inputs' shapes."""
     case = operators.CASES[job.op]
     shape, T, _ = static_cost.workload(case, job.shape)
     inputs = static_cost.abstract_inputs(case, shape, T, job.variant, job.dtype)

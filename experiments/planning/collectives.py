@@ -40,8 +40,7 @@ class Collective(NamedTuple):
 def read(
     visit: hlo.Visit, module: hlo.HloModule, mesh: Mesh, where: parts.Slice
 ) -> Collective | None:
-    """Returns the Collective that a visited HLO instruction runs or starts; None if there is
-    none."""
+    """Returns the Collective that a visited HLO instruction runs or starts, or None."""
     instruction = visit.instruction
     kind = instruction.operation.removesuffix("-start")
     if kind not in KINDS:
@@ -112,7 +111,8 @@ def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
 
 
 def grouped(found: list[Collective]) -> list[dict]:
-    """Returns a row per kind, axes and size; bytes are those of the device that receives most."""
+    """Returns a row per kind, axes and size of collectives; bytes are what the busiest device
+    gets."""
     rows = []
 
     def key(c):

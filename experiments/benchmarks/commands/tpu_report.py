@@ -56,8 +56,8 @@ def main(argv):
 
 
 def _runs() -> list[tuple[str, str, str]]:
-    """Returns the (operator, shape, topology) that the flags ask for; raises ValueError if
-    unknown."""
+    """Returns each (operator, shape, topology) of the flags; raises ValueError for unknown
+    names."""
     ops = static_cost.OPS if _OP.value == ["all"] else _OP.value
     for op in ops:
         if op not in static_cost.OPS:

@@ -425,8 +425,7 @@ class Suite:
         assert_close(eager, {name: whole[name] for name in eager}, TOLERANCE["float32"])
 
     def test_causality_by_gradient(self, implementation, typical):
-        """Checks that an output at t has no gradient at later tokens, and some at every earlier
-        one."""
+        """Checks that an output has no gradient at later tokens, and some at every earlier one."""
         T = 100
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         output, final = jax.eval_shape(
