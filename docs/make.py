@@ -32,9 +32,9 @@ LINKS = "<!-- links of mixers: python docs/make.py -->", "<!-- end of links -->"
 
 
 def described(name: str) -> dict:
-    """Returns what a mixer's file and the configs say of it.
+    """Returns what the docs say of a mixer: equations, papers, file, operators and config.
 
-    The class's docstring has a title that cites the paper, and then the equations, indented.
+    The mixer's docstring has a title that cites the paper, and then the equations, indented.
     """
     cls = mixers.mixer_class(name)
     path = Path(inspect.getsourcefile(cls))
@@ -56,7 +56,7 @@ def described(name: str) -> dict:
 
 
 def symbols(equation: str) -> str:
-    """Returns an equation of a docstring with Greek letters and a superscript T."""
+    """Returns an equation of a docstring with Greek letters for their names, and ᵀ for ^T."""
     for word, letter in {
         "alpha": "α",
         "beta": "β",
@@ -69,7 +69,7 @@ def symbols(equation: str) -> str:
 
 
 def called(name: str) -> list[str]:
-    """Returns the operators that a mixer calls, found by tracing it."""
+    """Returns the names of the operators that a mixer calls, found by tracing it."""
     mixer, found = mixers.make(name, d_model=128), set()
     with contextlib.ExitStack() as patches:
         for op in OPERATORS:
@@ -87,7 +87,7 @@ def called(name: str) -> list[str]:
 
 
 def config(name: str) -> str:
-    """Returns a mixer's config: of a published size, of a linearization to it, or small."""
+    """Returns the name of a mixer's config: of a published size, a linearization, or "small"."""
     for path in sorted(ROOT.glob(f"configs/{name}_[0-9]*.py")):
         return path.stem
     methods = sorted(path.stem for path in ROOT.glob("configs/linearize/[a-z]*.py"))
@@ -105,7 +105,7 @@ def config(name: str) -> str:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Returns README's table; names link to files and numbers to papers, by `links`."""
+    """Returns README's table of mixers in Markdown; `links` returns the targets of its links."""
     lines = ["| mixer, its file | recurrence | paper | config |", "|---|---|---|---|"]
     for name, row in rows.items():
         equation = row["equations"][0].replace("|", "\\|")
@@ -144,7 +144,7 @@ def page(rows: dict[str, dict]) -> str:
 
 
 def linked(operator: str) -> str:
-    """Returns the operator's name, with a link to its math where there is a page."""
+    """Returns an operator's name in Markdown, linked to its page in docs/math if there is one."""
     page = f"math/{operator}.md"
     return f"[`{operator}`]({page})" if (ROOT / "docs" / page).exists() else f"`{operator}`"
 
@@ -154,7 +154,7 @@ def module(row: dict) -> str:
 
 
 def picture(rows: dict[str, dict]) -> str:
-    """Returns an SVG: operators, the mixers built on each, models, and what one does with them."""
+    """Returns the SVG picture of the stack: operators, the mixers built on each, models, uses."""
     width, column, line, top = 1000, 250, 20, 110
     most = max(sum(op in row["operators"] for row in rows.values()) for op in OPERATORS)
     bottom = top + most * line + 30
@@ -202,14 +202,14 @@ def picture(rows: dict[str, dict]) -> str:
 
 
 def between(text: str, marks: tuple[str, str], made: str) -> str:
-    """Returns the text with what stands between the marks replaced."""
+    """Returns `text` with what stands between the two marks replaced by `made`."""
     before, _, rest = text.partition(marks[0])
     after = rest.partition(marks[1])[2]
     return f"{before}{marks[0]}\n\n{made}\n\n{marks[1]}{after}"
 
 
 def made() -> dict[Path, str]:
-    """Returns the text of every file that this program writes."""
+    """Returns {path: up-to-date text} of every file that this program writes."""
     rows = {name: described(name) for name in mixers.names()}
     readme = ROOT / "README.md"
     text = between(readme.read_text(), TABLE, table(rows))

@@ -17,9 +17,11 @@ from experiments.training import steps
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The depths of the whole model and of the cut one, and the batch size.
+    """Settings of the compile-time benchmark.
 
-    Compile time hardly depends on the latter.
+    depths: layers of the whole model and of the shortened one. batch, length: sequences, and tokens
+      in each, of the training step (compile time hardly depends on the batch). rounds:
+      compilations.
     """
 
     depths: tuple[int, int] = (24, 4)
@@ -29,7 +31,7 @@ class Settings:
 
 
 def step_config(num_layers: int, settings: Settings) -> ConfigDict:
-    """Returns the published 340M config, cut to `num_layers`."""
+    """Returns the DeltaNet 340M config with `num_layers` layers and the settings' batch size."""
     config = delta_net_340m.get_config()
     config.model.num_layers = num_layers
     config.data.update({"batch_size": settings.batch, "seq_len": settings.length})
@@ -37,7 +39,7 @@ def step_config(num_layers: int, settings: Settings) -> ConfigDict:
 
 
 def compile_step(config: ConfigDict) -> Row:
-    """Measures the seconds to trace, lower and compile a config's training step."""
+    """Returns seconds to trace, lower and compile a config's training step, and its parameters."""
     program = steps.build(config, config.data.seq_len)
     size = (config.data.batch_size, config.data.seq_len)
     batch = {name: jax.ShapeDtypeStruct(size, x.dtype) for name, x in batches.empty(1, 1).items()}
@@ -58,7 +60,7 @@ def compile_step(config: ConfigDict) -> Row:
 
 
 def section(settings: Settings, folder: Path, title: str) -> Section:
-    """Measures both depths and returns the report's section."""
+    """Measures compile time at both depths (numbers of layers); returns the report's section."""
     del folder, title  # no picture
     rows = run(settings)
     given = (
@@ -68,7 +70,7 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
 
 
 def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
-    """Compiles both depths in turn, from empty caches; returns one row per depth."""
+    """Compiles each depth in turn, caches emptied; returns a row of median seconds per depth."""
     found = {depth: [] for depth in settings.depths}
     log("compile: once to warm up")
     compile_step(step_config(min(settings.depths), settings))
@@ -97,7 +99,7 @@ def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
 
 
 def display(row: Row) -> Row:
-    """Returns the columns of a printed table."""
+    """Returns one depth's measurements as a row of the printed table."""
     return {
         "layers": row["layers"],
         "parameters, M": row["parameters"] / 1e6,

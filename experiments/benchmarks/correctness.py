@@ -24,15 +24,14 @@ def tolerance(dtype: str) -> float:
 
 
 def truth(definition, problem: Problem) -> Arrays:
-    """Returns outputs and gradients of `definition` (a function of a dict of inputs) in float64."""
+    """Returns the float64 outputs and gradients of `definition`, a function from dict to dict."""
     with jax.enable_x64(True):
         wide = jax.tree.map(_widen, (problem.inputs, problem.cotangents))
         return jax.tree.map(np.asarray, jax.jit(with_gradients(definition))(*wide))
 
 
 def errors(entry: BenchmarkEntry, problem: Problem, expected: Arrays) -> dict[str, float]:
-    """Returns the largest error of each output (forward alone, and with backward) and of each
-    gradient."""
+    """Returns {output or gradient: largest error at a position} of an entry, against `expected`."""
     forward = entry.prepare(problem, False).run()
     both = entry.prepare(problem, True).run()
     found = {f"{name} (forward)": position_error(x, expected[name]) for name, x in forward.items()}
@@ -40,8 +39,10 @@ def errors(entry: BenchmarkEntry, problem: Problem, expected: Arrays) -> dict[st
 
 
 def wrong(found: dict[str, float], limit: float) -> str | None:
-    """Returns the errors at or above the limit, NaN included, as text, the worst first; None if
-    there are none."""
+    """Returns the errors that are not below `limit` as text, worst first; None if there are none.
+
+    found: {name of an output or gradient: error}. NaN counts as wrong; at most three are listed.
+    """
     bad = sorted(((name, e) for name, e in found.items() if not e < limit), key=lambda x: -x[1])
     if not bad:
         return None

@@ -49,8 +49,7 @@ def _jla_linear_attention(kind: str, x):
 
 
 def _jla(kind: str):
-    """Returns jax-linear-attention's call as a partial of a module-level function: it is pickled
-    for the process that measures memory."""
+    """Returns jax-linear-attention's operator `kind`, chunked, as a partial that can be pickled."""
     return functools.partial(_jla_linear_attention, kind)
 
 
@@ -67,7 +66,10 @@ NAMES = tuple(dict.fromkeys(comparison.name for comparison in COMPARISONS))
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of the comparison. length: T when timed. memory_length: T of the memory, B 1."""
+    """Settings of the comparison on a CPU. rounds, seconds: see `timing.interleaved`.
+
+    length: tokens per sequence when timed. memory_length: tokens of the one sequence for memory.
+    """
 
     shape: operators.Shape = SHAPE
     length: int = LENGTH
@@ -85,8 +87,11 @@ def peer_entry(comparison: Comparison) -> BenchmarkEntry:
 
 
 def compare(name: str, settings: Settings, log=print) -> list[dict]:
-    """Checks ours and the peers that are here against the recurrence in float64, then times them in
-    turn. Returns a row for each peer and pass; `verdicts` say why a figure is missing."""
+    """Times our chunked implementation and its installed peers in turn, if their results are right.
+
+    name: of the comparison, such as "KDA". Truth is the recurrence in float64. Returns a row for
+      each peer and pass; its `verdicts` say why a figure is missing.
+    """
     chosen = [c for c in COMPARISONS if c.name == name]
     sweeping = sweep.Settings(
         shape=settings.shape,
@@ -127,8 +132,10 @@ def _figures(row: dict) -> dict:
 
 
 def memory(name: str, settings: Settings, log=print) -> list[dict]:
-    """Measures the peak memory of forward+backward of ours and of each peer, for one sequence, each
-    in a process of its own."""
+    """Measures peak memory of forward+backward on one sequence, ours and each peer's.
+
+    name: of the comparison, such as "KDA". Each is measured in a process of its own, and has a row.
+    """
     rows = []
     for comparison in (c for c in COMPARISONS if c.name == name):
         for which in (OURS, comparison.package):
@@ -154,7 +161,7 @@ def _prepare_long(comparison: Comparison, which: str, settings: Settings) -> Pre
 
 
 def line(row: dict) -> dict:
-    """Returns a row of the printed table."""
+    """Returns one comparison's times as a row of the printed table: ours, the peer's, the ratio."""
     ours, theirs = row["ours"], row["theirs"]
     figures = {}
     for name, found in (("ours", ours), ("peer", theirs)):
@@ -196,8 +203,11 @@ def targets(rows: Sequence[dict]) -> list[report.Target]:
 
 
 def save(folder: Path, parts: dict[str, list[dict]]) -> None:
-    """Writes rows ("timing", "memory") to <peer>.json, replacing a part as a whole, and tables.md
-    from all peers' files. A peer that is not installed leaves its file as it is."""
+    """Writes measured rows into <peer>.json, and all peers' saved rows as tables into tables.md.
+
+    parts: {"timing" or "memory": rows}; they replace all of a peer's older rows of that kind. The
+      file of a peer that was not measured stays as it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     environment = machine.environment()
     for package, distributions in _DISTRIBUTIONS.items():
@@ -216,7 +226,7 @@ def save(folder: Path, parts: dict[str, list[dict]]) -> None:
 
 
 def _of_the_peer(row: dict) -> bool:
-    """Returns whether the row has a measurement of the peer, not of ours alone."""
+    """Returns whether a row holds a measurement of the peer, and not of our form alone."""
     if "theirs" in row:
         return row["theirs"] is not None
     return row["implementation"] == row["peer"] and row["peak_bytes"] is not None

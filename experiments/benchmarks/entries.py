@@ -13,8 +13,7 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Inputs by name, and a cotangent for each output: NumPy arrays in the dtypes that are
-    timed."""
+    """Inputs and a cotangent for each output, by name: NumPy arrays in the dtypes to be timed."""
 
     inputs: Arrays
     cotangents: Arrays
@@ -22,13 +21,11 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A call that is ready to be timed.
+    """A compiled call on fixed arrays, ready to be timed.
 
-    run: makes one call on arrays that are where they have to be, and returns when its results are
-      there. Forward, they are the outputs by name; with backward, also "gradient of <input>" for
-      every input.
-    temp_bytes: memory beside inputs and outputs, as the compiler plans it; None where it does not
-      say.
+    run: makes the call, and returns when its results are computed: the outputs by name and, if
+      prepared with backward, "gradient of <input>" for every input.
+    temp_bytes: memory beside inputs and outputs, as the compiler plans it, if it says.
     total_bytes: temp_bytes with inputs and outputs.
     """
 
@@ -40,10 +37,10 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkEntry:
-    """A named way to compute a problem.
+    """A named way to compute a problem: one of our implementations, or another library's.
 
-    name: the one in tables. prepare: (problem, backward) -> Prepared; raises NotImplementedError,
-    saying why, for a problem that it cannot do.
+    prepare: (problem, backward) -> Prepared; raises NotImplementedError, with the reason, for a
+      problem that it cannot compute.
     """
 
     name: str
@@ -51,8 +48,7 @@ class BenchmarkEntry:
 
 
 def with_gradients(call: Callable[[Arrays], Arrays]) -> Callable[[Arrays, Arrays], Arrays]:
-    """Returns a function (inputs, cotangents) -> outputs of call(inputs), and the gradient of every
-    input by name."""
+    """Returns (inputs, cotangents) -> call(inputs), with "gradient of <input>" for each input."""
 
     def run(inputs, cotangents):
         outputs, vjp = jax.vjp(call, inputs)
@@ -63,8 +59,7 @@ def with_gradients(call: Callable[[Arrays], Arrays]) -> Callable[[Arrays, Arrays
 
 
 def jax_entry(name: str, call: Callable[[Arrays], Arrays]) -> BenchmarkEntry:
-    """Returns the entry of a function from a dict of inputs to a dict of outputs, compiled ahead of
-    time for the default device."""
+    """Returns a benchmark entry that compiles and runs `call`, a JAX function from dict to dict."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         function = with_gradients(call) if backward else call

@@ -25,10 +25,10 @@ PATTERNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of the measurement.
+    """Settings of the generation benchmark.
 
-    contexts: tokens read before the clock starts, `piece` at a time. tokens: generated in one
-    measurement.
+    contexts: numbers of tokens that a model reads before the clock starts. piece: tokens read in
+      one call. tokens: tokens generated in one measurement.
     """
 
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
@@ -44,7 +44,7 @@ class Settings:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read(model, params, state, tokens_BT):
-    """Returns the most likely next token (B, 1), and the state after tokens_BT."""
+    """Feeds tokens to the model; returns the likeliest next token (B, 1) and the decoding state."""
     logits_BTW, state = model.apply({"params": params}, tokens_BT, state=state)
     return jnp.argmax(logits_BTW[:, -1:], axis=-1).astype(jnp.int32), state
 
@@ -56,7 +56,7 @@ def _start(model, batch):
 
 
 class Generation:
-    """A model that has read `context` random tokens and goes on from there with every call."""
+    """A model that has read `context` random tokens; each call generates `settings.tokens` more."""
 
     def __init__(self, pattern: str, context: int, settings: Settings):
         self._tokens = settings.tokens
@@ -90,7 +90,7 @@ class Generation:
 
 
 def section(settings: Settings, folder: Path, title: str) -> Section:
-    """Measures every model and context; draws generation.png into the folder."""
+    """Measures time per generated token by model and context; draws generation.png in `folder`."""
     rows = run(settings)
     pictures.generation(rows, folder / "generation.png", title)
     given = dataclasses.asdict(settings)
@@ -98,8 +98,11 @@ def section(settings: Settings, folder: Path, title: str) -> Section:
 
 
 def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
-    """Returns one row per model and context. One model's contexts are timed in turn, and models one
-    after the other, lest one's large cache slow down the other."""
+    """Returns a row per model and context length: time per generated token, and size of the state.
+
+    A model's contexts are timed in turn. The models run one after the other, so that the large
+    cache of one does not slow down another.
+    """
     rows = []
     for name, pattern in PATTERNS.items():
         log(f"generation: {name} reads {', '.join(map(str, settings.contexts))} tokens")
@@ -121,7 +124,7 @@ def run(settings: Settings, log: Callable[[str], None] = print) -> list[Row]:
 
 
 def display(row: Row) -> Row:
-    """Returns the columns of a printed table."""
+    """Returns one measurement as a row of the printed table."""
     return {
         "model": row["model"],
         "tokens read": row["context"],

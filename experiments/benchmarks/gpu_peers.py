@@ -85,13 +85,17 @@ COMPARISONS = (
 
 
 def peer_entry(comparison: Comparison) -> BenchmarkEntry:
-    """Returns the peer's call on the GPU."""
+    """Returns the benchmark entry of a peer library's call, in torch on the GPU."""
     return torch_entry(comparison, "cuda", "pip install -e '.[peers]'")
 
 
 def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[float, float]:
-    """Returns the FLOPs of a chunked form's matrix products (chunks of CHUNK), and its bytes:
-    bfloat16 inputs read once, results written once."""
+    """Returns (FLOPs, bytes moved) of one operator call, for a bound on its time at the GPU's peak.
+
+    FLOPs are of the matrix products of a chunked form, in chunks of CHUNK tokens. Bytes are
+    bfloat16 inputs (float32 gates) read once and results written once. backward: with the backward
+    pass.
+    """
     K, V, tokens = SHAPE.K, SHAPE.V, B * T * SHAPE.H
     flops = 2 * (2 * K * V + CHUNK / 2 * (K + V))
     if op == "delta_rule":
@@ -105,8 +109,11 @@ def roofline(op: str, variant: str, B: int, T: int, backward: bool) -> tuple[flo
 
 
 def measure(comparison: Comparison, lengths, rounds: int, log=print) -> list[dict]:
-    """Checks ours and the peer at T 300, then times those that are right, in turn, in one run, with
-    cuDNN attention beside them."""
+    """Times our Triton kernel, the peer and cuDNN attention in turn; returns a row per T and pass.
+
+    lengths: the values of T. Ours and the peer's results are checked first; wrong ones are not
+      timed.
+    """
     case = operators.CASES[comparison.op]
     ours = case.entry("triton", comparison.variant, SHAPE)
     settings = sweep.Settings(shape=SHAPE, dtype="bfloat16")
@@ -151,13 +158,15 @@ def _row(comparison: Comparison, T: int, backward: bool) -> dict:
 
 
 def not_run(comparison: Comparison, lengths) -> list[dict]:
-    """Returns the rows of `measure` without figures, for a machine without a GPU."""
+    """Returns the rows of `measure` without times, for a machine that has no GPU."""
     return [_row(comparison, T, backward) for T in lengths for backward in (False, True)]
 
 
 def line(row: dict) -> dict:
-    """Returns a row of the table. "of roofline": the time that the FLOPs or the bytes, whichever
-    takes longer, need at the GPU's peak, over our time."""
+    """Returns one measurement as a row of the printed table.
+
+    "of roofline": the least time that the FLOPs and bytes need at the GPU's peak, over our time.
+    """
     ms = row.get("ms", {})
     ours, peer = ms.get("triton"), ms.get(row["peer"])
     compute, bandwidth = _peak()
@@ -184,8 +193,7 @@ def _peak() -> tuple[float | None, float | None]:
 
 
 def crossings(rows: list[dict]) -> list[str]:
-    """Says for each comparison and pass the length from which on ours is always faster than cuDNN
-    attention."""
+    """Returns a line per comparison and pass: from which T our kernel beats cuDNN attention."""
     found = []
     for name, which in sorted({(row["comparison"], row["pass"]) for row in rows}):
         faster = {
@@ -203,10 +211,10 @@ def crossings(rows: list[dict]) -> list[str]:
 
 
 def save(folder: Path, rows: list[dict]) -> None:
-    """Writes gpu_peers.json and gpu_peers.md, the hardware and the versions beside the figures.
+    """Writes the measurements, with the hardware and versions, to gpu_peers.json and gpu_peers.md.
 
     Raises:
-      ValueError: nothing was measured, and the folder holds what was.
+      ValueError: nothing was measured, and the folder already holds measurements.
     """
     path = folder / "gpu_peers.json"
     held = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -31,7 +31,7 @@ def environment() -> dict:
 
 
 def describe(environment: dict) -> str:
-    """Returns the environment in one line, for people."""
+    """Returns what `environment` found as one line of text: date, device, processor, versions."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return (
         f"{environment['date']} | {environment['device']} | {environment['cores']} cores of "
@@ -41,12 +41,12 @@ def describe(environment: dict) -> str:
 
 
 def cpu_model() -> str:
-    """Returns the processor's name as Linux tells it, or what Python knows elsewhere."""
+    """Returns the processor's name from /proc/cpuinfo or, where that has none, from `platform`."""
     return proc("cpuinfo").get("model name") or platform.processor() or platform.machine()
 
 
 def free_bytes() -> int | None:
-    """Returns the free memory of the default device; None where the device does not report it."""
+    """Returns the default device's free memory in bytes; None if the device does not report it."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         kilobytes = proc("meminfo").get("MemAvailable")
@@ -56,7 +56,7 @@ def free_bytes() -> int | None:
 
 
 def proc(name: str) -> dict[str, str]:
-    """Returns the "name: value" lines of /proc/<name>; nothing on other systems than Linux."""
+    """Returns {name: value} of the "name: value" lines of /proc/<name>; {} if it cannot be read."""
     try:
         lines = (Path("/proc") / name).read_text().splitlines()
     except OSError:

@@ -31,11 +31,11 @@ _DOCUMENT = 1000  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class OperatorBenchmark:
-    """An operator's benchmark, on inputs of the regime "trained" of its case.
+    """How an operator is benchmarked: on which kinds of call, shapes and inputs (regime "trained").
 
-    kinds: {name in tables and flags: kind of call}, each timed separately. A shape that names no
-      kind has the first.
-    published: the module of its shapes.
+    kinds: {variant, the name in tables and flags: kind of call in the operator's case}; each is
+      timed separately. A shape that names no variant has the first.
+    published: the module with the operator's published shapes.
     """
 
     operator: dispatch.Operator
@@ -64,11 +64,11 @@ class OperatorBenchmark:
 
     @property
     def shapes(self) -> dict[str, dict[str, Any]]:
-        """Published workloads by name."""
+        """Returns {name: sizes} of the operator's published workloads."""
         return self.published.SHAPES
 
     def sizes(self, shape: Shape) -> dict[str, int]:
-        """Returns {letter: size} of a shape for the operator's letters, defaults filled in."""
+        """Returns {letter: size} of the operator's dimensions, such as K, defaults filled in."""
         known = dataclasses.asdict(shape) | {"G": shape.key_heads, "D": shape.width}
         names = [*self.letters, *(["window"] if "window" in self.variants else [])]
         return {name: known[name] for name in names}
@@ -125,8 +125,7 @@ CASES = {
 
 
 def published(case: OperatorBenchmark, name: str) -> tuple[Shape, int, str]:
-    """Returns the shape called `name`, its length and its variant. Raises ValueError, listing the
-    choices."""
+    """Returns (sizes, T, variant) of a published shape; raises ValueError for an unknown one."""
     if name not in case.shapes:
         raise ValueError(
             f"{case.name} has no shape {name!r}; choose one of {', '.join(case.shapes)}"
@@ -147,7 +146,7 @@ def published(case: OperatorBenchmark, name: str) -> tuple[Shape, int, str]:
 def make_problem(
     case: OperatorBenchmark, shape: Shape, T: int, variant: str, dtype: str
 ) -> Problem:
-    """Returns inputs and random cotangents, the same ones for the same arguments."""
+    """Returns an operator's inputs of T tokens and random cotangents, equal for equal arguments."""
     seed = zlib.crc32(repr((case.name, variant, dataclasses.astuple(shape), T)).encode())
     rng = np.random.default_rng(seed)
     inputs = case.make_inputs(rng, shape, T, variant)

@@ -11,11 +11,10 @@ from experiments.benchmarks.entries import Prepared
 
 
 def measure(prepare: Callable[[], Prepared], *arguments) -> dict:
-    """Measures how much prepare(*arguments).run() adds to the process's memory at its peak, in
-    bytes, with its results and without its inputs.
+    """Measures the peak memory that prepare(*arguments).run() adds to a fresh process, in bytes.
 
-    prepare: a function of a module, for it goes to a fresh process. "planned_bytes" is the
-      compiler's temp_bytes.
+    prepare: a module-level function that returns a Prepared; it is pickled. Returns "peak_bytes",
+      with results and without inputs, and "planned_bytes", the compiler's temp_bytes.
     """
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:

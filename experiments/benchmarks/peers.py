@@ -17,11 +17,12 @@ OUTPUTS = ("output", "final state")
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A comparison of another library's call with ours.
+    """A comparison of another library's operator with ours.
 
-    op, variant: ours. package: the peer's module. call: (inputs, the peer's arrays) -> (output,
-    final state).
-    limit: the most that our forward+backward may take, as a share of the peer's.
+    op, variant: our operator and its kind of call, such as a decay. package: the peer's Python
+      package.
+    call: inputs, in the peer's arrays -> (output, final state).
+    limit: the most that our forward+backward may take, as a share of the peer's time.
     """
 
     name: str
@@ -33,8 +34,7 @@ class Comparison:
 
 
 def torch_entry(comparison: Comparison, device: str, install: str) -> BenchmarkEntry:
-    """Returns the peer's call in torch; with backward, the gradient of every input by torch's
-    autograd. install: how to get it."""
+    """Returns the benchmark entry of a torch peer on `device`. install: how to get the peer."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         _installed(comparison, install)
@@ -67,7 +67,7 @@ def torch_entry(comparison: Comparison, device: str, install: str) -> BenchmarkE
 
 
 def jax_peer_entry(comparison: Comparison, install: str) -> BenchmarkEntry:
-    """Returns the peer's call in JAX, compiled in the same way as ours."""
+    """Returns the benchmark entry of a JAX peer, compiled as ours. install: how to get the peer."""
 
     def prepare(problem: Problem, backward: bool) -> Prepared:
         _installed(comparison, install)
@@ -83,8 +83,7 @@ def _installed(comparison: Comparison, install: str):
 
 
 class _Tensors(dict):
-    """Torch results by name, converted to float32 NumPy arrays on access, outside the timed
-    region."""
+    """Dict of torch results whose `items`, outside the timed region, gives float32 NumPy arrays."""
 
     def items(self):
         for name, x in super().items():

@@ -9,8 +9,7 @@ from experiments.training import plots
 
 
 def time_per_token(rows: list[Row], path: Path, title: str) -> None:
-    """Draws time per token over T, both logarithmic: a row of panels for each operator and variant,
-    a column for each pass."""
+    """Draws time per token over T by implementation, a panel per operator, variant and pass."""
     rows = [row for row in rows if "seconds" in row]
     cases = list(dict.fromkeys((row["operator"], row["variant"]) for row in rows))
     passes = list(dict.fromkeys(row["pass"] for row in rows))
@@ -36,7 +35,7 @@ def time_per_token(rows: list[Row], path: Path, title: str) -> None:
 
 
 def generation(rows: list[Row], path: Path, title: str) -> None:
-    """Draws time per generated token over the tokens read before it."""
+    """Draws time per generated token over the number of tokens read before, a curve per model."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in dict.fromkeys(row["model"] for row in rows):
         here = [row for row in rows if row["model"] == name]
@@ -47,7 +46,7 @@ def generation(rows: list[Row], path: Path, title: str) -> None:
 
 
 def _band(axes, x: list[int], rows: list[Row], scales: list[float], name: str) -> None:
-    """Draws the median over x, and the quartiles as a band, each row's seconds times its scale."""
+    """Draws one implementation's median time per token over T, with the quartiles as a band."""
     low, middle, high = (
         [row[k] * scale for row, scale in zip(rows, scales)]
         for k in ("seconds_lower", "seconds", "seconds_upper")

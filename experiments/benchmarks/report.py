@@ -11,7 +11,7 @@ Row = dict[str, object]
 
 
 class Target(NamedTuple):
-    """A claim that the benchmark checks. met: None where this run did not measure it."""
+    """A benchmark's target, with what was measured. met: None where this run did not measure it."""
 
     claim: str
     found: str
@@ -20,10 +20,11 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass
 class Section:
-    """A benchmark's section of a report.
+    """One benchmark's section of a report.
 
-    settings: of this run. rows: all measurements, for JSON. table: the rows to print.
-    notes: lines beside the table. wrong: whether an implementation gave wrong results.
+    settings: those of this run. rows: all measurements, for JSON. table: the rows to print. checks:
+      rows of correctness checks. notes: lines of text beside the table. wrong: whether an
+      implementation gave wrong results.
     """
 
     name: str
@@ -37,13 +38,13 @@ class Section:
 
 
 def text(section: Section) -> str:
-    """Returns the section as the terminal shows it."""
+    """Returns a section as text for the terminal: its settings, notes and table."""
     table = text_table(section.table) if section.table else "nothing was timed"
     return "\n".join([f"{section.name}: {_settings(section)}", *section.notes, table])
 
 
 def save(folder: Path, environment: Row, sections: list[Section]) -> None:
-    """Writes result.json and tables.md; the pictures <name>.png are expected beside them."""
+    """Writes sections to result.json and tables.md, with the picture <name>.png of each, if any."""
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "environment": environment,
@@ -78,7 +79,7 @@ def _settings(section: Section) -> str:
 
 
 def text_table(rows: list[Row]) -> str:
-    """Returns the columns of the first row, aligned: text to the left, numbers to the right."""
+    """Returns rows as an aligned table in plain text, with the columns of the first row."""
     cells = _cells(rows)
     numeric = [all(not isinstance(row[name], str) for row in rows) for name in rows[0]]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -104,7 +105,7 @@ def _cells(rows: list[Row]) -> list[list[str]]:
 
 
 def _cell(value) -> str:
-    """Returns a value as text with three significant digits; "-" for None."""
+    """Returns a table cell as text; a float with three significant digits, None as "-"."""
     if value is None:
         return "-"
     if not isinstance(value, float):

@@ -50,10 +50,9 @@ HEADING = (
 
 
 def workload(case: operators.OperatorBenchmark, name: str) -> tuple[operators.Shape, int, tuple]:
-    """Returns (sizes, T, variants) of a shape: all variants for 'target', else those it names.
+    """Returns (sizes, T, variants) of a shape of an operator; raises ValueError for an unknown one.
 
-    Raises:
-      ValueError: no such shape; the choices are listed.
+    'target' is the shape that targets are set at, in all variants; a published shape has its own.
     """
     if name == "target":
         sizes = {k: v for k, v in TARGET_SHAPE.items() if k in case.letters}
@@ -69,8 +68,7 @@ def workload(case: operators.OperatorBenchmark, name: str) -> tuple[operators.Sh
 
 
 def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
-    """Derives shapes and dtypes of inputs from inputs of two and three tokens, as real ones may
-    take gigabytes."""
+    """Returns an operator's inputs of length T as shapes and dtypes, without making arrays."""
     short, longer = (
         case.make_inputs(np.random.default_rng(0), shape, length, variant) for length in (2, 3)
     )
@@ -83,7 +81,7 @@ def abstract_inputs(case, shape, T: int, variant: str, dtype: str) -> dict:
 
 
 def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IMPLEMENTATIONS):
-    """Yields a row for every variant, implementation and pass, as it is measured."""
+    """Yields a row of costs as compiled for a TPU for every variant, implementation and pass."""
     case = operators.CASES[op]
     shape, T, variants = workload(case, shape_name)
     # Where channels are independent, a register holds 128 of them.
@@ -117,7 +115,7 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
 
 
 def as_models_call(call, inputs: dict):
-    """Returns `call` for arrays in the layout that a model has them in, and their shapes.
+    """Returns `call` on arrays in the layout that a model gives them, and its inputs' shapes.
 
     Heads lie side by side, (B, T, H K), as a projection gives them, and a complex array is the two
     real ones that it is computed from.
@@ -171,14 +169,13 @@ def variant_of(row: dict) -> str:
 
 
 def key(row: dict) -> tuple:
-    """Identifies a measurement: a row replaces an older one of the same key."""
+    """Returns what identifies a measurement; a new row replaces the saved row with an equal key."""
     order = (row["op"], row["topology"], row["shape"], variant_of(row), row["dtype"])
     return (*order, PASSES.index(row["pass"]), IMPLEMENTATIONS.index(row["implementation"]))
 
 
 def save(folder: Path, new: list[dict]) -> None:
-    """Puts rows into the folder's JSON files, one per operator and part, in place of older ones of
-    the same key, and writes all of them as tables.md."""
+    """Saves rows, a JSON file per operator and TPU generation, and all saved rows as tables.md."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({_file(row) for row in new}):
         path = folder / name
@@ -204,7 +201,7 @@ def _file(row: dict) -> str:
 
 
 def program_line(row: dict) -> dict:
-    """Returns a row of the table of programs."""
+    """Returns one compiled program's costs as a row of the table of programs."""
     named = row | {"variant": variant_of(row)}
     names = ("shape", "variant", "dtype", "topology", "pass", "implementation")
     return {name: named[name] for name in names} | {
@@ -218,7 +215,7 @@ def program_line(row: dict) -> dict:
 
 
 def kernel_lines(row: dict) -> list[dict]:
-    """Returns rows of the table of kernels."""
+    """Returns a table row for each kernel of one compiled program: cycles, slots, spills, VMEM."""
     named = row | {"variant": variant_of(row)}
     return [
         {name: named[name] for name in ("shape", "variant", "topology", "pass")}
@@ -243,7 +240,10 @@ def kernel_lines(row: dict) -> list[dict]:
 
 
 def targets(found: list[dict]) -> list[report.Target]:
-    """Judges the targets that these rows bear on: those of v6e at the target shape in bfloat16."""
+    """Returns whether kernels meet the targets for static cycles, spills and HBM traffic.
+
+    Judged are Pallas kernels on v6e at the target shape in bfloat16; other rows are skipped.
+    """
     verdicts = []
     for row in found:
         if (row["shape"], row["dtype"]) != ("target", "bfloat16"):

@@ -25,8 +25,10 @@ _GPU = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "
 
 
 def rows(op: str, shape_name: str, dtype: str, capabilities) -> list[dict]:
-    """Returns one row per kernel of the forward and backward pass, variant and compute capability;
-    equal launches share a row."""
+    """Compiles an operator's Triton kernels, both passes; returns a row of figures per kernel.
+
+    capabilities: of GPUs, such as 90. Launches of a kernel with equal figures share a row.
+    """
     case = operators.CASES[op]
     shape, T, variants = static_cost.workload(case, shape_name)
     found = []
@@ -66,13 +68,12 @@ def _megabytes(tree) -> float:
 
 
 def key(row: dict) -> tuple:
-    """Identifies a program: all of its kernels' rows are replaced together."""
+    """Returns what identifies a compiled program; rows of all its kernels are replaced together."""
     return tuple(row[name] for name in ("op", "shape", "variant", "dtype", "target"))
 
 
 def save(folder: Path, new: list[dict]) -> None:
-    """Puts rows into triton.json, in place of older ones of the same programs, and writes all of it
-    as triton.md."""
+    """Saves rows of compiled kernels in triton.json, and all rows saved there as triton.md."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "triton.json"
     saved = json.loads(path.read_text()) if path.exists() else {"rows": []}
@@ -93,7 +94,7 @@ def save(folder: Path, new: list[dict]) -> None:
 
 
 def line(row: dict) -> dict:
-    """Returns a row of the table."""
+    """Returns one compiled kernel's figures as a row of the printed table."""
     names = ("shape", "variant", "dtype", "target", "kernel", "warps", "registers", "spilled")
     return {name: row[name] for name in names} | {
         "grid": "x".join(map(str, row["grid"])),

@@ -22,11 +22,10 @@ _SECONDS = ("seconds", "seconds_lower", "seconds_upper")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a sweep.
+    """Settings of a sweep over lengths. rounds, seconds: see `timing.interleaved`.
 
-    implementations: None is all that the operator has. rounds, seconds: see `timing.interleaved`.
-    check_length: T of the problem that they are checked on; the default is several chunks and a
-    part of one.
+    implementations: names; None is all that the operator has. check_length: T of the problem that
+      results are checked on; the default is several chunks and an incomplete one.
     """
 
     shape: operators.Shape = operators.Shape()
@@ -47,7 +46,7 @@ def section(
     title: str,
     peers: Sequence[BenchmarkEntry] = (),
 ) -> Section:
-    """Measures each variant, and draws <operator>.png into the folder."""
+    """Measures variants of an operator and `peers`, and draws <operator>.png in `folder`."""
     rows, checks = [], []
     for variant in variants:
         more_rows, more_checks = run(case, variant, settings, peers)
@@ -73,7 +72,7 @@ def run(
     peers: Sequence[BenchmarkEntry] = (),
     log: Callable[[str], None] = print,
 ) -> tuple[list[Row], list[Row]]:
-    """Checks every entry, and times those that are right. Returns rows of timings, and rows of
+    """Checks all entries of a variant and times those that are right; returns timings and
     checks."""
     names = case.implementations if settings.implementations is None else settings.implementations
     entries = [case.entry(name, variant, settings.shape) for name in names]
@@ -85,7 +84,7 @@ def run(
 
 
 def check(case, variant, settings, entries, log) -> tuple[list[Row], list[BenchmarkEntry]]:
-    """Returns rows of checks, and the entries whose results are right."""
+    """Checks entries against the float64 recurrence; returns a row for each, and the right ones."""
     limit = correctness.tolerance(settings.dtype)
     few_rows = dataclasses.replace(settings.shape, B=min(settings.shape.B, 2))
     problem = operators.make_problem(case, few_rows, settings.check_length, variant, settings.dtype)
@@ -109,7 +108,7 @@ def check(case, variant, settings, entries, log) -> tuple[list[Row], list[Benchm
 
 
 def verdict(check: Row) -> str:
-    """Describes the result of a check."""
+    """Describes the check of an entry: not supported, wrong, or right with its largest error."""
     if check["unsupported"]:
         return f"not supported: {check['unsupported']}"
     if check["wrong"]:
@@ -170,8 +169,10 @@ def _time(case, variant, settings, entries, which, log) -> list[Row]:
 
 
 def _too_large(prepared: Prepared) -> str | None:
-    """Returns why a program needs too much memory to be run, or None: some platforms kill a process
-    that asks for too much."""
+    """Returns why a program needs too much memory to be run; None if it fits in what is free.
+
+    Some platforms kill a process that asks for too much.
+    """
     if prepared.total_bytes is None:
         return None
     free = machine.free_bytes()
@@ -181,7 +182,7 @@ def _too_large(prepared: Prepared) -> str | None:
 
 
 def display(row: Row) -> Row:
-    """Returns the columns of a printed table."""
+    """Returns one measurement as a row of the printed table."""
     ms = {name: row.get(name) and 1e3 * row[name] for name in _SECONDS}
     return {
         "variant": row["variant"],
@@ -200,8 +201,11 @@ def display(row: Row) -> Row:
 
 
 def targets(operator: str, rows: list[Row]) -> list[Target]:
-    """Judges speedup of chunked over recurrent at T 2048, and time per token at T 16384 against T
-    1024, for the operators that have these targets."""
+    """Returns whether an operator meets the speed targets that it has.
+
+    These are the speedup of chunked over recurrent at T 2048 (matrix recurrences), and time per
+    token at T 16384 against T 1024 (all recurrences).
+    """
     at = {
         (row["T"], row["variant"], row["pass"]): row
         for row in rows

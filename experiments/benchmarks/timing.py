@@ -11,7 +11,7 @@ MIN_ROUNDS = 3
 
 
 class Timing(NamedTuple):
-    """Seconds per call: median and quartiles over the rounds."""
+    """Result of timing one call: median and quartiles of seconds per call, and number of rounds."""
 
     median: float
     lower: float
@@ -32,18 +32,19 @@ def interleaved(
     block_seconds: float = 0.02,
     together: Callable[[Hashable], Hashable] = lambda key: key,
 ) -> dict[Hashable, Timing]:
-    """Times each call once per round, after warming up. The order is drawn anew each round (the
-    same draws every time), so that no call always follows the one that left the caches at their
-    worst.
+    """Times several calls side by side, each once per round after warming up.
 
-    rounds: how many, but at least MIN_ROUNDS. seconds: a call that has used up so much leaves after
-    MIN_ROUNDS, and one that has used up four times as much leaves at once; its rounds are then
-    fewer.
-    block_seconds: shorter calls are repeated until a measurement lasts this long; with 0 each is
-    made at most 3 + rounds times.
-    together: calls for which it is equal follow each other in a round. What one leaves behind, such
-    as memory that has to be given to the next again, then falls on one call of the others, not on
-    half of them.
+    The order is drawn anew for each round, from a fixed seed, so that no call always follows the
+    one that left the caches at their worst. Returns each call's Timing by its key.
+
+    rounds: the number of rounds, at least MIN_ROUNDS.
+    seconds: the time budget of a call. One that has used it up is left out after MIN_ROUNDS rounds,
+      and one that has used four times as much is left out at once.
+    block_seconds: a shorter call is repeated until one measurement lasts this long; with 0, each
+      call is made at most 3 + rounds times.
+    together: function from a key to its group. Calls of a group follow each other in a round, so
+      that what one leaves behind, such as memory to be allocated again, slows one call of another
+      group, not half of them.
     """
     repeats = {key: _repeats(call, block_seconds) for key, call in calls.items()}
     samples = {key: [] for key in calls}
@@ -66,7 +67,7 @@ def summary(samples: list[float]) -> Timing:
 
 
 def _repeats(call, block_seconds: float) -> int:
-    """Warms up, up to three times, and returns how many calls make one measurement."""
+    """Warms a call up, at most three times; returns how often one measurement repeats it."""
     start = time.perf_counter()
     for _ in range(3):
         once = _seconds_a_call(call, 1)

@@ -46,7 +46,11 @@ REPORTS = FOLDER.parent / "reports"
 
 
 class Job(NamedTuple):
-    """One call to tune for. topology: what to compile for; None: the device at hand."""
+    """An operator call to tune for.
+
+    shape: 'target' or a published name. variant: kind of call. topology: the TPU slice to compile
+      for; None times the call on the device at hand.
+    """
 
     op: str
     shape: str
@@ -57,8 +61,10 @@ class Job(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Sizes found for one key. costs: of every choice that was tried, in `unit`; None where it
-    raised."""
+    """Result of tuning one key of the table: its best sizes.
+
+    costs: every choice of sizes that was tried, and its cost in `unit`; None where it raised.
+    """
 
     key: str
     sizes: dict[str, int]
@@ -67,10 +73,10 @@ class Found(NamedTuple):
 
 
 def jobs(ops, shapes, dtype: str, implementations, topologies) -> list[Job]:
-    """Returns the calls to tune for.
+    """Returns the operator calls to tune for, in all combinations of the arguments.
 
-    shapes: 'target', published names, or None for all there are; those that an operator lacks are
-    passed over.
+    shapes: 'target', published names, or None for all; an operator skips those that it lacks.
+    topologies: TPU slices to compile for; None among them is the device at hand.
     """
     found = []
     for op in ops:
@@ -89,7 +95,7 @@ def jobs(ops, shapes, dtype: str, implementations, topologies) -> list[Job]:
 
 
 def run(found_jobs: list[Job], rounds: int, seconds: float) -> Iterator[Found]:
-    """Tunes every key that the jobs' calls look up, each once."""
+    """Yields the best sizes of each key of the table that the jobs' calls look up, a key once."""
     done = set()
     for job in found_jobs:
         call, abstract = _call(job)
@@ -107,7 +113,11 @@ def run(found_jobs: list[Job], rounds: int, seconds: float) -> Iterator[Found]:
 
 
 def _descend(job, key, start, best, measure) -> Found:
-    """Tunes one size after another (coordinate descent), with the keys in `best` fixed."""
+    """Tunes the sizes of one key, one size after another (coordinate descent).
+
+    start: sizes in use. best: sizes of the keys tuned before. measure: list of choices -> their
+      costs.
+    """
     costs, sizes = [], dict(start)
     unit, worth = ("static cycles per token and head", 0.98) if job.topology else ("seconds", 0.96)
     for name in start:
@@ -128,8 +138,7 @@ def _descend(job, key, start, best, measure) -> Found:
 
 
 def _call(job: Job) -> tuple[Callable, Any]:
-    """Returns a new function (inputs, cotangents) -> outputs and gradients, in no cache, and its
-    arguments' shapes."""
+    """Returns a job's call with gradients as a new, uncached function, and its inputs' shapes."""
     case = operators.CASES[job.op]
     shape, T, _ = static_cost.workload(case, job.shape)
     inputs = static_cost.abstract_inputs(case, shape, T, job.variant, job.dtype)
@@ -193,8 +202,7 @@ def _timed(job: Job, rounds: int, seconds: float):
 
 
 def save(folder: Path, found: list[Found]) -> None:
-    """Writes sizes into the folder's tuned.json, and what was tried into reports/tuning.json, in
-    the place of older ones of the same keys."""
+    """Saves best sizes in the folder's tuned.json, and all choices tried in reports/tuning.json."""
     folder.mkdir(parents=True, exist_ok=True)
     reports = REPORTS if folder == FOLDER else folder / "reports"
     table, evidence = folder / tuning.TABLE.name, reports / "tuning.json"
@@ -221,7 +229,7 @@ def _version(name: str) -> str | None:
 
 
 def lines(found: Found) -> list[dict]:
-    """Returns a table's rows: each choice that was tried, with the best one marked."""
+    """Returns a table row for each choice of sizes tried for a key, with the best one marked."""
     return [
         {**sizes, found.unit: cost, "": "taken" if sizes == found.sizes else ""}
         for sizes, cost in found.costs

@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 class Candidate(NamedTuple):
-    """A config on a slice, and the program that `train` would run there, not yet compiled."""
+    """A training config on a TPU slice, and the step that `train` would run there, uncompiled."""
 
     config: ConfigDict
     where: parts.Slice
@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
 
 
 def _bytes_per_device(tree) -> int:
-    """Returns the bytes of sharded arrays on one device, without those in host memory."""
+    """Returns the bytes of sharded arrays on one device; arrays in host memory do not count."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -47,7 +47,7 @@ def _bytes_per_device(tree) -> int:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Fills in vocabulary size and row length, from the dataset if the config lacks one."""
+    """Fills in a config's vocabulary size and row length, from its dataset if one is missing."""
     if config.model.get("vocab_size") and "seq_len" in config.data:
         return config.copy_and_resolve_references()
     dataset = data.make_dataset(config.data, "train")
@@ -58,10 +58,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Returns {"data": 8, "fsdp": 16, ...} of "data=8,fsdp=16"; axes not named have size 1.
+    """Parses a mesh: of "data=8,fsdp=16" returns {"data": 8, "fsdp": 16, "seq": 1, ...}.
 
     Raises:
-      ValueError: not of that form, or no such axis; lists the axes.
+      ValueError: not of that form, or an unknown or repeated axis; the message lists the axes.
     """
     sizes = {}
     for part in text.split(","):
@@ -83,12 +83,13 @@ def make(
     batch_size: int | None = None,
     tokens_per_device: int | None = None,
 ) -> Candidate:
-    """Returns one candidate; an argument of None leaves the config's value.
+    """Returns the candidate of a config on a slice; an argument of None keeps the config's value.
 
-    tokens_per_device: of the batch, in rows of that many tokens for each part of time.
+    tokens_per_device: sets the batch to one sequence for each group of devices along the mesh axis
+      "seq", with so many tokens on each device.
 
     Raises:
-      ValueError: sizes that do not fit together; says which.
+      ValueError: sizes that do not fit together; the message says which.
     """
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -111,9 +112,10 @@ def make(
 def sweep(
     config: ConfigDict, where: parts.Slice, batch_sizes: Sequence[int]
 ) -> tuple[list[Candidate], list[str]]:
-    """Returns candidates of every mesh worth compiling, and why other meshes are left out.
+    """Returns a candidate for each mesh worth compiling, and a line of text per mesh left out.
 
-    Meshes are each axis alone, and products of two of data, fsdp, seq and tensor in powers of four.
+    Meshes put all devices on fsdp or on data, or split them over data and fsdp, fsdp and seq, or
+    fsdp and tensor, the second of these a power of four.
     """
     found, left_out = [], []
     for sizes in _meshes(len(where.devices)):

@@ -17,14 +17,14 @@ KINDS = (
 
 
 class Collective(NamedTuple):
-    """One collective instruction, of one device.
+    """One collective instruction of a compiled program, as one device runs it.
 
-    axes: the mesh axes along which its groups lie, such as "fsdp" or "data+fsdp".
-    size: devices of a group. times: in a step.
-    received: bytes that the device gets from others each time, the least possible: of an all-gather
-      (n-1)/n of the result, of a reduce-scatter (n-1)/n of the operand, of an all-reduce both.
-    receivers: positions in the mesh of the devices that a permute sends to; None is all.
-    seconds: each time, alone on the links of its axes.
+    axes: mesh axes along which its groups of devices lie, such as "fsdp" or "data+fsdp".
+    size: devices per group. times: executions per training step.
+    received: least bytes that the device gets from others per execution: of an all-gather (n-1)/n
+      of the result, of a reduce-scatter (n-1)/n of the operand, of an all-reduce both.
+    receivers: mesh positions of the devices that a permute sends to; None is all devices.
+    seconds: estimated time per execution, alone on the links of its axes.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Collective(NamedTuple):
 def read(
     visit: hlo.Visit, module: hlo.HloModule, mesh: Mesh, where: parts.Slice
 ) -> Collective | None:
-    """Returns the collective that an instruction runs or starts; None for other instructions."""
+    """Returns the Collective that a visited HLO instruction runs or starts, or None."""
     instruction = visit.instruction
     kind = instruction.operation.removesuffix("-start")
     if kind not in KINDS:
@@ -76,9 +76,10 @@ def read(
 
 
 def _seconds(kind: str, given: int, received: float, group: list, where: parts.Slice) -> float:
-    """Returns the larger of the bytes' time at the group's bandwidth and the hops' latency.
+    """Returns a collective's seconds, the larger of its bytes' transfer time and its hops' latency.
 
-    An all-to-all sends each byte half the way round on average, past a quarter of the group.
+    given: bytes of its operand. group: its devices. An all-to-all of n > 8 devices counts its bytes
+      n/8 times, since they pass through other devices.
     """
     if kind == "collective-permute":
         # Each link carries the messages of as many devices as one message takes links.
@@ -93,7 +94,11 @@ def _seconds(kind: str, given: int, received: float, group: list, where: parts.S
 
 
 def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
-    """Names the mesh axes that a group's devices differ in; "part of" if it lacks some of them."""
+    """Returns the mesh axes, joined by "+", along which the devices of a group differ.
+
+    pairs: the groups are a permute's (source, target) pairs. The text begins with "part of" where a
+      group does not have all devices along the axes.
+    """
     shape = mesh.devices.shape
     varying, sizes = set(), set()
     for group in groups:
@@ -106,7 +111,8 @@ def _axes(groups: list[tuple[int, ...]], mesh: Mesh, pairs: bool) -> str:
 
 
 def grouped(found: list[Collective]) -> list[dict]:
-    """Returns a row per (axes, kind, size); bytes are those of the device that receives most."""
+    """Returns a row per kind, axes and size of collectives; bytes are what the busiest device
+    gets."""
     rows = []
 
     def key(c):

@@ -18,11 +18,12 @@ _TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 
 
 class CompiledStep(NamedTuple):
-    """A compiled training step.
+    """Result of compiling a training step.
 
-    text: of the optimised program; None where it needs more HBM than there is.
-    memory: XLA's buffers of one device, in bytes; results take the place of the donated state.
-    xla: what XLA counts. kernels: FLOPs of Pallas kernels by name.
+    text: the optimised HLO program; None where it needs more HBM than a device has.
+    memory: XLA's buffers on one device in bytes; results in place of donated state do not count.
+    xla: FLOPs and bytes as XLA counts them. kernels: FLOPs of Pallas kernels by name.
+    seconds, processor_seconds: wall and processor time of compiling.
     """
 
     text: str | None
@@ -34,16 +35,15 @@ class CompiledStep(NamedTuple):
 
 
 def plan(candidate: Candidate) -> Row:
-    """Compiles the candidate's training step; returns its memory, costs and collectives.
+    """Compiles a candidate's training step; returns its settings, memory, costs and collectives.
 
-    A step that needs more HBM than there is makes a row too: with `needed_bytes`, and without what
-    only a compiled program tells.
+    A step that needs more HBM than a device has makes a row without costs and collectives.
     """
     return read(candidate, compile_step(candidate))
 
 
 def compile_step(candidate: Candidate) -> CompiledStep:
-    """Traces, lowers and compiles the training step of a candidate."""
+    """Traces, lowers and compiles a candidate's training step for its TPU slice."""
     config, where, program = candidate
     shape = (config.data.batch_size, config.data.seq_len)
     batch = {
@@ -89,7 +89,7 @@ def _memory(analysis) -> Row:
 
 
 def read(candidate: Candidate, step: CompiledStep) -> Row:
-    """Returns the candidate's row: its settings, memory, and what the program does."""
+    """Returns a candidate's row: settings, memory and, where it compiled, costs and collectives."""
     row = described(candidate) | {
         "memory": step.memory,
         "needed_bytes": step.memory["needed"],
@@ -104,7 +104,7 @@ def read(candidate: Candidate, step: CompiledStep) -> Row:
 
 
 def described(candidate: Candidate) -> Row:
-    """Returns a candidate's settings, and what is known of it before compiling."""
+    """Returns what a candidate's row holds before compiling: slice, mesh, config, parameters."""
     config, where, program = candidate
     mesh = program.batch_sharding.mesh
     params = program.abstract_state.params
@@ -133,7 +133,7 @@ def described(candidate: Candidate) -> Row:
 
 
 def costs(module: hlo.HloModule, machine: estimate.Machine, row: Row) -> Row:
-    """Returns costs, collectives and the estimate of a compiled step."""
+    """Returns what a compiled step's HLO adds to its `row`: FLOPs, bytes, collectives, times."""
     where = machine.where
     sent = [c for v in module.visits() if (c := collectives.read(v, module, machine.mesh, where))]
     cost = estimate.cost(module, machine)
@@ -174,7 +174,7 @@ def costs(module: hlo.HloModule, machine: estimate.Machine, row: Row) -> Row:
 
 
 def kernel_flops(jaxpr) -> Mapping[str, float]:
-    """Returns FLOPs of each Pallas kernel's dots, over its grid, by its name, on one device."""
+    """Returns {Pallas kernel's name: FLOPs of its matrix products over its grid}, on one device."""
     found = {}
     for call in tpu_bundles.pallas_calls(jaxpr):
         steps_of_grid = math.prod(call.params["grid_mapping"].grid)
@@ -184,7 +184,7 @@ def kernel_flops(jaxpr) -> Mapping[str, float]:
 
 
 def _dots(jaxpr) -> float:
-    """Counts the FLOPs of dots in a kernel's body: all loop iterations, and every branch."""
+    """Returns FLOPs of the matrix products in a kernel's body, all iterations and branches."""
     total = 0.0
     for equation in jaxpr.eqns:
         params = equation.params

@@ -46,7 +46,10 @@ _READS_PART = {"dynamic-slice", "slice", "gather"}
 
 @dataclasses.dataclass
 class StepCost:
-    """The cost of a sequence of operations; waiting_seconds: the wait for collectives."""
+    """Cost of running some operations of a compiled step on one device.
+
+    communication_seconds: of all collectives. waiting_seconds: of those that operations wait for.
+    """
 
     flops: float = 0.0
     kernel_flops: float = 0.0
@@ -64,7 +67,7 @@ class StepCost:
 
 
 class Machine(NamedTuple):
-    """The slice and mesh of a program, and the FLOPs of each Pallas kernel's grid by its name."""
+    """The slice and mesh that a program runs on, and the FLOPs of its Pallas kernels by name."""
 
     where: parts.Slice
     mesh: Mesh
@@ -76,12 +79,12 @@ class Machine(NamedTuple):
 
 
 def cost(module: hlo.HloModule, machine: Machine) -> StepCost:
-    """Returns the cost of one run of the program on one device."""
+    """Returns the cost of one run of a compiled program on one device."""
     return _sequence(module, module.entry, machine)
 
 
 def _sequence(module: hlo.HloModule, computation: str, machine: Machine) -> StepCost:
-    """Simulates a computation's instructions in order, on a clock that starts at 0."""
+    """Returns the cost of an HLO computation, whose instructions it simulates in order."""
     total, clock = StepCost(), 0.0
     free = {"copies": 0.0, "links": 0.0}  # when each has done what it was given
     done: dict[str, tuple[str, float]] = {}
@@ -122,14 +125,14 @@ def _sequence(module: hlo.HloModule, computation: str, machine: Machine) -> Step
 
 
 def _collective_seconds(module, computation, instruction, machine) -> float:
-    """Returns the seconds of the collectives in an operation, which may be a fusion."""
+    """Returns the seconds of the collectives in an HLO instruction, which may be a fusion."""
     inside = _visits(module, computation, instruction, ("fusion", "async-start"))
     found = (collectives.read(visit, module, machine.mesh, machine.where) for visit in inside)
     return sum(c.seconds for c in found if c)
 
 
 def _operation(module, computation, instruction, machine) -> StepCost:
-    """Returns an operation's own cost, without its collectives."""
+    """Returns the cost of one HLO instruction, fused ones included, without its collectives."""
     own = StepCost(hbm_bytes=hbm_bytes(module, computation, instruction))
     peak = machine.where.part.bf16_flops_per_second
     seconds = 0.0
@@ -162,14 +165,17 @@ def _passes(instruction: hlo.Instruction) -> int:
 
 
 def kernel_flops(instruction: str, known: Mapping[str, float]) -> float:
-    """Returns the FLOPs of the kernel of instruction 'name.1' or 'jvp_name_.1'; 0 if unknown."""
+    """Returns the FLOPs of the Pallas kernel that an HLO instruction runs; 0 if no name fits.
+
+    instruction: its name, 'name.1' or 'jvp_name_.1'. known: FLOPs by the kernel's name.
+    """
     name = re.sub(r"(\.\d+|\.clone)+$", "", instruction).rstrip("_")
     fitting = [key for key in known if name == key or name.endswith(f"_{key}")]
     return known[max(fitting, key=len)] if fitting else 0.0
 
 
 def hbm_bytes(module: hlo.HloModule, computation: str, instruction: hlo.Instruction) -> int:
-    """Returns the bytes that an operation outside fusions reads and writes in HBM."""
+    """Returns the bytes that an HLO instruction outside fusions reads and writes in HBM."""
     operation = instruction.operation
     if operation in _FREE or operation.endswith("-done"):
         return 0
@@ -193,7 +199,7 @@ def hbm_bytes(module: hlo.HloModule, computation: str, instruction: hlo.Instruct
 
 
 def _read(module: hlo.HloModule, fused: str, index: int) -> float:
-    """Returns the bytes that a fusion reads of a parameter; inf means all of it."""
+    """Returns the bytes read of parameter `index` by the fusion called `fused`; inf means all."""
     body = module.computations[fused]
     parameters = [i.name for i in body if i.operation == "parameter" and i.attributes == str(index)]
     total, names = 0.0, set(parameters)
@@ -215,7 +221,7 @@ def _read(module: hlo.HloModule, fused: str, index: int) -> float:
 
 
 def _written(module: hlo.HloModule, fusion: hlo.Instruction) -> int:
-    """Returns the bytes of a fusion's results in HBM; of an update in place, the update's."""
+    """Returns the bytes that a fusion writes to HBM; an in-place update counts what it changes."""
     fused = fusion.called[0]
     root = module.root(fused)
     ends = root.operands if root.operation == "tuple" else [root.name]

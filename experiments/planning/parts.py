@@ -35,7 +35,11 @@ KNOWN = {
 
 
 class Links(NamedTuple):
-    """A chip's links: the bytes per second of all, both ways, and the devices that share them."""
+    """The links between chips of a TPU generation.
+
+    chip_bytes_per_second: of all links of a chip, both directions. dimensions: of the torus.
+      devices: JAX devices that share a chip's links.
+    """
 
     chip_bytes_per_second: float
     dimensions: int
@@ -43,7 +47,7 @@ class Links(NamedTuple):
 
     @property
     def bytes_per_second(self) -> float:
-        """Returns the rate of one of the chip's devices, over one link, in one direction."""
+        """Returns the usable bytes per second of a link, one way, for one of the chip's devices."""
         return LINK_EFFICIENCY * self.chip_bytes_per_second / (4 * self.dimensions * self.devices)
 
 
@@ -56,7 +60,7 @@ LINKS = {
 
 
 class Slice(NamedTuple):
-    """A slice's devices, in libtpu's order, and the shape of its torus."""
+    """A TPU slice: its topology's name, its devices in libtpu's order, and its torus's shape."""
 
     topology: str
     devices: list
@@ -82,7 +86,7 @@ class Slice(NamedTuple):
 
 
 def find(topology: str) -> Slice:
-    """Returns the slice called, for example, 'v5p:4x4x8'.
+    """Returns the TPU slice with a topology's name, such as 'v5p:4x4x8'.
 
     Raises:
       ValueError: libtpu has no such slice; the usual ones are listed.
@@ -101,7 +105,7 @@ def find(topology: str) -> Slice:
 
 
 def hops(where: Slice, a, b) -> int:
-    """Counts the links between two devices, the shorter way round where a dimension closes."""
+    """Returns the number of links between devices a and b, the shorter way round in a ring."""
     apart = 0
     for dimension, size in enumerate(where.shape):
         steps = abs(a.coords[dimension] - b.coords[dimension])
@@ -110,11 +114,11 @@ def hops(where: Slice, a, b) -> int:
 
 
 def group_bandwidth(where: Slice, group: list) -> tuple[float, int]:
-    """Returns bytes per second that a device receives from its group, and hops to the farthest.
+    """Returns bytes per second that a device receives from its group, and hops to the farthest one.
 
     All groups of a mesh axis communicate at once. In each dimension of the torus a group has one
     link, or two where it is the whole of a ring; groups whose chips lie between each other's share
-    the links. A group that is no box of chips gets one link.
+    the links. A group that is no box of chips gets at most one link.
     """
     link = where.links.bytes_per_second
     places = sorted({tuple(device.coords) for device in group})

@@ -25,12 +25,12 @@ NOTE = (
 
 
 def usable_bytes(row: Row) -> int:
-    """Returns the HBM that a program may use; libtpu says how much where a program needs more."""
+    """Returns the HBM bytes of a device that a plan may use: as libtpu says, if it does, or all."""
     return row.get("usable_bytes", row["hbm_bytes_a_device"])
 
 
 def advice(row: Row) -> list[str]:
-    """Returns what to change so that a step fits, the cheapest first; [] if it fits."""
+    """Returns what to change, cheapest first, so that a plan's step fits in HBM; [] if it fits."""
     limit = usable_bytes(row)
     if row["needed_bytes"] <= limit and "estimate" in row:
         return []
@@ -54,7 +54,7 @@ def advice(row: Row) -> list[str]:
 
 
 def verdict(row: Row) -> str:
-    """Says that the step fits, or by how much it does not and what to change."""
+    """Returns a sentence: a plan's step fits in HBM, or by how much not and what to change."""
     needed, limit = row["needed_bytes"] / GIB, usable_bytes(row) / GIB
     ways = advice(row)
     if not ways:
@@ -64,13 +64,13 @@ def verdict(row: Row) -> str:
 
 
 def name(row: Row) -> str:
-    """Returns a short name of a plan, for a table or an axis."""
+    """Returns a short label of a plan, for tables and axes: its mesh, and its collective if any."""
     mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items()) or "1 device"
     return f"{mesh} {row['collective']}" if row["collective"] else mesh
 
 
 def line(row: Row) -> Row:
-    """Returns a plan's row in the table of plans."""
+    """Returns a plan as a row of the table of plans: memory, FLOPs, bytes, estimated times."""
     estimate, state = row.get("estimate", {}), row["state_bytes"]
     tokens = row["batch_size"] * row["seq_len"]
 
@@ -99,12 +99,12 @@ def line(row: Row) -> Row:
 
 
 def rank(row: Row) -> tuple:
-    """Sorts plans: those that fit first, then by tokens per second, descending."""
+    """Returns a sort key of a plan: those that fit in HBM first, then most tokens per second."""
     return bool(advice(row)), -row.get("estimate", {}).get("tokens_per_second", 0.0)
 
 
 def received(row: Row) -> float | None:
-    """Returns the bytes that a device receives from others in a step."""
+    """Returns the bytes that a device receives from others in a step; None if not compiled."""
     if "collectives" not in row:
         return None
     return sum(c["bytes received"] for c in row["collectives"])
@@ -125,7 +125,7 @@ def collective_lines(row: Row) -> list[Row]:
 
 
 def text(row: Row) -> str:
-    """Formats one plan for the terminal."""
+    """Returns a plan as text for the terminal: memory, FLOPs, collectives, step time, verdict."""
     memory, estimate = row["state_bytes"] | row.get("memory", {}), row.get("estimate")
     sizes = [f"{what} {size / GIB:.2f}" for what, size in memory.items() if size is not None]
     parts = [
@@ -168,9 +168,10 @@ def _title(row: Row) -> str:
 
 
 def save(folder: Path, command: str, new: list[Row], left_out: list[str]) -> None:
-    """Puts plans into the folder's plan.json, in place of older ones of the same candidate.
+    """Saves plans in the folder's plan.json, where each replaces an older one of its candidate.
 
-    Writes all of them as tables.md, memory.png and, of several numbers of devices, scaling.png.
+    Writes all saved plans as tables.md, memory.png and, if they differ in devices, scaling.png.
+    command: the one that made the new plans. left_out: a line per candidate that was not compiled.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plan.json"
@@ -198,12 +199,12 @@ _SAME_IN = (
 
 
 def _key(row: Row) -> str:
-    """Returns the fields that identify a candidate, equal for two plans of the same one."""
+    """Returns text that identifies a plan's candidate; equal texts are plans of the same one."""
     return json.dumps([row[field] for field in _SAME_IN])
 
 
 def memory_bars(rows: list[Row], path: Path) -> None:
-    """Draws the parts of a device's HBM use, one bar per plan."""
+    """Draws what fills a device's HBM, a bar per plan: parameters, optimizer state and the rest."""
     figure, axes = plt.subplots(figsize=(3.5 + 0.7 * len(rows), 4.5), layout="constrained")
     bottom = [0.0] * len(rows)
     for what in ("parameters", "optimizer", "other"):
@@ -230,9 +231,9 @@ def memory_bars(rows: list[Row], path: Path) -> None:
 
 
 def scaling(rows: list[Row], path: Path) -> None:
-    """Draws estimated time per token and device, and the collectives' share, over device count.
+    """Draws a step's time per token and device, and its collectives' share, over device count.
 
-    There is one curve for each way in which states travel.
+    Times are estimates; each collective that carries states between devices has its own curve.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     rows = [row for row in rows if "estimate" in row]

@@ -127,8 +127,7 @@ def tune_main(argv) -> None:
 
 
 def _measurement(op: str) -> Callable[[Path, str], report.Section]:
-    """Returns the function (folder, title of pictures) -> Section that measures `op`; raises
-    UserError for bad flags."""
+    """Returns a function (folder, picture title) -> Section that benchmarks `op` by the flags."""
     lengths = _LENGTHS.value and tuple(cli.numbers("lengths", _LENGTHS.value))
     if op == "compile":
         return functools.partial(compile_time.section, compile_time.Settings())
@@ -159,8 +158,7 @@ def _measurement(op: str) -> Callable[[Path, str], report.Section]:
 
 
 def _implementations(op: str) -> tuple[str, ...]:
-    """Returns those of --implementations that the operator has; raises UserError if it has none of
-    them."""
+    """Returns those of --implementations that `op` has (default: all); raises UserError if none."""
     has = operators.CASES[op].implementations
     if _IMPLEMENTATIONS.value is None:
         return has

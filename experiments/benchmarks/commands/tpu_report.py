@@ -56,7 +56,8 @@ def main(argv):
 
 
 def _runs() -> list[tuple[str, str, str]]:
-    """Returns (operator, shape, topology) of what the flags ask for; raises UserError."""
+    """Returns each (operator, shape, topology) of the flags; raises ValueError for unknown
+    names."""
     ops = cli.chosen("op", _OP.value, static_cost.OPS, every="all")
     shapes = [shape for shape in _SHAPE.value if shape != "all"]
     known = static_cost.known_shapes(ops, shapes, besides="all, or ")

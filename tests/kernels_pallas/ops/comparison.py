@@ -20,8 +20,7 @@ SMALLEST_SCALE = 1e-30
 
 
 def position_error(got, truth) -> float:
-    """Largest error at any position, relative to the rms of the true tensor (see the module's
-    docstring)."""
+    """Returns the largest error of `got` at any position, relative to the rms of `truth`."""
     wide = np.complex128 if np.iscomplexobj(truth) else np.float64
     got, truth = np.asarray(got).astype(wide), np.asarray(truth).astype(wide)
     assert got.shape == truth.shape, f"{got.shape} is not {truth.shape}"
@@ -36,7 +35,7 @@ def position_error(got, truth) -> float:
 
 
 def assert_close(got: dict, truth: dict, tolerance: float) -> None:
-    """Every tensor within tolerance at every position; all failures are listed."""
+    """Asserts that each named tensor is within `tolerance` of the truth at every position."""
     assert got.keys() == truth.keys()
     errors = {name: position_error(got[name], truth[name]) for name in truth}
     wrong = {
@@ -48,15 +47,14 @@ def assert_close(got: dict, truth: dict, tolerance: float) -> None:
 
 
 def _own_rounding(dtype, truth) -> float:
-    """What writing the truth itself in bfloat16 costs: over 2e-2 where one position is 20 times the
-    rms."""
+    """Returns the error of the truth itself when written in bfloat16; 0 for other dtypes."""
     if dtype != jnp.bfloat16:
         return 0.0
     return position_error(np.asarray(truth).astype(dtype), truth)
 
 
 def cotangents_of(output, final, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Random cotangents of the output and the final state, in float32 (complex64) until cast."""
+    """Returns random cotangents of an output and a final state, in float32 or complex64."""
     rng = np.random.default_rng(seed)
 
     def normal(x):
@@ -69,8 +67,7 @@ def cotangents_of(output, final, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
 
 
 def over_time(inputs: dict, take: Callable) -> dict:
-    """`take` applied to the inputs that have a time axis (axis 1); "initial_state" and fixed decays
-    have none."""
+    """Returns inputs with `take` applied to those that have a time axis (axis 1), not the state."""
     return {
         name: take(x) if name != "initial_state" and x.ndim >= 3 else x
         for name, x in inputs.items()
@@ -78,8 +75,10 @@ def over_time(inputs: dict, take: Callable) -> dict:
 
 
 def documents(B: int, T: int, seed: int = 0) -> np.ndarray:
-    """Segment ids with boundaries of all kinds: single tokens, chunk edges, ids that come back,
-    none in row 0."""
+    """Returns segment ids (B, T) with boundaries of all kinds; row 0 is a single document.
+
+    Documents of one token, boundaries at chunk edges, and ids that come back are among them.
+    """
     rng = np.random.default_rng(seed)
     ids = np.ones((B, T), np.int32)
     for b in range(1, B):

@@ -38,7 +38,7 @@ LENGTHS = (1, 63, 64, 100, 128, 1000)
 
 @dataclasses.dataclass(frozen=True)
 class Shape(case.Shape):
-    """Sizes of one problem. Operators without heads are K wide, unless D says another width."""
+    """Sizes of one test problem; D is the width of operators without heads, K where D is None."""
 
     B: int = 2
     T: int = 100
@@ -54,21 +54,21 @@ class Shape(case.Shape):
 
 @dataclasses.dataclass(frozen=True)
 class SuiteCase:
-    """What the suite has to know about an operator beside its case; made by `suite_case`.
+    """What the conformance suite knows of an operator beside its own case; see `suite_case`.
 
-    step: (inputs of one token, no time axis, without "initial_state"; state) -> (output, state).
-    implementations: those that run through the suite.
+    step: (inputs of one token, without time axis and "initial_state"; state) -> (output, state).
+    implementations: names of those that run through the suite.
     typical: regimes in which every token reaches every later one (weak decay), for the structural
-      tests; the first is in the fast cut.
-    fast: (T, regime) pairs of the fast cut, the last of them in bfloat16, too; the full product is
-      marked slow.
+      tests; the fast suite has the first.
+    fast: (T, regime) pairs of the fast suite, the last of them in bfloat16, too; all others are
+      slow.
     call: (inputs, implementation=..., segment_ids=None) -> (output, final state).
-    grouped: whether G < H is a legal shape.
-    fast_kernels: those for kernels, with documents; of their structural tests one is fast, and
-      those of other typical regimes are exhaustive.
-    kernels_skip: whether a kernel leaves out this (T, regime): marked exhaustive, which CI has no
-      time for. So are, at all lengths but KERNELS_LENGTH, its tests without documents and in
-      bfloat16: one program per length and form is left.
+    grouped: whether fewer key than value heads, G < H, is a legal shape.
+    fast_kernels: the (T, regime) pairs of kernels in the fast suite, with documents. Of kernels'
+      structural tests one is fast, and those of other typical regimes are marked exhaustive.
+    kernels_skip: whether kernels' tests of this (T, regime) are marked exhaustive, which CI has no
+      time for. So are, at all lengths but KERNELS_LENGTH, their tests without documents and in
+      bfloat16: one program per length and kind of call is left.
     """
 
     operator: dispatch.Operator
@@ -95,7 +95,7 @@ class SuiteCase:
 
 
 def suite_case(operator: dispatch.Operator, **fields) -> SuiteCase:
-    """Calls the public function."""
+    """Returns an operator's SuiteCase with these fields; its `call` is the public function."""
 
     def call(inputs, **keywords):
         return tuple(operator.case.call(operator.function, inputs, **keywords).values())
@@ -104,7 +104,7 @@ def suite_case(operator: dispatch.Operator, **fields) -> SuiteCase:
 
 
 def by_position(step, *names: str):
-    """Returns `SuiteCase.step` of a step that takes these inputs by position."""
+    """Returns an operator's `step`, which takes `names` by position, as a function of a dict."""
 
     def call(token, state):
         others = {name: x for name, x in token.items() if name not in names}
@@ -115,7 +115,7 @@ def by_position(step, *names: str):
 
 @functools.cache
 def at(case: SuiteCase, regime: str) -> SuiteCase:
-    """The case with the options that a regime stands for."""
+    """Returns the case with the options that a regime stands for in its `call` and `step`."""
     options = case.operator.case.options(regime, Shape())
     if not options:
         return case
@@ -124,7 +124,7 @@ def at(case: SuiteCase, regime: str) -> SuiteCase:
 
 
 def inputs_of(case: SuiteCase, shape: Shape, regime: str) -> dict[str, np.ndarray]:
-    """Returns the case's inputs, the same ones for the same arguments."""
+    """Returns the operator's inputs of a shape and regime, equal for equal arguments."""
     # Seeded by the names that decays had at first: renaming them has drawn no other numbers.
     words = {"per_token": "head", "per_channel": "channel", "per_head": "fixed"}
     first_name = " ".join(words.get(word, word) for word in regime.split())
@@ -134,7 +134,7 @@ def inputs_of(case: SuiteCase, shape: Shape, regime: str) -> dict[str, np.ndarra
 
 @functools.cache
 def _everything(case: SuiteCase, implementation: str):
-    """Returns the jit of inputs -> output, final state and gradients, under given cotangents."""
+    """Returns a jitted function that computes output, final state and gradients of one call."""
 
     @jax.jit
     def run(inputs, cotangents, segment_ids):
@@ -150,7 +150,7 @@ def _everything(case: SuiteCase, implementation: str):
 
 
 def everything(case, implementation, inputs, segment_ids=None, cotangents=None) -> dict:
-    """Output, final state and all gradients of one call, by name, as arrays."""
+    """Returns output, final state and all gradients by name; cotangents are random if None."""
     if cotangents is None:
         shapes = jax.eval_shape(
             lambda x: case.call(x, implementation="reference", segment_ids=segment_ids), inputs
@@ -160,7 +160,7 @@ def everything(case, implementation, inputs, segment_ids=None, cotangents=None) 
 
 
 def truth(case, inputs, segment_ids=None, cotangents=None) -> dict:
-    """The same from the recurrent form in float64, on exactly these inputs."""
+    """Returns the recurrent form's output, final state and all gradients in float64, by name."""
     with jax.enable_x64(True):
         wide = {
             name: np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64)
@@ -171,14 +171,13 @@ def truth(case, inputs, segment_ids=None, cotangents=None) -> dict:
 
 
 class Suite:
-    """Subclass as `class TestX(Suite): case = CASE`. Tests are made for each of the case's
-    implementations."""
+    """Conformance tests of an operator; subclass as `class TestX(Suite): case = CASE`."""
 
     case: SuiteCase
 
     @pytest.fixture(autouse=True)
     def _interpreted(self):
-        """Kernels, named by the tests, run interpreted: everything here is on a CPU."""
+        """Fixture: runs Pallas and Triton kernels interpreted, since tests are on a CPU."""
         with devices.interpreted():
             yield
 
@@ -250,8 +249,7 @@ class Suite:
         assert_close(got, truth(at(self.case, typical), inputs, ids), TOLERANCE["float32"])
 
     def test_packed_equals_separate(self, implementation, typical):
-        """Four documents in a row are those four in a batch, gradients too; the lengths miss the
-        chunk edges."""
+        """Checks that four documents in a row give what a batch of four gives, gradients too."""
         T, N = 136, 4
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         ids = np.repeat(np.arange(N, dtype=np.int32), T // N)[None]
@@ -288,8 +286,7 @@ class Suite:
         assert_close(got, together, TOLERANCE["float32"])
 
     def test_documents_do_not_touch(self, implementation, typical):
-        """Exactly: a document's outputs and gradients keep every bit when the documents around it
-        change."""
+        """Checks that a document's results keep every bit when other documents change."""
         T, start, stop = 100, 37, 80
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         inside = (np.arange(T) >= start) & (np.arange(T) < stop)
@@ -313,8 +310,10 @@ class Suite:
             assert np.abs(here).max() > 0, name
 
     def test_what_is_not_finite_stays_apart(self, implementation, typical):
-        """A token, or an initial state, that is not finite: other documents keep every bit,
-        padding's neighbours too."""
+        """Checks that NaN or inf in one document leaves every bit of the other documents.
+
+        The initial state belongs to the first document; the last one is padding.
+        """
         T, edges = 100, (0, 37, 80, 100)
         clean = inputs_of(self.case, Shape(B=1, T=T), typical)
         ids = np.repeat([2, 1, 0], np.diff(edges)).astype(np.int32)[None]
@@ -357,8 +356,7 @@ class Suite:
                     np.testing.assert_array_equal(got["final state"], expected["final state"])
 
     def test_pieces_equal_whole(self, implementation, typical):
-        """Cut anywhere, with the state carried: the same outputs, and the same gradients through
-        the state."""
+        """Checks that a sequence cut in two, with the state carried, gives the whole's results."""
         case, cut = at(self.case, typical), 37
         inputs = inputs_of(case, Shape(T=100), typical)
 
@@ -400,7 +398,7 @@ class Suite:
         )
 
     def test_transformations(self, implementation, typical):
-        """vmap is a loop, remat changes nothing, and eager is jit."""
+        """Checks that results are the same under vmap, under remat, and without jit."""
         case = at(self.case, typical)
         inputs = inputs_of(case, Shape(T=100), typical)
         whole = everything(case, implementation, inputs)
@@ -430,8 +428,7 @@ class Suite:
         assert_close(eager, {name: whole[name] for name in eager}, TOLERANCE["float32"])
 
     def test_causality_by_gradient(self, implementation, typical):
-        """The output at t takes no gradient from later tokens, exactly, and some from every earlier
-        one."""
+        """Checks that an output has no gradient at later tokens, and some at every earlier one."""
         T = 100
         inputs = inputs_of(self.case, Shape(B=1, T=T), typical)
         output, final = jax.eval_shape(

@@ -66,7 +66,7 @@ TRAIN_STEPS = 80
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One mixer with one set of options."""
+    """A test case: a mixer with one of its option sets, number `variant` in SMALL_OPTIONS."""
 
     name: str
     variant: int = 0
@@ -75,7 +75,7 @@ class Case:
         return f"{self.name}-{self.variant}" if self.variant else self.name
 
     def make(self, **keywords) -> mixers.Mixer:
-        """The mixer. Variants run the recurrent form of their operator, which compiles fastest."""
+        """Returns the mixer; variants above 0 take the recurrent form, which compiles fastest."""
         options = SMALL_OPTIONS.get(self.name, ({},))[self.variant]
         if self.variant and self.name not in ("attention", "transnormer_local"):
             keywords.setdefault("implementation", "reference")
@@ -106,7 +106,7 @@ initial_params = functools.cache(_initialised)
 
 
 def random_params(case: Case, seed=0):
-    """Returns initial values plus noise, so that parameters that start at 0 or 1 count too."""
+    """Returns a mixer's initial values plus noise, so that those that start at 0 or 1 count too."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(p.dtype), initial_params(case)
@@ -123,7 +123,7 @@ def segment_ids():
 
 
 def error(actual, expected) -> float:
-    """Returns the largest error, against the rms of what is expected."""
+    """Returns the largest absolute difference of two arrays, relative to the rms of `expected`."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     actual, expected = (x.astype(np.complex128) for x in (actual, expected))
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
@@ -134,7 +134,7 @@ def error(actual, expected) -> float:
 
 
 def assert_close(actual, expected, limit, label):
-    """Asserts that the `error` of each leaf is under `limit`."""
+    """Asserts that each leaf's `error` is below `limit`; `label` opens the message."""
     paths = jax.tree_util.tree_leaves_with_path(expected)
     for (path, b), a in zip(paths, jax.tree.leaves(actual), strict=True):
         found = error(a, b)
@@ -142,9 +142,10 @@ def assert_close(actual, expected, limit, label):
 
 
 def check_consistency(case: Case):
-    """Checks whole == pieces == steps, packed == separate, and bfloat16 close to float32.
+    """Checks that a mixer gives the same results packed, in pieces and token by token.
 
     The truth is one token at a time with no segment ids, the state cleared where a document begins.
+    bfloat16 is compared, too.
     """
     mixer, layer, segment_ids_BT = case.make(), case.layer(), segment_ids()
     start_BT = np.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
@@ -201,7 +202,7 @@ def check_consistency(case: Case):
 
 
 class Recall(nn.Module):
-    """One mixer and classes."""
+    """Model for the tests: a mixer with a residual connection, and a classifier of four classes."""
 
     case: Case
 
@@ -214,9 +215,11 @@ class Recall(nn.Module):
 
 @functools.cache
 def training_step(case: Case):
-    """Returns (params, Adam's state), batch -> new ones, loss, gradients of params and x.
+    """Returns (step, start): a training step of the mixer in a Recall model, and its first values.
 
-    One program serves two checks. The loss is cross entropy where mask_BT, plus y . cotangent_BTD.
+    step: (params, Adam's state, *batch) -> new ones, loss, gradients of params and x. One program
+      serves two checks: the loss is cross entropy where mask_BT, plus y . cotangent_BTD.
+    start: the mixer's params -> (params, Adam's state).
     """
     model, optimizer = Recall(case), optax.adam(2e-2)
     rng = np.random.default_rng(0)
@@ -245,7 +248,7 @@ def training_step(case: Case):
 
 
 def check_gradients(case: Case):
-    """Checks that gradients are finite, and none come from later tokens or other documents."""
+    """Checks that gradients are finite, and 0 at later tokens and at those of other documents."""
     step, start = training_step(case)
     segment_ids_BT, t = jnp.tile(segment_ids(), (2, 1)), 14
     x_BTD = jnp.tile(normal(B, T, D, seed=1), (2, 1, 1)).at[B:].multiply(30.0)
@@ -271,10 +274,10 @@ def check_gradients(case: Case):
 
 
 def check_trains(case: Case):
-    """Checks that one layer learns to remember.
+    """Checks that one layer of a mixer learns to remember.
 
-    One token is a value (0-3) and the others are blank (4); every token after it must name it. The
-    loss leaves log 4 = 1.39 and ends under half of it.
+    One token of a sequence is a value (0-3) and the others are blank (4); every token after it must
+    name it. The loss leaves log 4 = 1.39 and ends under half of it.
     """
     step, start = training_step(case)
     rng, rows = np.random.default_rng(0), 2 * B
@@ -297,7 +300,7 @@ def check_trains(case: Case):
 
 
 def check_state(case: Case):
-    """Checks that `init_state` is pure and has the structure of every state returned, for any T."""
+    """Checks that `init_state` gives the shapes and dtypes of every state returned, for any T."""
     params = jax.eval_shape(lambda: _initialised(case))
     for dtype in (jnp.float32, jnp.bfloat16):
         mixer = case.make(dtype=dtype)
@@ -357,7 +360,7 @@ def check_layers(case: Case):
 
 
 def reads_layer(case: Case) -> bool:
-    """Returns whether the mixer's program has the layer's index or bound among its inputs."""
+    """Returns whether a mixer's traced program uses the layer's index or its lower bound."""
     mixer, params = case.make(), {"params": initial_params(case)}
 
     def apply(index, bound_D):
