@@ -126,7 +126,7 @@ def make_dataset(
 
 
 def documents(config: Mapping[str, Any], split: str):
-    """Returns the documents of a text dataset's split, as a sequence of bytes."""
+    """Returns a text dataset's documents in a split: a sequence with a bytes object for each."""
     config = _filled(config)
     batches.check_split(split)
     # TFDS takes seconds to import, and only two of the datasets need it.

@@ -407,10 +407,9 @@ def g_reversed(log_decay_BTX: jax.Array) -> jax.Array:
 
 
 def _shard_sums(log_decay_BTX, rows_CC, reverse: bool):
-    """Returns sums over time of a shard's log decay, whose entries are in [RESET, 0].
+    """Returns sums of log decay over time up to each token or, with `reverse`, after it.
 
-    Inside blocks of C tokens it is a product with rows_CC; then other blocks' sums are added. A
-    TPU's cumulative sum over all tokens would move more memory.
+    rows_CC: 0-1 matrix of which tokens of a block of C each sum takes.
     """
     (B, T, *X), C = log_decay_BTX.shape, SHARD_BLOCK
     padding = ((0, 0), (0, -T % C)) + ((0, 0),) * len(X)

@@ -244,8 +244,7 @@ def _text(token: Any) -> Any:
 
 
 def _lacking(tokenizer: Path) -> list[dict[str, Any]]:
-    """Returns the tokens, as options for the `tokenizers` library, that a tokenizer.json lacks, or
-    has with other options, and that files beside it list."""
+    """Returns options of tokens listed beside a tokenizer.json that it lacks or has differently."""
     described = _described(tokenizer.parent)
     named = list(_named(described).values())
     for field in ("extra_special_tokens", "additional_special_tokens"):

@@ -148,7 +148,7 @@ _run = vjp.differentiable(_forward, _backward, _plain)
 
 
 def _algebra(tiling):
-    """Returns the module with the equations of one chunk for the call's decay."""
+    """Returns the module that computes a chunk: per_channel or per_token, as the decay is."""
     return per_channel if tiling.per_channel else per_token
 
 

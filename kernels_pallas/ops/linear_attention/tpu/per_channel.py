@@ -28,7 +28,7 @@ SELF, NEVER_MEET = -1, -2  # "levels" of the pairs i = j and i < j
 
 
 def constants(tiling, backward):
-    """Returns (C, C) int32: the halving level that separates tokens i and j, SELF or NEVER_MEET."""
+    """Returns (C, C) int32: floor(log2(i ^ j)) for i > j, SELF for i = j, NEVER_MEET for i < j."""
     del backward
     i, j = np.arange(tiling.C)[:, None], np.arange(tiling.C)[None]
     level = np.frexp((i ^ j).astype(np.float64))[1] - 1
