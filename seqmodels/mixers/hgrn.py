@@ -13,7 +13,7 @@ from seqmodels.operators import diagonal_scan
 
 @flax.struct.dataclass
 class State:
-    """The state h_BD, float32."""
+    """Field of HGRN's recurrent state: h_BD of the last token, float32."""
 
     h_BD: Array
 
@@ -24,7 +24,8 @@ class HGRN(base.Mixer):
         h_t = f_t * h_{t-1} + (1 - f_t) * silu(W_i x_t)
         f_t = lb + (1 - lb) sigmoid(W_f x_t)
 
-    y = W_o (RMSNorm(h) * silu(W_g x)). lb is `layer.lower_bound_D`; zero outside a stack.
+    y = W_o (RMSNorm(h) * silu(W_g x)), the norm over all D channels. lb is the layer's learned
+    lower bound, `base.Layer.lower_bound_D`, and 0 for a mixer that is not in a stack.
     """
 
     uses_lower_bound = True

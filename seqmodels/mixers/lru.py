@@ -13,7 +13,7 @@ from seqmodels.operators import diagonal_scan
 
 @flax.struct.dataclass
 class State:
-    """The state h_BK, complex64."""
+    """Field of the LRU's recurrent state: h_BK of the last token, complex64."""
 
     h_BK: Array
 
@@ -24,14 +24,15 @@ class LRU(base.Mixer):
         h_t = lambda * h_{t-1} + exp(gamma_log) * B x_t
         y_t = Re(C h_t) + D * x_t
 
-    lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1. At the start lambda is uniform
-    on the ring r_min <= |lambda| <= r_max with phase in [0, max_phase], exp(gamma_log) = sqrt(1 -
-    |lambda|^2), B ~ N(0, 1/(2D)) and C ~ N(0, 1/K) in each of the real and imaginary parts, D ~
-    N(0, 1). There is no nonlinearity in it: the channel mixer is that.
+    lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1. The skip weight D has one number
+    per channel. At the start lambda is uniform on the ring r_min <= |lambda| <= r_max with phase in
+    [0, max_phase]; exp(gamma_log) = sqrt(1 - |lambda|^2); the real and imaginary parts of B have
+    variance 1 / (2 d_model), those of C 1 / K; D ~ N(0, 1). All of it is linear: the block's
+    channel mixer brings the nonlinearity.
 
     Attributes:
-      d_state: K complex states; None is D.
-      r_min, r_max, max_phase: where lambda starts.
+      d_state: K, the number of complex states; None is d_model.
+      r_min, r_max, max_phase: the ring and the phases in which lambda starts.
     """
 
     d_state: int | None = None

@@ -16,7 +16,12 @@ SEEDS = ("mimic", "scratch")
 
 @flax.struct.dataclass
 class State:
-    """The state S_BHKV, and the last inputs of the convolutions on q, k and v."""
+    """Fields of mmMamba's state.
+
+    Attributes:
+      S_BHKV: the recurrence's matrix state.
+      q_tail, k_tail, v_tail: the last inputs of the convolutions on q, k and v.
+    """
 
     S_BHKV: Array
     q_tail: Array
@@ -30,17 +35,18 @@ class MMMamba(attention.Attention):
         S_t = gamma_t S_{t-1} + k_t v_t^T
         o_t = S_t^T q_t
 
-    y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. q, k, v = silu(conv(W x) + bias), W
-    and W_o a softmax layer's, whose options these are; no rotation, no norm of q and k. gamma =
-    exp(-exp(A_log) softplus(W_dt x + dt_bias)), one per head. W_g starts Xavier uniform with gain
-    2^-2.5.
+    y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. q, k, v = silu(conv(W x) + bias),
+    where W and W_o have the shapes and options of a softmax layer's (`attention.Attention`), but
+    for rotation and norms of q and k, which are left out. gamma = exp(-exp(A_log)
+    softplus(W_dt x + dt_bias)) per head. W_g starts Xavier uniform with gain 2^-2.5.
 
     Attributes:
-      conv_width: taps.
-      seed: "mimic" begins near what softmax attention computes: W_dt = 0, dt ~ LogU(1e-3, 0.1), A =
-        e, so that little is forgotten, and convolutions that pass their last input (silu after them
-        still changes it). "scratch": dt_bias = 0, A ~ U(1, 16), random convolutions and W_dt.
-      chunk_size: as in `base.ChunkedMixer`.
+      conv_width: number of taps.
+      seed: the initial values. "mimic" starts near softmax attention: convolutions that return
+        their last input, before silu, and slow decays by W_dt = 0, softplus(dt_bias) ~ LogU(1e-3,
+        0.1) and exp(A_log) = e. "scratch" has random convolutions and W_dt, dt_bias = 0 and
+        exp(A_log) ~ U(1, 16).
+      chunk_size: tokens per chunk of the operator; None leaves it to the implementation.
     """
 
     rope_base: float | None = None
