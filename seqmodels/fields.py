@@ -1,4 +1,4 @@
-"""Checks of a config's values against the types of a dataclass's fields."""
+"""Checks the values of a config against the types of a dataclass's fields."""
 
 import types
 import typing

@@ -168,10 +168,7 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def logits(self, x_BTD: Array, matrix: Array, layout: str) -> Array:
-        """Returns the capped float32 logits (B, T, W) of the last hidden states x_BTD.
-
-        matrix: the output matrix, "WD" or "DW" by its layout.
-        """
+        """Returns the float32 logits (B, T, W) of hidden states, by the output matrix."""
         return capped(all_logits(x_BTD, matrix, None, layout), self.logit_softcap)
 
     @nn.nowrap
@@ -291,9 +288,8 @@ class LanguageModel(nn.Module):
     def _lower_bounds(self) -> Array | None:
         """Returns a learned lower bound of the forget gates of each of L layers, (L, D), or None.
 
-        It is cumsum(softmax(p_LD, over layers)) minus its first row, and so grows with depth (HGRN,
-        arXiv 2311.04823, section 3.3). p starts at 0: then layer l, from 0, has l/L. It is None
-        where no mixer has a lower bound.
+        It is cumsum(softmax(p_LD, over layers)) minus its first row (HGRN, arXiv 2311.04823,
+        section 3.3), None where no mixer uses it. p starts at 0: then layer l, from 0, has l/L.
         """
         L = len(self.mixers)
         widths = {
@@ -342,11 +338,7 @@ _SHARED_FIELDS = [
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _BlockRun:
-    """Callable that runs a block on x_BTD and its state, with the arguments that all layers share.
-
-    fresh_B: whether a row starts another document than its state's, None where none can. count:
-      number of layers. lower_bound_LD: lower bounds of the layers' forget gates, or None.
-    """
+    """Callable that runs a block on x_BTD and its state, with arguments that all layers share."""
 
     segment_ids_BT: Array | None
     fresh_B: Array | None

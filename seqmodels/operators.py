@@ -74,10 +74,7 @@ def _axes(arrays) -> dict[str, Any] | None:
 
 
 def _split_heads(heads: int, what: str = "heads") -> int:
-    """Returns the number of heads per device; raises ValueError if the mesh does not divide them.
-
-    what: the word for heads in the message.
-    """
+    """Returns the number of heads per device; raises ValueError if it is not whole."""
     ways = sharding.sizes().get(sharding.HEAD_AXIS, 1)
     if heads % ways:
         raise ValueError(
@@ -117,10 +114,7 @@ def _log_decay(log_decay: Array | None) -> tuple[Array | None, str]:
 
 
 def _key_heads(x_BTGK: Array, v_BTHV: Array) -> Array:
-    """Repeats key heads that value heads share, as often as it takes to split them over devices.
-
-    They stay as they are where repeating them does not help.
-    """
+    """Repeats key heads that value heads share as often as it takes to split them over devices."""
     G, H = x_BTGK.shape[2], v_BTHV.shape[2]
     ways = math.lcm(G, sharding.sizes().get(sharding.HEAD_AXIS, 1))
     if ways > G and H % ways == 0:
@@ -326,26 +320,17 @@ def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> 
 
 
 def starts(segment_ids_BT: Array) -> Array:
-    """Returns (B, T) booleans: whether a token's segment id differs from the token's before it.
-
-    They are False for each row's first token (`kernels_pallas.common.segments.starts`).
-    """
+    """Returns (B, T) booleans: whether a token, not the row's first, begins a new document."""
     return segment_ids_BT != previous(segment_ids_BT)
 
 
 def run_index(segment_ids_BT: Array) -> Array:
-    """Returns each token's document number in its row, (B, T) int32, counted from 0.
-
-    A document is a run of equal segment ids (`kernels_pallas.common.segments.run_index`).
-    """
+    """Returns each token's document number in its row, (B, T) int32, counted from 0."""
     return associative_scan(jnp.add, starts(segment_ids_BT).astype(jnp.int32), "BT")
 
 
 def positions(segment_ids_BT: Array) -> Array:
-    """Returns each token's index within its document, (B, T) int32, counted from 0.
-
-    A document is a run of equal segment ids (`kernels_pallas.common.segments.positions`).
-    """
+    """Returns each token's index within its document, (B, T) int32, counted from 0."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     start_index_BT = jnp.where(starts(segment_ids_BT), index_T[None], 0)
     return index_T[None] - associative_scan(jnp.maximum, start_index_BT, "BT")

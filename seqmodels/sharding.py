@@ -233,7 +233,7 @@ def axes_of(letter: str, size: int) -> tuple[str, ...]:
 
 
 def constrain(x_BTD: Array) -> Array:
-    """Returns a layer's output x_BTD, constrained to be split over devices by rows and time."""
+    """Returns activations x_BTD between layers, split over devices by rows and time only."""
     if not sizes():
         return x_BTD
     rows, time = axes_of("B", x_BTD.shape[0]), axes_of("T", x_BTD.shape[1])

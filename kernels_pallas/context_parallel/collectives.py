@@ -73,21 +73,16 @@ class Ranks(NamedTuple):
         return gathered[::-1] if self.reverse else gathered
 
     def from_last(self, x: jax.Array) -> jax.Array:
-        """Returns, on every rank, x of the rank last in time, by one all-reduce.
-
-        The compiler removes the all-reduce where its result is unused.
-        """
+        """Returns the last rank's x on every rank; compiles to nothing where it is unused."""
         return lax.psum(jnp.where(self.index == self.count - 1, x, 0), self.axis_name)
 
 
 class CollectiveForm(NamedTuple):
-    """Fields that say how recurrent states pass between ranks.
+    """Fields that say how recurrent states pass between `ranks`, by one of COLLECTIVES.
 
-    collective: one of COLLECTIVES, which the module's text describes.
-    ranks: the mesh axis over which time is split.
-    blocks: number of column blocks in which "all_scan" sends a state.
-    matrix: whether a shard's total decay D is a matrix (..., K, K) that multiplies the state along
-      its axis -2; else D multiplies the state element by element.
+    blocks: number of column blocks in which "all_scan" sends a state. matrix: whether a shard's
+      total decay D is a matrix (..., K, K) that multiplies the state along its axis -2; else D
+      multiplies the state element by element.
     """
 
     collective: str
@@ -99,9 +94,7 @@ class CollectiveForm(NamedTuple):
 def ranks(operator: str, axis_name, reverse: bool = False) -> Ranks:
     """Returns the Ranks of a mesh axis, or of a tuple of axes.
 
-    Raises:
-      ValueError: the calling code is not inside a jax.shard_map over `axis_name`; the message names
-        `operator`.
+    Raises ValueError, naming `operator`, outside of a jax.shard_map over `axis_name`.
     """
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     try:
@@ -131,13 +124,11 @@ def form(
 ) -> CollectiveForm:
     """Checks an operator's context-parallel options and returns them as a CollectiveForm.
 
-    Args:
-      blocks: number of column blocks of "all_scan"; None is the largest divisor up to MOST_BLOCKS.
-      columns: size of the state's last axis.
+    blocks: of the state's `columns` (its last axis) for "all_scan"; None is their largest divisor
+      up to MOST_BLOCKS.
 
-    Raises:
-      ValueError: an unknown collective, a mesh axis that no jax.shard_map maps, or blocks that do
-        not divide the columns; the message names `operator`.
+    Raises ValueError, naming `operator`, for an unknown collective, a mesh axis that no
+    jax.shard_map maps, or blocks that do not divide the columns.
     """
     check_collective(operator, collective)
     blocks = _checked_blocks(operator, collective, blocks, columns)
@@ -187,10 +178,7 @@ def pack(arrays, lead: int) -> jax.Array:
 
 
 def unpack(packed: jax.Array, like, lead: int) -> list:
-    """Splits a buffer that `pack` made into a list of arrays with the dtypes they had before.
-
-    like: the arrays that were packed, or None. Leading axes have the lengths that `packed` has.
-    """
+    """Splits a buffer that `pack` made of arrays `like` these, or Nones, into such arrays again."""
     arrays, start = [], 0
     for x in like:
         if x is None:
@@ -236,17 +224,12 @@ def entering_state(
     last_B: jax.Array | None = None,
     initial: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the state that enters this shard, and the final state of the whole sequence.
-
-    The final state is the same on all ranks. Both are exact for a recurrence whose shard maps an
-    entering state S to D S + L.
+    """Returns the state S that enters this shard, and the sequence's final state, on all ranks.
 
     Args:
-      local: L (B, ..., V), the final state of this shard's tokens alone, started from zero.
-      decay: D, the product of the shard's decays, which broadcasts to `local`; a matrix (..., K, K)
-        where `form.matrix`.
-      first_B, last_B: document ids of the shard's first and last token; None where each row is one
-        document.
+      local: L (B, ..., V) of the shard's map S -> D S + L, its final state from a zero state.
+      decay: D, the product of the shard's decays, which broadcasts to L or is (..., K, K).
+      first_B, last_B: document ids of the shard's first and last token; None is one document.
       initial: the state before the whole sequence, the same on all ranks; None is zero.
     """
     ranks = form.ranks
@@ -281,21 +264,18 @@ def prefix_state(form: CollectiveForm, local, decay, ids):
     """Returns the prefix state S_r that enters this rank's shard, and c_r, as in the module's text.
 
     c_r (B,) says whether one document spans the border before the shard; None without ids. Both
-    carry the checkpoint name remat.ENTERING_STATES: a layer that saves it sends nothing again when
-    it is recomputed. Its gradient is `prefix_state_gradient`.
+    have the checkpoint name remat.ENTERING_STATES: a recomputed layer that saves it sends nothing.
 
-    local, decay: the shard's local state L and total decay D.
-    ids: document ids of the shard's first and last token, each (B,) or None.
+    local, decay: L and D of the shard. ids: document ids of its first and last token, or Nones.
     """
     run = _gather if form.collective == "all_gather" else _scan
     return remat.named(run(form, local, decay, ids), remat.ENTERING_STATES)
 
 
 def prefix_state_gradient(form: CollectiveForm, g, decay, joined_B):
-    """Returns the cotangent dL_r of this rank's local state, from g, the prefix state's cotangent.
+    """Returns dL_r, the cotangent of this rank's local state, from g, that of its prefix state.
 
-    decay is the shard's total decay; joined_B is c_r, as `prefix_state` returns it. Cotangents pass
-    from later ranks to earlier ones, by the forward pass's collective.
+    decay is the shard's total decay D_r, and joined_B is c_r from `prefix_state`.
     """
     # c_r cuts both terms: another document's state gave nothing.
     if joined_B is not None:
@@ -425,10 +405,8 @@ def preceding_tokens(
 ) -> jax.Array:
     """Returns the `count` tokens before this rank's shard, oldest first: (B, count, ...).
 
-    Each rank that holds some of these tokens sends one message.
-
-    x_BTX: this rank's shard. initial: (B, count, ...), the tokens before the whole sequence; None
-      is zeros.
+    Each rank that holds some of these tokens sends one message. x_BTX is this rank's shard, and
+    initial (B, count, ...) the tokens before the whole sequence; None is zeros.
     """
     T, W = x_BTX.shape[1], ranks.count
     # The shard `hop` ranks earlier sends its last tokens, as many as are still missing.
@@ -450,11 +428,7 @@ def preceding_tokens(
 
 
 def preceding_tokens_of_document(ranks, x_BTX, count, initial, segment_ids_BT):
-    """Returns the `count` tokens before this rank's shard, zero where of an earlier document.
-
-    Tokens keep their values where they and the shard's first token share a document. Arguments are
-    those of `preceding_tokens`; segment_ids_BT None makes each row one document.
-    """
+    """Returns `preceding_tokens`, with zeros for tokens before the shard's first document."""
     if count == 0 or segment_ids_BT is None:
         return preceding_tokens(ranks, x_BTX, count, initial)
     B, T = segment_ids_BT.shape

@@ -256,28 +256,28 @@ def softmax_attention(
 ) -> jax.Array:
     """Computes `kernels_pallas.softmax_attention` with time split over `axis_name`.
 
-    all_gather  One collective brings every rank all keys and values, to which it attends with its
-                own queries; backward one reduce-scatter returns their gradients (LASP-2H, arXiv
-                2502.07563, section 3.3). Received per rank: (W-1) B T G (K + V) numbers of k's
-                dtype, and 4 more per token for segment ids.
-    ring        Keys and values go round the ranks, each of which merges what its queries make of
-                them by log-sum-exp (ring attention, arXiv 2310.01889). Backward they go round
-                again, followed by their gradients, in float32. The same bytes in W - 1 messages, of
-                which a rank holds one at a time: memory does not grow with W.
+    all_gather  One collective brings each of W ranks all keys and values, to which it attends with
+                its own queries; in the backward pass a reduce-scatter returns their gradients
+                (LASP-2H, arXiv 2502.07563, section 3.3). A rank receives (W-1) B T G (K + V)
+                numbers of k's dtype, and 4 more per token for segment ids.
+    ring        Keys and values travel round the ranks, and each rank merges its queries' results by
+                log-sum-exp (ring attention, arXiv 2310.01889). In the backward pass they travel
+                again, followed by their float32 gradients. The bytes are those of all_gather, in
+                W - 1 messages, of which a rank holds one at a time: memory does not grow with W.
     window      With a window and no positions, under either collective, a rank receives only the
                 window-1 tokens before its shard (with causal=False as many after it, too), from as
                 many ranks as hold them: the bytes do not grow with W.
 
     A causal ring over contiguous shards would leave the first ranks idle, since blocks that no
     query sees cost nothing. Where T is even and no positions are given, each rank therefore first
-    trades half of its shard for the half that balances it (zigzag: halves r and 2W-1-r of 2W), and
-    its output back: two messages a way. A caller whose whole sequence lies in another order, such
-    as `zigzag_order`, gives positions in the whole sequence, and ids of documents for both sides.
+    exchanges half of its shard, so that it has parts r and 2W-1-r of 2W (zigzag), and sends that
+    half of its output back afterwards: two messages each. For a sequence in another order, such as
+    `zigzag_order`, give positions in the whole sequence, and segment ids of queries and keys.
 
     k and v may be other tokens than q's (then with causal=False or with positions), in equal
     numbers on all ranks. Where kv_segment_ids_BS are given, ids are compared as they are; else a
-    document is a run of equal ids. `implementation` serves 'all_gather' and windows; a ring is
-    'chunked'.
+    document is a run of equal ids. `implementation` applies to 'all_gather' and windows; a ring is
+    always 'chunked'.
     """
     name = "softmax_attention"
     collectives.check_collective(name, collective, ("all_gather", "ring"))

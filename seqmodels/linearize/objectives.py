@@ -1,4 +1,4 @@
-"""Losses of a linearization's stages, one number per token."""
+"""Losses per token for the stages that turn a softmax transformer into a linear-time model."""
 
 from typing import Any
 

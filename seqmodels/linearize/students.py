@@ -1,4 +1,4 @@
-"""Makes a teacher's student: chooses layers and their new mixers, and initial parameters."""
+"""Makes a linear-time student of a softmax teacher: its layers' mixers and initial parameters."""
 
 import dataclasses
 import re

@@ -98,7 +98,7 @@ class TransferModel(language_model.LanguageModel):
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """Returns `mixers`, typed as pairs."""
+        """Returns the field `mixers`, whose elements are Pairs, with that type."""
         return typing.cast(tuple[Pair, ...], self.mixers)
 
 

@@ -1,6 +1,6 @@
-"""Token mixers by name. A new one is a file here and a line below.
+"""Registry of token mixers by name. A new mixer is a file in this folder and a line in _MIXERS.
 
-Each is `Mixer(d_model=..., **options)`; see `base.Mixer` for the contract.
+Each is a class made by `Mixer(d_model=..., **options)`; `base.Mixer` is their interface.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Softmax attention: the baseline, and the minority layer of hybrids."""
+"""Softmax attention with rotary positions: the baseline, and some layers of hybrid models."""
 
 from typing import Any
 

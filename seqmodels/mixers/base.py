@@ -1,4 +1,4 @@
-"""The interface of a token mixer, and code that mixers share."""
+"""Base classes of token mixers: their interface, and code that they share."""
 
 from collections.abc import Callable, Collection
 

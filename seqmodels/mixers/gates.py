@@ -1,4 +1,4 @@
-"""Gates that several mixers share: how a decay is parametrised and where it starts."""
+"""Decay gates that several mixers share: their formulas and initial values."""
 
 from collections.abc import Callable
 

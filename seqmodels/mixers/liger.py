@@ -1,4 +1,4 @@
-"""Liger: a softmax layer's projections as gated linear attention, beside a softmax window."""
+"""Liger: gated linear attention on a softmax layer's projections, plus softmax in a window."""
 
 import flax.linen as nn
 import flax.struct

@@ -1,4 +1,4 @@
-"""LoLCATs: softmax in a window and learned linear attention before it, one denominator."""
+"""LoLCATs: softmax attention in a window, and linear attention to all tokens before it."""
 
 import flax.linen as nn
 import flax.struct

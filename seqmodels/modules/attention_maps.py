@@ -1,4 +1,4 @@
-"""The distance of linear attention's weights from softmax's, without either matrix in memory."""
+"""Compares the weights of linear attention to softmax's, without all weights in memory."""
 
 import jax
 import jax.numpy as jnp

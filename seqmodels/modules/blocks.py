@@ -1,4 +1,4 @@
-"""A layer of a stack: token mixer and channel mixer, each with norm and residual connection."""
+"""A layer of a model: token mixer and channel mixer, each with norm and residual connection."""
 
 import flax.linen as nn
 import jax

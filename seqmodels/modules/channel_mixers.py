@@ -1,4 +1,4 @@
-"""Channel mixers: they act on each token alone, after its token mixer."""
+"""Channel mixers: MLPs and mixtures of experts, which transform each token by itself."""
 
 import dataclasses
 import typing

@@ -108,7 +108,7 @@ def _get(name: str) -> _Map:
 
 
 def is_nonnegative(name: str) -> bool:
-    """Returns whether the feature map `name` is never negative, so that sums of weights are > 0.
+    """Returns whether the feature map `name` is never negative, as a normaliser requires.
 
     Raises ValueError for an unknown name.
     """

@@ -1,4 +1,4 @@
-"""Parameters, and what the mesh and the optimizer must know of each.
+"""Dense layers and parameters, boxed with what the mesh and the optimizer must know of each.
 
 `Module.init` returns every parameter in a box, `nn.LogicallyPartitioned`. It holds the logical
 names of the axes, which `seqmodels.sharding` maps to the mesh. A subclass of it, `Kernel` or

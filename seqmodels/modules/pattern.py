@@ -1,4 +1,4 @@
-"""Patterns: which mixer each layer has, as in "3*gated_delta_net + attention(window=256)"."""
+"""Patterns such as "3*gated_delta_net + attention(window=256)", which give each layer a mixer."""
 
 import ast
 import dataclasses

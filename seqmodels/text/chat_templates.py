@@ -1,5 +1,5 @@
-"""Formats conversations as text by a model's Jinja template, as transformers' `apply_chat_template`
-does."""
+"""Formats conversations as text by a model's Jinja template, as `apply_chat_template` of
+transformers does."""
 
 import datetime
 import json

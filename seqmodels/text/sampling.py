@@ -1,17 +1,15 @@
-"""Samples text from a language model: prompts of different lengths are read together, then each
-decoding step adds a token to each.
+"""Samples text from a language model, for several prompts of different lengths together.
 
-How prompts are read. A packed row leaves one state, that of its last document, so several prompts
-in a row would lose all states but the last. Here every prompt has a row, and the padding that makes
-rows equal stands before it, as a document of its own. Documents never touch, whatever the mixer: a
-prompt starts from nothing wherever in its row it starts, and the state that leaves the row is the
-one it has alone. All rows end together, so all decode together, and a full-attention cache holds no
-more tokens than the longest prompt has. Sorting keeps padding small: prompts of one batch are of
-similar length.
+How prompts are read. Each prompt has a row of its own, since a row of several packed documents
+leaves only the last one's state. Padding that makes rows equally long stands before the prompt, as
+a document of its own. No mixer lets documents affect each other, so the state after the row is that
+of the prompt alone. All rows end together, so that they decode together, and a full-attention cache
+holds no more tokens than the longest prompt has. Prompts are sorted, so that those of one batch
+have similar lengths and need little padding.
 
 Rows are fed in pieces whose lengths are powers of two that add up to the longest prompt's length.
-So prompts of all lengths need log2(MAX_PIECE) + 1 compiled programs at most, and memory is that of
-one piece, however long they are.
+Prompts of all lengths therefore need at most log2(MAX_PIECE) + 1 compiled programs, and memory for
+one piece.
 """
 
 import functools
