@@ -1,4 +1,4 @@
-"""Every dimension letter and array alias, once. Shapes live in names: `x_BTD`, `q_BTHK`, `S_BHKV`.
+"""Letters of array axes, which names such as `x_BTD`, `q_BTHK` or `S_BHKV` end with, and types.
 
     B  batch                 H  heads (value heads)      F  features, or feed-forward width
     T  time                  G  key/value groups         W  vocabulary

@@ -1,4 +1,4 @@
-"""Checks of a config's values against the types of a dataclass's fields."""
+"""Checks the values of a config against the types of a dataclass's fields."""
 
 import types
 import typing
@@ -14,13 +14,16 @@ _WORDS = {
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
-    """Returns the value if it is of type `kind`; a list, JSON's form of a tuple, becomes one.
+    """Returns the value of a config's field, checked to be of type `kind`.
+
+    A list, which is JSON's form of a tuple, is returned as a tuple.
 
     Args:
-      kind: int, float (which an integer is, too), bool, str, a tuple of these, a union, or Any.
+      name: the field's name, for the error message.
+      kind: int, float (integers are accepted), bool, str, a tuple of these, a union, or Any.
 
     Raises:
-      ValueError: a value of another kind; the message has the field's name and what is expected.
+      ValueError: a value of another type; the message says what is expected.
     """
     if not _is(value, kind):
         raise ValueError(f"{name} is {value!r}; expected {expected(kind)}")
@@ -28,7 +31,7 @@ def checked(name: str, value: Any, kind: Any) -> Any:
 
 
 def expected(kind: Any) -> str:
-    """Returns a type in words: "an integer or None"."""
+    """Returns the name of a type for an error message, such as "an integer or None"."""
     if isinstance(kind, types.UnionType):
         return " or ".join(map(expected, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:

@@ -33,12 +33,13 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class ModelState:
-    """The recurrent state of a model, for decoding.
+    """Fields of a language model's state, from which prefill and decoding go on.
 
     Attributes:
-      prefix, scanned, suffix: a state per layer, as `pattern.ScanPlan` cuts the stack.
-      segment_id_B: the document that the last token belongs to.
-      next_position_B: for learned positions, the place of the next token in its document.
+      prefix, scanned, suffix: states of the layers, grouped as in `pattern.ScanPlan`; those of
+        scanned layers are stacked along a first axis.
+      segment_id_B: id of the document that each row's last token belongs to.
+      next_position_B: with learned positions, the next token's position in its document; else None.
     """
 
     prefix: tuple[State, ...]
@@ -48,10 +49,10 @@ class ModelState:
     next_position_B: Array | None = None
 
     def take_rows(self, rows_N: Array) -> "ModelState":
-        """Returns the state of the sequences with these indices, in this order.
+        """Returns the state of the sequences with the batch indices rows_N, in this order.
 
-        It reorders the beams of a search, gives one several continuations, or leaves finished ones
-        out. (`x[rows]` of every leaf would take layers where they are scanned.)
+        It serves to reorder the beams of a search, to continue a sequence several times, or to drop
+        finished ones. (x[rows_N] of each leaf would index layers where these are stacked.)
         """
         taken = blocks.take_rows(dataclasses.replace(self, scanned=()), rows_N)
         scanned = blocks.take_rows(self.scanned, rows_N, axis=1)
@@ -61,34 +62,35 @@ class ModelState:
 class LanguageModel(nn.Module):
     """A language model: logits_BTW, state = model(tokens_BT, segment_ids_BT=None, state=None).
 
-    With state None nothing is carried and none is returned: training. To prefill or decode pass
-      `init_state(batch)` and then the state of the last call; any split of a sequence gives the
-      same logits. A row whose first token has another segment id than the row's last one starts
-      from nothing.
+    For training pass no state; then the returned state is None. To prefill or decode pass
+    `init_state(batch)` and then the state that the call before returned; a sequence that is fed in
+    pieces has the same logits as in one call. A row whose first token has another segment id than
+    the state's last token starts from an empty state.
 
     Args:
-      head: (x_BTD, matrix, layout) -> what is returned in place of the logits, from the last hidden
-        states and the output matrix, "WD" or "DW" by its layout: a loss that never holds all logits
-        (`kernels_pallas.linear_cross_entropy`).
+      head: a function (x_BTD, matrix, layout) whose result is returned in place of the logits, for
+        losses that never hold all logits (`kernels_pallas.linear_cross_entropy`). x_BTD are the
+        last hidden states; layout says whether the output matrix is "WD" or "DW".
 
     Attributes:
-      mixers: one MixerSpec per layer (`from_config` makes them of a pattern such as
-        "3*gated_delta_net + attention(window=256)"). channel_mixer, d_ff, channel_bias, norm,
-        norm_eps, norm_position, mixer_residual, channel_residual: see `blocks.Block`;
-        `blocks.LAYER_OPTIONS` of a layer's own win.
+      mixers: one MixerSpec per layer; `from_config` makes them of a pattern such as
+        "3*gated_delta_net + attention(window=256)".
+      channel_mixer, d_ff, channel_bias, norm, norm_eps, norm_position, mixer_residual,
+        channel_residual: fields of each layer's `blocks.Block`; options that a layer has in the
+        pattern (`blocks.LAYER_OPTIONS`) override them.
       tied_embeddings: whether the output matrix is the embedding.
-      embedding_scale: multiplies the embedded tokens.
-      learned_positions: number of places in a document with a learned vector, which is added to the
-        token's (GPT-2); None: there are none.
-      logit_softcap: c of c tanh(logits / c) (Gemma 2, arXiv 2408.00118, section 2).
+      embedding_scale: factor of the embedded tokens.
+      learned_positions: number of positions in a document that have a learned vector, which is
+        added to the token's (GPT-2); None leaves them out.
+      logit_softcap: c of c tanh(logits / c) (Gemma 2, arXiv 2408.00118, section 2); None is no cap.
       remat: what the backward pass recomputes: "none", "full" (every block from its input),
         "operators" (all but operators' results and the states between their chunks), "dots" (all
-        but projections). Each keeps the states that another shard of time sent.
+        but projections). States that other shards of time sent are always saved.
       scan_layers: whether a repeated group of blocks is compiled once and scanned over.
-      dtype, param_dtype: of activations and matmuls, and of parameters, but for those that are used
-        in float32. Logits are float32.
-      float32_residual: whether the stream that blocks add to is float32 whatever dtype says
-        (Mamba).
+      dtype: dtype of activations and matmuls. Logits are float32.
+      param_dtype: dtype of the parameters, except those that are always float32.
+      float32_residual: whether the residual stream, to which blocks add, is float32 whatever dtype
+        is (Mamba).
     """
 
     vocab_size: int
@@ -116,7 +118,7 @@ class LanguageModel(nn.Module):
 
     @property
     def plan(self) -> pattern.ScanPlan:
-        """Returns the ScanPlan: which blocks are single and which are scanned."""
+        """Returns the ScanPlan that says which layers are scanned over and which stand alone."""
         if self.scan_layers:
             return pattern.scan_plan(self.mixers)
         return pattern.ScanPlan(self.mixers, (), 0, ())
@@ -166,12 +168,12 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def logits(self, x_BTD: Array, matrix: Array, layout: str) -> Array:
-        """Returns the logits of the last hidden states; float32 whatever the dtype."""
+        """Returns the float32 logits (B, T, W) of hidden states, by the output matrix."""
         return capped(all_logits(x_BTD, matrix, None, layout), self.logit_softcap)
 
     @nn.nowrap
     def check_length(self, length: int) -> None:
-        """Raises ValueError for rows of more tokens than there are learned positions."""
+        """Raises ValueError if rows of `length` tokens are longer than the learned positions."""
         if self.learned_positions is not None and length > self.learned_positions:
             raise ValueError(
                 f"rows of {length} tokens, and the model has learned {self.learned_positions} "
@@ -277,10 +279,10 @@ class LanguageModel(nn.Module):
         return nn.remat(self.block, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_scan)
 
     def _lower_bounds(self) -> Array | None:
-        """Returns forget-gate bounds that grow with depth, or None where no layer has one.
+        """Returns a learned lower bound of the forget gates of each of L layers, (L, D), or None.
 
-        cumsum(softmax(p_LD, over layers)) less its first row (HGRN, arXiv 2311.04823, section 3.3).
-        p is zero at the start: layer l has l/L.
+        It is cumsum(softmax(p_LD, over layers)) minus its first row (HGRN, arXiv 2311.04823,
+        section 3.3), None where no mixer uses it. p starts at 0: then layer l, from 0, has l/L.
         """
         L = len(self.mixers)
         widths = {
@@ -322,7 +324,7 @@ class LanguageModel(nn.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _BlockRun:
-    """A function that runs a block, with the arguments that all layers share."""
+    """Callable that runs a block on x_BTD and its state, with arguments that all layers share."""
 
     segment_ids_BT: Array | None
     fresh_B: Array | None
@@ -345,7 +347,7 @@ class _BlockRun:
 
 
 class _Group(nn.Module):
-    """The blocks of one period; the scan repeats them."""
+    """The blocks of one period of a `pattern.ScanPlan`, over whose repetitions a model scans."""
 
     specs: tuple[pattern.MixerSpec, ...]
     block_class: Any
@@ -372,10 +374,10 @@ _POSITIVE = ("vocab_size", "d_model", "d_ff", "learned_positions", "norm_eps", "
 
 
 def config_fields() -> dict[str, tuple[Any, Any]]:
-    """Returns the type and the default of each field of a config's `model` section.
+    """Returns {field: (type, default)} of a config's section `model`.
 
-    They are LanguageModel's, with `pattern` and `num_layers` in place of `mixers`, and dtypes by
-    name. A default of None whose type is not optional stands for a value that has to be given.
+    Its fields are LanguageModel's, with `pattern` and `num_layers` in place of `mixers`, and dtypes
+    by name. A field whose default is None and whose type is not optional must be given.
     """
     kinds = typing.get_type_hints(LanguageModel)
     found = {"pattern": (str, None), "num_layers": (int, None)}
@@ -390,13 +392,13 @@ def config_fields() -> dict[str, tuple[Any, Any]]:
 
 
 def from_config(config) -> LanguageModel:
-    """Makes the model that a config's `model` section describes.
+    """Makes the LanguageModel that `config`, a config's section `model`, describes.
 
-    Missing fields are `config_fields`' defaults.
+    Missing fields have the defaults of `config_fields`.
 
     Raises:
-      ValueError: an unknown field, mixer or option, a value of another type, one that is no choice
-        or out of range, or none where one has to be given; the message says what is expected.
+      ValueError: an unknown field, mixer or option, a value of a wrong type or range or that is not
+        among the choices, or a missing required field; the message says what is expected.
     """
     known = config_fields()
     if unknown := sorted(set(config) - set(known)):

@@ -22,14 +22,17 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A language model with its parameters and its tokenizer.
+    """A language model with its parameters and tokenizer, which generates and scores text.
 
     Attributes:
-      found: the weights and configs as the source has them.
-      tokenizer: `seqmodels.text.tokenizers`' interface; the model has its document_id.
-      tokenizer_name, document_token: what `tokenizers.make_tokenizer` made it of.
-      starts_documents: whether a prompt begins with document_id, as texts do while a run trains.
-        Else it begins with the special tokens that the tokenizer's own file puts there.
+      found: the parameters, configs and special tokens that the source holds.
+      model: the language model as a Flax module.
+      tokenizer: encodes and decodes text (`seqmodels.text.tokenizers`); the id document_id, with
+        which documents begin, is in the model's vocabulary.
+      tokenizer_name, document_token: the arguments by which `tokenizers.make_tokenizer` makes this
+        tokenizer.
+      starts_documents: whether prompts begin with document_id, as texts do when a run is trained;
+        else they begin with the special tokens that the tokenizer's file puts before a text.
     """
 
     found: checkpoints_io.Pretrained
@@ -51,13 +54,13 @@ class LoadedModel:
 
     @property
     def stop_tokens(self) -> set[int]:
-        """Returns the ids that end a text or turn: a document's start, and the end tokens."""
+        """Returns the ids that end a generated text or turn: document_id and the end tokens."""
         return {self.tokenizer.document_id, *self.found.tokens.eos}
 
     def with_max_len(self, max_len: int) -> "LoadedModel":
-        """Returns the same model with full-attention caches of `max_len` tokens for decoding.
+        """Returns a copy of this model whose full-attention layers hold max_len tokens in decoding.
 
-        Raises ValueError for more than the model's context.
+        Raises ValueError for more tokens than the model's context.
         """
         found = self.found
         config = checkpoints_io.with_max_len(found.model_config, max_len, found.source)
@@ -65,13 +68,19 @@ class LoadedModel:
         return dataclasses.replace(self, found=found, model=found.model)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, at the start of a document."""
+        """Returns the token ids of a text at the start of a document.
+
+        They include document_id or special tokens before the text, as `starts_documents` says.
+        """
         if self.starts_documents:
             return sampling.prompt_tokens(text, self.tokenizer)
         return self.tokenizer.encode(text, special=True).tolist()
 
     def prompt_tokens(self, prompt: str) -> list[int]:
-        """Returns the ids of a prompt as `encode` does, but at least one."""
+        """Returns the token ids of a prompt at the start of a document, at least one.
+
+        They are those of `encode`, or document_id where these are none.
+        """
         return self.encode(prompt) or [self.tokenizer.document_id]
 
     def chat_tokens(
@@ -80,15 +89,17 @@ class LoadedModel:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Returns the ids of a conversation up to where its answer begins, by the chat template.
+        """Returns the token ids of a conversation, written by the model's chat template.
+
+        They end where the model's answer begins.
 
         Args:
-          messages: such as [{"role": "user", "content": "..."}].
-          tools, documents: as the template takes them; a template called "tool_use" serves
-            conversations with tools, if there is one.
+          messages: the conversation, such as [{"role": "user", "content": "..."}].
+          tools, documents: JSON schemas of functions, and texts with titles, for the template. With
+            tools the template called "tool_use" is used, if there is one.
 
         Raises:
-          ValueError: the model has no template, or it does not take these messages.
+          ValueError: the model has no chat template, or its template rejects these messages.
         """
         from seqmodels.text import chat_templates  # an extra
 
@@ -117,25 +128,27 @@ class LoadedModel:
         stream: bool = False,
         batch_size: int = 8,
     ) -> Any:
-        """Returns the text that follows a prompt, or a list of those that follow several.
+        """Returns the text with which the model continues a prompt; a list of texts for a list.
 
-        A text ends after max_new_tokens tokens, where the model ends its text or turn, and before
-        the first stop string. It does not depend on the other prompts, nor on `stream`.
+        A text ends after max_new_tokens tokens, where the model ends its text or turn, or before
+        the first stop string. It depends neither on the other prompts nor on `stream`.
 
         Args:
-          prompt: a text, a conversation ([{"role": "user", "content": "..."}], written with the
-            chat template), token ids, or a list of these.
+          prompt: a text, token ids, a conversation such as [{"role": "user", "content": "..."}],
+            which the chat template writes, or a list of these.
           temperature: 0 takes the most likely token, 1 samples from the model's distribution.
-          top_k, top_p: samples only among the k most likely, or the fewest of probability p.
-          seed: another one gives another text, unless the temperature is 0.
-          stop: text to end before; special tokens such as "<|im_end|>" count.
-          chat: whether texts are questions to an assistant.
-          stream: returns an iterator of pieces of text as they come, which joined are the text; of
-            several prompts, of (number of the prompt, piece).
-          batch_size: how many prompts are read and continued together.
+          top_k: samples among the k most likely tokens only.
+          top_p: samples among the fewest most likely tokens whose probabilities sum to p only.
+          seed: fixes the random draws.
+          stop: a string, or several, before which a text ends; special tokens such as "<|im_end|>"
+            are recognised.
+          chat: whether prompts that are texts are questions to an assistant.
+          stream: whether an iterator of pieces of text is returned, for several prompts of (index
+            of the prompt, piece); joined, the pieces are the text.
+          batch_size: number of prompts that are read and continued together, without `stream`.
 
         Raises:
-          ValueError: before anything is computed, for no prompt, ids that the model does not have,
+          ValueError: before anything is computed, for no prompt, ids outside the vocabulary,
             options out of range, more tokens than a full-attention cache or learned positions
             hold, and conversations without a chat template.
         """
@@ -156,16 +169,20 @@ class LoadedModel:
     def score(self, text: Prompt | Sequence[Prompt]):
         """Returns how likely the model finds a text: (nll_N, correct_N), or a list of those.
 
-        nll_N is -log p (nats) of each token given all before it, and correct_N whether it is the
-        likeliest; of all tokens of `prompt_tokens` but the first. exp(nll_N.mean()) is the
-        perplexity. text: what `generate` takes as prompts.
+        nll_N is -log p (nats) of each token given all tokens before it, and correct_N whether it is
+        the most likely token; the text's first token (see `prompt_tokens`) has no score.
+        exp(nll_N.mean()) is the perplexity. text: a text, token ids, a conversation, or a list of
+        these.
         """
         single, sequences = self._ids_of(text)
         scores = scoring.score(self.model, self.params, sequences)
         return scores[0] if single else scores
 
     def _ids_of(self, prompt: Any, chat: bool = False) -> tuple[bool, list[list[int]]]:
-        """Returns whether `prompt` is one prompt, not a list, and the ids of each prompt."""
+        """Returns whether `prompt` is one prompt rather than a list, and each prompt's token ids.
+
+        chat: whether prompts that are texts are questions to an assistant.
+        """
         single = _is_prompt(prompt)
 
         def ids(prompt: Any) -> list[int]:
@@ -180,8 +197,11 @@ class LoadedModel:
         return single, [ids(p) for p in ([prompt] if single else prompt)]
 
     def _with_room(self, tokens: int) -> language_model.LanguageModel:
-        """Returns the model with full-attention caches of `tokens`, rounded up to a power of two,
-        so that similar prompts share compiled programs; unchanged if `tokens` do not fit."""
+        """Returns the model with full-attention caches that hold `tokens` tokens.
+
+        Their size is rounded up to a power of two, so that similar prompts share compiled programs.
+        The model is returned unchanged where its context is too short.
+        """
         limit, _ = sampling.context_limit(self.model) or (0, "")
         if tokens > limit:
             return self.model
@@ -190,7 +210,7 @@ class LoadedModel:
 
 
 def load(source: str | Path, tokenizer: str = "", **options) -> LoadedModel:
-    """Returns the model of any source, as `seqmodels.load` says."""
+    """Loads a model with its tokenizer; arguments and errors are those of `seqmodels.load`."""
     try:
         return _load(str(source), tokenizer, **options)
     except ModuleNotFoundError as error:
@@ -225,8 +245,12 @@ def _load(
 
 
 def find(source: str, *, max_len: int | None = None, **options) -> checkpoints_io.Pretrained:
-    """Returns the weights and configs of any source, to convert or train: a run's training
-    parameters, others as `load_pretrained` reads them."""
+    """Returns the parameters and configs of a source without a tokenizer, to convert or train them.
+
+    source: as in `seqmodels.load`; a run's parameters keep the dtype they are trained in.
+    max_len: tokens that full-attention layers can hold. options: those of
+      `checkpoints_io.load_pretrained`, not used for runs.
+    """
     if not runs.is_run(source):
         return checkpoints_io.load_pretrained(source, max_len=max_len, **options)
     found = runs.load_run(source)
@@ -237,9 +261,12 @@ def find(source: str, *, max_len: int | None = None, **options) -> checkpoints_i
 def with_tokenizer(
     found: checkpoints_io.Pretrained, tokenizer: str = "", *, starts_documents: bool = False
 ) -> LoadedModel:
-    """Returns a model with its own tokenizer, or a given one: 'bytes', or a file's path.
+    """Returns a LoadedModel of parameters and configs that were read, and a tokenizer.
 
-    Raises ValueError where there is none, or it is of another vocabulary.
+    found: from `find` or `load_pretrained`. tokenizer: "bytes" or the path of a tokenizer.json; ""
+      takes the source's own. starts_documents: see `LoadedModel`.
+
+    Raises ValueError where there is no tokenizer, or it is of another vocabulary.
     """
     found = with_given_tokenizer(found, tokenizer)
     name = str(found.tokenizer_path or "")
@@ -262,19 +289,21 @@ def with_tokenizer(
 
 
 def is_of_bytes(found: checkpoints_io.Pretrained) -> bool:
-    """Returns whether a model reads bytes without a tokenizer file."""
+    """Returns whether a model's own tokenizer is "bytes", which needs no file."""
     return found.hf_config.get("tokenizer") == tokenizers.BYTES
 
 
 def with_given_tokenizer(
     found: checkpoints_io.Pretrained, tokenizer: str
 ) -> checkpoints_io.Pretrained:
-    """Returns a model with a tokenizer that a user gives, 'bytes' or the path of a file; unchanged
-    where none is given.
+    """Returns `found` with the tokenizer that a user gives in place of its own.
 
-    Raises ValueError for one that is another model's: of so many more or fewer ids. Models round
-    their vocabularies up, and tokenizers get a token or two that the model never learned: a tenth,
-    or 256 ids, is allowed for. An id that the model has not is refused where it comes up.
+    tokenizer: "bytes" or the path of a tokenizer.json; "" returns `found` unchanged.
+
+    Raises ValueError for a tokenizer whose number of ids differs from the model's vocabulary by
+    more than a tenth of it and more than 256: it is another model's. Smaller differences occur, as
+    models round their vocabularies up and tokenizers get tokens that the model never learned; an id
+    outside the vocabulary raises an error where it occurs.
     """
     if not tokenizer:
         return found
@@ -296,7 +325,10 @@ def with_given_tokenizer(
 
 
 def _is_prompt(value) -> bool:
-    """Returns whether this is one prompt: a text, messages, or token ids; not a list of prompts."""
+    """Returns whether a value is one prompt, a text, messages or token ids, rather than a list.
+
+    Raises ValueError for a value that is neither.
+    """
     if isinstance(value, str):
         return True
     if not isinstance(value, Sequence | np.ndarray):
@@ -307,7 +339,11 @@ def _is_prompt(value) -> bool:
 
 
 def _document_token(path: str, found: checkpoints_io.Pretrained) -> str:
-    """Returns the token that separated documents in pretraining, as far as files tell."""
+    """Returns the token that separated documents in pretraining, guessed from a model's files.
+
+    It is "<|endoftext|>" if the tokenizer at `path` has it, else the model's begin token, else an
+    end token. Raises ValueError where there is none of these.
+    """
     file, tokens = _open(path), found.tokens
     for i in (file.token_to_id(WHOLE_TEXT), tokens.bos, *tokens.eos):
         if i is None or i >= found.model_config["vocab_size"]:

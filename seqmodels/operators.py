@@ -1,11 +1,11 @@
-"""The operators of `kernels_pallas` on whatever mesh is in scope, with their names and signatures,
-and other functions along time.
+"""The operators of `kernels_pallas`, and other functions along time, on the mesh in scope.
 
-Without a mesh they are the plain ones. Inside `sharding.scope` each runs under `jax.shard_map` on
-its device's rows, time and heads: the compiler cannot partition a kernel, and would gather a
-sequence to scan it. Where time is split, states pass along it by `sharding.Options.collective`
-(`kernels_pallas.context_parallel`). A size that its mesh axes do not divide, such as one row
-or one token in decoding, stays whole on every device; heads must divide.
+Names and signatures are those of `kernels_pallas`, and without a mesh so are the functions. Inside
+`sharding.scope` an operator runs under `jax.shard_map` on each device's rows, time and heads, since
+the compiler cannot partition a kernel, and would gather a sequence to scan it. Where time is split,
+states pass along it by `sharding.Options.collective` (`kernels_pallas.context_parallel`). An axis
+whose size the mesh axes do not divide, such as one row or one token in decoding, stays whole on
+every device; heads must divide.
 """
 
 import functools
@@ -26,14 +26,16 @@ from seqmodels.array_typing import Array
 
 
 def on_parts(function: Callable, arrays: dict[str, tuple[Any, str]], results: Any) -> Any:
-    """Calls function(axis_name, **arrays) on each device's part of the arrays; without a mesh, once
-    on all, with axis_name None.
+    """Calls function(axis_name, **arrays) on each device's part of the arrays; returns its results.
 
-    arrays: by name, each with a letter per axis: B, T, H (heads) and D (channels of heads) are
-      split, the others are not. A letter stands for one size. Arrays may be None.
-    results: the letters of what is returned, a pytree of strings. A result that has no T is the
-      same on all parts of time.
-    axis_name: the mesh axis that time is split over, or None.
+    axis_name is the mesh axis that splits time, or None. Without a mesh the function is called once
+    on the whole arrays, with axis_name None.
+
+    arrays: {name: (array or None, letters)} with a letter for each axis, as in `sharding.axes_of`:
+      those such as B, T, H (heads) and D (channels of heads) are split, others are not. Axes with
+      one letter have one size.
+    results: a pytree of strings, the letters of each array that the function returns. A result
+      without T is the same on all parts of time.
     """
     values = {name: value for name, (value, _) in arrays.items()}
     axes = _axes(arrays)
@@ -53,7 +55,10 @@ def on_parts(function: Callable, arrays: dict[str, tuple[Any, str]], results: An
 
 
 def _axes(arrays) -> dict[str, Any] | None:
-    """Returns the mesh axes that split each letter; None where there is no mesh."""
+    """Returns {letter: mesh axes that split it} for the arrays of `on_parts`, None without a mesh.
+
+    Raises ValueError for heads or channels that the mesh axis does not divide.
+    """
     if not sharding.sizes():
         return None
     lengths = {}
@@ -69,7 +74,7 @@ def _axes(arrays) -> dict[str, Any] | None:
 
 
 def _split_heads(heads: int, what: str = "heads") -> int:
-    """Returns the number of heads per device. Raises ValueError if they do not divide."""
+    """Returns the number of heads per device; raises ValueError if it is not whole."""
     ways = sharding.sizes().get(sharding.HEAD_AXIS, 1)
     if heads % ways:
         raise ValueError(
@@ -82,9 +87,11 @@ def _split_heads(heads: int, what: str = "heads") -> int:
 def _operator(
     plain: Callable, split: Callable, arrays, results, *, choices=sharding.COLLECTIVES, **keywords
 ):
-    """Calls an operator: `plain`, or its context-parallel form `split` where time is split.
+    """Returns an operator's results on the mesh in scope.
 
-    choices: the collectives that `split` knows.
+    plain, split: the operator of `kernels_pallas`, and of `context_parallel` for where time is
+      split. arrays, results: arrays with their letters, and letters of the results, as in
+      `on_parts`. choices: the collectives that `split` takes; () where it takes none.
     """
 
     def local(axis_name, **values):
@@ -100,13 +107,14 @@ def _operator(
 
 
 def _log_decay(log_decay: Array | None) -> tuple[Array | None, str]:
+    """Returns a log decay and the letters of its axes: H, BTH or BTHK."""
     if log_decay is None:
         return None, ""
     return log_decay, "H" if log_decay.ndim == 1 else "BTHK"[: log_decay.ndim]
 
 
 def _key_heads(x_BTGK: Array, v_BTHV: Array) -> Array:
-    """Copies key heads that several value heads share, if they can then be split as those are."""
+    """Repeats key heads that value heads share as often as it takes to split them over devices."""
     G, H = x_BTGK.shape[2], v_BTHV.shape[2]
     ways = math.lcm(G, sharding.sizes().get(sharding.HEAD_AXIS, 1))
     if ways > G and H % ways == 0:
@@ -126,7 +134,11 @@ def _matrix_recurrence(
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """Calls an operator whose state is (B, H, K, V). `others`: its additional arrays."""
+    """Returns (o_BTHV, final_BHKV) of an operator with a matrix state, on the mesh in scope.
+
+    plain, split: the operator of `kernels_pallas`, and of `context_parallel` for where time is
+      split. others: its arrays besides q, k, v and log_decay, by name and with their letters.
+    """
     arrays = {
         "q_BTHK": (_key_heads(q_BTHK, v_BTHV), "BTGK"),
         "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
@@ -142,7 +154,7 @@ def _matrix_recurrence(
 def linear_attention(
     q_BTHK: Array, k_BTHK: Array, v_BTHV: Array, log_decay: Array | None = None, **keywords
 ) -> tuple[Array, Array]:
-    """Calls `kernels_pallas.linear_attention`, with its keywords."""
+    """Computes `kernels_pallas.linear_attention`, with its keywords, on the mesh in scope."""
     plain, split = kernels_pallas.linear_attention, context_parallel.linear_attention
     return _matrix_recurrence(plain, split, q_BTHK, k_BTHK, v_BTHV, {}, log_decay, **keywords)
 
@@ -155,7 +167,7 @@ def delta_rule(
     log_decay: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """Calls `kernels_pallas.delta_rule`, with its keywords."""
+    """Computes `kernels_pallas.delta_rule`, with its keywords, on the mesh in scope."""
     plain, split = kernels_pallas.delta_rule, context_parallel.delta_rule
     others = {"beta_BTH": (beta_BTH, "BTH")}
     return _matrix_recurrence(plain, split, q_BTHK, k_BTHK, v_BTHV, others, log_decay, **keywords)
@@ -170,7 +182,7 @@ def diagonal_plus_low_rank(
     log_decay: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """Calls `kernels_pallas.diagonal_plus_low_rank`, with its keywords."""
+    """Computes `kernels_pallas.diagonal_plus_low_rank`, with its keywords, on the mesh in scope."""
     plain, split = kernels_pallas.diagonal_plus_low_rank, context_parallel.diagonal_plus_low_rank
     others = {"a_BTHK": (a_BTHK, "BTHK"), "b_BTHK": (b_BTHK, "BTHK")}
     return _matrix_recurrence(plain, split, q_BTHK, k_BTHK, v_BTHV, others, log_decay, **keywords)
@@ -185,7 +197,10 @@ def diagonal_scan(
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """Calls `kernels_pallas.diagonal_scan`. Keywords: reverse, implementation."""
+    """Computes `kernels_pallas.diagonal_scan` on the mesh in scope.
+
+    Further keywords: reverse, implementation.
+    """
 
     def letters(decay):
         return "D" if decay is not None and decay.ndim == 1 else "BTD"
@@ -211,7 +226,10 @@ def causal_conv(
     segment_ids: Array | None = None,
     **keywords,
 ) -> tuple[Array, Array]:
-    """Calls `kernels_pallas.causal_conv`. Keywords: activation, eps, implementation."""
+    """Computes `kernels_pallas.causal_conv` on the mesh in scope.
+
+    Further keywords: activation, eps, implementation.
+    """
     arrays = {
         "x_BTD": (x_BTD, "BTD"),
         "w": (w, "ID"),
@@ -237,9 +255,10 @@ def softmax_attention(
     kv_positions_BS: Array | None = None,
     **keywords,
 ) -> Array:
-    """Calls `kernels_pallas.softmax_attention`. Keywords: window, causal, scale, implementation.
+    """Computes `kernels_pallas.softmax_attention` on the mesh in scope.
 
-    Where positions are given, keys are slots of a cache, and every part of time has all of it.
+    Where positions or key ids are given, keys are slots of a decoding cache, and time is not split.
+    Further keywords: window, causal, scale, implementation.
     """
     cache = {
         "kv_segment_ids_BS": (kv_segment_ids_BS, "BS"),
@@ -265,10 +284,12 @@ def softmax_attention(
 
 
 def associative_scan(compose: Callable, elements: Any, letters: str) -> Any:
-    """Composes each token's element with all before it: `lax.associative_scan` over time.
+    """Returns for each token the composition of all elements up to its own, on the mesh in scope.
 
-    elements: a pytree of arrays, each with `letters`. compose: (first, then) -> both, on such
-      pytrees; it broadcasts.
+    This is `lax.associative_scan` over time (axis 1).
+
+    compose: (first, then) -> both, associative, on pytrees like `elements`; it broadcasts.
+    elements: a pytree of arrays (B, T, ...). letters: of their axes, as in `on_parts`.
     """
     leaves, structure = jax.tree.flatten(elements)
 
@@ -283,7 +304,10 @@ def associative_scan(compose: Callable, elements: Any, letters: str) -> Any:
 
 
 def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> Array:
-    """Returns x_{t-1} for every token, and for the first `first_B` (None: x itself)."""
+    """Returns y_t = x_{t-1}, x shifted by one token; a row's first token gets first_B.
+
+    first_B None repeats the row's first x. letters: of x's axes, as in `on_parts`.
+    """
 
     def local(axis_name, x_BT, first_B):
         first_B1 = x_BT[:, :1] if first_B is None else first_B[:, None]
@@ -296,31 +320,30 @@ def previous(x_BT: Array, first_B: Array | None = None, letters: str = "BT") -> 
 
 
 def starts(segment_ids_BT: Array) -> Array:
-    """Returns True where a token begins a new document; the first token does not
-    (`kernels_pallas.common.segments.starts`)."""
+    """Returns (B, T) booleans: whether a token, not the row's first, begins a new document."""
     return segment_ids_BT != previous(segment_ids_BT)
 
 
 def run_index(segment_ids_BT: Array) -> Array:
-    """Returns numbers that are equal for two tokens iff one document holds both
-    (`kernels_pallas.common.segments.run_index`)."""
+    """Returns each token's document number in its row, (B, T) int32, counted from 0."""
     return associative_scan(jnp.add, starts(segment_ids_BT).astype(jnp.int32), "BT")
 
 
 def positions(segment_ids_BT: Array) -> Array:
-    """Returns each token's index within its document; a row's first document counts from 0
-    (`kernels_pallas.common.segments.positions`)."""
+    """Returns each token's index within its document, (B, T) int32, counted from 0."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     start_index_BT = jnp.where(starts(segment_ids_BT), index_T[None], 0)
     return index_T[None] - associative_scan(jnp.maximum, start_index_BT, "BT")
 
 
 def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
-    """Returns the state that enters this part of time, and the one after the last part; for use
-    inside `on_parts`, elementwise.
+    """Returns the state that enters this device's shard of time, and the sequence's final state.
 
-    A part makes decay * S + state of the S that enters it; `initial` enters the first. All are
-    (B, ..., V).
+    For use inside `on_parts`, by recurrences whose shard maps an entering state S to decay * S +
+    state, element by element.
+
+    state, decay: the shard's final state from a zero state, and its total decay, (B, ..., V).
+    initial: the state before the whole sequence.
     """
     collective, columns = sharding.options().collective, state.shape[-1]
     form = collectives.form("entering_state", axis_name, collective, None, columns)
@@ -328,8 +351,10 @@ def entering_state(axis_name, state, decay, initial) -> tuple[Array, Array]:
 
 
 def with_earlier(axis_name, old_BS, x_BT) -> Array:
-    """Prepends the S tokens before this part of time (for the first part, `old_BS`) to x_BT; for
-    use inside `on_parts`."""
+    """Returns x_BT with the S tokens before this device's shard of time prepended, (B, S + T, ...).
+
+    For use inside `on_parts`. old_BS: the S tokens before the whole sequence.
+    """
     if axis_name is not None:
         ranks, S = collectives.Ranks(axis_name), old_BS.shape[1]
         old_BS = collectives.preceding_tokens(ranks, x_BT, S, old_BS)
@@ -337,7 +362,10 @@ def with_earlier(axis_name, old_BS, x_BT) -> Array:
 
 
 def embedding(table_WD: Array, tokens_BT: Array) -> Array:
-    """Returns the tokens' rows of the table, (B, T, D). Each device looks up its own words."""
+    """Returns the tokens' rows of an embedding table, (B, T, D).
+
+    Where the vocabulary is split over devices, each looks up its own rows, and a sum joins them.
+    """
     words = sharding.axes_of("W", table_WD.shape[0])
 
     def local(_, table_WE, tokens_BT):
@@ -356,8 +384,11 @@ def embedding(table_WD: Array, tokens_BT: Array) -> Array:
 def linear_cross_entropy(
     x_BTD: Array, matrix: Array, labels_BT: Array, *, layout: str = "WD", **keywords
 ) -> tuple[Array, kernels_pallas.TokenDetails]:
-    """Calls `kernels_pallas.linear_cross_entropy` with details. Tokens and words are split; logits
-    and their sums are not gathered."""
+    """Computes `kernels_pallas.linear_cross_entropy` on the mesh in scope: (loss_BT, TokenDetails).
+
+    Tokens and the vocabulary are split over devices; logits are not gathered. layout says whether
+    the output matrix is "WD" or "DW".
+    """
     time = "t" if sharding.axes_of("t", x_BTD.shape[1]) else "T"
     arrays = {
         "x_BTD": (x_BTD, f"B{time}E"),

@@ -1,18 +1,19 @@
-"""A pipeline over the mesh axis `pipe`, each of whose devices holds a stage: consecutive layers.
+"""A pipeline over the mesh axis `pipe`: its devices each hold a stage, a run of consecutive layers.
 
 GPipe (arXiv 1811.06965): with S stages and M microbatches the program is one loop of M + S - 1
 turns. In turn t, stage s works on microbatch t - s, and hands the result to stage s + 1. In S - 1
 of its turns a stage is idle: it works on what nobody reads. Differentiating the loop gives the
 backward schedule, with as many turns and twice the work per turn.
 
-With `split_backward` a turn of the backward pass computes gradients of activations alone, and keeps
-what went into every dense layer and the gradient of what came out. After all turns these give the
-weights' gradients, for all microbatches at once and with no stage idle (2BP, arXiv 2405.18047):
-(M + S - 1) p1 + M p2 in place of (M + S - 1) (p1 + p2), where a turn takes p1 for gradients of
-activations and p2 for those of weights. For that it holds these activations of all microbatches; of
-the layers themselves it keeps a stage's inputs, and recomputes the rest.
+With `split_backward` a turn of the backward pass computes only gradients of activations, and saves
+the input of every dense layer and the gradient of its output. After all turns these give the dense
+kernels' gradients, for all microbatches at once and with no stage idle (2BP, arXiv 2405.18047). The
+time is (M + S - 1) p1 + M p2 in place of (M + S - 1) (p1 + p2), where a turn takes p1 for gradients
+of activations and p2 for those of weights. The memory is that of these arrays of all microbatches;
+from the forward pass only the stages' inputs are saved, and the rest is recomputed.
 
-Stages are a leading axis of arrays, split over `pipe`; handing on becomes a collective-permute.
+Stages are a leading axis of arrays, split over `pipe`; handing results to the next stage compiles
+to a collective-permute.
 
 Letters: S stages, N layers per stage, M microbatches; in scans over turns the turn comes first.
 """
@@ -31,10 +32,11 @@ from seqmodels.array_typing import Array
 
 
 class Layer(NamedTuple):
-    """A layer: called with (params, index, x_BTD, rows, shared), it returns the next x_BTD.
+    """A layer of a pipeline: called with (params, index, x_BTD, rows, shared), it returns x_BTD.
 
-    module: unbound. call: (apply, index, x_BTD, rows, shared) -> x_BTD, where apply(*arguments)
-      applies the module.
+    module: the layer as an unbound Flax module.
+    call: (apply, index, x_BTD, rows, shared) -> x_BTD, the next hidden states; it runs the module
+      by apply(*arguments).
     """
 
     module: nn.Module
@@ -45,9 +47,10 @@ class Layer(NamedTuple):
         return self.call(apply, index, x_BTD, rows, shared)
 
     def observed(self, params, taps, index, x_BTD, rows, shared) -> tuple[Array, dict]:
-        """Returns the next x_BTD and the inputs of dense layers, to whose results `taps` are added.
+        """Runs the layer; returns x_BTD, and the inputs of its dense layers as a Flax collection.
 
-        Without taps, the results of dense layers are returned, too.
+        taps: arrays that are added to the outputs of dense layers, so that the gradients of taps
+          are those of the outputs. {} adds nothing; then the outputs are returned with the inputs.
         """
         inputs = {}
 
@@ -62,6 +65,7 @@ class Layer(NamedTuple):
 
 
 def _observe(next_function, arguments, keywords, context):
+    """Flax interceptor for `Layer.observed`: stores dense layers' inputs, and adds taps."""
     y = next_function(*arguments, **keywords)
     module = context.module
     if isinstance(module, nn.Dense) and context.method_name == "__call__":
@@ -74,19 +78,22 @@ def _observe(next_function, arguments, keywords, context):
 
 
 class _Pipe(NamedTuple):
+    """Fields of a pipeline: its layer, and its numbers of stages and of microbatches."""
+
     layer: Layer
     stages: int
     microbatches: int
 
 
 def run(layer: Layer, params_L, index_L: Array, x_BTD: Array, rows: Any, shared: Any) -> Array:
-    """Returns x_BTD after L stacked layers, in the pipeline of the mesh in scope.
+    """Returns hidden states x_BTD after L layers, computed in a pipeline on the mesh in scope.
 
-    rows: a pytree of arrays (B, ...) that go with x_BTD. shared: a pytree of arrays that all layers
-      read.
+    params_L, index_L: parameters of the layers, stacked along a first axis, and their indices.
+    rows: a pytree of arrays (B, ...) that belong to the rows of x_BTD, such as segment ids.
+    shared: a pytree of arrays that all layers read.
 
     Raises:
-      ValueError: L is not divisible by the stages, or the batch by the microbatches.
+      ValueError: L is not divisible by the number of stages, or the batch by that of microbatches.
     """
     options, stages = sharding.options(), sharding.stages()
     M = options.microbatches or stages
@@ -122,7 +129,10 @@ def _run(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
 
 
 def _turns(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M, keep: bool = False):
-    """Returns all microbatches after all stages; with `keep`, also each turn's stage inputs."""
+    """Returns the hidden states of all microbatches after all stages, and the saved stage inputs.
+
+    The latter, (x, rows) of every stage in every turn, are None without `keep`.
+    """
 
     def stage(params_N, index_N, x_BTD, rows):
         def one(x_BTD, inputs):
@@ -157,10 +167,11 @@ def _all_stages(stage):
 
 
 def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
-    """Moves each stage's array to the next stage, and `arriving` to the first.
+    """Returns the stages' arrays, each moved to the next stage, with `arriving` at the first.
 
-    back: to the stage before, and `arriving` to the last. The partitioner compiles a shift by
-    padding to a message between neighbours, but one by concatenation to a gather.
+    back: moves them to the stage before, and `arriving` to the last stage. The shift is by padding,
+      which the partitioner compiles to messages between neighbours; concatenation would compile to
+      a gather.
     """
     ends = [(0, 0)] * (held_S.ndim - 1)
     handed_S = (
@@ -172,7 +183,7 @@ def _hand_on(held_S: Array, arriving: Array, back: bool = False) -> Array:
 
 @custom_vjp(0)
 def _run_split(pipe: _Pipe, params_SN, shared, x_MBTD, index_SN, rows_M):
-    """Computes `_run`, with a backward pass in two parts (`split_backward`)."""
+    """Returns all microbatches after all stages; weights' gradients come after all others (2BP)."""
     return _run(pipe, params_SN, shared, x_MBTD, index_SN, rows_M)
 
 
@@ -252,7 +263,10 @@ _run_split.defvjp(_split_forward, _split_backward)
 
 
 def _dense_layers(pipe, params_SN, shared, index_SN, entered):
-    """Returns the kernels of dense layers, all other parameters, and shapes of a stage's taps."""
+    """Returns the dense layers' kernels, all other parameters, and the shapes of a stage's taps.
+
+    Taps (see `Layer.observed`) have the shapes of the dense layers' outputs.
+    """
     first = functools.partial(jax.tree.map, lambda leaf: leaf[0, 0])
     x_SBTD, rows_S = entered
     _, seen = jax.eval_shape(

@@ -1,4 +1,4 @@
-"""The only file that names mesh axes: which device holds which part of each array.
+"""Shardings: which device holds which part of each array. No other file names mesh axes.
 
 Mesh axes:
     pipe    groups of consecutive layers (`pipeline`)
@@ -58,19 +58,19 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options for the use of a mesh, the fields of `config.parallel`.
+    """Options of parallel training on a mesh: the fields of a config's section `parallel`.
 
-    collective: how states pass along `seq`: "all_gather" (LASP-2, arXiv 2502.07563), "all_scan"
-      (ZeCO, arXiv 2507.01004) or "ring" (LASP-1, arXiv 2404.02882). Keys and values of softmax
-      attention are gathered, or with "ring" go round one.
+    collective: how recurrent states pass along the mesh axis `seq`: "all_gather" (LASP-2, arXiv
+      2502.07563), "all_scan" (ZeCO, arXiv 2507.01004) or "ring" (LASP-1, arXiv 2404.02882). Softmax
+      attention has ring attention with "ring", and else gathers keys and values.
     zero: what ZeRO (arXiv 1910.02054) splits over `data` and `seq`, whose devices otherwise hold
       copies: 0 nothing, 1 the optimizer state, 2 gradients too, 3 parameters too. `fsdp` always
       splits all three.
-    offload: the optimizer state lies in the host's pinned memory, and is updated there
+    offload: whether the optimizer state lies in the host's pinned memory and is updated there
       (ZeRO-Offload, arXiv 2101.06840).
-    microbatches: of the pipeline, where `pipe` > 1; 0 is as many as stages.
-    split_backward: the pipeline's backward pass first finds the gradients of inputs, then those of
-      weights (2BP, arXiv 2405.18047).
+    microbatches: number of microbatches of a pipeline, where `pipe` > 1; 0 is one per stage.
+    split_backward: whether the pipeline's backward pass first computes all gradients of
+      activations, and then those of weights (2BP, arXiv 2405.18047).
     """
 
     collective: str = "all_gather"
@@ -95,7 +95,10 @@ class Options:
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any]) -> "Options":
-        """Returns the options of a `config.parallel`. Raises ValueError for an unknown field."""
+        """Makes Options of a config's section `parallel`.
+
+        Raises ValueError for an unknown field or a value of a wrong type or range.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(f"parallel has no field {unknown[0]!r}; it has {', '.join(known)}")
@@ -104,14 +107,15 @@ class Options:
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
-    """Returns a mesh of the given sizes of MESH_AXES, of which one may be -1: what is left.
+    """Returns a Mesh with the axes MESH_AXES over `devices`, by default all devices.
 
-    Several TPU slices, or several hosts with GPUs, share an outer part of `data` where that
-    divides, else of the next axes.
+    sizes: {axis: size}; axes that are left out have size 1, and one size may be -1, which takes the
+      devices that are left. Several TPU slices, or several hosts with GPUs, are split along `data`
+      if its size allows it, else along the next axes of QUIETEST_FIRST.
 
     Raises:
       ValueError: an unknown axis, sizes whose product is not the number of devices, or axes that
-        cannot be laid along the torus of a slice; the numbers are given.
+        cannot be laid along the torus of a slice; the message gives the numbers.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: 1 for axis in MESH_AXES} | dict(sizes)
@@ -149,7 +153,10 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
 
 
 def _slices(devices) -> list[list]:
-    """Groups devices with fast links (a TPU slice, or a host's GPUs), for jax.make_mesh."""
+    """Returns the devices in groups with fast links: those of a TPU slice, or of a host with GPUs.
+
+    Raises ValueError for groups of different sizes, over which no mesh can be laid.
+    """
     slices = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
@@ -163,7 +170,10 @@ def _slices(devices) -> list[list]:
 
 
 def _between_slices(shape: list[int], slices: int) -> list[int]:
-    """Returns for each mesh axis how many slices it goes over, quietest axes first."""
+    """Returns for each axis of a mesh of this shape the number of slices that it spans.
+
+    The axes whose devices send each other least (QUIETEST_FIRST) span slices first.
+    """
     between = [1] * len(shape)
     for axis in map(MESH_AXES.index, QUIETEST_FIRST):
         between[axis] = math.gcd(shape[axis], slices)
@@ -176,9 +186,9 @@ _OPTIONS = contextvars.ContextVar("options")
 
 @contextlib.contextmanager
 def scope(mesh: Mesh, options: Options | None = None):
-    """Makes what is traced inside run on `mesh`.
+    """Context manager: code that is traced inside runs on `mesh`, with these parallel options.
 
-    Enter it inside the function that is given to jit, whose shardings name the devices.
+    Enter it inside the function that is given to jax.jit, whose shardings name the devices.
     """
     token = _OPTIONS.set(options or Options())
     try:
@@ -189,14 +199,14 @@ def scope(mesh: Mesh, options: Options | None = None):
 
 
 def options() -> Options:
-    """Returns the options of the enclosing `scope`."""
+    """Returns the Options of the enclosing `scope`, or default Options outside of one."""
     return _OPTIONS.get(Options())
 
 
 def sizes() -> dict[str, int]:
-    """Returns the sizes of the mesh axes in scope; {} without a mesh, or with one device.
+    """Returns {axis: size} of the mesh in scope; {} without a mesh, or with one device.
 
-    Axes count if the compiler partitions over them: inside jax.shard_map there are none.
+    It is also {} inside jax.shard_map, where the compiler does not partition arrays.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_types) != {AxisType.Auto} or mesh.size == 1:
@@ -205,11 +215,11 @@ def sizes() -> dict[str, int]:
 
 
 def axes_of(letter: str, size: int) -> tuple[str, ...]:
-    """Returns the mesh axes over which a dimension of activations is split, by its letter.
+    """Returns the mesh axes over which an axis of activations is split, by the axis' letter.
 
-    B rows, T time, H and G heads, D channels of heads, W words; t is time where tokens do not meet,
-    of which the pipeline's stages each take a part. () where the size does not divide: then every
-    device has all of it.
+    Letters: B rows, T time, H and G heads, D channels of heads, W vocabulary; "t" is time in code
+    that treats each token by itself, which is split over the pipeline's stages as well. Returns ()
+    for other letters, and where the axes do not divide `size`: then every device has all of it.
     """
     candidates = {
         "B": BATCH_AXES,
@@ -223,7 +233,7 @@ def axes_of(letter: str, size: int) -> tuple[str, ...]:
 
 
 def constrain(x_BTD: Array) -> Array:
-    """Splits activations between layers by rows and by time, never by channels."""
+    """Returns activations x_BTD between layers, split over devices by rows and time only."""
     if not sizes():
         return x_BTD
     rows, time = axes_of("B", x_BTD.shape[0]), axes_of("T", x_BTD.shape[1])
@@ -232,7 +242,7 @@ def constrain(x_BTD: Array) -> Array:
 
 
 def constrain_stages(x_SBTD: Array) -> Array:
-    """Splits the activations of all pipeline stages by stage, rows and time."""
+    """Returns the activations of all pipeline stages, split by stage, rows and time."""
     rows, time = axes_of("B", x_SBTD.shape[1]), axes_of("T", x_SBTD.shape[2])
     spec = PartitionSpec(STAGE_AXIS, rows or None, time or None)
     return jax.lax.with_sharding_constraint(x_SBTD, spec)
@@ -244,14 +254,16 @@ def stages() -> int:
 
 
 def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None) -> Any:
-    """Returns a NamedSharding for every leaf of a tree whose arrays carry logical axis names.
+    """Returns a NamedSharding for every leaf of a tree of boxed arrays, by RULES.
 
-    Such a tree is made by `Module.init`, or an optimizer state of it. Arrays without names are
-    replicated. zero: the model width is split over COPY_AXES too.
+    boxed_tree: parameters from `Module.init`, boxed with logical axis names, or an optimizer state
+      made from them. Arrays without names are replicated.
+    zero: whether the model width is split over COPY_AXES too, as ZeRO does.
+    memory_kind: the devices' memory, such as "pinned_host"; None is the default one.
 
     Raises:
-      ValueError: a dimension is not divisible by the axes it is split over; names the leaf and the
-        numbers.
+      ValueError: a dimension is not divisible by the mesh axes that split it; the message names the
+        leaf and the numbers.
     """
     rules = RULES
     if zero:
@@ -280,22 +292,26 @@ def shardings(mesh: Mesh, boxed_tree: Any, zero: bool = False, memory_kind=None)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits batches (B, T): rows over data and fsdp, time over seq."""
+    """Returns the sharding of batches (B, T): rows over `data` and `fsdp`, time over `seq`."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Puts the whole array on every device."""
+    """Returns the sharding that puts a whole array on every device of a mesh."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 class Placement:
-    """The sharding of a run's parameters, gradients and optimizer state, kept up by each step.
+    """Where a run's parameters, gradients and optimizer state lie, by ZeRO stage and offloading.
 
-    params, grads: a NamedSharding for each leaf.
+    A training step calls `reduce` and `update`, which keep them there.
+
+    params, grads: trees of NamedShardings, one for each parameter and each gradient.
+    boxed_params: the parameters as `Module.init` returns them, which may be abstract.
 
     Raises:
-      ValueError: as `shardings`; or `options.offload` where the devices have no pinned host memory.
+      ValueError: a parameter that the mesh axes do not divide, or `options.offload` where the
+        devices have no pinned host memory.
     """
 
     def __init__(self, mesh: Mesh, options: Options, boxed_params: Any):
@@ -306,21 +322,24 @@ class Placement:
         self._host_params = shardings(mesh, boxed_params, options.zero >= 1, self._host)
 
     def scope(self):
-        """Enters `sharding.scope`."""
+        """Context manager: code that is traced inside runs on this mesh with these options."""
         return scope(self.mesh, self.options)
 
     def optimizer(self, boxed_opt_state: Any) -> Any:
-        """Returns a NamedSharding for each leaf of the optimizer's state."""
+        """Returns a tree of NamedShardings for the optimizer state, given with boxed arrays."""
         return shardings(self.mesh, boxed_opt_state, self.options.zero >= 1, self._host)
 
     def reduce(self, grads: Any) -> Any:
-        """Sums gradients over devices; each device keeps what `zero` gives it."""
+        """Returns gradients constrained to their sharding; from ZeRO stage 2 on they are split.
+
+        The compiler sums them over devices accordingly, by reduce-scatter or all-reduce.
+        """
         return jax.lax.with_sharding_constraint(grads, self.grads)
 
     def update(self, update: Callable, grads, opt_state, params) -> tuple[Any, Any]:
-        """Returns updates and state of `update(grads, opt_state, params)`.
+        """Returns (updates, new optimizer state) of an optimizer's function `update`.
 
-        With `offload` it runs on the host.
+        It calls update(grads, opt_state, params), on the host where the state is offloaded.
         """
         if self._host is None:
             return update(grads, opt_state, params)
@@ -330,7 +349,7 @@ class Placement:
         return jax.device_put(updates, on_devices), opt_state
 
     def on_devices(self, opt_state: Any, boxed_opt_state: Any) -> Any:
-        """Returns the optimizer's state in the devices' memory."""
+        """Returns the optimizer state, moved to the devices' memory where it is offloaded."""
         if self._host is None:
             return opt_state
         zero = self.options.zero >= 1
@@ -346,7 +365,11 @@ def _on_host(function: Callable) -> Callable:
 def check_batch(
     mesh: Mesh, batch_size: int, seq_len: int, options: Options | None = None, accumulate: int = 1
 ) -> None:
-    """Raises ValueError if microbatches and mesh do not divide a batch, with the numbers."""
+    """Raises ValueError, with the numbers, if a batch cannot be split evenly for training.
+
+    Rows are split by `accumulate` steps of gradient accumulation, the pipeline's microbatches and
+    the mesh; time is split by the mesh.
+    """
     stages = mesh.shape[STAGE_AXIS]
     pieces = ((options and options.microbatches) or stages) if stages > 1 else 1
     for name, count in (("train.accumulate", accumulate), ("parallel.microbatches", pieces)):

@@ -1,4 +1,4 @@
-"""The operators with time split over a mesh axis: context parallelism (see `operators`)."""
+"""Context parallelism: the operators of `kernels_pallas` with time split over a mesh axis."""
 
 from kernels_pallas.context_parallel.operators import (
     associative_scan,

@@ -43,7 +43,7 @@ MOST_BLOCKS = 8  # of all_scan, unless the caller gives a number
 
 
 class Ranks(NamedTuple):
-    """The ranks of a mesh axis in the order of their shards in time."""
+    """Fields of a mesh axis along which time is split; place 0 holds the first shard in time."""
 
     axis_name: str | tuple[str, ...]  # the first of several axes is the slowest
     reverse: bool = False  # whether time runs from the last rank to the first
@@ -54,7 +54,7 @@ class Ranks(NamedTuple):
 
     @property
     def index(self) -> jax.Array:
-        """Returns this rank's place in time: 0 holds the first shard."""
+        """Returns this rank's place in the order of time; place 0 holds the first shard."""
         rank = lax.axis_index(self.axis_name)
         return self.count - 1 - rank if self.reverse else rank
 
@@ -62,25 +62,27 @@ class Ranks(NamedTuple):
         return self._replace(reverse=not self.reverse)
 
     def send(self, x: jax.Array, pairs) -> jax.Array:
-        """Sends x along `pairs` of places (from, to). Returns what arrives here, or zeros."""
+        """Sends x between ranks by `pairs` (from, to) of places; returns what arrives, or zeros."""
         if self.reverse:
             pairs = [(self.count - 1 - a, self.count - 1 - b) for a, b in pairs]
         return lax.ppermute(x, self.axis_name, pairs)
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """Returns all ranks' x on a new first axis, in the order of time."""
+        """Returns x of every rank, stacked along a new first axis in the order of time."""
         gathered = lax.all_gather(x, self.axis_name)
         return gathered[::-1] if self.reverse else gathered
 
     def from_last(self, x: jax.Array) -> jax.Array:
-        """Returns the last rank's x on all ranks; if unused, it costs nothing when compiled."""
+        """Returns the last rank's x on every rank; compiles to nothing where it is unused."""
         return lax.psum(jnp.where(self.index == self.count - 1, x, 0), self.axis_name)
 
 
 class CollectiveForm(NamedTuple):
-    """The collective by which states pass between ranks.
+    """Fields that say how recurrent states pass between `ranks`, by one of COLLECTIVES.
 
-    matrix: the total decay D is (..., K, K) and acts on the state's axis -2; else D multiplies it.
+    blocks: number of column blocks in which "all_scan" sends a state. matrix: whether a shard's
+      total decay D is a matrix (..., K, K) that multiplies the state along its axis -2; else D
+      multiplies the state element by element.
     """
 
     collective: str
@@ -90,10 +92,9 @@ class CollectiveForm(NamedTuple):
 
 
 def ranks(operator: str, axis_name, reverse: bool = False) -> Ranks:
-    """Returns the ranks of a mesh axis, or of a tuple of axes.
+    """Returns the Ranks of a mesh axis, or of a tuple of axes.
 
-    Raises:
-      ValueError: the calling code is not mapped over such an axis; `operator` is named.
+    Raises ValueError, naming `operator`, outside of a jax.shard_map over `axis_name`.
     """
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     try:
@@ -121,11 +122,13 @@ def form(
     reverse: bool = False,
     matrix: bool = False,
 ) -> CollectiveForm:
-    """Returns the CollectiveForm for states of `columns` columns along a mesh axis.
+    """Checks an operator's context-parallel options and returns them as a CollectiveForm.
 
-    Raises:
-      ValueError: an unknown collective, an axis that is not mapped, or blocks that do not divide
-        the columns; `operator` is named.
+    blocks: of the state's `columns` (its last axis) for "all_scan"; None is their largest divisor
+      up to MOST_BLOCKS.
+
+    Raises ValueError, naming `operator`, for an unknown collective, a mesh axis that no
+    jax.shard_map maps, or blocks that do not divide the columns.
     """
     check_collective(operator, collective)
     blocks = _checked_blocks(operator, collective, blocks, columns)
@@ -163,9 +166,10 @@ def _checked_blocks(operator: str, collective: str, blocks: int | None, columns:
 
 
 def pack(arrays, lead: int) -> jax.Array:
-    """Joins arrays (or None) that share `lead` leading axes into one real floating array.
+    """Joins arrays of any dtypes into one real floating array, so that one message carries them.
 
-    All further axes become one, the last.
+    The arrays have the same first `lead` axes; their other axes are flattened and joined along one
+    last axis. Nones in `arrays` are left out.
     """
     arrays = [_real(x) for x in arrays if x is not None]
     dtype = dtypes.common(*(x.dtype for x in arrays))
@@ -174,7 +178,7 @@ def pack(arrays, lead: int) -> jax.Array:
 
 
 def unpack(packed: jax.Array, like, lead: int) -> list:
-    """Undoes `pack` of arrays `like` these; the leading axes may have other lengths now."""
+    """Splits a buffer that `pack` made of arrays `like` these, or Nones, into such arrays again."""
     arrays, start = [], 0
     for x in like:
         if x is None:
@@ -208,7 +212,7 @@ def _unreal(x, dtype):
 
 
 def _fills_bytes(dtype) -> bool:
-    """Returns False for booleans and integers of 2 or 4 bits, which fit into one byte each."""
+    """Returns whether a dtype is an integer of at least 8 bits, so neither boolean nor 4-bit."""
     return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits >= 8
 
 
@@ -220,13 +224,13 @@ def entering_state(
     last_B: jax.Array | None = None,
     initial: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the state that enters this shard, and the last rank's final state on all ranks.
+    """Returns the state S that enters this shard, and the sequence's final state, on all ranks.
 
     Args:
-      local: (B, ..., V), the local state: what the shard leaves when it starts from zero.
-      decay: the shard's total decay: of local's rank and broadcast to it, or (..., K, K).
+      local: L (B, ..., V) of the shard's map S -> D S + L, its final state from a zero state.
+      decay: D, the product of the shard's decays, which broadcasts to L or is (..., K, K).
       first_B, last_B: document ids of the shard's first and last token; None is one document.
-      initial: the state before the first rank's shard, the same on all ranks; None is zero.
+      initial: the state before the whole sequence, the same on all ranks; None is zero.
     """
     ranks = form.ranks
     # The initial state enters the first shard alone, and the others as part of its local state.
@@ -241,7 +245,7 @@ def entering_state(
 
 
 def decayed(decay, state):
-    """Returns decay * state, and 0 where either is 0, as products of decays may be infinite."""
+    """Returns decay * state, and 0 where either factor is 0 even if the other is infinite."""
     return jnp.where((decay == 0) | (state == 0), 0, decay * state)
 
 
@@ -252,22 +256,27 @@ def _apply(form, decay, state):
 
 
 def _over_state(flag_B, state):
-    """Reshapes one flag per row of the batch so that it broadcasts to the state."""
+    """Reshapes flags (B,) to (B, 1, ..., 1), so that they broadcast to a state (B, ...)."""
     return flag_B.reshape(*flag_B.shape, *[1] * (state.ndim - 1))
 
 
 def prefix_state(form: CollectiveForm, local, decay, ids):
-    """Returns this rank's S_r and c_r (a flag per row, None without ids) of the module's text.
+    """Returns the prefix state S_r that enters this rank's shard, and c_r, as in the module's text.
 
-    Both carry the name that a checkpoint policy may save, so that a recomputed layer sends nothing
-    a second time. Differentiated by hand: see `prefix_state_gradient`.
+    c_r (B,) says whether one document spans the border before the shard; None without ids. Both
+    have the checkpoint name remat.ENTERING_STATES: a recomputed layer that saves it sends nothing.
+
+    local, decay: L and D of the shard. ids: document ids of its first and last token, or Nones.
     """
     run = _gather if form.collective == "all_gather" else _scan
     return remat.named(run(form, local, decay, ids), remat.ENTERING_STATES)
 
 
 def prefix_state_gradient(form: CollectiveForm, g, decay, joined_B):
-    """Returns dL_r, the cotangent of the local state, from g_r, that of the prefix state."""
+    """Returns dL_r, the cotangent of this rank's local state, from g, that of its prefix state.
+
+    decay is the shard's total decay D_r, and joined_B is c_r from `prefix_state`.
+    """
     # c_r cuts both terms: another document's state gave nothing.
     if joined_B is not None:
         joined = _over_state(joined_B, g)
@@ -306,7 +315,7 @@ _prefix_state.defvjp(_forward, _backward)
 
 
 def _gather(form, local, decay, ids):
-    """Computes `prefix_state` by one all-gather of L, D and ids; each rank composes for itself."""
+    """Computes S_r and c_r by one all-gather of L, D and ids; each rank composes its own prefix."""
     ranks = form.ranks
     payload = (local, decay, *ids)
     gathered = ranks.gather(pack(payload, lead=1))
@@ -342,7 +351,7 @@ def _gather(form, local, decay, ids):
 
 
 def _compose_matrices(form, local_W, decay_W, joined_WB, earlier_W):
-    """Computes S <- c (D S + L) over the earlier ranks, in order."""
+    """Returns the prefix state from all ranks' L and matrices D: S <- c (D S + L), rank by rank."""
     joined_next_WB = None if joined_WB is None else jnp.roll(joined_WB, -1, axis=0)
 
     def body(state, rank):
@@ -358,7 +367,7 @@ def _compose_matrices(form, local_W, decay_W, joined_WB, earlier_W):
 
 
 def _scan(form, local, decay, ids):
-    """Computes `prefix_state` by messages: block b leaves rank r for the next one in step r + b."""
+    """Computes S_r and c_r by messages: rank r sends column block b of D S + L on in step r + b."""
     ranks, N = form.ranks, form.blocks
     W, here = ranks.count, ranks.index
     first_B, last_B = ids
@@ -396,8 +405,8 @@ def preceding_tokens(
 ) -> jax.Array:
     """Returns the `count` tokens before this rank's shard, oldest first: (B, count, ...).
 
-    One message comes from each of the ranks that hold them.
-    initial: (B, count, ...), the tokens before the first shard; None is zeros.
+    Each rank that holds some of these tokens sends one message. x_BTX is this rank's shard, and
+    initial (B, count, ...) the tokens before the whole sequence; None is zeros.
     """
     T, W = x_BTX.shape[1], ranks.count
     # The shard `hop` ranks earlier sends its last tokens, as many as are still missing.
@@ -419,7 +428,7 @@ def preceding_tokens(
 
 
 def preceding_tokens_of_document(ranks, x_BTX, count, initial, segment_ids_BT):
-    """Returns `preceding_tokens`, zero where they are not of the shard's first token's document."""
+    """Returns `preceding_tokens`, with zeros for tokens before the shard's first document."""
     if count == 0 or segment_ids_BT is None:
         return preceding_tokens(ranks, x_BTX, count, initial)
     B, T = segment_ids_BT.shape

@@ -62,15 +62,17 @@ def linear_attention(
     """Computes `kernels_pallas.linear_attention` with time split over `axis_name`.
 
     The local state L = sum_t (k_t decayed to the shard's end) v_t^T is one matrix product. The
-    operator runs from a zero state, so that it can run while L travels, and what its tokens read of
-    the entering state S is added: o_t += (q_t decayed from the shard's start) S. Backward, the
-    cotangent of S is one product of q and the output's cotangent, and the operator's own backward
-    pass waits for nothing either. Beyond one device's work: 2 T K V multiply-adds per head forward,
-    4 backward (5 with a decay per token).
+    operator runs from a zero state, so that it can run while L is sent. What the shard's tokens
+    read of the entering state S is then added: o_t += S^T (q_t decayed from the shard's start). In
+    the backward pass the cotangent of S is one product of q and the output's cotangent, and the
+    operator's own backward pass need not wait for it. Cost beyond one device's work: 2 T K V
+    multiply-adds per head in the forward pass, 4 T K V in the backward pass (5 with a decay per
+    token).
 
-    Received per rank, forward, in numbers of 4 bytes: all_gather (W-1) B H (K V + X), X = K with a
-    decay per channel, else 1, and 8 per row for segment ids; all_scan and ring B H K V, and 4 per
-    row and block for ids. Backward the same without ids.
+    Each rank of W receives in the forward pass, in numbers of 4 bytes: all_gather
+    (W-1) B H (K V + X), where X = K for a decay per channel and else 1, and 8 per row for segment
+    ids; all_scan and ring B H K V, and 4 per row and block for ids. The backward pass receives the
+    same without ids.
 
     In bfloat16 the output is rounded once more than on one device.
     """
@@ -123,15 +125,16 @@ def delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `kernels_pallas.delta_rule` with time split over `axis_name`.
 
-    The shard's total decay is a matrix M (K, K) per head. One run of the operator with K columns
-    more, on values [v, 0] from the state [0, I], gives [o, O] and the final states [L, M]; then
-    o_t += O_t S (`shard_maps.by_transition_matrix`). Beyond one device's work: K columns beside V
-    in all that is V wide (the inverse in a chunk is not), 2 T K V multiply-adds for O S, and
-    W K K V for composing the maps. The collective follows the operator; backward it precedes it.
+    The shard's total decay is a matrix M (K, K) per head. One run of the operator with K more
+    columns of values, [v, 0] from the state [0, I], gives outputs [o, O] and final states [L, M];
+    then o_t += O_t S for the entering state S. Cost beyond one device's work: the K columns beside
+    V in all that is V wide (the inverse in a chunk is not), 2 T K V multiply-adds for O S, and
+    W K K V for composing the maps of W ranks. The collective comes after the operator in the
+    forward pass, and before the operator's backward pass.
 
-    Received per rank, forward and backward alike, in numbers of 4 bytes: all_gather
-    (W-1) B H (K V + K K), and forward 8 per row for segment ids; all_scan and ring B H K V, since M
-    stays at home.
+    Each rank receives, in the forward and in the backward pass, in numbers of 4 bytes: all_gather
+    (W-1) B H (K V + K K), and 8 per row for segment ids in the forward pass; all_scan and ring
+    B H K V, since M is not sent.
 
     In bfloat16 the output is rounded once more than on one device.
     """
@@ -158,7 +161,11 @@ def diagonal_plus_low_rank(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes `kernels_pallas.diagonal_plus_low_rank` with time split, as `delta_rule` does it."""
+    """Computes `kernels_pallas.diagonal_plus_low_rank` with time split over `axis_name`.
+
+    A shard's total decay is a matrix (K, K) per head. It is found, sent and paid for as in
+    `delta_rule`.
+    """
     inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay, initial_state, segment_ids
     keywords = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
     operator, how = kernels_pallas.diagonal_plus_low_rank, (axis_name, collective, blocks)
@@ -180,15 +187,16 @@ def diagonal_scan(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `kernels_pallas.diagonal_scan` with time split over `axis_name`.
 
-    The shard's map, h -> D h + L, is reduced from its tokens' maps first, which reads x and the
-    decay and writes nothing over time, and sent. The operator then runs once, from the entering
-    state. Backward, the entering state's cotangent is reduced and sent alike, and the operator's
-    own backward pass runs once, with the true cotangents at both ends. The state is T times smaller
-    than the sequence: its collective is a matter of latency, and hiding it behind a run without the
-    state would cost a second pass that adds what the state contributes.
+    The tokens' maps are first composed to the shard's map, h -> D h + L, in one pass that reads x
+    and the decay; L and D are sent. The operator then runs once, from the state that enters the
+    shard. The backward pass computes and sends the cotangent of that state in the same way, and the
+    operator's own backward pass runs once. The state is T times smaller than the sequence, so the
+    collective costs only latency; hiding it behind a run from a zero state would take a second pass
+    over time that adds what the entering state contributes.
 
-    Received per rank, forward and backward alike, in numbers of 4 bytes (8 if complex): all_gather
-    2 (W-1) B D, and forward 8 per row for segment ids; all_scan and ring B D.
+    Each rank of W receives, in the forward and in the backward pass, in numbers of 4 bytes (8 if
+    complex): all_gather 2 (W-1) B D, and 8 per row for segment ids in the forward pass; all_scan
+    and ring B D.
     """
     name = "diagonal_scan"
     arguments.check_array(name, "x", x_BTD)
@@ -236,28 +244,28 @@ def softmax_attention(
 ) -> jax.Array:
     """Computes `kernels_pallas.softmax_attention` with time split over `axis_name`.
 
-    all_gather  One collective brings every rank all keys and values, to which it attends with its
-                own queries; backward one reduce-scatter returns their gradients (LASP-2H, arXiv
-                2502.07563, section 3.3). Received per rank: (W-1) B T G (K + V) numbers of k's
-                dtype, and 4 more per token for segment ids.
-    ring        Keys and values go round the ranks, each of which merges what its queries make of
-                them by log-sum-exp (ring attention, arXiv 2310.01889). Backward they go round
-                again, followed by their gradients, in float32. The same bytes in W - 1 messages, of
-                which a rank holds one at a time: memory does not grow with W.
+    all_gather  One collective brings each of W ranks all keys and values, to which it attends with
+                its own queries; in the backward pass a reduce-scatter returns their gradients
+                (LASP-2H, arXiv 2502.07563, section 3.3). A rank receives (W-1) B T G (K + V)
+                numbers of k's dtype, and 4 more per token for segment ids.
+    ring        Keys and values travel round the ranks, and each rank merges its queries' results by
+                log-sum-exp (ring attention, arXiv 2310.01889). In the backward pass they travel
+                again, followed by their float32 gradients. The bytes are those of all_gather, in
+                W - 1 messages, of which a rank holds one at a time: memory does not grow with W.
     window      With a window and no positions, under either collective, a rank receives only the
                 window-1 tokens before its shard (with causal=False as many after it, too), from as
                 many ranks as hold them: the bytes do not grow with W.
 
     A causal ring over contiguous shards would leave the first ranks idle, since blocks that no
     query sees cost nothing. Where T is even and no positions are given, each rank therefore first
-    trades half of its shard for the half that balances it (zigzag: halves r and 2W-1-r of 2W), and
-    its output back: two messages a way. A caller whose whole sequence lies in another order, such
-    as `zigzag_order`, gives positions in the whole sequence, and ids of documents for both sides.
+    exchanges half of its shard, so that it has parts r and 2W-1-r of 2W (zigzag), and sends that
+    half of its output back afterwards: two messages each. For a sequence in another order, such as
+    `zigzag_order`, give positions in the whole sequence, and segment ids of queries and keys.
 
     k and v may be other tokens than q's (then with causal=False or with positions), in equal
     numbers on all ranks. Where kv_segment_ids_BS are given, ids are compared as they are; else a
-    document is a run of equal ids. `implementation` serves 'all_gather' and windows; a ring is
-    'chunked'.
+    document is a run of equal ids. `implementation` applies to 'all_gather' and windows; a ring is
+    always 'chunked'.
     """
     name = "softmax_attention"
     collectives.check_collective(name, collective, ("all_gather", "ring"))
@@ -304,9 +312,9 @@ def causal_conv(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `kernels_pallas.causal_conv` with time split over `axis_name`.
 
-    The I-1 tokens before a shard come from the rank before, or from several where shards are
-    shorter, with their segment ids: B (I-1) (D + 4) numbers of x's dtype, in one message per rank;
-    backward B (I-1) D return.
+    The I-1 tokens before a shard, I being the number of taps, come with their segment ids from the
+    rank before, or from several ranks where shards are shorter: B (I-1) (D + 4) numbers of x's
+    dtype, in one message per rank. The backward pass returns B (I-1) D.
     """
     name = "causal_conv"
     ranks = collectives.ranks(name, axis_name)
@@ -336,7 +344,9 @@ def shift(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns x of `count` tokens earlier, y_t = x_{t-count}, of any dtype and trailing axes.
+    """Returns y_t = x_{t-count}, x shifted by `count` tokens, with time split over `axis_name`.
+
+    x may have any dtype and trailing axes.
 
     initial_state: (B, count, ...), the tokens before the whole sequence, oldest first, the same on
       all ranks; None is zeros.
@@ -377,15 +387,17 @@ def associative_scan(
     axis_name: str | tuple[str, ...],
     reverse: bool = False,
 ) -> Any:
-    """Computes `lax.associative_scan` over time (axis 1), split over `axis_name`.
+    """Computes `lax.associative_scan` over time (axis 1) with time split over `axis_name`.
 
-    For whatever else runs along time: an mLSTM's stabiliser (m -> max(a + m, b)), positions,
-    counts. One element per row and rank is gathered, in one collective; its gradient is JAX's own.
+    Returns a pytree like `elements`, in which each token has the composition of all elements up to
+    its own. It serves an mLSTM's stabiliser (m -> max(a + m, b)), positions and counts. One
+    all-gather brings each rank one element per row of every rank; JAX differentiates it.
 
     Args:
       compose: (first, then) -> both, associative, on pytrees like `elements`; it broadcasts.
       elements: a pytree of arrays (B, T, ...).
-      reverse: from the last token to the first; `compose` then gets the later one first.
+      reverse: whether elements are composed from the last token to the first; `compose` then gets
+        the later element as `first`.
     """
     ranks = collectives.ranks("associative_scan", axis_name, reverse)
     for x in jax.tree.leaves(elements):
@@ -414,6 +426,6 @@ def associative_scan(
 
 
 def _one_device_shapes(operator, *arrays, **keywords):
-    """Returns the shapes of the plain call's results; raises what the plain call raises."""
+    """Returns the shapes of `operator`'s results on one device, or raises the errors it raises."""
     reference = functools.partial(operator, implementation="reference")
     return jax.eval_shape(reference, *arrays, **keywords)

@@ -1,10 +1,11 @@
 """Softmax attention to keys on several ranks: all gathered, in a window, or passed round a ring.
 
-`operators.softmax_attention` says what each costs. In the ring one message has keys, values, their
-positions and documents, and a rank holds one message while it sends it on. Each rank's queries keep
-a running maximum, sum and output (`softmax_attention/chunked.py`), corrected by each message: the
-log-sum-exp merge. Backward, each query's final log-sum gives the probabilities of any message
-again, and the gradients of keys and values follow their keys round.
+`operators.softmax_attention` says what each costs. In the ring a message holds one rank's keys and
+values with their positions and document ids, and each rank holds one message at a time while it
+sends that message on. Each rank's queries keep a running maximum, sum and output
+(`softmax_attention/chunked.py`), which every message updates by the log-sum-exp merge. In the
+backward pass the final log-sum of each query gives a message's probabilities again, and gradients
+of keys and values travel round the ring behind their keys.
 """
 
 import dataclasses
@@ -20,9 +21,12 @@ from kernels_pallas.ops.softmax_attention.visibility import Visibility
 
 
 def gathered(ranks, attend, qkv, given):
-    """Attends with this rank's queries to all ranks' keys.
+    """Returns this rank's attention output (B, T, H, V), after one all-gather of keys and values.
 
-    attend: the plain operator. given: ids and positions by keyword, each may be None.
+    attend: `kernels_pallas.softmax_attention` with its options bound.
+    qkv: this rank's queries, keys and values.
+    given: the keywords segment_ids, kv_segment_ids_BS, q_positions_BT and kv_positions_BS of
+      `operators.softmax_attention`; each value may be None.
     """
     q_BTHK, k_BSGK, v_BSGV = qkv
     (B, T), S = q_BTHK.shape[:2], k_BSGK.shape[1]
@@ -54,7 +58,11 @@ def gathered(ranks, attend, qkv, given):
 
 
 def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
-    """Attends within a window, with its tokens from the ranks that hold them."""
+    """Returns this rank's sliding-window attention output, (B, T, H, V).
+
+    Each rank receives only the window-1 tokens before its shard, and as many after it where not
+    `causal`. attend and qkv are as in `gathered`.
+    """
     q_BTHK, *kv = qkv
     (B, T), W = q_BTHK.shape[:2], ranks.count
     reach = min(window - 1, (W - 1) * T)
@@ -88,7 +96,12 @@ def windowed(ranks, attend, qkv, segment_ids_BT, window, causal):
 
 
 def ring(ranks, qkv, given, by_index, window, causal, scale):
-    """Attends while keys and values go round the ranks. given: as `gathered`."""
+    """Returns this rank's attention output (B, T, H, V) by ring attention (arXiv 2310.01889).
+
+    Keys and values travel round the ranks; queries stay. qkv and given are as in `gathered`.
+    by_index says that no positions or key ids are given: then a causal ring balances its ranks by
+    the zigzag layout.
+    """
     q_BTHK, k_BSGK, v_BSGV = qkv
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
@@ -119,12 +132,13 @@ def ring(ranks, qkv, given, by_index, window, causal, scale):
 
 
 def zigzag_order(ranks: int, length: int) -> np.ndarray:
-    """Returns the order of tokens in which ranks share causal attention evenly.
+    """Returns the token indices (length,) of the zigzag layout, which balances causal attention.
 
-    Rank r has parts r and 2W-1-r of 2W: x[:, zigzag_order(W, T)] split over W ranks is the zigzag
-    layout, the order itself holds its positions, and `np.argsort` of it undoes it. For models of
-    softmax attention alone: the ring of `softmax_attention` balances itself, and recurrences need
-    time in order.
+    The sequence is cut into 2W equal parts for W = `ranks` ranks, and rank r gets parts r and
+    2W-1-r. x[:, zigzag_order(W, T)], split over W ranks, has this layout; the returned indices are
+    its tokens' positions, and `np.argsort` of them gives the way back. It is for models of softmax
+    attention alone: recurrences need time in order, and the ring of `softmax_attention` balances
+    contiguous shards itself.
 
     Raises:
       ValueError: the length is not a multiple of 2 W.
@@ -192,7 +206,10 @@ def _backward(static, visibility, arrays, residuals, g_BGRTV):
 
 
 def _plain(static, visibility, q_BGRTK, k_BSGK, v_BSGV):
-    """Computes ring attention from gathered keys instead, for derivatives of higher order."""
+    """Computes ring attention's output from an all-gather of keys and values instead of a ring.
+
+    JAX can differentiate it any number of times; it serves derivatives of higher order.
+    """
     ranks, scale, sizes = static
     payload = _payload(visibility, k_BSGK, v_BSGV)
     packed = collectives.pack(payload, lead=2)
@@ -205,16 +222,24 @@ _ring = kernel_vjp.differentiable(_forward, _backward, _plain)
 
 
 def _payload(visibility, k_BSGK, v_BSGV):
-    """Returns the arrays of a message: keys, values, and their positions and documents."""
+    """Returns the arrays that one message of the ring carries from rank to rank.
+
+    They are this rank's keys and values, and the keys' positions and document ids.
+    """
     return k_BSGK, v_BSGV, visibility.kv_position_BS, visibility.kv_segment_BS
 
 
 def _round(ranks):
+    """Returns the pairs (from, to) of ranks that send each message to the next rank in a ring."""
     return [(place, (place + 1) % ranks.count) for place in range(ranks.count)]
 
 
 def _held(payload, packed, q_BGRTK, visibility, sizes):
-    """Returns a message's keys, values and visibility as `chunked` takes them."""
+    """Unpacks a message of the ring: keys, values, and their Visibility to this rank's queries.
+
+    payload: arrays of the shapes and dtypes that `packed` holds. Keys and values come out with
+    heads before time, padded to whole blocks.
+    """
     k_BSGK, v_BSGV, kv_position_BS, kv_segment_BS = collectives.unpack(packed, payload, lead=2)
     visibility = dataclasses.replace(
         visibility, kv_position_BS=kv_position_BS, kv_segment_BS=kv_segment_BS
@@ -232,7 +257,10 @@ def _positions(ranks, B, T):
 
 
 def _run_index(ranks, segment_ids_BT):
-    """Returns this rank's part of the whole sequence's `segments.run_index`."""
+    """Returns each token's document number (B, T), counted from 0 over the whole sequence.
+
+    A document is a run of equal ids, which may span ranks; one all-gather counts earlier ones.
+    """
     run_BT = segments.run_index(segment_ids_BT)
     # Sent: each shard's first and last id, and how many documents begin within it.
     ends = segment_ids_BT[:, 0], segment_ids_BT[:, -1], run_BT[:, -1]
@@ -245,7 +273,10 @@ def _run_index(ranks, segment_ids_BT):
 
 
 def _to_zigzag(ranks, x_BTX):
-    """Moves the 2W parts of time so that rank r, which has 2r and 2r+1, has r and 2W-1-r."""
+    """Moves an array from contiguous shards of time to the zigzag layout.
+
+    Of 2W equal parts of the sequence, rank r holds parts 2r and 2r+1 before, r and 2W-1-r after.
+    """
     even, odd = (
         ranks.send(half, [(r, _zigzag_rank(ranks, 2 * r + n)) for r in range(ranks.count)])
         for n, half in enumerate(jnp.split(x_BTX, 2, axis=1))
@@ -256,7 +287,7 @@ def _to_zigzag(ranks, x_BTX):
 
 
 def _from_zigzag(ranks, x_BTX):
-    """Undoes `_to_zigzag`."""
+    """Moves an array from the zigzag layout of time back to contiguous shards."""
     low, high = jnp.split(x_BTX, 2, axis=1)
     low_is_even = ranks.index % 2 == 0
     even_odd = jnp.where(low_is_even, low, high), jnp.where(low_is_even, high, low)
@@ -268,4 +299,5 @@ def _from_zigzag(ranks, x_BTX):
 
 
 def _zigzag_rank(ranks, part):
+    """Returns the rank that holds part `part` of 2W in the zigzag layout."""
     return min(part, 2 * ranks.count - 1 - part)

@@ -1,7 +1,7 @@
-"""A shard as an affine map of the state that enters it, and what its tokens read of that state.
+"""A shard of a sequence as an affine map S -> D S + L of the state S that enters it.
 
-`local_state` and `read_state` send nothing; `by_transition_matrix` and `scan` run a whole operator,
-the scan because its backward pass sends in its middle.
+`local_state` computes L and D, and `read_state` what the shard's tokens read of S; both stay on one
+rank. `by_transition_matrix` and `scan` run a whole operator, collectives included.
 """
 
 from typing import NamedTuple
@@ -17,9 +17,10 @@ from kernels_pallas.dispatch import manual_axes
 
 
 def documents(segment_ids_BT):
-    """Returns each token's document, counted from the shard's first, and the first and last id.
+    """Returns run_BT, first_B, last_B of a shard's document ids; three Nones without ids.
 
-    Three times None without ids.
+    run_BT is each token's document number, 0 for the shard's first document; first_B and last_B are
+    the ids of the shard's first and last token.
     """
     if segment_ids_BT is None:
         return None, None, None
@@ -31,7 +32,11 @@ def local_state(k_BTGK, v_BTHV, log_decay_BTHX, run_BT):
 
         L = sum_t diag(exp(g_reversed_t)) k_t v_t^T        D = exp(g_total)
 
-    over the tokens of the shard's last document; D is 0 if that is not the first one, too.
+    L sums over the tokens of the shard's last document, g_reversed_t being the log decay after t up
+    to the shard's end. D is 0 where a document begins inside the shard. X is K for a decay per
+    channel, else 1.
+
+    run_BT: each token's document number, 0 for the shard's first document; None is one document.
     """
     B, T, H, V = v_BTHV.shape
     # Each token's decay up to the shard's end, and the whole shard's.
@@ -56,9 +61,12 @@ def local_state(k_BTGK, v_BTHV, log_decay_BTHX, run_BT):
 
 
 def read_state(q_BTGK, state_BHKV, log_decay_BTHX, run_BT):
-    """Returns the entering state's part of each output: (B, T, H, V), float32 or wider.
+    """Returns what each token of a shard reads of the entering state S: (B, T, H, V).
 
-    o_t = S^T diag(exp(g_cumsum_t)) q_t, and 0 beyond the shard's first document
+        o_t = S^T diag(exp(g_cumsum_t)) q_t
+
+    and 0 beyond the shard's first document, in float32 or wider. run_BT: each token's document
+    number, 0 for the shard's first document; None is one document.
     """
     H = state_BHKV.shape[1]
     decay_BTHX = None
@@ -78,13 +86,14 @@ def read_state(q_BTGK, state_BHKV, log_decay_BTHX, run_BT):
 
 
 def by_transition_matrix(operator, inputs, how, keywords):
-    """Runs an operator whose shard maps the entering state S to M S + L, M a matrix per head.
+    """Returns (o_BTHV, final_BHKV) of an operator whose shard maps a state S to M S + L.
 
-    The operator is linear in v and in its initial state together, so that one run with K columns
-    more gives both terms of output and final state.
+    M is a matrix (K, K) per head. The operator is linear in v and its initial state together, so
+    that one run with K more columns of values gives L and M, and both terms of the outputs.
 
-    inputs: q, k, v, the operator's own arrays, initial_state, segment_ids.
-    how: axis_name, collective, blocks.
+    operator: `kernels_pallas.delta_rule` or `diagonal_plus_low_rank`.
+    inputs: (q, k, v, the operator's further arrays, initial_state, segment_ids).
+    how: (axis_name, collective, blocks). keywords: the operator's other keywords.
     """
     name = operator.__name__
     arguments.check_qkv(name, *inputs[:3])
@@ -117,7 +126,11 @@ def by_transition_matrix(operator, inputs, how, keywords):
 
 
 class ScanCall(NamedTuple):
-    """Static arguments of `scan`."""
+    """Options of a diagonal scan over a sequence whose time is split over ranks.
+
+    form: how states pass between ranks. reverse: whether time runs from the last token to the
+      first. implementation: that of `kernels_pallas.diagonal_scan`.
+    """
 
     form: collectives.CollectiveForm
     reverse: bool
@@ -130,7 +143,13 @@ class ScanCall(NamedTuple):
 
 @custom_vjp(0)
 def scan(call, x_BTD, decay_BTD, initial_BD, ends):
-    """Returns the shard's h and its final state. ends: ids of its first and last token, or None."""
+    """Returns the states h (B, T, D) of a shard's tokens, and the state after the shard, (B, D).
+
+        h_t = decay_t * h_{t-1} + x_t, from the state that earlier shards leave
+
+    initial_BD: the state before the whole sequence. ends: document ids of the tokens that this scan
+      reads first and last in the shard, (B,) each, or (None, None).
+    """
     return _scan_forward(call, x_BTD, decay_BTD, initial_BD, ends)[0]
 
 
@@ -163,9 +182,9 @@ scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _composed(decay_BTD, x_BTD, reverse):
-    """Composes all tokens' maps h -> a h + x into one: its decay and its addend, each (B, D).
+    """Composes the maps h -> decay_t h + x_t of all tokens into one; returns its decay and addend.
 
-    Eight maps at a time are one fused pass over what they read.
+    Both are (B, D). Eight tokens' maps are composed in each fused pass.
     """
     while (T := x_BTD.shape[1]) > 1:
         C = min(8, T)

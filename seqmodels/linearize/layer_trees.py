@@ -17,9 +17,10 @@ SCANNED = "blocks"
 
 
 def split(model, params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns (parameters outside of layers, such as the embedding; one tree per layer).
+    """Splits a model's parameters into (those outside of layers, a list with a tree per layer).
 
-    Leaves may be abstract, and boxed with logical axis names, from which "layers" is removed.
+    The former are such as the embedding. Leaves may be abstract or boxed with logical axis names;
+    the axis "layers" of stacked layers is removed.
     """
     plan, params = model.plan, dict(params)
     period, first = len(plan.period), len(plan.prefix)
@@ -36,7 +37,10 @@ def split(model, params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str,
 
 
 def join(model, shared: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the parameters of `model` with these layers: the inverse of `split`."""
+    """Joins parameters outside of layers and a list of layers' trees to parameters of `model`.
+
+    Layers that the model scans over are stacked. This inverts `split`.
+    """
     plan, params = model.plan, dict(shared)
     period, first = len(plan.period), len(plan.prefix)
     end = first + plan.repeats * period
@@ -57,7 +61,10 @@ def join(model, shared: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dic
 
 
 def _map(function, rename, *trees):
-    """Maps a function of arrays over trees; `rename` gives new axis names to boxes."""
+    """Returns the tree of function(leaves of `trees`), for arrays, abstract arrays and boxes alike.
+
+    rename: (axis names of a box) -> those of the result.
+    """
 
     def apply(*leaves):
         first = leaves[0]

@@ -20,13 +20,15 @@ A, B = "lora_A", "lora_B"
 
 
 def init(key: Array, boxed_params: dict[str, Any], pattern: str, rank: int) -> dict[str, Any]:
-    """Makes boxed float32 adapters for every two-axis `kernel` whose path `pattern` matches.
+    """Returns the adapters lora_A and lora_B of every Dense kernel whose path `pattern` matches.
 
-    A (..., in, r) ~ U(-sqrt(3/in), sqrt(3/in)) and B (..., r, out) = 0: at first they add nothing.
+    They are a parameter tree of boxed float32 arrays. A (..., in, r) ~ U(-sqrt(3/in), sqrt(3/in))
+    and B (..., r, out) = 0, so that at first they change nothing.
 
     Args:
-      boxed_params: what `Module.init` returns; only shapes and axis names are read. A leading axis
-        "layers" is that of a scan.
+      boxed_params: the model's parameters as `Module.init` returns them; only their shapes and axis
+        names are read. Kernels stacked for a scan have a leading axis "layers".
+      pattern: a regular expression. rank: r.
 
     Raises:
       ValueError: a rank below 1, or a pattern that matches no kernel of a Dense layer.
@@ -64,8 +66,10 @@ def init(key: Array, boxed_params: dict[str, Any], pattern: str, rank: int) -> d
 
 
 def merge(params: dict[str, Any], adapters: dict[str, Any], alpha: float) -> dict[str, Any]:
-    """Adds alpha / r A B to the kernel of each pair of adapters, summed in float32 and rounded to
-    the kernel's dtype."""
+    """Returns parameters whose kernels W are W + alpha / r A B where adapters A, B exist.
+
+    Sums are computed in float32 and rounded to the kernel's dtype; r is the adapters' rank.
+    """
     flat, flat_adapters = partition.flatten(params), partition.flatten(adapters)
     for path, down in flat_adapters.items():
         layer, _, name = path.rpartition(partition.SEPARATOR)

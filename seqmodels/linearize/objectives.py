@@ -1,4 +1,4 @@
-"""Losses of a linearization's stages, one number per token."""
+"""Losses per token for the stages that turn a softmax transformer into a linear-time model."""
 
 from typing import Any
 
@@ -17,7 +17,12 @@ def transfer_loss(
     batch: dict[str, Array],
     weights: dict[str, float],
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns (the sum of weights[name] * transfer.losses[name], losses to report), (B, T) each.
+    """Returns the loss of layer-by-layer transfer per token, and losses to report, (B, T) each.
+
+    The loss is the sum of weights[name] * losses[name], with `transfer.losses` of student and
+    teacher layers.
+
+    batch: arrays "inputs" and "segment_ids", (B, T). weights: by name of a loss, such as "mixer".
 
     Raises ValueError for a weight of a loss that no layer gives.
     """
@@ -42,13 +47,14 @@ def distillation(
     kl: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns the loss ce * cross-entropy + kl * t^2 * KL(teacher || student), and what to report.
+    """Returns the loss ce * cross-entropy + kl * t^2 * KL(teacher || student), and metrics by name.
 
-    Both models' logits are divided by the temperature t in the KL. Losses are computed from hidden
-    states, so that no logits are held. The factor t^2 keeps gradients' size (Hinton et al., arXiv
-    1503.02531, section 2).
+    All are per token, (B, T). In the KL divergence both models' logits are divided by t =
+    `temperature`; the factor t^2 keeps the size of gradients (Hinton et al., arXiv 1503.02531,
+    section 2). Losses are computed from hidden states, without all logits in memory.
 
-    student, teacher: (model, parameters); the teacher is read only where kl is not 0.
+    student, teacher: (model, parameters); the teacher is run only where kl is not 0.
+    batch: arrays "inputs", "labels" and "segment_ids", (B, T).
     """
     model, params = student
     x_BTD, matrix, layout = _hidden(model, params, batch)
@@ -75,18 +81,19 @@ def distillation(
 
 
 def _hidden(model, params, batch):
-    """Returns the last hidden states, the output matrix and its layout."""
+    """Runs a model up to its logits; returns x_BTD, its output matrix and that one's layout."""
     inputs = batch["inputs"], batch["segment_ids"]
     return model.apply({"params": params}, *inputs, head=lambda *hidden: hidden)[0]
 
 
 def selection_penalty(params: dict[str, Any], target: int, power: float = 2.0) -> Array:
-    """Returns (sum_l round(r_l) - target)^2 + sum_l (1 - |2 r_l - 1|^power) of selective layers l.
+    """Returns (sum_l round(r_l) - target)^2 + sum_l (1 - |2 r_l - 1|^power), l a selective layer.
 
-    This is LinVideo's penalty (arXiv 2510.08318, eqs. 4-5), where round has the gradient of the
-    identity. LinVideo lowers `power` during training; here it is constant in a stage.
+    LinVideo's penalty (arXiv 2510.08318, eqs. 4-5) drives the share r_l of softmax attention to 0
+    or 1, and `target` layers to 1; round has the gradient of the identity. LinVideo lowers `power`
+    during training; here it is constant in a stage.
 
-    Raises ValueError without a selective layer, or for a target beyond their number.
+    Raises ValueError for parameters without a selective layer, or a target beyond their number.
     """
     logits = [
         leaf.reshape(-1)

@@ -12,7 +12,10 @@ SEPARATOR = "/"
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns {"blocks/block_0/mixer/q/kernel": leaf, ...}; boxed leaves stay boxed."""
+    """Returns a parameter tree as {path: leaf}, with paths such as "embed/embedding".
+
+    Boxed leaves stay boxed.
+    """
     return traverse_util.flatten_dict(tree, sep=SEPARATOR, is_leaf=lambda _, leaf: is_boxed(leaf))
 
 
@@ -21,9 +24,9 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def matches(pattern: str) -> Callable[[str], bool]:
-    """Returns a predicate: is this regular expression found in a path? An empty one never is.
+    """Returns a function that says whether the regular expression `pattern` occurs in a path.
 
-    Raises ValueError for what is no regular expression.
+    An empty pattern occurs in no path. Raises ValueError for an invalid regular expression.
     """
     if not pattern:
         return lambda path: False
@@ -35,7 +38,10 @@ def matches(pattern: str) -> Callable[[str], bool]:
 
 
 def split(tree: dict[str, Any], chosen: Callable[[str], bool]) -> tuple[dict, dict]:
-    """Returns (the leaves whose path is chosen, the others) as trees without empty branches."""
+    """Splits a parameter tree into (leaves whose path is chosen, all others), as two trees.
+
+    chosen: whether a path such as "embed/embedding" is chosen. The trees have no empty branches.
+    """
     flat = flatten(tree)
     picked = {path: leaf for path, leaf in flat.items() if chosen(path)}
     others = {path: leaf for path, leaf in flat.items() if path not in picked}
@@ -43,7 +49,7 @@ def split(tree: dict[str, Any], chosen: Callable[[str], bool]) -> tuple[dict, di
 
 
 def merge(*trees: dict[str, Any]) -> dict[str, Any]:
-    """Merges trees; where several have a leaf, the last tree's is taken."""
+    """Merges parameter trees into one; where several trees have a leaf, takes the last tree's."""
     flat = {}
     for tree in trees:
         flat |= flatten(tree)
@@ -51,7 +57,10 @@ def merge(*trees: dict[str, Any]) -> dict[str, Any]:
 
 
 def require(tree: dict[str, Any], pattern: str, what: str) -> None:
-    """Raises ValueError, with some of the paths, for a non-empty pattern that matches none."""
+    """Raises ValueError if a non-empty pattern matches no path of a parameter tree.
+
+    The message begins with `what` and lists some of the paths.
+    """
     paths = sorted(flatten(tree))
     if pattern and not any(map(matches(pattern), paths)):
         some = ", ".join(paths[:: max(1, len(paths) // 8)][:8])

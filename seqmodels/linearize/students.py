@@ -1,4 +1,4 @@
-"""Makes a teacher's student: chooses layers and their new mixers, and initial parameters."""
+"""Makes a linear-time student of a softmax teacher: its layers' mixers and initial parameters."""
 
 import dataclasses
 import re
@@ -21,16 +21,17 @@ SEEDS = ("auto", "none")
 def choose_layers(
     specs: Sequence[pattern.MixerSpec], layers: str = "all", keep_every: int = 0, keep: str = "last"
 ) -> tuple[int, ...]:
-    """Returns the indices of the layers to convert.
+    """Returns the indices of the softmax layers of a teacher that become linear in its student.
 
     Args:
-      layers: "all" softmax layers, or indices and ranges such as "0-7,12".
-      keep_every: one in this many of these layers stays softmax; 0 keeps none.
-      keep: which of them stays, the "last" (Liger-H keeps one after seven, arXiv 2503.01496) or the
+      specs: the teacher's mixer in each layer.
+      layers: "all" for all softmax layers, or indices and ranges such as "0-7,12".
+      keep_every: of so many of these layers in a row, one stays softmax; 0 keeps none.
+      keep: which one stays, the "last" (Liger-H keeps one after seven, arXiv 2503.01496) or the
         "first" (mmMamba, arXiv 2502.13145).
 
     Raises:
-      ValueError: layers that are not there, or are no softmax layers; an unknown `keep`; nothing
+      ValueError: layers that do not exist or are no softmax layers; an unknown `keep`; no layer
         left to convert.
     """
     softmax = [i for i, spec in enumerate(specs) if spec.name == CONVERTIBLE]
@@ -55,6 +56,7 @@ def choose_layers(
 
 
 def _indices(text: str, count: int) -> list[int]:
+    """Returns the sorted indices in a text such as "0-7,12", which must be below `count`."""
     found, outside = set(), []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
@@ -75,9 +77,10 @@ def _indices(text: str, count: int) -> list[int]:
 def student_specs(
     teacher: language_model.LanguageModel, student: str, layers: Sequence[int]
 ) -> tuple[pattern.MixerSpec, ...]:
-    """Returns the teacher's mixers, those of `layers` replaced by the repeated pattern `student`.
+    """Returns the student's mixers: the teacher's, with those of `layers` replaced.
 
-    Options that the pattern does not give are `inherited` from the teacher's layer.
+    student: a pattern of mixers, such as "3*liger + lolcats", which is repeated over `layers`.
+    Options that it does not give are `inherited` from the teacher's layer.
 
     Raises:
       ValueError: a pattern that cannot be read, an unknown mixer, or one that cannot replace a
@@ -96,11 +99,15 @@ def student_specs(
 
 
 def inherited(teacher: pattern.MixerSpec, name: str, d_model: int) -> dict[str, Any]:
-    """Returns the options of the mixer `name` that replaces a teacher's layer.
+    """Returns the options that a mixer called `name` takes over from a teacher's layer.
+
+    The mixer replaces that layer's in the student.
 
     Softmax attention takes all. Subclasses of `mixers.attention.Attention` take those whose default
-    they share, without a window. Other mixers take the number of heads and the head dimension. All
-    take the options of the layer around the mixer.
+    they share, except the window. Other mixers take the number of heads and the head dimension. All
+    take the layer's own options, `blocks.LAYER_OPTIONS`.
+
+    Raises ValueError for a mixer that cannot replace this layer.
     """
     theirs = mixers.options(CONVERTIBLE) | dict(teacher.options)
     known = mixers.options(name)
@@ -131,7 +138,7 @@ def inherited(teacher: pattern.MixerSpec, name: str, d_model: int) -> dict[str, 
 def student_config(
     model_config: Mapping[str, Any], specs: Sequence[pattern.MixerSpec]
 ) -> dict[str, Any]:
-    """Returns the teacher's `config.model` with these mixers."""
+    """Returns the teacher's config section `model`, with the mixers `specs` as its pattern."""
     return dict(model_config) | {"pattern": pattern.to_text(specs), "num_layers": len(specs)}
 
 
@@ -142,12 +149,18 @@ def seed_params(
     student: language_model.LanguageModel,
     seed: str = "auto",
 ) -> dict[str, Any]:
-    """Returns the student's first parameters: the source's where the mixer is the same, and outside
-    of mixers. New mixers are initialised and, with seed "auto", take over what fits:
+    """Returns the parameters with which a student starts.
 
-    - mixers on softmax attention's projections: each parameter of the same name and shape;
-    - mamba2: x, B, C, o from v, k, q, o, heads repeated (Mamba-in-the-Llama, arXiv 2408.15237);
-    - others: nothing (gated delta nets: InfiniteVL, arXiv 2512.08829).
+    Parameters outside of mixers, and mixers that are the same in both models, are the source's. New
+    mixers are initialised and, with seed "auto", copy what fits from the mixers they replace:
+
+    - subclasses of softmax attention copy each parameter of the same name and shape;
+    - mamba2 copies x, B, C, o from v, k, q, o, with heads repeated (Mamba-in-the-Llama, arXiv
+      2408.15237);
+    - others copy nothing (gated delta nets: InfiniteVL, arXiv 2512.08829).
+
+    source, params: the teacher, or an earlier student, and its parameters. seed: "auto" or "none",
+      which copies nothing.
     """
     if seed not in SEEDS:
         raise ValueError(f"unknown seed {seed!r}; choose one of {', '.join(SEEDS)}")
@@ -173,7 +186,10 @@ def seed_params(
 
 
 def _taken_over(new, source, mixer):
-    """Returns a new mixer's parameters, with those of the source's mixer that fit."""
+    """Returns a new mixer's parameters, replaced by those of the source's mixer where they fit.
+
+    new: the new mixer's MixerSpec. source, mixer: parameters of the source's and the new mixer.
+    """
     if issubclass(mixers.mixer_class(new.name), attention.Attention):
         theirs, own = partition.flatten(source), partition.flatten(mixer)
         fitting = {p: x for p, x in theirs.items() if p in own and own[p].shape == x.shape}
@@ -194,7 +210,11 @@ def _taken_over(new, source, mixer):
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """The result of `chosen`. mix: r of each selective layer, by index."""
+    """Result of `chosen`: a model whose selective layers have chosen softmax or linear attention.
+
+    specs: the mixer of each layer. mix: r, the share of softmax attention, of each selective layer
+      by index. layers: parameters of each layer. shared: parameters outside of layers.
+    """
 
     specs: tuple[pattern.MixerSpec, ...]
     mix: dict[int, float]
@@ -203,7 +223,10 @@ class Chosen:
 
 
 def chosen(model: language_model.LanguageModel, params: dict[str, Any]) -> Chosen:
-    """Replaces each selective layer by its choice: softmax attention if r >= 1/2, else LoLCATs."""
+    """Returns a model's mixers and parameters with each selective layer replaced by its choice.
+
+    The choice is softmax attention where its share r >= 1/2, else LoLCATs without a window.
+    """
     shared, layers = layer_trees.split(model, params)
     mix = {
         i: float(jax.nn.sigmoid(layers[i]["mixer"]["mix_logit"][0]))

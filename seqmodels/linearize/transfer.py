@@ -1,9 +1,9 @@
-"""Transfers layer by layer under teacher forcing: each student layer reads the input of its
-teacher's layer, all in one pass.
+"""Trains a student layer by layer in one pass: each of its layers reads its teacher layer's input.
 
-A `TransferModel` is a language model whose layers are pairs. The teacher's layer computes the next
-hidden states; the student's reads the same input, and the distance of their outputs is sown. Only
-hidden states pass between layers, so layers are scanned over and recomputed like any model's.
+A `TransferModel` is a language model whose layers are pairs of a teacher's and a student's layer.
+The teacher's layer computes the next hidden states; the student's reads the same input, and the
+distance of the two outputs is sown as an intermediate. Only hidden states pass between layers, so
+layers are scanned over and recomputed like any model's.
 """
 
 import dataclasses
@@ -29,7 +29,10 @@ DISTANCES = ("heads", "mixer", "block")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A teacher's layer and its student's, under the name and options of the teacher's."""
+    """Fields of a layer that pairs a teacher's mixer with the student's mixer in the same place.
+
+    It stands in a pattern in place of a MixerSpec, with the teacher's name and options.
+    """
 
     teacher: pattern.MixerSpec
     student: pattern.MixerSpec
@@ -48,8 +51,11 @@ class Pair:
 
 
 class PairBlock(blocks.Block):
-    """Runs both layers of a `Pair` (`spec`) on one input, or just the teacher's if they are the
-    same; returns the teacher's output."""
+    """Runs a teacher's and a student's layer on one input, and returns the teacher's output.
+
+    `spec` is a `Pair`; where its two mixers are the same, only the teacher's layer runs. Else the
+    student's distances from the teacher (`DISTANCES`) are sown as "intermediates", (B, T) each.
+    """
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, state, fresh_B, layer):
@@ -75,24 +81,28 @@ class PairBlock(blocks.Block):
 
 
 class TransferModel(language_model.LanguageModel):
-    """A `LanguageModel` of `Pair`s, whose parameters `params` makes; `losses` runs it.
+    """A `LanguageModel` whose layers are `Pair`s of a teacher's and a student's layer.
 
-    Layers that are not converted, and all outside of layers, are the teacher's alone. What a
-    student has in their place, which an earlier stage may have trained, is returned by `kept`.
+    `params` makes its parameters, and `losses` runs it. Layers that are not converted, and
+    parameters outside of layers, are the teacher's alone; `kept` returns the student's own, which
+    an earlier stage may have trained.
     """
 
     block = PairBlock
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """Returns `mixers`, typed as pairs."""
+        """Returns the field `mixers`, whose elements are Pairs, with that type."""
         return typing.cast(tuple[Pair, ...], self.mixers)
 
 
 def make_model(
     teacher: language_model.LanguageModel, student: language_model.LanguageModel
 ) -> TransferModel:
-    """Pairs the layers of two models of equal depth."""
+    """Returns the TransferModel that pairs each teacher layer with the student's in its place.
+
+    Raises ValueError for models of different depths.
+    """
     if len(teacher.mixers) != len(student.mixers):
         raise ValueError(
             f"teacher and student must have as many layers; got {len(teacher.mixers)} and {len(student.mixers)}"
@@ -107,9 +117,9 @@ def make_model(
 
 
 def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, Any]:
-    """Returns a TransferModel's parameters from (model, parameters) of both models.
+    """Returns a TransferModel's parameters, made of the teacher's and the student's.
 
-    Leaves may be boxed and abstract.
+    teacher, student: (model, parameters) each, whose leaves may be boxed or abstract.
     """
     shared, theirs = layer_trees.split(*teacher)
     _, own = layer_trees.split(*student)
@@ -121,9 +131,10 @@ def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, An
 
 
 def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
-    """Returns the part of a student's (model, parameters) that `params` leaves out.
+    """Returns the student's parameters that a TransferModel does not hold.
 
-    Leaves may be boxed and abstract.
+    They are those outside of layers, "shared", and those of layers that are not converted, "layers"
+    by index. student: (model, parameters), whose leaves may be boxed or abstract.
     """
     shared, own = layer_trees.split(*student)
     pairs = enumerate(zip(model.pairs, own))
@@ -136,7 +147,11 @@ def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
 def student_params(
     model: TransferModel, student, params: dict[str, Any], kept: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the student's parameters: a TransferModel's converted layers, and what was `kept`."""
+    """Returns all parameters of the model `student`, after the TransferModel `model` was trained.
+
+    params: the TransferModel's parameters, of which converted layers are taken. kept: the student's
+      other parameters, as the function `kept` returns them.
+    """
     _, layers = layer_trees.split(model, params)
     own = [
         layer[STUDENT] if pair.converted else kept["layers"][str(i)]
@@ -148,7 +163,11 @@ def student_params(
 def losses(
     model: TransferModel, params: dict[str, Any], tokens_BT: Array, segment_ids_BT: Array | None
 ) -> dict[str, Array]:
-    """Returns the mean over layers, (B, T), of each distance that layers sow (`DISTANCES`)."""
+    """Runs a TransferModel; returns {name: distance of student and teacher layers, (B, T)}.
+
+    Each is a mean over the converted layers. Names are those of DISTANCES, "relative", and those
+    that mixers sow themselves, such as "attention_map".
+    """
     sown: Any
     _, sown = model.apply(
         {"params": params},
@@ -166,13 +185,16 @@ def losses(
 
 
 def _mean_square(x: Array) -> Array:
+    """Returns the mean of x^2 over all axes after (B, T), in float32."""
     x = x.astype(jnp.float32)
     return jnp.mean(jnp.square(x), axis=tuple(range(2, x.ndim)))
 
 
 def _watched(block, x_BTD, segment_ids_BT, layer):
-    """Returns a block's output, and the input ("heads") and output ("mixer") of the mixer's output
-    projection."""
+    """Runs a block; returns its output, and inside values of its mixer by name.
+
+    They are "heads", the input of the mixer's output projection, and "mixer", the mixer's output.
+    """
     seen = {}
 
     def watch(call, arguments, keywords, context):

@@ -1,6 +1,6 @@
-"""Token mixers by name. A new one is a file here and a line below.
+"""Registry of token mixers by name. A new mixer is a file in this folder and a line in _MIXERS.
 
-Each is `Mixer(d_model=..., **options)`; see `base.Mixer` for the contract.
+Each is a class made by `Mixer(d_model=..., **options)`; `base.Mixer` is their interface.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def names() -> list[str]:
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """Returns the class called `name`.
+    """Returns the class of the mixer with the registered name `name`.
 
     Raises ValueError, listing the choices, for a name that is not registered.
     """
@@ -53,13 +53,19 @@ def mixer_class(name: str) -> type[Mixer]:
 
 
 def options(name: str) -> dict[str, Any]:
-    """Returns a mixer's options and their defaults, without those every module has."""
+    """Returns {option: default} of the mixer `name`, without Flax's own fields parent and name.
+
+    A required option, such as d_model, has the default dataclasses.MISSING.
+    """
     fields = dataclasses.fields(mixer_class(name))
     return {f.name: f.default for f in fields if f.init and f.name not in ("parent", "name")}
 
 
 def make(name: str, /, **keywords) -> Mixer:
-    """Makes the mixer `name` with the given options; the error for an unknown option lists all."""
+    """Makes the mixer with the registered name `name`; keywords are its options.
+
+    Raises ValueError, listing the choices, for an unknown mixer or option.
+    """
     known = options(name)
     unknown = sorted(set(keywords) - set(known) - {"name", "parent"})
     if unknown:

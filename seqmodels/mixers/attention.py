@@ -1,4 +1,4 @@
-"""Softmax attention: the baseline, and the minority layer of hybrids."""
+"""Softmax attention with rotary positions: the baseline, and some layers of hybrid models."""
 
 import functools
 from typing import Any
@@ -16,12 +16,14 @@ from seqmodels.modules import feature_maps, layers, norms, positions
 
 @flax.struct.dataclass
 class KeyValueCache:
-    """The keys (after rotation) and values that later tokens may still see.
+    """Fields of attention's decoding state: S slots, each with an earlier token's key and value.
 
     Attributes:
-      position_BS: a slot's place in its document; -1 marks an empty slot.
-      next_position_B: the place of the next token in its document.
-      slots_filled: slots written so far, for full attention (a window shifts instead).
+      k_BSGK, v_BSGK: keys, after rotation, and values.
+      position_BS: position in its document of the token in each slot; -1 marks an empty slot.
+      next_position_B: position of the next token in its document.
+      slots_filled: number of tokens written so far; full attention writes the next one there, and
+        attention with a window shifts its slots instead.
     """
 
     k_BSGK: Array
@@ -41,17 +43,18 @@ class Attention(base.Mixer):
     Attributes:
       num_heads, num_kv_heads: H query heads in G key/value groups; G = 1 is multi-query, None is H.
       head_dim: K; None is D / H.
-      window: a token sees itself and window-1 tokens before it; None sees all, and then the cache
-        holds `max_length` tokens: decoding past it is the caller's error (`experiments.generate`
-        checks).
-      rope_base: None leaves positions out.
+      window: number of tokens that each token sees, itself and those before it; None is all.
+      max_length: tokens that the decoding state holds without a window. A caller must not decode
+        past it (`sampling.check_length` checks).
+      rope_base: base of the rotary angles, base^(-2i/K) per token; None leaves the rotation out.
       rope_fraction: the share of each head's channels that is rotated.
-      rope_scaling: for long contexts, see `positions.frequencies`.
-      qk_norm: RMS norm on each head's q and k before the rotation; a name of `norms.NORMS` takes
-        that one.
-      norm_eps: epsilon of these norms.
-      use_bias, o_bias: whether the projections have biases; o_bias is the output's, None the same.
-      output_gate: y = W_o (o * sigmoid(W_g x)) (arXiv 2505.06708).
+      rope_scaling: how angles are scaled for long contexts, as in `positions.frequencies`.
+      qk_norm: True norms each head's q and k by RMSNorm before the rotation; a name of
+        `norms.NORMS` chooses another norm.
+      norm_eps: epsilon of the norms of q and k.
+      use_bias: whether the projections have biases.
+      o_bias: whether W_o has a bias; None is use_bias.
+      output_gate: whether y = W_o (o * sigmoid(W_g x)) (arXiv 2505.06708).
     """
 
     num_heads: int = 4
@@ -93,7 +96,7 @@ class Attention(base.Mixer):
         return self._output(x_BTD, o_BTHK), state
 
     def _queries_keys_values(self, x_BTD):
-        """Returns q, k and v before the rotation."""
+        """Projects x to q, k and v, normed where `qk_norm` and not yet rotated."""
         H, G, K = self._sizes()
         q_BTHK = self.project_heads(x_BTD, H, K, "q", use_bias=self.use_bias)
         k_BTGK = self.project_heads(x_BTD, G, K, "k", use_bias=self.use_bias)
@@ -112,7 +115,10 @@ class Attention(base.Mixer):
         )
 
     def _attend(self, q_BTHK, k_BTGK, v_BTGK, position_BT, segment_ids_BT, state):
-        """Attends to these tokens and those in the cache; returns the cache after them, too."""
+        """Returns the attention output o_BTHK and the KeyValueCache after these tokens.
+
+        Queries see these tokens and those that `state`, a KeyValueCache or None, holds.
+        """
         new = (k_BTGK, v_BTGK, position_BT, segment_ids_BT)
         if state is None:
             # Tokens without a state may be more than a cache holds; then it is as long as they are.
@@ -139,7 +145,11 @@ class Attention(base.Mixer):
         return self.merge_heads(o_BTHK, use_bias=o_bias)
 
     def _extend(self, cache: KeyValueCache, k_BTGK, v_BTGK, position_BT, segment_ids_BT):
-        """Adds new tokens to the cache. Returns what these tokens may see, and the new cache."""
+        """Adds new tokens to a KeyValueCache.
+
+        Returns the keywords of `operators.softmax_attention` by which the new tokens' queries see
+        all slots and each other, and the new cache.
+        """
         B, T = position_BT.shape
         if segment_ids_BT is None:
             segment_ids_BT = jnp.zeros((B, T), jnp.int32)

@@ -1,4 +1,4 @@
-"""The interface of a token mixer, and code that mixers share."""
+"""Base classes of token mixers: their interface, and code that they share."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -13,13 +13,13 @@ from seqmodels.modules import layers, short_conv
 
 @flax.struct.dataclass
 class Layer:
-    """A layer's place in the stack, given to mixers by the language model; None outside one.
+    """Fields that tell a mixer its layer's place in the stack; a language model passes them.
 
     Attributes:
-      index: 0-based, a traced scalar under scan over layers.
-      count: number of layers L.
-      lower_bound_D: the learned, layer-wise increasing forget-gate bound of HGRN and HGRN2, for
-        mixers whose class sets `uses_lower_bound`.
+      index: the layer's index from 0, a traced scalar under scan over layers.
+      count: number of layers in the stack.
+      lower_bound_D: a learned lower bound of forget gates that grows from layer to layer (HGRN,
+        HGRN2); None for mixers whose class does not set `uses_lower_bound`.
     """
 
     index: int | Array
@@ -29,31 +29,31 @@ class Layer:
 
 @flax.struct.dataclass
 class PositionedState:
-    """A state S_BHKV, and the position of the next token in its document."""
+    """Fields of a recurrent state: a matrix S_BHKV, and the next token's place in its document."""
 
     S_BHKV: Array
     next_position_B: Array
 
     @classmethod
     def empty(cls, *shape_BHKV: int) -> "PositionedState":
-        """Returns the state before the first token."""
+        """Returns the state before the first token: zeros of this shape, and position 0."""
         return cls(jnp.zeros(shape_BHKV, jnp.float32), jnp.zeros(shape_BHKV[:1], jnp.int32))
 
 
 class Mixer(nn.Module):
     """A token mixer: y_BTD, state = mixer(x_BTD, segment_ids_BT=None, state=None, *, layer=None).
 
-    Training, prefill and decoding are this one call with different T. `state` is a pytree of fixed
-    size in T; None starts from nothing. Feeding a sequence in any pieces, each with the state the
-    last one returned, gives what feeding it whole gives. A state that is passed in belongs to the
-    document of the first token.
+    Training, prefill and decoding are this one call with different T. `state` is a pytree whose
+    size does not depend on T; None is the state before any token. A sequence that is fed in pieces,
+    each with the state that the call before returned, gives the outputs of one call on the whole.
+    A state that is passed in belongs to the document of the row's first token.
 
     Attributes:
       d_model: width D of input and output.
-      dtype: of the matmuls and activations; states, gates and norms are float32 whatever it says.
-      param_dtype: of the parameters, but for those that are used in float32: of gates, decays,
-        norms and feature maps.
-      implementation: the form of the operator to use; None picks the best.
+      dtype: dtype of matmuls and activations; states, gates and norms are always float32.
+      param_dtype: dtype of the parameters, except those of gates, decays, norms and feature maps,
+        which are float32.
+      implementation: name of the operator's implementation, such as "chunked"; None picks the best.
     """
 
     d_model: int
@@ -75,7 +75,7 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     def init_state(self, batch: int) -> State:
-        """Returns the state before the first token. Works on an unbound module."""
+        """Returns the state of `batch` rows before any token; works on an unbound module."""
         raise NotImplementedError(f"{type(self).__name__} must define init_state")
 
     def lower_bound_width(self) -> int:
@@ -84,7 +84,7 @@ class Mixer(nn.Module):
 
     @nn.nowrap
     def check_choice(self, option: str, choices: Collection[str]) -> None:
-        """Raises ValueError, listing the choices, where the option's value is none of them."""
+        """Raises ValueError, listing the choices, if the mixer's field `option` is none of them."""
         if (value := getattr(self, option)) not in choices:
             raise ValueError(
                 f"{name_of(self)}: {option} is {value!r}; choose one of {', '.join(sorted(choices))}"
@@ -92,9 +92,9 @@ class Mixer(nn.Module):
 
     @nn.nowrap
     def width_per_head(self, heads: int, expand: float = 1.0) -> int:
-        """Returns the width of each of the heads that expand * d_model channels are split into.
+        """Returns expand * d_model / heads, the number of channels of each head.
 
-        Raises ValueError where the heads do not divide them.
+        Raises ValueError if the number of heads does not divide the channels.
         """
         width = int(self.d_model * expand)
         if width % heads:
@@ -105,13 +105,13 @@ class Mixer(nn.Module):
 
     @nn.nowrap
     def conv(self, width: int, **keywords) -> short_conv.ShortConv:
-        """Makes a short convolution in the mixer's dtypes."""
+        """Makes a ShortConv of `width` taps in the mixer's dtypes; keywords: its other fields."""
         return short_conv.ShortConv(
             width, dtype=self.dtype, param_dtype=self.param_dtype, **keywords
         )
 
     def conv_tail(self, batch: int, width: int, features: int) -> Array:
-        """Returns a convolution's state before the first token."""
+        """Returns the state of a convolution of `width` taps before the first token: zeros."""
         return jnp.zeros((batch, width - 1, features), self.dtype)
 
     def project(
@@ -124,17 +124,20 @@ class Mixer(nn.Module):
         use_bias: bool = False,
         **inits: Callable,
     ) -> Array:
-        """Applies `layers.dense`, called `name`, to x's last axis, in the mixer's dtypes."""
+        """Applies a Dense layer, whose parameters are called `name`, to x's last axis.
+
+        axes: logical names of the kernel's axes, which the mesh's rules split.
+        """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return layers.dense(features, name, axes=axes, use_bias=use_bias, **inits, **dtypes)(x)
 
     def project_heads(self, x: Array, heads: int, dim: int, name: str, **keywords) -> Array:
-        """Applies `project` to heads * dim features, split into (B, T, heads, dim)."""
+        """Projects x (B, T, D) by a Dense layer called `name` to heads: (B, T, heads, dim)."""
         y = self.project(x, heads * dim, name, **keywords)
         return y.reshape(*y.shape[:-1], heads, dim)
 
     def merge_heads(self, o_BTHV: Array, name: str = "o", **keywords) -> Array:
-        """Applies the output projection from all heads to D."""
+        """Projects the outputs of all heads together to y_BTD, by a Dense layer called `name`."""
         o_BTE = o_BTHV.reshape(*o_BTHV.shape[:2], -1)
         return self.project(o_BTE, self.d_model, name, axes=("heads", "embed"), **keywords)
 
@@ -145,11 +148,11 @@ def name_of(mixer: Mixer) -> str:
 
 
 class ChunkedMixer(Mixer):
-    """A mixer whose operator works on chunks of time.
+    """Base class of mixers whose operator computes chunks of tokens in parallel.
 
     Attributes:
-      chunk_size: tokens per chunk, a power of two of at least 16; None leaves it to the operator's
-        implementation. It changes speed and rounding, and nothing else.
+      chunk_size: tokens per chunk, a power of two of at least 16; None leaves the choice to the
+        operator's implementation. It changes only speed and rounding.
     """
 
     chunk_size: int | None = None

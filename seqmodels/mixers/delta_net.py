@@ -1,4 +1,4 @@
-"""DeltaNet, and the one form behind DeltaNet, Gated DeltaNet and DeltaProduct."""
+"""DeltaNet, and the base class of DeltaNet, Gated DeltaNet and DeltaProduct."""
 
 import math
 
@@ -15,7 +15,12 @@ from seqmodels.operators import delta_rule
 
 @flax.struct.dataclass
 class State:
-    """The state S_BHKV, and the last inputs of the convolutions on q, k and v (or None)."""
+    """Fields of the state of DeltaNet and its relatives.
+
+    Attributes:
+      S_BHKV: the delta rule's matrix state.
+      q_tail, k_tail, v_tail: the last inputs of the convolutions on q, k and v; None without them.
+    """
 
     S_BHKV: Array
     q_tail: Array | None
@@ -24,27 +29,30 @@ class State:
 
 
 class DeltaRuleMixer(base.ChunkedMixer):
-    """The mixer behind DeltaNet, Gated DeltaNet and DeltaProduct: n delta-rule steps per token.
+    """Base class of DeltaNet, Gated DeltaNet and DeltaProduct: n delta-rule steps per token.
 
         S_t = (I - beta_t,n k_t,n k_t,n^T) ... (I - beta_t,1 k_t,1 k_t,1^T) alpha_t S_{t-1}
               + what the n steps write
         o_t = S_t^T q_t / sqrt(K)
 
-    q, k, v = silu(conv(W x)), q and k of unit length; beta = sigmoid(W_b x) per head; alpha =
-    exp(-exp(A_log) softplus(W_a x + dt_bias)) per head, or 1; y = W_o RMSNorm(o), or W_o
-    (RMSNorm(o) * silu(W_g x)), the norm on each head with one gain for all.
+    q, k, v = silu(conv(W x)), q and k then scaled to unit length on each head; beta =
+    sigmoid(W_b x) per head; alpha = exp(-exp(A_log) softplus(W_a x + dt_bias)) per head, or 1;
+    y = W_o RMSNorm(o), or W_o (RMSNorm(o) * silu(W_g x)). The norm is on each head, with one gain
+    (V,) for all heads. At the start exp(A_log) ~ U(0, 16) and softplus(dt_bias) ~ LogU(1e-3, 0.1).
 
     Attributes:
       num_heads: G heads of q and k.
       num_v_heads: H heads of v, beta and alpha; None is G.
-      head_dim: K; None is key_width D / G.
+      head_dim: K; None is key_width * D / G, rounded down.
       expand_v: V / K.
-      conv_width: taps; None leaves the convolutions out (silu stays).
-      allow_neg_eigval: beta in [0, 2], so that I - beta k k^T may reflect (arXiv 2411.12537).
-      norm_eps: epsilon of the output's norm.
+      conv_width: number of taps; None leaves the convolutions out (silu stays).
+      allow_neg_eigval: whether beta = 2 sigmoid(W_b x), in [0, 2], so that I - beta k k^T may
+        reflect (arXiv 2411.12537).
+      norm_eps: epsilon of the output's RMSNorm.
 
-    A subclass sets the attributes below these, as constants or as options. The recurrence is
-    `kernels_pallas.delta_rule`; kernels_pallas/ops/delta_rule/naive_chunk.py has its chunk algebra.
+    Subclasses set key_width, num_householder (n), use_forget_gate (alpha) and use_gate (W_g), as
+    constants or as options. The recurrence is `kernels_pallas.delta_rule`, whose chunk algebra is
+    in kernels_pallas/ops/delta_rule/naive_chunk.py.
     """
 
     num_heads: int = 4
@@ -79,12 +87,16 @@ class DeltaRuleMixer(base.ChunkedMixer):
         return G, H, K, round(V)
 
     def _tail_widths(self) -> tuple[int, int, int]:
-        """Returns the number of features of the convolutions on q, k and v."""
+        """Returns the numbers of channels of the convolutions on q, k and v."""
         G, H, K, V = self._sizes()
         return G * K, self.num_householder * G * K, self.num_householder * H * V
 
     def _project_conv(self, x_BTD, width: int, name: str, unit_heads, segment_ids_BT, tail):
-        """Projects, convolves and activates; brings `unit_heads` heads, if any, to length 1."""
+        """Returns silu(conv(W x)) of `width` channels, and the convolution's last inputs.
+
+        unit_heads: number of heads whose channels are scaled to unit length; None scales nothing.
+        tail: the convolution's last inputs before x. `name` is that of W's parameters.
+        """
         z = self.project(x_BTD, width, name)
         if self.conv_width is not None:
             conv = self.conv(self.conv_width, l2_norm_heads=unit_heads, name=f"{name}_conv")
@@ -138,9 +150,9 @@ class DeltaRuleMixer(base.ChunkedMixer):
 
 
 def _on_step(x: Array, n: int, *, last: bool) -> Array:
-    """Expands x to n steps per token, (B, T, ...) to (B, T n, ...).
+    """Expands an array with a row per token to n rows per token, (B, T, ...) to (B, T n, ...).
 
-    x is at the first or the last step; the others are zeros.
+    x becomes the first or, with `last`, the last of each token's n rows; the others are zeros.
     """
     before, after = (n - 1, 0) if last else (0, n - 1)
     padded = jnp.pad(x[:, :, None], ((0, 0), (0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
@@ -153,10 +165,11 @@ class DeltaNet(DeltaRuleMixer):
         S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
         o_t = S_t^T q_t / sqrt(K)
 
-    Projections, initial values and the other options are `DeltaRuleMixer`'s.
+    Projections, initial values and the other options are `DeltaRuleMixer`'s, with n = 1 and no
+    decay.
 
     Attributes:
-      use_gate: whether silu(W_g x) gates the normed output.
+      use_gate: whether y = W_o (RMSNorm(o) * silu(W_g x)); else y = W_o RMSNorm(o).
     """
 
     use_gate: bool = False

@@ -10,14 +10,13 @@ class DeltaProduct(delta_net.DeltaRuleMixer):
         B_t = sum_j (prod_{i=n..j+1} (I - beta_t,i k_t,i k_t,i^T)) beta_t,j k_t,j v_t,j^T
         o_t = S_t^T q_t / sqrt(K)
 
-    k, v and beta have n copies, each with its own projection and convolution; q has one.
-    Projections and the other options are `DeltaRuleMixer`'s; beta is in [0, 2] unless told
-    otherwise.
+    Each token has n of k, v and beta, each with its own projection, and one q. Projections and the
+    other options are `DeltaRuleMixer`'s; beta is in [0, 2] unless allow_neg_eigval is False.
 
     Attributes:
-      num_householder: n steps per token; 1 is DeltaNet.
-      use_forget_gate: S_{t-1} decays by alpha_t, as in Gated DeltaNet, once per token.
-      use_gate: whether silu(W_g x) gates the normed output.
+      num_householder: n delta-rule steps per token.
+      use_forget_gate: whether S_{t-1} first decays by alpha_t, as in Gated DeltaNet.
+      use_gate: whether y = W_o (RMSNorm(o) * silu(W_g x)); else y = W_o RMSNorm(o).
     """
 
     allow_neg_eigval: bool = True

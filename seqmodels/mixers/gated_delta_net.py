@@ -10,11 +10,11 @@ class GatedDeltaNet(delta_net.DeltaRuleMixer):
         o_t = S_t^T q_t / sqrt(K)
 
     alpha = exp(-exp(A_log) softplus(W_a x + dt_bias)) per head; y = W_o (RMSNorm(o) * silu(W_g x)).
-    A ~ U(0, 16); dt_bias is the inverse softplus of dt ~ LogU(1e-3, 0.1). Projections and the other
-    options are `DeltaRuleMixer`'s; head_dim None is 3/4 D / G, as published.
+    At the start exp(A_log) ~ U(0, 16) and softplus(dt_bias) ~ LogU(1e-3, 0.1). Projections and the
+    other options are `DeltaRuleMixer`'s; head_dim None is 3/4 D / G, as published.
 
     Attributes:
-      use_gate: whether the factor silu(W_g x) is there.
+      use_gate: whether y has the factor silu(W_g x).
     """
 
     expand_v: float = 2.0

@@ -1,4 +1,4 @@
-"""Gates that several mixers share: how a decay is parametrised and where it starts."""
+"""Decay gates that several mixers share: their formulas and initial values."""
 
 from collections.abc import Callable
 
@@ -16,9 +16,10 @@ def inverse_softplus(y: Array) -> Array:
 
 
 def log_uniform_dt_bias(dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4):
-    """Returns an initializer: inverse softplus of dt ~ LogU(dt_min, dt_max), at least dt_floor.
+    """Returns an initializer of dt_bias with softplus(dt_bias) ~ LogU(dt_min, dt_max).
 
-    (Mamba, arXiv 2312.00752, section 3.6.)
+    Values of softplus(dt_bias) below dt_floor are raised to it (Mamba, arXiv 2312.00752, section
+    3.6).
     """
 
     def init(key, shape, dtype=jnp.float32):
@@ -29,9 +30,9 @@ def log_uniform_dt_bias(dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: flo
 
 
 def log_uniform_A(A_min: float, A_max: float):
-    """Returns an initializer: log A with A ~ U(A_min, A_max).
+    """Returns an initializer of A_log with exp(A_log) ~ U(A_min, A_max).
 
-    A_min = 0 draws from (0, A_max], so that the logarithm is finite.
+    Values are drawn from (A_min, A_max], so that the logarithm is finite for A_min = 0.
     """
 
     def init(key, shape, dtype=jnp.float32):
@@ -41,13 +42,15 @@ def log_uniform_A(A_min: float, A_max: float):
 
 
 class SoftplusDecay(nn.Module):
-    """A log decay per head, log a_t = -exp(A_log) dt_t, dt_t = softplus(x_t + dt_bias).
+    """Computes Mamba-2's decay per head and token, log a_t = -exp(A_log) dt_t.
 
-    (Mamba-2, arXiv 2405.21060, section 7.) Returns (log_decay_BTH, dt_BTH), float32.
+    dt_t = softplus(x_t + dt_bias) (arXiv 2405.21060, section 7). A call on x_BTH returns
+    (log_decay_BTH, dt_BTH), float32.
 
     Attributes:
-      A_min, A_max: A ~ U(A_min, A_max) at the start; Mamba-2 takes (1, 16), Gated DeltaNet (0, 16).
-      dt_bias_init: None is `log_uniform_dt_bias`, Mamba-2's.
+      A_min, A_max: exp(A_log) ~ U(A_min, A_max) at the start; Mamba-2 takes (1, 16), Gated DeltaNet
+        (0, 16).
+      dt_bias_init: initializer of dt_bias; None is `log_uniform_dt_bias()`, Mamba-2's.
     """
 
     A_min: float = 1.0

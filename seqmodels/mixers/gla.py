@@ -15,14 +15,16 @@ class GLA(base.ChunkedMixer):
         S_t = diag(alpha_t) S_{t-1} + k_t v_t^T
         o_t = S_t^T q_t / sqrt(K)
 
-    q, k, v = W x, with no map and no convolution; log alpha = logsigmoid(W_up W_down x + b) /
-    `gate_temperature`; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. b starts at 0.
-    The state is S_BHKV.
+    q, k, v = W x, with no feature map and no convolution; log alpha = logsigmoid(W_up W_down x + b)
+    / gate_temperature, per key channel; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head.
+    b starts at 0. The mixer's state is S_BHKV.
 
     Attributes:
       num_heads: H.
-      expand_k, expand_v: widths of all heads of k and of v, in D.
+      expand_k, expand_v: K = expand_k D / H and V = expand_v D / H.
       gate_rank: width of W_down x.
+      gate_temperature: divisor of log alpha; a larger one forgets more slowly.
+      norm_eps: epsilon of the RMSNorm.
     """
 
     num_heads: int = 4

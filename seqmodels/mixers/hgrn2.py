@@ -17,11 +17,13 @@ class HGRN2(base.ChunkedMixer):
         o_t = S_t^T q_t
         g_t = lb + (1 - lb) sigmoid(W_f x_t)
 
-    q = silu(W_q x), v = W_i x; y = W_o RMSNorm(o), the norm over all heads together, no output
-    gate. lb is the layer's `lower_bound_D`, 0 outside a stack. The state is S_BHKV.
+    q = silu(W_q x), v = W_i x; y = W_o RMSNorm(o), the norm over all heads together, without an
+    output gate. lb is the layer's learned lower bound, `base.Layer.lower_bound_D`, and 0 for a
+    mixer that is not in a stack. The mixer's state is S_BHKV.
 
     Attributes:
-      expand_ratio: K and V; there are H = D / expand_ratio heads.
+      expand_ratio: K and V of each head; there are H = D / expand_ratio heads.
+      norm_eps: epsilon of the RMSNorm.
     """
 
     expand_ratio: int = 128
@@ -60,10 +62,10 @@ class HGRN2(base.ChunkedMixer):
 
 
 def bounded_forget_gate(f: Array, lower_bound: Array) -> tuple[Array, Array]:
-    """Returns log g and k = 1 - g of g = lb + (1 - lb) sigmoid(f), finite with finite gradients.
+    """Returns log g and 1 - g of the forget gate g = lb + (1 - lb) sigmoid(f).
 
-    log g is log1p(-k) where k is small. Elsewhere g = (e^f + lb) / (e^f + 1), whose logarithm needs
-    no e^f. f may be any number, and 0 <= lb < 1.
+    Both and their gradients are finite for any f and 0 <= lb < 1, lb being `lower_bound`. log g is
+    log1p(-(1 - g)) where 1 - g < 1/2, else logaddexp(f, log lb) - softplus(f).
     """
     k = (1.0 - lower_bound) * jax.nn.sigmoid(-f)
     small = k < 0.5

@@ -13,12 +13,12 @@ from seqmodels.modules import feature_maps, positions, short_conv
 
 @flax.struct.dataclass
 class State:
-    """The state of the recurrence and of the convolutions.
+    """Fields of LAWCAT's state.
 
     Attributes:
-      S_BHFV: the recurrence's, with the sum of weights as its last column.
-      q_tail, k_tail: last inputs of the convolutions; None without them.
-      next_position_B: the place of the next token in its document.
+      S_BHFV: the recurrence's matrix, whose last column sums the weights.
+      q_tail, k_tail: the last inputs of the convolutions on q and k; None without convolutions.
+      next_position_B: position of the next token in its document.
     """
 
     S_BHFV: Array
@@ -35,10 +35,10 @@ class LAWCAT(attention.LinearizedAttention):
         o_t = n_t / (d_t + eps)
 
     The paper's code is not public, so the normaliser's form and the gate are inferred. q, k, v, W_o
-    and every option of theirs are `Attention`'s. q and k pass causal depthwise convolutions that
-    start as the identity, are rotated, and go through a learned map. log a = logsigmoid(W_up W_down
-    x + b) / gate_temperature, per feature of a head; W_up starts at 0 and b at `gate_bias`, so that
-    at first every feature is forgotten alike, and slowly.
+    and their options are those of `attention.Attention`. q and k pass causal depthwise convolutions
+    that start as the identity, are rotated, and go through the learned map phi. log a =
+    logsigmoid(W_up W_down x + b) / gate_temperature, per feature of each head; W_up starts at 0 and
+    b at gate_bias, so that at first all features decay equally and slowly.
 
     Attributes:
       conv_width: taps; None: no convolutions.

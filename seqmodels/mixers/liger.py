@@ -1,4 +1,4 @@
-"""Liger: a softmax layer's projections as gated linear attention, beside a softmax window."""
+"""Liger: gated linear attention on a softmax layer's projections, plus softmax in a window."""
 
 import flax.linen as nn
 import flax.struct
@@ -16,7 +16,12 @@ GATE_SOURCES = ("keys", "projection")
 
 @flax.struct.dataclass
 class State:
-    """The linear part's S_BHFV, and the window's ring buffer (None without a window)."""
+    """Fields of Liger's state.
+
+    Attributes:
+      S_BHFV: matrix state of the linear attention.
+      cache: keys and values of the softmax attention's window; None without a window.
+    """
 
     S_BHFV: Array
     cache: attention.KeyValueCache | None
@@ -28,18 +33,19 @@ class Liger(attention.LinearizedAttention):
         S_t = diag(a_t) S_{t-1} + phi(k_t) v_t^T
         o_t = mix S_t^T phi(q_t) + (1 - mix) o_window
 
-    q, k, v, W_o and every option of theirs are `Attention`'s, so that a softmax layer's weights fit
-    as they are; there are no new parameters. phi is a softmax over a head's channels, of q and k
-    before the rotation. o_window is softmax attention with the rotation. The gate is made of the
-    keys z = k before the rotation, in float32:
+    q, k, v, W_o and their options are those of `attention.Attention`, so that a softmax layer's
+    weights fit as they are; by default there are no new parameters. phi is a softmax over the
+    channels of a head, applied to q and k before the rotation. o_window is softmax attention, with
+    the rotation, over the last `window` tokens. The decay a_t is computed in float32 from z = k
+    before the rotation, by `gate`:
 
         gla      log a = logsigmoid(z) / gate_temperature, per channel
-        hgrn2    log a = logsigmoid(z) per channel, and 1 - sigmoid(z) in the place of phi(k)
+        hgrn2    log a = logsigmoid(z) per channel, and 1 - sigmoid(z) in place of phi(k)
         scalar   log a = logsigmoid(mean of a head's z) / gate_temperature
         none     a = 1
 
-    The paper's pooling of the keys is over windows of one in the released code: the gate's logits
-    are the raw keys.
+    The paper pools the keys for the gate, but its released code does so over windows of one token:
+    the gate's logits are the keys themselves.
 
     Attributes:
       window: None leaves the softmax part out, and then mix is 1.

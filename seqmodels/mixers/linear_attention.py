@@ -12,12 +12,12 @@ from seqmodels.operators import linear_attention
 
 @flax.struct.dataclass
 class State:
-    """The state of the recurrence.
+    """Fields of linear attention's state.
 
     Attributes:
       S_BHFV: sum_s phi(k_s) v_s^T, with sum_s phi(k_s) as a last column where the output is
         normalised.
-      next_position_B: the place of the next token in its document.
+      next_position_B: position of the next token in its document.
     """
 
     S_BHFV: Array
@@ -30,18 +30,21 @@ class LinearAttention(base.ChunkedMixer):
         o_t = sum_{s<=t} w_ts v_s / (sum_{s<=t} w_ts + eps)
         w_ts = phi_q(q_t) . phi_k(k_s)
 
-    q, k, v = W x, rotated before the map if `rope_base` is given; y = W_o o. The denominator is a
-    column of ones beside v, so it shares the state and the operator's one pass.
+    q, k, v = W x, q and k rotated before their maps if `rope_base` is given; y = W_o o. A column of
+    ones beside v computes the denominator in the same pass of the operator.
 
     Attributes:
       num_heads: H.
       head_dim: K and V; None is D / H.
-      q_map, k_map: `feature_maps` by name; k_map None is q_map's name, with parameters of its own.
-      features: width of the learned maps; None is K.
-      normalize: needs maps that are never negative, since signed weights can sum to zero; without
-        it o_t = F^-1/2 sum_s w_ts v_s.
+      q_map, k_map: phi_q and phi_k, names in `feature_maps`; k_map None takes q_map's name, with
+        parameters of its own.
+      features: width E of the learned maps; None is K.
+      normalize: whether o_t is divided by the sum of weights, which takes maps that are never
+        negative; else o_t = F^-1/2 sum_s w_ts v_s.
       eps: added to the sum of weights; LoLCATs takes 1e-12.
-      output_norm: a norm of `norms.NORMS` on each head of o, or None.
+      rope_base: base of the rotary angles; None leaves the rotation out.
+      output_norm: name in `norms.NORMS` of a norm on each head of o; None is no norm.
+      use_bias: whether the projections have biases.
     """
 
     num_heads: int = 4

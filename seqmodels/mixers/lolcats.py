@@ -1,4 +1,4 @@
-"""LoLCATs: softmax in a window and learned linear attention before it, one denominator."""
+"""LoLCATs: softmax attention in a window, and linear attention to all tokens before it."""
 
 import flax.linen as nn
 import flax.struct
@@ -13,13 +13,13 @@ from seqmodels.modules import attention_maps, feature_maps, layers, positions
 
 @flax.struct.dataclass
 class State:
-    """The linear part's state, and the window's tokens in a ring buffer.
+    """Fields of LoLCATs' state: linear attention's matrix, and S slots for the window's tokens.
 
     Attributes:
-      S_BHFV: sum phi(k_n) [v_n, 1]^T over the tokens before the window.
-      k_BSGK, v_BSGV: the window's keys, rotated, and values.
-      filled_BS: whether a slot holds a token of the document.
-      next_position_B: the place of the next token in its document.
+      S_BHFV: sum of phi(k_n) [v_n, 1]^T over the tokens before the window.
+      k_BSGK, v_BSGV: rotated keys, and values, of the last S = window tokens, oldest first.
+      filled_BS: whether a slot holds a token of the current document.
+      next_position_B: position of the next token in its document.
     """
 
     S_BHFV: Array
@@ -36,14 +36,14 @@ class LoLCATs(attention.LinearizedAttention):
         a_mn = g exp(q_m . k_n / sqrt(K) - c_m)     for the `window` latest n, m among them
         a_mn = phi_q(q_m) . phi_k(k_n)              for those before
 
-    c_m is the largest exponent. It is taken out of the softmax part only, as published, so what the
-    parts weigh against each other depends on it. q, k, v, W_o and every option of theirs are
-    `Attention`'s; phi comes after the rotation, one matrix per query head; g = sigmoid(factor), one
-    per head.
+    c_m is the largest exponent of the softmax part. As published, it scales that part only, so that
+    the ratio of the two parts' weights depends on it. q, k, v, W_o and their options are those of
+    `attention.Attention`; phi is applied after the rotation, with one matrix per query head; g =
+    sigmoid(factor) per head.
 
-    Sows "attention_map", the cross-entropy of these weights on softmax attention's
-    (`attention_maps.cross_entropy`), and "attention_map_kl", less softmax's own entropy: means over
-    heads, (B, T). They are computed where the collection "intermediates" is asked for.
+    Where the collection "intermediates" is mutable the mixer sows, each (B, T) and a mean over
+    heads, "attention_map": the cross-entropy of the weights a_mn relative to softmax attention's
+    (`attention_maps.cross_entropy`), and "attention_map_kl": their KL divergence.
 
     Attributes:
       window: None leaves the softmax part out: Hedgehog (arXiv 2402.04347).
@@ -147,11 +147,15 @@ class LoLCATs(attention.LinearizedAttention):
 def window_sums(
     q_BTHK: Array, k_BSGK: Array, v_BSGV: Array, filled_BS: Array, run_BS: Array, window: int
 ) -> Array:
-    """Computes a window's sum_n exp(q_t . k_n / sqrt(K) - c_t) [v_n, 1], in float32.
+    """Computes the softmax sums of a sliding window, sum_n exp(q_t . k_n / sqrt(K) - c_t) [v_n, 1].
 
-    n are the `window` latest tokens of t's document, t among them; c_t is the largest exponent.
-    Keys begin `window` tokens before the queries: S = window + T. Queries are taken in blocks of
-    `window`, each with the two blocks of keys it can see: memory and time are O(T * window).
+    n runs over the `window` latest tokens of t's document, t included; c_t is the largest exponent.
+    Returns float32 (B, T, H, V + 1). Queries are processed in blocks of `window`, each with the two
+    blocks of keys that it can see: memory and time are O(T * window).
+
+    k_BSGK, v_BSGV: keys and values of the `window` tokens before the queries, then of the queries'
+      own tokens: S = window + T.
+    filled_BS: whether a slot holds a token. run_BS: each token's document number.
     """
     (B, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
     C = min(window, T)

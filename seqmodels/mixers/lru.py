@@ -21,8 +21,8 @@ class LRU(base.Mixer):
     N(0, 1). There is no nonlinearity in it: the channel mixer is that. The state is h_BK.
 
     Attributes:
-      d_state: K complex states; None is D.
-      r_min, r_max, max_phase: where lambda starts.
+      d_state: K, the number of complex states; None is d_model.
+      r_min, r_max, max_phase: the ring and the phases in which lambda starts.
     """
 
     d_state: int | None = None

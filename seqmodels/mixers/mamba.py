@@ -15,7 +15,7 @@ from seqmodels.modules import layers
 
 @flax.struct.dataclass
 class State:
-    """The state h_BEK, and the last inputs of the convolution."""
+    """Fields of Mamba's state: h_BEK of the last token, and the convolution's last inputs."""
 
     h_BEK: Array
     x_tail: Array
@@ -27,19 +27,20 @@ class Mamba(base.Mixer):
         h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t^T
         o_t = h_t C_t + D * x_t
 
-    x = silu(conv(W_x u) + bias) of the input u; B, C = W_B x, W_C x; dt = softplus(W_dt W_r x +
-    dt_bias) per channel; y = W_o (o * silu(W_z u)). A = -exp(A_log) is (E, K). A_log = log(1..K) in
-    every channel, D = 1, dt ~ LogU(1e-3, 0.1), W_dt ~ U(-1, 1) / sqrt(R).
+    x = silu(conv(W_x u) + bias) of the layer's input u; B, C = W_B x, W_C x; dt = softplus(W_dt W_r
+    x + dt_bias) per channel; y = W_o (o * silu(W_z u)). A = -exp(A_log) is (E, K), and the skip
+    weight D is (E,). At the start A_log = log(1..K) in every channel, D = 1, softplus(dt_bias) ~
+    LogU(1e-3, 0.1) and W_dt ~ U(-1, 1) / sqrt(R).
 
     Attributes:
-      expand: E = expand D is the inner width.
-      d_state: K.
-      dt_rank: R; None is D / 16, rounded up.
-      conv_width: taps.
-      negative_eigenvalues: the decay s becomes 2s - 1, in [-1, 1] (Grazzi et al., arXiv 2411.12537,
-        section 4.1).
+      expand: E = expand * d_model is the inner width, that of x and z.
+      d_state: K, the number of states per channel.
+      dt_rank: R, the width of W_r x; None is d_model / 16, rounded up.
+      conv_width: number of taps.
+      negative_eigenvalues: whether a decay s becomes 2s - 1, in [-1, 1] (Grazzi et al., arXiv
+        2411.12537, section 4.1).
       use_bias, conv_bias: whether W_x, W_z and W_o, and the convolution, have biases.
-      chunk_size: the (E, K) states of so many tokens exist at once, in both passes.
+      chunk_size: number of tokens whose (E, K) states are in memory at once, in both passes.
     """
 
     expand: int = 2
@@ -92,10 +93,10 @@ class Mamba(base.Mixer):
 
     @nn.nowrap
     def _scan(self, axis_name, x_BTE, dt_BTE, B_BTK, C_BTK, A_EK, start_BT, h_BEK):
-        """Runs the recurrence chunk by chunk; a chunk's states are recomputed for its gradient.
+        """Runs the recurrence over chunks of time; returns o_BTE = h C and the final state h_BEK.
 
-        A shard of time that others precede is scanned twice: first for its decay and its local
-          state, without outputs.
+        The backward pass recomputes each chunk's states. Where time is split over `axis_name`, the
+        shard is scanned twice: first without outputs, for its total decay and its local state.
         """
         B, T, E = x_BTE.shape
         K = A_EK.shape[1]
@@ -163,6 +164,6 @@ def _uniform(bound: float):
 
 
 def _log_integers(key, shape, dtype=jnp.float32):
-    """Initializes to log(1), log(2), ... along the last axis (S4D-Real, arXiv 2206.11893)."""
+    """Initializes A_log to log(1), log(2), ... along the last axis (S4D-Real, arXiv 2206.11893)."""
     del key
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype))[None], shape)

@@ -12,7 +12,12 @@ from seqmodels.operators import linear_attention
 
 @flax.struct.dataclass
 class State:
-    """The state S_BHKV, and the last inputs of the convolutions on x, B and C."""
+    """Fields of Mamba-2's state.
+
+    Attributes:
+      S_BHKV: the recurrence's matrix state.
+      x_tail, B_tail, C_tail: the last inputs of the convolutions on x, B and C.
+    """
 
     S_BHKV: Array
     x_tail: Array
@@ -26,17 +31,19 @@ class Mamba2(base.ChunkedMixer):
         S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T
         o_t = S_t^T C_t + D x_t
 
-    x, B, C = silu(conv(W u) + bias) of the input u; dt = softplus(W_dt u + dt_bias), A =
-    -exp(A_log) and D per head; y = W_o RMSNorm(o * silu(W_z u)), the mean square being over the
-    heads of one group, the gain over all. A ~ U(1, 16), dt ~ LogU(1e-3, 0.1), D = 1.
+    x, B, C = silu(conv(W u) + bias) of the layer's input u; dt = softplus(W_dt u + dt_bias), A =
+    -exp(A_log) and the skip weight D are one number per head. y = W_o RMSNorm(o * silu(W_z u)): the
+    mean square is over the heads of each group, and the gain is (E,). At the start -A ~ U(1, 16),
+    softplus(dt_bias) ~ LogU(1e-3, 0.1) and D = 1.
 
     Attributes:
-      expand: E = expand D is the width of x and z.
+      expand: E = expand * d_model is the width of x and z.
       head_dim: V; there are H = E / V heads.
       d_state: K, the width of B and C.
       num_groups: G; the H / G heads of a group share B and C.
-      conv_width: taps.
+      conv_width: number of taps.
       use_bias, conv_bias: whether the projections, and the convolutions, have biases.
+      norm_eps: epsilon of the RMSNorm.
     """
 
     expand: int = 2

@@ -15,12 +15,11 @@ INPUT_GATES = ("exp", "sigmoid")
 
 @flax.struct.dataclass
 class State:
-    """The memory, scaled by e^-m.
+    """Fields of the mLSTM's state: its memory C and normaliser n, scaled by e^-m.
 
     Attributes:
-      S_BHKV: [C || n] e^-m, the memory with its normaliser n as a last column; without `normalize`
-        there is no n.
-      m_BH: the log scale; None with a sigmoid gate.
+      S_BHKV: [C || n] e^-m, with n as the last column; C e^-m where the output is not normalised.
+      m_BH: m, the log of the scale; None, as m = 0, with a sigmoid input gate.
     """
 
     S_BHKV: Array
@@ -34,23 +33,25 @@ class MLSTM(base.ChunkedMixer):
         n_t = f_t n_{t-1} + i_t k_t
         h_t = C_t^T q_t / max(|n_t . q_t|, 1), q scaled by K^-1/2
 
-    f = sigmoid(W_f x), i = exp(W_i x) or sigmoid(W_i x) (arXiv 2503.14376), preactivations
-    soft-capped to c tanh(. / c); y = W_o (sigmoid(W_g x) * LayerNorm(h)), the norm on each head
-    with a gain per channel. W_i and W_f start at 0 with biases -10 and linspace(3, 6) over heads.
+    f = sigmoid(W_f x + b_f), i = exp(W_i x + b_i) or sigmoid(W_i x + b_i) (arXiv 2503.14376), each
+    argument z capped to c tanh(z / c); y = W_o (sigmoid(W_g x) * LayerNorm(h)), the norm on each
+    head with a gain per channel. At the start W_i = W_f = 0, b_i = -10 and b_f = linspace(3, 6)
+    over heads.
 
-    With the exponential gate everything is held times e^-m_t, m_t = max(log f_t + m_{t-1}, log
-    i_t), which `stabiliser` finds first, from the gates alone. Then f_t e^(m_{t-1} - m_t) <= 1 is
-    an ordinary decay, i_t e^-m_t <= 1 scales the key, n is a column of ones beside v, and the
-    denominator reads max(|n . q|, e^-m) + eps.
+    With the exponential gate C and n are scaled by e^-m_t, m_t = max(log f_t + m_{t-1}, log i_t),
+    which `stabiliser` computes beforehand from the gates alone. Then f_t e^(m_{t-1} - m_t) <= 1 is
+    an ordinary decay, i_t e^-m_t <= 1 scales the key, a column of ones beside v computes n, and the
+    denominator is max(|n . q|, e^-m) + eps.
 
     Attributes:
       num_heads: H.
-      qk_dim_factor, v_dim_factor: widths of all heads of q and k, and of v, in D.
+      qk_dim_factor, v_dim_factor: K = qk_dim_factor D / H and V = v_dim_factor D / H.
       input_gate: "exp" or "sigmoid".
-      normalize: False, for the sigmoid gate only, has h = C^T q.
-      gate_soft_cap: c; None leaves the gates as they are.
-      input_gate_bias: where b_i starts.
-      eps, norm_eps: of the denominator, and of the norm.
+      normalize: whether h is divided as above; False, which takes the sigmoid gate, has h = C^T q.
+      gate_soft_cap: c; None leaves the gates' arguments uncapped.
+      input_gate_bias: the value at which b_i starts.
+      eps: added to the denominator.
+      norm_eps: epsilon of the LayerNorm.
     """
 
     num_heads: int = 4
@@ -75,7 +76,10 @@ class MLSTM(base.ChunkedMixer):
         return H, K, self.width_per_head(H, self.v_dim_factor)
 
     def _gate(self, x_BTD: Array, name: str, bias_init) -> Array:
-        """Returns a gate's preactivation, (B, T, H) float32."""
+        """Returns a gate's argument W x + b, soft-capped, (B, T, H) float32.
+
+        name: of the parameters. bias_init: initializer of b; W starts at 0.
+        """
         gate_BTH = self.project(
             x_BTD,
             self.num_heads,
@@ -138,11 +142,13 @@ class MLSTM(base.ChunkedMixer):
 def stabiliser(
     log_f_BTH: Array, i_BTH: Array, m_BH: Array, segment_ids_BT: Array | None = None
 ) -> Array:
-    """Computes m_t = max(log f_t + m_{t-1}, i_t) in float32, from m_BH; documents begin at 0.
+    """Computes the mLSTM's log scales m_t = max(log f_t + m_{t-1}, i_t), (B, T, H) float32.
 
-    Each token is the map m -> max(a + m, b), and such maps compose to such maps: (a', b') after (a,
-    b) is (a + a', max(b + a', b')). So all are found by an associative scan. A document's start
-    ignores what enters: a is -inf.
+    A token is the map m -> max(a + m, b). Such maps compose to such maps: (a', b') after (a, b) is
+    (a + a', max(b + a', b')), so that one associative scan computes all m_t.
+
+    i_BTH: logs of the input gates. m_BH: m before the first token. Later documents of a row start
+      from m = 0.
     """
     a_BTH, b_BTH = log_f_BTH, i_BTH
     if segment_ids_BT is not None:
@@ -163,7 +169,7 @@ def _linspace_3_6(key, shape, dtype=jnp.float32):
 
 
 class HeadLayerNorm(nn.Module):
-    """LayerNorm on each head, in float32: (h - mean) / sqrt(var + eps) times a gain (H, V)."""
+    """LayerNorm of each head in float32: (h - mean) / sqrt(var + eps) * gain_HV, without a bias."""
 
     eps: float = 1e-6
 

@@ -19,10 +19,10 @@ class MMMamba(attention.LinearizedAttention):
         S_t = gamma_t S_{t-1} + k_t v_t^T
         o_t = S_t^T q_t
 
-    y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. q, k, v = silu(conv(W x) + bias), W
-    and W_o a softmax layer's, whose options these are; no rotation, no norm of q and k. gamma =
-    exp(-exp(A_log) softplus(W_dt x + dt_bias)), one per head. W_g starts Xavier uniform with gain
-    2^-2.5.
+    y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. q, k, v = silu(conv(W x) + bias),
+    where W and W_o have the shapes and options of a softmax layer's (`attention.Attention`), but
+    for rotation and norms of q and k, which are left out. gamma = exp(-exp(A_log)
+    softplus(W_dt x + dt_bias)) per head. W_g starts Xavier uniform with gain 2^-2.5.
 
     Attributes:
       conv_width: taps.

@@ -16,13 +16,15 @@ class RetNet(base.ChunkedMixer):
         o_t = S_t^T q_t / sqrt(K)
         gamma_h = 1 - 2^(-5-h)
 
-    q, k = rope(W x), v = W_v x; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. No
-    parameter sets the decay. Rotary positions without xPos' scaling and RMSNorm for GroupNorm, as
-    in flash-linear-attention.
+    q, k = rope(W x), v = W_v x; y = W_o (RMSNorm(o) * silu(W_g x)), the norm on each head. The
+    decay of head h = 0 .. H-1 is a constant. Rotary positions have no xPos scaling, and RMSNorm
+    replaces GroupNorm, as in flash-linear-attention.
 
     Attributes:
       num_heads: H.
-      expand_k, expand_v: widths of all heads of k and of v, in D.
+      expand_k, expand_v: K = expand_k D / H and V = expand_v D / H.
+      rope_base: base of the rotary angles.
+      norm_eps: epsilon of the RMSNorm.
     """
 
     num_heads: int = 4
@@ -60,5 +62,5 @@ class RetNet(base.ChunkedMixer):
 
 
 def log_decay(heads: int) -> Array:
-    """Returns log gamma_H, gamma_h = 1 - 2^(-5-h)."""
+    """Returns the log decay log(1 - 2^(-5-h)) of each head h = 0 .. heads-1: (H,), float32."""
     return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=jnp.float32))))

@@ -17,11 +17,13 @@ MAX_SQRT_GRADIENT = 1000.0
 
 @flax.struct.dataclass
 class State:
-    """The state of the recurrence and of the convolution.
+    """Fields of Griffin's recurrent state.
 
     Attributes:
-      h_BE, x_tail: the recurrence's state, and the last inputs of the convolution.
-      begun_B: whether the document has begun; its first token is not scaled by sqrt(1 - a^2).
+      h_BE: the recurrence's state.
+      x_tail: the last inputs of the convolution.
+      begun_B: whether a token of the document was read; the first one is not scaled by
+        sqrt(1 - a^2).
     """
 
     h_BE: Array
@@ -35,14 +37,15 @@ class RGLRU(base.Mixer):
         h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t)
         log a_t = -c softplus(Lambda) * r_t, c = 8
 
-    x = conv(W_x u + b_x) + b_c of the input u; r, i = sigmoid(W x + b), W block-diagonal, one block
-    per head; y = W_o (h * gelu(W_g u + b_g)) + b_o. A document's first token is not scaled by
-    sqrt(1 - a^2). a^c ~ U(0.9, 0.999) where r = 1.
+    x = conv(W_x u + b_x) + b_c of the layer's input u, without an activation; r, i =
+    sigmoid(W x + b), where W is block-diagonal with one block per head; y = W_o (h * gelu(W_g u +
+    b_g)) + b_o. A document's first token is not scaled by sqrt(1 - a^2). At the start
+    exp(-c softplus(Lambda)), which is a_t where r_t = 1, is ~ U(0.9, 0.999).
 
     Attributes:
-      num_heads: H blocks of the two gates.
-      lru_width: E; None is D.
-      conv_width: taps.
+      num_heads: H, the number of blocks of W in the two gates.
+      lru_width: E, the width of x and h; None is D.
+      conv_width: number of taps.
     """
 
     num_heads: int = 4
@@ -118,14 +121,14 @@ class RGLRU(base.Mixer):
 
 
 def _decay_init(key, shape, dtype=jnp.float32):
-    """Initializes Lambda so that exp(-c softplus(Lambda)) ~ U(0.9, 0.999)."""
+    """Initializes RG-LRU's Lambda so that exp(-c softplus(Lambda)) ~ U(0.9, 0.999), c = 8."""
     a = jax.random.uniform(key, shape, dtype, 0.9, 0.999)
     return gates.inverse_softplus(-jnp.log(a) / DECAY_POWER)
 
 
 @jax.custom_jvp
 def sqrt_bounded_gradient(x: Array) -> Array:
-    """Computes sqrt(x), x >= 0, with a derivative of at most 1000: sqrt(1 - a^2)'s is unbounded."""
+    """Computes sqrt(x) for x >= 0; its derivative 1 / (2 sqrt(x)) is capped at 1000."""
     return jnp.sqrt(x)
 
 

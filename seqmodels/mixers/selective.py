@@ -11,7 +11,7 @@ from seqmodels.modules import layers, positions
 
 @flax.struct.dataclass
 class State:
-    """The states of both parts, which grow with `max_length` until one part is chosen."""
+    """Fields of a selective layer's state: the states of its softmax and of its linear part."""
 
     softmax: attention.KeyValueCache
     linear: lolcats.State
@@ -23,14 +23,14 @@ class Selective(lolcats.LoLCATs):
         o = r o_softmax + (1 - r) o_linear
         r = sigmoid(mix_logit), one number per layer
 
-    Both parts share a softmax layer's projections; the linear one is LoLCATs' without a window
-    (Hedgehog's map). A penalty brings r to 0 or 1 and as many to 1 as are wanted
-    (`linearize.objectives.selection_penalty`); then the layer is replaced by the one of the two
-    that it chose (`linearize.students.chosen`). Where float32 rounds r to 1 this is softmax
-    attention exactly.
+    Both parts share a softmax layer's projections; o_linear is LoLCATs' linear attention without a
+    window. In training `linearize.objectives.selection_penalty` drives each layer's r to 0 or 1,
+    and a given number of layers to 1; then `linearize.students.chosen` replaces each layer by the
+    part that it chose. Where r rounds to 1 the layer is exactly softmax attention.
 
     Attributes:
-      mix_init: r at the start.
+      window: must be None.
+      mix_init: the value at which r starts, between 0 and 1.
     """
 
     window: int | None = None  # refused where it is set

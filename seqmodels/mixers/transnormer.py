@@ -21,16 +21,17 @@ class TransNormer(base.ChunkedMixer):
         o_t = sum_{s<=t} (phi(q_t) . phi(k_s)) v_s
         y_t = W_o Norm(o_t)
 
-    The norm is over all heads together. q, k, v = W x + b. Neither a denominator nor a 1/sqrt(K).
-    In the paper's stack these are the last half of the layers, after as many of
-    `transnormer_local`. The weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
+    q, k, v = W x + b; W_o has a bias, too. The norm is over all heads together. There is neither a
+    denominator nor a factor 1/sqrt(K). In the paper's stack the second half of the layers are of
+    this kind, and the first half are `transnormer_local`. Weights start Xavier uniform, those of q,
+    k and v with gain 1/sqrt(2).
 
     Attributes:
       num_heads: H; K = V = D / H.
       variant: "t1" has phi = elu, so weights may be negative; "t2" has phi = elu + 1.
-      norm: of `norms.NORMS`, or "gated_rms_norm".
-      lrpe: adds relative positions, sum_i q_i k_i cos(theta_i (t - s)), which doubles K inside (see
-        `LRPE`).
+      norm: a name of `norms.NORMS`, or "gated_rms_norm".
+      lrpe: whether `LRPE` encodes relative positions in phi(q) and phi(k), which doubles K in the
+        state.
     """
 
     num_heads: int = 4
@@ -80,8 +81,9 @@ class LRPE(nn.Module):
 
         x_t -> [x_t cos(theta t) || x_t sin(theta t)]
 
-    so that q_t . k_s becomes sum_i q_i k_i cos(theta_i (t - s)). theta_HK is learned, from
-    10000^(-2 i / (H K)) with i counting the channels of all heads.
+    of queries and keys at position t, so that q_t . k_s becomes sum_i q_i k_i cos(theta_i (t - s)).
+    A call on x_BTHK returns (B, T, H, 2K). theta_HK is learned; it starts at 10000^(-2 i / (H K)),
+    where i counts the channels of all heads.
     """
 
     @nn.compact
@@ -101,7 +103,10 @@ class LRPE(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """A gated norm: RMSNorm(x) * sigmoid(gate * x) (ReLA, arXiv 2104.07012, section 3)."""
+    """Computes the gated norm RMSNorm(x) * sigmoid(gate * x) (ReLA, arXiv 2104.07012, section 3).
+
+    gate is a learned vector over the last axis, and starts at 1.
+    """
 
     eps: float = 1e-5
     param_dtype: DType = jnp.float32

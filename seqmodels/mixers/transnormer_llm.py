@@ -18,20 +18,22 @@ class TransNormerLLM(base.ChunkedMixer):
         o_t = S_t^T q_t
         y_t = W_o (Norm(o_t) * u_t)
 
-    q, k = silu(W x), v = W_v x, u = W_u x; the norm, SRMSNorm, over all heads together; no
-    1/sqrt(K). lambda_h = exp(-slope_h), fixed; it weakens from layer to layer (outside a stack: the
-    first layer's).
+    q, k = silu(W x), v = W_v x, u = W_u x. The norm, by default SRMSNorm, is over all heads
+    together. There is no factor 1/sqrt(K). lambda_h = exp(-slope_h) is a constant whose slope falls
+    from layer to layer; a mixer that is not in a stack has the first layer's slopes.
 
     Attributes:
       num_heads: H.
       head_dim: K = V; None is D / H.
-      slopes: "arithmetic", the paper's, "alibi", that of its released code, or "minimax" (see
-        `decay_slopes`).
-      lrpe: relative positions with learned angles, doubling K inside; the paper's stack has them in
-        its first layer only: "transnormer_llm(lrpe=True) + 11*transnormer_llm".
-      value_activation, gate_activation: MiniMax-Text-01 (arXiv 2501.08313) takes "silu" and
-        "sigmoid", with norm "rms_norm" and "alibi" or "minimax" slopes.
-      norm, norm_eps: of `norms.NORMS`, and its epsilon.
+      slopes: rule of `decay_slopes`: "arithmetic" is the paper's, "alibi" that of its released
+        code, and "minimax" MiniMax's.
+      lrpe: whether `transnormer.LRPE` encodes relative positions in q and k, which doubles K in the
+        state. The paper's stack does so in its first layer only:
+        "transnormer_llm(lrpe=True) + 11*transnormer_llm".
+      value_activation, gate_activation: activations of v and u: "identity", "silu" or "sigmoid".
+        MiniMax-Text-01 (arXiv 2501.08313) takes "silu" and "sigmoid", with norm "rms_norm" and
+        "alibi" or "minimax" slopes.
+      norm, norm_eps: a name of `norms.NORMS`, and that norm's epsilon.
     """
 
     num_heads: int = 4
@@ -87,7 +89,8 @@ ACTIVATIONS = {"identity": jax.nn.identity, "silu": jax.nn.silu, "sigmoid": jax.
 def _alibi(heads: int) -> list[float]:
     """Returns ALiBi's slopes (arXiv 2108.12409, section 3), 2^(-8 (h+1) / H) for H a power of two.
 
-    For another H: those of the power of two below, then every second one of the next power's.
+    Another number of heads has the slopes of the next smaller power of two, and then every second
+    slope of the next larger one.
     """
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
@@ -111,12 +114,14 @@ SLOPES = {
 
 
 def decay_slopes(rule: str, heads: int, index: int | Array, count: int) -> Array:
-    """Returns slope_H of layer `index` (l, from 0) of `count` (L).
+    """Returns the decay slopes (H,) of layer l = `index`, from 0, of a stack of L = `count` layers.
 
-    arithmetic   8 h/H (1 - l/L), the paper's; head 0 never forgets
-    alibi        2^(-8 (h+1)/H) (1 - l/(L-1) + 1e-5), the released code's; the last layer hardly
-                 forgets
-    minimax      2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), MiniMax's in transformers, any H
+    Head h decays by exp(-slope_h) per token. Rules:
+
+    arithmetic   8 h/H (1 - l/L), TransNormerLLM's paper; head 0 never forgets
+    alibi        2^(-8 (h+1)/H) (1 - l/(L-1) + 1e-5), TransNormerLLM's released code, with ALiBi's
+                 slopes where H is no power of two; the last layer hardly forgets
+    minimax      2^(-8 (h+1)/H) (1 - l/(L-1 + 1e-5) + 1e-5), MiniMax in transformers, for any H
     """
     slopes, depth = SLOPES[rule]
     return jnp.asarray(slopes(heads), jnp.float32) * depth(index, count)

@@ -16,11 +16,13 @@ VARIANTS = ("t1", "t2")
 
 @flax.struct.dataclass
 class State:
-    """Keys and values of the last `block_size` tokens.
+    """Fields of block-local attention's state: S = block_size slots, one per earlier token.
 
     Attributes:
-      position_BS: a slot's place in its document; -1 marks a slot that no later token may see.
-      next_position_B: the place of the next token in its document.
+      k_BSHK, v_BSHK: keys and values of the last S tokens, oldest first.
+      position_BS: position in its document of the token in each slot; -1 marks a slot that no later
+        token may see.
+      next_position_B: position of the next token in its document.
     """
 
     k_BSHK: Array
@@ -35,14 +37,15 @@ class TransNormerLocal(base.Mixer):
         o_t = sum_s w_ts v_s over s <= t in t's block
         y_t = W_o Norm(o_t)
 
-    The norm is over all heads together. Blocks are tokens n w ... n w + w - 1 of a document, w =
-    `block_size`; q, k, v = W x + b. The weights start Xavier uniform, q, k, v with gain 1/sqrt(2).
+    q, k, v = W x + b; W_o has a bias, too. The norm is over all heads together. Weights start
+    Xavier uniform, those of q, k and v with gain 1/sqrt(2).
 
     Attributes:
       num_heads: H; K = V = D / H.
-      variant: "t1" has w_ts = relu(q_t . k_s / sqrt(K)), not normalised; "t2" the softmax of the
-        same.
-      norm: of `norms.NORMS`, or "gated_rms_norm".
+      block_size: tokens per block; blocks are counted from the start of each document.
+      variant: "t1" has w_ts = relu(q_t . k_s / sqrt(K)), not normalised; "t2" has w_ts =
+        softmax_s(q_t . k_s / sqrt(K)).
+      norm: a name of `norms.NORMS`, or "gated_rms_norm".
     """
 
     num_heads: int = 4
@@ -96,11 +99,12 @@ class TransNormerLocal(base.Mixer):
 
     @nn.nowrap
     def _attend(self, axis_name, q_BTHK, **slots):
-        """Attends to slots of tokens before this shard of time (*_BS), and to its own (*_BT).
+        """Returns o_BTHK of this shard's queries; w is block_size.
 
-        Documents may start anywhere, so a document's blocks need not meet the chunks the work is
-        cut into: C queries look at their own C slots and the w before them, and a mask keeps those
-        of the same block.
+        Keys, values, positions and document numbers come in pairs: name_BS of the w tokens before
+        the row, name_BT of this shard's tokens. Queries are processed C at a time with their own C
+        tokens and the w before those. Blocks may start anywhere in such a chunk, since documents
+        do; a mask keeps the tokens of the query's own block.
         """
         B, T, H, K = q_BTHK.shape
         w = self.block_size

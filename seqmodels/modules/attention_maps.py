@@ -1,4 +1,4 @@
-"""The distance of linear attention's weights from softmax's, without either matrix in memory."""
+"""Compares the weights of linear attention to softmax's, without all weights in memory."""
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,25 @@ def cross_entropy(
     eps: float = 1e-12,
     chunk_size: int = 64,
 ) -> tuple[Array, Array]:
-    """Returns -sum_n P_mn log Q_mn per query m and head, and P's own entropy: (B, T, H), float32.
+    """Returns the cross-entropy of linear attention's weights Q on softmax's P, and P's entropy.
 
+        -sum_n P_mn log Q_mn        -sum_n P_mn log P_mn
         P_mn = softmax_n(q_m . k_n / sqrt(K))
         Q_mn = phi(q_m) . phi(k_n) / sum_n' phi(q_m) . phi(k_n')
 
-    over n <= m of the same document (Hedgehog, arXiv 2402.04347, eq. 5); their difference is the KL
-    divergence. With a window Q is LoLCATs' (arXiv 2410.10254, eq. 7): factor exp(q_m . k_n /
-    sqrt(K) - c_m) for the `window` latest n, the above for those before, under one denominator. q
-    and k are those that softmax attention takes: rotated. P is what Q should be, and has no
-    gradient.
+    over n <= m of the same document (Hedgehog, arXiv 2402.04347, eq. 5), each (B, T, H), float32.
+    Their difference is the KL divergence. P is the target and has no gradient. With a window, Q is
+    LoLCATs' (arXiv 2410.10254, eq. 7): the `window` latest n have the weights factor exp(q_m . k_n
+    / sqrt(K) - c_m), c_m the largest exponent, in place of phi(q_m) . phi(k_n), under one
+    denominator.
 
-    Queries are taken `chunk_size` at a time, and again in the backward pass: B x H x chunk_size x T
-    weights are the most that is held.
+    Queries are processed `chunk_size` at a time, in both passes, so that at most
+    B x H x chunk_size x T weights are in memory.
 
     Args:
-      window, factor_H: of LoLCATs' softmax part; both or neither.
+      q_BTHK, k_BTGK: queries and keys, rotated as softmax attention takes them.
+      window, factor_H: size and factor of LoLCATs' softmax window; both or neither.
+      eps: the smallest weight, and what is added to the sum of weights.
     """
     B, T, H, K = q_BTHK.shape
     N = -(-T // chunk_size)

@@ -1,4 +1,4 @@
-"""A layer of a stack: token mixer and channel mixer, each with norm and residual connection."""
+"""A layer of a model: token mixer and channel mixer, each with norm and residual connection."""
 
 import dataclasses
 from typing import Any
@@ -18,15 +18,17 @@ LAYER_OPTIONS = ("channel_mixer", "d_ff", "mixer_residual", "channel_residual")
 
 
 class Block(nn.Module):
-    """A layer: x <- x + mixer(norm(x)); x <- x + channel_mixer(norm(x)).
+    """A layer of a language model: x <- x + mixer(norm(x)); x <- x + channel_mixer(norm(x)).
 
     Attributes:
-      channel_mixer: see `channel_mixers.make`; None for stacks of mixers alone (Mamba).
-      channel_bias: whether the channel mixer's projections have biases.
-      norm_position: "pre" as above; "post" norms the sum, x <- norm(x + f(x)); "sandwich" norms
-        before f and after it, x <- x + norm(f(norm(x))); "residual" norms what the residual
-        connection carries, too, x <- norm(x); x <- x + f(x) (MiniMax-01, arXiv 2501.08313).
-      mixer_residual, channel_residual: (a, b) of x <- a x + b f(x) around either.
+      spec: name and options of the token mixer, and the layer's own options (LAYER_OPTIONS).
+      channel_mixer: a text for `channel_mixers.make`; None leaves it out (Mamba).
+      d_ff, channel_bias: the channel mixer's hidden width, and whether its projections have biases.
+      norm, norm_eps: a name of `norms.NORMS`, and that norm's epsilon.
+      norm_position: where f, either mixer, is normed: "pre" as above; "post" x <- norm(x + f(x));
+        "sandwich" x <- x + norm(f(norm(x))); "residual" x <- norm(x); x <- x + f(x) (MiniMax-01,
+        arXiv 2501.08313).
+      mixer_residual, channel_residual: weights (a, b) of x <- a x + b f(x) for each mixer.
     """
 
     spec: MixerSpec
@@ -44,14 +46,14 @@ class Block(nn.Module):
 
     @nn.nowrap
     def make_mixer(self, **keywords) -> mixers.Mixer:
-        """Makes the token mixer; its own options win over the stack's."""
+        """Makes the layer's token mixer; options in `spec` override its width and dtypes."""
         shared = {"d_model": self.d_model, "dtype": self.dtype, "param_dtype": self.param_dtype}
         own = {k: v for k, v in self.spec.options if k not in LAYER_OPTIONS}
         return mixers.make(self.spec.name, **(shared | own), **keywords)
 
     @nn.nowrap
     def _setting(self, name: str):
-        """Returns the layer's own option where the pattern gives one, else the stack's."""
+        """Returns the value of an option: the one in `spec` if there is one, else the field's."""
         return dict(self.spec.options).get(name, getattr(self, name))
 
     @nn.compact
@@ -108,14 +110,20 @@ def options_of(module: nn.Module) -> dict[str, Any]:
 
 
 def make_norm(name: str, eps: float, module_name: str) -> nn.Module:
-    """Makes the normalisation called `name`; the error for an unknown one lists the choices."""
+    """Makes the norm that `norms.NORMS` calls `name`, with parameters called `module_name`.
+
+    Raises ValueError, listing the choices, for an unknown name.
+    """
     if name not in norms.NORMS:
         raise ValueError(f"unknown norm {name!r}; choose one of {', '.join(sorted(norms.NORMS))}")
     return norms.NORMS[name](eps=eps, name=module_name)
 
 
 def clear_rows(state: State, empty: State, rows_B: Array) -> State:
-    """Sets the given rows of a state to `empty`. Leaves without a batch axis stay."""
+    """Returns a state whose rows are those of `empty` where rows_B (B,) is True.
+
+    Scalar leaves, which have no batch axis, stay as they are.
+    """
 
     def clear(leaf, empty_leaf):
         if leaf.ndim == 0:
@@ -126,9 +134,9 @@ def clear_rows(state: State, empty: State, rows_B: Array) -> State:
 
 
 def take_rows(state: State, rows_N: Array, axis: int = 0) -> State:
-    """Returns the given rows of a state, in this order.
+    """Returns the rows of a state with the batch indices rows_N, in this order.
 
-    axis: the batch axis; leaves that end before it have none, and stay.
+    axis: the batch axis of the leaves; leaves with too few axes to have it stay as they are.
     """
     return jax.tree.map(
         lambda leaf: leaf if leaf.ndim <= axis else jnp.take(leaf, rows_N, axis), state

@@ -1,4 +1,4 @@
-"""Channel mixers: they act on each token alone, after its token mixer."""
+"""Channel mixers: MLPs and mixtures of experts, which transform each token by itself."""
 
 import dataclasses
 import functools
@@ -33,10 +33,12 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
     Examples: "swiglu", "moe(num_experts=8, experts_per_token=2)".
 
     Args:
-      d_ff, use_bias: of the stack; the text's own options win.
+      d_ff, use_bias: hidden width and biases, unless `text` gives its own; "moe" has no biases.
+      **keywords: further fields of the module, such as dtype and name.
 
     Raises:
-      ValueError: an unknown channel mixer or option; the choices are listed.
+      ValueError: an unknown channel mixer or option, with the choices listed, or an option of the
+        wrong type.
     """
     specs = pattern.parse(text) if isinstance(text, str) else [pattern.MixerSpec("")]
     name, options = specs[0].name, dict(specs[0].options)
@@ -59,12 +61,13 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
 
 
 class ChannelMixer(nn.Module):
-    """An MLP. Gated: y = W_down(act(W_gate x) * W_up x). Ungated: y = W_down act(W_up x).
+    """An MLP: y = W_down(act(W_gate x) * W_up x) with a gate, y = W_down act(W_up x) without.
 
     Attributes:
-      kind: swiglu, geglu, sglu (no activation) or gelu (no gate).
-      d_ff: the hidden width F; None is 8/3 D for gated kinds (the parameters of an ungated 4 D),
-        rounded up to a multiple of 64, and 4 D for ungated ones.
+      kind: "swiglu", "geglu", "sglu" (a gate without an activation) or "gelu" (no gate).
+      d_ff: the hidden width F; None is 4 D without a gate, and with one 8/3 D, rounded up to a
+        multiple of 64, which has as many parameters.
+      use_bias: whether the projections have biases.
     """
 
     kind: str = "swiglu"
@@ -95,23 +98,24 @@ class ChannelMixer(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Mixture of experts: each token goes through its `experts_per_token` best ones.
+    """Mixture of experts: each token passes through the `experts_per_token` most likely experts.
 
         y = sum over the chosen experts e of w_e SwiGLU_e(x) + sigmoid(w_s . x) SwiGLU_s(x)
 
-    (Shazeer et al., arXiv 1701.06538; shared expert: DeepSeekMoE, arXiv 2401.06066; its gate:
-    Qwen1.5-MoE). p = softmax(W_r x), W_r too in float32; the experts with the largest p are chosen,
-    and their w are these p, divided by their sum where `normalize`. Every chosen expert sees its
-    token: no capacity, nothing is dropped, so a token's result depends on no other token. Rows are
-    sorted by expert, and each product is one `jax.lax.ragged_dot`; the experts that were not chosen
-    cost nothing where the backend has a kernel for it. There is no loss that balances the experts:
-    this module is for weights that were trained with one.
+    (Shazeer et al., arXiv 1701.06538; shared expert s: DeepSeekMoE, arXiv 2401.06066; its gate:
+    Qwen1.5-MoE). p = softmax(W_r x) in float32; the experts with the largest p are chosen, and
+    their w_e are these p, divided by their sum where `normalize`. Experts have no capacity limit,
+    so a token's result does not depend on other tokens. Tokens are sorted by expert, and each
+    product is one `jax.lax.ragged_dot`: experts that were not chosen cost nothing where the backend
+    has a kernel for it. There is no load-balancing loss: this module is for weights that were
+    trained with one.
 
     Attributes:
-      num_experts, experts_per_token: X and A.
-      d_ff: F of every expert; None is that of "swiglu".
-      shared_d_ff: width of an expert that every token sees; None: there is none.
-      shared_gate: whether the shared expert is scaled by its gate.
+      num_experts, experts_per_token: the numbers of experts, X in all and A chosen per token.
+      d_ff: hidden width of each expert; None is that of "swiglu".
+      normalize: whether the weights of the chosen experts sum to 1.
+      shared_d_ff: hidden width of an expert that every token passes through; None leaves it out.
+      shared_gate: whether the factor sigmoid(w_s . x) scales the shared expert.
     """
 
     num_experts: int = 8

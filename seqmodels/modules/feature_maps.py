@@ -51,7 +51,7 @@ def _hedgehog_joint(z: Array) -> Array:
 
 
 def rectangular_identity(key: Array, shape: tuple[int, ...], dtype: DType = jnp.float32) -> Array:
-    """Initializes each head's (K, E) matrix to ones on its diagonal, else zeros."""
+    """Initializes each head's matrix (K, E) to 1 on its diagonal and 0 elsewhere."""
     del key
     return jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=dtype), shape)
 
@@ -62,10 +62,12 @@ _KAIMING = nn.initializers.he_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
 
 @dataclasses.dataclass(frozen=True)
 class _Map:
-    """A feature map phi = function(W x + b); bias is None, "channel" (H, E) or "head" (H, 1).
+    """Fields of a feature map phi(x) = function(W x + b) from K to F channels per head.
 
     Attributes:
-      kernel_init: of W; None: there is no W.
+      nonnegative: whether phi(x) >= 0 for every x.
+      kernel_init: initializer of W, (K, E) per head; None is a map without W.
+      bias: the shape of b, "channel" (H, E) or "head" (H, 1); None is no bias.
       width: F / E, or F / K without W.
     """
 
@@ -102,7 +104,7 @@ def _get(name: str) -> _Map:
 
 
 def is_nonnegative(name: str) -> bool:
-    """Returns whether phi >= 0, so that the sum of weights may be divided by.
+    """Returns whether the feature map `name` is never negative, as a normaliser requires.
 
     Raises ValueError for an unknown name.
     """
@@ -110,23 +112,24 @@ def is_nonnegative(name: str) -> bool:
 
 
 def output_dim(name: str, K: int, features: int | None = None) -> int:
-    """Returns F, the last dimension of phi, for heads of K channels.
+    """Returns F, the number of features per head that the map `name` makes of K channels.
 
-    Raises ValueError for an unknown name.
+    features: the width E of a learned map's matrix; None is K. Raises ValueError for an unknown
+      name.
     """
     feature_map = _get(name)
     return feature_map.width * (K if feature_map.kernel_init is None else features or K)
 
 
 class FeatureMap(nn.Module):
-    """A map from x_BTHK to phi_BTHF; a learned one has one W_HKE (and b) per head (table above).
+    """A feature map from x_BTHK to phi_BTHF; a learned one has W_HKE, and b, for each head.
 
-    W starts as the identity (t2r: Kaiming uniform), b at 0. Kept and computed in float32, returned
-      in x's dtype.
+    W starts as the identity (for t2r Kaiming uniform), and b at 0. Parameters and computation are
+    float32; phi has x's dtype.
 
     Attributes:
-      kind: a name of the table.
-      features: E of the learned maps; None is K.
+      kind: a name of the module's table, such as "elu_plus_one".
+      features: the width E of a learned W; None is K.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Parameters, and what the mesh and the optimizer must know of each.
+"""Dense layers and parameters, boxed with what the mesh and the optimizer must know of each.
 
 `Module.init` returns every parameter in a box, `nn.LogicallyPartitioned`. It holds the logical
 names of the axes, which `seqmodels.sharding` maps to the mesh. A subclass of it, `Kernel` or
@@ -22,30 +22,30 @@ KERNEL_INIT = nn.initializers.lecun_normal()
 
 
 class Kernel(nn.LogicallyPartitioned):
-    """A box for a matrix (input, output) between activations, whose update Muon orthogonalises."""
+    """A box for a dense layer's matrix (input, output); Muon orthogonalises its updates."""
 
 
 class Undecayed(nn.LogicallyPartitioned):
-    """A box for a gate's parameter, a gain or a bias: never weight-decayed, whatever its rank."""
+    """A box for a parameter without weight decay: a gate's, a gain or a bias, of any rank."""
 
 
 def is_boxed(leaf: Any) -> bool:
-    """Returns whether a node of a parameter tree is a box; for tree functions' `is_leaf`."""
+    """Returns whether a node of a parameter tree is a box; serves as `is_leaf` of jax.tree.map."""
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def kernel(init: Callable, axes: LogicalAxes) -> Callable:
-    """Returns the initializer with its arrays put into `Kernel` boxes."""
+    """Returns an initializer that puts the array of `init` into a `Kernel` box with these axes."""
     return lambda *args, **keywords: Kernel(init(*args, **keywords), axes)
 
 
 def partitioned(init: Callable, axes: LogicalAxes) -> Callable:
-    """Returns the initializer with its arrays put into boxes that hold only axis names."""
+    """Returns an initializer that puts the array of `init` into a plain box with these axes."""
     return nn.with_logical_partitioning(init, axes)
 
 
 def undecayed(init: Callable, axes: LogicalAxes) -> Callable:
-    """Returns the initializer with its arrays put into `Undecayed` boxes."""
+    """Returns an initializer that puts the array of `init` into an `Undecayed` box."""
     return lambda *args, **keywords: Undecayed(init(*args, **keywords), axes)
 
 
@@ -58,7 +58,10 @@ def dense(
     bias_init: Callable = nn.initializers.zeros,
     **keywords,
 ) -> nn.Dense:
-    """Returns an nn.Dense whose kernel has the logical `axes` (input, output)."""
+    """Returns an nn.Dense of `features` outputs, its parameters boxed with logical axis names.
+
+    axes: names of the kernel's input and output axis, which `sharding.RULES` map to the mesh.
+    """
     return nn.Dense(
         features,
         kernel_init=kernel(kernel_init, axes),
@@ -85,9 +88,9 @@ def _dense_product_forward(precision, x, kernel_DF):
 
 
 def _dense_product_backward(precision, operands, dy):
-    """Computes the kernel's gradient as x^T dy.
+    """Returns the gradients of x and of the kernel, the latter as x^T dy.
 
-    By JAX's own order, (dy^T x)^T, XLA's CPU backend computes dy once more, transposed.
+    JAX's own order, (dy^T x)^T, makes XLA's CPU backend compute dy a second time, transposed.
     """
     x, kernel_DF = operands
     dx = jnp.einsum("...F,DF->...D", dy, kernel_DF, precision=precision)
@@ -100,30 +103,34 @@ _dense_product.defvjp(_dense_product_forward, _dense_product_backward)
 
 
 def recomputed(function: Callable) -> Callable:
-    """Returns `function`, whose backward pass keeps its arguments only and computes it again.
+    """Decorator: saves only the function's arguments for the backward pass, which runs it again.
 
-    For functions that act element by element or row by row: computing a gate again costs less than
-    writing and reading the four to six arrays that JAX would keep.
+    It is for functions that act element by element or row by row: computing a gate again costs less
+    than writing and reading the four to six arrays that JAX would save.
     """
     return jax.checkpoint(function, prevent_cse=False)
 
 
 def gated(x: Array, gate: Array, activation: Callable[[Array], Array]) -> Array:
-    """Returns x * activation(gate), of equal shapes, `recomputed`."""
+    """Returns x * activation(gate) for arrays of one shape; the backward pass computes it again."""
     return recomputed(lambda x, gate: x * activation(gate))(x, gate)
 
 
 def gate_parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
-    """Makes a small parameter of a gate (A_log, dt_bias, D, ...), whose first axis is "heads".
+    """Makes and returns a small parameter of a gate (A_log, dt_bias, D, ...), in float32.
 
-    It is float32 whatever the model's dtype, and never weight-decayed.
+    Its first axis is sharded as "heads", and it has no weight decay. name: the parameter's name in
+    `module`.
     """
     axes = ("heads",) + (None,) * (len(shape) - 1)
     return module.param(name, undecayed(init, axes), shape, jnp.float32)
 
 
 class Matrix(nn.Module):
-    """Makes a dense layer's kernel (input features, features), for another module to use."""
+    """Makes a matrix without multiplying by it: a call on input_features returns (input, output).
+
+    features: the output size. axes: logical names of both axes.
+    """
 
     features: int
     axes: LogicalAxes

@@ -12,12 +12,14 @@ from seqmodels.modules import layers
 class RMSNorm(nn.Module):
     """RMSNorm: y = x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467, eq. 4).
 
-    On heads, x_BTHV, the gain is (V,): one that all heads share.
+    The gain `scale` starts at 1 and has the shape of the last axis, so that the heads of x_BTHV
+    share it.
 
     Attributes:
-      groups: number of equal parts of the last axis, each with a mean of its own; the gain is for
-        all.
-      zero_centred: the gain is 1 + scale, and scale starts at 0 (Gemma, arXiv 2403.08295).
+      use_scale: whether there is a gain.
+      groups: number of equal groups of channels in the last axis, each with its own mean; `scale`
+        has one number for each channel of all groups.
+      zero_centred: whether the gain is 1 + scale, scale starting at 0 (Gemma, arXiv 2403.08295).
     """
 
     eps: float = 1e-5

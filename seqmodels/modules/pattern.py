@@ -1,4 +1,4 @@
-"""Patterns: which mixer each layer has, as in "3*gated_delta_net + attention(window=256)"."""
+"""Patterns such as "3*gated_delta_net + attention(window=256)", which give each layer a mixer."""
 
 import ast
 import dataclasses
@@ -11,19 +11,20 @@ _MOST_LAYERS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class MixerSpec:
-    """A mixer's registered name and its options; hashable, so that modules can hold it."""
+    """Fields of one layer in a pattern: its mixer's registered name and its options, hashable."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
 
 def parse(pattern: str) -> tuple[MixerSpec, ...]:
-    """Reads a pattern: names joined by +, with options in parentheses and repetitions by `n*`.
+    """Returns a MixerSpec for each layer of a pattern such as "3*gla + attention(window=64)".
 
-    Groups nest: "2*(gla + attention(window=64))" is gla, attention, gla, attention.
+    Layers are joined by +, options stand in parentheses, and `n*` repeats a layer or a group:
+    "2*(gla + attention)" is gla, attention, gla, attention.
 
     Raises:
-      ValueError: a pattern of another form; the message shows the part that could not be read.
+      ValueError: a pattern of another form; the message shows what could not be read.
     """
     try:
         tree = ast.parse(pattern.strip(), mode="eval").body
@@ -33,9 +34,9 @@ def parse(pattern: str) -> tuple[MixerSpec, ...]:
 
 
 def layers(pattern: str, num_layers: int) -> tuple[MixerSpec, ...]:
-    """Repeats the pattern to exactly `num_layers`; a last repetition may be cut short.
+    """Returns `num_layers` MixerSpecs by repeating a pattern; the last repetition may be cut short.
 
-    Raises ValueError for fewer than one layer, and as `parse` does.
+    Raises ValueError for fewer than one layer or a pattern that `parse` cannot read.
     """
     if num_layers < 1:
         raise ValueError(f"num_layers is {num_layers}; it must be at least 1")
@@ -45,7 +46,7 @@ def layers(pattern: str, num_layers: int) -> tuple[MixerSpec, ...]:
 
 
 def to_text(specs: Sequence[MixerSpec]) -> str:
-    """Returns a short pattern that `layers(pattern, len(specs))` reads as `specs`."""
+    """Returns a short pattern from which `layers(pattern, len(specs))` gives these specs."""
     specs = tuple(specs)
     L = len(specs)
     period = next(n for n in range(1, L + 1) if all(specs[i] == specs[i % n] for i in range(L)))
@@ -90,7 +91,11 @@ def _specs(node: ast.expr, pattern: str) -> tuple[MixerSpec, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ScanPlan:
-    """A stack cut into single layers `prefix`, a scan of `repeats` periods, and `suffix`."""
+    """Fields of a stack of layers of which the middle is compiled once and scanned over.
+
+    prefix, suffix: the layers before and after the scan. period: the layers that the scan repeats
+      `repeats` times.
+    """
 
     prefix: tuple[MixerSpec, ...]
     period: tuple[MixerSpec, ...]
@@ -99,7 +104,10 @@ class ScanPlan:
 
 
 def scan_plan(specs: tuple[MixerSpec, ...]) -> ScanPlan:
-    """Returns the ScanPlan with the fewest blocks to compile; repeats is 0 without a repetition."""
+    """Returns the ScanPlan of a stack that compiles the fewest layers.
+
+    Where no layers repeat, all are in `prefix` and `repeats` is 0.
+    """
     best, best_cost = ScanPlan(specs, (), 0, ()), len(specs)
     # The cost of a repetition is the number of blocks that are compiled with it.
     for start in range(len(specs)):

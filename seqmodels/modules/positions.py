@@ -14,9 +14,10 @@ Scaling = tuple[Any, ...]  # a name of SCALINGS and its numbers
 def token_positions(
     batch: int, length: int, segment_ids_BT: Array | None, offset_B: Array | None
 ) -> Array:
-    """Returns the index of every token in its document, (B, T) int32.
+    """Returns the index of every token in its document, (B, T) int32, counted from 0.
 
-    offset_B: tokens of the first token's document that came before this call.
+    segment_ids_BT: document ids; None makes each row one document.
+    offset_B: how many tokens of each row's first document came before this call; None is 0.
     """
     if offset_B is None:
         offset_B = jnp.zeros((batch,), jnp.int32)
@@ -37,12 +38,16 @@ def rope(
 ) -> Array:
     """Applies rotary embeddings (RoFormer, arXiv 2104.09864, eq. 34) to channel pairs (i, i + K/2).
 
-    Channel pair i turns by position * base^(-2i/K). K must be even. Angles are float32.
+    Channel pair i is rotated by the angle position * base^(-2i/K), computed in float32.
 
     Args:
-      fraction: the share of the channels, from the first on, that is rotated as if it were all of
-        them (GPT-NeoX, arXiv 2204.06745, section 2.1); the others stay as they are.
-      scaling: see `frequencies`.
+      position_BT: each token's index in its document.
+      fraction: the share of channels, from the first on, that is rotated as a head of that size
+        would be (GPT-NeoX, arXiv 2204.06745, section 2.1); the other channels stay as they are.
+      scaling: how angles are scaled for long contexts, as in `frequencies`.
+
+    Raises:
+      ValueError: an odd number of channels to rotate, or an unknown scaling.
     """
     if fraction != 1.0:
         turned = int(x_BTHK.shape[-1] * fraction)
@@ -72,26 +77,29 @@ SCALINGS = {
 def frequencies(
     K: int, base: float, scaling: Scaling | None = None, position_BT: Array | None = None
 ) -> tuple[Array, float]:
-    """Returns the angle per token of each of K/2 channel pairs, and a factor of cosines and sines.
+    """Returns the rotary angles per token of K/2 channel pairs, and a factor of cosines and sines.
 
-    The angles are (1, 1, K/2) or (B, T, K/2). Without a scaling they are base^(-2i/K), and the
-    factor is 1. `length` below is the context that the model was first trained on.
+    The angles are (1, 1, K/2), or (B, T, K/2) where they depend on the position. Without a scaling
+    pair i has base^(-2i/K), and the factor is 1. `length` below is the context length that the
+    model was first trained on.
 
     ("linear", factor): all angles are divided by `factor` (position interpolation, arXiv
     2306.15595).
 
-    ("dynamic", factor, length): the base grows with the text ("NTK-aware" scaling). At position t
-    >= length it is base * (factor (t + 1) / length - (factor - 1))^(K / (K - 2)). Each token has
-    the base of its own position, as where transformers decodes token by token, so that what was
-    read stays as it is; up to `length` nothing changes.
+    ("dynamic", factor, length): the base grows with the position ("NTK-aware" scaling). From
+    position t = length on it is base * (factor (t + 1) / length - (factor - 1))^(K / (K - 2));
+    before that it is `base`. Each token keeps the base of its own position, as in transformers'
+    decoding token by token.
 
-    ("yarn", factor, length, amplitude, beta_fast, beta_slow, truncate): pairs that turn less than
-    `beta_slow` times in `length` tokens are divided by `factor`, those that turn more than
-    `beta_fast` times stay, and between them is a blend, linear in i, from whole i to whole i where
-    `truncate` (arXiv 2309.00071, section 3.2).
+    ("yarn", factor, length, amplitude, beta_fast, beta_slow, truncate): angles of pairs that make
+    fewer than `beta_slow` full turns in `length` tokens are divided by `factor`; pairs with more
+    than `beta_fast` turns keep theirs; pairs i in between blend both linearly in i, between whole
+    numbers i where `truncate` (arXiv 2309.00071, section 3.2). `amplitude` is the factor returned.
 
-    ("llama3", factor, low, high, length): the same with `low` and `high` turns, and a blend that is
+    ("llama3", factor, low, high, length): as "yarn" with `low` and `high` turns, but the blend is
     linear in the number of turns (Llama 3.1, arXiv 2407.21783, and its released config).
+
+    Raises ValueError for a scaling of another form.
     """
     index_11K = jnp.arange(K // 2, dtype=jnp.float32)[None, None]
     frequency_11K = base ** (-2.0 * index_11K / K)

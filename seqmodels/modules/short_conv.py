@@ -21,24 +21,24 @@ def uniform_fan_in(width: int) -> Callable:
 
 
 def identity_taps(key, shape, dtype=jnp.float32):
-    """Initializes to the identity, y_t = x_t: the last tap is the token's own."""
+    """Initializes a convolution's kernel (I, D) to the identity y_t = x_t: last tap 1, others 0."""
     return jnp.zeros(shape, dtype).at[-1].set(1.0)
 
 
 class ShortConv(nn.Module):
     """Depthwise causal convolution, then an activation, then the L2 norm of each head's channels.
 
-        z_t = act(bias + sum_i w_i * x_{t-(I-1)+i})
+        z_t = act(bias + sum_{i=0..I-1} w_i * x_{t-(I-1)+i})
         y_t = z_t / sqrt(sum z_t^2 + eps), the sum over a head's channels
 
-    The state is the last I - 1 inputs, (B, I-1, D).
+    A call returns y_BTD and the state, which is the last I - 1 inputs, (B, I-1, D).
 
     Attributes:
       width: I, the number of taps.
-      activation: silu is computed with the convolution, any other after it.
-      l2_norm_heads: heads of D / l2_norm_heads channels each; None: no norm.
-      kernel_init: None is `uniform_fan_in`, for kernel and bias; with another one the bias starts
-        at 0.
+      activation: act; None is the identity.
+      l2_norm_heads: number of heads of D / l2_norm_heads channels that are normed, which takes silu
+        or no activation; None leaves the norm out.
+      kernel_init: initializer of w, with the bias at 0; None is `uniform_fan_in` for w and bias.
     """
 
     width: int = 4

@@ -1,5 +1,5 @@
-"""Formats conversations as text by a model's Jinja template, as transformers' `apply_chat_template`
-does."""
+"""Formats conversations as text by a model's Jinja template, as `apply_chat_template` of
+transformers does."""
 
 import datetime
 import json
@@ -14,8 +14,11 @@ except ImportError as error:
 
 
 class _Generation(ext.Extension):
-    """The tag {% generation %} ... {% endgeneration %}, which marks assistants' text for training;
-    its content is rendered as it is."""
+    """Jinja extension for {% generation %} ... {% endgeneration %} in chat templates.
+
+    Templates mark the assistant's text by this tag for training; here its content is rendered
+    unchanged.
+    """
 
     tags = {"generation"}
 
@@ -34,13 +37,17 @@ def _refuse(message):
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Serialises as Jinja's filter `tojson` does, but without its HTML escapes."""
+    """Returns a value as JSON text; templates' filter `tojson`, without Jinja's HTML escapes."""
     options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops fields that are None, and gives a model's reasoning both names that templates use."""
+    """Returns a message without its fields that are None, as chat templates expect it.
+
+    The model's reasoning, if any, is put under both names in use, "thinking" and
+    "reasoning_content".
+    """
     said = {k: v for k, v in message.items() if v is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     thought = next((said[name] for name in names if name in said), None)
@@ -56,10 +63,15 @@ def render(
 ) -> str:
     """Returns a conversation as text, up to where the model's answer begins.
 
-    The template runs in a sandbox: it is a part of somebody's file. special: the texts of special
-    tokens, such as "bos_token". tools: JSON schemas. documents: with "title" and "text".
+    Args:
+      template: a Jinja chat template. It runs in a sandbox, as it comes from a downloaded file.
+      messages: the conversation, such as [{"role": "user", "content": "..."}].
+      special: the texts of special tokens by name, such as {"bos_token": "<s>"}.
+      tools: JSON schemas of functions that the model may call.
+      documents: texts for the model to read, each with "title" and "text".
 
-    Raises ValueError for whatever the template makes happen.
+    Raises:
+      ValueError: no messages, or any error while the template is rendered.
     """
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]

@@ -1,17 +1,15 @@
-"""Samples text from a language model: prompts of different lengths are read together, then each
-decoding step adds a token to each.
+"""Samples text from a language model, for several prompts of different lengths together.
 
-How prompts are read. A packed row leaves one state, that of its last document, so several prompts
-in a row would lose all states but the last. Here every prompt has a row, and the padding that makes
-rows equal stands before it, as a document of its own. Documents never touch, whatever the mixer: a
-prompt starts from nothing wherever in its row it starts, and the state that leaves the row is the
-one it has alone. All rows end together, so all decode together, and a full-attention cache holds no
-more tokens than the longest prompt has. Sorting keeps padding small: prompts of one batch are of
-similar length.
+How prompts are read. Each prompt has a row of its own, since a row of several packed documents
+leaves only the last one's state. Padding that makes rows equally long stands before the prompt, as
+a document of its own. No mixer lets documents affect each other, so the state after the row is that
+of the prompt alone. All rows end together, so that they decode together, and a full-attention cache
+holds no more tokens than the longest prompt has. Prompts are sorted, so that those of one batch
+have similar lengths and need little padding.
 
 Rows are fed in pieces whose lengths are powers of two that add up to the longest prompt's length.
-So prompts of all lengths need log2(MAX_PIECE) + 1 compiled programs at most, and memory is that of
-one piece, however long they are.
+Prompts of all lengths therefore need at most log2(MAX_PIECE) + 1 compiled programs, and memory for
+one piece.
 """
 
 import functools
@@ -39,11 +37,11 @@ def sample_token(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Array:
-    """Draws token ids (B,) from softmax(logits / temperature).
+    """Draws one token id per row, (B,) int32, from softmax(logits / temperature).
 
-    temperature: 0 takes the most likely token. top_k: only among the k most likely. top_p: only
-    among the fewest whose probability reaches p, at the given temperature (nucleus sampling, arXiv
-    1904.09751); the most likely always stays.
+    temperature: 0 takes the most likely token. top_k: draws among the k most likely tokens only.
+    top_p: draws among the fewest most likely tokens whose probabilities sum to p, at the given
+    temperature (nucleus sampling, arXiv 1904.09751); the most likely token is always among them.
     """
     if temperature < jnp.finfo(jnp.float32).tiny:  # smaller ones are 0 to many devices
         return jnp.argmax(logits_BW, axis=-1).astype(jnp.int32)
@@ -65,8 +63,10 @@ def sample_token(
 
 
 def _draw(logits_BW, key_data_BK, i, options):
-    """Draws the i-th token of each row by the row's own key, so that it does not depend on other
-    rows."""
+    """Draws the i-th new token of each row, with the row's own random key.
+
+    A row's tokens therefore do not depend on other rows. options: (temperature, top_k, top_p).
+    """
 
     def row(key_data, logits_W):
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), i)
@@ -80,7 +80,7 @@ _draw_first = jax.jit(_draw, static_argnames="options")
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _read(model, params, state, tokens_BT, segment_ids_BT=None):
-    """Returns logits_BW of the last tokens alone, and the state after them."""
+    """Feeds tokens to the model; returns logits_BW after each row's last token, and the state."""
 
     def last(x_BTD, matrix, layout):
         return model.logits(x_BTD[:, -1:], matrix, layout)[:, 0]
@@ -116,10 +116,13 @@ def stream_batch(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Returns an iterator of token_B, the next token of every prompt, of `length` steps.
+    """Returns an iterator that yields the next token of every prompt, (B,), `length` times.
 
-    prompts: token ids, at least one each, of any lengths. Each goes on as it does alone.
-    numbers: of the prompts; with `seed` they fix what is drawn. None counts from 0.
+    temperature, top_k and top_p are those of `sample_token`.
+
+    prompts: token ids, at least one per prompt, of any lengths. A prompt's continuation does not
+      depend on the other prompts.
+    numbers: a number per prompt that, with `seed`, fixes its random draws; None counts from 0.
 
     Raises ValueError for an empty prompt, ids outside the vocabulary, options out of range, and
     where a full-attention layer's cache or the learned positions are too short.
@@ -160,7 +163,7 @@ def _steps(model, params, prompts, length, key_data_BK, options) -> Iterator[np.
 
 
 def pieces(length: int) -> list[int]:
-    """Splits `length` into powers of two up to MAX_PIECE, the largest first."""
+    """Returns powers of two, each at most MAX_PIECE and the largest first, that sum to `length`."""
     rest = length % MAX_PIECE
     powers = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
     return [MAX_PIECE] * (length // MAX_PIECE) + powers
@@ -178,13 +181,14 @@ def generate(
     stop_tokens: Collection[int] | None = None,
     **options,
 ) -> list[str]:
-    """Returns the text that follows each prompt (token ids): up to `length` tokens, or to the first
-    stop string or token, left out.
+    """Returns the text with which the model continues each prompt, in the order of the prompts.
 
-    batch_size: prompts that are read and continued together, sorted by length; the last batch is
-      filled up, so that all have one shape. A batch ends when all its rows have.
-    stop_tokens: None is the tokenizer's document_id.
-    options: as `stream_batch` has them, without numbers.
+    A text ends after `length` tokens, or before its first stop string or stop token.
+
+    prompts: token ids. batch_size: number of prompts, sorted by length, that are read and continued
+      together; a batch ends when all its texts have.
+    stop_tokens: ids that end a text; None is the tokenizer's document_id.
+    options: temperature, top_k, top_p and seed, as `stream_batch` takes them.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -211,11 +215,14 @@ def stream_texts(
     stop: Sequence[str] = (),
     stop_tokens: Collection[int] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Returns an iterator of (row, piece of text) over `stream_batch`'s tokens. A row's text ends
-    before its first stop string or token; the iterator ends when all have.
+    """Returns an iterator that yields (row, piece of text) as the tokens of a batch are drawn.
 
-    prompts: what the first rows go on from; further rows are passed over. stop_tokens: None is the
-    tokenizer's document_id.
+    A row's text ends before its first stop string or stop token, and the iterator when all rows
+    have ended.
+
+    tokens: token_B of each step, as from `stream_batch`. prompts: token ids that the first rows
+      continue; rows beyond them are ignored.
+    stop_tokens: ids that end a text; None is the tokenizer's document_id.
     """
     texts = [TextStream(tokenizer, stop, prompt) for prompt in prompts]
     return _pieces_of_text(
@@ -239,13 +246,12 @@ def _pieces_of_text(tokens, texts, stop_tokens) -> Iterator[tuple[int, str]]:
 
 
 class TextStream:
-    """Decodes tokens one by one to text: no part of a character, and nothing from the first stop
-    string on, or from what may begin one.
+    """Decodes tokens to text one by one, in whole characters, up to the first stop string.
 
-    What `add` and `end` return, joined, is what the tokens add to `tokenizer.decode` of the prompt:
-    the space before the first word, too. It is cut before the first stop string. Stop strings are
-    looked for in the text with its special tokens in it, which are not shown, so that "<|im_end|>"
-    stops.
+    Joined, the strings that `add` and `end` return are the text that the tokens add to the decoded
+    prompt, cut before the first stop string; text that may begin a stop string is held back until
+    that is decided. `ended` says whether a stop string or `end` has ended the text. Stop strings
+    are also found in special tokens, such as "<|im_end|>", which are not part of the text.
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
@@ -259,7 +265,7 @@ class TextStream:
         self._go_on_from([i for i in prompt if i not in tokenizer.special_texts])
 
     def add(self, token: int) -> str:
-        """Adds a token; returns the text that no later token can change or end by a stop string."""
+        """Adds a token; returns the new text that no later token can change or cut off."""
         special = self._tokenizer.special_texts.get(token)
         if special is not None:
             return self._release(special, shown=False)
@@ -271,7 +277,7 @@ class TextStream:
         return self._release(new)
 
     def end(self) -> str:
-        """Returns the rest of the text, after the last token."""
+        """Ends the text after the last token; returns the text that was held back until now."""
         text = self._release(self._new())
         if self.ended:
             return text
@@ -279,16 +285,24 @@ class TextStream:
         return text + self._take(len(self._held))
 
     def _go_on_from(self, tokens: list[int]) -> None:
-        """Marks the text of `tokens` as returned. They are decoded again with the next ones, whose
-        text may depend on them; `tokens` end with a whole character."""
+        """Makes `tokens`, whose text is out already, the context in which later tokens are decoded.
+
+        Later tokens' text may depend on this context: `_new` decodes both and returns what follows
+        the context's text. `tokens` must end with a whole character.
+        """
         self._context, self._pending = tokens, []
         self._told = self._tokenizer.decode(tokens)
 
     def _new(self) -> str:
+        """Returns the text that the pending tokens add to the context's text."""
         return self._tokenizer.decode(self._context + self._pending)[len(self._told) :]
 
     def _release(self, text: str, shown: bool = True) -> str:
-        """Adds to the text held back, and returns its part that cannot begin a stop string."""
+        """Appends to the text held back; returns and removes the part that no stop string can cut.
+
+        shown: whether the appended text is part of the result, as a special token's is not. Sets
+          `ended` where the text held back contains a stop string.
+        """
         self._held += text
         self._is_shown += [shown] * len(text)
         found = [place for s in self._stop if (place := self._held.find(s)) >= 0]
@@ -304,19 +318,19 @@ class TextStream:
         return self._take(len(self._held) - max(may_begin, default=0))
 
     def _take(self, count: int) -> str:
-        """Removes the first `count` characters held back; returns those that are shown."""
+        """Removes the first `count` characters of the text held back; returns the shown ones."""
         text = "".join(itertools.compress(self._held[:count], self._is_shown))
         self._held, self._is_shown = self._held[count:], self._is_shown[count:]
         return text
 
 
 def prompt_tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids of a prompt as the start of a document; of an empty one document_id alone."""
+    """Returns a prompt's token ids after document_id, the token that begins every document."""
     return [tokenizer.document_id, *tokenizer.encode(prompt).tolist()]
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError for options of `sample_token` that are out of range."""
+    """Raises ValueError for a temperature, top_k or top_p out of range (see `sample_token`)."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be 0 (most likely token) or more")
     if top_k is not None and top_k < 1:
@@ -349,8 +363,10 @@ def check_ids(model, tokens: Sequence[int] | np.ndarray) -> None:
 
 
 def context_limit(model) -> tuple[int, str] | None:
-    """Returns how many tokens the model can read, and what limits it: the shortest full-attention
-    cache, or learned positions; None if unlimited."""
+    """Returns (the most tokens that a model can read, what limits it), or None without a limit.
+
+    The limit is the shortest cache of its full-attention layers, or its learned positions.
+    """
 
     def is_cache(x):
         return isinstance(x, KeyValueCache)
@@ -371,8 +387,10 @@ def context_limit(model) -> tuple[int, str] | None:
 
 
 def check_length(model, prompt_tokens: int, length: int) -> None:
-    """Raises ValueError for a length below 1, or a prompt and output longer than the model can
-    read."""
+    """Raises ValueError if a model cannot read `prompt_tokens` tokens and `length` new ones.
+
+    It also raises ValueError for a length below 1.
+    """
     if length < 1:
         raise ValueError(f"{length} tokens are to be generated; it must be 1 at least")
     limit, what = context_limit(model) or (None, None)

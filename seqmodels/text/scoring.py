@@ -28,15 +28,17 @@ def _nll_and_correct(model, params, batch):
 def score(
     model, params, sequences: Sequence[Sequence[int]], *, tokens_a_batch: int = 4096
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns (nll_N, correct_N) of each sequence of ids, for all tokens but the first: -log p
-    (float32, nats) given those before, and whether the token is the likeliest.
+    """Returns the scores (nll_N, correct_N) of each sequence's tokens, except its first token.
 
-    A row holds as many sequences as fit, each a document of its own, so that no sequence sees
-    another. Rows are as long as a power of two that holds the longest sequence, or the learned
-    positions if those are fewer, and there are as many as tokens_a_batch allows: one compiled
-    program.
+    nll_N is each token's -log p (float32, nats) given the tokens before it, and correct_N whether
+    it is the most likely token.
 
-    Raises ValueError for a sequence of fewer than two tokens, for more than the model has learned
+    Several sequences are packed into a row, each as a document of its own, so that no sequence sees
+    another. All rows have one length: the power of two, at least 64, that holds the longest
+    sequence, or the number of learned positions if that is less. A batch has as many rows as fit
+    into tokens_a_batch, but at least one. One program is compiled.
+
+    Raises ValueError for a sequence of fewer than two tokens, or of more than the model has learned
     positions for, and for ids outside the vocabulary.
     """
     for i, sequence in enumerate(sequences):
@@ -73,8 +75,11 @@ def score(
 
 
 def _rows(lengths: Sequence[int], row_length: int) -> Iterator[list[int]]:
-    """Packs sequences into rows: yields each row's indices, the longest sequence left and the
-    shortest that still fit."""
+    """Packs sequences into rows of `row_length` tokens; yields the list of sequences in each row.
+
+    lengths: tokens per sequence. A row takes the longest sequence that is left, then the shortest
+    ones as long as they fit; sequences are given by their indices.
+    """
     left = deque(sorted(range(len(lengths)), key=lambda number: -lengths[number]))
     while left:
         row = [left.popleft()]

@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """A tokenizer of bytes, with ids 0-255; 256 is document_id. It encodes any data."""
+    """A tokenizer whose ids 0 to 255 are the bytes of a text or any data; document_id is 256."""
 
     vocab_size = 257
     document_id = 256
@@ -58,8 +58,8 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer from a `tokenizer.json` of the Hugging Face `tokenizers` library.
 
-    document_token: the file's token for document_id (such as "<|endoftext|>"); "" adds an id after
-      the file's vocabulary.
+    path: of the file. document_token: the token whose id is document_id, such as "<|endoftext|>";
+      "" adds an id after the file's vocabulary.
     """
 
     def __init__(self, path: str, document_token: str = ""):
@@ -107,8 +107,14 @@ class FileTokenizer:
 
 
 def open_file(path: str):
-    """Opens a file with the library, switching off the truncation, padding and random choices (BPE
-    dropout) that it may have been saved with."""
+    """Returns the `tokenizers.Tokenizer` of a tokenizer.json, without truncation and padding.
+
+    BPE dropout, which makes encoding random, is switched off as well.
+
+    Raises:
+      ValueError: the library is not installed, or the file is no tokenizer.json.
+      FileNotFoundError: there is no such file.
+    """
     try:
         import tokenizers  # a compiled library that runs on bytes need not load
     except ImportError as error:
@@ -136,11 +142,11 @@ def open_file(path: str):
 
 
 def _num_bytes(tokenizer) -> Callable[[str], int]:
-    """Returns a function from a vocabulary entry to the bytes it adds after another entry.
+    """Returns a function: how many bytes of text a vocabulary entry adds after another entry.
 
-    Byte-level vocabularies spell each byte as one character, and byte fallback a byte as <0x0A>.
-    For others the file's decoder knows: to SentencePiece U+2581 is a space, to WordPiece ## is
-    nothing, and all other words have a space before them.
+    Byte-level vocabularies spell each byte as one character, and byte fallback spells a byte as
+    <0x0A>. Otherwise the file's decoder says it: in SentencePiece U+2581 is a space; in WordPiece
+    ## is nothing, and an entry without it has a space before it.
     """
     parts = tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder
     if any(part is not None and b'"type":"ByteLevel"' in part.__getstate__() for part in parts):
@@ -156,7 +162,10 @@ def _num_bytes(tokenizer) -> Callable[[str], int]:
 
 
 def _spelling(tokenizer, text: str) -> str:
-    """Returns a document as the vocabulary spells it, with what the tokenizer puts first."""
+    """Returns a document's text in the characters of the vocabulary, normalised and pre-tokenised.
+
+    It includes what the tokenizer puts before a document, such as SentencePiece's space.
+    """
     if tokenizer.normalizer is not None:
         text = tokenizer.normalizer.normalize_str(text)
     if tokenizer.pre_tokenizer is None:
@@ -165,8 +174,10 @@ def _spelling(tokenizer, text: str) -> str:
 
 
 def bytes_as_file() -> str:
-    """Returns a tokenizer.json with the ByteTokenizer's ids, for programs that need such a file;
-    document_id is "<|endoftext|>"."""
+    """Returns the text of a tokenizer.json that has `ByteTokenizer`'s ids.
+
+    Its token for document_id is "<|endoftext|>".
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     # Byte-level files spell bytes that are no visible characters of Latin-1 by the characters from
@@ -186,17 +197,21 @@ def bytes_as_file() -> str:
 
 
 def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
-    """Returns whether the tokenizer's ids, but for a few, are below a model's `vocab_size`.
+    """Returns whether a tokenizer suits a model of `vocab_size` tokens.
 
-    Tokenizers of pretrained models may have tokens that the embedding lacks: a tenth, or 256, are
-    allowed. Such an id is refused where it occurs.
+    Its document_id must lie below vocab_size. Of the other ids at most a tenth of vocab_size, or
+    256, may lie above, as pretrained models' tokenizers have tokens without an embedding; such an
+    id raises an error where it occurs in a text.
     """
     spare = max(vocab_size // 10, 256)
     return tokenizer.vocab_size <= vocab_size + spare and tokenizer.document_id < vocab_size
 
 
 def make_tokenizer(name: str, document_token: str = "") -> Tokenizer:
-    """Makes the tokenizer `bytes`, or that of the tokenizer.json at a path."""
+    """Makes a ByteTokenizer for the name "bytes", else a FileTokenizer of the file at path `name`.
+
+    Raises ValueError for an empty name, or a document_token for "bytes".
+    """
     if name == BYTES:
         if document_token:
             raise ValueError(
