@@ -282,6 +282,8 @@ def _gke_tpu(environment) -> dict | None:
     # Processes count through the first slice, then the second.
     per_slice = len(hosts.split(","))
     count = per_slice * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+    if count == 1:  # libtpu leaves a warning in TPU_WORKER_ID where there is no TPU
+        return None
     first = per_slice * int(environment.get("MEGASCALE_SLICE_ID") or 0)
     return _one_of(count, first + int(environment["TPU_WORKER_ID"]))
 

@@ -62,6 +62,7 @@ NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
         ({}, GKE, (None, 2, 1, None, None)),
         ({}, GKE | SLICES, (None, 6, 5, None, None)),
         ({}, ONE_TPU_HOST, None),
+        ({}, ONE_TPU_HOST | {"TPU_WORKER_ID": "WARNING: could not determine it"}, None),
         ({}, ONE_TPU_HOST | SLICES, (None, 3, 2, None, None)),
         ({}, {"SLURM_JOB_ID": "5000", "SLURM_NTASKS": "8"}, None),  # sbatch's script
         ({}, SALLOC, None),
