@@ -44,8 +44,7 @@ def run(
         kU_BHCKV = k_BHCK[..., None] * U_BHCV[..., None, :]
         S_BHCKV = jnp.einsum("BHijK,BHjKV->BHiKV", D_BHCCK * earlier_11CC1, kU_BHCKV)
         S_BHCKV += exp_g_cumsum_BHCK[..., None] * S_BHKV[:, :, None]
-        read_BHC1V = rounded_once("BHiZK,BHiKV->BHiZV", k_BHCK[:, :, :, None], S_BHCKV)
-        read_BHCV = read_BHC1V[..., 0, :]
+        read_BHCV = rounded_once("BHiZK,BHiKV->BHiZV", k_BHCK[:, :, :, None], S_BHCKV)[..., 0, :]
         U_BHCV += _unit_lower_solve(A_BHCC, beta_BHC1 * (v_BHCV - read_BHCV) - U_BHCV)
         # Z_ij = q_i^T diag(D_ij) k_j, o = (q exp(g_cumsum)) S + Z U
         Z_BHCC = jnp.einsum("BHiK,BHijK,BHjK->BHij", q_BHCK, D_BHCCK, k_BHCK)
@@ -59,8 +58,7 @@ def run(
     inputs = q_BTHK, k_BTHK, v_BTHV, beta_BTH[..., None], g_BTHK
     chunks = [chunk_blocks.to_chunks(x, C, dtype) for x in inputs]
     final_BHKV, o_NBHCV = jax.lax.scan(jax.checkpoint(chunk), initial_state_BHKV, chunks)
-    o_BTHV = scale * chunk_blocks.from_chunks(o_NBHCV)[:, :T]
-    return o_BTHV.astype(v_BTHV.dtype), final_BHKV
+    return (scale * chunk_blocks.from_chunks(o_NBHCV)[:, :T]).astype(v_BTHV.dtype), final_BHKV
 
 
 def run_diagonal_plus_low_rank(

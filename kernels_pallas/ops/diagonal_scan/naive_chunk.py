@@ -17,8 +17,7 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
     T, C, dtype = x_BTD.shape[1], CHUNK_SIZE, decay_BTD.dtype
     i, j, s = jnp.ogrid[: C + 1, : C + 1, : C + 1]
     up_to_1CC1, between_1CCC1 = (j <= i)[None], ((j < s) & (s <= i))[None, ..., None]
-    if start_BT1 is None:
-        start_BT1 = jnp.zeros_like(x_BTD[..., :1], bool)
+    start_BT1 = jnp.zeros_like(x_BTD[..., :1], bool) if start_BT1 is None else start_BT1
 
     def to_chunks(z_BTD, padding):
         z_BTD = jnp.flip(z_BTD, 1) if reverse else z_BTD
@@ -36,9 +35,8 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
         D_BCCD = jnp.where(factor_BCCC1, decay_BCD[:, None, None], 1).prod(axis=3)
 
         def weighted(x_BCD):  # sum_{j <= i} D_ij x_j
-            return (jnp.where(pair_BCC1, D_BCCD, 0) * jnp.where(pair_BCC1, x_BCD[:, None], 0)).sum(
-                2
-            )
+            terms_BCCD = jnp.where(pair_BCC1, D_BCCD, 0) * jnp.where(pair_BCC1, x_BCD[:, None], 0)
+            return terms_BCCD.sum(axis=2)
 
         # h_i = sum_{j <= i} D_ij x_j
         h_BCD = weighted(x_BCD)
@@ -52,5 +50,5 @@ def run(x_BTD, decay_BTD, initial_state_BD, start_BT1=None, reverse=False):
     chunks = to_chunks(x_BTD.astype(dtype), 0), to_chunks(decay_BTD, 1), to_chunks(start_BT1, 0)
     final_BD, h_NBCD = jax.lax.scan(jax.checkpoint(chunk), initial_state_BD, chunks)
     h_BTD = jnp.moveaxis(h_NBCD, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, :T]
-    h_BTD = jnp.flip(h_BTD, 1) if reverse else h_BTD
-    return h_BTD.astype(reference.output_dtype(x_BTD.dtype, dtype)), final_BD
+    h_BTD = h_BTD.astype(reference.output_dtype(x_BTD.dtype, dtype))
+    return jnp.flip(h_BTD, 1) if reverse else h_BTD, final_BD
