@@ -6,7 +6,8 @@ Three recurrences underlie every mixer of `seqmodels`:
     delta_rule          S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T  o_t = S_t^T q_t
     diagonal_scan       h_t = a_t * h_{t-1} + x_t
 
-`diagonal_plus_low_rank` is the delta rule's general form. Further operators are `softmax_attention`
+`diagonal_plus_low_rank` is the delta rule's general form. `document_sums` is linear attention over
+whole documents, without an order in time. Further operators are `softmax_attention`
 (full or sliding window, grouped heads), `causal_conv` (short and depthwise), and two losses that
 never hold all logits of a language model: `linear_cross_entropy` and `linear_kl_divergence`.
 
@@ -21,6 +22,7 @@ from kernels_pallas.dispatch import explain
 from kernels_pallas.ops.causal_conv.api import causal_conv
 from kernels_pallas.ops.delta_rule.api import delta_rule, diagonal_plus_low_rank
 from kernels_pallas.ops.diagonal_scan.api import diagonal_scan
+from kernels_pallas.ops.document_sums.api import document_sums
 from kernels_pallas.ops.linear_attention.api import linear_attention
 from kernels_pallas.ops.linear_cross_entropy.api import (
     TokenDetails,
@@ -35,6 +37,7 @@ __all__ = [
     "delta_rule",
     "diagonal_plus_low_rank",
     "diagonal_scan",
+    "document_sums",
     "explain",
     "linear_attention",
     "linear_cross_entropy",

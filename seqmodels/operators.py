@@ -144,7 +144,7 @@ def _matrix_recurrence(
         "k_BTHK": (_key_heads(k_BTHK, v_BTHV), "BTGK"),
         "v_BTHV": (v_BTHV, "BTHV"),
         **others,
-        "log_decay": _log_decay(log_decay),
+        **({} if log_decay is None else {"log_decay": _log_decay(log_decay)}),
         "initial_state": (initial_state, "BHKV"),
         "segment_ids": (segment_ids, "BT"),
     }
@@ -157,6 +157,28 @@ def linear_attention(
     """Computes `kernels_pallas.linear_attention`, with its keywords, on the mesh in scope."""
     plain, split = kernels_pallas.linear_attention, context_parallel.linear_attention
     return _matrix_recurrence(plain, split, q_BTHK, k_BTHK, v_BTHV, {}, log_decay, **keywords)
+
+
+def document_sums(
+    q_BTHK: Array, k_BTHK: Array, v_BTHV: Array, **keywords
+) -> tuple[Array, Array]:
+    """Computes `kernels_pallas.document_sums`, with its keywords, on the mesh in scope."""
+    plain = split = kernels_pallas.document_sums
+    return _matrix_recurrence(plain, split, q_BTHK, k_BTHK, v_BTHV, {}, None, **keywords)
+
+
+def document_totals(x_BTHV: Array, segment_ids_BT: Array | None = None, **keywords) -> Array:
+    """Returns the sum of x over each token's document, at each of its tokens, (B, T, H, V).
+
+    Sums are float32 or wider, whatever x's dtype. Keywords: block_size of `document_sums`, for sums
+    over the tokens of a token's own block and of earlier ones.
+    """
+    x_BTHV = x_BTHV.astype(jnp.promote_types(x_BTHV.dtype, jnp.float32))
+    one_BT11 = jnp.ones_like(x_BTHV[..., :1])
+    totals_BTHV, _ = document_sums(
+        one_BT11, one_BT11, x_BTHV, scale=1.0, segment_ids=segment_ids_BT, **keywords
+    )
+    return totals_BTHV
 
 
 def delta_rule(

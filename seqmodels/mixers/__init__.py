@@ -41,6 +41,11 @@ def names() -> list[str]:
     return sorted(_MIXERS)
 
 
+def causal_names() -> list[str]:
+    """Returns the name of every mixer whose outputs do not depend on later tokens."""
+    return [name for name in names() if mixer_class(name).causal]
+
+
 def mixer_class(name: str) -> type[Mixer]:
     """Returns the class of the mixer with the registered name `name`.
 
@@ -75,4 +80,4 @@ def make(name: str, /, **keywords) -> Mixer:
     return mixer_class(name)(**keywords)
 
 
-__all__ = ["Layer", "Mixer", "make", "mixer_class", "names", "options"]
+__all__ = ["Layer", "Mixer", "causal_names", "make", "mixer_class", "names", "options"]

@@ -20,11 +20,14 @@ class Layer:
       count: number of layers in the stack.
       lower_bound_D: a learned lower bound of forget gates that grows from layer to layer (HGRN,
         HGRN2); None for mixers whose class does not set `uses_lower_bound`.
+      coordinates_BTA: each token's place on A axes, (B, T, A) int32, in a point set or on a grid
+        whose tokens come in another order; None places a document's tokens row by row on `grid`.
     """
 
     index: int | Array
     count: int = flax.struct.field(pytree_node=False)
     lower_bound_D: Array | None = None
+    coordinates_BTA: Array | None = None
 
 
 @flax.struct.dataclass
@@ -63,6 +66,8 @@ class Mixer(nn.Module):
 
     # Set by mixers that read Layer.lower_bound_D, so that the language model makes the parameter.
     uses_lower_bound = False
+    # False for mixers that see whole documents; a language model refuses them.
+    causal = True
 
     def __call__(
         self,
@@ -140,6 +145,35 @@ class Mixer(nn.Module):
         """Projects the outputs of all heads together to y_BTD, by a Dense layer called `name`."""
         o_BTE = o_BTHV.reshape(*o_BTHV.shape[:2], -1)
         return self.project(o_BTE, self.d_model, name, axes=("heads", "embed"), **keywords)
+
+
+class WholeDocumentMixer(Mixer):
+    """Base class of mixers that see a whole document at once, without an order in time.
+
+    Documents are runs of equal segment ids and never touch. There is no state: a call returns
+    (y_BTD, None).
+
+    Attributes:
+      grid: sizes of the axes that a document's tokens lie on, the last axis the fastest, such as
+        (height, width) or (frames, height, width); None is one axis of any length. An encoder sets
+        it for all of its mixers.
+    """
+
+    grid: tuple[int, ...] | None = None
+
+    causal = False
+
+    def init_state(self, batch: int) -> State:
+        raise ValueError(
+            f"{name_of(self)} sees whole documents and has no state to decode from: use it in an "
+            "encoder or a denoiser, or take a causal mixer"
+        )
+
+    @nn.nowrap
+    def check_no_state(self, state: State) -> None:
+        """Raises ValueError if a state was passed to a mixer that has none."""
+        if state is not None:
+            self.init_state(0)
 
 
 def name_of(mixer: Mixer) -> str:
