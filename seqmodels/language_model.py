@@ -419,15 +419,14 @@ def from_config(config) -> LanguageModel:
         if (value := values[name]) is not None and value <= 0:
             least = "at least 1" if isinstance(value, int) else "more than 0"
             raise ValueError(f"config.model.{name} is {value}; it must be {least}")
-    # Mixers that see later tokens would read the labels.
+    # No mixer sees later tokens; its options have the types of its fields, or of the model's.
+    specs = pattern.layers(values.pop("pattern"), values.pop("num_layers"))
     for spec in specs:
         if not mixers.mixer_class(spec.name).causal:
             raise ValueError(
                 f"config.model.pattern: {spec.name} sees whole documents, and a language model must "
                 f"not see later tokens; causal mixers are {', '.join(mixers.causal_names())}"
             )
-    # Each layer's options have the types of its mixer's fields, or of the model's.
-    specs = pattern.layers(values.pop("pattern"), values.pop("num_layers"))
     for spec in specs:
         kinds = typing.get_type_hints(mixers.mixer_class(spec.name))
         kinds |= {name: known[name][0] for name in blocks.LAYER_OPTIONS}

@@ -1,15 +1,14 @@
 """Linear attention over whole documents, without an order in time: the public function."""
 
 import jax
-import jax.numpy as jnp
 
 from kernels_pallas.common import arguments
 from kernels_pallas.ops.document_sums import reference
 
 
 def document_sums(
-    q_BTGK: jax.Array,
-    k_BTGK: jax.Array,
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
     v_BTHV: jax.Array,
     *,
     scale: float | None = None,
@@ -28,7 +27,7 @@ def document_sums(
     earlier ones, blocks counted from the document's start.
 
     Args:
-      q_BTGK, k_BTGK, v_BTHV, scale, initial_state, segment_ids, chunk_size, implementation: as for
+      q_BTHK, k_BTHK, v_BTHV, scale, initial_state, segment_ids, chunk_size, implementation: as for
         `linear_attention`.
       block_size: tokens per block; None is one block per document.
 
@@ -39,15 +38,15 @@ def document_sums(
     name = "document_sums"
     arguments.check_scale(name, scale)
     arguments.check_count(name, "block_size", block_size)
-    inputs = q_BTGK, k_BTGK, v_BTHV, None, initial_state, segment_ids, chunk_size
+    inputs = q_BTHK, k_BTHK, v_BTHV, None, initial_state, segment_ids, chunk_size
     call = arguments.recurrence(name, *inputs, state_as_wide_as_all=True)
     H = v_BTHV.shape[2]
     return reference.dense(
-        arguments.repeat_heads(q_BTGK, H),
-        arguments.repeat_heads(k_BTGK, H),
+        arguments.repeat_heads(q_BTHK, H),
+        arguments.repeat_heads(k_BTHK, H),
         v_BTHV,
         call["initial_state_BHKV"],
         segment_ids,
-        q_BTGK.shape[-1] ** -0.5 if scale is None else float(scale),
+        q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale),
         block_size,
     )
