@@ -162,6 +162,8 @@ class WholeDocumentMixer(Mixer):
     grid: tuple[int, ...] | None = None
 
     causal = False
+    # False promises that permuting a document's tokens permutes its outputs, whatever the grid.
+    uses_positions = True
 
     def init_state(self, batch: int) -> State:
         raise ValueError(
