@@ -277,7 +277,9 @@ class AffineLinearAttention(AffineMixer, base.WholeDocumentMixer):
     def local_term(self, v_BTHV, x_BTD, count_BTH1, segment_ids_BT, layer) -> Array:
         """Returns local(v), heads side by side."""
         B, T, H, V = v_BTHV.shape
-        init = self.local_stddev and nn.initializers.truncated_normal(self.local_stddev)
+        init = None
+        if self.local_stddev is not None:
+            init = nn.initializers.truncated_normal(self.local_stddev)
         conv = grids.DepthwiseConv(
             self.local_size,
             self.grid,
