@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from seqmodels import operators, sharding
+from seqmodels import mixers, operators, sharding
 from seqmodels.array_typing import Array
 from seqmodels.modules import grids, layers, norms, pattern, stack
 
@@ -70,7 +70,8 @@ class GridModel(stack.Stack):
             positions = grids.PositionEmbedding(
                 self.position_embedding, self.grid, param_dtype=self.param_dtype, name="positions"
             )
-            x_BTD = positions(x_BTD, segment_ids_BT, coordinates_BTA=coordinates_BTA)
+            place = mixers.Layer(0, len(self.mixers), coordinates_BTA=coordinates_BTA)
+            x_BTD = positions(x_BTD, segment_ids_BT, layer=place)
         if self.float32_residual:
             x_BTD = x_BTD.astype(jnp.float32)
         x_BTD, _ = self.run_layers(

@@ -104,7 +104,7 @@ class Block(nn.Module):
         def mix(h_BTD):
             return mixer(h_BTD, segment_ids_BT, state, layer=layer)
 
-        x_BTD = self._with_position("mixer", x_BTD, segment_ids_BT)
+        x_BTD = self._with_position("mixer", x_BTD, segment_ids_BT, layer)
         x_BTD, state = self._residual("mixer", mix, x_BTD, segment_ids_BT, of_mixer)
         if (channels := self.make_channel_mixer(name="channel_mixer")) is not None:
             tokens = (segment_ids_BT,) if getattr(channels, "uses_tokens", False) else ()
@@ -112,7 +112,7 @@ class Block(nn.Module):
             def transform(h_BTD):
                 return channels(h_BTD, *tokens), None
 
-            x_BTD = self._with_position("channel", x_BTD, segment_ids_BT)
+            x_BTD = self._with_position("channel", x_BTD, segment_ids_BT, layer)
             x_BTD, _ = self._residual("channel", transform, x_BTD, segment_ids_BT, of_channels)
         return x_BTD, state
 
@@ -123,14 +123,14 @@ class Block(nn.Module):
         parts = modulation(6, condition_BTD, self.dtype, self.param_dtype)
         return parts[:3], parts[3:]
 
-    def _with_position(self, which: str, x_BTD: Array, segment_ids_BT: Array | None) -> Array:
+    def _with_position(self, which: str, x_BTD: Array, segment_ids_BT, layer) -> Array:
         if (taps := self._setting("position_conv")) is None:
             return x_BTD
         conv = grids.DepthwiseConv(
             taps, self.grid, dtype=self.dtype, param_dtype=self.param_dtype,
             name=f"{which}_position_conv",
         )  # fmt: skip
-        return x_BTD + conv(x_BTD.astype(self.dtype), segment_ids_BT)
+        return x_BTD + conv(x_BTD.astype(self.dtype), segment_ids_BT, layer=layer)
 
     def _residual(
         self, which: str, f, x_BTD: Array, segment_ids_BT: Array | None, modulated

@@ -124,7 +124,8 @@ def posterior(schedule: str) -> dict[str, np.ndarray]:
 def log_variance(schedule: str, share_BTE: Array, time_BT: Array) -> Array:
     """Returns the log variance of x_{n-1} that a model predicts, by its second output `share_BTE`.
 
-    It is u log b_n + (1 - u) log(smallest variance), u = (share + 1) / 2 (arXiv 2102.09672, eq. 15).
+    It is u log b_n + (1 - u) log(smallest variance), with u = (share + 1) / 2
+    (arXiv 2102.09672, eq. 15).
     """
     small_BT1, large_BT1 = _at(schedule, time_BT, "log_small", "log_large")
     u_BTE = (share_BTE.astype(jnp.float32) + 1.0) / 2.0

@@ -218,8 +218,8 @@ class Stack(nn.Module):
         section 3.3), None where no mixer uses it. p starts at 0: then layer l, from 0, has l/L.
         """
         L = len(self.mixers)
-        made = [self.make_mixer(spec) for spec in dict.fromkeys(self.mixers)]
-        widths = {mixer.lower_bound_width() for mixer in made if mixer.uses_lower_bound}
+        specs = dict.fromkeys(self.mixers)
+        widths = {self.make_mixer(spec).lower_bound_width() for spec in specs} - {0}
         if not widths:
             return None
         if len(widths) > 1:
