@@ -44,7 +44,7 @@ class Dataset:
     tokenizer: of text; else None.
     chance: the accuracy of guessing, for tasks and images; None for text.
     num_classes, class_names: of datasets whose label is a document's class; else 0 and ().
-    input_features: E of patches; 0 for ids.
+    input_dim: E of patches; 0 for ids.
     grid: sizes of the axes that a document's tokens lie on; None for sequences and point sets.
     patching: how images were cut into tokens, to put them together again; None where they were not.
     """
@@ -55,7 +55,7 @@ class Dataset:
     chance: float | None = None
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
-    input_features: int = 0
+    input_dim: int = 0
     grid: tuple[int, ...] | None = None
     patching: Patching | None = None
 

@@ -1,18 +1,21 @@
 """Cuts images and videos into the patches that are a model's tokens, and puts them together."""
 
 import dataclasses
+import math
 
 import numpy as np
+
+from seqmodels.modules import grids
 
 LOW, HIGH = -1.0, 1.0  # inputs of black and of full intensity
 
 
 @dataclasses.dataclass(frozen=True)
 class Patching:
-    """Fields that say how an image, or a video, is cut into tokens; arrays are NumPy's.
+    """Fields that say how an image, or a video, is cut into tokens (`grids.patchify`).
 
-    A token is a patch, and its E features are the patch's values, the last axis (channels) the
-    fastest. Tokens go through the grid of patches with its last axis the fastest.
+    A token is a patch, and its E features are the patch's values, row by row, channels the fastest.
+    Tokens go through the grid of patches with its last axis the fastest.
 
     sizes: pixels along each axis, (height, width) or (frames, height, width).
     patch: pixels of a patch along each axis, which divide the sizes.
@@ -40,33 +43,25 @@ class Patching:
     @property
     def tokens(self) -> int:
         """Returns T, the number of patches of an image or a video."""
-        return int(np.prod(self.grid))
+        return math.prod(self.grid)
 
     @property
     def features(self) -> int:
         """Returns E, the number of values of a patch."""
-        return int(np.prod(self.patch)) * self.channels
+        return math.prod(self.patch) * self.channels
 
     def patchify(self, pixels: np.ndarray) -> np.ndarray:
         """Returns the tokens (..., T, E) of pixels (..., *sizes, channels)."""
-        lead, axes = pixels.shape[: -len(self.sizes) - 1], len(self.sizes)
-        # (grid, patch) per axis, then all axes of the grid before all axes of a patch.
-        pairs = [n for pair in zip(self.grid, self.patch) for n in pair]
-        x = pixels.reshape(*lead, *pairs, self.channels)
-        first = len(lead)
-        order = [*range(first), *range(first, first + 2 * axes, 2)]
-        order += [*range(first + 1, first + 2 * axes, 2), first + 2 * axes]
-        return x.transpose(order).reshape(*lead, self.tokens, self.features)
+        shape = (*self.sizes, self.channels)
+        lead = pixels.shape[: pixels.ndim - len(shape)]
+        tokens = grids.patchify(pixels.reshape(-1, *shape), self.patch)
+        return tokens.reshape(*lead, self.tokens, self.features)
 
     def unpatchify(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the pixels (..., *sizes, channels) of tokens (..., T, E)."""
-        lead, axes = tokens.shape[:-2], len(self.sizes)
-        x = tokens.reshape(*lead, *self.grid, *self.patch, self.channels)
-        first = len(lead)
-        order = list(range(first))
-        for axis in range(first, first + axes):
-            order += [axis, axis + axes]
-        return x.transpose([*order, first + 2 * axes]).reshape(*lead, *self.sizes, self.channels)
+        flat = tokens.reshape(-1, self.tokens, self.features)
+        pixels = grids.unpatchify(flat, self.grid, self.patch)
+        return pixels.reshape(*tokens.shape[:-2], *self.sizes, self.channels)
 
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:

@@ -63,5 +63,5 @@ class DigitPoints(examples.Options):
             return self.example(inputs, labels[number], rng, train, coordinates=coordinates)
 
         names = tuple(map(str, range(digits_source.NUM_CLASSES)))
-        about = examples.classes(names, input_features=3)
+        about = examples.classes(names, input_dim=3)
         return Examples(make, len(images), most, about)

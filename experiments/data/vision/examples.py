@@ -90,7 +90,7 @@ def classes(names, patching: Patching | None = None, **more) -> dict[str, Any]:
     if patching is not None:
         about |= {
             "grid": patching.grid,
-            "input_features": patching.features,
+            "input_dim": patching.features,
             "patching": patching,
         }
     return about | more

@@ -73,7 +73,7 @@ def test_the_split_of_the_digits_is_stratified_and_whole():
 
 def test_digits_are_the_images_of_the_split():
     dataset, batch = batch_of("test", name="digits", patch=2)
-    assert dataset.grid == (4, 4) and dataset.input_features == 4 and dataset.num_classes == 10
+    assert dataset.grid == (4, 4) and dataset.input_dim == 4 and dataset.num_classes == 10
     images, labels = digits_source.read("test")
     found = images_of(dataset, batch)
     known = {image.tobytes(): label for image, label in zip(images, labels)}
@@ -194,7 +194,7 @@ def test_points_are_the_lit_pixels():
     assert not np.array_equal(shuffled["coordinates"], batch["coordinates"])
     for a, b in zip(shuffled["coordinates"], batch["coordinates"]):
         assert sorted(map(tuple, a)) == sorted(map(tuple, b))
-    assert dataset.input_features == 3 and dataset.grid is None
+    assert dataset.input_dim == 3 and dataset.grid is None
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -280,7 +280,7 @@ def test_images_of_a_folder(grey, tmp_path):
     config = {"name": "images", "folder": str(tmp_path), "size": 8, "grey": grey, "batch_size": 3}
     dataset = make_dataset(config, "test")
     assert dataset.class_names == ("cat", "dog") and dataset.grid == (2, 2)
-    assert dataset.input_features == 16 * (1 if grey else 3)
+    assert dataset.input_dim == 16 * (1 if grey else 3)
     found = set()
     for batch in dataset:
         pixels = to_bytes(dataset.patching.unpatchify(batch["inputs"]))
