@@ -12,8 +12,10 @@ from seqmodels.mixers.base import Layer, Mixer
 # name: (module, class). A module is imported when its mixer is asked for.
 _MIXERS = {
     "attention": ("attention", "Attention"),
+    "bidirectional": ("bidirectional", "Bidirectional"),
     "delta_net": ("delta_net", "DeltaNet"),
     "delta_product": ("delta_product", "DeltaProduct"),
+    "full_attention": ("full_attention", "FullAttention"),
     "gated_delta_net": ("gated_delta_net", "GatedDeltaNet"),
     "gla": ("gla", "GLA"),
     "hgrn": ("hgrn", "HGRN"),
@@ -34,6 +36,7 @@ _MIXERS = {
     "mlstm": ("mlstm", "MLSTM"),
     "mmmamba": ("mmmamba", "MMMamba"),
     "nalaformer": ("nalaformer", "NaLaFormer"),
+    "ordered": ("ordered", "Ordered"),
     "rala": ("rala", "RALA"),
     "retnet": ("retnet", "RetNet"),
     "rg_lru": ("rg_lru", "RGLRU"),
