@@ -1,6 +1,7 @@
 """Sums over whole documents, with time split over ranks: `document_sums`."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def document_sums(
     blocks       With block_size the sum of the shard's last document goes to later ranks, and that
                  of its first block to earlier ones. Without segment ids, where block_size divides
                  the shard, the latter is absent. With segment ids and block_size one more
-                 all-gather, of 13 numbers of 2 bytes per row and rank, says where documents begin.
+                 all-gather, of 13 small numbers per row and rank, says where documents begin.
 
     In bfloat16 the output is rounded once more per direction than on one device.
     """
@@ -69,14 +70,13 @@ def document_sums(
         # S = initial state + the sums of all shards, one all-reduce; o_t = scale S^T q_t
         local_BHKV = _sum_over(None, k_BTHK, v_BTHV)
         local_BHKV = local_BHKV + jnp.where(form.ranks.index == 0, initial_BHKV, 0)
-        state_BHKV = remat.named(
-            lax.psum(local_BHKV, form.ranks.axis_name), remat.ENTERING_STATES
-        )
-        o_BTHV = (scale * _read(None, q_BTHK, state_BHKV)).astype(v_BTHV.dtype)
+        state_BHKV = remat.named(lax.psum(local_BHKV, form.ranks.axis_name), remat.ENTERING_STATES)
+        entering_BHKV = manual_axes.alike(state_BHKV, axis_name)
+        o_BTHV = (scale * _read(None, q_BTHK, entering_BHKV)).astype(v_BTHV.dtype)
         return o_BTHV, state_BHKV.astype(final_like.dtype)
 
     zero_BHKV = jnp.zeros_like(initial_BHKV)
-    if segment_ids is None and T % block_size == 0:
+    if segment_ids is None and block_size is not None and T % block_size == 0:
         # Shards of whole blocks: one document, and no block crosses a border.
         o_BTHV, _ = plain(q_BTHK, k_BTHK, v_BTHV, initial_state=zero_BHKV)
         state_BHKV, final_BHKV = _from_earlier(form, None, k_BTHK, v_BTHV, initial_state)
@@ -98,8 +98,9 @@ def document_sums(
             scale=scale,
         )
         # From earlier ranks, the sum of the document that crosses the shard's left border.
-        state_BHKV, final_BHKV = _from_earlier(form, document_BT, k_BTHK, v_BTHV, initial_state)
-        first_BT = segments.run_index(document_BT) == 0
+        crossing_BT = None if segment_ids is None else document_BT
+        state_BHKV, final_BHKV = _from_earlier(form, crossing_BT, k_BTHK, v_BTHV, initial_state)
+        first_BT = None if segment_ids is None else segments.run_index(document_BT) == 0
         reads = [_read_scaled(scale, first_BT, q_BTHK, state_BHKV)]
         # From later ranks, the sum of the block that crosses its right border.
         state_BHKV = _from_later(form, block_BT, k_BTHK, v_BTHV)
@@ -161,7 +162,7 @@ def _from_later(form, block_BT, k_BTHK, v_BTHV):
     return collectives.entering_state(form, local_BHKV, decay, first_B, last_B)[0]
 
 
-def _runs(ranks, v_BTHV, segment_ids_BT, block_size):
+def _runs(ranks, v_BTHV, segment_ids_BT: Any, block_size: int | None) -> tuple[Any, Any]:
     """Returns numbers of each token's document and block, (B, T), equal within one across ranks."""
     B, T = v_BTHV.shape[:2]
     if block_size is None:

@@ -13,7 +13,7 @@ def kind_of(*, q_BTGK, k_BTGK, v_BTHV, block_ids_BT, block_size, **others):
 
 
 def options(regime: str, shape) -> dict:
-    """Returns the keywords of a regime: "blocks of 32" is block-causal, all else whole documents."""
+    """Returns the keywords of a regime: "blocks of 32" is block-causal, others are whole."""
     del shape
     words = regime.split()
     return {"block_size": int(words[2])} if words[:2] == ["blocks", "of"] else {}

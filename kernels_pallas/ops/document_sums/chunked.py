@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import chunk_blocks, dtypes, matmul, remat
+from kernels_pallas.common import chunk_blocks, matmul, remat
 from kernels_pallas.common.dtypes import custom_vjp
 from kernels_pallas.dispatch import tuning
 
@@ -215,7 +215,7 @@ def _computed(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs):
 
 
 def _block(form, left_BGKW, right_BGKW, entry_BGKW, last_B, q_BLGK, k_BLGK, v_BLGW, runs):
-    """Returns the output (B, L, G, W) of a block of chunks, and the sum that leaves it on the right.
+    """Returns the output (B, L, G, W) of a block of chunks, and the sum that leaves it rightwards.
 
     left_BGKW, right_BGKW: what enters the block from both sides, without the entry.
     """
@@ -283,7 +283,5 @@ def _carried(state_BGKW, passes_ME, local_MEKW, reverse=False):
         return jnp.where(passes_E[:, None, None], state_EKW, 0) + local_EKW, state_EKW
 
     state_EKW = state_BGKW.reshape(local_MEKW.shape[1:])
-    final_EKW, state_MEKW = jax.lax.scan(
-        body, state_EKW, (passes_ME, local_MEKW), reverse=reverse
-    )
+    final_EKW, state_MEKW = jax.lax.scan(body, state_EKW, (passes_ME, local_MEKW), reverse=reverse)
     return state_MEKW, final_EKW

@@ -136,7 +136,7 @@ def test_what_document_sums_sends(packed, block_size, directions, more):
     state, numbers = directions * (H * K * V + 1), 8 if packed else 0
     borders = numbers + 8 if block_size == 5 and not packed else directions * numbers
     assert kinds == (["all-gather"] * (directions + more), ["all-gather"] * directions)
-    assert (received[0] == (W - 1) * B * (4 * (state + borders) + 2 * 13 * more)).all()
+    assert (received[0] == 4 * (W - 1) * B * (state + borders + 13 * more)).all()
     assert (received[1] == 4 * (W - 1) * B * state).all()
 
 

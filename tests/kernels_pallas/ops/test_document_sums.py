@@ -1,6 +1,7 @@
 """document_sums: the conformance suite, and what only this operator promises."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,10 @@ class TestDocumentSums(Suite):
         Of whole documents only the second piece does: the first has not seen the second.
         """
         block_size = _block_size(typical)
-        case, cut = at(self.case, typical), 37 if block_size is None else 64 // block_size * block_size
+        case, cut = (
+            at(self.case, typical),
+            37 if block_size is None else 64 // block_size * block_size,
+        )
         inputs = inputs_of(case, Shape(T=100), typical)
 
         def pieces(inputs, *, implementation, segment_ids):
@@ -65,7 +69,9 @@ class TestDocumentSums(Suite):
             o_first, state = case.call(first, implementation=implementation)
             second["initial_state"] = state
             o_second, final = case.call(second, implementation=implementation)
-            return o_second if block_size is None else jnp.concatenate([o_first, o_second], 1), final
+            return o_second if block_size is None else jnp.concatenate(
+                [o_first, o_second], 1
+            ), final
 
         def whole(inputs, **keywords):
             output, final = case.call(inputs, **keywords)
@@ -243,7 +249,8 @@ def test_published_shapes_fit():
         B, T, G, H, K, V = (shape[n] for n in "BTGHKV")
         sizes = {"q": (B, T, G, K), "k": (B, T, G, K), "v": (B, T, H, V)}
         x = {n: jax.ShapeDtypeStruct(size, jnp.bfloat16) for n, size in sizes.items()}
-        o, state = jax.eval_shape(lambda x: CASE.call(x, block_size=shape["block_size"]), x)
+        call = functools.partial(CASE.call, block_size=shape["block_size"])
+        o, state = jax.eval_shape(call, x)
         assert o.shape == (B, T, H, V) and state.shape == (B, H, K, V), name
 
 
