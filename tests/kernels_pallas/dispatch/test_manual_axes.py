@@ -93,7 +93,12 @@ def _compare(got, expected):
 
 CASES = [(name, split) for name in CALLS for split in SPLIT]
 CASES.remove(("linear_cross_entropy", "time"))  # it has no time: that is a batch
-SLOW = ("linear_attention per channel", "delta_rule", "diagonal_plus_low_rank")
+SLOW = (
+    "linear_attention per channel",
+    "delta_rule",
+    "diagonal_plus_low_rank",
+    "document_sums",
+)
 
 
 @pytest.mark.parametrize(

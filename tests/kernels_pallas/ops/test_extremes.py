@@ -53,7 +53,7 @@ def _extreme(rng, case, regime):
         (LINEAR_ATTENTION, "per_channel weak"),
         (DELTA_RULE, "per_token weak"),
         (DIAGONAL_SCAN, "weak"),
-        (DOCUMENT_SUMS, "whole"),
+        pytest.param(DOCUMENT_SUMS, "whole", marks=pytest.mark.slow),
         pytest.param(LINEAR_ATTENTION, "per_token weak", marks=pytest.mark.slow),
         pytest.param(DELTA_RULE, "per_channel weak", marks=pytest.mark.slow),
         pytest.param(DIAGONAL_PLUS_LOW_RANK, "per_channel weak", marks=pytest.mark.slow),

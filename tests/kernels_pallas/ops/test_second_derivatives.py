@@ -64,7 +64,6 @@ def _recurrences():
         *(("diagonal_scan", "log resets", x) for x in ("chunked", "triton")),
         ("causal_conv", "width 4 bias silu norm", "pallas_tpu"),
         ("causal_conv", "width 4 bias silu norm", "shifted"),
-        ("document_sums", "blocks of 7", "chunked"),
     }
     regimes = {
         "linear_attention": ("none", "per_token mixed", "per_channel mixed"),
