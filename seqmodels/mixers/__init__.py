@@ -21,6 +21,8 @@ _MIXERS = {
     "hgrn2": ("hgrn2", "HGRN2"),
     "lawcat": ("lawcat", "LAWCAT"),
     "liger": ("liger", "Liger"),
+    "lightnet": ("lightnet", "LightNet"),
+    "lightnet_nd": ("lightnet_nd", "LightNetND"),
     "linear_attention": ("linear_attention", "LinearAttention"),
     "lolcats": ("lolcats", "LoLCATs"),
     "lru": ("lru", "LRU"),

@@ -33,6 +33,7 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     "mamba2": ({"head_dim": 16, "d_state": 8, "num_groups": 2},),
     "lru": ({"d_state": 24, "r_min": 0.8},),
     "hgrn2": ({"expand_ratio": 8},),
+    "lightnet_nd": ({"gate_rank": 8, "grid": (2, 5)}, {"rope_base": None}),
     "linear_attention": (
         {"output_norm": "rms_norm"},
         {"q_map": "hedgehog_softmax", "features": 4, "rope_base": 100.0, "eps": 1e-12},

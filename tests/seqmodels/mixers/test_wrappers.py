@@ -196,8 +196,9 @@ def test_every_causal_mixer(name):
             y_BTD, _ = mixer.apply({"params": params}, x_BTD, ids_BT, layer=layer)
             return jnp.sum(y_BTD[:, T : T + 5] ** 2)
 
-        packed, alone = apply(x_BTD, ids_BT), apply(x_BTD[:, :T], None)
-        changed = apply(other_BTD, ids_BT)
+        both = jnp.concatenate([x_BTD, other_BTD])
+        packed, changed = jnp.split(apply(both, jnp.tile(ids_BT, (2, 1))), 2)
+        alone = apply(x_BTD[:, :T], None)
         low = apply(x_BTD, ids_BT, make(dtype=jnp.bfloat16))
         return packed, alone, changed, low, jax.grad(loss, (0, 1))(params, x_BTD)
 
