@@ -15,6 +15,7 @@ _MIXERS = {
     "bidirectional": ("bidirectional", "Bidirectional"),
     "delta_net": ("delta_net", "DeltaNet"),
     "delta_product": ("delta_product", "DeltaProduct"),
+    "full_attention": ("full_attention", "FullAttention"),
     "gated_delta_net": ("gated_delta_net", "GatedDeltaNet"),
     "gla": ("gla", "GLA"),
     "hgrn": ("hgrn", "HGRN"),

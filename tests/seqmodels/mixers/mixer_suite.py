@@ -28,6 +28,7 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     "bidirectional": ({"mixer": "gla(num_heads=2)"}, {"shared": True, "combine": "mean"}),
     "delta_net": ({}, {"allow_neg_eigval": True, "use_gate": True}),
     "delta_product": ({}, {"num_householder": 3, "use_forget_gate": True, "conv_width": 2}),
+    "full_attention": ({"num_kv_heads": 2}, {"num_kv_heads": 1, "qk_norm": True, "rope_base": 9.0}),
     "gated_delta_net": ({"num_heads": 2, "num_v_heads": 4}, {"allow_neg_eigval": True}),
     "mamba": ({"d_state": 4}, {"d_state": 3, "negative_eigenvalues": True}),
     "mamba2": ({"head_dim": 16, "d_state": 8, "num_groups": 2},),
