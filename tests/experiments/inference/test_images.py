@@ -50,7 +50,7 @@ def test_a_sheet_has_a_row_of_samples_per_class(channels, tmp_path):
     pixels = np.broadcast_to(shades[..., None, None, None], (2, 3, 4, 4, channels)).astype(np.uint8)
     path = image_pictures.write_samples(pixels, ("cat", "dog"), "title", tmp_path / "samples")
     assert path.name == "samples.png"
-    sheet = np.asarray(Image.open(path))
+    sheet = np.asarray(Image.open(path))[20:, 30:]  # without the text
     rows = [set(np.unique(line[:, 0])) for line in sheet]
     assert any({40, 50, 60} <= row for row in rows) and any({0, 10, 20} <= row for row in rows)
     assert not any({10, 50} <= row for row in rows)
