@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 
 from experiments.data import make_dataset
-from experiments.training import checkpoints, evaluation, loop, restore, run_record, steps, tasks
+from experiments.training import (
+    checkpoints,
+    evaluation,
+    loop,
+    restore,
+    run_record,
+    steps,
+    summary,
+    tasks,
+)
 from seqmodels import encoder, models
 from seqmodels.modules import channel_mixers, diffusion, norms
 from tests.experiments import called
@@ -101,6 +110,8 @@ def test_trains_and_resumes_bit_for_bit(architecture, number, tmp_path):
     result = json.loads((again / "result.json").read_text())
     assert result["steps"] == 4 and math.isfinite(result["loss"])
     assert result["loss"] == json.loads((whole / "result.json").read_text())["loss"]
+    told = {"encoder": "nats per label, accuracy 0", "denoiser": "squared error per channel, over"}
+    assert result["architecture"] == architecture and told[architecture] in summary.text(result)
     config = run_record.load_config(whole)
     program, expected = saved_leaves(config, whole)
     for path, leaf in saved_leaves(config, again)[1].items():
