@@ -88,7 +88,6 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     fields = models.config_fields()
     config.model = ConfigDict({name: _typed(*field) for name, field in fields.items()})
-    config.model.vocab_size = 0
     config.optimizer = ConfigDict(
         {
             "name": "adamw",
