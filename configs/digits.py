@@ -71,8 +71,8 @@ def get_config(arg: str = DEFAULT):
     )
     config.optimizer.update({"learning_rate": 5e-3, "weight_decay": 0.05})
     config.schedule.warmup_steps = 50
-    config.train.update({"steps": 600, "log_every": 50, "eval_every": 200, "eval_batches": 0})
-    config.checkpoint.update({"every": 600, "keep": 1})
+    config.train.update({"steps": 400, "log_every": 50, "eval_every": 200, "eval_batches": 0})
+    config.checkpoint.update({"every": 400, "keep": 1})
     if name == "mlp":
         config.data.patch = 8
     return common.with_argument(config, argument, pixels=pixels, pack=pack)
