@@ -285,11 +285,7 @@ class LanguageModel(nn.Module):
         section 3.3), None where no mixer uses it. p starts at 0: then layer l, from 0, has l/L.
         """
         L = len(self.mixers)
-        widths = {
-            self._mixer(spec).lower_bound_width()
-            for spec in self.mixers
-            if mixers.mixer_class(spec.name).uses_lower_bound
-        }
+        widths = {self._mixer(spec).lower_bound_width() for spec in self.mixers} - {0}
         if not widths:
             return None
         if len(widths) > 1:

@@ -84,8 +84,8 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define init_state")
 
     def lower_bound_width(self) -> int:
-        """Returns the width of `Layer.lower_bound_D`, for mixers with `uses_lower_bound`."""
-        return self.d_model
+        """Returns the width of `Layer.lower_bound_D`; 0 for mixers that do not read it."""
+        return self.d_model if self.uses_lower_bound else 0
 
     @nn.nowrap
     def check_choice(self, option: str, choices: Collection[str]) -> None:

@@ -85,8 +85,7 @@ class Case:
 
     def layer(self, index=1) -> mixers.Layer:
         bound_LD = None
-        if mixers.mixer_class(self.name).uses_lower_bound:
-            width = self.make().lower_bound_width()
+        if width := self.make().lower_bound_width():
             bound_LD = jnp.linspace(0.0, 0.6, LAYERS * width).reshape(LAYERS, width)
         return mixers.Layer(index, LAYERS, None if bound_LD is None else bound_LD[index])
 
