@@ -1,7 +1,5 @@
 """MLP-Mixer's token mixing: an MLP along time, the same for every channel."""
 
-import math
-
 import flax.linen as nn
 
 from seqmodels.mixers import base
@@ -29,27 +27,40 @@ class MLPMixer(base.WholeDocumentMixer):
     max_length: int = 64
     hidden: int | None = None
 
-    @nn.nowrap
-    def _positions(self) -> int:
-        """Returns M."""
-        M = self.max_length if self.grid is None else math.prod(self.grid)
-        padded_documents.check_options(base.name_of(self), self.implementation, max_length=M)
-        return M
-
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         self.check_no_state(state)
-        M, hidden = self._positions(), self.hidden or max(self.d_model // 2, 1)
-        padded_documents.check_length(base.name_of(self), x_BTD.shape[1], M, segment_ids_BT)
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        weights = token_mlp.TokenMLP(M, hidden, name="token_mixing", **dtypes)()
+        M, place_BT = self._places(x_BTD, segment_ids_BT, layer)
+        weights = self._token_mlp(M)
 
         def mix(x_BMD, seen_BM, run):
             return token_mlp.mixed(weights, x_BMD), ()
 
         x_BTD = x_BTD.astype(self.dtype)
-        y_BTD, _ = padded_documents.each_document(mix, x_BTD, segment_ids_BT, M)
+        y_BTD, _ = padded_documents.each_document(
+            mix, x_BTD, segment_ids_BT, M, position_BT=place_BT
+        )
         return y_BTD, None
+
+    @nn.nowrap
+    def _places(self, x_BTD, segment_ids_BT, layer):
+        """Returns M and each token's place in its document."""
+        name = base.name_of(self)
+        padded_documents.check_options(name, self.implementation, max_length=self.max_length)
+        return padded_documents.places(
+            name, x_BTD, segment_ids_BT, self.grid, self.max_length, layer
+        )
+
+    def _token_mlp(self, positions: int, experts: int | None = None):
+        """Makes the weights of an MLP over a document's positions, or of several."""
+        return token_mlp.TokenMLP(
+            positions,
+            self.hidden or max(self.d_model // 2, 1),
+            experts=experts,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="token_mixing",
+        )()
 
 
 def from_vit_jax(block: dict) -> dict:

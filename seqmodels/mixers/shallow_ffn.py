@@ -1,7 +1,5 @@
 """A shallow feed-forward network over the whole sentence, in place of attention."""
 
-import math
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -41,8 +39,9 @@ class ShallowFFN(base.WholeDocumentMixer):
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         self.check_no_state(state)
-        M = self.max_length if self.grid is None else math.prod(self.grid)
-        padded_documents.check_length(base.name_of(self), x_BTD.shape[1], M, segment_ids_BT)
+        M, place_BT = padded_documents.places(
+            base.name_of(self), x_BTD, segment_ids_BT, self.grid, self.max_length, layer
+        )
         network, H, K = make_network(self, M, M)
 
         def mix(x_BMD, seen_BM, run):
@@ -50,7 +49,9 @@ class ShallowFFN(base.WholeDocumentMixer):
             return jnp.swapaxes(y_BHMK, 1, 2).reshape(-1, M, H * K), ()
 
         x_BTD = x_BTD.astype(self.dtype)
-        y_BTD, _ = padded_documents.each_document(mix, x_BTD, segment_ids_BT, M)
+        y_BTD, _ = padded_documents.each_document(
+            mix, x_BTD, segment_ids_BT, M, position_BT=place_BT
+        )
         return (y_BTD if self.num_heads is None else self.merge_heads(y_BTD[..., None])), None
 
 

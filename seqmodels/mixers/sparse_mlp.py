@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from seqmodels import operators
 from seqmodels.array_typing import Array
 from seqmodels.mixers import base, mlp_mixer
-from seqmodels.modules import channel_routing, padded_documents, token_mlp
+from seqmodels.modules import channel_routing, layers, padded_documents, token_mlp
 
 
 class SparseMLP(mlp_mixer.MLPMixer):
@@ -42,23 +42,18 @@ class SparseMLP(mlp_mixer.MLPMixer):
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
         self.check_no_state(state)
-        M, D, X = self._positions(), self.d_model, self.num_experts
-        name = base.name_of(self)
+        M, place_BT = self._places(x_BTD, segment_ids_BT, layer)
+        D, X, name = self.d_model, self.num_experts, base.name_of(self)
         padded_documents.check_options(name, None, num_experts=X)
-        padded_documents.check_length(name, x_BTD.shape[1], M, segment_ids_BT)
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(
+                f"{name}: capacity_factor is {self.capacity_factor}; it must be more than 0, or None"
+            )
         if self.re_represent and D % 2:
             raise ValueError(f"{name}: re_represent halves the channels, and d_model is {D}")
         N = 2 * M if self.re_represent else M
-        hidden = self.hidden or max(D // 2, 1)
-        weights = token_mlp.TokenMLP(
-            N,
-            hidden,
-            experts=X,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="token_mixing",
-        )()
-        router_NX, _ = token_mlp.Affine((N, X), (None, None), use_bias=False, name="router")()
+        weights = self._token_mlp(N, X)
+        router_NX = layers.Matrix(X, (None, None), jnp.float32, name="router")(N)
         before = self._re_representation("before", (M, 2 * M), (D, D // 2))
         after = self._re_representation("after", (2 * M, M), (D // 2, D))
         noise_key = self.make_rng("noise") if self.has_rng("noise") else None
@@ -79,7 +74,9 @@ class SparseMLP(mlp_mixer.MLPMixer):
             return after(jnp.swapaxes(y_BEN, 1, 2)), choice.sums
 
         x_BTD = x_BTD.astype(self.dtype)
-        y_BTD, sums = padded_documents.each_document(mix, x_BTD, segment_ids_BT, M)
+        y_BTD, sums = padded_documents.each_document(
+            mix, x_BTD, segment_ids_BT, M, position_BT=place_BT
+        )
         self.sow("losses", "balance", self.loss_weight * channel_routing.balance_loss(sums))
         return y_BTD, None
 
@@ -89,8 +86,8 @@ class SparseMLP(mlp_mixer.MLPMixer):
             return lambda x_BMD: x_BMD
         maps = {"tokens": (tokens, (None, None)), "channels": (channels, ("embed", None))}
         tokens_MN, channels_DE = (
-            token_mlp.Affine(*shape_and_axes, False, self.param_dtype, name=f"{name}_{which}")()[0]
-            for which, shape_and_axes in maps.items()
+            layers.Matrix(size[1], axes, self.param_dtype, name=f"{name}_{which}")(size[0])
+            for which, (size, axes) in maps.items()
         )
         tokens_MN, channels_DE = (w.astype(self.dtype) for w in (tokens_MN, channels_DE))
         return lambda x_BMD: jnp.einsum("BMD,MN,DE->BNE", x_BMD, tokens_MN, channels_DE)

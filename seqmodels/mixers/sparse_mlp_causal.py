@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.mixers import base, mlp_mixer_causal, sparse_mlp
-from seqmodels.modules import channel_routing, padded_documents, token_mlp
+from seqmodels.modules import channel_routing, layers, padded_documents, token_mlp
 
 
 class CausalSparseMLP(mlp_mixer_causal.CausalMLPMixer):
@@ -38,7 +38,7 @@ class CausalSparseMLP(mlp_mixer_causal.CausalMLPMixer):
             param_dtype=self.param_dtype,
             name="token_mixing",
         )()
-        router_MX, _ = token_mlp.Affine((M, X), (None, None), use_bias=False, name="router")()
+        router_MX = layers.Matrix(X, (None, None), jnp.float32, name="router")(M)
         noise_key = self.make_rng("noise") if self.has_rng("noise") else None
 
         def mix(x_BMD, seen_BM, run):

@@ -1,5 +1,6 @@
 """Documents padded to one length, for mixers whose weights belong to positions in a document."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from jax import lax
 
 from seqmodels import operators
 from seqmodels.array_typing import Array
-from seqmodels.modules import positions
+from seqmodels.modules import grids, positions
 
 # (x_BMD, seen_BM, number of the document in its row) -> (y_BME, a pytree of sums over the batch)
 Function = Callable[[Array, Array, Array | int], tuple[Array, Any]]
@@ -21,7 +22,7 @@ def each_document(
     segment_ids_BT: Array | None,
     max_length: int,
     *,
-    position_BT: Array | None = None,
+    position_BT: Array,
     first_BMD: Array | None = None,
 ) -> tuple[Array, Any]:
     """Applies a function to every document by itself, padded to M = `max_length` positions.
@@ -35,16 +36,13 @@ def each_document(
         Position m of the document is row m of x_BMD, which is 0 where seen_BM is False; a row that
         has fewer documents comes with no position seen. `sums`, a pytree of float32 arrays, is
         added over the calls.
-      position_BT: each token's position in its document, all different; None counts from its start.
+      position_BT: each token's position in its document, all different.
       first_BMD: earlier inputs of each row's first document; rows of zeros where there are none.
 
     Returns:
       y_BTE, and the sums.
     """
-    B, T, D = x_BTD.shape
-    M = max_length
-    if position_BT is None:
-        position_BT = positions.token_positions(B, T, segment_ids_BT, None)
+    M, T = max_length, x_BTD.shape[1]
     run_BT = None if segment_ids_BT is None else operators.run_index(segment_ids_BT)
 
     def one(run):
@@ -85,12 +83,31 @@ def slots(x_BTD: Array, slot_BT: Array, max_length: int) -> tuple[Array, Array]:
     return jnp.where(seen_BM[..., None], x_BMD, 0), seen_BM
 
 
+def places(
+    name: str, x_BTD: Array, segment_ids_BT: Array | None, grid, max_length: int, layer
+) -> tuple[int, Array]:
+    """Returns M, and each token's place in its document, (B, T) int32, for a whole-document mixer.
+
+    Without a grid M is max_length, and places count a document's tokens; with one, M is its number
+    of tokens, and places are counted along it. name: the mixer's.
+
+    Raises ValueError for a row without segment ids that the grid or max_length does not fit.
+    """
+    B, T, _ = x_BTD.shape
+    if grid is None:
+        check_length(name, T, max_length, segment_ids_BT)
+        return max_length, positions.token_positions(B, T, segment_ids_BT, None)
+    grids.check_grid(name, grid, T, segment_ids_BT)
+    coordinates_BTA = grids.coordinates(B, T, segment_ids_BT, grid, layer)
+    return math.prod(grid), grids.ravel(coordinates_BTA, grid)
+
+
 def check_length(name: str, length: int, max_length: int, segment_ids_BT: Array | None) -> None:
-    """Raises ValueError if a row that is one document has more tokens than the weights have."""
+    """Raises ValueError if a row that is one document has more tokens than `max_length`."""
     if segment_ids_BT is None and length > max_length:
         raise ValueError(
-            f"{name}: a document of {length} tokens, and its weights have {max_length} positions: "
-            "shorten the documents, or set max_length (or the grid) to their length"
+            f"{name}: a document of {length} tokens, and max_length is {max_length}, the number of "
+            "positions that have weights: shorten the documents, or set max_length to their length"
         )
 
 

@@ -17,24 +17,20 @@ class Affine(nn.Module):
       shape: (inputs, outputs) of the kernel, with the number of experts or heads before them if
         there are several maps.
       axes: logical names of the kernel's last two axes.
-      use_bias: whether there is a bias; else it is returned as None.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, str | None]
-    use_bias: bool = True
     param_dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array | None]:
+    def __call__(self) -> tuple[Array, Array]:
         several = (None,) * (len(self.shape) - 2)
         init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(several))))
         boxed = layers.kernel if not several else layers.partitioned
         kernel = self.param(
             "kernel", boxed(init, (*several, *self.axes)), self.shape, self.param_dtype
         )
-        if not self.use_bias:
-            return kernel, None
         bias_init = layers.undecayed(nn.initializers.zeros, (*several, self.axes[-1]))
         shape = (*self.shape[:-2], self.shape[-1])
         return kernel, self.param("bias", bias_init, shape, self.param_dtype)
@@ -62,26 +58,29 @@ class TokenMLP(nn.Module):
     param_dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self) -> dict[str, tuple[Array, Array | None]]:
+    def __call__(self) -> dict[str, tuple[Array, Array]]:
         M, F = self.positions, self.hidden
         several = () if self.experts is None else (self.experts,)
         shapes = {"up": (M, F), "down": (F, M)}
         axes = {"up": (None, "mlp"), "down": ("mlp", None)}
         weights = {
-            name: Affine((*several, *shapes[name]), axes[name], True, self.param_dtype, name=name)()
+            name: Affine((*several, *shapes[name]), axes[name], self.param_dtype, name=name)()
             for name in shapes
         }
         weights = jax.tree.map(lambda w: w.astype(self.dtype), weights)
         if self.causal:
             (up, up_bias), (down, down_bias) = weights["up"], weights["down"]
+            # Which hidden units see which positions, and which positions see which hidden units.
             position_M, position_F = np.arange(M), np.arange(F) // (F // M)
-            seen_MF = position_M[:, None] <= position_F
-            up, down = up * seen_MF.astype(self.dtype), down * seen_MF.T.astype(self.dtype)
+            ones = (1,) * len(several)
+            up_mask = (position_M[:, None] <= position_F).reshape(*ones, M, F)
+            down_mask = (position_F[:, None] <= position_M).reshape(*ones, F, M)
+            up, down = up * up_mask.astype(self.dtype), down * down_mask.astype(self.dtype)
             weights = {"up": (up, up_bias), "down": (down, down_bias)}
         return weights
 
 
-def mixed(weights: dict[str, tuple[Array, Array | None]], x_BMD: Array) -> Array:
+def mixed(weights: dict[str, tuple[Array, Array]], x_BMD: Array) -> Array:
     """Applies the MLP of `TokenMLP`'s weights, of one expert, to each channel of x_BMD."""
     (up_MF, up_F), (down_FM, down_M) = weights["up"], weights["down"]
     hidden_BFD = jnp.einsum("BMD,MF->BFD", x_BMD, up_MF) + up_F[None, :, None]
@@ -89,7 +88,7 @@ def mixed(weights: dict[str, tuple[Array, Array | None]], x_BMD: Array) -> Array
     return jnp.einsum("BFD,FM->BMD", hidden_BFD, down_FM) + down_M[None, :, None]
 
 
-def chosen(weights: dict[str, tuple[Array, Array | None]], x_BRM: Array, expert_BR: Array) -> Array:
+def chosen(weights: dict[str, tuple[Array, Array]], x_BRM: Array, expert_BR: Array) -> Array:
     """Applies to each row of x_BRM, a channel over M positions, the MLP of its own expert."""
     (up_XMF, up_XF), (down_XFM, down_XM) = weights["up"], weights["down"]
     # No mesh axis splits these letters but B: each device sorts the rows of its own documents.
