@@ -22,12 +22,15 @@ class Layer:
         HGRN2); None for mixers whose class does not set `uses_lower_bound`.
       coordinates_BTA: each token's place on A axes, (B, T, A) int32, in a point set or on a grid
         whose tokens come in another order; None places a document's tokens row by row on `grid`.
+      condition_BTD: what a denoiser's layers are conditioned on (`blocks.Block`), (B, T, D) or
+        (B, 1, D); mixers do not read it.
     """
 
     index: int | Array
     count: int = flax.struct.field(pytree_node=False)
     lower_bound_D: Array | None = None
     coordinates_BTA: Array | None = None
+    condition_BTD: Array | None = None
 
 
 @flax.struct.dataclass

@@ -25,13 +25,16 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
         {"max_length": 32, "num_kv_heads": 2},
         {"window": 5, "num_kv_heads": 1, "qk_norm": True},
     ),
+    "bidirectional": ({"mixer": "gla(num_heads=2)"}, {"shared": True, "combine": "mean"}),
     "delta_net": ({}, {"allow_neg_eigval": True, "use_gate": True}),
     "delta_product": ({}, {"num_householder": 3, "use_forget_gate": True, "conv_width": 2}),
+    "full_attention": ({"num_kv_heads": 2}, {"num_kv_heads": 1, "qk_norm": True, "rope_base": 9.0}),
     "gated_delta_net": ({"num_heads": 2, "num_v_heads": 4}, {"allow_neg_eigval": True}),
     "mamba": ({"d_state": 4}, {"d_state": 3, "negative_eigenvalues": True}),
     "mamba2": ({"head_dim": 16, "d_state": 8, "num_groups": 2},),
     "lru": ({"d_state": 24, "r_min": 0.8},),
     "hgrn2": ({"expand_ratio": 8},),
+    "lightnet_nd": ({"gate_rank": 8, "grid": (2, 5)}, {"rope_base": None}),
     "linear_attention": (
         {"output_norm": "rms_norm"},
         {"q_map": "hedgehog_softmax", "features": 4, "rope_base": 100.0, "eps": 1e-12},
@@ -52,6 +55,16 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     "mmmamba": ({"num_kv_heads": 2}, {"seed": "scratch", "conv_width": 3}),
     "selective": ({"max_length": 32, "num_kv_heads": 2, "mix_init": 0.4},),
     "mlstm": ({"input_gate_bias": 0.0}, {"input_gate": "sigmoid", "normalize": False}),
+    "ordered": (
+        {"mixer": "bidirectional(mixer='hgrn')", "order": "zigzag", "grid": (2, 5)},
+        {
+            "mixer": "bidirectional(mixer='gla(num_heads=2)')",
+            "order": "hilbert",
+            "grid": (3, 3),
+            "group": 4,
+        },
+        {"mixer": "bidirectional", "order": "reverse", "group": 7},
+    ),
     "shallow_ffn": ({"max_length": 20, "size": "m"}, {"grid": (4, 2), "num_heads": 2}),
     "shallow_ffn_causal": ({"max_length": 12, "size": "m"}, {"max_length": 24, "num_heads": 2}),
     "sparse_linear": (
@@ -420,7 +433,8 @@ def reads_layer(case: Case) -> bool:
     mixer, params = case.make(), {"params": initial_params(case)}
 
     def apply(index, bound_D):
-        return mixer.apply(params, jnp.zeros((1, 2, D)), layer=mixers.Layer(index, LAYERS, bound_D))
+        x_BTD = jnp.zeros((1, document_length(case) or 2, D))
+        return mixer.apply(params, x_BTD, layer=mixers.Layer(index, LAYERS, bound_D))
 
     jaxpr = jax.make_jaxpr(apply)(1, case.layer().lower_bound_D).jaxpr
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
