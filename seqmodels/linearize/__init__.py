@@ -2,6 +2,7 @@
 
     layer_trees.py   parameters as a list of layers, however a model stacks them
     students.py      which layers become which mixer, and a new mixer's first parameters
+    inherit.py       a teacher's parameters in a student by rule, such as "all but attention"
     lora.py          low-rank adapters as a transform of parameters
     partition.py     which parameters are trained, by patterns
     transfer.py      teacher and student layer by layer in one pass
