@@ -6,7 +6,8 @@
     lora.py          low-rank adapters as a transform of parameters
     partition.py     which parameters are trained, by patterns
     transfer.py      teacher and student layer by layer in one pass
-    objectives.py    the losses: transfer, cross-entropy, KL, the choice of layers
+    objectives.py    the losses: transfer, cross-entropy, KL, denoisers', the choice of layers
+    ensembles.py     the loss of a student that is added to an ensemble
 
 `python -m experiments.linearize` runs the stages of a config with these.
 """

@@ -1,6 +1,7 @@
 """Losses per token for the stages that turn a softmax transformer into a linear-time model."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,74 @@ def _hidden(model, params, batch):
     """Runs a model up to its logits; returns x_BTD, its output matrix and that one's layout."""
     inputs = batch["inputs"], batch["segment_ids"]
     return model.apply({"params": params}, *inputs, head=lambda *hidden: hidden)[0]
+
+
+class Denoised(NamedTuple):
+    """Fields of what a denoiser makes of a batch, for `denoising_distillation`.
+
+    prediction_BTE: the predicted noise, or velocity. variance_BTE: its second output, the variance
+      of a step; None for denoisers without one. features: the hidden states after each layer,
+      (B, T, D); () where they are not compared.
+    """
+
+    prediction_BTE: Array
+    variance_BTE: Array | None = None
+    features: Sequence[Array] = ()
+
+
+def denoising_distillation(
+    loss_BT: Array,
+    student: Denoised,
+    teacher: Denoised,
+    *,
+    noise: float = 0.5,
+    variance: float = 0.05,
+    features: float = 0.0,
+) -> tuple[Array, dict[str, Array]]:
+    """Returns a denoiser's loss with a teacher's outputs as further labels, and metrics by name.
+
+        L = L_simple + noise |e_T - e_S|^2 + variance |s_T - s_S|^2 + features sum_l |h_T - h_S|^2
+
+    All are per token, (B, T), and squares are means over channels; e is the prediction, s the
+    variance and h_l the hidden states after layer l. LiT (arXiv 2501.12976, hybrid distillation)
+    takes 0.5, 0.05, 0; LinFusion (arXiv 2409.02097) takes 0.5, 0, 0.5. No gradient reaches the
+    teacher.
+
+    loss_BT: L_simple, the student's own loss.
+
+    Raises:
+      ValueError: a weight of the variance where a model predicts none, or of features where the
+        models' layers differ in number or width.
+    """
+    if variance and (student.variance_BTE is None or teacher.variance_BTE is None):
+        raise ValueError(
+            f"variance is {variance}, and the student or the teacher predicts no variance: set it "
+            "to 0, or take denoisers that do (config.model.learned_variance)"
+        )
+    shapes = [[h_BTD.shape for h_BTD in model.features] for model in (student, teacher)]
+    if features and (shapes[0] != shapes[1] or not shapes[0]):
+        raise ValueError(
+            f"features is {features}, and the hidden states after layers have shapes {shapes[0]} "
+            f"in the student and {shapes[1]} in the teacher: set it to 0, or take a student as deep "
+            "and as wide as its teacher"
+        )
+    terms = {
+        "noise": (noise, [(student.prediction_BTE, teacher.prediction_BTE)]),
+        "variance": (variance, [(student.variance_BTE, teacher.variance_BTE)]),
+        "features": (features, list(zip(student.features, teacher.features))),
+    }
+    metrics = {}
+    for name, (weight, pairs) in terms.items():
+        if weight:
+            metrics[f"{name}_distance"] = sum(_distance(own, theirs) for own, theirs in pairs)
+            loss_BT = loss_BT + weight * metrics[f"{name}_distance"]
+    return loss_BT, metrics
+
+
+def _distance(own, theirs):
+    """Returns the mean square over channels of own - theirs, in float32."""
+    difference = own.astype(jnp.float32) - jax.lax.stop_gradient(theirs).astype(jnp.float32)
+    return jnp.mean(jnp.square(difference), axis=-1)
 
 
 def selection_penalty(params: dict[str, Any], target: int, power: float = 2.0) -> Array:
