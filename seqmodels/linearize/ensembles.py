@@ -11,8 +11,8 @@ far disagrees with the teacher count up to 1 + boost times; the first student we
 budget takes the first few students of the sum.
 
 The scheme is progressive ensemble distillation (B-DISTIL, arXiv 2302.10093), which Mamba PKD (arXiv
-2503.01727) applies to Mamba. The algorithm and both numbers are from memory, not read; the form of
-w is ours.
+2503.01727, a number from memory) applies to Mamba. Only the abstracts were read: the algorithm is
+from memory, and the form of w is ours.
 """
 
 import jax

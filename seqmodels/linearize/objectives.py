@@ -127,7 +127,7 @@ def denoising_distillation(
     if variance and (student.variance_BTE is None or teacher.variance_BTE is None):
         raise ValueError(
             f"variance is {variance}, and the student or the teacher predicts no variance: set it "
-            "to 0, or take denoisers that do (config.model.learned_variance)"
+            "to 0, or take denoisers that do (config.model.learn_variance)"
         )
     shapes = [[h_BTD.shape for h_BTD in model.features] for model in (student, teacher)]
     if features and (shapes[0] != shapes[1] or not shapes[0]):
