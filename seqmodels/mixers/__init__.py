@@ -12,8 +12,10 @@ from seqmodels.mixers.base import Layer, Mixer
 # name: (module, class). A module is imported when its mixer is asked for.
 _MIXERS = {
     "attention": ("attention", "Attention"),
+    "bidirectional": ("bidirectional", "Bidirectional"),
     "delta_net": ("delta_net", "DeltaNet"),
     "delta_product": ("delta_product", "DeltaProduct"),
+    "full_attention": ("full_attention", "FullAttention"),
     "gated_delta_net": ("gated_delta_net", "GatedDeltaNet"),
     "gla": ("gla", "GLA"),
     "hgrn": ("hgrn", "HGRN"),
@@ -27,6 +29,7 @@ _MIXERS = {
     "mamba2": ("mamba2", "Mamba2"),
     "mmmamba": ("mmmamba", "MMMamba"),
     "mlstm": ("mlstm", "MLSTM"),
+    "ordered": ("ordered", "Ordered"),
     "retnet": ("retnet", "RetNet"),
     "rg_lru": ("rg_lru", "RGLRU"),
     "selective": ("selective", "Selective"),

@@ -27,13 +27,22 @@ def names() -> list[str]:
     return sorted([*_KINDS, "moe"])
 
 
-def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **keywords) -> nn.Module:
+def make(
+    text: str,
+    /,
+    *,
+    d_ff: int | None = None,
+    use_bias: bool = False,
+    grid: tuple[int, ...] | None = None,
+    **keywords,
+) -> nn.Module:
     """Makes the channel mixer that `text` names, with options as in a pattern.
 
     Examples: "swiglu", "moe(num_experts=8, experts_per_token=2)".
 
     Args:
       d_ff, use_bias: hidden width and biases, unless `text` gives its own; "moe" has no biases.
+      grid: sizes of a document's axes, for channel mixers that have this field.
       **keywords: further fields of the module, such as dtype and name.
 
     Raises:
@@ -54,6 +63,8 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
             f"channel mixer {name!r} has no option {unknown[0]!r}; "
             f"it has {', '.join(sorted(known))}"
         )
+    if "grid" in known:
+        shared["grid"] = grid
     kinds = typing.get_type_hints(module)
     for option, value in options.items():
         fields.checked(f"{option} of channel mixer {name}", value, kinds[option])
