@@ -1,6 +1,7 @@
-"""Turns pretrained softmax transformers into linear-time models.
+"""Turns softmax transformers, of any architecture, into linear-time models.
 
     layer_trees.py   parameters as a list of layers, however a model stacks them
+    batches.py       any architecture's model on a batch
     students.py      which layers become which mixer, and a new mixer's first parameters
     inherit.py       a teacher's parameters in a student by rule, such as "all but attention"
     lora.py          low-rank adapters as a transform of parameters

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.array_typing import Array
+from seqmodels.linearize import objectives
 
 
 def disagreement(ensemble_BTW: Array, teacher_BTW: Array) -> Array:
@@ -42,27 +43,17 @@ def loss(
     student_BTW: f_i. ensemble_BTW: F_{i-1}, None for the first student. teacher_BTW: the teacher's
       logits. No gradient reaches these two.
     """
-    teacher_BTW = jax.lax.stop_gradient(teacher_BTW)
     weight_BT = jnp.ones(labels_BT.shape, jnp.float32)
     sum_BTW = student_BTW
     if ensemble_BTW is not None:
         ensemble_BTW = jax.lax.stop_gradient(ensemble_BTW)
-        weight_BT = weight_BT + boost * disagreement(ensemble_BTW, teacher_BTW)
+        weight_BT = weight_BT + boost * jax.lax.stop_gradient(
+            disagreement(ensemble_BTW, teacher_BTW)
+        )
         sum_BTW = ensemble_BTW + student_BTW
 
-    # The two losses of the sum: against the labels, and against the teacher at a temperature.
-    ce_BT, correct_BT = cross_entropy(sum_BTW, labels_BT)
-    p_BTW = jax.nn.softmax(teacher_BTW / temperature, axis=-1)
-    log_p_BTW = jax.nn.log_softmax(teacher_BTW / temperature, axis=-1)
-    log_q_BTW = jax.nn.log_softmax(sum_BTW / temperature, axis=-1)
-    kl_BT = jnp.sum(p_BTW * (log_p_BTW - log_q_BTW), axis=-1)
-    loss_BT = weight_BT * (ce_BT + kl * temperature**2 * kl_BT)
-    metrics = {"loss": loss_BT, "nll": ce_BT, "accuracy": correct_BT, "kl": kl_BT}
-    return loss_BT, metrics | {"weight": weight_BT}
-
-
-def cross_entropy(logits_BTW: Array, labels_BT: Array) -> tuple[Array, Array]:
-    """Returns the cross-entropy of labels, and whether the largest logit is the label's, (B, T)."""
-    log_p_BTW = jax.nn.log_softmax(logits_BTW, axis=-1)
-    ce_BT = -jnp.take_along_axis(log_p_BTW, labels_BT[..., None], axis=-1)[..., 0]
-    return ce_BT, (jnp.argmax(logits_BTW, axis=-1) == labels_BT).astype(jnp.float32)
+    loss_BT, metrics = objectives.class_distillation(
+        sum_BTW, teacher_BTW, labels_BT, kl=kl, temperature=temperature
+    )
+    loss_BT = weight_BT * loss_BT
+    return loss_BT, metrics | {"loss": loss_BT, "weight": weight_BT}
