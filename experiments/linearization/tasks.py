@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.training import steps
+from experiments.training.tasks import Task, cross_entropy
 from seqmodels import language_model
 from seqmodels.checkpoints_io import conversion
 from seqmodels.linearize import lora, objectives, partition, transfer
@@ -24,7 +24,7 @@ class Model(NamedTuple):
     params: dict[str, Any]
 
 
-def make_task(stage, teacher: Model, student: Model) -> steps.Task:
+def make_task(stage, teacher: Model, student: Model) -> Task:
     """Returns the Task of a stage, `config.linearize.stages.<stage>` (configs/linearize/common.py).
 
     Student parameters whose paths match `train` are trained, those that match `lora` get adapters,
@@ -99,14 +99,14 @@ def _cut(stage, params, boxed, allowed=lambda path: True) -> _TrainedAndFrozen:
     return _TrainedAndFrozen(start, frozen, boxed_start, boxed_frozen, boxed_lora, stage)
 
 
-def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_frozen) -> steps.Task:
+def _task(model, cut: _TrainedAndFrozen, loss, model_params, frozen, boxed_frozen) -> Task:
     """Returns the Task that trains the parameters `cut` by `loss` and evaluates `model`."""
 
     def token_losses(params, frozen, batch):
-        _, details = steps.cross_entropy(model, model_params(params, frozen), batch)
+        _, details = cross_entropy(model, model_params(params, frozen), batch)
         return details.nll_BT, details.correct_BT
 
-    return steps.Task(
+    return Task(
         model, cut.boxed_params, cut.init, loss, token_losses, model_params,
         cut.start, frozen, boxed_frozen,
     )  # fmt: skip

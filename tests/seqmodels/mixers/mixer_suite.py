@@ -33,6 +33,13 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     "mamba": ({"d_state": 4}, {"d_state": 3, "negative_eigenvalues": True}),
     "mamba2": ({"head_dim": 16, "d_state": 8, "num_groups": 2},),
     "lru": ({"d_state": 24, "r_min": 0.8},),
+    "inline": ({}, {"grid": (2, 3), "num_heads": 2}),
+    "linfusion": ({}, {"correction": "none"}),
+    "mala": ({}, {"grid": (2, 5)}),
+    "nalaformer": ({}, {"grid": (2, 3)}),
+    "rala": ({}, {"grid": (2, 3), "weigh_keys": False}),
+    "sana_video": ({}, {"grid": (2, 2, 2), "num_heads": 2, "block_size": 4}),
+    "slab": ({}, {"grid": (3, 3)}),
     "hgrn2": ({"expand_ratio": 8},),
     "linear_attention": (
         {"output_norm": "rms_norm"},
