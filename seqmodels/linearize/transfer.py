@@ -81,7 +81,7 @@ class PairBlock(blocks.Block):
             y_BTD, own = run(pair.student, STUDENT, jax.lax.stop_gradient(x_BTD))
             pairs = {name: (own.get(name), theirs[name]) for name in ("heads", "mixer", "residual")}
             pairs["block"] = y_BTD, out_BTD
-            # A student's heads may be wider than the teacher's, or it has none: they are not compared.
+            # Heads that are wider than the teacher's, or that a student lacks, are not compared.
             for name, (a, b) in pairs.items():
                 if a is not None and a.shape == b.shape:
                     self.sow("intermediates", name, _mean_square(a - b))
