@@ -9,7 +9,7 @@ from seqmodels import denoiser, encoder, language_model
 from seqmodels.array_typing import Array
 from seqmodels.modules import stack
 
-_EXAMPLE_LENGTH = 7
+EXAMPLE_LENGTH = 7
 
 
 def arguments(model: stack.Stack, batch: dict[str, Array]) -> tuple:
@@ -27,9 +27,9 @@ def arguments(model: stack.Stack, batch: dict[str, Array]) -> tuple:
     return noised_BTE, batch["time"], batch["labels"], *place
 
 
-def example(model: stack.Stack) -> dict[str, Array]:
-    """Returns a batch of one short row, of zeros, by which a model's parameters can be made."""
-    ids_BT = jnp.zeros((1, _EXAMPLE_LENGTH), jnp.int32)
+def example(model: stack.Stack, length: int = EXAMPLE_LENGTH) -> dict[str, Array]:
+    """Returns a batch of one row of `length` tokens, of zeros, that a model can be called on."""
+    ids_BT = jnp.zeros((1, length), jnp.int32)
     batch = {"inputs": ids_BT, "labels": ids_BT, "segment_ids": ids_BT + 1}
     if isinstance(model, encoder.GridModel) and not getattr(model, "vocab_size", 0):
         batch["inputs"] = jnp.zeros((*ids_BT.shape, model.input_dim), jnp.float32)
