@@ -5,63 +5,48 @@
     python -m experiments.claims --smoke               each in seconds: does it run? Nothing is kept
     python -m experiments.claims --list                their names, and what each takes
     python -m experiments.claims --only=mqar --judge   verdict and picture of what is kept, anew
+    python -m experiments.claims --gallery             docs/claims.md, of all that is kept
 
-Results are kept in experiments/reports/claims and pictures in docs/claims; docs/claims.md is made
-of them after every run. A claim that fails stays, marked as failed; that is no error of this
-program. Trained runs stay in --workdir, where they are found by their configs: an interrupted
-command goes on, and claims share baselines. After a change of the code give another --workdir.
+Results are kept in experiments/reports/claims and pictures in docs/claims. A claim that fails
+stays, marked as failed; that is no error of this program. Trained runs stay in --workdir, where
+they are found by their configs: an interrupted command goes on, and claims share baselines. After a
+change of the code give another --workdir.
 """
 
 import sys
-import traceback
 from pathlib import Path
 
-import jax
 from absl import flags
 
-from experiments import claims
-from experiments.claims import gallery, kept
-from experiments.claims.context import Context
+from experiments.claims import gallery, runner
 from experiments.launch import cli
 
 _ONLY = flags.DEFINE_list("only", [], "names of claims with commas between them; default: all")
 _SMOKE = flags.DEFINE_bool("smoke", False, "shrink every claim to seconds; nothing is judged")
 _LIST = flags.DEFINE_bool("list", False, "print the claims' names and titles")
 _JUDGE = flags.DEFINE_bool("judge", False, "judge and draw kept measurements, without a run")
+_GALLERY = flags.DEFINE_bool("gallery", False, "write docs/claims.md of kept results, and no more")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/claims", "where trained runs are kept and found")
 _OUT = flags.DEFINE_string("out", None, "one folder for results and pictures, not the kept ones")
 
 
 def main(argv):
     cli.no_arguments(argv)
-    names = cli.chosen("only", _ONLY.value, claims.names()) or tuple(claims.names())
+    names = runner.chosen(_ONLY.value)
     if _LIST.value:
         print("\n".join(map(gallery.line, names)))
-        return
-    if not jax.config.jax_compilation_cache_dir:  # seeds, and later runs, compile once
-        folder = cli.output_folder(Path(_WORKDIR.value) / "compiled")
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    keeping = not (_OUT.value or _SMOKE.value)
-    out = Path(_OUT.value or Path(_WORKDIR.value) / "smoke")
-    folders = (kept.RESULTS, kept.PICTURES) if keeping else (out, out)
-    failures = []
-    for name in names:
-        try:
-            if _JUDGE.value:
-                record = kept.judged(name, kept.read(name, folders[0]))
-            else:
-                claim = claims.load(name)
-                record = kept.make(name, Context(_WORKDIR.value, claim.seeds, _SMOKE.value))
-            kept.write(record, *folders)
-            print(kept.summary(record), flush=True)
-        except Exception:  # the other claims still run
-            traceback.print_exc()
-            failures.append(name)
-    if keeping:
+    elif _GALLERY.value:
         gallery.write()
-    if failures:
-        sys.exit(f"error: not measured: {', '.join(failures)}")
+    else:
+        workdir = cli.output_folder(_WORKDIR.value)
+        out = Path(_OUT.value or workdir / "smoke") if _OUT.value or _SMOKE.value else None
+        if _JUDGE.value:
+            missing = runner.judge(names, out)
+        else:
+            runner.compile_once(workdir / "compiled")
+            missing = runner.run(names, workdir, _SMOKE.value, out)
+        if missing:
+            sys.exit(f"error: not measured: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -133,15 +133,17 @@ class Run:
         return list(itertools.islice(make_dataset(data, split), count))
 
     def scores(
-        self, changes: Changes | None = None, split: str = "test", max_batches: int = 0
+        self, changes: Changes | None = None, split: str = "test", max_batches: int | None = None
     ) -> evaluation.Scores:
         """Returns the scores of a split: `.totals()`, `.by_length()`, `.by_position()`.
 
         changes: fields of the config that differ, of other data or of a model that has the same
           parameters: {"data.eval_max_length": 512}.
-        max_batches: how many batches are scored; 0: all.
+        max_batches: how many batches are scored, 0: all; None: the config's train.test_batches.
         """
         config = changed(self.config, changes or {})
+        if max_batches is None:
+            max_batches = config.train.test_batches
         program = self._program(config)
         dataset = make_dataset(config.data, split)
         return evaluation.evaluate(program, self._trained(program), dataset, max_batches)

@@ -55,7 +55,8 @@ def judged(name: str, record: dict) -> dict:
         "holds": all(check.holds for check in checks),
         "checks": [check._asdict() for check in checks],
     }
-    return {"name": name} | texts | verdict | {k: v for k, v in record.items() if k not in texts}
+    new = {"name": name} | texts | verdict
+    return new | {key: value for key, value in record.items() if key not in new}
 
 
 def write(record: dict, results: Path = RESULTS, images: Path = PICTURES) -> None:
