@@ -61,7 +61,7 @@ CLAIM = claim.Claim(
     published="Linear attention is not injective: queries that are multiples of each other get the "
     "same weights. Subtracting the mean instead of dividing by the sum makes it injective; with a "
     "local term as well InLine-DeiT-T has 74.5 % on ImageNet.",
-    ours="Encoders of 8 x 8 digits, one pixel per token, two layers of width 32, 800 steps of 32 "
+    ours="Encoders of 8 x 8 digits, one pixel per token, two layers of width 32, 600 steps of 32 "
     "images. Weights of a trained model's queries q and of 2 q; accuracy on 360 test images. InLine "
     "has no local term here, so that injectivity alone is compared.",
     seeds=3,

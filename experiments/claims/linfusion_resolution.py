@@ -70,7 +70,7 @@ CLAIM = claim.Claim(
     section="section 3.2",
     published="Attention that is normalised keeps its scale with the number of tokens, and zero-shot "
     "generation at higher resolutions works; linear mixers without normalisation fail at them.",
-    ours="Encoders of 8 x 8 digits, one pixel per token, two layers of width 32, 800 steps of 32 "
+    ours="Encoders of 8 x 8 digits, one pixel per token, two layers of width 32, 600 steps of 32 "
     "images, sinusoidal positions; accuracy on the test images, and on the same images enlarged to "
     "16 x 16 (bilinear, four times the tokens, coordinates in pixels of 8 x 8).",
     seeds=3,

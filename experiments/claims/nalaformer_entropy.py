@@ -79,7 +79,7 @@ CLAIM = claim.Claim(
     published="Softmax attention's entropy falls with the query's norm, which linear attention's "
     "normalisation takes out; norm-aware features bring that back.",
     ours="Queries and keys of trained softmax encoders of 8 x 8 digits (one pixel per token, two "
-    "layers of width 32, 800 steps of 32 images), whose weights are made by softmax, by a relu map "
+    "layers of width 32, 600 steps of 32 images), whose weights are made by softmax, by a relu map "
     "and by NaLaFormer's features; entropies per token.",
     seeds=3,
     minutes=3,

@@ -15,7 +15,7 @@ LINEAR = f"whole_document(num_heads={HEADS}, q_map='relu', use_bias=True)"
 
 
 def train(context, pattern: str, seed: int, **changes):
-    """Trains two layers of width 32 for 800 steps of 32 images; returns the `Run`."""
+    """Trains two layers of width 32 for 600 steps of 32 images; returns the `Run`."""
     size = {"d_model": 32, "num_layers": 2}
     config = digits.get_config("linear_attention,pixels")
     fields = {f"model.{name}": value for name, value in size.items()} | {
@@ -23,10 +23,10 @@ def train(context, pattern: str, seed: int, **changes):
         "model.scan_layers": False,
         "data.batch_size": 32,
         "data.shift": 0,
-        "train.steps": 800,
-        "train.eval_every": 800,
+        "train.steps": 600,
+        "train.eval_every": 600,
         "train.log_every": 100,
-        "checkpoint.every": 800,
+        "checkpoint.every": 600,
     }
     return context.train(config, fields | changes, seed=seed)
 
