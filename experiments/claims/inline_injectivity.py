@@ -64,7 +64,7 @@ CLAIM = claim.Claim(
     "images. Weights of a trained model's queries q and of 2 q; accuracy on 359 test images. What "
     "injectivity gains without the local term is within the spread of seeds here.",
     seeds=3,
-    minutes=5,
+    minutes=6,
     run=run,
     judge=judge,
     draw=draw,
