@@ -34,7 +34,7 @@ here: 3, 1e-3, true, text, "(1.0, 0.5)", or None where this text says so.
       of encoders and denoisers
         num_classes, input_dim    number of classes, channels per patch; 0: the dataset's
         grid                sizes of the axes of a document's tokens, "(8, 8)"; None: the dataset's
-        position_embedding  none, per_axis, per_token, sinusoidal
+        position_embedding  none, per_axis, per_token, sinusoidal, md_tpe
         position_conv       taps of a depthwise convolution before each mixer; None: no such one
       of encoders
         pooling             mean (a class per document), token (a class per token)

@@ -24,6 +24,8 @@ _MIXERS = {
     "inline_causal": ("inline_causal", "InLineCausal"),
     "lawcat": ("lawcat", "LAWCAT"),
     "liger": ("liger", "Liger"),
+    "lightnet": ("lightnet", "LightNet"),
+    "lightnet_nd": ("lightnet_nd", "LightNetND"),
     "linear_attention": ("linear_attention", "LinearAttention"),
     "linfusion": ("linfusion", "LinFusion"),
     "lit": ("lit", "LiT"),

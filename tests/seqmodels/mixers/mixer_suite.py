@@ -41,6 +41,7 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     "sana_video": ({}, {"grid": (2, 2, 2), "num_heads": 2, "block_size": 4}),
     "slab": ({}, {"grid": (3, 3)}),
     "hgrn2": ({"expand_ratio": 8},),
+    "lightnet_nd": ({"gate_rank": 8, "grid": (2, 5)}, {"rope_base": None}),
     "linear_attention": (
         {"output_norm": "rms_norm"},
         {"q_map": "hedgehog_softmax", "features": 4, "rope_base": 100.0, "eps": 1e-12},
