@@ -1,4 +1,4 @@
-"""PRepBN: LayerNorm gives way to batch statistics step by step without loss; at once it does not."""
+"""PRepBN: batch statistics take LayerNorm's place step by step without loss, at once with it."""
 
 import numpy as np
 
