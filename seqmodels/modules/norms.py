@@ -123,9 +123,9 @@ class BatchNorm(nn.Module):
         mean_D, var_D = mean.value, var.value
         if is_training(self):
             mean_D, var_D = moments(wide_BTD, segment_ids_BT)
-            m = self.momentum
-            mean.value = m * mean.value + (1.0 - m) * jax.lax.stop_gradient(mean_D)
-            var.value = m * var.value + (1.0 - m) * jax.lax.stop_gradient(var_D)
+            for kept, now_D in ((mean, mean_D), (var, var_D)):
+                now_D = jax.lax.stop_gradient(now_D).astype(jnp.float32)
+                kept.value = self.momentum * kept.value + (1.0 - self.momentum) * now_D
         scale_D = self.param("scale", _gain(nn.initializers.ones), (D,), self.param_dtype)
         bias_D = self.param("bias", _gain(nn.initializers.zeros), (D,), self.param_dtype)
         factor_D = scale_D * jax.lax.rsqrt(var_D + self.eps)
