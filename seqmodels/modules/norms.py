@@ -134,10 +134,10 @@ class BatchNorm(nn.Module):
 
 
 class RepBN(nn.Module):
-    """RepBN: y = BatchNorm(x) + alpha x, alpha a learned scalar that starts at 1 (SLAB, eq. 7).
+    """RepBN: y = BatchNorm(x) + alpha x, alpha a learned scalar that starts at 1.
 
     In evaluation it is one factor and one offset per channel, which `folding.fold` moves into the
-    next linear layer. Attributes are those of BatchNorm (SLAB: arXiv 2405.11582).
+    next linear layer (SLAB, arXiv 2405.11582). Attributes are those of BatchNorm.
     """
 
     eps: float = 1e-5
@@ -152,7 +152,7 @@ class RepBN(nn.Module):
 
 
 class PRepBN(nn.Module):
-    """Progressive re-parameterized BatchNorm (SLAB, arXiv 2405.11582, section 3.1, eq. 5):
+    """Progressive re-parameterized BatchNorm (SLAB, arXiv 2405.11582):
 
         y = lambda LayerNorm(x) + (1 - lambda) RepBN(x)
 
