@@ -2,8 +2,10 @@
 
 The equations, forward and backward, stand in docs/math/document_sums.md under the names used here.
 
-A row that is one document has one state (`_by_blocks`): S = sum_s k_s v_s^T, then o_t = S^T q_t.
-With blocks of tokens, block n reads the sum of the states of blocks 0 to n.
+A row that is one document has one state (`_whole`): S = sum_s k_s v_s^T, then o_t = S^T q_t. Both
+products are cut into pieces of tokens on a CPU, where one that stays in cache is faster, and needs
+no transposed copy of the row. With blocks of tokens (`_by_blocks`), block n reads the sum of the
+states of blocks 0 to n.
 
 Packed documents (`_by_runs`) are cut into chunks of C tokens. Each token sees a run of tokens to
 its left and one to its right: its document and its block, or the other way round. Of a chunk's own
@@ -22,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import chunk_blocks, matmul, remat
+from kernels_pallas.common import arguments, chunk_blocks, matmul, remat
 from kernels_pallas.common.dtypes import custom_vjp
 from kernels_pallas.dispatch import tuning
 
@@ -47,7 +49,9 @@ def run(
     v_BTGW = v_BTHV.reshape(B, T, G, -1)
     state_BGRKV = initial_state_BHKV.reshape(B, G, H // G, K, V)
     state_BGKW = jnp.moveaxis(state_BGRKV, 2, 3).reshape(B, G, K, -1)
-    if block_ids_BT is None:
+    if block_ids_BT is None and block_size is None:
+        o_BTGW, final_BGKW = _whole(q_BTGK, k_BTGK, v_BTGW, state_BGKW, scale)
+    elif block_ids_BT is None:
         o_BTGW, final_BGKW = _by_blocks(q_BTGK, k_BTGK, v_BTGW, state_BGKW, block_size, scale)
     else:
         runs = segment_ids_BT, block_ids_BT
@@ -58,20 +62,91 @@ def run(
     return o_BTGW.reshape(B, T, H, V), final_BGRKV.reshape(B, H, K, V)
 
 
-def _by_blocks(q_BTGK, k_BTGK, v_BTGW, state_BGKW, block_size, scale):
-    """Computes the sums of rows that are one document each, of blocks of `block_size` tokens.
+def _whole(q_BTGK, k_BTGK, v_BTGW, state_BGKW, scale):
+    """Computes the sums of rows that are one document each; returns (o_BTGW, the final state)."""
+    B, T, G, K = q_BTGK.shape
+    length = None
+    if chunk_blocks.known(B, T):
+        chunks = -(-T // CHUNK_SIZE)
+        widest = max(K, v_BTGW.shape[-1])
+        length = CHUNK_SIZE * chunk_blocks.chunks_per_block(chunks, B * G, widest)
+        length = None if length >= T else length
+    padding = 0 if length is None else -T % length
 
-    block_size None is one block. Returns (o_BTGW, the final state), for JAX to differentiate.
+    def padded(x_BTGX):
+        return jnp.pad(x_BTGX, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x_BTGX
+
+    # S = initial state + sum_s k_s v_s^T, o = scale S^T q
+    final_BGKW = state_BGKW + _summed(length, padded(k_BTGK), padded(v_BTGW))
+    o_BTGW = _read((length, scale, v_BTGW.dtype), padded(q_BTGK), final_BGKW)
+    return remat.named((o_BTGW[:, :T] if padding else o_BTGW, final_BGKW))
+
+
+@custom_vjp(0)
+def _summed(length, x_BTGK, y_BTGW):
+    """Returns sum_t x_t y_t^T, (B, G, K, W), in pieces of `length` tokens; None is one piece."""
+    if length is None:
+        return matmul.einsum("BTGK,BTGW->BGKW", x_BTGK, y_BTGW)
+
+    def add(sum_BGKW, n):
+        x_BLGK, y_BLGW = chunk_blocks.read((x_BTGK, y_BTGW), n, length)
+        return sum_BGKW + matmul.einsum("BLGK,BLGW->BGKW", x_BLGK, y_BLGW), None
+
+    (B, T, G, K), W = x_BTGK.shape, y_BTGW.shape[-1]
+    dtype = arguments.state_dtype(x_BTGK, y_BTGW)
+    zero_BGKW = jnp.zeros_like(x_BTGK, dtype, (B, G, K, W))
+    return jax.lax.scan(add, zero_BGKW, jnp.arange(T // length))[0]
+
+
+@custom_vjp(0)
+def _read(form, x_BTGK, S_BGKW):
+    """Returns scale S^T x_t, (B, T, G, W).
+
+    form: length as for `_summed`, scale, and the result's dtype.
+    """
+    length, scale, dtype = form
+
+    def read(x_BLGK):
+        return (scale * matmul.einsum("BLGK,BGKW->BLGW", x_BLGK, S_BGKW)).astype(dtype)
+
+    if length is None:
+        return read(x_BTGK)
+    like = jnp.zeros_like(x_BTGK, dtype, (*x_BTGK.shape[:3], S_BGKW.shape[-1]))
+    o_BTGW, _, _ = chunk_blocks.scan(
+        lambda state, _, x_BLGK: (read(x_BLGK), state, None), (), x_BTGK, like, length
+    )
+    return o_BTGW
+
+
+def _summed_backward(length, saved, d_BGKW):
+    x_BTGK, y_BTGW = saved
+    d_x = _read((length, 1.0, x_BTGK.dtype), y_BTGW, jnp.swapaxes(d_BGKW, 2, 3))
+    return d_x, _read((length, 1.0, y_BTGW.dtype), x_BTGK, d_BGKW)
+
+
+def _read_backward(form, saved, d_BTGW):
+    (length, scale, _), (x_BTGK, S_BGKW) = form, saved
+    d_x = _read((length, scale, x_BTGK.dtype), d_BTGW, jnp.swapaxes(S_BGKW, 2, 3))
+    return d_x, (scale * _summed(length, x_BTGK, d_BTGW)).astype(S_BGKW.dtype)
+
+
+# Each is the other's derivative, so those of every order take no memory beside their results.
+_summed.defvjp(lambda length, x, y: (_summed(length, x, y), (x, y)), _summed_backward)
+_read.defvjp(lambda form, x, S: (_read(form, x, S), (x, S)), _read_backward)
+
+
+def _by_blocks(q_BTGK, k_BTGK, v_BTGW, state_BGKW, block_size, scale):
+    """Computes the sums of rows that are one document each, in blocks of `block_size` tokens.
+
+    Returns (o_BTGW, the final state), for JAX to differentiate.
     """
     B, T, G, K = q_BTGK.shape
-    tokens = T if block_size is None else block_size
 
     def blocks(x_BTGX):
-        """Reshapes (B, T, G, X) to blocks (B, N, tokens, G, X), zero-padding T as needed."""
-        if block_size is not None:
-            padding = chunk_blocks.padding(T, block_size)
-            x_BTGX = jnp.pad(x_BTGX, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        return x_BTGX.reshape(B, -1, tokens, G, x_BTGX.shape[-1])
+        """Reshapes (B, T, G, X) to blocks (B, N, block_size, G, X), zero-padding T as needed."""
+        padding = chunk_blocks.padding(T, block_size)
+        x_BTGX = jnp.pad(x_BTGX, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        return x_BTGX.reshape(B, -1, block_size, G, x_BTGX.shape[-1])
 
     q_BNCGK, k_BNCGK, v_BNCGW = map(blocks, (q_BTGK, k_BTGK, v_BTGW))
     # S_n = initial state + the sums of blocks 0 to n
