@@ -30,7 +30,7 @@ from tests.kernels_pallas.ops.conformance import (
 
 CASE = suite_case(
     api.OPERATOR,
-    implementations=("chunked", "naive_chunk"),
+    implementations=("chunked", "naive_chunk", "pallas_tpu"),
     typical=("whole", "blocks of 32", "blocks of 7"),
     fast=((1, "whole"), (100, "blocks of 7"), (100, "blocks of 32"), (100, "whole")),
 )
@@ -307,7 +307,7 @@ def test_memory_of_the_backward_pass_is_not_T_squared():
         ({"chunk_size": 48}, "chunk_size is 48; expected a power of two, 16 or more"),
         (
             {"implementation": "fast"},
-            "choose one of .*'chunked', 'naive_chunk', 'reference', or None",
+            "choose one of 'pallas_tpu', 'triton', 'chunked', 'naive_chunk', 'reference', or None",
         ),
     ],
 )
