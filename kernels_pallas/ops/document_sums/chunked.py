@@ -19,6 +19,7 @@ O(T) memory.
 Letters: M chunks of a block, L its tokens, E rows (batch and group), W = values of a group's heads.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,8 +42,12 @@ def run(
     block_size,
     chunk_size,
     scale,
+    kernel=None,
 ):
-    """Computes sums over documents from normalised arguments; returns (o_BTHV, final_BHKV)."""
+    """Computes sums over documents from normalised arguments; returns (o_BTHV, final_BHKV).
+
+    kernel: what computes `_sums` in place of `_computed`, for packed documents.
+    """
     B, T, G, K = q_BTGK.shape
     H, V = v_BTHV.shape[2:]
     # Heads that share a key head are further values of it.
@@ -57,7 +62,8 @@ def run(
         runs = segment_ids_BT, block_ids_BT
         key = ("document_sums", "chunked", str(v_BTHV.dtype), f"{K}x{V}")
         C = chunk_size or tuning.lookup({"chunk_size": CHUNK_SIZE}, *key)["chunk_size"]
-        o_BTGW, final_BGKW = _by_runs(q_BTGK, k_BTGK, v_BTGW, state_BGKW, runs, C, scale)
+        inputs = q_BTGK, k_BTGK, v_BTGW, state_BGKW
+        o_BTGW, final_BGKW = _by_runs(inputs, runs, C, scale, kernel)
     final_BGRKV = jnp.moveaxis(final_BGKW.reshape(B, G, K, H // G, V), 3, 2)
     return o_BTGW.reshape(B, T, H, V), final_BGRKV.reshape(B, H, K, V)
 
@@ -168,6 +174,7 @@ class _Form(NamedTuple):
 
     C, L: tokens of a chunk and of a block of chunks. scale: multiplies the sums. dtype: that of the
     output. reverse: whether a token sees its block to the left and its document to the right.
+    kernel: what computes it, None is `_computed`.
     """
 
     C: int
@@ -175,18 +182,21 @@ class _Form(NamedTuple):
     scale: float
     dtype: jnp.dtype
     reverse: bool = False
+    kernel: Callable | None = None
 
 
-def _by_runs(q_BTGK, k_BTGK, v_BTGW, state_BGKW, runs, C, scale):
+def _by_runs(inputs, runs, C, scale, kernel):
     """Computes the sums of packed documents; returns (o_BTGW, the final state).
 
-    runs: each token's document and block (B, T), where neighbours of one have equal numbers.
+    inputs: q, k (B, T, G, K), v (B, T, G, W), the initial state (B, G, K, W). runs: each token's
+      document and block (B, T), where neighbours of one have equal numbers.
     """
+    q_BTGK, k_BTGK, v_BTGW, state_BGKW = inputs
     B, T, G, K = q_BTGK.shape
     W = v_BTGW.shape[-1]
     C = chunk_blocks.chunk_length(C, T, least=16)
     chunks = -(-T // C)
-    M = chunk_blocks.chunks_per_block(chunks, B * G, max(K, W))
+    M = 1 if kernel else chunk_blocks.chunks_per_block(chunks, B * G, max(K, W))
     padding = -(-chunks // M) * M * C - T
 
     def padded(x_BTX, mode):
@@ -198,11 +208,11 @@ def _by_runs(q_BTGK, k_BTGK, v_BTGW, state_BGKW, runs, C, scale):
         changed_BT = run_BT[:, 1:] != run_BT[:, :-1]
         index_BT = jnp.cumsum(jnp.pad(changed_BT, ((0, 0), (1, 0))).astype(jnp.int32), axis=1)
         index.append(padded(index_BT, "edge"))
-    inputs = (padded(x, "constant") for x in (q_BTGK, k_BTGK, v_BTGW))
-    form = _Form(C, M * C, scale, v_BTGW.dtype)
+    padded_inputs = (padded(x, "constant") for x in (q_BTGK, k_BTGK, v_BTGW))
+    form = _Form(C, M * C, scale, v_BTGW.dtype, kernel=kernel)
     # The first document reads the initial state with its own sums, scaled.
     entry_BGKW = scale * state_BGKW
-    o_BTGW, last_BGKW = _sums(form, *inputs, entry_BGKW, tuple(index))
+    o_BTGW, last_BGKW = _sums(form, *padded_inputs, entry_BGKW, tuple(index))
     one_B111 = (index[0][:, -1] == 0)[:, None, None, None]
     return o_BTGW[:, :T], last_BGKW + jnp.where(one_B111, state_BGKW, 0)
 
@@ -223,7 +233,8 @@ def _sums(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs):
 
 
 def _forward(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs):
-    results = remat.named(_computed(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs))
+    compute = form.kernel or _computed
+    results = remat.named(compute(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs))
     return results, (q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs)
 
 
