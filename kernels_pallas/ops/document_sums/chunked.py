@@ -174,7 +174,7 @@ class _Form(NamedTuple):
 
     C, L: tokens of a chunk and of a block of chunks. scale: multiplies the sums. dtype: that of the
     output. reverse: whether a token sees its block to the left and its document to the right.
-    kernel: what computes it, None is `_computed`.
+    kernel: what computes it, None is `_computed`. name: of the kernel's call.
     """
 
     C: int
@@ -183,6 +183,7 @@ class _Form(NamedTuple):
     dtype: jnp.dtype
     reverse: bool = False
     kernel: Callable | None = None
+    name: str = "document_sums"
 
 
 def _by_runs(inputs, runs, C, scale, kernel):
@@ -246,15 +247,17 @@ def _backward(form, saved, cotangents):
         return jnp.swapaxes(x_BGKW, 2, 3)
 
     # Token t sees s: dq_t sums over the s that t sees, dk_s and dv_s over the t that see s.
-    other = form._replace(reverse=not form.reverse)
+    def of(array, name, reverse):
+        return form._replace(dtype=array.dtype, name=f"{form.name}_{name}", reverse=reverse)
+
     dq, _ = _sums(
-        form._replace(dtype=q_BTGK.dtype), d_o_BTGW, v_BTGW, k_BTGK, swapped(entry_BGKW), runs
+        of(q_BTGK, "dq", form.reverse), d_o_BTGW, v_BTGW, k_BTGK, swapped(entry_BGKW), runs
     )
     dk, _ = _sums(
-        other._replace(dtype=k_BTGK.dtype), v_BTGW, d_o_BTGW, q_BTGK, swapped(d_sum_BGKW), runs
+        of(k_BTGK, "dk", not form.reverse), v_BTGW, d_o_BTGW, q_BTGK, swapped(d_sum_BGKW), runs
     )
     dv, d_entry_BGKW = _sums(
-        other._replace(dtype=v_BTGW.dtype), k_BTGK, q_BTGK, d_o_BTGW, d_sum_BGKW, runs
+        of(v_BTGW, "dv", not form.reverse), k_BTGK, q_BTGK, d_o_BTGW, d_sum_BGKW, runs
     )
     return dq, dk, dv, d_entry_BGKW, None
 

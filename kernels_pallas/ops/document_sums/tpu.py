@@ -166,12 +166,12 @@ def computed(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs):
     rows, q, k, v, entry = manual_axes.alike((rows, q, k, v, entry))
     states = jax.ShapeDtypeStruct((B, tiling.N, *entry.shape[1:]), tiling.products.dtype)
     Q, first = _launch(
-        tiling, "from_right", _from_right, True,
+        tiling, f"{form.name}_from_right", _from_right, True,
         [("rows", rows), ("key", k), ("value", v)], [("states", states), ("state", entry)],
     )  # fmt: skip
     o = jax.ShapeDtypeStruct(v.shape, form.dtype)
     o, last = _launch(
-        tiling, "read", functools.partial(_read_kernel, form.scale), False,
+        tiling, f"{form.name}_read", functools.partial(_read_kernel, form.scale), False,
         [("rows", rows), ("key", q), ("key", k), ("value", v), ("states", Q), ("state", entry)],
         [("value", o), ("state", entry)],
     )  # fmt: skip
@@ -196,7 +196,7 @@ def _launch(tiling, name, kernel, reverse, inputs, outputs):
     }
     return tpu_tiling.launch(
         functools.partial(kernel, tiling),
-        f"document_sums_{name}",
+        name,
         (tiling.B, tiling.G // heads, N),
         [(specs[kind], x) for kind, x in inputs],
         [(specs[kind], x) for kind, x in outputs],
