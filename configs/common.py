@@ -13,7 +13,8 @@ here: 3, 1e-3, true, text, "(1.0, 0.5)", or None where this text says so.
         pattern             mixers of the layers: "3*gated_delta_net + attention(window=256)"
         num_layers          number of layers, through which the pattern repeats
         d_model             width
-        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)"; None: no channel mixer
+        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)", and of encoders and
+                            denoisers conv_gelu, conv_swiglu; None: no channel mixer
         d_ff                width of the channel mixer; None: the default of its kind
         channel_bias        whether its projections have biases
         norm, norm_eps      rms_norm, layer_norm, srms_norm, zero_centred_rms_norm, and of encoders
@@ -87,7 +88,6 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     fields = models.config_fields()
     config.model = ConfigDict({name: _typed(*field) for name, field in fields.items()})
-    config.model.vocab_size = 0
     config.optimizer = ConfigDict(
         {
             "name": "adamw",

@@ -1,5 +1,6 @@
 """Context parallelism: the operators of `kernels_pallas` with time split over a mesh axis."""
 
+from kernels_pallas.context_parallel.document_sums import document_sums
 from kernels_pallas.context_parallel.operators import (
     associative_scan,
     causal_conv,
@@ -18,6 +19,7 @@ __all__ = [
     "delta_rule",
     "diagonal_plus_low_rank",
     "diagonal_scan",
+    "document_sums",
     "linear_attention",
     "shift",
     "softmax_attention",
