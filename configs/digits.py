@@ -43,9 +43,10 @@ def pattern(name: str) -> str:
 
 
 def names() -> list[str]:
-    """Returns the names of all mixers and baselines that the first argument may be."""
-    wrappers = ("bidirectional", "ordered")
-    return [*BASELINES, *(name for name in mixers.names() if name not in (*BASELINES, *wrappers))]
+    """Returns the names of all baselines and mixers that are compared, each once."""
+    # Wrappers are other mixers' ways to see an image, and full_attention is a baseline.
+    left_out = (*BASELINES, "bidirectional", "full_attention", "ordered")
+    return [*BASELINES, *(name for name in mixers.names() if name not in left_out)]
 
 
 def split_argument(arg: str) -> tuple[str, str]:
