@@ -18,11 +18,10 @@ from tests.experiments import tiny
 def small(config, steps=2):
     """Shrinks a config of images in place to T = 4 and one narrow layer; returns it."""
     config.data.update({"patch": 4, "batch_size": 8, "eval_batch_size": 64})
-    config.model.update({"d_model": 8, "num_layers": 1})
+    config.model.update({"d_model": 16, "num_layers": 1})
     config.schedule.warmup_steps = 0
     config.train.update({"steps": steps, "log_every": 1, "eval_every": 10, "test_batches": 1})
     config.checkpoint.every = 1
-    config.mesh.data = 1
     return config
 
 
