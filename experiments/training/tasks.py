@@ -19,6 +19,7 @@ from seqmodels.modules import diffusion, stack
 from seqmodels.text import sampling
 
 Batch = dict[str, Array]
+Losses = tuple[Array, dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,11 @@ def of_config(config, seq_len: int) -> Task:
     Raises ValueError for a model that the config does not describe rightly, and a z_loss without a
     language model.
     """
-    model = models.from_config(config.model)
-    z_loss = config.train.get("z_loss", 0.0)
+    return of_model(models.from_config(config.model), seq_len, config.train.get("z_loss", 0.0))
+
+
+def of_model(model: stack.Stack, seq_len: int, z_loss: float = 0.0) -> Task:
+    """Returns the Task that `of_config` describes, of a model that is made already."""
     if isinstance(model, language_model.LanguageModel):
         model.check_length(seq_len)
         # Shapes of parameters depend on no length. Hardly a mesh divides 7 tokens, so that nothing
@@ -179,12 +183,18 @@ def _class_losses(model, variables, batch, mutable, *, training):
 
 
 def _denoising_losses(model, variables, batch, mutable, *, training):
-    x_BTE, noise_BTE, time_BT = batch["inputs"], batch["noise"], batch["time"]
-    noised_BTE = model.process.noised(x_BTE, noise_BTE, time_BT)
+    noised_BTE = model.process.noised(batch["inputs"], batch["noise"], batch["time"])
     out, updated = model.apply(
-        variables, noised_BTE, time_BT, batch["labels"], batch["segment_ids"],
+        variables, noised_BTE, batch["time"], batch["labels"], batch["segment_ids"],
         batch.get("coordinates"), mutable=mutable,
     )  # fmt: skip
+    return denoising_losses(model, out, batch), updated
+
+
+def denoising_losses(model, out, batch: Batch) -> Losses:
+    """Returns a denoiser's loss_BT of what it returned for a batch, `out`, and metrics by name."""
+    x_BTE, noise_BTE, time_BT = batch["inputs"], batch["noise"], batch["time"]
+    noised_BTE = model.process.noised(x_BTE, noise_BTE, time_BT)
     out_BTE = out[0] if model.learn_variance else out
     error_BT = jnp.mean(jnp.square(out_BTE - model.process.target(x_BTE, noise_BTE)), axis=-1)
     metrics, loss_BT = {"loss": error_BT}, error_BT
@@ -193,7 +203,7 @@ def _denoising_losses(model, variables, batch, mutable, *, training):
             model.noise_schedule, x_BTE, noised_BTE, *out, time_BT
         )
         loss_BT, metrics["bound"] = loss_BT + bound_BT, bound_BT
-    return (loss_BT, metrics), updated
+    return loss_BT, metrics
 
 
 def check_batch(model: stack.Stack, batch: dict[str, np.ndarray]) -> None:

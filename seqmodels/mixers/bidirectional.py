@@ -38,15 +38,12 @@ class Bidirectional(wrapper.Wrapper):
             )
         forward = self.make_wrapped(name="forward")
         backward = forward if self.shared else self.make_wrapped(name="backward")
-        if segment_ids_BT is None:
+        index_BT = None if segment_ids_BT is None else orders.reversal(segment_ids_BT)
 
-            def reverse(x_BTD):
+        def reverse(x_BTD):
+            if index_BT is None:
                 return jnp.flip(x_BTD, axis=1)
-        else:
-            index_BT = orders.reversal(segment_ids_BT)
-
-            def reverse(x_BTD):
-                return orders.permute(x_BTD, index_BT, index_BT)
+            return orders.permute(x_BTD, index_BT, index_BT)
 
         # Documents keep their places in the row, so the ids are those of the reversed tokens too.
         ahead_BTD, _ = forward(x_BTD, segment_ids_BT, layer=layer)

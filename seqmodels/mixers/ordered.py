@@ -1,5 +1,7 @@
 """Any mixer on the tokens of a grid, or points, in another order and in groups."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,8 @@ class Ordered(wrapper.Wrapper):
         if not mixer.causal:
             coordinates_BTA = grids.coordinates(B, T, segment_ids_BT, self.grid, layer)
             coordinates_BTA = orders.permute(coordinates_BTA, index, inverse)
-            layer = (layer or base.Layer(0, 1)).replace(coordinates_BTA=coordinates_BTA)
+            layer = layer or base.Layer(0, 1)
+            layer = dataclasses.replace(layer, coordinates_BTA=coordinates_BTA)
         # Documents keep their places in the row, and so do their ids.
         ids_BT = segment_ids_BT
         if self.group is not None:

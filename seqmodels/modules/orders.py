@@ -139,18 +139,24 @@ def scan_keys(coordinates_BTA: Array, name: str, grid: Sequence[int]) -> Array:
     return place_BT // N * N + jnp.take(jnp.asarray(rank_N), place_BT % N)
 
 
-def sort_documents(key_BT: Array, segment_ids_BT: Array | None) -> tuple[Array, Array]:
-    """Returns indices that sort the tokens of each document by a key, and the inverse indices.
+def sort_documents(
+    keys: Array | Sequence[Array], segment_ids_BT: Array | None
+) -> tuple[Array, Array]:
+    """Returns indices that sort the tokens of each document by keys, and the inverse indices.
 
     Documents stay where they are in the row, and equal keys in their order. Both results are (B, T)
     int32: token index_BT[b, t] comes t-th, and token t goes to place inverse_BT[b, t].
+
+    keys: (B, T) numbers, or several arrays of them, of which later ones decide between equal ones.
     """
-    B, T = key_BT.shape
+    keys = (keys,) if isinstance(keys, jax.Array | np.ndarray) else tuple(keys)
+    B, T = keys[0].shape
     token_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     if segment_ids_BT is None:
         segment_ids_BT = jnp.zeros((B, T), jnp.int32)
     document_BT = operators.run_index(segment_ids_BT)
-    *_, index_BT = jax.lax.sort((document_BT, key_BT, token_BT), dimension=1, num_keys=2)
+    by = (document_BT, *keys)
+    *_, index_BT = jax.lax.sort((*by, token_BT), dimension=1, num_keys=len(by))
     _, inverse_BT = jax.lax.sort((index_BT, token_BT), dimension=1, num_keys=1)
     return index_BT, inverse_BT
 

@@ -41,6 +41,7 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     "sana_video": ({}, {"grid": (2, 2, 2), "num_heads": 2, "block_size": 4}),
     "slab": ({}, {"grid": (3, 3)}),
     "hgrn2": ({"expand_ratio": 8},),
+    "lightnet_nd": ({"gate_rank": 8, "grid": (2, 5)}, {"rope_base": None}),
     "linear_attention": (
         {"output_norm": "rms_norm"},
         {"q_map": "hedgehog_softmax", "features": 4, "rope_base": 100.0, "eps": 1e-12},
@@ -56,6 +57,16 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
         {"window": 3, "num_kv_heads": 1, "feature_map": "elu_plus_one"},
         {"window": None, "num_kv_heads": 2},
     ),
+    "lion": (
+        {"mixer": "hgrn", "group": 4, "window": 3},
+        {"mixer": "gla(num_heads=2)", "group": 4, "window": 2, "grid": (2, 5), "depth": 2},
+    ),
+    "mate": (
+        {"mixer": "hgrn", "review": 3, "window": (3,)},
+        {"mixer": "gla(num_heads=2)", "review": 2, "window": 2, "grid": (2, 2, 2)},
+    ),
+    "mlp_mixer": ({"max_length": 20}, {"grid": (2, 4)}),
+    "mlp_mixer_causal": ({"max_length": 24},),
     "mmmamba": ({"num_kv_heads": 2}, {"seed": "scratch", "conv_width": 3}),
     "selective": ({"max_length": 32, "num_kv_heads": 2, "mix_init": 0.4},),
     "mlstm": ({"input_gate_bias": 0.0}, {"input_gate": "sigmoid", "normalize": False}),
@@ -69,10 +80,26 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
         },
         {"mixer": "bidirectional", "order": "reverse", "group": 7},
     ),
+    "shallow_ffn": ({"max_length": 20, "size": "m"}, {"grid": (4, 2), "num_heads": 2}),
+    "shallow_ffn_causal": ({"max_length": 12, "size": "m"}, {"max_length": 24, "num_heads": 2}),
+    "sparse_linear": (
+        {"block_size": 8, "topk": 0.5, "num_heads": 2},
+        {"block_size": 4, "topk": 0.5, "grid": (4, 2), "feature_map": "elu_plus_one"},
+        {"mode": "sparse_only", "block_size": 3},
+        {"mode": "linear_only"},
+    ),
+    "sparse_mlp": ({"max_length": 20, "num_experts": 3}, {"grid": (2, 4), "capacity_factor": 1.0}),
+    "sparse_mlp_causal": ({"max_length": 24, "num_experts": 3},),
     "transnormer": ({"lrpe": True},),
     "transnormer_llm": ({"slopes": "alibi", "lrpe": True, "gate_activation": "sigmoid"},),
     "transnormer_local": ({"block_size": 16}, {"block_size": 4, "variant": "t1"}),
 }
+
+# Mixers whose `implementation` names no recurrent form.
+ONE_FORM = (
+    *("attention", "transnormer_local", "mlp_mixer", "shallow_ffn", "shallow_ffn_causal"),
+    *("sparse_linear", "sparse_mlp"),
+)
 
 B, T, D, LAYERS = 4, 20, 32, 2
 # Each row holds documents of these lengths: 1, and around a convolution's width. The last one holds
@@ -98,7 +125,7 @@ class Case:
     def make(self, **keywords) -> mixers.Mixer:
         """Returns the mixer; variants above 0 take the recurrent form, which compiles fastest."""
         options = SMALL_OPTIONS.get(self.name, ({},))[self.variant]
-        if self.variant and self.name not in ("attention", "transnormer_local"):
+        if self.variant and self.name not in ONE_FORM:
             keywords.setdefault("implementation", "reference")
         return mixers.make(self.name, d_model=D, **options, **keywords)
 
