@@ -65,7 +65,9 @@ def test_an_encoder_is_scored_by_class(encoder, tmp_path, capsys):
 
 
 def test_a_denoiser_is_scored_by_time(denoiser, tmp_path):
-    found = image_scores.score(subject_of(denoiser), "validation", buckets=4, out=tmp_path)
+    found = image_scores.score(
+        subject_of(denoiser, "validation"), "validation", buckets=4, out=tmp_path
+    )
     assert sum(row["tokens"] for row in found["by_time"]) == found["tokens"] == 179 * 4
     total = sum(row["tokens"] * row["loss"] for row in found["by_time"])
     assert found["loss"] == pytest.approx(total / found["tokens"])
