@@ -110,7 +110,10 @@ def test_the_gallery_is_what_is_kept():
 
 
 def test_all_claims_fit_into_three_hours():
-    minutes = {name: claims.load(name).minutes for name in claims.names()}
+    minutes = {
+        name: record["seconds"] / 60 if (record := kept.read(name)) else claims.load(name).minutes
+        for name in claims.names()
+    }
     assert max(minutes.values()) <= 15
     assert sum(minutes.values()) <= 180
 
