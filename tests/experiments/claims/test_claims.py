@@ -163,8 +163,16 @@ def test_a_claim_that_cannot_be_measured_does_not_stop_the_others(claimed, tmp_p
 
 
 def test_an_unknown_claim_names_the_choices(claimed):
-    with pytest.raises(cli.UserError, match="--only: unknown 'one'; choose from ones, twos"):
+    with pytest.raises(
+        cli.UserError, match="--only: unknown 'one'; choose from ones, twos, missing"
+    ):
         claimed({"ones": a_claim(), "twos": a_claim()}, only=["one"])
+
+
+def test_missing_are_those_without_a_kept_result(claimed, monkeypatch):
+    monkeypatch.setattr(kept, "read", lambda name: {"kept": True} if name == "ones" else None)
+    claimed({"ones": a_claim(), "twos": a_claim()})
+    assert runner.chosen(["missing"]) == ("twos",)
 
 
 def test_a_judge_without_checks_is_refused(claimed, capsys):
