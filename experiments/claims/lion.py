@@ -17,8 +17,8 @@ def run(context):
         "data.shift": 0,
         "model.position_embedding": "none",
         "model.num_layers": 2,
-        "train.steps": 200,
-        "train.eval_every": 200,
+        "train.steps": 150,
+        "train.eval_every": 150,
     }
     found = {}
     for group in GROUPS:
@@ -63,9 +63,9 @@ CLAIM = claim.Claim(
     published="On Waymo, groups of thousands of voxels, which only a linear RNN can afford, detect "
     "better than groups of the few dozens that window attention has.",
     ours="Digits as sets of 20 to 64 lit pixels in random order (intensity and place as features); "
-    "two layers of LION with RetNet, windows of 4x4, x-major and y-major; 200 steps of 32 digits.",
+    "two layers of LION with RetNet, windows of 4x4, x-major and y-major; 150 steps of 32 digits.",
     seeds=3,
-    minutes=3,
+    minutes=2,
     run=run,
     judge=judge,
     draw=draw,

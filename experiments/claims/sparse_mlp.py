@@ -16,7 +16,7 @@ LAST = {  # the last of three layers
 
 def run(context):
     config = digits.get_config("mlp_mixer")
-    changes = {"data.shift": 0, "data.batch_size": 32, "train.steps": 500, "train.eval_every": 500}
+    changes = {"data.shift": 0, "data.batch_size": 32, "train.steps": 300, "train.eval_every": 300}
     found = {}
     for label, last in LAST.items():
         pattern = {"model.pattern": f"2*mlp_mixer + {last}"}
@@ -67,9 +67,9 @@ CLAIM = claim.Claim(
     "Sparse-MLP gains 2.5 points over MLP-Mixer (79.2 % top-1 with MoCo v3).",
     ours="Digits as 16 patches, without augmentation: three layers of MLP-Mixer of width 64, the "
     f"last one with {EXPERTS} spatial experts (top-1, re-represent layers), {EXPERTS} channel "
-    "experts (top-2), or both; 500 steps of 32.",
+    "experts (top-2), or both; 300 steps of 32.",
     seeds=3,
-    minutes=4,
+    minutes=2,
     run=run,
     judge=judge,
     draw=draw,
