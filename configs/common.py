@@ -13,7 +13,8 @@ here: 3, 1e-3, true, text, "(1.0, 0.5)", or None where this text says so.
         pattern             mixers of the layers: "3*gated_delta_net + attention(window=256)"
         num_layers          number of layers, through which the pattern repeats
         d_model             width
-        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)"; None: no channel mixer
+        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)", and of encoders and
+                            denoisers conv_gelu, conv_swiglu; None: no channel mixer
         d_ff                width of the channel mixer; None: the default of its kind
         channel_bias        whether its projections have biases
         norm, norm_eps      rms_norm, layer_norm, srms_norm, zero_centred_rms_norm, and of encoders
@@ -34,7 +35,7 @@ here: 3, 1e-3, true, text, "(1.0, 0.5)", or None where this text says so.
       of encoders and denoisers
         num_classes, input_dim    number of classes, channels per patch; 0: the dataset's
         grid                sizes of the axes of a document's tokens, "(8, 8)"; None: the dataset's
-        position_embedding  none, per_axis, per_token, sinusoidal
+        position_embedding  none, per_axis, per_token, sinusoidal, md_tpe
         position_conv       taps of a depthwise convolution before each mixer; None: no such one
       of encoders
         pooling             mean (a class per document), token (a class per token)
@@ -87,7 +88,6 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     fields = models.config_fields()
     config.model = ConfigDict({name: _typed(*field) for name, field in fields.items()})
-    config.model.vocab_size = 0
     config.optimizer = ConfigDict(
         {
             "name": "adamw",

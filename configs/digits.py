@@ -59,20 +59,20 @@ def get_config(arg: str = DEFAULT):
     name, argument = split_argument(arg)
     config = common.get_config()
     config.data = default_config("digits")
-    config.data.update({"batch_size": 64, "eval_batch_size": 128, "patch": 2, "shift": 1})
+    config.data.update({"batch_size": 64, "eval_batch_size": 128, "patch": 2})
     config.model.update(
         {
             "architecture": "encoder",
             "pattern": pattern(name),
             "d_model": 64,
             "num_layers": 3,
-            "position_embedding": "per_token",
+            "position_embedding": "sinusoidal",
         }
     )
-    config.optimizer.update({"learning_rate": 3e-3, "weight_decay": 0.05})
+    config.optimizer.update({"learning_rate": 5e-3, "weight_decay": 0.05})
     config.schedule.warmup_steps = 50
-    config.train.update({"steps": 600, "log_every": 50, "eval_every": 200, "eval_batches": 0})
-    config.checkpoint.update({"every": 600, "keep": 1})
+    config.train.update({"steps": 400, "log_every": 50, "eval_every": 200, "eval_batches": 0})
+    config.checkpoint.update({"every": 400, "keep": 1})
     if name == "mlp":
         config.data.patch = 8
     return common.with_argument(config, argument, pixels=pixels, pack=pack)

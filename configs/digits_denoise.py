@@ -13,7 +13,7 @@ from configs import common, digits
 def get_config(arg: str = digits.DEFAULT):
     name, argument = digits.split_argument(arg)
     config = digits.get_config(name)
-    config.data.update({"task": "denoising", "shift": 0})
+    config.data.update({"task": "denoising"})
     config.model.update({"architecture": "denoiser", "num_layers": 4})
     config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.0})
     config.train.update({"steps": 2000, "log_every": 100, "eval_every": 500})

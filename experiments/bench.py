@@ -8,6 +8,7 @@
     python -m experiments.bench gpu_peers         against flash-linear-attention, on a GPU
     python -m experiments.bench linearizations    every linearization method on one teacher
     python -m experiments.bench vision            digits by every mixer, one table of accuracies
+    python -m experiments.bench lengths           linear against softmax attention, 64 to 16,384
 
 Each has flags of its own: `python -m experiments.bench tpu_report --help`.
 """
@@ -66,6 +67,12 @@ def _vision():
     return vision, vision.main
 
 
+def _lengths():
+    from experiments.benchmarks.commands import lengths
+
+    return lengths, lengths.main
+
+
 COMMANDS = {
     "operators": _operators,
     "tune": _tune,
@@ -75,6 +82,7 @@ COMMANDS = {
     "gpu_peers": _gpu_peers,
     "linearizations": _linearizations,
     "vision": _vision,
+    "lengths": _lengths,
 }
 
 

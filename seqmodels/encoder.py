@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from seqmodels import mixers, operators, sharding
 from seqmodels.array_typing import Array
-from seqmodels.modules import grids, layers, norms, pattern, stack
+from seqmodels.modules import grids, layers, md_tpe, norms, pattern, stack
 
-POSITIONS = ("none", *grids.KINDS)
+POSITIONS = ("none", *md_tpe.KINDS)
 
 
 class GridModel(stack.Stack):
@@ -20,8 +20,8 @@ class GridModel(stack.Stack):
         or (frames, height, width); None is one axis of any length. A row without segment ids has as
         many tokens.
       input_dim: E, the number of channels of a token's input.
-      position_embedding: what is added to the embedded tokens: "none", or a kind of
-        `grids.PositionEmbedding`.
+      position_embedding: what is added to the embedded tokens: "none", "md_tpe", or a
+        kind of `grids.PositionEmbedding`.
       position_conv: see `blocks.Block`.
     """
 
@@ -67,7 +67,7 @@ class GridModel(stack.Stack):
         if coordinates_BTA is None:
             grids.check_grid(type(self).__name__, self.grid, x_BTD.shape[1], segment_ids_BT)
         if self.position_embedding != "none":
-            positions = grids.PositionEmbedding(
+            positions = md_tpe.make(
                 self.position_embedding, self.grid, param_dtype=self.param_dtype, name="positions"
             )
             place = mixers.Layer(0, len(self.mixers), coordinates_BTA=coordinates_BTA)

@@ -65,11 +65,13 @@ def fields_of(architecture: str) -> dict[str, tuple[Any, Any]]:
 def config_fields() -> dict[str, tuple[Any, Any]]:
     """Returns {field: (type, default)} of a config's section `model`, for all architectures.
 
-    Where several have a field, they agree on its type, and the default is the first one's.
+    Where several have a field, they agree on its type, and the default is the first that one gives.
     """
     found: dict[str, tuple[Any, Any]] = {"architecture": (str, ARCHITECTURES[0])}
     for name in ARCHITECTURES:
-        found = fields_of(name) | found
+        for field, (kind, default) in fields_of(name).items():
+            if field not in found or found[field][1] is None:
+                found[field] = kind, default
     return found
 
 

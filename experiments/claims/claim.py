@@ -36,7 +36,7 @@ class Claim:
       measurements too, whose verdict nobody reads.
     draw: (measurements, figure) -> None; draws on a matplotlib figure with constrained layout: axes
       labelled with units, the paper's numbers marked where they fit, the legend outside.
-    seeds: number of seeds. minutes: time from scratch on two cores, at most 15.
+    seeds: number of seeds. minutes: of processor time from scratch, at most 15.
     tried: of a claim that fails here, what was tried.
     figure_size: width and height of the picture in inches.
     """

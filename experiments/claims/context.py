@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-import time
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,17 +83,17 @@ class Context:
         folder = self._workdir / f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         self._folders.add(folder)
-        before, start = _seconds(folder), time.perf_counter()
+        before, start = _seconds(folder), processor_seconds()
         try:
             yield folder
         finally:
-            taken = time.perf_counter() - start
+            taken = processor_seconds() - start
             self._in_work += taken
             run_record.write_json(folder / "seconds.json", before + taken)
 
-    def seconds(self, elapsed: float) -> float:
-        """Returns what a claim takes from scratch: `elapsed`, with earlier work that was read."""
-        return elapsed - self._in_work + sum(map(_seconds, self._folders))
+    def seconds(self, taken: float) -> float:
+        """Returns a claim's processor time from scratch: `taken` now, and for work it has read."""
+        return taken - self._in_work + sum(map(_seconds, self._folders))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +175,14 @@ def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
         with node.ignore_type(), node.unlocked():
             node[field] = value
     return config
+
+
+def processor_seconds() -> float:
+    """Returns the processor time of this process and those it has started and waited for.
+
+    Unlike the time on the wall it does not depend on what else the machine does.
+    """
+    return sum(os.times()[:4])
 
 
 def _seconds(folder: Path) -> float:

@@ -23,9 +23,9 @@ def page(records: Iterable[dict]) -> str:
         "what was trained and measured here in its place, and whether it held. Made from",
         "`experiments/reports/claims` by `python -m experiments.claims --gallery`; a claim that failed stays.",
         "",
-        f"{len(records) - failed} of {len(records)} hold. From scratch they took",
-        f"{minutes:.0f} minutes together, of at most {_LIMIT}. A section's seconds include runs",
-        "that it shares with others.",
+        f"{len(records) - failed} of {len(records)} hold. From scratch they took {minutes:.0f}",
+        f"minutes of processor time together, of at most {_LIMIT}: two cores take from half as long",
+        "to as long. A section's time includes runs that it shares with others.",
         "",
         "| claim | paper | here | minutes |",
         "|---|---|---|---:|",
@@ -68,7 +68,7 @@ def section(record: dict) -> list[str]:
     return [
         *lines,
         "",
-        f"`{record['command']}`: {record['seconds']:.0f} s, "
+        f"`{record['command']}`: {record['seconds']:.0f} s of processor time, "
         f"{seeds} seed{'s' if seeds > 1 else ''}, commit {commit}. "
         f"{machine.describe(record['environment'])}",
     ]

@@ -91,7 +91,7 @@ def _readers(params: dict[tuple, Any], norm: tuple[str, ...]) -> list[tuple[str,
         return [(*block, "output")]
     module = {"mixer_norm": "mixer", "channel_norm": "channel_mixer"}[name]
     prefix = (*block, module)
-    names = {path[len(prefix)] for path in params if path[: len(prefix)] == prefix}
+    names = {p[len(prefix)] for p in params if p[: len(prefix)] == prefix and p[-1] == "kernel"}
     known = {*_READERS[module], *_OTHERS[module]}
     if unknown := sorted(names - known):
         raise ValueError(

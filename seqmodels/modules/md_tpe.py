@@ -1,4 +1,4 @@
-"""MD-TPE: positions of a grid as decaying sums of the embeddings along each axis."""
+"""MD-TPE: positions of a grid as decaying sums of the embeddings along each axis; all by name."""
 
 import flax.linen as nn
 import jax
@@ -81,3 +81,20 @@ def _along(axis: int, x_BTD, coordinates_BTA, segment_ids_BT, log_decay_H) -> Ar
         segment_ids=line_BT,
     )
     return orders.permute(o_BTD, inverse_BT, index_BT)
+
+
+KINDS = (*grids.KINDS, "md_tpe")
+
+
+def make(kind: str, grid: grids.Grid, **keywords) -> nn.Module:
+    """Makes the module of KINDS that adds positions on a grid to embeddings.
+
+    It is called as `grids.PositionEmbedding` is. keywords: dtypes and name.
+
+    Raises ValueError, listing the choices, for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown positions {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind == "md_tpe":
+        return MDTPE(grid=grid, **keywords)
+    return grids.PositionEmbedding(kind, grid, **keywords)

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, chunk_blocks, segments
 from kernels_pallas.dispatch import explicit_axes
-from kernels_pallas.ops.document_sums import chunked, reference
+from kernels_pallas.ops.document_sums import chunked, naive_chunk, reference
 from kernels_pallas.ops.document_sums.case import CASE
 
 LEAST_BLOCK = 16  # tokens of a block that has a state of its own where rows are not packed
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("chunked", segments.isolated(chunked.run)),
+    dispatch.Implementation("naive_chunk", segments.isolated(naive_chunk.run)),
     dispatch.Implementation("reference", segments.isolated(reference.dense)),
 )
 

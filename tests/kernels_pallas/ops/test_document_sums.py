@@ -29,7 +29,7 @@ from tests.kernels_pallas.ops.conformance import (
 
 CASE = suite_case(
     api.OPERATOR,
-    implementations=("chunked",),
+    implementations=("chunked", "naive_chunk"),
     typical=("whole", "blocks of 32", "blocks of 7"),
     fast=((1, "whole"), (100, "blocks of 7"), (100, "blocks of 32"), (100, "whole")),
 )
@@ -150,6 +150,48 @@ def test_the_reference_is_the_definition(block_size, packed):
     np.testing.assert_allclose(got[1][-1], final, atol=1e-12)
 
 
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_the_gradients_are_the_operator(block_size):
+    """The backward pass of docs/math/document_sums.md, in float64, against jax.vjp of the dense
+    form: dq, dk and dv are sums for other arguments, two of them with left and right exchanged.
+    """
+    rng, T, scale = np.random.default_rng(0), 23, 0.7
+    q, k, v, d_o = (rng.standard_normal((T, n)) for n in (4, 4, 3, 3))
+    initial, d_final = rng.standard_normal((2, 4, 3))
+    ids = np.repeat([2, 1, 2], [6, 9, 8])
+    start = np.array([0, 6, 15])[np.searchsorted([6, 15], np.arange(T), side="right")]
+    document, block = start, start + (np.arange(T) - start) // (block_size or T) * 100
+    last = (document == 15)[:, None]
+
+    def read(q, k, v, left, right):
+        """scale sum_s M_ts (q_t^T k_s) v_s, by the runs to the left and to the right."""
+        same_left, same_right = (x[:, None] == x[None] for x in (left, right))
+        M = np.where(np.tri(T, dtype=bool), same_left, same_right)
+        return scale * (M * (q @ k.T)) @ v
+
+    first = (document == 0)[:, None]
+    expected_o = read(q, k, v, document, block) + first * (q @ (scale * initial))
+    d_q = read(d_o, v, k, document, block) + first * (d_o @ (scale * initial).T)
+    d_k = read(v, d_o, q, block, document) + last * (v @ d_final.T)
+    d_v = read(k, q, d_o, block, document) + last * (k @ d_final)
+    d_initial = scale * (first * q).T @ d_o
+    with jax.enable_x64(True):
+
+        def call(q, k, v, state):
+            q, k, v = (x[None, :, None] for x in (q, k, v))
+            keywords = {"segment_ids": ids[None], "block_size": block_size, "scale": scale}
+            o, final = document_sums(
+                *(q, k, v), initial_state=state[None, None], implementation="reference", **keywords
+            )
+            return o[0, :, 0], final[0, 0]
+
+        (o, _), vjp = jax.vjp(call, q, k, v, initial)
+        got = vjp((d_o, d_final))
+    np.testing.assert_allclose(o, expected_o, atol=1e-12)
+    for one, other in zip(got, (d_q, d_k, d_v, d_initial)):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
 def test_blocks_of_one_token_are_linear_attention():
     inputs = inputs_of(CASE, Shape(T=40), "whole")
     q, k, v, state = (inputs[name] for name in ("q", "k", "v", "initial_state"))
@@ -240,7 +282,10 @@ def test_memory_of_the_backward_pass_is_not_T_squared():
         ({"initial_state": np.zeros((2, 2, 4, 8))}, r"\(2, 2, 4, 8\); expected \(2, 2, 8, 4\)"),
         ({"segment_ids": np.zeros((5,), int)}, r"segment_ids has shape \(5,\); expected \(2, 5\)"),
         ({"chunk_size": 48}, "chunk_size is 48; expected a power of two, 16 or more"),
-        ({"implementation": "fast"}, "choose one of .*'chunked', 'reference', or None"),
+        (
+            {"implementation": "fast"},
+            "choose one of .*'chunked', 'naive_chunk', 'reference', or None",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

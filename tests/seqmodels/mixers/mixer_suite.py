@@ -57,6 +57,14 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
         {"window": 3, "num_kv_heads": 1, "feature_map": "elu_plus_one"},
         {"window": None, "num_kv_heads": 2},
     ),
+    "lion": (
+        {"mixer": "hgrn", "group": 4, "window": 3},
+        {"mixer": "gla(num_heads=2)", "group": 4, "window": 2, "grid": (2, 5), "depth": 2},
+    ),
+    "mate": (
+        {"mixer": "hgrn", "review": 3, "window": (3,)},
+        {"mixer": "gla(num_heads=2)", "review": 2, "window": 2, "grid": (2, 2, 2)},
+    ),
     "mlp_mixer": ({"max_length": 20}, {"grid": (2, 4)}),
     "mlp_mixer_causal": ({"max_length": 24},),
     "mmmamba": ({"num_kv_heads": 2}, {"seed": "scratch", "conv_width": 3}),

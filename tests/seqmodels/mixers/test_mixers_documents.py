@@ -192,30 +192,39 @@ def test_weights_of_a_token_sum_to_one_without_rotation(name):
 # ------------------------------------------------------------------ what sets them apart
 
 
-def weights_of(mixer, q_NK, k_NK):
-    """Returns the weights (n, n) that a mixer without rotation gives to queries and keys."""
-    q_1N1F, k_1N1F = (
-        feature_maps.FeatureMap(kind).apply({}, jnp.asarray(x, jnp.float32)[None, :, None])
-        for kind, x in ((mixer.q_map, q_NK), (mixer.k_map or mixer.q_map, k_NK))
-    )
-    n = len(k_NK)
-    identity = jnp.eye(n)[None, :, None]
+def weights_of(mixer, q_CNK, k_NK):
+    """Returns the weights (C, n, n) that a mixer without rotation gives C rows of queries."""
+    C, n, _ = q_CNK.shape
+    k_CNK = np.broadcast_to(k_NK, (C, n, K))
+    identity = jnp.tile(jnp.eye(n), (C, 1, 1))[:, :, None]
     read = functools.partial(operators.document_sums, scale=1.0)
-    count = jnp.full((1, n, 1, 1), float(n))
-    o, _ = mixer.corrected(read, q_1N1F, k_1N1F, identity, count, None)
-    return np.asarray(o[0, :, 0])
+
+    @jax.jit
+    def run(q, k):
+        q_CN1F, k_CN1F = (
+            feature_maps.FeatureMap(kind).apply({}, x[:, :, None])
+            for kind, x in ((mixer.q_map, q), (mixer.k_map or mixer.q_map, k))
+        )
+        count = jnp.full((C, n, 1, 1), float(n))
+        return mixer.corrected(read, q_CN1F, k_CN1F, identity, count, None)[0]
+
+    return np.asarray(run(jnp.float32(q_CNK), jnp.float32(k_CNK))[:, :, 0])
 
 
 def one_head(name, **options):
     return mixers.make(name, d_model=K, num_heads=1, rope_base=None, **options)
 
 
+def multiples(q, *factors):
+    return np.stack([c * q for c in factors])
+
+
 def test_inline_tells_apart_queries_that_are_multiples_of_each_other():
-    """Division by the sum gives 2 q the weights of q; InLine's differ by s (2 q - q) . k / n."""
+    """Division by the sum gives 2 q the weights of q; InLine's differ by s q . (k - mean k) / n."""
     q, k = normal(N, K), normal(N, K, seed=2)
-    same = [weights_of(one_head("whole_document", q_map="relu"), c * q, k) for c in (1, 2)]
+    same = weights_of(one_head("whole_document", q_map="relu"), multiples(q, 1, 2), k)
     np.testing.assert_allclose(*same, atol=1e-6)
-    once, twice = (weights_of(one_head("inline"), c * q, k) for c in (1, 2))
+    once, twice = weights_of(one_head("inline"), multiples(q, 1, 2), k)
     s_k = K**-0.5 * (k - k.mean(axis=0))
     np.testing.assert_allclose(twice - once, q @ s_k.T / N, atol=1e-6)
     assert np.abs(twice - once).max(axis=1).min() > 0.01
@@ -223,23 +232,26 @@ def test_inline_tells_apart_queries_that_are_multiples_of_each_other():
 
 def test_malas_weights_grow_apart_with_the_querys_norm():
     q, k = np.abs(normal(N, K)), normal(N, K, seed=2)
-    spread = [np.ptp(weights_of(one_head("mala"), c * q, k), axis=1) for c in (1, 2, 4, 8)]
+    spread = np.ptp(weights_of(one_head("mala"), multiples(q, 1, 2, 4, 8), k), axis=-1)
     assert np.all(np.diff(spread, axis=0) > 0.01)
-    linear = [weights_of(one_head("whole_document", q_map="relu"), c * q, k) for c in (1, 8)]
+    linear = weights_of(one_head("whole_document", q_map="relu"), multiples(q, 1, 8), k)
     np.testing.assert_allclose(*linear, atol=1e-6)
 
 
 def test_ralas_key_weights_sum_to_the_number_of_tokens():
     mixer = one_head("rala")
     q, k = (jnp.asarray(elu_plus_one(normal(2, 2 * N, 1, K, seed=s)), jnp.float32) for s in (1, 2))
-    ids = jnp.repeat(jnp.array([[1, 2], [3, 3]]), N, axis=1)
-    count = operators.document_totals(jnp.ones_like(k[..., :1]), ids)
-    weight = mixer.weighted(q, k, count, ids) / k
-    totals = operators.document_totals(weight, ids)
-    np.testing.assert_allclose(totals, jnp.broadcast_to(count, totals.shape), rtol=1e-5)
-    assert float(weight.max()) > 1.2  # not all keys weigh the same
-    far = mixer.weighted(q, 1e3 * k, count, ids)  # logits beyond the range of exp
-    assert np.isfinite(far).all()
+    ids = np.repeat([[1, 2], [3, 3]], N, axis=1)
+    count = np.array([[N, N], [2 * N, 2 * N]]).repeat(N, axis=1)[..., None, None]
+    weighted = jax.jit(lambda q, k: mixer.weighted(q, k, jnp.float32(count), ids))
+    weight = np.asarray(weighted(q, k) / k)
+    for row, tokens in ((0, slice(0, N)), (0, slice(N, 2 * N)), (1, slice(0, 2 * N))):
+        total = weight[row, tokens].sum(axis=0)
+        np.testing.assert_allclose(
+            total, np.full_like(total, count[row, tokens][0, 0, 0]), rtol=1e-5
+        )
+    assert weight.max() > 1.2  # not all keys weigh the same
+    assert np.isfinite(weighted(q, 1e3 * k)).all()  # logits beyond the range of exp
 
 
 def test_slabs_positions_start_without_effect():

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels import mixers, operators
-from seqmodels.mixers import attention, sparse_linear
+from seqmodels import mixers
+from seqmodels.mixers import sparse_linear
 
 B, T, D, H = 2, 14, 8, 2
 IDS = np.array([[1] * 9 + [2] * 5, [1] + [2] * 12 + [3]])
@@ -89,25 +89,12 @@ def test_documents_by_the_definition(mode):
     np.testing.assert_allclose(apply(mixer, p, x), expected, rtol=1e-4, atol=1e-4)
 
 
-class FullAttention(attention.Attention):
-    """Softmax attention of each document's tokens over all of it."""
-
-    @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT):
-        q_BTHK, k_BTHK, v_BTHV = self._queries_keys_values(x_BTD)
-        place_BT = operators.positions(segment_ids_BT)
-        q_BTHK, k_BTHK = (self._rotate(z, place_BT) for z in (q_BTHK, k_BTHK))
-        o_BTHV = operators.softmax_attention(
-            q_BTHK, k_BTHK, v_BTHV, causal=False, segment_ids=segment_ids_BT
-        )
-        return self._output(x_BTD, o_BTHV)
-
-
 def test_all_blocks_are_softmax_attention_exactly():
     mixer, _, p = make(block_size=3, topk=1.0, grid=None)
     x = jnp.asarray(normal(B, T, D, seed=1), jnp.float32)
     ids, kernels = jnp.asarray(IDS, jnp.int32), {name: p[name] for name in "qkvo"}
-    expected = FullAttention(d_model=D, num_heads=H).apply({"params": kernels}, x, ids)
+    attention = mixers.make("full_attention", d_model=D, num_heads=H, rope_base=10_000.0)
+    expected, _ = attention.apply({"params": kernels}, x, ids)
     np.testing.assert_allclose(apply(mixer, p, x), expected, rtol=1e-5, atol=1e-5)
     sparse, *_ = make(block_size=3, topk=1.0, mode="sparse_only")
     np.testing.assert_array_equal(apply(sparse, kernels, x), apply(mixer, p, x))
