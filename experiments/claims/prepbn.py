@@ -1,4 +1,4 @@
-"""PRepBN: LayerNorm gives way to batch statistics step by step without loss; at once it does not."""
+"""PRepBN: LayerNorm gives way to batch statistics step by step without loss; not at once."""
 
 import numpy as np
 
