@@ -1,4 +1,4 @@
-"""PRepBN: batch statistics take LayerNorm's place step by step without loss, at once with it."""
+"""PRepBN: LayerNorm gives way to batch statistics step by step without loss; not at once."""
 
 import numpy as np
 
