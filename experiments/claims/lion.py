@@ -2,20 +2,16 @@
 
 from configs import digits
 from experiments.claims import claim, pictures
-from experiments.data import default_config
 
 GROUPS = (2, 8, 64)  # a digit has at most 64 points
 
 
 def run(context):
-    config = digits.get_config("retnet")
-    with config.unlocked():
-        config.data = default_config("digit_points")
+    config = digits.get_config("lion,points")
     changes = {
         "data.batch_size": 32,
         "data.order": "random",
         "data.shift": 0,
-        "model.position_embedding": "none",
         "model.num_layers": 2,
         "train.steps": 150,
         "train.eval_every": 150,
