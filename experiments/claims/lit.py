@@ -51,7 +51,9 @@ def judge(measured):
     return [
         claim.less("inherited weights are better than none", plain, scratch),
         claim.less("distilling the noise is better than no distillation", noise, plain),
-        claim.less("distilling the variance is better than none", variance, plain, every_seed=False),
+        claim.less(
+            "distilling the variance is better than none", variance, plain, every_seed=False
+        ),
         claim.less("both are better than the noise alone", both, noise, every_seed=False),
         claim.less("both are better than the variance alone", both, variance),
     ]

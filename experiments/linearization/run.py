@@ -83,9 +83,11 @@ def check_stages(config, plan: StagePlan, teacher: Pretrained) -> None:
     if rule := config.linearize.inherit:
         first = _model(teacher, next(iter(plan.specs), plan.converted))
         jax.eval_shape(
-            lambda params: students.inherited_params(
-                jax.random.key(0), teacher.model, params, first, rule
-            ).params,
+            lambda params: (
+                students.inherited_params(
+                    jax.random.key(0), teacher.model, params, first, rule
+                ).params
+            ),
             own.params,
         )
     for name, specs in zip(plan.stages, plan.specs):
