@@ -9,7 +9,7 @@ shallow_ffn.py). Everything is written into --workdir: a folder per stage, and `
 folder for `experiments.evaluate` and `experiments.generate`. The same command with the same
 --workdir resumes from its last checkpoint.
 
-configs/linearize/progressive.py distils a teacher into an ensemble of small students instead; each
+configs/progressive.py distils a teacher into an ensemble of small students instead; each
 has a run's folder.
 """
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import digits, digits_denoise
-from configs.linearize import progressive as config_of
+from configs import progressive as config_of
 from experiments.data import make_dataset
 from experiments.linearization import progressive, tasks, teachers
 from experiments.training import loop, restore, run_record, steps

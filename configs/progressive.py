@@ -5,7 +5,7 @@ it lacks (`seqmodels.linearize.ensembles`, where the sources and what is from me
 budget takes the first few.
 
     python -m experiments.train --config=configs/digits.py:mamba --workdir=runs/teacher
-    python -m experiments.linearize --config=configs/linearize/progressive.py:mamba \\
+    python -m experiments.linearize --config=configs/progressive.py:mamba \\
         --config.progressive.teacher=runs/teacher --workdir=runs/ensemble
 
     progressive.teacher    a run's folder
