@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits, digits_denoise
+from configs import digits
 from configs import progressive as config_of
 from experiments.data import make_dataset
 from experiments.linearization import progressive, tasks, teachers
