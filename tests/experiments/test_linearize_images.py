@@ -134,6 +134,7 @@ def test_methods_run_and_resume(case, request, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_inherited_and_distilled(denoiser, tmp_path):
     """LiT: the student is a run like any other; it began as the teacher, but for attention."""
     config = student_config(denoiser, lit)
@@ -154,6 +155,7 @@ def test_inherited_and_distilled(denoiser, tmp_path):
     assert all(not np.array_equal(moved[p], own[p]) for p in own if p.endswith("mixer/v/kernel"))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit(denoiser, encoder, tmp_path):
     def check(message, teacher, module, argument="", **changes):
         config = student_config(teacher, module, argument)
