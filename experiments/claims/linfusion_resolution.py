@@ -1,6 +1,6 @@
 """LinFusion: trained at one resolution it runs at twice; sums that are not divided break."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from experiments.claims import claim, pictures, small_digits
@@ -27,15 +27,14 @@ def run(context):
 def _accuracy(trained, size: int) -> float:
     """Returns the accuracy on test images of size x size pixels, which lie where the 8 x 8 do."""
     correct = total = 0.0
+    apply = jax.jit(trained.model.apply)
     place = np.arange(size) * SIZES[0] // size
     grid_TA = np.stack(np.meshgrid(place, place, indexing="ij"), axis=-1).reshape(-1, 2)
     for batch in trained.batches(100, changes={"data.size": size}):
         rows = batch["inputs"].shape[0]
         coordinates_BTA = np.broadcast_to(grid_TA, (rows, *grid_TA.shape)).astype(np.int32)
         variables = {"params": trained.params}
-        logits_BTW = trained.model.apply(
-            variables, batch["inputs"], batch["segment_ids"], jnp.asarray(coordinates_BTA)
-        )
+        logits_BTW = apply(variables, batch["inputs"], batch["segment_ids"], coordinates_BTA)
         right_BT = np.argmax(logits_BTW, axis=-1) == batch["labels"]
         correct += np.sum(right_BT * batch["loss_mask"])
         total += np.sum(batch["loss_mask"])
