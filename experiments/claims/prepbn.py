@@ -5,13 +5,14 @@ import numpy as np
 from configs import digits
 from experiments.claims import claim, pictures
 
-STEPS, SWITCH = 160, 80
+STEPS, SWITCH = 240, 120
 NORMS = {
     "LayerNorm": "layer_norm",
     "PRepBN": f"prepbn(steps={SWITCH})",
     "RepBN at once, half way": f"prepbn(steps=1, warmup={SWITCH})",
     "BatchNorm from the start": "batch_norm",
 }
+FIRST_SEED_ONLY = "BatchNorm from the start"  # which is not judged
 SMALL = {
     "model.d_model": 32, "model.num_layers": 4, "model.channel_mixer": "gelu", "model.d_ff": 64,
     "model.channel_bias": True, "train.steps": STEPS, "train.eval_every": STEPS,
@@ -23,7 +24,7 @@ SMALL = {
 def run(context):
     measured = {name: {"loss": [], "accuracy": [], "training": []} for name in NORMS}
     for name, found in measured.items():
-        for seed in context.seeds:
+        for seed in context.seeds[: 1 if name == FIRST_SEED_ONLY else None]:
             changes = SMALL | {"model.norm": NORMS[name]}
             trained = context.train(digits.get_config("slab"), changes, seed=seed)
             for field in ("loss", "accuracy"):
@@ -49,7 +50,7 @@ def draw(measured, figure):
         steps = [step for step, _ in found["training"][0]]
         losses = np.array([[loss for _, loss in seed] for seed in found["training"]])
         lines[name] = list(zip(steps, losses.T.tolist()))
-    pictures.curves(curves, lines, "step", "training loss, nats per image", marker="")
+    pictures.curves(curves, lines, "step", "training loss, nats per image", markersize=0)
     curves.axvline(SWITCH, color="0.6", linestyle="--", label="lambda is 0")
     curves.set_yscale("log")
     losses = {name: found["loss"] for name, found in measured.items()}
@@ -67,7 +68,9 @@ CLAIM = claim.Claim(
     ours=f"SLAB encoders of 4 layers of width 32 on digits (8x8 pixels, patches of 2x2), {STEPS} "
     f"steps. PRepBN's lambda falls from 1 to 0 over the first {SWITCH} steps; 'at once' it falls "
     f"at step {SWITCH} in one. Evaluation uses batch statistics alone. BatchNorm from the start is "
-    "drawn and not judged: four layers are too few for it to collapse.",
+    "drawn, of one seed, and not judged: four layers are too few for it to collapse. In a "
+    "first run, of 160 steps, LayerNorm was not trained to its end and a check failed: it ended at "
+    "0.35, PRepBN at 0.16, at once at 0.44.",
     seeds=3,
     minutes=4,
     run=run,
