@@ -19,7 +19,7 @@ def small(config, steps=2):
     """Shrinks a config of images in place to T = 4 and one narrow layer; returns it."""
     config.data.update({"patch": 4, "batch_size": 8, "eval_batch_size": 64})
     config.model.update({"d_model": 16, "num_layers": 1})
-    config.schedule.warmup_steps = 0
+    config.schedule.update({"name": "constant", "warmup_steps": 0})
     config.train.update({"steps": steps, "log_every": 1, "eval_every": 10, "test_batches": 1})
     config.checkpoint.every = 1
     return config
@@ -122,6 +122,7 @@ def test_resumed_runs_of_packed_images_go_on_exactly(module, tmp_path):
 def test_a_denoiser_of_videos_draws_a_gif(tmp_path):
     config = small(moving_digits.get_config("attention,denoise"), 1)
     config.data.update({"frames": 2, "patch": 8, "eval_examples": 8})
+    config.model.d_model = 32  # three axes share a head's channels
     loop.train(config, tmp_path, jax.devices()[:1])
     saved = run_record.load_config(tmp_path)
     path = image_samples.sample(saved, str(tmp_path), sampling_steps=2, out=tmp_path / "samples")
