@@ -163,6 +163,7 @@ def test_flags_of_text_and_of_images_are_told_apart(denoiser, launcher, tmp_path
     runs = {
         "draws": [workdir, "--steps=1", f"--out={tmp_path}/drawn"],
         "prompt": [workdir, "--prompt=a"],
+        "samples": ["--model=none", "--samples=2"],
     }
     started = {
         name: launcher.start(tmp_path / name, arguments, 1, binary="generate")
@@ -170,5 +171,6 @@ def test_flags_of_text_and_of_images_are_told_apart(denoiser, launcher, tmp_path
     }
     codes = {name: processes.wait(300) for name, processes in started.items()}
     assert codes["draws"] == {0: 0} and (tmp_path / "drawn.png").exists()
-    assert codes["prompt"] == {0: 2}
+    assert codes["prompt"] == codes["samples"] == {0: 2}
     assert "--prompt is of text, and the run's model is a denoiser" in started["prompt"].log(0)
+    assert "--samples is of images, and the model is a language model" in started["samples"].log(0)
