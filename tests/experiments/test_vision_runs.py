@@ -19,7 +19,7 @@ def small(config, steps=2):
     """Shrinks a config of images in place to T = 4 and one narrow layer; returns it."""
     config.data.update({"patch": 4, "batch_size": 8, "eval_batch_size": 64})
     config.model.update({"d_model": 16, "num_layers": 1})
-    config.schedule.warmup_steps = 0
+    config.schedule.update({"name": "constant", "warmup_steps": 0})
     config.train.update({"steps": steps, "log_every": 1, "eval_every": 10, "test_batches": 1})
     config.checkpoint.every = 1
     return config
@@ -122,6 +122,7 @@ def test_resumed_runs_of_packed_images_go_on_exactly(module, tmp_path):
 def test_a_denoiser_of_videos_draws_a_gif(tmp_path):
     config = small(moving_digits.get_config("attention,denoise"), 1)
     config.data.update({"frames": 2, "patch": 8, "eval_examples": 8})
+    config.model.d_model = 32  # three axes share a head's channels
     loop.train(config, tmp_path, jax.devices()[:1])
     saved = run_record.load_config(tmp_path)
     path = image_samples.sample(saved, str(tmp_path), sampling_steps=2, out=tmp_path / "samples")
@@ -162,6 +163,7 @@ def test_flags_of_text_and_of_images_are_told_apart(denoiser, launcher, tmp_path
     runs = {
         "draws": [workdir, "--steps=1", f"--out={tmp_path}/drawn"],
         "prompt": [workdir, "--prompt=a"],
+        "samples": ["--model=none", "--samples=2"],
     }
     started = {
         name: launcher.start(tmp_path / name, arguments, 1, binary="generate")
@@ -169,5 +171,6 @@ def test_flags_of_text_and_of_images_are_told_apart(denoiser, launcher, tmp_path
     }
     codes = {name: processes.wait(300) for name, processes in started.items()}
     assert codes["draws"] == {0: 0} and (tmp_path / "drawn.png").exists()
-    assert codes["prompt"] == {0: 2}
+    assert codes["prompt"] == codes["samples"] == {0: 2}
     assert "--prompt is of text, and the run's model is a denoiser" in started["prompt"].log(0)
+    assert "--samples is of images, and the model is a language model" in started["samples"].log(0)
