@@ -99,8 +99,8 @@ def draw(measured, figure):
 
 
 CLAIM = claim.Claim(
-    title="Linear attention over split sequences sends states, whose size does not depend on the "
-    "sequence; softmax attention sends keys and values",
+    title="Over many devices linear attention sends states of one size; softmax attention sends all "
+    "keys and values",
     paper="arXiv 2502.07563",
     section="section 3 and table of costs; LASP-1: arXiv 2404.02882, ZeCO: arXiv 2507.01004",
     published="Received by each of W ranks per layer, forward: LASP-1 B H d_k d_v, one hop after "
