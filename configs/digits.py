@@ -86,7 +86,7 @@ def pixels(config):
 
 def points(config):
     """Changes the config in place to sets of points: a token per lit pixel, with coordinates."""
-    sizes = {name: config.data[name] for name in ("batch_size", "eval_batch_size", "shift")}
+    sizes = {name: config.data[name] for name in ("batch_size", "eval_batch_size")}
     with config.unlocked():
         config.data = default_config("digit_points")
     config.data.update(sizes)
