@@ -88,7 +88,7 @@ class SparseLinear(base.WholeDocumentMixer):
         return self.merge_heads(functools.reduce(jnp.add, parts)), None
 
     def _linear_part(self, q_BTHK, k_BTHK, v_BTHV, segment_ids_BT, choice: "Choice | None"):
-        """Returns W_l l + b_l where tokens are left to it, and l itself where none is chosen."""
+        """Returns W_l l + b where tokens are left to it, and l itself where none is chosen."""
         phi = feature_maps.FeatureMap(self.feature_map, name="feature_map")
         q_BTHF, k_BTHF = (phi(x.astype(jnp.float32)) for x in (q_BTHK, k_BTHK))
         l_BTHV = self._remainder(q_BTHF, k_BTHF, v_BTHV, segment_ids_BT, choice)
