@@ -63,7 +63,6 @@ def draw(measured, figure):
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, None)
     axes.axhline(1 / 64, color="grey", linestyle=":", label="equal weights, 1/64")
-    pictures.legend(figure)
 
 
 CLAIM = claim.Claim(

@@ -74,7 +74,6 @@ def draw(measured, figure):
     pictures.curves(right, lines, "mean norm of the scaled queries", "entropy of 64 weights, nats")
     right.axvline(np.mean(measured["norms"]), color="grey", linestyle=":", label="as trained")
     right.set_xscale("log", base=2)
-    pictures.legend(figure)
 
 
 CLAIM = claim.Claim(
