@@ -50,5 +50,5 @@ def get_config(arg: str = ""):
         alrr=level("residual", "mixer_residual=(0.0, 1.0)"),
         elr=level("block", "mixer_residual=(0.0, 1.0), channel_mixer=None"),
         heads=option("num_heads=4"),
-        **{size: option(f"size={size!r}") for size in sentence_ffn.REDUCTIONS},
+        **{size: option(f"size={size!r}") for size in sentence_ffn.SIZES},
     )

@@ -11,7 +11,7 @@ def run(context):
     changes = {
         "data.batch_size": 32,
         "data.order": "random",
-        "data.shift": 0,
+        "model.position_embedding": "none",
         "model.num_layers": 2,
         "train.steps": 150,
         "train.eval_every": 150,

@@ -7,20 +7,26 @@ from experiments.claims.context import changed
 from experiments.data import default_config
 from experiments.linearization import run as linearization
 
-SIZES = {"xs": 256, "s": 128, "m": 8, "l": 2}  # name: inputs per hidden unit
+SIZES = {"xs": 256, "m": 8, "l": 2}  # name: numbers of the sentence per hidden unit
 SELF, CROSS = "self-attention: digits", "cross-attention: pairs looked up by queries"
-SMALL = {"model.d_model": 32, "model.num_layers": 2, "train.eval_every": 1000}
+SMALL = {"model.num_layers": 2, "train.eval_every": 1000}
 
 
 def teachers(context):
     """Trains an encoder of digits, and one of MQAR, where queries look up pairs before them."""
-    yield SELF, context.train(digits.get_config("attention"), SMALL | {"train.steps": 500})
+    yield (
+        SELF,
+        context.train(
+            digits.get_config("attention"), SMALL | {"model.d_model": 32, "train.steps": 400}
+        ),
+    )
     config = digits.get_config("attention")
     config.data = default_config("mqar")
-    config.data.update({"batch_size": 64, "seq_len": 32, "num_pairs": 4, "vocab_size": 64})
+    config.data.update({"batch_size": 64, "seq_len": 16, "num_pairs": 3, "vocab_size": 64})
     # Neighbours meet in a convolution, so that a key's attention finds its value in one layer.
     config.model.update({"position_embedding": "none", "position_conv": 3, "num_classes": 64})
     config.model.update({"pooling": "token", "pattern": "full_attention"})
+    config.optimizer.learning_rate = 7e-3
     yield CROSS, context.train(config, SMALL | {"train.steps": 800})
 
 
@@ -33,9 +39,9 @@ def run(context):
             config.linearize.teacher = str(teacher.workdir)
             config.data = teacher.config.data.copy_and_resolve_references()
             stage = config.linearize.stages.stage_1
-            stage.steps, stage.learning_rate = 4 if context.smoke else 400, 2e-3
+            stage.steps, stage.learning_rate = 4 if context.smoke else 300, 2e-3
             if task == CROSS:
-                config.linearize.student = f"shallow_ffn(max_length=32, size={size!r})"
+                config.linearize.student = f"shallow_ffn(max_length=16, size={size!r})"
             config = changed(config, {"mesh.data": 1, "train.eval_every": stage.steps})
             with context.work("shallow", config.to_dict()) as folder:
                 result = linearization.linearize(config, folder)
@@ -79,10 +85,10 @@ CLAIM = claim.Claim(
     section="results, replacement of encoder self-attention and of cross-attention",
     published="BLEU on IWSLT17 grows with the network's size (XS < S < M < L) and saturates at the "
     "teacher's for the encoder's self-attention; replacing cross-attention fails.",
-    ours="Softmax encoders of two layers and width 32; in each layer attention alone is replaced, "
-    "by 400 steps of layer-wise transfer. Self-attention: digits, 16 patches. In place of "
-    "translation's cross-attention: MQAR's queries, which look up 4 pairs in the same sequence of "
-    "32 tokens; accuracy at queries.",
+    ours="Softmax encoders of two layers; in each, attention alone is replaced, by 300 steps of "
+    "layer-wise transfer. Self-attention: digits, 16 patches, width 32. In place of translation's "
+    "cross-attention: MQAR's queries, which look up 3 pairs in the same sequence of 16 tokens, "
+    "width 64; accuracy at queries. One seed.",
     minutes=2,
     run=run,
     judge=judge,

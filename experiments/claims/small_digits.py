@@ -36,16 +36,22 @@ def captured(run, names: tuple[str, ...], batch: dict) -> list[dict[str, np.ndar
 
     names: of the parts: "q", "k" and "v" are projections, "mixer" is the mixer's whole output.
     """
-    _, variables = run.model.apply(
-        {"params": run.params},
-        batch["inputs"],
-        batch["segment_ids"],
-        capture_intermediates=lambda module, method: module.name in names,
-        mutable="intermediates",
-    )
+
+    @jax.jit
+    def apply(params, inputs, segment_ids):
+        _, variables = run.model.apply(
+            {"params": params},
+            inputs,
+            segment_ids,
+            capture_intermediates=lambda module, method: module.name in names,
+            mutable="intermediates",
+        )
+        return variables["intermediates"]
+
+    intermediates = apply(run.params, batch["inputs"], batch["segment_ids"])
     layers = []
     for i in range(run.config.model.num_layers):
-        found = variables["intermediates"][f"block_{i}"]["mixer"]
+        found = intermediates[f"block_{i}"]["mixer"]
         of_parts = {name: found[name]["__call__"][0] for name in names if name in found}
         if "mixer" in names:
             of_parts["mixer"] = found["__call__"][0][0]

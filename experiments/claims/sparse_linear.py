@@ -63,7 +63,8 @@ def draw(measured, figure):
         axes, values, "held-out loss of the denoiser (mean squared error; lower is better)"
     )
     axes.axvline(np.mean(measured["before"]), color="black", linestyle="--", label="the teacher")
-    axes.set_xlim(0.98 * min(map(min, values.values())), 1.02 * max(map(max, values.values())))
+    everything = np.concatenate(list(measured.values()))
+    axes.set_xlim(0.98 * everything.min(), 1.02 * everything.max())
 
 
 CLAIM = claim.Claim(

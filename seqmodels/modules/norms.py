@@ -248,7 +248,7 @@ def make(text: str, eps: float, **keywords) -> nn.Module:
     """
     name, options = _parsed(text)
     made = _ALL[name]
-    kind = made.func if isinstance(made, functools.partial) else made
+    kind: Any = made.func if isinstance(made, functools.partial) else made
     known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "eps", "param_dtype"}
     if unknown := sorted(set(options) - known):
         raise ValueError(

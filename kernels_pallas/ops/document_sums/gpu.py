@@ -7,6 +7,8 @@ backward pass, serve as they are, and nothing is subtracted. The price is that q
 output are reversed in memory.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from kernels_pallas.ops.document_sums import reference
@@ -37,7 +39,7 @@ def run(
         **how,
     )
 
-    def flipped(x_BTX):
+    def flipped(x_BTX: Any) -> Any:
         return None if x_BTX is None else jnp.flip(x_BTX, axis=1)
 
     def behind(x_BTHX):
