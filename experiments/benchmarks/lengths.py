@@ -21,6 +21,7 @@ from kernels_pallas.dispatch.case import Shape
 
 PASSES = ("forward", "forward_backward")
 LINEAR, SOFTMAX = "linear attention", "softmax attention"
+DENSE = "softmax attention, all weights held"  # compiled for its memory, not timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,8 @@ FORMS = {LINEAR: _linear, SOFTMAX: _softmax}
 def rows(settings: Settings, log: Callable[[str], None] = print) -> tuple[list[Row], list[Row]]:
     """Checks both operators and times them over T; returns timings and checks.
 
-    An operator whose outputs or gradients are wrong is not timed.
+    An operator whose outputs or gradients are wrong is not timed. Rows of DENSE have planned memory
+    alone.
     """
     checks, entries = [], {}
     for name, form in FORMS.items():
@@ -80,7 +82,15 @@ def rows(settings: Settings, log: Callable[[str], None] = print) -> tuple[list[R
     right = {
         check["operator"]: entries[check["operator"]] for check in checks if not check["wrong"]
     }
-    return [row for which in PASSES for row in _timed(settings, right, which, log)], checks
+    found = [row for which in PASSES for row in _timed(settings, right, which, log)]
+    return found + [_planned(settings, T) for T in settings.lengths], checks
+
+
+def _planned(settings, T: int) -> Row:
+    """Returns the memory that a compiler plans for softmax attention that holds all its weights."""
+    entry, problem = jax_entry(DENSE, _softmax("xla")), _problem(settings, T)
+    row = {"operator": DENSE, "pass": "forward_backward", "T": T}
+    return row | {"temp_bytes": entry.prepare(problem, True).temp_bytes}
 
 
 def _timed(settings, entries: dict[str, BenchmarkEntry], which, log) -> list[Row]:
@@ -157,7 +167,7 @@ def table(found: list[Row]) -> list[Row]:
                 line[f"softmax/linear, {label}"] = (
                     here[SOFTMAX]["seconds"] / here[LINEAR]["seconds"]
                 )
-        for name in FORMS:
+        for name in (*FORMS, DENSE):
             row = at.get((name, "forward_backward", T))
             if row and row["temp_bytes"] is not None:
                 line[f"{name}, fwd+bwd, temp MiB"] = row["temp_bytes"] / 2**20

@@ -67,9 +67,13 @@ def lengths(rows: list[Row], stream: list[Row], path: Path, title: str) -> None:
         ends = []
         for i, name in enumerate(dict.fromkeys(row["operator"] for row in rows)):
             here = [row for row in rows if (row["operator"], row["pass"]) == (name, which)]
+            here = [row for row in here if row.get(key) is not None]
+            if not here:
+                continue
             x, y = [row["T"] for row in here], [row[key] * scale for row in here]
             axes.plot(x, y, "o-", color=f"C{i}", markersize=4, label=name)
-            ends.append((x, y, i + 1))
+            linear = i == 0 or (key == "temp_bytes" and i == 1)
+            ends.append((x, y, 1 if linear else 2))
         for x, y, power in ends:
             # An ideal slope through the last point, over the last quarter of the lengths.
             last = np.array(x[-(len(x) // 2 + 1) :], float)
@@ -81,8 +85,8 @@ def lengths(rows: list[Row], stream: list[Row], path: Path, title: str) -> None:
     axes = panels[1, 1]
     x = [row["blocks"] for row in stream]
     for name, key, style in (
-        ("state of block-causal linear attention", "state_bytes", "C2o-"),
-        ("keys and values of softmax attention", "keys_and_values_bytes", "C3o-"),
+        ("state of block-causal linear attention", "state_bytes", "C0s-"),
+        ("keys and values of softmax attention", "keys_and_values_bytes", "C1s-"),
     ):
         axes.plot(x, [row[key] / 2**10 for row in stream], style, markersize=3, label=name)
     size = stream[0]["tokens"]
@@ -91,6 +95,7 @@ def lengths(rows: list[Row], stream: list[Row], path: Path, title: str) -> None:
     for axes in panels.flat:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles))
+    found = dict(sorted(found.items(), key=lambda item: item[0].startswith("slope")))
     figure.legend(found.values(), found, loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(f"Whole-document linear attention and softmax attention\n{title}", fontsize=10)
     plots.save(figure, path, dpi=110)

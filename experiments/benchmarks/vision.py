@@ -149,7 +149,8 @@ def save(folder: Path, settings: Row, runs: Sequence[Row]) -> None:
         "scikit-learn's digits, configs/digits.py:&lt;mixer&gt;: accuracy on the 359 test images "
         f"after {steps} steps, the same width, depth and budget for "
         "all. A causal mixer runs in both directions; `attention` is softmax over the whole image, "
-        "`mlp` sees the image as one token, `pooling` each token alone before the mean.",
+        "`mlp` sees the image as one token, `pooling` each token alone before the mean. "
+        f"{len(rows)} of {len(digits.names())} baselines and mixers have been trained.",
         report.markdown_table(rows),
         "![accuracy](accuracy.png)",
     ]
@@ -181,5 +182,5 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlim(max(0.0, least - 5), 102)
     axes.set_title("8x8 digits, one encoder per mixer, the same budget", fontsize=10)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS.values()]
-    axes.legend(handles, _COLOURS, loc="lower left", fontsize=8)
+    figure.legend(handles, _COLOURS, loc="outside lower center", ncols=3, fontsize=8)
     plots.save(figure, path)

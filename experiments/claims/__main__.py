@@ -1,7 +1,7 @@
 """Reproduces published claims at a size that two CPU cores finish.
 
     python -m experiments.claims                       all of them: three hours on two cores
-    python -m experiments.claims --only=parity,mqar    some
+    python -m experiments.claims --only=parity,mqar    some; "missing": those without a result
     python -m experiments.claims --smoke               each in seconds: does it run? Nothing is kept
     python -m experiments.claims --list                their names, and what each takes
     python -m experiments.claims --only=mqar --judge   verdict and picture of what is kept, anew

@@ -14,6 +14,14 @@ PUBLISHED = {
     "Ring Attention": lambda W, L: (W - 1) * L * H * (K + V),
     "LASP-2H": lambda W, L: (W - 1) * L * H * (K + V),
 }
+LABELS = {
+    "LASP-1": "LASP-1: linear, ring",
+    "ZeCO": "ZeCO: linear, all-scan",
+    "LASP-2": "LASP-2: linear, all-gather",
+    "KCP": "KCP: delta rule, all-gather",
+    "Ring Attention": "Ring Attention: softmax",
+    "LASP-2H": "LASP-2H: softmax, all-gather",
+}
 # What is sent beside, and the numbers it takes: LASP-2's states have no decay, and the papers do
 # not count positions.
 EXTRA = {
@@ -72,7 +80,7 @@ def draw(measured, figure):
     cases = measured["cases"]
     for number, method in enumerate(PUBLISHED):
         own = [case for case in cases if case["method"] == method]
-        style = {"color": f"C{number}", "markersize": 9 - number, "marker": "os^vD*"[number]}
+        style = {"color": f"C{number}", "markersize": 13 - 2 * number, "marker": "os^vD*"[number]}
         for axes, letter, fixed, at in (
             (by_ranks, "W", "L", TOKENS[0]),
             (by_tokens, "L", "W", RANKS[0]),
@@ -80,7 +88,7 @@ def draw(measured, figure):
             points = sorted((c[letter], max(c["forward"])) for c in own if c[fixed] == at) or [
                 (1, 1)
             ]
-            axes.plot(*zip(*points), **style, linestyle="none", label=method)
+            axes.plot(*zip(*points), **style, linestyle="none", label=LABELS[method])
             xs = [x for x, _ in points]
             paper = [4 * PUBLISHED[method](**{letter: x, fixed: at}) for x in xs]
             axes.plot(xs, paper, color=f"C{number}", linewidth=1)
@@ -99,8 +107,8 @@ def draw(measured, figure):
 
 
 CLAIM = claim.Claim(
-    title="Linear attention over split sequences sends states, whose size does not depend on the "
-    "sequence; softmax attention sends keys and values",
+    title="Over many devices linear attention sends states of one size; softmax attention sends all "
+    "keys and values",
     paper="arXiv 2502.07563",
     section="section 3 and table of costs; LASP-1: arXiv 2404.02882, ZeCO: arXiv 2507.01004",
     published="Received by each of W ranks per layer, forward: LASP-1 B H d_k d_v, one hop after "

@@ -31,17 +31,17 @@ def page(records: Iterable[dict]) -> str:
         "|---|---|---|---:|",
     ]
     for record in records:
-        title, paper = _cell(record["title"]), _link(record["paper"])
+        title, section = _cell(record["title"]), _cell(record["section"].partition(";")[0])
         lines.append(
-            f"| [{title}](#{record['name']}) | {paper}, {_cell(record['section'])} "
+            f"| [{title}](#{record['name']}) | {_link(record['paper'])}, {section} "
             f"| {_verdict(record)} | {record['seconds'] / 60:.1f} |"
         )
     for record in records:
-        lines += ["", *section(record)]
+        lines += ["", *_section(record)]
     return "\n".join([*lines, ""])
 
 
-def section(record: dict) -> list[str]:
+def _section(record: dict) -> list[str]:
     """Returns the gallery's lines on one claim."""
     name = record["name"]
     lines = [
@@ -63,7 +63,8 @@ def section(record: dict) -> list[str]:
     for check in record["checks"]:
         cells = (check["text"], check["measured"], check["tolerance"])
         lines.append(f"| {' | '.join(map(_cell, cells))} | {'yes' if check['holds'] else 'NO'} |")
-    commit = (record["environment"]["git"] or {}).get("commit", "no checkout")[:10]
+    git = record["environment"]["git"] or {"commit": "unknown", "dirty": False}
+    commit = git["commit"][:10] + (" with changes" if git["dirty"] else "")
     seeds = len(record["seeds"])
     return [
         *lines,

@@ -35,7 +35,6 @@ def draw(measured, figure):
     perplexity.axvline(
         measured["teacher"]["perplexity"], color="black", linestyle="--", label="our teacher"
     )
-    perplexity.set_xscale("log")
 
 
 CLAIM = claim.Claim(

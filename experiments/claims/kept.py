@@ -66,8 +66,8 @@ def write(record: dict, results: Path = RESULTS, images: Path = PICTURES) -> Non
     name = record["name"]
     for folder in (results, images):
         folder.mkdir(parents=True, exist_ok=True)
+    run_record.write_json(results / f"{name}.json", record)  # first: a picture can be drawn anew
     draw(record, images / f"{name}.png")
-    run_record.write_json(results / f"{name}.json", record)
 
 
 def draw(record: dict, path: Path) -> None:

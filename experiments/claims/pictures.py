@@ -28,7 +28,7 @@ def bars(axes, values: Mapping[str, Values], unit: str, paper: Mapping[str, floa
     if known := [(paper[name], place) for place, name in enumerate(values) if name in paper]:
         axes.plot(*zip(*known), **PAPER, label="paper")
     axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
+    axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlabel(unit)
     axes.grid(alpha=0.3, axis="x")
 

@@ -11,10 +11,17 @@ from experiments.claims import kept
 from experiments.claims.context import Context
 from experiments.launch import cli
 
+MISSING = "missing"
+
 
 def chosen(only: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of `only`, all claims' if empty. Raises UserError for unknown ones."""
-    return cli.chosen("only", only, claims.names()) or tuple(claims.names())
+    """Returns the names of `only`, all claims' if empty. Raises UserError for unknown ones.
+
+    "missing" stands for all claims that have no kept result yet.
+    """
+    names = cli.chosen("only", only, [*claims.names(), MISSING]) or tuple(claims.names())
+    missing = [name for name in claims.names() if not kept.read(name)]
+    return tuple(missing) if MISSING in names else names
 
 
 def run(names: Sequence[str], workdir: Path, smoke: bool, out: Path | None) -> list[str]:

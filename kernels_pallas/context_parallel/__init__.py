@@ -1,6 +1,5 @@
 """Context parallelism: the operators of `kernels_pallas` with time split over a mesh axis."""
 
-from kernels_pallas.context_parallel.document_sums import document_sums
 from kernels_pallas.context_parallel.operators import (
     associative_scan,
     causal_conv,
@@ -12,6 +11,7 @@ from kernels_pallas.context_parallel.operators import (
     softmax_attention,
 )
 from kernels_pallas.context_parallel.ring_attention import zigzag_order
+from kernels_pallas.context_parallel.whole_documents import document_sums
 
 __all__ = [
     "associative_scan",

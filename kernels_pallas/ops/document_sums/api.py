@@ -6,12 +6,20 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, chunk_blocks, segments
 from kernels_pallas.dispatch import explicit_axes
-from kernels_pallas.ops.document_sums import chunked, naive_chunk, reference
+from kernels_pallas.ops.document_sums import chunked, gpu, naive_chunk, reference, tpu
 from kernels_pallas.ops.document_sums.case import CASE
 
 LEAST_BLOCK = 16  # tokens of a block that has a state of its own where rows are not packed
 
 IMPLEMENTATIONS = (
+    dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, platform="tpu"),
+    dispatch.Implementation(
+        "triton",
+        gpu.run,
+        gpu.unsupported_reason,
+        platform="gpu",
+        passed_over_reason=gpu.passed_over_reason,
+    ),
     dispatch.Implementation("chunked", segments.isolated(chunked.run)),
     dispatch.Implementation("naive_chunk", segments.isolated(naive_chunk.run)),
     dispatch.Implementation("reference", segments.isolated(reference.dense)),
@@ -58,12 +66,14 @@ def document_sums(
       initial_state: (B, H, K, V), added to the sum that the row's first document reads; None is
         zero.
       segment_ids: integers (B, T). A document is a run of equal ids, and nothing crosses from one
-        to another. This holds for NaN and Inf, too: in a head with one, the outputs of all tokens
-        that see it are NaN, and no others. What overflows in a chunk is not kept apart.
+        to another. This holds for NaN and Inf, too, except in kernels (where masks are products
+        with 0): in a head with one, the outputs of all tokens that see it are NaN, and no others.
+        What overflows in a chunk is not kept apart.
       block_size: tokens per block; None is one block per document.
       chunk_size: a power of two, 16 or more, for packed documents; None is the implementation's
         own. It changes speed and rounding only.
-      implementation: 'chunked', 'reference' (O(T^2) memory), or None for the best here.
+      implementation: 'chunked', 'pallas_tpu', 'triton', 'reference' (O(T^2) memory), or None for
+        the best here.
 
     Returns:
       o_BTHV in v's dtype, and S (B, H, K, V) of the row's last document. States are float32

@@ -13,18 +13,22 @@ def kind_of(*, q_BTGK, k_BTGK, v_BTHV, block_ids_BT, block_size, **others):
 
 
 def options(regime: str, shape) -> dict:
-    """Returns the keywords of a regime: "blocks of 32" is block-causal, others are whole."""
-    del shape
+    """Returns the keywords of a regime: "blocks of 32" and "blocks" are block-causal."""
     words = regime.split()
-    return {"block_size": int(words[2])} if words[:2] == ["blocks", "of"] else {}
+    if words[:2] == ["blocks", "of"]:
+        return {"block_size": int(words[2])}
+    return {"block_size": max(1, shape.T // 3)} if words[0] == "blocks" else {}
 
 
 CASE = OperatorCase(
     positional=("q", "k", "v"),
     inputs=regimes.recurrence,
-    kinds=("packed",),
+    kinds=("row", "blocks", "packed"),
     kind_of=kind_of,
     options=options,
+    further_calls=lambda kind, shape: (
+        {" in blocks": {"block_size": shape.T // 8}} if kind == "packed" else {}
+    ),
     packed=lambda kind: kind == "packed",
     regimes=("whole", "blocks of 7", "blocks of 32"),
     rounded=("q", "k", "v"),

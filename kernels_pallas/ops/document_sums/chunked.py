@@ -2,8 +2,10 @@
 
 The equations, forward and backward, stand in docs/math/document_sums.md under the names used here.
 
-A row that is one document has one state (`_by_blocks`): S = sum_s k_s v_s^T, then o_t = S^T q_t.
-With blocks of tokens, block n reads the sum of the states of blocks 0 to n.
+A row that is one document has one state (`_whole`): S = sum_s k_s v_s^T, then o_t = S^T q_t. Both
+products are cut into pieces of tokens on a CPU, where one that stays in cache is faster, and needs
+no transposed copy of the row. With blocks of tokens (`_by_blocks`), block n reads the sum of the
+states of blocks 0 to n.
 
 Packed documents (`_by_runs`) are cut into chunks of C tokens. Each token sees a run of tokens to
 its left and one to its right: its document and its block, or the other way round. Of a chunk's own
@@ -17,12 +19,13 @@ O(T) memory.
 Letters: M chunks of a block, L its tokens, E rows (batch and group), W = values of a group's heads.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import chunk_blocks, matmul, remat
+from kernels_pallas.common import arguments, chunk_blocks, matmul, remat
 from kernels_pallas.common.dtypes import custom_vjp
 from kernels_pallas.dispatch import tuning
 
@@ -39,39 +42,117 @@ def run(
     block_size,
     chunk_size,
     scale,
+    kernel=None,
 ):
-    """Computes sums over documents from normalised arguments; returns (o_BTHV, final_BHKV)."""
+    """Computes sums over documents from normalised arguments; returns (o_BTHV, final_BHKV).
+
+    kernel: what computes `_sums` in place of `_computed`, for packed documents.
+    """
     B, T, G, K = q_BTGK.shape
     H, V = v_BTHV.shape[2:]
     # Heads that share a key head are further values of it.
     v_BTGW = v_BTHV.reshape(B, T, G, -1)
     state_BGRKV = initial_state_BHKV.reshape(B, G, H // G, K, V)
     state_BGKW = jnp.moveaxis(state_BGRKV, 2, 3).reshape(B, G, K, -1)
-    if block_ids_BT is None:
+    if block_ids_BT is None and block_size is None:
+        o_BTGW, final_BGKW = _whole(q_BTGK, k_BTGK, v_BTGW, state_BGKW, scale)
+    elif block_ids_BT is None:
         o_BTGW, final_BGKW = _by_blocks(q_BTGK, k_BTGK, v_BTGW, state_BGKW, block_size, scale)
     else:
         runs = segment_ids_BT, block_ids_BT
         key = ("document_sums", "chunked", str(v_BTHV.dtype), f"{K}x{V}")
         C = chunk_size or tuning.lookup({"chunk_size": CHUNK_SIZE}, *key)["chunk_size"]
-        o_BTGW, final_BGKW = _by_runs(q_BTGK, k_BTGK, v_BTGW, state_BGKW, runs, C, scale)
+        inputs = q_BTGK, k_BTGK, v_BTGW, state_BGKW
+        o_BTGW, final_BGKW = _by_runs(inputs, runs, C, scale, kernel)
     final_BGRKV = jnp.moveaxis(final_BGKW.reshape(B, G, K, H // G, V), 3, 2)
     return o_BTGW.reshape(B, T, H, V), final_BGRKV.reshape(B, H, K, V)
 
 
-def _by_blocks(q_BTGK, k_BTGK, v_BTGW, state_BGKW, block_size, scale):
-    """Computes the sums of rows that are one document each, of blocks of `block_size` tokens.
+def _whole(q_BTGK, k_BTGK, v_BTGW, state_BGKW, scale):
+    """Computes the sums of rows that are one document each; returns (o_BTGW, the final state)."""
+    B, T, G, K = q_BTGK.shape
+    length = None
+    if chunk_blocks.known(B, T):
+        chunks = -(-T // CHUNK_SIZE)
+        widest = max(K, v_BTGW.shape[-1])
+        length = CHUNK_SIZE * chunk_blocks.chunks_per_block(chunks, B * G, widest)
+        length = None if length >= T else length
+    padding = 0 if length is None else -T % length
 
-    block_size None is one block. Returns (o_BTGW, the final state), for JAX to differentiate.
+    def padded(x_BTGX):
+        return jnp.pad(x_BTGX, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x_BTGX
+
+    # S = initial state + sum_s k_s v_s^T, o = scale S^T q
+    final_BGKW = state_BGKW + _summed(length, padded(k_BTGK), padded(v_BTGW))
+    o_BTGW = _read((length, scale, v_BTGW.dtype), padded(q_BTGK), final_BGKW)
+    return remat.named((o_BTGW[:, :T] if padding else o_BTGW, final_BGKW))
+
+
+@custom_vjp(0)
+def _summed(length, x_BTGK, y_BTGW):
+    """Returns sum_t x_t y_t^T, (B, G, K, W), in pieces of `length` tokens; None is one piece."""
+    if length is None:
+        return matmul.einsum("BTGK,BTGW->BGKW", x_BTGK, y_BTGW)
+
+    def add(sum_BGKW, n):
+        x_BLGK, y_BLGW = chunk_blocks.read((x_BTGK, y_BTGW), n, length)
+        return sum_BGKW + matmul.einsum("BLGK,BLGW->BGKW", x_BLGK, y_BLGW), None
+
+    (B, T, G, K), W = x_BTGK.shape, y_BTGW.shape[-1]
+    dtype = arguments.state_dtype(x_BTGK, y_BTGW)
+    zero_BGKW = jnp.zeros_like(x_BTGK, dtype, (B, G, K, W))
+    return jax.lax.scan(add, zero_BGKW, jnp.arange(T // length))[0]
+
+
+@custom_vjp(0)
+def _read(form, x_BTGK, S_BGKW):
+    """Returns scale S^T x_t, (B, T, G, W).
+
+    form: length as for `_summed`, scale, and the result's dtype.
+    """
+    length, scale, dtype = form
+
+    def read(x_BLGK):
+        return (scale * matmul.einsum("BLGK,BGKW->BLGW", x_BLGK, S_BGKW)).astype(dtype)
+
+    if length is None:
+        return read(x_BTGK)
+    like = jnp.zeros_like(x_BTGK, dtype, (*x_BTGK.shape[:3], S_BGKW.shape[-1]))
+    o_BTGW, _, _ = chunk_blocks.scan(
+        lambda state, _, x_BLGK: (read(x_BLGK), state, None), (), x_BTGK, like, length
+    )
+    return o_BTGW
+
+
+def _summed_backward(length, saved, d_BGKW):
+    x_BTGK, y_BTGW = saved
+    d_x = _read((length, 1.0, x_BTGK.dtype), y_BTGW, jnp.swapaxes(d_BGKW, 2, 3))
+    return d_x, _read((length, 1.0, y_BTGW.dtype), x_BTGK, d_BGKW)
+
+
+def _read_backward(form, saved, d_BTGW):
+    (length, scale, _), (x_BTGK, S_BGKW) = form, saved
+    d_x = _read((length, scale, x_BTGK.dtype), d_BTGW, jnp.swapaxes(S_BGKW, 2, 3))
+    return d_x, (scale * _summed(length, x_BTGK, d_BTGW)).astype(S_BGKW.dtype)
+
+
+# Each is the other's derivative, so those of every order take no memory beside their results.
+_summed.defvjp(lambda length, x, y: (_summed(length, x, y), (x, y)), _summed_backward)
+_read.defvjp(lambda form, x, S: (_read(form, x, S), (x, S)), _read_backward)
+
+
+def _by_blocks(q_BTGK, k_BTGK, v_BTGW, state_BGKW, block_size, scale):
+    """Computes the sums of rows that are one document each, in blocks of `block_size` tokens.
+
+    Returns (o_BTGW, the final state), for JAX to differentiate.
     """
     B, T, G, K = q_BTGK.shape
-    tokens = T if block_size is None else block_size
 
     def blocks(x_BTGX):
-        """Reshapes (B, T, G, X) to blocks (B, N, tokens, G, X), zero-padding T as needed."""
-        if block_size is not None:
-            padding = chunk_blocks.padding(T, block_size)
-            x_BTGX = jnp.pad(x_BTGX, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        return x_BTGX.reshape(B, -1, tokens, G, x_BTGX.shape[-1])
+        """Reshapes (B, T, G, X) to blocks (B, N, block_size, G, X), zero-padding T as needed."""
+        padding = chunk_blocks.padding(T, block_size)
+        x_BTGX = jnp.pad(x_BTGX, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        return x_BTGX.reshape(B, -1, block_size, G, x_BTGX.shape[-1])
 
     q_BNCGK, k_BNCGK, v_BNCGW = map(blocks, (q_BTGK, k_BTGK, v_BTGW))
     # S_n = initial state + the sums of blocks 0 to n
@@ -93,6 +174,7 @@ class _Form(NamedTuple):
 
     C, L: tokens of a chunk and of a block of chunks. scale: multiplies the sums. dtype: that of the
     output. reverse: whether a token sees its block to the left and its document to the right.
+    kernel: what computes it, None is `_computed`. name: of the kernel's call.
     """
 
     C: int
@@ -100,18 +182,22 @@ class _Form(NamedTuple):
     scale: float
     dtype: jnp.dtype
     reverse: bool = False
+    kernel: Callable | None = None
+    name: str = "document_sums"
 
 
-def _by_runs(q_BTGK, k_BTGK, v_BTGW, state_BGKW, runs, C, scale):
+def _by_runs(inputs, runs, C, scale, kernel):
     """Computes the sums of packed documents; returns (o_BTGW, the final state).
 
-    runs: each token's document and block (B, T), where neighbours of one have equal numbers.
+    inputs: q, k (B, T, G, K), v (B, T, G, W), the initial state (B, G, K, W). runs: each token's
+      document and block (B, T), where neighbours of one have equal numbers.
     """
+    q_BTGK, k_BTGK, v_BTGW, state_BGKW = inputs
     B, T, G, K = q_BTGK.shape
     W = v_BTGW.shape[-1]
     C = chunk_blocks.chunk_length(C, T, least=16)
     chunks = -(-T // C)
-    M = chunk_blocks.chunks_per_block(chunks, B * G, max(K, W))
+    M = 1 if kernel else chunk_blocks.chunks_per_block(chunks, B * G, max(K, W))
     padding = -(-chunks // M) * M * C - T
 
     def padded(x_BTX, mode):
@@ -123,11 +209,11 @@ def _by_runs(q_BTGK, k_BTGK, v_BTGW, state_BGKW, runs, C, scale):
         changed_BT = run_BT[:, 1:] != run_BT[:, :-1]
         index_BT = jnp.cumsum(jnp.pad(changed_BT, ((0, 0), (1, 0))).astype(jnp.int32), axis=1)
         index.append(padded(index_BT, "edge"))
-    inputs = (padded(x, "constant") for x in (q_BTGK, k_BTGK, v_BTGW))
-    form = _Form(C, M * C, scale, v_BTGW.dtype)
+    padded_inputs = (padded(x, "constant") for x in (q_BTGK, k_BTGK, v_BTGW))
+    form = _Form(C, M * C, scale, v_BTGW.dtype, kernel=kernel)
     # The first document reads the initial state with its own sums, scaled.
     entry_BGKW = scale * state_BGKW
-    o_BTGW, last_BGKW = _sums(form, *inputs, entry_BGKW, tuple(index))
+    o_BTGW, last_BGKW = _sums(form, *padded_inputs, entry_BGKW, tuple(index))
     one_B111 = (index[0][:, -1] == 0)[:, None, None, None]
     return o_BTGW[:, :T], last_BGKW + jnp.where(one_B111, state_BGKW, 0)
 
@@ -148,7 +234,8 @@ def _sums(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs):
 
 
 def _forward(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs):
-    results = remat.named(_computed(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs))
+    compute = form.kernel or _computed
+    results = remat.named(compute(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs))
     return results, (q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs)
 
 
@@ -160,15 +247,17 @@ def _backward(form, saved, cotangents):
         return jnp.swapaxes(x_BGKW, 2, 3)
 
     # Token t sees s: dq_t sums over the s that t sees, dk_s and dv_s over the t that see s.
-    other = form._replace(reverse=not form.reverse)
+    def of(array, name, reverse):
+        return form._replace(dtype=array.dtype, name=f"{form.name}_{name}", reverse=reverse)
+
     dq, _ = _sums(
-        form._replace(dtype=q_BTGK.dtype), d_o_BTGW, v_BTGW, k_BTGK, swapped(entry_BGKW), runs
+        of(q_BTGK, "dq", form.reverse), d_o_BTGW, v_BTGW, k_BTGK, swapped(entry_BGKW), runs
     )
     dk, _ = _sums(
-        other._replace(dtype=k_BTGK.dtype), v_BTGW, d_o_BTGW, q_BTGK, swapped(d_sum_BGKW), runs
+        of(k_BTGK, "dk", not form.reverse), v_BTGW, d_o_BTGW, q_BTGK, swapped(d_sum_BGKW), runs
     )
     dv, d_entry_BGKW = _sums(
-        other._replace(dtype=v_BTGW.dtype), k_BTGK, q_BTGK, d_o_BTGW, d_sum_BGKW, runs
+        of(v_BTGW, "dv", not form.reverse), k_BTGK, q_BTGK, d_o_BTGW, d_sum_BGKW, runs
     )
     return dq, dk, dv, d_entry_BGKW, None
 

@@ -10,6 +10,7 @@ import pytest
 
 import kernels_pallas
 from kernels_pallas import document_sums, linear_attention
+from kernels_pallas.common import chunk_blocks
 from kernels_pallas.ops.document_sums import api
 from kernels_pallas.ops.document_sums.shapes import SHAPES
 from tests.kernels_pallas.ops.conformance import (
@@ -29,7 +30,7 @@ from tests.kernels_pallas.ops.conformance import (
 
 CASE = suite_case(
     api.OPERATOR,
-    implementations=("chunked", "naive_chunk"),
+    implementations=("chunked", "naive_chunk", "pallas_tpu"),
     typical=("whole", "blocks of 32", "blocks of 7"),
     fast=((1, "whole"), (100, "blocks of 7"), (100, "blocks of 32"), (100, "whole")),
 )
@@ -224,6 +225,28 @@ def test_the_order_of_tokens_does_not_matter():
     assert_close(got, permuted, TOLERANCE["float32"])
 
 
+def test_rows_in_pieces(monkeypatch):
+    """Whole rows whose products are cut for a CPU's cache, the last piece not whole; and a gradient
+    of their gradient."""
+    monkeypatch.setattr(chunk_blocks, "CPU_STATE_ROWS", 8)
+    inputs = inputs_of(CASE, Shape(B=1, T=150, H=2, G=1), "whole")
+    text = str(jax.make_jaxpr(lambda x: CASE.call(x, implementation="chunked"))(inputs))
+    assert text.count("scan[") == 2  # sums, and reads
+    assert_close(everything(CASE, "chunked", inputs), truth(CASE, inputs), TOLERANCE["float32"])
+
+    def twice(inputs, implementation):
+        def loss(inputs):
+            return sum(
+                jnp.sum(jnp.sin(x)) for x in CASE.call(inputs, implementation=implementation)
+            )
+
+        gradients = jax.grad(lambda x: sum(jnp.sum(jnp.sin(g)) for g in jax.grad(loss)(x).values()))
+        return jax.jit(gradients)(inputs)
+
+    small = {name: 0.1 * x for name, x in inputs.items()}
+    assert_close(twice(small, "chunked"), twice(small, "reference"), 1e-4)
+
+
 @pytest.mark.slow
 def test_chunk_size_changes_rounding_only():
     inputs, ids = inputs_of(CASE, Shape(T=130), "whole"), documents(2, 130)
@@ -284,7 +307,7 @@ def test_memory_of_the_backward_pass_is_not_T_squared():
         ({"chunk_size": 48}, "chunk_size is 48; expected a power of two, 16 or more"),
         (
             {"implementation": "fast"},
-            "choose one of .*'chunked', 'naive_chunk', 'reference', or None",
+            "choose one of 'pallas_tpu', 'triton', 'chunked', 'naive_chunk', 'reference', or None",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Sums over whole documents, with time split over ranks: `document_sums`."""
+"""Sums over whole documents, with time split over ranks."""
 
 import functools
 from typing import Any
