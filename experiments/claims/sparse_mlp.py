@@ -69,6 +69,8 @@ CLAIM = claim.Claim(
     ours="Digits as 16 patches, without augmentation: three layers of MLP-Mixer of width 64, the "
     f"last one with {EXPERTS} spatial experts (top-1, re-represent layers), {EXPERTS} channel "
     "experts (top-2), or both; 300 steps of 32.",
+    tried="300 steps of 32, one size. Spatial experts help, as published; channel experts help as much "
+    "and do not overfit more. Not tried: more experts, more steps, fewer images.",
     seeds=3,
     minutes=2,
     run=run,
