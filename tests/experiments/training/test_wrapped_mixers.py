@@ -24,8 +24,8 @@ FIELDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_trains_and_resumes(number, tmp_path):
-    """Whole images on one device; packed ones with rows, time and heads split over eight."""
-    own = ({"mesh.data": 1}, {"mesh.data": 2, "mesh.seq": 2, "mesh.tensor": 2, "data.pack": 2})
+    """Whole images, rows split over eight devices; packed ones, time and heads split too."""
+    own = ({"mesh.data": 8}, {"mesh.data": 2, "mesh.seq": 2, "mesh.tensor": 2, "data.pack": 2})
     flags = [f"--config.{name}={value}" for name, value in (FIELDS | own[number]).items()]
     whole, again = tmp_path / "whole", tmp_path / "again"
     called.run("digits.py:linear_attention", whole, *flags)
