@@ -7,6 +7,7 @@
     python -m experiments.bench cpu_peers         against transformers and jax-linear-attention
     python -m experiments.bench gpu_peers         against flash-linear-attention, on a GPU
     python -m experiments.bench linearizations    every linearization method on one teacher
+    python -m experiments.bench lengths           linear against softmax attention, 64 to 16,384
 
 Each has flags of its own: `python -m experiments.bench tpu_report --help`.
 """
@@ -59,6 +60,12 @@ def _linearizations():
     return linearizations, linearizations.main
 
 
+def _lengths():
+    from experiments.benchmarks.commands import lengths
+
+    return lengths, lengths.main
+
+
 COMMANDS = {
     "operators": _operators,
     "tune": _tune,
@@ -67,6 +74,7 @@ COMMANDS = {
     "cpu_peers": _cpu_peers,
     "gpu_peers": _gpu_peers,
     "linearizations": _linearizations,
+    "lengths": _lengths,
 }
 
 

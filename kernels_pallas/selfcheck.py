@@ -21,6 +21,7 @@ from kernels_pallas.dispatch import Operator, absent_tpu, devices, kernel_check,
 from kernels_pallas.ops.causal_conv import api as causal_conv
 from kernels_pallas.ops.delta_rule import api as delta_rule
 from kernels_pallas.ops.diagonal_scan import api as diagonal_scan
+from kernels_pallas.ops.document_sums import api as document_sums
 from kernels_pallas.ops.linear_attention import api as linear_attention
 from kernels_pallas.ops.softmax_attention import api as softmax_attention
 
@@ -30,6 +31,7 @@ OPERATORS = {
         linear_attention.OPERATOR,
         delta_rule.OPERATOR,
         diagonal_scan.OPERATOR,
+        document_sums.OPERATOR,
         softmax_attention.OPERATOR,
         causal_conv.OPERATOR,
     )

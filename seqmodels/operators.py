@@ -161,7 +161,7 @@ def linear_attention(
 
 def document_sums(q_BTHK: Array, k_BTHK: Array, v_BTHV: Array, **keywords) -> tuple[Array, Array]:
     """Computes `kernels_pallas.document_sums`, with its keywords, on the mesh in scope."""
-    plain = split = kernels_pallas.document_sums
+    plain, split = kernels_pallas.document_sums, context_parallel.document_sums
     return _matrix_recurrence(plain, split, q_BTHK, k_BTHK, v_BTHV, {}, None, **keywords)
 
 

@@ -19,6 +19,8 @@ from kernels_pallas.ops.delta_rule import api as delta_rule
 from kernels_pallas.ops.delta_rule import shapes as delta_rule_shapes
 from kernels_pallas.ops.diagonal_scan import api as diagonal_scan
 from kernels_pallas.ops.diagonal_scan import shapes as diagonal_scan_shapes
+from kernels_pallas.ops.document_sums import api as document_sums
+from kernels_pallas.ops.document_sums import shapes as document_sums_shapes
 from kernels_pallas.ops.linear_attention import api as linear_attention
 from kernels_pallas.ops.linear_attention import shapes as linear_attention_shapes
 from kernels_pallas.ops.softmax_attention import api as softmax_attention
@@ -89,7 +91,7 @@ class OperatorBenchmark:
 
         def call(inputs):
             if "packed" in kind:
-                B, T, _ = inputs["x"].shape
+                B, T = inputs[case.positional[0]].shape[:2]
                 ids_BT = jnp.broadcast_to(jnp.arange(T)[None] // _DOCUMENT, (B, T))
                 return case.call(self.operator.function, inputs, segment_ids=ids_BT, **options)
             return case.call(self.operator.function, inputs, **options)
@@ -110,6 +112,11 @@ CASES = {
         OperatorBenchmark(linear_attention.OPERATOR, _same(*DECAYS), linear_attention_shapes),
         OperatorBenchmark(delta_rule.OPERATOR, _same(*DECAYS), delta_rule_shapes),
         OperatorBenchmark(diagonal_scan.OPERATOR, _same("real", "complex"), diagonal_scan_shapes),
+        OperatorBenchmark(
+            document_sums.OPERATOR,
+            {"row": "row", "blocks": "blocks of 1024", "packed": "packed"},
+            document_sums_shapes,
+        ),
         OperatorBenchmark(
             softmax_attention.OPERATOR,
             {"full": "causal", "window": "causal window"},
@@ -136,6 +143,8 @@ def published(case: OperatorBenchmark, name: str) -> tuple[Shape, int, str]:
         variant = sizes.pop("decay")
     if sizes.pop("complex", False):
         variant = "complex"
+    if sizes.pop("block_size", None):
+        variant = "blocks"
     if sizes.get("window"):
         variant = "window"
     if "K" in sizes:

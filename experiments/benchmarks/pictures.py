@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from experiments.benchmarks.report import Row
 from experiments.training import plots
@@ -43,6 +44,70 @@ def generation(rows: list[Row], path: Path, title: str) -> None:
     _finish(axes, "tokens read", "ms per generated token")
     axes.set_title(title, fontsize=8)
     plots.save(figure, path, dpi=110)
+
+
+def lengths(rows: list[Row], stream: list[Row], path: Path, title: str) -> None:
+    """Draws time and planned memory of operators over T, and what a stream of blocks holds.
+
+    Grey lines have the slopes of T and T^2. rows, stream: as `benchmarks.lengths` returns them.
+    """
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    whats = (
+        ("forward", "seconds", 1e3, "median time, ms", "Forward"),
+        ("forward_backward", "seconds", 1e3, "median time, ms", "Forward and backward"),
+        (
+            "forward_backward",
+            "temp_bytes",
+            2**-20,
+            "temporary memory, MiB (compiled)",
+            "Memory of forward and backward beside inputs and outputs",
+        ),
+    )
+    for axes, (which, key, scale, label, heading) in zip(panels.flat, whats):
+        ends = []
+        for i, name in enumerate(dict.fromkeys(row["operator"] for row in rows)):
+            here = [row for row in rows if (row["operator"], row["pass"]) == (name, which)]
+            here = [row for row in here if row.get(key) is not None]
+            if not here:
+                continue
+            x, y = [row["T"] for row in here], [row[key] * scale for row in here]
+            axes.plot(x, y, "o-", color=f"C{i}", markersize=4, label=name)
+            linear = i == 0 or (key == "temp_bytes" and i == 1)
+            ends.append((x, y, 1 if linear else 2))
+        for x, y, power in ends:
+            # An ideal slope through the last point, over the last quarter of the lengths.
+            last = np.array(x[-(len(x) // 2 + 1) :], float)
+            ideal = y[-1] * (last / last[-1]) ** power
+            linestyle = ":" if power == 1 else "--"
+            name = f"slope of T{'' if power == 1 else '²'}"
+            axes.plot(last, ideal, linestyle, color="0.45", zorder=0, label=name)
+        _log_axes(axes, "tokens T", label, heading)
+    axes = panels[1, 1]
+    x = [row["blocks"] for row in stream]
+    for name, key, style in (
+        ("state of block-causal linear attention", "state_bytes", "C0s-"),
+        ("keys and values of softmax attention", "keys_and_values_bytes", "C1s-"),
+    ):
+        axes.plot(x, [row[key] / 2**10 for row in stream], style, markersize=3, label=name)
+    size = stream[0]["tokens"]
+    _log_axes(axes, f"blocks of {size} tokens read", "held, KiB", "Held while blocks are read")
+    found = {}
+    for axes in panels.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles))
+    found = dict(sorted(found.items(), key=lambda item: item[0].startswith("slope")))
+    figure.legend(found.values(), found, loc="outside lower center", ncols=3, fontsize=9)
+    figure.suptitle(f"Whole-document linear attention and softmax attention\n{title}", fontsize=10)
+    plots.save(figure, path, dpi=110)
+
+
+def _log_axes(axes, x: str, y: str, title: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, which="major")
 
 
 def _band(axes, x: list[int], rows: list[Row], scales: list[float], name: str) -> None:

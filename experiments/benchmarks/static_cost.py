@@ -14,7 +14,7 @@ import numpy as np
 from experiments.benchmarks import entries, operators, report
 from kernels_pallas.tools import tpu_bundles, tpu_compile
 
-OPS = ("linear_attention", "delta_rule", "diagonal_scan", "causal_conv")
+OPS = ("linear_attention", "delta_rule", "diagonal_scan", "causal_conv", "document_sums")
 PASSES = ("forward", "forward+backward")
 IMPLEMENTATIONS = ("pallas_tpu", "chunked", "shifted")  # the last two are XLA's
 # The sizes that targets are set at: Griffin's width for the scan, that of q and k for the
@@ -86,7 +86,7 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
     shape, T, variants = workload(case, shape_name)
     # Where channels are independent, a register holds 128 of them.
     heads = -(-shape.width // 128) if op in BY_CHANNEL else shape.H
-    label = {"diagonal_scan": "numbers", "causal_conv": "form"}.get(op, "decay")
+    label = {"diagonal_scan": "numbers", "causal_conv": "form", "document_sums": "documents"}
     for variant in variants:
         inputs = abstract_inputs(case, shape, T, variant, dtype)
         for implementation in implementations:
@@ -99,7 +99,7 @@ def rows(op: str, shape_name: str, topology: str, dtype: str, implementations=IM
                 row = {
                     "op": op,
                     "shape": shape_name,
-                    label: variant,
+                    label.get(op, "decay"): variant,
                     "topology": topology,
                     "pass": name,
                     "implementation": implementation,
@@ -165,7 +165,7 @@ def _rounded(row: dict) -> dict:
 
 
 def variant_of(row: dict) -> str:
-    return next(row[name] for name in ("decay", "numbers", "form") if name in row)
+    return next(row[name] for name in ("decay", "numbers", "form", "documents") if name in row)
 
 
 def key(row: dict) -> tuple:

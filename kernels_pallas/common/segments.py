@@ -38,6 +38,15 @@ def positions(segment_ids_BT: jax.Array) -> jax.Array:
     return index_T[None] - jax.lax.cummax(start_index_BT, axis=1)
 
 
+def block_index(segment_ids_BT: jax.Array, block_size: int) -> jax.Array:
+    """Returns the index (B, T) of each token's block of `block_size` tokens, from 0 in its row.
+
+    Blocks are counted from the start of each document, so the last one of a document may be short.
+    """
+    start_BT = starts(segment_ids_BT) | (positions(segment_ids_BT) % block_size == 0)
+    return count_starts(start_BT.at[:, 0].set(False))
+
+
 def recurrent(
     one_step, inputs, log_decay_BTHK, initial_state_BHKV, segment_ids_BT, scale: float = 1.0
 ):
@@ -68,6 +77,28 @@ def recurrent(
     return jnp.moveaxis(scale * o_TBHV, 0, 1).astype(v_BTHV.dtype), final_BHKV
 
 
+def _reached(bad_BTH, segment_ids_BT, block_ids_BT):
+    """Returns whether a bad token of each token's document, or it itself, reaches it: (B, T, H).
+
+    A bad token reaches itself and later tokens; with blocks (None is none) its whole block, too.
+    """
+    T = bad_BTH.shape[1]
+    index_T1 = jnp.arange(T, dtype=jnp.int32)[:, None]
+    # A token is reached if the last bad one of its head does not lie before its document,
+    first_BT = index_T1[:, 0][None] - positions(segment_ids_BT)
+    last_bad_BTH = jax.lax.cummax(jnp.where(bad_BTH, index_T1[None], -1), axis=1)
+    reached_BTH = last_bad_BTH >= first_BT[..., None]
+    if block_ids_BT is None:
+        return reached_BTH
+    # or if the next bad one does not lie behind its block.
+    ends_BT = jnp.pad(block_ids_BT[:, 1:] != block_ids_BT[:, :-1], ((0, 0), (0, 1)))
+    end_index_BT = jnp.where(ends_BT, index_T1[:, 0][None], T - 1)
+    last_BT = jax.lax.cummin(end_index_BT, axis=1, reverse=True)
+    next_bad_BTH = jnp.where(bad_BTH, index_T1[None], T)
+    next_bad_BTH = jax.lax.cummin(next_bad_BTH, axis=1, reverse=True)
+    return reached_BTH | (next_bad_BTH <= last_BT[..., None])
+
+
 def isolated(operator):
     """Wraps a matrix recurrence, whose masks are products with 0, so that NaN and Inf stay in their
     document.
@@ -76,6 +107,10 @@ def isolated(operator):
     document's end; no other output is NaN, and gradients are those of the other outputs. The
     wrapper costs a pass over the arguments, so calls without segment ids go without: there, a
     chunk's earlier tokens may be NaN too. So may other documents where finite arguments overflow.
+
+    An operator whose tokens see later ones, too, has an argument `block_ids_BT`: runs of equal
+    numbers are blocks of tokens that see each other. There outputs are NaN from the first bad
+    token's block on.
     """
 
     def call(*, initial_state_BHKV, segment_ids_BT, **inputs):
@@ -87,17 +122,13 @@ def isolated(operator):
         H = initial_state_BHKV.shape[1]
         bad_BTH = jnp.zeros((B, T, H), bool)
         for name, x in inputs.items():
-            if "_BT" not in name or x is None:
+            if "_BT" not in name or x is None or jnp.issubdtype(x.dtype, jnp.integer):
                 continue
             inputs[name], bad_BTG = matmul.cleared(x)
             bad_BTH |= jnp.repeat(bad_BTG, H // x.shape[2], axis=2)
         finite_BHKV = jnp.isfinite(initial_state_BHKV)
         bad_BTH = bad_BTH.at[:, 0].set(bad_BTH[:, 0] | ~jnp.all(finite_BHKV, axis=(2, 3)))
-        # A token is bad if the last bad one of its head does not lie before its document
-        index_1T = jnp.arange(T, dtype=jnp.int32)[None]
-        last_bad_BTH = jax.lax.cummax(jnp.where(bad_BTH, index_1T[..., None], -1), axis=1)
-        first_BT = index_1T - positions(segment_ids_BT)  # the first token of the document
-        bad_BTH = last_bad_BTH >= first_BT[..., None]
+        bad_BTH = _reached(bad_BTH, segment_ids_BT, inputs.get("block_ids_BT"))
         o_BTHV, final_BHKV = operator(
             initial_state_BHKV=jnp.where(finite_BHKV, initial_state_BHKV, 0),
             segment_ids_BT=segment_ids_BT,

@@ -11,6 +11,7 @@ from kernels_pallas.context_parallel.operators import (
     softmax_attention,
 )
 from kernels_pallas.context_parallel.ring_attention import zigzag_order
+from kernels_pallas.context_parallel.whole_documents import document_sums
 
 __all__ = [
     "associative_scan",
@@ -18,6 +19,7 @@ __all__ = [
     "delta_rule",
     "diagonal_plus_low_rank",
     "diagonal_scan",
+    "document_sums",
     "linear_attention",
     "shift",
     "softmax_attention",

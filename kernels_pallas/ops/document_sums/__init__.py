@@ -1,0 +1,1 @@
+"""Sums over whole documents: `kernels_pallas.document_sums` is public."""

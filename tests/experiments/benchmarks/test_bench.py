@@ -16,8 +16,10 @@ from experiments.benchmarks import (
     compile_time,
     correctness,
     generation,
+    lengths,
     machine,
     operators,
+    pictures,
     report,
     sweep,
     timing,
@@ -354,3 +356,31 @@ def test_a_bad_flag_ends_with_exit_code_2():
     assert done.returncode == 2
     assert "float32|bfloat16" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_lengths(tmp_path):
+    """Linear and softmax attention in one run: right, timed, drawn, and a state that stays."""
+    settings = lengths.Settings(
+        shape=operators.Shape(B=1, H=2, K=4, V=4),
+        lengths=(16, 32),
+        rounds=3,
+        check_length=20,
+        blocks=3,
+        block_size=8,
+    )
+    rows, checks = lengths.rows(settings)
+    assert not any(check["wrong"] for check in checks)
+    timed = [row for row in rows if "seconds" in row]
+    assert len(timed) == 2 * 2 * 2 and all(row["seconds"] > 0 for row in timed)
+    planned = [row["temp_bytes"] for row in rows if row["operator"] == lengths.DENSE]
+    assert len(planned) == 2 and planned[1] > planned[0]
+    stream, error = lengths.stream(settings)
+    assert error < 1e-6
+    assert [row["state_bytes"] for row in stream] == [4 * 2 * 4 * 4] * 3
+    assert [row["keys_and_values_bytes"] for row in stream] == [512, 1024, 1536]
+    table = lengths.table(rows)
+    assert [line["T"] for line in table] == [16, 32] and len(table[0]) == 10
+    assert len(lengths.growth(rows)) == 4
+    pictures.lengths(rows, stream, tmp_path / "lengths.png", "a title")
+    assert (tmp_path / "lengths.png").stat().st_size > 10_000

@@ -9,11 +9,17 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels_pallas import causal_conv, context_parallel
-from tests.kernels_pallas.ops import test_delta_rule, test_diagonal_scan, test_linear_attention
+from tests.kernels_pallas.ops import (
+    test_delta_rule,
+    test_diagonal_scan,
+    test_document_sums,
+    test_linear_attention,
+)
 from tests.kernels_pallas.ops.conformance import (
     TOLERANCE,
     Shape,
     assert_close,
+    at,
     cotangents_of,
     everything,
     inputs_of,
@@ -37,6 +43,7 @@ CASES = {
     context_parallel.delta_rule: test_delta_rule.DELTA_RULE,
     context_parallel.diagonal_plus_low_rank: test_delta_rule.DIAGONAL_PLUS_LOW_RANK,
     context_parallel.diagonal_scan: test_diagonal_scan.CASE,
+    context_parallel.document_sums: test_document_sums.CASE,
     context_parallel.causal_conv: dataclasses.replace(test_diagonal_scan.CASE, call=conv),
 }
 NAMES = {
@@ -44,6 +51,7 @@ NAMES = {
     context_parallel.delta_rule: ("q", "k", "v", "beta"),
     context_parallel.diagonal_plus_low_rank: ("q", "k", "v", "a", "b"),
     context_parallel.diagonal_scan: ("x",),
+    context_parallel.document_sums: ("q", "k", "v"),
     context_parallel.causal_conv: ("x", "w"),
 }
 
@@ -116,14 +124,15 @@ def documents(T, kind):
 def _expected(operator, shape, regime, kind):
     case = CASES[operator]
     inputs, ids = inputs_of(case, shape, regime), documents(shape.T, kind)
-    return inputs, ids, truth(case, inputs, ids)
+    return inputs, ids, truth(at(case, regime), inputs, ids)
 
 
 def check(operator, W, collective, regimes, T, implementation="chunked", **keywords):
     """Compares with one device, in one compiled program if the regimes have arrays of one shape."""
     shape = Shape(T=T, H=4, G=2) if CASES[operator].grouped else Shape(T=T)
-    case = over_ranks(operator, W, collective, **keywords)
     for regime in regimes:
+        options = CASES[operator].operator.case.options(regime, shape)
+        case = over_ranks(operator, W, collective, **options, **keywords)
         for kind in ("whole", "packed"):
             inputs, ids, expected = _expected(operator, shape, regime, kind)
             shapes = expected["output"], expected["final state"]

@@ -15,6 +15,7 @@ from kernels_pallas.context_parallel import (
     delta_rule,
     diagonal_plus_low_rank,
     diagonal_scan,
+    document_sums,
     linear_attention,
     softmax_attention,
     zigzag_order,
@@ -47,12 +48,52 @@ EQUAL = [
     pytest.param(diagonal_scan, 4, "all_gather", ("log", "log resets", "log strong"), 400),
     pytest.param(diagonal_scan, 8, "ring", ("complex weak",), 504, marks=slow),
     pytest.param(diagonal_scan, 4, "all_scan", ("any sign", "weak"), 400, marks=exhaustive),
+    pytest.param(document_sums, 8, "all_gather", ("blocks of 7",), 120),
+    pytest.param(document_sums, 8, "all_gather", ("whole",), 120, marks=slow),
+    pytest.param(document_sums, 4, "all_scan", ("whole", "blocks of 32"), 120, marks=slow),
+    pytest.param(document_sums, 2, "ring", ("blocks of 7",), 126, marks=exhaustive),
 ]
 
 
 @pytest.mark.parametrize("operator, W, collective, regimes, T", EQUAL)
 def test_equals_one_device(operator, W, collective, regimes, T):
     ranks.check(operator, W, collective, regimes, T)
+
+
+@pytest.mark.parametrize(
+    "block_size", [None, 11, *(pytest.param(n, marks=slow) for n in (3, 8, 40))]
+)
+def test_document_sums_of_rows(block_size):
+    """Rows of one document, without ids: whole; blocks that shards end with, or do not; blocks
+    longer than a shard, and than the row.
+    """
+    case, T, W = CASES[document_sums], 32, 4
+    inputs = inputs_of(case, Shape(T=T, H=4, G=2), "whole")
+    keywords = {"block_size": block_size}
+    one = dataclasses.replace(case, call=functools.partial(case.call, **keywords))
+    expected = truth(one, inputs)
+    check_vma = block_size in (None, 11)
+
+    def over_ranks(inputs, *, implementation=None, segment_ids=None):
+        specs = {name: SAME if name == "initial_state" else TIME for name in inputs}
+
+        def call(inputs):
+            q, k, v = (inputs[name] for name in "qkv")
+            how = {"initial_state": inputs["initial_state"], "axis_name": "seq", **keywords}
+            return document_sums(q, k, v, implementation=implementation, **how)
+
+        return jax.shard_map(
+            call,
+            mesh=ranks.mesh(W),
+            in_specs=(specs,),
+            out_specs=(TIME, SAME),
+            check_vma=check_vma,
+        )(inputs)
+
+    cotangents = cotangents_of(expected["output"], expected["final state"])
+    over_ranks = dataclasses.replace(case, call=over_ranks)
+    got = everything(over_ranks, "chunked", inputs, None, cotangents)
+    assert_close(got, expected, TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("collective", ["all_gather", "ring"])
@@ -137,6 +178,7 @@ def test_kernels(operator, regime):
     "operator, regime",
     [
         (linear_attention, "per_head"),
+        (document_sums, "blocks of 7"),
         pytest.param(delta_rule, "per_head", marks=exhaustive),
         pytest.param(diagonal_scan, "fixed", marks=exhaustive),
     ],
@@ -177,6 +219,8 @@ RETURNING = np.array(
         (kernels_pallas.delta_rule, delta_rule, {}),
         (kernels_pallas.diagonal_plus_low_rank, diagonal_plus_low_rank, {}),
         (kernels_pallas.diagonal_scan, diagonal_scan, {}),
+        (kernels_pallas.document_sums, document_sums, {}),
+        (kernels_pallas.document_sums, document_sums, {"block_size": 2}),
         (kernels_pallas.causal_conv, causal_conv, {}),
         (kernels_pallas.softmax_attention, softmax_attention, {"collective": "all_gather"}),
         (kernels_pallas.softmax_attention, softmax_attention, {"collective": "ring"}),
@@ -204,7 +248,7 @@ def test_an_id_that_comes_back_is_another_document(plain, operator, keywords):
         return [function(q, q / 4, q, *others.get(operator, []))[0]]
 
     local = functools.partial(call, functools.partial(operator, axis_name="seq", **keywords))
-    window = {name: value for name, value in keywords.items() if name == "window"}
+    window = {n: value for n, value in keywords.items() if n in ("window", "block_size")}
     with jax.enable_x64(True):
         inputs = q, x, RETURNING, position
         over_ranks = jax.shard_map(local, mesh=ranks.mesh(4), in_specs=TIME, out_specs=TIME)

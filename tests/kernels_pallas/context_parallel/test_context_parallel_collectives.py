@@ -13,6 +13,7 @@ from kernels_pallas.common import remat
 from kernels_pallas.context_parallel import (
     delta_rule,
     diagonal_scan,
+    document_sums,
     linear_attention,
     softmax_attention,
 )
@@ -42,7 +43,7 @@ def _sent(text, W):
                 received[way, target] += size
         else:
             share = {"all-gather": size // W * (W - 1), "reduce-scatter": size * (W - 1)}
-            received[way] += share[kind]
+            received[way] += {**share, "all-reduce": size}[kind]  # of an all-reduce, the sum
     return kinds, received
 
 
@@ -95,11 +96,57 @@ def test_what_is_sent(operator, collective):
 
 
 @pytest.mark.parametrize(
+    "packed, block_size, directions, more",
+    [
+        (False, None, 0, 0),
+        (False, 4, 1, 0),
+        pytest.param(False, 5, 2, 0, marks=slow),
+        (True, None, 2, 0),
+        pytest.param(True, 5, 2, 1, marks=slow),
+    ],
+)
+def test_what_document_sums_sends(packed, block_size, directions, more):
+    """Whole rows: one all-reduce of the state each way, the final state included. Blocks that end
+    with the shard: one all-gather each way; documents, or blocks over borders: two."""
+    W, B, T, H, K, V = 8, 1, 32, 2, 8, 12
+    shape = Shape(B=B, T=T, H=H, G=1, K=K, V=V)
+    inputs = inputs_of(CASES[document_sums], shape, "whole")
+    del inputs["initial_state"]
+    ids = ranks.documents(T, "packed")[:1] if packed else None
+
+    def call(inputs, ids):
+        how = {"axis_name": "seq", "segment_ids": ids, "block_size": block_size}
+        o, final = document_sums(*inputs.values(), **how, implementation="reference")
+        return o, final if directions == 0 else jnp.zeros(())
+
+    over_ranks = jax.shard_map(
+        call, mesh=ranks.mesh(W), in_specs=TIME, out_specs=(TIME, ranks.SAME), check_vma=False
+    )
+
+    def loss(inputs, ids):
+        o, final = over_ranks(inputs, ids)
+        return jnp.sum(o**2) + jnp.sum(final**2)
+
+    text = jax.jit(jax.grad(loss)).lower(inputs, ids).compile().as_text()
+    kinds, received = _sent(text, W)
+    if directions == 0:
+        assert kinds == (["all-reduce"], ["all-reduce"])
+        assert (received == 4 * B * H * K * V).all()
+        return
+    state, numbers = directions * (H * K * V + 1), 8 if packed else 0
+    borders = numbers + 8 if block_size == 5 and not packed else directions * numbers
+    assert kinds == (["all-gather"] * (directions + more), ["all-gather"] * directions)
+    assert (received[0] == 4 * (W - 1) * B * (state + borders + 13 * more)).all()
+    assert (received[1] == 4 * (W - 1) * B * state).all()
+
+
+@pytest.mark.parametrize(
     "operator, collective, sent",
     [
         pytest.param(linear_attention, "all_gather", {"all_gather": 2}, marks=slow),
         pytest.param(delta_rule, "ring", {"collective_permute": 2 * 3}, marks=slow),
         (diagonal_scan, "all_gather", {"all_gather": 2}),
+        pytest.param(document_sums, "ring", {"collective_permute": 4 * 3}, marks=slow),
         # A loop of one hop forward and of two backward, then home; two messages each to zigzag, to
         # zigzag once more, from it, and for the gradients of both. The documents' ids at the ends
         # of shards are gathered again.

@@ -35,6 +35,8 @@ CALLS = {
     "delta_rule with a decay": ("delta_rule", "q k v beta log_decay initial_state", {}),
     "diagonal_plus_low_rank": ("diagonal_plus_low_rank", "q k v a b log_decay", {}),
     "diagonal_scan": ("diagonal_scan", "x decay", {}),
+    "document_sums": ("document_sums", "q k v initial_state", {}),
+    "document_sums in blocks": ("document_sums", "q k v initial_state", {"block_size": 3}),
     "causal_conv": ("causal_conv", "x w bias", {"activation": "silu"}),
     "softmax_attention": ("softmax_attention", "q k v", {"implementation": "chunked"}),
     "linear_cross_entropy": ("linear_cross_entropy", "x matrix", {"chunk_size": 6, "z_loss": 0.1}),
@@ -91,7 +93,12 @@ def _compare(got, expected):
 
 CASES = [(name, split) for name in CALLS for split in SPLIT]
 CASES.remove(("linear_cross_entropy", "time"))  # it has no time: that is a batch
-SLOW = ("linear_attention per channel", "delta_rule", "diagonal_plus_low_rank")
+SLOW = (
+    "linear_attention per channel",
+    "delta_rule",
+    "diagonal_plus_low_rank",
+    "document_sums",
+)
 
 
 @pytest.mark.parametrize(

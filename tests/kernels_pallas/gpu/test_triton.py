@@ -18,7 +18,12 @@ from kernels_pallas import delta_rule, diagonal_scan, linear_attention
 from kernels_pallas.dispatch import devices, tuning
 from kernels_pallas.gpu import launch as gpu_launch
 from kernels_pallas.ops.delta_rule.gpu import launch
-from tests.kernels_pallas.ops import test_delta_rule, test_diagonal_scan, test_linear_attention
+from tests.kernels_pallas.ops import (
+    test_delta_rule,
+    test_diagonal_scan,
+    test_document_sums,
+    test_linear_attention,
+)
 from tests.kernels_pallas.ops.conformance import (
     TOLERANCE,
     Shape,
@@ -75,6 +80,11 @@ class Interpreted(Suite):
 
 def _triton(case: SuiteCase, typical: str, fast) -> SuiteCase:
     return dataclasses.replace(case, implementations=("triton",), typical=(typical,), fast=fast)
+
+
+class TestDocumentSums(Interpreted, test_document_sums.TestDocumentSums):
+    case = _triton(test_document_sums.CASE, "blocks of 7", ((100, "blocks of 7"),))
+    slow = ((100, "whole"),)
 
 
 class TestLinearAttention(Interpreted):

@@ -22,10 +22,12 @@ RECURRENCES = {
     "linear_attention": {"q": "BTGK", "k": "BTGK", "v": "BTHV", "log_decay": "BTHK"},
     "delta_rule": {"q": "BTGK", "k": "BTGK", "v": "BTHV", "beta": "BTH", "log_decay": "BTH"},
     "diagonal_plus_low_rank": {"q": "BTGK", "k": "BTGK", "v": "BTHV", "a": "BTHK", "b": "BTHK"},
+    "document_sums": {"q": "BTGK", "k": "BTGK", "v": "BTHV"},
     "diagonal_scan": {"x": "BTD", "decay": "BTD"},
     "causal_conv": {"x": "BTD", "w": "ID"},
 }
-STATES = {"diagonal_scan": "BD", "causal_conv": "BSD"} | dict.fromkeys([*RECURRENCES][:3], "BHKV")
+MATRIX = ("linear_attention", "delta_rule", "diagonal_plus_low_rank", "document_sums")
+STATES = {"diagonal_scan": "BD", "causal_conv": "BSD"} | dict.fromkeys(MATRIX, "BHKV")
 OTHERS = {
     "softmax_attention": {"q": "BTHK", "k": "BTGK", "v": "BTGV"},
     "linear_cross_entropy": {"x": "BTD", "matrix": "WD", "labels": "BT"},
@@ -128,13 +130,14 @@ MISTAKES = [
     *((name, "segment_ids", value) for name in RECURRENCES for value in (1, [[1]])),
     *((name, "segment_ids", np.zeros((2, 5), np.float32)) for name in RECURRENCES),
     *((name, "log_decay", value) for name in ("linear_attention", "delta_rule") for value in (-0.1, [-0.1] * 2)),
-    *((name, "chunk_size", value) for name in [*RECURRENCES][:3] for value in (32.0, True, "32", 48)),
+    *((name, "chunk_size", value) for name in MATRIX for value in (32.0, True, "32", 48)),
     *(("linear_cross_entropy", "chunk_size", value) for value in (3.0, True, 0)),
-    *((name, "scale", value) for name in [*RECURRENCES][:3] for value in ("1", True, [1.0])),
-    *((name, "scale", np.ones(2, np.float32)) for name in [*RECURRENCES][:3]),
+    *((name, "scale", value) for name in MATRIX for value in ("1", True, [1.0])),
+    *((name, "scale", np.ones(2, np.float32)) for name in MATRIX),
     *(("softmax_attention", "window", value) for value in (2.0, True, 0, "2", [2])),
     *(("softmax_attention", given, 0) for given in ("kv_segment_ids_BS", "segment_ids", "causal")),
     ("softmax_attention", "scale", True),
+    *(("document_sums", "block_size", value) for value in (2.0, True, 0, "2", [2])),
     ("diagonal_scan", "reverse", 1),
     ("causal_conv", "bias", 0.0),
     ("causal_conv", "l2_norm_heads", 2.0),
@@ -236,7 +239,7 @@ def test_strict_promotion(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in [*RECURRENCES][:3]))
+        pytest.param(name, marks=[pytest.mark.slow] * (name in MATRIX))
         for name in RECURRENCES | OTHERS
     ],
 )

@@ -15,6 +15,7 @@ from tests.kernels_pallas.ops.conformance import (
 )
 from tests.kernels_pallas.ops.test_delta_rule import DELTA_RULE, DIAGONAL_PLUS_LOW_RANK
 from tests.kernels_pallas.ops.test_diagonal_scan import CASE as DIAGONAL_SCAN
+from tests.kernels_pallas.ops.test_document_sums import CASE as DOCUMENT_SUMS
 from tests.kernels_pallas.ops.test_linear_attention import CASE as LINEAR_ATTENTION
 
 SHAPE = Shape(B=1, T=50, H=2, G=1, K=4, V=3)
@@ -52,6 +53,7 @@ def _extreme(rng, case, regime):
         (LINEAR_ATTENTION, "per_channel weak"),
         (DELTA_RULE, "per_token weak"),
         (DIAGONAL_SCAN, "weak"),
+        pytest.param(DOCUMENT_SUMS, "whole", marks=pytest.mark.slow),
         pytest.param(LINEAR_ATTENTION, "per_token weak", marks=pytest.mark.slow),
         pytest.param(DELTA_RULE, "per_channel weak", marks=pytest.mark.slow),
         pytest.param(DIAGONAL_PLUS_LOW_RANK, "per_channel weak", marks=pytest.mark.slow),

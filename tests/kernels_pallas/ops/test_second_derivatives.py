@@ -15,6 +15,7 @@ from tests.kernels_pallas.ops import (
     test_causal_conv,
     test_delta_rule,
     test_diagonal_scan,
+    test_document_sums,
     test_linear_attention,
 )
 from tests.kernels_pallas.ops.conformance import Shape, assert_close, at, documents, inputs_of
@@ -25,6 +26,7 @@ CASES = {
     "delta_rule": test_delta_rule.DELTA_RULE,
     "diagonal_plus_low_rank": test_delta_rule.DIAGONAL_PLUS_LOW_RANK,
     "diagonal_scan": test_diagonal_scan.CASE,
+    "document_sums": test_document_sums.CASE,
     "causal_conv": test_causal_conv.CASE,
 }
 
@@ -68,6 +70,7 @@ def _recurrences():
         "delta_rule": ("none", "per_token mixed", "per_channel mixed"),
         "diagonal_plus_low_rank": ("per_channel mixed",),
         "diagonal_scan": ("log resets", "complex weak"),
+        "document_sums": ("whole", "blocks of 7"),
         "causal_conv": ("width 4 bias silu norm",),
     }
     for operator, names in regimes.items():

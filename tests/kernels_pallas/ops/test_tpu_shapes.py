@@ -14,6 +14,7 @@ from kernels_pallas import (
     causal_conv,
     delta_rule,
     diagonal_scan,
+    document_sums,
     linear_attention,
     softmax_attention,
 )
@@ -64,11 +65,22 @@ def _attention(pick, dtype, B, T):
     return call, [((B, T, G * shared, K), dtype), ((B, T, G, K), dtype), ((B, T, G, V), dtype)]
 
 
+def _documents(pick, dtype, B, T):
+    call = functools.partial(document_sums, block_size=pick(None, None, 7, 32))
+    _, arrays = _recurrence_of(
+        *(document_sums, "none", dtype, B, T),
+        *((G := pick(1, 2, 3, 4)), G * pick(1, 2, 5)),
+        *(pick(1, 8, 32, 64, 112, 128, 256), pick(1, 32, 64, 128, 130)),
+    )
+    return call, arrays
+
+
 OPERATORS = {
     "linear_attention": functools.partial(_recurrence, linear_attention),
     "delta_rule": functools.partial(_recurrence, delta_rule),
     "diagonal_scan": _scan,
     "causal_conv": _conv,
+    "document_sums": _documents,
     "softmax_attention": _attention,
 }
 
