@@ -6,26 +6,43 @@ here: 3, 1e-3, true, text, "(1.0, 0.5)", or None where this text says so.
 
     seed        seeds the first parameters and the sample. data.seed seeds the order of the data
     data        a dataset and its options: experiments.data.default_config(name)
-    model       the fields of seqmodels.language_model.LanguageModel, whose docstring says more.
-                A config has to set pattern, num_layers and d_model:
+    model       the fields of seqmodels.language_model.LanguageModel, seqmodels.encoder.Encoder and
+                seqmodels.denoiser.Denoiser, whose docstrings say more. A config has to set pattern,
+                num_layers and d_model; fields of another architecture stay at their defaults.
+        architecture        language_model, encoder, denoiser
         pattern             mixers of the layers: "3*gated_delta_net + attention(window=256)"
         num_layers          number of layers, through which the pattern repeats
         d_model             width
-        vocab_size          number of token ids; 0: the dataset's
-        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)"; None: no channel mixer
+        channel_mixer       swiglu, geglu, sglu, gelu, "moe(num_experts=8)", and of encoders and
+                            denoisers conv_gelu, conv_swiglu; None: no channel mixer
         d_ff                width of the channel mixer; None: the default of its kind
         channel_bias        whether its projections have biases
-        norm, norm_eps      rms_norm, layer_norm, srms_norm, zero_centred_rms_norm
+        norm, norm_eps      rms_norm, layer_norm, srms_norm, zero_centred_rms_norm, and of encoders
+                            and denoisers batch_norm, rep_bn, "prepbn(steps=300)"
         norm_position       pre, post, sandwich, residual
         mixer_residual, channel_residual    (a, b) of x <- a x + b f(x)
-        tied_embeddings     whether the output matrix is the embedding
-        embedding_scale     factor of the embedded tokens
         float32_residual    whether the residual stream is float32, whatever dtype is (Mamba)
-        learned_positions   number of positions that have a learned vector; None: no such vectors
-        logit_softcap       c of c tanh(logits / c); None: no cap
         remat               what the backward pass recomputes: none, full, operators, dots
         scan_layers         whether a repeated group of layers is compiled once
         dtype, param_dtype  of activations and of parameters: float32, bfloat16, float16
+      of language models and encoders
+        vocab_size          number of token ids; 0: the dataset's, whose inputs may be patches
+      of language models
+        tied_embeddings     whether the output matrix is the embedding
+        embedding_scale     factor of the embedded tokens
+        learned_positions   number of positions that have a learned vector; None: no such vectors
+        logit_softcap       c of c tanh(logits / c); None: no cap
+      of encoders and denoisers
+        num_classes, input_dim    number of classes, channels per patch; 0: the dataset's
+        grid                sizes of the axes of a document's tokens, "(8, 8)"; None: the dataset's
+        position_embedding  none, per_axis, per_token, sinusoidal, md_tpe
+        position_conv       taps of a depthwise convolution before each mixer; None: no such one
+      of encoders
+        pooling             mean (a class per document), token (a class per token)
+      of denoisers
+        objective           velocity, noise
+        noise_schedule      of the objective noise: linear, cosine
+        learn_variance      whether a variance is predicted too (objective noise)
     optimizer
         name                adamw, lamb, lion, muon, schedule_free, sgd
         learning_rate, weight_decay    gates, norms and biases are never decayed
@@ -52,14 +69,16 @@ here: 3, 1e-3, true, text, "(1.0, 0.5)", or None where this text says so.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from ml_collections import ConfigDict, FieldReference
 
 from experiments.data import DATASETS, default_config
-from seqmodels import language_model, sharding
+from seqmodels import models, sharding
 
 
 def get_config() -> ConfigDict:
@@ -67,9 +86,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.data = ConfigDict()
-    fields = language_model.config_fields()
+    fields = models.config_fields()
     config.model = ConfigDict({name: _typed(*field) for name, field in fields.items()})
-    config.model.vocab_size = 0
     config.optimizer = ConfigDict(
         {
             "name": "adamw",
@@ -115,7 +133,9 @@ def _typed(kind: Any, default: Any) -> Any:
     """Returns a field's default, as a reference that keeps the type `kind` where it may be None."""
     if NoneType not in get_args(kind) and default is not None:
         return default
-    return FieldReference(default, kind | int if float in get_args(kind) else kind)
+    plain = [get_origin(part) or part for part in get_args(kind) or (kind,)]
+    kinds = [*plain, int] if float in plain else plain
+    return FieldReference(default, functools.reduce(operator.or_, kinds))
 
 
 RENAMED = {("parallel", "exchange"): "collective"}  # fields by the names that older runs saved

@@ -3,8 +3,8 @@
     python -m experiments.train --config=configs/small.py:gla
     python -m experiments.train --config=configs/small.py:mamba2,smoke
 
-The argument is a mixer's registered name (`seqmodels.mixers.names()`). Text and budget are those of
-configs/quickstart.py.
+The argument is the registered name of a causal mixer (`seqmodels.mixers.causal_names()`). Text and
+budget are those of configs/quickstart.py.
 """
 
 from configs import common, quickstart

@@ -25,9 +25,11 @@ OPERATORS = {
     "linear_attention": "Sₜ = diag(aₜ) Sₜ₋₁ + kₜ vₜᵀ",
     "delta_rule": "Sₜ = (I − βₜ kₜ kₜᵀ) diag(aₜ) Sₜ₋₁ + βₜ kₜ vₜᵀ",
     "diagonal_scan": "hₜ = aₜ hₜ₋₁ + xₜ",
+    "document_sums": "oₜ = (Σₛ kₛ vₛᵀ)ᵀ qₜ, s in t's document",
     "softmax_attention": "oₜ = Σₛ softmax(qₜ · kₛ) vₛ",
 }
 TABLE = "<!-- mixers: python docs/make.py -->", "<!-- end of mixers -->"
+WHOLE = "<!-- whole documents: python docs/make.py -->", "<!-- end of whole documents -->"
 LINKS = "<!-- links of mixers: python docs/make.py -->", "<!-- end of links -->"
 
 
@@ -50,6 +52,7 @@ def described(name: str) -> dict:
         ],
         "papers": list(dict.fromkeys(papers)),
         "path": str(path.relative_to(ROOT)),
+        "causal": cls.causal,
         "operators": called(name),
         "config": config(name),
     }
@@ -87,7 +90,13 @@ def called(name: str) -> list[str]:
 
 
 def config(name: str) -> str:
-    """Returns the name of a mixer's config: of a published size, a linearization, or "small"."""
+    """Returns the name of a mixer's config.
+
+    It is one of a published size, a linearization, or else "small" or, for mixers that see whole
+    documents, "digits".
+    """
+    if not mixers.mixer_class(name).causal:
+        return "digits"
     for path in sorted(ROOT.glob(f"configs/{name}_[0-9]*.py")):
         return path.stem
     methods = sorted(path.stem for path in ROOT.glob("configs/linearize/[a-z]*.py"))
@@ -104,10 +113,12 @@ def config(name: str) -> str:
     return "small"
 
 
-def table(rows: dict[str, dict]) -> str:
-    """Returns README's table of mixers in Markdown; `links` returns the targets of its links."""
-    lines = ["| mixer, its file | recurrence | paper | config |", "|---|---|---|---|"]
+def table(rows: dict[str, dict], causal: bool) -> str:
+    """Returns README's table of mixers, causal or not; `links` returns the targets of its links."""
+    lines = ["| mixer, its file | equation | paper | config |", "|---|---|---|---|"]
     for name, row in rows.items():
+        if row["causal"] != causal:
+            continue
         equation = row["equations"][0].replace("|", "\\|")
         lines.append(f"| [{name}] | `{equation}` | [{row['papers'][0]}] | `{row['config']}` |")
     return "\n".join(lines)
@@ -125,9 +136,10 @@ def page(rows: dict[str, dict]) -> str:
     lines = [
         "# Mixers",
         "",
-        "Made by `python docs/make.py` from the registry, `seqmodels.mixers.names()`. Each trains",
-        "on the quickstart's text, `python -m experiments.train --config=configs/small.py:<name>`,",
-        "and all of them run through one suite.",
+        "Made by `python docs/make.py` from the registry, `seqmodels.mixers.names()`. Causal ones train",
+        "on the quickstart's text, `python -m experiments.train --config=configs/small.py:<name>`;",
+        "all of them, those that see whole documents too, on digits, `configs/digits.py:<name>`. All",
+        "run through one suite.",
         "",
         "| mixer | equations | papers | built on | config |",
         "|---|---|---|---|---|",
@@ -155,7 +167,7 @@ def module(row: dict) -> str:
 
 def picture(rows: dict[str, dict]) -> str:
     """Returns the SVG picture of the stack: operators, the mixers built on each, models, uses."""
-    width, column, line, top = 1000, 250, 20, 110
+    width, column, line, top = 1250, 250, 20, 110
     most = max(sum(op in row["operators"] for row in rows.values()) for op in OPERATORS)
     bottom = top + most * line + 30
     shapes = []
@@ -177,8 +189,8 @@ def picture(rows: dict[str, dict]) -> str:
         write(x + w / 2, y + h / 2 + 5, text, weight=600)
 
     for i, text in enumerate(("train", "generate", "convert", "linearize")):
-        box(i * column + 10, 10, column - 20, 34, "#e8f0e4", text)
-    model = "language model: “3*gated_delta_net + attention(window=256)”"
+        box(i * 312 + 10, 10, 292, 34, "#e8f0e4", text)
+    model = "language model, encoder, denoiser: “3*gated_delta_net + attention(window=256)”"
     box(10, 54, width - 20, 34, "#f3ecdc", model)
     for i, (op, formula) in enumerate(OPERATORS.items()):
         x, middle = i * column + 10, i * column + column / 2
@@ -212,7 +224,8 @@ def made() -> dict[Path, str]:
     """Returns {path: up-to-date text} of every file that this program writes."""
     rows = {name: described(name) for name in mixers.names()}
     readme = ROOT / "README.md"
-    text = between(readme.read_text(), TABLE, table(rows))
+    text = between(readme.read_text(), TABLE, table(rows, causal=True))
+    text = between(text, WHOLE, table(rows, causal=False))
     return {
         readme: between(text, LINKS, links(rows)),
         ROOT / "docs/mixers.md": page(rows),

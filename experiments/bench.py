@@ -7,6 +7,7 @@
     python -m experiments.bench cpu_peers         against transformers and jax-linear-attention
     python -m experiments.bench gpu_peers         against flash-linear-attention, on a GPU
     python -m experiments.bench linearizations    every linearization method on one teacher
+    python -m experiments.bench vision            digits by every mixer, one table of accuracies
     python -m experiments.bench lengths           linear against softmax attention, 64 to 16,384
 
 Each has flags of its own: `python -m experiments.bench tpu_report --help`.
@@ -60,6 +61,12 @@ def _linearizations():
     return linearizations, linearizations.main
 
 
+def _vision():
+    from experiments.benchmarks.commands import vision
+
+    return vision, vision.main
+
+
 def _lengths():
     from experiments.benchmarks.commands import lengths
 
@@ -74,6 +81,7 @@ COMMANDS = {
     "cpu_peers": _cpu_peers,
     "gpu_peers": _gpu_peers,
     "linearizations": _linearizations,
+    "vision": _vision,
     "lengths": _lengths,
 }
 

@@ -1,4 +1,4 @@
-"""Scores a model: loss by position and context length, retrieval from long texts, harness tasks.
+"""Scores a model on a split: text by position, images by class or time; retrieval; harness tasks.
 
     python -m experiments.evaluate --workdir=runs/quickstart-20261121-120000 --split=test
     python -m experiments.evaluate --workdir=... --config.data.seq_len=4096 --max_batches=20
@@ -9,7 +9,9 @@
 
 Without --retrieval and --lm_eval_tasks a split of the run's data, or of --data, is scored, with any
 option of the data overridden; --context_lengths scores it again in rows of each length: every label
-once, from at most so many tokens before it. Tables go to JSON and pictures, too: see --out.
+once, from at most so many tokens before it. Of an encoder's run the table has accuracy by class,
+and the picture which class was taken for which; of a denoiser's, loss by time. Tables go to JSON
+and pictures, too: see --out.
 """
 
 import datetime
@@ -20,7 +22,7 @@ import jax
 from absl import flags
 
 from experiments.data import needles
-from experiments.inference import retrieval, split_scores, subjects
+from experiments.inference import image_scores, retrieval, split_scores, subjects
 from experiments.launch import cli
 from experiments.training import run_record
 from seqmodels import loading
@@ -36,7 +38,7 @@ _DATA = _ENUM("data", "python_stdlib", subjects.TEXTS, "with --model: text to sc
 _OUT = _STRING("out", None, "for results; default: the workdir, or a new folder below runs")
 _SPLIT = _ENUM("split", "test", ["train", "validation", "test"], "what to score")
 _BATCHES = flags.DEFINE_integer("max_batches", 0, "of the split; 0: all of it", lower_bound=0)
-_BUCKETS = _COUNT("buckets", 16, "rows of the table")
+_BUCKETS = _COUNT("buckets", 16, "rows of the table by position, length or time")
 _CONTEXTS = _LIST("context_lengths", [], "lengths of rows to score again in")
 _RETRIEVAL = _LIST("retrieval", [], f"some of {', '.join(needles.FORMS)}")
 _LENGTHS = _LIST("lengths", list(map(str, retrieval.LENGTHS)), "of retrieval, in tokens")
@@ -86,7 +88,10 @@ def main(argv):
         _write(out, "lm_eval", {"model": subject.name} | found, lm_eval_adapter.table(found))
     if split:
         options = {"max_batches": _BATCHES.value, "buckets": _BUCKETS.value, "out": out}
-        split_scores.score(subject, split, contexts, **options)
+        if subjects.is_language_model(subject.config):
+            split_scores.score(subject, split, contexts, **options)
+        else:
+            image_scores.score(subject, split, **options)
 
 
 def _write(out: Path | None, name: str, result: dict, table: str) -> None:

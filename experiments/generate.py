@@ -1,10 +1,11 @@
-"""Continues prompts with a run's latest checkpoint or a pretrained model.
+"""Continues prompts with a language model, or draws images with a run's denoiser.
 
     python -m experiments.generate --workdir=runs/quickstart-20261121-120000 --prompt="def " \
       --length=300 --temperature=0.8
     python -m experiments.generate --workdir=... --prompt="def " --prompt="class A" --stop=";" \
       --temperature=0
     python -m experiments.generate --model=gguf:smollm2 --chat --prompt="What is a state space?"
+    python -m experiments.generate --workdir=runs/digits_denoise-... --guidance=2 --steps=50
 
 A single prompt's text is streamed; several prompts are continued together. The prompt is read
 first; then, in stacks of recurrent and windowed layers, each token costs the same time and memory,
@@ -12,13 +13,19 @@ however long the text. An empty prompt starts a new document. Generation ends ea
 ends its text or turn or starts another document, and before a stop string. --model takes what
 `seqmodels.load` does; --chat puts the prompt into the model's chat template, also of a run that
 `convert` made of such a model.
+
+Of a run of images (a denoiser) samples of each class go to <workdir>/samples.png, of videos to
+samples.gif, with a row for each class. --guidance above 1 makes them more typical of their class,
+--steps are those of DDIM.
 """
+
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
 import seqmodels
-from experiments.inference import pretrained
+from experiments.inference import image_samples, pretrained, subjects
 from experiments.launch import cli
 from experiments.training import run_record
 from seqmodels import loading
@@ -42,11 +49,38 @@ _STOP = flags.DEFINE_multi_string(
     "stop", [], "text to end before, such as '<|im_end|>'; can be given several times"
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "prompts continued together", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "another seed, another text")
+_SEED = flags.DEFINE_integer("seed", 0, "another seed, another text or other images")
+_SAMPLES = flags.DEFINE_integer("samples", 8, "images per class", lower_bound=1)
+_CLASSES = flags.DEFINE_list("classes", [], "names of classes to draw; default: all")
+_GUIDANCE = flags.DEFINE_float("guidance", 1.0, "weight of the class in each step; 1: none added")
+_STEPS = flags.DEFINE_integer("steps", 50, "steps from noise to an image", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "path without ending; default: <workdir>/samples")
+
+_OF_IMAGES = (_SAMPLES, _CLASSES, _GUIDANCE, _STEPS, _OUT)
+_OF_TEXT = (
+    *(_PROMPT, _LENGTH, _TEMPERATURE, _TOP_K, _TOP_P, _STOP, _BATCH_SIZE, _CHAT),
+    *(_TOKENIZER, _DTYPE),
+)
 
 
 def main(argv):
     cli.no_arguments(argv)
+    of_images = not _MODEL.value and not subjects.is_language_model(flags.FLAGS.config)
+    _check_flags(_OF_TEXT if of_images else _OF_IMAGES, of_images)
+    if of_images:
+        path = image_samples.sample(
+            flags.FLAGS.config,
+            _WORKDIR.value,
+            _STEP.value,
+            classes=_CLASSES.value,
+            count=_SAMPLES.value,
+            sampling_steps=_STEPS.value,
+            guidance=_GUIDANCE.value,
+            seed=_SEED.value,
+            out=Path(_OUT.value or f"{_WORKDIR.value}/samples"),
+        )
+        print(f"written: {path}")
+        return
     loaded = _load()
     given = (_TEMPERATURE, _TOP_K, _TOP_P, _SEED, _STOP, _CHAT)
     options = {flag.name: flag.value for flag in given} | {"max_new_tokens": _LENGTH.value}
@@ -61,6 +95,25 @@ def main(argv):
     texts = loaded.generate(_PROMPT.value, batch_size=_BATCH_SIZE.value, **options)
     for number, (prompt, text) in enumerate(zip(shown, texts), start=1):
         print(f"{number} {'-' * 78}\n{prompt}{text}")
+
+
+def _check_flags(unfit, of_images: bool) -> None:
+    """Raises UserError if a flag was given that does not fit what is generated."""
+    given = [flag.name for flag in unfit if flags.FLAGS[flag.name].present]
+    if given and of_images:
+        config = flags.FLAGS.config
+        raise cli.UserError(
+            f"--{given[0]} is of text, and the run's model is a {config.model.architecture} of "
+            f"{config.data.name!r}: give {_names(_OF_IMAGES)}"
+        )
+    if given:
+        raise cli.UserError(
+            f"--{given[0]} is of images, and the model is a language model: give {_names(_OF_TEXT)}"
+        )
+
+
+def _names(known) -> str:
+    return ", ".join(f"--{flag.name}" for flag in known)
 
 
 def _load() -> loading.LoadedModel:

@@ -35,7 +35,10 @@ def expected(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
         return " or ".join(map(expected, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
-        return f"({', '.join(map(expected, typing.get_args(kind)))})"
+        parts = typing.get_args(kind)
+        if parts[-1] is Ellipsis:
+            return f"a tuple of {expected(parts[0]).removeprefix('an ').removeprefix('a ')}s"
+        return f"({', '.join(map(expected, parts))})"
     return _WORDS.get(kind, "None")
 
 
@@ -43,6 +46,8 @@ def _is(value, kind) -> bool:
     parts = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         return any(_is(value, part) for part in parts)
+    if parts and parts[-1] is Ellipsis:
+        return isinstance(value, (tuple, list)) and all(_is(v, parts[0]) for v in value)
     if parts:
         return (
             isinstance(value, (tuple, list))

@@ -10,6 +10,9 @@
     linearize.keep         which one stays: the "last" or the "first" of every so many
     linearize.seed         what new mixers take over: "auto", "none"
                            (seqmodels.linearize.students.seed_params)
+    linearize.inherit      what the first students take over of all parameters, in place of seed: a
+                           rule of seqmodels.linearize.inherit, such as "all_but_attention", "qkv"
+                           or "none", or a regular expression; "": as seed says
     linearize.export       also write the student as safetensors + config.json into
                            workdir/pretrained
     linearize.stages       stage_1, stage_2, ... in turn; each has
@@ -20,19 +23,22 @@
                        trained with adapters of lora_rank and lora_alpha
         steps, learning_rate, weight_decay, clip
                        in place of train.steps and the fields of `optimizer`
-        heads, mixer, block, attention_map
+        heads, mixer, residual, block, attention_map
                        weights of a transfer's distances (seqmodels.linearize.transfer)
         ce, kl, temperature
-                       weights of a distillation's cross-entropy and KL divergence, and the latter's
-                       temperature
+                       weights of a distillation's own loss (cross-entropy, or a denoiser's) and of
+                       its KL divergence, and the latter's temperature
+        noise, variance, features
+                       weights of a denoiser's distances from its teacher
+                       (seqmodels.linearize.objectives.denoising_distillation)
         select_weight, select_target, select_power
                        the penalty that chooses layers, of mixers `selective`
         layers         those of linearize.layers that are converted up to this stage (progressive
                        replacement); "": all
 
 `data`, `schedule`, `checkpoint`, ... are those of configs/common.py; data.tokenizer "teacher" is
-the teacher's own. Of `model` only remat and dtype (of activations) are read: the rest is the
-teacher's.
+the teacher's own, and a teacher that reads no text is given the data that it was trained on. Of
+`model` only remat and dtype (of activations) are read: the rest is the teacher's.
 """
 
 from ml_collections import ConfigDict
@@ -52,11 +58,15 @@ STAGE = {
     "clip": 1.0,
     "heads": 0.0,
     "mixer": 0.0,
+    "residual": 0.0,
     "block": 0.0,
     "attention_map": 0.0,
     "ce": 1.0,
     "kl": 0.0,
     "temperature": 1.0,
+    "noise": 0.0,
+    "variance": 0.0,
+    "features": 0.0,
     "select_weight": 0.0,
     "select_target": 0,
     "select_power": 2.0,
@@ -84,6 +94,7 @@ def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
             "keep_every": 0,
             "keep": "last",
             "seed": "auto",
+            "inherit": "",
             "export": False,
             "stages": {},
         }
@@ -100,6 +111,17 @@ def get_config(student: str, *stages: dict, **linearize) -> ConfigDict:
     return config
 
 
+def of_images(data: ConfigDict, *stages: dict, student: str, **linearize) -> ConfigDict:
+    """Returns the config of a linearization whose teacher reads images, of the section `data`."""
+    config = get_config(student, *stages, **linearize)
+    config.data = data
+    config.optimizer.b2 = 0.99
+    config.train.update({"log_every": 50, "eval_every": 500, "eval_batches": 0, "test_batches": 0})
+    config.checkpoint.every = 500
+    config.sample.length = 0
+    return config
+
+
 def with_argument(config: ConfigDict, argument: str, **variants):
     """Returns the config, changed in place by the argument "a,b" of --config=<method>.py:a,b.
 
@@ -112,16 +134,13 @@ def with_argument(config: ConfigDict, argument: str, **variants):
     small    for configs/linearize_teacher.py: 8 rows of 256, windows of 4, thrice the steps
     tiny     four steps per stage on short rows: seconds
 
+    Those whose data is no text have hybrid, half and tiny alone.
+
     Raises ValueError for an unknown name in the argument.
     """
-    known = variants | {
-        "smollm": _smollm,
-        "gpu": _gpu,
-        "hybrid": _hybrid,
-        "half": _half,
-        "small": _small,
-        "tiny": tiny,
-    }
+    known = variants | {"hybrid": _hybrid, "half": _half, "tiny": tiny}
+    if "tokenizer" in config.data:
+        known |= {"smollm": _smollm, "gpu": _gpu, "small": _small}
     for name in filter(None, argument.split(",")):
         if name not in known:
             raise ValueError(f"unknown config argument {name!r}; choose one of {', '.join(known)}")
@@ -166,7 +185,9 @@ def _small(config):
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    config.data.update({"seq_len": 64, "batch_size": 4})
+    config.data.batch_size = 4
+    if "seq_len" in config.data:
+        config.data.seq_len = 64
     config.train.update({"log_every": 1, "eval_every": 4, "eval_batches": 1, "test_batches": 2})
     config.checkpoint.every = 2
     config.schedule.warmup_steps = 1

@@ -1,4 +1,4 @@
-"""Makes datasets of packed text and synthetic tasks through Grain, resumable, sharded by process.
+"""Makes datasets of packed text, tasks and images through Grain, resumable, sharded by process.
 
     dataset = make_dataset(config.data, "train")     # "validation", "test": one pass
     for batch in dataset: ...                        # see batches.Dataset
@@ -35,6 +35,12 @@ Tasks (tasks/): mqar, parity, modular_arithmetic, word_problem, selective_copyin
   num_examples=0   training examples, repeated in a new order each epoch; 0 never repeats one
   eval_examples=1024   validation and test examples
   and the fields of the task's dataclass; a field eval_x other than 0 replaces x outside of training
+
+Images (vision/; the extra [vision]): digits, digit_pixels, moving_digits, digit_points, images
+  pack=1           images per row, each a document of its own
+  and the fields of the dataset's dataclass, among them, of all but digit_pixels,
+  task="classification"   or "denoising"
+  label_dropout=0.1   of denoising: the share of training images whose class is hidden
 """
 
 import difflib
@@ -43,7 +49,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.data import batches, packing, tasks, text
+from experiments.data import batches, packing, tasks, text, vision
 from experiments.data.batches import SPLITS, Dataset
 from seqmodels.text.tokenizers import make_tokenizer
 
@@ -67,7 +73,7 @@ _TEXTS = {
 }
 _TASK = {"num_examples": 0, "eval_examples": 1024}
 
-DATASETS = (*_TEXTS, *tasks.TASKS)
+DATASETS = (*_TEXTS, *tasks.TASKS, *vision.DATASETS)
 
 
 def default_config(name: str) -> ConfigDict:
@@ -76,7 +82,12 @@ def default_config(name: str) -> ConfigDict:
         raise ValueError(
             f"Unknown dataset {name!r}{_hint(name, DATASETS)}; the choices are {', '.join(DATASETS)}."
         )
-    own = _TEXT | _TEXTS[name] if name in _TEXTS else _TASK | tasks.options(name)
+    if name in _TEXTS:
+        own = _TEXT | _TEXTS[name]
+    elif name in vision.DATASETS:
+        own = vision.options(name)
+    else:
+        own = _TASK | tasks.options(name)
     return ConfigDict({"name": name} | _COMMON | own)
 
 
@@ -97,7 +108,14 @@ def make_dataset(
     train = split == "train"
     batch_size = config.batch_size if train else config.eval_batch_size or config.batch_size
     rows = batches.process_rows(batch_size, process_index, process_count)
-    if config.name in tasks.TASKS:
+    if config.name in vision.DATASETS:
+        made = vision.make(config.name, **{key: config[key] for key in vision.options(config.name)})
+        examples = made.read(split)
+        pipeline = vision.example_batches(
+            examples, split, pack=made.pack, seed=config.seed, batch_size=batch_size, rows=rows
+        )
+        about = {"vocab_size": 0, "tokenizer": None} | examples.about
+    elif config.name in tasks.TASKS:
         given = {key: config[key] for key in tasks.options(config.name)}
         task = tasks.make_task(config.name, split, **given)
         pipeline = tasks.task_batches(
@@ -108,7 +126,7 @@ def make_dataset(
             batch_size=batch_size,
             rows=rows,
         )
-        vocab_size, tokenizer, chance = task.vocab_size, None, task.chance
+        about = {"vocab_size": task.vocab_size, "tokenizer": None, "chance": task.chance}
     else:
         tokenizer = make_tokenizer(config.tokenizer, config.document_token)
         pipeline = packing.packed_batches(
@@ -121,8 +139,8 @@ def make_dataset(
             seed=config.seed,
             what=f"the {split} split of {config.name}",
         )
-        vocab_size, chance = tokenizer.vocab_size, None
-    return Dataset(vocab_size, tokenizer, batches.Prefetched(pipeline, config.prefetch), chance)
+        about = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer}
+    return Dataset(batches=batches.Prefetched(pipeline, config.prefetch), **about)
 
 
 def documents(config: Mapping[str, Any], split: str):
@@ -155,7 +173,8 @@ def documents(config: Mapping[str, Any], split: str):
             documents=config.documents,
             document_bytes=config.document_bytes or max(1 << 14, 8 * config.seq_len),
         )
-    raise ValueError(f"Dataset {config.name!r} is a synthetic task and has no documents.")
+    what = "of images" if config.name in vision.DATASETS else "a synthetic task"
+    raise ValueError(f"Dataset {config.name!r} is {what} and has no documents.")
 
 
 def _filled(config: Mapping[str, Any]) -> ConfigDict:

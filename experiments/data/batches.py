@@ -10,6 +10,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from experiments.data.patching import Patching
 from seqmodels.text import tokenizers
 
 SPLITS = ("train", "validation", "test")
@@ -26,23 +27,37 @@ class Dataset:
     Orbax takes the iterator itself as a checkpointable. The train split never ends; the others end
     after one pass.
 
-    A batch is a dict of arrays of one shape (rows of this process, T):
-      inputs       int32
+    A batch is a dict of arrays whose first axes are (rows of this process, T):
+      inputs       int32 ids; of images float32 patches, (rows, T, E)
       labels       int32; 0 where there is none. In text the label of a document's last token is the
-                   tokenizer's document_id
+                   tokenizer's document_id; of images it is the class of each token's document, and
+                   -1 where a denoiser is not told it
       segment_ids  int32: documents of a row count from 1, padding is 0
       loss_mask    float32: 0 where there is no label
-      num_bytes    int32: bytes of text that the label stands for; 0 for the synthetic tasks
+      num_bytes    int32: bytes of text that the label stands for; 0 where there is no text
+    and, of some datasets of images,
+      coordinates  (rows, T, A) int32: where a point stands on each of A axes
+      noise, time  float32, (rows, T, E) and (rows, T): what a denoiser's inputs are mixed with, and
+                   how far along, in [0, 1] and one for each document
 
-    vocab_size: ids lie in [0, vocab_size); a model takes its vocabulary from here.
-    tokenizer: None for the synthetic tasks.
-    chance: the accuracy of guessing, for the synthetic tasks; None for text.
+    vocab_size: ids lie in [0, vocab_size), from which a model takes its vocabulary; 0 for patches.
+    tokenizer: of text; else None.
+    chance: the accuracy of guessing, for tasks and images; None for text.
+    num_classes, class_names: of datasets whose label is a document's class; else 0 and ().
+    input_dim: E of patches; 0 for ids.
+    grid: sizes of the axes that a document's tokens lie on; None for sequences and point sets.
+    patching: how images were cut into tokens, to put them together again; None where they were not.
     """
 
     vocab_size: int
     tokenizer: tokenizers.Tokenizer | None
     batches: grain.IterDataset
     chance: float | None = None
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    input_dim: int = 0
+    grid: tuple[int, ...] | None = None
+    patching: Patching | None = None
 
     def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         return iter(self.batches)
@@ -139,6 +154,40 @@ class EpochOrder:
             place = left << half | right
             if place < self.n:
                 return place
+
+
+class ExampleIterDataset(grain.IterDataset):
+    """Dataset of the batches make_batch(number of the first example), for `count` examples.
+
+    A saved position is that number, so that it is valid for any batch size.
+    """
+
+    def __init__(self, make_batch, count: int, batch_size: int):
+        super().__init__()
+        self.make_batch, self.count, self.batch_size = make_batch, count, batch_size
+
+    def __iter__(self):
+        return _ExampleIterator(self)
+
+
+class _ExampleIterator(grain.DatasetIterator):
+    def __init__(self, dataset: ExampleIterDataset):
+        super().__init__()
+        self._dataset, self._example = dataset, 0
+
+    def __next__(self):
+        if self._example >= self._dataset.count:
+            raise StopIteration
+        batch = self._dataset.make_batch(self._example)
+        self._example += self._dataset.batch_size
+        return batch
+
+    def get_state(self) -> State:
+        return {"example": self._example}
+
+    def set_state(self, state: State) -> None:
+        check_state(state, ("example",))
+        self._example = state["example"]
 
 
 class Prefetched(grain.IterDataset):

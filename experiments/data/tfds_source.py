@@ -1,4 +1,4 @@
-"""Reads any text dataset of TensorFlow Datasets through `tfds.data_source`, without TensorFlow.
+"""Reads datasets of TensorFlow Datasets through `tfds.data_source`, without TensorFlow.
 
 Datasets have to be stored as array_record; missing ones are prepared so. (Preparing some datasets
 needs TensorFlow, for their own parsing; reading them does not.)
@@ -55,28 +55,41 @@ def prepare(builder) -> None:
             builder.download_and_prepare()
 
 
-def tfds_documents(name: str, split: str, *, text_key: str = "text", data_dir: str = "") -> Texts:
-    """Returns the documents of a TFDS dataset, `name` such as "wiki40b/en:1.3.0".
+def open_builder(name: str, data_dir: str = ""):
+    """Returns the builder of a TFDS dataset, `name` such as "wiki40b/en:1.3.0"; nothing is read.
 
-    split: in TFDS's notation, such as "train[:1%]".
-    text_key: the feature that holds the text.
     data_dir: "" is TFDS's own default.
-    Raises ValueError for an unknown dataset, split or feature.
+    Raises ValueError for an unknown dataset.
     """
     if not name:
         raise ValueError("config.data.tfds_name is empty: give the name of a TFDS dataset.")
     where = {"data_dir": data_dir} if data_dir else {}
     try:
-        builder = tfds.builder(name, file_format="array_record", **where)
+        return tfds.builder(name, file_format="array_record", **where)
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"Unknown TFDS dataset {name!r}: {error}") from error
-    features = builder.info.features
-    texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
-    if text_key not in texts:
+
+
+def check_feature(builder, name: str, key: str, kind: type, option: str) -> None:
+    """Raises ValueError, listing the choices, if a dataset has no feature `key` of this kind.
+
+    kind: a class of tfds.features. option: the config's option that chose the feature.
+    """
+    known = [k for k, value in builder.info.features.items() if isinstance(value, kind)]
+    if key not in known:
+        what = kind.__name__.lower()
         raise ValueError(
-            f"TFDS dataset {name!r} has no text feature {text_key!r}; its text features are "
-            f"{', '.join(texts) or 'none'} (set config.data.text_key)."
+            f"TFDS dataset {name!r} has no {what} feature {key!r}; its {what} features are "
+            f"{', '.join(known) or 'none'} (set config.data.{option})."
         )
+
+
+def read_split(builder, name: str, split: str, **options):
+    """Returns the data source of a split, which is prepared first where it is missing.
+
+    split: in TFDS's notation, such as "train[:1%]". options: of the builder's `as_data_source`.
+    Raises ValueError for an unknown split, or a dataset stored in another format.
+    """
     prepare(builder)
     base = split.split("[")[0]
     if base not in builder.info.splits:
@@ -86,8 +99,19 @@ def tfds_documents(name: str, split: str, *, text_key: str = "text", data_dir: s
             'for instance to "train[95%:]").'
         )
     try:
-        return Texts(builder.as_data_source(split=split), text_key)
+        return builder.as_data_source(split=split, **options)
     except NotImplementedError as error:
         raise ValueError(
             f"TFDS dataset {name!r} in {builder.data_path} is not stored as array_record: {error}"
         ) from error
+
+
+def tfds_documents(name: str, split: str, *, text_key: str = "text", data_dir: str = "") -> Texts:
+    """Returns the documents of a TFDS dataset.
+
+    text_key: the feature that holds the text. name, data_dir, split: as in `open_builder` and
+      `read_split`, whose errors it raises.
+    """
+    builder = open_builder(name, data_dir)
+    check_feature(builder, name, text_key, tfds.features.Text, "text_key")
+    return Texts(read_split(builder, name, split), text_key)

@@ -57,6 +57,11 @@ def config_of(flag: Callable[[str], str | None]) -> ConfigDict:
     return config
 
 
+def is_language_model(config) -> bool:
+    """Returns whether a config's model is a language model, no encoder or denoiser of images."""
+    return config.model.get("architecture", "language_model") == "language_model"
+
+
 def of_run(
     config, workdir: str, split: str | None, step: int | None = None, asked: Sequence[str] = ()
 ) -> Subject:
@@ -108,7 +113,7 @@ def read_split(config, split: str):
     """
     share = distributed.data_share(sharding.batch_sharding(sharding.make_mesh(config.mesh)))
     dataset = make_dataset(config.data, split, process_index=share.index, process_count=share.count)
-    if dataset.vocab_size > config.model.vocab_size:
+    if dataset.vocab_size > (config.model.get("vocab_size") or 0):
         raise ValueError(
             f"the data has ids up to {dataset.vocab_size - 1}, and the model a vocabulary of "
             f"{config.model.vocab_size}: score it with the tokenizer that it was trained with"

@@ -11,6 +11,7 @@
 1          any other error, with its traceback
 """
 
+import ast
 import contextlib
 import difflib
 import importlib.util
@@ -62,6 +63,24 @@ class _Parser(flags.ArgumentParser):
         return self._expected
 
 
+class _TupleParser(flags.ArgumentParser):
+    """Parser of a tuple's text, such as "(8, 8)"."""
+
+    def parse(self, argument):
+        value = argument
+        if isinstance(argument, str):
+            try:
+                value = ast.literal_eval(argument)
+            except SyntaxError as error:
+                raise ValueError(str(error)) from error
+        if not isinstance(value, tuple | list):
+            raise ValueError(f"{argument} is no tuple")
+        return tuple(value)
+
+
+config_flags.register_flag_parser_for_type(
+    tuple | None, _Parser(_TupleParser(), tuple, optional=True)
+)
 for _kind, _parser in (
     (bool, flags.BooleanParser()),
     (int, flags.IntegerParser()),

@@ -140,7 +140,7 @@ def transfer_errors(config, teacher, student, num_batches: int) -> dict[str, flo
 
     @jax.jit
     def sums(params, batch):
-        found = transfer.losses(model, params, batch["inputs"], batch["segment_ids"])
+        found = transfer.losses(model, params, batch)
         shown = {to: found[name] for name, to in _COLUMNS.items() if name in found}
         shown["tokens"] = jnp.ones(batch["inputs"].shape)
         return {name: jnp.sum(x_BT * batch["loss_mask"]) for name, x_BT in shown.items()}

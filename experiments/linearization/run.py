@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -17,10 +16,10 @@ from experiments.inference import pretrained
 from experiments.linearization import tasks, teachers
 from experiments.training import loop, restore, run_record, steps
 from experiments.training.checkpoints import Checkpoints, TrainState
-from seqmodels import language_model, loading
-from seqmodels.checkpoints_io import Pretrained, conversion, own_layout
-from seqmodels.linearize import layer_trees, students
-from seqmodels.modules import pattern
+from seqmodels import language_model, loading, models
+from seqmodels.checkpoints_io import Pretrained, own_layout
+from seqmodels.linearize import batches, layer_trees, students
+from seqmodels.modules import pattern, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class StagePlan:
     converted: tuple[pattern.MixerSpec, ...]
 
 
-def make_plan(config, teacher: language_model.LanguageModel) -> StagePlan:
+def make_plan(config, teacher: stack.Stack) -> StagePlan:
     """Returns the plan of `config.linearize`: stages in order, and the student's mixers in each.
 
     Raises ValueError for layers that do not exist, or that a stage leaves out after an earlier one
@@ -74,10 +73,10 @@ def check_stages(config, plan: StagePlan, teacher: Pretrained) -> None:
     """
 
     def abstract(model):
-        return tasks.Model(model, nn.unbox(conversion.boxed_params(model)))
+        return tasks.Model(model, nn.unbox(batches.boxed_params(model)))
 
-    row = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
-    batch = {name: row for name in ("inputs", "labels", "segment_ids")}
+    length = teachers.row_length(config)
+    batch = jax.eval_shape(lambda: batches.example(teacher.model, length))
 
     _model(teacher, plan.converted)  # raises for wrong options of its mixers
     own = abstract(teacher.model)
@@ -121,7 +120,9 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
         )
     teacher = teachers.load(config.linearize.teacher, teachers.overrides(config))
     config = teachers.with_data(config, teacher)
-    teachers.check_context(teacher.model_config, config.data.seq_len)
+    teachers.check_context(teacher.model_config, teachers.row_length(config))
+    if config.linearize.export and not isinstance(teacher.model, language_model.LanguageModel):
+        raise ValueError("linearize.export is True, and only language models have files of weights")
     plan = make_plan(config, teacher.model)
     check_stages(config, plan, teacher)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,11 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
             return student
         model = _model(teacher, specs)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        seed = config.linearize.seed
+        seed, rule = config.linearize.seed, config.linearize.inherit
+        if rule and student is own:
+            found = students.inherited_params(key, *student, model, rule)
+            print(found.report())
+            return tasks.Model(model, found.params)
         return tasks.Model(model, students.seed_params(key, *student, model, seed))
 
     # Each stage converts its layers and trains; what is done in the workdir is read.
@@ -170,8 +175,8 @@ def linearize(config, workdir: str | Path, devices=None) -> dict:
     return result
 
 
-def _model(teacher: Pretrained, specs) -> language_model.LanguageModel:
-    return language_model.from_config(students.student_config(teacher.model_config, specs))
+def _model(teacher: Pretrained, specs) -> stack.Stack:
+    return models.from_config(students.student_config(teacher.model_config, specs))
 
 
 def _run_stage(config, name, teacher, student, workdir, devices):
@@ -183,9 +188,10 @@ def _run_stage(config, name, teacher, student, workdir, devices):
         result = json.loads(done.read_text())
     else:
         result = loop.train(config, folder, devices, lambda *_: task)
-    result["trained_tokens"] = result["steps"] * config.data.batch_size * config.data.seq_len
+    seq_len = teachers.row_length(config)
+    result["trained_tokens"] = result["steps"] * config.data.batch_size * seq_len
     config = loop.resolve(config, make_dataset(config.data, "validation"))
-    program = steps.build(config, config.data.seq_len, devices, task)
+    program = steps.build(config, seq_len, devices, task)
     _, trained = restore.evaluation_params(program, config, folder)
     return tasks.Model(student.model, program.model_params(trained)), result
 

@@ -1,7 +1,8 @@
 """Saves and restores training state and data position, in workdir/checkpoints/<step>, by Orbax.
 
 A checkpoint has three parts: "params", "training" (step and optimizer state) and "data" (one JSON
-file for each of the equal shares of the batch's rows). All processes write and read one folder. A
+file for each of the equal shares of the batch's rows). Models with statistics of batches have a
+fourth, "collections". All processes write and read one folder. A
 checkpoint can be restored on another mesh and by another number of processes, data position
 included. Saving runs in the background. A step's folder appears by a rename once all of it is
 written, so a process killed at any moment leaves complete checkpoints and at most one temporary
@@ -28,9 +29,16 @@ from seqmodels.array_typing import Array
 
 @flax.struct.dataclass
 class TrainState:
+    """Fields of what training changes, and checkpoints hold.
+
+    collections: collections of Flax beside the parameters, such as statistics of batches,
+      {name: tree}; {} of models without any.
+    """
+
     step: Array
     params: dict
     opt_state: tuple
+    collections: dict = flax.struct.field(default_factory=dict)
 
 
 class SaveFailed(RuntimeError):
@@ -164,13 +172,14 @@ class Checkpoints:
         if data_iterator is not None:
             DataPosition(data_iterator, self._share).read(self.path(step) / "data")
         parts = self._checkpointer.load_checkpointables(step, abstract)
-        return TrainState(params=parts["params"], **parts["training"])
+        training, collections = parts["training"], parts.get("collections", {})
+        return TrainState(params=parts["params"], collections=collections, **training)
 
     def restore_parts(self, step: int, abstract_state: TrainState, names: tuple[str, ...]) -> dict:
         """Returns some parts of the checkpoint of `step`, such as for evaluation: name -> tree.
 
-        names: "params", "training" or both. Raises ValueError if shapes differ from
-          `abstract_state`'s.
+        names: of "params", "training" and, where the model has any, "collections". Raises
+          ValueError if shapes differ from `abstract_state`'s.
         """
         abstract = {name: _parts(abstract_state)[name] for name in names}
         self._check_same_trees(step, abstract)
@@ -245,10 +254,11 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _parts(state: TrainState) -> dict:
-    return {
+    parts = {
         "params": state.params,
         "training": {"step": state.step, "opt_state": state.opt_state},
     }
+    return parts | ({"collections": state.collections} if state.collections else {})
 
 
 def _shapes(tree) -> dict[str, tuple]:

@@ -17,7 +17,7 @@ from experiments.launch.cli import NonFiniteLoss, Stopped
 from experiments.training import evaluation, metrics, run_record, steps, summary
 from experiments.training.checkpoints import Checkpoints
 from kernels_pallas import dispatch
-from seqmodels import sharding
+from seqmodels import models, sharding
 from seqmodels.text import tokenizers
 
 
@@ -31,7 +31,7 @@ def train(
 
     devices: the devices to train on; None is all.
     make_task: (resolved config, seq_len) -> steps.Task; None trains all parameters of the config's
-      language model.
+      model.
     new_data: whether a resumed run reads its data from the start; they may be other data.
 
     Raises:
@@ -112,7 +112,7 @@ def train(
 
     def validate(step: int) -> None:
         with clock.paused():
-            params = program.evaluation_params(state.params, state.opt_state)
+            params = program.evaluation_params(state.params, state.opt_state, state.collections)
             scores = evaluation.evaluate(
                 program, params, validation_set, config.train.eval_batches
             ).totals()
@@ -155,7 +155,7 @@ def train(
                     validate(step)
 
         # Score the test split, and write the summary.
-        params = program.evaluation_params(state.params, state.opt_state)
+        params = program.evaluation_params(state.params, state.opt_state, state.collections)
         scores = evaluation.evaluate(program, params, test_set, config.train.test_batches).totals()
         step = max(start, config.train.steps)
         writer.write(step, **{f"test_{name}": value for name, value in scores.items()})
@@ -180,21 +180,38 @@ def check_counts(config) -> None:
 
 
 def resolve(config, dataset):
-    """Returns a copy of the config in which model.vocab_size is set.
+    """Returns a copy of the config in which the model has the sizes of the dataset.
 
-    A vocab_size of 0 becomes the dataset's. Raises ValueError if the dataset has token ids that the
-    model's vocabulary lacks.
+    A vocab_size, num_classes, input_dim or grid that is not given (0 or None) becomes the
+    dataset's. Raises ValueError if the dataset has token ids that the model's vocabulary lacks, or
+    other sizes than those that are given.
     """
     config = config.copy_and_resolve_references()
-    size, text = config.model.get("vocab_size") or dataset.vocab_size, dataset.tokenizer
+    own = models.fields_of(models.architecture_of(config.model))
+    with config.unlocked():
+        if "vocab_size" in own:
+            config.model.vocab_size = _vocab_size(config.model.get("vocab_size"), dataset)
+        for name in ("num_classes", "input_dim", "grid"):
+            theirs = getattr(dataset, name)
+            if name not in own or not theirs:
+                continue
+            given = config.model.get(name) or theirs
+            if (math.prod(given) != math.prod(theirs)) if name == "grid" else given != theirs:
+                raise ValueError(
+                    f"model.{name} is {given}, but the dataset's is {theirs}; leave it out"
+                )
+            config.model[name] = given
+    return config
+
+
+def _vocab_size(given: int | None, dataset) -> int:
+    size, text = given or dataset.vocab_size, dataset.tokenizer
     if size < dataset.vocab_size and not (text and tokenizers.fits(text, size)):
         raise ValueError(
             f"model.vocab_size is {size}, but the dataset has ids up to {dataset.vocab_size - 1}; "
             f"set it to 0 (the dataset's {dataset.vocab_size}) or more than that"
         )
-    with config.unlocked():
-        config.model.vocab_size = size
-    return config
+    return size
 
 
 class Clock:

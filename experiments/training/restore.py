@@ -22,7 +22,9 @@ def reading_config(config):
 
 
 def evaluation_params(program: Program, config, workdir: Path, step: int | None = None):
-    """Returns (step, parameters to evaluate and sample with) from a run's checkpoint.
+    """Returns (step, what to evaluate and sample with) from a run's checkpoint.
+
+    The latter is what `Program.evaluation_params` returns.
 
     program: of `steps.build`, which says how the parameters are laid out.
     step: which checkpoint to read; None is the latest.
@@ -31,9 +33,13 @@ def evaluation_params(program: Program, config, workdir: Path, step: int | None 
     checkpoints = Checkpoints(workdir, training=False)
     step = runs.chosen_step(checkpoints.directory, checkpoints.steps(), step)
     # Only Schedule-Free keeps a part of them in the optimizer's state.
-    names = ("params", "training") if config.optimizer.name == "schedule_free" else ("params",)
-    parts = checkpoints.restore_parts(step, program.abstract_state, names)
+    names = ["params"]
+    names += ["training"] * (config.optimizer.name == "schedule_free")
+    names += ["collections"] * bool(program.abstract_state.collections)
+    parts = checkpoints.restore_parts(step, program.abstract_state, tuple(names))
     checkpoints.close()
+    further = parts.get("collections", {})
     if "training" in parts:
-        return step, program.evaluation_params(parts["params"], parts["training"]["opt_state"])
-    return step, parts["params"]
+        opt_state = parts["training"]["opt_state"]
+        return step, program.evaluation_params(parts["params"], opt_state, further)
+    return step, {"params": parts["params"], **further} if further else parts["params"]

@@ -10,14 +10,30 @@ from experiments.data import baselines, packing
 from experiments.data.text import Piece
 from experiments.training import metrics, plots, run_record
 from experiments.training.checkpoints import Checkpoints
+from seqmodels import models
 from seqmodels.text import sampling
 
 _BIGRAM_TRAINING_BYTES = 64 << 20
 
 
+LANGUAGE = models.ARCHITECTURES[0]
+# What a model's loss is measured in.
+UNITS = {
+    LANGUAGE: "nats per token",
+    "encoder": "nats per label",
+    "denoiser": "squared error per channel",
+}
+
+
+def _samples_text(config, tokenizer) -> bool:
+    """Returns whether a run ends with a text: its model is of language, and the config asks."""
+    of_language = models.architecture_of(config.model) == LANGUAGE
+    return of_language and tokenizer is not None and bool(config.sample.length)
+
+
 def check_sample(config, model, tokenizer) -> None:
     """Raises ValueError if the sample that the config asks for could not be generated."""
-    if tokenizer is not None and config.sample.length:
+    if _samples_text(config, tokenizer):
         sampling.check_options(config.sample.temperature, None, None)
         prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
         try:
@@ -27,11 +43,16 @@ def check_sample(config, model, tokenizer) -> None:
 
 
 def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dict:
-    """Returns `result`, the scores of the test split, with a text sample added.
+    """Returns `result`, the scores of the test split, with a language model's text sample added.
 
     Process 0 also adds baselines and the paths of files, and writes result.json and loss.png.
     """
-    if tokenizer is not None and config.sample.length:
+    architecture = models.architecture_of(config.model)
+    if architecture != LANGUAGE:
+        result["architecture"] = architecture
+    if architecture == "denoiser":  # which predicts no label
+        result = {k: v for k, v in result.items() if k not in ("perplexity", "accuracy")}
+    if _samples_text(config, tokenizer):
         prompt = sampling.prompt_tokens(config.sample.prompt, tokenizer)
         options = {"temperature": config.sample.temperature, "seed": config.seed}
         length = config.sample.length
@@ -39,7 +60,7 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
         result["sample"] = config.sample.prompt + said
     if jax.process_index():
         return result
-    byte_level = config.data.get("tokenizer") == "bytes"
+    byte_level = config.data.get("tokenizer") == "bytes" and architecture == LANGUAGE
     lines = {}
     if byte_level:
         held_out = scored_bytes(data.documents(config.data, "test"), result["bytes"])
@@ -51,7 +72,7 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
     result["workdir"] = str(workdir)
     result["checkpoint"] = str(workdir / "checkpoints" / str(result["steps"]))
     result["loss_curve"] = str(workdir / "loss.png")
-    units = ("bits per byte", 1 / math.log(2)) if byte_level else ("nats per token", 1.0)
+    units = ("bits per byte", 1 / math.log(2)) if byte_level else (UNITS[architecture], 1.0)
     plots.loss_curve(metrics.read_metrics(workdir), workdir / "loss.png", *units, lines)
     run_record.write_json(workdir / "result.json", result)
     return result
@@ -59,10 +80,14 @@ def finish(config, workdir: Path, result: dict, model, params, tokenizer) -> dic
 
 def text(result: dict) -> str:
     """Returns the result of a run (`finish`) as text for the terminal."""
-    out = [
-        f"test loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
-        f"accuracy {result['accuracy']:.4f}, over {result['tokens']:,} tokens"
-    ]
+    architecture = result.get("architecture", LANGUAGE)
+    scores = [f"test loss {result['loss']:.4f} {UNITS[architecture]}"]
+    if architecture == LANGUAGE:
+        scores.append(f"perplexity {result['perplexity']:.3f}")
+    if "accuracy" in result:
+        scores.append(f"accuracy {result['accuracy']:.4f}")
+    counted = "labels" if architecture == "encoder" else "tokens"
+    out = [f"{', '.join(scores)}, over {result['tokens']:,} {counted}"]
     if "bits_per_byte" in result:
         out += ["", f"bits per byte on {result['bytes']:,} held-out bytes"]
         scores = {"this model": result["bits_per_byte"]} | result.get("baselines_bits_per_byte", {})

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from seqmodels import language_model, mixers
+from seqmodels import language_model, mixers, models
 from seqmodels.checkpoints_io import architectures, conversion, files, own_layout, special_tokens
 from seqmodels.checkpoints_io.architectures import Architecture, HFConfig
 from seqmodels.checkpoints_io.special_tokens import TOKENIZER_FILE, SpecialTokens
@@ -27,7 +27,7 @@ _HOW_OF_MIXERS = ("dtype", "param_dtype", "implementation", "chunk_size", "max_l
 class Pretrained:
     """Result of `load_pretrained`.
 
-    model_config: what `language_model.from_config` takes.
+    model_config: what `models.from_config` takes.
     params: JAX arrays, or what `put` made of them.
     hf_config: the fields of config.json, unchanged.
     tokenizer_path: a file of the `tokenizers` library, if there is one.
@@ -46,8 +46,8 @@ class Pretrained:
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def model(self) -> language_model.LanguageModel:
-        return language_model.from_config(self.model_config)
+    def model(self) -> Any:
+        return models.from_config(self.model_config)
 
     @property
     def chat_template(self) -> str | None:

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels import language_model, mixers
-from seqmodels.linearize import layer_trees, partition
+from seqmodels.linearize import batches, inherit, layer_trees, partition
 from seqmodels.mixers import attention
-from seqmodels.modules import blocks, pattern
+from seqmodels.modules import blocks, pattern, stack
 
-CONVERTIBLE = "attention"
+# Mixers of layers that can be converted: softmax attention, causal or over whole documents.
+CAUSAL, WHOLE = "attention", "full_attention"
 SEEDS = ("auto", "none")
 
 
@@ -34,7 +35,7 @@ def choose_layers(
       ValueError: layers that do not exist or are no softmax layers; an unknown `keep`; no layer
         left to convert.
     """
-    softmax = [i for i, spec in enumerate(specs) if spec.name == CONVERTIBLE]
+    softmax = [i for i, spec in enumerate(specs) if spec.name in (CAUSAL, WHOLE)]
     named = softmax if layers == "all" else _indices(layers, len(specs))
     if wrong := [i for i in named if i not in softmax]:
         raise ValueError(
@@ -75,7 +76,7 @@ def _indices(text: str, count: int) -> list[int]:
 
 
 def student_specs(
-    teacher: language_model.LanguageModel, student: str, layers: Sequence[int]
+    teacher: stack.Stack, student: str, layers: Sequence[int]
 ) -> tuple[pattern.MixerSpec, ...]:
     """Returns the student's mixers: the teacher's, with those of `layers` replaced.
 
@@ -103,24 +104,27 @@ def inherited(teacher: pattern.MixerSpec, name: str, d_model: int) -> dict[str, 
 
     The mixer replaces that layer's in the student.
 
-    Softmax attention takes all. Subclasses of `mixers.attention.Attention` take those whose default
-    they share, except the window. Other mixers take the number of heads and the head dimension. All
-    take the layer's own options, `blocks.LAYER_OPTIONS`.
+    The same mixer takes all. Subclasses of `mixers.attention.Attention` take those whose default
+    they share, except the window. Other causal mixers with heads take the number of heads and the
+    head dimension; those that see whole documents keep their papers' own. All take the layer's own
+    options, `blocks.LAYER_OPTIONS`.
 
     Raises ValueError for a mixer that cannot replace this layer.
     """
-    theirs = mixers.options(CONVERTIBLE) | dict(teacher.options)
+    theirs = mixers.options(teacher.name) | dict(teacher.options)
     known = mixers.options(name)
-    if name == CONVERTIBLE:
+    if name == teacher.name:
         return dict(teacher.options)
-    if name == "selective" and theirs["window"] is not None:
+    if name == "selective" and theirs.get("window") is not None:
         raise ValueError(
             f"selective's softmax part is full, and the teacher's layer has window={theirs['window']}: take lolcats or liger, or name "
             "layers without a window"
         )
     own = {key: value for key, value in teacher.options if key in blocks.LAYER_OPTIONS}
+    if not mixers.mixer_class(name).causal:
+        return own
     if issubclass(mixers.mixer_class(name), attention.Attention):
-        default = mixers.options(CONVERTIBLE)
+        default = mixers.options(CAUSAL)
         same = {key for key in default if known[key] == default[key]} - {"window"}
         return own | {key: value for key, value in teacher.options if key in same}
     H = theirs["num_heads"]
@@ -131,7 +135,7 @@ def inherited(teacher: pattern.MixerSpec, name: str, d_model: int) -> dict[str, 
                 f"mamba2 in the place of {H} heads of {K} needs a width that d_model {d_model} divides; take mmmamba"
             )
         return own | {"expand": H * K // d_model, "head_dim": K, "d_state": K, "num_groups": H}
-    offered = {"num_heads": H, "head_dim": K}
+    offered = {"num_heads": H, "head_dim": K} if known.get("num_heads") else {}
     return own | {key: value for key, value in offered.items() if key in known}
 
 
@@ -142,11 +146,19 @@ def student_config(
     return dict(model_config) | {"pattern": pattern.to_text(specs), "num_layers": len(specs)}
 
 
+def inherited_params(
+    key, source: stack.Stack, params: dict[str, Any], student: stack.Stack, rule: str
+) -> inherit.Inherited:
+    """Returns a student that is initialised, and then inherits from a source by a rule."""
+    fresh = jax.jit(lambda key: nn.unbox(batches.init(student, key)))(key)
+    return inherit.inherit((source, params), (student, fresh), rule)
+
+
 def seed_params(
     key,
-    source: language_model.LanguageModel,
+    source: stack.Stack,
     params: dict[str, Any],
-    student: language_model.LanguageModel,
+    student: stack.Stack,
     seed: str = "auto",
 ) -> dict[str, Any]:
     """Returns the parameters with which a student starts.
@@ -171,7 +183,7 @@ def seed_params(
     @jax.jit
     def fresh(key):
         """Initialises the student's parameters that the source lacks; XLA removes the others."""
-        initial = nn.unbox(student.init(key, jnp.zeros((1, 2), jnp.int32)))["params"]
+        initial = nn.unbox(batches.init(student, key))
         others, own = layer_trees.split(student, initial)
         others = {name: others[name] for name in others.keys() - shared.keys()}
         return others, {i: own[i]["mixer"] for i in changed}
@@ -235,7 +247,7 @@ def chosen(model: language_model.LanguageModel, params: dict[str, Any]) -> Chose
     }
     specs = list(model.mixers)
     for i, r in mix.items():
-        name = CONVERTIBLE if r >= 0.5 else "lolcats"
+        name = CAUSAL if r >= 0.5 else "lolcats"
         known = mixers.options(name).keys() | set(blocks.LAYER_OPTIONS)
         options = {k: v for k, v in specs[i].options if k in known} | {"window": None}
         specs[i] = pattern.MixerSpec(name, tuple(sorted(options.items())))

@@ -1,12 +1,23 @@
 """Trains a student layer by layer in one pass: each of its layers reads its teacher layer's input.
 
-A `TransferModel` is a language model whose layers are pairs of a teacher's and a student's layer.
-The teacher's layer computes the next hidden states; the student's reads the same input, and the
+The layers of a model that `make_model` makes are pairs of a teacher's and a student's layer. The
+teacher's layer computes the next hidden states; the student's reads the same input, and the
 distance of the two outputs is sown as an intermediate. Only hidden states pass between layers, so
 layers are scanned over and recomputed like any model's.
+
+A student may replace more of a layer than its mixer, and then a distance of that part trains it:
+
+    mixer     the mixer's output                                mixer()
+    residual  the hidden states after the mixer is added        mixer(mixer_residual=(0.0, 1.0))
+    block     the layer's output                                mixer(mixer_residual=(0.0, 1.0),
+                                                                      channel_mixer=None)
+
+(shallow networks in place of attention, arXiv 2311.10642, where they are ALR, ALRR and ELR). In all
+three the student's mixer still reads the layer's normed input.
 """
 
 import dataclasses
+import functools
 import typing
 from typing import Any
 
@@ -16,15 +27,15 @@ import jax.numpy as jnp
 
 from seqmodels import language_model, mixers
 from seqmodels.array_typing import Array
-from seqmodels.linearize import layer_trees, partition
-from seqmodels.modules import blocks, pattern
+from seqmodels.linearize import batches, layer_trees, partition
+from seqmodels.modules import blocks, pattern, stack
 
 TEACHER, STUDENT = "teacher", "student"
 # Mean squares over channels of the difference of student and teacher: of the output projection's
-# input ("heads"), the mixer's output ("mixer") and the layer's ("block"). Also sown are "relative",
-# which is "mixer" over the teacher's mean square, and by feature maps "attention_map" and
-# "attention_map_kl".
-DISTANCES = ("heads", "mixer", "block")
+# input ("heads"), the mixer's output ("mixer"), the hidden states after it is added ("residual")
+# and the layer's output ("block"). Also sown are "relative", which is "mixer" over the teacher's
+# mean square, and by feature maps "attention_map" and "attention_map_kl".
+DISTANCES = ("heads", "mixer", "residual", "block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +79,11 @@ class PairBlock(blocks.Block):
         out_BTD, theirs = run(pair.teacher, TEACHER, x_BTD)
         if pair.converted:
             y_BTD, own = run(pair.student, STUDENT, jax.lax.stop_gradient(x_BTD))
-            pairs = {name: (own[name], theirs[name]) for name in ("heads", "mixer")}
+            pairs = {name: (own.get(name), theirs[name]) for name in ("heads", "mixer", "residual")}
             pairs["block"] = y_BTD, out_BTD
-            # A student's heads may be wider than the teacher's; then they are not compared.
+            # Heads that are wider than the teacher's, or that a student lacks, are not compared.
             for name, (a, b) in pairs.items():
-                if a.shape == b.shape:
+                if a is not None and a.shape == b.shape:
                     self.sow("intermediates", name, _mean_square(a - b))
             power_BT = _mean_square(theirs["mixer"])
             error_BT = _mean_square(own["mixer"] - theirs["mixer"])
@@ -80,26 +91,18 @@ class PairBlock(blocks.Block):
         return out_BTD, None
 
 
-class TransferModel(language_model.LanguageModel):
-    """A `LanguageModel` whose layers are `Pair`s of a teacher's and a student's layer.
-
-    `params` makes its parameters, and `losses` runs it. Layers that are not converted, and
-    parameters outside of layers, are the teacher's alone; `kept` returns the student's own, which
-    an earlier stage may have trained.
-    """
-
-    block = PairBlock
-
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """Returns the field `mixers`, whose elements are Pairs, with that type."""
-        return typing.cast(tuple[Pair, ...], self.mixers)
+@functools.cache
+def _transfer_class(kind: type[stack.Stack]) -> type[stack.Stack]:
+    """Returns the class of models as `kind` whose layers are `Pair`s, in their field `mixers`."""
+    return type(f"Transfer{kind.__name__}", (kind,), {"block": PairBlock})
 
 
-def make_model(
-    teacher: language_model.LanguageModel, student: language_model.LanguageModel
-) -> TransferModel:
-    """Returns the TransferModel that pairs each teacher layer with the student's in its place.
+def make_model(teacher: stack.Stack, student: stack.Stack) -> stack.Stack:
+    """Returns the model that pairs each teacher layer with the student's in its place.
+
+    It is of a subclass of the student's class: `params` makes its parameters, and `losses` runs it.
+    Layers that are not converted, and parameters outside of layers, are the teacher's alone; `kept`
+    returns the student's own, which an earlier stage may have trained.
 
     Raises ValueError for models of different depths.
     """
@@ -109,15 +112,15 @@ def make_model(
         )
     fields: dict[str, Any] = {
         f.name: getattr(student, f.name)
-        for f in dataclasses.fields(language_model.LanguageModel)
+        for f in dataclasses.fields(student)
         if f.name not in ("parent", "name")
     }
     fields["mixers"] = tuple(map(Pair, teacher.mixers, student.mixers))
-    return TransferModel(**fields)
+    return _transfer_class(type(student))(**fields)
 
 
-def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, Any]:
-    """Returns a TransferModel's parameters, made of the teacher's and the student's.
+def params(model: stack.Stack, teacher: tuple, student: tuple) -> dict[str, Any]:
+    """Returns the parameters of a model of Pairs, made of the teacher's and the student's.
 
     teacher, student: (model, parameters) each, whose leaves may be boxed or abstract.
     """
@@ -125,19 +128,19 @@ def params(model: TransferModel, teacher: tuple, student: tuple) -> dict[str, An
     _, own = layer_trees.split(*student)
     layers = [
         {TEACHER: a, STUDENT: b} if pair.converted else {TEACHER: a}
-        for pair, a, b in zip(model.pairs, theirs, own)
+        for pair, a, b in zip(_pairs(model), theirs, own)
     ]
     return layer_trees.join(model, shared, layers)
 
 
-def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
-    """Returns the student's parameters that a TransferModel does not hold.
+def kept(model: stack.Stack, student: tuple) -> dict[str, Any]:
+    """Returns the student's parameters that a model of Pairs does not hold.
 
     They are those outside of layers, "shared", and those of layers that are not converted, "layers"
     by index. student: (model, parameters), whose leaves may be boxed or abstract.
     """
     shared, own = layer_trees.split(*student)
-    pairs = enumerate(zip(model.pairs, own))
+    pairs = enumerate(zip(_pairs(model), own))
     return {
         "shared": shared,
         "layers": {str(i): layer for i, (pair, layer) in pairs if not pair.converted},
@@ -145,43 +148,46 @@ def kept(model: TransferModel, student: tuple) -> dict[str, Any]:
 
 
 def student_params(
-    model: TransferModel, student, params: dict[str, Any], kept: dict[str, Any]
+    model: stack.Stack, student, params: dict[str, Any], kept: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns all parameters of the model `student`, after the TransferModel `model` was trained.
+    """Returns all parameters of the model `student`, after `model`, of Pairs, was trained.
 
-    params: the TransferModel's parameters, of which converted layers are taken. kept: the student's
+    params: that model's parameters, of which converted layers are taken. kept: the student's
       other parameters, as the function `kept` returns them.
     """
     _, layers = layer_trees.split(model, params)
     own = [
         layer[STUDENT] if pair.converted else kept["layers"][str(i)]
-        for i, (pair, layer) in enumerate(zip(model.pairs, layers))
+        for i, (pair, layer) in enumerate(zip(_pairs(model), layers))
     ]
     return layer_trees.join(student, kept["shared"], own)
 
 
-def losses(
-    model: TransferModel, params: dict[str, Any], tokens_BT: Array, segment_ids_BT: Array | None
-) -> dict[str, Array]:
-    """Runs a TransferModel; returns {name: distance of student and teacher layers, (B, T)}.
+def losses(model: stack.Stack, params: dict[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
+    """Runs a model of Pairs; returns {name: distance of student and teacher layers, (B, T)}.
 
     Each is a mean over the converted layers. Names are those of DISTANCES, "relative", and those
     that mixers sow themselves, such as "attention_map".
+
+    batch: arrays of the model's inputs, as `batches.arguments` reads them.
     """
+    keywords: dict[str, Any] = {"mutable": ["intermediates"]}
+    if isinstance(model, language_model.LanguageModel):  # whose logits would take memory
+        keywords["head"] = lambda x_BTD, matrix, layout: ()
     sown: Any
-    _, sown = model.apply(
-        {"params": params},
-        tokens_BT,
-        segment_ids_BT,
-        head=lambda x_BTD, matrix, layout: (),
-        mutable=["intermediates"],
-    )
+    _, sown = model.apply({"params": params}, *batches.arguments(model, batch), **keywords)
+    shape_BT = batch["segment_ids"].shape
     found = {}
     for path, leaf in partition.flatten(sown.get("intermediates", {})).items():
         name = path.rpartition(partition.SEPARATOR)[2]
         for x_NBT in leaf:
-            found.setdefault(name, []).append(x_NBT.reshape(-1, *tokens_BT.shape))
+            found.setdefault(name, []).append(x_NBT.reshape(-1, *shape_BT))
     return {name: jnp.mean(jnp.concatenate(xs), axis=0) for name, xs in found.items()}
+
+
+def _pairs(model: stack.Stack) -> tuple[Pair, ...]:
+    """Returns the field `mixers` of a model of Pairs, with that type."""
+    return typing.cast(tuple[Pair, ...], model.mixers)
 
 
 def _mean_square(x: Array) -> Array:
@@ -193,7 +199,8 @@ def _mean_square(x: Array) -> Array:
 def _watched(block, x_BTD, segment_ids_BT, layer):
     """Runs a block; returns its output, and inside values of its mixer by name.
 
-    They are "heads", the input of the mixer's output projection, and "mixer", the mixer's output.
+    They are "heads", the input of the mixer's output projection, where it has one, "mixer", the
+    mixer's output, and "residual", the hidden states after that is added.
     """
     seen = {}
 
@@ -205,6 +212,8 @@ def _watched(block, x_BTD, segment_ids_BT, layer):
                 seen["heads"] = o.reshape(*o.shape[:2], -1)
             elif context.method_name == "__call__":
                 seen["mixer"] = result[0]
+        if context.method_name == "_residual" and arguments[0] == "mixer":
+            seen["residual"] = result[0]
         return result
 
     with nn.intercept_methods(watch):

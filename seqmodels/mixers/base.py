@@ -22,12 +22,15 @@ class Layer:
         HGRN2); None for mixers whose class does not set `uses_lower_bound`.
       coordinates_BTA: each token's place on A axes, (B, T, A) int32, in a point set or on a grid
         whose tokens come in another order; None places a document's tokens row by row on `grid`.
+      condition_BTD: what a denoiser's layers are conditioned on (`blocks.Block`), (B, T, D) or
+        (B, 1, D); mixers do not read it.
     """
 
     index: int | Array
     count: int = flax.struct.field(pytree_node=False)
     lower_bound_D: Array | None = None
     coordinates_BTA: Array | None = None
+    condition_BTD: Array | None = None
 
 
 @flax.struct.dataclass
@@ -84,8 +87,8 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define init_state")
 
     def lower_bound_width(self) -> int:
-        """Returns the width of `Layer.lower_bound_D`, for mixers with `uses_lower_bound`."""
-        return self.d_model
+        """Returns the width of `Layer.lower_bound_D`; 0 for mixers that do not read it."""
+        return self.d_model if self.uses_lower_bound else 0
 
     @nn.nowrap
     def check_choice(self, option: str, choices: Collection[str]) -> None:
@@ -162,6 +165,8 @@ class WholeDocumentMixer(Mixer):
     grid: tuple[int, ...] | None = None
 
     causal = False
+    # False promises that permuting a document's tokens permutes its outputs, whatever the grid.
+    uses_positions = True
 
     def init_state(self, batch: int) -> State:
         raise ValueError(

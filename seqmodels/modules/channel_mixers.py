@@ -1,9 +1,14 @@
-"""Channel mixers: MLPs and mixtures of experts, which transform each token by itself."""
+"""Channel mixers: MLPs and mixtures of experts, which transform each token by itself.
+
+Those whose class sets `uses_tokens` read a token's neighbours on the grid, too, and are called with
+the segment ids; language models refuse them.
+"""
 
 import dataclasses
 import functools
 import typing
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +16,7 @@ import jax.numpy as jnp
 
 from seqmodels import fields, operators
 from seqmodels.array_typing import Array, DType
-from seqmodels.modules import layers, pattern
+from seqmodels.modules import grids, layers, pattern
 
 # name: (activation of the gate or of the hidden layer, whether there is a gate)
 _KINDS: dict[str, tuple[Callable[[Array], Array], bool]] = {
@@ -20,20 +25,30 @@ _KINDS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "sglu": (jax.nn.identity, True),  # TransNormerLLM, arXiv 2307.14995, eq. 11: no activation
     "gelu": (jax.nn.gelu, False),
 }
+_CONVOLUTIONAL = ("conv_gelu", "conv_swiglu")
 
 
 def names() -> list[str]:
     """Returns the name of every channel mixer."""
-    return sorted([*_KINDS, "moe"])
+    return sorted([*_KINDS, *_CONVOLUTIONAL, "moe"])
 
 
-def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **keywords) -> nn.Module:
+def make(
+    text: str,
+    /,
+    *,
+    d_ff: int | None = None,
+    use_bias: bool = False,
+    grid: tuple[int, ...] | None = None,
+    **keywords,
+) -> nn.Module:
     """Makes the channel mixer that `text` names, with options as in a pattern.
 
     Examples: "swiglu", "moe(num_experts=8, experts_per_token=2)".
 
     Args:
       d_ff, use_bias: hidden width and biases, unless `text` gives its own; "moe" has no biases.
+      grid: sizes of a document's axes, for channel mixers that have this field.
       **keywords: further fields of the module, such as dtype and name.
 
     Raises:
@@ -44,16 +59,20 @@ def make(text: str, /, *, d_ff: int | None = None, use_bias: bool = False, **key
     name, options = specs[0].name, dict(specs[0].options)
     if len(specs) != 1 or name not in names():
         raise ValueError(f"channel_mixer is {text!r}; choose one of {', '.join(names())}")
+    shared: dict[str, Any] = {"d_ff": d_ff}
     if name == "moe":
-        module, shared = MixtureOfExperts, {"d_ff": d_ff}
+        module = MixtureOfExperts
     else:
-        module, shared = ChannelMixer, {"kind": name, "d_ff": d_ff, "use_bias": use_bias}
+        module = ConvChannelMixer if name in _CONVOLUTIONAL else ChannelMixer
+        shared |= {"kind": name, "use_bias": use_bias}
     known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "kind"}
     if unknown := sorted(set(options) - known):
         raise ValueError(
             f"channel mixer {name!r} has no option {unknown[0]!r}; "
             f"it has {', '.join(sorted(known))}"
         )
+    if "grid" in known:
+        shared["grid"] = grid
     kinds = typing.get_type_hints(module)
     for option, value in options.items():
         fields.checked(f"{option} of channel mixer {name}", value, kinds[option])
@@ -84,7 +103,7 @@ class ChannelMixer(nn.Module):
             )
         activation, gated = _KINDS[self.kind]
         D = x_BTD.shape[-1]
-        F = self.d_ff or (-(-8 * D // (3 * 64)) * 64 if gated else 4 * D)
+        F = _hidden_width(self.d_ff, D, gated)
 
         options = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = functools.partial(layers.dense, **options)
@@ -95,6 +114,57 @@ class ChannelMixer(nn.Module):
         else:
             hidden_BTF = layers.recomputed(activation)(up_BTF)
         return dense(D, "down", axes=("mlp", "embed"))(hidden_BTF)
+
+
+class ConvChannelMixer(nn.Module):
+    """An MLP with a depthwise convolution of its hidden channels on each document's grid.
+
+        conv_gelu:    h = gelu(W_up x);  y = W_down (h + conv(h))
+        conv_swiglu:  h, g = conv(silu(W_up x));  y = W_down (h * silu(g))
+
+    The first is that of RAVLT (arXiv 2411.07635), MALA and NaLaFormer, the second SANA's Mix-FFN
+    (arXiv 2410.10629), whose convolution is over 2 F channels.
+
+    Attributes:
+      kind: "conv_gelu" or "conv_swiglu".
+      d_ff: the hidden width F; None is as for "gelu" and "swiglu".
+      use_bias: whether the projections have biases; the convolution has one.
+      kernel_size: odd number of its taps along each axis.
+      grid: sizes of a document's axes; None is one axis.
+    """
+
+    kind: str = "conv_gelu"
+    d_ff: int | None = None
+    use_bias: bool = False
+    kernel_size: int = 3
+    grid: tuple[int, ...] | None = None
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    uses_tokens = True
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, segment_ids_BT: Array | None = None) -> Array:
+        gated, D = self.kind == "conv_swiglu", x_BTD.shape[-1]
+        F = _hidden_width(self.d_ff, D, gated)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = functools.partial(layers.dense, use_bias=self.use_bias, **dtypes)
+        conv = grids.DepthwiseConv(self.kernel_size, self.grid, name="conv", **dtypes)
+        up_BTF = dense(2 * F if gated else F, "up", axes=("embed", "mlp"))(x_BTD)
+        activation = jax.nn.silu if gated else jax.nn.gelu
+        hidden_BTF = layers.recomputed(activation)(up_BTF)
+        near_BTF = conv(hidden_BTF, segment_ids_BT)
+        if gated:
+            h_BTF, gate_BTF = jnp.split(near_BTF, 2, axis=-1)
+            hidden_BTF = layers.gated(h_BTF, gate_BTF, jax.nn.silu)
+        else:
+            hidden_BTF = hidden_BTF + near_BTF
+        return dense(D, "down", axes=("mlp", "embed"))(hidden_BTF)
+
+
+def _hidden_width(d_ff: int | None, D: int, gated: bool) -> int:
+    """Returns F: `d_ff`, or 4 D without a gate and 8/3 D in multiples of 64 with one."""
+    return d_ff or (-(-8 * D // (3 * 64)) * 64 if gated else 4 * D)
 
 
 class MixtureOfExperts(nn.Module):
@@ -132,7 +202,7 @@ class MixtureOfExperts(nn.Module):
         X, A, D = self.num_experts, self.experts_per_token, x_BTD.shape[-1]
         if not 1 <= A <= X:
             raise ValueError(f"moe: experts_per_token {A} must be between 1 and num_experts {X}")
-        F = self.d_ff or -(-8 * D // (3 * 64)) * 64
+        F = _hidden_width(self.d_ff, D, gated=True)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         router = layers.dense(
             X,

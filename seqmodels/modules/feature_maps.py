@@ -14,6 +14,9 @@ phi_BTHF.
     hedgehog_paper    exp(z) || exp(-z), z = W x + b                  2E   arXiv 2402.04347, eq. 6
     hedgehog_softmax  max(softmax(z) || softmax(-z), 1e-12), z = W x  2E   LoLCATs, arXiv 2410.10254
     hedgehog_joint    softmax(2 z || -2 z), z = W x + b               2E   flash-linear-attention
+    norm_power        relu(u)^p || relu(-u)^p, u = x / |x|,           2K   NaLaFormer's queries,
+                      p = 3 (1/2 + tanh |x|)                               arXiv 2506.21137
+    signed_cube       relu(x)^3 || relu(-x)^3                         2K   NaLaFormer's keys
 
 The three Hedgehog forms differ: phi sums to 2 in hedgehog_softmax, to 1 in hedgehog_joint, and is
   not normalised in hedgehog_paper, which overflows float32 where |z| > 88.
@@ -48,6 +51,18 @@ def _hedgehog_softmax(z: Array) -> Array:
 
 def _hedgehog_joint(z: Array) -> Array:
     return jax.nn.softmax(_both_signs(lambda z: 2.0 * z, z), axis=-1)
+
+
+def _norm_power(x: Array) -> Array:
+    # The smallest normal number keeps 0 / 0 out, at which the code of NaLaFormer gives NaN.
+    tiny = jnp.finfo(x.dtype).tiny
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + tiny)
+    power = 3.0 * (0.5 + jnp.tanh(norm))
+    return _both_signs(lambda u: jax.nn.relu(u) ** power, x / norm)
+
+
+def _signed_cube(x: Array) -> Array:
+    return _both_signs(jax.nn.relu, x**3)
 
 
 def rectangular_identity(key: Array, shape: tuple[int, ...], dtype: DType = jnp.float32) -> Array:
@@ -89,6 +104,8 @@ _MAPS = {
     "hedgehog_paper": _Map(_hedgehog_paper, True, rectangular_identity, "channel", 2),
     "hedgehog_softmax": _Map(_hedgehog_softmax, True, rectangular_identity, None, 2),
     "hedgehog_joint": _Map(_hedgehog_joint, True, rectangular_identity, "channel", 2),
+    "norm_power": _Map(_norm_power, nonnegative=True, width=2),
+    "signed_cube": _Map(_signed_cube, nonnegative=True, width=2),
 }
 
 

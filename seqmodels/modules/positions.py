@@ -56,9 +56,17 @@ def rope(
     K = x_BTHK.shape[-1]
     if K % 2:
         raise ValueError(f"rope: the head dimension must be even; got {K}")
-    # (first, second) turns to (first cos - second sin, second cos + first sin).
     frequency_BTK, amplitude = frequencies(K, base, scaling, position_BT)
     angle_BTK = position_BT.astype(jnp.float32)[..., None] * frequency_BTK
+    return rotate(x_BTHK, angle_BTK, amplitude)
+
+
+def rotate(x_BTHK: Array, angle_BTK: Array, amplitude: float = 1.0) -> Array:
+    """Rotates channel pairs (i, i + K/2) of all heads by angle_BTK (B, T, K/2), in float32.
+
+    amplitude: a factor of cosines and sines.
+    """
+    # (first, second) turns to (first cos - second sin, second cos + first sin).
     cos_BT1K, sin_BT1K = (amplitude * f(angle_BTK)[:, :, None] for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos_BT1K - second * sin_BT1K, second * cos_BT1K + first * sin_BT1K]

@@ -20,7 +20,7 @@ from experiments.data import make_dataset
 from experiments.training import loop
 from seqmodels import language_model, mixers
 
-SMALL = [(small, name) for name in mixers.names()]
+SMALL = [(small, name) for name in mixers.causal_names()]
 OTHERS = [
     (quickstart, ""),
     (delta_net_340m, ""),

@@ -209,7 +209,7 @@ def test_rows_of_the_state_of_every_mixer(scan_layers):
     """Rows are taken along each leaf's batch axis, the one that another batch size changes."""
     rows_N = np.array([2, 0, 0, 1])
     random = np.random.default_rng(0)
-    for name in mixers.names():
+    for name in mixers.causal_names():
         for options in mixer_suite.SMALL_OPTIONS.get(name, ({},)):
             layer = pattern.MixerSpec(name, tuple(options.items()))
             fields = {"pattern": pattern.to_text([layer]), "num_layers": 2}

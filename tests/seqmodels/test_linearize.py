@@ -48,6 +48,10 @@ def segment_ids(B=2):
     return jnp.asarray(np.repeat([[1, 2, 3]], [5, 11, 8], axis=1).repeat(B, 0), jnp.int32)
 
 
+def batch():
+    return {"inputs": tokens(), "segment_ids": segment_ids()}
+
+
 def logits(model, params):
     apply = jax.jit(lambda params: model.apply({"params": params}, tokens(), segment_ids())[0])
     return apply(params)
@@ -332,7 +336,7 @@ def run_transfer(text, layers="all", remat="none"):
 def test_transfer_compares_layers_on_the_teachers_hidden_states():
     """One pass against the layers written out one by one."""
     model, joined, new, own = run_transfer("liger(window=4)", "1,3", remat="full")
-    found = jax.jit(lambda p: transfer.losses(model, p, tokens(), segment_ids()))(joined)
+    found = jax.jit(lambda p: transfer.losses(model, p, batch()))(joined)
     source, params = teacher()
     _, layers = layer_trees.split(source, params)
     _, own_layers = layer_trees.split(new, own)
@@ -360,10 +364,9 @@ def test_transfer_compares_layers_on_the_teachers_hidden_states():
     again = transfer.student_params(model, new, joined, transfer.kept(model, (new, own)))
     jax.tree.map(np.testing.assert_array_equal, again, own)
 
-    batch = {"inputs": tokens(), "segment_ids": segment_ids()}
     with pytest.raises(ValueError, match="no converted layer gives 'attention_map'; they give"):
         weights = {"attention_map": 1.0}
-        jax.eval_shape(lambda p: objectives.transfer_loss(model, p, batch, weights), joined)
+        jax.eval_shape(lambda p: objectives.transfer_loss(model, p, batch(), weights), joined)
 
 
 def test_transfer_leaves_what_it_does_not_convert():

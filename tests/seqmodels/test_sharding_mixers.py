@@ -52,7 +52,7 @@ def check(cases, limit=2e-5, exact=False, **options):
     B, T, D = suite.B, suite.T, suite.D
     params = {str(case): suite.random_params(case) for case in cases}
     arguments = (
-        params, suite.normal(B, T, D, seed=1), suite.segment_ids(), suite.normal(B, T, D, seed=2)
+        params, suite.normal(B, T, D, seed=1), suite.segment_ids(cases[0]), suite.normal(B, T, D, seed=2)
     )  # fmt: skip
     if exact:
         with jax.enable_x64(True):

@@ -90,38 +90,4 @@ def task_batches(
                 batch["loss_mask"][row, : len(inputs)] = mask
         return batch
 
-    return TaskIterDataset(make_batch, count, batch_size)
-
-
-class TaskIterDataset(grain.IterDataset):
-    """Dataset of the batches make_batch(number of the first example), for `count` examples.
-
-    A saved position is that number, so that it is valid for any batch size.
-    """
-
-    def __init__(self, make_batch, count: int, batch_size: int):
-        super().__init__()
-        self.make_batch, self.count, self.batch_size = make_batch, count, batch_size
-
-    def __iter__(self):
-        return _TaskIterator(self)
-
-
-class _TaskIterator(grain.DatasetIterator):
-    def __init__(self, dataset: TaskIterDataset):
-        super().__init__()
-        self._dataset, self._example = dataset, 0
-
-    def __next__(self):
-        if self._example >= self._dataset.count:
-            raise StopIteration
-        batch = self._dataset.make_batch(self._example)
-        self._example += self._dataset.batch_size
-        return batch
-
-    def get_state(self) -> batches.State:
-        return {"example": self._example}
-
-    def set_state(self, state: batches.State) -> None:
-        batches.check_state(state, ("example",))
-        self._example = state["example"]
+    return batches.ExampleIterDataset(make_batch, count, batch_size)

@@ -71,6 +71,7 @@ def test_every_field_is_set_by_a_flag_of_its_type():
     given = {"model.d_ff": 24, "model.logit_softcap": 30.0, "model.learned_positions": 9}
     given |= {"model.channel_mixer": "moe(num_experts=4)", "model.mixer_residual": (1.0, 0.5)}
     given |= {"model.dtype": "bfloat16", "model.tied_embeddings": False, "model.norm_eps": 1e-3}
+    given |= {"model.grid": (4, 8)}
     changed = overridden(*(f"--config.{path}={value}" for path, value in given.items()))
     assert {path: changed.model[path.split(".")[1]] for path in given} == given
     assert not overridden("--noconfig.model.scan_layers").model.scan_layers
@@ -86,6 +87,8 @@ def test_every_field_is_set_by_a_flag_of_its_type():
         ("model.d_ff=wide", "config.model.d_ff=wide: expected an integer or None$"),
         ("model.logit_softcap=yes", "config.model.logit_softcap=yes: expected a number or"),
         ("model.scan_layers=perhaps", "scan_layers=perhaps: expected true or false$"),
+        ("model.grid=8", "config.model.grid=8: expected a tuple or None"),
+        ("model.grid=(8", "config.model.grid=.8: expected a tuple or None"),
         ("model.num_layers=None", "config.model.num_layers=None: expected an integer$"),
         ("optimizer=adamw", "config.optimizer is a section; set its fields, .*learning_rate"),
     ],

@@ -1,3 +1,4 @@
+import math
 import re
 
 import flax.linen as nn
@@ -82,7 +83,7 @@ def test_a_parameter_says_itself_whether_it_is_decayed(scan_layers, monkeypatch)
 
 WEIGHTS = re.compile("kernel|[a-z]_kernel")
 OTHERS = re.compile(
-    "A_log|D|Lambda|dt_bias|factor|(gamma|nu|theta)_log|mix_logit|theta|([a-z]_)?bias"
+    "A_log|D|Lambda|dt_bias|factor|(gamma|nu|theta)_log|mix_logit|theta|([a-z]_)?bias|embedding"
 )
 GAINS = re.compile("scale|gate")
 
@@ -92,7 +93,7 @@ def test_of_every_mixer_weights_are_decayed_and_gates_gains_and_biases_are_not(n
     for options in mixer_suite.SMALL_OPTIONS.get(name, ({},)):
         mixer = mixers.make(name, **{"d_model": 32} | options)
         layer = mixers.Layer(0, 2, jnp.zeros(mixer.lower_bound_width()))
-        x_BTD = jnp.zeros((1, 4, 32))
+        x_BTD = jnp.zeros((1, math.prod(getattr(mixer, "grid", None) or (4,)), 32))
         params = jax.eval_shape(mixer.init, jax.random.key(0), x_BTD, layer=layer)["params"]
         boxes = jax.tree_util.tree_flatten_with_path(params, is_leaf=layers.is_boxed)[0]
         mask = flat(optimizers.decay_mask(params))

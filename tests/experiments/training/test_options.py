@@ -15,17 +15,19 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments.training import optimizers, schedules, steps
-from seqmodels import language_model, sharding
-from seqmodels.modules import channel_mixers
+from seqmodels import language_model, models, sharding
+from seqmodels.modules import channel_mixers, stack
 from tests.experiments import called
 
 CONFIG = "mqar.py:linear_attention,smoke"
+# A language model refuses those that see a token's neighbours.
+PER_TOKEN = [name for name in channel_mixers.names() if not name.startswith("conv_")]
 # float64 is refused unless JAX_ENABLE_X64 is set: tests/seqmodels/test_language_model.py.
 CHOICES = {
     f"model.{name}": [choice for choice in choices if choice != "float64"]
     for name, choices in language_model.CHOICES.items()
 } | {
-    "model.channel_mixer": [None, *channel_mixers.names(), "moe(num_experts=2, d_ff=8)"],
+    "model.channel_mixer": [None, *PER_TOKEN, "moe(num_experts=2, d_ff=8)"],
     "schedule.name": schedules.names(),
     "parallel.collective": sharding.COLLECTIVES,
 }
@@ -111,7 +113,9 @@ def arguments(values):
 def test_every_field_has_a_value_here():
     config = common.get_config()
     for section, own in SET.items():
-        assert {f"{section}.{name}" for name in config[section]} == {
+        # Fields of other models have their values in test_architectures.py.
+        names = language_model.config_fields() if section == "model" else config[section]
+        assert {f"{section}.{name}" for name in names} == {
             *(field for field in CYCLED if field.startswith(f"{section}.")),
             *(f"{section}.{name}" for name in own if f"{section}.{name}" not in CYCLED),
         }
@@ -131,12 +135,11 @@ def test_every_field_is_documented():
     for section, fields in common.get_config().items():
         names = fields if isinstance(fields, ConfigDict) else ()
         assert not [name for name in (section, *names) if name not in told]
-    assert not [
-        name
-        for name in language_model.config_fields()
-        if name not in ("pattern", "num_layers", "vocab_size", "d_model")
-        and name not in language_model.LanguageModel.__doc__
-    ]
+    for architecture in models.ARCHITECTURES:
+        bases = models.model_class(architecture).__mro__
+        told = " ".join(kind.__doc__ for kind in bases if issubclass(kind, stack.Stack))
+        names = models.fields_of(architecture).keys() - {"pattern", "num_layers"}
+        assert not [name for name in names if name not in told]
 
 
 @pytest.mark.parametrize("number", range(0, 2 * len(optimizers.names()), 2))

@@ -78,7 +78,7 @@ def test_any_model_of_ours_comes_back(hybrid):
 def test_every_mixer_has_a_place_in_our_layout(tmp_path):
     specs = [
         pattern.MixerSpec(name, tuple(mixer_suite.SMALL_OPTIONS.get(name, ({},))[0].items()))
-        for name in mixers.names()
+        for name in mixers.causal_names()
     ]
     config = LLAMA | {"d_model": 32, "num_layers": len(specs), "pattern": pattern.to_text(specs)}
     params = random_params(config)

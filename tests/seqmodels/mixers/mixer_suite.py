@@ -1,11 +1,13 @@
 """The checks that `test_mixers.py` runs over the registry: what every mixer must do.
 
 A registered mixer is tested with no further line. `SMALL_OPTIONS` is for those whose defaults are
-too large for the suite's width, or that have forms worth a run of their own.
+too large for the suite's width, or that have forms worth a run of their own. The checks of mixers
+with `causal = False` are in `document_suite.py`.
 """
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -23,13 +25,23 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
         {"max_length": 32, "num_kv_heads": 2},
         {"window": 5, "num_kv_heads": 1, "qk_norm": True},
     ),
+    "bidirectional": ({"mixer": "gla(num_heads=2)"}, {"shared": True, "combine": "mean"}),
     "delta_net": ({}, {"allow_neg_eigval": True, "use_gate": True}),
     "delta_product": ({}, {"num_householder": 3, "use_forget_gate": True, "conv_width": 2}),
+    "full_attention": ({"num_kv_heads": 2}, {"num_kv_heads": 1, "qk_norm": True, "rope_base": 9.0}),
     "gated_delta_net": ({"num_heads": 2, "num_v_heads": 4}, {"allow_neg_eigval": True}),
     "mamba": ({"d_state": 4}, {"d_state": 3, "negative_eigenvalues": True}),
     "mamba2": ({"head_dim": 16, "d_state": 8, "num_groups": 2},),
     "lru": ({"d_state": 24, "r_min": 0.8},),
+    "inline": ({}, {"grid": (2, 3), "num_heads": 2}),
+    "linfusion": ({}, {"correction": "none"}),
+    "mala": ({}, {"grid": (2, 5)}),
+    "nalaformer": ({}, {"grid": (2, 3)}),
+    "rala": ({}, {"grid": (2, 3), "weigh_keys": False}),
+    "sana_video": ({}, {"grid": (2, 2, 2), "num_heads": 2, "block_size": 4}),
+    "slab": ({}, {"grid": (3, 3)}),
     "hgrn2": ({"expand_ratio": 8},),
+    "lightnet_nd": ({"gate_rank": 8, "grid": (2, 5)}, {"rope_base": None}),
     "linear_attention": (
         {"output_norm": "rms_norm"},
         {"q_map": "hedgehog_softmax", "features": 4, "rope_base": 100.0, "eps": 1e-12},
@@ -45,13 +57,49 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
         {"window": 3, "num_kv_heads": 1, "feature_map": "elu_plus_one"},
         {"window": None, "num_kv_heads": 2},
     ),
+    "lion": (
+        {"mixer": "hgrn", "group": 4, "window": 3},
+        {"mixer": "gla(num_heads=2)", "group": 4, "window": 2, "grid": (2, 5), "depth": 2},
+    ),
+    "mate": (
+        {"mixer": "hgrn", "review": 3, "window": (3,)},
+        {"mixer": "gla(num_heads=2)", "review": 2, "window": 2, "grid": (2, 2, 2)},
+    ),
+    "mlp_mixer": ({"max_length": 20}, {"grid": (2, 4)}),
+    "mlp_mixer_causal": ({"max_length": 24},),
     "mmmamba": ({"num_kv_heads": 2}, {"seed": "scratch", "conv_width": 3}),
     "selective": ({"max_length": 32, "num_kv_heads": 2, "mix_init": 0.4},),
     "mlstm": ({"input_gate_bias": 0.0}, {"input_gate": "sigmoid", "normalize": False}),
+    "ordered": (
+        {"mixer": "bidirectional(mixer='hgrn')", "order": "zigzag", "grid": (2, 5)},
+        {
+            "mixer": "bidirectional(mixer='gla(num_heads=2)')",
+            "order": "hilbert",
+            "grid": (3, 3),
+            "group": 4,
+        },
+        {"mixer": "bidirectional", "order": "reverse", "group": 7},
+    ),
+    "shallow_ffn": ({"max_length": 20, "size": "m"}, {"grid": (4, 2), "num_heads": 2}),
+    "shallow_ffn_causal": ({"max_length": 12, "size": "m"}, {"max_length": 24, "num_heads": 2}),
+    "sparse_linear": (
+        {"block_size": 8, "topk": 0.5, "num_heads": 2},
+        {"block_size": 4, "topk": 0.5, "grid": (4, 2), "feature_map": "elu_plus_one"},
+        {"mode": "sparse_only", "block_size": 3},
+        {"mode": "linear_only"},
+    ),
+    "sparse_mlp": ({"max_length": 20, "num_experts": 3}, {"grid": (2, 4), "capacity_factor": 1.0}),
+    "sparse_mlp_causal": ({"max_length": 24, "num_experts": 3},),
     "transnormer": ({"lrpe": True},),
     "transnormer_llm": ({"slopes": "alibi", "lrpe": True, "gate_activation": "sigmoid"},),
     "transnormer_local": ({"block_size": 16}, {"block_size": 4, "variant": "t1"}),
 }
+
+# Mixers whose `implementation` names no recurrent form.
+ONE_FORM = (
+    *("attention", "transnormer_local", "mlp_mixer", "shallow_ffn", "shallow_ffn_causal"),
+    *("sparse_linear", "sparse_mlp"),
+)
 
 B, T, D, LAYERS = 4, 20, 32, 2
 # Each row holds documents of these lengths: 1, and around a convolution's width. The last one holds
@@ -77,29 +125,39 @@ class Case:
     def make(self, **keywords) -> mixers.Mixer:
         """Returns the mixer; variants above 0 take the recurrent form, which compiles fastest."""
         options = SMALL_OPTIONS.get(self.name, ({},))[self.variant]
-        if self.variant and self.name not in ("attention", "transnormer_local"):
+        if self.variant and self.name not in ONE_FORM:
             keywords.setdefault("implementation", "reference")
         return mixers.make(self.name, d_model=D, **options, **keywords)
 
     def layer(self, index=1) -> mixers.Layer:
         bound_LD = None
-        if mixers.mixer_class(self.name).uses_lower_bound:
-            width = self.make().lower_bound_width()
+        if width := self.make().lower_bound_width():
             bound_LD = jnp.linspace(0.0, 0.6, LAYERS * width).reshape(LAYERS, width)
         return mixers.Layer(index, LAYERS, None if bound_LD is None else bound_LD[index])
 
 
-def first_cases() -> list[Case]:
-    return [Case(name) for name in mixers.names()]
+def first_cases(causal: bool | None = None) -> list[Case]:
+    """Returns a case for each mixer; causal: only those whose class has this flag."""
+    return [case for case in all_cases(causal) if case.variant == 0]
 
 
-def all_cases() -> list[Case]:
-    return [Case(n, i) for n in mixers.names() for i in range(len(SMALL_OPTIONS.get(n, ({},))))]
+def all_cases(causal: bool | None = None) -> list[Case]:
+    """Returns a case for each option set of each mixer; causal: as in `first_cases`."""
+    kinds = {name: mixers.mixer_class(name).causal for name in mixers.names()}
+    found = [name for name, kind in kinds.items() if causal in (None, kind)]
+    return [Case(n, i) for n in found for i in range(len(SMALL_OPTIONS.get(n, ({},))))]
 
 
 def _initialised(case: Case):
     init = functools.partial(case.make().init, layer=case.layer())
-    return nn.unbox(jax.jit(init)(jax.random.key(0), jnp.zeros((1, 2, D))))["params"]
+    x_BTD = jnp.zeros((1, document_length(case) or 2, D))
+    return nn.unbox(jax.jit(init)(jax.random.key(0), x_BTD))["params"]
+
+
+def document_length(case: Case) -> int | None:
+    """Returns the number of tokens of each document on the mixer's grid; None is any number."""
+    grid = getattr(case.make(), "grid", None)
+    return None if grid is None else math.prod(grid)
 
 
 initial_params = functools.cache(_initialised)
@@ -117,7 +175,15 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def segment_ids():
+def segment_ids(case: Case | None = None):
+    """Returns the ids (B, T) of DOCUMENT_LENGTHS, or of documents that fit the mixer's grid.
+
+    Tokens that are left over are padding, id 0.
+    """
+    length = case and document_length(case)
+    if length is not None:
+        row = np.repeat(np.arange(1, T // length + 1), length)
+        return jnp.tile(jnp.asarray(np.pad(row, (0, T % length)), jnp.int32), (B, 1))
     rows = [np.repeat(np.arange(1, len(n) + 1), n) for n in DOCUMENT_LENGTHS]
     return jnp.asarray(np.stack(rows), jnp.int32)
 
@@ -249,8 +315,21 @@ def training_step(case: Case):
 
 def check_gradients(case: Case):
     """Checks that gradients are finite, and 0 at later tokens and at those of other documents."""
+    segment_ids_BT = segment_ids()
+    found_BT, same_BT, t = found_gradients(case, segment_ids_BT)
+    seen_BT = same_BT & (np.arange(T) <= t)[None]
+    assert not np.any(found_BT & ~seen_BT), "a later token or another document is seen"
+    assert found_BT[0, t - 1], "an earlier token is not seen"
+
+
+def found_gradients(case: Case, segment_ids_BT):
+    """Checks that gradients are finite and reach every parameter; returns what one token sees.
+
+    Returns booleans (2 B, T), where the output of token t has a gradient and which tokens are of
+    its document, and t. The last B rows have extreme inputs.
+    """
     step, start = training_step(case)
-    segment_ids_BT, t = jnp.tile(segment_ids(), (2, 1)), 14
+    segment_ids_BT, t = jnp.tile(segment_ids_BT, (2, 1)), 14
     x_BTD = jnp.tile(normal(B, T, D, seed=1), (2, 1, 1)).at[B:].multiply(30.0)
     one_token = jnp.zeros((2 * B, T, D)).at[:, t].set(normal(2 * B, D, seed=3))
     labels = jnp.zeros((2 * B, T), jnp.int32), jnp.zeros((2 * B, T))
@@ -266,19 +345,20 @@ def check_gradients(case: Case):
         assert np.any(leaf), f"no gradient reaches {jax.tree_util.keystr(path)}"
     assert np.isfinite(x_bar).all(), "gradient of x"
     _, x_bar = gradients(one_token)
-    seen_BT = (segment_ids_BT == segment_ids_BT[:, t : t + 1]) & (jnp.arange(T) <= t)[None]
     found_BT = np.abs(x_bar).max(axis=-1) > 0
-    assert not np.any(found_BT & ~seen_BT), "a later token or another document is seen"
     # An extreme input may saturate a softmax at another token.
-    assert found_BT[:B, t].all() and found_BT[0, t - 1], "an earlier token is not seen"
+    assert found_BT[:B, t].all(), "a token does not see itself"
+    return found_BT, np.asarray(segment_ids_BT == segment_ids_BT[:, t : t + 1]), t
 
 
 def check_trains(case: Case):
     """Checks that one layer of a mixer learns to remember.
 
     One token of a sequence is a value (0-3) and the others are blank (4); every token after it must
-    name it. The loss leaves log 4 = 1.39 and ends under half of it.
+    name it. The loss leaves log 4 = 1.39 and ends under half of it. Without an order in time every
+    fifth token is the value, since means over a document see it so much better, and all name it.
     """
+    causal = mixers.mixer_class(case.name).causal
     step, start = training_step(case)
     rng, rows = np.random.default_rng(0), 2 * B
     embedding_WD = rng.standard_normal((5, D)).astype(np.float32)
@@ -288,10 +368,14 @@ def check_trains(case: Case):
     for _ in range(TRAIN_STEPS):
         tokens_BT = np.full((rows, T), 4)
         place_B, value_B = rng.integers(0, T // 2, rows), rng.integers(0, 4, rows)
-        tokens_BT[np.arange(rows), place_B] = value_B
-        mask_BT = (np.arange(T) > place_B[:, None]).astype(np.float32)
+        if causal:
+            tokens_BT[np.arange(rows), place_B] = value_B
+            mask_BT = np.arange(T) > place_B[:, None]
+        else:
+            is_value_BT = (np.arange(T) + place_B[:, None]) % 5 == 0
+            tokens_BT, mask_BT = np.where(is_value_BT, value_B[:, None], 4), ~is_value_BT
         label_BT = value_B[:, None].astype(np.int32) * ones_BT
-        batch = embedding_WD[tokens_BT], ones_BT, label_BT, mask_BT, zeros_BTD
+        batch = embedding_WD[tokens_BT], ones_BT, label_BT, mask_BT.astype(np.float32), zeros_BTD
         params, opt_state, loss, *_ = step(params, opt_state, *batch)
         losses.append(loss)
     start_loss, end_loss = np.mean(losses[:3]), np.mean(losses[-8:])
@@ -324,7 +408,7 @@ def check_layers(case: Case):
     params = [random_params(case, seed) for seed in range(LAYERS)]
     layers = [case.layer(index) for index in range(LAYERS)]
     bounds = [layer.lower_bound_D for layer in layers]
-    x_BTD = normal(2, 4, D)
+    x_BTD = normal(2, document_length(case) or 4, D)
 
     def scan(params, x_BTD):
         def one_layer(mixer, x_BTD, inputs):
@@ -364,7 +448,8 @@ def reads_layer(case: Case) -> bool:
     mixer, params = case.make(), {"params": initial_params(case)}
 
     def apply(index, bound_D):
-        return mixer.apply(params, jnp.zeros((1, 2, D)), layer=mixers.Layer(index, LAYERS, bound_D))
+        x_BTD = jnp.zeros((1, document_length(case) or 2, D))
+        return mixer.apply(params, x_BTD, layer=mixers.Layer(index, LAYERS, bound_D))
 
     jaxpr = jax.make_jaxpr(apply)(1, case.layer().lower_bound_D).jaxpr
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}

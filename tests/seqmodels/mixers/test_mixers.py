@@ -3,7 +3,7 @@
 import pytest
 
 from seqmodels import mixers
-from tests.seqmodels.mixers import mixer_suite
+from tests.seqmodels.mixers import document_suite, mixer_suite
 
 DIFFERENTIATED_IN_THE_FAST_SUITE = ("gla", "gated_delta_net", "mamba")
 SLOW_TO_COMPILE = ("delta_net", "delta_product", "mamba", "mlstm")
@@ -34,7 +34,9 @@ def is_quick_to_compile(case):
     return is_fast(case) and case.name not in SLOW_TO_COMPILE or str(case) == "lolcats"
 
 
-@pytest.mark.parametrize("case", slow(mixer_suite.all_cases(), is_quick_to_compile), ids=str)
+@pytest.mark.parametrize(
+    "case", slow(mixer_suite.all_cases(causal=True), is_quick_to_compile), ids=str
+)
 def test_pieces_steps_and_packed_documents_agree(case):
     mixer_suite.check_consistency(case)
 
@@ -42,7 +44,7 @@ def test_pieces_steps_and_packed_documents_agree(case):
 @pytest.mark.parametrize(
     "case",
     slow(
-        mixer_suite.all_cases(),
+        mixer_suite.all_cases(causal=True),
         is_fast_to_differentiate,
         lambda c: is_student(c) and c.variant > 0,
     ),
@@ -52,7 +54,7 @@ def test_gradients_are_finite_and_causal(case):
     mixer_suite.check_gradients(case)
 
 
-@pytest.mark.parametrize("case", mixer_suite.all_cases(), ids=str)
+@pytest.mark.parametrize("case", mixer_suite.all_cases(causal=True), ids=str)
 def test_state_has_one_structure(case):
     mixer_suite.check_state(case)
 
@@ -69,6 +71,23 @@ def test_scan_over_layers(case):
 )
 def test_trains(case):
     mixer_suite.check_trains(case)
+
+
+@pytest.mark.parametrize("case", slow(mixer_suite.all_cases(causal=False), is_fast), ids=str)
+def test_documents_are_apart_and_padding_has_no_effect(case):
+    document_suite.check_documents(case)
+
+
+@pytest.mark.parametrize(
+    "case", slow(mixer_suite.all_cases(causal=False), is_fast_to_differentiate), ids=str
+)
+def test_gradients_are_finite_and_reach_the_whole_document(case):
+    document_suite.check_gradients(case)
+
+
+@pytest.mark.parametrize("case", mixer_suite.first_cases(causal=False), ids=str)
+def test_mixers_of_whole_documents_refuse_states_and_language_models_refuse_them(case):
+    document_suite.check_stateless(case)
 
 
 def test_unknown_mixer_lists_the_choices():

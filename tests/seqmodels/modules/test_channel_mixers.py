@@ -123,3 +123,43 @@ def test_bad_input(text, message):
 def test_more_experts_a_token_than_there_are():
     with pytest.raises(ValueError, match="experts_per_token 6 must be between 1 and num_experts 5"):
         jax.eval_shape(experts(experts_per_token=6).init, jax.random.key(0), jnp.zeros((1, 2, D)))
+
+
+@pytest.mark.parametrize("kind", ["conv_gelu", "conv_swiglu"])
+def test_convolutions_see_a_tokens_neighbours_in_its_own_document(kind):
+    module = channel_mixers.make(f"{kind}(kernel_size=3)", d_ff=F, use_bias=True, grid=(2, 3))
+    x_BTD = np.random.default_rng(0).standard_normal((1, 12, D))
+    segment_ids_BT = np.repeat([[1, 2]], 6, axis=1)
+    params = nn.unbox(module.init(jax.random.key(0), jnp.zeros((1, 6, D))))["params"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape), params)
+    actual = jax.jit(module.apply)({"params": params}, jnp.float32(x_BTD), segment_ids_BT)
+
+    def dense(name, x):
+        return x @ np.float64(params[name]["kernel"]) + np.float64(params[name]["bias"])
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def convolved(x):
+        image = np.pad(x.reshape(2, 3, -1), [(1, 1), (1, 1), (0, 0)])
+        taps = np.float64(params["conv"]["kernel"])
+        y = sum(taps[3 * i + j] * image[i : i + 2, j : j + 3] for i in range(3) for j in range(3))
+        return y.reshape(6, -1) + np.float64(params["conv"]["bias"])
+
+    for tokens in (slice(0, 6), slice(6, 12)):
+        up = dense("up", x_BTD[0, tokens])
+        if kind == "conv_gelu":
+            tanh = np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
+            hidden = 0.5 * up * (1 + tanh)
+            hidden = hidden + convolved(hidden)
+        else:
+            hidden, gate = np.split(convolved(silu(up)), 2, axis=-1)
+            hidden = hidden * silu(gate)
+        np.testing.assert_allclose(actual[0, tokens], dense("down", hidden), rtol=1e-4, atol=1e-4)
+
+
+def test_language_models_refuse_convolutions():
+    config = {"vocab_size": 11, "d_model": D, "num_layers": 1, "pattern": "hgrn"}
+    with pytest.raises(ValueError, match="channel mixer conv_gelu sees a token's neighbours"):
+        language_model.from_config(config | {"channel_mixer": "conv_gelu"})

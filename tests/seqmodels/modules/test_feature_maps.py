@@ -18,6 +18,14 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def norm(z):
+    return np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def power(z):
+    return 3 * (0.5 + np.tanh(norm(z)))
+
+
 def both(f, z):
     return np.concatenate([f(z), f(-z)], axis=-1)
 
@@ -33,6 +41,8 @@ FORMULAS = {
     "hedgehog_paper": lambda z: both(np.exp, z),
     "hedgehog_softmax": lambda z: np.maximum(both(softmax, z), 1e-12),
     "hedgehog_joint": lambda z: softmax(np.concatenate([2 * z, -2 * z], axis=-1)),
+    "norm_power": lambda z: both(lambda u: np.maximum(u, 0) ** power(z), z / norm(z)),
+    "signed_cube": lambda z: both(lambda z: np.maximum(z, 0), z**3),
 }
 
 
@@ -57,7 +67,8 @@ def test_fixed_maps(kind):
     assert not params
     expected = FORMULAS[kind](np.asarray(x_BTHK(3.0), np.float64))
     actual = module.apply({}, x_BTHK(3.0))
-    assert actual.shape[-1] == feature_maps.output_dim(kind, K) == K
+    width = 2 * K if kind in ("norm_power", "signed_cube") else K
+    assert actual.shape[-1] == feature_maps.output_dim(kind, K) == width
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
