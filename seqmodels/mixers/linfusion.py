@@ -18,7 +18,7 @@ class LinFusion(whole_document.AffineLinearAttention):
     another.
 
     Attributes:
-      correction: "over_mean" divides as above; "none" leaves o_i = K^-1/2 q_i (sum_j k_j v_j^T).
+      correction: "over_mean" divides as above; "none" leaves o_i = scale q_i (sum_j k_j v_j^T).
     """
 
     correction: str = "over_mean"

@@ -40,7 +40,7 @@ class RALA(whole_document.AffineLinearAttention):
         mean_BTHF = operators.document_totals(q_BTHF, segment_ids_BT) / count_BTH1
         logit_BTH1 = scale * jnp.sum(mean_BTHF * k_BTHF, axis=-1, keepdims=True)
         # A softmax over each document's tokens; its maximum changes nothing but the range.
-        top_BTH1 = jax.lax.stop_gradient(document_max(logit_BTH1, segment_ids_BT))
+        top_BTH1 = document_max(jax.lax.stop_gradient(logit_BTH1), segment_ids_BT)
         e_BTH1 = jnp.exp(logit_BTH1 - top_BTH1)
         total_BTH1 = operators.document_totals(e_BTH1, segment_ids_BT)
         return k_BTHF * (count_BTH1 * e_BTH1 / total_BTH1)

@@ -88,7 +88,8 @@ class AffineMixer(base.Mixer):
       head_dim: K and V; None is D / H.
       q_map, k_map: phi_q and phi_k, names in `feature_maps` of maps without parameters; k_map None
         is q_map.
-      correction: what makes a and b, a name in `CORRECTIONS`; its scale s is K^-1/2.
+      correction: what makes a and b, a name in `CORRECTIONS`.
+      scale: s of the corrections that have it; None is K^-1/2.
       eps: added to denominators.
       rope_base: base of the rotary angles; None leaves the rotation out. Maps that make 2 K
         features are turned in pieces of K.
@@ -103,6 +104,7 @@ class AffineMixer(base.Mixer):
     q_map: str = "elu_plus_one"
     k_map: str | None = None
     correction: str = "over_sum"
+    scale: float | None = None
     eps: float = 1e-6
     rope_base: float | None = None
     rope_angles: str = "rope"
@@ -158,7 +160,7 @@ class AffineMixer(base.Mixer):
         count_BTH1: number of tokens that each token's sums run over. sums: those before the first
           token; None is zeros.
         """
-        scale = self._sizes()[1] ** -0.5
+        scale = self._sizes()[1] ** -0.5 if self.scale is None else self.scale
         one_BTH1 = jnp.ones_like(k_BTHF[..., :1])
         r_BTH1, k_sum = read(q_BTHF, k_BTHF, one_BTH1, initial_state=sums[0])
         a_BTH1, b_BTH1 = CORRECTIONS[self.correction](r_BTH1, count_BTH1, scale, self.eps)

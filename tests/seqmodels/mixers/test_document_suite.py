@@ -8,7 +8,7 @@ import pytest
 from seqmodels import mixers
 from seqmodels.mixers import base
 from seqmodels.operators import document_totals
-from tests.seqmodels.mixers import document_suite, mixer_suite
+from tests.seqmodels.mixers import document_suite, layer_suite, mixer_suite
 
 
 class Means(base.WholeDocumentMixer):
@@ -71,7 +71,7 @@ def test_a_sound_mixer_passes(make_case):
     document_suite.check_documents(case)
     document_suite.check_gradients(case)
     document_suite.check_stateless(case)
-    mixer_suite.check_layers(case)
+    layer_suite.check_layers(case)
     mixer_suite.check_trains(case)
 
 

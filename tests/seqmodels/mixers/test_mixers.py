@@ -3,7 +3,7 @@
 import pytest
 
 from seqmodels import mixers
-from tests.seqmodels.mixers import document_suite, mixer_suite
+from tests.seqmodels.mixers import document_suite, layer_suite, mixer_suite
 
 DIFFERENTIATED_IN_THE_FAST_SUITE = ("gla", "gated_delta_net", "mamba")
 SLOW_TO_COMPILE = ("delta_net", "delta_product", "mamba", "mlstm")
@@ -61,7 +61,7 @@ def test_state_has_one_structure(case):
 
 @pytest.mark.parametrize("case", slow(mixer_suite.first_cases(), is_fast), ids=str)
 def test_scan_over_layers(case):
-    mixer_suite.check_layers(case)
+    layer_suite.check_layers(case)
 
 
 @pytest.mark.parametrize(
