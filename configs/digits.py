@@ -7,8 +7,9 @@ The argument is a registered mixer's name (`seqmodels.mixers.names()`), "attenti
 the whole image), "mlp" (an MLP of all pixels: the image is one token) or "pooling" (an MLP of each
 token alone, whose outputs are averaged). A causal mixer reads each image in both directions
 (`bidirectional`). Tokens are patches of 2x2 pixels; further arguments: pixels for one token per
-pixel, T = 64; pack for four images per row. Width, depth and budget are the same for all: about a
-minute on two cores. docs/results.md has each mixer's accuracy.
+pixel, T = 64; points for one per lit pixel, with coordinates (`lion`); pack for four images per
+row. Width, depth and budget are the same for all: about a minute on two cores. docs/results.md has
+each mixer's accuracy.
 """
 
 from configs import common
@@ -75,12 +76,21 @@ def get_config(arg: str = DEFAULT):
     config.checkpoint.update({"every": 400, "keep": 1})
     if name == "mlp":
         config.data.patch = 8
-    return common.with_argument(config, argument, pixels=pixels, pack=pack)
+    return common.with_argument(config, argument, pixels=pixels, points=points, pack=pack)
 
 
 def pixels(config):
     """Changes the config in place to one token per pixel."""
     config.data.patch = 1
+
+
+def points(config):
+    """Changes the config in place to sets of points: a token per lit pixel, with coordinates."""
+    sizes = {name: config.data[name] for name in ("batch_size", "eval_batch_size")}
+    with config.unlocked():
+        config.data = default_config("digit_points")
+    config.data.update(sizes)
+    config.model.position_embedding = "none"
 
 
 def pack(config):

@@ -17,6 +17,9 @@ OPTIONS = {
     "gated_delta_net": "num_heads=2, head_dim=32",
     "hgrn2": "expand_ratio=32",
     "mamba2": "head_dim=32, d_state=32",
+    "mlp_mixer_causal": "max_length=256",
+    "shallow_ffn_causal": "max_length=16, size='m'",
+    "sparse_mlp_causal": "max_length=256",
     "transnormer": "num_heads=4",
 }
 

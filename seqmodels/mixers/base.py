@@ -71,6 +71,8 @@ class Mixer(nn.Module):
     uses_lower_bound = False
     # False for mixers that see whole documents; a language model refuses them.
     causal = True
+    # True for mixers whose weights belong to positions, so that they read `max_length` tokens.
+    bounded = False
 
     def __call__(
         self,

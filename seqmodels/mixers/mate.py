@@ -100,9 +100,14 @@ class MATE(wrapper.Wrapper):
     @nn.nowrap
     def _scan_key(self, coordinates_BTA: Array, layer) -> Array:
         """Returns each token's place in the layer's scan order, (B, T) int32."""
-        if self.grid is None:
+        if self.grid is None and layer.coordinates_BTA is not None:
+            raise ValueError(
+                "mate: tokens with coordinates need a grid, the sizes of the space that they lie "
+                "in: set grid"
+            )
+        if self.grid is None and self.scan == "rotary":
             return coordinates_BTA[..., 0]
-        names, grid = (self.scan,), tuple(self.grid)
+        names, grid = (self.scan,), tuple(self.grid or coordinates_BTA.shape[1:2])
         if self.scan == "rotary":
             # An image is a video of one frame.
             names, missing = ROTARY, 3 - len(grid)

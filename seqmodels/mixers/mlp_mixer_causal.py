@@ -33,12 +33,14 @@ class CausalMLPMixer(base.Mixer):
     too, costs as much as a document of M tokens.
 
     Attributes:
-      max_length: M, the most tokens of a document; later ones are not seen and give 0.
+      max_length: M, the most tokens of a row; when decoding, later ones are not seen and give 0.
       expand: number of hidden units per position.
     """
 
     max_length: int = 64
     expand: int = 1
+
+    bounded = True
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT=None, state=None, *, layer=None):
@@ -46,7 +48,7 @@ class CausalMLPMixer(base.Mixer):
         if state is None:
             state = self.init_state(B)
         M = self.max_length
-        padded_documents.check_length(base.name_of(self), T, M, segment_ids_BT)
+        padded_documents.check_length(base.name_of(self), T, M)
         x_BTD = x_BTD.astype(self.dtype)
         position_BT = positions.token_positions(B, T, segment_ids_BT, state.next_position_B)
         y_BTD, sums = padded_documents.each_document(

@@ -95,19 +95,21 @@ def places(
     """
     B, T, _ = x_BTD.shape
     if grid is None:
-        check_length(name, T, max_length, segment_ids_BT)
+        if segment_ids_BT is None:
+            check_length(name, T, max_length)
         return max_length, positions.token_positions(B, T, segment_ids_BT, None)
     grids.check_grid(name, grid, T, segment_ids_BT)
     coordinates_BTA = grids.coordinates(B, T, segment_ids_BT, grid, layer)
     return math.prod(grid), grids.ravel(coordinates_BTA, grid)
 
 
-def check_length(name: str, length: int, max_length: int, segment_ids_BT: Array | None) -> None:
-    """Raises ValueError if a row that is one document has more tokens than `max_length`."""
-    if segment_ids_BT is None and length > max_length:
+def check_length(name: str, length: int, max_length: int) -> None:
+    """Raises ValueError if a document may have more tokens than `max_length`."""
+    if length > max_length:
         raise ValueError(
             f"{name}: a document of {length} tokens, and max_length is {max_length}, the number of "
-            "positions that have weights: shorten the documents, or set max_length to their length"
+            "positions that have weights: shorten the documents (config.data.seq_len for text), or "
+            "set max_length in config.model.pattern"
         )
 
 

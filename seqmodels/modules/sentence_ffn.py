@@ -11,7 +11,7 @@ from seqmodels.array_typing import Array, DType
 from seqmodels.modules import layers, token_mlp
 
 # name: s, where a network over W numbers has W / s hidden units.
-REDUCTIONS = {"xs": 256.0, "s": 128.0, "m": 8.0, "l": 2.0, "xl": 0.5}
+SIZES = {"xs": 256.0, "s": 128.0, "m": 8.0, "l": 2.0, "xl": 0.5}
 
 
 class SentenceFFN(nn.Module):
@@ -72,15 +72,15 @@ class SentenceFFN(nn.Module):
 def hidden_units(name: str, size: str, inputs: int) -> int:
     """Returns the number of hidden units of a network over W = `inputs` numbers, W / s.
 
-    size: a name of REDUCTIONS. name: the mixer's. Raises ValueError for another, or if W < s.
+    size: a name of SIZES. name: the mixer's. Raises ValueError for another, or if W < s.
     """
-    if size not in REDUCTIONS:
-        choices = ", ".join(f"{size!r} (s = {s:g})" for size, s in REDUCTIONS.items())
+    if size not in SIZES:
+        choices = ", ".join(f"{size!r} (s = {s:g})" for size, s in SIZES.items())
         raise ValueError(f"{name}: size is {size!r}; choose one of {choices}")
-    hidden = int(inputs / REDUCTIONS[size])
+    hidden = int(inputs / SIZES[size])
     if hidden < 1:
         raise ValueError(
-            f"{name}: size {size!r} has W / {REDUCTIONS[size]:g} hidden units, and W = max_length * "
+            f"{name}: size {size!r} has W / {SIZES[size]:g} hidden units, and W = max_length * "
             f"d_model = {inputs} is less: take a larger size, or longer documents"
         )
     return hidden

@@ -81,10 +81,10 @@ def spawn(old: Points, share: float) -> Points:
     score_BN = jnp.mean(jax.lax.stop_gradient(old.x_BND).astype(jnp.float32), axis=-1)
     index_BN, inverse_BN = orders.sort_documents((old.ids_BN, -score_BN), None)
     sorted_ids_BN = jnp.take_along_axis(old.ids_BN, index_BN, axis=1)
-    rank_BN = jnp.take_along_axis(operators.positions(sorted_ids_BN), inverse_BN, axis=1)
-    size_BN = jnp.sum(old.ids_BN[:, :, None] == old.ids_BN[:, None], axis=-1)
-    wanted_BN = jnp.floor(share * size_BN + 1e-4).astype(jnp.int32)
-    chosen_BN = (rank_BN < wanted_BN) & (old.ids_BN > 0)
+    rank_BN = operators.positions(sorted_ids_BN)
+    after_BN = jnp.flip(operators.positions(jnp.flip(sorted_ids_BN, axis=1)), axis=1)
+    wanted_BN = jnp.floor(share * (rank_BN + after_BN + 1) + 1e-4).astype(jnp.int32)
+    chosen_BN = jnp.take_along_axis(rank_BN < wanted_BN, inverse_BN, axis=1) & (old.ids_BN > 0)
     # The chosen points, at most K of them, and their neighbours.
     first_BK = jnp.argsort(~chosen_BN, axis=1, stable=True)[:, :K]
     ids_BK = jnp.take_along_axis(jnp.where(chosen_BN, old.ids_BN, 0), first_BK, axis=1)

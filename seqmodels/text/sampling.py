@@ -365,7 +365,8 @@ def check_ids(model, tokens: Sequence[int] | np.ndarray) -> None:
 def context_limit(model) -> tuple[int, str] | None:
     """Returns (the most tokens that a model can read, what limits it), or None without a limit.
 
-    The limit is the shortest cache of its full-attention layers, or its learned positions.
+    The limit is the shortest cache of its full-attention layers, its learned positions, or the
+    positions that layers have weights for.
     """
 
     def is_cache(x):
@@ -379,7 +380,10 @@ def context_limit(model) -> tuple[int, str] | None:
         limits.append((model.learned_positions, "the model's learned positions"))
     for spec in model.mixers:
         options = mixers.options(spec.name) | dict(spec.options)
-        if options.get("max_length") in slots and options.get("window") is None:
+        if mixers.mixer_class(spec.name).bounded:
+            length = options["max_length"]
+            limits.append((length, f"the weights of {spec.name} layers, max_length={length}"))
+        elif options.get("max_length") in slots and options.get("window") is None:
             length = options["max_length"]
             cache = f"the cache of {spec.name} layers, max_length={length}"
             limits.append((length, cache))

@@ -62,6 +62,7 @@ def test_sort_keys_are_windows_and_then_places():
     assert order(True, True) == shifted
 
 
+@pytest.mark.slow
 def test_directions_and_shifts_alternate_by_layer():
     x, mixer = normal(1, 16, D), mixers.make("lion", d_model=D, mixer="hgrn", grid=(4, 4), window=2)
     layers = [mixers.Layer(i, 5, jnp.zeros((D,))) for i in range(5)]
@@ -146,6 +147,7 @@ def test_the_largest_points_spawn_neighbours():
     }
 
 
+@pytest.mark.slow
 def test_the_u_reaches_beyond_a_group():
     x = normal(1, 16, D)
     options = {"mixer": "hgrn", "grid": (4, 4), "window": None, "group": 4}

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels import mixers
+from seqmodels import language_model, mixers
 from seqmodels.mixers import mlp_mixer
 from seqmodels.modules import blocks, channel_routing, padded_documents, pattern
+from seqmodels.text import sampling
 
 B, T, D = 2, 6, 8
 
@@ -108,6 +109,9 @@ def test_shorter_documents_are_padded_and_longer_ones_are_cut():
     cut, _ = apply(mixer, params, x, jnp.ones((B, T + 3), jnp.int32))
     np.testing.assert_allclose(cut[:, :T], apply(mixer, params, x[:, :T])[0], rtol=1e-5, atol=1e-6)
     assert not cut[:, T:].any()
+    causal = mixers.make("mlp_mixer_causal", d_model=D, max_length=T)
+    with pytest.raises(ValueError, match="mlp_mixer_causal: a document of 9 tokens, and max_len"):
+        causal.init(jax.random.key(0), x, jnp.ones((B, T + 3), jnp.int32))
     with pytest.raises(ValueError, match="mlp_mixer: a document of 9 tokens, and max_length is 6"):
         mixer.apply({"params": params}, jnp.zeros((1, T + 3, D)))
     with pytest.raises(ValueError, match=r"mlp_mixer: grid \(2, 4\) has 8 tokens, but a row has 6"):
@@ -295,3 +299,9 @@ def test_documents_are_padded_one_by_one():
 def test_errors_name_what_was_given(name, options, message):
     with pytest.raises(ValueError, match=f"{name}: {message}"):
         mixers.make(name, d_model=D, **options).init(jax.random.key(0), jnp.zeros((1, T, D)))
+
+
+def test_language_models_know_how_far_positions_reach():
+    config = {"vocab_size": 8, "d_model": D, "num_layers": 1, "pattern": "mlp_mixer_causal"}
+    limit = sampling.context_limit(language_model.from_config(config))
+    assert limit == (64, "the weights of mlp_mixer_causal layers, max_length=64")
