@@ -6,10 +6,15 @@
 The argument is a registered mixer's name (`seqmodels.mixers.names()`), "attention" (softmax over
 the whole image), "mlp" (an MLP of all pixels: the image is one token) or "pooling" (an MLP of each
 token alone, whose outputs are averaged). A causal mixer reads each image in both directions
-(`bidirectional`). Tokens are patches of 2x2 pixels; further arguments: pixels for one token per
-pixel, T = 64; points for one per lit pixel, with coordinates (`lion`); pack for four images per
-row. Width, depth and budget are the same for all: about a minute on two cores. docs/results.md has
-each mixer's accuracy.
+(`bidirectional`). Tokens are patches of 2x2 pixels; further arguments:
+
+    pixels     one token per pixel, T = 64
+    pack       four images per row
+    points     the lit pixels as a set of points with coordinates
+    sequence   a language model of a causal mixer reads 64 pixels and tells the digit at the last
+
+Width, depth and budget are the same for all: about a minute on two cores. The accuracies of all
+mixers are in experiments/reports/digits (`python -m experiments.bench vision`).
 """
 
 from configs import common
@@ -36,17 +41,20 @@ def pattern(name: str) -> str:
     """Returns the pattern of an encoder's layers for a mixer's name, or a baseline's."""
     if name in BASELINES:
         return BASELINES[name]
-    options = OPTIONS.get(name, "")
-    if not mixers.mixer_class(name).causal:
-        return f"{name}({options})"
-    inner = f"{name}({options})" if options else name
-    return f"bidirectional(mixer={inner!r})"
+    inner = with_options(name)
+    return f"bidirectional(mixer={inner!r})" if mixers.mixer_class(name).causal else inner
+
+
+def with_options(name: str) -> str:
+    """Returns a mixer's name with its options for this width, as in a pattern."""
+    return f"{name}({OPTIONS[name]})" if name in OPTIONS else name
 
 
 def names() -> list[str]:
-    """Returns the names of all mixers and baselines that the first argument may be."""
-    wrappers = ("bidirectional", "ordered")
-    return [*BASELINES, *(name for name in mixers.names() if name not in (*BASELINES, *wrappers))]
+    """Returns the names of all baselines and mixers that are compared, each once."""
+    # Wrappers are other mixers' ways to see an image, and full_attention is a baseline.
+    left_out = (*BASELINES, "bidirectional", "full_attention", "ordered")
+    return [*BASELINES, *(name for name in mixers.names() if name not in left_out)]
 
 
 def split_argument(arg: str) -> tuple[str, str]:
@@ -76,7 +84,15 @@ def get_config(arg: str = DEFAULT):
     config.checkpoint.update({"every": 400, "keep": 1})
     if name == "mlp":
         config.data.patch = 8
-    return common.with_argument(config, argument, pixels=pixels, points=points, pack=pack)
+
+    def sequence(config):
+        config.data = default_config("digit_pixels")
+        config.data.update({"batch_size": 64, "eval_batch_size": 128})
+        config.model.update({"architecture": "language_model", "position_embedding": "none"})
+        config.model.pattern = with_options(name)
+
+    variants = {"pixels": pixels, "pack": pack, "points": points, "sequence": sequence}
+    return common.with_argument(config, argument, **variants)
 
 
 def pixels(config):
@@ -85,12 +101,10 @@ def pixels(config):
 
 
 def points(config):
-    """Changes the config in place to sets of points: a token per lit pixel, with coordinates."""
-    sizes = {name: config.data[name] for name in ("batch_size", "eval_batch_size")}
-    with config.unlocked():
-        config.data = default_config("digit_points")
-    config.data.update(sizes)
-    config.model.position_embedding = "none"
+    """Changes the config in place to images as sets of their lit pixels."""
+    config.data = default_config("digit_points")
+    config.data.update({"batch_size": 64, "eval_batch_size": 128})
+    config.model.grid = (8, 8)  # the space that the points lie in
 
 
 def pack(config):

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import seqmodels
-from experiments.inference import image_samples, pretrained, subjects
+from experiments.inference import pretrained, subjects
 from experiments.launch import cli
 from experiments.training import run_record
 from seqmodels import loading
@@ -68,6 +68,8 @@ def main(argv):
     of_images = not _MODEL.value and not subjects.is_language_model(flags.FLAGS.config)
     _check_flags(_OF_TEXT if of_images else _OF_IMAGES, of_images)
     if of_images:
+        from experiments.inference import image_samples  # drawing takes seconds to import
+
         path = image_samples.sample(
             flags.FLAGS.config,
             _WORKDIR.value,

@@ -4,9 +4,13 @@
     python -m experiments.linearize --config=configs/linearize/lolcats.py \\
         --config.linearize.teacher=runs/teacher
 
-Everything is written into --workdir: a folder per stage, and `student`, a run's folder for
-`experiments.evaluate` and `experiments.generate`. The same command with the same --workdir resumes
-from its last checkpoint.
+Encoders and denoisers are converted as language models are (configs/linearize/lit.py,
+shallow_ffn.py). Everything is written into --workdir: a folder per stage, and `student`, a run's
+folder for `experiments.evaluate` and `experiments.generate`. The same command with the same
+--workdir resumes from its last checkpoint.
+
+configs/progressive.py distils a teacher into an ensemble of small students instead; each
+has a run's folder.
 """
 
 from pathlib import Path
@@ -15,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.launch import cli
-from experiments.linearization import run
+from experiments.linearization import progressive, run
 from experiments.training import run_record
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -29,9 +33,13 @@ _WORKDIR = flags.DEFINE_string(
 def main(argv):
     cli.no_arguments(argv)
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    if "linearize" not in _CONFIG.value:
+    sections = {"linearize", progressive.SECTION} & set(_CONFIG.value)
+    if not sections:
         raise cli.UserError(f"{path} is no linearization: it has no section `linearize`")
     workdir = Path(_WORKDIR.value or run_record.default_workdir(path))
+    if progressive.SECTION in sections:
+        print(progressive.text(progressive.progress(_CONFIG.value, workdir)))
+        return
     result = run.linearize(_CONFIG.value, workdir)
     for name, stage in result["stages"].items():
         print(

@@ -157,7 +157,7 @@ def ddim_sample(
 
     def model_of(x_BTE, time, label_B1):
         time_B1 = jnp.full((B, 1), time)
-        out = model.apply(variables, x_BTE, time_B1, label_B1, segment_ids_BT, coordinates_BTA)
+        out: Any = model.apply(variables, x_BTE, time_B1, label_B1, segment_ids_BT, coordinates_BTA)
         return out[0] if model.learn_variance else out
 
     def predict(x_BTE, time):

@@ -1,6 +1,7 @@
 """The language model: embedding, a stack of blocks by pattern, a norm, and logits."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -200,7 +201,7 @@ class LanguageModel(stack.Stack):
     def _hidden(self, x_BTD, segment_ids_BT, state):
         """Returns the hidden states after all layers, and the state after the last token."""
         if state is None:
-            return self.run_layers(x_BTD, segment_ids_BT)
+            return self.run_layers(x_BTD, segment_ids_BT)[0], None
         # Rows whose first token starts another document than the state's.
         fresh_B, segment_id_B = None, state.segment_id_B
         if segment_ids_BT is not None:
@@ -208,7 +209,7 @@ class LanguageModel(stack.Stack):
             segment_id_B = segment_ids_BT[:, -1]
         states = state.prefix, state.scanned, state.suffix
         x_BTD, states = self.run_layers(x_BTD, segment_ids_BT, states, fresh_B)
-        return x_BTD, ModelState(*states, segment_id_B)
+        return x_BTD, ModelState(*typing.cast("stack.States", states), segment_id_B)
 
     @nn.nowrap
     def init_state(self, batch: int) -> ModelState:

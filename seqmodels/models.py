@@ -50,7 +50,7 @@ def fields_of(architecture: str) -> dict[str, tuple[Any, Any]]:
     kind = model_class(architecture)
     kinds = typing.get_type_hints(kind)
     # A class's own fields come before those of its bases, and required ones first.
-    own = sorted(dataclasses.fields(kind), key=lambda field: field.kw_only)
+    own = sorted(dataclasses.fields(kind), key=lambda field: bool(field.kw_only))
     found = {"pattern": (str, None), "num_layers": (int, None)}
     for field in own:
         if field.name in ("mixers", "parent", "name"):

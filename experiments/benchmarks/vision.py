@@ -181,5 +181,5 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlim(max(0.0, least - 5), 102)
     axes.set_title("8x8 digits, one encoder per mixer, the same budget", fontsize=10)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS.values()]
-    axes.legend(handles, _COLOURS, loc="lower left", fontsize=8)
+    figure.legend(handles, _COLOURS, loc="outside lower center", ncols=3, fontsize=8)
     plots.save(figure, path)

@@ -80,6 +80,16 @@ def check_stages(config, plan: StagePlan, teacher: Pretrained) -> None:
 
     _model(teacher, plan.converted)  # raises for wrong options of its mixers
     own = abstract(teacher.model)
+    if rule := config.linearize.inherit:
+        first = _model(teacher, next(iter(plan.specs), plan.converted))
+        jax.eval_shape(
+            lambda params: (
+                students.inherited_params(
+                    jax.random.key(0), teacher.model, params, first, rule
+                ).params
+            ),
+            own.params,
+        )
     for name, specs in zip(plan.stages, plan.specs):
         try:
             student = abstract(_model(teacher, specs))

@@ -29,10 +29,10 @@ def make_task(stage, teacher: Model, student: Model) -> Task:
     """Returns the Task of a stage, `config.linearize.stages.<stage>` (configs/linearize/common.py).
 
     Student parameters whose paths match `train` are trained, those that match `lora` get adapters,
-    and all others are frozen. With objective "transfer" the parameters are those of a
-    model of Pairs, which has converted layers twice, the teacher's and the student's, and only the
-    student's can be trained. With "distill" they are the student's, with the teacher's frozen
-    beside them; the losses are those of the architecture.
+    and all others are frozen. With objective "transfer" the parameters are those of a model of
+    Pairs, which has converted layers twice, the teacher's and the student's, and only the student's
+    can be trained. With "distill" they are the student's, with the teacher's frozen beside them;
+    the losses are those of the architecture. Auxiliary losses that modules sow are not added.
 
     Raises ValueError for an unknown objective, a pattern that matches nothing, a stage that trains
     nothing or has no loss, or a loss of another architecture.

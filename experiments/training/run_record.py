@@ -60,15 +60,17 @@ def load_config(workdir: str | Path) -> ConfigDict:
         )
     if holds_linearization(workdir):
         raise ValueError(
-            f"{workdir} holds a linearization; its student is a run: {workdir}/student"
+            f"{workdir} holds a linearization; its student is a run: {workdir}/student, or "
+            f"{workdir}/member_1 and so on of an ensemble"
         )
     return common.with_defaults(json.loads(path.read_text()))
 
 
 def holds_linearization(workdir: str | Path) -> bool:
-    """Returns whether the folder is one of `experiments.linearize`, with a run per stage."""
+    """Returns whether the folder is one of `experiments.linearize`, with runs in it."""
     path = Path(workdir) / "config.json"
-    made = path.exists() and "linearize" in json.loads(path.read_text())
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    made = "linearize" in fields or "progressive" in fields
     return made and not (Path(workdir) / "checkpoints").is_dir()
 
 

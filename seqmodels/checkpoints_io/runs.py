@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from seqmodels import language_model
+from seqmodels import language_model, models
 from seqmodels.checkpoints_io import conversion, files, own_layout, special_tokens
 from seqmodels.checkpoints_io.pretrained import Pretrained
 from seqmodels.checkpoints_io.special_tokens import SpecialTokens
@@ -75,7 +75,8 @@ def described(
         tokens = known.filled(SpecialTokens(bos=start, eos=(start,)))
     stored = Path(workdir).expanduser() / STORED_DTYPES
     dtypes = files.read_json(stored) if stored.is_file() else {}
-    return Pretrained(dict(model_config), params, kept, workdir, path, tokens, dtypes)
+    own = models.own_fields(model_config)
+    return Pretrained(own, params, kept, workdir, path, tokens, dtypes)
 
 
 def _checkpoint(folder: Path, step: int | None) -> str:

@@ -1,5 +1,6 @@
 """Calls models of any architecture on a batch, and on an example of one for their parameters."""
 
+import functools
 from typing import Any
 
 import jax
@@ -55,6 +56,7 @@ def init(model: stack.Stack, key: Array) -> dict[str, Any]:
     return variables["params"]
 
 
+@functools.lru_cache(maxsize=16)
 def boxed_params(model: stack.Stack) -> dict[str, Any]:
     """Returns a model's parameters as shapes and dtypes, boxed with their axes' names."""
     return jax.eval_shape(lambda key: init(model, key), jax.random.key(0))

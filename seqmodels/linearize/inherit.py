@@ -52,16 +52,13 @@ class Inherited:
     left: tuple[str, ...]
 
     def report(self) -> str:
-        """Returns a text that says how much is inherited, and lists what is new and what is left.
+        """Returns a text that says how many parameters are inherited, and lists what is new.
 
-        Layers that are alike share a line, as "layers/*/mixer/q/kernel".
+        Layers that are alike share an entry, as "layers/*/mixer/q/kernel".
         """
         total = len(self.taken) + len(self.new)
-        lines = [f"{len(self.taken)} of {total} parameters are inherited"]
-        for what, paths in (("new", self.new), ("left with the teacher", self.left)):
-            if paths:
-                lines.append(f"{what}: {', '.join(_without_numbers(paths))}")
-        return "\n".join(lines)
+        text = f"{len(self.taken)} of {total} parameters are inherited"
+        return text + (f"; new: {', '.join(_without_numbers(self.new))}" if self.new else "")
 
 
 def inherit(teacher: tuple, student: tuple, rule: str = "all_but_attention") -> Inherited:

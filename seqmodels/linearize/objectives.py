@@ -123,9 +123,9 @@ def class_distillation(
 class Denoised(NamedTuple):
     """Fields of what a denoiser makes of a batch, for `denoising_distillation`.
 
-    prediction_BTE: the predicted noise, or velocity. variance_BTE: its second output, the variance
-      of a step; None for denoisers without one. features: the hidden states after each layer,
-      (B, T, D); () where they are not compared.
+    prediction_BTE: the predicted noise, or velocity. variance_BTE: its second output, by which
+      `diffusion.log_variance` gives the variance of a step; None for denoisers without one.
+      features: the hidden states after each layer, (B, T, D); () where they are not compared.
     """
 
     prediction_BTE: Array
@@ -147,7 +147,8 @@ def denoising_distillation(
         L = L_simple + noise |e_T - e_S|^2 + variance |s_T - s_S|^2 + features sum_l |h_T - h_S|^2
 
     All are per token, (B, T), and squares are means over channels; e is the prediction, s the
-    variance and h_l the hidden states after layer l. LiT (arXiv 2501.12976, hybrid distillation)
+    output for the variance (LiT has no public code, and says Sigma), and h_l the hidden states
+    after layer l. LiT (arXiv 2501.12976, hybrid distillation)
     takes 0.5, 0.05, 0; LinFusion (arXiv 2409.02097) takes 0.5, 0, 0.5. No gradient reaches the
     teacher.
 

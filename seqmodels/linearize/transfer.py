@@ -13,7 +13,9 @@ A student may replace more of a layer than its mixer, and then a distance of tha
                                                                       channel_mixer=None)
 
 (shallow networks in place of attention, arXiv 2311.10642, where they are ALR, ALRR and ELR). In all
-three the student's mixer still reads the layer's normed input.
+three the student's mixer still reads the layer's normed input. With norm_position "post", the
+paper's, "residual" includes the norm. The last two are not for denoisers: there the condition's
+gate multiplies the mixer's output, and with it what stands for the residual connection.
 """
 
 import dataclasses

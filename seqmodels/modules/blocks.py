@@ -39,7 +39,7 @@ class Block(nn.Module):
       grid: sizes of a document's axes, for mixers and channel mixers that have this field and
         whose own options leave it out.
       position_conv: taps per axis of a depthwise convolution on the grid, x <- x + conv(x), before
-        each mixer (conditional positions, arXiv 2102.10882, section 3.2); None leaves it out.
+        each mixer (conditional positions, arXiv 2102.10882); None leaves it out.
     """
 
     spec: MixerSpec

@@ -41,8 +41,8 @@ def fold(model: stack.Stack, variables: dict[str, Any]) -> tuple[stack.Stack, di
             f"norm {model.norm!r} with norm_position {model.norm_position!r} cannot be folded; it "
             f"takes {', '.join(norms.BATCH_NORMS)}, and 'pre'"
         )
-    params = traverse_util.flatten_dict(variables["params"])
-    stats = traverse_util.flatten_dict(variables[norms.STATISTICS])
+    params: Any = traverse_util.flatten_dict(variables["params"])
+    stats: Any = traverse_util.flatten_dict(variables[norms.STATISTICS])
     # Each norm's parameters and statistics by the path of the norm.
     affine = {
         path: _affine(_below(params, path), _below(stats, path), model.norm_eps)

@@ -123,9 +123,9 @@ class BatchNorm(nn.Module):
         mean_D, var_D = mean.value, var.value
         if is_training(self):
             mean_D, var_D = moments(wide_BTD, segment_ids_BT)
-            m = self.momentum
-            mean.value = m * mean.value + (1.0 - m) * jax.lax.stop_gradient(mean_D)
-            var.value = m * var.value + (1.0 - m) * jax.lax.stop_gradient(var_D)
+            for kept, now_D in ((mean, mean_D), (var, var_D)):
+                now_D = jax.lax.stop_gradient(now_D).astype(jnp.float32)
+                kept.value = self.momentum * kept.value + (1.0 - self.momentum) * now_D
         scale_D = self.param("scale", _gain(nn.initializers.ones), (D,), self.param_dtype)
         bias_D = self.param("bias", _gain(nn.initializers.zeros), (D,), self.param_dtype)
         factor_D = scale_D * jax.lax.rsqrt(var_D + self.eps)
@@ -134,10 +134,10 @@ class BatchNorm(nn.Module):
 
 
 class RepBN(nn.Module):
-    """RepBN: y = BatchNorm(x) + alpha x, alpha a learned scalar that starts at 1 (SLAB, eq. 7).
+    """RepBN: y = BatchNorm(x) + alpha x, alpha a learned scalar that starts at 1.
 
     In evaluation it is one factor and one offset per channel, which `folding.fold` moves into the
-    next linear layer. Attributes are those of BatchNorm (SLAB: arXiv 2405.11582).
+    next linear layer (SLAB, arXiv 2405.11582). Attributes are those of BatchNorm.
     """
 
     eps: float = 1e-5
@@ -152,7 +152,7 @@ class RepBN(nn.Module):
 
 
 class PRepBN(nn.Module):
-    """Progressive re-parameterized BatchNorm (SLAB, arXiv 2405.11582, section 3.1, eq. 5):
+    """Progressive re-parameterized BatchNorm (SLAB, arXiv 2405.11582):
 
         y = lambda LayerNorm(x) + (1 - lambda) RepBN(x)
 
@@ -248,7 +248,7 @@ def make(text: str, eps: float, **keywords) -> nn.Module:
     """
     name, options = _parsed(text)
     made = _ALL[name]
-    kind = made.func if isinstance(made, functools.partial) else made
+    kind: Any = made.func if isinstance(made, functools.partial) else made
     known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "eps", "param_dtype"}
     if unknown := sorted(set(options) - known):
         raise ValueError(

@@ -9,7 +9,10 @@ import pytest
 from configs import (
     common,
     delta_net_340m,
+    digits,
+    digits_denoise,
     gated_delta_net_1300m,
+    moving_digits,
     mqar,
     quickstart,
     selective_copying,
@@ -18,7 +21,7 @@ from configs import (
 )
 from experiments.data import make_dataset
 from experiments.training import loop
-from seqmodels import language_model, mixers
+from seqmodels import language_model, mixers, models
 
 SMALL = [(small, name) for name in mixers.causal_names()]
 OTHERS = [
@@ -35,6 +38,19 @@ VARIANTS = [
     (gated_delta_net_1300m, ""),
     *((mqar, name) for name in mqar.VARIANTS),
     *((state_tracking, f"parity,{name}") for name in state_tracking.VARIANTS),
+]
+VISION = [
+    *((digits, name) for name in digits.names()),
+    (digits, "full_attention,pixels"),
+    (digits, "mala,pack"),
+    (digits, "attention,points"),
+    (digits, "gla,sequence"),
+    (digits_denoise, "linear_attention"),
+    (digits_denoise, "gla,pixels"),
+    (digits_denoise, "mlp"),
+    (moving_digits, "mala"),
+    (moving_digits, "mlp,two,digit"),
+    (moving_digits, "attention,denoise"),
 ]
 
 
@@ -56,11 +72,34 @@ def test_describes_a_model(case):
         assert abs(parameters / expected[module] - 1) < 0.25
 
 
+@pytest.mark.parametrize("case", VISION, ids=label)
+def test_describes_a_model_of_images(case):
+    module, argument = case
+    config = module.get_config(argument)
+    config = loop.resolve(config, make_dataset(config.data, "train"))
+    model = models.from_config(config.model)
+    assert type(model).__name__.lower() == config.model.architecture.replace("_", "")
+    assert model.d_model == 64
+    if "sequence" not in argument:
+        assert model.grid and model.num_classes and model.input_dim
+
+
+def test_arguments_of_images():
+    assert digits.get_config("pack").model.pattern == digits.pattern(digits.DEFAULT)
+    assert digits.pattern("gla") == "bidirectional(mixer='gla')"
+    assert digits.get_config("mamba2,sequence").model.pattern.startswith("mamba2(head_dim=16")
+    with pytest.raises(ValueError, match="mala sees whole documents"):
+        models.from_config(digits.get_config("mala,sequence").model.to_dict() | {"vocab_size": 17})
+    assert digits.pattern("mamba2").startswith("bidirectional(mixer='mamba2(")
+    with pytest.raises(ValueError, match="unknown config argument 'malla'; choose .*pixels.*smoke"):
+        digits.get_config("malla")
+
+
 # Students of linearizations are not trained from nothing but in tests.
 STUDENTS = ("lawcat", "liger", "lolcats", "mmmamba", "selective")
 TRAINED = [
     pytest.param(case, marks=[pytest.mark.exhaustive] if case[1] in STUDENTS else [])
-    for case in SMALL + OTHERS
+    for case in SMALL + OTHERS + VISION
 ]
 
 

@@ -51,9 +51,8 @@ def test_all_but_attention(scan_layers):
         np.testing.assert_array_equal(leaf, theirs[path] if inherited else before[path])
     assert {path.split("/mixer/")[1] for path in found.left} == {f"{n}/kernel" for n in "qkvo"}
     report = found.report()
-    assert report.startswith(f"{len(found.taken)} of {len(after)} parameters are inherited\n")
-    assert "new: layers/*/mixer/" in report
-    assert report.endswith(", ".join(f"layers/*/mixer/{n}/kernel" for n in "koqv"))
+    assert report.startswith(f"{len(found.taken)} of {len(after)} parameters are inherited; new:")
+    assert "layers/*/mixer/q_map/kernel" in report and "mixer_norm" not in report
     expected = partition.flatten(student(scan_layers=scan_layers)[1])
     assert {k: x.shape for k, x in partition.flatten(found.params).items()} == {
         k: x.shape for k, x in expected.items()
