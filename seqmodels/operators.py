@@ -169,14 +169,21 @@ def document_totals(x_BTHV: Array, segment_ids_BT: Array | None = None, **keywor
     """Returns the sum of x over each token's document, at each of its tokens, (B, T, H, V).
 
     Sums are float32 or wider, whatever x's dtype. Keywords: block_size of `document_sums`, for sums
-    over the tokens of a token's own block and of earlier ones.
+    over the tokens of a token's own block and of earlier ones. Heads that the mesh axis does not
+    divide, such as one head of counts, stay whole on every device.
     """
     x_BTHV = x_BTHV.astype(jnp.promote_types(x_BTHV.dtype, jnp.float32))
-    one_BT11 = jnp.ones_like(x_BTHV[..., :1])
-    totals_BTHV, _ = document_sums(
-        one_BT11, one_BT11, x_BTHV, scale=1.0, segment_ids=segment_ids_BT, **keywords
-    )
-    return totals_BTHV
+    one_BTH1 = jnp.ones_like(x_BTHV[..., :1])
+    heads = "N" if x_BTHV.shape[2] % sharding.sizes().get(sharding.HEAD_AXIS, 1) else "H"
+    arrays = {
+        "q_BTHK": (one_BTH1, f"BT{heads}K"),
+        "k_BTHK": (one_BTH1, f"BT{heads}K"),
+        "v_BTHV": (x_BTHV, f"BT{heads}V"),
+        "segment_ids": (segment_ids_BT, "BT"),
+    }
+    plain, split = kernels_pallas.document_sums, context_parallel.document_sums
+    results = f"BT{heads}V", f"B{heads}KV"
+    return _operator(plain, split, arrays, results, scale=1.0, **keywords)[0]
 
 
 def delta_rule(
