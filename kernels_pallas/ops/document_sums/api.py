@@ -7,9 +7,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.common import arguments, chunk_blocks, segments
 from kernels_pallas.dispatch import explicit_axes
 from kernels_pallas.ops.document_sums import chunked, gpu, naive_chunk, reference, tpu
-from kernels_pallas.ops.document_sums.case import CASE
-
-LEAST_BLOCK = 16  # tokens of a block that has a state of its own where rows are not packed
+from kernels_pallas.ops.document_sums.case import CASE, LEAST_BLOCK
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("pallas_tpu", tpu.run, tpu.unsupported_reason, platform="tpu"),

@@ -3,6 +3,8 @@
 from kernels_pallas.common import regimes
 from kernels_pallas.dispatch.case import OperatorCase, checked_dtype
 
+LEAST_BLOCK = 16  # tokens of a block that has a state of its own where rows are not packed
+
 
 def kind_of(*, q_BTGK, k_BTGK, v_BTHV, block_ids_BT, block_size, **others):
     """Returns the kind of a call ("row", "blocks" or "packed"), and the dtype of its check."""
@@ -17,7 +19,7 @@ def options(regime: str, shape) -> dict:
     words = regime.split()
     if words[:2] == ["blocks", "of"]:
         return {"block_size": int(words[2])}
-    return {"block_size": max(1, shape.T // 3)} if words[0] == "blocks" else {}
+    return {"block_size": max(LEAST_BLOCK, shape.T // 3)} if words[0] == "blocks" else {}
 
 
 CASE = OperatorCase(

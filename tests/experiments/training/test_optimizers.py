@@ -83,9 +83,9 @@ def test_a_parameter_says_itself_whether_it_is_decayed(scan_layers, monkeypatch)
 
 WEIGHTS = re.compile("kernel|[a-z]_kernel")
 OTHERS = re.compile(
-    "A_log|D|Lambda|dt_bias|factor|(gamma|nu|theta)_log|mix_logit|theta|([a-z]_)?bias|embedding"
+    r"A_log|D|Lambda|dt_bias|factor|(gamma|nu|theta)_log|mix_logit|theta|(\w+_)?bias|embedding"
 )
-GAINS = re.compile("scale|gate")
+GAINS = re.compile(r"(\w+_)?scale|gate")
 
 
 @pytest.mark.parametrize("name", mixers.names())

@@ -14,7 +14,7 @@ SMALL = {
     "model.d_model": 16, "model.d_ff": 16, "model.num_layers": 2, "data.batch_size": 8,
     "data.eval_batch_size": 8, "schedule.warmup_steps": 0, "train.steps": 4, "train.log_every": 1,
     "train.eval_every": 4, "train.eval_batches": 1, "train.test_batches": 1,
-    "checkpoint.every": 2, "checkpoint.keep": 2, "mesh.data": 1,
+    "checkpoint.every": 2, "checkpoint.keep": 2, "mesh.data": 8,
 }  # fmt: skip
 RUNS = {
     "positions": (
@@ -25,7 +25,7 @@ RUNS = {
     "positions_packed": (
         "digits.py:mlp_mixer,pack",
         "sparse_mlp(num_experts=2, re_represent=False) + shallow_ffn(size='m', num_heads=2)",
-        {"data.batch_size": 4, "data.eval_batch_size": 4},
+        {},
     ),
     "positions_causal": (
         "digits.py:mlp_mixer",
