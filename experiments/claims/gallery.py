@@ -5,14 +5,17 @@ from pathlib import Path
 
 from experiments import claims
 from experiments.benchmarks import machine
-from experiments.claims import kept
+from experiments.claims import claim, kept
 
 PAGE = kept.ROOT / "docs/claims.md"
 _LIMIT = 180  # minutes that all claims together may take
 
 
-def page(records: Iterable[dict]) -> str:
-    """Returns the gallery in Markdown: a table of all claims, then a section for each."""
+def page(records: Iterable[dict], unmeasured: Iterable[claim.Claim] = ()) -> str:
+    """Returns the gallery in Markdown: a table of all claims, then a section for each.
+
+    unmeasured: claims without a kept result, which the table lists last.
+    """
     records = sorted(records, key=lambda record: record["name"])
     failed = sum(not record["holds"] for record in records)
     minutes = sum(record["seconds"] for record in records) / 60
@@ -35,6 +38,11 @@ def page(records: Iterable[dict]) -> str:
         lines.append(
             f"| [{title}](#{record['name']}) | {_link(record['paper'])}, {section} "
             f"| {_verdict(record)} | {record['seconds'] / 60:.1f} |"
+        )
+    for each in unmeasured:
+        section = _cell(each.section.partition(";")[0])
+        lines.append(
+            f"| {_cell(each.title)} | {_link(each.paper)}, {section} | not measured yet | |"
         )
     for record in records:
         lines += ["", *_section(record)]
@@ -77,8 +85,8 @@ def _section(record: dict) -> list[str]:
 
 def line(name: str) -> str:
     """Returns a claim's name, minutes and title as one line of text."""
-    claim = claims.load(name)
-    return f"{name:<24} {claim.minutes:>4g} min  {claim.title}"
+    known = claims.load(name)
+    return f"{name:<24} {known.minutes:>4g} min  {known.title}"
 
 
 def made() -> dict[Path, str]:
@@ -87,7 +95,8 @@ def made() -> dict[Path, str]:
     Kept results of claims that have no file any more are left out.
     """
     records = [record for name in claims.names() if (record := kept.read(name))]
-    return {PAGE: page(records)}
+    unmeasured = [claims.load(name) for name in claims.names() if not kept.read(name)]
+    return {PAGE: page(records, unmeasured)}
 
 
 def write() -> None:
