@@ -1,6 +1,6 @@
-"""Writes what the docs take from the code: the table of mixers and the picture of the stack.
+"""Writes what the docs take from the code: the table of mixers, the stack, the gallery of claims.
 
-python docs/make.py            writes README.md's table, docs/mixers.md and docs/stack.svg
+python docs/make.py            writes README.md's table, docs/{mixers,claims}.md and docs/stack.svg
 python docs/make.py --check    exits with 1, and says which of them is not what the code says
 """
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from experiments.claims import gallery  # noqa: E402
 from seqmodels import mixers, operators  # noqa: E402
 from seqmodels.modules import pattern  # noqa: E402
 
@@ -230,6 +231,7 @@ def made() -> dict[Path, str]:
         readme: between(text, LINKS, links(rows)),
         ROOT / "docs/mixers.md": page(rows),
         ROOT / "docs/stack.svg": picture(rows),
+        **gallery.made(),
     }
 
 
