@@ -93,11 +93,7 @@ def saved_leaves(config, workdir):
 
 @pytest.mark.parametrize(
     ("architecture", "number"),
-    [
-        pytest.param(name, n, marks=[] if (name, n) == ("encoder", 0) else pytest.mark.slow)
-        for name in FIELDS
-        for n in range(RUNS)
-    ],
+    [pytest.param(name, n, marks=pytest.mark.slow) for name in FIELDS for n in range(RUNS)],
 )
 def test_trains_and_resumes_bit_for_bit(architecture, number, tmp_path):
     values = values_of(architecture, number)

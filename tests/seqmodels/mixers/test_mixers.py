@@ -5,7 +5,9 @@ import pytest
 from seqmodels import mixers
 from tests.seqmodels.mixers import document_suite, layer_suite, mixer_suite
 
-DIFFERENTIATED_IN_THE_FAST_SUITE = ("gla", "gated_delta_net", "mamba")
+DIFFERENTIATED_IN_THE_FAST_SUITE = ("gla", "gated_delta_net", "mamba", "inline")
+# Of mixers that see whole documents the fast suite has one of each kind.
+WHOLE_IN_THE_FAST_SUITE = ("bidirectional", "full_attention", "inline", "mlp_mixer", "sana_video")
 SLOW_TO_COMPILE = ("delta_net", "delta_product", "mamba", "mlstm")
 # They are attention's projections around operators that others have: CI checks less of them.
 STUDENTS = ("lawcat", "liger", "lolcats", "mmmamba", "selective")
@@ -19,6 +21,9 @@ def slow(cases, fast, exhaustive=lambda case: False):
 
 
 def is_fast(case):
+    whole = not mixers.mixer_class(case.name).causal
+    if whole and case.name not in WHOLE_IN_THE_FAST_SUITE:
+        return False
     return case.variant == 0 and not is_student(case)
 
 
