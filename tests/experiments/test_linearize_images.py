@@ -71,9 +71,8 @@ def label(case):
 
 
 FAST = ["lit:", "linfusion:", "shallow_ffn:elr"]
-MARKED = [
-    pytest.param(case, marks=[] if label(case) in FAST else [pytest.mark.slow]) for case in METHODS
-]
+ALL = [pytest.mark.slow, pytest.mark.exhaustive]
+MARKED = [pytest.param(case, marks=[] if label(case) in FAST else ALL) for case in METHODS]
 
 
 @pytest.mark.parametrize("case", MARKED, ids=label)
@@ -123,7 +122,7 @@ def run_twice(config, folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", METHODS, ids=label)
+@pytest.mark.parametrize("case", MARKED, ids=label)
 def test_methods_run_and_resume(case, request, tmp_path, monkeypatch):
     module, argument, kind = case
     config = student_config(request.getfixturevalue(kind), module, argument)

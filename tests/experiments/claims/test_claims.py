@@ -65,8 +65,18 @@ def smoke_runs(tmp_path_factory):
     return tmp_path_factory.mktemp("smoke")
 
 
+# They train teachers and students of several stages, as hedgehog and lit do.
+STAGED = ("liger", "lolcats", "progressive", "shallow_ffn", "softmax_layers_kept")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", claims.names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] if name in STAGED else [])
+        for name in claims.names()
+    ],
+)
 def test_every_claim_runs_at_smoke_size(name, smoke_runs, tmp_path):
     record = kept.make(name, Context(smoke_runs, claims.load(name).seeds, smoke=True))
     kept.write(record, tmp_path, tmp_path)

@@ -91,10 +91,9 @@ def saved_leaves(config, workdir):
     return program, {path: np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(parts)}
 
 
-@pytest.mark.parametrize(
-    ("architecture", "number"),
-    [pytest.param(name, n, marks=pytest.mark.slow) for name in FIELDS for n in range(RUNS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(RUNS))
+@pytest.mark.parametrize("architecture", FIELDS)
 def test_trains_and_resumes_bit_for_bit(architecture, number, tmp_path):
     values = values_of(architecture, number)
     flags = [f"--config.{name}={value}" for name, value in values.items() if value is not None]
