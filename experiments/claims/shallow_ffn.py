@@ -69,10 +69,18 @@ def draw(measured, figure):
         task: [(1 / SIZES[size], x) for size, x in found["students"].items()]
         for task, found in measured.items()
     }
-    pictures.curves(axes, lines, "hidden units per number of the sentence", "test accuracy")
+    pictures.curves(
+        axes,
+        lines,
+        "hidden units of the network, as a share of the sentence's numbers",
+        "test accuracy",
+    )
     for number, (task, found) in enumerate(measured.items()):
         axes.axhline(
-            found["teacher"], color=f"C{number}", linestyle="--", label=f"its teacher: {task[:15]}"
+            found["teacher"],
+            color=f"C{number}",
+            linestyle="--",
+            label=f"its teacher: {task.partition(':')[0]}",
         )
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.02)
