@@ -1,5 +1,7 @@
 """LiT: a linear denoiser begins with its teacher's weights and learns from its predictions."""
 
+import jax
+
 from configs import digits_denoise
 from configs.linearize import lit
 from experiments.claims import claim, pictures
@@ -40,7 +42,7 @@ def run(context):
             config = changed(config, {"seed": seed, "data.seed": seed, "mesh.data": 1})
             config.train.eval_every = steps
             with context.work("lit", config.to_dict()) as folder:
-                result = linearization.linearize(config, folder)
+                result = linearization.linearize(config, folder, jax.devices()[:1])
             losses.append(result["stages"]["stage_1"]["loss"])
         measured["students"][name] = losses
     return measured

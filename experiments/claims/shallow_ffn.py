@@ -1,5 +1,7 @@
 """Shallow networks in place of attention: enough for self-attention, not to look up a source."""
 
+import jax
+
 from configs import digits
 from configs.linearize import shallow_ffn
 from experiments.claims import claim, pictures
@@ -44,7 +46,7 @@ def run(context):
                 config.linearize.student = f"shallow_ffn(max_length=16, size={size!r})"
             config = changed(config, {"mesh.data": 1, "train.eval_every": stage.steps})
             with context.work("shallow", config.to_dict()) as folder:
-                result = linearization.linearize(config, folder)
+                result = linearization.linearize(config, folder, jax.devices()[:1])
             accuracies[size] = result["stages"]["stage_1"]["accuracy"]
         measured[task] = {"teacher": teacher.result["accuracy"], "students": accuracies}
     return measured

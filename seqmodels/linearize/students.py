@@ -190,10 +190,15 @@ def seed_params(
 
     # Let new mixers take over what fits, and put all layers into the student's stacking.
     others, mixers_of = fresh(key)
+    _, shapes = layer_trees.split(
+        student, jax.eval_shape(lambda key: nn.unbox(batches.init(student, key)), key)
+    )
     for i, mixer in mixers_of.items():
         if seed == "auto":
             mixer = _taken_over(student.mixers[i], layers[i]["mixer"], mixer)
-        layers[i] = layers[i] | {"mixer": mixer}
+        layer = layers[i] | {"mixer": mixer}
+        # A layer without a channel mixer has no use for the source's.
+        layers[i] = {name: tree for name, tree in layer.items() if name in shapes[i]}
     return layer_trees.join(student, shared | others, layers)
 
 

@@ -1,6 +1,7 @@
 """The frame of the claims: runs are found again, verdicts shown, and kept results up to date."""
 
 import json
+import os
 import signal
 
 import jax
@@ -87,7 +88,7 @@ def test_every_claim_runs_at_smoke_size(name, smoke_runs, tmp_path):
 @pytest.fixture
 def optimized():
     """Compiles as users do, which pays for programs that run thousands of times."""
-    quick = jax.config.jax_disable_most_optimizations
+    quick = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"  # conftest.py
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", quick)

@@ -63,7 +63,7 @@ SMALL_OPTIONS: dict[str, tuple[dict, ...]] = {
     ),
     "mate": (
         {"mixer": "hgrn", "review": 3, "window": (3,)},
-        {"mixer": "gla(num_heads=2)", "review": 2, "window": 2, "grid": (2, 2, 2)},
+        {"mixer": "gla(num_heads=2)", "review": 2, "window": (4, 2, 2), "grid": (2, 2, 2)},
     ),
     "mlp_mixer": ({"max_length": 20}, {"grid": (2, 4)}),
     "mlp_mixer_causal": ({"max_length": 24},),
