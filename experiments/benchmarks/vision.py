@@ -180,6 +180,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     least = min(_number(row["accuracy %"]) for row in rows)
     axes.set(xlabel="test accuracy, % (dashed: softmax attention, dotted: MLP)", ylim=(-0.7, None))
     axes.set_xlim(max(0.0, least - 5), 102)
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
     axes.set_title("8x8 digits, one encoder per mixer, the same budget", fontsize=10)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS.values()]
     figure.legend(handles, _COLOURS, loc="outside lower center", ncols=3, fontsize=8)
