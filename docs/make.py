@@ -223,6 +223,7 @@ def between(text: str, marks: tuple[str, str], made: str) -> str:
 
 def made() -> dict[Path, str]:
     """Returns {path: up-to-date text} of every file that this program writes."""
+    jax.clear_caches()  # an operator in a function that was traced before would not be seen
     rows = {name: described(name) for name in mixers.names()}
     readme = ROOT / "README.md"
     text = between(readme.read_text(), TABLE, table(rows, causal=True))

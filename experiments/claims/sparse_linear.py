@@ -79,6 +79,8 @@ CLAIM = claim.Claim(
     "tokens, 3 of 16 chosen: 81 % sparsity.",
     seeds=1,
     minutes=2,
+    tried="On digits SLA and its sparse part alone end equally far from full attention. A first size, "
+    "100 steps at learning rate 5e-4, showed no more: 0.610 for SLA, 0.568 for full attention.",
     run=run,
     judge=judge,
     draw=draw,
