@@ -1,10 +1,12 @@
-"""The check that `test_mixers.py` runs over the registry for layers under a scan."""
+"""Checks of layers under a scan, which `test_mixers.py` runs over the registry, and on a mesh."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from seqmodels import mixers
+from seqmodels import mixers, sharding
 from tests.seqmodels.mixers.mixer_suite import (
     ERROR_FLOAT32,
     LAYERS,
@@ -70,3 +72,30 @@ def reads_layer(case: Case) -> bool:
     jaxpr = jax.make_jaxpr(apply)(1, case.layer().lower_bound_D).jaxpr
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     return any(id(v) in used for v in jaxpr.invars)
+
+
+def check_on_a_mesh(apply, params, x_BTD, segment_ids_BT):
+    """Checks that rows, time and heads split over eight devices give what one device gives.
+
+    apply: (params, x_BTD, segment_ids_BT) -> y_BTD. Gradients of params and x are compared, too.
+    """
+
+    def results(params, x_BTD, segment_ids_BT):
+        def loss(params, x_BTD):
+            y_BTD = apply(params, x_BTD, segment_ids_BT)
+            return jnp.sum(jnp.sin(y_BTD)), y_BTD
+
+        return jax.grad(loss, (0, 1), has_aux=True)(params, x_BTD)
+
+    expected = jax.jit(results)(params, x_BTD, segment_ids_BT)
+    mesh = sharding.make_mesh({"data": 2, "seq": 2, "tensor": 2})
+
+    def scoped(*arguments):
+        with sharding.scope(mesh):
+            return results(*arguments)
+
+    replicated, split = (NamedSharding(mesh, s) for s in (PartitionSpec(), sharding.BATCH_SPEC))
+    found = jax.jit(scoped, in_shardings=(replicated, split, split), out_shardings=replicated)(
+        params, x_BTD, segment_ids_BT
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from seqmodels import mixers, sharding
+from seqmodels import mixers
 from seqmodels.modules import orders
+from tests.seqmodels.mixers import layer_suite
 from tests.seqmodels.mixers import mixer_suite as suite
 
 GRID, D = (3, 4), 16
@@ -231,23 +231,4 @@ def test_on_a_mesh():
     ids_BT = jnp.tile(np.repeat([1, 2, 0], [T, 5, 7])[None], (2, 1))
     x_BTD = normal(2, ids_BT.shape[1], D)
     params = nn.unbox(mixer.init(jax.random.key(0), x_BTD, ids_BT))
-
-    def results(params, x_BTD, ids_BT):
-        def loss(params, x_BTD):
-            y_BTD, _ = mixer.apply(params, x_BTD, ids_BT)
-            return jnp.sum(jnp.sin(y_BTD)), y_BTD
-
-        return jax.grad(loss, (0, 1), has_aux=True)(params, x_BTD)
-
-    expected = jax.jit(results)(params, x_BTD, ids_BT)
-    mesh = sharding.make_mesh({"data": 2, "seq": 2, "tensor": 2})
-
-    def scoped(*arguments):
-        with sharding.scope(mesh):
-            return results(*arguments)
-
-    replicated, split = (NamedSharding(mesh, s) for s in (PartitionSpec(), sharding.BATCH_SPEC))
-    found = jax.jit(scoped, in_shardings=(replicated, split, split), out_shardings=replicated)(
-        params, x_BTD, ids_BT
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+    layer_suite.check_on_a_mesh(lambda *z: mixer.apply(*z)[0], params, x_BTD, ids_BT)

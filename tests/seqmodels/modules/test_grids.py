@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from seqmodels import sharding
 from seqmodels.mixers import Layer
 from seqmodels.modules import grids, positions
+from tests.seqmodels.mixers import layer_suite
 
 # Documents on the grid (4, 3): a whole one, one whose last row is incomplete, one of more rows than
 # the grid has, and another run of the first one's id.
@@ -191,26 +190,7 @@ def test_a_convolution_on_a_mesh():
     x_BTD = jnp.asarray(normal(2, 2 * T + 6, 4), jnp.float32)
     segment_ids_BT = jnp.tile(np.pad(np.tile(SEGMENT_IDS_BT, 2), ((0, 0), (0, 6))), (2, 1))
     params = conv.init(jax.random.key(0), x_BTD, segment_ids_BT)
-
-    def results(params, x_BTD, segment_ids_BT):
-        def loss(params, x_BTD):
-            y_BTD = conv.apply(params, x_BTD, segment_ids_BT)
-            return jnp.sum(jnp.sin(y_BTD)), y_BTD
-
-        return jax.grad(loss, (0, 1), has_aux=True)(params, x_BTD)
-
-    expected = jax.jit(results)(params, x_BTD, segment_ids_BT)
-    mesh = sharding.make_mesh({"data": 2, "seq": 2, "tensor": 2})
-
-    def scoped(*arguments):
-        with sharding.scope(mesh):
-            return results(*arguments)
-
-    replicated, split = (NamedSharding(mesh, s) for s in (PartitionSpec(), sharding.BATCH_SPEC))
-    found = jax.jit(scoped, in_shardings=(replicated, split, split), out_shardings=replicated)(
-        params, x_BTD, segment_ids_BT
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+    layer_suite.check_on_a_mesh(conv.apply, params, x_BTD, segment_ids_BT)
 
 
 def test_errors_of_convolutions():
