@@ -12,6 +12,7 @@ from experiments.linearization import run, teachers
 from experiments.training import loop, restore, run_record, steps
 from seqmodels.checkpoints_io import Pretrained
 from seqmodels.linearize import inherit
+from tests.experiments.killing import killed
 
 SMALL = {"d_model": 16, "d_ff": 16, "num_layers": 2, "pattern": "full_attention(num_heads=2)"}
 
@@ -94,27 +95,8 @@ def run_twice(config, folder, monkeypatch):
     """Runs a linearization whole, and another that is killed at its stage's fourth step and then
     goes on from its second; returns the two workdirs."""
     run.linearize(config, folder / "whole", DEVICE)
-    build = steps.build
-
-    class Killed(BaseException):
-        pass
-
-    def breaking(config, seq_len, devices=None, task=None):
-        program = build(config, seq_len, devices, task)
-        step = program.train_step
-
-        def train_step(state, batch):
-            if int(state.step) == 3:
-                raise Killed
-            return step(state, batch)
-
-        object.__setattr__(program, "train_step", train_step)
-        return program
-
-    monkeypatch.setattr(steps, "build", breaking)
-    with pytest.raises(Killed):
+    with killed(monkeypatch, lambda _, step: step == 3):
         run.linearize(config, folder / "stopped", DEVICE)
-    monkeypatch.undo()
     run.linearize(config, folder / "stopped", DEVICE)
     starts = json.loads((folder / "stopped/stage_1/run.json").read_text())
     assert [start["step"] for start in starts] == [0, 2]
