@@ -11,6 +11,7 @@ from configs import progressive as config_of
 from experiments.data import make_dataset
 from experiments.linearization import progressive, tasks, teachers
 from experiments.training import loop, restore, run_record, steps
+from tests.experiments.killing import killed
 
 pytestmark = pytest.mark.slow
 DEVICE = jax.devices()[:1]
@@ -77,27 +78,8 @@ def test_scores_are_those_of_the_sum_and_a_stopped_progression_resumes(
     lines = progressive.text(result).splitlines()
     assert [line.split()[0] for line in lines] == ["member_1", "member_2", "teacher"]
 
-    build = steps.build
-
-    class Killed(BaseException):
-        pass
-
-    def breaking(config, seq_len, devices=None, task=None):
-        program = build(config, seq_len, devices, task)
-        step = program.train_step
-
-        def train_step(state, batch):
-            if config.model.d_model == 8 and int(state.step) == 3:
-                raise Killed
-            return step(state, batch)
-
-        object.__setattr__(program, "train_step", train_step)
-        return program
-
-    monkeypatch.setattr(steps, "build", breaking)
-    with pytest.raises(Killed):
+    with killed(monkeypatch, lambda config, step: config.model.d_model == 8 and step == 3):
         progressive.progress(config, tmp_path / "stopped", DEVICE)
-    monkeypatch.undo()
     assert progressive.progress(config, tmp_path / "stopped", DEVICE) == result
     again = student(tmp_path / "stopped/member_2")
     jax.tree.map(np.testing.assert_array_equal, again.params, members[1].params)
