@@ -74,6 +74,8 @@ def symbols(equation: str) -> str:
 
 def called(name: str) -> list[str]:
     """Returns the names of the operators that a mixer calls, found by tracing it."""
+    for other in mixers.names():  # a module imported below would keep what is patched
+        mixers.mixer_class(other)
     mixer, found = mixers.make(name, d_model=128), set()
     with contextlib.ExitStack() as patches:
         for op in OPERATORS:

@@ -230,13 +230,13 @@ def _sums(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs):
     runs: each token's document and block, (B, T), numbered from 0. To its left a token sees its
       document, to its right its block; in reverse, its block and its document.
     """
-    return _forward(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs)[0]
-
-
-def _forward(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs):
     compute = form.kernel or _computed
-    results = remat.named(compute(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs))
-    return results, (q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs)
+    return compute(form, q_BTGK, k_BTGK, v_BTGW, entry_BGKW, runs)
+
+
+def _forward(form, *arrays):
+    # By `_sums` and not its body, so that what differentiates this pass again finds its rule.
+    return remat.named(_sums(form, *arrays)), arrays
 
 
 def _backward(form, saved, cotangents):
