@@ -9,7 +9,7 @@ from experiments.training import steps
 
 @contextlib.contextmanager
 def killed(monkeypatch, when):
-    """Context manager: a run inside is ended before its first step for which when(config, step)."""
+    """Context manager: ends a run inside before its first step with when(config, task, step)."""
     build = steps.build
 
     class Killed(BaseException):
@@ -20,7 +20,7 @@ def killed(monkeypatch, when):
         step = program.train_step
 
         def train_step(state, batch):
-            if when(config, int(state.step)):
+            if when(config, task, int(state.step)):
                 raise Killed
             return step(state, batch)
 

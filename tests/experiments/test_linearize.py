@@ -30,6 +30,7 @@ from seqmodels import language_model
 from seqmodels.checkpoints_io import Pretrained
 from seqmodels.linearize import lora, partition, students
 from tests.experiments import tiny
+from tests.experiments.killing import killed
 
 TEACHER = {
     "pattern": "attention(num_heads=4, num_kv_heads=2, max_length=64)",
@@ -201,29 +202,13 @@ def test_checkpoints_hold_what_is_trained_alone(whole):
 
 @pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_student(teacher_run, whole, tmp_path, monkeypatch):
-    build = steps.build
-
-    class Killed(BaseException):
-        pass
-
-    def broken(config, seq_len, devices=None, task=None):
-        program = build(config, seq_len, devices, task)
-        step = program.train_step
-        if task is not None and any("lora" in path for path in task.boxed_params):
-
-            def train_step(state, batch):
-                if int(state.step) == 3:
-                    raise Killed
-                return step(state, batch)
-
-            object.__setattr__(program, "train_step", train_step)
-        return program
-
     config = make_config(teacher_run)
-    monkeypatch.setattr(steps, "build", broken)
-    with pytest.raises(Killed):
+
+    def in_stage_2(_, task, step):
+        return any("lora" in path for path in task.boxed_params) and step == 3
+
+    with killed(monkeypatch, in_stage_2):
         run.linearize(config, tmp_path, jax.devices()[:1])
-    monkeypatch.undo()
     assert (tmp_path / "stage_2" / "checkpoints" / "2").is_dir()
     run.linearize(config, tmp_path, jax.devices()[:1])
     starts = json.loads((tmp_path / "stage_2" / "run.json").read_text())

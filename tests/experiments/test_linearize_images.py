@@ -95,7 +95,7 @@ def run_twice(config, folder, monkeypatch):
     """Runs a linearization whole, and another that is killed at its stage's fourth step and then
     goes on from its second; returns the two workdirs."""
     run.linearize(config, folder / "whole", DEVICE)
-    with killed(monkeypatch, lambda _, step: step == 3):
+    with killed(monkeypatch, lambda config, task, step: step == 3):
         run.linearize(config, folder / "stopped", DEVICE)
     run.linearize(config, folder / "stopped", DEVICE)
     starts = json.loads((folder / "stopped/stage_1/run.json").read_text())

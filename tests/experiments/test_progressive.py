@@ -78,7 +78,7 @@ def test_scores_are_those_of_the_sum_and_a_stopped_progression_resumes(
     lines = progressive.text(result).splitlines()
     assert [line.split()[0] for line in lines] == ["member_1", "member_2", "teacher"]
 
-    with killed(monkeypatch, lambda config, step: config.model.d_model == 8 and step == 3):
+    with killed(monkeypatch, lambda config, _, step: config.model.d_model == 8 and step == 3):
         progressive.progress(config, tmp_path / "stopped", DEVICE)
     assert progressive.progress(config, tmp_path / "stopped", DEVICE) == result
     again = student(tmp_path / "stopped/member_2")
