@@ -16,6 +16,18 @@ from tests.seqmodels.mixers import mixer_suite as suite
 GRID, D = (3, 4), 16
 T = 12
 FAST = ("hgrn",)  # of the mixers inside them
+# One of each operator, and of those with a state of another kind; the others are exhaustive:
+# python -m pytest -n auto -m exhaustive tests/seqmodels/mixers/test_wrappers.py
+SLOW = (
+    "attention",
+    "delta_net",
+    "gla",
+    "hgrn2",
+    "lightnet",
+    "mamba",
+    "mamba2",
+    "shallow_ffn_causal",
+)
 
 
 def normal(*shape, seed=0):
@@ -169,8 +181,9 @@ def inside(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        pytest.param(name, marks=() if name in FAST else marks[name in SLOW])
         for name in mixers.causal_names()
+        for marks in [{True: pytest.mark.slow, False: pytest.mark.exhaustive}]
     ],
 )
 def test_every_causal_mixer(name):
