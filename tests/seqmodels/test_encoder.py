@@ -123,7 +123,9 @@ def test_outputs_of_all_layers_can_be_captured_under_scan():
         assert x_NBTD.shape == (2, *X.shape[:2], D)
 
 
-@pytest.mark.parametrize("norm", ["rep_bn", "prepbn(steps=2)"])
+@pytest.mark.parametrize(
+    "norm", [pytest.param("rep_bn", marks=pytest.mark.slow), "prepbn(steps=2)"]
+)
 def test_folding_a_batch_norm_changes_no_logit(norm):
     model, variables = make(
         norm=norm, channel_mixer="gelu", channel_bias=True, position_embedding="per_token",

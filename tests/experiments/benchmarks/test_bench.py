@@ -350,6 +350,7 @@ def test_mistakes_list_the_choices(values, message, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_flag_ends_with_exit_code_2():
     command = [sys.executable, "-m", "experiments.bench", "--op=causal_conv", "--dtype=float8"]
     done = subprocess.run(command, capture_output=True, text=True)

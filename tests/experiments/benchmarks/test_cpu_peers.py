@@ -134,6 +134,7 @@ def test_what_is_compared_goes_to_another_process():
         )
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_a_call_held():
     found = peak_memory.measure(_hold, 64)
     assert 62 << 20 < found["peak_bytes"] < 80 << 20  # RSS is counted in batches of pages

@@ -195,6 +195,7 @@ def test_a_judge_without_checks_is_refused(claimed, capsys):
     assert "ones: judge has to return" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_a_finished_one_is_read(tmp_path, monkeypatch):
     config = tiny.make_config(tmp_path)
     context = Context(tmp_path / "work", seeds=2)

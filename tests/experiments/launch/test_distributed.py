@@ -237,6 +237,7 @@ def assert_close_runs(workdir, other):
     assert data_position(workdir) == data_position(other)
 
 
+@pytest.mark.slow
 def test_missing_processes_are_named(launcher, folder):
     go = [*arguments(folder, folder / "incomplete"), "--distributed_timeout=2"]
     run = launcher.start(folder / "incomplete_logs", go, processes=4, only=[0, 2])

@@ -86,7 +86,7 @@ def test_one_pass_over_whole_documents(rope_base):
         np.testing.assert_allclose(found[0, last_T], y_BTD[0, last_T], atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1.0, 80.0])
+@pytest.mark.parametrize("size", [pytest.param(1.0, marks=pytest.mark.slow), 80.0])
 def test_running_softmax_is_stable(size):
     """Weights and decays in float32 are those of float64 for keys of +-80 and documents of both.
 

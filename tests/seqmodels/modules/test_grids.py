@@ -184,6 +184,7 @@ def test_convolution_equals_the_compilers():
     np.testing.assert_allclose(found, expected.reshape(2, 20, 3), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_convolution_on_a_mesh():
     """Rows, channels and time split over devices give what one device gives, gradients too."""
     conv = grids.DepthwiseConv(3, GRID)

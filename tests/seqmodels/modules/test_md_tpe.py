@@ -55,6 +55,7 @@ def test_sums_along_each_axis(grid):
         first += length
 
 
+@pytest.mark.slow
 def test_points():
     """Tokens shuffled with their coordinates have shuffled embeddings."""
     module, x_BTD = MDTPE(H, (3, 4)), normal(1, 12, D)
