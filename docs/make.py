@@ -74,8 +74,6 @@ def symbols(equation: str) -> str:
 
 def called(name: str) -> list[str]:
     """Returns the names of the operators that a mixer calls, found by tracing it."""
-    for other in mixers.names():  # a module imported below would keep what is patched
-        mixers.mixer_class(other)
     mixer, found = mixers.make(name, d_model=128), set()
     with contextlib.ExitStack() as patches:
         for op in OPERATORS:
@@ -226,6 +224,8 @@ def between(text: str, marks: tuple[str, str], made: str) -> str:
 def made() -> dict[Path, str]:
     """Returns {path: up-to-date text} of every file that this program writes."""
     jax.clear_caches()  # an operator in a function that was traced before would not be seen
+    for name in mixers.names():  # a module first imported while `called` patches would keep that
+        mixers.mixer_class(name)
     rows = {name: described(name) for name in mixers.names()}
     readme = ROOT / "README.md"
     text = between(readme.read_text(), TABLE, table(rows, causal=True))

@@ -17,7 +17,7 @@ PATTERNS = {
 def run(context):
     config = moving_digits.get_config("full_attention,denoise")
     changes = {
-        "model.num_layers": 1 if context.smoke else 4,
+        "model.num_layers": 4,
         "data.batch_size": 8,
         "train.steps": 150,
         "train.eval_every": 150,

@@ -100,13 +100,27 @@ STUDENTS = ("lawcat", "liger", "lolcats", "mmmamba", "selective")
 # That a causal mixer is trained in both directions is shown by those of test_wrappers.py.
 BOTH_WAYS = [(digits, name) for name in mixers.causal_names()]
 # Options of the one form that inline and rala show; the mixers' suite trains each.
-ONE_FORM = ("linfusion", "lit", "mala", "nalaformer", "pooling", "sana_video", "slab")
-ONE_FORM = [(digits, name) for name in (*ONE_FORM, "whole_document")]
-TRAINED = [
-    pytest.param(case, marks=[pytest.mark.exhaustive] if elsewhere else [])
-    for case in SMALL + OTHERS + VISION
-    for elsewhere in [case[1] in STUDENTS or case in BOTH_WAYS + ONE_FORM]
+ONE_FORM = [
+    (digits, name)
+    for name in (
+        "linfusion",
+        "lit",
+        "mala",
+        "nalaformer",
+        "pooling",
+        "sana_video",
+        "slab",
+        "whole_document",
+    )
 ]
+
+
+def marked(case):
+    elsewhere = case[1] in STUDENTS or case in BOTH_WAYS + ONE_FORM
+    return pytest.param(case, marks=[pytest.mark.exhaustive] if elsewhere else [])
+
+
+TRAINED = [marked(case) for case in SMALL + OTHERS + VISION]
 
 
 @pytest.mark.slow
